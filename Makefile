@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python >= 3.11:
+#   make demo   fetch a real language model and real text, fine-tune with forward passes only, print the table
+#   make test   the whole test suite
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO_DIR ?= runs/demo
+
+.PHONY: help install demo test lint format typecheck bench clean
+
+help:
+	@sed -n '1,4p;s/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zokernel needs Python >= 3.11: make PYTHON=python3.11 ...")'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	touch $@
+
+install: $(VENV)/.installed  ## create .venv and install zokernel with every extra
+
+demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes only (about 5 minutes on 2 cores)
+	$(BIN)/zokernel demo --output_dir $(DEMO_DIR) --overwrite_output_dir
+
+test: install lint typecheck  ## lint, type-check and run the whole suite
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: install
+	$(BIN)/mypy
+
+format: install  ## rewrite files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## every benchmark (prints ratios measured in one run)
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""``python -m zokernel`` is the ``zokernel`` command."""
+
+import sys
+
+from zokernel.cli import main
+
+sys.exit(main())

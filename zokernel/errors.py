@@ -1,0 +1,29 @@
+"""The exceptions that zokernel raises on purpose: one sentence saying what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class ZokernelError(Exception):
+    """Base class of every error that zokernel raises on purpose.
+
+    The command line prints the message alone (no traceback unless ``--debug``) and exits with ``exit_code``.
+    """
+
+    exit_code = 1
+
+
+class UsageError(ZokernelError, ValueError):
+    """The request itself is wrong: an unknown name, a missing file or column, an impossible setting (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(ZokernelError, RuntimeError):
+    """The request was fine but could not be carried out: a NaN loss, not enough memory, no network (exit code 1)."""
+
+
+class MissingDependencyError(RunError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'zokernel[{extra}]'.")

@@ -1,0 +1,1 @@
+"""Experiments of Paper A (ZO-eNTK)."""
