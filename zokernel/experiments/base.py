@@ -120,7 +120,7 @@ def get_experiment(name: str) -> tuple[str, Experiment]:
 
 
 def reproduce(name: str, config: Config, output_dir: Path) -> Result:
-    """Run one experiment and save ``result.json``, ``arrays.npz`` and its figures (PNG and SVG) under ``output_dir/name``.
+    """Run one experiment; save ``result.json``, ``arrays.npz`` and figures (PNG, SVG) under ``output_dir/name``.
 
     Args:
         name: A key of ``MODULES``.
