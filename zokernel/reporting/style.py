@@ -11,7 +11,7 @@ from zokernel.errors import MissingDependencyError
 # Okabe and Ito's palette: distinguishable with every common colour vision deficiency.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
-RC: dict[str, Any] = {
+RC: Any = {
     "figure.dpi": 110,
     "figure.figsize": (6.4, 4.0),
     "font.size": 10,
@@ -42,5 +42,5 @@ def figures() -> Iterator[Any]:
         raise MissingDependencyError("matplotlib", "report", "Drawing figures") from error
     from cycler import cycler
 
-    with matplotlib.rc_context({**RC, "axes.prop_cycle": cycler(color=PALETTE)}):
+    with matplotlib.rc_context(RC | {"axes.prop_cycle": cycler(color=PALETTE)}):
         yield Figure
