@@ -11,11 +11,12 @@ DEMO_DIR ?= runs/demo
 help:
 	@sed -n '1,4p;s/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/requirements-crosscheck.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zokernel needs Python >= 3.11: make PYTHON=python3.11 ...")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-crosscheck.txt
 	touch $@
 
 install: $(VENV)/.installed  ## create .venv and install zokernel with every extra

