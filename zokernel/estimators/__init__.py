@@ -1,1 +1,6 @@
-"""Estimators."""
+"""Projected gradients from forward passes."""
+
+from zokernel.estimators.base import Estimate, Estimator, Evaluate
+from zokernel.estimators.two_point import TwoPoint
+
+__all__ = ["Estimate", "Estimator", "Evaluate", "TwoPoint"]
