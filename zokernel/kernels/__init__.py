@@ -1,1 +1,27 @@
-"""Kernels."""
+"""Tangent kernels of any model: first-order (eNTK), zeroth-order (ZO-eNTK) and NZK."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
+_EXPORTS: dict[str, str] = {
+    "entk": "entk",
+    "nzk": "nzk_kernel",
+    "NzkEstimate": "nzk_kernel",
+    "jacobian_features": "features",
+    "Linearization": "features",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

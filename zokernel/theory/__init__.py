@@ -1,1 +1,59 @@
-"""Theory."""
+"""Closed forms: what zeroth-order kernels do on average, how far they stray, and when they are stable."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
+_EXPORTS: dict[str, str] = {
+    "KernelMoments": "kernel_error",
+    "BeliefMoments": "kernel_error",
+    "second_moment": "kernel_error",
+    "expected_squared_error": "kernel_error",
+    "relative_error": "kernel_error",
+    "expected_relative_error": "kernel_error",
+    "expected_belief_error": "kernel_error",
+    "single_draw_variance": "perturbation_budget",
+    "required_perturbations": "perturbation_budget",
+    "optimal_shrinkage": "perturbation_budget",
+    "shrunken_relative_error": "perturbation_budget",
+    "curvature_ratio": "perturbation_budget",
+    "learning_rate_ratio": "perturbation_budget",
+    "optimal_learning_rate": "perturbation_budget",
+    "trajectory_relative_error": "perturbation_budget",
+    "allocate_blocks": "perturbation_budget",
+    "finite_difference_error": "finite_difference",
+    "optimal_eps": "finite_difference",
+    "error_at_optimum": "finite_difference",
+    "third_derivative_from_differences": "finite_difference",
+    "noise_from_differences": "finite_difference",
+    "jl_distortion": "bounds",
+    "jl_distortion_explicit": "bounds",
+    "kernel_bound": "bounds",
+    "belief_bound": "bounds",
+    "projector_norm": "bounds",
+    "classical_rate": "bounds",
+    "classical_learning_rate": "bounds",
+    "Perturbation": "perturbation",
+    "ProcessMoments": "nzk_moments",
+    "expected_nzk_factor": "nzk_moments",
+    "expected_direction_matrix": "nzk_moments",
+    "expected_nzk": "nzk_moments",
+    "process_moments": "nzk_moments",
+    "matching_scale": "nzk_moments",
+    "stability_limit": "stability",
+    "stability_limit_of_features": "stability",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
