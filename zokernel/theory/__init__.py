@@ -7,6 +7,10 @@ from typing import Any
 
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS: dict[str, str] = {
+    "smoothing_kernel": "smoothing",
+    "SmoothingKernel": "smoothing",
+    "KernelFacts": "smoothing",
+    "convergence_bounds": "smoothing",
     "KernelMoments": "kernel_error",
     "BeliefMoments": "kernel_error",
     "second_moment": "kernel_error",
