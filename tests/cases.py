@@ -1,0 +1,238 @@
+"""Models and inputs that every kernel is checked on, built afresh for each test, in float64.
+
+Each case gives ``model``, ``x_o``, ``x_u`` and what to ask for; ``dense_jacobian`` is the naive reference: one
+``torch.autograd.grad`` for each output, no functional transforms, no batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Case:
+    model: Any
+    x_o: Any
+    x_u: Any
+    outputs: list[int] | None = None
+    params: dict[str, Tensor] | None = None
+    # forward(params or None, x) -> (R, V) logits, written out by hand for the reference
+    forward: Callable[[Any], Tensor] | None = None
+    methods: list[str] = field(default_factory=lambda: ["contraction", "ntk_vp"])
+
+
+class Features(nn.Module):
+    """A model with dict inputs whose forward takes keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, a, b):
+        return torch.tanh(self.left(a)) * self.right(b)
+
+
+class TiedNet(nn.Module):
+    """A two-layer network whose second weight is the first one, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+def mlp(sizes=(5, 7, 3), activation=nn.Tanh) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width, following in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(width, following), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def group_norm_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.GELU(),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+
+
+def tiny_gpt2(vocab_size: int = 23, **overrides: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "attn_implementation": "eager"} | overrides
+    config = GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **settings)
+    return GPT2LMHeadModel(config).eval()
+
+
+def tiny_llama(vocab_size: int = 23, **overrides: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "attn_implementation": "eager",
+    } | overrides
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **settings)).eval()
+
+
+def tiny_bert(vocab_size: int = 23) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+    )
+    return BertForMaskedLM(config).eval()
+
+
+def tiny_lora() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def tokens(*rows: list[int]) -> dict[str, Tensor]:
+    """Rows of token ids, padded on the right with an attention mask."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def last_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits at the last attended token of right-padded rows."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return logits[torch.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
+
+
+def _module_case(model: nn.Module, x_o: Any, x_u: Any, **more: Any) -> Case:
+    return Case(model.double().eval(), x_o, x_u, forward=more.pop("forward", None) or model, **more)
+
+
+def _lm_case(model: nn.Module, x_o: Any, x_u: Any, **more: Any) -> Case:
+    model = model.double().eval()
+    return Case(model, x_o, x_u, forward=lambda x: last_logits(model, x), **more)
+
+
+def _frozen_mlp() -> Case:
+    net = mlp()
+    net[0].weight.requires_grad_(False)
+    return _module_case(net, _x(2, 5), _x(1, 5))
+
+
+def _function_case() -> Case:
+    params = {"w": _x(3, 4, seed=5), "b": _x(3, seed=6)}
+    case = Case(lambda p, x: torch.sin(x @ p["w"].T + p["b"]), _x(2, 4), _x(2, 4, seed=1), params=params)
+    return case
+
+
+def _masked_lm() -> Case:
+    model = tiny_bert().double()
+    batch_o = tokens([2, 5, 7, 3]) | {"positions": torch.tensor([1])}
+    batch_u = tokens([2, 9, 4, 3]) | {"positions": torch.tensor([2])}
+
+    def forward(batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits[torch.arange(len(logits)), batch["positions"]]
+
+    return Case(model, batch_o, batch_u, forward=forward, methods=["contraction", "ntk_vp", "lm_head"])
+
+
+def _sequence_case() -> Case:
+    from zokernel.kernels.model import teacher_forcing
+
+    model = tiny_gpt2().double().eval()
+    batch_o, _ = teacher_forcing([[3, 4, 5]], [[6, 7]])
+    batch_u, _ = teacher_forcing([[8, 9]], [[10, 11]])
+
+    def forward(batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits[0, batch["positions"][0]]
+
+    return Case(model, batch_o, batch_u, forward=forward, outputs=[6, 7, 10])
+
+
+def _x(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+HEADED = ["contraction", "ntk_vp", "lm_head"]
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp, one pair": lambda: _module_case(mlp(), _x(1, 5), _x(1, 5, seed=1)),
+    "mlp, batches": lambda: _module_case(mlp(), _x(3, 5), _x(2, 5, seed=1)),
+    "conv with GroupNorm": lambda: _module_case(group_norm_net(), _x(2, 1, 7, 7), _x(1, 1, 7, 7, seed=1)),
+    "frozen layer": _frozen_mlp,
+    "keyword inputs": lambda: _module_case(
+        (net := Features()),
+        {"a": _x(2, 4), "b": _x(2, 2)},
+        {"a": _x(1, 4, seed=1), "b": _x(1, 2, seed=1)},
+        forward=lambda x: net(**x),
+    ),
+    "tied weights": lambda: _module_case(TiedNet(), _x(2, 4), _x(1, 4, seed=1)),
+    "bare function": _function_case,
+    "tied GPT-2": lambda: _lm_case(tiny_gpt2(), tokens([1, 2, 3, 2]), tokens([2, 4, 5]), methods=HEADED),
+    "untied GPT-2, ragged batch": lambda: _lm_case(
+        tiny_gpt2(tie_word_embeddings=False), tokens([1, 2, 3], [4, 5]), tokens([2, 4, 5]), methods=HEADED
+    ),
+    "candidate outputs": lambda: _lm_case(
+        tiny_gpt2(), tokens([1, 2, 3]), tokens([7, 4, 5]), outputs=[4, 9, 1], methods=HEADED
+    ),
+    "LoRA only": lambda: _lm_case(tiny_lora(), tokens([1, 2, 3]), tokens([2, 4, 5])),
+    "masked LM": _masked_lm,
+    "whole sequence": _sequence_case,
+}
+
+
+def build(name: str) -> Case:
+    """Build a case with fixed weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CASES[name]()
+
+
+def dense_jacobian(case: Case, batch: Any) -> Tensor:
+    """The reference: one autograd.grad for each logit, (R V, d)."""
+    if case.params is not None:
+        leaves = [tensor.clone().requires_grad_() for tensor in case.params.values()]
+        logits = case.model(dict(zip(case.params, leaves, strict=True)), batch)
+    else:
+        leaves = [p for p in case.model.parameters() if p.requires_grad]
+        logits = case.forward(batch)
+    if case.outputs is not None:
+        logits = logits[:, case.outputs]
+    rows = []
+    for logit in logits.flatten():
+        grads = torch.autograd.grad(logit, leaves, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(leaves, grads)]))
+    return torch.stack(rows)

@@ -1,0 +1,153 @@
+"""The exact tangent kernel: every method against dense autograd and against curvlinops, and its structure."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from cases import CASES, build, dense_jacobian, mlp, tiny_gpt2, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from zokernel.errors import RunError, UsageError
+from zokernel.kernels import checks, entk, head_kernel, jacobian, kernel_moments, layer_contributions
+from zokernel.kernels.model import FunctionalModel
+
+
+def reference(case):
+    return dense_jacobian(case, case.x_o) @ dense_jacobian(case, case.x_u).T
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_agrees_with_dense_autograd(name):
+    case = build(name)
+    expected = reference(case)
+    for method in case.methods:
+        kernel = entk(case.model, case.x_o, case.x_u, outputs=case.outputs, params=case.params, method=method)
+        kernel = kernel if kernel.ndim == 2 else kernel.flatten(2, 3).flatten(0, 1)
+        error = (kernel - expected).abs().max() / expected.abs().max()
+        assert error < 1e-9, (method, float(error))
+
+
+def test_the_auto_method_is_exact_too():
+    case = build("tied GPT-2")
+    torch.testing.assert_close(entk(case.model, case.x_o, case.x_u), reference(case), rtol=1e-9, atol=1e-9)
+
+
+def test_curvlinops_agrees():
+    curvlinops = pytest.importorskip("curvlinops")
+    net, x_o, x_u = mlp().double(), torch.randn(2, 5).double(), torch.randn(3, 5).double()
+    params = list(net.parameters())
+
+    def operator(x):
+        return curvlinops.JacobianLinearOperator(net, params, [(x, torch.zeros(len(x), 3))], num_data=len(x))
+
+    jac_o, jac_u = (operator(x) @ torch.eye(sum(p.numel() for p in params)).double() for x in (x_o, x_u))
+    expected = (torch.as_tensor(jac_o) @ torch.as_tensor(jac_u).T).reshape(2, 3, 3, 3)
+    torch.testing.assert_close(entk(net, x_o, x_u), expected.to(torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_llama_head_is_exact_up_to_its_float32_norms():
+    from cases import last_logits, tiny_llama
+
+    torch.manual_seed(0)
+    model = tiny_llama().double()
+    x_o, x_u = tokens([1, 2, 3]), tokens([4, 5, 6, 7])
+
+    def rows(x):
+        grads = [torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in last_logits(model, x)[0]]
+        return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
+
+    expected = rows(x_o) @ rows(x_u).T
+    for method in ("contraction", "ntk_vp", "lm_head"):
+        torch.testing.assert_close(entk(model, x_o, x_u, method=method), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_factored_norms_and_products_equal_the_dense_ones(tied):
+    torch.manual_seed(1)
+    model = FunctionalModel(tiny_gpt2(tie_word_embeddings=tied).double())
+    kernel = head_kernel(model, tokens([1, 2, 3, 2]), tokens([2, 4, 5]))
+    dense = kernel.dense()
+    a, b = torch.randn(23, 4).double(), torch.randn(23, 4).double()
+    assert kernel.squared_norm() == pytest.approx(dense.square().sum().item(), rel=1e-12)
+    assert kernel.trace() == pytest.approx(dense.trace().item(), rel=1e-12)
+    torch.testing.assert_close(kernel.matvec(b), dense @ b)
+    torch.testing.assert_close(kernel.bilinear(a, b), torch.einsum("vp,vw,wp->p", a, dense, b))
+
+
+def test_moments_equal_those_of_dense_jacobians():
+    case = build("conv with GroupNorm")
+    jac_o, jac_u = dense_jacobian(case, case.x_o), dense_jacobian(case, case.x_u)
+    moments = kernel_moments(case.model, case.x_o, case.x_u)
+    assert moments.norm_o_sq == pytest.approx(jac_o.square().sum().item())
+    assert moments.norm_u_sq == pytest.approx(jac_u.square().sum().item())
+    assert moments.kernel_sq == pytest.approx((jac_o @ jac_u.T).square().sum().item())
+    assert moments.diagonal == pytest.approx((jac_o.square().sum(0) @ jac_u.square().sum(0)).item())
+    assert moments.dim == jac_o.shape[1]
+
+
+def test_layers_add_up_to_the_kernel():
+    case = build("mlp, batches")
+    shares = layer_contributions(case.model, case.x_o, case.x_u)
+    assert list(shares) == ["0", "2"]
+    torch.testing.assert_close(sum(shares.values()), entk(case.model, case.x_o, case.x_u))
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunk=st.integers(1, 9), seed=st.integers(0, 100), shape=st.tuples(st.integers(1, 3), st.integers(1, 3)))
+def test_chunking_never_changes_the_kernel(chunk, seed, shape):
+    torch.manual_seed(seed)
+    net, x_o, x_u = mlp().double(), torch.randn(shape[0], 5).double(), torch.randn(shape[1], 5).double()
+    whole = entk(net, x_o, x_u)
+    for method in ("contraction", "ntk_vp"):
+        torch.testing.assert_close(entk(net, x_o, x_u, method=method, chunk_size=chunk), whole)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.1, 10))
+def test_structure(seed, scale):
+    """Symmetric and positive for equal inputs, transposed when they swap, quadratic in the scale of the logits."""
+    torch.manual_seed(seed)
+    net, x = mlp().double(), torch.randn(2, 5).double()
+    kernel = entk(net, x, x).reshape(6, 6)
+    torch.testing.assert_close(kernel, kernel.T)
+    assert torch.linalg.eigvalsh(kernel).min() > -1e-9
+    other = torch.randn(1, 5).double()
+    torch.testing.assert_close(entk(net, x, other).flatten(0, 1)[:, 0], entk(net, other, x).flatten(2, 3)[0].T)
+    scaled = FunctionalModel(
+        lambda p, v: scale * torch.func.functional_call(net, p, (v,)), params=dict(net.named_parameters())
+    )
+    torch.testing.assert_close(entk(scaled, x, x), scale**2 * entk(net, x, x))
+
+
+def test_shapes():
+    net = mlp()
+    assert entk(net, torch.randn(1, 5), torch.randn(1, 5)).shape == (3, 3)
+    assert entk(net, torch.randn(2, 5), torch.randn(1, 5)).shape == (2, 3, 1, 3)
+    assert entk(net, torch.randn(5), torch.randn(5), outputs=[2, 0]).shape == (2, 2)
+    assert jacobian(net, torch.randn(4, 5), outputs=[1]).shape == (4, 1, 66)
+
+
+def test_bytes_are_said_before_and_refused_when_they_do_not_fit(caplog, monkeypatch):
+    net, x = mlp(), torch.randn(1, 5)
+    with caplog.at_level(logging.INFO, logger="zokernel"):
+        entk(net, x, x)
+    assert any("eNTK block 3 x 3 by contraction" in message for message in caplog.messages)
+    monkeypatch.setattr(checks, "available_bytes", lambda: 100)
+    with pytest.raises(RunError, match=r"needs .* but only 100 B are available: restrict outputs="):
+        entk(net, x, x, method="contraction")
+
+
+def test_unknown_method_names_the_choices():
+    with pytest.raises(UsageError, match="choose one of auto, contraction, ntk_vp, lm_head"):
+        entk(nn.Linear(2, 2), torch.ones(1, 2), torch.ones(1, 2), method="exact")
+
+
+def test_the_weights_are_left_alone():
+    case = build("LoRA only")
+    before = {name: p.clone() for name, p in case.model.named_parameters()}
+    entk(case.model, case.x_o, case.x_u)
+    assert all(torch.equal(before[name], p) for name, p in case.model.named_parameters())
