@@ -1,0 +1,156 @@
+"""How long until a loss is reached, and how many perturbations a step reach it with the fewest loss evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zokernel.directions.laws import Law
+from zokernel.dynamics.descent import resolve_moments
+from zokernel.dynamics.evolution import Evolution
+from zokernel.errors import UsageError
+from zokernel.theory.perturbation import Perturbation
+from zokernel.theory.stability import stability_limit_of_features
+
+MAX_STEPS = 10**9
+LR_FRACTIONS = tuple(0.02 * 1.18**k for k in range(24))  # 0.02 ... 0.9 of the stability limit
+
+
+def steps_to_reach(
+    evolution: Evolution, loss: float, *, max_steps: int = MAX_STEPS, of_mean: bool = False
+) -> int | None:
+    """Return the first step at which the expected loss is at or below ``loss``.
+
+    Args:
+        evolution: The run.
+        loss: Wanted loss.
+        max_steps: Last step looked at.
+        of_mean: Look at the loss of the mean path instead (what the paper plots).
+
+    Returns:
+        The step, or None if it is not reached within ``max_steps`` (above the stability limit it never is).
+
+    Raises:
+        UsageError: If the loss is below what the model can fit at all.
+
+    Example:
+        >>> import torch
+        >>> evolution = Evolution(torch.zeros(1), torch.ones(1), torch.ones(1, 1), lr=0.5)
+        >>> steps_to_reach(evolution, 0.01)
+        3
+    """
+    if loss <= evolution.floor:
+        raise UsageError(
+            f"A loss of {loss:.4g} cannot be reached: the kernel has rank {evolution.rank} for {len(evolution.f0)} "
+            f"predictions, and the targets outside its range leave {evolution.floor:.4g}."
+        )
+    curve = evolution.mean_loss if of_mean else evolution.expected_loss
+    low, high = 0, max_steps
+    while True:  # ever finer grids around the first point at or below the wanted loss
+        points = _between(low, high)
+        reached = (curve(points) <= loss).nonzero().flatten()
+        if not len(reached):
+            return None
+        first = int(reached[0])
+        if first == 0 or points[first] - points[first - 1] == 1:
+            return points[first]
+        low, high = points[first - 1], points[first]
+
+
+def _between(low: int, high: int, count: int = 256) -> list[int]:
+    if high - low <= count:
+        return list(range(low, high + 1))
+    if low == 0 or high / low > 4:
+        ratio = (high / max(low, 1)) ** (1 / count)
+        return sorted({low, high, *(round(max(low, 1) * ratio**k) for k in range(count + 1))})
+    return sorted({low, high, *(low + (high - low) * k // count for k in range(count))})
+
+
+@dataclass(frozen=True)
+class QueryRow:
+    """What one number of perturbations costs to reach a loss.
+
+    Attributes:
+        num_perturbations: Directions P a step.
+        lr: Learning rate used.
+        limit: Largest stable learning rate.
+        steps: Steps until the loss is reached; None if never.
+        queries: Loss evaluations until then, 2 P a step; None if never.
+    """
+
+    num_perturbations: int
+    lr: float
+    limit: float
+    steps: int | None
+    queries: int | None
+
+
+def query_budget(
+    f0: Tensor,
+    y: Tensor,
+    kernel: Tensor,
+    loss: float,
+    *,
+    num_perturbations: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
+    lr: float | None = None,
+    distribution: str | Law | Perturbation = "gaussian",
+    coupling: str = "zo_sgd",
+    features: Tensor | None = None,
+    dim: int | None = None,
+) -> list[QueryRow]:
+    """Return what every number of perturbations costs to reach a loss; the best has the fewest queries.
+
+    Args:
+        f0: Initial predictions, (n,).
+        y: Targets, (n,).
+        kernel: NTK, (n, n).
+        loss: Wanted expected loss.
+        num_perturbations: The numbers P to compare.
+        lr: One learning rate for all; when not given, the best of 24 fractions of each P's stability limit.
+        distribution: Law of the directions.
+        coupling: ``zo_sgd``, ``shared`` or ``independent``.
+        features: Features, as for :func:`zokernel.dynamics.zo_descent`.
+        dim: Number of parameters, as for :func:`zokernel.dynamics.zo_descent`.
+
+    Returns:
+        One row for each P.
+
+    Raises:
+        UsageError: If the loss cannot be reached by any number of steps, or the input is not usable.
+
+    Example:
+        >>> import torch
+        >>> kernel = 2 * torch.eye(2, dtype=torch.float64)
+        >>> rows = query_budget(torch.zeros(2), torch.ones(2), kernel, loss=0.01, num_perturbations=[1, 4])
+        >>> min(rows, key=lambda row: row.queries).num_perturbations
+        1
+    """
+    moments = resolve_moments(distribution, coupling, features, dim)
+    rows = []
+    for count in num_perturbations:
+
+        def run(rate: float, count: int = count) -> Evolution:
+            return Evolution(
+                f0,
+                y,
+                kernel,
+                rate,
+                moments=moments,
+                num_perturbations=count,
+                features=features if moments.diagonal else None,
+            )
+
+        if moments.diagonal and features is not None:
+            limit = stability_limit_of_features(features, count, coupling, distribution=distribution)
+        else:
+            limit = run(1.0).stability_limit
+        rates = [lr] if lr is not None else [fraction * limit for fraction in LR_FRACTIONS]
+        best: tuple[int | None, float] = (None, rates[0])
+        for rate in rates:
+            steps = steps_to_reach(run(rate), loss) if rate < limit else None
+            if steps is not None and (best[0] is None or steps < best[0]):
+                best = (steps, rate)
+        rows.append(QueryRow(count, best[1], limit, best[0], None if best[0] is None else 2 * count * best[0]))
+    return rows

@@ -1,0 +1,300 @@
+r"""How predictions evolve under gradient descent and zeroth-order training of a linear(ised) model, in closed form.
+
+With the loss :math:`|f - y|^2 / 2n`, residual :math:`e = f - y`, kernel :math:`K = X X^T = n U L U^T` and one step
+:math:`e^+ = e - (\eta/n) X M X^T e` (M as in :mod:`zokernel.theory.nzk_moments`), in the eigenbasis
+:math:`\hat e = U^T e`:
+
+* mean: :math:`E \hat e_i(t) = (1 - \eta c l_i)^t \hat e_i(0)`, exact at any t;
+* second moment: :math:`C = E \hat e \hat e^T` has off-diagonal entries that evolve alone,
+  :math:`C_{ij}^+ = [1 - \eta c (l_i + l_j) + \eta^2 \kappa l_i l_j] C_{ij}`, and a diagonal that evolves by the
+  symmetric matrix :math:`T = diag((1 - \eta c l)^2 + \eta^2 (\kappa - c^2) l^2) + \eta^2 \tfrac{trace}{P} l l^T`, so
+  one more eigendecomposition gives the expected loss at any t (theory B.4.1);
+* directions of zero eigenvalue never move: their part of the loss is a floor, and adds no noise.
+
+Gradient descent is the special case without noise; an expected kernel is gradient descent with a factor c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zokernel.dynamics.recursion import dense_path
+from zokernel.errors import UsageError
+from zokernel.theory.nzk_moments import ProcessMoments
+from zokernel.theory.stability import clean_eigenvalues, limit_from_moments, noise_coefficients
+
+Steps = int | Iterable[int] | Tensor
+
+# Shape suffixes: T requested steps, N training predictions, M test predictions, R nonzero eigenvalues, D parameters.
+
+
+class Evolution:
+    r"""The mean and the spread of a linear(ised) model's predictions after any number of steps.
+
+    Args:
+        f0: Initial predictions, (n,).
+        y: Targets, (n,).
+        kernel: Training kernel :math:`K = X X^T`, (n, n): symmetric, positive semi-definite.
+        lr: Learning rate :math:`\eta`.
+        moments: Moments of the random step; gradient descent when not given.
+        num_perturbations: Directions P averaged in a step.
+        features: Features X, (n, d); needed for the second moment of laws with a diagonal term (Rademacher, ...).
+        num_examples: The n in the loss; the number of predictions when not given (models of several outputs have
+            more predictions than examples).
+
+    Raises:
+        UsageError: If shapes do not match, values are not finite, the kernel is not one, or lr is not positive.
+
+    Example:
+        >>> kernel = torch.eye(2, dtype=torch.float64)
+        >>> evolution = Evolution(torch.zeros(2), torch.ones(2), kernel, lr=1.0)
+        >>> [round(loss, 4) for loss in evolution.expected_loss([0, 1, 2]).tolist()]
+        [0.5, 0.125, 0.0312]
+    """
+
+    def __init__(
+        self,
+        f0: Tensor,
+        y: Tensor,
+        kernel: Tensor,
+        lr: float,
+        *,
+        moments: ProcessMoments | None = None,
+        num_perturbations: int = 1,
+        features: Tensor | None = None,
+        num_examples: int | None = None,
+    ):
+        check_learning_rate(lr)
+        self.f0, self.y = as_vector(f0, "initial predictions"), as_vector(y, "targets")
+        matrix = _as_kernel(kernel, len(self.f0))
+        if len(self.y) != len(self.f0):
+            raise UsageError(f"There are {len(self.f0)} predictions but {len(self.y)} targets.")
+        self.n = num_examples or len(self.f0)
+        self.lr = float(lr)
+        self.moments = moments or ProcessMoments.deterministic()
+        self.num_perturbations = num_perturbations
+        self._kappa, self._trace, self._diagonal = noise_coefficients(self.moments, num_perturbations)
+        values, vectors = torch.linalg.eigh(matrix / self.n)
+        values = torch.as_tensor(clean_eigenvalues(values if kernel.dtype == torch.float64 else values.float()))
+        keep = values > 0
+        self.eigenvalues, self.vectors = values[keep].to(matrix), vectors[:, keep]
+        residual = self.f0 - self.y
+        self.residual_R = self.vectors.T @ residual
+        self.fixed_N = residual - self.vectors @ self.residual_R
+        self._left: np.ndarray | None = None
+        if features is not None:
+            rows = features.detach().to(matrix)
+            if rows.shape[0] != len(self.f0):
+                raise UsageError(f"There are {len(self.f0)} predictions but features of {rows.shape[0]}.")
+            self._left = (self.vectors.T @ rows).cpu().numpy() / math.sqrt(self.n)
+        self._modes: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of directions of function space that training can move."""
+        return len(self.eigenvalues)
+
+    @property
+    def floor(self) -> float:
+        """The part of the loss that no number of steps removes: targets outside the range of the kernel."""
+        return float(self.fixed_N.square().sum() / (2 * self.n))
+
+    @property
+    def stability_limit(self) -> float:
+        """Largest learning rate with a bounded expected loss (a safe value for laws with kurtosis below 3)."""
+        return limit_from_moments(self.eigenvalues.cpu().numpy(), self.moments, self.num_perturbations)
+
+    def mean(self, steps: Steps) -> Tensor:
+        """Return the mean prediction after each number of steps, (T, n)."""
+        return self.y + self.fixed_N + self._mean_modes(as_steps(steps, self.f0)) @ self.vectors.T
+
+    def mean_loss(self, steps: Steps) -> Tensor:
+        """Return the loss of the mean prediction, (T,): the curve the paper plots, below the expected loss."""
+        modes = self._mean_modes(as_steps(steps, self.f0))
+        return self.floor + modes.square().sum(1) / (2 * self.n)
+
+    def expected_loss(self, steps: Steps) -> Tensor:
+        """Return the expected loss after each number of steps, (T,); infinite once it overflows.
+
+        Raises:
+            UsageError: If the law has a diagonal term and no features were given.
+        """
+        wanted = as_steps(steps, self.f0)
+        if self._diagonal:
+            diagonals = torch.stack([state.diagonal() for state in self._dense_states(wanted)])
+        else:
+            diagonals = self._diagonal_modes(wanted)
+        return self.floor + diagonals.sum(1) / (2 * self.n)
+
+    def variance(self, steps: Steps) -> Tensor:
+        """Return the variance of every prediction after each number of steps, (T, n)."""
+        return self._quadratic(as_steps(steps, self.f0), self.vectors)
+
+    def second_moment(self, steps: Steps) -> Tensor:
+        """Return the expected squared residual of every prediction, (T, n): summed over 2n, the expected loss."""
+        return self.variance(steps) + (self.mean(steps) - self.y).square()
+
+    def test_mean(self, steps: Steps, f0: Tensor, cross_kernel: Tensor) -> Tensor:
+        """Return the mean prediction at other points.
+
+        Args:
+            steps: Numbers of steps (T).
+            f0: Initial predictions there, (m,).
+            cross_kernel: Kernel between them and the training points, (m, n).
+
+        Returns:
+            Mean predictions, (T, m).
+        """
+        start = as_vector(f0, "initial test predictions")
+        moved = self._mean_modes(as_steps(steps, self.f0)) - self.residual_R
+        return start + moved @ self._test_weights(cross_kernel, len(start)).T
+
+    def test_variance(self, steps: Steps, cross_kernel: Tensor, diagonal: Tensor) -> Tensor:
+        r"""Return the variance of predictions at other points.
+
+        Beside the spread of the training residual they feel the random walk of weights that training cannot see:
+        :math:`\eta^2 \tfrac{trace}{P} \sum_{s<t} E|\nabla L|^2` times the part of the test kernel outside the range
+        of the training features.
+
+        Args:
+            steps: Numbers of steps (T).
+            cross_kernel: Kernel between them and the training points, (m, n).
+            diagonal: Kernel of each test point with itself, (m,).
+
+        Returns:
+            Variances, (T, m).
+
+        Raises:
+            UsageError: If the law has a diagonal term (its test variance is not known here: simulate instead).
+        """
+        if self._diagonal:
+            raise UsageError("The variance at test points is known for the Gaussian and the sphere: simulate instead.")
+        wanted = as_steps(steps, self.f0)
+        own = as_vector(diagonal, "test kernel diagonal")
+        weights_MR = self._test_weights(cross_kernel, len(own))
+        unseen = (own - weights_MR.square() @ (self.n * self.eigenvalues)).clamp_min(0)
+        values, vectors = self._mode_matrix()
+        start = vectors.T @ self.residual_R.square()
+        sums = torch.stack([_geometric_sum(values, t) * start for t in wanted]) @ vectors.T
+        walk = self.lr**2 * self._trace * (sums @ self.eigenvalues) / self.n
+        return self._quadratic(wanted, weights_MR) + walk[:, None] * unseen
+
+    def _mean_modes(self, wanted: Tensor) -> Tensor:
+        decay = 1 - self.lr * self.moments.mean * self.eigenvalues
+        return _power(decay, wanted) * self.residual_R
+
+    def _mode_matrix(self) -> tuple[Tensor, Tensor]:
+        if self._modes is None:
+            step, level = self.lr, self.eigenvalues
+            contraction = 1 - 2 * step * self.moments.mean * level + step**2 * self._kappa * level.square()
+            matrix = torch.diag(contraction) + step**2 * self._trace * torch.outer(level, level)
+            self._modes = torch.linalg.eigh(matrix)
+        return self._modes
+
+    def _diagonal_modes(self, wanted: Tensor) -> Tensor:
+        values, vectors = self._mode_matrix()
+        start = vectors.T @ self.residual_R.square()
+        return ((_power(values, wanted) * start) @ vectors.T).nan_to_num(nan=math.inf).clamp_min(0)
+
+    def _quadratic(self, wanted: Tensor, weights: Tensor) -> Tensor:
+        """Return the variance of ``weights @ residual modes`` for every row of weights, (T, rows)."""
+        means = self._mean_modes(wanted)
+        if self._diagonal:
+            states = self._dense_states(wanted)
+            spreads = [state - torch.outer(mean, mean) for state, mean in zip(states, means)]
+            return torch.stack([((weights @ spread) * weights).sum(1) for spread in spreads]).clamp_min(0)
+        level, pair = self.eigenvalues, torch.outer(self.residual_R, self.residual_R)
+        step, c = self.lr, self.moments.mean
+        product = torch.outer(level, level)
+        off = 1 - step * c * (level[:, None] + level) + step**2 * self._kappa * product
+        alone = (1 - step * c * level[:, None]) * (1 - step * c * level)
+        rows = []
+        for t, mean, diagonal in zip(wanted, means, self._diagonal_modes(wanted)):
+            spread = (off**t - alone**t) * pair
+            spread.diagonal().copy_(diagonal - mean.square())
+            rows.append(((weights @ spread) * weights).sum(1))
+        return torch.stack(rows).nan_to_num(nan=math.inf).clamp_min(0)
+
+    def _dense_states(self, wanted: Tensor) -> list[Tensor]:
+        if self._left is None:
+            raise UsageError(
+                "The second moment of a law other than the Gaussian and the sphere needs the features: pass features=."
+            )
+        start = torch.outer(self.residual_R, self.residual_R).cpu().numpy()
+        levels = self.eigenvalues.cpu().numpy()
+        count = int(wanted.max())
+        path = dense_path(start, levels, self._left, self.lr, self.moments, self.num_perturbations, steps=count)
+        keep = {int(t) for t in wanted}
+        kept = {t: torch.as_tensor(state).to(self.f0) for t, state in enumerate(path) if t in keep}
+        return [kept[int(t)] for t in wanted]
+
+    def _test_weights(self, cross_kernel: Tensor, count: int) -> Tensor:
+        cross = cross_kernel.detach().to(self.f0)
+        if cross.shape != (count, len(self.f0)) or not cross.isfinite().all():
+            raise UsageError(
+                f"The test kernel must be finite of shape ({count}, {len(self.f0)}), not {tuple(cross.shape)}."
+            )
+        return cross @ self.vectors / (self.n * self.eigenvalues)
+
+
+def check_learning_rate(lr: float) -> float:
+    """Return the learning rate if it is a positive number.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    if not (math.isfinite(lr) and lr > 0):
+        raise UsageError(f"The learning rate must be positive and finite, not {lr}.")
+    return lr
+
+
+def as_vector(values: Tensor, what: str) -> Tensor:
+    """Return values as a float64 vector.
+
+    Raises:
+        UsageError: If they are not finite or there is none.
+    """
+    vector = torch.as_tensor(values).detach().to(torch.float64).reshape(-1)
+    if not len(vector) or not vector.isfinite().all():
+        raise UsageError(f"The {what} must be finite numbers, at least one.")
+    return vector
+
+
+def as_steps(steps: Steps, like: Tensor) -> Tensor:
+    """Return step numbers as a float64 vector.
+
+    Raises:
+        UsageError: If one is negative or there is none.
+    """
+    wanted = torch.as_tensor(steps if isinstance(steps, int | Tensor) else list(steps)).reshape(-1).to(like)
+    if not len(wanted) or (wanted < 0).any() or not (wanted == wanted.round()).all():
+        raise UsageError("Steps must be whole numbers, zero or more, at least one.")
+    return wanted
+
+
+def _as_kernel(kernel: Tensor, size: int) -> Tensor:
+    matrix = torch.as_tensor(kernel).detach().to(torch.float64)
+    if matrix.numel() != size * size:
+        raise UsageError(f"The kernel has shape {tuple(matrix.shape)}, which does not fit {size} predictions.")
+    matrix = matrix.reshape(size, size)
+    if not matrix.isfinite().all():
+        raise UsageError("The kernel must be finite: check the features for NaN and infinity.")
+    scale = matrix.abs().max()
+    if (matrix - matrix.T).abs().max() > 1e-5 * scale:
+        raise UsageError("The kernel must be symmetric: pass K = X X^T of one set of points.")
+    return (matrix + matrix.T) / 2
+
+
+def _power(base_R: Tensor, wanted_T: Tensor) -> Tensor:
+    return base_R[None, :] ** wanted_T[:, None]
+
+
+def _geometric_sum(ratio: Tensor, count: Tensor) -> Tensor:
+    near_one = (ratio - 1).abs() < 1e-14
+    safe = torch.where(near_one, 0.5, ratio)
+    return torch.where(near_one, count, (1 - safe**count) / (1 - safe))
