@@ -1,0 +1,166 @@
+"""What a run shows and keeps while it trains: a bar that counts forwards, a log, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+if TYPE_CHECKING:
+    from zokernel.finetune.trainer import ZOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog(TrainerCallback):
+    """Keeps one row a step: loss, projected gradient, forwards and seconds so far.
+
+    Args:
+        trainer: The trainer whose optimizer is read after every step.
+    """
+
+    def __init__(self, trainer: ZOTrainer):
+        self._trainer = trainer
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.forwards = 0
+        self._since = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; when resuming, take up the rows of the steps already done."""
+        kept = Path(args.output_dir) / "steps.jsonl"
+        if state.global_step > 0 and kept.exists():
+            rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
+            if self.rows:
+                self.forwards, self.seconds = int(self.rows[-1]["forwards"]), self.rows[-1]["seconds"]
+        self._since = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start timing a step; evaluation between steps is not counted."""
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append a row."""
+        self.seconds += time.perf_counter() - self._since
+        self.forwards += self._trainer.forwards_per_step * max(1, args.gradient_accumulation_steps)
+        row: dict[str, float] = {
+            "step": state.global_step,
+            "forwards": self.forwards,
+            "seconds": round(self.seconds, 3),
+            "loss": self._trainer.last_loss,
+        }
+        estimate = getattr(self._trainer.bare_optimizer, "last_estimate", None)
+        if estimate is not None:
+            # Root mean square of the P projected gradients; each coefficient is one of them over P.
+            coefficients = estimate.coefficients.values()
+            row["projected_gradient"] = math.sqrt(sum(c * c for c in coefficients) * len(coefficients))
+        self.rows.append(row)
+
+    def forwards_at(self, step: float) -> int:
+        """Return how many forwards had been used after ``step`` steps."""
+        return next((int(row["forwards"]) for row in reversed(self.rows) if row["step"] <= step), 0)
+
+    def save(self, folder: Path) -> None:
+        """Write the rows to ``steps.jsonl``."""
+        partial = folder / "steps.jsonl.partial"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(folder / "steps.jsonl")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the rows with every checkpoint, so that a resumed run has the whole curve."""
+        self.save(Path(args.output_dir))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add forwards and the projected gradient to what the Trainer logs (progress bar, TensorBoard, W&B, ...)."""
+        if logs is None or "loss" not in logs or not self.rows:
+            return
+        recent = [row["projected_gradient"] for row in self.rows[-10:] if "projected_gradient" in row]
+        if recent:
+            logs["projected_gradient"] = sum(recent) / len(recent)
+        logs["forwards"] = self.forwards
+        logs["forwards_per_second"] = round(self.forwards / max(self.seconds, 1e-9), 2)
+        logs.pop("grad_norm", None)
+
+
+class ForwardProgress(ProgressCallback):
+    """The Trainer's progress bar with the loss, |projected gradient| and forwards a second beside the time left.
+
+    Args:
+        trainer: The trainer whose log is shown.
+    """
+
+    def __init__(self, trainer: ZOTrainer):
+        super().__init__()
+        self._trainer = trainer
+        self._smooth_loss: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the bar."""
+        log = self._trainer.run_log
+        if state.is_world_process_zero and self.training_bar is not None and log.rows:
+            row = log.rows[-1]
+            previous = row["loss"] if self._smooth_loss is None else self._smooth_loss
+            self._smooth_loss = 0.9 * previous + 0.1 * row["loss"]
+            self.training_bar.set_postfix(
+                {
+                    "loss": f"{self._smooth_loss:.4f}",
+                    **({"|pg|": f"{row['projected_gradient']:.3g}"} if "projected_gradient" in row else {}),
+                    "fwd/s": f"{log.forwards / max(log.seconds, 1e-9):.1f}",
+                },
+                refresh=False,
+            )
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Print evaluations beside the bar; the loss is in the bar already."""
+        if logs and state.is_world_process_zero and self.training_bar is not None and "eval_loss" in logs:
+            shown = {key: round(value, 4) for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+def replace_progress_bar(trainer: ZOTrainer, progress: ForwardProgress) -> None:
+    """Put our bar in place of the Trainer's own, unless progress bars are switched off."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(progress)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the signals for the time of training."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("Interrupted: finishing this step, then saving (press Ctrl-C again to stop at once).")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask the Trainer to save and stop if a signal came."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,157 @@
+"""What a finished run says about itself: a table, ``loss.png`` and a ``report.md`` in plain words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zokernel.reporting.style import PALETTE, figures
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """Return the summary of a run as an aligned two-column table.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+
+    Returns:
+        Text, one row a line.
+    """
+    rows = summary_rows(metrics)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the summary: what was measured, with its uncertainty."""
+    before, after = metrics["before"], metrics["after"]
+    examples = metrics["num_test"]
+    gain = 100 * (after["accuracy"] - before["accuracy"])
+    return [
+        ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)"),
+        ("trained", f"{metrics['num_trained']:,} parameters with {metrics['method']}"),
+        ("zero-shot accuracy", f"{_accuracy(before['accuracy'], examples)} on {examples:,} held-out examples"),
+        ("accuracy after training", f"{_accuracy(after['accuracy'], examples)} ({gain:+.1f} points)"),
+        ("loss before -> after", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
+        ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
+        ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
+        ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
+        ("peak memory, inference", f"{metrics['peak_memory_inference'] / 2**20:,.0f} MiB"),
+        ("training / inference", f"{metrics['peak_memory_training'] / metrics['peak_memory_inference']:.2f} x"),
+    ]
+
+
+def _accuracy(share: float, examples: int) -> str:
+    """Format an accuracy with its binomial standard error, in percent."""
+    error = 100 * math.sqrt(max(share * (1 - share), 0.0) / examples)
+    return f"{100 * share:.1f} % (± {error:.1f})"
+
+
+def draw_loss(rows: list[dict[str, float]], evaluations: list[dict[str, float]], path: Path) -> None:
+    """Draw training loss, validation loss and |projected gradient| against forward passes.
+
+    Args:
+        rows: One a step, with ``forwards``, ``loss`` and, for zeroth-order methods, ``projected_gradient``.
+        evaluations: Validation results with ``forwards``, ``loss`` and ``accuracy``.
+        path: The PNG to write.
+    """
+    forwards = np.array([row["forwards"] for row in rows])
+    loss = np.array([row["loss"] for row in rows])
+    with figures() as Figure:
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(forwards, loss, color=PALETTE[0], alpha=0.25, linewidth=0.8, label="training batches")
+        axes.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
+        axes.set(xlabel="forward passes", ylabel="cross entropy over the label words (nats)", ylim=(0, None))
+        if evaluations:
+            where = [row["forwards"] for row in evaluations]
+            axes.plot(where, [row["loss"] for row in evaluations], "o-", color=PALETTE[1], label="validation")
+            right = axes.twinx()
+            right.plot(where, [100 * row["accuracy"] for row in evaluations], "s--", color=PALETTE[2])
+            right.set_ylabel("validation accuracy (%)", color=PALETTE[2])
+            right.spines["right"].set_visible(True)
+            right.grid(False)
+        axes.legend(loc="lower left")
+        figure.savefig(path, dpi=130)
+
+
+def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Return the centred moving average, with shorter windows at the ends.
+
+    Args:
+        values: (T,) numbers.
+        window: Its length; a twentieth of T when not given.
+
+    Returns:
+        (T,) averages.
+
+    Example:
+        >>> smooth(np.array([0.0, 3.0, 0.0]), window=3)
+        array([1.5, 1. , 1.5])
+    """
+    window = window or max(1, len(values) // 20)
+    ones = np.ones(window)
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
+
+
+def write_report(metrics: dict[str, Any], path: Path) -> None:
+    """Write ``report.md``: what was done, what came out, and how to read and repeat it.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+        path: The file to write.
+    """
+    before, after, examples = metrics["before"], metrics["after"], metrics["num_test"]
+    gain = 100 * (after["accuracy"] - before["accuracy"])
+    variance = sum(share * (1 - share) for share in (before["accuracy"], after["accuracy"])) / examples
+    error = 100 * math.sqrt(variance)
+    ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
+    forward_only = metrics["forwards_per_step"] is not None
+    how = (
+        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
+        "compared the losses, and moved the weights along the random directions that had been tried. "
+        "No gradient was computed and no activation was kept."
+        if forward_only
+        else "Each step computed the gradient by backpropagation (a first-order baseline)."
+    )
+    outcome = (
+        f"Accuracy on {examples:,} examples the run never trained on went from {100 * before['accuracy']:.1f} % to "
+        f"{100 * after['accuracy']:.1f} %: {gain:+.1f} points, with a standard error of at most {error:.1f}."
+    )
+    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    text = f"""# Fine-tuning {metrics["model"]} with {metrics["method"]}
+
+## In plain words
+
+{how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
+
+The model was asked to complete `{metrics["template"]!r}` with one of: {", ".join(metrics["label_words"])}.
+Before training it answered from what it had read; that is the zero-shot row. The weights reported are those with the
+best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} of {metrics["steps"]}.
+
+## Numbers
+
+| | |
+|---|---|
+{table_lines}
+| effective learning rate | {metrics["effective_lr"]:.3g} |
+| precision | {metrics["precision"]} |
+
+![loss](loss.png)
+
+Thin line: the loss of each training batch. Thick line: its moving average. Circles: validation loss; squares: accuracy.
+The ± after an accuracy is the binomial standard error of {examples:,} examples.
+
+## Repeat it
+
+```
+{metrics["command"]}
+```
+
+Files: `metrics.json` (these numbers), `steps.jsonl` (one line a step), and the trained {metrics["saved"]}, which
+plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
+"""
+    path.write_text(text, encoding="utf-8")
