@@ -28,7 +28,7 @@ class Directions(Protocol):
         scale: Scale | Mapping[str, Scale],
         *,
         seed: int,
-        step: int,
+        step: int | Sequence[int],
         index: int | Sequence[int],
         decay: float | Mapping[str, float] = 1.0,
         stochastic: bool = False,
@@ -39,7 +39,7 @@ class Directions(Protocol):
             tensors: Weights by name, changed in place.
             scale: One number an index; or, when tensors differ (parameter groups), a mapping from name to such numbers.
             seed: Seed of the whole run.
-            step: Step of the run.
+            step: Step of the run; or one step an index, to add directions of several steps.
             index: Which direction of that step; a list adds several directions in the same sweep.
             decay: Factor on the old weights (weight decay), one for all or by name.
             stochastic: Round the result stochastically instead of to nearest (low-precision weights).

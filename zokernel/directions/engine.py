@@ -1,0 +1,107 @@
+r"""Dispatch: hand each tensor of a sweep to the backend that is fastest where it lives.
+
+* CPU: ``numba_backend``, compiled and fused; NVIDIA and AMD GPUs: ``triton_backend``, the same in Triton;
+* anything else: ``torch_backend``, the reference.
+
+Rademacher, Gaussian and uniform directions have the same bits on all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from zokernel.directions.placement import Placement
+from zokernel.directions.terms import Job, Noise
+from zokernel.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "numba", "triton", "torch")
+
+
+def sweep(jobs: Sequence[Job], backend: str = "auto") -> list[float]:
+    """Add every job's terms to its tensor in place, in one read and one write of the weights.
+
+    Args:
+        jobs: What to do, one a tensor.
+        backend: ``auto``, or the backend to use for every tensor.
+
+    Returns:
+        One number a job: for grid rules the largest magnitude reached, else zero.
+
+    Raises:
+        UsageError: If there is no such backend, or it cannot work where a tensor lives.
+    """
+    by_backend: dict[str, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        if job.place.local.numel():
+            by_backend[choose_backend(job.place.local.device, backend)].append(number)
+    peaks = [0.0] * len(jobs)
+    with torch.no_grad():
+        for name, numbers in by_backend.items():
+            found = _load(name).sweep([jobs[n] for n in numbers])
+            for number, peak in zip(numbers, found):
+                peaks[number] = peak
+        # Compiled backends write behind torch's back; autograd must still notice that saved weights have changed.
+        changed = [job.place.local for job in jobs if not job.place.local.is_inference()]
+        torch.autograd.graph.increment_version(changed)
+    return peaks
+
+
+def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: str = "auto") -> float:
+    """Return the squared norm of noise over whole tensors, shards held elsewhere included.
+
+    Args:
+        places: The tensors.
+        noises: One a tensor; gain and mask are ignored.
+        backend: As for :func:`sweep`.
+
+    Returns:
+        The sum of squares, in float64.
+    """
+    total = 0.0
+    for place, noise in zip(places, noises):
+        device = place.local.device
+        arguments = (noise.law, noise.key, noise.step, noise.index, place.numel)
+        if choose_backend(device, backend) == "numba":
+            total += _load("numba").sum_of_squares(*arguments)
+        else:
+            total += _load("torch").sum_of_squares(*arguments, device)
+    return total
+
+
+def choose_backend(device: torch.device, backend: str = "auto") -> str:
+    """Return the name of the backend that serves a device.
+
+    Args:
+        device: Where the tensor lives.
+        backend: ``auto`` or a fixed choice.
+
+    Returns:
+        ``numba``, ``triton`` or ``torch``.
+
+    Raises:
+        UsageError: If the choice does not exist or does not work on that device.
+
+    Example:
+        >>> choose_backend(torch.device("cpu"))
+        'numba'
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"There is no directions backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if backend == "auto":
+        return {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type, "torch")
+    if backend == "numba" and device.type != "cpu":
+        raise UsageError(f"The numba backend works on CPU tensors, not on {device}: use backend='auto'.")
+    return backend
+
+
+def _load(name: str) -> ModuleType:
+    # Imported on first use: numba and triton take a second each, and most commands need neither.
+    return importlib.import_module(f"zokernel.directions.{name}_backend")

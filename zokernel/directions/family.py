@@ -1,0 +1,174 @@
+r"""Base class of every family of directions: it turns a family's terms into tensors, or adds them to weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from zokernel.directions import engine
+from zokernel.directions.base import Scale
+from zokernel.directions.philox import check_count, stream_key
+from zokernel.directions.placement import Placement, place_all
+from zokernel.directions.terms import Job, Rule, Term
+from zokernel.errors import UsageError
+
+
+class Family(ABC):
+    """A family of random directions; subclasses say what a direction is by implementing :meth:`terms`.
+
+    Args:
+        backend: ``auto`` (the fastest for each tensor's device), ``numba``, ``triton`` or ``torch``.
+    """
+
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+
+    @abstractmethod
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return what direction ``index`` of ``step`` is on each tensor; None where it is zero.
+
+        Args:
+            places: The tensors of one call, in order.
+            seed: Seed of the run.
+            step: Step of the run.
+            index: Which direction of that step.
+
+        Returns:
+            One term a tensor.
+        """
+
+    def __call__(self, like: Mapping[str, Tensor], *, seed: int, step: int, index: int) -> dict[str, Tensor]:
+        """Return one direction as tensors.
+
+        Args:
+            like: Tensors by name; each direction has their shapes, dtypes and devices.
+            seed: Seed of the run, in [0, 2^63).
+            step: Step of the run, in [0, 2^32).
+            index: Which direction of that step, in [0, 2^32).
+
+        Returns:
+            The direction, by name.  Two names of the same memory (tied weights) get the same tensor.
+        """
+        places = place_all(like)
+        kept = {place.name for place in places}
+        result = {name: torch.zeros_like(like[name], memory_format=torch.contiguous_format) for name in kept}
+        self.add_({name: result[name] for name in kept}, 1.0, seed=seed, step=step, index=index)
+        twins = {_identity(like[name]): result[name] for name in kept}
+        return {name: result[name] if name in kept else twins[_identity(tensor)] for name, tensor in like.items()}
+
+    def add_(
+        self,
+        tensors: Mapping[str, Tensor],
+        scale: Scale | Mapping[str, Scale],
+        *,
+        seed: int,
+        step: int | Sequence[int],
+        index: int | Sequence[int],
+        decay: float | Mapping[str, float] = 1.0,
+        stochastic: bool = False,
+    ) -> None:
+        r"""Compute :math:`\theta \leftarrow decay \cdot \theta + \sum_i scale_i z_i` in place, in one read and write.
+
+        Sums are formed in float32 (float64 for float64 weights and for stochastic rounding) and rounded once.
+
+        Args:
+            tensors: Weights by name, changed in place.
+            scale: One number an index; or a mapping from name to such numbers.
+            seed: Seed of the run, in [0, 2^63).
+            step: Step of the run, in [0, 2^32); or one step an index, to add directions of several steps.
+            index: Which direction of that step; a list adds several in the same sweep.
+            decay: Factor on the old weights, one for all or by name.
+            stochastic: Round float32, bfloat16 and float16 weights stochastically instead of to nearest; float64
+                weights always round to nearest.  The random bits depend on (seed, first step, first index, name), so
+                they repeat in replay.
+
+        Raises:
+            UsageError: If names, numbers of scales, seeds or dtypes do not fit.
+        """
+        rule = Rule.STOCHASTIC if stochastic else Rule.NEAREST
+        self.sweep_(tensors, scale, rule=rule, seed=seed, step=step, index=index, decay=decay)
+
+    def sweep_(
+        self,
+        tensors: Mapping[str, Tensor],
+        scale: Scale | Mapping[str, Scale],
+        *,
+        rule: Rule | Mapping[str, Rule],
+        seed: int,
+        step: int | Sequence[int],
+        index: int | Sequence[int],
+        decay: float | Mapping[str, float] = 1.0,
+        old_scale: Scale | Mapping[str, Scale] | None = None,
+        grid: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Carry out one sweep by any rule of :class:`~zokernel.directions.terms.Rule`; what :meth:`add_` is built on.
+
+        Args:
+            tensors: Weights by name, changed in place.
+            scale: As in :meth:`add_`.
+            rule: How results are stored, for all or by name.
+            seed: As in :meth:`add_`.
+            step: As in :meth:`add_`.
+            index: As in :meth:`add_`.
+            decay: As in :meth:`add_`.
+            old_scale: Scales of the offsets that the weights carry now (grid rules).
+            grid: Grid step by name (grid rules).
+
+        Returns:
+            The largest magnitude each tensor reached (grid rules; zeros otherwise).
+        """
+        indices = [index] if isinstance(index, int) else list(index)
+        steps = [step] * len(indices) if isinstance(step, int) else list(step)
+        if len(steps) != len(indices):
+            raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
+        steps = [check_count(s, "step") for s in steps]
+        indices = [check_count(i, "index") for i in indices]
+        places = place_all(tensors)
+        by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
+        jobs = []
+        for number, place in enumerate(places):
+            scales = _scales(scale, place.name, len(indices))
+            old = [0.0] * len(indices) if old_scale is None else _scales(old_scale, place.name, len(indices))
+            terms = [terms[number] for terms in by_index]
+            live = [k for k, term in enumerate(terms) if term is not None and (scales[k] != 0.0 or old[k] != 0.0)]
+            first = (steps[0], indices[0]) if indices else (0, 0)
+            jobs.append(
+                Job(
+                    place,
+                    tuple(terms[k] for k in live),  # type: ignore[misc]  # None is filtered out by `live`
+                    tuple(scales[k] for k in live),
+                    rule[place.name] if isinstance(rule, Mapping) else rule,
+                    _by_name(decay, place.name, "decay"),
+                    tuple(old[k] for k in live) if old_scale is not None else (),
+                    1.0 if grid is None else grid[place.name],
+                    (*stream_key(seed, place.name, "rounding"), *first),
+                )
+            )
+        peaks = engine.sweep(jobs, self.backend)
+        return {place.name: peak for place, peak in zip(places, peaks)}
+
+
+def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
+    if not isinstance(value, Mapping):
+        return float(value)
+    if name not in value:
+        raise UsageError(f"There is no {what} for tensor {name!r}: give one for every name, or a single number.")
+    return float(value[name])
+
+
+def _scales(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:
+    if isinstance(scale, Mapping):
+        if name not in scale:
+            raise UsageError(f"There is no scale for tensor {name!r}: give one for every name, or a single number.")
+        scale = scale[name]
+    scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)]
+    if len(scales) != count:
+        raise UsageError(f"{len(scales)} scales do not fit {count} direction indices: give one scale an index.")
+    return scales

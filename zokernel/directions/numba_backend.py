@@ -1,0 +1,162 @@
+r"""CPU backend: directions are generated and added a tile at a time, in one read and one write of the weights.
+
+The sweep is described by three small tables (jobs: one a tensor; terms: what is added; segments: stretches of memory)
+and carried out by compiled code without the interpreter lock, on as many threads as ``torch.get_num_threads()``.  No
+result depends on how elements are split into tiles, segments or threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from zokernel.directions.gaussian_math import GROUP
+from zokernel.directions.numba_kernels import JOB, SEGMENT, TERM, add_signs, run_segments, squared_norm
+from zokernel.directions.terms import Factors, Job, Noise, Rule, Values, affine
+
+SEGMENT_LENGTH = 1 << 18
+LAW_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NOISE, FACTORS, VALUES = 0, 1, 2
+SHARES_PER_THREAD = 8
+
+
+def sweep(jobs: Sequence[Job]) -> list[float]:
+    """Carry out one sweep over CPU tensors.
+
+    Args:
+        jobs: One a tensor.
+
+    Returns:
+        For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
+    """
+    job_table, term_table = _tables(jobs)
+    segments = np.concatenate([_segments(job, number) for number, job in enumerate(jobs)] or [np.zeros(0, SEGMENT)])
+    peaks = np.zeros(len(segments), np.float32)
+    plain = np.array([_is_plain_signs(job) for job in jobs], bool)
+    kernels = (run_segments, add_signs)
+    calls = []
+    for fast in (False, True):
+        chosen = np.flatnonzero((plain[segments["job"]] & (segments["stride"] == 1)) == fast)
+        calls += [(kernels[fast], part) for part in _shares(chosen, segments["length"])]
+    _in_threads([(kernel, (segments, part, job_table, term_table, peaks)) for kernel, part in calls])
+    by_job = np.zeros(len(jobs), np.float32)
+    np.maximum.at(by_job, segments["job"], peaks)
+    return by_job.tolist()
+
+
+def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int) -> float:
+    """Return the squared norm of one tensor's noise, the same for any number of threads."""
+    starts = range(0, numel, SEGMENT_LENGTH)
+    parts = np.zeros(len(starts))
+    fixed = (LAW_CODES[law], *map(np.uint64, (*key, step, index)))
+    _in_threads(
+        [
+            (squared_norm, (parts, n, np.int64(start), min(SEGMENT_LENGTH, numel - start), *fixed))
+            for n, start in enumerate(starts)
+        ]
+    )
+    return float(parts.sum())
+
+
+def _is_plain_signs(job: Job) -> bool:
+    if job.rule != Rule.NEAREST or job.place.local.dtype == torch.float64:
+        return False
+    if len(job.terms) != 1 or not 0.5 <= job.decay <= 2.0:
+        return False
+    term = job.terms[0]
+    return isinstance(term, Noise) and term.law == "rademacher" and term.mask is None and term.gain == 1.0
+
+
+def _tables(jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
+    job_rows: list[tuple] = []
+    term_rows: list[tuple] = []
+    for job in jobs:
+        first = len(term_rows)
+        old_scales = job.old_scales or (0.0,) * len(job.terms)
+        for term, scale, old in zip(job.terms, job.scales, old_scales, strict=True):
+            term_rows.append((*_describe(term), scale, old))
+        codes = (DTYPE_CODES[job.place.local.dtype], int(job.rule), first, len(term_rows))
+        job_rows.append((*codes, *affine(job.decay), job.decay - 1.0, job.grid, *job.rounding))
+    return np.array(job_rows, JOB), np.array(term_rows, TERM)
+
+
+def _describe(term: Noise | Factors | Values) -> tuple[int | float, ...]:
+    match term:
+        case Noise():
+            mask = 0 if term.mask is None else term.mask.data_ptr()
+            return (NOISE, LAW_CODES[term.law], *term.key, term.step, term.index, mask, 0, 0, 0, term.gain)
+        case Factors():
+            left, right = term.left, term.right
+            return (FACTORS, 0, 0, 0, 0, 0, left.data_ptr(), right.data_ptr(), *right.shape, term.gain)
+        case Values():
+            return (VALUES, 0, 0, 0, 0, 0, term.values.data_ptr(), 0, 0, 0, 1.0)
+
+
+def _segments(job: Job, number: int) -> np.ndarray:
+    runs, width = job.place.runs, job.place.local.element_size()
+    relative, position, memory, local, length = _split(
+        runs.position.tobytes(), runs.memory.tobytes(), runs.local.tobytes(), runs.length, runs.stride
+    )
+    table = np.empty(len(relative), SEGMENT)
+    table["job"] = number
+    table["address"] = (memory * width + job.place.local.data_ptr()).astype(np.uint64)
+    table["position"], table["length"], table["stride"], table["local"] = position, length, runs.stride, local
+    return table
+
+
+@lru_cache(maxsize=4096)
+def _split(position_bytes: bytes, memory_bytes: bytes, local_bytes: bytes, run_length: int, stride: int):
+    """Cut runs at positions that are multiples of SEGMENT_LENGTH; pure geometry, so it is worth remembering."""
+    position, memory, local = (np.frombuffer(b, np.int64) for b in (position_bytes, memory_bytes, local_bytes))
+    if run_length <= SEGMENT_LENGTH:
+        return np.zeros(len(position), np.int64), position, memory, local, np.full(len(position), run_length)
+    pieces = []
+    for row in range(len(position)):
+        first = int(position[row])
+        cuts = np.arange(first // SEGMENT_LENGTH + 1, (first + run_length - 1) // SEGMENT_LENGTH + 1) * SEGMENT_LENGTH
+        begin = np.concatenate([[0], cuts - first]).astype(np.int64)
+        end = np.concatenate([begin[1:], [run_length]])
+        pieces.append((begin, begin + first, memory[row] + begin * stride, local[row] + begin, end - begin))
+    return tuple(np.concatenate(column) for column in zip(*pieces))
+
+
+def _shares(chosen: np.ndarray, length: np.ndarray) -> list[np.ndarray]:
+    if not chosen.size:
+        return []
+    total = np.cumsum(length[chosen])
+    threads = torch.get_num_threads()
+    wanted = 1 if threads == 1 else min(threads * SHARES_PER_THREAD, 1 + int(total[-1]) // (GROUP * 128))
+    bounds = np.searchsorted(total, np.arange(1, wanted) * (total[-1] / wanted))
+    return [part for part in np.split(chosen, bounds) if part.size]
+
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _in_threads(calls: list[tuple]) -> None:
+    threads = min(torch.get_num_threads(), len(calls))
+    if threads <= 1:
+        for kernel, args in calls:
+            kernel(*args)
+        return
+    # Keyed by process: a pool's threads do not survive a fork.
+    pool = _pools.get((os.getpid(), threads))
+    if pool is None:
+        pool = _pools[os.getpid(), threads] = ThreadPoolExecutor(threads - 1, "zokernel-directions")
+    queue = iter(calls)
+
+    def work() -> None:
+        # next() on a list iterator is atomic under the interpreter lock, so calls are shared out as threads get free.
+        for kernel, args in queue:
+            kernel(*args)
+
+    futures = [pool.submit(work) for _ in range(threads - 1)]
+    work()
+    for future in futures:
+        future.result()

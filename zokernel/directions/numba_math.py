@@ -1,0 +1,199 @@
+"""Compiled building blocks of the CPU backend: Philox, the laws, 16-bit floats and stochastic rounding.
+
+Written for LLVM's vectorizer: flat loops over arrays in cache, no branches on data, float32 polynomials.  Philox keeps
+its 32-bit words in 64-bit lanes, where one vector multiply yields the whole product.  Compiled code is cached on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from zokernel.directions import gaussian_math as gm
+from zokernel.directions import philox
+
+_M0, _M1 = np.uint64(philox.MULTIPLIER_0), np.uint64(philox.MULTIPLIER_1)
+_W0, _W1 = np.uint64(philox.WEYL_0), np.uint64(philox.WEYL_1)
+_LOW = np.uint64(philox.MASK_32)
+_S32 = np.uint64(32)
+
+_LOG = tuple(np.float32(c) for c in gm.LOG_COEFFICIENTS)
+_SIN = tuple(np.float32(c) for c in gm.SIN_COEFFICIENTS)
+_COS = tuple(np.float32(c) for c in gm.COS_COEFFICIENTS)
+_LOG_2 = np.float32(gm.LOG_2)
+_ANGLE_UNIT = np.float32(gm.ANGLE_UNIT)
+_UNIFORM_SCALE = np.float32(gm.UNIFORM_SCALE)
+_HALF_UNIT = np.float32(gm.UNIFORM_UNIT)
+_HALF, _ONE, _MINUS_TWO = np.float32(0.5), np.float32(1.0), np.float32(-2.0)
+_SQRT_HALF_BITS = np.int32(gm.SQRT_HALF_BITS)
+_ONE_BITS = np.uint32(gm.ONE_BITS)
+_I23 = np.int32(23)
+_U1, _U30, _U31 = np.uint32(1), np.uint32(30), np.uint32(31)
+_EIGHTH = np.uint32(1 << 29)
+_SIGN = np.uint32(0x80000000)
+
+
+@cast(Callable[..., Any], intrinsic)
+def pointer_to(typingctx: Any, address: Any, dtype: Any) -> Any:
+    """Reinterpret an integer address as a pointer to ``dtype`` (torch and numba share memory this way)."""
+    pointer = types.CPointer(dtype.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.uint64, dtype), codegen
+
+
+@cast(Callable[..., Any], intrinsic)
+def bitcast(typingctx: Any, value: Any, dtype: Any) -> Any:
+    """Reinterpret the bits of a scalar as another type of the same width."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(dtype.dtype))
+
+    return dtype.dtype(value, dtype), codegen
+
+
+@njit(cache=True, forceinline=True)
+def philox_block(block, step, index, key0, key1):
+    """One block of Philox4x32-10; every argument and result is a 32-bit word in a uint64 (``block``: 64 bits)."""
+    c0, c1, c2, c3 = block & _LOW, block >> _S32, step, index
+    k0, k1 = key0, key1
+    for _ in range(philox.ROUNDS):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> _S32) ^ c1 ^ k0, p1 & _LOW, (p0 >> _S32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+@njit(cache=True, nogil=True)
+def fill_words(words, first_block, count, step, index, key0, key1):
+    """Write the four words of ``count`` consecutive blocks into the rows of ``words`` (4, >= count)."""
+    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    for b in range(count):
+        a0, a1, a2, a3 = philox_block(first_block + np.uint64(b), step, index, key0, key1)
+        w0[b] = np.uint32(a0)
+        w1[b] = np.uint32(a1)
+        w2[b] = np.uint32(a2)
+        w3[b] = np.uint32(a3)
+
+
+@njit(cache=True, forceinline=True)
+def normal_pair(word_a, word_b):
+    """Box-Muller: two uint32 words to two float32 normals (gaussian_math has the formulas)."""
+    u = (np.float32(np.int32(word_a >> _U1)) + _HALF) * _HALF_UNIT
+    bits = bitcast(u, np.int32)
+    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> _I23)
+    f = bitcast(np.int32(bits - np.int32(exponent << _I23)), np.float32) - _ONE
+    p = _LOG[0]
+    p = p * f + _LOG[1]
+    p = p * f + _LOG[2]
+    p = p * f + _LOG[3]
+    p = p * f + _LOG[4]
+    p = p * f + _LOG[5]
+    p = p * f + _LOG[6]
+    p = p * f + _LOG[7]
+    f2 = f * f
+    log_u = (f + (f2 * f * p - _HALF * f2)) + np.float32(exponent) * _LOG_2
+    radius = np.sqrt(_MINUS_TWO * log_u)
+
+    quadrant = np.uint32(np.uint32(word_b + _EIGHTH) >> _U30)
+    x = np.float32(np.int32(np.uint32(word_b - np.uint32(quadrant << _U30)))) * _ANGLE_UNIT
+    y = x * x
+    sine = x + x * y * ((_SIN[0] * y + _SIN[1]) * y + _SIN[2])
+    cosine = (_ONE - _HALF * y) + y * y * ((_COS[0] * y + _COS[1]) * y + _COS[2])
+    odd = (quadrant & _U1) != 0
+    first = sine if odd else cosine
+    second = cosine if odd else sine
+    first_sign = np.uint32(np.uint32(quadrant + _U1) << _U30) & _SIGN
+    second_sign = np.uint32(quadrant << _U30) & _SIGN
+    first = bitcast(np.uint32(bitcast(first, np.uint32) ^ first_sign), np.float32)
+    second = bitcast(np.uint32(bitcast(second, np.uint32) ^ second_sign), np.float32)
+    return radius * first, radius * second
+
+
+@njit(cache=True, forceinline=True)
+def uniform(word):
+    """One uint32 word to a float32 uniform on [-sqrt(3), sqrt(3)]."""
+    return (np.float32(np.int32(word)) + _HALF) * _UNIFORM_SCALE
+
+
+@njit(cache=True, forceinline=True)
+def sign_value(word, bit):
+    """Bit ``bit`` of a uint32 word as +1 (clear) or -1 (set), float32."""
+    return bitcast(np.uint32(_ONE_BITS | np.uint32(np.uint32(np.uint32(word >> bit) & _U1) << _U31)), np.float32)
+
+
+@njit(cache=True, forceinline=True)
+def from_bfloat16(bits):
+    """Bits of a bfloat16 (uint16) to float32."""
+    return bitcast(np.uint32(np.uint32(bits) << np.uint32(16)), np.float32)
+
+
+@njit(cache=True, forceinline=True)
+def to_bfloat16(x):
+    """A float32 to the bits of the nearest bfloat16 (ties to even)."""
+    bits = bitcast(x, np.uint32)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & _U1))
+    # Rounding could carry a NaN's mantissa into infinity, so NaN is set apart.
+    kept = rounded if np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC00000)
+    return np.uint16(kept >> np.uint32(16))
+
+
+@njit(cache=True, forceinline=True)
+def from_float16(bits):
+    """Bits of a float16 (uint16) to float32, subnormals included."""
+    wide = np.uint32(bits)
+    magnitude = np.uint32(np.uint32(wide & np.uint32(0x7FFF)) << np.uint32(13))
+    # Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalizes subnormals in one go.
+    scaled = bitcast((bitcast(magnitude, np.float32) * np.float32(2.0**112)), np.uint32)
+    special = np.uint32(magnitude | np.uint32(0x7F800000))
+    value = special if magnitude >= np.uint32(0x0F800000) else scaled
+    return bitcast(np.uint32(value | np.uint32(np.uint32(wide & np.uint32(0x8000)) << np.uint32(16))), np.float32)
+
+
+@njit(cache=True, forceinline=True)
+def to_float16(x):
+    """A float32 to the bits of the nearest float16 (ties to even)."""
+    bits = bitcast(x, np.uint32)
+    sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & _U1)
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
+    # Below 2^-14 the unit is 2^-24: adding 0.5 in float32 leaves exactly that many bits, rounded by the addition.
+    subnormal = np.uint32(bitcast((bitcast(magnitude, np.float32) + _HALF), np.uint32) - np.uint32(0x3F000000))
+    half = normal if magnitude >= np.uint32(0x38800000) else subnormal
+    half = half if magnitude < np.uint32(0x47800000) else np.uint32(0x7C00)
+    half = half if magnitude <= np.uint32(0x7F800000) else np.uint32(0x7E00)
+    return np.uint16(half | sign)
+
+
+@njit(cache=True, forceinline=True)
+def stochastic_bits(y, word, drop):
+    """Round a float64 stochastically to ``53 - drop`` significant bits, using a 32-bit random word."""
+    bits = bitcast(y, np.int64)
+    noise = np.int64(np.uint64(word)) << np.int64(drop - 32) if drop > 32 else np.int64(word >> np.uint32(32 - drop))
+    rounded = ((bits + noise) >> np.int64(drop)) << np.int64(drop)
+    finite = (bits & np.int64(0x7FF0000000000000)) != np.int64(0x7FF0000000000000)
+    return bitcast((rounded if finite else bits), np.float64)
+
+
+__all__ = [
+    "carray",
+    "fill_words",
+    "from_bfloat16",
+    "from_float16",
+    "normal_pair",
+    "philox_block",
+    "pointer_to",
+    "sign_value",
+    "stochastic_bits",
+    "to_bfloat16",
+    "to_float16",
+    "uniform",
+]

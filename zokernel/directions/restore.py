@@ -1,0 +1,413 @@
+r"""Perturb weights and bring them back: three ways that differ in memory and in what "back" means.
+
+A zeroth-order step moves the weights to :math:`\theta + \epsilon z`, to :math:`\theta - \epsilon z`, back, and on to
+:math:`\theta' = decay\,\theta + \sum_i u_i z_i`.  Four sweeps of ``add_`` do that, and leave rounding errors behind.
+
+========  ===================  ================  =============================================================
+mode      extra memory         sweeps a step     back at theta
+========  ===================  ================  =============================================================
+``fold``  none                 3                 up to rounding: each step drifts by a few half-ulps of fp32
+``grid``  none                 3                 exactly (float32 weights, kept on a power-of-two grid)
+``copy``  one copy             3 + 3 copies      exactly, any dtype
+========  ===================  ================  =============================================================
+
+All of them update in the sweep that restores.  For the same weights, seed and calls, all repeat the same roundings.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zokernel.directions.base import Directions
+from zokernel.directions.family import Family
+from zokernel.directions.placement import place_all
+from zokernel.directions.terms import Rule
+from zokernel.errors import RunError, UsageError
+
+logger = logging.getLogger(__name__)
+
+Draw = tuple[int, int]
+"""(step, index) of a direction."""
+Update = Mapping[int, float] | Mapping[Draw, float]
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+GRID_BITS = 24
+GRID_HEADROOM = 4.0
+TAIL = 8.0
+"""No coordinate of the dense laws exceeds this in magnitude (sphere: for all but tiny dimensions)."""
+
+
+class Restore(ABC):
+    """Weights that can be moved along directions and brought back; holds the current offsets.
+
+    Args:
+        directions: Directions of directions.
+        tensors: Weights by name, changed in place.
+        seed: Seed of the run.
+
+    Attributes:
+        replays_moves: Whether replaying a journal must repeat the moves between commits to repeat the roundings.
+    """
+
+    replays_moves: ClassVar[bool] = False
+
+    def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
+        self.directions = directions
+        self.tensors = dict(tensors)
+        self.seed = seed
+        self._offsets: dict[Draw, float] = {}
+
+    @property
+    def offsets(self) -> dict[int, float]:
+        """Coefficient of each direction that the weights carry now, by index; empty at theta."""
+        return {index: offset for (_, index), offset in self._offsets.items()}
+
+    def move_to(self, step: int, offsets: Update) -> None:
+        r"""Make the weights :math:`\theta + \sum_i offsets_i z_i`, in one sweep from wherever they are.
+
+        Args:
+            step: Step whose directions the indices name.
+            offsets: Coefficient by index; ``{}`` goes back to theta.
+        """
+        target = _draws(step, offsets)
+        if target != self._offsets:
+            with uninterrupted():
+                self._move(target)
+                self._offsets = target
+
+    def commit(
+        self,
+        step: int,
+        update: Update | Mapping[str, Update],
+        decay: float | Mapping[str, float] = 1.0,
+    ) -> None:
+        r"""Make the weights :math:`\theta \leftarrow decay\,\theta + \sum_i update_i z_i`, restoring in the same sweep.
+
+        Args:
+            step: Step whose directions the indices name.
+            update: Coefficient by index, or by (step, index) for directions of other steps; or a mapping from name to
+                such coefficients, when tensors differ (parameter groups).
+            decay: Factor on theta, one for all or by name.
+        """
+        by_name = self._by_name(step, update)
+        with uninterrupted():
+            self._commit(by_name, decay)
+            self._offsets = {}
+
+    def restore(self) -> None:
+        """Bring the weights back to theta, from any state (after a NaN loss, an exception or an interrupt)."""
+        self.move_to(0, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold beside the weights (taken at theta)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a checkpoint, after its weights have been loaded.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._offsets = {}
+
+    @abstractmethod
+    def _move(self, target: dict[Draw, float]) -> None: ...
+
+    @abstractmethod
+    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None: ...
+
+    def _by_name(self, step: int, update: Update | Mapping[str, Update]) -> dict[str, dict[Draw, float]]:
+        if any(isinstance(key, str) for key in update):
+            missing = [name for name in self.tensors if name not in update]
+            if missing:
+                raise UsageError(
+                    f"There is no update for tensor {missing[0]!r}: give one for every name, or one for all."
+                )
+            return {name: _draws(step, update[name]) for name in self.tensors}  # type: ignore[index,arg-type]
+        draws = _draws(step, update)  # type: ignore[arg-type]
+        return dict.fromkeys(self.tensors, draws)
+
+    def _scales(self, by_name: Mapping[str, Mapping[Draw, float]], draws: list[Draw]) -> dict[str, list[float]]:
+        return {name: [coefficients.get(draw, 0.0) for draw in draws] for name, coefficients in by_name.items()}
+
+
+class Fold(Restore):
+    r"""Restore up to rounding, at no cost: :math:`\theta' = decay\,(current - \sum_i o_i z_i) + \sum_i u_i z_i`.
+
+    Expanded, that is one sweep with scales :math:`u_i - decay\, o_i`.  Every sweep rounds once, so a step moves each
+    float32 weight by at most three half-ulps of its largest value on the way, with zero mean.
+
+    Args:
+        directions: Directions of directions.
+        tensors: Weights by name: float32 or float64.
+        seed: Seed of the run.
+
+    Raises:
+        UsageError: If weights are bfloat16 or float16, whose roundings would not stay small.
+
+    Example:
+        >>> from zokernel.directions import Dense
+        >>> weights = {"w": torch.ones(3)}
+        >>> state = Fold(Dense("rademacher"), weights, seed=0)
+        >>> state.move_to(0, {0: 0.5}); state.move_to(0, {0: -0.5}); state.commit(0, {})
+        >>> weights["w"]
+        tensor([1., 1., 1.])
+    """
+
+    replays_moves = True
+
+    def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
+        super().__init__(directions, tensors, seed=seed)
+        low = [name for name, tensor in self.tensors.items() if tensor.dtype in LOW_PRECISION]
+        if low:
+            raise UsageError(
+                f"Tensor {low[0]!r} is {self.tensors[low[0]].dtype}: perturbing it does not restore it. Use "
+                "restore='copy', or keep the weights in float32 and autocast the forward pass."
+            )
+
+    def _move(self, target: dict[Draw, float]) -> None:
+        draws = list(target | self._offsets)
+        change = [target.get(draw, 0.0) - self._offsets.get(draw, 0.0) for draw in draws]
+        self.directions.add_(self.tensors, change, seed=self.seed, **_step_index(draws))
+
+    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+        draws = _union(update, self._offsets)
+        factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
+        scale = {
+            name: [update[name].get(draw, 0.0) - factors[name] * self._offsets.get(draw, 0.0) for draw in draws]
+            for name in self.tensors
+        }
+        self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **_step_index(draws))
+
+
+class Grid(Restore):
+    r"""Restore exactly and without memory: each float32 tensor lives on its own power-of-two grid.
+
+    With grid step :math:`q` and every magnitude below :math:`2^{24} q`, adding a multiple of q is exact.  Offsets are
+    rounded to the grid, :math:`q\,rint(\sum_i o_i z_i / q)`, so taking them off again returns the same bits; the update
+    is rounded stochastically, so that steps much smaller than q still count on average.  A tensor that comes within a
+    factor two of its bound moves to a grid twice as coarse.
+
+    Args:
+        directions: Directions of directions.
+        tensors: Weights by name: float32 and not sharded.  They are rounded to their grid at once.
+        seed: Seed of the run; also of the rounding.
+        reach: Largest total offset to make room for (the perturbation scale eps).
+
+    Raises:
+        UsageError: If weights are not float32, or are DTensors.
+        RunError: If a perturbation takes a weight past the bound of its grid.
+    """
+
+    def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, reach: float = 0.01):
+        super().__init__(directions, tensors, seed=seed)
+        self.grid: dict[str, float] = {}
+        for place in place_all(self.tensors):
+            if place.local.dtype != torch.float32:
+                raise UsageError(
+                    f"Tensor {place.name!r} is {place.local.dtype}: restore='grid' needs float32; use 'copy'."
+                )
+            if hasattr(self.tensors[place.name], "device_mesh"):
+                raise UsageError(f"Tensor {place.name!r} is a DTensor: restore='grid' needs whole tensors; use 'copy'.")
+            low, high = torch.aminmax(place.local) if place.local.numel() else (torch.zeros(()), torch.zeros(()))
+            bound = GRID_HEADROOM * max(-float(low), float(high), TAIL * reach)
+            if not math.isfinite(bound):
+                raise UsageError(f"Tensor {place.name!r} holds NaN or infinity, which no grid can hold.")
+            self.grid[place.name] = 2.0 ** (math.ceil(math.log2(bound)) - GRID_BITS)
+            self._snap(place.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the grid step of each tensor."""
+        return {"grid": dict(self.grid)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the grid steps of a checkpoint whose weights have been loaded.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        super().load_state_dict(state)
+        self.grid = dict(state["grid"])
+
+    def _move(self, target: dict[Draw, float]) -> None:
+        draws = list(target | self._offsets)
+        same = dict.fromkeys(self.tensors, target)
+        peaks = self._sweep(draws, self._scales(same, draws), Rule.GRID_MOVE, 1.0)
+        for name, peak in peaks.items():
+            bound = self.grid[name] * 2.0**GRID_BITS
+            if peak > bound:
+                raise RunError(
+                    f"A perturbation took tensor {name!r} to {peak:.3g}, past the {bound:.3g} that its grid holds: "
+                    "pass a larger reach, lower eps, or use restore='copy'."
+                )
+
+    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+        draws = _union(update, self._offsets)
+        peaks = self._sweep(draws, self._scales(update, draws), Rule.GRID_COMMIT, decay)
+        for name, peak in peaks.items():
+            while peak > self.grid[name] * 2.0 ** (GRID_BITS - 1):
+                self.grid[name] *= 2.0
+                self._snap(name)
+                logger.info("%s reached %.3g and moved to a grid of step %.3g", name, peak, self.grid[name])
+
+    def _sweep(
+        self, draws: list[Draw], scale: dict[str, list[float]], rule: Rule, decay: float | Mapping[str, float]
+    ) -> dict[str, float]:
+        old = [self._offsets.get(draw, 0.0) for draw in draws]
+        return _family(self.directions).sweep_(
+            self.tensors,
+            scale,
+            rule=rule,
+            seed=self.seed,
+            decay=decay,
+            old_scale=old,
+            grid=self.grid,
+            **_step_index(draws),
+        )
+
+    def _snap(self, name: str) -> None:
+        # Powers of two: only the rounding changes anything.
+        with torch.no_grad():
+            self.tensors[name].div_(self.grid[name]).round_().mul_(self.grid[name])
+
+
+class Copy(Restore):
+    """Restore exactly from a copy of the weights: any dtype, sharded or not, at the price of the copy.
+
+    Args:
+        directions: Directions of directions.
+        tensors: Weights by name.
+        seed: Seed of the run; also of the rounding.
+        stochastic: Round updates stochastically; by default only those of bfloat16 and float16 weights, whose nearest
+            rounding would lose most updates.
+    """
+
+    def __init__(
+        self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, stochastic: bool | None = None
+    ):
+        super().__init__(directions, tensors, seed=seed)
+        self._theta = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        self._rules = {
+            name: Rule.STOCHASTIC
+            if stochastic or (stochastic is None and tensor.dtype in LOW_PRECISION)
+            else Rule.NEAREST
+            for name, tensor in self.tensors.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the weights as they are now for theta.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        super().load_state_dict(state)
+        self._copy(self.tensors, self._theta)
+
+    def _move(self, target: dict[Draw, float]) -> None:
+        if self._offsets:
+            self._copy(self._theta, self.tensors)
+        if target:
+            self.directions.add_(self.tensors, list(target.values()), seed=self.seed, **_step_index(list(target)))
+
+    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+        if self._offsets:
+            self._copy(self._theta, self.tensors)
+        draws = _union(update, {})
+        _family(self.directions).sweep_(
+            self.tensors,
+            self._scales(update, draws),
+            rule=self._rules,
+            seed=self.seed,
+            decay=decay,
+            **_step_index(draws),
+        )
+        self._copy(self.tensors, self._theta)
+
+    @staticmethod
+    def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in target.items():
+                tensor.copy_(source[name])
+
+
+MODES: dict[str, type[Restore]] = {"fold": Fold, "grid": Grid, "copy": Copy}
+
+
+def make_restore(
+    mode: str, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, reach: float = 0.01
+) -> Restore:
+    """Make the restore mode of that name.
+
+    Args:
+        mode: ``fold``, ``grid`` or ``copy``.
+        directions: Directions of directions.
+        tensors: Weights by name, changed in place by every move and commit.
+        seed: Seed of the run.
+        reach: Largest total offset to expect (eps); only ``grid`` needs it, to size its grids.
+
+    Returns:
+        The restore object, at theta.
+
+    Raises:
+        UsageError: If there is no such mode, or it does not fit the weights.
+    """
+    if mode == "grid":
+        return Grid(directions, tensors, seed=seed, reach=reach)
+    if mode not in MODES:
+        raise UsageError(f"There is no restore mode {mode!r}: choose one of {', '.join(MODES)}.")
+    return MODES[mode](directions, tensors, seed=seed)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends, so that weights and the record of their offsets change together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending and callable(previous):
+            previous(*pending[0])
+
+
+def _family(directions: Directions) -> Family:
+    if not isinstance(directions, Family):
+        raise UsageError(
+            f"{type(directions).__name__} is no directions Family: use restore='fold', which needs only add_."
+        )
+    return directions
+
+
+def _draws(step: int, coefficients: Update) -> dict[Draw, float]:
+    return {
+        key if isinstance(key, tuple) else (step, key): float(value)
+        for key, value in coefficients.items()
+        if value != 0.0
+    }
+
+
+def _union(update: Mapping[str, Mapping[Draw, float]], offsets: Mapping[Draw, float]) -> list[Draw]:
+    # Updates come first: the first of them keys the rounding, which must not depend on where the weights came from.
+    merged: dict[Draw, None] = {}
+    for coefficients in update.values():
+        merged |= dict.fromkeys(coefficients)
+    return list(merged | dict.fromkeys(offsets))
+
+
+def _step_index(draws: list[Draw]) -> dict[str, Any]:
+    return {"step": [step for step, _ in draws], "index": [index for _, index in draws]}
