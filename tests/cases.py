@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class TiedNet(nn.Module):
 
 def mlp(sizes=(5, 7, 3), activation=nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width, following in zip(sizes[:-1], sizes[1:], strict=True):
+    for width, following in pairwise(sizes):
         layers += [nn.Linear(width, following), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -152,8 +153,7 @@ def _frozen_mlp() -> Case:
 
 def _function_case() -> Case:
     params = {"w": _x(3, 4, seed=5), "b": _x(3, seed=6)}
-    case = Case(lambda p, x: torch.sin(x @ p["w"].T + p["b"]), _x(2, 4), _x(2, 4, seed=1), params=params)
-    return case
+    return Case(lambda p, x: torch.sin(x @ p["w"].T + p["b"]), _x(2, 4), _x(2, 4, seed=1), params=params)
 
 
 def _masked_lm() -> Case:

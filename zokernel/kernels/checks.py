@@ -149,8 +149,8 @@ def check_adjoint(model: FunctionalModel, example: Batch, *, forward: bool) -> N
     if abs(direct - reverse) > tolerance * max(size, abs(direct), 1e-30):
         raise UsageError(
             f"Reverse mode disagrees with the model (<Jv,w> = {direct:.3g}, <v,J'w> = {reverse:.3g}): part of the "
-            "forward pass is hidden from autograd, by torch.no_grad(), .detach() or .data inside forward; remove it, or use "
-            "zo_entk(method='finite_difference'), which sees what the loss sees."
+            "forward pass is hidden from autograd, by torch.no_grad(), .detach() or .data inside forward; remove it, "
+            "or use zo_entk(method='finite_difference'), which sees what the loss sees."
         )
 
 
