@@ -35,3 +35,53 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the data folder beside the checkout is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_path(tmp_path_factory) -> Path:
+    """Folder of a tiny random Llama and a byte-level tokenizer that knows a few whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-lm")
+    words = ["terrible", "great", "bad", "good", "movie", "It was", "Yes", "No"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    tokenizer.train_from_iterator([f" {word} {word}" for word in words for _ in range(8)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=fast.pad_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reviews_path(tmp_path_factory) -> Path:
+    """Folder with train/validation/test .jsonl whose label is written in the sentence: easy to learn."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("tiny-reviews")
+    generator = random.Random(0)
+    for split, size in (("train", 64), ("validation", 24), ("test", 24)):
+        rows = []
+        for _ in range(size):
+            label = generator.randrange(2)
+            filler = " ".join(generator.choice(["movie", "a", "the"]) for _ in range(generator.randrange(1, 4)))
+            rows.append({"sentence": f"{filler} {('bad', 'good')[label]}", "label": label})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

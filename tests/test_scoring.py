@@ -1,0 +1,84 @@
+"""The efficient forward gives the scores of the obvious one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zokernel.errors import UsageError
+from zokernel.finetune.scoring import Collator, EncodedDataset, ScoredPositions, classification_loss, option_scores
+from zokernel.finetune.tasks import PromptTask, encode
+
+ROWS = [
+    {"sentence": "a good movie", "label": 1},
+    {"sentence": "bad", "label": 0},
+    {"sentence": "the movie the movie the movie was bad bad bad", "label": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_lm_path):
+    # float64, so that agreement is to rounding of the arithmetic and not of the storage.
+    return AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_lm_path):
+    return AutoTokenizer.from_pretrained(tiny_lm_path)
+
+
+def obvious_scores(model, examples):
+    """Mean log-probability of every option, one sequence at a time, from full logits."""
+    rows = []
+    for example in examples:
+        scores = []
+        for option in example.option_ids:
+            ids = torch.tensor([example.prompt_ids + option])
+            logprobs = model(input_ids=ids).logits.log_softmax(-1)[0]
+            at = range(len(example.prompt_ids) - 1, ids.shape[1] - 1)
+            scores.append(torch.stack([logprobs[t, token] for t, token in zip(at, option)]).mean())
+        rows.append(torch.stack(scores))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("words", [("terrible", "great"), ("terrible", "magnificent"), ("so so", "quite ok", "great")])
+def test_scores_match_one_sequence_at_a_time(model, tokenizer, words):
+    task = PromptTask("{sentence} It was", words)
+    examples = encode(task, ROWS, tokenizer)
+    dataset = EncodedDataset(examples)
+    batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(len(dataset))])
+    with torch.no_grad():
+        fast, slow = option_scores(model, batch), obvious_scores(model, examples)
+    # Single-token scores are logits: equal to log-probabilities up to a constant of the example.
+    torch.testing.assert_close(fast.double().log_softmax(-1), slow.log_softmax(-1), rtol=1e-5, atol=1e-5)
+    loss = classification_loss(fast, batch["labels"])
+    reference = torch.nn.functional.cross_entropy(slow, batch["labels"])
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert loss.dtype == torch.float32
+
+
+def test_single_token_options_take_one_row_an_example(tokenizer):
+    dataset = EncodedDataset(encode(PromptTask("{sentence} It was", ("terrible", "great")), ROWS, tokenizer))
+    batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(3)])
+    assert batch["input_ids"].shape[0] == 3
+    assert batch["targets"].shape == (3, 2)
+
+
+def test_the_head_sees_only_scored_positions_and_the_hook_is_removed(model):
+    seen = []
+    head = model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    ids = torch.randint(3, 100, (2, 7))
+    with torch.no_grad():
+        with ScoredPositions(model, torch.tensor([[6], [3]])):
+            picked = model(input_ids=ids).logits
+        full = model(input_ids=ids).logits
+    watch.remove()
+    assert seen == [(2, 1, 32), (2, 7, 32)]
+    torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]])
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(UsageError, match="no LM head"):
+        ScoredPositions(torch.nn.Linear(2, 2), torch.zeros(1, 1, dtype=torch.long))
