@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from zokernel.errors import UsageError
+
 Evaluate = Callable[[Mapping[int, float]], float]
 
 
@@ -21,33 +23,49 @@ class Estimate:
     Attributes:
         coefficients: :math:`c_i` by direction index, such that :math:`\hat g = \sum_i c_i z_i`.
         losses: Every loss evaluated, in order.
-        loss: The loss to report: the mean of ``losses`` (for symmetric estimators, :math:`L(\theta)` to second order).
+        curvature: :math:`z_p^T H z_p` of every direction, from estimators that measure it.
+        loss_std: Standard deviation of the perturbed losses, from estimators that divide by it.
     """
 
     coefficients: dict[int, float]
     losses: list[float] = field(repr=False)
+    curvature: tuple[float, ...] | None = None
+    loss_std: float | None = None
 
     @property
     def loss(self) -> float:
-        """Mean of the losses evaluated in this step."""
+        r"""Mean of the losses evaluated in this step (for symmetric estimators, :math:`L(\theta)` to second order)."""
         return sum(self.losses) / len(self.losses)
 
 
 class Estimator(Protocol):
-    r"""A gradient estimator :math:`\hat g = \sum_i c_i z_i` from forward passes.
+    r"""A gradient estimator :math:`\hat g = \sum_i c_i z_i` from forward passes."""
 
-    Attributes:
-        num_perturbations: How many directions one estimate uses.
-        num_forwards: How many times one estimate calls ``evaluate``.
-        gain: :math:`E[\hat g] = gain \cdot \nabla L` to leading order in the smoothing radius.
+    @property
+    def num_perturbations(self) -> int:
+        """How many directions one estimate uses at most."""
+        ...
+
+    def forwards_at(self, step: int) -> int:
+        """Return how many times the estimate of ``step`` calls ``evaluate``."""
+        ...
+
+    def gain_at(self, step: int) -> float:
+        r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the smoothing radius."""
+        ...
+
+    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
+        """Evaluate what is needed at ``step`` and return the projected gradients."""
+        ...
+
+
+def check_radius(eps: float, num_perturbations: int) -> None:
+    """Refuse a smoothing radius or a number of directions that is not positive.
+
+    Raises:
+        UsageError: If one of them is not.
     """
-
-    num_perturbations: int
-
-    @property
-    def num_forwards(self) -> int: ...
-
-    @property
-    def gain(self) -> float: ...
-
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate: ...
+    if not eps > 0:
+        raise UsageError(f"eps must be positive, not {eps}: 1e-3 suits most models.")
+    if num_perturbations < 1:
+        raise UsageError(f"num_perturbations must be at least 1, not {num_perturbations}.")

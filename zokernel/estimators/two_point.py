@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Evaluate
+from zokernel.estimators.base import Estimate, Evaluate, check_radius
+
+SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
@@ -20,36 +22,53 @@ class TwoPoint:
     Args:
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions an estimate; each costs two forward passes.
+        schedule: ``constant``, or ``linear``: the number of directions grows from 1 to ``num_perturbations``.
+        total_steps: Length of the run, which the linear schedule needs.
 
     Raises:
-        UsageError: If ``eps`` or ``num_perturbations`` is not positive.
+        UsageError: If a setting is out of range, or a schedule lacks ``total_steps``.
 
     Example:
-        >>> estimate = TwoPoint(eps=0.5, num_perturbations=1)(lambda offsets: offsets[0] ** 2 + offsets[0], seed=0, step=0)
+        >>> estimate = TwoPoint(eps=0.5)(lambda offsets: offsets[0] ** 2 + offsets[0], seed=0, step=0)
         >>> estimate.coefficients[0]
         1.0
+        >>> [TwoPoint(num_perturbations=4, schedule="linear", total_steps=8).directions_at(t) for t in (0, 3, 6, 8)]
+        [1, 1, 3, 4]
     """
 
     eps: float = 1e-3
     num_perturbations: int = 1
-    gain: float = 1.0
+    schedule: str = "constant"
+    total_steps: int | None = None
 
     def __post_init__(self):
-        if not self.eps > 0:
-            raise UsageError(f"eps must be positive, not {self.eps}: 1e-3 suits most models.")
-        if self.num_perturbations < 1:
-            raise UsageError(f"num_perturbations must be at least 1, not {self.num_perturbations}.")
+        check_radius(self.eps, self.num_perturbations)
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"There is no sample schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+        if self.schedule == "linear" and not self.total_steps:
+            raise UsageError("The linear sample schedule needs total_steps, the number of steps of the run.")
 
-    @property
-    def num_forwards(self) -> int:
+    def directions_at(self, step: int) -> int:
+        r"""Return the number of directions of ``step``; :math:`\max(1, \lfloor P t/T \rfloor)` when it grows."""
+        if self.schedule == "constant":
+            return self.num_perturbations
+        assert self.total_steps is not None
+        return min(self.num_perturbations, max(1, step * self.num_perturbations // self.total_steps))
+
+    def forwards_at(self, step: int) -> int:
         """Two for each direction."""
-        return 2 * self.num_perturbations
+        return 2 * self.directions_at(step)
+
+    def gain_at(self, step: int) -> float:
+        """Return one: the estimate is unbiased to leading order."""
+        return 1.0
 
     def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
         """Evaluate both ends of every direction and return the projected gradients."""
         coefficients, losses = {}, []
-        for index in range(self.num_perturbations):
+        count = self.directions_at(step)
+        for index in range(count):
             above, below = evaluate({index: self.eps}), evaluate({index: -self.eps})
-            coefficients[index] = (above - below) / (2 * self.eps) / self.num_perturbations
+            coefficients[index] = (above - below) / (2 * self.eps) / count
             losses += [above, below]
         return Estimate(coefficients, losses)

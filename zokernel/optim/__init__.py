@@ -15,7 +15,7 @@ _EXPORTS = {
     "AdamW": "first_order",
 }
 
-__all__ = ["AdamW", "KerZOO", "MeZO", "SGD", "ZerothOrderOptimizer", "get_method", "methods", "register"]
+__all__ = ["SGD", "AdamW", "KerZOO", "MeZO", "ZerothOrderOptimizer", "get_method", "methods", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,47 +6,98 @@ One step is
 
 where an estimator finds the :math:`c_p` from forward passes.  A method is a choice of directions, estimator and update;
 this class keeps the books: names of parameters, the step counter, restoring the weights when anything goes wrong.
+
+Gradient accumulation needs no support here: a step is made of losses, so a closure that returns the mean loss over
+several micro-batches accumulates them exactly, at no memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zokernel.directions import Dense, make_restore
 from zokernel.directions.base import Directions
+from zokernel.directions.family import Family
+from zokernel.directions.placement import Placement
+from zokernel.directions.terms import Term, Values
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Estimate, Estimator
+from zokernel.optim.parameters import Params, name_parameters, trainable
 
 Closure = Callable[[], Tensor | float]
-Params = nn.Module | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Move:
+    r"""One step's :math:`\theta \leftarrow decay\,\theta + \sum_i scale_i z_i`, for every parameter group.
+
+    Attributes:
+        step: Step whose directions were added.
+        scales: For every parameter group, the factor on each direction by index.
+        decays: For every parameter group, the factor on the old weights.
+    """
+
+    step: int
+    scales: tuple[dict[int, float], ...]
+    decays: tuple[float, ...]
+
+    def shrunk(self, factor: float) -> Move:
+        """Return the same move with its result multiplied by ``factor``."""
+        scales = tuple({i: factor * scale for i, scale in by_index.items()} for by_index in self.scales)
+        return Move(self.step, scales, tuple(factor * decay for decay in self.decays))
+
+
+class Given(Family):
+    """Directions that are given tensors, so that the engine can add them with its own roundings.
+
+    Args:
+        values: fp32 tensors by name.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return the given values of each tensor; see :meth:`Family.terms`."""
+        return [Values(self.values[place.name].contiguous()) for place in places]
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Optimizer whose ``step(closure)`` only evaluates the loss, without gradients.
 
     Args:
-        params: A module, an iterable of tensors or of ``(name, tensor)`` pairs, or parameter groups of either.  Directions
-            are keyed by the parameter's name, or by its position when it has none.
+        params: A module, an iterable of tensors or of ``(name, tensor)`` pairs, or parameter groups of either.
+            Directions are keyed by the parameter's name, or by its position when it has none.
         estimator: Turns forward passes into projected gradients.
         directions: Family of random directions; dense Rademacher directions when not given.
         lr: Learning rate (step size of the gradient estimate).
         weight_decay: Decoupled weight decay: every step multiplies the weights by ``1 - lr * weight_decay``.
         momentum: Heavy-ball momentum on the gradient estimate; needs one fp32 copy of the parameters when not zero.
         seed: Seed of all directions of the run.
-        restore: How the weights find back after a perturbation: ``fold`` (the default: the restore is part of the
-            update, three sweeps a step), ``grid`` (exact, no memory) or ``copy`` (exact, one copy).
+        restore: How the weights find back after a perturbation: ``fold`` (the default: up to rounding, as part of the
+            update), ``grid`` (exact, no memory, fp32 weights) or ``copy`` (exact, one copy, any dtype).
+
+    Attributes:
+        named_params: Every parameter by name.
+        step_count: Steps taken.
+        num_forwards: Times the closure was called.
+        last_estimate: Coefficients and losses of the last step.
+        last_move: What the last step added to the weights, from which it can be replayed; ``None`` for methods whose
+            update is more than scalars times directions.
+        loop_calls_step: Set by a training loop that takes the step itself and later calls ``step()`` bare.
 
     Raises:
         UsageError: If there is nothing to train, a setting is out of range, or a weight cannot be perturbed.
     """
 
     first_order: ClassVar[bool] = False
-    needs_memory_copies: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -74,24 +125,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.step_count = 0
         self.num_forwards = 0
         self.last_estimate: Estimate | None = None
+        self.last_move: Move | None = None
         # A training loop that ends each step with a bare step(), as transformers' does, takes the step itself earlier.
         self.loop_calls_step = False
-        self._restore = make_restore(restore, self.directions, self.named_params, seed=seed)
+        self.restore_mode = restore
+        if restore == "grid" and not self.is_replayable:
+            raise UsageError(
+                f"restore='grid' keeps the weights on a grid, but this {type(self).__name__} adds more than scalars "
+                "times directions and would leave it: use restore='fold' or 'copy'."
+            )
+        self._versions: list[int] = []
+        self._rebase()
 
     @property
     def forwards_per_step(self) -> int:
-        """How many times one step calls the closure."""
-        return self.estimator.num_forwards
+        """How many times the coming step calls the closure."""
+        return self.estimator.forwards_at(self.step_count)
 
     def effective_lr(self) -> float:
         r"""Return the learning rate times the estimator's mean gain, so that methods can be compared fairly.
 
         A method with :math:`E[\hat g] = C\,\nabla L` at learning rate :math:`\eta` moves, on average, as one with an
         unbiased estimator does at :math:`C \eta` (theory C.2.11).  With momentum :math:`\beta` the mean displacement is
-        a further :math:`1/(1-\beta)` larger.
+        a further :math:`1/(1-\beta)` larger.  With several parameter groups this is the first one's.
         """
         group = self.param_groups[0]
-        return group["lr"] * self.estimator.gain / (1.0 - group["momentum"])
+        return group["lr"] * self.estimator.gain_at(self.step_count) / (1.0 - group["momentum"])
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -112,114 +171,183 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if closure is None:
             if self.loop_calls_step and self.last_estimate is not None:
                 return self.last_estimate.loss
-            raise UsageError(f"{type(self).__name__}.step needs a closure that returns the loss: step(lambda: loss(...)).")
-
-        def evaluate(offsets: Mapping[int, float]) -> float:
-            self._restore.move_to(self.step_count, offsets)
-            loss = float(closure())
-            self.num_forwards += 1
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"The loss is {loss} at step {self.step_count + 1}: the weights were put back to before this step; "
-                    "lower the learning rate or eps, or train in fp32."
-                )
-            return loss
-
+            raise UsageError(
+                f"{type(self).__name__}.step needs a closure that returns the loss: step(lambda: loss(...))."
+            )
+        if [tensor._version for tensor in self.named_params.values()] != self._versions:
+            self._rebase()
+        self.before_estimate()
         try:
-            estimate = self.estimator(evaluate, seed=self.seed, step=self.step_count)
+            estimate = self.estimate(closure)
         except BaseException:
             self._restore.restore()
+            self.after_estimate()
             raise
         self.last_estimate = estimate
         self.update(estimate)
+        if not self.is_replayable:
+            self._restore.load_state_dict(self._restore.state_dict())
+        self._versions = [tensor._version for tensor in self.named_params.values()]
         self.step_count += 1
         return estimate.loss
 
+    def _rebase(self) -> None:
+        """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
+        eps = getattr(self.estimator, "eps", 0.01)
+        self._restore = make_restore(self.restore_mode, self.directions, self.named_params, seed=self.seed, reach=eps)
+        self._versions = [tensor._version for tensor in self.named_params.values()]
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether every step is scalars times seeded directions, so that :attr:`last_move` says all about it."""
+        return not any(group["momentum"] > 0 for group in self.param_groups)
+
+    def before_estimate(self) -> None:
+        """Prepare the weights or the directions of the coming step; nothing by default."""
+
+    def after_estimate(self) -> None:
+        """Undo what :meth:`before_estimate` did to the weights when a step fails; nothing by default."""
+
+    def estimate(self, closure: Closure) -> Estimate:
+        """Estimate the gradient at the weights; they may be left perturbed, for :meth:`update` to restore."""
+
+        def evaluate(offsets: Mapping[int, float]) -> float:
+            self._restore.move_to(self.step_count, offsets)
+            return self.checked(float(closure()))
+
+        return self.estimator(evaluate, seed=self.seed, step=self.step_count)
+
+    def checked(self, loss: float) -> float:
+        """Count one evaluation of the loss and return it.
+
+        Raises:
+            RunError: If it is not finite.
+        """
+        self.num_forwards += 1
+        if not math.isfinite(loss):
+            raise RunError(
+                f"The loss is {loss} at step {self.step_count + 1}: the weights were put back to before this step; "
+                "lower the learning rate or eps, or train in fp32."
+            )
+        return loss
+
     def update(self, estimate: Estimate) -> None:
         """Move the weights along the estimate: decoupled weight decay, then a plain or heavy-ball step."""
-        decay = self.decay_factors()
-        plain: dict[str, dict[int, float]] = {}
-        for group, names in self._groups():
-            heavy = group["momentum"] > 0
-            for name in names:
-                plain[name] = {} if heavy else {i: -group["lr"] * c for i, c in estimate.coefficients.items()}
-        self._restore.commit(self.step_count, plain, decay=decay)
-        for group, names in self._groups():
-            if group["momentum"] > 0:
-                self._momentum_update(group, names, estimate)
-
-    def _momentum_update(self, group: dict[str, Any], names: list[str], estimate: Estimate) -> None:
-        buffers = {}
-        for name in names:
-            state = self.state[self.named_params[name]]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(self.named_params[name], dtype=torch.float32)
-            buffers[name] = state["momentum_buffer"]
-        indices, scales = list(estimate.coefficients), list(estimate.coefficients.values())
-        self.directions.add_(
-            buffers, scales, seed=self.seed, step=self.step_count, index=indices, decay=group["momentum"]
+        heavy = [group["momentum"] > 0 for group in self.param_groups]
+        self.move(
+            [
+                {} if is_heavy else {i: -group["lr"] * c for i, c in estimate.coefficients.items()}
+                for group, is_heavy in zip(self.param_groups, heavy)
+            ]
         )
-        for name, buffer in buffers.items():
-            self.named_params[name].add_(buffer.to(self.named_params[name].dtype), alpha=-group["lr"])
+        by_name = {name: group for (group, names), h in zip(self.groups(), heavy) if h for name in names}
+        for batch in self.batches(list(by_name)):
+            buffers = self.buffers("momentum_buffer", batch)
+            self.add_estimate(buffers, estimate, decay={name: by_name[name]["momentum"] for name in batch})
+            self.add_values(buffers, {name: -by_name[name]["lr"] for name in batch})
 
-    def decay_factors(self) -> dict[str, float]:
-        """Return ``1 - lr * weight_decay`` of every parameter, by name."""
-        return {name: 1 - group["lr"] * group["weight_decay"] for group, names in self._groups() for name in names}
+    def move(self, scales: Sequence[Mapping[int, float]]) -> Move:
+        r"""Restore the weights and move them, :math:`\theta \leftarrow (1-\eta\lambda)\theta + \sum_i scale_i z_i`.
 
-    def _groups(self) -> list[tuple[dict[str, Any], list[str]]]:
+        Args:
+            scales: For every parameter group, the factor on each direction of this step by index.
+
+        Returns:
+            The move, which is also :attr:`last_move` if there is nothing more to the step.
+        """
+        decays = tuple(1 - group["lr"] * group["weight_decay"] for group in self.param_groups)
+        move = Move(self.step_count, tuple(dict(by_index) for by_index in scales), decays)
+        self.last_move = move if self.is_replayable else None
+        update: dict[str, dict[int, float]] = {}
+        decay: dict[str, float] = {}
+        for (_, names), by_index, factor in zip(self.groups(), scales, decays):
+            for name in names:
+                update[name], decay[name] = dict(by_index), factor
+        self._restore.commit(self.step_count, update, decay=decay)
+        return move
+
+    def add_estimate(
+        self, tensors: Mapping[str, Tensor], estimate: Estimate, *, decay: float | Mapping[str, float] = 1.0
+    ) -> None:
+        r"""Compute :math:`t \leftarrow decay\,t + \hat g` for tensors shaped like the parameters of their names."""
+        indices, scales = list(estimate.coefficients), list(estimate.coefficients.values())
+        self.directions.add_(tensors, scales, seed=self.seed, step=self.step_count, index=indices, decay=decay)
+
+    def add_values(self, values: Mapping[str, Tensor], factor: float | Mapping[str, float]) -> None:
+        """Add ``factor`` times fp32 tensors to the weights of their names, with the rounding of their dtype.
+
+        Weights in bf16 and fp16 are rounded stochastically: to nearest, they would lose most updates.
+        """
+        for name, value in values.items():
+            weight, scale = self.named_params[name], factor[name] if isinstance(factor, Mapping) else factor
+            if weight.dtype not in (torch.bfloat16, torch.float16):
+                weight.add_(value, alpha=scale)
+            else:
+                given = Given({name: value})
+                given.add_({name: weight}, scale, seed=self.seed, step=self.step_count, index=0, stochastic=True)
+
+    def batches(self, names: Sequence[str]) -> list[list[str]]:
+        """Split names into those that temporaries are made for at a time: one, unless directions couple the tensors."""
+        law = getattr(self.directions, "law", None)
+        together = law is not None and not law.independent
+        return [list(names)] if together else [[name] for name in names]
+
+    def buffers(self, key: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return one state tensor a parameter, in fp32 or wider and zero when new."""
+        found = {}
+        for name in names:
+            tensor = self.named_params[name]
+            state = self.state[tensor]
+            if key not in state:
+                state[key] = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            found[name] = state[key]
+        return found
+
+    def groups(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Return every parameter group with the names of its parameters."""
         by_id = {id(tensor): name for name, tensor in self.named_params.items()}
         return [(group, [by_id[id(tensor)] for tensor in group["params"]]) for group in self.param_groups]
 
+    def extra_state(self) -> dict[str, Any]:
+        """Return what must be saved beside torch's own state: the counters and the seed that address the directions."""
+        return {
+            "step": self.step_count,
+            "seed": self.seed,
+            "num_forwards": self.num_forwards,
+            "restore": self._restore.state_dict(),
+        }
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`extra_state` returned."""
+        self.step_count, self.num_forwards, self.seed = state["step"], state["num_forwards"], state["seed"]
+        self._restore.seed = self.seed
+        self._restore.load_state_dict(state["restore"])
+        self._versions = [tensor._version for tensor in self.named_params.values()]
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state: torch's own, plus the step counter and the seed that address the directions."""
-        state = super().state_dict()
-        state["zeroth_order"] = {"step": self.step_count, "seed": self.seed, "num_forwards": self.num_forwards}
-        return state
+        """Return the optimizer's state: torch's own, and under ``zeroth_order`` what addresses the directions."""
+        return super().state_dict() | {"zeroth_order": self.extra_state()}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``: the next step draws the directions that the saved run would have drawn."""
-        counters = state_dict["zeroth_order"]
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "zeroth_order"})
-        self.step_count, self.num_forwards = counters["step"], counters["num_forwards"]
-        self.seed = counters["seed"]
-        self._restore.seed = counters["seed"]
+        """Continue from ``state_dict``: the next step draws the directions that the saved run would have drawn.
 
+        State keeps the dtype it was saved with.  (torch casts it to the parameter's, which would round the fp32
+        momentum of bf16 weights.)
 
-def trainable(params: Params) -> Any:
-    """Return ``params`` in a form that ``torch.optim.Optimizer`` takes, with names where there are any."""
-    if isinstance(params, nn.Module):
-        return [(name, p) for name, p in params.named_parameters() if p.requires_grad] or _nothing_to_train()
-    if isinstance(params, Tensor):
-        raise UsageError("params must be a module or an iterable of tensors, not a single tensor: pass [tensor].")
-    params = list(params)
-    return params or _nothing_to_train()
-
-
-def _nothing_to_train() -> Any:
-    raise UsageError("There is nothing to train: no parameter has requires_grad=True.")
-
-
-def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return every parameter by name: its own, or its position as text when the groups carry no names.
-
-    Args:
-        param_groups: Groups as ``torch.optim.Optimizer`` keeps them.
-
-    Returns:
-        Name to tensor, in order.
-
-    Raises:
-        UsageError: If a weight is not floating point (quantized weights cannot be perturbed).
-    """
-    named: dict[str, Tensor] = {}
-    for group in param_groups:
-        names = group.get("param_names")
-        for position, tensor in enumerate(group["params"]):
-            name = names[position] if names else str(len(named))
-            if not tensor.is_floating_point():
-                raise UsageError(
-                    f"Parameter {name!r} is stored as {tensor.dtype}, which cannot be perturbed: "
-                    "dequantize the model, or train a LoRA adapter on top of it."
-                )
-            named[name] = tensor
-    return named
+        Raises:
+            UsageError: If the state was saved by another kind of optimizer.
+        """
+        if "zeroth_order" not in state_dict:
+            raise UsageError(
+                f"This state was not saved by a zeroth-order optimizer; {type(self).__name__} cannot load it."
+            )
+        kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
+        super().load_state_dict(kept | {"state": {}})
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        saved_ids = [saved for group in state_dict["param_groups"] for saved in group["params"]]
+        for saved, tensor in zip(saved_ids, tensors):
+            for key, value in state_dict["state"].get(saved, {}).items():
+                copied = value.detach().clone().to(tensor.device) if isinstance(value, Tensor) else value
+                self.state[tensor][key] = copied
+        self.load_extra_state(state_dict["zeroth_order"])

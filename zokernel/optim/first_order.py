@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zokernel.optim.base import Params, trainable
+from zokernel.optim.parameters import Params, trainable
 from zokernel.optim.registry import register
 
 

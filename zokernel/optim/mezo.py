@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from zokernel.directions import Dense
 from zokernel.estimators.two_point import TwoPoint
-from zokernel.optim.base import Params, ZerothOrderOptimizer
+from zokernel.optim.base import ZerothOrderOptimizer
+from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 
 
@@ -20,6 +21,8 @@ class MeZO(ZerothOrderOptimizer):
         lr: Learning rate.
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions a step; each costs two forward passes.
+        sample_schedule: ``constant``, or ``linear``: from one direction to ``num_perturbations`` over the run.
+        total_steps: Length of the run, which the linear sample schedule needs.
         distribution: Law of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         seed: Seed of all directions of the run.
         weight_decay: Decoupled weight decay.
@@ -42,6 +45,8 @@ class MeZO(ZerothOrderOptimizer):
         *,
         eps: float = 1e-3,
         num_perturbations: int = 1,
+        sample_schedule: str = "constant",
+        total_steps: int | None = None,
         distribution: str = "rademacher",
         seed: int = 0,
         weight_decay: float = 0.0,
@@ -50,7 +55,7 @@ class MeZO(ZerothOrderOptimizer):
     ):
         super().__init__(
             params,
-            estimator=TwoPoint(eps, num_perturbations),
+            estimator=TwoPoint(eps, num_perturbations, sample_schedule, total_steps),
             directions=Dense(distribution),
             lr=lr,
             weight_decay=weight_decay,

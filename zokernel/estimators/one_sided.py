@@ -1,0 +1,70 @@
+r"""One-sided differences: one forward pass a direction and one for the unperturbed weights.
+
+.. math:: c_p = \frac{1}{P} \frac{L(\theta + \epsilon z_p) - L(\theta)}{s}
+
+with :math:`s = \epsilon` (a gradient estimate with bias of order :math:`\epsilon`) or, normalised as FZOO does,
+:math:`s = \sigma`, the standard deviation of the P perturbed losses.  Then :math:`\epsilon` cancels to leading order,
+and the step has the length of normalised gradient descent.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Estimate, Evaluate, check_radius
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """Average of ``num_perturbations`` one-sided differences.
+
+    Args:
+        eps: Radius of the perturbation, in units of the weights.
+        num_perturbations: Directions an estimate; each costs one forward pass.
+        normalize: Divide by the standard deviation of the perturbed losses instead of by ``eps``.
+
+    Raises:
+        UsageError: If a setting is out of range, or one direction is to be normalised by its spread.
+
+    Example:
+        >>> estimate = OneSided(eps=0.5)(lambda offsets: 3.0 * offsets.get(0, 0.0), seed=0, step=0)
+        >>> estimate.coefficients[0]
+        3.0
+    """
+
+    eps: float = 1e-3
+    num_perturbations: int = 1
+    normalize: bool = False
+
+    def __post_init__(self):
+        check_radius(self.eps, self.num_perturbations)
+        if self.normalize and self.num_perturbations < 2:
+            raise UsageError(
+                "Normalising by the spread of the losses needs num_perturbations of at least 2; 8 is usual."
+            )
+
+    def forwards_at(self, step: int) -> int:
+        """One for each direction, and one."""
+        return self.num_perturbations + 1
+
+    def gain_at(self, step: int) -> float:
+        """Return one; when normalised, the gain depends on the losses: see :meth:`measured_gain`."""
+        return 1.0
+
+    def measured_gain(self, estimate: Estimate) -> float:
+        r"""Return :math:`\epsilon / \sigma` of a normalised estimate, the factor on its mean gradient."""
+        return self.eps / estimate.loss_std if estimate.loss_std else 0.0
+
+    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
+        """Evaluate the centre and one end of every direction and return the projected gradients."""
+        centre = evaluate({})
+        ends = [evaluate({index: self.eps}) for index in range(self.num_perturbations)]
+        if not self.normalize:
+            scale, spread = self.eps, None
+        else:
+            spread = scale = statistics.pstdev(ends)
+        # Equal losses say nothing about the gradient, so the weights stay; dividing would send them to infinity.
+        weights = [(end - centre) / scale / len(ends) if scale > 0 else 0.0 for end in ends]
+        return Estimate(dict(enumerate(weights)), [centre, *ends], loss_std=spread)

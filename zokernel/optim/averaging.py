@@ -1,0 +1,293 @@
+r"""The weighted iterate average of KerZOO's Algorithm 1, with or without storing it.
+
+.. math:: \theta^{ag}_{t+1} = \tfrac{1}{\beta_t}\theta_{t+1} + (1 - \tfrac{1}{\beta_t})\,\theta^{ag}_t, \qquad
+    \beta_t = 1 + t/6
+
+An iterate's weight grows as the fifth power of its age, so the average sits at 6/7 of the run: it lags the iterate by a
+seventh of the steps taken (theory C.2.5).
+
+Stored averages keep the *offset* :math:`D = \theta^{ag} - \theta`.  It is a hundred times smaller than the weights, so
+eight bits resolve it where they could not resolve the average itself, and moving the weights to
+:math:`\theta^{md} = \theta + (1 - 1/\beta) D` and back loses nothing to cancellation.  A step
+:math:`\theta' = d\,\theta + u + k\,\theta_0` gives
+
+.. math:: D' = (1 - \tfrac{1}{\beta}) \left(D + \theta - \theta'\right), \qquad \theta = (\theta' - u - k\theta_0) / d,
+
+where :math:`u = \sum_i scale_i z_i` is regenerated.  The journal stores no tensor at all: every iterate is an affine
+function of the last one and of the seeded directions, so the average is too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zokernel.optim.base import Move
+
+if TYPE_CHECKING:
+    from zokernel.optim.base import ZerothOrderOptimizer
+
+BLOCK = 256
+CHUNK = 1 << 20
+TERMS_A_SWEEP = 48
+
+
+def average_weight(step: int) -> float:
+    r"""Return :math:`1/\beta_t = 6/(6 + t)`, the weight that the average gives to the iterate after ``step``.
+
+    Example:
+        >>> average_weight(0), average_weight(6)
+        (1.0, 0.5)
+    """
+    return 6.0 / (6.0 + step)
+
+
+@dataclass(frozen=True)
+class AffineMove:
+    r"""One step of one parameter group: :math:`\theta' = decay\,\theta + \sum_i scale_i z_i + anchor\,\theta_0`."""
+
+    step: int
+    scales: dict[int, float]
+    decay: float
+    anchor: float = 0.0
+
+
+def split_move(move: Move, anchor: float = 0.0) -> list[AffineMove]:
+    """Return a step's move of every parameter group; ``anchor`` is the weight of the initial parameters in it."""
+    return [AffineMove(move.step, scales, decay, anchor) for scales, decay in zip(move.scales, move.decays)]
+
+
+class Average(ABC):
+    """Something that knows the averaged iterate of an optimizer's run."""
+
+    @abstractmethod
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Take a step into account, after the weights have moved; one move a parameter group."""
+
+    @abstractmethod
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        r"""Return :math:`\theta^{ag} - \theta` for some parameters."""
+
+    def extra_state(self) -> Any:
+        """Return what cannot be kept a tensor a parameter."""
+        return None
+
+    def load_extra_state(self, state: Any) -> None:
+        """Take over what :meth:`extra_state` returned."""
+        del state
+
+
+class StoredAverage(Average):
+    """The offset in fp32: one more copy of the parameters."""
+
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Advance every offset by one step."""
+        by_name = {name: move for move, (_, names) in zip(moves, optimizer.groups()) for name in names}
+        for batch in optimizer.batches(list(by_name)):
+            offsets = self.offset(optimizer, batch)
+            self._advance(optimizer, offsets, by_name)
+            self._store(optimizer, offsets, moves[0].step)
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the stored offsets themselves."""
+        return optimizer.buffers("average_offset", names)
+
+    def _advance(
+        self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], by_name: dict[str, AffineMove]
+    ) -> None:
+        step = next(iter(by_name.values())).step
+        keep = 1.0 - average_weight(step)
+        if keep == 0.0:
+            for offset in offsets.values():
+                offset.zero_()
+            return
+        scales = {name: [-keep * s / by_name[name].decay for s in by_name[name].scales.values()] for name in offsets}
+        indices = list(next(iter(by_name.values())).scales)
+        optimizer.directions.add_(offsets, scales, seed=optimizer.seed, step=step, index=indices, decay=keep)
+        for name, offset in offsets.items():
+            weight, move = optimizer.named_params[name], by_name[name]
+            if move.decay != 1.0:
+                offset.add_(weight, alpha=keep * (1.0 / move.decay - 1.0))
+            if move.anchor:
+                offset.add_(optimizer.state[weight]["initial"], alpha=-keep * move.anchor / move.decay)
+
+    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+        """Keep advanced offsets; fp32 ones were advanced in place."""
+
+
+class Int8Average(StoredAverage):
+    """The offset in eight bits, in blocks of 256 with an fp32 scale each, rounded stochastically: about 1/4 fp32 copy.
+
+    Offsets are unpacked a tensor at a time.  Rounding is unbiased, so errors of different steps average out instead of
+    freezing small changes.
+    """
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Unpack the stored offsets."""
+        found = {}
+        for name in names:
+            weight = optimizer.named_params[name]
+            state = optimizer.state[weight]
+            found[name] = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+            if "average_int8" in state:
+                dequantize(state["average_int8"], state["average_scale"], out=found[name].view(-1))
+        return found
+
+    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+        for name, offset in offsets.items():
+            state = optimizer.state[optimizer.named_params[name]]
+            if "average_int8" not in state:
+                blocks = math.ceil(offset.numel() / BLOCK)
+                state["average_int8"] = torch.zeros(offset.numel(), dtype=torch.int8, device=offset.device)
+                state["average_scale"] = torch.zeros(blocks, dtype=torch.float32, device=offset.device)
+            generator = torch.Generator(offset.device)
+            generator.manual_seed(_rounding_seed(optimizer.seed, step, name))
+            quantize_(state["average_int8"], state["average_scale"], offset.view(-1), generator)
+
+
+class JournalAverage(Average):
+    """Scalars only: the average is rebuilt by regenerating the directions of the whole run, when it is asked for."""
+
+    def __init__(self) -> None:
+        self.moves: list[list[AffineMove]] = []
+
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Write the step down."""
+        self.moves.append(list(moves))
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Rebuild the offsets by regenerating every direction of the run."""
+        factors: dict[str, tuple[list[AffineMove], float, list[float], float]] = {}
+        for number, (_, group_names) in enumerate(optimizer.groups()):
+            run = [moves[number] for moves in self.moves]
+            last, updates, initial = average_coefficients(run)
+            factors |= dict.fromkeys(group_names, (run, last, updates, initial))
+        offsets = {}
+        for name in names:
+            weight, (_, last, _, initial) = optimizer.named_params[name], factors[name]
+            offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(last - 1.0)
+            if initial:
+                offsets[name].add_(optimizer.state[weight]["initial"], alpha=initial)
+        scales = {name: _flat_scales(factors[name][0], factors[name][2]) for name in names}
+        terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
+        for begin in range(0, len(terms), TERMS_A_SWEEP):
+            part = slice(begin, begin + TERMS_A_SWEEP)
+            steps, indices = map(list, zip(*terms[part]))
+            some = {name: values[part] for name, values in scales.items()}
+            optimizer.directions.add_(offsets, some, seed=optimizer.seed, step=steps, index=indices)
+        return offsets
+
+    def extra_state(self) -> Any:
+        """Return the journal as plain numbers."""
+        return [[(m.step, dict(m.scales), m.decay, m.anchor) for m in moves] for moves in self.moves]
+
+    def load_extra_state(self, state: Any) -> None:
+        """Take a saved journal over."""
+        self.moves = [[AffineMove(*fields) for fields in moves] for moves in state]
+
+
+AVERAGES: dict[str, type[Average]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
+
+
+def average_coefficients(moves: Sequence[AffineMove]) -> tuple[float, list[float], float]:
+    r"""Express the averaged iterate by the last one and the run's updates.
+
+    With :math:`\theta_{s+1} = d_s\theta_s + u_s + k_s\theta_0` and weights :math:`w_t` of the average,
+
+    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s\,(u_s + k_s \theta_0), \qquad
+        c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\; A = c_{T-1} + w_T.
+
+    Args:
+        moves: The run's moves of one parameter group, from its first step on.
+
+    Returns:
+        The factor on the last iterate, one on each move's update, and one on the initial weights.
+
+    Example:
+        >>> moves = [AffineMove(t, {0: 1.0}, 1.0) for t in range(3)]
+        >>> last, updates, initial = average_coefficients(moves)
+        >>> round(last, 12), [round(c, 4) for c in updates]
+        (1.0, [-0.0, -0.0357, -0.25])
+    """
+    weights = [average_weight(move.step) for move in moves]
+    remaining = 1.0
+    for t in reversed(range(len(moves))):
+        weights[t], remaining = weights[t] * remaining, remaining * (1.0 - weights[t])
+    factors, carried, initial = [], 0.0, 0.0
+    for s, move in enumerate(moves):
+        # weights[s - 1] is the weight of the iterate before step s; the initial one has none, because beta_0 is one.
+        carried = (carried + (weights[s - 1] if s else 0.0)) / move.decay
+        factors.append(-carried)
+        initial -= carried * move.anchor
+    return carried + (weights[-1] if weights else 1.0), factors, initial
+
+
+def _flat_scales(moves: Sequence[AffineMove], factors: Sequence[float]) -> list[float]:
+    return [factor * scale for move, factor in zip(moves, factors) for scale in move.scales.values()]
+
+
+def quantize_(codes: Tensor, scales: Tensor, values: Tensor, generator: torch.Generator) -> None:
+    """Round ``values`` stochastically to eight bits with one scale a block of 256, into ``codes`` and ``scales``.
+
+    Args:
+        codes: (n,) int8, overwritten.
+        scales: (ceil(n / 256),) float32, overwritten: the blocks' largest magnitudes over 127.
+        values: (n,) float32.
+        generator: Source of the rounding.
+
+    Example:
+        >>> codes, scales = torch.zeros(3, dtype=torch.int8), torch.zeros(1)
+        >>> quantize_(codes, scales, torch.tensor([0.0, 1.27, -0.5]), torch.Generator().manual_seed(0))
+        >>> codes.tolist()[:2], round(float(scales[0]), 6)
+        ([0, 127], 0.01)
+    """
+    for begin, end in _chunks(values.numel()):
+        blocks, length = _blocks(values[begin:end])
+        scale = blocks.abs().amax(dim=1) / 127.0
+        first = begin // BLOCK
+        scales[first : first + len(scale)] = scale
+        noise = torch.rand(blocks.shape, generator=generator, device=values.device)
+        steps = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
+        # The largest magnitude sits on +-127 up to rounding, so the clamp never changes a value by more than an ulp.
+        codes[begin:end] = torch.floor(steps + noise).clamp_(-127, 127).view(-1)[:length].to(torch.int8)
+
+
+def dequantize(codes: Tensor, scales: Tensor, *, out: Tensor) -> None:
+    """Write what ``codes`` and ``scales`` of :func:`quantize_` stand for to ``out``, (n,) float32."""
+    for begin, end in _chunks(codes.numel()):
+        first, last = begin // BLOCK, math.ceil(end / BLOCK)
+        per_value = scales[first:last].repeat_interleave(BLOCK)[: end - begin]
+        torch.mul(codes[begin:end], per_value, out=out[begin:end])
+
+
+def _chunks(count: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, count, CHUNK):
+        yield begin, min(begin + CHUNK, count)
+
+
+def _blocks(values: Tensor) -> tuple[Tensor, int]:
+    length = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -length % BLOCK))
+    return padded.view(-1, BLOCK), length
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rounding_seed(seed: int, step: int, name: str) -> int:
+    """Seed of one tensor's rounding at one step; a pure function, so that resumed runs round alike."""
+    digest = hashlib.blake2b(f"average/{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def total_norm(tensors: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean norm over all tensors, accumulated in fp32 or wider."""
+    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(t, dtype=_wide(t))) ** 2 for t in tensors.values()))

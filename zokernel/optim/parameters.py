@@ -1,0 +1,108 @@
+"""What is trained: parameters with names, and which of them decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from zokernel.errors import UsageError
+
+Params = nn.Module | Iterable[Any]
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
+
+
+def trainable(params: Params) -> Any:
+    """Return ``params`` in a form that ``torch.optim.Optimizer`` takes, with names where there are any.
+
+    Args:
+        params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
+
+    Returns:
+        The parameters; of a module, those with ``requires_grad``.
+
+    Raises:
+        UsageError: If there is nothing to train.
+    """
+    if isinstance(params, nn.Module):
+        params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+    if isinstance(params, Tensor):
+        raise UsageError("params must be a module or an iterable of tensors, not a single tensor: pass [tensor].")
+    params = list(params)
+    if not params:
+        raise UsageError("There is nothing to train: no parameter has requires_grad=True.")
+    return params
+
+
+def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return every parameter by name: its own, or its position as text when the groups carry no names.
+
+    Args:
+        param_groups: Groups as ``torch.optim.Optimizer`` keeps them.
+
+    Returns:
+        Name to tensor, in order.
+
+    Raises:
+        UsageError: If two parameters share a name, or one is quantized, which cannot be perturbed.
+    """
+    named: dict[str, Tensor] = {}
+    for group in param_groups:
+        names = group.get("param_names")
+        for position, tensor in enumerate(group["params"]):
+            name = names[position] if names else str(len(named))
+            if name in named:
+                raise UsageError(f"Two parameters are named {name!r}: directions are keyed by name, so rename one.")
+            if not tensor.is_floating_point():
+                raise UsageError(
+                    f"Parameter {name!r} is stored as {tensor.dtype}, which cannot be perturbed: "
+                    "dequantize the model, or train a LoRA adapter on top of it."
+                )
+            named[name] = tensor
+    return named
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split a module's trainable parameters into one group that decays and one that does not.
+
+    Matrices (two or more dimensions) of any module decay; biases and other vectors, and everything that belongs to a
+    normalisation layer, do not.  The owner's type decides, not the parameter's name, so LLaMA's ``model.norm`` or a
+    layer called ``bias_net`` come out right.  Layers count as normalisation when they are one of torch's, or their
+    class is called ``...Norm`` as the RMS norms of transformers are.
+
+    Args:
+        module: The model.
+        weight_decay: Decay of the first group.
+
+    Returns:
+        Parameter groups for an optimizer, named; empty ones are left out.
+
+    Example:
+        >>> groups = decay_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+        >>> [(group["weight_decay"], [name for name, _ in group["params"]]) for group in groups]
+        [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
+    """
+    owners: dict[int, nn.Module] = {}
+    for owner in module.modules():
+        for tensor in owner.parameters(recurse=False):
+            owners.setdefault(id(tensor), owner)
+    decaying: list[tuple[str, Tensor]] = []
+    resting: list[tuple[str, Tensor]] = []
+    for name, tensor in module.named_parameters():
+        if tensor.requires_grad:
+            decays = tensor.ndim >= 2 and not is_norm(owners[id(tensor)])
+            (decaying if decays else resting).append((name, tensor))
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": resting, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a normalisation layer.
+
+    Example:
+        >>> is_norm(nn.RMSNorm(4)), is_norm(nn.Linear(4, 4))
+        (True, False)
+    """
+    return isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm")
