@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zokernel.errors import RunError
 from zokernel.optim.base import Move
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 BLOCK = 256
 CHUNK = 1 << 20
 TERMS_A_SWEEP = 48
+LARGEST_FACTOR = 1e3
 
 
 def average_weight(step: int) -> float:
@@ -157,6 +159,8 @@ class JournalAverage(Average):
 
     def __init__(self) -> None:
         self.moves: list[list[AffineMove]] = []
+        # Coefficients by parameter group, for a journal of the length they were computed at.
+        self._known: tuple[int, dict[int, tuple[float, list[float]]]] = (0, {})
 
     def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
         """Write the step down."""
@@ -164,18 +168,17 @@ class JournalAverage(Average):
 
     def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
         """Rebuild the offsets by regenerating every direction of the run."""
-        factors: dict[str, tuple[list[AffineMove], float, list[float], float]] = {}
+        offsets: dict[str, Tensor] = {}
+        scales: dict[str, list[float]] = {}
         for number, (_, group_names) in enumerate(optimizer.groups()):
-            run = [moves[number] for moves in self.moves]
-            last, updates, initial = average_coefficients(run)
-            factors |= dict.fromkeys(group_names, (run, last, updates, initial))
-        offsets = {}
-        for name in names:
-            weight, (_, last, _, initial) = optimizer.named_params[name], factors[name]
-            offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(last - 1.0)
-            if initial:
-                offsets[name].add_(optimizer.state[weight]["initial"], alpha=initial)
-        scales = {name: _flat_scales(factors[name][0], factors[name][2]) for name in names}
+            for name in set(group_names) & set(names):
+                weight = optimizer.named_params[name]
+                initial = optimizer.state[weight].get("initial")
+                end, scales[name] = self._coefficients(number, from_first=initial is not None)
+                if initial is None:
+                    offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(end - 1.0)
+                else:
+                    offsets[name] = initial.to(_wide(weight), copy=True).mul_(end).sub_(weight)
         terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
         for begin in range(0, len(terms), TERMS_A_SWEEP):
             part = slice(begin, begin + TERMS_A_SWEEP)
@@ -183,6 +186,17 @@ class JournalAverage(Average):
             some = {name: values[part] for name, values in scales.items()}
             optimizer.directions.add_(offsets, some, seed=optimizer.seed, step=steps, index=indices)
         return offsets
+
+    def _coefficients(self, group: int, *, from_first: bool) -> tuple[float, list[float]]:
+        """Factor on the last or the initial weights, and one on every direction of the run, for a parameter group."""
+        if self._known[0] != len(self.moves):
+            self._known = len(self.moves), {}
+        if group not in self._known[1]:
+            run = [moves[group] for moves in self.moves]
+            end, updates = coefficients_from_first(run) if from_first else coefficients_from_last(run)
+            flat = [factor * scale for move, factor in zip(run, updates) for scale in move.scales.values()]
+            self._known[1][group] = end, flat
+        return self._known[1][group]
 
     def extra_state(self) -> Any:
         """Return the journal as plain numbers."""
@@ -196,41 +210,81 @@ class JournalAverage(Average):
 AVERAGES: dict[str, type[Average]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
 
 
-def average_coefficients(moves: Sequence[AffineMove]) -> tuple[float, list[float], float]:
-    r"""Express the averaged iterate by the last one and the run's updates.
+def iterate_weights(steps: Sequence[int]) -> list[float]:
+    r"""Return the weight :math:`w_{t+1}` of the iterate after each step in the average after the last.
 
-    With :math:`\theta_{s+1} = d_s\theta_s + u_s + k_s\theta_0` and weights :math:`w_t` of the average,
+    Example:
+        >>> [round(w, 4) for w in iterate_weights(range(3))]
+        [0.0357, 0.2143, 0.75]
+    """
+    weights, remaining = [average_weight(step) for step in steps], 1.0
+    for t in reversed(range(len(weights))):
+        weights[t], remaining = weights[t] * remaining, remaining * (1.0 - weights[t])
+    return weights
 
-    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s\,(u_s + k_s \theta_0), \qquad
-        c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\; A = c_{T-1} + w_T.
+
+def coefficients_from_last(moves: Sequence[AffineMove]) -> tuple[float, list[float]]:
+    r"""Express the averaged iterate by the last one and the run's updates, going backwards.
+
+    With :math:`\theta_{s+1} = d_s\theta_s + u_s` and weights :math:`w_t` of the average,
+
+    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s u_s, \quad c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\; A = c_{T-1} + w_T.
 
     Args:
         moves: The run's moves of one parameter group, from its first step on.
 
     Returns:
-        The factor on the last iterate, one on each move's update, and one on the initial weights.
+        The factor on the last iterate, and one on each move's update.
+
+    Raises:
+        RunError: If decay has shrunk the weights so much that going back would magnify their rounding errors.
 
     Example:
-        >>> moves = [AffineMove(t, {0: 1.0}, 1.0) for t in range(3)]
-        >>> last, updates, initial = average_coefficients(moves)
+        >>> last, updates = coefficients_from_last([AffineMove(t, {0: 1.0}, 1.0) for t in range(3)])
         >>> round(last, 12), [round(c, 4) for c in updates]
         (1.0, [-0.0, -0.0357, -0.25])
     """
-    weights = [average_weight(move.step) for move in moves]
-    remaining = 1.0
-    for t in reversed(range(len(moves))):
-        weights[t], remaining = weights[t] * remaining, remaining * (1.0 - weights[t])
-    factors, carried, initial = [], 0.0, 0.0
+    weights = iterate_weights([move.step for move in moves])
+    factors, carried = [], 0.0
     for s, move in enumerate(moves):
         # weights[s - 1] is the weight of the iterate before step s; the initial one has none, because beta_0 is one.
         carried = (carried + (weights[s - 1] if s else 0.0)) / move.decay
         factors.append(-carried)
-        initial -= carried * move.anchor
-    return carried + (weights[-1] if weights else 1.0), factors, initial
+    last = carried + weights[-1] if moves else 1.0
+    if abs(last) > LARGEST_FACTOR:
+        raise RunError(
+            f"Decay or projection shrank the weights so much that rebuilding their average from the journal would "
+            f"magnify rounding errors {last:.3g} times: use averaging='fp32' or 'int8'."
+        )
+    return last, factors
 
 
-def _flat_scales(moves: Sequence[AffineMove], factors: Sequence[float]) -> list[float]:
-    return [factor * scale for move, factor in zip(moves, factors) for scale in move.scales.values()]
+def coefficients_from_first(moves: Sequence[AffineMove]) -> tuple[float, list[float]]:
+    r"""Express the averaged iterate by the initial weights and the run's updates, going forwards.
+
+    With :math:`\theta_{s+1} = d_s\theta_s + u_s + k_s\theta_0`,
+
+    .. math:: \theta^{ag} = \Big(d_0\lambda_1 + \sum_s k_s \lambda_{s+1}\Big)\theta_0 + \sum_s \lambda_{s+1} u_s, \qquad
+        \lambda_t = w_t + d_t \lambda_{t+1}.
+
+    Args:
+        moves: The run's moves of one parameter group, from its first step on.
+
+    Returns:
+        The factor on the initial weights, and one on each move's update.
+
+    Example:
+        >>> first, updates = coefficients_from_first([AffineMove(t, {0: 1.0}, 1.0) for t in range(3)])
+        >>> round(first, 12), [round(c, 4) for c in updates]
+        (1.0, [1.0, 0.9643, 0.75])
+    """
+    weights = iterate_weights([move.step for move in moves])
+    factors, carried, first = [0.0] * len(moves), 0.0, 0.0
+    for s in reversed(range(len(moves))):
+        carried = weights[s] + (moves[s + 1].decay * carried if s + 1 < len(moves) else 0.0)
+        factors[s] = carried
+        first += moves[s].anchor * carried
+    return (first + moves[0].decay * carried if moves else 1.0), factors
 
 
 def quantize_(codes: Tensor, scales: Tensor, values: Tensor, generator: torch.Generator) -> None:

@@ -186,7 +186,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.last_estimate = estimate
         self.update(estimate)
         if not self.is_replayable:
-            self._restore.load_state_dict(self._restore.state_dict())
+            self.resync()
         self._versions = [tensor._version for tensor in self.named_params.values()]
         self.step_count += 1
         return estimate.loss
@@ -196,6 +196,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         eps = getattr(self.estimator, "eps", 0.01)
         self._restore = make_restore(self.restore_mode, self.directions, self.named_params, seed=self.seed, reach=eps)
         self._versions = [tensor._version for tensor in self.named_params.values()]
+
+    def resync(self) -> None:
+        """Tell the restore mode that the weights, changed by more than moves along directions, are the ones to keep."""
+        self._restore.load_state_dict(self._restore.state_dict())
 
     @property
     def is_replayable(self) -> bool:

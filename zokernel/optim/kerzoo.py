@@ -195,6 +195,7 @@ class KerZOO(ZerothOrderOptimizer):
             for batch in self.batches(list(self.named_params)):
                 for name, offset in self._average.offset(self, batch).items():
                     self.named_params[name].add_(offset, alpha=factor * share)
+            self.resync()
 
     def update(self, estimate: Estimate) -> None:
         """Step, project and average."""
