@@ -39,8 +39,8 @@ def clean_eigenvalues(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> np.
     Raises:
         UsageError: If there is none, one is not finite, one is clearly negative or all are zero.
     """
-    given = torch.as_tensor(eigenvalues).detach().cpu()
-    given = given if given.is_floating_point() else given.double()
+    given = eigenvalues if isinstance(eigenvalues, Tensor) else torch.as_tensor(np.asarray(eigenvalues))
+    given = given.detach().cpu() if given.is_floating_point() else given.detach().cpu().double()
     values = np.atleast_1d(given.double().numpy())
     if values.ndim != 1 or values.size == 0:
         raise UsageError(f"Eigenvalues must be a list of numbers, not an array of shape {values.shape}.")
