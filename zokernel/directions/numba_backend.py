@@ -16,12 +16,23 @@ import numpy as np
 import torch
 
 from zokernel.directions.gaussian_math import GROUP
-from zokernel.directions.numba_kernels import JOB, SEGMENT, TERM, add_signs, run_segments, squared_norm
+from zokernel.directions.numba_kernels import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    JOB,
+    SEGMENT,
+    TERM,
+    add_signs,
+    run_segments,
+    squared_norm,
+)
 from zokernel.directions.terms import Factors, Job, Noise, Rule, Values, affine
 
 SEGMENT_LENGTH = 1 << 18
 LAW_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NOISE, FACTORS, VALUES = 0, 1, 2
 SHARES_PER_THREAD = 8
 
@@ -65,7 +76,7 @@ def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel:
 
 
 def _is_plain_signs(job: Job) -> bool:
-    if job.rule != Rule.NEAREST or job.place.local.dtype == torch.float64:
+    if job.rule != Rule.NEAREST or job.place.local.dtype != torch.float32:
         return False
     if len(job.terms) != 1 or not 0.5 <= job.decay <= 2.0:
         return False

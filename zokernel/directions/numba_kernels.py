@@ -7,24 +7,27 @@ arrays of one tile that stay in cache.  Tables are read by field name; ``numba_b
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from zokernel.directions.gaussian_math import BITS_PER_BLOCK, GROUP, PLANE
 from zokernel.directions.numba_math import (
-    bitcast,
+    SIGNS,
+    add_signs_to,
     carray,
+    compiled,
     fill_words,
     from_bfloat16,
     from_float16,
+    inlined,
     normal_pair,
     philox_block,
     pointer_to,
-    sign_value,
     stochastic_bits,
+    store_signs,
     to_bfloat16,
     to_float16,
     uniform,
 )
+from zokernel.directions.terms import Rule
 
 TILE = 8 * GROUP
 BLOCKS = TILE // 4
@@ -54,93 +57,98 @@ TERM = _table(
 SEGMENT = _table({"job": _I8, "address": _U8, **dict.fromkeys(("position", "length", "stride", "local"), _I8)})
 
 
-_SIGN_SHIFT = np.uint32(31)
-_ONE = np.uint32(1)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
+NEAREST, STOCHASTIC, GRID_MOVE, GRID_COMMIT = (int(rule) for rule in Rule)
+
+_ONE = np.float32(1)
+_BYTES = np.uint64(4 * SIGNS)
+_U3, _U7 = np.uint64(3), np.uint64(7)
 _TO_UNIT = 2.0**-32
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fill_noise(z, words, law, base, count, step, index, key0, key1):
     """Write a law's values at positions ``base`` to ``base + count`` into ``z``, rounded up to whole groups."""
     if law == 0:
+        address = np.uint64(z.ctypes.data)
         for b in range((count + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
-            block = philox_block(np.uint64(base // BITS_PER_BLOCK + b), step, index, key0, key1)
-            for k in range(4):
-                word = np.uint32(block[k])
-                begin = b * BITS_PER_BLOCK + 32 * k
-                for j in range(32):
-                    z[begin + j] = sign_value(word, np.uint32(j))
+            w0, w1, w2, w3 = philox_block(np.uint64(base // BITS_PER_BLOCK + b), step, index, key0, key1)
+            store_signs(address, np.uint32(w0), _ONE)
+            store_signs(address + _BYTES, np.uint32(w1), _ONE)
+            store_signs(address + _BYTES + _BYTES, np.uint32(w2), _ONE)
+            store_signs(address + _BYTES + _BYTES + _BYTES, np.uint32(w3), _ONE)
+            address += np.uint64(4 * BITS_PER_BLOCK)
         return
     groups = (count + GROUP - 1) // GROUP
     fill_words(words, np.uint64(base // 4), groups * PLANE, step, index, key0, key1)
     for g in range(groups):
-        begin, plane = g * GROUP, g * PLANE
+        # Slices, so that indices are plainly in range and the loops below vectorize.
+        begin, end = g * PLANE, (g + 1) * PLANE
+        w0, w1, w2, w3 = words[0][begin:end], words[1][begin:end], words[2][begin:end], words[3][begin:end]
+        group = z[g * GROUP : (g + 1) * GROUP]
+        z0, z1, z2, z3 = group[:PLANE], group[PLANE : 2 * PLANE], group[2 * PLANE : 3 * PLANE], group[3 * PLANE :]
         if law == 1:
             for j in range(PLANE):
-                first, second = normal_pair(words[0, plane + j], words[1, plane + j])
-                third, fourth = normal_pair(words[2, plane + j], words[3, plane + j])
-                z[begin + j] = first
-                z[begin + PLANE + j] = second
-                z[begin + 2 * PLANE + j] = third
-                z[begin + 3 * PLANE + j] = fourth
+                z0[j], z1[j] = normal_pair(w0[j], w1[j])
+            for j in range(PLANE):
+                z2[j], z3[j] = normal_pair(w2[j], w3[j])
         else:
-            for k in range(4):
-                for j in range(PLANE):
-                    z[begin + k * PLANE + j] = uniform(words[k, plane + j])
+            for j in range(PLANE):
+                z0[j], z1[j], z2[j], z3[j] = uniform(w0[j]), uniform(w1[j]), uniform(w2[j]), uniform(w3[j])
 
 
-@njit(cache=True, nogil=True)
-def fill_product(z, low, high, shift, term):
-    """Write entries ``low`` to ``high`` (row-major) of left @ right into ``z`` from ``shift`` on."""
+@compiled
+def fill_product(out, low, term):
+    """Write the entries of left @ right from row-major position ``low`` on into ``out``."""
     rank, columns = term.rank, term.columns
     right = carray(pointer_to(term.second, np.float32), rank * columns)
-    at = low
-    while at < high:
-        row, column = at // columns, at % columns
-        n = min(columns - column, high - at)
-        begin = shift + at - low
+    done = 0
+    while done < out.size:
+        row, column = (low + done) // columns, (low + done) % columns
+        n = min(columns - column, out.size - done)
         left = carray(pointer_to(term.first + np.uint64(4 * row * rank), np.float32), rank)
-        out = z[begin : begin + n]
-        out[:] = np.float32(0)
+        part = out[done : done + n]
+        part[:] = np.float32(0)
         for k in range(rank):
-            factor = left[k]
-            entries = right[k * columns + column : k * columns + column + n]
-            for j in range(n):
-                out[j] += factor * entries[j]
-        at += n
+            accumulate(part, right[k * columns + column : k * columns + column + n], left[k])
+        done += n
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fill_term(z, words, term, base, low, high, local):
     """Write one term at positions ``low`` to ``high`` into ``z``, which starts at position ``base``."""
-    shift, n = low - base, high - low
+    out = z[low - base : high - base]
     if term.kind == 0:
         fill_noise(z, words, term.law, base, high - base, term.step, term.index, term.key0, term.key1)
         if term.first != 0:
-            mask = carray(pointer_to(term.first, np.uint8), (local + n + 7) // 8)
-            for j in range(n):
-                bit = (mask[(local + j) >> 3] >> np.uint8((local + j) & 7)) & np.uint8(1)
-                z[shift + j] *= np.float32(bit)
+            apply_mask(out, carray(pointer_to(term.first, np.uint8), (local + out.size + 7) // 8), local)
     elif term.kind == 1:
-        fill_product(z, low, high, shift, term)
+        fill_product(out, low, term)
     else:
-        values = carray(pointer_to(term.first, np.float32), high)
-        for j in range(n):
-            z[shift + j] = values[low + j]
+        out[:] = carray(pointer_to(term.first, np.float32), high)[low:]
     gain = np.float32(term.gain)
-    if gain != np.float32(1):
-        for j in range(shift, shift + n):
-            z[j] *= gain
+    if gain != _ONE:
+        for j in range(out.size):
+            out[j] *= gain
 
 
-@njit(cache=True, nogil=True)
-def accumulate(acc, z, scale, begin, end):
+@compiled
+def apply_mask(out, mask, local):
+    """Zero the elements of ``out`` whose bit of ``mask`` is clear; ``local`` is the bit of the first."""
+    for j in range(out.size):
+        at = np.uint64(local + j)
+        bit = np.uint8(mask[at >> _U3] >> np.uint8(at & _U7)) & np.uint8(1)
+        out[j] *= np.float32(bit)
+
+
+@compiled
+def accumulate(acc, z, scale):
     """Add ``scale * z`` to ``acc``, in the precision of ``acc``."""
-    for j in range(begin, end):
+    for j in range(acc.size):
         acc[j] += scale * z[j]
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def affine(x, keep, shift, acc):
     """Return ``keep x + (shift x + acc)``; a weight without decay is not multiplied at all."""
     if shift == 0 and keep == 1:
@@ -148,147 +156,168 @@ def affine(x, keep, shift, acc):
     return keep * x + (shift * x + acc)
 
 
-@njit(cache=True, nogil=True)
-def store_nearest(dtype, address, stride, n, keep, shift, acc):
-    """Store the affine update of ``n`` float32 or 16-bit weights, rounded to nearest."""
-    a, b = np.float32(keep), np.float32(shift)
-    if dtype == 0:
-        x = carray(pointer_to(address, np.float32), 1 + (n - 1) * stride)
-        if stride == 1:
-            for j in range(n):
-                x[j] = affine(x[j], a, b, acc[j])
-        else:
-            for j in range(n):
-                x[j * stride] = affine(x[j * stride], a, b, acc[j])
-        return
-    half = carray(pointer_to(address, np.uint16), 1 + (n - 1) * stride)
-    if dtype == 2:
-        for j in range(n):
-            half[j * stride] = to_bfloat16(affine(from_bfloat16(half[j * stride]), a, b, acc[j]))
+@compiled
+def store_nearest(x, code, keep, shift, acc):
+    """Store the affine update of weights (bfloat16 and float16 as uint16), rounded to nearest."""
+    if code == BFLOAT16:
+        for j in range(acc.size):
+            x[j] = to_bfloat16(affine(from_bfloat16(x[j]), keep, shift, acc[j]))
     else:
-        for j in range(n):
-            half[j * stride] = to_float16(affine(from_float16(half[j * stride]), a, b, acc[j]))
+        for j in range(acc.size):
+            x[j] = to_float16(affine(from_float16(x[j]), keep, shift, acc[j]))
 
 
-@njit(cache=True, nogil=True)
-def store_double(address, stride, n, keep, shift, acc):
-    """Store the affine update of ``n`` float64 weights."""
-    x = carray(pointer_to(address, np.float64), 1 + (n - 1) * stride)
-    for j in range(n):
-        x[j * stride] = affine(x[j * stride], keep, shift, acc[j])
+@compiled
+def store_float(x, keep, shift, acc):
+    """Store the affine update of float32 or float64 weights."""
+    for j in range(acc.size):
+        x[j] = affine(x[j], keep, shift, acc[j])
 
 
-@njit(cache=True, nogil=True)
-def store_stochastic(dtype, address, stride, n, keep, shift, acc, words):
-    """Store the affine update of ``n`` weights of 16 or 32 bits, rounded stochastically."""
-    if dtype == 0:
-        x = carray(pointer_to(address, np.float32), 1 + (n - 1) * stride)
-        for j in range(n):
-            y = affine(np.float64(x[j * stride]), keep, shift, acc[j])
-            x[j * stride] = np.float32(stochastic_bits(y, words[j], 29))
-        return
-    half = carray(pointer_to(address, np.uint16), 1 + (n - 1) * stride)
-    if dtype == 2:
-        for j in range(n):
-            y = affine(np.float64(from_bfloat16(half[j * stride])), keep, shift, acc[j])
-            half[j * stride] = to_bfloat16(np.float32(stochastic_bits(y, words[j], 45)))
+@compiled
+def store_stochastic(x, half, code, keep, shift, acc, random):
+    """Store the affine update, rounded stochastically: float32 weights are ``x``, 16-bit ones ``half``."""
+    if code == FLOAT32:
+        for j in range(acc.size):
+            y = affine(np.float64(x[j]), keep, shift, acc[j])
+            x[j] = np.float32(stochastic_bits(y, random[j], 29))
+    elif code == BFLOAT16:
+        for j in range(acc.size):
+            y = affine(np.float64(from_bfloat16(half[j])), keep, shift, acc[j])
+            half[j] = to_bfloat16(np.float32(stochastic_bits(y, random[j], 45)))
     else:
-        for j in range(n):
-            y = affine(np.float64(from_float16(half[j * stride])), keep, shift, acc[j])
+        for j in range(acc.size):
+            y = affine(np.float64(from_float16(half[j])), keep, shift, acc[j])
             # Below 2^-14 float16 has a fixed unit of 2^-24.
-            fixed = np.floor(y * 2.0**24 + words[j] * _TO_UNIT) * 2.0**-24
-            rounded = fixed if abs(y) < 2.0**-14 else stochastic_bits(y, words[j], 42)
-            half[j * stride] = to_float16(np.float32(rounded))
+            fixed = np.floor(y * 2.0**24 + np.float64(random[j]) * _TO_UNIT) * 2.0**-24
+            rounded = fixed if abs(y) < 2.0**-14 else stochastic_bits(y, random[j], 42)
+            half[j] = to_float16(np.float32(rounded))
 
 
-@njit(cache=True, nogil=True)
-def store_grid(address, stride, n, job, commit, acc, old, words):
-    """Move ``n`` float32 weights along their grid; return the largest magnitude reached."""
-    x = carray(pointer_to(address, np.float32), 1 + (n - 1) * stride)
+@compiled
+def store_grid(x, job, acc, old, random):
+    """Move float32 weights along their grid; return the largest magnitude reached."""
     grid, per_grid = np.float32(job.grid), np.float32(1.0 / job.grid)
-    peak = np.float32(0)
-    for j in range(n):
-        value = x[j * stride]
-        before = np.float32(np.rint(old[j] * per_grid)) * grid
-        if commit:
-            theta = value - before
+    if job.rule == GRID_COMMIT:
+        for j in range(acc.size):
+            theta = x[j] - np.float32(np.rint(old[j] * per_grid)) * grid
             change = np.float64(theta) * job.decay_minus_one + np.float64(acc[j])
-            moved = theta + np.float32(np.floor(change / job.grid + words[j] * _TO_UNIT) * job.grid)
-        else:
-            moved = value + (np.float32(np.rint(acc[j] * per_grid)) * grid - before)
-        x[j * stride] = moved
-        peak = max(peak, abs(moved))
+            floor = np.floor(change / job.grid + np.float64(random[j]) * _TO_UNIT)
+            x[j] = theta + np.float32(floor * job.grid)
+    else:
+        for j in range(acc.size):
+            before = np.float32(np.rint(old[j] * per_grid)) * grid
+            x[j] += np.float32(np.rint(acc[j] * per_grid)) * grid - before
+    peak = np.float32(0)
+    for j in range(acc.size):
+        peak = max(peak, abs(x[j]))
     return peak
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def rounding_words(out, words, base, count, job):
     """Write one random word an element into ``out``, positions ``base`` to ``base + count``."""
     groups = (count + GROUP - 1) // GROUP
     fill_words(words, np.uint64(base // 4), groups * PLANE, job.step, job.index, job.key0, job.key1)
     for g in range(groups):
         for k in range(4):
-            for j in range(PLANE):
-                out[g * GROUP + k * PLANE + j] = words[k, g * PLANE + j]
+            out[g * GROUP + k * PLANE : g * GROUP + (k + 1) * PLANE] = words[k][g * PLANE : (g + 1) * PLANE]
 
 
-@njit(cache=True, nogil=True)
+@compiled
+def gather(scratch, address, width, n, stride, back):
+    """Copy ``n`` strided elements of ``width`` bytes to contiguous scratch memory, or back."""
+    if width == 2:
+        half, half_scratch = carray(pointer_to(address, np.uint16), 1 + (n - 1) * stride), scratch.view(np.uint16)
+        _exchange(half, half_scratch, n, stride, back)
+    elif width == 4:
+        single, single_scratch = carray(pointer_to(address, np.uint32), 1 + (n - 1) * stride), scratch.view(np.uint32)
+        _exchange(single, single_scratch, n, stride, back)
+    else:
+        _exchange(carray(pointer_to(address, np.uint64), 1 + (n - 1) * stride), scratch, n, stride, back)
+
+
+@compiled
+def _exchange(memory, scratch, n, stride, back):
+    for j in range(n):
+        if back:
+            memory[j * stride] = scratch[j]
+        else:
+            scratch[j] = memory[j * stride]
+
+
+@compiled
 def run_segments(segments, chosen, jobs, terms, peaks):
     """Carry out the chosen segments of a sweep: any dtype, law, kind of term and rule."""
     words = np.empty((4, BLOCKS), np.uint32)
     z, acc, old = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    wide, random = np.empty(TILE, np.float64), np.empty(TILE, np.uint32)
-    widths = (4, 8, 2, 2)
+    wide, random, scratch = np.empty(TILE, np.float64), np.empty(TILE, np.uint32), np.empty(TILE, np.uint64)
     for number in chosen:
         segment = segments[number]
         job = jobs[segment.job]
-        rule = job.rule
-        double = job.dtype == 1 or rule == 1
+        code, rule, width = job.dtype, job.rule, 4 if job.dtype == FLOAT32 else 8 if job.dtype == FLOAT64 else 2
+        double = code == FLOAT64 or rule == STOCHASTIC
         start, end = segment.position, segment.position + segment.length
         base = start - start % GROUP
         while base < end:
             low, high = max(start, base), min(end, base + TILE)
             shift, n = low - base, high - low
-            acc[:] = np.float32(0)
+            sum32, sum64, sum_old, bits = acc[:n], wide[:n], old[:n], random[shift : shift + n]
+            sum32[:] = np.float32(0)
             if double:
-                wide[:] = 0.0
-            if rule >= 2:
-                old[:] = np.float32(0)
+                sum64[:] = 0.0
+            if rule >= GRID_MOVE:
+                sum_old[:] = np.float32(0)
             for t in range(job.first, job.last):
                 term = terms[t]
                 fill_term(z, words, term, base, low, high, segment.local + low - start)
                 if double:
-                    accumulate(wide, z, term.scale, shift, shift + n)
+                    accumulate(sum64, z[shift : shift + n], term.scale)
                 else:
-                    accumulate(acc, z, np.float32(term.scale), shift, shift + n)
-                if rule >= 2:
-                    accumulate(old, z, np.float32(term.old_scale), shift, shift + n)
-            address = segment.address + np.uint64((low - start) * segment.stride * widths[job.dtype])
-            if (rule == 1 and job.dtype != 1) or rule == 3:
+                    accumulate(sum32, z[shift : shift + n], np.float32(term.scale))
+                if rule >= GRID_MOVE:
+                    accumulate(sum_old, z[shift : shift + n], np.float32(term.old_scale))
+            if (rule == STOCHASTIC and code != FLOAT64) or rule == GRID_COMMIT:
                 rounding_words(random, words, base, high - base, job)
-            if job.dtype == 1:
-                store_double(address, segment.stride, n, job.keep, job.shift, wide[shift:])
-            elif rule == 0:
-                store_nearest(job.dtype, address, segment.stride, n, job.keep, job.shift, acc[shift:])
-            elif rule == 1:
-                store_stochastic(
-                    job.dtype, address, segment.stride, n, job.keep, job.shift, wide[shift:], random[shift:]
-                )
+
+            address = segment.address + np.uint64((low - start) * segment.stride * width)
+            place = address
+            if segment.stride != 1:
+                gather(scratch, address, width, n, segment.stride, False)
+                place = np.uint64(scratch.ctypes.data)
+            x, half = carray(pointer_to(place, np.float32), n), carray(pointer_to(place, np.uint16), n)
+            if code == FLOAT64:
+                store_float(carray(pointer_to(place, np.float64), n), job.keep, job.shift, sum64)
+            elif rule == STOCHASTIC:
+                store_stochastic(x, half, code, job.keep, job.shift, sum64, bits)
+            elif rule >= GRID_MOVE:
+                peaks[number] = max(peaks[number], store_grid(x, job, sum32, sum_old, bits))
+            elif code == FLOAT32:
+                store_float(x, np.float32(job.keep), np.float32(job.shift), sum32)
             else:
-                peak = store_grid(address, segment.stride, n, job, rule == 3, acc[shift:], old[shift:], random[shift:])
-                peaks[number] = max(peaks[number], peak)
+                store_nearest(half, code, np.float32(job.keep), np.float32(job.shift), sum32)
+            if segment.stride != 1:
+                gather(scratch, address, width, n, segment.stride, True)
             base += TILE
 
 
-@njit(cache=True, forceinline=True)
-def signed(word, bit, scale):
-    """``scale`` with the sign of one random bit."""
-    return bitcast(np.uint32(bitcast(scale, np.uint32) ^ np.uint32(np.uint32(word >> bit) << _SIGN_SHIFT)), np.float32)
+@inlined
+def add_word(address, word, scale, shift, first, last):
+    """Add 32 signs times ``scale`` to float32 weights at ``address``, of which only ``first`` to ``last`` exist."""
+    if first > 0 or last < SIGNS:
+        for j in range(first, last):
+            x = carray(pointer_to(address + np.uint64(4 * j), np.float32), 1)
+            change = -scale if (word >> np.uint32(j)) & np.uint32(1) else scale
+            x[0] = affine(x[0], _ONE, shift, change)
+    elif shift == 0:
+        add_signs_to(address, word, scale, None)
+    else:
+        add_signs_to(address, word, scale, shift)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def add_signs(segments, chosen, jobs, terms, peaks):
-    """Add one Rademacher direction to contiguous float32 or 16-bit weights: a loop bound by memory alone."""
+    """Add one Rademacher direction to contiguous float32 weights: a loop bound by memory alone."""
     for number in chosen:
         segment = segments[number]
         job = jobs[segment.job]
@@ -296,41 +325,16 @@ def add_signs(segments, chosen, jobs, terms, peaks):
         scale, shift = np.float32(term.scale), np.float32(job.shift)
         n, lead = segment.length, segment.position % BITS_PER_BLOCK
         first_block = segment.position // BITS_PER_BLOCK
-        x = carray(pointer_to(segment.address, np.float32), n)
-        half = carray(pointer_to(segment.address, np.uint16), n)
         for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
             block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
             for k in range(4):
-                word = np.uint32(block[k])
-                begin = b * BITS_PER_BLOCK + 32 * k - lead
-                if begin >= 0 and begin + 32 <= n:
-                    if job.dtype == 0 and shift == 0:
-                        for j in range(32):
-                            x[begin + j] += signed(word, np.uint32(j), scale)
-                        continue
-                    if job.dtype == 2:
-                        for j in range(32):
-                            half[begin + j] = to_bfloat16(
-                                affine(
-                                    from_bfloat16(half[begin + j]),
-                                    np.float32(1),
-                                    shift,
-                                    signed(word, np.uint32(j), scale),
-                                )
-                            )
-                        continue
-                for j in range(max(0, -begin), min(32, n - begin)):
-                    change = signed(word, np.uint32(j), scale)
-                    at = begin + j
-                    if job.dtype == 0:
-                        x[at] = affine(x[at], np.float32(1), shift, change)
-                    elif job.dtype == 2:
-                        half[at] = to_bfloat16(affine(from_bfloat16(half[at]), np.float32(1), shift, change))
-                    else:
-                        half[at] = to_float16(affine(from_float16(half[at]), np.float32(1), shift, change))
+                begin = b * BITS_PER_BLOCK + SIGNS * k - lead
+                first, last = max(0, -begin), min(SIGNS, n - begin)
+                address = segment.address + np.uint64(4 * begin)
+                add_word(address, np.uint32(block[k]), scale, shift, first, last)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def squared_norm(parts, number, start, n, law, key0, key1, step, index):
     """Write into ``parts[number]`` the squared norm of a law's values at positions ``start`` to ``start + n``."""
     words, z = np.empty((4, BLOCKS), np.uint32), np.empty(TILE, np.float32)

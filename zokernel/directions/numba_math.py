@@ -6,6 +6,7 @@ its 32-bit words in 64-bit lanes, where one vector multiply yields the whole pro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,6 +17,11 @@ from numba.extending import intrinsic
 
 from zokernel.directions import gaussian_math as gm
 from zokernel.directions import philox
+
+logger = logging.getLogger(__name__)
+
+SIGNS = 32
+"""Elements that one word of sign bits serves."""
 
 _M0, _M1 = np.uint64(philox.MULTIPLIER_0), np.uint64(philox.MULTIPLIER_1)
 _W0, _W1 = np.uint64(philox.WEYL_0), np.uint64(philox.WEYL_1)
@@ -31,11 +37,41 @@ _UNIFORM_SCALE = np.float32(gm.UNIFORM_SCALE)
 _HALF_UNIT = np.float32(gm.UNIFORM_UNIT)
 _HALF, _ONE, _MINUS_TWO = np.float32(0.5), np.float32(1.0), np.float32(-2.0)
 _SQRT_HALF_BITS = np.int32(gm.SQRT_HALF_BITS)
-_ONE_BITS = np.uint32(gm.ONE_BITS)
 _I23 = np.int32(23)
-_U1, _U30, _U31 = np.uint32(1), np.uint32(30), np.uint32(31)
+_U1, _U30 = np.uint32(1), np.uint32(30)
 _EIGHTH = np.uint32(1 << 29)
 _SIGN = np.uint32(0x80000000)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile without the interpreter lock and cache on disk: beside the package, else in the user's cache folder.
+
+    numba checks the age of the function's own file only, so after editing this file touch the files that import it.
+
+    Args:
+        function: The function.
+        options: Further options of numba's ``njit``.
+
+    Returns:
+        The compiled function.
+    """
+    try:
+        return njit(cache=True, nogil=True, **options)(function)
+    except RuntimeError:
+        logger.info("%s is compiled in every process: no folder for numba's cache is writable", function.__name__)
+        return njit(nogil=True, **options)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Compile a scalar function that is merged into its callers, so that their loops vectorize.
+
+    Args:
+        function: The function.
+
+    Returns:
+        The compiled function.
+    """
+    return compiled(function, forceinline=True)
 
 
 @cast(Callable[..., Any], intrinsic)
@@ -59,7 +95,7 @@ def bitcast(typingctx: Any, value: Any, dtype: Any) -> Any:
     return dtype.dtype(value, dtype), codegen
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def philox_block(block, step, index, key0, key1):
     """One block of Philox4x32-10; every argument and result is a 32-bit word in a uint64 (``block``: 64 bits)."""
     c0, c1, c2, c3 = block & _LOW, block >> _S32, step, index
@@ -71,7 +107,7 @@ def philox_block(block, step, index, key0, key1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fill_words(words, first_block, count, step, index, key0, key1):
     """Write the four words of ``count`` consecutive blocks into the rows of ``words`` (4, >= count)."""
     w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
@@ -83,7 +119,7 @@ def fill_words(words, first_block, count, step, index, key0, key1):
         w3[b] = np.uint32(a3)
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def normal_pair(word_a, word_b):
     """Box-Muller: two uint32 words to two float32 normals (gaussian_math has the formulas)."""
     u = (np.float32(np.int32(word_a >> _U1)) + _HALF) * _HALF_UNIT
@@ -117,25 +153,63 @@ def normal_pair(word_a, word_b):
     return radius * first, radius * second
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def uniform(word):
     """One uint32 word to a float32 uniform on [-sqrt(3), sqrt(3)]."""
     return (np.float32(np.int32(word)) + _HALF) * _UNIFORM_SCALE
 
 
-@njit(cache=True, forceinline=True)
-def sign_value(word, bit):
-    """Bit ``bit`` of a uint32 word as +1 (clear) or -1 (set), float32."""
-    return bitcast(np.uint32(_ONE_BITS | np.uint32(np.uint32(np.uint32(word >> bit) & _U1) << _U31)), np.float32)
+def _splat(builder: Any, value: ir.Value, width: int) -> ir.Value:
+    vector, lane = ir.VectorType(value.type, width), ir.IntType(32)
+    blank = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(blank, value, ir.Constant(lane, 0))
+    return builder.shuffle_vector(first, blank, ir.Constant(ir.VectorType(lane, width), [0] * width))
 
 
-@njit(cache=True, forceinline=True)
+def _signed_vector(builder: Any, word: ir.Value, scale: ir.Value) -> ir.Value:
+    """A vector of ``scale`` (clear bit) and ``-scale`` (set bit): one blend by a bit mask on machines that have it."""
+    mask = builder.bitcast(word, ir.VectorType(ir.IntType(1), SIGNS))
+    return builder.select(mask, _splat(builder, builder.fneg(scale), SIGNS), _splat(builder, scale, SIGNS))
+
+
+@cast(Callable[..., Any], intrinsic)
+def store_signs(typingctx: Any, address: Any, word: Any, scale: Any) -> Any:
+    """Write 32 float32 of magnitude ``scale``, signed by the bits of ``word``, to memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        value = _signed_vector(builder, args[1], args[2])
+        builder.store(value, builder.inttoptr(args[0], value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint32, types.float32), codegen
+
+
+@cast(Callable[..., Any], intrinsic)
+def add_signs_to(typingctx: Any, address: Any, word: Any, scale: Any, shift: Any) -> Any:
+    """Turn 32 float32 x in memory into ``x + (shift x + s)``, s being ``scale`` signed by the bits of ``word``.
+
+    With ``None`` for shift the product is left out.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        change = _signed_vector(builder, args[1], args[2])
+        pointer = builder.inttoptr(args[0], change.type.as_pointer())
+        x = builder.load(pointer, align=4)
+        if shift != types.none:
+            change = builder.fadd(builder.fmul(_splat(builder, args[3], SIGNS), x), change)
+        builder.store(builder.fadd(x, change), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint32, types.float32, shift), codegen
+
+
+@inlined
 def from_bfloat16(bits):
     """Bits of a bfloat16 (uint16) to float32."""
     return bitcast(np.uint32(np.uint32(bits) << np.uint32(16)), np.float32)
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def to_bfloat16(x):
     """A float32 to the bits of the nearest bfloat16 (ties to even)."""
     bits = bitcast(x, np.uint32)
@@ -145,7 +219,7 @@ def to_bfloat16(x):
     return np.uint16(kept >> np.uint32(16))
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def from_float16(bits):
     """Bits of a float16 (uint16) to float32, subnormals included."""
     wide = np.uint32(bits)
@@ -157,7 +231,7 @@ def from_float16(bits):
     return bitcast(np.uint32(value | np.uint32(np.uint32(wide & np.uint32(0x8000)) << np.uint32(16))), np.float32)
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def to_float16(x):
     """A float32 to the bits of the nearest float16 (ties to even)."""
     bits = bitcast(x, np.uint32)
@@ -173,7 +247,7 @@ def to_float16(x):
     return np.uint16(half | sign)
 
 
-@njit(cache=True, forceinline=True)
+@inlined
 def stochastic_bits(y, word, drop):
     """Round a float64 stochastically to ``53 - drop`` significant bits, using a 32-bit random word."""
     bits = bitcast(y, np.int64)
@@ -184,15 +258,20 @@ def stochastic_bits(y, word, drop):
 
 
 __all__ = [
+    "SIGNS",
+    "add_signs_to",
+    "bitcast",
     "carray",
+    "compiled",
     "fill_words",
     "from_bfloat16",
     "from_float16",
+    "inlined",
     "normal_pair",
     "philox_block",
     "pointer_to",
-    "sign_value",
     "stochastic_bits",
+    "store_signs",
     "to_bfloat16",
     "to_float16",
     "uniform",
