@@ -9,13 +9,23 @@ from zokernel.optim.registry import get_method, methods, register
 
 _EXPORTS = {
     "ZerothOrderOptimizer": "base",
+    "Move": "base",
     "MeZO": "mezo",
     "KerZOO": "kerzoo",
+    "HiZOO": "hizoo",
+    "FZOO": "fzoo",
+    "ZOSign": "zo_sign",
+    "ZOAdam": "adam",
+    "ZOAdaMM": "adam",
+    "Richardson": "richardson",
+    "ForwardGradient": "forward_gradient",
     "SGD": "first_order",
     "AdamW": "first_order",
+    "decay_groups": "parameters",
 }
 
-__all__ = ["SGD", "AdamW", "KerZOO", "MeZO", "ZerothOrderOptimizer", "get_method", "methods", "register"]
+__all__ = ["get_method", "methods", "register"]
+__all__ += sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -228,7 +228,8 @@ def coefficients_from_last(moves: Sequence[AffineMove]) -> tuple[float, list[flo
 
     With :math:`\theta_{s+1} = d_s\theta_s + u_s` and weights :math:`w_t` of the average,
 
-    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s u_s, \quad c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\; A = c_{T-1} + w_T.
+    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s u_s, \quad c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\;
+        A = c_{T-1} + w_T.
 
     Args:
         moves: The run's moves of one parameter group, from its first step on.

@@ -1,21 +1,75 @@
-"""First-order baselines behind the same names and flags: they need gradients, and the memory that goes with them."""
+"""First-order baselines behind the same interface: they need gradients, and the memory that goes with them."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from zokernel.optim.parameters import Params, trainable
+import torch
+from torch import Tensor
+
+from zokernel.errors import UsageError
+from zokernel.optim.parameters import Params, name_parameters, trainable
 from zokernel.optim.registry import register
 
 
-@register("sgd")
-class SGD(torch.optim.SGD):
-    """``torch.optim.SGD`` on a module or named parameters."""
+class FirstOrder(torch.optim.Optimizer):
+    """What torch's optimizers lack to stand in for zeroth-order ones: names, and a closure that only evaluates."""
 
     first_order = True
+    forwards_per_step = 1
+
+    def _adopt(self) -> None:
+        self.named_params = name_parameters(self.param_groups)
+        self.num_forwards = 0
+        self.step_count = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Returns the loss as a tensor; this method differentiates it.  One that calls ``backward`` itself,
+                as torch's convention has it, works too.  Without a closure, gradients must be there already.
+
+        Returns:
+            The loss as a float, or None without a closure.
+
+        Raises:
+            UsageError: If the loss cannot be differentiated.
+        """
+        self.step_count += 1
+        if closure is None:
+            return super().step()
+        self.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = closure()
+            if all(tensor.grad is None for tensor in self.named_params.values()):
+                if not (isinstance(loss, Tensor) and loss.requires_grad):
+                    raise UsageError(
+                        f"{type(self).__name__} needs a closure that returns a loss with a gradient: compute it in "
+                        "PyTorch, not under no_grad, from parameters with requires_grad=True."
+                    )
+                loss.backward()
+        self.num_forwards += 1
+        super().step()
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
+@register("sgd")
+class SGD(FirstOrder, torch.optim.SGD):
+    """``torch.optim.SGD`` on a module or named parameters.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = SGD([weight], lr=0.1)
+        >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(50)]
+        >>> losses[-1] < 1e-3 < losses[0]
+        True
+    """
 
     def __init__(self, params: Params, lr: float = 1e-3, *, momentum: float = 0.0, weight_decay: float = 0.0):
-        super().__init__(trainable(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        torch.optim.SGD.__init__(self, trainable(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._adopt()
 
     def effective_lr(self) -> float:
         """Return the learning rate, over ``1 - momentum``."""
@@ -24,20 +78,28 @@ class SGD(torch.optim.SGD):
 
 
 @register("adamw")
-class AdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` on a module or named parameters."""
+class AdamW(FirstOrder, torch.optim.AdamW):
+    """``torch.optim.AdamW`` on a module or named parameters.
 
-    first_order = True
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = AdamW([weight], lr=0.1)
+        >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(100)]
+        >>> losses[-1] < 1e-2 < losses[0]
+        True
+    """
 
     def __init__(
         self,
         params: Params,
         lr: float = 1e-5,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        beta1: float = 0.9,
+        beta2: float = 0.999,
         weight_decay: float = 0.0,
     ):
-        super().__init__(trainable(params), lr=lr, betas=betas, weight_decay=weight_decay)
+        torch.optim.AdamW.__init__(self, trainable(params), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+        self._adopt()
 
     def effective_lr(self) -> float:
         """Return the learning rate; AdamW normalises the gradient, so it does not compare with SGD's."""
