@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense
+from zokernel.directions import Dense, engine
 from zokernel.directions.laws import Law
+from zokernel.directions.placement import place_all
+from zokernel.directions.terms import Job
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.blocks import pusher
@@ -122,22 +124,28 @@ class Draw:
     def rows(self, indices: Sequence[int]) -> Params:
         """Return directions stacked by name, each ``(C, *shape)``."""
         stacked = {name: tensor.new_zeros(len(indices), *tensor.shape) for name, tensor in self.params.items()}
-        for row, index in enumerate(indices):
-            self.add_({name: tensor[row] for name, tensor in stacked.items()}, 1.0, index)
+        self._fill_([{name: tensor[row] for name, tensor in stacked.items()} for row in range(len(indices))], indices)
         return stacked
 
     def matrix(self, indices: Sequence[int]) -> Tensor:
         """Return directions as rows of one matrix (C, D), parameters in order."""
-        reference = next(iter(self.params.values()))
-        dim = sum(tensor.numel() for tensor in self.params.values())
-        matrix = reference.new_zeros(len(indices), dim)
-        for row, index in enumerate(indices):
-            views, start = {}, 0
-            for name, tensor in self.params.items():
-                views[name] = matrix[row, start : start + tensor.numel()].view(tensor.shape)
-                start += tensor.numel()
-            self.add_(views, 1.0, index)
+        sizes = [tensor.numel() for tensor in self.params.values()]
+        matrix = next(iter(self.params.values())).new_zeros(len(indices), sum(sizes))
+        views = [
+            {name: part.view(self.params[name].shape) for name, part in zip(self.params, row.split(sizes), strict=True)}
+            for row in matrix
+        ]
+        self._fill_(views, indices)
         return matrix
+
+    def _fill_(self, zeros: list[Params], indices: Sequence[int]) -> None:
+        """Write one direction into each set of zeros, all in one sweep (one call a direction would cost more)."""
+        jobs = []
+        for views, index in zip(zeros, indices, strict=True):
+            places = place_all(views)
+            terms = self.directions.terms(places, seed=self.seed, step=0, index=index)
+            jobs += [Job(place, (term,), (1.0,)) for place, term in zip(places, terms) if term is not None]
+        engine.sweep(jobs, self.directions.backend)
 
 
 def _chunks(indices: range, size: int) -> list[range]:

@@ -1,0 +1,214 @@
+"""Every pitfall gives its error before the work starts, and the remedy it names works."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from cases import mlp, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from torch import nn
+from torch.nn import functional
+
+from zokernel.errors import RunError, UsageError
+from zokernel.kernels import entk, forward_mode, project, zo_entk
+from zokernel.kernels.model import FunctionalModel
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        heads = self.proj(x).view(len(x), 4, 2, 4).transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(heads, heads, heads)
+        return self.out(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+class MultiHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.layer(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.lstm(x)[0][:, -1])
+
+
+class Hidden(nn.Module):
+    """Part of the forward pass runs under no_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.tanh(self.first(x))
+        return self.second(x)
+
+
+FUSED = {
+    "scaled_dot_product_attention": (Attention, "fused attention has no forward-mode derivative"),
+    "MultiheadAttention": (MultiHead, "fused nn.MultiheadAttention path"),
+    "TransformerEncoderLayer": (Encoder, "fused nn.TransformerEncoderLayer path"),
+    "LSTM": (Recurrent, "MKL-DNN recurrent kernel"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_in_forward_mode(name):
+    build, message = FUSED[name]
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.randn(1, 4, 8)
+    with pytest.raises(UsageError, match=message) as error:
+        zo_entk(net, x, x, num_perturbations=10_000)
+    assert "forward_mode()" in str(error.value)
+    assert "finite_difference" in str(error.value)
+    with forward_mode():
+        exact = zo_entk(net, x, x, num_perturbations=3)
+        torch.testing.assert_close(entk(net, x, x, method="ntk_vp"), entk(net, x, x, method="contraction"))
+    seen = zo_entk(net, x, x, num_perturbations=3, method="finite_difference")
+    torch.testing.assert_close(seen, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_hugging_face_sdpa(build):
+    torch.manual_seed(0)
+    model, x = build(attn_implementation="sdpa"), tokens([1, 2, 3])
+    with pytest.raises(UsageError, match="attn_implementation='eager'"):
+        zo_entk(model, x, x, num_perturbations=10_000, outputs=[1, 2])
+    with forward_mode():
+        exact = zo_entk(model, x, x, num_perturbations=3, outputs=[1, 2])
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(zo_entk(model, x, x, num_perturbations=3, outputs=[1, 2]), exact)
+
+
+def test_batches_of_sdpa_models_need_no_vmap_over_samples():
+    torch.manual_seed(0)
+    model = tiny_llama(attn_implementation="sdpa")
+    batch = tokens([1, 2, 3], [4, 5])
+    kernel = entk(model, batch, batch, outputs=[1, 2], method="contraction")
+    torch.testing.assert_close(kernel[1, :, 1], entk(model, tokens([4, 5]), tokens([4, 5]), outputs=[1, 2]))
+
+
+def test_forward_mode_restores_the_backends():
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    with forward_mode():
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled) == before
+
+
+def test_dropout_in_train_mode():
+    net = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.1), nn.Linear(4, 3))
+    with pytest.raises(UsageError, match=r"Dropout '1' is in train mode.*call model.eval\(\)"):
+        entk(net, torch.randn(1, 5), torch.randn(1, 5))
+    entk(net.eval(), torch.randn(1, 5), torch.randn(1, 5))
+
+
+def test_batch_norm_in_train_mode():
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(UsageError, match=r"BatchNorm '1' is in train mode.*call model.eval\(\)"):
+        zo_entk(net, torch.randn(2, 5), torch.randn(2, 5), num_perturbations=3)
+    running = net[1].running_mean.clone()
+    zo_entk(net.eval(), torch.randn(2, 5), torch.randn(2, 5), num_perturbations=3)
+    assert torch.equal(net[1].running_mean, running)
+
+
+@pytest.mark.parametrize("method", ["contraction", "ntk_vp"])
+def test_no_grad_inside_the_forward_pass(method):
+    torch.manual_seed(0)
+    net, x = Hidden(), torch.randn(1, 5)
+    with pytest.raises(UsageError, match=r"Reverse mode disagrees with the model.*no_grad"):
+        entk(net, x, x, method=method)
+    # what the loss sees is still there: forward mode and finite differences agree
+    exact, seen = (project(net, [x], num_perturbations=4, method=m)[0] for m in ("jvp", "finite_difference"))
+    torch.testing.assert_close(exact, seen, rtol=1e-2, atol=1e-3)
+
+
+def test_tied_weights_move_together():
+    """Perturbing a tied GPT-2 moves embedding and head: projections equal differences of the real, mutated model."""
+    torch.manual_seed(0)
+    model, x, eps = tiny_gpt2().double(), tokens([1, 2, 3]), 1e-5
+    seen = project(model, [x], num_perturbations=1, seed=4)[0][0, :, 0]
+    from zokernel.directions import Dense
+
+    logits = []
+    for scale in (eps, -2 * eps):
+        Dense("gaussian").add_(dict(model.named_parameters()), scale, seed=4, step=0, index=0)
+        with torch.no_grad():
+            logits.append(model(input_ids=x["input_ids"], use_cache=False).logits[0, -1])
+    torch.testing.assert_close(seen, (logits[0] - logits[1]) / (2 * eps), rtol=1e-4, atol=1e-5)
+
+
+def test_no_trainable_parameter():
+    with pytest.raises(UsageError, match="is_trainable=True"):
+        entk(mlp().requires_grad_(False), torch.randn(1, 5), torch.randn(1, 5))
+
+
+def test_quantized_weights():
+    net = mlp()
+    net[0].weight = nn.Parameter(torch.zeros(7, 5, dtype=torch.int8), requires_grad=False)
+    params = dict(net.named_parameters())
+    with pytest.raises(UsageError, match=r"stored as torch.int8.*dequantize"):
+        FunctionalModel(net, params=params)
+
+
+def test_a_function_without_parameters():
+    with pytest.raises(UsageError, match="pass params="):
+        entk(lambda p, x: x, torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_nan_logits():
+    net = mlp()
+    net[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="NaN or infinite"):
+        zo_entk(net, torch.randn(1, 5), torch.randn(1, 5), num_perturbations=3)
+
+
+def test_caches_are_off_and_refused():
+    model = tiny_llama()
+    batch = tokens([1, 2, 3])
+    before = FunctionalModel(model).logits(batch)
+    entk(model, batch, batch, outputs=[1])
+    assert torch.equal(FunctionalModel(model).logits(batch), before)
+    with pytest.raises(UsageError, match="past_key_values"):
+        entk(model, batch | {"past_key_values": torch.zeros(1)}, batch)
+
+
+def test_a_masked_model_asks_where_to_look():
+    with pytest.raises(UsageError, match=r"batch\['positions'\]"):
+        entk(tiny_bert(), tokens([1, 2, 3]), tokens([1, 2, 3]))
+
+
+def test_double_precision_llama_is_noted(caplog):
+    with caplog.at_level(logging.WARNING, logger="zokernel"):
+        entk(tiny_llama().double(), tokens([1, 2]), tokens([1, 2]), outputs=[1])
+    assert any("RMSNorm computes in float32" in message for message in caplog.messages)
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny_llama()
+    model.lm_head.register_forward_hook(lambda module, args, out: torch.tanh(out))
+    with pytest.raises(UsageError, match=r"not W h \+ b"):
+        entk(model, tokens([1, 2]), tokens([1, 2]), method="lm_head")
+    with pytest.raises(UsageError, match="No plain linear head"):
+        entk(mlp(), torch.ones(1, 5), torch.ones(1, 5), method="lm_head")
