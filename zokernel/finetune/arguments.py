@@ -124,7 +124,14 @@ def parse(
     for action in parser._actions:
         if action.dest in values:
             action.required = False
-    *groups, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True, look_for_args_file=False)
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            rest, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError:
+        raise
+    except ValueError as error:  # what TrainingArguments refuses
+        raise UsageError(" ".join(str(error).split())) from error
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UsageError(f"There is no flag {flag!r}{_suggest(flag.lstrip('-'), known, prefix='--')}.")

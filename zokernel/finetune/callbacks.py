@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 if TYPE_CHECKING:
     from zokernel.finetune.trainer import ZOTrainer
@@ -120,16 +121,38 @@ class ForwardProgress(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Print evaluations beside the bar; the loss is in the bar already."""
+        """Print evaluations above the bar; the loss is in the bar already."""
         if logs and state.is_world_process_zero and self.training_bar is not None and "eval_loss" in logs:
-            shown = {key: round(value, 4) for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
-            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+            self.training_bar.write(_line(state.global_step, logs), file=sys.stderr)
 
 
-def replace_progress_bar(trainer: ZOTrainer, progress: ForwardProgress) -> None:
-    """Put our bar in place of the Trainer's own, unless progress bars are switched off."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(progress)
+class ForwardLines(TrainerCallback):
+    """The same as log lines, for output that goes to a file."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Log one line."""
+        if logs and state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            logger.info("%s", _line(state.global_step, logs))
+
+
+_SHOWN = {
+    "loss": "loss",
+    "projected_gradient": "|projected gradient|",
+    "forwards_per_second": "forwards/s",
+    "eval_loss": "validation loss",
+    "eval_accuracy": "validation accuracy",
+}
+
+
+def _line(step: int, logs: dict[str, float]) -> str:
+    return f"step {step}: " + ", ".join(f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if key in logs)
+
+
+def replace_progress_bar(trainer: ZOTrainer) -> None:
+    """Put our bar (or, where progress bars are off, our log lines) in place of the Trainer's own."""
+    trainer.pop_callback(PrinterCallback)
+    has_bar = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(ForwardProgress(trainer) if has_bar else ForwardLines())
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 def run(argv: Sequence[str], *, defaults: dict[str, Any] | None = None, name: str = "finetune") -> int:
     """Run ``zokernel finetune`` (or ``demo``, with its own defaults) on ``argv`` and return the exit code."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading weights; the training bar is ours
     model_arguments, data_arguments, config = parse(argv, defaults)
     if config.output_dir is None:
         raise UsageError("Say where the result goes: --output_dir runs/NAME.")

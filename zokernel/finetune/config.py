@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,10 @@ class ZOConfig(TrainingArguments):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
         get_method(self.method)
+        # transformers allows bf16 on a CPU only when the CPU was asked for.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         self.bf16 = resolve_bf16(self.precision, requested=self.bf16, use_cpu=self.use_cpu)
         self.precision = "bf16" if self.bf16 else "fp32"
         if self.eval_steps is None:
@@ -121,9 +126,9 @@ def method_parameters(method: str) -> dict[str, inspect.Parameter]:
 
 
 def _parse_value(name: str, text: str, parameters: dict[str, inspect.Parameter]) -> Any:
-    """Read a value as the type of the option's default: numbers as numbers, ``none`` as None, the rest as text."""
+    """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
     default = parameters[name].default if name in parameters else None
-    if text.lower() == "none":
+    if text.lower() == "none" and not isinstance(default, str):
         return None
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.callbacks import ForwardProgress, RunLog, StopOnInterrupt, replace_progress_bar
+from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.scoring import classification_loss, option_scores
 from zokernel.optim import get_method
@@ -52,7 +52,7 @@ class ZOTrainer(Trainer):
         self.run_log = RunLog(self)
         self.add_callback(self.run_log)
         self.add_callback(StopOnInterrupt())
-        replace_progress_bar(self, ForwardProgress(self))
+        replace_progress_bar(self)
         self.last_loss = float("nan")
         self._micro_batches: list[dict[str, Any]] = []
 
