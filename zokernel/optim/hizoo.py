@@ -7,7 +7,8 @@ r"""HiZOO: directions scaled by an estimate of the Hessian's diagonal.
 The mean step is :math:`-\eta H^{-1}\nabla L`.  Differences from the published code, which are on purpose: H is fp32
 for any weights (with the published smoothing of 1e-8 no fp16 entry ever changes); perturbation and update use the same
 H, so that the estimate is unbiased for :math:`H^{-1}\nabla L`; a step takes three forward passes, not four.  In
-high dimension :math:`E[z_i^2\, z^T H z] = tr H + 2H_{ii}` is nearly the same for all i, so H mostly learns the mean curvature.
+high dimension :math:`E[z_i^2\, z^T H z] = tr H + 2H_{ii}` is nearly the same for all i, so H mostly learns
+the mean curvature.
 """
 
 from __future__ import annotations

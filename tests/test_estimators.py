@@ -1,0 +1,245 @@
+"""Estimators: bias by exact integration, second moments, schedules, counts of forward passes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from zokernel.errors import UsageError
+from zokernel.estimators import smoothed
+from zokernel.estimators.curvature import TwoPointCurvature
+from zokernel.estimators.one_sided import OneSided
+from zokernel.estimators.richardson import Richardson
+from zokernel.estimators.smoothed import Smoothed, signed_uniform
+from zokernel.estimators.two_point import TwoPoint
+
+V = np.array([0.9, -0.5, 0.4])
+THETA = np.array([0.3, 0.1, -0.2])
+
+
+def loss(theta):
+    return math.exp(V @ theta) + math.sin(theta.sum())
+
+
+def gradient(theta):
+    return math.exp(V @ theta) * V + math.cos(theta.sum())
+
+
+def exponential(theta):
+    return math.exp(V @ theta)
+
+
+def signs():
+    """Every Rademacher direction in three dimensions, equally likely."""
+    return [(np.array(u), 1 / 8) for u in itertools.product((-1.0, 1.0), repeat=3)]
+
+
+def gaussians(points=12):
+    """Gauss-Hermite quadrature of three independent normals."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    weights = weights / weights.sum()
+    grid = itertools.product(zip(nodes, weights), repeat=3)
+    return [(np.array([n for n, _ in point]), math.prod(w for _, w in point)) for point in grid]
+
+
+RADII = [(float(r), float(w) / 2) for r, w in zip(*np.polynomial.legendre.leggauss(14))]
+
+
+def mean_and_second_moment(estimator, monkeypatch, function=loss, directions=None, step=0):
+    """Integrate one direction's estimate exactly over directions and, for smoothed ones, over radii."""
+    mean, second = np.zeros(3), 0.0
+    radii = RADII if isinstance(estimator, Smoothed) else [(0.0, 1.0)]
+    for r, radius_weight in radii:
+        monkeypatch.setattr(smoothed, "signed_uniform", lambda *_, r=r: r)
+        for u, weight in directions or signs():
+            estimate = estimator(lambda offsets, u=u: function(THETA + offsets.get(0, 0.0) * u), seed=0, step=step)
+            g = estimate.coefficients[0] * u
+            mean += radius_weight * weight * g
+            second += radius_weight * weight * float(g @ g)
+    return mean, second
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (lambda eps: TwoPoint(eps), 2),
+        (lambda eps: TwoPointCurvature(eps), 2),
+        (lambda eps: Richardson(eps), 4),
+        (lambda eps: Smoothed(eps, 1, order=1, constant=1.0), 2),
+        (lambda eps: Smoothed(eps, 1, order=3, constant=1.0), 4),
+        (lambda eps: Smoothed(eps, 1, order=5, constant=1.0), 6),
+        (lambda eps: Smoothed(eps, 1, order=3, constant=1.0, radius=0.5, schedule="lr_compensated", total_steps=9), 2),
+        (lambda eps: Smoothed(eps, 1, order=3, constant=1.0, schedule="rescaled", shrink_to=0.5, total_steps=9), 4),
+    ],
+    ids=["mezo", "curvature", "richardson", "K1", "K3", "K5", "K3_half_range", "K3_rescaled"],
+)
+def test_bias_falls_as_the_stated_power_of_eps(make, order, monkeypatch):
+    """Halving eps twice divides the bias by 2^order each time, up to the next order's share at eps = 0.2 (4%)."""
+    radii = [0.4, 0.2, 0.1]
+    errors = []
+    for eps in radii:
+        mean, _ = mean_and_second_moment(make(eps), monkeypatch, step=8)
+        errors.append(np.linalg.norm(mean - gradient(THETA)))
+    slopes = np.diff(np.log(errors)) / np.diff(np.log(radii))
+    assert slopes == pytest.approx([order, order], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "leading"),
+    [
+        (TwoPoint(0.1), lambda eps, n: eps**2 / 2 * n),
+        (Smoothed(0.1, 1, order=1, constant=1.0), lambda eps, n: 3 / 5 * eps**2 / 2 * n),
+        (Smoothed(0.1, 1, order=3, constant=1.0), lambda eps, n: -5 / 21 * eps**4 / 8 * n**2),
+        (Smoothed(0.2, 1, order=5, constant=1.0), lambda eps, n: 35 / 429 * eps**6 / 48 * n**3),
+    ],
+    ids=["mezo", "K1", "K3", "K5"],
+)
+def test_leading_bias_with_gaussian_directions(estimator, leading, monkeypatch):
+    """Theory C.2.9: for L = exp(v.theta), E g - grad L = C(eps, |v|^2) grad L; the next order adds |v|^2 eps^2 (5%)."""
+    mean, _ = mean_and_second_moment(estimator, monkeypatch, function=exponential, directions=gaussians())
+    gradient_of = exponential(THETA) * V
+    found = (mean - gradient_of) @ gradient_of / (gradient_of @ gradient_of)
+    assert found == pytest.approx(leading(estimator.eps, float(V @ V)), rel=0.05)
+
+
+@pytest.mark.parametrize("order", [3, 5])
+def test_kernels_of_order_three_and_up_are_exact_on_cubics(order, monkeypatch):
+    def cubic(theta):
+        return 0.7 * theta[0] ** 3 - theta[0] * theta[1] * theta[2] + theta[1] ** 2
+
+    x, y, z = THETA
+    exact = np.array([2.1 * x**2 - y * z, -x * z + 2 * y, -x * y])
+    mean, _ = mean_and_second_moment(Smoothed(0.5, 1, order=order, constant=1.0), monkeypatch, function=cubic)
+    assert mean == pytest.approx(exact, abs=1e-12)
+    plain, _ = mean_and_second_moment(TwoPoint(0.5), monkeypatch, function=cubic)
+    assert np.linalg.norm(plain - exact) > 0.05
+
+
+@pytest.mark.parametrize(("order", "ratio"), [(1, 1.8), (3, 6.25), (5, 11025 / 832)])
+def test_second_moments_are_the_stated_multiples_of_mezos(order, ratio, monkeypatch):
+    def linear(theta):
+        return float(V @ theta)
+
+    _, mezo = mean_and_second_moment(TwoPoint(0.1), monkeypatch, function=linear)
+    _, kernel = mean_and_second_moment(Smoothed(0.1, 1, order=order, constant=1.0), monkeypatch, function=linear)
+    _, richardson = mean_and_second_moment(Richardson(0.1), monkeypatch, function=linear)
+    assert kernel / mezo == pytest.approx(ratio, rel=1e-9)
+    assert richardson / mezo == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["none", "literal", "rescaled", "lr_compensated"])
+@pytest.mark.parametrize("radius", [1.0, 0.5])
+@pytest.mark.parametrize("step", [0, 5, 9, 50])
+def test_gain_and_second_moment_are_what_the_estimator_says(schedule, radius, step, monkeypatch):
+    def linear(theta):
+        return float(V @ theta)
+
+    estimator = Smoothed(0.1, 1, radius=radius, schedule=schedule, total_steps=10)
+    mean, second = mean_and_second_moment(estimator, monkeypatch, function=linear, step=step)
+    facts = estimator.facts_at(step)
+    assert mean == pytest.approx(facts.gain * V, rel=1e-9)
+    assert second == pytest.approx(facts.second_moment_ratio * facts.gain**2 * 3 * float(V @ V), rel=1e-9)
+    if schedule in ("rescaled", "lr_compensated"):
+        assert facts.gain == pytest.approx(4.0 if schedule == "lr_compensated" else estimator.facts_at(0).gain)
+
+
+def test_a_rescaled_range_is_a_smaller_eps():
+    def cubic(offsets):
+        x = 0.3 + offsets.get(0, 0.0)
+        return x**3
+
+    shrunk = Smoothed(0.2, 1, schedule="rescaled", shrink_to=0.25, total_steps=5)
+    small = Smoothed(0.05, 1)
+    first = shrunk(cubic, seed=3, step=4).coefficients[0]
+    assert first == pytest.approx(small(cubic, seed=3, step=4).coefficients[0], rel=1e-9)
+
+
+def test_ranges_shrink_linearly_to_the_stated_share():
+    estimator = Smoothed(radius=0.8, schedule="literal", shrink_to=0.25, total_steps=101)
+    assert [estimator.range_at(t) for t in (0, 50, 100, 1000)] == pytest.approx([0.8, 0.5, 0.2, 0.2])
+
+
+def test_radii_are_uniform_and_independent():
+    """Mean 0, variance 1/3, lag correlations 0: each |z| < 4 with n = 20000 (variances 1/3, 4/45 and 1/9 over n)."""
+    draws = np.array([[signed_uniform(1, step, index) for index in range(4)] for step in range(5000)])
+    n = draws.size
+    assert abs(draws.mean()) < 4 * math.sqrt(1 / 3 / n)
+    assert abs((draws**2).mean() - 1 / 3) < 4 * math.sqrt(4 / 45 / n)
+    for product in (draws[:, :-1] * draws[:, 1:], draws[:-1] * draws[1:]):
+        assert abs(product.mean()) < 4 * math.sqrt(1 / 9 / product.size)
+    assert len(np.unique(draws)) == n
+
+
+def test_radii_do_not_touch_the_global_generator():
+    before = np.random.get_state()[1].copy()
+    signed_uniform(0, 0, 0)
+    assert (np.random.get_state()[1] == before).all()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        TwoPoint(num_perturbations=3),
+        TwoPoint(num_perturbations=6, schedule="linear", total_steps=7),
+        Smoothed(num_perturbations=2),
+        Richardson(num_perturbations=2),
+        OneSided(num_perturbations=5),
+        OneSided(num_perturbations=5, normalize=True),
+        TwoPointCurvature(num_perturbations=2),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_forward_passes_are_as_declared(estimator):
+    for step in range(8):
+        calls = []
+        estimate = estimator(lambda offsets: calls.append(offsets) or float(len(calls)), seed=0, step=step)  # noqa: B023
+        assert len(calls) == estimator.forwards_at(step) == len(estimate.losses)
+        assert estimate.loss == pytest.approx(sum(range(1, len(calls) + 1)) / len(calls))
+
+
+def test_one_sided_differences_are_off_by_half_eps_times_the_curvature():
+    estimate = OneSided(0.3)(lambda offsets: 2.0 * offsets.get(0, 0.0) + 5.0 * offsets.get(0, 0.0) ** 2, seed=0, step=0)
+    assert estimate.coefficients[0] == pytest.approx(2.0 + 0.3 / 2 * 10.0)
+
+
+def test_curvature_is_exact_on_a_quadratic():
+    def quadratic(offsets):
+        x, y = 1.0 + offsets.get(0, 0.0), -2.0 + offsets.get(1, 0.0)
+        return 1.5 * x**2 + 0.25 * y**2
+
+    assert TwoPointCurvature(0.3, 2)(quadratic, seed=0, step=0).curvature == pytest.approx((3.0, 0.5))
+
+
+def test_normalised_estimates_do_not_depend_on_the_scale_of_the_loss():
+    def line(scale):
+        return lambda offsets: scale * sum((i + 1) * o for i, o in offsets.items())
+
+    small, large = (OneSided(0.1, 4, normalize=True)(line(s), seed=0, step=0).coefficients for s in (1.0, 1e6))
+    assert small == pytest.approx(large)
+    flat = OneSided(0.1, 4, normalize=True)(lambda offsets: 3.0, seed=0, step=0)
+    assert set(flat.coefficients.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: TwoPoint(eps=0.0),
+        lambda: TwoPoint(num_perturbations=0),
+        lambda: TwoPoint(schedule="linear"),
+        lambda: TwoPoint(schedule="cosine"),
+        lambda: Smoothed(schedule="literal"),
+        lambda: Smoothed(schedule="shrink"),
+        lambda: Smoothed(radius=0.0),
+        lambda: Smoothed(shrink_to=0.0),
+        lambda: Smoothed(constant=0.0),
+        lambda: Smoothed(order=0),
+        lambda: Smoothed(paper_k5=True),
+        lambda: OneSided(num_perturbations=1, normalize=True),
+    ],
+)
+def test_bad_settings_are_refused(call):
+    with pytest.raises(UsageError):
+        call()
