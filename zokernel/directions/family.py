@@ -53,11 +53,14 @@ class Family(ABC):
             The direction, by name.  Two names of the same memory (tied weights) get the same tensor.
         """
         places = place_all(like)
-        kept = {place.name for place in places}
-        result = {name: torch.zeros_like(like[name], memory_format=torch.contiguous_format) for name in kept}
-        self.add_({name: result[name] for name in kept}, 1.0, seed=seed, step=step, index=index)
-        twins = {_identity(like[name]): result[name] for name in kept}
-        return {name: result[name] if name in kept else twins[_identity(tensor)] for name, tensor in like.items()}
+        # Terms come from the tensors given, not from the zeros they are added to: a family may look at the weights.
+        terms = self.terms(places, seed=seed, step=check_count(step, "step"), index=check_count(index, "index"))
+        result = {p.name: torch.zeros_like(p.tensor, memory_format=torch.contiguous_format) for p in places}
+        targets = place_all(result)
+        jobs = [Job(t, (term,), (1.0,)) for t, term in zip(targets, terms, strict=True) if term is not None]
+        engine.sweep(jobs, self.backend)
+        twins = {_identity(place.local): result[place.name] for place in places}
+        return {name: result[name] if name in result else twins[_identity(t)] for name, t in like.items()}
 
     def add_(
         self,

@@ -50,12 +50,14 @@ class Placement:
 
     Attributes:
         name: Its name, which keys its stream.
+        tensor: The tensor as it was given, detached.
         local: The elements held by this process, a plain tensor sharing the weights' memory.
         shape: Shape of the whole tensor.
         offset: Index in the whole tensor of the first local element.
     """
 
     name: str
+    tensor: Tensor
     local: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -140,9 +142,9 @@ def place(name: str, tensor: Tensor) -> Placement:
     """
     offset: tuple[int, ...] = (0,) * tensor.dim()
     shape = tuple(tensor.shape)
+    tensor = local = tensor.detach()
     if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-        tensor, offset = _local_shard(name, tensor)
-    local = tensor.detach()
+        local, offset = _local_shard(name, tensor)
     if local.dtype not in DTYPES or local.layout != torch.strided:
         raise UsageError(
             f"Tensor {name!r} is {local.dtype} ({local.layout}): directions need dense float32, float64, bfloat16 or "
@@ -150,7 +152,7 @@ def place(name: str, tensor: Tensor) -> Placement:
         )
     if _overlaps_itself(local):
         raise UsageError(f"Elements of tensor {name!r} share memory (an expanded view): make it contiguous first.")
-    return Placement(name, local, shape, offset)
+    return Placement(name, tensor, local, shape, offset)
 
 
 def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
@@ -193,7 +195,7 @@ def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if any(placement.is_partial() for placement in tensor.placements):
         raise UsageError(f"DTensor {name!r} holds partial sums: redistribute it to Shard or Replicate first.")
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    shard: Tensor = cast(DTensor, tensor.detach()).to_local()
+    shard: Tensor = cast(DTensor, tensor).to_local()
     return shard, tuple(offset)
 
 

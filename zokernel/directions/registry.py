@@ -1,0 +1,62 @@
+"""Families of directions by name, for command lines and configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from zokernel.directions.blockwise import Blockwise
+from zokernel.directions.dense import Dense
+from zokernel.directions.family import Family
+from zokernel.directions.frames import Frames
+from zokernel.directions.laws import LAWS
+from zokernel.directions.lowrank import LowRank
+from zokernel.directions.sparse import Sparse
+from zokernel.directions.subspace import Subspace
+from zokernel.errors import UsageError
+
+
+def _blockwise(inner: str | Family = "rademacher", **options: Any) -> Blockwise:
+    return Blockwise(get_directions(inner), **options)
+
+
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "dense": Dense,
+    "sparse": Sparse,
+    "subspace": Subspace,
+    "lowrank": LowRank,
+    "blockwise": _blockwise,
+    "frames": Frames,
+}
+
+
+def get_directions(spec: str | Family, **options: Any) -> Family:
+    """Return a family of directions.
+
+    Args:
+        spec: A family (``dense``, ``sparse``, ``subspace``, ``lowrank``, ``blockwise``, ``frames``); a law
+            (``rademacher``, ...), which means dense directions of that law; or a family object, returned as it is.
+        options: Passed to the family.
+
+    Returns:
+        The family.
+
+    Raises:
+        UsageError: If there is no such family or it does not take those options.
+
+    Example:
+        >>> get_directions("gaussian"), get_directions("sparse", density=0.1)
+        (Dense('gaussian'), Sparse('rademacher', density=0.1))
+    """
+    if isinstance(spec, Family):
+        if options:
+            raise UsageError(f"Options {', '.join(options)} cannot be set on {spec!r}, which is already made.")
+        return spec
+    if spec in LAWS:
+        return get_directions("dense", distribution=spec, **options)
+    if spec not in FAMILIES:
+        raise UsageError(f"There are no directions {spec!r}: choose one of {', '.join((*FAMILIES, *LAWS))}.")
+    try:
+        return FAMILIES[spec](**options)
+    except TypeError as error:
+        raise UsageError(f"Directions {spec!r} cannot be made with {options}: {error}.") from error
