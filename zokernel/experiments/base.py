@@ -93,7 +93,26 @@ class Result:
 Experiment = Callable[[Config], Result]
 
 # name -> module that registers it; imported on demand so that listing is cheap.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "entk/heatmaps": "zokernel.experiments.entk.heatmaps",
+    "entk/curves": "zokernel.experiments.entk.curves",
+    "entk/laws": "zokernel.experiments.entk.laws",
+    "entk/dimension": "zokernel.experiments.entk.dimension",
+    "entk/horizon": "zokernel.experiments.entk.horizon",
+    "entk/drift": "zokernel.experiments.entk.drift",
+    "entk/language_model": "zokernel.experiments.entk.language_model",
+    "nzk/linear_d2": "zokernel.experiments.nzk.catalogue",
+    "nzk/linear_d30": "zokernel.experiments.nzk.catalogue",
+    "nzk/mixture": "zokernel.experiments.nzk.catalogue",
+    "nzk/deviations": "zokernel.experiments.nzk.catalogue",
+    "nzk/laws": "zokernel.experiments.nzk.catalogue",
+    "nzk/ffn_synthetic": "zokernel.experiments.nzk.catalogue",
+    "nzk/mnist": "zokernel.experiments.nzk.catalogue",
+    "nzk/linear_mnist_01": "zokernel.experiments.nzk.catalogue",
+    "nzk/cifar": "zokernel.experiments.nzk.catalogue",
+    "nzk/linear_mnist_35": "zokernel.experiments.nzk.catalogue",
+    "nzk/tiny_imagenet": "zokernel.experiments.nzk.catalogue",
+}
 _REGISTRY: dict[str, tuple[str, Experiment]] = {}
 
 

@@ -25,6 +25,8 @@ _EXPORTS: dict[str, str] = {
     "project": "projections",
     "fidelity": "fidelity_table",
     "Fidelity": "fidelity_table",
+    "error_curves": "curves",
+    "ErrorCurves": "curves",
     "nzk": "nzk_kernel",
     "sample_nzk": "nzk_kernel",
     "NzkEstimate": "nzk_kernel",

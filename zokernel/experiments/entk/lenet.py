@@ -179,11 +179,19 @@ class Checkpoints:
     recipe: str
 
 
+def updated_image(digits: Digits, label: int) -> Tensor:
+    """Return the first training image of a class, (1, 1, 28, 28): the example that a step is taken on."""
+    return digits.train_x[digits.train_y == label][:1]
+
+
+_TRAINED: dict[str, Checkpoints] = {}
+
+
 def checkpoints(config: Config) -> Checkpoints:
     """Train the LeNet and keep it at initialisation, part of the way, and at the end.
 
-    ``init`` is untrained; ``partial`` has seen one epoch of the training set (full MNIST at cpu scale); ``trained`` is
-    the reference recipe on its 2,000 images for 100 epochs, then continued over the whole set at cpu scale.
+    ``init`` is untrained, ``partial`` has seen one epoch of the training set at a tenth of the rate, ``trained`` all
+    of them.  Experiments of one process share the networks.
 
     Args:
         config: The experiment's configuration.
@@ -191,6 +199,9 @@ def checkpoints(config: Config) -> Checkpoints:
     Returns:
         The three networks with their test accuracies.
     """
+    key = repr(config)
+    if key in _TRAINED:
+        return _TRAINED[key]
     digits = load_digits(config)
     epochs = config.pick("epochs", smoke=3, cpu=8, full=20)
     lr = config.pick("lr", smoke=1e-1, cpu=2e-2)
@@ -202,4 +213,5 @@ def checkpoints(config: Config) -> Checkpoints:
     accuracies = {name: accuracy(net, digits.test_x, digits.test_y) for name, net in nets.items()}
     recipe = f"{digits.source}; partial: 1 epoch, trained: {epochs} epochs of SGD (momentum 0.9, peak rate {lr:g})"
     logger.info("LeNet on %s; test accuracy %s", digits.source, accuracies)
-    return Checkpoints(nets, accuracies, digits, recipe)
+    _TRAINED[key] = Checkpoints(nets, accuracies, digits, recipe)
+    return _TRAINED[key]
