@@ -320,3 +320,20 @@ def test_bad_simulations():
         request = {"features": x, "y": y, "f0": f0, "lr": 0.1, "steps": 2} | change
         with pytest.raises(UsageError, match=message):
             simulate(**request)
+
+
+@pytest.mark.parametrize(
+    ("shape", "perturbations", "fraction"), [((30, 60), 1, 0.1), ((30, 60), 8, 0.5), ((12, 3), 1, 0.5)]
+)
+def test_loss_band_holds_about_nine_runs_in_ten(shape, perturbations, fraction):
+    """An approximation, so a wide tolerance: measured coverage up to half of the limit is 84% to 98%."""
+    x, y, f0 = problem(*shape)
+    moments = process_moments("gaussian", shape[1], "zo_sgd")
+    lr = fraction * stability_limit_of_features(x, perturbations, distribution="gaussian")
+    run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=perturbations)
+    steps = [1, 10, 50, 200]
+    low, high = run.loss_band(steps)
+    found = simulate(x, y, f0, lr, steps, num_perturbations=perturbations, runs=1000).losses
+    inside = ((found >= low[:, None]) & (found <= high[:, None])).double().mean(1)
+    assert inside.min() > 0.78
+    assert inside.max() < 0.999

@@ -128,28 +128,16 @@ def query_budget(
         1
     """
     moments = resolve_moments(distribution, coupling, features, dim)
+    start = Evolution(f0, y, kernel, 1.0, moments=moments, features=features if moments.diagonal else None)
     rows = []
     for count in num_perturbations:
-
-        def run(rate: float, count: int = count) -> Evolution:
-            return Evolution(
-                f0,
-                y,
-                kernel,
-                rate,
-                moments=moments,
-                num_perturbations=count,
-                features=features if moments.diagonal else None,
-            )
-
         if moments.diagonal and features is not None:
             limit = stability_limit_of_features(features, count, coupling, distribution=distribution)
         else:
-            limit = run(1.0).stability_limit
-        rates = [lr] if lr is not None else [fraction * limit for fraction in LR_FRACTIONS]
-        best: tuple[int | None, float] = (None, rates[0])
-        for rate in rates:
-            steps = steps_to_reach(run(rate), loss) if rate < limit else None
+            limit = start.at(1.0, num_perturbations=count).stability_limit
+        best: tuple[int | None, float] = (None, limit if lr is None else lr)
+        for rate in [lr] if lr is not None else [fraction * limit for fraction in LR_FRACTIONS]:
+            steps = steps_to_reach(start.at(rate, num_perturbations=count), loss) if rate < limit else None
             if steps is not None and (best[0] is None or steps < best[0]):
                 best = (steps, rate)
         rows.append(QueryRow(count, best[1], limit, best[0], None if best[0] is None else 2 * count * best[0]))

@@ -16,8 +16,9 @@ Gradient descent is the special case without noise; an expected kernel is gradie
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -69,16 +70,12 @@ class Evolution:
         features: Tensor | None = None,
         num_examples: int | None = None,
     ):
-        check_learning_rate(lr)
+        self._set_step(lr, moments or ProcessMoments.deterministic(), num_perturbations)
         self.f0, self.y = as_vector(f0, "initial predictions"), as_vector(y, "targets")
         matrix = _as_kernel(kernel, len(self.f0))
         if len(self.y) != len(self.f0):
             raise UsageError(f"There are {len(self.f0)} predictions but {len(self.y)} targets.")
         self.n = num_examples or len(self.f0)
-        self.lr = float(lr)
-        self.moments = moments or ProcessMoments.deterministic()
-        self.num_perturbations = num_perturbations
-        self._kappa, self._trace, self._diagonal = noise_coefficients(self.moments, num_perturbations)
         values, vectors = torch.linalg.eigh(matrix / self.n)
         values = torch.as_tensor(clean_eigenvalues(values if kernel.dtype == torch.float64 else values.float()))
         keep = values > 0
@@ -92,6 +89,29 @@ class Evolution:
             if rows.shape[0] != len(self.f0):
                 raise UsageError(f"There are {len(self.f0)} predictions but features of {rows.shape[0]}.")
             self._left = (self.vectors.T @ rows).cpu().numpy() / math.sqrt(self.n)
+
+    def at(
+        self, lr: float, *, moments: ProcessMoments | None = None, num_perturbations: int | None = None
+    ) -> Evolution:
+        """Return the same model and data under another learning rate, law or number of directions.
+
+        The kernel's eigendecomposition is shared, so sweeps are cheap.
+
+        Args:
+            lr: Learning rate.
+            moments: Moments of the random step; these when not given.
+            num_perturbations: Directions averaged in a step; as many as here when not given.
+
+        Returns:
+            Another evolution.
+        """
+        other = copy.copy(self)
+        other._set_step(lr, moments or self.moments, num_perturbations or self.num_perturbations)
+        return other
+
+    def _set_step(self, lr: float, moments: ProcessMoments, num_perturbations: int) -> None:
+        self.lr, self.moments, self.num_perturbations = check_learning_rate(lr), moments, num_perturbations
+        self._kappa, self._trace, self._diagonal = noise_coefficients(moments, num_perturbations)
         self._modes: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -138,6 +158,29 @@ class Evolution:
     def second_moment(self, steps: Steps) -> Tensor:
         """Return the expected squared residual of every prediction, (T, n): summed over 2n, the expected loss."""
         return self.variance(steps) + (self.mean(steps) - self.y).square()
+
+    def loss_band(self, steps: Steps, *, z: float = 1.645) -> tuple[Tensor, Tensor]:
+        r"""Return a band that holds about 90% of runs (for ``z`` = 1.645) after each number of steps.
+
+        The residual's mean and covariance are exact; treating it as Gaussian gives the variance of the loss,
+        :math:`[2 tr(\Sigma^2) + 4 m^T \Sigma m] / 4n^2`, and a gamma law with that mean and variance the quantiles
+        (Wilson-Hilferty).  An approximation: simulate for the exact band.
+
+        Args:
+            steps: Numbers of steps (T).
+            z: Standard normal quantile of the band's ends.
+
+        Returns:
+            Lower and upper ends, each (T,).
+        """
+        wanted = as_steps(steps, self.f0)
+        means, spreads = self._mean_modes(wanted), self._spreads(wanted)
+        variances = [2 * spread.square().sum() + 4 * mean @ spread @ mean for mean, spread in zip(means, spreads)]
+        variance = torch.stack(variances) / (4 * self.n**2)
+        centre = self.expected_loss(wanted) - self.floor
+        root = (variance.clamp_min(0).sqrt() / centre.clamp_min(torch.finfo(centre.dtype).tiny) / 3).nan_to_num(0.0)
+        ends = [(1 - root.square() + sign * z * root).clamp_min(0) ** 3 * centre for sign in (-1, 1)]
+        return self.floor + ends[0], self.floor + ends[1].nan_to_num(nan=math.inf)
 
     def test_mean(self, steps: Steps, f0: Tensor, cross_kernel: Tensor) -> Tensor:
         """Return the mean prediction at other points.
@@ -203,22 +246,24 @@ class Evolution:
 
     def _quadratic(self, wanted: Tensor, weights: Tensor) -> Tensor:
         """Return the variance of ``weights @ residual modes`` for every row of weights, (T, rows)."""
+        rows = [((weights @ spread) * weights).sum(1) for spread in self._spreads(wanted)]
+        return torch.stack(rows).nan_to_num(nan=math.inf).clamp_min(0)
+
+    def _spreads(self, wanted: Tensor) -> Iterator[Tensor]:
+        """Yield the covariance of the residual modes after each number of steps, (R, R)."""
         means = self._mean_modes(wanted)
         if self._diagonal:
-            states = self._dense_states(wanted)
-            spreads = [state - torch.outer(mean, mean) for state, mean in zip(states, means)]
-            return torch.stack([((weights @ spread) * weights).sum(1) for spread in spreads]).clamp_min(0)
+            for state, mean in zip(self._dense_states(wanted), means):
+                yield state - torch.outer(mean, mean)
+            return
         level, pair = self.eigenvalues, torch.outer(self.residual_R, self.residual_R)
         step, c = self.lr, self.moments.mean
-        product = torch.outer(level, level)
-        off = 1 - step * c * (level[:, None] + level) + step**2 * self._kappa * product
+        off = 1 - step * c * (level[:, None] + level) + step**2 * self._kappa * torch.outer(level, level)
         alone = (1 - step * c * level[:, None]) * (1 - step * c * level)
-        rows = []
         for t, mean, diagonal in zip(wanted, means, self._diagonal_modes(wanted)):
             spread = (off**t - alone**t) * pair
-            spread.diagonal().copy_(diagonal - mean.square())
-            rows.append(((weights @ spread) * weights).sum(1))
-        return torch.stack(rows).nan_to_num(nan=math.inf).clamp_min(0)
+            spread.diagonal().copy_((diagonal - mean.square()).clamp_min(0))
+            yield spread
 
     def _dense_states(self, wanted: Tensor) -> list[Tensor]:
         if self._left is None:
@@ -250,7 +295,7 @@ def check_learning_rate(lr: float) -> float:
     """
     if not (math.isfinite(lr) and lr > 0):
         raise UsageError(f"The learning rate must be positive and finite, not {lr}.")
-    return lr
+    return float(lr)
 
 
 def as_vector(values: Tensor, what: str) -> Tensor:

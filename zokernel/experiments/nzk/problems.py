@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Problem:
         inputs: Raw inputs of the model, (n, ...).
         network: The network behind the features, or None for a linear model.
         linearization: Its Jacobian and own outputs, or None.
+        notebook_lr: Learning rate that the notebook really uses: it divides by 100 where there are 200 examples.
         remarks: Sentences for the summary: what stands in for what.
     """
 
@@ -43,6 +44,7 @@ class Problem:
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))
     network: nn.Module | None = None
     linearization: Linearization | None = None
+    notebook_lr: float | None = None
     remarks: tuple[str, ...] = ()
 
     @property
@@ -133,7 +135,8 @@ def image_network_problem(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _mlp(64, 10, 5, 1)
-    return _network_problem(network, x, y, steps, coordinate=torch.arange(len(y)).double())
+    problem = _network_problem(network, x, y, steps, coordinate=torch.arange(len(y)).double())
+    return replace(problem, notebook_lr=2 * problem.lr)
 
 
 def projected_image_problem(
