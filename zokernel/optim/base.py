@@ -25,7 +25,7 @@ from zokernel.directions import Dense, make_restore
 from zokernel.directions.base import Directions
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Term, Values
+from zokernel.directions.terms import Factors, Term, Values
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Estimate, Estimator
 from zokernel.optim.parameters import Params, name_parameters, trainable
@@ -54,19 +54,19 @@ class Move:
 
 
 class Given(Family):
-    """Directions that are given tensors, so that the engine can add them with its own roundings.
+    """Directions that are given outright, so that the engine can add them with its own roundings.
 
     Args:
-        values: fp32 tensors by name.
+        given: What to add, by name: fp32 values, or low-rank factors.
     """
 
-    def __init__(self, values: Mapping[str, Tensor]):
+    def __init__(self, given: Mapping[str, Values | Factors]):
         super().__init__()
-        self.values = values
+        self.given = given
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return the given values of each tensor; see :meth:`Family.terms`."""
-        return [Values(self.values[place.name].contiguous()) for place in places]
+        """Return what was given for each tensor; see :meth:`Family.terms`."""
+        return [self.given[place.name] for place in places]
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -284,11 +284,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         for name, value in values.items():
             weight, scale = self.named_params[name], factor[name] if isinstance(factor, Mapping) else factor
-            if weight.dtype not in (torch.bfloat16, torch.float16):
-                weight.add_(value, alpha=scale)
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                self.add_terms({name: Values(value.contiguous())}, scale)
             else:
-                given = Given({name: value})
-                given.add_({name: weight}, scale, seed=self.seed, step=self.step_count, index=0, stochastic=True)
+                weight.add_(value, alpha=scale)
+
+    def add_terms(self, terms: Mapping[str, Values | Factors], factor: float) -> None:
+        """Add ``factor`` times given values or factors to the weights, stochastically rounded if in bf16 or fp16."""
+        for name, term in terms.items():
+            weight = self.named_params[name]
+            low = weight.dtype in (torch.bfloat16, torch.float16)
+            place = {"seed": self.seed, "step": self.step_count, "index": 0}
+            Given({name: term}).add_({name: weight}, factor, stochastic=low, **place)
 
     def batches(self, names: Sequence[str]) -> list[list[str]]:
         """Split names into those that temporaries are made for at a time: one, unless directions couple the tensors."""
@@ -319,12 +326,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "seed": self.seed,
             "num_forwards": self.num_forwards,
             "restore": self._restore.state_dict(),
+            "directions": getattr(self.directions, "state_dict", dict)(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
         self.step_count, self.num_forwards, self.seed = state["step"], state["num_forwards"], state["seed"]
         self._restore.seed = self.seed
+        if state["directions"]:
+            self.directions.load_state_dict(state["directions"])  # type: ignore[attr-defined]
         self._restore.load_state_dict(state["restore"])
         self._versions = [tensor._version for tensor in self.named_params.values()]
 
