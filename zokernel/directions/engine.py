@@ -68,11 +68,8 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
     total = 0.0
     for place, noise in zip(places, noises):
         device = place.local.device
-        arguments = (noise.law, noise.key, noise.step, noise.index, place.numel)
-        if choose_backend(device, backend) == "numba":
-            total += _load("numba").sum_of_squares(*arguments)
-        else:
-            total += _load("torch").sum_of_squares(*arguments, device)
+        module = _load(choose_backend(device, backend))
+        total += module.sum_of_squares(noise.law, noise.key, noise.step, noise.index, place.numel, device)
     return total
 
 

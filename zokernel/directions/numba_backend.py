@@ -61,8 +61,20 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     return by_job.tolist()
 
 
-def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int) -> float:
-    """Return the squared norm of one tensor's noise, the same for any number of threads."""
+def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
+    """Return the squared norm of one tensor's noise, the same for any number of threads.
+
+    Args:
+        law: Its law.
+        key: Philox key.
+        step: Third counter word.
+        index: Fourth counter word.
+        numel: Elements of the whole tensor.
+        device: The CPU.
+
+    Returns:
+        The sum of squares.
+    """
     starts = range(0, numel, SEGMENT_LENGTH)
     parts = np.zeros(len(starts))
     fixed = (LAW_CODES[law], *map(np.uint64, (*key, step, index)))

@@ -32,7 +32,7 @@ MAX_SEED = 2**63
 MAX_COUNT = 2**32
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=65536, typed=True)
 def stream_key(seed: int, name: str, purpose: str = "direction") -> tuple[int, int]:
     """Return the Philox key of one tensor's stream.
 

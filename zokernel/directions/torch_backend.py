@@ -32,7 +32,19 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
 
 
 def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
-    """Return the squared norm of one tensor's noise."""
+    """Return the squared norm of one tensor's noise.
+
+    Args:
+        law: Its law.
+        key: Philox key.
+        step: Third counter word.
+        index: Fourth counter word.
+        numel: Elements of the whole tensor.
+        device: Where to compute.
+
+    Returns:
+        The sum of squares.
+    """
     noise = Noise(law, key, step, index)
     total = 0.0
     for begin in range(0, numel, CHUNK):
