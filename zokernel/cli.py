@@ -20,7 +20,10 @@ from zokernel.errors import UsageError, ZokernelError
 COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("zokernel.finetune.command", "fine-tune a language model with forward passes only"),
     "demo": ("zokernel.finetune.demo", "the main job on a real model and real text, in minutes, without a GPU"),
+    "plan": ("zokernel.kernels.plan_command", "how many perturbations, which eps and rate, from forwards only"),
+    "kernel": ("zokernel.kernels.command", "zeroth-order against first-order kernels: heatmaps and error curves"),
     "reproduce": ("zokernel.experiments.command", "reproduce figures and tables of the three papers"),
+    "evolve": ("zokernel.dynamics.command", "predict loss and predictions under zeroth-order training (NZK)"),
     "fetch": ("zokernel.data.command", "download a model or data set that installs from a package registry"),
 }
 

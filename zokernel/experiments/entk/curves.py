@@ -70,8 +70,9 @@ def run(config: Config) -> Result:
     result.summary = (
         f"LeNet on {digits.source}, {len(seeds)} seeds, P = 1..{largest}: the rms error follows the exact law "
         f"(measured over predicted {result.numbers['ratio_rms']:.3f}) with slope {slopes.mean():.3f} "
-        f"(spread {slopes.std():.3f} over {len(slopes)} pairs). rho spans {spread['init'][0]:.2f}-{spread['init'][1]:.2f} at initialisation and "
-        f"{spread['trained'][0]:.3f}-{spread['trained'][1]:.2f} when trained, so curves separate only after training."
+        f"(spread {slopes.std():.3f} over {len(slopes)} pairs). rho spans {spread['init'][0]:.2f}-"
+        f"{spread['init'][1]:.2f} at initialisation and {spread['trained'][0]:.3f}-{spread['trained'][1]:.2f} when "
+        "trained, so curves separate only after training."
     )
     result.verdicts = [
         Verdict(

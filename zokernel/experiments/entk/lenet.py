@@ -205,7 +205,7 @@ def checkpoints(config: Config) -> Checkpoints:
     digits = load_digits(config)
     epochs = config.pick("epochs", smoke=3, cpu=8, full=20)
     lr = config.pick("lr", smoke=1e-1, cpu=2e-2)
-    nets = {"init": lenet(config.seed)}
+    nets: dict[str, nn.Module] = {"init": lenet(config.seed)}
     nets["partial"] = train(
         lenet(config.seed), digits.train_x, digits.train_y, epochs=1, seed=config.seed, lr=lr / 10, horizon=epochs
     )

@@ -1,0 +1,202 @@
+"""The plan: unbiased probes, honest uncertainty, agreement with real gradients, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import mlp
+
+from zokernel.cli import main
+from zokernel.directions import Dense
+from zokernel.errors import RunError, UsageError
+from zokernel.kernels.plan import Prober, Task, make_plan
+from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
+from zokernel.kernels.probes import (
+    Slopes,
+    belief_moments,
+    gradient_noise,
+    jackknife,
+    single_draw_variance,
+    subset_error,
+)
+
+
+def small_task(classes=2, update=6, observe=3, seed=0) -> Task:
+    torch.manual_seed(seed)
+    net = mlp((5, 16, classes)).double()
+    x = torch.randn(update + observe, 5).double()
+    labels = torch.randint(0, classes, (update + observe,))
+    return Task(dict(net.named_parameters()), net, x, labels, update, num_tokens=update + observe)
+
+
+def true_slopes(task: Task, count: int, seed: int) -> Slopes:
+    """Slopes along Gaussian directions from exact Jacobians."""
+    leaves = list(task.params.values())
+    scores = task.score(task.batch)
+    losses = F.cross_entropy(scores[: task.num_update], task.labels[: task.num_update], reduction="none")
+    beliefs = scores[task.num_update :].log_softmax(-1).flatten()
+
+    def rows(values):
+        grads = [torch.autograd.grad(value, leaves, retain_graph=True) for value in values]
+        return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
+
+    jac_losses, jac_beliefs = rows(losses), rows(beliefs)
+    z = torch.randn(count, jac_losses.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+    return Slopes(z @ jac_losses.T, z @ jac_beliefs.T)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_probe_statistics_are_unbiased(classes):
+    """Means over 400 sets of 10 probes, against exact gradients, by z-scores."""
+    task = small_task(classes)
+    rows = gradients(task)
+    exact = exact_moments(rows)
+    found = [true_slopes(task, 10, seed) for seed in range(400)]
+    for name in ("rows_sq", "gradient_sq", "product_sq"):
+        values = torch.tensor([getattr(belief_moments(s), name) for s in found])
+        z = (values.mean() - getattr(exact, name)) / (values.std() / 20)
+        assert abs(z) < 4, name
+    spread = torch.tensor([gradient_noise(s)[0] for s in found])
+    assert abs(spread.mean() - rows.spread) / (spread.std() / 20) < 4
+    signal = torch.tensor([gradient_noise(s)[1] for s in found])
+    expected = exact.gradient_sq - rows.spread / task.num_update
+    assert abs(signal.mean() - expected) / (signal.std() / 20) < 4
+
+
+def test_exact_moments_are_those_of_dense_matrices():
+    task = small_task(4)
+    rows = gradients(task)
+    flat = torch.cat([part.flatten(1) for part in rows.differences.values()], dim=1)
+    g = torch.cat([part.flatten() for part in rows.gradient.values()])
+    matrix = rows.to_beliefs(flat.T).T
+    exact = exact_moments(rows)
+    assert exact.rows_sq == pytest.approx(matrix.square().sum().item())
+    assert exact.product_sq == pytest.approx((matrix @ g).square().sum().item())
+    assert exact.diagonal == pytest.approx((matrix.square().sum(0) @ g.square()).item())
+    # the rows are gradients of log-probabilities: compare one with autograd
+    logp = task.score(task.batch)[task.num_update :].log_softmax(-1).flatten()[5]
+    expected = torch.cat([p.flatten() for p in torch.autograd.grad(logp, list(task.params.values()))])
+    torch.testing.assert_close(matrix[5], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_jackknife_is_calibrated():
+    """The standard error that one plan states is the spread over plans, to 25%."""
+    task = small_task()
+    estimates = [jackknife(true_slopes(task, 40, s), lambda p: math.sqrt(single_draw_variance(p))) for s in range(150)]
+    spread = torch.tensor([e.value for e in estimates]).std().item()
+    stated = torch.tensor([e.error for e in estimates]).median().item()
+    assert stated == pytest.approx(spread, rel=0.3)
+    assert not math.isfinite(jackknife(Slopes(torch.randn(3, 2), torch.randn(3, 2)), lambda p: math.inf).error)
+
+
+def test_subset_error_is_the_average_over_subsets():
+    from itertools import combinations
+
+    e = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).double()
+    for size in (1, 2, 4):
+        squares = [e[list(s)].mean(0).square().sum() for s in combinations(range(6), size)]
+        assert subset_error(e, size) == pytest.approx(math.sqrt(torch.stack(squares).mean()))
+
+
+def test_plan_against_real_gradients():
+    """Every prediction within four of its own standard errors (and 20%) of the truth, on a small network."""
+    task = small_task(update=8, observe=4)
+    before = {name: p.detach().clone() for name, p in task.params.items()}
+    plan = make_plan(task, num_probes=300, eps=1e-3, counts=(1, 10, 100), tolerances=(0.5,))
+    found = {c.quantity: c for c in verify(task, plan, num_draws=400)}
+    assert all(torch.equal(before[name], p) for name, p in task.params.items())
+    for count in (1, 10, 100):
+        for source in ("exact law", "400 fresh directions"):
+            comparison = found[f"relative error at P = {count}, {source}"]
+            assert comparison.ratio == pytest.approx(1, abs=0.2), comparison
+    for name in ("rho", "gradient norm", "trace of the Hessian"):
+        comparison = found[name]
+        assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
+    assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
+    assert "relative error at P = 10, exact law" in table(list(found.values()))
+    # two ends a probe, again at twice the size for 12, eight for the noise, two for each of four groups, one more
+    assert plan.forwards == 2 * 300 + 2 * 12 + 8 + 2 * 4 + 1
+    assert plan.tokens == plan.forwards * task.num_tokens
+
+
+def test_curvature_and_learning_rates_on_a_quadratic():
+    """Scores linear in the weights and a loss close to quadratic: tr H and g'Hg have known values."""
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(0.01 * torch.randn(12, 2).double())
+    x, labels = torch.randn(40, 12).double(), torch.randint(0, 2, (40,))
+    task = Task({"w": weights}, lambda inputs: inputs @ weights, x, labels, 36, 40)
+    plan = make_plan(task, num_probes=400, eps=1e-2, counts=(1, 10))
+
+    def loss(w):
+        return F.cross_entropy(x[:36] @ w, labels[:36])
+
+    hessian = torch.autograd.functional.hessian(loss, weights.detach()).reshape(24, 24)
+    g = torch.autograd.grad(loss(weights), weights)[0].flatten()
+    trace, along = hessian.trace().item(), (g @ hessian @ g).item()
+    assert abs(plan.trace_hessian.value - trace) < 4 * plan.trace_hessian.error
+    ratio = trace * (g @ g).item() / along
+    assert abs(plan.curvature_ratio.value - ratio) < 4 * plan.curvature_ratio.error
+    assert plan.learning_rate[10] > plan.learning_rate[1]
+
+
+def test_best_eps_balances_noise_and_bias():
+    """A loss with known rounding noise and third derivative: eps from the plan is that of the closed form."""
+    weights = torch.nn.Parameter(torch.zeros(1).double())
+    generator = torch.Generator().manual_seed(0)
+
+    def score(inputs):
+        steep = 2 * weights + weights**3 / 3
+        noise = 1e-7 * torch.randn(1, generator=generator).double()
+        return torch.stack([torch.zeros(len(inputs)).double(), (steep + noise).expand(len(inputs))], 1)
+
+    task = Task({"w": weights}, score, torch.zeros(4, 1), torch.tensor([0, 0, 1, 1]), 3, 4)
+    plan = make_plan(task, num_probes=24, eps=5e-2)
+    assert plan.loss_noise == pytest.approx(1e-7 / 6, rel=0.7)  # the mean residual is (2 - 1) / 3 * 1 / 2
+    assert 1e-3 < plan.eps.value < 5e-2
+    assert plan.finite_difference_error < 1e-3
+
+
+def test_weights_return_after_an_error():
+    task = small_task()
+    before = {name: p.detach().clone() for name, p in task.params.items()}
+    broken = Task(task.params, lambda x: torch.full((9, 2), float("nan")), task.batch, task.labels, 6, 9)
+    with pytest.raises(RunError, match="NaN or infinite"), Prober(broken) as prober:
+        prober.evaluate([0.1], [0])
+    assert all(torch.equal(before[name], p) for name, p in task.params.items())
+
+
+def test_probes_are_the_directions_of_training():
+    task = small_task()
+    with Prober(task, "rademacher", seed=7) as prober:
+        (above, _), (below, _) = (prober.evaluate([s * 1e-4], [2]) for s in (1, -1))
+    z = Dense("rademacher")({n: p.detach() for n, p in task.params.items()}, seed=7, step=0, index=2)
+    leaves = list(task.params.values())
+    losses = F.cross_entropy(task.score(task.batch)[:6], task.labels[:6])
+    exact = sum((g * z[n]).sum() for n, g in zip(task.params, torch.autograd.grad(losses, leaves), strict=True))
+    assert ((above - below).mean() / 2e-4).item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_refusals():
+    with pytest.raises(UsageError, match="too few"):
+        make_plan(small_task(), num_probes=4)
+    with pytest.raises(UsageError, match="at least two examples"):
+        make_plan(small_task(update=1))
+
+
+def test_command(tiny_lm_path, tiny_reviews_path, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    flags = ["--model_name_or_path", str(tiny_lm_path), "--train_file", str(tiny_reviews_path / "train.jsonl")]
+    flags += ["--num_probes", "12", "--update_examples", "4", "--observe_examples", "2", "--output_file", str(out)]
+    assert main(["plan", *flags, "--verify", "true", "--verify_draws", "20"]) == 0
+    text = capsys.readouterr().out
+    assert "no gradient" in text
+    assert "Against real gradients" in text
+    record = json.loads(out.read_text())
+    assert record["plan"]["num_probes"] == 12
+    assert any(row["quantity"] == "rho" for row in record["verify"])
+    assert main(["plan", "--num_probe", "3"]) == 2
+    assert "There is no flag" in capsys.readouterr().err

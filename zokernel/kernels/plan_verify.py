@@ -1,0 +1,271 @@
+r"""Check a plan against real gradients: every number predicted from forward passes, measured by backpropagation.
+
+Rows :math:`\nabla(s_c - s_0)` at the observed examples and the loss gradient g are held in memory; everything else is
+inner products with them.  Errors at several P are measured on fresh directions, independent of the plan's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zokernel import theory
+from zokernel.directions import Dense
+from zokernel.kernels import checks
+from zokernel.kernels.jacobians import dot, squared_norm
+from zokernel.kernels.model import Params
+from zokernel.kernels.plan import Plan, Prober, Task, wide
+from zokernel.kernels.probes import subset_error
+from zokernel.kernels.projections import Draw
+from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
+
+# Shape suffixes: B update examples, O observed examples, C classes, K = O (C - 1) score differences, Y = O C beliefs.
+
+EPS_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One predicted number next to its measurement.
+
+    Attributes:
+        quantity: What it is.
+        predicted: From forward passes only, with its standard error where there is one.
+        error: Standard error of ``predicted`` (NaN when not estimated).
+        measured: With real gradients.
+    """
+
+    quantity: str
+    predicted: float
+    error: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured if self.measured else math.nan
+
+
+@dataclass(frozen=True)
+class Rows:
+    r"""Gradients of one task at the current weights.
+
+    Attributes:
+        gradient: g, by parameter name.
+        differences: Rows of score differences, ``{name: (K, *shape)}``.
+        spread: :math:`tr\Sigma` of per-example gradients.
+        beliefs_OC: Probabilities at the observed examples.
+    """
+
+    gradient: Params
+    differences: Params
+    spread: float
+    beliefs_OC: Tensor
+
+    def to_beliefs(self, differences: Tensor) -> Tensor:
+        """Turn changes of score differences (..., K) into changes of log-probabilities (..., Y)."""
+        num_observed, num_classes = self.beliefs_OC.shape
+        shaped = differences.reshape(*differences.shape[:-1], num_observed, num_classes - 1)
+        scores = F.pad(shaped, (1, 0)).to(self.beliefs_OC)
+        centered = scores - (self.beliefs_OC * scores).sum(-1, keepdim=True)
+        return centered.flatten(-2)
+
+
+def verify(
+    task: Task,
+    plan: Plan,
+    *,
+    distribution: str = "rademacher",
+    seed: int = 0,
+    num_draws: int = 200,
+    eps_directions: int = 4,
+) -> list[Comparison]:
+    """Measure what the plan predicted.
+
+    Args:
+        task: The task that was planned for; its weights are put back exactly.
+        plan: The plan.
+        distribution: Law of the directions.
+        seed: The plan's seed; draws here use ``seed + 1``.
+        num_draws: Fresh directions for the measured errors.
+        eps_directions: Directions on which perturbation sizes are compared.
+
+    Returns:
+        One comparison a quantity.
+
+    Raises:
+        RunError: If the gradients do not fit in memory.
+    """
+    num_rows = (len(task.labels) - task.num_update) * (_num_classes(task) - 1)
+    checks.announce(
+        f"gradients for verification: {num_rows + 3} x {plan.num_parameters:,}",
+        (num_rows + 3) * plan.num_parameters * 4,
+        "observe fewer examples, or train a LoRA adapter",
+    )
+    rows = gradients(task)
+    moments = exact_moments(rows)
+    size = math.sqrt(moments.product_sq)
+    draw = Draw(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
+    projected = torch.stack([_project(rows, draw, index) for index in range(num_draws)])
+    drift = rows.to_beliefs(projected[:, :-1]) * projected[:, -1:]
+    deviations = drift - rows.to_beliefs(_products(rows)[None])
+    found = [Comparison("rho", plan.rho.value, plan.rho.error, moments.rho)]
+    for count, guess in plan.predicted_error.items():
+        law = expected_belief_error(moments, count, distribution)
+        found.append(Comparison(f"relative error at P = {count}, exact law", guess.value, guess.error, law))
+        if count <= num_draws // 2:
+            seen = subset_error(deviations, count) / size
+            name = f"relative error at P = {count}, {num_draws} fresh directions"
+            found.append(Comparison(name, guess.value, guess.error, seen))
+    gradient_sq = moments.gradient_sq
+    signal = gradient_sq - rows.spread / task.num_update
+    found += [
+        Comparison("gradient norm", plan.gradient_norm.value, plan.gradient_norm.error, math.sqrt(gradient_sq)),
+        Comparison(
+            "gradient noise scale (batch size)",
+            plan.noise_scale.value,
+            plan.noise_scale.error,
+            rows.spread / signal if signal > 0 else math.inf,
+        ),
+        *_curvature(task, plan, rows, draw, gradient_sq),
+        _best_eps(task, plan, rows, draw, eps_directions),
+    ]
+    return found
+
+
+def gradients(task: Task) -> Rows:
+    """Backpropagate the loss, each example's loss, and each observed score difference."""
+    leaves = list(task.params.values())
+    with torch.enable_grad():
+        scores = wide(task.score(task.batch))
+        losses = F.cross_entropy(scores[: task.num_update], task.labels[: task.num_update], reduction="none")
+        observed = scores[task.num_update :]
+        gradient = _grad(losses.mean(), task, leaves)
+        squared = sum(squared_norm(_grad(loss, task, leaves)) for loss in losses)
+        targets = (observed[:, 1:] - observed[:, :1]).flatten()
+        differences = {name: p.new_empty(len(targets), *p.shape).detach() for name, p in task.params.items()}
+        for k, target in enumerate(targets):
+            for name, row in _grad(target, task, leaves).items():
+                differences[name][k] = row
+    count = task.num_update
+    spread = (squared - count * squared_norm(gradient)) / (count - 1)
+    return Rows(gradient, differences, spread, observed.detach().softmax(-1).double())
+
+
+def exact_moments(rows: Rows) -> BeliefMoments:
+    r"""Return :math:`\|M\|_F^2, \|g\|^2, \|Mg\|^2` and D exactly."""
+    rows_sq = overlap = 0.0
+    for name, grad in rows.gradient.items():
+        flat, g = rows.differences[name].flatten(1), grad.flatten()
+        for start in range(0, len(g), 2**20):
+            part = slice(start, start + 2**20)
+            columns = rows.to_beliefs(flat[:, part].T).square().sum(1)
+            rows_sq += columns.sum().item()
+            overlap += (columns @ g[part].double().square()).item()
+    product = rows.to_beliefs(_products(rows)[None])
+    dim = sum(grad.numel() for grad in rows.gradient.values())
+    return BeliefMoments(rows_sq, squared_norm(rows.gradient), product.square().sum().item(), overlap, dim)
+
+
+def _num_classes(task: Task) -> int:
+    with torch.no_grad():
+        return task.score(task.batch).shape[1]
+
+
+def _grad(value: Tensor, task: Task, leaves: list[Tensor]) -> Params:
+    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(task.params.items(), found, strict=True)
+    }
+
+
+def _products(rows: Rows) -> Tensor:
+    """Return the inner products of every score difference's gradient with g, (K,)."""
+    total: Tensor | float = 0.0
+    for name, grad in rows.gradient.items():
+        total = total + (rows.differences[name].flatten(1) @ grad.flatten()).double()
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _project(rows: Rows, draw: Draw, index: int) -> Tensor:
+    """Return the slopes of every score difference and of the loss along one direction, (K + 1,)."""
+    z = draw.directions(draw.params, seed=draw.seed, step=0, index=index)
+    total: Tensor | float = 0.0
+    for name, grad in rows.gradient.items():
+        flat = z[name].flatten()
+        slopes = torch.cat([rows.differences[name].flatten(1) @ flat, (grad.flatten() @ flat)[None]])
+        total = total + slopes.double()
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _curvature(task: Task, plan: Plan, rows: Rows, draw: Draw, gradient_sq: float) -> list[Comparison]:
+    """Measure tr H and g'Hg by differences of gradients."""
+    step = plan.eps_probed
+    traces = []
+    for index in range(4):
+        z = draw.directions(draw.params, seed=draw.seed, step=0, index=index)
+        traces.append(_hessian_form(task, z, step))
+    trace = sum(traces) / len(traces)
+    dim = plan.num_parameters
+    along = _hessian_form(task, rows.gradient, step * math.sqrt(dim / gradient_sq))
+    ratio = theory.curvature_ratio(trace, gradient_sq, along)
+    found = [
+        Comparison("trace of the Hessian", plan.trace_hessian.value, plan.trace_hessian.error, trace),
+        Comparison("curvature ratio r", plan.curvature_ratio.value, plan.curvature_ratio.error, ratio),
+    ]
+    for count, guess in plan.learning_rate_ratio.items():
+        real = theory.learning_rate_ratio(count, ratio) if count + 1 + ratio > 0 else math.nan
+        found.append(Comparison(f"eta_zo / eta_fo at P = {count}", guess.value, guess.error, real))
+    return found
+
+
+def _hessian_form(task: Task, vector: Params, step: float) -> float:
+    """Return v'Hv from the gradients at theta + step v and theta - step v."""
+    leaves = list(task.params.values())
+    forms = []
+    saved = {name: p.detach().clone() for name, p in task.params.items()}
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, p in task.params.items():
+                p.add_(vector[name], alpha=sign * step)
+        with torch.enable_grad():
+            scores = wide(task.score(task.batch))[: task.num_update]
+            loss = F.cross_entropy(scores, task.labels[: task.num_update])
+            forms.append(dot(_grad(loss, task, leaves), vector))
+        with torch.no_grad():
+            for name, p in task.params.items():
+                p.copy_(saved[name])
+    return (forms[0] - forms[1]) / (2 * step)
+
+
+def _best_eps(task: Task, plan: Plan, rows: Rows, draw: Draw, num_directions: int) -> Comparison:
+    """Compare finite differences at a grid of sizes with exact slopes; the best size is refined on its neighbours."""
+    exact = [_project(rows, draw, index)[-1].item() for index in range(num_directions)]
+    errors = []
+    with Prober(task, draw.directions.law.name, draw.seed) as prober:
+        for eps in EPS_GRID:
+            misses = []
+            for index, slope in enumerate(exact):
+                above, below = (prober.evaluate([sign * eps], [index])[0].mean().item() for sign in (1, -1))
+                misses.append((above - below) / (2 * eps) - slope)
+            errors.append(math.sqrt(sum(miss**2 for miss in misses) / len(misses)))
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return Comparison("best eps (of a grid of factors 3)", plan.eps.value, plan.eps.error, EPS_GRID[best])
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Return the comparisons as text."""
+    width = max(len(c.quantity) for c in comparisons)
+    lines = [f"{'':<{width}}  {'predicted':>22}  {'measured':>10}  {'ratio':>6}"]
+    for c in comparisons:
+        guess = f"{c.predicted:.4g} ± {c.error:.1g}" if math.isfinite(c.error) else f"{c.predicted:.4g}"
+        lines.append(f"{c.quantity:<{width}}  {guess:>22}  {c.measured:>10.4g}  {c.ratio:>6.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+r"""What a few random directions reveal about a training task, without a gradient (theory A.4.3, A.4.5 and D).
+
+Every probe is one direction u: the loss and the beliefs at :math:`\theta \pm \epsilon u`.  From the slopes
+:math:`c_p = g^T u_p` (of the loss, and of each example's loss) and :math:`m_p = M u_p` (of the log-probabilities at
+observed examples), unbiased averages over pairs of probes give norms, inner products, the gradient noise scale and the
+curvature.  Each number comes with the spread that leaving one probe out shows (the jackknife).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zokernel.theory.kernel_error import BeliefMoments
+
+# Shape suffixes: P probes, B examples of the update batch, Y observed log-probabilities.
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard error.
+
+    Attributes:
+        value: The estimate.
+        error: Its standard error; infinite when it could not be resolved.
+    """
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.error:.1g}"
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Central differences along P directions.
+
+    Attributes:
+        losses_PB: Slopes of each example's loss.
+        beliefs_PY: Slopes of the observed log-probabilities.
+    """
+
+    losses_PB: Tensor
+    beliefs_PY: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of probes P."""
+        return len(self.losses_PB)
+
+    def keep(self, index: Tensor) -> Slopes:
+        """Return some of the probes."""
+        return Slopes(self.losses_PB[index], self.beliefs_PY[index])
+
+
+def belief_moments(slopes: Slopes) -> BeliefMoments:
+    r"""Estimate :math:`\|M\|_F^2, \|g\|^2, \|Mg\|^2` from slopes.
+
+    :math:`\|Mg\|^2` is the average of :math:`(m_p\cdot m_q)\,c_p c_q` over pairs of different probes, which is
+    unbiased; keeping the other two from the same probes makes their ratio far steadier than its parts.
+
+    Args:
+        slopes: At least two probes.
+
+    Returns:
+        The moments (``product_sq`` can be negative when too few probes see no common direction).
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> u = torch.randn(4000, 3, generator=generator)
+        >>> moments = belief_moments(Slopes(u[:, :1], u[:, :2]))  # g = e_1, M = [e_1; e_2]
+        >>> abs(moments.rho - 0.5**0.5) < 0.03
+        True
+    """
+    gradient, beliefs = slopes.losses_PB.double().mean(1), slopes.beliefs_PY.double()
+    count = slopes.count
+    weighted = beliefs * gradient[:, None]
+    pairs = weighted.sum(0).square().sum() - weighted.square().sum()
+    return BeliefMoments(
+        rows_sq=beliefs.square().sum(1).mean().item(),
+        gradient_sq=gradient.square().mean().item(),
+        product_sq=(pairs / (count * (count - 1))).item(),
+    )
+
+
+def single_draw_variance(slopes: Slopes) -> float:
+    r"""Return the estimate of :math:`v = 1 + \rho^{-2}`; infinite when the probes resolve no common direction."""
+    moments = belief_moments(slopes)
+    if moments.product_sq <= 0:
+        return math.inf
+    return 1.0 + moments.rows_sq * moments.gradient_sq / moments.product_sq
+
+
+def gradient_noise(slopes: Slopes) -> tuple[float, float]:
+    r"""Return :math:`(tr\Sigma, \|\bar g\|^2)`: the spread of per-example gradients and the squared norm of their mean.
+
+    :math:`tr\Sigma` is the average over probes of the variance of per-example slopes; subtracting :math:`tr\Sigma/B`
+    makes the norm that of the population gradient.
+
+    Args:
+        slopes: Probes of at least two examples.
+
+    Returns:
+        Both, unbiased; their ratio is the batch size at which noise and signal are equal.
+    """
+    losses = slopes.losses_PB.double()
+    spread = losses.var(1).mean().item()
+    return spread, losses.mean(1).square().mean().item() - spread / losses.shape[1]
+
+
+def jackknife(slopes: Slopes, statistic: Callable[[Slopes], float]) -> Estimate:
+    """Return a statistic of the probes with its jackknife standard error.
+
+    Args:
+        slopes: The probes.
+        statistic: From probes to a number.
+
+    Returns:
+        The estimate; its error is infinite when leaving out a probe makes the statistic infinite.
+    """
+    value = statistic(slopes)
+    count = slopes.count
+    every = torch.arange(count)
+    partial = torch.tensor([statistic(slopes.keep(every[every != p])) for p in range(count)], dtype=torch.float64)
+    if not (math.isfinite(value) and bool(torch.isfinite(partial).all())):
+        return Estimate(value, math.inf)
+    return Estimate(value, math.sqrt((count - 1) * partial.var(unbiased=False).item()))
+
+
+def mean_estimate(values: Tensor) -> Estimate:
+    """Return the mean of independent values with its standard error."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Estimate(values.mean().item(), error)
+
+
+def subset_error(deviations_PY: Tensor, size: int) -> float:
+    r"""Return the rms over all subsets of ``size`` draws of the norm of their mean.
+
+    The complete average over subsets: :math:`\frac1n\overline{|e|^2} + \frac{n-1}{n}\overline{e_p\cdot e_q}`, far
+    steadier than cutting the draws into a few groups.
+
+    Args:
+        deviations_PY: Deviation of each draw from its known mean.
+        size: n, at most the number of draws.
+
+    Returns:
+        The rms.
+
+    Example:
+        >>> subset_error(torch.tensor([[3.0], [-3.0]]), 2)
+        0.0
+    """
+    e = deviations_PY.double()
+    count = len(e)
+    own = e.square().sum().item() / count
+    cross = (e.sum(0).square().sum().item() - own * count) / (count * (count - 1)) if count > 1 else 0.0
+    return math.sqrt(max(own / size + (size - 1) / size * cross, 0.0))
