@@ -22,6 +22,7 @@ class Splits:
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    test_is_validation: bool = False
 
 
 def load_task(arguments: DataArguments) -> PromptTask:
@@ -91,7 +92,7 @@ def load_splits(arguments: DataArguments, task: PromptTask, *, seed: int) -> Spl
     if "test" not in drawn:
         drawn["test"] = parts["validation"][: limits["test"]] if _limited(limits["test"]) else parts["validation"]
         logger.info("Test: the validation examples (no test split was given; they also choose the best checkpoint).")
-    return Splits(drawn["train"], drawn["validation"], drawn["test"])
+    return Splits(drawn["train"], drawn["validation"], drawn["test"], test_is_validation="test" not in parts)
 
 
 def _limited(limit: int | None) -> bool:

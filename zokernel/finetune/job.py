@@ -122,6 +122,7 @@ def finetune(
         "label_words": list(task.label_words),
         "num_train": len(splits.train),
         "num_test": len(splits.test),
+        "test_is_validation": splits.test_is_validation,
         "before": run["before"],
         "after": after,
         "steps": trainer.state.global_step,

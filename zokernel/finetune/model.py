@@ -51,7 +51,8 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
             "or train an adapter with --lora true."
         )
     dtype = DTYPES[arguments.dtype]
-    check_memory(architecture, dtype, config, skip=arguments.skip_memory_check)
+    adapter = bool(arguments.lora or arguments.adapter_name_or_path)
+    check_memory(architecture, dtype, config, adapter=adapter, skip=arguments.skip_memory_check)
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -64,7 +65,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
-    if arguments.lora or arguments.adapter_name_or_path:
+    if adapter:
         model = attach_lora(model, arguments)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -98,7 +99,9 @@ def attach_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
         raise UsageError(f"The LoRA adapter could not be attached: {_first_line(error)}") from error
 
 
-def estimate_memory(architecture: Any, dtype: torch.dtype, config: ZOConfig) -> dict[str, int]:
+def estimate_memory(
+    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False
+) -> dict[str, int]:
     """Estimate the peak memory of training, in bytes, without allocating the model.
 
     Weights as stored; the copies that the method keeps (gradients and moments for first-order methods); and, under
@@ -109,6 +112,7 @@ def estimate_memory(architecture: Any, dtype: torch.dtype, config: ZOConfig) -> 
         architecture: The model's configuration.
         dtype: Storage type of the weights.
         config: The run's settings.
+        adapter: Whether only an adapter is trained, whose own copies are too small to count.
 
     Returns:
         Bytes by part, with their ``total``.
@@ -120,19 +124,19 @@ def estimate_memory(architecture: Any, dtype: torch.dtype, config: ZOConfig) -> 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
     count = sum(p.numel() for p in model.parameters())
-    method = get_method(config.method)
-    copies = {"sgd": 1.0, "adamw": 3.0}.get(config.method, getattr(method, "needs_memory_copies", 0.0))
-    if config.momentum:
-        copies += 1.0
-    if config.restore == "copy":
-        copies += 1.0
+    copies = 0.0
+    if not adapter:
+        copies = getattr(get_method(config.method), "memory_copies", 0.0)
+        copies += bool(config.momentum) + (config.restore == "copy")
     parts = {"weights": count * dtype.itemsize, "method": int(copies * count * 4)}
     if config.bf16:
         parts["autocast"] = 2 * max(p.numel() for p in model.parameters())
     return {**parts, "total": sum(parts.values())}
 
 
-def check_memory(architecture: Any, dtype: torch.dtype, config: ZOConfig, *, skip: bool = False) -> None:
+def check_memory(
+    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, skip: bool = False
+) -> None:
     """Log the memory estimate, and stop before loading a model that will not fit.
 
     Raises:
@@ -140,7 +144,7 @@ def check_memory(architecture: Any, dtype: torch.dtype, config: ZOConfig, *, ski
     """
     import psutil
 
-    parts = estimate_memory(architecture, dtype, config)
+    parts = estimate_memory(architecture, dtype, config, adapter=adapter)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total" and size)

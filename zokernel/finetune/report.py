@@ -121,6 +121,8 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         f"Accuracy on {examples:,} examples the run never trained on went from {100 * before['accuracy']:.1f} % to "
         f"{100 * after['accuracy']:.1f} %: {gain:+.1f} points, with a standard error of at most {error:.1f}."
     )
+    if metrics["test_is_validation"]:
+        outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     text = f"""# Fine-tuning {metrics["model"]} with {metrics["method"]}
 
