@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ class Smoothed:
         bias, noise = facts.bias_ratio * shrink**2, facts.noise_ratio / shrink**2
         return KernelFacts(facts.gain, bias, facts.second_moment_ratio, noise)
 
-    def weight(self, r: float, step: int) -> float:
+    def weight(self, r: Any, step: int) -> Any:
         """Return the factor on the difference taken at radius ``r``: the kernel, as the schedule changes it."""
         if self.schedule == "rescaled":
             shrink = self.range_at(step) / self.radius
@@ -146,11 +147,11 @@ class Smoothed:
         return Estimate(coefficients, losses)
 
 
-def signed_uniform(seed: int, step: int, index: int) -> float:
+def signed_uniform(seed: Any, step: int, index: int) -> Any:
     """Return a number uniform on [-1, 1) that depends on nothing but its arguments.
 
     Args:
-        seed: Seed of the run.
+        seed: Seed of the run; or an array of seeds, for as many numbers.
         step: Step of the run.
         index: Which direction of that step.
 
@@ -161,6 +162,8 @@ def signed_uniform(seed: int, step: int, index: int) -> float:
         >>> signed_uniform(0, 5, 1) == signed_uniform(0, 5, 1) != signed_uniform(0, 5, 2)
         True
     """
+    if isinstance(seed, np.ndarray):
+        return np.array([signed_uniform(int(s), step, index) for s in seed])
     mask = (1 << 64) - 1
     philox = np.random.Philox(
         key=np.array([seed & mask, _STREAM], np.uint64), counter=np.array([0, 0, index, step], np.uint64)
