@@ -106,6 +106,7 @@ class Family(ABC):
         decay: float | Mapping[str, float] = 1.0,
         old_scale: Scale | Mapping[str, Scale] | None = None,
         grid: Mapping[str, float] | None = None,
+        rounding: tuple[int, int] | None = None,
     ) -> dict[str, float]:
         """Carry out one sweep by any rule of :class:`~zokernel.directions.terms.Rule`; what :meth:`add_` is built on.
 
@@ -119,6 +120,7 @@ class Family(ABC):
             decay: As in :meth:`add_`.
             old_scale: Scales of the offsets that the weights carry now (grid rules).
             grid: Grid step by name (grid rules).
+            rounding: Step and index that key the random bits of stochastic rules; by default the first of the sweep.
 
         Returns:
             The largest magnitude each tensor reached (grid rules; zeros otherwise).
@@ -129,15 +131,16 @@ class Family(ABC):
             raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
         steps = [check_count(s, "step") for s in steps]
         indices = [check_count(i, "index") for i in indices]
+        rounding = rounding or ((steps[0], indices[0]) if indices else (0, 0))
         places = place_all(tensors)
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
+        shared = None if isinstance(scale, Mapping) else _scales(scale, "", len(indices))
         jobs = []
         for number, place in enumerate(places):
-            scales = _scales(scale, place.name, len(indices))
+            scales = shared if shared is not None else _scales(scale, place.name, len(indices))
             old = [0.0] * len(indices) if old_scale is None else _scales(old_scale, place.name, len(indices))
             terms = [terms[number] for terms in by_index]
             live = [k for k, term in enumerate(terms) if term is not None and (scales[k] != 0.0 or old[k] != 0.0)]
-            first = (steps[0], indices[0]) if indices else (0, 0)
             jobs.append(
                 Job(
                     place,
@@ -147,7 +150,7 @@ class Family(ABC):
                     _by_name(decay, place.name, "decay"),
                     tuple(old[k] for k in live) if old_scale is not None else (),
                     1.0 if grid is None else grid[place.name],
-                    (*stream_key(seed, place.name, "rounding"), *first),
+                    (*stream_key(seed, place.name, "rounding"), *rounding),
                 )
             )
         peaks = engine.sweep(jobs, self.backend)

@@ -28,6 +28,7 @@ from zokernel.directions.numba_kernels import (
     run_segments,
     squared_norm,
 )
+from zokernel.directions.placement import Placement, Runs, find_runs
 from zokernel.directions.terms import Factors, Job, Noise, Rule, Values, affine
 
 SEGMENT_LENGTH = 1 << 18
@@ -47,7 +48,7 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
     """
     job_table, term_table = _tables(jobs)
-    segments = np.concatenate([_segments(job, number) for number, job in enumerate(jobs)] or [np.zeros(0, SEGMENT)])
+    segments = _segments(tuple(_geometry(job.place) for job in jobs))
     peaks = np.zeros(len(segments), np.float32)
     plain = np.array([_is_plain_signs(job) for job in jobs], bool)
     kernels = (run_segments, add_signs)
@@ -57,7 +58,8 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
         calls += [(kernels[fast], part) for part in _shares(chosen, segments["length"])]
     _in_threads([(kernel, (segments, part, job_table, term_table, peaks)) for kernel, part in calls])
     by_job = np.zeros(len(jobs), np.float32)
-    np.maximum.at(by_job, segments["job"], peaks)
+    if any(job.rule in (Rule.GRID_MOVE, Rule.GRID_COMMIT) for job in jobs):
+        np.maximum.at(by_job, segments["job"], peaks)
     return by_job.tolist()
 
 
@@ -121,31 +123,40 @@ def _describe(term: Noise | Factors | Values) -> tuple[int | float, ...]:
             return (VALUES, 0, 0, 0, 0, 0, term.values.data_ptr(), 0, 0, 0, 1.0)
 
 
-def _segments(job: Job, number: int) -> np.ndarray:
-    runs, width = job.place.runs, job.place.local.element_size()
-    relative, position, memory, local, length = _split(
-        runs.position.tobytes(), runs.memory.tobytes(), runs.local.tobytes(), runs.length, runs.stride
-    )
-    table = np.empty(len(relative), SEGMENT)
-    table["job"] = number
-    table["address"] = (memory * width + job.place.local.data_ptr()).astype(np.uint64)
-    table["position"], table["length"], table["stride"], table["local"] = position, length, runs.stride, local
-    return table
+Geometry = tuple[int, int, torch.Size, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-@lru_cache(maxsize=4096)
-def _split(position_bytes: bytes, memory_bytes: bytes, local_bytes: bytes, run_length: int, stride: int):
-    """Cut runs at positions that are multiples of SEGMENT_LENGTH; pure geometry, so it is worth remembering."""
-    position, memory, local = (np.frombuffer(b, np.int64) for b in (position_bytes, memory_bytes, local_bytes))
-    if run_length <= SEGMENT_LENGTH:
-        return np.zeros(len(position), np.int64), position, memory, local, np.full(len(position), run_length)
+def _geometry(place: Placement) -> Geometry:
+    """All that a tensor's segments depend on; it holds no reference to the tensor."""
+    local = place.local
+    return local.data_ptr(), local.element_size(), local.shape, local.stride(), place.shape, place.offset
+
+
+@lru_cache(maxsize=16)
+def _segments(geometries: tuple[Geometry, ...]) -> np.ndarray:
+    """Cut every tensor into segments; the same weights are swept over again and again, so it is worth remembering."""
+    tables = [np.zeros(0, SEGMENT)]
+    for number, (address, width, size, stride, whole, offset) in enumerate(geometries):
+        runs = find_runs(size, stride, whole, offset)
+        position, memory, local, length = _split(runs)
+        table = np.empty(len(position), SEGMENT)
+        table["job"], table["stride"] = number, runs.stride
+        table["address"] = (memory * width + address).astype(np.uint64)
+        table["position"], table["local"], table["length"] = position, local, length
+        tables.append(table)
+    return np.concatenate(tables)
+
+
+def _split(runs: Runs) -> tuple[np.ndarray, ...]:
+    """Cut runs at positions that are multiples of SEGMENT_LENGTH."""
+    if runs.length <= SEGMENT_LENGTH:
+        return runs.position, runs.memory, runs.local, np.full(len(runs.position), runs.length)
     pieces = []
-    for row in range(len(position)):
-        first = int(position[row])
-        cuts = np.arange(first // SEGMENT_LENGTH + 1, (first + run_length - 1) // SEGMENT_LENGTH + 1) * SEGMENT_LENGTH
+    for first, memory, local in zip(runs.position, runs.memory, runs.local):
+        cuts = np.arange(first // SEGMENT_LENGTH + 1, (first + runs.length - 1) // SEGMENT_LENGTH + 1) * SEGMENT_LENGTH
         begin = np.concatenate([[0], cuts - first]).astype(np.int64)
-        end = np.concatenate([begin[1:], [run_length]])
-        pieces.append((begin, begin + first, memory[row] + begin * stride, local[row] + begin, end - begin))
+        end = np.concatenate([begin[1:], [runs.length]])
+        pieces.append((begin + first, memory + begin * runs.stride, local + begin, end - begin))
     return tuple(np.concatenate(column) for column in zip(*pieces))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Runs:
     """Stretches of equal length.
 
@@ -44,7 +44,7 @@ class Runs:
     stride: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Placement:
     """One tensor to work on.
 
@@ -67,7 +67,7 @@ class Placement:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def runs(self) -> Runs:
         """The stretches that cover the local elements, in row-major order."""
         return find_runs(tuple(self.local.shape), self.local.stride(), self.shape, self.offset)
@@ -84,7 +84,8 @@ class Placement:
         return position
 
 
-def find_runs(size: Sequence[int], stride: Sequence[int], whole: Sequence[int], offset: Sequence[int]) -> Runs:
+@lru_cache(maxsize=4096)
+def find_runs(size: tuple[int, ...], stride: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...]) -> Runs:
     """Cover a strided box of a larger tensor by as few runs as possible.
 
     Args:
@@ -94,7 +95,7 @@ def find_runs(size: Sequence[int], stride: Sequence[int], whole: Sequence[int], 
         offset: Index of the box's first element in that tensor.
 
     Returns:
-        The runs, in row-major order of the box.
+        The runs, in row-major order of the box; remembered, so not to be changed.
 
     Example:
         >>> find_runs((3, 4), (4, 1), (3, 4), (0, 0)).length
@@ -143,7 +144,7 @@ def place(name: str, tensor: Tensor) -> Placement:
     offset: tuple[int, ...] = (0,) * tensor.dim()
     shape = tuple(tensor.shape)
     tensor = local = tensor.detach()
-    if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
+    if type(tensor) is not Tensor and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
         local, offset = _local_shard(name, tensor)
     if local.dtype not in DTYPES or local.layout != torch.strided:
         raise UsageError(
@@ -173,15 +174,8 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
         this = place(name, tensor)
         if this.local.numel() and this.local.device.type != "meta":
             sharing = by_storage.setdefault(this.local.untyped_storage().data_ptr(), [])
-            twin = next((other for other in sharing if _same_memory(this.local, other.local)), None)
-            if twin is not None:
-                logger.info("%s is tied to %s and moves with it", name, twin.name)
+            if sharing and _is_tied(this, sharing):
                 continue
-            for other in sharing:
-                if _overlap(this.local, other.local):
-                    raise UsageError(
-                        f"Tensors {other.name!r} and {name!r} share some of their memory: pass only one of them."
-                    )
             sharing.append(this)
         places.append(this)
     return places
@@ -197,6 +191,18 @@ def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     shard: Tensor = cast(DTensor, tensor).to_local()
     return shard, tuple(offset)
+
+
+def _is_tied(this: Placement, sharing: list[Placement]) -> bool:
+    for other in sharing:
+        if _same_memory(this.local, other.local):
+            logger.debug("%s is tied to %s and moves with it", this.name, other.name)
+            return True
+        if _overlap(this.local, other.local):
+            raise UsageError(
+                f"Tensors {other.name!r} and {this.name!r} share some of their memory: pass only one of them."
+            )
+    return False
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

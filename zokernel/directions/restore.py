@@ -102,7 +102,7 @@ class Restore(ABC):
         """
         by_name = self._by_name(step, update)
         with uninterrupted():
-            self._commit(by_name, decay)
+            self._commit(step, by_name, decay)
             self._offsets = {}
 
     def restore(self) -> None:
@@ -125,7 +125,7 @@ class Restore(ABC):
     def _move(self, target: dict[Draw, float]) -> None: ...
 
     @abstractmethod
-    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None: ...
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None: ...
 
     def _by_name(self, step: int, update: Update | Mapping[str, Update]) -> dict[str, dict[Draw, float]]:
         if any(isinstance(key, str) for key in update):
@@ -177,11 +177,11 @@ class Fold(Restore):
             )
 
     def _move(self, target: dict[Draw, float]) -> None:
-        draws = list(target | self._offsets)
+        draws = sorted(target | self._offsets)
         change = [target.get(draw, 0.0) - self._offsets.get(draw, 0.0) for draw in draws]
         self.directions.add_(self.tensors, change, seed=self.seed, **_step_index(draws))
 
-    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         draws = _union(update, self._offsets)
         factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
         scale = {
@@ -215,11 +215,9 @@ class Grid(Restore):
         self.grid: dict[str, float] = {}
         for place in place_all(self.tensors):
             if place.local.dtype != torch.float32:
-                raise UsageError(
-                    f"Tensor {place.name!r} is {place.local.dtype}: restore='grid' needs float32; use 'copy'."
-                )
-            if hasattr(self.tensors[place.name], "device_mesh"):
-                raise UsageError(f"Tensor {place.name!r} is a DTensor: restore='grid' needs whole tensors; use 'copy'.")
+                raise UsageError(f"Tensor {place.name!r} is {place.local.dtype}, not float32: use restore='copy'.")
+            if hasattr(place.tensor, "device_mesh"):
+                raise UsageError(f"Tensor {place.name!r} is a DTensor, which has no grid: use restore='copy'.")
             low, high = torch.aminmax(place.local) if place.local.numel() else (torch.zeros(()), torch.zeros(()))
             bound = GRID_HEADROOM * max(-float(low), float(high), TAIL * reach)
             if not math.isfinite(bound):
@@ -241,9 +239,9 @@ class Grid(Restore):
         self.grid = dict(state["grid"])
 
     def _move(self, target: dict[Draw, float]) -> None:
-        draws = list(target | self._offsets)
+        draws = sorted(target | self._offsets)
         same = dict.fromkeys(self.tensors, target)
-        peaks = self._sweep(draws, self._scales(same, draws), Rule.GRID_MOVE, 1.0)
+        peaks = self._sweep(draws, self._scales(same, draws), Rule.GRID_MOVE)
         for name, peak in peaks.items():
             bound = self.grid[name] * 2.0**GRID_BITS
             if peak > bound:
@@ -252,9 +250,9 @@ class Grid(Restore):
                     "pass a larger reach, lower eps, or use restore='copy'."
                 )
 
-    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         draws = _union(update, self._offsets)
-        peaks = self._sweep(draws, self._scales(update, draws), Rule.GRID_COMMIT, decay)
+        peaks = self._sweep(draws, self._scales(update, draws), Rule.GRID_COMMIT, decay, (step, 0))
         for name, peak in peaks.items():
             while peak > self.grid[name] * 2.0 ** (GRID_BITS - 1):
                 self.grid[name] *= 2.0
@@ -262,7 +260,12 @@ class Grid(Restore):
                 logger.info("%s reached %.3g and moved to a grid of step %.3g", name, peak, self.grid[name])
 
     def _sweep(
-        self, draws: list[Draw], scale: dict[str, list[float]], rule: Rule, decay: float | Mapping[str, float]
+        self,
+        draws: list[Draw],
+        scale: dict[str, list[float]],
+        rule: Rule,
+        decay: float | Mapping[str, float] = 1.0,
+        rounding: Draw | None = None,
     ) -> dict[str, float]:
         old = [self._offsets.get(draw, 0.0) for draw in draws]
         return _family(self.directions).sweep_(
@@ -273,6 +276,7 @@ class Grid(Restore):
             decay=decay,
             old_scale=old,
             grid=self.grid,
+            rounding=rounding,
             **_step_index(draws),
         )
 
@@ -320,7 +324,7 @@ class Copy(Restore):
         if target:
             self.directions.add_(self.tensors, list(target.values()), seed=self.seed, **_step_index(list(target)))
 
-    def _commit(self, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         if self._offsets:
             self._copy(self._theta, self.tensors)
         draws = _union(update, {})
@@ -330,6 +334,7 @@ class Copy(Restore):
             rule=self._rules,
             seed=self.seed,
             decay=decay,
+            rounding=(step, 0),
             **_step_index(draws),
         )
         self._copy(self.tensors, self._theta)
@@ -402,11 +407,8 @@ def _draws(step: int, coefficients: Update) -> dict[Draw, float]:
 
 
 def _union(update: Mapping[str, Mapping[Draw, float]], offsets: Mapping[Draw, float]) -> list[Draw]:
-    # Updates come first: the first of them keys the rounding, which must not depend on where the weights came from.
-    merged: dict[Draw, None] = {}
-    for coefficients in update.values():
-        merged |= dict.fromkeys(coefficients)
-    return list(merged | dict.fromkeys(offsets))
+    # Sorted, so that the same offsets are always summed in the same order and round the same.
+    return sorted(set(offsets).union(*update.values()))
 
 
 def _step_index(draws: list[Draw]) -> dict[str, Any]:

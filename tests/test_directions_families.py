@@ -1,0 +1,225 @@
+"""Structured families: their scale facts (E|z|^2 = d, E[(g.z) z] = g) and what each promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from zokernel.directions import Blockwise, Dense, Family, Frames, LowRank, Sparse, Subspace, get_directions
+from zokernel.errors import UsageError
+
+SHAPES = {"layers.0.weight": (12, 10), "layers.0.bias": (7,), "layers.1.weight": (6, 3, 2)}
+
+
+def weights(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].flatten().double() for name in SHAPES])
+
+
+# Every family with the coordinates that it moves, given the weights at step 0.
+FAMILIES: dict[str, Family] = {
+    "dense": Dense("rademacher"),
+    "sphere": Dense("sphere"),
+    "sparse": Sparse("rademacher", density=0.5),
+    "sparse-gaussian": Sparse("gaussian", density=0.25),
+    "subspace": Subspace(rank=3, refresh=1),
+    "lowrank": LowRank(rank=2, refresh=1),
+    "lowrank-square": LowRank("rademacher", rank=1, refresh=1, most_square=True),
+    "blockwise": Blockwise(Dense("uniform"), every=10**6),
+    "frames": Frames(size=5),
+}
+
+
+def active(name, family, tensors):
+    flags = {key: torch.ones_like(value, dtype=torch.bool) for key, value in tensors.items()}
+    if name.startswith("sparse"):
+        family.freeze(tensors)
+        flags = {key: family.mask(key, value.shape) for key, value in tensors.items()}
+    if name == "blockwise":
+        flags["layers.1.weight"][:] = False
+    return flat(flags).bool()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scale_facts(name):
+    family, tensors = FAMILIES[name], weights()
+    moves = active(name, family, tensors)
+    gradient = torch.randn(moves.numel(), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draws = 1500
+    z = torch.stack([flat(family(tensors, seed=5, step=step, index=0)) for step in range(draws)])
+    assert (z[:, ~moves] == 0).all()
+
+    norms = z.square().sum(1)
+    error = float(norms.std()) / math.sqrt(draws)
+    assert abs(float(norms.mean()) - int(moves.sum())) <= 5 * error + 1e-3
+
+    estimates = (z @ gradient)[:, None] * z
+    expected = torch.where(moves, gradient, 0.0)
+    score = (estimates.mean(0) - expected) / (estimates.std(0) / math.sqrt(draws)).clamp_min(1e-12)
+    # 163 coordinates: the largest of as many standard normals exceeds 5 with probability 1e-4.
+    assert score[moves].abs().max() < 5
+    assert 0.7 < float(score[moves].square().mean()) < 1.4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_add_agrees_with_the_direction_itself(name):
+    family, tensors = FAMILIES[name], weights(torch.float64)
+    if isinstance(family, Sparse):
+        family.freeze(tensors)
+    z = [family(tensors, seed=5, step=3, index=index) for index in (0, 6)]
+    moved = {key: value.clone() for key, value in tensors.items()}
+    scale = {key: [0.5 + k, -2.0] for k, key in enumerate(SHAPES)}
+    family.add_(moved, scale, seed=5, step=3, index=[0, 6], decay=0.75)
+    for key, old in tensors.items():
+        expected = 0.75 * old + scale[key][0] * z[0][key] + scale[key][1] * z[1][key]
+        torch.testing.assert_close(moved[key], expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_backends_agree_to_the_bit(name):
+    family = FAMILIES[name]
+    results = []
+    for backend in ("numba", "torch"):
+        tensors = weights()
+        if isinstance(family, Sparse):
+            family.freeze(tensors)
+        previous, family.backend = family.backend, backend
+        try:
+            family.add_(tensors, [0.1, 0.2], seed=5, step=1, index=[0, 3], decay=0.5)
+        finally:
+            family.backend = previous
+        results.append(flat(tensors))
+    assert torch.equal(*results)
+
+
+# -------------------------------------------------------------------------------------------------- sparse
+
+
+def test_sparse_mask_is_the_small_weights_of_unperturbed_tensors():
+    tensors = weights()
+    family = Sparse("gaussian", density=0.25).freeze(tensors)
+    before = {name: family.mask(name, tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        chosen, rest = tensor.abs()[before[name]], tensor.abs()[~before[name]]
+        assert chosen.numel() == round(0.25 * tensor.numel())
+        assert chosen.max() <= rest.min()
+    assert family.dimension(tensors) == sum(int(mask.sum()) for mask in before.values())
+    family.add_(tensors, 100.0, seed=0, step=0, index=0)
+    plus = family(tensors, seed=0, step=0, index=0)
+    assert all(torch.equal(plus[name] != 0, before[name]) for name in tensors)
+
+
+def test_sparse_mask_is_taken_from_the_first_weights_seen_and_travels_in_the_state():
+    tensors = weights()
+    family = Sparse(density=0.5)
+    first = family(tensors, seed=0, step=0, index=0)
+    other = Sparse(density=0.5)
+    other.load_state_dict(family.state_dict())
+    moved = {name: tensor + 10 for name, tensor in tensors.items()}
+    again = other(moved, seed=0, step=0, index=0)
+    assert all(torch.equal(first[name], again[name]) for name in tensors)
+
+
+def test_sparse_mask_follows_elements_through_any_memory_layout():
+    base = torch.randn(33, 20, generator=torch.Generator().manual_seed(0))
+    plain, strided = {"w": base.t().contiguous()}, {"w": base.t()}
+    for tensors in (plain, strided):
+        Sparse("gaussian", density=0.3).add_(tensors, 0.5, seed=1, step=0, index=0)
+    assert torch.equal(plain["w"], strided["w"])
+
+
+# ------------------------------------------------------------------------------------------------ low rank
+
+
+def test_low_rank_factors_have_their_own_seeds():
+    family, like = LowRank(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
+    right = family.right("w", (20, 15), seed=1, step=0)
+    assert torch.equal(right, family.right("w", (20, 15), seed=1, step=9))
+    assert not torch.equal(right, family.right("w", (20, 15), seed=1, step=10))
+    # Replay in any order, from a fresh object, at any step of the epoch.
+    late = LowRank(rank=2, refresh=10)(like, seed=1, step=7, index=3)["w"]
+    assert torch.equal(late, family(like, seed=1, step=7, index=3)["w"])
+    left = family.left("w", (20, 15), seed=1, step=7, index=3)
+    torch.testing.assert_close(late, left @ right / math.sqrt(2), rtol=1e-5, atol=1e-6)
+
+
+def test_subspace_stays_for_an_epoch():
+    family, like = Subspace(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
+    z = torch.cat([family(like, seed=1, step=step, index=0)["w"] for step in range(10)], dim=1)
+    assert int(torch.linalg.matrix_rank(z)) == 2
+    later = torch.cat([z, family(like, seed=1, step=10, index=0)["w"]], dim=1)
+    assert int(torch.linalg.matrix_rank(later)) == 4
+    basis = family.basis("w", "left", 20, 2, 1, 0, torch.device("cpu"))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [Subspace, LowRank])
+def test_rank_is_capped_by_the_smaller_side(make):
+    z = make(rank=50)({"w": torch.zeros(30, 4)}, seed=0, step=0, index=0)["w"]
+    assert int(torch.linalg.matrix_rank(z)) == 4
+
+
+# --------------------------------------------------------------------------------------- blocks and frames
+
+
+def test_blocks_take_turns():
+    tensors = {f"layers.{k}.w": torch.zeros(3) for k in (0, 10, 2)} | {"head": torch.zeros(2)}
+    family = Blockwise(Dense("rademacher"), every=2)
+    moved = [[name for name, z in family(tensors, seed=0, step=step, index=0).items() if z.any()] for step in range(10)]
+    cycle = [["head"], ["layers.0.w"], ["layers.2.w"], ["layers.10.w"]]
+    assert moved == [cycle[step // 2 % 4] for step in range(10)]
+
+
+def test_blocks_at_rest_still_decay():
+    tensors = {"layers.0.w": torch.ones(3), "layers.1.w": torch.ones(3)}
+    Blockwise(Dense()).add_(tensors, 0.0, seed=0, step=0, index=0, decay=0.5)
+    assert all((tensor == 0.5).all() for tensor in tensors.values())
+
+
+def test_a_full_frame_recovers_the_gradient_exactly():
+    tensors = weights(torch.float64)
+    dim = flat(tensors).numel()
+    family = Frames(size=dim)
+    z = torch.stack([flat(family(tensors, seed=0, step=0, index=index)) for index in range(dim)])
+    gradient = torch.randn(dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((z @ gradient) @ z / dim, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_frames_do_not_depend_on_the_order_of_tensors_and_differ_between_frames():
+    tensors, family = weights(), Frames(size=3)
+    z = family(tensors, seed=0, step=0, index=1)
+    backwards = Frames(size=3)(dict(reversed(tensors.items())), seed=0, step=0, index=1)
+    assert all(torch.equal(z[name], backwards[name]) for name in tensors)
+    other = flat(family(tensors, seed=0, step=0, index=4))
+    assert abs(float(flat(z) @ other)) < 0.6 * flat(z).numel()
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(UsageError, match="density"):
+        Sparse(density=0.0)
+    with pytest.raises(UsageError, match="independent"):
+        Sparse("sphere")
+    with pytest.raises(UsageError, match="Rank 0"):
+        LowRank(rank=0)
+    with pytest.raises(UsageError, match="independent"):
+        Subspace("sphere")
+    with pytest.raises(UsageError, match="impossible"):
+        Frames(size=10)({"w": torch.zeros(4)}, seed=0, step=0, index=0)
+    with pytest.raises(UsageError, match="at least 1 step"):
+        Blockwise(Dense(), every=0)
+
+
+def test_registry_makes_every_family():
+    assert repr(get_directions("rademacher")) == "Dense('rademacher')"
+    assert repr(get_directions("blockwise", inner="gaussian", every=3)) == "Blockwise(Dense('gaussian'), every=3)"
+    assert repr(get_directions("lowrank", rank=4)) == "LowRank('gaussian', rank=4, refresh=50)"
+    family = Frames(2)
+    assert get_directions(family) is family
+    with pytest.raises(UsageError, match="already made"):
+        get_directions(family, rank=2)
