@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from zokernel.directions import Dense
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.entk.lenet import CHECKPOINTS, checkpoints, updated_image
-from zokernel.kernels.curves import ErrorCurves, error_curves
+from zokernel.experiments.entk.lenet import CHECKPOINTS, Checkpoints, checkpoints, updated_image
+from zokernel.kernels import FunctionalModel
+from zokernel.kernels.curves import ErrorCurves, curves_from_projections
+from zokernel.kernels.jacobians import example_jacobian, flatten
+from zokernel.kernels.projections import Draw
 from zokernel.reporting.style import PALETTE, figures
-from zokernel.theory import kernel_bound
+from zokernel.theory import KernelMoments, kernel_bound
 
 HIGH, LOW = ((4, 9), (1, 7)), ((0, 1), (0, 5))
 
@@ -31,11 +35,9 @@ def run(config: Config) -> Result:
     )
     found: dict[tuple[str, int], ErrorCurves] = {}
     table: dict[str, Any] = {}
-    for stage in CHECKPOINTS:
-        for u in updated:
-            curves = error_curves(
-                stages.nets[stage], observed, updated_image(digits, u), max_perturbations=largest, seeds=list(seeds)
-            )
+    images = {u: updated_image(digits, u) for u in updated}
+    for stage, by_digit in zip(CHECKPOINTS, all_curves(stages, observed, images, largest, seeds), strict=True):
+        for u, curves in by_digit.items():
             found[stage, u] = curves
             rms, predicted = curves.rms(), curves.predicted(counts)
             result.arrays[f"rms_{stage}_xu{u}"] = rms.numpy()
@@ -95,6 +97,42 @@ def run(config: Config) -> Result:
         ),
     ]
     return result
+
+
+def all_curves(
+    stages: Checkpoints, observed: torch.Tensor, images: dict[int, torch.Tensor], largest: int, seeds: range
+) -> list[dict[int, ErrorCurves]]:
+    """Return the curves of every checkpoint and updated digit, all from the same directions (drawn once a seed)."""
+    models = [FunctionalModel(stages.nets[stage]) for stage in CHECKPOINTS]
+    jacs = [
+        [flatten(example_jacobian(model, image)) for image in (*observed.split(1), *images.values())]
+        for model in models
+    ]
+    every = torch.cat([jac for of_stage in jacs for jac in of_stage])
+    measured: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for seed in seeds:
+        draw = Draw(Dense("gaussian"), models[0].params, seed)
+        parts = torch.arange(largest).split(250)
+        projections = torch.cat([draw.matrix(part.tolist()) @ every.T for part in parts])
+        blocks = projections.split([len(jac) for of_stage in jacs for jac in of_stage], dim=1)
+        width = len(jacs[0])
+        for s, of_stage in enumerate(jacs):
+            shared = blocks[s * width : s * width + len(observed)]
+            for k in range(len(images)):
+                right = len(observed) + k
+                kernels = torch.stack([jac.double() @ of_stage[right].double().T for jac in of_stage[: len(observed)]])
+                joined = torch.cat([*shared, blocks[s * width + right]], dim=1)
+                measured.setdefault((s, k), []).append(curves_from_projections(joined, kernels, len(of_stage[right])))
+    found: list[dict[int, ErrorCurves]] = []
+    for s, of_stage in enumerate(jacs):
+        by_digit = {}
+        for k, u in enumerate(images):
+            right_jac = of_stage[len(observed) + k]
+            moments = [KernelMoments.from_jacobians(jac, right_jac) for jac in of_stage[: len(observed)]]
+            kernels = torch.stack([jac.double() @ right_jac.double().T for jac in of_stage[: len(observed)]])
+            by_digit[u] = ErrorCurves(torch.stack(measured[s, k]), moments, kernels, "gaussian")
+        found.append(by_digit)
+    return found
 
 
 def slope(counts: list[int], errors: torch.Tensor) -> float:

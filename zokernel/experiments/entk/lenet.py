@@ -203,7 +203,7 @@ def checkpoints(config: Config) -> Checkpoints:
     if key in _TRAINED:
         return _TRAINED[key]
     digits = load_digits(config)
-    epochs = config.pick("epochs", smoke=3, cpu=8, full=20)
+    epochs = config.pick("epochs", smoke=3, cpu=4, full=20)
     lr = config.pick("lr", smoke=1e-1, cpu=2e-2)
     nets: dict[str, nn.Module] = {"init": lenet(config.seed)}
     nets["partial"] = train(
