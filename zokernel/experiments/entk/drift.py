@@ -39,8 +39,8 @@ def run(config: Config) -> Result:
     stable = all(last[f"fine-tuning, {m}"]["drift"] < last[f"from scratch, {m}"]["drift"] for m in lr)
     return Result(
         summary=(
-            f"LeNet on {digits.source}, shifted and noisy, {count} images, {steps} steps. Kernel change at the end: {text}. "
-            f"At equal decrease of the loss, from scratch over fine-tuning: {ratio_text(matched)}."
+            f"LeNet on {digits.source}, shifted and noisy, {count} images, {steps} steps. Kernel change at the end: "
+            f"{text}. At equal decrease of the loss, from scratch over fine-tuning: {ratio_text(matched)}."
         ),
         numbers={"curves": curves, "at_equal_loss_decrease": matched, "lr": lr},
         figures={"drift": draw_figure(curves)},

@@ -77,7 +77,8 @@ def run(config: Config) -> Result:
         f"{task.source}; {dim:,} trained parameters, V = {task.vocab_size:,}, {steps} steps of {batch_size} sentences. "
         f"The l2 distance between ZO and FO beliefs falls with slope {slopes['gaussian']:.2f} (Gaussian) and "
         f"{slopes['rademacher']:.2f} (Rademacher) after one step, {final['gaussian']:.2f} and "
-        f"{final['rademacher']:.2f} after all; at P = {min(50, max(counts))} it is {fifty[0]:.0%} and {fifty[1]:.0%} of what FO training changed."
+        f"{final['rademacher']:.2f} after all; at P = {largest} it is {fifty[0]:.0%} and {fifty[1]:.0%} of what FO "
+        "training changed."
     )
     result.verdicts = [
         Verdict(
