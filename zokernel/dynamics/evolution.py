@@ -265,17 +265,30 @@ class Evolution:
             spread.diagonal().copy_((diagonal - mean.square()).clamp_min(0))
             yield spread
 
-    def _dense_states(self, wanted: Tensor) -> list[Tensor]:
+    def dense_states(self, steps: int) -> Iterator[Tensor]:
+        """Yield the second moment of the residual's modes step by step, (R, R), for laws with a diagonal term.
+
+        Args:
+            steps: Number of steps.
+
+        Yields:
+            The second moment after 0, 1, ..., ``steps`` steps.
+
+        Raises:
+            UsageError: If no features were given.
+        """
         if self._left is None:
             raise UsageError(
                 "The second moment of a law other than the Gaussian and the sphere needs the features: pass features=."
             )
         start = torch.outer(self.residual_R, self.residual_R).cpu().numpy()
         levels = self.eigenvalues.cpu().numpy()
-        count = int(wanted.max())
-        path = dense_path(start, levels, self._left, self.lr, self.moments, self.num_perturbations, steps=count)
+        path = dense_path(start, levels, self._left, self.lr, self.moments, self.num_perturbations, steps=steps)
+        yield from (torch.as_tensor(state).to(self.f0) for state in path)
+
+    def _dense_states(self, wanted: Tensor) -> list[Tensor]:
         keep = {int(t) for t in wanted}
-        kept = {t: torch.as_tensor(state).to(self.f0) for t, state in enumerate(path) if t in keep}
+        kept = {t: state for t, state in enumerate(self.dense_states(max(keep))) if t in keep}
         return [kept[int(t)] for t in wanted]
 
     def _test_weights(self, cross_kernel: Tensor, count: int) -> Tensor:

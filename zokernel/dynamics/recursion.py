@@ -6,7 +6,8 @@ learning-rate schedules, for laws whose noise depends on the features' coordinat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -98,9 +99,9 @@ def dense_path(
         yield state
 
 
-def _schedule(lr: float | Sequence[float], steps: int) -> list[float]:
+def _schedule(lr: float | Sequence[float], steps: int) -> Iterable[float]:
     if isinstance(lr, int | float):
-        return [float(lr)] * steps
+        return itertools.repeat(float(lr), steps)
     if len(lr) < steps:
         raise UsageError(f"There are {len(lr)} learning rates for {steps} steps.")
     return [float(rate) for rate in lr[:steps]]

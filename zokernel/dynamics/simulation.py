@@ -67,6 +67,7 @@ def simulate(
     runs: int = 1000,
     seed: int = 0,
     zeta_distribution: str | Law | Perturbation | None = None,
+    dim: int | None = None,
 ) -> Simulation:
     """Run zeroth-order training of a linear(ised) model many times.
 
@@ -82,6 +83,8 @@ def simulate(
         runs: Number of independent runs.
         seed: Seed of the draws.
         zeta_distribution: Law of the second vector (``independent`` only).
+        dim: Number of parameters when ``features`` are coordinates in a basis of their span only, as a kernel's
+            eigenvectors give (laws that rotations leave alone).
 
     Returns:
         Losses of every run and moments of every prediction at the recorded steps.
@@ -106,7 +109,7 @@ def simulate(
         raise UsageError(f"Features must be finite of shape ({len(target)}, d), not {tuple(x.shape)}.")
     law = Perturbation.parse(distribution)
     zeta = None if coupling != "independent" else Perturbation.parse(zeta_distribution or law)
-    sampler = _Sampler(x, law, zeta, coupling, seed)
+    sampler = _Sampler(x, law, zeta, coupling, seed, x.shape[1] if dim is None else dim)
     wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, target)
     recorded = sorted({int(step) for step in wanted})
     x = sampler.basis
@@ -129,16 +132,20 @@ def simulate(
 class _Sampler:
     """Draws directions in the coordinates the process needs and applies the step matrix to gradients."""
 
-    def __init__(self, x: Tensor, law: Perturbation, zeta: Perturbation | None, coupling: str, seed: int):
+    def __init__(self, x: Tensor, law: Perturbation, zeta: Perturbation | None, coupling: str, seed: int, dim: int):
         self.law, self.zeta, self.coupling = law, zeta, coupling
         self.generator = torch.Generator(x.device).manual_seed(seed)
-        self.dim, self.unseen = x.shape[1], 0
+        self.dim, self.unseen = dim, 0
         self.basis = x
         if law.is_rotation_invariant and (zeta is None or zeta.is_rotation_invariant):
             left, singular, _ = torch.linalg.svd(x, full_matrices=False)
             keep = singular > len(singular) * torch.finfo(x.dtype).eps * singular.max()
             self.basis = left[:, keep] * singular[keep]
-            self.unseen = self.dim - self.basis.shape[1]
+            self.unseen = dim - self.basis.shape[1]
+        if self.unseen < 0 or (self.unseen == 0 and dim != self.basis.shape[1]):
+            raise UsageError(
+                f"Features of {x.shape[1]} coordinates cannot stand for {dim} parameters of {law.name} draws."
+            )
 
     def apply(self, gradient_RD: Tensor, count: int) -> Tensor:
         """Return the sum over ``count`` directions of M times each run's gradient."""

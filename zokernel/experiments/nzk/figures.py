@@ -181,27 +181,20 @@ def _fit(study: Study, figure: Figure) -> Figure:
 
 
 def _process(study: Study, figure: Figure) -> Figure:
-    """The shared-vector algorithm really run at the paper's learning rate, beside the curve the paper plots."""
-    process = study.process
+    """The shared-vector algorithm really run at the notebook's learning rate, beside the curve the paper plots."""
+    process, curves = study.process, study.process_curves
     assert process is not None
+    assert curves is not None
     axes = figure.subplots()
     low, median, high = process.loss_band()
     ceiling = 1e3 * float(process.losses[0, 0])
-    axes.fill_between(
-        process.steps, low, high.clamp_max(ceiling), color=PALETTE[2], alpha=0.25, lw=0, label="5-95% of runs"
-    )
+    low, high = low.clamp_max(ceiling), high.clamp_max(ceiling)
+    axes.fill_between(process.steps, low, high, color=PALETTE[2], alpha=0.25, lw=0, label="5-95% of runs")
     axes.plot(process.steps, _below(median, ceiling), color=PALETTE[2], label="median run")
-    recorded = torch.tensor(study.steps)
-    inside = recorded <= process.steps[-1]
-    expected = _below(study.expected["equal_lr", "shared"][inside], ceiling)
-    axes.plot(recorded[inside], expected, "--", color=PALETTE[1], label="expected loss (closed form)")
-    shared = next((curve for curve in study.curves[1:] if curve.factor == study.methods[2].moments.mean), None)
-    if shared is not None:
-        axes.plot(
-            recorded[inside], shared.losses[inside], color=PALETTE[0], label="loss of the mean path (published curve)"
-        )
-    limit = study.row("equal_lr", "shared").limit
-    axes.set_title(f"shared vector, learning rate {study.problem.lr:g}; mean-square limit {limit:.3g}", fontsize=10)
+    axes.plot(process.steps, _below(curves[1], ceiling), "--", color=PALETTE[1], label="expected loss (closed form)")
+    axes.plot(process.steps, curves[0], color=PALETTE[0], label="loss of the mean path (published curve)")
+    rate, limit = study.problem.notebook_lr or study.problem.lr, study.row("equal_lr", "shared").limit
+    axes.set_title(f"shared vector really run at {rate:g}; mean-square limit {limit:.3g}", fontsize=10)
     _log_steps(axes)
     axes.legend(fontsize=8)
     return figure

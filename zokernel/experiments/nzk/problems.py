@@ -92,7 +92,8 @@ def synthetic_network_problem(*, examples: int = 150, steps: int = 30_000, seed:
     """Draw the paper's teacher and student, both 2-5-5-1 ReLU networks, on the unit circle.
 
     The teacher's parameters are standard normal; the student starts as PyTorch initialises it; its Jacobian rows are
-    scaled to length one, as published (so this is not the student's own tangent kernel).
+    scaled to length one, as published (so this is not the student's own tangent kernel), and predictions start from
+    the student's own outputs: with seed 1 and 150 points the first loss is 14.68, where the notebook prints 14.7.
 
     Args:
         examples: Number of points on the circle.
@@ -104,15 +105,18 @@ def synthetic_network_problem(*, examples: int = 150, steps: int = 30_000, seed:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        x = torch.randn(examples, 2)
-        x = (x / x.norm(dim=1, keepdim=True)).double()
-        teacher, student = (_mlp(2, 5, 5, 1) for _ in range(2))
+        teacher = _mlp(2, 5, 5, 1)
         for parameter in teacher.parameters():
             nn.init.normal_(parameter)
+        x = torch.randn(examples, 2)
+        x = (x / x.norm(dim=1, keepdim=True)).double()
+        student = _mlp(2, 5, 5, 1).double()
     with torch.no_grad():
-        y = teacher(x).squeeze(1)
+        y = teacher.double()(x).squeeze(1)
     angle = torch.atan2(x[:, 1], x[:, 0])
-    return _network_problem(student, x, y, steps, coordinate=angle, normalize=True)
+    problem = _network_problem(student, x, y, steps, coordinate=angle, normalize=True)
+    assert problem.linearization is not None
+    return replace(problem, f0=problem.linearization.outputs)
 
 
 def image_network_problem(
@@ -134,7 +138,7 @@ def image_network_problem(
     x = shrink(images[chosen])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _mlp(64, 10, 5, 1)
+        network = _mlp(64, 10, 5, 1).double()
     problem = _network_problem(network, x, y, steps, coordinate=torch.arange(len(y)).double())
     return replace(problem, notebook_lr=2 * problem.lr)
 
@@ -217,7 +221,7 @@ def _mlp(*sizes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1]).double()
+    return nn.Sequential(*layers[:-1])
 
 
 def _network_problem(

@@ -118,6 +118,7 @@ class Study:
     baseline: ParametricRun | None = None
     best_of: ParametricRun | None = None
     process: Simulation | None = None
+    process_curves: tuple[Tensor, Tensor] | None = None
     check: dict[str, float] = field(default_factory=dict)
     line_minimum: float = 0.0
     floor: float = 0.0
@@ -209,7 +210,7 @@ def paper_curves(
             coupling=variant.coupling,
             zeta_distribution=zeta,
             num_samples=samples,
-            seed=seed + number,
+            seed=1_000_003 * (number + 1) + seed,  # another stream than the data's
         )
         z = (sampled.mean - factor * problem.kernel) / sampled.standard_error
         losses, early = run.mean_loss(steps), [step for step in steps if step * factor <= problem.steps]
@@ -272,7 +273,11 @@ def run_processes(result: Study, size: Size, seed: int) -> None:
         )
     result.line_minimum = all_ones_line_minimum(x, y, f0)
     recorded = [step for step in result.steps if step <= size.process_steps]
-    result.process = simulate(x, y, f0, lr, recorded, coupling="shared", runs=size.runs, seed=seed)
+    rate = problem.notebook_lr or lr
+    result.process = simulate(x, y, f0, rate, recorded, coupling="shared", runs=size.runs, seed=seed)
+    shared = next(method.moments for method in result.methods if method.name == "shared")
+    exact = Evolution(f0, y, problem.kernel, rate, moments=shared)
+    result.process_curves = exact.mean_loss(recorded), exact.expected_loss(recorded)
     moments = next(method.moments for method in result.methods if method.name == "zo_sgd")
     rate = 0.5 * result.row("equal_distance", "zo_sgd").limit
     exact = Evolution(f0, y, problem.kernel, rate, moments=moments)
@@ -334,6 +339,8 @@ def numbers(result: Study) -> dict[str, object]:
         "baseline_final_losses": result.baseline.losses[-1].tolist(),
         "baseline_steps": int(result.baseline.steps[-1]),
         "shared_process": {
+            "lr": problem.notebook_lr or problem.lr,
+            "loss_of_mean_path": float(result.process_curves[0][-1]) if result.process_curves else None,
             "steps": int(result.process.steps[-1]),
             "median_loss": float(result.process.losses[-1].median()),
             "mean_loss": float(result.process.losses[-1].mean()),

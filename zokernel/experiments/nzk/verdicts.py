@@ -67,10 +67,14 @@ def acceleration(study: Study) -> Verdict:
             f" Two independent vectors, the paper's other kernel, need {two.steps:,} steps at their best learning rate "
             f"({two.steps / best[1].steps:.3g} times the shared vector's)."
         )
-    if equal[1].lr >= equal[1].limit:
+    rate = study.problem.notebook_lr or study.problem.lr
+    if rate >= equal[1].limit and study.process is not None and study.process_curves is not None:
+        process = study.process
         reason += (
-            f" The published learning rate {equal[1].lr:g} is above its mean-square limit {equal[1].limit:.3g}, so the "
-            "published curve is not what the algorithm does on average."
+            f" The published learning rate {rate:g} is above the shared vector's mean-square limit "
+            f"{equal[1].limit:.3g}: after {int(process.steps[-1])} steps the mean path has loss "
+            f"{float(study.process_curves[0][-1]):.3g}, the median of {process.losses.shape[1]} real runs "
+            f"{float(process.losses[-1].median()):.3g}."
         )
     pairs = (matched, distance, best)
     faster = any(zo.steps is not None and shared.steps is not None and shared.steps < zo.steps for zo, shared in pairs)
