@@ -143,8 +143,8 @@ def constant(config: Config) -> Result:
     mezo_best, kerzoo_best = (by[k]["final_loss_at_best_lr"] for k in ("MeZO-3", f"KerZOO, C = {CONSTANT:g}"))
     summary = (
         f"KerZOO reaches MeZO-3's final loss after {half[0]:.0f} iterations with C = 2 and {full[0]:.0f} with C = 4, a "
-        f"ratio of {half[0] / full[0]:.2f} (Table 6: 2600/1200 = 2.2): C acts as a factor on the learning rate. At its best "
-        f"learning rate MeZO-3 ends at {show(mezo_best)} and KerZOO at {show(kerzoo_best)}."
+        f"ratio of {half[0] / full[0]:.2f} (Table 6: 2600/1200 = 2.2): C acts as a factor on the learning rate. At its "
+        f"best learning rate MeZO-3 ends at {show(mezo_best)} and KerZOO at {show(kerzoo_best)}."
     )
     verdict = Verdict(
         "C = 4 is best: with C = 2 more iterations are needed and with C = 8 it never converges (Table 6).",
@@ -179,7 +179,7 @@ def eps(config: Config) -> Result:
         "holds under conditions" if worse["fp16"] and not worse["fp32"] else "does not hold",
         "Final loss at eps = 1e-3 and at the smallest eps: "
         + "; ".join(f"{p} {show(v[reference])} and {show(v[small])}" for p, v in final.items())
-        + ". In fp32 the bias at eps = 1e-3 costs nothing, so there is none to remove; what a smaller eps adds is round-off.",
+        + ". In fp32 the bias at eps = 1e-3 costs nothing; what a smaller eps adds is round-off.",
     )
     summary = (
         f"With fp32 weights the smallest eps ends at {show(final['fp32'][small])} and eps = 1e-3 at "
