@@ -112,6 +112,15 @@ MODULES: dict[str, str] = {
     "nzk/cifar": "zokernel.experiments.nzk.catalogue",
     "nzk/linear_mnist_35": "zokernel.experiments.nzk.catalogue",
     "nzk/tiny_imagenet": "zokernel.experiments.nzk.catalogue",
+    "kerzoo/estimator": "zokernel.experiments.kerzoo.estimator",
+    "kerzoo/loss_curves": "zokernel.experiments.kerzoo.loss_curves",
+    "kerzoo/order": "zokernel.experiments.kerzoo.ablations",
+    "kerzoo/constant": "zokernel.experiments.kerzoo.ablations",
+    "kerzoo/eps": "zokernel.experiments.kerzoo.ablations",
+    "kerzoo/three_perturbations": "zokernel.experiments.kerzoo.costs",
+    "kerzoo/memory_and_time": "zokernel.experiments.kerzoo.costs",
+    "kerzoo/language_model": "zokernel.experiments.kerzoo.language_model",
+    "kerzoo/accuracy": "zokernel.experiments.kerzoo.accuracy",
 }
 _REGISTRY: dict[str, tuple[str, Experiment]] = {}
 
