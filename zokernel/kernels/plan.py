@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 NOISE_POINTS = 8
 CURVATURE_PROBES = 12
+ROUGH_PROBES = 3
 GROUPS = 4
 
 
@@ -167,7 +168,7 @@ class Prober:
 def make_plan(
     task: Task,
     *,
-    num_probes: int = 64,
+    num_probes: int = 48,
     eps: float = 1e-3,
     distribution: str = "rademacher",
     seed: int = 0,
@@ -178,7 +179,7 @@ def make_plan(
 
     Args:
         task: Model and examples.
-        num_probes: Directions; about 60 give the relative error to 10%.
+        num_probes: Directions; about 50 give the relative error to 10%.
         eps: Perturbation size of the probes.
         distribution: Law of the directions.
         seed: Seed of the directions.
@@ -193,38 +194,46 @@ def make_plan(
         RunError: If a score is not finite.
     """
     if num_probes < 2 * GROUPS:
-        raise UsageError(f"{num_probes} probes are too few: give at least {2 * GROUPS}; 64 is the default.")
+        raise UsageError(f"{num_probes} probes are too few: give at least {2 * GROUPS}; 48 is the default.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
     with Prober(task, distribution, seed) as prober:
         center = prober.evaluate()[0].mean().item()
-        slopes, second = probe(prober, range(num_probes), eps, center)
-        third = third_derivatives(prober, slopes, range(min(CURVATURE_PROBES, num_probes)), eps)
+        slopes = probe(prober, range(num_probes), eps)
         noise = loss_noise(prober, eps)
-        along = gradient_curvatures(prober, slopes, second, eps, center)
-    return _summarize(task, slopes, second, third, noise, along, center, eps, prober.forwards, counts, tolerances)
+        # Slopes bear a larger eps than curvatures do: a rough third derivative first says how close to look for those.
+        rough = _rms_third(derivatives(prober, range(ROUGH_PROBES), eps, center)[1], noise, eps)
+        close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
+        second, third = derivatives(prober, range(min(CURVATURE_PROBES, num_probes)), close, center)
+        along = gradient_curvatures(prober, slopes, second.mean().item(), close, center)
+    logger.info("Curvatures were measured at eps = %.2g.", close)
+    measured = _Curvature(second, third, along, close)
+    return _summarize(task, slopes, measured, noise, center, eps, prober.forwards, counts, tolerances)
 
 
-def probe(prober: Prober, indices: Sequence[int], eps: float, center: float) -> tuple[Slopes, Tensor]:
-    r"""Return slopes along directions, and the curvatures :math:`u^T H u` that come with them for free."""
-    losses, beliefs, second = [], [], []
+def probe(prober: Prober, indices: Sequence[int], eps: float) -> Slopes:
+    """Return slopes of losses and beliefs along directions, two forwards each."""
+    losses, beliefs = [], []
     for index in indices:
         (above, belief_above), (below, belief_below) = (prober.evaluate([s * eps], [index]) for s in (1, -1))
         losses.append((above - below) / (2 * eps))
         beliefs.append((belief_above - belief_below) / (2 * eps))
-        second.append((above.mean() + below.mean() - 2 * center) / eps**2)
-    return Slopes(torch.stack(losses), torch.stack(beliefs)), torch.stack(second)
+    return Slopes(torch.stack(losses), torch.stack(beliefs))
 
 
-def third_derivatives(prober: Prober, slopes: Slopes, indices: Sequence[int], eps: float) -> Tensor:
-    r"""Return :math:`D^3L[u,u,u]` along some of the probed directions, from differences at twice the size."""
-    found = []
+def derivatives(prober: Prober, indices: Sequence[int], eps: float, center: float) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`u^T H u` and :math:`D^3L[u,u,u]` along directions, from four points each.
+
+    The second derivative is extrapolated, :math:`(4 S(\epsilon) - S(2\epsilon))/3`: no fourth-order term is left.
+    """
+    seconds, thirds = [], []
     for index in indices:
-        above, below = (prober.evaluate([2 * sign * eps], [index])[0].mean() for sign in (1, -1))
-        doubled = ((above - below) / (4 * eps)).item()
-        single = slopes.losses_PB[index].mean().item()
-        found.append(theory.third_derivative_from_differences(single, doubled, eps))
-    return torch.tensor(found, dtype=torch.float64)
+        values = {k: prober.evaluate([k * eps], [index])[0].mean().item() for k in (1, -1, 2, -2)}
+        near, far = ((values[k] + values[-k] - 2 * center) / (k * eps) ** 2 for k in (1, 2))
+        seconds.append((4 * near - far) / 3)
+        single, doubled = ((values[k] - values[-k]) / (2 * k * eps) for k in (1, 2))
+        thirds.append(theory.third_derivative_from_differences(single, doubled, eps))
+    return torch.tensor(seconds, dtype=torch.float64), torch.tensor(thirds, dtype=torch.float64)
 
 
 def loss_noise(prober: Prober, eps: float) -> float:
@@ -234,36 +243,48 @@ def loss_noise(prober: Prober, eps: float) -> float:
     return theory.noise_from_differences(values, order=3)
 
 
-def gradient_curvatures(prober: Prober, slopes: Slopes, second: Tensor, eps: float, center: float) -> Tensor:
-    r"""Return unbiased estimates of :math:`g^T H g`, one for each of a few groups of probes.
+def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float, center: float) -> Tensor:
+    r"""Return estimates of :math:`g^T H g`, one for each of a few groups of probes.
 
-    The curvature along a group's gradient estimate :math:`\hat g = \frac1n\sum_p c_p u_p` is measured, and the known
-    terms :math:`c_p^2\,u_p^T H u_p` are taken out; what is left averages to :math:`\frac{n-1}{n} g^T H g`.
+    The curvature along a group's gradient estimate :math:`\hat g = \frac1n\sum_p c_p u_p` is measured, and what its
+    diagonal terms :math:`c_p^2\,u_p^T H u_p` average to is taken out; the rest averages to
+    :math:`\frac{n-1}{n} g^T H g`.
     """
     found = []
     coefficients = slopes.losses_PB.mean(1)
     for group in torch.arange(slopes.count).chunk(GROUPS):
         size = len(group)
         weights = coefficients[group] / size
-        length = weights.norm().item()  # of the estimate, in units of one direction
-        scale = eps / length
+        scale = eps / weights.norm().item()  # the step is then as long as one direction times eps
         steps = (weights * scale).tolist()
         above, below = (
             prober.evaluate([sign * step for step in steps], group.tolist())[0].mean().item() for sign in (1, -1)
         )
         total = (above + below - 2 * center) / scale**2
-        own = (weights.square() * second[group]).sum().item()
-        found.append((total - own) * size / (size - 1))
+        found.append((total - weights.square().sum().item() * trace) * size / (size - 1))
     return torch.tensor(found, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class _Curvature:
+    """Second and third derivatives along probes, g'Hg by groups, and the size they were measured at."""
+
+    second: Tensor
+    third: Tensor
+    along: Tensor
+    eps: float
+
+
+def _rms_third(third: Tensor, noise: float, eps: float) -> float:
+    """Return the rms third derivative with the variance of its rounding noise taken out."""
+    return math.sqrt(max(third.square().mean().item() - 2.5 * (noise / eps**3) ** 2, 0.0))
 
 
 def _summarize(
     task: Task,
     slopes: Slopes,
-    second: Tensor,
-    third: Tensor,
+    measured: _Curvature,
     noise: float,
-    along: Tensor,
     center: float,
     eps: float,
     forwards: int,
@@ -283,9 +304,9 @@ def _summarize(
         notes.append(
             "The batch's mean gradient is lost in the spread of its examples: the noise scale is a lower bound."
         )
-    trace, curvature = mean_estimate(second), mean_estimate(along)
-    rms_third = math.sqrt(max(third.square().mean().item() - 2.5 * (noise / eps**3) ** 2, 0.0))
-    third_error = rms_third / math.sqrt(2 * len(third))
+    trace, curvature = mean_estimate(measured.second), mean_estimate(measured.along)
+    rms_third = _rms_third(measured.third, noise, measured.eps)
+    third_error = rms_third / math.sqrt(2 * len(measured.third))
     if rms_third > 0 and noise > 0:
         best = theory.optimal_eps(noise, rms_third)
         eps_best = Estimate(best, best * third_error / rms_third / 3)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class PlanArguments:
     """What to probe and what to print."""
 
-    num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
+    num_probes: int = field(default=48, metadata={"help": "Random directions; each costs two forward passes."})
     update_examples: int = field(default=8, metadata={"help": "Examples in the batch a step is taken on."})
     observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are watched."})
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size of the probes."})
@@ -163,7 +163,7 @@ def describe(plan: Plan, task: Task, seconds: float) -> str:
         f"  curvature ratio r               {plan.curvature_ratio}",
         f"  loss noise, third derivative    {plan.loss_noise:.2g}, {plan.third_derivative}",
         f"  best eps                        {plan.eps}  (probed {plan.eps_probed:g}; there a projected gradient is "
-        f"off by {plan.finite_difference_error:.1%})",
+        f"off by {100 * plan.finite_difference_error:.2g}%)",
         "",
         f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>12}  {'forwards a step':>15}  "
         f"{'tokens a step':>13}",
