@@ -1,0 +1,285 @@
+r"""How fast directions are added to the weights of a 134.5M-parameter language model, against what public code does.
+
+Everything is a ratio of times measured in turn in one process, on the tensors of SmolLM2-135M (random values: the
+shapes are what matters).  Yardsticks:
+
+* *eager*: ``p.data = p.data + scale * torch.normal(0, 1, p.size()) * eps`` over all tensors, one seeded stream;
+* *limit*: ``p.add_(c)`` in place, the least that any update must read and write.
+
+    python benchmarks/directions.py [--rounds 7] [--threads 2] [--output docs/results/directions.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zokernel.directions import Dense, Family, get_directions, make_restore
+
+Weights = dict[str, Tensor]
+
+
+def smollm2_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of SmolLM2-135M's parameters: 30 Llama layers of width 576, 9 heads over 3 key-value heads, tied head."""
+    width, layers, heads, kv_heads, inner, vocabulary = 576, 30, 9, 3, 1536, 49152
+    kv_width = width // heads * kv_heads
+    layer = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
+    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    for number in range(layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def make_weights(dtype: torch.dtype = torch.float32) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (0.02 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in smollm2_shapes().items()
+    }
+
+
+def eager_sweep(weights: Weights, scale: float = 1.0, eps: float = 1e-3) -> None:
+    torch.manual_seed(0)
+    for p in weights.values():
+        p.data = p.data + scale * torch.normal(0, 1, p.size(), dtype=p.dtype) * eps
+
+
+def limit_sweep(weights: Weights) -> None:
+    for p in weights.values():
+        p.add_(1e-3)
+
+
+def fused_sweep(family: Family, weights: Weights, count: int = 1, **options: float | bool) -> Callable[[], None]:
+    steps = iter(range(10**9))
+
+    def sweep() -> None:
+        index = list(range(count))
+        family.add_(weights, [1e-3] * count, seed=0, step=next(steps), index=index, **options)  # type: ignore[arg-type]
+
+    return sweep
+
+
+def race(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Run all contenders in turn, ``rounds`` times after one warm-up, and return their times in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def compare_laws(rounds: int) -> str:
+    weights = make_weights()
+    contenders: dict[str, Callable[[], None]] = {
+        "eager Gaussian": lambda: eager_sweep(weights),
+        "limit: in-place `x += c`": lambda: limit_sweep(weights),
+    }
+    contenders |= {law: fused_sweep(Dense(law), weights) for law in ("rademacher", "gaussian", "uniform", "sphere")}
+    contenders["rademacher, with weight decay"] = fused_sweep(Dense("rademacher"), weights, decay=1 - 1e-6)
+    times = race(contenders, rounds)
+    eager, limit = times["eager Gaussian"], times["limit: in-place `x += c`"]
+    rows = []
+    for name, seconds in times.items():
+        speedup = statistics.median(e / s for e, s in zip(eager, seconds))
+        fraction = statistics.median(one / s for one, s in zip(limit, seconds))
+        rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(seconds):.1f}",
+                f"{1e3 * min(seconds):.1f}",
+                f"{speedup:.1f}x",
+                f"{min(eager) / min(seconds):.1f}x",
+                f"{fraction:.2f}",
+                f"{min(limit) / min(seconds):.2f}",
+            ]
+        )
+    head = [
+        "sweep over 134.5M fp32",
+        "median ms",
+        "best ms",
+        "vs eager (median)",
+        "(best)",
+        "of limit (median)",
+        "(best)",
+    ]
+    return table(head, rows)
+
+
+def compare_variants(rounds: int) -> str:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        weights = make_weights(dtype)
+        contenders: dict[str, Callable[[], None]] = {"limit": lambda weights=weights: limit_sweep(weights)}  # type: ignore[misc]
+        for law in ("rademacher", "gaussian"):
+            contenders[law] = fused_sweep(Dense(law), weights)
+            contenders[f"{law}, 4 directions"] = fused_sweep(Dense(law), weights, count=4)
+        if dtype != torch.float64:
+            contenders["rademacher, stochastic rounding"] = fused_sweep(Dense("rademacher"), weights, stochastic=True)
+        times = {name: min(seconds) for name, seconds in race(contenders, rounds).items()}
+        name = str(dtype).removeprefix("torch.")
+        rows += [
+            [name, what, f"{1e3 * seconds:.1f}", f"{times['limit'] / seconds:.2f}"] for what, seconds in times.items()
+        ]
+    return table(["dtype", "sweep", "best ms", "of limit"], rows)
+
+
+def compare_families(rounds: int) -> str:
+    weights = make_weights()
+    contenders: dict[str, Callable[[], None]] = {"eager dense Gaussian": lambda: eager_sweep(weights)}
+    for name in ("dense", "sparse", "lowrank", "subspace", "blockwise"):
+        family = get_directions(name)
+        contenders[repr(family)] = fused_sweep(family, weights)
+    times = {name: min(seconds) for name, seconds in race(contenders, rounds).items()}
+    eager = times["eager dense Gaussian"]
+    rows = [[name, f"{1e3 * seconds:.1f}", f"{eager / seconds:.1f}x"] for name, seconds in times.items()]
+    return table(["family", "best ms", "vs eager dense"], rows)
+
+
+def compare_steps(rounds: int) -> str:
+    """Time all sweeps of one two-point step, forward passes left out, in every restore mode."""
+    weights = make_weights()
+
+    def eager_step() -> None:
+        for scale in (1.0, -2.0, 1.0, -1e-3):
+            eager_sweep(weights, scale)
+
+    contenders: dict[str, Callable[[], None]] = {"eager, 4 sweeps": eager_step}
+    for mode in ("fold", "grid", "copy"):
+        state, steps = make_restore(mode, Dense("rademacher"), make_weights(), seed=0), iter(range(10**9))
+
+        def step(state=state, steps=steps) -> None:
+            number = next(steps)
+            state.move_to(number, {0: 1e-3})
+            state.move_to(number, {0: -1e-3})
+            state.commit(number, {0: -1e-6}, decay=1 - 1e-7)
+
+        contenders[mode] = step
+    times = {name: min(seconds) for name, seconds in race(contenders, rounds).items()}
+    rows = [[name, f"{1e3 * s:.1f}", f"{times['eager, 4 sweeps'] / s:.1f}x"] for name, s in times.items()]
+    return table(["one step, Rademacher", "best ms", "vs eager"], rows)
+
+
+def peak_memory() -> str:
+    """Extra resident memory at the peak of one sweep, in a fresh process for each."""
+    rows = []
+    for what in ("eager", "rademacher", "gaussian", "uniform", "sphere", "lowrank", "subspace"):
+        code = f"import directions; print(directions.peak_of({what!r}))"
+        rows.append([what, f"{float(run_python(code)):.1f}"])
+    return table(["sweep", "peak extra MB"], rows)
+
+
+def peak_of(what: str) -> float:
+    """Return the rise of peak resident memory (MB) during one sweep, after a warm-up on a small tensor."""
+    family = None if what == "eager" else get_directions(what)
+    small = {"w": torch.zeros(300, 200), "v": torch.zeros(70_000)}
+    weights, before = make_weights(), 0
+    for tensors in (small, weights):
+        # Resets the high-water mark, which making the weights has raised.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_kilobytes("VmRSS")
+        if family is None:
+            eager_sweep(tensors)
+        else:
+            family.add_(tensors, [1e-3], seed=0, step=0, index=[0])
+    return (resident_kilobytes("VmHWM") - before) / 1024
+
+
+def resident_kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def compile_cost() -> str:
+    """Time of the first sweep in a fresh process, without and with compiled code on disk."""
+    code = (
+        "import time, torch; from zokernel.directions import Dense; w = {'w': torch.zeros(1000)}\n"
+        "import zokernel.directions.numba_math\n"
+        "for law in ('rademacher', 'gaussian'):\n"
+        "    start = time.perf_counter(); Dense(law).add_(w, 1.0, seed=0, step=0, index=0)\n"
+        "    print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        columns = [run_python(code, NUMBA_CACHE_DIR=folder).split() for _ in range(2)]
+    rows = [[law, *(f"{float(column[k]):.2f}" for column in columns)] for k, law in enumerate(("rademacher", "others"))]
+    return table(["first sweep of a process", "nothing cached, s", "cached on disk, s"], rows)
+
+
+def run_python(code: str, **environment: str) -> str:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); " + code
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def machine() -> str:
+    import numba
+
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    cores = os.cpu_count()
+    return (
+        f"{model}, {cores} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, numba {numba.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="times that every contender runs (default 7)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--output", type=Path, help="also write the results to this Markdown file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sections = [
+        ("# Directions: speed and memory", f"Machine: {machine()}. {options.rounds} rounds; contenders take turns."),
+        ("## Laws", compare_laws(options.rounds)),
+        ("## Dtypes, several directions at once, rounding", compare_variants(options.rounds)),
+        ("## Families", compare_families(max(2, options.rounds // 2))),
+        ("## All sweeps of a step", compare_steps(max(2, options.rounds // 2))),
+        ("## Memory", peak_memory()),
+        ("## Compilation", compile_cost()),
+    ]
+    text = "\n\n".join(f"{title}\n\n{body}" for title, body in sections) + "\n"
+    print(text)
+    if options.output:
+        options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
