@@ -91,11 +91,12 @@ def run(config: Config) -> Result:
             xlabel="half-width a of the range of r, kernel unchanged", ylim=(0, 25), title="K3 as the range shrinks"
         )
         right.legend(fontsize=8)
+    k1, k3, k5 = second.values()
     summary = (
-        f"The bias falls as eps^{slopes['MeZO']:.1f} (MeZO), eps^{slopes['K3']:.1f} (K3) and "
-        f"eps^{slopes['K5']:.1f} (K5); the second moments are {second['K1']:.2f}, {second['K3']:.2f} and "
-        f"{second['K5']:.2f} times MeZO's. With the range at 1/2 the kernel keeps 14% of MeZO's bias and its gain is 4.94 "
-        "instead of 4. Richardson's differences along one direction reach K3's order at MeZO's second moment."
+        f"The bias falls as eps^{slopes['MeZO']:.1f} (MeZO), eps^{slopes['K3']:.1f} (K3) and eps^{slopes['K5']:.1f} "
+        f"(K5); the second moments are {k1:.2f} (K1), {k3:.2f} (K3) and {k5:.2f} (K5) times MeZO's. With the range at "
+        "1/2 the kernel keeps 14% of MeZO's bias and its gain is 4.94 instead of 4. Richardson's differences along one "
+        "direction reach K3's order at MeZO's second moment."
     )
     low, high = gain_range(4.0)
     verdicts = [

@@ -80,7 +80,7 @@ def tiny_data(folder: Path, task: PromptTask, *, size: int = 32, seed: int = 0) 
     """
     generator = random.Random(seed)
     columns = sorted({field for _, field, _, _ in string.Formatter().parse(task.template) if field})
-    labels = list(task.labels) or list(range(len(task.label_words)))
+    labels: list[Any] = list(task.labels) or list(range(len(task.label_words)))
     files = {}
     for split in ("train", "validation", "test"):
         rows = []
@@ -97,7 +97,9 @@ def tiny_data(folder: Path, task: PromptTask, *, size: int = 32, seed: int = 0) 
 def tiny_setup(folder: Path, data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return model and data arguments of a job with its model and data replaced by tiny ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    wording = {key: data[key] for key in ("template", "label_words", "labels", "label_column") if key in data}
+    wording: dict[str, Any] = {
+        key: data[key] for key in ("template", "label_words", "labels", "label_column") if key in data
+    }
     task = get_task(data.get("task", "sst2"), **wording)
     files = tiny_data(folder, task)
     limits = {"max_train_samples": 32, "max_eval_samples": 16, "max_test_samples": 16}

@@ -150,7 +150,9 @@ def train(
     theta = task.start.repeat(count * seeds, 1)
     average = theta.clone()
     draw = draw or rademacher(seeds, dim, seed)
-    measured, averaged, at = [], [], []
+    measured: list[np.ndarray] = []
+    averaged: list[np.ndarray] = []
+    at: list[int] = []
 
     def measure(iteration: int) -> None:
         at.append(iteration)
