@@ -74,11 +74,11 @@ def test_unbiased_with_the_exact_error_law(which, distribution):
 
 
 def test_error_falls_as_the_root_of_p():
-    """Log-log slope over P = 1..1000 of the rms over 150 nested streams; its standard error is below 0.01."""
+    """Log-log slope over P = 1..1000 of the rms over 60 nested streams; its standard error is about 0.007."""
     torch.manual_seed(0)
     counts = [1, 3, 10, 30, 100, 300, 1000]
-    net = flattened(mlp(), None)
-    table = fidelity(net, torch.randn(1, 5), torch.randn(1, 5), num_perturbations=counts, replicates=150, check=False)
+    net = flattened(mlp((5, 16, 12)), None)  # twelve outputs: errors average over more terms
+    table = fidelity(net, torch.randn(1, 5), torch.randn(1, 5), num_perturbations=counts, replicates=60, check=False)
     assert table.slope == pytest.approx(-0.5, abs=0.02)
     for row in table:
         assert row["measured"] == pytest.approx(row["predicted"], rel=0.25)

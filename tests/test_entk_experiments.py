@@ -1,0 +1,56 @@
+"""Every ZO-eNTK experiment at smoke scale: it finishes without a download and its numbers make sense."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from zokernel.experiments.base import Config, reproduce
+from zokernel.experiments.entk.lenet import lenet
+from zokernel.experiments.entk.nets import tiny_language_model
+from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
+
+CHECKS = {
+    "entk/heatmaps": lambda n: n["errors"]["trained 4-9"]["125"] < n["errors"]["trained 4-9"]["1"],
+    "entk/curves": lambda n: abs(n["mean_slope"] + 0.5) < 0.05 and 0.8 < n["ratio_rms"] < 1.2,
+    "entk/laws": lambda n: n["largest_gap"] < 0.3 and len(n["rows"]) == 12,
+    "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
+    "entk/horizon": lambda n: -0.9 < n["exponent"] < -0.1,
+    "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
+    "entk/language_model": lambda n: all(slope < 0 for slope in n["slopes_first_step"].values()),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_smoke(name, tmp_path):
+    result = reproduce(name, Config("smoke"), tmp_path)
+    record = json.loads((tmp_path / name / "result.json").read_text())
+    assert CHECKS[name](record["numbers"]), record["numbers"]
+    assert len(result.summary) > 50
+    assert result.verdicts
+    assert all((tmp_path / name / f"{stem}.png").stat().st_size > 2000 for stem in result.figures)
+
+
+def test_lenet_is_the_papers():
+    net = lenet()
+    assert sum(p.numel() for p in net.parameters()) == 29_624
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    torch.testing.assert_close(lenet(3)[0].weight, lenet(3)[0].weight)
+
+
+def test_the_cached_tail_is_the_whole_model():
+    task = language_task(Config("smoke"), steps=1, batch_size=3)
+    tail = Tail(task.model, 1)
+    batch = task.batches[0]
+    with torch.no_grad():
+        whole = task.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1]
+        torch.testing.assert_close(tail(tail.cache(task.model, batch)), whole)
+
+
+def test_five_sentences_have_the_papers_labels():
+    assert [label for _, label in FIVE] == [0, 1, 0, 1, 0]
+    assert tiny_language_model("gpt2").get_output_embeddings().weight.shape[0] == 97
+    assert np.isfinite(language_task(Config("smoke"), steps=1, batch_size=2).batches[0]["targets"].numpy()).all()
