@@ -166,9 +166,9 @@ def three_perturbations(config: Config) -> Result:
     full, packed = kept["final_loss_averaged"], packed_row["final_loss_averaged"]
     summary = (
         f"The averaged iterate ends at {full[0]:.4f} in fp32 and {packed[0]:.4f} in int8, for "
-        f"{packed_row['state_copies']:.2f} instead of {kept['state_copies']:.2f} copies. With three "
-        f"perturbations at 4 times the learning rate MeZO ends at {by['MeZO-3 at 4 lr']['final_loss'][0]:.4f}, KerZOO's "
-        f"iterate at {kept['final_loss'][0]:.4f}."
+        f"{packed_row['state_copies']:.2f} instead of {kept['state_copies']:.2f} copies. With "
+        f"three perturbations at 4 times the learning rate MeZO ends at {by['MeZO-3 at 4 lr']['final_loss'][0]:.4f}, "
+        f"KerZOO's iterate at {kept['final_loss'][0]:.4f}."
     )
     verdict = Verdict(
         "INT8 quantization of the average saves memory at nearly the same accuracy (Table 15).",

@@ -75,7 +75,8 @@ def published_time_scale() -> dict[str, list[float]]:
     reached = [k for k, loss in enumerate(PUBLISHED_KERZOO) if loss >= PUBLISHED_MEZO[-1]]
     order = np.argsort(PUBLISHED_MEZO)
     losses = PUBLISHED_KERZOO[reached]
-    mezo_at = np.interp(losses, PUBLISHED_MEZO[order], PUBLISHED_ITERATIONS[order])
+    # Between two printed points the loss is close to linear in the logarithm of the iterations.
+    mezo_at = np.exp(np.interp(losses, PUBLISHED_MEZO[order], np.log(PUBLISHED_ITERATIONS[order])))
     seconds_at = np.interp(losses, PUBLISHED_MEZO[order], PUBLISHED_SECONDS_MEZO[order])
     return {
         "kerzoo_iterations": PUBLISHED_ITERATIONS[reached].tolist(),

@@ -1,0 +1,97 @@
+"""KerZOO experiments: replicas are the optimizers, every experiment runs at smoke scale, and its numbers make sense."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from zokernel.directions import Dense
+from zokernel.experiments.base import MODULES, Config, get_experiment
+from zokernel.experiments.kerzoo import methods
+from zokernel.experiments.kerzoo.replicas import Task, interval, iterations_to, train
+from zokernel.optim import KerZOO, MeZO
+
+SMOKE = [name for name in MODULES if name.startswith("kerzoo/")]
+
+
+@pytest.mark.parametrize("method", ["mezo", "kerzoo"])
+def test_replicas_take_the_optimizers_own_steps(method):
+    """With the optimizer's directions and radii, one replica follows it to fp32 round-off, its average too."""
+    task, steps, lr, seed = Task.make(examples=100), 8, 1e-3, 1000
+    law, dim = Dense("rademacher"), task.start.numel()
+
+    def draw(step, index):
+        return law({"theta": torch.zeros(dim)}, seed=seed, step=step, index=index)["theta"][None]
+
+    line = methods.mezo(3) if method == "mezo" else methods.kerzoo()
+    curves = train(task, line, lrs=[lr], seeds=1, iterations=steps, every=1, draw=draw)
+    theta = torch.nn.Parameter(task.start.clone())
+    options = {"seed": seed, "num_perturbations": 3, "eps": methods.EPS}
+    optimizer = (
+        MeZO([("theta", theta)], lr=lr, **options)
+        if method == "mezo"
+        else KerZOO([("theta", theta)], lr=lr, averaging="fp32", **options)
+    )
+    batches = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        rows = torch.randint(0, 100, (1, 64), generator=batches)
+        optimizer.step(lambda: task.losses(theta.detach()[None], task.x[rows], task.y[rows]).item())  # noqa: B023
+        exact = task.losses(theta.detach()[None], task.x[None], task.y[None]).item()
+        # A loss difference of 1e-7 over 2 eps moves a weight by lr * 5e-5 * 30 (the kernel's largest weight).
+        assert curves.losses[0, 0, step + 1] == pytest.approx(exact, abs=2e-4)
+    if method == "kerzoo":
+        average = optimizer.averaged_weights()["theta"]
+        exact = task.losses(average[None], task.x[None], task.y[None]).item()
+        assert curves.averaged[0, 0, -1] == pytest.approx(exact, abs=2e-4)
+
+
+def test_replicas_of_different_seeds_and_rates_differ_and_repeat():
+    task = Task.make(examples=100)
+    first, second = (train(task, methods.kerzoo(), lrs=[1e-3, 2e-3], seeds=3, iterations=4, every=2) for _ in range(2))
+    assert np.array_equal(first.losses, second.losses)
+    assert len(np.unique(first.losses[:, :, -1])) == 6
+    assert first.forwards_per_iteration == 6
+    sequential = train(task, methods.sequential_mezo(), lrs=[1e-3], seeds=2, iterations=4, every=2)
+    assert sequential.forwards_per_iteration == 6
+
+
+def test_crossings_and_intervals():
+    curve = np.array([[4.0, 2.0, 1.0], [4.0, 3.5, 3.0]])
+    assert iterations_to(curve, np.array([0, 10, 20]), np.array([3.0, 1.0])).tolist() == [5.0, np.inf]
+    mean, low, high = interval(np.array([1.0, 2.0, 4.0]))
+    assert mean == pytest.approx(2.0)
+    assert low * high == pytest.approx(4.0)
+    assert np.log(high / 2) == pytest.approx(4.303 * np.log(2) / 3**0.5, rel=1e-3)
+
+
+def test_published_curve_is_mezos_three_times_faster():
+    scale = methods.published_time_scale()
+    assert scale["iterations_ratio"] == pytest.approx([3.0] * 5, abs=0.04)
+    assert all(1.1 < ratio < 1.35 for ratio in scale["seconds_ratio"])
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_runs_at_smoke_scale(name):
+    if name in ("kerzoo/language_model", "kerzoo/accuracy"):
+        pytest.importorskip("transformers")
+        pytest.importorskip("peft")
+    title, run = get_experiment(name)
+    options = {"tables": ["2", "16"]} if name == "kerzoo/accuracy" else {}
+    result = run(Config("smoke", options=options))
+    assert title
+    assert result.summary
+    assert result.verdicts
+    assert all(np.isfinite(a).any() for a in result.arrays.values())
+
+
+def test_accuracy_rows_cover_the_tables_and_their_settings():
+    from zokernel.experiments.kerzoo.accuracy import MODELS, ROWS, TASKS
+
+    assert {row.table for row in ROWS} == {"2", "3", "8", "9", "10", "16"}
+    assert all(row.model in MODELS and row.task in TASKS for row in ROWS)
+    kerzoo = next(row for row in ROWS if row.method == "kerzoo" and row.lora)
+    settings = kerzoo.settings(4000)
+    assert settings["learning_rate"] == 1e-4
+    assert settings["eps"] == 1e-2
+    assert "total_steps=4000" in settings["method_args"]
