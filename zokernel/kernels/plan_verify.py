@@ -26,6 +26,7 @@ from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
 
 # Shape suffixes: B update examples, O observed examples, C classes, K = O (C - 1) score differences, Y = O C beliefs.
 
+DRAWS_AT_ONCE = 4
 EPS_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -103,15 +104,15 @@ def verify(
     """
     num_rows = (len(task.labels) - task.num_update) * (_num_classes(task) - 1)
     checks.announce(
-        f"gradients for verification: {num_rows + 3} x {plan.num_parameters:,}",
-        (num_rows + 3) * plan.num_parameters * 4,
+        f"gradients for verification: {num_rows + 3 + DRAWS_AT_ONCE} x {plan.num_parameters:,}",
+        (num_rows + 3 + DRAWS_AT_ONCE) * plan.num_parameters * 4,
         "observe fewer examples, or train a LoRA adapter",
     )
     rows = gradients(task)
     moments = exact_moments(rows)
     size = math.sqrt(moments.product_sq)
     draw = Draw(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
-    projected = torch.stack([_project(rows, draw, index) for index in range(num_draws)])
+    projected = torch.cat([_project(rows, draw, part) for part in torch.arange(num_draws).split(DRAWS_AT_ONCE)])
     drift = rows.to_beliefs(projected[:, :-1]) * projected[:, -1:]
     deviations = drift - rows.to_beliefs(_products(rows)[None])
     found = [Comparison("rho", plan.rho.value, plan.rho.error, moments.rho)]
@@ -194,14 +195,14 @@ def _products(rows: Rows) -> Tensor:
     return total
 
 
-def _project(rows: Rows, draw: Draw, index: int) -> Tensor:
-    """Return the slopes of every score difference and of the loss along one direction, (K + 1,)."""
-    z = draw.directions(draw.params, seed=draw.seed, step=0, index=index)
+def _project(rows: Rows, draw: Draw, indices: Tensor) -> Tensor:
+    """Return the slopes of every score difference and of the loss along some directions, (P, K + 1)."""
+    directions = draw.rows(indices.tolist())
     total: Tensor | float = 0.0
     for name, grad in rows.gradient.items():
-        flat = z[name].flatten()
+        flat = directions[name].flatten(1).T
         slopes = torch.cat([rows.differences[name].flatten(1) @ flat, (grad.flatten() @ flat)[None]])
-        total = total + slopes.double()
+        total = total + slopes.T.double()
     assert isinstance(total, Tensor)
     return total
 
@@ -248,7 +249,7 @@ def _hessian_form(task: Task, vector: Params, step: float) -> float:
 
 def _best_eps(task: Task, plan: Plan, rows: Rows, draw: Draw, num_directions: int) -> Comparison:
     """Compare finite differences at a grid of sizes with exact slopes; the best size is refined on its neighbours."""
-    exact = [_project(rows, draw, index)[-1].item() for index in range(num_directions)]
+    exact = _project(rows, draw, torch.arange(num_directions))[:, -1].tolist()
     errors = []
     with Prober(task, draw.directions.law.name, draw.seed) as prober:
         for eps in EPS_GRID:
