@@ -129,6 +129,7 @@ def draw_figure(rows: list[dict[str, Any]]):
                 low, high = zip(*(row[f"{name}_range"] for row in chosen), strict=True)
                 axis.fill_between(d, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log", xlabel="parameters d", title=titles[name])
+            axis.tick_params(axis="x", which="minor", labelbottom=False)
             axis.legend()
         figure.supylabel("relative variance v of one direction")
     return figure

@@ -182,7 +182,8 @@ def trajectories_figure(arrays: dict[str, np.ndarray], counts: tuple[int, ...]):
                 axis.plot(reference[:, n], color="black", label="FO-SGD")
                 for law, color in zip(LAWS, PALETTE, strict=False):
                     axis.plot(arrays[f"{law}_{count}"][:, n], color=color, linewidth=1.1, label=f"ZO, {law}")
-                axis.set_yscale("log")
+                axis.ticklabel_format(axis="y", scilimits=(-2, 2))
+                axis.yaxis.get_offset_text().set_fontsize(7)
                 if n == 0:
                     axis.set_title(f"P = {count}", fontsize=9)
                 axis.tick_params(labelsize=7)
