@@ -13,8 +13,9 @@ from cases import mlp
 from zokernel.cli import main
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
-from zokernel.kernels.plan import Prober, Task, make_plan
+from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
+from zokernel.kernels.prober import Prober, Task
 from zokernel.kernels.probes import (
     Slopes,
     belief_moments,

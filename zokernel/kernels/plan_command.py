@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from zokernel.errors import UsageError
-from zokernel.kernels.plan import Plan, Task, make_plan
+from zokernel.kernels.plan import Plan, make_plan
+from zokernel.kernels.prober import Task
 
 logger = logging.getLogger(__name__)
 

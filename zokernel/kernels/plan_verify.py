@@ -19,7 +19,8 @@ from zokernel.directions import Dense
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, squared_norm
 from zokernel.kernels.model import Params
-from zokernel.kernels.plan import Plan, Prober, Task, wide
+from zokernel.kernels.plan import Plan
+from zokernel.kernels.prober import Prober, Task, wide
 from zokernel.kernels.probes import subset_error
 from zokernel.kernels.projections import Draw
 from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error

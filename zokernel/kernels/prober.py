@@ -1,0 +1,155 @@
+r"""Evaluate a task at perturbed weights, and what finite differences of the evaluations say.
+
+The weights are perturbed in place along the directions of training and always put back exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zokernel import theory
+from zokernel.directions import Dense
+from zokernel.errors import RunError
+from zokernel.kernels.probes import Slopes
+from zokernel.kernels.projections import Draw
+
+NOISE_POINTS = 8
+GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is planned for: a model's scores on two sets of examples, as one batch.
+
+    Attributes:
+        params: The live trainable parameters by name (as ``named_parameters`` gives them); perturbed in place and put
+            back exactly.
+        score: Evaluates the model at its current weights: batch -> scores (B + O, C).
+        batch: The batch: B examples to take a step on, then O to observe.
+        labels: Classes of all of them, (B + O,).
+        num_update: B.
+        num_tokens: Tokens that one evaluation forwards (examples, for models without tokens).
+    """
+
+    params: dict[str, Tensor]
+    score: Callable[[Any], Tensor]
+    batch: Any
+    labels: Tensor
+    num_update: int
+    num_tokens: int
+
+
+def wide(scores: Tensor) -> Tensor:
+    """Return scores in float32, or in float64 if they are."""
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+class Prober:
+    """Evaluates a task at perturbed weights, counts forwards, and always puts the weights back.
+
+    Args:
+        task: The task.
+        distribution: Law of the directions.
+        seed: Seed of the directions.
+    """
+
+    def __init__(self, task: Task, distribution: str = "rademacher", seed: int = 0):
+        self.task = task
+        self.draw = Draw(Dense(distribution), {n: p.detach() for n, p in task.params.items()}, seed)
+        self.forwards = 0
+
+    def __enter__(self) -> Prober:
+        self._saved = {name: tensor.detach().clone() for name, tensor in self.task.params.items()}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back exactly."""
+        for name, tensor in self.task.params.items():
+            tensor.copy_(self._saved[name])
+
+    @torch.no_grad()
+    def evaluate(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return per-example losses (B,) and observed log-probabilities (Y,) at theta + sum of scaled directions."""
+        if scales:
+            self.draw.add_(self.draw.params, list(scales), list(indices))
+        try:
+            scores = wide(self.task.score(self.task.batch))
+        finally:
+            if scales:
+                self.restore()
+        self.forwards += 1
+        if not bool(torch.isfinite(scores).all()):
+            raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
+        count = self.task.num_update
+        losses = F.cross_entropy(scores[:count], self.task.labels[:count], reduction="none")
+        return losses.double(), scores[count:].log_softmax(-1).double().flatten()
+
+
+def probe(prober: Prober, indices: Sequence[int], eps: float) -> Slopes:
+    """Return slopes of losses and beliefs along directions, two forwards each."""
+    losses, beliefs = [], []
+    for index in indices:
+        (above, belief_above), (below, belief_below) = (prober.evaluate([s * eps], [index]) for s in (1, -1))
+        losses.append((above - below) / (2 * eps))
+        beliefs.append((belief_above - belief_below) / (2 * eps))
+    return Slopes(torch.stack(losses), torch.stack(beliefs))
+
+
+def derivatives(prober: Prober, indices: Sequence[int], eps: float, center: float) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`u^T H u` and :math:`D^3L[u,u,u]` along directions, from four points each.
+
+    The second derivative is extrapolated, :math:`(4 S(\epsilon) - S(2\epsilon))/3`: no fourth-order term is left.
+    """
+    seconds, thirds = [], []
+    for index in indices:
+        values = {k: prober.evaluate([k * eps], [index])[0].mean().item() for k in (1, -1, 2, -2)}
+        near, far = ((values[k] + values[-k] - 2 * center) / (k * eps) ** 2 for k in (1, 2))
+        seconds.append((4 * near - far) / 3)
+        single, doubled = ((values[k] - values[-k]) / (2 * k * eps) for k in (1, 2))
+        thirds.append(theory.third_derivative_from_differences(single, doubled, eps))
+    return torch.tensor(seconds, dtype=torch.float64), torch.tensor(thirds, dtype=torch.float64)
+
+
+def loss_noise(prober: Prober, eps: float) -> float:
+    """Return the noise of one loss evaluation from a difference table of closely spaced weights."""
+    spacing = eps / 300
+    values = [prober.evaluate([k * spacing], [0])[0].mean().item() for k in range(1, NOISE_POINTS + 1)]
+    return theory.noise_from_differences(values, order=3)
+
+
+def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float, center: float) -> Tensor:
+    r"""Return estimates of :math:`g^T H g`, one for each of a few groups of probes.
+
+    The curvature along a group's gradient estimate :math:`\hat g = \frac1n\sum_p c_p u_p` is measured, and what its
+    diagonal terms :math:`c_p^2\,u_p^T H u_p` average to is taken out; the rest averages to
+    :math:`\frac{n-1}{n} g^T H g`.
+    """
+    found = []
+    coefficients = slopes.losses_PB.mean(1)
+    for group in torch.arange(slopes.count).chunk(GROUPS):
+        size = len(group)
+        weights = coefficients[group] / size
+        scale = eps / weights.norm().item()  # the step is then as long as one direction times eps
+        steps = (weights * scale).tolist()
+        above, below = (
+            prober.evaluate([sign * step for step in steps], group.tolist())[0].mean().item() for sign in (1, -1)
+        )
+        total = (above + below - 2 * center) / scale**2
+        found.append((total - weights.square().sum().item() * trace) * size / (size - 1))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def rms_third(third: Tensor, noise: float, eps: float) -> float:
+    """Return the rms third derivative with the variance of its rounding noise taken out."""
+    return math.sqrt(max(third.square().mean().item() - 2.5 * (noise / eps**3) ** 2, 0.0))
