@@ -79,6 +79,7 @@ def run(config: Config) -> Result:
         left, right = figure.subplots(1, 2)
         for name, values in bias.items():
             left.loglog(radii, values, marker="o", markersize=3, label=f"{name} (slope {slopes[name]:.1f})")
+        left.xaxis.set_minor_formatter("")
         left.set(xlabel="eps", ylabel="relative bias of the mean estimate", title="Bias of the mean, exact")
         left.legend(fontsize=8)
         widths = np.linspace(0.05, 1, 96)
