@@ -173,23 +173,23 @@ def test_an_interrupt_finishes_the_step_and_saves(parts, tmp_path):
 
     from zokernel.finetune.callbacks import StopOnInterrupt
 
-    trainer = make_trainer(parts, tmp_path, max_steps=50)
+    # Evaluated and saved as best after every step before the signal: the checkpoint to resume from must survive that.
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
+    trainer = make_trainer(parts, tmp_path, max_steps=50, **best)
+    stopper = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt))
     model = parts[0]
-    calls = []
 
-    def interrupt_in_the_fifth_forward(module, args, output):
-        calls.append(1)
-        if len(calls) == 5:
+    def interrupt_in_the_third_step(module, args, output):
+        if trainer.state.global_step == 2 and not stopper.interrupted:
             os.kill(os.getpid(), signal.SIGINT)
 
-    handle = model.register_forward_hook(interrupt_in_the_fifth_forward)
+    handle = model.register_forward_hook(interrupt_in_the_third_step)
     previous = signal.getsignal(signal.SIGINT)
     trainer.train()
     handle.remove()
     assert signal.getsignal(signal.SIGINT) is previous
     assert trainer.state.global_step == 3
     assert (tmp_path / "checkpoint-3" / "model.safetensors").exists()
-    stopper = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StopOnInterrupt))
     assert stopper.interrupted
 
 
@@ -230,3 +230,20 @@ def test_method_options_come_from_flags_and_pairs(tmp_path):
     assert options["kernel_order"] == 5
     assert options["radius_schedule"] == "none"
     assert options["seed"] == config.seed
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_run_ends_with_the_best_weights(parts, tmp_path, lora):
+    model, tokenizer, data = parts
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2)).eval()
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
+    # So large a step that the loss rises again: the best weights are not the last.
+    trainer = make_trainer(
+        (model, tokenizer, data), tmp_path, max_steps=30, learning_rate=0.1 if lora else 0.02, **best
+    )
+    trainer.train()
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    assert min(losses.values()) < losses[30]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), abs=1e-7)

@@ -67,7 +67,9 @@ class ZOConfig(TrainingArguments):
     save_strategy: str = field(
         default="best", metadata={"help": "When to save a checkpoint: best, steps, epoch or no."}
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep; 2 keeps the best and the last, 1 cannot resume."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "Validation metric that decides."})
     train_sampling_strategy: str = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,39 @@ def attach_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
         return get_peft_model(model, adapter).eval()
     except (ValueError, OSError) as error:
         raise UsageError(f"The LoRA adapter could not be attached: {_first_line(error)}") from error
+
+
+@torch.no_grad()
+def load_weights_(model: nn.Module, folder: Path) -> None:
+    """Copy saved weights into a model in place, holding one tensor at a time beside it.
+
+    Args:
+        model: The model (or peft model) that was saved.
+        folder: A checkpoint folder with ``.safetensors`` files.
+
+    Raises:
+        RunError: If the folder holds no weights, or they are another model's.
+    """
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
+    targets = model.state_dict()
+    if hasattr(model, "peft_config"):
+        # peft leaves the adapter's name out of the saved names: "...lora_A.weight" is "...lora_A.default.weight".
+        targets = {name.replace(f".{model.active_adapter}.", "."): tensor for name, tensor in targets.items()}
+    for file in files:
+        with safe_open(file, "pt") as archive:
+            names = list(archive.keys())
+        for name in names:
+            # Opened anew for each tensor: pages of the file that were read count as memory until it is closed.
+            with safe_open(file, "pt") as archive:
+                if name not in targets:
+                    raise RunError(
+                        f"{file} holds {name!r}, which this model has not: it is another model's checkpoint."
+                    )
+                targets[name].copy_(archive.get_tensor(name))
 
 
 def estimate_memory(

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.config import ZOConfig
+from zokernel.finetune.model import load_weights_
 from zokernel.finetune.scoring import classification_loss, option_scores
 from zokernel.optim import get_method
 
@@ -134,13 +135,21 @@ class ZOTrainer(Trainer):
         return (loss, {"logits": scores_BC}) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; on a loss that is not finite, save the last good weights before passing the error on."""
+        """Train; end with the best checkpoint if asked to, and save the last good weights if the loss is not finite."""
+        # The Trainer would read the best checkpoint as a second copy of the model; here it comes tensor by tensor.
+        wants_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         except RunError as error:
             folder = Path(str(self.args.output_dir)) / "last-good"
             self.save_model(str(folder))
             raise RunError(f"{error} The last good weights are in {folder}.") from error
+        finally:
+            self.args.load_best_model_at_end = wants_best
+        if wants_best and self.state.best_model_checkpoint:
+            assert isinstance(self.model, nn.Module)
+            load_weights_(self.model, Path(self.state.best_model_checkpoint))
+        return result
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
