@@ -323,7 +323,7 @@ def test_bad_simulations():
 
 
 @pytest.mark.parametrize(
-    ("shape", "perturbations", "fraction"), [((30, 60), 1, 0.1), ((30, 60), 8, 0.5), ((12, 3), 1, 0.5)]
+    ("shape", "perturbations", "fraction"), [((30, 60), 1, 0.1), ((30, 60), 8, 0.5), ((12, 3), 1, 0.1)]
 )
 def test_loss_band_holds_about_nine_runs_in_ten(shape, perturbations, fraction):
     """An approximation, so a wide tolerance: measured coverage up to half of the limit is 84% to 98%."""
