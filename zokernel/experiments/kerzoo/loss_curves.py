@@ -7,6 +7,7 @@ also runs at equal *effective* learning rates, and at its own best one.
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -133,26 +134,32 @@ def headline(sweep: dict[str, Curves], base: int, best: dict[str, int]) -> dict[
     }
 
 
-def seconds_per_iteration(label: str, steps: int = 20) -> float:
-    """Time the real optimizer on one core; sequential MeZO counts three steps."""
+def seconds_per_iteration(label: str) -> float:
+    """Time the real optimizer of a line; sequential MeZO counts three steps."""
+    if label.startswith("3 sequential"):
+        return 3 * median_step(kerzoo=False, perturbations=1)
+    return median_step(kerzoo=label.startswith("KerZOO"), perturbations=1 if label == "MeZO-1" else 3)
+
+
+@lru_cache
+def median_step(*, kerzoo: bool, perturbations: int, steps: int = 30) -> float:
+    """Return the median seconds of a step on the task's network and one batch."""
     from zokernel.optim import KerZOO, MeZO
 
     task = Task.make(examples=64)
     theta = torch.nn.Parameter(task.start.clone())
-    if label.startswith("KerZOO"):
-        optimizer: Any = KerZOO([theta], lr=0.0)
-    else:
-        optimizer = MeZO([theta], lr=0.0, num_perturbations=3 if "MeZO-3" in label else 1)
+    method: Any = KerZOO if kerzoo else MeZO
+    optimizer = method([theta], lr=0.0, num_perturbations=perturbations)
 
     def closure() -> float:
         return float(task.losses(theta.detach()[None], task.x[None], task.y[None]))
 
-    optimizer.step(closure)
-    start = time.perf_counter()
+    seconds = []
     for _ in range(steps):
+        start = time.perf_counter()
         optimizer.step(closure)
-    elapsed = (time.perf_counter() - start) / steps
-    return 3 * elapsed if label.startswith("3 sequential") else elapsed
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
 
 
 def draw(sweep: dict[str, Curves], chosen: dict[str, int], seconds: dict[str, float], title: str) -> Any:
