@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from zokernel.kernels.jacobians import example_jacobian, jacobian_rows
+from zokernel.kernels.jacobians import example_jacobian, inner_products, jacobian_rows
 from zokernel.kernels.model import Batch, FunctionalModel, Params, examples, num_examples
 
 # Shape suffixes: N examples, R rows (N, or N L for sequences), V outputs; a block is (R_o V) x (R_u V).
@@ -31,7 +31,8 @@ def contract(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: int 
     Returns:
         K (R_o V, R_u V).
     """
-    return sum_parameters(contract_by_parameter(model, x_o, x_u, chunk_size=chunk_size))
+    shares = contract_by_parameter(model, x_o, x_u, chunk_size=chunk_size)
+    return torch.stack(list(shares.values())).sum(0).to(next(iter(model.params.values())).dtype)
 
 
 def contract_by_parameter(
@@ -46,7 +47,7 @@ def contract_by_parameter(
         chunk_size: Rows pulled back at once.
 
     Returns:
-        ``{name: (R_o V, R_u V)}``.
+        ``{name: (R_o V, R_u V)}``, in float64.
     """
     updated = [example_jacobian(model, example, chunk_size=chunk_size) for example in examples(x_u)]
     if x_o is x_u:
@@ -56,22 +57,13 @@ def contract_by_parameter(
     return {
         name: torch.cat(
             [
-                torch.cat([rows[name].flatten(1) @ jac[name].flatten(1).T for jac in updated], dim=1)
+                torch.cat([inner_products(rows[name].flatten(1), jac[name].flatten(1)) for jac in updated], dim=1)
                 for chunks in observed
                 for rows in chunks
             ]
         )
         for name in model.params
     }
-
-
-def sum_parameters(shares: dict[str, Tensor]) -> Tensor:
-    """Return the sum of the parameters' shares, accumulated in float64."""
-    first = next(iter(shares.values()))
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for share in shares.values():
-        total += share
-    return total.to(first.dtype)
 
 
 def stream(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: int | None = None) -> Tensor:

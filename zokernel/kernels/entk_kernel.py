@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.kernels import blocks, checks
-from zokernel.kernels.jacobians import example_jacobian, rows_per_example
+from zokernel.kernels.jacobians import example_jacobian, inner_products, rows_per_example
 from zokernel.kernels.lm_head import find_head, head_kernel
 from zokernel.kernels.model import Batch, FunctionalModel, examples, wrap
 from zokernel.theory.kernel_error import KernelMoments
@@ -141,7 +141,7 @@ def kernel_moments(
         right = left if x_o is x_u else torch.cat([jac[name].flatten(1) for jac in updated])
         norm_o += left.square().sum(dtype=torch.float64).item()
         norm_u += right.square().sum(dtype=torch.float64).item()
-        kernel = kernel + (left @ right.T).double()
+        kernel = kernel + inner_products(left, right)
         if diagonal:
             overlap += torch.sum(left.square().sum(0) * right.square().sum(0), dtype=torch.float64).item()
     assert isinstance(kernel, Tensor)
@@ -177,7 +177,8 @@ def layer_contributions(
     for name, share in blocks.contract_by_parameter(model, x_o, x_u).items():
         layer = group(name)
         shares[layer] = shares[layer] + share if layer in shares else share
-    return {layer: shape_block(share, rows_o, rows_u) for layer, share in shares.items()}
+    dtype = next(iter(model.params.values())).dtype
+    return {layer: shape_block(share.to(dtype), rows_o, rows_u) for layer, share in shares.items()}
 
 
 def shape_block(kernel: Tensor, rows_o: torch.Size, rows_u: torch.Size) -> Tensor:

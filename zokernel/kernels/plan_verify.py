@@ -17,7 +17,7 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.directions import Dense
 from zokernel.kernels import checks
-from zokernel.kernels.jacobians import dot, squared_norm
+from zokernel.kernels.jacobians import dot, inner_products, squared_norm
 from zokernel.kernels.model import Params
 from zokernel.kernels.plan import Plan
 from zokernel.kernels.prober import Prober, Task, wide
@@ -191,7 +191,7 @@ def _products(rows: Rows) -> Tensor:
     """Return the inner products of every score difference's gradient with g, (K,)."""
     total: Tensor | float = 0.0
     for name, grad in rows.gradient.items():
-        total = total + (rows.differences[name].flatten(1) @ grad.flatten()).double()
+        total = total + inner_products(rows.differences[name].flatten(1), grad.flatten()[None])[:, 0]
     assert isinstance(total, Tensor)
     return total
 
@@ -201,9 +201,9 @@ def _project(rows: Rows, draw: Draw, indices: Tensor) -> Tensor:
     directions = draw.rows(indices.tolist())
     total: Tensor | float = 0.0
     for name, grad in rows.gradient.items():
-        flat = directions[name].flatten(1).T
-        slopes = torch.cat([rows.differences[name].flatten(1) @ flat, (grad.flatten() @ flat)[None]])
-        total = total + slopes.T.double()
+        flat = directions[name].flatten(1)
+        sides = rows.differences[name].flatten(1), grad.flatten()[None]
+        total = total + torch.cat([inner_products(flat, side) for side in sides], dim=1)
     assert isinstance(total, Tensor)
     return total
 

@@ -19,7 +19,7 @@ from zokernel.directions.terms import Job
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.blocks import pusher
-from zokernel.kernels.jacobians import CHUNK_BYTES, example_jacobian, flatten
+from zokernel.kernels.jacobians import CHUNK_BYTES, example_jacobian, flatten, inner_products
 from zokernel.kernels.model import Batch, FunctionalModel, Params, concatenate, examples, wrap
 
 # Shape suffixes: R rows of logits (N, or N L for sequences), V outputs, P directions, C at once, D parameters.
@@ -163,7 +163,7 @@ def _by_jvp(model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: ra
 
 def _by_jacobian(model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: range, chunk: int) -> list[Tensor]:
     jac_XD = torch.cat([flatten(example_jacobian(model, example)) for batch in inputs for example in examples(batch)])
-    return [draw.matrix(part) @ jac_XD.T for part in _chunks(indices, chunk)]
+    return [inner_products(draw.matrix(part), jac_XD).to(jac_XD.dtype) for part in _chunks(indices, chunk)]
 
 
 def _by_differences(

@@ -13,7 +13,7 @@ from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import Digits, accuracy, load_digits, train, updated_image
 from zokernel.experiments.entk.nets import mlp
 from zokernel.kernels import FunctionalModel, vector_jacobian_product
-from zokernel.kernels.jacobians import example_jacobian
+from zokernel.kernels.jacobians import example_jacobian, inner_products
 from zokernel.reporting.style import PALETTE, figures
 from zokernel.theory import BeliefMoments, KernelMoments
 
@@ -97,12 +97,12 @@ def variances(net: nn.Module, digits: Digits) -> dict[str, list[float]]:
         for name, grad in gradient.items():
             left, right = jac_o[name].flatten(1), jac_u[name].flatten(1)
             moved = center(left.T, beliefs).T
-            norm_o += left.square().sum().item()
-            norm_u += right.square().sum().item()
-            kernel = kernel + (left @ right.T).double()
-            rows_sq += moved.square().sum().item()
-            gradient_sq += grad.square().sum().item()
-            product = product + (moved @ grad.flatten()).double()
+            norm_o += left.square().sum(dtype=torch.float64).item()
+            norm_u += right.square().sum(dtype=torch.float64).item()
+            kernel = kernel + inner_products(left, right)
+            rows_sq += moved.square().sum(dtype=torch.float64).item()
+            gradient_sq += grad.square().sum(dtype=torch.float64).item()
+            product = product + inner_products(moved, grad.flatten()[None])
         assert isinstance(kernel, Tensor)
         assert isinstance(product, Tensor)
         found["kernel"].append(KernelMoments(norm_o, norm_u, kernel.square().sum().item()).single_draw_variance)
