@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zokernel.directions import Dense, LowRank, Subspace
+from zokernel.directions.sparse import unpack_bits
 from zokernel.errors import RunError, UsageError
 from zokernel.optim import (
     FZOO,
@@ -25,6 +26,7 @@ from zokernel.optim import (
     decay_groups,
     get_method,
 )
+from zokernel.optim.sparse_mezo import kth_magnitude, mask_of_small
 
 SHAPE = (6, 5)
 START = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(SHAPE)
@@ -127,6 +129,17 @@ def test_sparse_mezo_moves_the_small_weights_only():
     other = SparseMeZO([("w", nn.Parameter(found.flip(0).clone()))], lr=0.01, density=0.4)
     other.load_state_dict(saved)
     assert torch.equal(other.directions.mask("w", SHAPE), optimizer.directions.mask("w", SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [0, 1, 7, 500, 999, 1000])
+def test_threshold_of_small_weights_is_exact(k, dtype):
+    values = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-2).to(dtype)
+    values[::50] = 0.0
+    expected = values.abs().kthvalue(k).values if k else torch.tensor(-1.0, dtype=dtype)
+    assert torch.equal(kth_magnitude(values, k), expected)
+    mask = unpack_bits(mask_of_small(values, k / 1000))[:1000]
+    assert torch.equal(mask, values.abs() <= expected)
 
 
 def test_fzoo_is_its_definition():
