@@ -196,7 +196,7 @@ def _process(study: Study, figure: Figure) -> Figure:
     rate, limit = study.problem.notebook_lr or study.problem.lr, study.row("equal_lr", "shared").limit
     axes.set_title(f"shared vector really run at {rate:g}; mean-square limit {limit:.3g}", fontsize=10)
     _log_steps(axes)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
