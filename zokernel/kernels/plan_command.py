@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class PlanArguments:
     )
     verify: bool = field(default=False, metadata={"help": "Also measure everything with real gradients."})
     verify_draws: int = field(default=200, metadata={"help": "Fresh directions for the measured errors."})
+    precision: str = field(
+        default="auto", metadata={"help": "Forwards as training would run them: fp32, bf16 (autocast), or auto."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the examples and directions."})
     output_file: str | None = field(default=None, metadata={"help": "Write the numbers to this .json file."})
 
@@ -52,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model_arguments, data_arguments, arguments = parse(argv)
-    task = load_task(model_arguments, data_arguments, arguments)
+    task, exact = load_task(model_arguments, data_arguments, arguments)
     start = time.perf_counter()
     plan = make_plan(
         task,
@@ -71,7 +74,12 @@ def run(argv: Sequence[str]) -> int:
 
         start = time.perf_counter()
         comparisons = verify(
-            task, plan, distribution=arguments.distribution, seed=arguments.seed, num_draws=arguments.verify_draws
+            exact,
+            plan,
+            as_trained=task,
+            distribution=arguments.distribution,
+            seed=arguments.seed,
+            num_draws=arguments.verify_draws,
         )
         print(f"\nAgainst real gradients ({time.perf_counter() - start:.0f} s):\n{table(comparisons)}")
         record["verify"] = [asdict(c) | {"ratio": c.ratio} for c in comparisons]
@@ -122,8 +130,20 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any, PlanArguments]:
     return groups[0], groups[1], groups[2]
 
 
-def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> Task:
-    """Load model and examples as the fine-tuning job does, and batch the examples that the plan needs."""
+def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[Task, Task]:
+    """Load model and examples as the fine-tuning job does, and batch the examples that the plan needs.
+
+    Args:
+        model_arguments: Which model.
+        data_arguments: Which examples and how they are phrased.
+        arguments: How many of them, and in which precision.
+
+    Returns:
+        The task in the precision of training, and the same task without autocast (for gradients).
+
+    Raises:
+        UsageError: If there are too few examples, or a flag is wrong.
+    """
     from zokernel.finetune.config import ZOConfig
     from zokernel.finetune.datasets import load_splits
     from zokernel.finetune.datasets import load_task as load_prompt_task
@@ -136,11 +156,13 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     rows = splits.train[: arguments.update_examples] + splits.validation[: arguments.observe_examples]
     if len(rows) < arguments.update_examples + arguments.observe_examples:
         raise UsageError("There are fewer examples than the plan needs: lower --update_examples or --observe_examples.")
-    config = ZOConfig(output_dir="runs/plan", restore="copy", use_cpu=not torch.cuda.is_available())
+    config = ZOConfig(
+        output_dir="runs/plan", restore="copy", use_cpu=not torch.cuda.is_available(), precision=arguments.precision
+    )
     model, tokenizer = load_model(model_arguments, config)
     dataset = EncodedDataset(encode(prompt, rows, tokenizer, max_length=data_arguments.max_length))
     batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
-    return Task(
+    exact = Task(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),
         batch=batch,
@@ -148,6 +170,13 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         num_update=arguments.update_examples,
         num_tokens=int(batch["attention_mask"].sum()),
     )
+
+    def score_as_trained(inputs: Any) -> torch.Tensor:
+        device = inputs["input_ids"].device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bool(config.bf16), cache_enabled=False):
+            return option_scores(model, inputs)
+
+    return replace(exact, score=score_as_trained), exact
 
 
 def describe(plan: Plan, task: Task, seconds: float) -> str:

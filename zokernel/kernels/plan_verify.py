@@ -82,6 +82,7 @@ def verify(
     task: Task,
     plan: Plan,
     *,
+    as_trained: Task | None = None,
     distribution: str = "rademacher",
     seed: int = 0,
     num_draws: int = 200,
@@ -90,8 +91,9 @@ def verify(
     """Measure what the plan predicted.
 
     Args:
-        task: The task that was planned for; its weights are put back exactly.
+        task: The task that was planned for, in full precision; its weights are put back exactly.
         plan: The plan.
+        as_trained: The same task in the precision of training (for the best eps); ``task`` when ``None``.
         distribution: Law of the directions.
         seed: The plan's seed; draws here use ``seed + 1``.
         num_draws: Fresh directions for the measured errors.
@@ -135,7 +137,7 @@ def verify(
             rows.spread / signal if signal > 0 else math.inf,
         ),
         *_curvature(task, plan, rows, draw, gradient_sq),
-        _best_eps(task, plan, rows, draw, eps_directions),
+        _best_eps(as_trained or task, plan, rows, draw, eps_directions),
     ]
     return found
 
