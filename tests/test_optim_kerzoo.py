@@ -283,3 +283,19 @@ def test_settings_that_do_not_go_together_are_refused(options):
 def test_no_average_to_ask_for():
     with pytest.raises(UsageError, match="averaging"):
         KerZOO([nn.Parameter(torch.ones(2))], lr=0.1).averaged_weights()
+
+
+def test_int8_pieces_do_not_change_the_average(monkeypatch):
+    """Small pieces only change which random numbers round: both stay within a few steps of the exact average."""
+    from zokernel.optim import averaging
+
+    monkeypatch.setattr(averaging, "CHUNK", 256)
+    weight = nn.Parameter(torch.zeros(40, 24))
+    target = torch.sin(torch.arange(960.0)).reshape(40, 24)
+    optimizer = KerZOO([("w", weight)], lr=1e-3, weight_decay=0.2, averaging="int8")
+    by_hand = torch.zeros(40, 24, dtype=torch.float64)
+    for step in range(12):
+        optimizer.step(lambda: (weight - target).square().sum())
+        by_hand = torch.lerp(by_hand, weight.detach().double(), 6 / (6 + step))
+    lag = (weight.detach() - by_hand).abs().max()
+    assert (optimizer.averaged_weights()["w"] - by_hand).abs().max() < 8 * lag / 127
