@@ -153,7 +153,8 @@ def test_language_model(language_model):
     assert evolve(*flags, "--label_words", "great", "great") == 2
     assert evolve(*flags, "--text_column", "review") == 2
     assert evolve(*flags, "--no_offset") == 2
-    assert evolve("--model_name_or_path", "absent", "--train_file", "reviews.csv") == 1
+    (language_model / "empty").mkdir()
+    assert evolve("--model_name_or_path", "./empty", "--train_file", "reviews.csv") == 1
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _kernels(study: Study, figure: Figure) -> Figure:
             (f"{curve.label}, sampled\n= {curve.factor:.4g} NTK (z rms {curve.z_rms:.2f})", curve.sampled.mean)
         )
     for axes, (title, kernel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        image = axes.imshow(kernel[rows][:, rows], cmap="viridis", interpolation="nearest")
+        image = axes.imshow(kernel[rows][:, rows].numpy(), cmap="viridis", interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
