@@ -28,7 +28,7 @@ LAWS = ("gaussian", "rademacher")
 @experiment("entk/language_model", "ZO-eNTK Fig. 4, 5: beliefs of a language model under SGD and ZO-SGD")
 def run(config: Config) -> Result:
     """Train with both methods from the same weights on the same batches; compare beliefs on the five sentences."""
-    steps = config.pick("steps", smoke=3, cpu=5, full=50)
+    steps = config.pick("steps", smoke=3, cpu=4, full=50)
     batch_size = config.pick("batch_size", smoke=4, cpu=4, full=16)
     counts = config.pick("num_perturbations", smoke=(1, 5, 20), cpu=COUNTS)
     lr = config.pick("lr", smoke=1e-2, cpu=2e-4)
