@@ -14,7 +14,8 @@ from zokernel.directions.frames import Frames
 from zokernel.directions.laws import GAUSSIAN, LAWS, RADEMACHER, SPHERE, UNIFORM, Law, get_law
 from zokernel.directions.lowrank import LowRank
 from zokernel.directions.registry import FAMILIES, get_directions
-from zokernel.directions.restore import Copy, Fold, Grid, Restore, make_restore
+from zokernel.directions.restore import Copy, Fold, Grid, make_restore, nearest_power_of_two
+from zokernel.directions.restore_base import Restore
 from zokernel.directions.sparse import Sparse
 from zokernel.directions.subspace import Subspace
 
@@ -42,4 +43,5 @@ __all__ = [
     "get_directions",
     "get_law",
     "make_restore",
+    "nearest_power_of_two",
 ]

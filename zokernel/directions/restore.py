@@ -18,28 +18,19 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zokernel.directions.base import Directions
-from zokernel.directions.family import Family
 from zokernel.directions.placement import place_all
+from zokernel.directions.restore_base import Draw, Restore, as_family, step_and_index, union_of_draws
 from zokernel.directions.terms import Rule
 from zokernel.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
-
-Draw = tuple[int, int]
-"""(step, index) of a direction."""
-Update = Mapping[int, float] | Mapping[Draw, float]
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 GRID_BITS = 24
@@ -48,105 +39,13 @@ TAIL = 8.0
 """No coordinate of the dense laws exceeds this in magnitude (sphere: for all but tiny dimensions)."""
 
 
-class Restore(ABC):
-    """Weights that can be moved along directions and brought back; holds the current offsets.
-
-    Args:
-        directions: Directions of directions.
-        tensors: Weights by name, changed in place.
-        seed: Seed of the run.
-
-    Attributes:
-        replays_moves: Whether replaying a journal must repeat the moves between commits to repeat the roundings.
-    """
-
-    replays_moves: ClassVar[bool] = False
-
-    def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
-        self.directions = directions
-        self.tensors = dict(tensors)
-        self.seed = seed
-        self._offsets: dict[Draw, float] = {}
-
-    @property
-    def offsets(self) -> dict[int, float]:
-        """Coefficient of each direction that the weights carry now, by index; empty at theta."""
-        return {index: offset for (_, index), offset in self._offsets.items()}
-
-    def move_to(self, step: int, offsets: Update) -> None:
-        r"""Make the weights :math:`\theta + \sum_i offsets_i z_i`, in one sweep from wherever they are.
-
-        Args:
-            step: Step whose directions the indices name.
-            offsets: Coefficient by index; ``{}`` goes back to theta.
-        """
-        target = _draws(step, offsets)
-        if target != self._offsets:
-            with uninterrupted():
-                self._move(target)
-                self._offsets = target
-
-    def commit(
-        self,
-        step: int,
-        update: Update | Mapping[str, Update],
-        decay: float | Mapping[str, float] = 1.0,
-    ) -> None:
-        r"""Make the weights :math:`\theta \leftarrow decay\,\theta + \sum_i update_i z_i`, restoring in the same sweep.
-
-        Args:
-            step: Step whose directions the indices name.
-            update: Coefficient by index, or by (step, index) for directions of other steps; or a mapping from name to
-                such coefficients, when tensors differ (parameter groups).
-            decay: Factor on theta, one for all or by name.
-        """
-        by_name = self._by_name(step, update)
-        with uninterrupted():
-            self._commit(step, by_name, decay)
-            self._offsets = {}
-
-    def restore(self) -> None:
-        """Bring the weights back to theta, from any state (after a NaN loss, an exception or an interrupt)."""
-        self.move_to(0, {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside the weights (taken at theta)."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint, after its weights have been loaded.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-        """
-        self._offsets = {}
-
-    @abstractmethod
-    def _move(self, target: dict[Draw, float]) -> None: ...
-
-    @abstractmethod
-    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None: ...
-
-    def _by_name(self, step: int, update: Update | Mapping[str, Update]) -> dict[str, dict[Draw, float]]:
-        if any(isinstance(key, str) for key in update):
-            missing = [name for name in self.tensors if name not in update]
-            if missing:
-                raise UsageError(
-                    f"There is no update for tensor {missing[0]!r}: give one for every name, or one for all."
-                )
-            return {name: _draws(step, update[name]) for name in self.tensors}  # type: ignore[index,arg-type]
-        draws = _draws(step, update)  # type: ignore[arg-type]
-        return dict.fromkeys(self.tensors, draws)
-
-    def _scales(self, by_name: Mapping[str, Mapping[Draw, float]], draws: list[Draw]) -> dict[str, list[float]]:
-        return {name: [coefficients.get(draw, 0.0) for draw in draws] for name, coefficients in by_name.items()}
-
-
 class Fold(Restore):
     r"""Restore up to rounding, at no cost: :math:`\theta' = decay\,(current - \sum_i o_i z_i) + \sum_i u_i z_i`.
 
     Expanded, that is one sweep with scales :math:`u_i - decay\, o_i`.  Every sweep rounds once, so a step moves each
-    float32 weight by at most three half-ulps of its largest value on the way, with zero mean.
+    float32 weight by at most three half-ulps of its largest value on the way.  With Gaussian directions that is a
+    random walk.  With Rademacher directions the same roundings recur at weights near a power of two and add up, unless
+    the offset is a power of two itself (:func:`nearest_power_of_two`): then they happen once and not again.
 
     Args:
         directions: Directions of directions.
@@ -179,16 +78,16 @@ class Fold(Restore):
     def _move(self, target: dict[Draw, float]) -> None:
         draws = sorted(target | self._offsets)
         change = [target.get(draw, 0.0) - self._offsets.get(draw, 0.0) for draw in draws]
-        self.directions.add_(self.tensors, change, seed=self.seed, **_step_index(draws))
+        self.directions.add_(self.tensors, change, seed=self.seed, **step_and_index(draws))
 
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
-        draws = _union(update, self._offsets)
+        draws = union_of_draws(update, self._offsets)
         factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
         scale = {
             name: [update[name].get(draw, 0.0) - factors[name] * self._offsets.get(draw, 0.0) for draw in draws]
             for name in self.tensors
         }
-        self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **_step_index(draws))
+        self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **step_and_index(draws))
 
 
 class Grid(Restore):
@@ -251,7 +150,7 @@ class Grid(Restore):
                 )
 
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
-        draws = _union(update, self._offsets)
+        draws = union_of_draws(update, self._offsets)
         peaks = self._sweep(draws, self._scales(update, draws), Rule.GRID_COMMIT, decay, (step, 0))
         for name, peak in peaks.items():
             while peak > self.grid[name] * 2.0 ** (GRID_BITS - 1):
@@ -268,7 +167,7 @@ class Grid(Restore):
         rounding: Draw | None = None,
     ) -> dict[str, float]:
         old = [self._offsets.get(draw, 0.0) for draw in draws]
-        return _family(self.directions).sweep_(
+        return as_family(self.directions).sweep_(
             self.tensors,
             scale,
             rule=rule,
@@ -277,7 +176,7 @@ class Grid(Restore):
             old_scale=old,
             grid=self.grid,
             rounding=rounding,
-            **_step_index(draws),
+            **step_and_index(draws),
         )
 
     def _snap(self, name: str) -> None:
@@ -322,20 +221,20 @@ class Copy(Restore):
         if self._offsets:
             self._copy(self._theta, self.tensors)
         if target:
-            self.directions.add_(self.tensors, list(target.values()), seed=self.seed, **_step_index(list(target)))
+            self.directions.add_(self.tensors, list(target.values()), seed=self.seed, **step_and_index(list(target)))
 
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         if self._offsets:
             self._copy(self._theta, self.tensors)
-        draws = _union(update, {})
-        _family(self.directions).sweep_(
+        draws = union_of_draws(update, {})
+        as_family(self.directions).sweep_(
             self.tensors,
             self._scales(update, draws),
             rule=self._rules,
             seed=self.seed,
             decay=decay,
             rounding=(step, 0),
-            **_step_index(draws),
+            **step_and_index(draws),
         )
         self._copy(self.tensors, self._theta)
 
@@ -374,42 +273,20 @@ def make_restore(
     return MODES[mode](directions, tensors, seed=seed)
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends, so that weights and the record of their offsets change together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[tuple[int, FrameType | None]] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if pending and callable(previous):
-            previous(*pending[0])
+def nearest_power_of_two(eps: float) -> float:
+    """Return the power of two nearest to a perturbation scale, on a logarithmic axis.
 
+    Adding and removing such an offset along Rademacher directions is exact for weights that stay in one binade, so
+    ``fold`` drifts no more than the exact modes do (docs/directions.md has the numbers).
 
-def _family(directions: Directions) -> Family:
-    if not isinstance(directions, Family):
-        raise UsageError(
-            f"{type(directions).__name__} is no directions Family: use restore='fold', which needs only add_."
-        )
-    return directions
+    Args:
+        eps: A positive number.
 
+    Returns:
+        The power of two.
 
-def _draws(step: int, coefficients: Update) -> dict[Draw, float]:
-    return {
-        key if isinstance(key, tuple) else (step, key): float(value)
-        for key, value in coefficients.items()
-        if value != 0.0
-    }
-
-
-def _union(update: Mapping[str, Mapping[Draw, float]], offsets: Mapping[Draw, float]) -> list[Draw]:
-    # Sorted, so that the same offsets are always summed in the same order and round the same.
-    return sorted(set(offsets).union(*update.values()))
-
-
-def _step_index(draws: list[Draw]) -> dict[str, Any]:
-    return {"step": [step for step, _ in draws], "index": [index for _, index in draws]}
+    Example:
+        >>> nearest_power_of_two(1e-3) == 2**-10
+        True
+    """
+    return 2.0 ** round(math.log2(eps))
