@@ -77,11 +77,15 @@ for law in ("rademacher", "gaussian"):
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_interpreted_kernel_agrees_with_numba_to_the_bit(check):
+@pytest.mark.parametrize("checks", [("laws", "stochastic", "positions"), ("families", "grid")], ids="-".join)
+def test_interpreted_kernel_agrees_with_numba_to_the_bit(checks):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", COMMON + CHECKS[check]], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMMON + "".join(CHECKS[check] for check in checks)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
