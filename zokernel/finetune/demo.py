@@ -13,12 +13,13 @@ DEFAULTS: dict[str, Any] = {
     "task": "movie-reviews",
     "output_dir": "runs/demo",
     "method": "mezo",
-    "learning_rate": 1e-5,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 4,
     "max_train_samples": 4000,
     "max_eval_samples": 200,
     "max_test_samples": 1000,
-    "max_steps": 500,
+    "max_steps": 300,
     "eval_steps": 100,
 }
 
