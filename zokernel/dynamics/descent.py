@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from zokernel.directions.laws import Law
-from zokernel.dynamics.evolution import Evolution, Steps
+from zokernel.dynamics.checks import Steps
+from zokernel.dynamics.evolution import Evolution
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
 from zokernel.theory.perturbation import Perturbation

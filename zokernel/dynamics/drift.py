@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from zokernel.dynamics.evolution import Evolution, check_learning_rate
+from zokernel.dynamics.checks import check_learning_rate
+from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.parametric import zo_sgd_run
 from zokernel.errors import UsageError
 from zokernel.kernels.features import jacobian_features

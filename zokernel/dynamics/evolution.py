@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from zokernel.dynamics.checks import Steps, as_kernel, as_steps, as_vector, check_learning_rate
 from zokernel.dynamics.recursion import dense_path
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import ProcessMoments
 from zokernel.theory.stability import clean_eigenvalues, limit_from_moments, noise_coefficients
-
-Steps = int | Iterable[int] | Tensor
 
 # Shape suffixes: T requested steps, N training predictions, M test predictions, R nonzero eigenvalues, D parameters.
 
@@ -72,7 +71,7 @@ class Evolution:
     ):
         self._set_step(lr, moments or ProcessMoments.deterministic(), num_perturbations)
         self.f0, self.y = as_vector(f0, "initial predictions"), as_vector(y, "targets")
-        matrix = _as_kernel(kernel, len(self.f0))
+        matrix = as_kernel(kernel, len(self.f0))
         if len(self.y) != len(self.f0):
             raise UsageError(f"There are {len(self.f0)} predictions but {len(self.y)} targets.")
         self.n = num_examples or len(self.f0)
@@ -298,54 +297,6 @@ class Evolution:
                 f"The test kernel must be finite of shape ({count}, {len(self.f0)}), not {tuple(cross.shape)}."
             )
         return cross @ self.vectors / (self.n * self.eigenvalues)
-
-
-def check_learning_rate(lr: float) -> float:
-    """Return the learning rate if it is a positive number.
-
-    Raises:
-        UsageError: If it is not.
-    """
-    if not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"The learning rate must be positive and finite, not {lr}.")
-    return float(lr)
-
-
-def as_vector(values: Tensor, what: str) -> Tensor:
-    """Return values as a float64 vector.
-
-    Raises:
-        UsageError: If they are not finite or there is none.
-    """
-    vector = torch.as_tensor(values).detach().to(torch.float64).reshape(-1)
-    if not len(vector) or not vector.isfinite().all():
-        raise UsageError(f"The {what} must be finite numbers, at least one.")
-    return vector
-
-
-def as_steps(steps: Steps, like: Tensor) -> Tensor:
-    """Return step numbers as a float64 vector.
-
-    Raises:
-        UsageError: If one is negative or there is none.
-    """
-    wanted = torch.as_tensor(steps if isinstance(steps, int | Tensor) else list(steps)).reshape(-1).to(like)
-    if not len(wanted) or (wanted < 0).any() or not (wanted == wanted.round()).all():
-        raise UsageError("Steps must be whole numbers, zero or more, at least one.")
-    return wanted
-
-
-def _as_kernel(kernel: Tensor, size: int) -> Tensor:
-    matrix = torch.as_tensor(kernel).detach().to(torch.float64)
-    if matrix.numel() != size * size:
-        raise UsageError(f"The kernel has shape {tuple(matrix.shape)}, which does not fit {size} predictions.")
-    matrix = matrix.reshape(size, size)
-    if not matrix.isfinite().all():
-        raise UsageError("The kernel must be finite: check the features for NaN and infinity.")
-    scale = matrix.abs().max()
-    if (matrix - matrix.T).abs().max() > 1e-5 * scale:
-        raise UsageError("The kernel must be symmetric: pass K = X X^T of one set of points.")
-    return (matrix + matrix.T) / 2
 
 
 def _power(base_R: Tensor, wanted_T: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.laws import Law
-from zokernel.dynamics.evolution import Steps, as_steps, check_learning_rate
+from zokernel.dynamics.checks import Steps, as_steps, check_learning_rate
 from zokernel.errors import RunError, UsageError
 from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import check_num_perturbations

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.laws import Law
-from zokernel.dynamics.evolution import Steps, as_steps, as_vector, check_learning_rate
+from zokernel.dynamics.checks import Steps, as_steps, as_vector, check_learning_rate
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import check_coupling
 from zokernel.theory.perturbation import Perturbation

@@ -20,7 +20,8 @@ from zokernel.experiments.nzk.problems import (
     stand_in_images,
     synthetic_network_problem,
 )
-from zokernel.experiments.nzk.study import Size, Study, Variant, numbers, study
+from zokernel.experiments.nzk.record import numbers
+from zokernel.experiments.nzk.study import Size, Study, Variant, study
 
 SMOKE_FIGURES = ("losses",)  # drawing takes longer than everything else at that scale
 SHARED = Variant("NZK, shared Gaussian")

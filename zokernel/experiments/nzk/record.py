@@ -1,0 +1,72 @@
+"""What ``result.json`` keeps of a study."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from zokernel.dynamics.evolution import Evolution
+from zokernel.experiments.nzk.study import Study
+from zokernel.theory.nzk_moments import ProcessMoments
+
+RECORDED = (0, 100, 1000, 2000, 4000, 7999, 8000, 14_000, 15_999, 29_999)
+
+
+def loss_table(result: Study, steps: tuple[int, ...], *, lr: float, offset: bool = False) -> dict[str, list[float]]:
+    """Return the paper's losses at its recorded steps: gradient descent, then every variant.
+
+    Args:
+        result: The study.
+        steps: Steps to read.
+        lr: Learning rate.
+        offset: Start the linearised network from its own outputs instead of from the Jacobian times the weights.
+
+    Returns:
+        Losses by curve, and the steps themselves.
+    """
+    problem = result.problem
+    wanted = [step for step in steps if step <= problem.steps]
+    table: dict[str, list[float]] = {"step": [float(step) for step in wanted]}
+    start = problem.linearization.outputs if offset and problem.linearization is not None else problem.f0
+    first = Evolution(start, problem.y, problem.kernel, lr)
+    for curve in result.curves:
+        run = first.at(lr, moments=ProcessMoments.deterministic(curve.factor))
+        table[curve.label] = run.mean_loss(wanted).tolist()
+    return table
+
+
+def numbers(result: Study) -> dict[str, object]:
+    """Return what ``result.json`` keeps of a study."""
+    assert result.process is not None
+    assert result.baseline is not None
+    problem = result.problem
+    record = {
+        "examples": len(problem.y),
+        "parameters": problem.dim,
+        "rank": Evolution(problem.f0, problem.y, problem.kernel, problem.lr).rank,
+        "loss_floor": result.floor,
+        "losses": loss_table(result, RECORDED, lr=problem.lr),
+        "factors": {curve.label: curve.factor for curve in result.curves},
+        "kernel_z_rms": {curve.label: curve.z_rms for curve in result.curves[1:]},
+        "kernel_z_max": {curve.label: curve.z_max for curve in result.curves[1:]},
+        "collapse": {curve.label: curve.collapse for curve in result.curves[1:]},
+        "comparison": [asdict(row) for row in result.rows],
+        "process_check": result.check,
+        "seconds_kernels_and_curves": result.seconds,
+        "public_baseline_cannot_go_below": result.line_minimum,
+        "baseline_final_losses": result.baseline.losses[-1].tolist(),
+        "baseline_steps": int(result.baseline.steps[-1]),
+        "shared_process": {
+            "lr": problem.notebook_lr or problem.lr,
+            "loss_of_mean_path": float(result.process_curves[0][-1]) if result.process_curves else None,
+            "steps": int(result.process.steps[-1]),
+            "median_loss": float(result.process.losses[-1].median()),
+            "mean_loss": float(result.process.losses[-1].mean()),
+        },
+    }
+    if problem.notebook_lr is not None:
+        record["losses_at_notebook_lr"] = loss_table(result, (0, 2000, 8000, 14_000), lr=problem.notebook_lr)
+    if problem.linearization is not None:
+        record["losses_with_offset"] = loss_table(result, RECORDED, lr=problem.lr, offset=True)
+    if result.best_of is not None:
+        record["best_of_final_loss"] = float(result.best_of.losses[-1, 0])
+    return record
