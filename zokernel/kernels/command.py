@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to project; finite_difference is what training sees (default: %(default)s)",
     )
     parser.add_argument("--eps", type=float, default=1e-3, help="perturbation size (default: %(default)s)")
-    parser.add_argument("--replicates", type=int, default=4, help="independent streams (default: %(default)s)")
+    parser.add_argument("--replicates", type=int, help="independent streams (default: 4, or 1 from 1e7 parameters on)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the directions (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/kernel"), help="default: %(default)s")
 
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Compute, draw and print."""
     model, x_o, x_u, outputs, names = load(args)
+    dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Exact kernels may need forward mode; training's own kernels (fused attention) are used for finite differences.
     with forward_mode():
         table = fidelity(
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
             method=args.method,
             eps=args.eps,
             outputs=outputs,
-            replicates=args.replicates,
+            replicates=args.replicates or (4 if dim < 10**7 else 1),
         )
         exact = entk(model, x_o, x_u, outputs=outputs, check=False)
         estimate = zo_entk_factors(
