@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from zokernel.optim.base import ZerothOrderOptimizer
 
 BLOCK = 256
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 TERMS_A_SWEEP = 48
 LARGEST_FACTOR = 1e3
 
@@ -130,7 +130,7 @@ class StoredAverage(Average):
 class Int8Average(StoredAverage):
     """The offset in eight bits, in blocks of 256 with an fp32 scale each, rounded stochastically: about 1/4 fp32 copy.
 
-    Offsets are unpacked about a million at a time.  Rounding is unbiased, so errors of different steps average out
+    Offsets are unpacked a hundred thousand at a time.  Rounding is unbiased, so errors of different steps average out
     instead of freezing small changes.
     """
 

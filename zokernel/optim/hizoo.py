@@ -30,6 +30,8 @@ from zokernel.optim.base import ZerothOrderOptimizer
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 
+PIECE = 1 << 17
+
 
 class Preconditioned(Family):
     r"""Directions :math:`H^{-1/2} z` with a diagonal H by tensor name, generated a tensor at a time.
@@ -48,7 +50,12 @@ class Preconditioned(Family):
         """Return the scaled directions as values; see :meth:`Family.terms`."""
         like = {place.name: self.curvature[place.name] for place in places}
         draws = self.base(like, seed=seed, step=step, index=index)
-        return [Values(draws[place.name].mul_(self.curvature[place.name].rsqrt())) for place in places]
+        for place in places:
+            # In pieces: a root of the whole Hessian would be one more temporary of the tensor's size.
+            pieces = draws[place.name].view(-1).split(PIECE), self.curvature[place.name].view(-1).split(PIECE)
+            for draw, curvature in zip(*pieces):
+                draw.mul_(curvature.rsqrt())
+        return [Values(draws[place.name]) for place in places]
 
     def sweep_(self, tensors: Mapping[str, Tensor], scale: Any, **kwargs: Any) -> dict[str, float]:
         """Sweep one tensor after the other, so that only one direction is held; see :meth:`Family.sweep_`."""
@@ -138,11 +145,13 @@ class HiZOO(ZerothOrderOptimizer):
             return
         assert isinstance(self.directions, Preconditioned)
         for name, hessian in self.curvature.items():
-            growth = torch.zeros_like(hessian)
+            growth: Tensor | None = None
             for index, curvature in enumerate(estimate.curvature):
                 z = self.directions.base({name: hessian}, seed=self.seed, step=self.step_count, index=index)[name]
-                growth.addcmul_(z, z, value=abs(curvature) / 2 / len(estimate.curvature))
-            hessian.mul_(growth.mul_(self.hessian_smooth).add_(1 - self.hessian_smooth))
+                z.square_().mul_(self.hessian_smooth * abs(curvature) / 2 / len(estimate.curvature))
+                growth = z if growth is None else growth.add_(z)
+            if growth is not None:
+                hessian.mul_(growth.add_(1 - self.hessian_smooth))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, with its Hessian."""

@@ -12,7 +12,7 @@ from zokernel.optim.base import ZerothOrderOptimizer
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 # Integer type of the same width, and the number of 16-bit digits in it.
 BITS = {torch.float32: (torch.int32, 2), torch.bfloat16: (torch.int16, 1), torch.float16: (torch.int16, 1)}
 
