@@ -83,7 +83,8 @@ def draw(sweep: dict[str, Curves], sizes: dict[str, Any], gains: Sequence[float]
         left.set(xlabel="iterations", ylabel="training loss", title="same nominal learning rate")
         right.set(xlabel="effective learning rate", xscale="log", title="final loss at every learning rate")
         start = next(iter(sweep.values())).losses[0, 0, 0]
-        right.set_ylim(None, 1.1 * start)
+        lowest = min(np.min(curves.losses[:, :, -1].mean(1)) for curves in sweep.values())
+        right.set_ylim(0.95 * lowest, 1.05 * start)
         right.axhline(start, color="#999999", linestyle=":", linewidth=1)
         left.legend(fontsize=8)
         figure.suptitle(title)
