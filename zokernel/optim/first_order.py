@@ -67,6 +67,8 @@ class SGD(FirstOrder, torch.optim.SGD):
         True
     """
 
+    memory_copies = 1.0
+
     def __init__(self, params: Params, lr: float = 1e-3, *, momentum: float = 0.0, weight_decay: float = 0.0):
         torch.optim.SGD.__init__(self, trainable(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self._adopt()
@@ -88,6 +90,8 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         >>> losses[-1] < 1e-2 < losses[0]
         True
     """
+
+    memory_copies = 3.0
 
     def __init__(
         self,

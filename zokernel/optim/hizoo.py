@@ -92,6 +92,8 @@ class HiZOO(ZerothOrderOptimizer):
         True
     """
 
+    memory_copies = 1.0
+
     def __init__(
         self,
         params: Params,
