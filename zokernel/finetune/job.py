@@ -69,6 +69,8 @@ def finetune(
     set_seed(config.seed)
     model, tokenizer = load_model(model_arguments, config)
     encoded = encode_splits(task, splits, tokenizer, max_length=data_arguments.max_length)
+    # The curve starts where the model started.
+    config.eval_on_start = config.eval_on_start or (checkpoint is None and config.eval_strategy != "no")
     trainer = ZOTrainer(
         model,
         config,
@@ -135,7 +137,7 @@ def finetune(
         "peak_memory_inference": run["peak_memory_inference"],
         "peak_memory_training": training.peak_bytes,
         "learning_rate": config.learning_rate,
-        "effective_lr": trainer.bare_optimizer.effective_lr(),
+        "effective_lr": trainer.effective_lr,
         "method_options": config.method_options(),
         "precision": config.precision,
         "seed": config.seed,

@@ -72,6 +72,7 @@ def draw_loss(rows: list[dict[str, float]], evaluations: list[dict[str, float]],
             right = axes.twinx()
             right.plot(where, [100 * row["accuracy"] for row in evaluations], "s--", color=PALETTE[2])
             right.set_ylabel("validation accuracy (%)", color=PALETTE[2])
+            right.set_ylim(0, 100)
             right.spines["right"].set_visible(True)
             right.grid(False)
         axes.legend(loc="lower left")

@@ -54,7 +54,7 @@ class ZOTrainer(Trainer):
         self.add_callback(self.run_log)
         self.add_callback(StopOnInterrupt())
         replace_progress_bar(self)
-        self.last_loss = float("nan")
+        self.last_loss = self.effective_lr = float("nan")
         self._micro_batches: list[dict[str, Any]] = []
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -81,11 +81,12 @@ class ZOTrainer(Trainer):
             self.optimizer = optimizer = method(groups, lr=self.args.learning_rate, **options)
             if self.zeroth_order:
                 optimizer.loop_calls_step = True  # the loop's own bare step() comes after training_step
+            self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
                 "Method %s: lr %g, effective lr %g, %s.",
                 self.args.method,
                 self.args.learning_rate,
-                optimizer.effective_lr(),
+                self.effective_lr,
                 f"{self.forwards_per_step} forwards a step" if self.zeroth_order else "gradients by backpropagation",
             )
         return self.optimizer
