@@ -119,8 +119,8 @@ def test_plan_against_real_gradients():
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
     assert "relative error at P = 10, exact law" in table(list(found.values()))
-    # two a probe, eight for the noise, four for 3 + 12 curvatures, two for each of four groups, one at the centre
-    assert plan.forwards == 2 * 300 + 8 + 4 * 15 + 2 * 4 + 1
+    # two a probe, eight for the noise, four for 3 + 12 curvatures and for each of four groups, one at the centre
+    assert plan.forwards == 2 * 300 + 8 + 4 * 15 + 4 * 4 + 1
     assert plan.tokens == plan.forwards * task.num_tokens
 
 

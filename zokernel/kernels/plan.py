@@ -100,7 +100,7 @@ class Plan:
 def make_plan(
     task: Task,
     *,
-    num_probes: int = 48,
+    num_probes: int = 64,
     eps: float = 1e-3,
     distribution: str = "rademacher",
     seed: int = 0,
@@ -111,7 +111,7 @@ def make_plan(
 
     Args:
         task: Model and examples.
-        num_probes: Directions; about 50 give the relative error to 10%.
+        num_probes: Directions; about 60 give the relative error to 10%.
         eps: Perturbation size of the probes.
         distribution: Law of the directions.
         seed: Seed of the directions.
@@ -126,7 +126,7 @@ def make_plan(
         RunError: If a score is not finite.
     """
     if num_probes < 2 * GROUPS:
-        raise UsageError(f"{num_probes} probes are too few: give at least {2 * GROUPS}; 48 is the default.")
+        raise UsageError(f"{num_probes} probes are too few: give at least {2 * GROUPS}; 64 is the default.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
     with Prober(task, distribution, seed) as prober:
@@ -134,10 +134,10 @@ def make_plan(
         slopes = probe(prober, range(num_probes), eps)
         noise = loss_noise(prober, eps)
         # Slopes bear a larger eps than curvatures do: a rough third derivative first says how close to look for those.
-        rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps, center)[1], noise, eps)
+        rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
-        second, third = derivatives(prober, range(min(CURVATURE_PROBES, num_probes)), close, center)
-        along = gradient_curvatures(prober, slopes, second.mean().item(), close, center)
+        second, third = derivatives(prober, range(min(CURVATURE_PROBES, num_probes)), close)
+        along = gradient_curvatures(prober, slopes, second.mean().item(), close)
     logger.info("Curvatures were measured at eps = %.2g.", close)
     measured = _Curvature(second, third, along, close)
     return _summarize(task, slopes, measured, noise, center, eps, prober.forwards, counts, tolerances)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class PlanArguments:
     """What to probe and what to print."""
 
-    num_probes: int = field(default=48, metadata={"help": "Random directions; each costs two forward passes."})
+    num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
     update_examples: int = field(default=8, metadata={"help": "Examples in the batch a step is taken on."})
     observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are watched."})
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size of the probes."})

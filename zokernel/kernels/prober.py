@@ -106,16 +106,16 @@ def probe(prober: Prober, indices: Sequence[int], eps: float) -> Slopes:
     return Slopes(torch.stack(losses), torch.stack(beliefs))
 
 
-def derivatives(prober: Prober, indices: Sequence[int], eps: float, center: float) -> tuple[Tensor, Tensor]:
+def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     r"""Return :math:`u^T H u` and :math:`D^3L[u,u,u]` along directions, from four points each.
 
-    The second derivative is extrapolated, :math:`(4 S(\epsilon) - S(2\epsilon))/3`: no fourth-order term is left.
+    Curvature is :math:`[V(2\epsilon) - V(\epsilon)] / 3\epsilon^2` with :math:`V(t) = L(\theta+tu) + L(\theta-tu)`: the loss at
+    the centre, whose rounding error would be common to all directions, does not enter.
     """
     seconds, thirds = [], []
     for index in indices:
         values = {k: prober.evaluate([k * eps], [index])[0].mean().item() for k in (1, -1, 2, -2)}
-        near, far = ((values[k] + values[-k] - 2 * center) / (k * eps) ** 2 for k in (1, 2))
-        seconds.append((4 * near - far) / 3)
+        seconds.append((values[2] + values[-2] - values[1] - values[-1]) / (3 * eps**2))
         single, doubled = ((values[k] - values[-k]) / (2 * k * eps) for k in (1, 2))
         thirds.append(theory.third_derivative_from_differences(single, doubled, eps))
     return torch.tensor(seconds, dtype=torch.float64), torch.tensor(thirds, dtype=torch.float64)
@@ -128,7 +128,7 @@ def loss_noise(prober: Prober, eps: float) -> float:
     return theory.noise_from_differences(values, order=3)
 
 
-def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float, center: float) -> Tensor:
+def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float) -> Tensor:
     r"""Return estimates of :math:`g^T H g`, one for each of a few groups of probes.
 
     The curvature along a group's gradient estimate :math:`\hat g = \frac1n\sum_p c_p u_p` is measured, and what its
@@ -141,11 +141,10 @@ def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float
         size = len(group)
         weights = coefficients[group] / size
         scale = eps / weights.norm().item()  # the step is then as long as one direction times eps
-        steps = (weights * scale).tolist()
-        above, below = (
-            prober.evaluate([sign * step for step in steps], group.tolist())[0].mean().item() for sign in (1, -1)
-        )
-        total = (above + below - 2 * center) / scale**2
+        values = {
+            k: prober.evaluate((k * scale * weights).tolist(), group.tolist())[0].mean().item() for k in (1, -1, 2, -2)
+        }
+        total = (values[2] + values[-2] - values[1] - values[-1]) / (3 * scale**2)
         found.append((total - weights.square().sum().item() * trace) * size / (size - 1))
     return torch.tensor(found, dtype=torch.float64)
 
