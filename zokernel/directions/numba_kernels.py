@@ -198,12 +198,13 @@ def store_stochastic(x, half, code, keep, shift, acc, random):
 def store_grid(x, job, acc, old, random):
     """Move float32 weights along their grid; return the largest magnitude reached."""
     grid, per_grid = np.float32(job.grid), np.float32(1.0 / job.grid)
+    grid64, per_grid64 = job.grid, 1.0 / job.grid  # a power of two: multiplying by the inverse is exact
     if job.rule == GRID_COMMIT:
         for j in range(acc.size):
             theta = x[j] - np.float32(np.rint(old[j] * per_grid)) * grid
             change = np.float64(theta) * job.decay_minus_one + np.float64(acc[j])
-            floor = np.floor(change / job.grid + np.float64(random[j]) * _TO_UNIT)
-            x[j] = theta + np.float32(floor * job.grid)
+            floor = np.floor(change * per_grid64 + np.float64(random[j]) * _TO_UNIT)
+            x[j] = theta + np.float32(floor * grid64)
     else:
         for j in range(acc.size):
             before = np.float32(np.rint(old[j] * per_grid)) * grid
