@@ -109,8 +109,8 @@ def probe(prober: Prober, indices: Sequence[int], eps: float) -> Slopes:
 def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     r"""Return :math:`u^T H u` and :math:`D^3L[u,u,u]` along directions, from four points each.
 
-    Curvature is :math:`[V(2\epsilon) - V(\epsilon)] / 3\epsilon^2` with :math:`V(t) = L(\theta+tu) + L(\theta-tu)`: the loss at
-    the centre, whose rounding error would be common to all directions, does not enter.
+    Curvature is :math:`[V(2\epsilon) - V(\epsilon)] / 3\epsilon^2`, :math:`V(t) = L(\theta+tu) + L(\theta-tu)`: the
+    loss at the centre, whose rounding error would be common to all directions, does not enter.
     """
     seconds, thirds = [], []
     for index in indices:
