@@ -12,6 +12,7 @@ import importlib
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -73,6 +74,7 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
     return total
 
 
+@lru_cache(maxsize=64)
 def choose_backend(device: torch.device, backend: str = "auto") -> str:
     """Return the name of the backend that serves a device.
 

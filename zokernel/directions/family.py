@@ -15,6 +15,8 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Job, Rule, Term
 from zokernel.errors import UsageError
 
+NO_ROUNDING = (0, 0, 0, 0)
+
 
 class Family(ABC):
     """A family of random directions; subclasses say what a direction is by implementing :meth:`terms`.
@@ -134,23 +136,29 @@ class Family(ABC):
         rounding = rounding or ((steps[0], indices[0]) if indices else (0, 0))
         places = place_all(tensors)
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
+        # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
         shared = None if isinstance(scale, Mapping) else _scales(scale, "", len(indices))
+        shared_old = [0.0] * len(indices) if old_scale is None else None
         jobs = []
-        for number, place in enumerate(places):
-            scales = shared if shared is not None else _scales(scale, place.name, len(indices))
-            old = [0.0] * len(indices) if old_scale is None else _scales(old_scale, place.name, len(indices))
-            terms = [terms[number] for terms in by_index]
-            live = [k for k, term in enumerate(terms) if term is not None and (scales[k] != 0.0 or old[k] != 0.0)]
+        for place, terms in zip(places, zip(*by_index) if by_index else [()] * len(places)):
+            scales = _scales(scale, place.name, len(indices)) if shared is None else shared
+            old = _scales(old_scale or 0.0, place.name, len(indices)) if shared_old is None else shared_old
+            live = [
+                (term, now, before)
+                for term, now, before in zip(terms, scales, old)
+                if term is not None and (now != 0.0 or before != 0.0)
+            ]
+            job_rule = rule[place.name] if isinstance(rule, Mapping) else rule
             jobs.append(
                 Job(
                     place,
-                    tuple(terms[k] for k in live),  # type: ignore[misc]  # None is filtered out by `live`
-                    tuple(scales[k] for k in live),
-                    rule[place.name] if isinstance(rule, Mapping) else rule,
-                    _by_name(decay, place.name, "decay"),
-                    tuple(old[k] for k in live) if old_scale is not None else (),
+                    tuple([term for term, _, _ in live]),
+                    tuple([now for _, now, _ in live]),
+                    job_rule,
+                    decay if isinstance(decay, float) else _by_name(decay, place.name, "decay"),
+                    tuple([before for _, _, before in live]) if old_scale is not None else (),
                     1.0 if grid is None else grid[place.name],
-                    (*stream_key(seed, place.name, "rounding"), *rounding),
+                    (*stream_key(seed, place.name, "rounding"), *rounding) if job_rule else NO_ROUNDING,
                 )
             )
         peaks = engine.sweep(jobs, self.backend)
