@@ -138,11 +138,11 @@ class Family(ABC):
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
         # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
         shared = None if isinstance(scale, Mapping) else _scales(scale, "", len(indices))
-        shared_old = [0.0] * len(indices) if old_scale is None else None
+        no_offsets = [0.0] * len(indices)
         jobs = []
         for place, terms in zip(places, zip(*by_index) if by_index else [()] * len(places)):
             scales = _scales(scale, place.name, len(indices)) if shared is None else shared
-            old = _scales(old_scale or 0.0, place.name, len(indices)) if shared_old is None else shared_old
+            old = no_offsets if old_scale is None else _scales(old_scale, place.name, len(indices))
             live = [
                 (term, now, before)
                 for term, now, before in zip(terms, scales, old)
