@@ -78,15 +78,15 @@ def run(config: Config) -> Result:
     }
     result.summary = (
         f"{task.source}; {dim:,} trained parameters, V = {task.vocab_size:,}, {steps} steps of {batch_size} sentences. "
-        f"The l2 distance between ZO and FO beliefs after all steps falls with slope {final['gaussian']:.2f} (Gaussian) "
-        f"and {final['rademacher']:.2f} (Rademacher), one stream each; at P = {largest} it is {fifty[0]:.0%} and "
+        f"The l2 distance between ZO and FO beliefs after all steps falls with slope {final['gaussian']:.2f} "
+        f"(Gaussian) and {final['rademacher']:.2f} (Rademacher), one stream each; at P = {largest} it is {fifty[0]:.0%} and "
         f"{fifty[1]:.0%} of what FO training changed, at P = {max(counts)} {last[0]:.0%} and {last[1]:.0%}."
     )
     result.verdicts = [
         Verdict(
             "The difference of beliefs tends to zero as P grows, as the inverse root (Fig. 5).",
             "holds" if pooled < -0.35 else "does not hold",
-            f"Log-log slope {pooled:.2f} (mean of both laws) over P = {min(counts)}..{max(counts)}; one stream each, so "
+            f"Log-log slope {pooled:.2f} (mean of both laws) over P = {min(counts)}..{max(counts)}; one stream each: "
             "uncertain by about 0.1.",
         ),
         Verdict(
