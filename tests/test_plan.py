@@ -19,6 +19,7 @@ from zokernel.kernels.prober import Prober, Task
 from zokernel.kernels.probes import (
     Slopes,
     belief_moments,
+    fisher_moments,
     gradient_noise,
     jackknife,
     single_draw_variance,
@@ -46,8 +47,11 @@ def true_slopes(task: Task, count: int, seed: int) -> Slopes:
         return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
 
     jac_losses, jac_beliefs = rows(losses), rows(beliefs)
+    logp = scores[: task.num_update].log_softmax(-1)
+    weights = (logp.exp() / task.num_update).sqrt().detach().flatten()
+    jac_fisher = weights[:, None] * rows(logp.flatten())
     z = torch.randn(count, jac_losses.shape[1], generator=torch.Generator().manual_seed(seed)).double()
-    return Slopes(z @ jac_losses.T, z @ jac_beliefs.T)
+    return Slopes(z @ jac_losses.T, z @ jac_beliefs.T, z @ jac_fisher.T)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -61,6 +65,9 @@ def test_probe_statistics_are_unbiased(classes):
         values = torch.tensor([getattr(belief_moments(s), name) for s in found])
         z = (values.mean() - getattr(exact, name)) / (values.std() / 20)
         assert abs(z) < 4, name
+    for name, expected in (("rows_sq", rows.fisher_trace), ("product_sq", rows.fisher_along)):
+        values = torch.tensor([getattr(fisher_moments(s), name) for s in found])
+        assert abs(values.mean() - expected) / (values.std() / 20) < 4, name
     spread = torch.tensor([gradient_noise(s)[0] for s in found])
     assert abs(spread.mean() - rows.spread) / (spread.std() / 20) < 4
     signal = torch.tensor([gradient_noise(s)[1] for s in found])
@@ -91,7 +98,7 @@ def test_jackknife_is_calibrated():
     spread = torch.tensor([e.value for e in estimates]).std().item()
     stated = torch.tensor([e.error for e in estimates]).median().item()
     assert stated == pytest.approx(spread, rel=0.3)
-    assert not math.isfinite(jackknife(Slopes(torch.randn(3, 2), torch.randn(3, 2)), lambda p: math.inf).error)
+    assert not math.isfinite(jackknife(Slopes(*torch.randn(3, 3, 2)), lambda p: math.inf).error)
 
 
 def test_subset_error_is_the_average_over_subsets():
@@ -114,13 +121,19 @@ def test_plan_against_real_gradients():
         for source in ("exact law", "400 fresh directions"):
             comparison = found[f"relative error at P = {count}, {source}"]
             assert comparison.ratio == pytest.approx(1, abs=0.2), comparison
-    for name in ("rho", "gradient norm", "trace of the Hessian"):
+    for name in (
+        "rho",
+        "gradient norm",
+        "trace of the Fisher matrix",
+        "curvature ratio r",
+        "eta_zo / eta_fo at P = 10",
+    ):
         comparison = found[name]
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
     assert "relative error at P = 10, exact law" in table(list(found.values()))
-    # two a probe, eight for the noise, four for 3 + 12 curvatures and for each of four groups, one at the centre
-    assert plan.forwards == 2 * 300 + 8 + 4 * 15 + 4 * 4 + 1
+    # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre
+    assert plan.forwards == 2 * 300 + 8 + 4 * 11 + 1
     assert plan.tokens == plan.forwards * task.num_tokens
 
 
@@ -139,9 +152,16 @@ def test_curvature_and_learning_rates_on_a_quadratic():
     g = torch.autograd.grad(loss(weights), weights)[0].flatten()
     trace, along = hessian.trace().item(), (g @ hessian @ g).item()
     assert abs(plan.trace_hessian.value - trace) < 4 * plan.trace_hessian.error
+    # for scores linear in the weights the Fisher matrix is the Hessian
+    rows = gradients(task)
+    assert rows.fisher_trace == pytest.approx(trace, rel=1e-6)
+    assert rows.fisher_along == pytest.approx(along, rel=1e-6)
+    assert abs(plan.trace_fisher.value - trace) < 4 * plan.trace_fisher.error
     ratio = trace * (g @ g).item() / along
     assert abs(plan.curvature_ratio.value - ratio) < 4 * plan.curvature_ratio.error
-    assert plan.learning_rate[10] > plan.learning_rate[1]
+    best = {p: (g @ g).item() * p / ((p + 1) * along + (g @ g).item() * trace) for p in (1, 10)}
+    for count, rate in plan.learning_rate.items():
+        assert abs(rate.value - best[count]) < 4 * rate.error
 
 
 def test_best_eps_balances_noise_and_bias():
@@ -173,12 +193,13 @@ def test_weights_return_after_an_error():
 def test_probes_are_the_directions_of_training():
     task = small_task()
     with Prober(task, "rademacher", seed=7) as prober:
-        (above, _), (below, _) = (prober.evaluate([s * 1e-4], [2]) for s in (1, -1))
+        above, below = (prober.evaluate([s * 1e-4], [2]) for s in (1, -1))
     z = Dense("rademacher")({n: p.detach() for n, p in task.params.items()}, seed=7, step=0, index=2)
     leaves = list(task.params.values())
     losses = F.cross_entropy(task.score(task.batch)[:6], task.labels[:6])
     exact = sum((g * z[n]).sum() for n, g in zip(task.params, torch.autograd.grad(losses, leaves), strict=True))
-    assert ((above - below).mean() / 2e-4).item() == pytest.approx(exact.item(), rel=1e-3)
+    slope = (above.losses_B - below.losses_B).mean().item() / 2e-4
+    assert slope == pytest.approx(exact.item(), rel=1e-3)
 
 
 def test_refusals():

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +18,9 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.errors import UsageError
 from zokernel.kernels.prober import (
-    GROUPS,
     Prober,
     Task,
     derivatives,
-    gradient_curvatures,
     loss_noise,
     probe,
     rms_third,
@@ -30,6 +29,8 @@ from zokernel.kernels.probes import (
     Estimate,
     Slopes,
     belief_moments,
+    fisher_moments,
+    fisher_ratio,
     gradient_noise,
     jackknife,
     mean_estimate,
@@ -38,7 +39,8 @@ from zokernel.kernels.probes import (
 
 logger = logging.getLogger(__name__)
 
-CURVATURE_PROBES = 12
+CURVATURE_PROBES = 8
+FEWEST_PROBES = 8
 ROUGH_PROBES = 3
 
 
@@ -51,17 +53,19 @@ class Plan:
         rho: :math:`\|Mg\| / (\|M\|_F\|g\|)`: how much of a belief's gradients points along the loss gradient.
         gradient_norm: :math:`\|g\|` of the update batch.
         noise_scale: Gradient noise scale :math:`tr\Sigma/\|\bar g\|^2`: the batch size where noise equals signal.
-        trace_hessian: :math:`tr H` of the loss.
-        curvature_ratio: :math:`r = tr H \|g\|^2 / g^THg`.
+        trace_hessian: :math:`tr H` of the loss, from second differences; it may be negative.
+        trace_fisher: :math:`tr F` of the Fisher (Gauss-Newton) matrix, from slopes of the scores.
+        curvature_ratio: :math:`r = tr F \|g\|^2 / g^T F g`, which decides the learning-rate ratio.
         loss_noise: Standard deviation of one loss evaluation (rounding).
         third_derivative: rms of :math:`D^3L[u,u,u]`.
         eps: Best perturbation size.
         eps_probed: The size the probes used.
+        eps_derivatives: The size at which second and third derivatives were measured.
         finite_difference_error: Relative rms error of a projected gradient at ``eps``.
         required: P needed for each target error.
         predicted_error: Relative error for each P.
         learning_rate_ratio: :math:`\eta_{zo}/\eta_{fo}` for each P.
-        learning_rate: Step size that decreases the loss fastest to second order, for each P.
+        learning_rate: Step size that decreases the Gauss-Newton model of the loss fastest, for each P.
         loss: Loss at the current weights.
         forwards: Forward passes used.
         tokens: Tokens forwarded.
@@ -75,16 +79,18 @@ class Plan:
     gradient_norm: Estimate
     noise_scale: Estimate
     trace_hessian: Estimate
+    trace_fisher: Estimate
     curvature_ratio: Estimate
     loss_noise: float
     third_derivative: Estimate
     eps: Estimate
     eps_probed: float
+    eps_derivatives: float
     finite_difference_error: float
     required: dict[float, int]
     predicted_error: dict[int, Estimate]
     learning_rate_ratio: dict[int, Estimate]
-    learning_rate: dict[int, float]
+    learning_rate: dict[int, Estimate]
     loss: float
     forwards: int
     tokens: int
@@ -125,40 +131,39 @@ def make_plan(
         UsageError: If there are too few probes or examples.
         RunError: If a score is not finite.
     """
-    if num_probes < 2 * GROUPS:
-        raise UsageError(f"{num_probes} probes are too few: give at least {2 * GROUPS}; 64 is the default.")
+    if num_probes < FEWEST_PROBES:
+        raise UsageError(f"{num_probes} probes are too few: give at least {FEWEST_PROBES}; 64 is the default.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
     with Prober(task, distribution, seed) as prober:
-        center = prober.evaluate()[0].mean().item()
-        slopes = probe(prober, range(num_probes), eps)
+        center = prober.evaluate()
+        slopes = probe(prober, range(num_probes), eps, center)
         noise = loss_noise(prober, eps)
-        # Slopes bear a larger eps than curvatures do: a rough third derivative first says how close to look for those.
+        # Slopes bear a larger eps than higher derivatives do: a rough third one first says how close to look for those.
         rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
         second, third = derivatives(prober, range(min(CURVATURE_PROBES, num_probes)), close)
-        along = gradient_curvatures(prober, slopes, second.mean().item(), close)
-    logger.info("Curvatures were measured at eps = %.2g.", close)
-    measured = _Curvature(second, third, along, close)
-    return _summarize(task, slopes, measured, noise, center, eps, prober.forwards, counts, tolerances)
+    logger.info("Second and third derivatives were measured at eps = %.2g.", close)
+    measured = _Derivatives(second, third, close)
+    loss = center.losses_B.mean().item()
+    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances)
 
 
 @dataclass(frozen=True)
-class _Curvature:
-    """Second and third derivatives along probes, g'Hg by groups, and the size they were measured at."""
+class _Derivatives:
+    """Second and third derivatives along probes, and the size they were measured at."""
 
     second: Tensor
     third: Tensor
-    along: Tensor
     eps: float
 
 
 def _summarize(
     task: Task,
     slopes: Slopes,
-    measured: _Curvature,
+    measured: _Derivatives,
     noise: float,
-    center: float,
+    loss: float,
     eps: float,
     forwards: int,
     counts: Sequence[int],
@@ -177,7 +182,6 @@ def _summarize(
         notes.append(
             "The batch's mean gradient is lost in the spread of its examples: the noise scale is a lower bound."
         )
-    trace, curvature = mean_estimate(measured.second), mean_estimate(measured.along)
     rms_third_value = rms_third(measured.third, noise, measured.eps)
     third_error = rms_third_value / math.sqrt(2 * len(measured.third))
     if rms_third_value > 0 and noise > 0:
@@ -187,24 +191,28 @@ def _summarize(
     else:
         notes.append("Bias or rounding noise of the loss is below what the probes resolve: keep the probed eps.")
         eps_best, miss = Estimate(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
-    ratio, ratios, rates = _step_sizes(trace, curvature, gradient_sq, counts, notes)
+    ratio = jackknife(slopes, fisher_ratio)
+    if not math.isfinite(ratio.error):
+        notes.append("The curvature along the gradient is not resolved: use more probes for the learning-rate ratio.")
     return Plan(
         relative_error_one=one,
         rho=rho,
         gradient_norm=norm,
         noise_scale=noise_scale,
-        trace_hessian=trace,
+        trace_hessian=mean_estimate(measured.second),
+        trace_fisher=jackknife(slopes, lambda part: fisher_moments(part).rows_sq),
         curvature_ratio=ratio,
         loss_noise=noise,
         third_derivative=Estimate(rms_third_value, third_error),
         eps=eps_best,
         eps_probed=eps,
+        eps_derivatives=measured.eps,
         finite_difference_error=miss,
         required={t: math.ceil(variance.value / t**2) if math.isfinite(variance.value) else -1 for t in tolerances},
         predicted_error={p: Estimate(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
-        learning_rate_ratio=ratios,
-        learning_rate=rates,
-        loss=center,
+        learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
+        learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
+        loss=loss,
         forwards=forwards,
         tokens=forwards * task.num_tokens,
         num_probes=slopes.count,
@@ -218,26 +226,22 @@ def _noise_scale(slopes: Slopes) -> float:
     return spread / signal if signal > 0 else math.inf
 
 
-def _step_sizes(
-    trace: Estimate, curvature: Estimate, gradient_sq: float, counts: Sequence[int], notes: list[str]
-) -> tuple[Estimate, dict[int, Estimate], dict[int, float]]:
-    """Return r, the learning-rate ratio and the best learning rate for each P, with errors to first order."""
-    if curvature.value <= 2 * curvature.error or trace.value <= 2 * trace.error:
-        notes.append(
-            "The curvature along the gradient is not resolved (or negative): take the learning-rate ratio as an order "
-            "of magnitude at most."
-        )
-    if curvature.value <= 0 or trace.value <= 0:
-        unresolved = Estimate(math.nan, math.inf)
-        return unresolved, dict.fromkeys(counts, unresolved), dict.fromkeys(counts, math.nan)
-    value = theory.curvature_ratio(trace.value, gradient_sq, curvature.value)
-    relative = math.hypot(trace.error / trace.value, curvature.error / curvature.value)
-    ratio = Estimate(value, value * relative)
-    ratios, rates = {}, {}
-    for count in counts:
-        part = theory.learning_rate_ratio(count, value)
-        ratios[count] = Estimate(part, part * relative * value / (count + 1 + value))
-        rates[count] = theory.optimal_learning_rate(
-            count, gradient_sq=gradient_sq, trace_hessian=trace.value, gradient_curvature=curvature.value
-        )
-    return ratio, ratios, rates
+def _rate_ratio(count: int, ratio: Estimate) -> Estimate:
+    """Return eta_zo / eta_fo with its standard error to first order."""
+    if not math.isfinite(ratio.value):
+        return Estimate(math.nan, math.inf)
+    part = theory.learning_rate_ratio(count, ratio.value)
+    return Estimate(part, part * ratio.error / (count + 1 + ratio.value))
+
+
+def _rate(slopes: Slopes, count: int) -> float:
+    """Return the step size that decreases the Gauss-Newton model of the loss fastest."""
+    moments = fisher_moments(slopes)
+    if moments.product_sq <= 0:
+        return math.inf
+    return theory.optimal_learning_rate(
+        count,
+        gradient_sq=moments.gradient_sq,
+        trace_hessian=moments.rows_sq,
+        gradient_curvature=moments.product_sq,
+    )

@@ -190,18 +190,19 @@ def describe(plan: Plan, task: Task, seconds: float) -> str:
         f"  gradient norm                   {plan.gradient_norm}",
         f"  batch size (noise scale)        {plan.noise_scale}",
         f"  trace of the Hessian            {plan.trace_hessian}",
+        f"  trace of the Fisher matrix      {plan.trace_fisher}",
         f"  curvature ratio r               {plan.curvature_ratio}",
         f"  loss noise, third derivative    {plan.loss_noise:.2g}, {plan.third_derivative}",
         f"  best eps                        {plan.eps}  (probed {plan.eps_probed:g}; there a projected gradient is "
         f"off by {100 * plan.finite_difference_error:.2g}%)",
         "",
-        f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>12}  {'forwards a step':>15}  "
+        f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>18}  {'forwards a step':>15}  "
         f"{'tokens a step':>13}",
     ]
     for count, error in plan.predicted_error.items():
         ratio, rate = plan.learning_rate_ratio[count], plan.learning_rate[count]
         lines.append(
-            f"  {count:>6}  {error!s:>18}  {ratio!s:>18}  {rate:>12.3g}  {2 * count:>15}  "
+            f"  {count:>6}  {error!s:>18}  {ratio!s:>18}  {rate!s:>18}  {2 * count:>15}  "
             f"{2 * count * task.num_tokens * task.num_update // len(task.labels):>13,}"
         )
     lines.append("")

@@ -28,6 +28,7 @@ from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
 # Shape suffixes: B update examples, O observed examples, C classes, K = O (C - 1) score differences, Y = O C beliefs.
 
 DRAWS_AT_ONCE = 4
+TRACE_DIRECTIONS = 8
 EPS_GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -61,12 +62,16 @@ class Rows:
         gradient: g, by parameter name.
         differences: Rows of score differences, ``{name: (K, *shape)}``.
         spread: :math:`tr\Sigma` of per-example gradients.
+        fisher_trace: :math:`tr F` of the update batch.
+        fisher_along: :math:`g^T F g`.
         beliefs_OC: Probabilities at the observed examples.
     """
 
     gradient: Params
     differences: Params
     spread: float
+    fisher_trace: float
+    fisher_along: float
     beliefs_OC: Tensor
 
     def to_beliefs(self, differences: Tensor) -> Tensor:
@@ -156,9 +161,25 @@ def gradients(task: Task) -> Rows:
         for k, target in enumerate(targets):
             for name, row in _grad(target, task, leaves).items():
                 differences[name][k] = row
+        traces, alongs = zip(*(_fisher(score, gradient, task, leaves) for score in scores[: task.num_update]))
     count = task.num_update
     spread = (squared - count * squared_norm(gradient)) / (count - 1)
-    return Rows(gradient, differences, spread, observed.detach().softmax(-1).double())
+    beliefs = observed.detach().softmax(-1).double()
+    return Rows(gradient, differences, spread, sum(traces) / count, sum(alongs) / count, beliefs)
+
+
+def _fisher(scores_C: Tensor, gradient: Params, task: Task, leaves: list[Tensor]) -> tuple[float, float]:
+    r"""Return :math:`tr F` and :math:`g^TFg` of one example, :math:`F = E_{c\sim\pi} \nabla\log\pi_c \nabla\log\pi_c^T`."""
+    rows = [_grad(score - scores_C[0], task, leaves) for score in scores_C[1:]]
+    pi = scores_C.detach().softmax(-1).double()
+    gram = torch.zeros(len(pi), len(pi), dtype=torch.float64)
+    along = torch.zeros(len(pi), dtype=torch.float64)
+    for i, left in enumerate(rows, start=1):
+        along[i] = dot(left, gradient)
+        for j, right in enumerate(rows, start=1):
+            gram[i, j] = dot(left, right)
+    trace = (pi * gram.diagonal()).sum() - pi @ gram @ pi
+    return trace.item(), (pi * (along - pi @ along).square()).sum().item()
 
 
 def exact_moments(rows: Rows) -> BeliefMoments:
@@ -211,22 +232,21 @@ def _project(rows: Rows, draw: Draw, indices: Tensor) -> Tensor:
 
 
 def _curvature(task: Task, plan: Plan, rows: Rows, draw: Draw, gradient_sq: float) -> list[Comparison]:
-    """Measure tr H and g'Hg by differences of gradients."""
-    step = plan.eps_probed
+    """Compare traces and learning-rate ratios; tr H is measured by differences of gradients on fresh directions."""
     traces = []
-    for index in range(4):
+    for index in range(TRACE_DIRECTIONS):
         z = draw.directions(draw.params, seed=draw.seed, step=0, index=index)
-        traces.append(_hessian_form(task, z, step))
+        traces.append(_hessian_form(task, z, plan.eps_derivatives))
     trace = sum(traces) / len(traces)
-    dim = plan.num_parameters
-    along = _hessian_form(task, rows.gradient, step * math.sqrt(dim / gradient_sq))
-    ratio = theory.curvature_ratio(trace, gradient_sq, along)
+    ratio = theory.curvature_ratio(rows.fisher_trace, gradient_sq, rows.fisher_along)
+    name = f"trace of the Hessian, {TRACE_DIRECTIONS} directions"
     found = [
-        Comparison("trace of the Hessian", plan.trace_hessian.value, plan.trace_hessian.error, trace),
+        Comparison(name, plan.trace_hessian.value, plan.trace_hessian.error, trace),
+        Comparison("trace of the Fisher matrix", plan.trace_fisher.value, plan.trace_fisher.error, rows.fisher_trace),
         Comparison("curvature ratio r", plan.curvature_ratio.value, plan.curvature_ratio.error, ratio),
     ]
     for count, guess in plan.learning_rate_ratio.items():
-        real = theory.learning_rate_ratio(count, ratio) if count + 1 + ratio > 0 else math.nan
+        real = theory.learning_rate_ratio(count, ratio)
         found.append(Comparison(f"eta_zo / eta_fo at P = {count}", guess.value, guess.error, real))
     return found
 
@@ -258,7 +278,7 @@ def _best_eps(task: Task, plan: Plan, rows: Rows, draw: Draw, num_directions: in
         for eps in EPS_GRID:
             misses = []
             for index, slope in enumerate(exact):
-                above, below = (prober.evaluate([sign * eps], [index])[0].mean().item() for sign in (1, -1))
+                above, below = (prober.loss([sign * eps], [index]) for sign in (1, -1))
                 misses.append((above - below) / (2 * eps) - slope)
             errors.append(math.sqrt(sum(miss**2 for miss in misses) / len(misses)))
     best = min(range(len(errors)), key=errors.__getitem__)

@@ -21,7 +21,6 @@ from zokernel.kernels.probes import Slopes
 from zokernel.kernels.projections import Draw
 
 NOISE_POINTS = 8
-GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Prober:
             tensor.copy_(self._saved[name])
 
     @torch.no_grad()
-    def evaluate(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Return per-example losses (B,) and observed log-probabilities (Y,) at theta + sum of scaled directions."""
+    def evaluate(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> Evaluation:
+        """Return losses and log-probabilities at theta + the sum of scaled directions."""
         if scales:
             self.draw.add_(self.draw.params, list(scales), list(indices))
         try:
@@ -93,17 +92,39 @@ class Prober:
             raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
         count = self.task.num_update
         losses = F.cross_entropy(scores[:count], self.task.labels[:count], reduction="none")
-        return losses.double(), scores[count:].log_softmax(-1).double().flatten()
+        logp = scores.log_softmax(-1).double()
+        return Evaluation(losses.double(), logp[:count], logp[count:])
+
+    def loss(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> float:
+        """Return the mean loss of the update batch."""
+        return self.evaluate(scales, indices).losses_B.mean().item()
 
 
-def probe(prober: Prober, indices: Sequence[int], eps: float) -> Slopes:
-    """Return slopes of losses and beliefs along directions, two forwards each."""
-    losses, beliefs = [], []
+@dataclass(frozen=True)
+class Evaluation:
+    """One forward pass.
+
+    Attributes:
+        losses_B: Loss of each update example.
+        update_BC: Log-probabilities of the update examples.
+        observed_OC: Log-probabilities of the observed examples.
+    """
+
+    losses_B: Tensor
+    update_BC: Tensor
+    observed_OC: Tensor
+
+
+def probe(prober: Prober, indices: Sequence[int], eps: float, center: Evaluation) -> Slopes:
+    """Return slopes along directions, two forwards each; ``center`` is the evaluation at the current weights."""
+    losses, beliefs, fisher = [], [], []
+    weights = (center.update_BC.exp() / len(center.update_BC)).sqrt()
     for index in indices:
-        (above, belief_above), (below, belief_below) = (prober.evaluate([s * eps], [index]) for s in (1, -1))
-        losses.append((above - below) / (2 * eps))
-        beliefs.append((belief_above - belief_below) / (2 * eps))
-    return Slopes(torch.stack(losses), torch.stack(beliefs))
+        above, below = (prober.evaluate([sign * eps], [index]) for sign in (1, -1))
+        losses.append((above.losses_B - below.losses_B) / (2 * eps))
+        beliefs.append(((above.observed_OC - below.observed_OC) / (2 * eps)).flatten())
+        fisher.append((weights * (above.update_BC - below.update_BC) / (2 * eps)).flatten())
+    return Slopes(torch.stack(losses), torch.stack(beliefs), torch.stack(fisher))
 
 
 def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +135,7 @@ def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Ten
     """
     seconds, thirds = [], []
     for index in indices:
-        values = {k: prober.evaluate([k * eps], [index])[0].mean().item() for k in (1, -1, 2, -2)}
+        values = {k: prober.loss([k * eps], [index]) for k in (1, -1, 2, -2)}
         seconds.append((values[2] + values[-2] - values[1] - values[-1]) / (3 * eps**2))
         single, doubled = ((values[k] - values[-k]) / (2 * k * eps) for k in (1, 2))
         thirds.append(theory.third_derivative_from_differences(single, doubled, eps))
@@ -124,29 +145,8 @@ def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Ten
 def loss_noise(prober: Prober, eps: float) -> float:
     """Return the noise of one loss evaluation from a difference table of closely spaced weights."""
     spacing = eps / 300
-    values = [prober.evaluate([k * spacing], [0])[0].mean().item() for k in range(1, NOISE_POINTS + 1)]
+    values = [prober.loss([k * spacing], [0]) for k in range(1, NOISE_POINTS + 1)]
     return theory.noise_from_differences(values, order=3)
-
-
-def gradient_curvatures(prober: Prober, slopes: Slopes, trace: float, eps: float) -> Tensor:
-    r"""Return estimates of :math:`g^T H g`, one for each of a few groups of probes.
-
-    The curvature along a group's gradient estimate :math:`\hat g = \frac1n\sum_p c_p u_p` is measured, and what its
-    diagonal terms :math:`c_p^2\,u_p^T H u_p` average to is taken out; the rest averages to
-    :math:`\frac{n-1}{n} g^T H g`.
-    """
-    found = []
-    coefficients = slopes.losses_PB.mean(1)
-    for group in torch.arange(slopes.count).chunk(GROUPS):
-        size = len(group)
-        weights = coefficients[group] / size
-        scale = eps / weights.norm().item()  # the step is then as long as one direction times eps
-        values = {
-            k: prober.evaluate((k * scale * weights).tolist(), group.tolist())[0].mean().item() for k in (1, -1, 2, -2)
-        }
-        total = (values[2] + values[-2] - values[1] - values[-1]) / (3 * scale**2)
-        found.append((total - weights.square().sum().item() * trace) * size / (size - 1))
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def rms_third(third: Tensor, noise: float, eps: float) -> float:

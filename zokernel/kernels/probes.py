@@ -38,15 +38,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Slopes:
-    """Central differences along P directions.
+    r"""Central differences along P directions.
 
     Attributes:
         losses_PB: Slopes of each example's loss.
         beliefs_PY: Slopes of the observed log-probabilities.
+        fisher_PX: Slopes of the update examples' log-probabilities, each times :math:`\sqrt{\pi_{bc}/B}`: their squares
+            add up to :math:`u^T F u` with the Fisher (Gauss-Newton) matrix F of the loss.
     """
 
     losses_PB: Tensor
     beliefs_PY: Tensor
+    fisher_PX: Tensor
 
     @property
     def count(self) -> int:
@@ -55,7 +58,7 @@ class Slopes:
 
     def keep(self, index: Tensor) -> Slopes:
         """Return some of the probes."""
-        return Slopes(self.losses_PB[index], self.beliefs_PY[index])
+        return Slopes(self.losses_PB[index], self.beliefs_PY[index], self.fisher_PX[index])
 
 
 def belief_moments(slopes: Slopes) -> BeliefMoments:
@@ -73,16 +76,40 @@ def belief_moments(slopes: Slopes) -> BeliefMoments:
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> u = torch.randn(4000, 3, generator=generator)
-        >>> moments = belief_moments(Slopes(u[:, :1], u[:, :2]))  # g = e_1, M = [e_1; e_2]
+        >>> moments = belief_moments(Slopes(u[:, :1], u[:, :2], u[:, :2]))  # g = e_1, M = [e_1; e_2]
         >>> abs(moments.rho - 0.5**0.5) < 0.03
         True
     """
-    gradient, beliefs = slopes.losses_PB.double().mean(1), slopes.beliefs_PY.double()
-    count = slopes.count
-    weighted = beliefs * gradient[:, None]
+    return _moments(slopes.losses_PB, slopes.beliefs_PY)
+
+
+def fisher_moments(slopes: Slopes) -> BeliefMoments:
+    r"""Estimate :math:`tr F, \|g\|^2, g^T F g` of the Fisher (Gauss-Newton) matrix F, in the same way.
+
+    F is the part of the Hessian that the scores' slopes make: never negative, and free of second differences.
+
+    Args:
+        slopes: At least two probes.
+
+    Returns:
+        The moments: ``rows_sq`` is the trace and ``product_sq`` the curvature along g.
+    """
+    return _moments(slopes.losses_PB, slopes.fisher_PX)
+
+
+def fisher_ratio(slopes: Slopes) -> float:
+    r"""Return the estimate of :math:`r = tr F \|g\|^2 / g^T F g`; infinite when it is not resolved."""
+    moments = fisher_moments(slopes)
+    return moments.rows_sq * moments.gradient_sq / moments.product_sq if moments.product_sq > 0 else math.inf
+
+
+def _moments(losses_PB: Tensor, rows_PY: Tensor) -> BeliefMoments:
+    gradient, rows = losses_PB.double().mean(1), rows_PY.double()
+    count = len(rows)
+    weighted = rows * gradient[:, None]
     pairs = weighted.sum(0).square().sum() - weighted.square().sum()
     return BeliefMoments(
-        rows_sq=beliefs.square().sum(1).mean().item(),
+        rows_sq=rows.square().sum(1).mean().item(),
         gradient_sq=gradient.square().mean().item(),
         product_sq=(pairs / (count * (count - 1))).item(),
     )
