@@ -169,7 +169,7 @@ def gradients(task: Task) -> Rows:
 
 
 def _fisher(scores_C: Tensor, gradient: Params, task: Task, leaves: list[Tensor]) -> tuple[float, float]:
-    r"""Return :math:`tr F` and :math:`g^TFg` of one example, :math:`F = E_{c\sim\pi} \nabla\log\pi_c \nabla\log\pi_c^T`."""
+    r"""Return :math:`tr F` and :math:`g^TFg` of an example, :math:`F = E_\pi \nabla\log\pi_c \nabla\log\pi_c^T`."""
     rows = [_grad(score - scores_C[0], task, leaves) for score in scores_C[1:]]
     pi = scores_C.detach().softmax(-1).double()
     gram = torch.zeros(len(pi), len(pi), dtype=torch.float64)

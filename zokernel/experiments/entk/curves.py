@@ -196,7 +196,13 @@ def stages_figure(by_stage: dict[str, ErrorCurves], counts: list[int], u: int):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         for axis, (stage, curves) in zip(figure.subplots(1, 3, sharey=True), by_stage.items(), strict=True):
             for n in range(len(curves.moments)):
-                axis.plot(counts, curves.rms()[n, np.array(counts) - 1], color=PALETTE[n % 8], label=str(n))
+                axis.plot(
+                    counts,
+                    curves.rms()[n, np.array(counts) - 1],
+                    color=PALETTE[n % 8],
+                    linestyle="--" if n > 7 else "-",
+                    label=str(n),
+                )
             axis.set(xscale="log", yscale="log", title=stage, xlabel="P")
         axis.legend(title="$x_o$", fontsize=7, ncols=2)
         figure.supylabel(f"rms error, $x_u$={u}")

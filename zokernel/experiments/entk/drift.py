@@ -36,11 +36,12 @@ def run(config: Config) -> Result:
     last = {name: rows[-1] for name, rows in curves.items()}
     matched = {method: at_equal_progress(curves, method) for method in ("SGD", "ZO-SGD")}
     text = "; ".join(f"{name}: drift {row['drift']:.2f}, loss {row['loss']:.3f}" for name, row in last.items())
-    stable = all(last[f"fine-tuning, {m}"]["drift"] < last[f"from scratch, {m}"]["drift"] for m in lr)
+    stable = matched["SGD"]["fine-tuning"] < 0.5 * matched["SGD"]["from scratch"]
+    stuck = last["from scratch, ZO-SGD"]
     return Result(
         summary=(
             f"LeNet on {digits.source}, shifted and noisy, {count} images, {steps} steps. Kernel change at the end: "
-            f"{text}. At equal decrease of the loss, from scratch over fine-tuning: {ratio_text(matched)}."
+            f"{text}. At equal decrease of the loss under SGD: {ratio_text(matched['SGD'])}."
         ),
         numbers={"curves": curves, "at_equal_loss_decrease": matched, "lr": lr},
         figures={"drift": draw_figure(curves)},
@@ -48,7 +49,9 @@ def run(config: Config) -> Result:
             Verdict(
                 "The kernel is stable in fine-tuning and not in training from scratch (Appendix B).",
                 "not run here" if config.scale == "smoke" else "holds under conditions" if stable else "does not hold",
-                f"{text}. Drift at equal loss decrease, from scratch over fine-tuning: {ratio_text(matched)}.",
+                f"With SGD yes: at equal loss decrease the kernel changes by {ratio_text(matched['SGD'])}. With ZO-SGD from "
+                f"scratch the loss hardly moves in {steps} steps (to {stuck['loss']:.2f}, drift {stuck['drift']:.2f}): it "
+                "is slow before any drift could mislead it.",
             )
         ],
     )
@@ -104,9 +107,9 @@ def at_equal_progress(curves: dict[str, list[dict[str, float]]], method: str) ->
     } | {"loss_decrease": target}
 
 
-def ratio_text(matched: dict[str, dict[str, float]]) -> str:
-    """Return both drifts of each method in words."""
-    return ", ".join(f"{m} {d['from scratch']:.2f} / {d['fine-tuning']:.2f}" for m, d in matched.items())
+def ratio_text(matched: dict[str, float]) -> str:
+    """Return both drifts in words."""
+    return f"{matched['from scratch']:.2f} (from scratch) and {matched['fine-tuning']:.2f} (fine-tuning)"
 
 
 def draw_figure(curves: dict[str, list[dict[str, float]]]):
