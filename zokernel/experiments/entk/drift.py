@@ -49,9 +49,9 @@ def run(config: Config) -> Result:
             Verdict(
                 "The kernel is stable in fine-tuning and not in training from scratch (Appendix B).",
                 "not run here" if config.scale == "smoke" else "holds under conditions" if stable else "does not hold",
-                f"With SGD yes: at equal loss decrease the kernel changes by {ratio_text(matched['SGD'])}. With ZO-SGD from "
-                f"scratch the loss hardly moves in {steps} steps (to {stuck['loss']:.2f}, drift {stuck['drift']:.2f}): it "
-                "is slow before any drift could mislead it.",
+                f"SGD, at equal loss decrease: the kernel changes by {ratio_text(matched['SGD'])}. ZO-SGD from scratch "
+                f"hardly moves in {steps} steps (loss {stuck['loss']:.2f}, drift {stuck['drift']:.2f}): it is slow "
+                "before any drift could mislead it.",
             )
         ],
     )

@@ -80,7 +80,8 @@ def run(config: Config) -> Result:
         f"{task.source}; {dim:,} trained parameters, V = {task.vocab_size:,}, {steps} steps of {batch_size} sentences. "
         f"The l2 distance between ZO and FO beliefs after all steps falls with slope {final['gaussian']:.2f} "
         f"(Gaussian) and {final['rademacher']:.2f} (Rademacher), one stream each; at P = {largest} it is "
-        f"{fifty[0]:.0%} and {fifty[1]:.0%} of what FO training changed, at P = {max(counts)} {last[0]:.0%} and {last[1]:.0%}."
+        f"{fifty[0]:.0%} and {fifty[1]:.0%} of what FO training changed, at P = {max(counts)} "
+        f"{last[0]:.0%} and {last[1]:.0%}."
     )
     result.verdicts = [
         Verdict(
