@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "max_eval_samples": 200,
     "max_test_samples": 1000,
     "max_steps": 300,
-    "eval_steps": 60,
+    "eval_steps": 100,
 }
 
 
