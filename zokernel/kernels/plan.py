@@ -194,13 +194,19 @@ def _summarize(
     ratio = jackknife(slopes, fisher_ratio)
     if not math.isfinite(ratio.error):
         notes.append("The curvature along the gradient is not resolved: use more probes for the learning-rate ratio.")
+    hessian, fisher = mean_estimate(measured.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
+    if abs(hessian.value) - 2 * hessian.error > 2 * fisher.value:
+        notes.append(
+            "The Hessian's trace is far from the Fisher matrix's: curvature of the network itself matters, so take the "
+            "learning rates as upper limits."
+        )
     return Plan(
         relative_error_one=one,
         rho=rho,
         gradient_norm=norm,
         noise_scale=noise_scale,
-        trace_hessian=mean_estimate(measured.second),
-        trace_fisher=jackknife(slopes, lambda part: fisher_moments(part).rows_sq),
+        trace_hessian=hessian,
+        trace_fisher=fisher,
         curvature_ratio=ratio,
         loss_noise=noise,
         third_derivative=Estimate(rms_third_value, third_error),
