@@ -104,7 +104,7 @@ def models(config: Config):
 def draw(model, x_o, x_u, law: str, repeats: int, seed: int) -> Tensor:
     """Return ``repeats`` independent kernels of ``COUNT`` directions, (repeats, V, V)."""
     kernels = []
-    per_call = max(1, min(repeats, 40_000_000 // (model.dim * COUNT)))
+    per_call = max(1, min(repeats, 250_000_000 // (model.dim * COUNT)))
     for start in range(0, repeats, per_call):
         count = min(per_call, repeats - start)
         factors = zo_entk_factors(
