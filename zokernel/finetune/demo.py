@@ -16,7 +16,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 4,
-    "max_train_samples": 4000,
+    "max_train_samples": 1200,
     "max_eval_samples": 200,
     "max_test_samples": 1000,
     "max_steps": 300,

@@ -69,8 +69,6 @@ def finetune(
     set_seed(config.seed)
     model, tokenizer = load_model(model_arguments, config)
     encoded = encode_splits(task, splits, tokenizer, max_length=data_arguments.max_length)
-    # The curve starts where the model started.
-    config.eval_on_start = config.eval_on_start or (checkpoint is None and config.eval_strategy != "no")
     trainer = ZOTrainer(
         model,
         config,
@@ -146,7 +144,8 @@ def finetune(
         "versions": {"zokernel": __version__, "torch": torch.__version__},
     }
     output.write_json(folder / "metrics.json", metrics)
-    draw_loss(log.rows, evaluations, folder / "loss.png")
+    test = [{"forwards": 0, **run["before"]}, {"forwards": log.forwards, **after}]
+    draw_loss(log.rows, evaluations, test, folder / "loss.png")
     write_report(metrics, folder / "report.md")
     return metrics
 

@@ -50,32 +50,35 @@ def _accuracy(share: float, examples: int) -> str:
     return f"{100 * share:.1f} % (± {error:.1f})"
 
 
-def draw_loss(rows: list[dict[str, float]], evaluations: list[dict[str, float]], path: Path) -> None:
-    """Draw training loss, validation loss and |projected gradient| against forward passes.
+def draw_loss(
+    rows: list[dict[str, float]], evaluations: list[dict[str, float]], test: list[dict[str, float]], path: Path
+) -> None:
+    """Draw loss and accuracy against forward passes.
 
     Args:
-        rows: One a step, with ``forwards``, ``loss`` and, for zeroth-order methods, ``projected_gradient``.
+        rows: Training, one a step, with ``forwards`` and ``loss``.
         evaluations: Validation results with ``forwards``, ``loss`` and ``accuracy``.
+        test: Test results before and after training, likewise.
         path: The PNG to write.
     """
     forwards = np.array([row["forwards"] for row in rows])
     loss = np.array([row["loss"] for row in rows])
     with figures() as Figure:
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(forwards, loss, color=PALETTE[0], alpha=0.25, linewidth=0.8, label="training batches")
-        axes.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
-        axes.set(xlabel="forward passes", ylabel="cross entropy over the label words (nats)", ylim=(0, None))
-        if evaluations:
-            where = [row["forwards"] for row in evaluations]
-            axes.plot(where, [row["loss"] for row in evaluations], "o-", color=PALETTE[1], label="validation")
-            right = axes.twinx()
-            right.plot(where, [100 * row["accuracy"] for row in evaluations], "s--", color=PALETTE[2])
-            right.set_ylabel("validation accuracy (%)", color=PALETTE[2])
-            right.set_ylim(0, 100)
-            right.spines["right"].set_visible(True)
-            right.grid(False)
-        axes.legend(loc="lower left")
+        figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        upper.plot(forwards, loss, color=PALETTE[0], alpha=0.25, linewidth=0.8, label="training batches")
+        upper.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
+        for points, style, color, label in (
+            (evaluations, "o-", PALETTE[1], "validation"),
+            (test, "D", PALETTE[2], "test, before and after"),
+        ):
+            where = [row["forwards"] for row in points]
+            upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
+            lower.plot(where, [100 * row["accuracy"] for row in points], style, color=color, label=label)
+        upper.set(ylabel="loss (nats)", ylim=(0, None))
+        lower.set(xlabel="forward passes", ylabel="accuracy (%)", ylim=(0, 100))
+        upper.legend(loc="upper right")
+        lower.legend(loc="lower right")
         figure.savefig(path, dpi=130)
 
 
@@ -145,7 +148,7 @@ best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} o
 
 ![loss](loss.png)
 
-Thin line: the loss of each training batch. Thick line: its moving average. Circles: validation loss; squares: accuracy.
+Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
 The ± after an accuracy is the binomial standard error of {examples:,} examples.
 
 ## Repeat it
