@@ -12,8 +12,9 @@ from zokernel.cli import main
 
 
 @pytest.fixture
-def flags(tiny_lm_path, tiny_reviews_path, tmp_path):
+def flags(tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
     """Flags of a small run; later flags override earlier ones."""
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
     return [
         *("--model_name_or_path", str(tiny_lm_path)),
         *("--train_file", str(tiny_reviews_path / "train.jsonl")),
@@ -53,6 +54,18 @@ def test_the_saved_model_loads_in_plain_transformers_with_the_weights_that_were_
     moved = [torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters())]
     assert not any(moved)
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
+
+
+def test_a_known_zero_shot_score_is_not_computed_again(flags, tmp_path, caplog):
+    found = []
+    for number in (1, 2):
+        assert main(["finetune", *flags, "--output_dir", str(tmp_path / f"run{number}")]) == 0
+        found.append(json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["before"])
+        assert ("is known from" in caplog.text) == (number == 2)
+    assert found[0] == found[1]
+    trained = ["--model_name_or_path", str(tmp_path / "run1"), "--output_dir", str(tmp_path / "run3")]
+    assert main(["finetune", *flags, *trained]) == 0
+    assert len(list((tmp_path / "home" / "zero-shot").iterdir())) == 2
 
 
 def test_lora_trains_and_saves_only_the_adapter(flags, tmp_path, tiny_lm_path):

@@ -33,6 +33,10 @@ class EncodedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
+    def longest(self, count: int) -> EncodedDataset:
+        """Return the ``count`` examples with the longest prompts."""
+        return EncodedDataset(sorted(self.examples, key=lambda example: -len(example.prompt_ids))[:count])
+
     def __getitem__(self, position: int) -> dict[str, Any]:
         example = self.examples[position]
         return {"input_ids": example.prompt_ids, "option_ids": example.option_ids, "label": example.label}
