@@ -195,9 +195,9 @@ def _summarize(
     if not math.isfinite(ratio.error):
         notes.append("The curvature along the gradient is not resolved: use more probes for the learning-rate ratio.")
     hessian, fisher = mean_estimate(measured.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
-    if abs(hessian.value) - 2 * hessian.error > 2 * fisher.value:
+    if abs(hessian.value - fisher.value) > 2 * math.hypot(hessian.error, fisher.error):
         notes.append(
-            "The Hessian's trace is far from the Fisher matrix's: curvature of the network itself matters, so take the "
+            "The Hessian's trace is not the Fisher matrix's: curvature of the network itself matters, so take the "
             "learning rates as upper limits."
         )
     return Plan(
