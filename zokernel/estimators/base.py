@@ -1,19 +1,22 @@
 r"""What an estimator does: turn a few forward passes into projected gradients.
 
-An estimator sees the model only through ``evaluate(offsets)``: the loss at :math:`\theta + \sum_i offsets_i z_i`.  It
-returns coefficients :math:`c_i`, and the gradient estimate is :math:`\hat g = \sum_i c_i z_i`.  Directions are never
-materialised, and nothing here knows how they are made.
+An estimator names points :math:`\theta + \sum_i offsets_i z_i` and, given the losses there, returns coefficients
+:math:`c_i`; the gradient estimate is :math:`\hat g = \sum_i c_i z_i`.  The points depend on the seed and the step
+alone, so the losses may be taken one after the other, in one batch, on several machines or from a journal.  Directions
+are never materialised, and nothing here knows how they are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from zokernel.errors import UsageError
 
-Evaluate = Callable[[Mapping[int, float]], float]
+Offsets = Mapping[int, float]
+"""Coefficient of each direction by index: the point theta + sum_i offsets_i z_i."""
+Evaluate = Callable[[Offsets], float]
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,35 @@ class Estimate:
         return sum(self.losses) / len(self.losses)
 
 
-class Estimator(Protocol):
-    r"""A gradient estimator :math:`\hat g = \sum_i c_i z_i` from forward passes."""
+class Estimator(ABC):
+    r"""A gradient estimator :math:`\hat g = \sum_i c_i z_i` from forward passes.
 
-    @property
-    def num_perturbations(self) -> int:
-        """How many directions one estimate uses at most."""
-        ...
+    Attributes:
+        num_perturbations: How many directions one estimate uses at most.
+    """
+
+    num_perturbations: int
+
+    @abstractmethod
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return where the losses of ``step`` are wanted, in the order in which they are evaluated."""
+
+    @abstractmethod
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return the projected gradients of ``step`` from the losses at its :meth:`points`, in their order."""
 
     def forwards_at(self, step: int) -> int:
-        """Return how many times the estimate of ``step`` calls ``evaluate``."""
-        ...
+        """Return how many losses the estimate of ``step`` needs."""
+        return len(self.points(seed=0, step=step))
 
     def gain_at(self, step: int) -> float:
-        r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the smoothing radius."""
-        ...
+        r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the radius: one, if unbiased."""
+        return 1.0
 
     def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate what is needed at ``step`` and return the projected gradients."""
-        ...
+        """Evaluate the points of ``step`` one after the other and return the projected gradients."""
+        losses = [evaluate(offsets) for offsets in self.points(seed=seed, step=step)]
+        return self.combine(losses, seed=seed, step=step)
 
 
 def check_radius(eps: float, num_perturbations: int) -> None:

@@ -5,13 +5,15 @@ r"""The two-point estimator with one more forward pass, which also measures curv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zokernel.estimators.base import Estimate, Evaluate, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.estimators.two_point import symmetric_differences
 
 
 @dataclass(frozen=True)
-class TwoPointCurvature:
+class TwoPointCurvature(Estimator):
     """Average of symmetric first and second differences.
 
     Args:
@@ -33,21 +35,14 @@ class TwoPointCurvature:
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
 
-    def forwards_at(self, step: int) -> int:
-        """Two for each direction, and one."""
-        return 2 * self.num_perturbations + 1
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return the centre and both ends of every direction."""
+        return [{}, *({index: end} for index in range(self.num_perturbations) for end in (self.eps, -self.eps))]
 
-    def gain_at(self, step: int) -> float:
-        """Return one: the estimate is unbiased to leading order."""
-        return 1.0
-
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate the centre and both ends of every direction."""
-        centre = evaluate({})
-        coefficients, losses, curvature = {}, [centre], []
-        for index in range(self.num_perturbations):
-            above, below = evaluate({index: self.eps}), evaluate({index: -self.eps})
-            coefficients[index] = (above - below) / (2 * self.eps) / self.num_perturbations
-            curvature.append((above + below - 2 * centre) / self.eps**2)
-            losses += [above, below]
-        return Estimate(coefficients, losses, curvature=tuple(curvature))
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return first and second differences."""
+        centre, *ends = losses
+        slopes = symmetric_differences(ends, self.eps)
+        curvature = [(above + below - 2 * centre) / self.eps**2 for above, below in zip(ends[::2], ends[1::2])]
+        coefficients = {index: slope / self.num_perturbations for index, slope in enumerate(slopes)}
+        return Estimate(coefficients, list(losses), curvature=tuple(curvature))

@@ -10,14 +10,15 @@ and the step has the length of normalised gradient descent.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Evaluate, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 
 
 @dataclass(frozen=True)
-class OneSided:
+class OneSided(Estimator):
     """Average of ``num_perturbations`` one-sided differences.
 
     Args:
@@ -45,10 +46,6 @@ class OneSided:
                 "Normalising by the spread of the losses needs num_perturbations of at least 2; 8 is usual."
             )
 
-    def forwards_at(self, step: int) -> int:
-        """One for each direction, and one."""
-        return self.num_perturbations + 1
-
     def gain_at(self, step: int) -> float:
         """Return one; when normalised, the gain depends on the losses: see :meth:`measured_gain`."""
         return 1.0
@@ -57,14 +54,17 @@ class OneSided:
         r"""Return :math:`\epsilon / \sigma` of a normalised estimate, the factor on its mean gradient."""
         return self.eps / estimate.loss_std if estimate.loss_std else 0.0
 
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate the centre and one end of every direction and return the projected gradients."""
-        centre = evaluate({})
-        ends = [evaluate({index: self.eps}) for index in range(self.num_perturbations)]
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return the centre and one end of every direction."""
+        return [{}, *({index: self.eps} for index in range(self.num_perturbations))]
+
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return the differences from the centre, divided by ``eps`` or by their spread."""
+        centre, *ends = losses
         if not self.normalize:
             scale, spread = self.eps, None
         else:
             spread = scale = statistics.pstdev(ends)
         # Equal losses say nothing about the gradient, so the weights stay; dividing would send them to infinity.
         weights = [(end - centre) / scale / len(ends) if scale > 0 else 0.0 for end in ends]
-        return Estimate(dict(enumerate(weights)), [centre, *ends], loss_std=spread)
+        return Estimate(dict(enumerate(weights)), list(losses), loss_std=spread)

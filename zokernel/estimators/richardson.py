@@ -9,13 +9,14 @@ bias is :math:`O(\epsilon^4)` and the second moment stays MeZO's.  Round-off in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zokernel.estimators.base import Estimate, Evaluate, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 
 
 @dataclass(frozen=True)
-class Richardson:
+class Richardson(Estimator):
     """Average of ``num_perturbations`` extrapolated differences.
 
     Args:
@@ -37,20 +38,16 @@ class Richardson:
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
 
-    def forwards_at(self, step: int) -> int:
-        """Four for each direction."""
-        return 4 * self.num_perturbations
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return four points along every direction."""
+        ends = (self.eps, 0.5 * self.eps, -0.5 * self.eps, -self.eps)
+        return [{index: end} for index in range(self.num_perturbations) for end in ends]
 
-    def gain_at(self, step: int) -> float:
-        """Return one: the estimate is unbiased to leading order."""
-        return 1.0
-
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate four points along every direction and return the projected gradients."""
-        coefficients, losses = {}, []
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return the extrapolated differences."""
+        coefficients = {}
         for index in range(self.num_perturbations):
-            ends = [evaluate({index: scale * self.eps}) for scale in (1.0, 0.5, -0.5, -1.0)]
+            ends = losses[4 * index : 4 * index + 4]
             wide, narrow = (ends[0] - ends[3]) / (2 * self.eps), (ends[1] - ends[2]) / self.eps
             coefficients[index] = (4 * narrow - wide) / 3 / self.num_perturbations
-            losses += ends
-        return Estimate(coefficients, losses)
+        return Estimate(coefficients, list(losses))

@@ -20,6 +20,7 @@ that define :math:`K`: the third does not cancel any more and the gain becomes a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Evaluate, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.estimators.two_point import symmetric_differences
 from zokernel.theory.smoothing import KernelFacts, SmoothingKernel, smoothing_kernel
 
 RADIUS_SCHEDULES = ("none", "literal", "rescaled", "lr_compensated")
@@ -37,7 +39,7 @@ _STREAM = 0x72616469_7573
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class Smoothed(Estimator):
     """Kernel-weighted two-point differences.
 
     Args:
@@ -126,25 +128,26 @@ class Smoothed:
     def _gain(self, a: float) -> float:
         return float(self.kernel.moment(1, a))
 
-    def forwards_at(self, step: int) -> int:
-        """Two for each direction."""
-        return 2 * self.num_perturbations
-
     def gain_at(self, step: int) -> float:
         """Return the mean of r times its weight: C, or what the range's schedule has made of it."""
         return self.facts_at(step).gain
 
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate both ends of every direction at its own radius and return the projected gradients."""
-        coefficients, losses = {}, []
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return both ends of every direction, at its own radius."""
+        radii = self.radii_at(seed=seed, step=step)
+        return [{index: end * r} for index, r in enumerate(radii) for end in (self.eps, -self.eps)]
+
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return the differences, weighed by the kernel."""
+        radii = self.radii_at(seed=seed, step=step)
+        slopes = symmetric_differences(losses, self.eps)
+        weights = [self.weight(r, step) / self.num_perturbations for r in radii]
+        return Estimate({i: slope * w for i, (slope, w) in enumerate(zip(slopes, weights))}, list(losses))
+
+    def radii_at(self, *, seed: int, step: int) -> list[float]:
+        """Return r of every direction of ``step``, uniform on the range."""
         a = self.range_at(step)
-        for index in range(self.num_perturbations):
-            r = a * signed_uniform(seed, step, index)
-            above, below = evaluate({index: self.eps * r}), evaluate({index: -self.eps * r})
-            slope = (above - below) / (2 * self.eps)
-            coefficients[index] = slope * self.weight(r, step) / self.num_perturbations
-            losses += [above, below]
-        return Estimate(coefficients, losses)
+        return [a * signed_uniform(seed, step, index) for index in range(self.num_perturbations)]
 
 
 def signed_uniform(seed: Any, step: int, index: int) -> Any:

@@ -7,16 +7,17 @@ Its bias is :math:`(\epsilon^2/2)\, \nabla tr H` to leading order (theory C.2.9)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Evaluate, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 
 SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
-class TwoPoint:
+class TwoPoint(Estimator):
     """Average of ``num_perturbations`` symmetric differences.
 
     Args:
@@ -55,20 +56,16 @@ class TwoPoint:
         assert self.total_steps is not None
         return min(self.num_perturbations, max(1, step * self.num_perturbations // self.total_steps))
 
-    def forwards_at(self, step: int) -> int:
-        """Two for each direction."""
-        return 2 * self.directions_at(step)
+    def points(self, *, seed: int, step: int) -> list[Offsets]:
+        """Return both ends of every direction."""
+        return [{index: end} for index in range(self.directions_at(step)) for end in (self.eps, -self.eps)]
 
-    def gain_at(self, step: int) -> float:
-        """Return one: the estimate is unbiased to leading order."""
-        return 1.0
+    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
+        """Return the symmetric differences."""
+        slopes = symmetric_differences(losses, self.eps)
+        return Estimate({index: slope / len(slopes) for index, slope in enumerate(slopes)}, list(losses))
 
-    def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:
-        """Evaluate both ends of every direction and return the projected gradients."""
-        coefficients, losses = {}, []
-        count = self.directions_at(step)
-        for index in range(count):
-            above, below = evaluate({index: self.eps}), evaluate({index: -self.eps})
-            coefficients[index] = (above - below) / (2 * self.eps) / count
-            losses += [above, below]
-        return Estimate(coefficients, losses)
+
+def symmetric_differences(losses: Sequence[float], eps: float) -> list[float]:
+    """Return (above - below) / (2 eps) of losses that alternate between both ends of the directions."""
+    return [(above - below) / (2 * eps) for above, below in zip(losses[::2], losses[1::2])]

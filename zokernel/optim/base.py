@@ -27,10 +27,21 @@ from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Term, Values
 from zokernel.errors import RunError, UsageError
-from zokernel.estimators.base import Estimate, Estimator
+from zokernel.estimators.base import Estimate, Estimator, Offsets
 from zokernel.optim.parameters import Params, name_parameters, trainable
 
 Closure = Callable[[], Tensor | float]
+Evaluator = Callable[["ZerothOrderOptimizer", Closure, Sequence[Offsets]], list[float]]
+"""(optimizer, closure, points) -> losses, in the order of the points; the weights may be left perturbed."""
+
+
+def in_turn(optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+    """Take the losses one after the other, moving the weights from point to point."""
+    losses = []
+    for offsets in points:
+        optimizer.move_to(offsets)
+        losses.append(float(closure()))
+    return losses
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         step_count: Steps taken.
         num_forwards: Times the closure was called.
         last_estimate: Coefficients and losses of the last step.
+        evaluator: How the losses at a step's points are taken; one after the other by default.
         last_move: What the last step added to the weights, from which it can be replayed; ``None`` for methods whose
             update is more than scalars times directions.
         loop_calls_step: Set by a training loop that takes the step itself and later calls ``step()`` bare.
@@ -129,6 +141,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.last_move: Move | None = None
         # A training loop that ends each step with a bare step(), as transformers' does, takes the step itself earlier.
         self.loop_calls_step = False
+        self.evaluator: Evaluator = in_turn
         self.restore_mode = restore
         if restore == "grid" and not self.is_replayable:
             raise UsageError(
@@ -215,12 +228,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def estimate(self, closure: Closure) -> Estimate:
         """Estimate the gradient at the weights; they may be left perturbed, for :meth:`update` to restore."""
+        points = self.estimator.points(seed=self.seed, step=self.step_count)
+        losses = [self.checked(loss) for loss in self.evaluator(self, closure, points)]
+        return self.estimator.combine(losses, seed=self.seed, step=self.step_count)
 
-        def evaluate(offsets: Mapping[int, float]) -> float:
-            self._restore.move_to(self.step_count, offsets)
-            return self.checked(float(closure()))
+    def move_to(self, offsets: Offsets) -> None:
+        r"""Make the weights :math:`\theta + \sum_i offsets_i z_i`, with this step's directions."""
+        self._restore.move_to(self.step_count, offsets)
 
-        return self.estimator(evaluate, seed=self.seed, step=self.step_count)
+    @property
+    def repeats_moves(self) -> bool:
+        """Whether the weights after a step also depend, by rounding, on the points visited in it."""
+        return self._restore.replays_moves
 
     def checked(self, loss: float) -> float:
         """Count one evaluation of the loss and return it.
