@@ -288,3 +288,13 @@ def test_a_loop_may_end_with_a_bare_step():
     optimizer.loop_calls_step = True
     assert optimizer.step() == 2.0
     assert optimizer.step_count == 1
+
+
+def test_equal_losses_in_the_first_step_are_warned_about(caplog):
+    """As when the closure works on a copy of the weights."""
+    weight, copy = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
+    MeZO([weight], lr=0.1).step(lambda: copy.square().sum())
+    assert "may not see the weights" in caplog.text
+    caplog.clear()
+    MeZO([weight], lr=0.1).step(lambda: weight.square().sum())
+    assert not caplog.text

@@ -26,6 +26,7 @@ _EXPORTS = {
     "SGD": "first_order",
     "AdamW": "first_order",
     "decay_groups": "parameters",
+    "Parallel": "parallel",
 }
 
 __all__ = ["get_method", "methods", "register"]

@@ -13,6 +13,7 @@ several micro-batches accumulates them exactly, at no memory.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from zokernel.directions.terms import Factors, Term, Values
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
 from zokernel.optim.parameters import Params, name_parameters, trainable
+
+logger = logging.getLogger(__name__)
 
 Closure = Callable[[], Tensor | float]
 Evaluator = Callable[["ZerothOrderOptimizer", Closure, Sequence[Offsets]], list[float]]
@@ -230,6 +233,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Estimate the gradient at the weights; they may be left perturbed, for :meth:`update` to restore."""
         points = self.estimator.points(seed=self.seed, step=self.step_count)
         losses = [self.checked(loss) for loss in self.evaluator(self, closure, points)]
+        if self.step_count == 0 and len(set(losses)) == 1 < len(losses):
+            logger.warning(
+                "All %d losses of the first step are equal (%g): the closure may not see the weights being perturbed, "
+                "or eps is below the loss's rounding.",
+                len(losses),
+                losses[0],
+            )
         return self.estimator.combine(losses, seed=self.seed, step=self.step_count)
 
     def move_to(self, offsets: Offsets) -> None:
