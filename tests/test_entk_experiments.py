@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from zokernel.experiments.base import Config, reproduce
+from zokernel.experiments import Config
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
 from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
@@ -25,13 +23,12 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_smoke(name, tmp_path):
-    result = reproduce(name, Config("smoke"), tmp_path)
-    record = json.loads((tmp_path / name / "result.json").read_text())
+def test_smoke(name, smoke_run):
+    record = smoke_run.record(name)
     assert CHECKS[name](record["numbers"]), record["numbers"]
-    assert len(result.summary) > 50
-    assert result.verdicts
-    assert all((tmp_path / name / f"{stem}.png").stat().st_size > 2000 for stem in result.figures)
+    assert len(record["summary"]) > 50
+    assert record["verdicts"]
+    assert all((smoke_run.folder / name / f"{stem}.png").stat().st_size > 2000 for stem in record["figures"])
 
 
 def test_lenet_is_the_papers():

@@ -1,7 +1,5 @@
 """The eleven experiments at smoke scale, verdicts and figures; the baseline, its public bugs, and kernel drift."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import nn
 from zokernel.dynamics import Evolution, kernel_drift, zo_sgd_run
 from zokernel.dynamics.parametric import all_ones_line_minimum, squared_loss
 from zokernel.errors import RunError, UsageError
-from zokernel.experiments import MODULES, Config, get_experiment, reproduce
+from zokernel.experiments import MODULES, Config, get_experiment
 from zokernel.experiments.nzk import figures
 from zokernel.experiments.nzk.catalogue import ENTRIES
 from zokernel.experiments.nzk.problems import (
@@ -32,12 +30,11 @@ def test_all_eleven_are_listed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name):
+def test_smoke(name, smoke_run):
     """No download, closed forms met, both headline claims judged."""
-    _, run = get_experiment(name)
-    result = run(Config("smoke"))
-    numbers = result.numbers
-    assert [verdict.verdict for verdict in result.verdicts] == ["holds under conditions", "does not hold"]
+    record = smoke_run.record(name)
+    numbers = record["numbers"]
+    assert [verdict["verdict"] for verdict in record["verdicts"]] == ["holds under conditions", "does not hold"]
     assert numbers["process_check"]["mean_z_max"] < 5
     assert numbers["process_check"]["second_moment_z_max"] < 5.5
     assert max(numbers["kernel_z_max"].values()) < 6
@@ -46,18 +43,17 @@ def test_smoke(name):
     assert rows["equal_effective_lr", "shared"]["steps"] >= rows["equal_effective_lr", "zo_sgd"]["steps"]
     assert rows["best_lr", "shared"]["steps"] >= rows["best_lr", "zo_sgd"]["steps"]
     assert rows["best_lr", "independent"]["steps"] > rows["best_lr", "shared"]["steps"]
-    assert set(result.figures) == {"losses"}
+    assert record["figures"] == ["losses"]
     if name.split("/")[1] in ("mnist", "cifar", "tiny_imagenet", "linear_mnist_01", "linear_mnist_35"):
-        assert "stand in" in result.summary
+        assert "stand in" in record["summary"]
 
 
-def test_results_are_written(tmp_path):
-    reproduce("nzk/linear_d2", Config("smoke"), tmp_path)
-    record = json.loads((tmp_path / "nzk/linear_d2/result.json").read_text())
+def test_results_are_written(smoke_run):
+    record = smoke_run.record("nzk/linear_d2")
     assert record["numbers"]["losses"]["gradient descent (NTK)"][0] == pytest.approx(12.808, rel=1e-3)
-    with np.load(tmp_path / "nzk/linear_d2/arrays.npz") as arrays:
+    with np.load(smoke_run.folder / "nzk/linear_d2/arrays.npz") as arrays:
         assert arrays["ntk"].shape == (100, 100)
-    assert (tmp_path / "nzk/linear_d2/losses.png").exists()
+    assert (smoke_run.folder / "nzk/linear_d2/losses.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["two inputs", "thirty inputs", "network"])

@@ -2,23 +2,18 @@
 
 One file a figure or table group, each with a ``run(config: Config) -> Result`` decorated by :func:`experiment`.
 ``config.scale`` is ``smoke`` (seconds, part of the test suite), ``cpu`` (minutes on two cores) or ``full`` (as in the
-paper).  An experiment computes and draws; saving, timing and versions are done here, once.
+paper).  An experiment computes and draws; what is written is the business of :mod:`zokernel.experiments.storage`.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zokernel._version import __version__
 from zokernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +21,37 @@ if TYPE_CHECKING:
 
 SCALES = ("smoke", "cpu", "full")
 VERDICTS = ("holds", "holds under conditions", "does not hold", "not run here")
+
+
+class Options(dict[str, Any]):
+    """A user's overrides by name, which remembers the names that an experiment asked for.
+
+    Example:
+        >>> options = Options(steps=3, stpes=4)
+        >>> options.get("steps"), sorted(options.unread())
+        (3, ['stpes'])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self._read.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of ``name``, or ``default``."""
+        self._read.add(name)
+        return super().get(name, default)
+
+    def unread(self) -> set[str]:
+        """Return the names that nobody has asked for: a misspelt option, or one of another experiment."""
+        return set(self) - self._read
 
 
 @dataclass(frozen=True)
@@ -40,9 +66,11 @@ class Config:
 
     scale: str = "cpu"
     seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=Options)
 
     def __post_init__(self):
+        if not isinstance(self.options, Options):
+            object.__setattr__(self, "options", Options(self.options))
         if self.scale not in SCALES:
             raise UsageError(f"There is no scale {self.scale!r}: choose one of {', '.join(SCALES)}.")
 
@@ -60,11 +88,13 @@ class Verdict:
         claim: The claim in one sentence, with where it is stated.
         verdict: ``holds``, ``holds under conditions``, ``does not hold`` or ``not run here``.
         reason: The numbers that decide, in one or two sentences.
+        id: The claim's name in ``claims.yaml``, by which the ledger finds every verdict on it.
     """
 
     claim: str
     verdict: str
     reason: str
+    id: str = ""
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
@@ -145,62 +175,3 @@ def get_experiment(name: str) -> tuple[str, Experiment]:
         raise UsageError(f"There is no experiment {name!r}: choose one of {', '.join(MODULES)}.")
     importlib.import_module(MODULES[name])
     return _REGISTRY[name]
-
-
-def reproduce(name: str, config: Config, output_dir: Path) -> Result:
-    """Run one experiment; save ``result.json``, ``arrays.npz`` and figures (PNG, SVG) under ``output_dir/name``.
-
-    Args:
-        name: A key of ``MODULES``.
-        config: Scale and seed.
-        output_dir: Parent folder; the experiment writes only below ``output_dir/name``.
-
-    Returns:
-        The result, as returned by the experiment.
-    """
-    title, run = get_experiment(name)
-    start = time.perf_counter()
-    result = run(config)
-    save(result, output_dir / name, name=name, title=title, config=config, seconds=time.perf_counter() - start)
-    return result
-
-
-def save(result: Result, folder: Path, *, name: str, title: str, config: Config, seconds: float) -> None:
-    """Write a result to ``folder``; ``result.json`` last, so that its presence means the folder is complete."""
-    import torch
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, figure in result.figures.items():
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{stem}.{suffix}", dpi=160, bbox_inches="tight")
-    if result.arrays:
-        np.savez_compressed(folder / "arrays.npz", **result.arrays)  # type: ignore[arg-type]
-    record = {
-        "name": name,
-        "title": title,
-        "summary": result.summary,
-        "verdicts": [asdict(verdict) for verdict in result.verdicts],
-        "numbers": result.numbers,
-        "figures": sorted(result.figures),
-        "config": asdict(config),
-        "seconds": round(seconds, 2),
-        "versions": {
-            "zokernel": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(record, indent=2, default=_jsonable) + "\n")
-    partial.replace(folder / "result.json")
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written to result.json: store it in arrays instead.")

@@ -2,16 +2,21 @@
 
 zokernel reproduce --list
 zokernel reproduce nzk/linear_d2 nzk/mnist --scale cpu --output_dir runs/reproduce
-zokernel reproduce all --scale smoke
+zokernel reproduce all --scale smoke --jobs 2
+zokernel reproduce kerzoo/language_model --set train_file=train.tsv --set seeds=5
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from pathlib import Path
+from typing import Any
 
-from zokernel.experiments.base import MODULES, SCALES, Config, get_experiment, reproduce
+from zokernel.errors import UsageError
+from zokernel.experiments.base import MODULES, SCALES, Config, get_experiment
+from zokernel.experiments.runner import duration, expected_seconds, plan, run_all
+from zokernel.experiments.storage import load_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="how large (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random quantity (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="experiments to run at once (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="options",
+        help="override a setting of the experiments, such as seeds=5 (a JSON value, or text); may be repeated",
+    )
     parser.add_argument("--overwrite", action="store_true", help="run again what is already finished in output_dir")
 
 
@@ -40,23 +54,78 @@ def select(names: list[str]) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Read ``name=value`` pairs; a value is JSON if it can be read as such, and text otherwise.
+
+    Raises:
+        UsageError: If a pair has no ``=``.
+
+    Example:
+        >>> parse_options(["seeds=5", "train_file=train.tsv", "scales=[1, 0.1]"])
+        {'seeds': 5, 'train_file': 'train.tsv', 'scales': [1, 0.1]}
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--set takes NAME=VALUE, not {pair!r}.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
 def main(args: argparse.Namespace) -> int:
-    """Run the chosen experiments one after the other; finished ones are kept unless ``--overwrite``."""
+    """Run the chosen experiments; finished ones are kept unless ``--overwrite``. Exit code 1 if any failed."""
     if args.list or not args.names:
-        width = max(map(len, MODULES), default=0)
-        for name in MODULES:
-            print(f"{name:<{width}}  {get_experiment(name)[0]}")
+        _print_list(args.scale, args.output_dir)
         return 0
+    if args.jobs < 1:
+        raise UsageError("--jobs must be at least 1.")
+    config = Config(args.scale, args.seed, parse_options(args.options))
     names = select(args.names)
-    for number, name in enumerate(names, start=1):
-        folder = args.output_dir / name
-        head = f"[{number}/{len(names)}] {name}"
-        if (folder / "result.json").exists() and not args.overwrite:
-            print(f"{head}: already finished in {folder} (--overwrite runs it again)")
-            continue
-        start = time.perf_counter()
-        result = reproduce(name, Config(args.scale, args.seed), args.output_dir)
-        print(f"{head}: {time.perf_counter() - start:.1f} s -> {folder}\n  {result.summary}")
-        for verdict in result.verdicts:
-            print(f"  {verdict.verdict:>22}: {verdict.claim} {verdict.reason}")
-    return 0
+    todo, kept = plan(names, config, args.output_dir, overwrite=args.overwrite)
+    for outcome in kept:
+        print(f"{outcome.name}: finished already in {args.output_dir / outcome.name} (--overwrite runs it again)")
+    outcomes = run_all(todo, config, args.output_dir, jobs=args.jobs, report=lambda line: print(line, flush=True))
+    finished = [outcome.name for outcome in outcomes if outcome.state == "finished"]
+    _print_results([name for name in names if name in finished], args.output_dir)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    print(
+        f"\n{len(finished)} run, {len(kept)} kept, {len(failed)} failed. "
+        f"'zokernel report {args.output_dir}' makes a page of the results."
+    )
+    for outcome in failed:
+        print(f"FAILED {outcome.name}: {outcome.message}")
+    unread = _unread(names, args.output_dir, set(config.options))
+    if unread:
+        print(f"No experiment read the option {', '.join(unread)}: it had no effect.")
+    return 1 if failed or unread else 0
+
+
+def _print_list(scale: str, output_dir: Path) -> None:
+    width = max(map(len, MODULES), default=0)
+    total = 0.0
+    for name in MODULES:
+        seconds = expected_seconds(name, scale, output_dir)
+        total += seconds
+        print(f"{name:<{width}}  {duration(seconds):>6}  {get_experiment(name)[0]}")
+    print(f"{'all':<{width}}  {duration(total):>6}  at scale {scale}, on two cores")
+
+
+def _print_results(names: list[str], output_dir: Path) -> None:
+    for name in names:
+        record = load_record(output_dir / name)
+        assert record is not None
+        print(f"\n{name}\n  {record['summary']}")
+        for verdict in record["verdicts"]:
+            print(f"  {verdict['verdict']:>22}: {verdict['claim']} {verdict['reason']}")
+
+
+def _unread(names: list[str], output_dir: Path, given: set[str]) -> list[str]:
+    """Return the options that none of the finished experiments has asked for."""
+    records = [record for name in names if (record := load_record(output_dir / name))]
+    if not records:
+        return []
+    return sorted(given.intersection(*(record.get("unread_options", []) for record in records)))

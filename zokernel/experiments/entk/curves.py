@@ -81,12 +81,14 @@ def run(config: Config) -> Result:
             "The error decays as the inverse root of P (Fig. 3, 7, 9, 11).",
             "holds" if abs(slopes.mean() + 0.5) < 0.02 else "does not hold",
             f"Mean log-log slope {slopes.mean():.3f} over {len(slopes)} pairs, P = 1..{largest}.",
+            id="entk-root-p",
         ),
         Verdict(
             "Similar pairs converge faster (Fig. 3).",
             "holds under conditions",
             f"All converge at the same rate; the level is 1 + rho^-2, so curves are ordered by rho (rank correlation "
             f"{np.mean(orders):.3f} on the trained net), and hardly differ at initialisation.",
+            id="entk-similar-pairs",
         ),
         Verdict(
             "The JL bound explains the error (eq. 14, with Xi squared).",
@@ -94,6 +96,7 @@ def run(config: Config) -> Result:
             f"It is an upper bound, loose: {min(bounds):.1f} to {max(bounds):.1f} at P = 1 where the exact rms is "
             f"{found['trained', updated[-1]].predicted([1]).min():.1f} to "
             f"{found['trained', updated[-1]].predicted([1]).max():.1f}.",
+            id="entk-jl-bound",
         ),
     ]
     return result

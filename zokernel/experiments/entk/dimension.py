@@ -74,6 +74,7 @@ def run(config: Config) -> Result:
                 "holds" if largest < 0.1 else "holds under conditions" if largest < 0.5 else "does not hold",
                 f"{span}, log-log slopes of v: {reason}; from width 32 on, kernel: d^{upper['init']:+.3f} and "
                 f"d^{upper['trained']:+.3f}. A parameter-space view would give slope 1.",
+                id="entk-dimension-free",
             )
         ],
     )

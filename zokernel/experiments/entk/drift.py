@@ -52,6 +52,7 @@ def run(config: Config) -> Result:
                 f"SGD, at equal loss decrease: the kernel changes by {ratio_text(matched['SGD'])}. ZO-SGD from scratch "
                 f"hardly moves in {steps} steps (loss {stuck['loss']:.2f}, drift {stuck['drift']:.2f}): it is slow "
                 "before any drift could mislead it.",
+                id="entk-drift",
             )
         ],
     )

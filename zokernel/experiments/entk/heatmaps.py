@@ -60,12 +60,14 @@ def run(config: Config) -> Result:
             "More perturbations denoise the kernel (Fig. 1).",
             "holds" if monotone else "does not hold",
             f"One stream, trained net: {high['1']:.2f} to {high['125']:.2f} and {low['1']:.2f} to {low['125']:.2f}.",
+            id="entk-denoising",
         ),
         Verdict(
             "Similar pairs converge faster (Fig. 1).",
             similar,
             f"It is a matter of rho, and only after training: rho of (4, 9) and (1, 0) is {init[0]:.3f} and "
             f"{init[1]:.3f} at initialisation, {rho_high:.3f} and {rho_low:.3f} when trained.",
+            id="entk-similar-pairs",
         ),
     ]
     return result

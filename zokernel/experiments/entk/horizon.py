@@ -61,6 +61,7 @@ def run(config: Config) -> Result:
                 "A large P is needed for ZO training to follow FO training (Fig. 4, one-step analysis).",
                 "holds under conditions",
                 f"Per step, yes; over a run it is P x T that counts (exponent {exponent:.2f}): why P = 1 works.",
+                id="entk-large-p",
             )
         ],
     )

@@ -89,6 +89,7 @@ def run(config: Config) -> Result:
             "holds" if pooled < -0.35 else "does not hold",
             f"Log-log slope {pooled:.2f} (mean of both laws) over P = {min(counts)}..{max(counts)}; one stream each: "
             "uncertain by about 0.1.",
+            id="entk-beliefs-root-p",
         ),
         Verdict(
             "P = 50 effectively mimics first-order training (Fig. 4).",
@@ -100,11 +101,13 @@ def run(config: Config) -> Result:
             if max(fifty) < 0.5
             else "does not hold",
             f"The remaining gap is {fifty[0]:.0%} (Gaussian) and {fifty[1]:.0%} (Rademacher) of the change.",
+            id="entk-p50",
         ),
         Verdict(
             "Gaussian and Rademacher trajectories agree (Fig. 4, 5).",
             "holds" if float(np.median(apart)) < 0.3 else "holds under conditions",
             f"Their distances to FO differ by {np.median(apart):.0%} (median over P), within the spread of one draw.",
+            id="entk-laws-of-trajectories",
         ),
     ]
     return result

@@ -64,11 +64,13 @@ def run(config: Config) -> Result:
             "holds",
             f"Over {len(rows)} settings the mean over replicates deviates by at most "
             f"{bias:.2f} of what chance predicts.",
+            id="entk-unbiased",
         ),
         Verdict(
             "Gaussian and Rademacher directions behave alike (Fig. 4, 5).",
             "holds",
             f"All laws sit on their own closed forms within {worst:.1%}; the forms differ by D / S, small here.",
+            id="entk-laws-of-kernels",
         ),
     ]
     return result

@@ -116,6 +116,7 @@ def order(config: Config) -> Result:
         "holds" if three[2] < one[1] else "does not hold",
         f"At equal effective learning rates the final losses are {show(one)} (order 1) and {show(three)} (order 3): "
         "order 1 has the same mean step and 3.5 times less variance. The printed row fits a gain of one (radius 1/2).",
+        id="kerzoo-order",
     )
     summary = (
         f"At the same nominal learning rate, order 1 ends at {show(by['order 1']['final_loss'])}, order 3 at "
@@ -152,6 +153,7 @@ def constant(config: Config) -> Result:
         "holds under conditions",
         f"At a fixed nominal learning rate only. MeZO-3 at 4 times the learning rate ends at "
         f"{show(by['MeZO-3 at 4 lr']['final_loss'])}, KerZOO with C = 4 at {show(by['KerZOO, C = 4']['final_loss'])}.",
+        id="kerzoo-constant",
     )
     figure = draw(sweep, sizes, gains, "Table 6: the kernel's constant (mean and 5-95% of seeds)")
     return Result(
@@ -181,6 +183,7 @@ def eps(config: Config) -> Result:
         "Final loss at eps = 1e-3 and at the smallest eps: "
         + "; ".join(f"{p} {show(v[reference])} and {show(v[small])}" for p, v in final.items())
         + ". In fp32 the bias at eps = 1e-3 costs nothing; what a smaller eps adds is round-off.",
+        id="kerzoo-eps",
     )
     summary = (
         f"With fp32 weights the smallest eps ends at {show(final['fp32'][small])} and eps = 1e-3 at "

