@@ -27,6 +27,7 @@ _EXPORTS = {
     "AdamW": "first_order",
     "decay_groups": "parameters",
     "Parallel": "parallel",
+    "Stacked": "stacked",
 }
 
 __all__ = ["get_method", "methods", "register"]

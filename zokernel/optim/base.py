@@ -191,7 +191,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 f"{type(self).__name__}.step needs a closure that returns the loss: step(lambda: loss(...))."
             )
-        if [tensor._version for tensor in self.named_params.values()] != self._versions:
+        if self.changed_by_others:
             self._rebase()
         self.before_estimate()
         try:
@@ -207,6 +207,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._versions = [tensor._version for tensor in self.named_params.values()]
         self.step_count += 1
         return estimate.loss
+
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights since its last step."""
+        return [tensor._version for tensor in self.named_params.values()] != self._versions
+
+    def record(self) -> list[float]:
+        """Return the numbers from which the last step can be repeated: the losses at its points."""
+        if self.last_estimate is None:
+            raise UsageError("There is no step to record yet: call step(closure) first.")
+        return self.last_estimate.losses
 
     def _rebase(self) -> None:
         """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""

@@ -13,6 +13,7 @@ from zokernel.estimators.base import Estimate
 from zokernel.estimators.two_point import TwoPoint
 from zokernel.optim.base import Closure, ZerothOrderOptimizer
 from zokernel.optim.parameters import Params
+from zokernel.optim.recall import Recalled
 from zokernel.optim.registry import register
 
 
@@ -76,6 +77,11 @@ class ForwardGradient(ZerothOrderOptimizer):
 
     def estimate(self, closure: Closure) -> Estimate:
         """Differentiate the loss along every direction."""
+        if isinstance(self.evaluator, Recalled):
+            numbers, count = self.evaluator.record, self.estimator.num_perturbations
+            if len(numbers) != 2 * count:
+                raise RunError(f"Step {self.step_count + 1} needs {2 * count} numbers, not {len(numbers)}.")
+            return Estimate(dict(enumerate(numbers[count:])), [self.checked(loss) for loss in numbers[:count]])
         coefficients, losses = {}, []
         for index in range(self.estimator.num_perturbations):
             tangents = self.directions(self.named_params, seed=self.seed, step=self.step_count, index=index)
@@ -83,6 +89,12 @@ class ForwardGradient(ZerothOrderOptimizer):
             coefficients[index] = slope / self.estimator.num_perturbations
             losses.append(self.checked(loss))
         return Estimate(coefficients, losses)
+
+    def record(self) -> list[float]:
+        """Return the losses and then the coefficients, which here do not follow from them."""
+        losses = super().record()
+        assert self.last_estimate is not None
+        return [*losses, *self.last_estimate.coefficients.values()]
 
     def _differentiate(self, closure: Closure, tangents: dict[str, Tensor]) -> tuple[float, float]:
         with forward_ad.dual_level():
