@@ -1,0 +1,22 @@
+"""The journal: everything a zeroth-order run did to the weights, in a few numbers a step.
+
+Needs neither transformers nor the model: ``format`` is the bytes, ``reader`` and ``writer`` are the file, ``replay``
+turns base weights and a journal back into the weights of any step.
+"""
+
+from zokernel.journal.format import Event, Step
+from zokernel.journal.reader import Journal
+from zokernel.journal.replay import make_header, make_optimizer, replay_
+from zokernel.journal.weights import weights_sha256
+from zokernel.journal.writer import JournalWriter
+
+__all__ = [
+    "Event",
+    "Journal",
+    "JournalWriter",
+    "Step",
+    "make_header",
+    "make_optimizer",
+    "replay_",
+    "weights_sha256",
+]

@@ -1,0 +1,119 @@
+"""Writing a journal: one record a step, appended whole, durable against a kill at once and a power cut within a second.
+
+A record is handed to the operating system in a single write when its step is done, so killing the process loses
+nothing.  Forcing it to the disk as well would only matter if the machine itself went down; that is done at most once
+a second, and before anything that counts on the journal, such as a checkpoint.  Steps lost to a power cut are computed
+again, with the same result, so they cost time and never correctness.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from zokernel.errors import RunError
+from zokernel.journal.format import CHECKSUM_BYTES, Record, checksum, encode, encode_header
+from zokernel.journal.reader import Journal
+
+SECONDS_BETWEEN_SYNCS = 1.0
+
+
+class JournalWriter:
+    """Appends records to a journal.
+
+    Make one with :meth:`create` or :meth:`append_to`.
+
+    Attributes:
+        path: The file.
+        size: Its length in bytes.
+    """
+
+    def __init__(self, path: Path, size: int, previous: bytes):
+        self.path, self.size = path, size
+        self._previous = previous
+        self._synced = time.monotonic()
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise RunError(f"The journal {path} cannot be written ({error.strerror}).") from error
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> JournalWriter:
+        """Begin a new journal; it appears with its whole header or not at all.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        data = encode_header(header)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise RunError(f"The journal {path} cannot be written ({error.strerror}).") from error
+        return cls(path, len(data), data[-CHECKSUM_BYTES:])
+
+    @classmethod
+    def append_to(cls, journal: Journal) -> JournalWriter:
+        """Go on with a journal that was read, after cutting off its torn end.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        with journal.path.open("rb") as file:
+            file.seek(journal.size - CHECKSUM_BYTES)
+            previous = file.read(CHECKSUM_BYTES)
+        writer = cls(journal.path, journal.size, previous)
+        os.ftruncate(writer._file, journal.size)
+        return writer
+
+    def append(self, record: Record) -> None:
+        """Write a record.
+
+        Raises:
+            RunError: If it cannot be written whole; the journal then ends with the record before it.
+        """
+        body = encode(record)
+        digest = checksum(self._previous, body)
+        data = body + digest
+        try:
+            written = os.write(self._file, data)
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            if time.monotonic() - self._synced >= SECONDS_BETWEEN_SYNCS:
+                self.sync()
+        except OSError as error:
+            os.ftruncate(self._file, self.size)
+            raise RunError(
+                f"The journal {self.path} cannot be written ({error.strerror}); everything before this step is kept. "
+                "Free some space and repeat the command to continue."
+            ) from error
+        self._previous = digest
+        self.size += len(data)
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Force everything to the disk and close the file."""
+        if self._file >= 0:
+            self.sync()
+            os.close(self._file)
+            self._file = -1
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
