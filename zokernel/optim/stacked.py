@@ -71,6 +71,8 @@ class Stacked:
         >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
     """
 
+    visits_points = False  # the weights stay where they are, so a replay need not move them either
+
     def __init__(self, losses: Callable[[int], Tensor], *, max_copies: int = 16, max_bytes: int = 1 << 28):
         self.losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
 
