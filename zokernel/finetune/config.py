@@ -47,6 +47,10 @@ class ZOConfig(TrainingArguments):
     method_args: list[str] | None = field(
         default=None, metadata={"help": "Further options of the method, as key=value pairs: kernel_order=3 radius=0.5."}
     )
+    objective: str = field(
+        default="cross_entropy",
+        metadata={"help": "What is minimised: cross_entropy, or 1 - accuracy or 1 - f1, which need no gradient."},
+    )
     precision: str = field(
         default="auto",
         metadata={"help": "fp32, bf16 (autocast over fp32 weights), or auto: bf16 where the hardware has bf16 units."},
@@ -65,13 +69,21 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Evaluate every so many steps (default: 5 times)."}
     )
     save_strategy: str = field(
-        default="best", metadata={"help": "When to save a checkpoint: best, steps, epoch or no."}
+        default="best",
+        metadata={
+            "help": "When to save a checkpoint: best, steps or epoch; journal: never, a few bytes a step rebuild any "
+            "weights; no: neither checkpoints nor journal."
+        },
     )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep; 2 keeps the best and the last, 1 cannot resume."}
     )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "Validation metric that decides."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one (default: never)."}
+    )
+    do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length wastes no compute on padding; or random."}
     )
@@ -84,6 +96,8 @@ class ZOConfig(TrainingArguments):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
         get_method(self.method)
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
         # transformers allows bf16 on a CPU only when the CPU was asked for.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:
@@ -92,7 +106,14 @@ class ZOConfig(TrainingArguments):
         self.precision = "bf16" if self.bf16 else "fp32"
         if self.eval_steps is None:
             self.eval_steps = max(1, self.max_steps // 5) if self.max_steps > 0 else 500
+        journal = self.save_strategy == "journal"
+        if journal:
+            if self.eval_strategy == "no":
+                self.load_best_model_at_end = False
+            self.save_strategy = "best"  # of the strategies that transformers knows, the one with the same checks
         super().__post_init__()
+        if journal:
+            self.save_strategy = "journal"
 
     def method_options(self) -> dict[str, Any]:
         """Return the keyword arguments for the method: the flags that were set, and ``method_args``.

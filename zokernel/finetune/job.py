@@ -16,17 +16,17 @@ from zokernel._version import __version__
 from zokernel.finetune import output
 from zokernel.finetune.arguments import DataArguments, ModelArguments
 from zokernel.finetune.callbacks import StopOnInterrupt
+from zokernel.finetune.card import write_card
 from zokernel.finetune.config import ZOConfig
-from zokernel.finetune.datasets import Splits, load_splits, load_task
+from zokernel.finetune.datasets import load_splits, load_task
+from zokernel.finetune.examples import encode_splits, fills_masks, make_objective
 from zokernel.finetune.memory import PeakMemory
 from zokernel.finetune.model import load_model
 from zokernel.finetune.report import draw_loss, write_report
-from zokernel.finetune.scoring import Collator, EncodedDataset
-from zokernel.finetune.tasks import encode
-from zokernel.finetune.tasks.prompt import report_label_words
+from zokernel.finetune.scoring import EncodedDataset, choose_collator
+from zokernel.finetune.tasks import Task
 from zokernel.finetune.trainer import ZOTrainer
 from zokernel.finetune.zero_shot import fingerprint, remembered
-from zokernel.optim import get_method
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +59,26 @@ def finetune(
         Interrupted: If a signal stopped it after a checkpoint was saved.
     """
     start = time.perf_counter()
-    set_default_lr(config, lora=bool(model_arguments.lora or model_arguments.adapter_name_or_path))
+    set_default_lr(config, model_arguments)
     config.method_options()
     folder = Path(str(config.output_dir))
     task = load_task(data_arguments)
-    splits = load_splits(data_arguments, task, seed=config.seed)
+    splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
     resume = config.resume_from_checkpoint
     output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(resume))
     checkpoint = output.last_checkpoint(folder, str(resume)) if resume else None
     set_seed(config.seed)
     model, tokenizer = load_model(model_arguments, config)
-    encoded = encode_splits(task, splits, tokenizer, max_length=data_arguments.max_length)
+    encoded = encode_splits(task, splits, model, tokenizer, data_arguments, objective=config.objective)
+    collator = choose_collator(model, tokenizer.pad_token_id, encoded["test"])
+    objective = make_objective(task, model, tokenizer, collator, data_arguments, config)
     trainer = ZOTrainer(
         model,
         config,
+        objective=objective,
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     run: dict[str, Any] = {"zokernel": __version__, "command": list(command)}
@@ -83,38 +86,36 @@ def finetune(
         run = output.read_json(folder / output.RUN_FILE)
     output.write_json(folder / output.RUN_FILE, run)
     if "before" not in run:
-        key = fingerprint(model, encoded["test"], config.precision)
+        settings = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
+        key = fingerprint(model, encoded["test"], settings)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
             evaluate(trainer, encoded["test"].longest(2 * config.per_device_eval_batch_size))
             run["before"] = remembered(key, lambda: evaluate(trainer, encoded["test"]))
         run["peak_memory_inference"] = inference.peak_bytes
         output.write_json(folder / output.RUN_FILE, run)
-    logger.info("Zero-shot accuracy on %d test examples: %.3f.", len(splits.test), run["before"]["accuracy"])
+    how = f"{data_arguments.num_demonstrations}-shot in-context" if data_arguments.num_demonstrations else "Zero-shot"
+    logger.info("%s %s on %d test examples: %.3f.", how, task.metric, len(splits.test), run["before"][task.metric])
 
     with PeakMemory() as training:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if config.do_train:
+            trainer.train(resume_from_checkpoint=checkpoint)
     if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
         trainer.run_log.save(folder)
         raise Interrupted(
             f"Stopped at step {trainer.state.global_step}; everything is saved. Continue with the same command and "
             "--resume_from_checkpoint last."
         )
-    after = evaluate(trainer, encoded["test"])
-    trainer.save_model(str(folder))
-    trainer.run_log.save(folder)
+    after = evaluate(trainer, encoded["test"]) if config.do_train else run["before"]
+    if config.do_train:
+        trainer.save_model(str(folder))
+        trainer.run_log.save(folder)
 
     log = trainer.run_log
-    method = get_method(config.method)
     evaluations = [
-        {
-            "step": row["step"],
-            "forwards": log.forwards_at(row["step"]),
-            "loss": row["eval_loss"],
-            "accuracy": row["eval_accuracy"],
-        }
+        {"step": row["step"], "forwards": log.forwards_at(row["step"]), **measures(row, "eval")}
         for row in trainer.state.log_history
-        if "eval_accuracy" in row
+        if "eval_loss" in row
     ]
     metrics = {
         "model": model_arguments.model_name_or_path,
@@ -122,9 +123,12 @@ def finetune(
         "saved": "adapter" if hasattr(model, "peft_config") else "model",
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "template": task.template,
-        "label_words": list(task.label_words),
-        "num_train": len(splits.train),
+        **wording(task, masked=fills_masks(model)),
+        "metric": task.metric,
+        "objective": config.objective,
+        "language_model": "masked" if fills_masks(model) else "causal",
+        "num_demonstrations": data_arguments.num_demonstrations,
+        "num_train": len(encoded["train"]),
         "num_test": len(splits.test),
         "test_is_validation": splits.test_is_validation,
         "before": run["before"],
@@ -133,13 +137,13 @@ def finetune(
         "best_step": best_step(trainer),
         "selected_by": config.metric_for_best_model or "loss",
         "forwards": log.forwards,
-        "forwards_per_step": None if getattr(method, "first_order", False) else trainer.forwards_per_step,
+        "forwards_per_step": forwards_per_step(trainer),
         "train_seconds": round(log.seconds, 2),
         "total_seconds": round(time.perf_counter() - start, 2),
         "peak_memory_inference": run["peak_memory_inference"],
         "peak_memory_training": training.peak_bytes,
         "learning_rate": config.learning_rate,
-        "effective_lr": trainer.effective_lr,
+        "effective_lr": trainer.effective_lr if config.do_train else None,
         "method_options": config.method_options(),
         "precision": config.precision,
         "seed": config.seed,
@@ -148,31 +152,35 @@ def finetune(
         "versions": {"zokernel": __version__, "torch": torch.__version__},
     }
     output.write_json(folder / "metrics.json", metrics)
-    test = [{"forwards": 0, **run["before"]}, {"forwards": log.forwards, **after}]
-    draw_loss(log.rows, evaluations, test, folder / "loss.png")
+    if log.rows:
+        test = [{"forwards": 0, **run["before"]}, {"forwards": log.forwards, **after}]
+        draw_loss(log.rows, evaluations, test, folder / "loss.png", metric=task.metric)
+        write_card(metrics, folder / "README.md")
     write_report(metrics, folder / "report.md")
     return metrics
 
 
-def encode_splits(task: Any, splits: Splits, tokenizer: Any, *, max_length: int) -> dict[str, EncodedDataset]:
-    """Tokenize the three splits and log what was found."""
-    encoded = {
-        split: encode(task, getattr(splits, split), tokenizer, max_length=max_length)
-        for split in ("train", "validation", "test")
-    }
-    single = report_label_words(encoded["train"] + encoded["validation"] + encoded["test"], task)
-    logger.info(
-        "Data: %s examples; %s.",
-        ", ".join(f"{len(examples)} {split}" for split, examples in encoded.items()),
-        "one forward scores every label word" if single else "one row a label word in each forward",
-    )
-    return {split: EncodedDataset(examples) for split, examples in encoded.items()}
-
-
 def evaluate(trainer: ZOTrainer, dataset: EncodedDataset) -> dict[str, float]:
-    """Return loss and accuracy on a data set."""
-    found = trainer.predict(dataset, metric_key_prefix="test").metrics or {}
-    return {"loss": found["test_loss"], "accuracy": found["test_accuracy"]}
+    """Return loss and metrics on a data set."""
+    return measures(trainer.predict(dataset, metric_key_prefix="test").metrics or {}, "test")
+
+
+def measures(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Pick loss and metrics, as ``loss``, ``accuracy``, ``f1`` and ``em``, from what the Trainer reports."""
+    names = [name for name in ("loss", "accuracy", "f1", "em") if f"{prefix}_{name}" in row]
+    return {name: row[f"{prefix}_{name}"] for name in names}
+
+
+def wording(task: Task, *, masked: bool) -> dict[str, Any]:
+    """Return the template and, where all examples share them, the words that were scored."""
+    words = getattr(task, "masked_label_words", ()) if masked else ()
+    template = task.masked_template if masked and task.masked_template else task.template
+    return {"template": template, "label_words": list(words or getattr(task, "label_words", ()))}
+
+
+def forwards_per_step(trainer: ZOTrainer) -> int | None:
+    """Return the forwards of a zeroth-order step; ``None`` if there was none."""
+    return trainer.forwards_per_step if trainer.zeroth_order and trainer.optimizer is not None else None
 
 
 def best_step(trainer: ZOTrainer) -> int:
@@ -185,11 +193,15 @@ def best_step(trainer: ZOTrainer) -> int:
     )
 
 
-def set_default_lr(config: ZOConfig, *, lora: bool) -> None:
+def set_default_lr(config: ZOConfig, arguments: ModelArguments) -> None:
     """Fill in the learning rate if none was given, and log it."""
     if config.learning_rate is None:
-        defaults = {"adamw": (1e-5, 1e-4), "sgd": (1e-3, 1e-2)}.get(config.method, (1e-5, 1e-3))
-        config.learning_rate = defaults[int(lora)]
-        logger.info(
-            "Learning rate: %g (the default for %s).", config.learning_rate, "LoRA" if lora else "full parameters"
-        )
+        if arguments.prefix_tuning or arguments.prompt_tuning:
+            what, defaults = "virtual tokens", {"adamw": 1e-2, "sgd": 1e-2}
+        elif arguments.lora or arguments.adapter_name_or_path:
+            what, defaults = "LoRA", {"adamw": 1e-4, "sgd": 1e-2}
+        else:
+            what, defaults = "full parameters", {"adamw": 1e-5, "sgd": 1e-3}
+        zeroth_order = {"virtual tokens": 1e-2, "LoRA": 1e-3, "full parameters": 1e-5}[what]
+        config.learning_rate = defaults.get(config.method, zeroth_order)
+        logger.info("Learning rate: %g (the default for %s).", config.learning_rate, what)

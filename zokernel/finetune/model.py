@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from zokernel.data import resolve_model_path
-from zokernel.errors import MissingDependencyError, RunError, UsageError
+from zokernel.errors import RunError, UsageError
+from zokernel.finetune.adapters import attach_adapter, virtual_tokens, wants_adapter
 from zokernel.finetune.arguments import ModelArguments
 from zokernel.finetune.config import ZOConfig
 
@@ -20,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, Any]:
-    """Load the language model and its tokenizer, and attach or load the LoRA adapter.
+    """Load the causal or masked language model and its tokenizer, and attach or load the adapter.
 
     Args:
         arguments: Which model and adapter.
@@ -33,7 +34,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         UsageError: If there is no such model, or it cannot be trained this way.
         RunError: If it will not fit in memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if arguments.dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {arguments.dtype!r}.")
@@ -46,17 +47,18 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
             f"Model {arguments.model_name_or_path!r} could not be loaded ({_first_line(error)}): give 'smollm2', "
             "a folder written by save_pretrained, or a hub id that can be reached."
         ) from error
-    if getattr(architecture, "quantization_config", None) is not None and not arguments.lora:
+    if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
         raise UsageError(
             f"{arguments.model_name_or_path} is quantized, so its weights cannot be perturbed: dequantize it, "
             "or train an adapter with --lora true."
         )
     dtype = DTYPES[arguments.dtype]
-    adapter = bool(arguments.lora or arguments.adapter_name_or_path)
-    check_memory(architecture, dtype, config, adapter=adapter, skip=arguments.skip_memory_check)
+    adapter = wants_adapter(arguments)
+    masked = is_masked(architecture, arguments.lm_type)
+    check_memory(architecture, dtype, config, adapter=adapter, masked=masked, skip=arguments.skip_memory_check)
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = _auto_class(masked).from_pretrained(
             path, revision=arguments.model_revision, dtype=dtype, **options
         )
     except (OSError, ValueError) as error:
@@ -67,7 +69,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
     if adapter:
-        model = attach_lora(model, arguments)
+        model = attach_adapter(model, arguments, masked=masked, seed=config.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
@@ -76,28 +78,73 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     return model, tokenizer
 
 
-def attach_lora(model: nn.Module, arguments: ModelArguments) -> nn.Module:
-    """Wrap a model with a new LoRA adapter, or with a saved one to continue.
+def is_masked(architecture: Any, lm_type: str) -> bool:
+    """Decide whether a model fills masks or continues text.
+
+    Args:
+        architecture: The model's configuration.
+        lm_type: ``causal``, ``masked`` or ``auto``: what the configuration's own class is.
+
+    Returns:
+        Whether it is a masked language model.
 
     Raises:
-        UsageError: If the adapter or its target modules do not exist.
+        UsageError: If the model is neither, or not what was asked for.
     """
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise MissingDependencyError("peft", "finetune", "LoRA") from error
-    try:
-        if arguments.adapter_name_or_path:
-            return PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True).eval()
-        adapter = LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            target_modules=arguments.lora_target_modules,
-            task_type="CAUSAL_LM",
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if lm_type not in ("auto", "causal", "masked"):
+        raise UsageError(f"lm_type must be auto, causal or masked, not {lm_type!r}.")
+    kind = type(architecture)
+    can = {
+        "causal": kind in AutoModelForCausalLM._model_mapping,
+        "masked": kind in AutoModelForMaskedLM._model_mapping,
+    }
+    if lm_type != "auto":
+        if not can[lm_type]:
+            raise UsageError(f"transformers has no {lm_type} language model of type {architecture.model_type!r}.")
+        return lm_type == "masked"
+    if not any(can.values()):
+        raise UsageError(
+            f"Models of type {architecture.model_type!r} are neither causal nor masked language models: train them "
+            "with zokernel.optim in a loop of your own."
         )
-        return get_peft_model(model, adapter).eval()
-    except (ValueError, OSError) as error:
-        raise UsageError(f"The LoRA adapter could not be attached: {_first_line(error)}") from error
+    saved_as = " ".join(getattr(architecture, "architectures", None) or [])
+    if all(can.values()):  # encoders that transformers also lets decode
+        return "ForCausalLM" not in saved_as and not getattr(architecture, "is_decoder", False)
+    return can["masked"]
+
+
+def _auto_class(masked: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reserved: int = 0) -> int:
+    """Return how many tokens an example may have: what was asked for, or 2048, and never more than the model takes.
+
+    Args:
+        model: The model, whose configuration may limit positions.
+        tokenizer: Its tokenizer, which may know a limit too.
+        wanted: What was asked for, if anything.
+        reserved: Positions that are not for the example: virtual tokens and what will be generated.
+
+    Returns:
+        A number of tokens.
+    """
+    architecture: Any = getattr(model, "config", None)
+    limits = [wanted or 2048]
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa and its kin number positions from the padding token's id on.
+        starts_at = 2 if "roberta" in architecture.model_type else 0
+        limits.append(positions - starts_at - reserved)
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length - reserved)
+    if wanted and min(limits) < wanted:
+        logger.info("max_length: %d tokens, the most that this model takes.", min(limits))
+    return min(limits)
 
 
 @torch.no_grad()
@@ -118,6 +165,9 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
     targets = model.state_dict()
     if hasattr(model, "peft_config"):
+        if virtual_tokens(model):
+            _load_virtual_tokens_(model, files)
+            return
         # peft leaves the adapter's name out of the saved names: "...lora_A.weight" is "...lora_A.default.weight".
         targets = {name.replace(f".{model.active_adapter}.", "."): tensor for name, tensor in targets.items()}
     for file in files:
@@ -133,8 +183,16 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
                 targets[name].copy_(archive.get_tensor(name))
 
 
+def _load_virtual_tokens_(model: Any, files: list[Path]) -> None:
+    """Copy saved virtual tokens into a prefix- or prompt-tuned model."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, {name: tensor for file in files for name, tensor in load_file(file).items()})
+
+
 def estimate_memory(
-    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False
+    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, masked: bool = False
 ) -> dict[str, int]:
     """Estimate the peak memory of training, in bytes, without allocating the model.
 
@@ -147,16 +205,15 @@ def estimate_memory(
         dtype: Storage type of the weights.
         config: The run's settings.
         adapter: Whether only an adapter is trained, whose own copies are too small to count.
+        masked: Whether it is a masked language model.
 
     Returns:
         Bytes by part, with their ``total``.
     """
-    from transformers import AutoModelForCausalLM
-
     from zokernel.optim import get_method
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
+        model = _auto_class(masked).from_config(architecture)
     count = sum(p.numel() for p in model.parameters())
     copies = 0.0
     if not adapter:
@@ -170,7 +227,13 @@ def estimate_memory(
 
 
 def check_memory(
-    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, skip: bool = False
+    architecture: Any,
+    dtype: torch.dtype,
+    config: ZOConfig,
+    *,
+    adapter: bool = False,
+    masked: bool = False,
+    skip: bool = False,
 ) -> None:
     """Log the memory estimate, and stop before loading a model that will not fit.
 
@@ -179,7 +242,7 @@ def check_memory(
     """
     import psutil
 
-    parts = estimate_memory(architecture, dtype, config, adapter=adapter)
+    parts = estimate_memory(architecture, dtype, config, adapter=adapter, masked=masked)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total" and size)

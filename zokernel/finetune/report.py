@@ -27,14 +27,20 @@ def table(metrics: dict[str, Any]) -> str:
 
 def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the summary: what was measured, with its uncertainty."""
-    before, after = metrics["before"], metrics["after"]
+    before, after, metric = metrics["before"], metrics["after"], metrics["metric"]
     examples = metrics["num_test"]
-    gain = 100 * (after["accuracy"] - before["accuracy"])
+    gain = 100 * (after[metric] - before[metric])
+    shots = metrics["num_demonstrations"]
+    start = f"{shots}-shot in-context" if shots else "zero-shot"
+    model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
+    zero_shot = (f"{start} {metric}", f"{_share(before[metric], examples)} on {examples:,} held-out examples")
+    if not metrics["steps"]:
+        return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
-        ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)"),
+        model,
         ("trained", f"{metrics['num_trained']:,} parameters with {metrics['method']}"),
-        ("zero-shot accuracy", f"{_accuracy(before['accuracy'], examples)} on {examples:,} held-out examples"),
-        ("accuracy after training", f"{_accuracy(after['accuracy'], examples)} ({gain:+.1f} points)"),
+        zero_shot,
+        (f"{metric} after training", f"{_share(after[metric], examples)} ({gain:+.1f} points)"),
         ("loss before -> after", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
         ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
@@ -44,22 +50,28 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _accuracy(share: float, examples: int) -> str:
-    """Format an accuracy with its binomial standard error, in percent."""
+def _share(share: float, examples: int) -> str:
+    """Format a share of examples with its standard error, in percent: binomial, which for F1 is an upper bound."""
     error = 100 * math.sqrt(max(share * (1 - share), 0.0) / examples)
     return f"{100 * share:.1f} % (± {error:.1f})"
 
 
 def draw_loss(
-    rows: list[dict[str, float]], evaluations: list[dict[str, float]], test: list[dict[str, float]], path: Path
+    rows: list[dict[str, float]],
+    evaluations: list[dict[str, float]],
+    test: list[dict[str, float]],
+    path: Path,
+    *,
+    metric: str = "accuracy",
 ) -> None:
-    """Draw loss and accuracy against forward passes.
+    """Draw loss and a metric against forward passes.
 
     Args:
         rows: Training, one a step, with ``forwards`` and ``loss``.
-        evaluations: Validation results with ``forwards``, ``loss`` and ``accuracy``.
+        evaluations: Validation results with ``forwards``, ``loss`` and the metric.
         test: Test results before and after training, likewise.
         path: The PNG to write.
+        metric: Name of the metric.
     """
     forwards = np.array([row["forwards"] for row in rows])
     loss = np.array([row["loss"] for row in rows])
@@ -74,9 +86,9 @@ def draw_loss(
         ):
             where = [row["forwards"] for row in points]
             upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
-            lower.plot(where, [100 * row["accuracy"] for row in points], style, color=color, label=label)
+            lower.plot(where, [100 * row[metric] for row in points], style, color=color, label=label)
         upper.set(ylabel="loss (nats)", ylim=(0, None))
-        lower.set(xlabel="forward passes", ylabel="accuracy (%)", ylim=(0, 100))
+        lower.set(xlabel="forward passes", ylabel=f"{metric} (%)", ylim=(0, 100))
         upper.legend(loc="upper right")
         lower.legend(loc="lower right")
         figure.savefig(path, dpi=130)
@@ -108,9 +120,12 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         metrics: What ``metrics.json`` holds.
         path: The file to write.
     """
-    before, after, examples = metrics["before"], metrics["after"], metrics["num_test"]
-    gain = 100 * (after["accuracy"] - before["accuracy"])
-    variance = sum(share * (1 - share) for share in (before["accuracy"], after["accuracy"])) / examples
+    if not metrics["steps"]:
+        path.write_text(_evaluation_report(metrics), encoding="utf-8")
+        return
+    before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
+    gain = 100 * (after[metric] - before[metric])
+    variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
     error = 100 * math.sqrt(variance)
     ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
     forward_only = metrics["forwards_per_step"] is not None
@@ -122,19 +137,22 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         else "Each step computed the gradient by backpropagation (a first-order baseline)."
     )
     outcome = (
-        f"Accuracy on {examples:,} examples the run never trained on went from {100 * before['accuracy']:.1f} % to "
-        f"{100 * after['accuracy']:.1f} %: {gain:+.1f} points, with a standard error of at most {error:.1f}."
+        f"{metric.capitalize()} on {examples:,} examples the run never trained on went from "
+        f"{100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {gain:+.1f} points, "
+        f"with a standard error of at most {error:.1f}."
     )
     if metrics["test_is_validation"]:
         outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    words = ", ".join(metrics["label_words"])
+    asked = f"complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
     text = f"""# Fine-tuning {metrics["model"]} with {metrics["method"]}
 
 ## In plain words
 
 {how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
-The model was asked to complete `{metrics["template"]!r}` with one of: {", ".join(metrics["label_words"])}.
+The model was asked to {asked}
 Before training it answered from what it had read; that is the zero-shot row. The weights reported are those with the
 best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} of {metrics["steps"]}.
 
@@ -149,7 +167,7 @@ best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} o
 ![loss](loss.png)
 
 Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
-The ± after an accuracy is the binomial standard error of {examples:,} examples.
+The ± is the binomial standard error of {examples:,} examples.
 
 ## Repeat it
 
@@ -161,3 +179,19 @@ Files: `metrics.json` (these numbers), `steps.jsonl` (one line a step), and the 
 plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
 """
     path.write_text(text, encoding="utf-8")
+
+
+def _evaluation_report(metrics: dict[str, Any]) -> str:
+    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    return f"""# Evaluation of {metrics["model"]}
+
+Nothing was trained. The template was `{metrics["template"]!r}`.
+
+| | |
+|---|---|
+{table_lines}
+
+```
+{metrics["command"]}
+```
+"""

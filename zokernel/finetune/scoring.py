@@ -1,16 +1,15 @@
-r"""The forward pass that a classification loss needs, and nothing more.
+r"""The forward pass that a loss over options needs, and nothing more.
 
-When every option is one token, a single forward over the prompts scores all of them; otherwise each option is appended
-to its prompt and scored by the mean log-probability of its tokens.  Either way the LM head runs only on the scored
-positions, without a KV cache, and the loss is taken in fp32.
+When every option is one token, a single forward over the prompts scores all of them; otherwise every option is scored
+by the mean log-probability of its tokens, with the prompt computed once for all options where the model allows it.
+Either way the LM head runs only on the scored positions, without a KV cache, and the loss is taken in fp32.
 
-Shapes: B examples, C classes, R rows of the batch (B or B*C), T tokens, K scored positions a row, V vocabulary.
+Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions a row, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
 from typing import Any
 
 import torch
@@ -18,99 +17,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.prompt import Encoded
+from zokernel.finetune.collate import Collator, EncodedDataset
 
-
-class EncodedDataset(torch.utils.data.Dataset):
-    """A list of encoded examples as the dictionaries that a collator takes.
-
-    ``input_ids`` is the prompt; samplers that group by length read its length.
-    """
-
-    def __init__(self, examples: Sequence[Encoded]):
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def longest(self, count: int) -> EncodedDataset:
-        """Return the ``count`` examples with the longest prompts."""
-        return EncodedDataset(sorted(self.examples, key=lambda example: -len(example.prompt_ids))[:count])
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        example = self.examples[position]
-        return {"input_ids": example.prompt_ids, "option_ids": example.option_ids, "label": example.label}
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Batches examples: right padding, explicit scored positions.
-
-    Args:
-        pad_token_id: Any valid token; padded positions are masked and never scored.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return ``labels`` (B,), ``input_ids`` and ``attention_mask`` (R, T), ``positions`` and ``targets``.
-
-        With single-token options R = B, ``positions`` is (B, 1) and ``targets`` (B, C) holds each option's token.
-        Otherwise R = B*C, and both are (B*C, K) with ``targets`` -100 where an option has fewer than K tokens.
-        """
-        labels = torch.tensor([feature["label"] for feature in features])
-        if all(len(option) == 1 for feature in features for option in feature["option_ids"]):
-            rows = [feature["input_ids"] for feature in features]
-            positions = torch.tensor([[len(row) - 1] for row in rows])
-            targets = torch.tensor([[option[0] for option in feature["option_ids"]] for feature in features])
-        else:
-            pairs = [(f["input_ids"], option) for f in features for option in f["option_ids"]]
-            rows = [prompt + option[:-1] for prompt, option in pairs]
-            longest = max(len(option) for _, option in pairs)
-            positions = torch.tensor(
-                [[min(len(p) - 1 + k, len(p) + len(o) - 2) for k in range(longest)] for p, o in pairs]
-            )
-            targets = torch.tensor([option + [-100] * (longest - len(option)) for _, option in pairs])
-        length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for number, row in enumerate(rows):
-            input_ids[number, : len(row)] = torch.tensor(row)
-            attention_mask[number, : len(row)] = 1
-        return {
-            "labels": labels,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "positions": positions,
-            "targets": targets,
-        }
+logger = logging.getLogger(__name__)
 
 
 class ScoredPositions:
     """Context in which a model's LM head sees only the hidden states of the scored positions.
 
     A forward pre-hook on the output embedding replaces its input (R, T, H) by (R, K, H); everything the model does to
-    its logits afterwards (scaling, soft-capping) still happens.
+    its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
+    the positions; the hook counts them off.
 
     Args:
         model: A language model of transformers, or a peft wrapper of one.
         positions_RK: Positions whose logits are wanted.
+        length: Tokens in a row; not needed where nothing is put in front of them.
 
     Raises:
         UsageError: If the model has no output embedding.
     """
 
-    def __init__(self, model: nn.Module, positions_RK: Tensor):
+    def __init__(self, model: nn.Module, positions_RK: Tensor, length: int | None = None):
         finder = getattr(model, "get_output_embeddings", None)
         head = finder() if callable(finder) else None
         if head is None:
             raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
-        self._head, self._positions = head, positions_RK
+        self._head, self._positions, self._length = head, positions_RK, length
 
     def __enter__(self) -> None:
         def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden_RTH = args[0]
-            index_RKH = self._positions.unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
+            in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
+            index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
             return (hidden_RTH.gather(1, index_RKH), *args[1:])
 
         self._handle = self._head.register_forward_pre_hook(select)
@@ -119,29 +58,139 @@ class ScoredPositions:
         self._handle.remove()
 
 
-def option_scores(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def scored_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Run the model once and return the logits at the scored positions: (R, K, V)."""
+    base = getattr(model, "module", model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "segments" in batch:
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
+    if not batch.get("masked"):
+        inputs["use_cache"] = False
+    with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1]):
+        return model(**inputs).logits
+
+
+def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
+    """Return the (R, 1, T, T) attention mask under which options see the prompt and themselves, but not each other.
+
+    Boolean for SDPA, additive for eager attention, as each takes it.
+    """
+    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
+    length = segments_RT.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments_RT.device).tril()
+    seen = causal & (key != -1) & ((key == 0) | (key == query))
+    # A padded position sees itself, so that no softmax is over nothing.
+    seen = (seen | torch.eye(length, dtype=torch.bool, device=segments_RT.device))[:, None]
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        return seen
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def option_logprobs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return summed log-probabilities and token counts of every option.
+
+    Returns:
+        (B, C) sums in fp32 and (B, C) counts; both zero where an example has fewer options.
+    """
+    logits_RKV, targets_RK = scored_logits(model, batch), batch["targets"]
+    if "cells" not in batch:
+        logprobs_BC = logits_RKV[:, 0].float().log_softmax(-1).gather(1, targets_RK)
+        return logprobs_BC, torch.ones_like(targets_RK)
+    cells_RK = batch["cells"]
+    logprobs_RK = -F.cross_entropy(logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=-100, reduction="none")
+    shape = batch["option_mask"].shape
+    real = cells_RK >= 0
+    sums = logprobs_RK.new_zeros(shape.numel()).index_add_(0, cells_RK[real], logprobs_RK[real])
+    counts = torch.bincount(cells_RK[real], minlength=shape.numel())
+    return sums.view(shape), counts.view(shape)
+
+
+def mean_scores(sums_BC: Tensor, counts_BC: Tensor, option_mask_BC: Tensor) -> Tensor:
+    """Return the mean log-probability of every option's tokens; minus infinity where there is no option."""
+    return (sums_BC / counts_BC.clamp(min=1)).masked_fill(~option_mask_BC, -torch.inf)
+
+
+def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Return the score of every option.
 
     Args:
-        model: A causal language model of transformers (or a wrapper with the same call).
+        model: A causal or masked language model of transformers (or a wrapper with the same call).
         batch: What :class:`Collator` returns.
 
     Returns:
-        Mean log-probability of each option's tokens, up to a constant of the example: (B, C), fp32.
+        Mean log-probability of each option's tokens, up to a constant of the example: (B, C), fp32; minus infinity
+        where an example has fewer than C options.
     """
-    base = getattr(model, "module", model)
-    with ScoredPositions(base, batch["positions"]):
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits_RKV, targets = output.logits, batch["targets"]
-    num_examples = batch["labels"].shape[0]
-    if logits_RKV.shape[0] == num_examples:
+    if "cells" not in batch:
         # One token an option: the normaliser of the softmax is common to all of them and cancels in the loss.
-        return logits_RKV[:, 0].gather(1, targets).float()
-    logprobs_RK = -F.cross_entropy(logits_RKV.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    counts_R = (targets != -100).sum(1)
-    return (logprobs_RK.sum(1) / counts_R).view(num_examples, -1)
+        return scored_logits(model, batch)[:, 0].gather(1, batch["targets"]).float()
+    return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
 
 
 def classification_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
     """Cross entropy of the softmax over the options' scores, in fp32."""
     return F.cross_entropy(scores_BC.float(), labels_B)
+
+
+@torch.no_grad()
+def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset) -> Collator:
+    """Return the collator that shares prompts between options if the model gives the same scores that way.
+
+    The claim is checked, not looked up: a few examples are scored in both layouts.  Models without explicit positions
+    or free attention masks (recurrent ones, ALiBi, some fused attention) differ or fail, and get a row an option.
+
+    Args:
+        model: The model to train.
+        pad_token_id: Padding token.
+        dataset: Encoded examples, of which the two with the shortest and longest prompts are tried.
+
+    Returns:
+        A :class:`Collator`.
+    """
+    plain, packed = Collator(pad_token_id), Collator(pad_token_id, shared_prompt=True)
+    items = [dataset[i] for i in range(len(dataset))]
+    several = [i for i in items if len(i["option_ids"]) > 1 and max(map(len, i["option_ids"])) > 1]
+    if not several or "mask_id" in several[0]:
+        return plain
+    several.sort(key=lambda item: len(item["input_ids"]))
+    trial = several[:1] + several[-1:]
+    config = getattr(model, "peft_config", None)
+    if config and any(c.is_prompt_learning for c in config.values()):
+        reason = "virtual tokens in front allow no packed attention mask"
+    else:
+        device = next(model.parameters()).device
+        move = lambda batch: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}  # noqa: E731
+        expected = option_scores(model, move(plain(trial)))
+        try:
+            found = option_scores(model, move(packed(trial)))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            finite = expected.isfinite()
+            error_found = (found - expected)[finite].abs().max().item()
+            tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+            if error_found <= tolerance:
+                logger.info("Options of several tokens share their prompt's computation.")
+                return packed
+            reason = f"the scores would differ by {error_found:.2g}"
+    logger.warning(
+        "%s cannot share a prompt between its options (%s): every option repeats it, which is slower but right.",
+        type(model).__name__,
+        reason,
+    )
+    return plain
+
+
+__all__ = [
+    "Collator",
+    "EncodedDataset",
+    "ScoredPositions",
+    "choose_collator",
+    "classification_loss",
+    "mean_scores",
+    "option_logprobs",
+    "option_scores",
+    "packed_mask",
+    "scored_logits",
+]

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import LossError, RunError, UsageError
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.config import ZOConfig
-from zokernel.finetune.model import load_weights_
-from zokernel.finetune.scoring import classification_loss, option_scores
+from zokernel.finetune.objective import Objective
+from zokernel.finetune.resumable import ResumableTrainer
 from zokernel.optim import get_method
 
 logger = logging.getLogger(__name__)
 
 
-class ZOTrainer(Trainer):
+class ZOTrainer(ResumableTrainer):
     r"""``transformers.Trainer`` that trains with forward passes only (or, with a first-order method, as usual).
 
     One optimizer step evaluates the loss of the same batch at a few perturbed weights.  The model stays in evaluation
@@ -36,23 +36,34 @@ class ZOTrainer(Trainer):
     Args:
         model: A language model of transformers, or a peft model, with at least one trainable parameter.
         args: A :class:`ZOConfig`.
+        objective: What is minimised and reported; cross entropy over the options when not given.
         **kwargs: As for ``transformers.Trainer``.  Batches are expected as ``zokernel.finetune.scoring.Collator`` makes
             them; override :meth:`compute_loss` for any other loss.
 
     Raises:
-        UsageError: If the model has no trainable parameter or is quantized.
+        UsageError: If the model has no trainable parameter or is quantized, or a first-order method is to follow an
+            objective that has no gradient.
     """
 
     args: ZOConfig
+    objective: Objective
 
-    def __init__(self, model: nn.Module, args: ZOConfig, **kwargs: Any):
+    def __init__(self, model: nn.Module, args: ZOConfig, *, objective: Objective | None = None, **kwargs: Any):
         check_trainable(model, args)
-        kwargs.setdefault("compute_metrics", accuracy)
-        super().__init__(model=model, args=args, **kwargs)
+        self.objective = objective or Objective(args.objective)
         self.zeroth_order = not getattr(get_method(args.method), "first_order", False)
+        if not self.zeroth_order and self.objective.objective != "cross_entropy":
+            raise UsageError(
+                f"{self.objective.objective} has no gradient for {args.method} to follow: choose a zeroth-order "
+                "method, or --objective cross_entropy."
+            )
+        kwargs.setdefault("compute_metrics", self.objective.metrics)
+        super().__init__(model=model, args=args, **kwargs)
         self.run_log = RunLog(self)
         self.add_callback(self.run_log)
         self.add_callback(StopOnInterrupt())
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         replace_progress_bar(self)
         self.last_loss = self.effective_lr = float("nan")
         self._micro_batches: list[dict[str, Any]] = []
@@ -92,11 +103,6 @@ class ZOTrainer(Trainer):
         return self.optimizer
 
     @property
-    def bare_optimizer(self) -> Any:
-        """The optimizer itself, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    @property
     def forwards_per_step(self) -> int:
         """Forward passes of one optimizer step (a first-order step counts as one)."""
         return self.bare_optimizer.forwards_per_step if self.zeroth_order else 1
@@ -120,7 +126,10 @@ class ZOTrainer(Trainer):
                 losses = [self.compute_loss(model, batch) for batch in batches]
             return torch.stack(losses).mean()
 
-        self.last_loss = self.bare_optimizer.step(closure)
+        if self.journal is not None:
+            self.last_loss = self.journal.step(self.bare_optimizer, closure)
+        else:
+            self.last_loss = self.bare_optimizer.step(closure)
         return torch.tensor(self.last_loss, device=self.args.device)
 
     def compute_loss(
@@ -130,33 +139,19 @@ class ZOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Score every option in one forward and return the cross entropy over options (and ``{"logits": scores}``)."""
-        scores_BC = option_scores(model, inputs)
-        loss = classification_loss(scores_BC, inputs["labels"])
-        return (loss, {"logits": scores_BC}) if return_outputs else loss
+        """Return the objective of a batch (and, for evaluation, scores, predictions and metrics of its examples)."""
+        if return_outputs:
+            return self.objective.evaluate(model, inputs)
+        return self.objective(model, inputs)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; end with the best checkpoint if asked to, and save the last good weights if the loss is not finite."""
-        # The Trainer would read the best checkpoint as a second copy of the model; here it comes tensor by tensor.
-        wants_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as :meth:`ResumableTrainer.train` does; if the loss is not finite, save the last good weights."""
         try:
-            result = super().train(*args, **kwargs)
-        except RunError as error:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except LossError as error:
             folder = Path(str(self.args.output_dir)) / "last-good"
             self.save_model(str(folder))
             raise RunError(f"{error} The last good weights are in {folder}.") from error
-        finally:
-            self.args.load_best_model_at_end = wants_best
-        if wants_best and self.state.best_model_checkpoint:
-            assert isinstance(self.model, nn.Module)
-            load_weights_(self.model, Path(self.state.best_model_checkpoint))
-        return result
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of examples whose highest-scored option is the label."""
-    scores_NC = torch.as_tensor(prediction.predictions)
-    return {"accuracy": (scores_NC.argmax(-1) == torch.as_tensor(prediction.label_ids)).float().mean().item()}
 
 
 def check_trainable(model: nn.Module, args: ZOConfig) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 from torch import nn
@@ -17,25 +18,25 @@ from zokernel.finetune.scoring import EncodedDataset
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(model: nn.Module, dataset: EncodedDataset, precision: str) -> str:
-    """Return a SHA-256 of everything that decides a zero-shot score: weights, architecture, examples, precision, torch.
+def fingerprint(model: nn.Module, dataset: EncodedDataset, settings: str) -> str:
+    """Return a SHA-256 of all that decides a zero-shot score: weights, architecture, examples, settings, torch.
 
     Args:
         model: The model before training.
         dataset: The encoded examples.
-        precision: Precision of the forwards.
+        settings: Precision of the forwards, and how answers are scored.
 
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(f"{type(model).__name__} {precision} {torch.__version__}".encode())
+    digest = hashlib.sha256(f"{type(model).__name__} {settings} {torch.__version__}".encode())
     config = getattr(model, "config", None)
     digest.update(str(config.to_json_string() if config is not None else "").encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     for example in dataset.examples:
-        digest.update(json.dumps([example.prompt_ids, example.option_ids, example.label]).encode())
+        digest.update(json.dumps(astuple(example)).encode())
     return digest.hexdigest()
 
 
@@ -47,7 +48,7 @@ def remembered(key: str, score: Callable[[], dict[str, float]]) -> dict[str, flo
         score: Computes the score.
 
     Returns:
-        ``loss`` and ``accuracy``.
+        Loss and metrics.
     """
     kept = cache_home() / "zero-shot" / f"{key}.json"
     if kept.exists():

@@ -160,7 +160,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         output_dir="runs/plan", restore="copy", use_cpu=not torch.cuda.is_available(), precision=arguments.precision
     )
     model, tokenizer = load_model(model_arguments, config)
-    dataset = EncodedDataset(encode(prompt, rows, tokenizer, max_length=data_arguments.max_length))
+    dataset = EncodedDataset(encode(prompt, rows, tokenizer, max_length=data_arguments.max_length or 2048))
     batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
     exact = Task(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},

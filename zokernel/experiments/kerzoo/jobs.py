@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import random
-import string
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.tasks import PromptTask, get_task
+from zokernel.finetune.tasks import get_task
 
 
 def finetune_job(
@@ -42,70 +39,64 @@ def finetune_job(
         return finetune(ModelArguments(**model), DataArguments(**data), config)
 
 
-def tiny_model(folder: Path) -> Path:
-    """Write a random two-layer Llama with a byte-level tokenizer, and return its folder."""
+def tiny_model(folder: Path, *, masked: bool = False) -> Path:
+    """Write a random two-layer Llama (or RoBERTa) with a byte-level tokenizer, and return its folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        RobertaConfig,
+        RobertaForMaskedLM,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<eos>", "<pad>"])
     tokenizer.train_from_iterator([" terrible great Yes No Maybe"] * 8, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    special: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    if masked:
+        special["mask_token"] = AddedToken("<mask>", lstrip=True, special=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.save_pretrained(folder)
+    shape: dict[str, Any] = {
+        "vocab_size": len(fast),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": fast.pad_token_id,
+        "eos_token_id": fast.eos_token_id,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(fast),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            tie_word_embeddings=True,
-            pad_token_id=fast.pad_token_id,
-            eos_token_id=fast.eos_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        if masked:
+            RobertaForMaskedLM(RobertaConfig(max_position_embeddings=514, **shape)).save_pretrained(folder)
+        else:
+            LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape)).save_pretrained(folder)
     return folder
 
 
-def tiny_data(folder: Path, task: PromptTask, *, size: int = 32, seed: int = 0) -> dict[str, str]:
-    """Write splits whose columns are the template's and whose label can be read off the text.
-
-    Returns:
-        ``train_file``, ``validation_file`` and ``test_file``.
-    """
-    generator = random.Random(seed)
-    columns = sorted({field for _, field, _, _ in string.Formatter().parse(task.template) if field})
-    labels: list[Any] = list(task.labels) or list(range(len(task.label_words)))
-    files = {}
-    for split in ("train", "validation", "test"):
-        rows = []
-        for _ in range(size):
-            k = generator.randrange(len(labels))
-            filler = " ".join(generator.choice(["a", "the", "one"]) for _ in range(generator.randrange(1, 4)))
-            rows.append(dict.fromkeys(columns, f"{filler} {'xyzuvw'[k]}") | {task.label_column: labels[k]})
-        path = folder / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files[f"{split}_file"] = str(path)
-    return files
-
-
-def tiny_setup(folder: Path, data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def tiny_setup(folder: Path, data: dict[str, Any], *, masked: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return model and data arguments of a job with its model and data replaced by tiny ones."""
+    from zokernel.finetune.tasks.toy import toy_files
+
     folder.mkdir(parents=True, exist_ok=True)
     wording: dict[str, Any] = {
         key: data[key] for key in ("template", "label_words", "labels", "label_column") if key in data
     }
-    task = get_task(data.get("task", "sst2"), **wording)
-    files = tiny_data(folder, task)
-    limits = {"max_train_samples": 32, "max_eval_samples": 16, "max_test_samples": 16}
-    return {"model_name_or_path": str(tiny_model(folder / "model"))}, {
-        "task": data.get("task", "sst2"),
+    name = data.get("task", "sst2")
+    files = toy_files(folder / "data", name, get_task(name, **wording), size=32)
+    return {"model_name_or_path": str(tiny_model(folder / "model", masked=masked))}, {
+        "task": name,
         **wording,
         **files,
-        **limits,
+        **({key: data[key] for key in ("protocol", "k_shot") if key in data}),
+        "max_train_samples": 32,
+        "max_eval_samples": 16,
+        "max_test_samples": 16,
+        "max_new_tokens": 5,
     }

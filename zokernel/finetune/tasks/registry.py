@@ -1,40 +1,38 @@
-"""Named tasks: published templates and label words, and where their columns come from."""
+"""Named tasks, with any part replaced by the user's own; or a whole task from a few lines of YAML."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.finetune.tasks.base import Source, Task
+from zokernel.finetune.tasks.catalogue import TASKS
+from zokernel.finetune.tasks.choice import ChoiceTask
+from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.prompt import PromptTask
+from zokernel.finetune.tasks.template import MASK
 
-TASKS: dict[str, PromptTask] = {
-    "sst2": PromptTask("{sentence} It was", ("terrible", "great")),
-    "movie-reviews": PromptTask("Movie review: {sentence}\nOverall, the movie was", ("terrible", "great")),
-    "rte": PromptTask(
-        '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',
-        ("Yes", "No"),
-        labels=("entailment", "not_entailment"),
-    ),
-    "trec": PromptTask(
-        "Question: {question}\nThe answer is a",
-        ("description", "entity", "person", "number", "location", "abbreviation"),
-    ),
-}
+_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (PromptTask, ChoiceTask, GenerationTask)}
+_NOT_IN_YAML = ("columns", "prepare")
 
 
 def get_task(
     name: str,
     *,
     template: str | None = None,
-    label_words: list[str] | None = None,
-    labels: list[str] | None = None,
+    label_words: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     label_column: str | None = None,
-) -> PromptTask:
+) -> Task:
     """Return a named task with any part of it replaced by the user's own.
 
     Args:
         name: A key of ``TASKS``.
-        template: Replaces the template.
+        template: Replaces the template; one with ``{mask}`` replaces the masked template.
         label_words: Replaces the label words (and drops the named task's label values).
         labels: What the label column holds for each class, in the order of the label words.
         label_column: Name of the label column.
@@ -43,7 +41,7 @@ def get_task(
         The task.
 
     Raises:
-        UsageError: If there is no such task.
+        UsageError: If there is no such task, or it has no label words to replace.
 
     Example:
         >>> get_task("sst2", label_words=["bad", "good"]).options()
@@ -51,15 +49,107 @@ def get_task(
     """
     if name not in TASKS:
         raise UsageError(
-            f"There is no task {name!r}: choose one of {', '.join(TASKS)}, or set --template and --label_words."
+            f"There is no task {name!r}: choose one of {', '.join(TASKS)}, or set --template and --label_words, "
+            "or describe your own in a --task_file."
         )
-    task = TASKS[name]
-    if label_words:
-        task = replace(task, label_words=tuple(label_words), labels=())
-    if labels:
-        task = replace(task, labels=tuple(labels))
+    return customize(TASKS[name], template=template, label_words=label_words, labels=labels, label_column=label_column)
+
+
+def customize(
+    task: Task,
+    *,
+    template: str | None = None,
+    label_words: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> Task:
+    """Replace parts of a task; see :func:`get_task`."""
     if template:
-        task = replace(task, template=template.replace("\\n", "\n"))
+        text = template.replace("\\n", "\n")
+        if f"{{{MASK}}}" in text:
+            # A masked language model is meant; the causal wording no longer belongs to the task.
+            task = replace(task, template=text, masked_template=text)
+        else:
+            task = replace(task, template=text, masked_template=None)
+    if label_words or labels:
+        if not isinstance(task, PromptTask):
+            raise UsageError(f"A {task.kind} task has no label words: leave out --label_words and --labels.")
+        if label_words:
+            task = replace(task, label_words=tuple(label_words), labels=(), masked_label_words=())
+        if labels:
+            task = replace(task, labels=tuple(labels))
     if label_column:
         task = replace(task, label_column=label_column)
     return task
+
+
+def read_task(path: str | Path) -> Task:
+    """Read a task from a YAML file.
+
+    The keys are those of the task's class: :class:`PromptTask` when there are ``label_words``, :class:`ChoiceTask` when
+    there are ``choices`` or a ``choices_column``, otherwise :class:`GenerationTask`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The task.
+
+    Raises:
+        UsageError: If the file is missing, malformed, or has a key that tasks do not have.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"There is no task file {path}: check the path.")
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict) or "template" not in values:
+        raise UsageError(f"{path} must be a mapping with at least a template, such as 'template: \"{{text}} It was\"'.")
+    return make_task(values, where=str(path))
+
+
+def make_task(values: dict[str, Any], *, where: str = "the task") -> Task:
+    r"""Build a task from plain values, as a YAML file holds them.
+
+    Example:
+        >>> make_task({"template": "{text}\nTopic:", "label_words": ["sport", "art"]}).options()
+        (' sport', ' art')
+    """
+    if "label_words" in values:
+        kind: type[Task] = PromptTask
+    elif "choices" in values or "choices_column" in values:
+        kind = ChoiceTask
+    else:
+        kind = GenerationTask
+        values = {"metric": "f1", "loss": "answer", **values}
+    known = [f.name for f in fields(kind) if f.name not in _NOT_IN_YAML]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}."
+            raise UsageError(f"{where} sets {key!r}, which a {kind.kind} task does not have: {hint}")
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "source":
+            arguments[key] = Source(**({"dataset": value} if isinstance(value, str) else value))
+        elif key == "aliases":
+            arguments[key] = {column: _tuple(others) for column, others in value.items()}
+        elif key == "dev_size":
+            arguments[key] = int(value)
+        else:
+            arguments[key] = _tuple(value) if isinstance(value, list) else str(value)
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise UsageError(f"{where} is incomplete: {error}.") from error
+
+
+def _tuple(value: Any) -> tuple[str, ...]:
+    # YAML reads the bare words yes, no, true and false as booleans; as label words they are meant as words.
+    words = {True: "Yes", False: "No"}
+    items = value if isinstance(value, list) else [value]
+    return tuple(words[item] if isinstance(item, bool) else str(item) for item in items)

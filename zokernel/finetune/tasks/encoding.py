@@ -1,0 +1,210 @@
+"""Examples as tokens: prompt and options split by character position, for causal and masked language models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+
+if TYPE_CHECKING:
+    from zokernel.finetune.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+
+SEPARATOR = "\n\n"  # between demonstrations
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example, tokenized.
+
+    Attributes:
+        prompt_ids: Tokens before the options (or before the mask).
+        option_ids: Tokens of each option.
+        label: The right option.
+        suffix_ids: Tokens after the mask; only for masked language models.
+        mask_id: The mask token, for masked language models.
+        correct: Every right option, when several are.
+        references: Right answers as text, for generation.
+    """
+
+    prompt_ids: list[int]
+    option_ids: list[list[int]]
+    label: int
+    suffix_ids: tuple[int, ...] = ()
+    mask_id: int | None = None
+    correct: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+def encode(
+    task: Task,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_length: int = 2048,
+    masked: bool = False,
+    context: str = "",
+    only_answer: bool = False,
+) -> list[Encoded]:
+    """Tokenize every example with every option, splitting prompt from option by character position.
+
+    Splitting by position is right for every tokenizer; the difference of token counts, as public code takes it, assumes
+    that the prompt's tokens are a prefix of the whole text's.
+
+    Args:
+        task: Template and options.
+        rows: The table.
+        tokenizer: A fast tokenizer of transformers.
+        max_length: Longest sequence; longer prompts lose tokens at the front (a leading special token is kept).
+        masked: Whether the options stand in place of a mask.
+        context: Text put before every prompt, such as :func:`demonstrations`.
+        only_answer: Encode the right option alone, which is all that a loss on the answer needs.
+
+    Returns:
+        One :class:`Encoded` a row.
+
+    Raises:
+        UsageError: If the tokenizer gives no character offsets, or a label is none of the options.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
+    if masked:
+        return _encode_masked(task, rows, tokenizer, max_length, context, only_answer)
+    prompts = [context + task.prompt(row) for row in rows]
+    options, correct = _choices([task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer)
+    texts = [prompt + option for prompt, choices in zip(prompts, options) for option in choices]
+    batch = tokenizer(texts, return_offsets_mapping=True)
+    examples, position = [], 0
+    for row, prompt, choices, right in zip(rows, prompts, options, correct):
+        splits = []
+        for _ in choices:
+            ids, offsets = batch["input_ids"][position], batch["offset_mapping"][position]
+            splits.append(_split(ids, offsets, len(prompt)))
+            position += 1
+        prompt_ids = splits[0][0]
+        # An option may pull the prompt's last characters into its first token, each in its own way; the shared prompt
+        # is then what all of them have in common.
+        common = min(_common_prefix(prompt_ids, other) for other, _ in splits)
+        option_ids = [head[common:] + tail for head, tail in splits]
+        prompt_ids = _keep_end(prompt_ids[:common], max_length - max(map(len, option_ids)), tokenizer)
+        if not prompt_ids:
+            raise UsageError(f"The prompt {prompt!r} has no token before its options: begin the template with text.")
+        examples.append(Encoded(prompt_ids, option_ids, right[0], correct=right, references=task.references(row)))
+    return examples
+
+
+def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False) -> str:
+    r"""Return solved examples as the text to put before a prompt (in-context learning).
+
+    Args:
+        task: Template and options.
+        rows: The examples to show.
+        masked: Whether to use the wording for masked language models.
+
+    Returns:
+        The examples with their right answers, each followed by an empty line; empty if there are none.
+
+    Example:
+        >>> from zokernel.finetune.tasks import get_task
+        >>> demonstrations(get_task("sst2"), [{"sentence": "A joy .", "label": 1}])
+        'A joy . It was great\n\n'
+    """
+    shown = []
+    for row in rows:
+        if masked:
+            before, after = task.cloze(row)
+            space = "" if not before or before[-1].isspace() else " "
+            shown.append(before + space + task.fillers(row)[task.label(row)] + after)
+        else:
+            shown.append(task.prompt(row) + task.options(row)[task.label(row)].rstrip("\n"))
+    return "".join(text + SEPARATOR for text in shown)
+
+
+def _encode_masked(
+    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, context: str, only_answer: bool
+) -> list[Encoded]:
+    """Tokenize the text with one mask, and every option on its own as it would stand after a space."""
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        raise UsageError("The tokenizer has no mask token: use a masked language model, or a template without {mask}.")
+    clozes = [(context + before, after) for before, after in map(task.cloze, rows)]
+    options, correct = _choices([task.fillers(row) for row in rows], [task.correct(row) for row in rows], only_answer)
+    batch = tokenizer([f"{b}{tokenizer.mask_token}{a}" for b, a in clozes], return_offsets_mapping=True)
+    known: dict[str, list[int]] = {}
+    examples = []
+    for number, (choices, right) in enumerate(zip(options, correct)):
+        ids, offsets = batch["input_ids"][number], batch["offset_mapping"][number]
+        boundary = len(clozes[number][0])
+        at = next(i for i, token in enumerate(ids) if token == mask_id and offsets[i][1] > boundary)
+        for text in choices:
+            if text not in known:
+                known[text] = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        option_ids = [known[text] for text in choices]
+        room = max_length - max(map(len, option_ids))
+        prompt_ids, suffix_ids = ids[:at], ids[at + 1 :]
+        # Whichever side of the mask is longer gives way: the published templates have the mask at either end.
+        if len(suffix_ids) > len(prompt_ids):
+            suffix_ids = _keep_start(suffix_ids, room - len(prompt_ids), tokenizer)
+        else:
+            prompt_ids = _keep_end(prompt_ids, room - len(suffix_ids), tokenizer)
+        examples.append(Encoded(prompt_ids, option_ids, right[0], tuple(suffix_ids), mask_id, right))
+    return examples
+
+
+def _choices(
+    options: list[tuple[str, ...]], correct: list[tuple[int, ...]], only_answer: bool
+) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
+    if not only_answer:
+        return options, correct
+    return [(choices[right[0]],) for choices, right in zip(options, correct)], [(0,)] * len(options)
+
+
+def _keep_end(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Drop tokens at the front, but a leading special token, until ``room`` are left."""
+    if len(ids) <= room:
+        return ids
+    first = int(ids[0] in tokenizer.all_special_ids)
+    _check_room(room, first)
+    return ids[:first] + ids[len(ids) - room + first :]
+
+
+def _keep_start(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Drop tokens at the end, but a trailing special token, until ``room`` are left."""
+    if len(ids) <= room:
+        return ids
+    last = int(ids[-1] in tokenizer.all_special_ids)
+    _check_room(room, last)
+    return ids[: room - last] + ids[len(ids) - last :]
+
+
+def _check_room(room: int, needed: int) -> None:
+    if room <= needed:
+        raise UsageError("max_length leaves no room for the prompt beside its longest option: raise --max_length.")
+
+
+def _split(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> tuple[list[int], list[int]]:
+    """Split tokens at a character: the option starts with the first token that reaches beyond the prompt."""
+    cut = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))
+    last = max((i for i, (start, end) in enumerate(offsets) if end > start), default=-1) + 1  # drop a trailing EOS
+    return ids[:cut], ids[cut:last]
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    length = min(len(left), len(right))
+    return next((i for i in range(length) if left[i] != right[i]), length)
+
+
+def report_label_words(examples: Sequence[Encoded], task: Any) -> bool:
+    """Log which label words are more than one token, and return whether all options are single tokens."""
+    single = all(len(option) == 1 for example in examples for option in example.option_ids)
+    if not single and task.fixed_options:
+        for choice, word in enumerate(task.label_words):
+            longest = max(len(example.option_ids[choice]) for example in examples)
+            if longest > 1:
+                logger.info("Label word %r is up to %d tokens: scored by the mean over its tokens.", word, longest)
+    return single

@@ -1,0 +1,75 @@
+"""Question answering by generation: trained on the answer's tokens, scored on what greedy decoding writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class GenerationTask(Task):
+    r"""A task whose answer is written out.
+
+    The label column holds the answer, or a list of answers that all count (the first is trained on).  The answer ends
+    with a line break, which is also where decoding stops.
+
+    Args:
+        template: Text with columns in braces.
+        ending: What marks the end of an answer.
+
+    Example:
+        >>> task = GenerationTask("Question: {question}\nAnswer:", label_column="answers")
+        >>> row = {"question": "Who?", "answers": ["Ada Lovelace", "Ada"]}
+        >>> task.options(row), task.references(row)
+        ((' Ada Lovelace\n',), ('Ada Lovelace', 'Ada'))
+    """
+
+    kind: ClassVar[str] = "generation"
+
+    ending: str = "\n"
+
+    def references(self, row: Row) -> tuple[str, ...]:
+        """Return every answer that counts.
+
+        Raises:
+            UsageError: If there is none.
+        """
+        value = row[self.label_column]
+        if isinstance(value, Mapping):  # a list of answers as published: {"text": [...], ...} or {"spans": [...], ...}
+            value = value.get("text", value.get("spans"))
+        answers = [str(answer).strip() for answer in (value if isinstance(value, (list, tuple)) else [value])]
+        answers = [answer for answer in answers if answer]
+        if not answers:
+            raise UsageError(f"Column {self.label_column!r} holds no answer in the row {dict(row)!r:.200}.")
+        return tuple(dict.fromkeys(answers))
+
+    def options(self, row: Row) -> tuple[str, ...]:
+        """Return the one text to be trained on: the first answer and the ending."""
+        return (f"{self._lead()}{self.references(row)[0]}{self.ending}",)
+
+    def fillers(self, row: Row) -> tuple[str, ...]:
+        """Refuse: a masked language model does not write answers.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "This task's answers are generated, which a masked language model does not do: use a causal language model."
+        )
+
+    def correct(self, row: Row) -> tuple[int, ...]:
+        """Return the one text there is, after checking that the row has an answer."""
+        self.references(row)
+        return (0,)
+
+    def unlabelled(self, row: Row) -> bool:
+        """Whether the row has no answer."""
+        value = row[self.label_column]
+        if isinstance(value, Mapping):
+            value = value.get("text", value.get("spans"))
+        return value is None or (isinstance(value, (list, tuple)) and not value) or value == ""
