@@ -298,3 +298,17 @@ def test_equal_losses_in_the_first_step_are_warned_about(caplog):
     caplog.clear()
     MeZO([weight], lr=0.1).step(lambda: weight.square().sum())
     assert not caplog.text
+
+
+@pytest.mark.parametrize("restore", ["fold", "copy"])
+def test_hizoo_s_windows_change_nothing(monkeypatch, restore):
+    """Directions belong to positions, so it does not matter how many of them are held at a time."""
+    ends = []
+    for window in (7, 1 << 21):
+        monkeypatch.setattr("zokernel.optim.hizoo.WINDOW", window)
+        w = nn.Parameter(torch.linspace(-1, 1, 60).view(6, 10))
+        optimizer = HiZOO([("w", w)], lr=0.01, num_perturbations=2, hessian_smooth=0.1, restore=restore)
+        for _ in range(4):
+            optimizer.step(lambda: (w - 0.5).pow(4).sum())
+        ends.append(w.detach().clone())
+    assert torch.equal(*ends)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense
+from zokernel.directions import Dense, engine
 from zokernel.directions.family import Family
-from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Term, Values
+from zokernel.directions.placement import Placement, place_all
+from zokernel.directions.terms import Job, Term, Values
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.estimators.curvature import TwoPointCurvature
@@ -30,11 +30,12 @@ from zokernel.optim.base import ZerothOrderOptimizer
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 
-PIECE = 1 << 17
+# Elements whose directions are held at a time: a temporary as large as an embedding would be a fifth of a small model.
+WINDOW = 1 << 21
 
 
 class Preconditioned(Family):
-    r"""Directions :math:`H^{-1/2} z` with a diagonal H by tensor name, generated a tensor at a time.
+    r"""Directions :math:`H^{-1/2} z` with a diagonal H by tensor name, generated a window of a tensor at a time.
 
     Args:
         base: Dense directions z.
@@ -46,23 +47,62 @@ class Preconditioned(Family):
         self.base, self.curvature = base, curvature
         self.law = base.law
 
+    def draw(self, name: str, begin: int, end: int, *, seed: int, step: int, index: int) -> Tensor:
+        """Return z at positions ``begin`` to ``end`` of a tensor, (end - begin,) float32."""
+        curvature = self.curvature[name]
+        z = torch.zeros(end - begin, device=curvature.device)
+        place = Placement(name, z, z, (curvature.numel(),), (begin,))
+        (term,) = self.base.terms([place], seed=seed, step=step, index=index)
+        if term is not None:
+            engine.sweep([Job(place, (term,), (1.0,))], self.backend)
+        return z
+
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return the scaled directions as values; see :meth:`Family.terms`."""
-        like = {place.name: self.curvature[place.name] for place in places}
-        draws = self.base(like, seed=seed, step=step, index=index)
+        """Return the scaled directions of whole tensors as values; see :meth:`Family.terms`."""
+        result: list[Term | None] = []
         for place in places:
-            # In pieces: a root of the whole Hessian would be one more temporary of the tensor's size.
-            pieces = draws[place.name].view(-1).split(PIECE), self.curvature[place.name].view(-1).split(PIECE)
-            for draw, curvature in zip(*pieces):
-                draw.mul_(curvature.rsqrt())
-        return [Values(draws[place.name]) for place in places]
+            z = self.draw(place.name, 0, place.numel, seed=seed, step=step, index=index)
+            for begin, end in windows(z):
+                z[begin:end] *= self.curvature[place.name].view(-1)[begin:end].rsqrt()
+            result.append(Values(z.view(place.shape)))
+        return result
 
     def sweep_(self, tensors: Mapping[str, Tensor], scale: Any, **kwargs: Any) -> dict[str, float]:
-        """Sweep one tensor after the other, so that only one direction is held; see :meth:`Family.sweep_`."""
+        """Sweep one window after the other, so that only its directions are held; see :meth:`Family.sweep_`."""
         peaks: dict[str, float] = {}
-        for name, tensor in tensors.items():
-            peaks |= super().sweep_({name: tensor}, scale, **kwargs)
+        step, index = (v if isinstance(v, int) else [*v, 0][0] for v in (kwargs["step"], kwargs["index"]))
+        kwargs["rounding"] = kwargs.get("rounding") or (step, index)
+        for place in place_all(tensors):
+            name, local = place.name, place.local
+            if not local.is_contiguous() or tuple(local.shape) != place.shape:
+                peaks |= super().sweep_({name: tensors[name]}, scale, **kwargs)
+                continue
+            for number, (begin, end) in enumerate(windows(local)):
+                # Windows count positions from their own start: they need their own bits to round with.
+                rounding = kwargs["rounding"][0], kwargs["rounding"][1] + (number << 20)
+                window = _Window(self, begin, end)
+                found = window.sweep_({name: local.view(-1)[begin:end]}, scale, **kwargs | {"rounding": rounding})
+                peaks[name] = max(peaks.get(name, 0.0), found[name])
         return peaks
+
+
+class _Window(Family):
+    """The directions of :class:`Preconditioned` on a stretch of one tensor."""
+
+    def __init__(self, whole: Preconditioned, begin: int, end: int):
+        super().__init__(whole.backend)
+        self.whole, self.begin, self.end = whole, begin, end
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return the scaled directions of the stretch; see :meth:`Family.terms`."""
+        (place,) = places
+        z = self.whole.draw(place.name, self.begin, self.end, seed=seed, step=step, index=index)
+        return [Values(z.mul_(self.whole.curvature[place.name].view(-1)[self.begin : self.end].rsqrt()))]
+
+
+def windows(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return begin and end of the stretches of at most ``WINDOW`` elements that make up a tensor."""
+    return [(begin, min(begin + WINDOW, tensor.numel())) for begin in range(0, tensor.numel(), WINDOW)]
 
 
 @register("hizoo")
@@ -146,14 +186,15 @@ class HiZOO(ZerothOrderOptimizer):
         if self.hessian_smooth == 0:
             return
         assert isinstance(self.directions, Preconditioned)
+        count = len(estimate.curvature)
         for name, hessian in self.curvature.items():
-            growth: Tensor | None = None
-            for index, curvature in enumerate(estimate.curvature):
-                z = self.directions.base({name: hessian}, seed=self.seed, step=self.step_count, index=index)[name]
-                z.square_().mul_(self.hessian_smooth * abs(curvature) / 2 / len(estimate.curvature))
-                growth = z if growth is None else growth.add_(z)
-            if growth is not None:
-                hessian.mul_(growth.add_(1 - self.hessian_smooth))
+            flat = hessian.view(-1)
+            for begin, end in windows(flat):
+                growth = torch.full((end - begin,), 1 - self.hessian_smooth, device=flat.device)
+                for index, curvature in enumerate(estimate.curvature):
+                    z = self.directions.draw(name, begin, end, seed=self.seed, step=self.step_count, index=index)
+                    growth.add_(z.square_(), alpha=self.hessian_smooth * abs(curvature) / 2 / count)
+                flat[begin:end] *= growth
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, with its Hessian."""
