@@ -22,6 +22,10 @@ class RunError(ZokernelError, RuntimeError):
     """The request was fine but could not be carried out: a NaN loss, not enough memory, no network (exit code 1)."""
 
 
+class LossError(RunError):
+    """A loss came out NaN or infinite; the weights are those before the step."""
+
+
 class MissingDependencyError(RunError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

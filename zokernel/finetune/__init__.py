@@ -11,10 +11,12 @@ _EXPORTS = {
     "PromptTask": "tasks.prompt",
     "ZOConfig": "config",
     "ZOTrainer": "trainer",
-    "encode": "tasks.prompt",
+    "Objective": "objective",
+    "encode": "tasks.encoding",
     "finetune": "job",
     "get_task": "tasks.registry",
     "option_scores": "scoring",
+    "replay": "journal",
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "finetune",
     "get_task",
     "option_scores",
+    "replay",
 ]
 
 

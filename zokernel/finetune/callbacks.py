@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STEPS_FILE = "steps.jsonl"
+
 
 class RunLog(TrainerCallback):
-    """Keeps one row a step: loss, projected gradient, forwards and seconds so far.
+    """Keeps one row a step: loss, projected gradient, forwards and seconds so far; also in ``steps.jsonl``.
 
     Args:
         trainer: The trainer whose optimizer is read after every step.
@@ -33,15 +35,18 @@ class RunLog(TrainerCallback):
         self.seconds = 0.0
         self.forwards = 0
         self._since = time.perf_counter()
+        self._seconds_at: dict[int, float] = {}
+        self._file: TextIO | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; when resuming, take up the rows of the steps already done."""
-        kept = Path(args.output_dir) / "steps.jsonl"
-        if state.global_step > 0 and kept.exists():
-            rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-            if self.rows:
-                self.forwards, self.seconds = int(self.rows[-1]["forwards"]), self.rows[-1]["seconds"]
+        kept = read_rows(Path(args.output_dir) / STEPS_FILE) if self._trainer.continues else []
+        self._seconds_at = {int(row["step"]): row["seconds"] for row in kept}
+        self.rows = [row for row in kept if row["step"] <= state.global_step]
+        self.forwards, self.seconds = (
+            (int(self.rows[-1]["forwards"]), self.rows[-1]["seconds"]) if self.rows else (0, 0)
+        )
+        self._file = None
         self._since = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -50,7 +55,10 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append a row."""
-        self.seconds += time.perf_counter() - self._since
+        if self._trainer.is_replaying:
+            self.seconds = self._seconds_at.get(state.global_step, self.seconds)
+        else:
+            self.seconds += time.perf_counter() - self._since
         self.forwards += self._trainer.forwards_per_step * max(1, args.gradient_accumulation_steps)
         row: dict[str, float] = {
             "step": state.global_step,
@@ -64,20 +72,30 @@ class RunLog(TrainerCallback):
             coefficients = estimate.coefficients.values()
             row["projected_gradient"] = math.sqrt(sum(c * c for c in coefficients) * len(coefficients))
         self.rows.append(row)
+        if args.should_save and not self._trainer.is_replaying:
+            self._write(Path(args.output_dir), row)
+
+    def _write(self, folder: Path, row: dict[str, float]) -> None:
+        if self._file is None:
+            # What an earlier process wrote after the last whole step is replaced.
+            self.save(folder)
+            self._file = (folder / STEPS_FILE).open("a", encoding="utf-8")
+        else:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def forwards_at(self, step: float) -> int:
         """Return how many forwards had been used after ``step`` steps."""
         return next((int(row["forwards"]) for row in reversed(self.rows) if row["step"] <= step), 0)
 
     def save(self, folder: Path) -> None:
-        """Write the rows to ``steps.jsonl``."""
-        partial = folder / "steps.jsonl.partial"
+        """Write all rows to ``steps.jsonl``."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        partial = folder / f"{STEPS_FILE}.partial"
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(folder / "steps.jsonl")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the rows with every checkpoint, so that a resumed run has the whole curve."""
-        self.save(Path(args.output_dir))
+        partial.replace(folder / STEPS_FILE)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add forwards and the projected gradient to what the Trainer logs (progress bar, TensorBoard, W&B, ...)."""
@@ -89,6 +107,17 @@ class RunLog(TrainerCallback):
         logs["forwards"] = self.forwards
         logs["forwards_per_second"] = round(self.forwards / max(self.seconds, 1e-9), 2)
         logs.pop("grad_norm", None)
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a ``steps.jsonl``, up to a line that was torn by a crash."""
+    rows: list[dict[str, float]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class ForwardProgress(ProgressCallback):
@@ -122,16 +151,25 @@ class ForwardProgress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Print evaluations above the bar; the loss is in the bar already."""
-        if logs and state.is_world_process_zero and self.training_bar is not None and "eval_loss" in logs:
+        shown = state.is_world_process_zero and not self._trainer.is_replaying
+        if logs and shown and self.training_bar is not None and "eval_loss" in logs:
             self.training_bar.write(_line(state.global_step, logs), file=sys.stderr)
 
 
 class ForwardLines(TrainerCallback):
-    """The same as log lines, for output that goes to a file."""
+    """The same as log lines, for output that goes to a file.
+
+    Args:
+        trainer: The trainer whose log is shown.
+    """
+
+    def __init__(self, trainer: ZOTrainer):
+        self._trainer = trainer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Log one line."""
-        if logs and state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+        shown = state.is_world_process_zero and not self._trainer.is_replaying
+        if logs and shown and ("loss" in logs or "eval_loss" in logs):
             logger.info("%s", _line(state.global_step, logs))
 
 
@@ -152,7 +190,7 @@ def replace_progress_bar(trainer: ZOTrainer) -> None:
     """Put our bar (or, where progress bars are off, our log lines) in place of the Trainer's own."""
     trainer.pop_callback(PrinterCallback)
     has_bar = trainer.pop_callback(ProgressCallback) is not None
-    trainer.add_callback(ForwardProgress(trainer) if has_bar else ForwardLines())
+    trainer.add_callback(ForwardProgress(trainer) if has_bar else ForwardLines(trainer))
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -6,6 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zokernel.finetune.card import write_card
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.datasets import load_splits, load_task
 from zokernel.finetune.examples import encode_splits, fills_masks, make_objective
+from zokernel.finetune.lock import exclusive
 from zokernel.finetune.memory import PeakMemory
 from zokernel.finetune.model import load_model
 from zokernel.finetune.report import draw_loss, write_report
@@ -58,15 +60,36 @@ def finetune(
         RunError: If it cannot be carried out, or the loss stopped being finite.
         Interrupted: If a signal stopped it after a checkpoint was saved.
     """
+    with ExitStack() as held, output.explained_errors(Path(str(config.output_dir))):
+        return _finetune(model_arguments, data_arguments, config, command, held)
+
+
+def _finetune(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    config: ZOConfig,
+    command: Sequence[str],
+    held: ExitStack,
+) -> dict[str, Any]:
     start = time.perf_counter()
     set_default_lr(config, model_arguments)
     config.method_options()
     folder = Path(str(config.output_dir))
     task = load_task(data_arguments)
     splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
-    resume = config.resume_from_checkpoint
-    output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(resume))
-    checkpoint = output.last_checkpoint(folder, str(resume)) if resume else None
+    if config.should_save:
+        held.enter_context(exclusive(folder))
+    asked = str(config.resume_from_checkpoint or "")
+    settings = output.run_settings(model_arguments, data_arguments, config)
+    there = "unfinished"  # whether that is so is for the first process to find out
+    if config.should_save:
+        there = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(asked), settings=settings)
+    if there == "finished":
+        logger.info("%s holds this very run, finished: nothing is left to do.", folder)
+        return output.read_json(folder / output.METRICS_FILE)
+    resume: str | bool = asked if asked.lower() not in ("", "last", "true") else there == "unfinished"
+    if resume:
+        logger.info("Continuing the run in %s.", folder)
     set_seed(config.seed)
     model, tokenizer = load_model(model_arguments, config)
     encoded = encode_splits(task, splits, model, tokenizer, data_arguments, objective=config.objective)
@@ -82,12 +105,14 @@ def finetune(
         processing_class=tokenizer,
     )
     run: dict[str, Any] = {"zokernel": __version__, "command": list(command)}
-    if checkpoint:
+    if resume and (folder / output.RUN_FILE).exists():
         run = output.read_json(folder / output.RUN_FILE)
+        (folder / output.METRICS_FILE).unlink(missing_ok=True)
+    run["settings"] = settings
     output.write_json(folder / output.RUN_FILE, run)
     if "before" not in run:
-        settings = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
-        key = fingerprint(model, encoded["test"], settings)
+        scoring = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
+        key = fingerprint(model, encoded["test"], scoring)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
             evaluate(trainer, encoded["test"].longest(2 * config.per_device_eval_batch_size))
@@ -99,13 +124,10 @@ def finetune(
 
     with PeakMemory() as training:
         if config.do_train:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=resume)
     if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
         trainer.run_log.save(folder)
-        raise Interrupted(
-            f"Stopped at step {trainer.state.global_step}; everything is saved. Continue with the same command and "
-            "--resume_from_checkpoint last."
-        )
+        raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
     after = evaluate(trainer, encoded["test"]) if config.do_train else run["before"]
     if config.do_train:
         trainer.save_model(str(folder))
@@ -134,7 +156,7 @@ def finetune(
         "before": run["before"],
         "after": after,
         "steps": trainer.state.global_step,
-        "best_step": best_step(trainer),
+        "best_step": trainer.final_step,
         "selected_by": config.metric_for_best_model or "loss",
         "forwards": log.forwards,
         "forwards_per_step": forwards_per_step(trainer),
@@ -151,12 +173,12 @@ def finetune(
         "command": shlex.join(["zokernel", *command]),
         "versions": {"zokernel": __version__, "torch": torch.__version__},
     }
-    output.write_json(folder / "metrics.json", metrics)
     if log.rows:
         test = [{"forwards": 0, **run["before"]}, {"forwards": log.forwards, **after}]
         draw_loss(log.rows, evaluations, test, folder / "loss.png", metric=task.metric)
         write_card(metrics, folder / "README.md")
     write_report(metrics, folder / "report.md")
+    output.write_json(folder / output.METRICS_FILE, metrics)  # last: it says that the run is finished
     return metrics
 
 
@@ -181,16 +203,6 @@ def wording(task: Task, *, masked: bool) -> dict[str, Any]:
 def forwards_per_step(trainer: ZOTrainer) -> int | None:
     """Return the forwards of a zeroth-order step; ``None`` if there was none."""
     return trainer.forwards_per_step if trainer.zeroth_order and trainer.optimizer is not None else None
-
-
-def best_step(trainer: ZOTrainer) -> int:
-    """Return the step whose weights the run ended with."""
-    best = trainer.state.best_model_checkpoint
-    return (
-        int(Path(best).name.rpartition("-")[2])
-        if best and trainer.args.load_best_model_at_end
-        else trainer.state.global_step
-    )
 
 
 def set_default_lr(config: ZOConfig, arguments: ModelArguments) -> None:

@@ -68,4 +68,4 @@ def _sha256(tensor: Tensor) -> bytes:
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()

@@ -27,7 +27,7 @@ from zokernel.directions.base import Directions
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Term, Values
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import LossError, UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
 from zokernel.optim.parameters import Params, name_parameters, trainable
 
@@ -266,11 +266,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Count one evaluation of the loss and return it.
 
         Raises:
-            RunError: If it is not finite.
+            LossError: If it is not finite.
         """
         self.num_forwards += 1
         if not math.isfinite(loss):
-            raise RunError(
+            raise LossError(
                 f"The loss is {loss} at step {self.step_count + 1}: the weights were put back to before this step; "
                 "lower the learning rate or eps, or train in fp32."
             )

@@ -1,0 +1,56 @@
+"""One process at a time in an output folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zokernel.errors import RunError
+
+LOCK_FILE = ".lock"
+# Opening and closing a locked file again would free its POSIX lock, so a process remembers what it holds.
+_held: set[tuple[int, Path]] = set()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is created if missing; the system frees it when the process dies, however.
+
+    A POSIX lock rather than ``flock``: data loader workers would inherit the latter and keep it after a kill.  A
+    process that holds the lock may take it again.
+
+    Args:
+        folder: The output folder.
+
+    Raises:
+        RunError: If another process holds it, or the folder cannot be written.
+    """
+    key = (os.getpid(), folder.resolve())
+    if key in _held:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise RunError(f"The output folder {folder} cannot be written ({error.strerror}): choose another.") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise RunError(
+                f"Another process ({owner}) is working in {folder}: wait for it to end, or choose another --output_dir."
+            ) from error
+        _held.add(key)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            _held.discard(key)
