@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.adapters import virtual_tokens
 from zokernel.finetune.model import load_weights_
 from zokernel.finetune.state_file import load_state, save_state
 from zokernel.journal.writer import sync_folder
@@ -169,8 +170,10 @@ def load_adapter_(model: Any, folder: Path) -> None:
     if not file.exists():
         raise RunError(f"{folder} holds no adapter_model.safetensors: it was not written by this run.")
     result: Any = set_peft_model_state_dict(model, load_file(file))
-    if result.unexpected_keys:
-        raise RunError(f"{file} holds {result.unexpected_keys[0]!r}, which this adapter has not.")
+    # peft files virtual tokens under a name of its own, loads them, and then calls the name unexpected.
+    unexpected = [name for name in result.unexpected_keys if name != "prompt_embeddings" or not virtual_tokens(model)]
+    if unexpected:
+        raise RunError(f"{file} holds {unexpected[0]!r}, which this adapter has not.")
 
 
 def save_training_state(folder: Path, *, optimizer: Any, scheduler: Any, extra: dict[str, Any]) -> None:
