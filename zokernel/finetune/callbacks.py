@@ -179,6 +179,7 @@ _SHOWN = {
     "forwards_per_second": "forwards/s",
     "eval_loss": "validation loss",
     "eval_accuracy": "validation accuracy",
+    "eval_f1": "validation F1",
 }
 
 

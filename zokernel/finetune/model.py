@@ -11,7 +11,7 @@ from torch import nn
 
 from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.adapters import attach_adapter, virtual_tokens, wants_adapter
+from zokernel.finetune.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.arguments import ModelArguments
 from zokernel.finetune.config import ZOConfig
 
@@ -152,7 +152,7 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     """Copy saved weights into a model in place, holding one tensor at a time beside it.
 
     Args:
-        model: The model (or peft model) that was saved.
+        model: The model that was saved.
         folder: A checkpoint folder with ``.safetensors`` files.
 
     Raises:
@@ -164,12 +164,6 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     if not files:
         raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
     targets = model.state_dict()
-    if hasattr(model, "peft_config"):
-        if virtual_tokens(model):
-            _load_virtual_tokens_(model, files)
-            return
-        # peft leaves the adapter's name out of the saved names: "...lora_A.weight" is "...lora_A.default.weight".
-        targets = {name.replace(f".{model.active_adapter}.", "."): tensor for name, tensor in targets.items()}
     for file in files:
         with safe_open(file, "pt") as archive:
             names = list(archive.keys())
@@ -181,14 +175,6 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
                         f"{file} holds {name!r}, which this model has not: it is another model's checkpoint."
                     )
                 targets[name].copy_(archive.get_tensor(name))
-
-
-def _load_virtual_tokens_(model: Any, files: list[Path]) -> None:
-    """Copy saved virtual tokens into a prefix- or prompt-tuned model."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, {name: tensor for file in files for name, tensor in load_file(file).items()})
 
 
 def estimate_memory(

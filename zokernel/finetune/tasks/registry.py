@@ -129,8 +129,9 @@ def make_task(values: dict[str, Any], *, where: str = "the task") -> Task:
     known = [f.name for f in fields(kind) if f.name not in _NOT_IN_YAML]
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}."
+            every = dict.fromkeys(f.name for other in _KINDS.values() for f in fields(other))
+            close = difflib.get_close_matches(key, [name for name in every if name not in _NOT_IN_YAML], n=1)
+            hint = f"did you mean {close[0]}?" if close and close[0] != key else f"it has {', '.join(known)}."
             raise UsageError(f"{where} sets {key!r}, which a {kind.kind} task does not have: {hint}")
     arguments: dict[str, Any] = {}
     for key, value in values.items():
