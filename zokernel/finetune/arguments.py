@@ -168,22 +168,49 @@ def parse(
     return tuple(groups)  # type: ignore[return-value]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping of flags.
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package.
+
+    Example:
+        >>> "mezo-opt-sst2" in recipe_names()
+        True
+    """
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping of flags; ``extends: name`` takes over what another file sets.
+
+    Args:
+        path: A file, or the name of a recipe that comes with the package: ``mezo-opt-sst2``.
 
     Raises:
-        UsageError: If the file is missing or is not a mapping.
+        UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
     """
     import yaml
 
+    packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
+    if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
+        path = packaged
     if not path.is_file():
-        raise UsageError(f"There is no config file {path}: check the path.")
+        close = difflib.get_close_matches(path.stem, recipe_names(), n=1)
+        hint = f"the recipe of the nearest name is {close[0]}" if close else "check the path"
+        raise UsageError(f"There is no config file {path}: {hint}.")
+    if path in _below:
+        raise UsageError(f"{path} extends itself: break the circle.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must be a mapping of flags to values, such as 'learning_rate: 1e-5'.")
+    base = values.pop("extends", None)
+    if base is not None:
+        beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
+        return {**read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path)), **values}
     return values
 
 
