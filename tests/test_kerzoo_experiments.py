@@ -86,11 +86,21 @@ def test_runs_at_smoke_scale(name, smoke_run):
 
 
 def test_accuracy_rows_cover_the_tables_and_their_settings():
-    from zokernel.experiments.kerzoo.accuracy import MODELS, ROWS, TASKS
+    from zokernel.experiments.base import Config
+    from zokernel.experiments.kerzoo.accuracy import MODELS, ROWS, TASKS, select
 
-    assert {row.table for row in ROWS} == {"2", "3", "8", "9", "10", "16"}
+    assert {row.table for row in ROWS} == {"1", "2", "3", "8", "9", "10", "15", "16"}
     assert all(row.model in MODELS and row.task in TASKS for row in ROWS)
-    kerzoo = next(row for row in ROWS if row.method == "kerzoo" and row.lora)
+    published = {(r.table, r.task, r.method, r.lora, r.k_shot): r.published for r in ROWS if not r.num_perturbations}
+    assert published["1", "TREC", "kerzoo", False, 512] == 96.0
+    assert published["2", "SQuAD", "hizoo", False, None] == 66.0
+    assert published["2", "DROP", "kerzoo", True, None] == 14.7
+    assert published["10", "SQuAD", "kerzoo", False, None] == 85.0
+    smoke = select(Config("smoke"))
+    assert {row.method for row in smoke} == {row.method for row in ROWS}
+    forms = {(row.masked, row.task in ("SQuAD", "DROP")) for row in smoke}
+    assert forms == {(True, False), (False, False), (False, True)}
+    kerzoo = next(row for row in ROWS if row.method == "kerzoo" and row.lora and not row.masked)
     settings = kerzoo.settings(4000)
     assert settings["learning_rate"] == 1e-4
     assert settings["eps"] == 1e-2
