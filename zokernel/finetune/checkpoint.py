@@ -21,6 +21,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.adapters import virtual_tokens
 from zokernel.finetune.model import load_weights_
+from zokernel.finetune.output import read_json
 from zokernel.finetune.state_file import load_state, save_state
 from zokernel.journal.writer import sync_folder
 
@@ -104,8 +105,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the N of ``checkpoint-N``."""
-    return int(checkpoint.name.rpartition("-")[2])
+    """Return after how many steps a checkpoint was written: the N of ``checkpoint-N``, or what it says inside."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else int(read_json(checkpoint / TRAINER_STATE)["global_step"])
 
 
 def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
@@ -95,7 +96,10 @@ class ResumableTrainer(Trainer):
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
                 # No process may write before all have read.
                 self.accelerator.wait_for_everyone()
-                result = super().train(checkpoint, *args, **kwargs)
+                if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):
+                    result = self._nothing_left(checkpoint)
+                else:
+                    result = super().train(checkpoint, *args, **kwargs)
                 self.final_step = self.state.global_step
                 if wants_best:
                     self._take_best()
@@ -130,11 +134,24 @@ class ResumableTrainer(Trainer):
         found = files.checkpoints(folder)
         if self.journal is not None:
             # A power cut may have taken the end of a journal that a checkpoint relies on; its steps are taken again.
-            found = [path for path in found if files.step_of(path) <= self.journal.num_steps]
+            # The last steps are played back rather than loaded: the loop takes at least one.
+            last = min(self.journal.num_steps, self.args.max_steps - 1 if self.args.max_steps > 0 else math.inf)
+            found = [path for path in found if files.step_of(path) <= last]
         if not found:
             return None
         files.check_checkpoint(found[-1])
         return str(found[-1])
+
+    def _nothing_left(self, checkpoint: str) -> TrainOutput:
+        """Take up a run that was killed between its last checkpoint and its end: the loop would take a step more."""
+        if self.journal is not None:
+            raise UsageError(f"{checkpoint} is already at --max_steps {self.args.max_steps}: ask for more steps.")
+        self.create_optimizer()
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / files.TRAINER_STATE))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _take_best(self) -> None:
         """Give the model the weights of the best evaluation."""

@@ -1,0 +1,67 @@
+"""Processes to be killed: forked from a server that has imported everything, so that each costs a second, not ten."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+IMPORTED = [
+    "matplotlib.pyplot",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "zokernel.cli",
+    "zokernel.directions.numba_backend",
+    "zokernel.finetune.command",
+    "zokernel.finetune.trainer",
+]
+# Every way in which a run changes a file.
+WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+
+
+def start(argv: list[str], log: Path, *, die_at_write: int | None = None) -> Any:
+    """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it kills itself before its n-th file operation."""
+    # Threads of a killed child cannot disturb the next one, but several would fight for the cores.
+    os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=_run, args=(argv, str(log), die_at_write))
+    process.start()
+    return process
+
+
+def _run(argv: list[str], log: str, die_at_write: int | None) -> None:
+    import torch
+
+    from zokernel.cli import main
+
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if die_at_write is not None:
+        _count_down(die_at_write)
+    sys.exit(main(argv))
+
+
+def _count_down(count: int) -> None:
+    left = [count]
+
+    def dying(operation: Any) -> Any:
+        @functools.wraps(operation)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                if operation.__name__ == "write" and len(args[1]) > 3:
+                    operation(args[0], bytes(args[1])[: len(args[1]) // 2])  # a torn write
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+
+        return counted
+
+    for name in WRITES:
+        setattr(os, name, dying(getattr(os, name)))
