@@ -10,6 +10,7 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -70,7 +71,9 @@ def dispatch(command: str, argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"zokernel {command}", description=module.__doc__ or summary)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    return module.main(parser.parse_args(list(argv))) or 0
+    args = parser.parse_args(list(argv))
+    args.command_line = shlex.join(["zokernel", command, *argv])
+    return module.main(args) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
