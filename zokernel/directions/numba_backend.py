@@ -25,6 +25,7 @@ from zokernel.directions.numba_kernels import (
     SEGMENT,
     TERM,
     add_signs,
+    copy_signs,
     run_segments,
     squared_norm,
 )
@@ -61,6 +62,53 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     if any(job.rule in (Rule.GRID_MOVE, Rule.GRID_COMMIT) for job in jobs):
         np.maximum.at(by_job, segments["job"], peaks)
     return by_job.tolist()
+
+
+def copy_sweep(jobs: Sequence[Job], targets: Sequence[torch.Tensor]) -> None:
+    """Write weights plus one Rademacher direction into other tensors, in one read of the weights.
+
+    Args:
+        jobs: One a tensor; each must be as :func:`can_copy` asks.
+        targets: Where to: contiguous, shaped like the local weights; all float32 or all bfloat16.
+    """
+    _, term_table = _tables(jobs)
+    segments = _segments(tuple(_geometry(job.place) for job in jobs))
+    start = np.array([target.data_ptr() for target in targets], np.uint64)
+    width = np.uint64(targets[0].element_size())
+    addresses = start[segments["job"]] + segments["local"].astype(np.uint64) * width
+    _copy(segments, addresses, targets[0].dtype, term_table)
+
+
+def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
+    """Write some rows of a matrix plus one Rademacher direction into another tensor.
+
+    Args:
+        job: The matrix, as :func:`can_copy` asks.
+        rows: (n,) int64, which rows.
+        target: (n, columns), contiguous, float32 or bfloat16.
+    """
+    local, columns = job.place.local, job.place.local.shape[1]
+    segments = np.zeros(rows.numel(), SEGMENT)
+    begin = rows.numpy() * columns
+    segments["address"] = (begin * local.element_size() + local.data_ptr()).astype(np.uint64)
+    segments["position"], segments["length"], segments["stride"] = begin, columns, 1
+    stride = columns * target.element_size()
+    addresses = (np.arange(rows.numel()) * stride + target.data_ptr()).astype(np.uint64)
+    _copy(segments, addresses, target.dtype, _tables([job])[1])
+
+
+def can_copy(job: Job) -> bool:
+    """Return whether :func:`copy_sweep` can carry a job out: whole rows of float32 weights, one sign direction."""
+    place = job.place
+    return _is_plain_signs(job) and place.local.is_contiguous() and tuple(place.local.shape[1:]) == place.shape[1:]
+
+
+def _copy(segments: np.ndarray, addresses: np.ndarray, dtype: torch.dtype, terms: np.ndarray) -> None:
+    half = dtype == torch.bfloat16
+    calls = []
+    for part in _shares(np.arange(len(segments)), segments["length"]):
+        calls.append((copy_signs, (segments, part, addresses, half, terms["scale"].copy(), terms)))
+    _in_threads(calls)
 
 
 def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
@@ -132,7 +180,7 @@ def _geometry(place: Placement) -> Geometry:
     return local.data_ptr(), local.element_size(), local.shape, local.stride(), place.shape, place.offset
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _segments(geometries: tuple[Geometry, ...]) -> np.ndarray:
     """Cut every tensor into segments; the same weights are swept over again and again, so it is worth remembering."""
     tables = [np.zeros(0, SEGMENT)]

@@ -14,6 +14,8 @@ from zokernel.directions.numba_math import (
     add_signs_to,
     carray,
     compiled,
+    copy_signs_to,
+    copy_signs_to_bfloat16,
     fill_words,
     from_bfloat16,
     from_float16,
@@ -333,6 +335,44 @@ def add_signs(segments, chosen, jobs, terms, peaks):
                 first, last = max(0, -begin), min(SIGNS, n - begin)
                 address = segment.address + np.uint64(4 * begin)
                 add_word(address, np.uint32(block[k]), scale, shift, first, last)
+
+
+@inlined
+def copy_word(source, target, half, word, scale, first, last):
+    """Write weights plus 32 signs times ``scale``, as float32 or bfloat16; only ``first`` to ``last`` exist."""
+    if first == 0 and last == SIGNS:
+        if half:
+            copy_signs_to_bfloat16(source, target, word, scale)
+        else:
+            copy_signs_to(source, target, word, scale)
+        return
+    for j in range(first, last):
+        change = -scale if (word >> np.uint32(j)) & np.uint32(1) else scale
+        moved = carray(pointer_to(source + np.uint64(4 * j), np.float32), 1)[0] + change
+        if half:
+            carray(pointer_to(target + np.uint64(2 * j), np.uint16), 1)[0] = to_bfloat16(moved)
+        else:
+            carray(pointer_to(target + np.uint64(4 * j), np.float32), 1)[0] = moved
+
+
+@compiled
+def copy_signs(segments, chosen, targets, half, scales, terms):
+    """Write contiguous float32 weights plus one Rademacher direction elsewhere, ``targets`` holding the addresses."""
+    width = 2 if half else 4
+    for number in chosen:
+        segment = segments[number]
+        term = terms[segment.job]
+        scale = np.float32(scales[segment.job])
+        n, lead = segment.length, segment.position % BITS_PER_BLOCK
+        first_block = segment.position // BITS_PER_BLOCK
+        for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
+            block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
+            for k in range(4):
+                begin = b * BITS_PER_BLOCK + SIGNS * k - lead
+                first, last = max(0, -begin), min(SIGNS, n - begin)
+                source = segment.address + np.uint64(4 * begin)
+                target = targets[number] + np.uint64(width * begin)
+                copy_word(source, target, half, np.uint32(block[k]), scale, first, last)
 
 
 @compiled

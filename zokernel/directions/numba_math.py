@@ -203,6 +203,40 @@ def add_signs_to(typingctx: Any, address: Any, word: Any, scale: Any, shift: Any
     return types.void(types.uint64, types.uint32, types.float32, shift), codegen
 
 
+@cast(Callable[..., Any], intrinsic)
+def copy_signs_to(typingctx: Any, source: Any, target: Any, word: Any, scale: Any) -> Any:
+    """Write 32 float32 ``x + s`` to ``target``, x read from ``source`` and s being ``scale`` signed by ``word``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        moved = _moved_vector(builder, args[0], args[2], args[3])
+        builder.store(moved, builder.inttoptr(args[1], moved.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint32, types.float32), codegen
+
+
+@cast(Callable[..., Any], intrinsic)
+def copy_signs_to_bfloat16(typingctx: Any, source: Any, target: Any, word: Any, scale: Any) -> Any:
+    """Do the same, rounded to the nearest bfloat16 (ties to even); the weights must be finite."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        words = ir.VectorType(ir.IntType(32), SIGNS)
+        bits = builder.bitcast(_moved_vector(builder, args[0], args[2], args[3]), words)
+        sixteen, one, below_half = (ir.Constant(words, [value] * SIGNS) for value in (16, 1, 0x7FFF))
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        rounded = builder.lshr(builder.add(bits, builder.add(below_half, odd)), sixteen)
+        half = builder.trunc(rounded, ir.VectorType(ir.IntType(16), SIGNS))
+        builder.store(half, builder.inttoptr(args[1], half.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint32, types.float32), codegen
+
+
+def _moved_vector(builder: Any, address: ir.Value, word: ir.Value, scale: ir.Value) -> ir.Value:
+    change = _signed_vector(builder, word, scale)
+    return builder.fadd(builder.load(builder.inttoptr(address, change.type.as_pointer()), align=4), change)
+
+
 @inlined
 def from_bfloat16(bits):
     """Bits of a bfloat16 (uint16) to float32."""
@@ -263,6 +297,8 @@ __all__ = [
     "bitcast",
     "carray",
     "compiled",
+    "copy_signs_to",
+    "copy_signs_to_bfloat16",
     "fill_words",
     "from_bfloat16",
     "from_float16",

@@ -26,6 +26,7 @@ _EXPORTS = {
     "SGD": "first_order",
     "AdamW": "first_order",
     "decay_groups": "parameters",
+    "InForward": "in_forward",
     "Parallel": "parallel",
     "Stacked": "stacked",
 }

@@ -1,0 +1,113 @@
+r"""Perturbed copies of weights: :math:`\theta + \sum_i scale_i z_i` written elsewhere, the weights left as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from zokernel.directions import engine
+from zokernel.directions.family import Family
+from zokernel.directions.placement import Placement
+from zokernel.directions.terms import Job, Noise
+
+
+def copy_perturbed(
+    family: Family,
+    places: Sequence[Placement],
+    targets: Sequence[Tensor],
+    offsets: Mapping[int, float],
+    *,
+    seed: int,
+    step: int,
+) -> None:
+    r"""Write :math:`\theta + \sum_i offsets_i z_i` into other tensors, the sum rounded to the weights' precision first.
+
+    Rademacher directions on the CPU take one read of the weights and one write of the copy, as bfloat16 if the copy is.
+
+    Args:
+        family: Directions.
+        places: Whole weights, in memory order.
+        targets: Where to: one a place, of its shape, contiguous, in the weights' dtype or bfloat16.
+        offsets: Coefficient of each direction by index.
+        seed: Seed of the run.
+        step: Step of the run.
+    """
+    jobs = _jobs(family, places, offsets, seed=seed, step=step)
+    if all(_fast(job, target) for job, target in zip(jobs, targets)) and len({t.dtype for t in targets}) == 1:
+        from zokernel.directions import numba_backend
+
+        numba_backend.copy_sweep(jobs, targets)
+        return
+    moved = []
+    for job, target in zip(jobs, targets):
+        local = target if target.dtype == job.place.local.dtype else torch.empty_like(job.place.local)
+        local.copy_(job.place.local)
+        moved.append(replace(job, place=replace(job.place, tensor=local, local=local)))
+    engine.sweep(moved, family.backend)
+    for job, target in zip(moved, targets):
+        if target is not job.place.local:
+            target.copy_(job.place.local)
+
+
+def copy_perturbed_rows(
+    family: Family,
+    place: Placement,
+    rows: Tensor,
+    target: Tensor,
+    offsets: Mapping[int, float],
+    *,
+    seed: int,
+    step: int,
+) -> None:
+    """Write some rows of a perturbed matrix into another tensor, as an embedding looks them up.
+
+    Args:
+        family: Directions.
+        place: The whole matrix, in memory order.
+        rows: (n,) int64, which rows.
+        target: (n, columns), contiguous, in the weights' dtype.
+        offsets: Coefficient of each direction by index.
+        seed: Seed of the run.
+        step: Step of the run.
+    """
+    (job,) = _jobs(family, [place], offsets, seed=seed, step=step)
+    if _fast(job, target):
+        from zokernel.directions import numba_backend
+
+        numba_backend.copy_rows(job, rows, target)
+        return
+    if any(isinstance(term, Noise) and term.mask is not None for term in job.terms):
+        # A mask is laid out over the whole matrix.
+        whole = torch.empty_like(place.local)
+        copy_perturbed(family, [place], [whole], offsets, seed=seed, step=step)
+        torch.index_select(whole, 0, rows, out=target)
+        return
+    torch.index_select(place.local, 0, rows, out=target)
+    jobs = []
+    for number, row in enumerate(rows.tolist()):
+        local = target[number : number + 1]
+        jobs.append(replace(job, place=Placement(place.name, local, local, place.shape, (row, *place.offset[1:]))))
+    engine.sweep(jobs, family.backend)
+
+
+def _jobs(
+    family: Family, places: Sequence[Placement], offsets: Mapping[int, float], *, seed: int, step: int
+) -> list[Job]:
+    by_index = [family.terms(places, seed=seed, step=step, index=index) for index in offsets]
+    jobs = []
+    for number, place in enumerate(places):
+        found = [(terms[number], scale) for terms, scale in zip(by_index, offsets.values())]
+        live = [(term, scale) for term, scale in found if term is not None and scale != 0.0]
+        jobs.append(Job(place, tuple(term for term, _ in live), tuple(scale for _, scale in live)))
+    return jobs
+
+
+def _fast(job: Job, target: Tensor) -> bool:
+    if job.place.local.device.type != "cpu" or target.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    from zokernel.directions import numba_backend
+
+    return numba_backend.can_copy(job)

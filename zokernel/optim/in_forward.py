@@ -1,0 +1,253 @@
+r"""Perturb while the forward runs: each layer reads :math:`\theta + \epsilon z`, made just before it is needed.
+
+Moving the weights in place costs a read and a write of all of them for every loss, as much as a short forward.  Here
+the weights stay where they are.  While the model runs, every trained parameter that an operation is about to read is
+replaced by a perturbed copy in a small scratch buffer, still in cache when the operation reads it.  Under bf16 autocast
+the copy is made in bf16 at once, in place of the conversion that autocast would have made.  What is left of a step
+beside its forwards is the update.
+
+Copies are made for a stretch of parameters at a time, in the order in which the first forward used them.  Of embeddings
+only the rows looked up are made, of output layers a stretch of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from zokernel.directions import Dense, LowRank, Subspace
+from zokernel.directions.copies import copy_perturbed, copy_perturbed_rows
+from zokernel.directions.family import Family
+from zokernel.directions.placement import Placement, place_all
+from zokernel.errors import RunError, UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.optim.base import Closure, ZerothOrderOptimizer
+
+# Elements of a stretch: large enough to keep all cores busy, small enough for its copy to stay in cache.
+STRETCH = 1 << 22
+# Vectors and small matrices of a model are copied once a loss.
+SMALL = 1 << 14
+# Families whose directions on some rows do not depend on the other rows.
+BY_POSITION = (Dense, LowRank, Subspace)
+# Operations that autocast runs in low precision, on weights too.
+LOW_PRECISION = {F.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.mm, F.conv1d, F.conv2d}
+
+
+class InForward:
+    r"""An evaluator that leaves the weights in place: ``optimizer.evaluator = InForward()``.
+
+    The closure must use the trained parameters themselves, by torch operations in its own thread: not views or copies
+    made before, and no compiled or captured graph.
+
+    Raises:
+        UsageError: When called, if the directions or the weights (sharded, strided) cannot be copied this way.
+        RunError: When called, if the closure uses none of the parameters.
+
+    Example:
+        >>> import zokernel
+        >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01)
+        >>> optimizer.evaluator = InForward()
+        >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
+    """
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+
+    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+        """Return the losses at ``points``."""
+        if self._plan is None or self._plan.parameters is not optimizer.named_params:
+            self._plan = Plan(optimizer.named_params)
+        losses = []
+        for offsets in points:
+            with Perturbed(self._plan, optimizer, offsets):
+                losses.append(float(closure()))
+            self._plan.finish()
+        return losses
+
+
+class Plan:
+    """Which parameters are copied together, in which type; learned from the first forward.
+
+    Args:
+        parameters: Trained parameters by name.
+
+    Raises:
+        UsageError: If one of them is sharded or not in memory order.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.parameters = parameters
+        self.places: dict[int, Placement] = {}
+        for name, tensor in parameters.items():
+            place = place_all({name: tensor})[0]
+            if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
+                raise UsageError(f"{name} is sharded or not contiguous: perturb it in place, not in the forward.")
+            self.places[id(tensor)] = place
+        self.small = [key for key, place in self.places.items() if place.numel <= SMALL or len(place.shape) < 2]
+        self.used: list[tuple[int, torch.dtype]] = []
+        self.stretches: list[list[int]] = []
+        self.stretch_of: dict[int, int] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
+        self.touched = False
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def learned(self) -> bool:
+        """Whether a forward has been seen."""
+        return bool(self.stretches)
+
+    def finish(self) -> None:
+        """After a forward, group the large parameters that it used.
+
+        Raises:
+            RunError: If it used none of the parameters at all.
+        """
+        if not self.touched:
+            raise RunError(
+                "The loss was computed without the trained parameters: the closure must use the very tensors given to "
+                "the optimizer, not copies, views or a compiled graph."
+            )
+        if self.learned:
+            return
+        sizes: list[int] = []
+        for key, dtype in dict(self.used).items():
+            size = self.places[key].numel
+            last = self.stretches[-1] if self.stretches else []
+            if not last or self.dtypes[last[0]] != dtype or sizes[-1] + size > STRETCH:
+                self.stretches.append([])
+                sizes.append(0)
+            self.stretches[-1].append(key)
+            sizes[-1] += size
+            self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
+
+    def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
+        """Return the scratch buffer of a type, grown if need be."""
+        found = self._scratch.get(dtype)
+        if found is None or found.numel() < size or found.device != device:
+            found = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size]
+
+
+class Perturbed(TorchFunctionMode):
+    """Context in which operations read perturbed copies of the trained parameters.
+
+    Args:
+        plan: What is copied when.
+        optimizer: Its directions, seed and step.
+        offsets: The point.
+    """
+
+    def __init__(self, plan: Plan, optimizer: ZerothOrderOptimizer, offsets: Offsets):
+        super().__init__()
+        if not isinstance(optimizer.directions, Family):
+            raise UsageError(f"{type(optimizer.directions).__name__} is no directions Family: perturb in place.")
+        self.plan, self.family, self.offsets = plan, optimizer.directions, offsets
+        self.where = {"seed": optimizer.seed, "step": optimizer.step_count}
+        self.copies: dict[int, Tensor] = {}
+        places = [plan.places[key] for key in plan.small]
+        targets = [torch.empty_like(place.local) for place in places]
+        if places:
+            copy_perturbed(self.family, places, targets, offsets, **self.where)
+        self.fixed = dict(zip(plan.small, targets))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on perturbed copies."""
+        kwargs = kwargs or {}
+        places = self.plan.places
+        if not any(id(value) in places for value in (*args, *kwargs.values())) or func.__name__ == "__get__":
+            return func(*args, **kwargs)
+        self.plan.touched = True
+        special = _SPECIAL.get(func)
+        if special is not None:
+            result = special(self, *args, **kwargs)
+            if result is not None:
+                return result
+        low = func in LOW_PRECISION
+        large = [value for value in (*args, *kwargs.values()) if id(value) in places and id(value) not in self.fixed]
+        # One stretch is held at a time, so operands that may be of several are set aside.
+        aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
+
+        def read(value: Any) -> Any:
+            return aside[id(value)] if id(value) in aside else self.copy(value, low)
+
+        result = func(*map(read, args), **{key: read(value) for key, value in kwargs.items()})
+        # A view of the scratch buffer would change under its holder's hands.
+        return result.clone() if isinstance(result, Tensor) and self._is_scratch(result) else result
+
+    def copy(self, value: Any, low: bool) -> Any:
+        """Return the perturbed copy of a trained parameter; anything else as it is."""
+        key = id(value)
+        if key not in self.plan.places:
+            return value
+        if key in self.fixed:
+            return self.fixed[key]
+        dtype = self.dtype(value, low)
+        found = self.copies.get(key)
+        if found is None or found.dtype != dtype:
+            self._make(key, dtype)
+            found = self.copies[key]
+        return found
+
+    def dtype(self, weight: Tensor, low: bool) -> torch.dtype:
+        """Return the type in which an operation reads a weight."""
+        device = weight.device.type
+        if low and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            wanted = torch.get_autocast_dtype(device)
+            return wanted if wanted == torch.bfloat16 else weight.dtype
+        return weight.dtype
+
+    def _make(self, key: int, dtype: torch.dtype) -> None:
+        plan = self.plan
+        if not plan.learned:
+            plan.used.append((key, dtype))
+        known = plan.dtypes.get(key) == dtype
+        keys = plan.stretches[plan.stretch_of[key]] if known else [key]
+        places = [plan.places[k] for k in keys]
+        flat = plan.buffer(dtype, sum(place.numel for place in places), places[0].local.device)
+        targets = [part.view(p.shape) for part, p in zip(flat.split([p.numel for p in places]), places)]
+        copy_perturbed(self.family, places, targets, self.offsets, **self.where)
+        # The buffer holds these now, and nothing else of their type.
+        self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
+        self.copies |= dict(zip(keys, targets))
+
+    def _is_scratch(self, result: Tensor) -> bool:
+        address = result.untyped_storage().data_ptr() if result.layout == torch.strided else 0
+        return any(copy.untyped_storage().data_ptr() == address for copy in self.copies.values())
+
+
+def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Look up perturbed rows: only those that occur are made."""
+    if id(weight) not in mode.plan.places or id(weight) in mode.fixed:
+        return None
+    rows, inverse = torch.unique(input, return_inverse=True)
+    found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    copy_perturbed_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.offsets, **mode.where)
+    return F.embedding(inverse, found)
+
+
+def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Multiply by a matrix larger than a stretch piece by piece."""
+    if id(weight) not in mode.plan.places or weight.numel() <= STRETCH or type(mode.family) not in BY_POSITION:
+        return None
+    dtype = mode.dtype(weight, low=True)
+    rows = max(1, STRETCH // weight.shape[1])
+    place = mode.plan.places[id(weight)]
+    mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
+    pieces = []
+    for begin in range(0, weight.shape[0], rows):
+        local = place.local[begin : begin + rows]
+        part = Placement(place.name, local, local, place.shape, (begin, *place.offset[1:]))
+        piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
+        copy_perturbed(mode.family, [part], [piece], mode.offsets, **mode.where)
+        pieces.append(F.linear(input, piece))
+    result = torch.cat(pieces, -1)
+    return result if bias is None else result + mode.copy(bias, low=False)
+
+
+_SPECIAL: dict[Any, Callable[..., Tensor | None]] = {F.embedding: _embedding, F.linear: _linear}
