@@ -112,6 +112,7 @@ class ZOConfig(TrainingArguments):
                 self.load_best_model_at_end = False
             self.save_strategy = "best"  # of the strategies that transformers knows, the one with the same checks
         super().__post_init__()
+        check_reporting(self.report_to)
         if journal:
             self.save_strategy = "journal"
 
@@ -140,6 +141,21 @@ class ZOConfig(TrainingArguments):
         if "total_steps" in parameters and self.max_steps > 0:
             given.setdefault("total_steps", self.max_steps)
         return given
+
+
+def check_reporting(names: str | list[str] | None) -> None:
+    """Check that the packages behind ``--report_to`` are installed, before anything is loaded.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    packages = ("tensorboard", "wandb", "trackio", "mlflow")
+    available = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in packages and name not in available:
+            raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
 
 
 def method_parameters(method: str) -> dict[str, inspect.Parameter]:

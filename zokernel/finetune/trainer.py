@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import LossError, RunError, UsageError
+from zokernel.finetune.batch_size import fit_batch_size
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.objective import Objective
@@ -146,6 +147,9 @@ class ZOTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as :meth:`ResumableTrainer.train` does; if the loss is not finite, save the last good weights."""
+        if self.args.auto_find_batch_size and self.zeroth_order:
+            fit_batch_size(self)
+            self.args.auto_find_batch_size = False  # transformers' way would start over with weights half moved
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except LossError as error:
