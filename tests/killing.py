@@ -24,7 +24,7 @@ WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir",
 
 
 def start(argv: list[str], log: Path, *, die_at_write: int | None = None) -> Any:
-    """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it kills itself before its n-th file operation."""
+    """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it dies before its n-th file operation."""
     # Threads of a killed child cannot disturb the next one, but several would fight for the cores.
     os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
