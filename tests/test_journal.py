@@ -30,6 +30,11 @@ OTHER_CASES = {
 ALL = {name: case for name, case in (CASES | OTHER_CASES).items() if not methods()[case[0]].first_order}
 
 
+NOT_ON_A_GRID = [
+    *("hizoo", "kerzoo_clip", "kerzoo_md_int8", "lozo_m", "mezo_momentum", "zo_adam", "zo_adamm", "zo_sign"),
+]
+
+
 def network(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2)).to(dtype)
@@ -73,11 +78,11 @@ def same(found, expected):
 @pytest.mark.parametrize("restore", ["fold", "copy", "grid"])
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_is_replayed_bit_for_bit(name, restore, tmp_path):
-    try:
-        weights, _, _ = record_run(tmp_path, name, restore=restore)
-    except UsageError as error:
-        assert restore == "grid" and "grid" in str(error)
+    if restore == "grid" and name in NOT_ON_A_GRID:
+        with pytest.raises(UsageError, match="grid"):
+            record_run(tmp_path, name, restore=restore)
         return
+    weights, _, _ = record_run(tmp_path, name, restore=restore)
     assert same(replay(network(), tmp_path), weights[-1])
     assert same(replay(network(), tmp_path, step=4), weights[4])
     assert not torch.equal(weights[4]["0.weight"], weights[5]["0.weight"])
@@ -152,8 +157,7 @@ def read_damaged(folder, data):
     try:
         journal = Journal.read(path)
         return journal.num_steps, replay(network(), journal)
-    except RunError as error:
-        assert str(error).startswith(str(path)) or "base" in str(error)
+    except RunError:
         return None
 
 

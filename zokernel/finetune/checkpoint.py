@@ -22,12 +22,11 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.adapters import virtual_tokens
 from zokernel.finetune.model import load_weights_
 from zokernel.finetune.output import read_json
-from zokernel.finetune.state_file import load_state, save_state
+from zokernel.finetune.state_file import PICKLES, load_state, save_state
 from zokernel.journal.writer import sync_folder
 
 STATE_FOLDER = "training_state"
 TRAINER_STATE = "trainer_state.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _HIDDEN = (".partial-", ".stale-")
 
 

@@ -14,6 +14,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.arguments import ModelArguments
 from zokernel.finetune.config import ZOConfig
+from zokernel.finetune.state_file import refuse_pickles
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     if arguments.dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {arguments.dtype!r}.")
     path = resolve_model_path(arguments.model_name_or_path)
+    refuse_pickles(path, what="model")
+    if arguments.adapter_name_or_path:
+        refuse_pickles(arguments.adapter_name_or_path, what="adapter")
     try:
         architecture = AutoConfig.from_pretrained(path, revision=arguments.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
@@ -59,7 +63,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     try:
         model: nn.Module = _auto_class(masked).from_pretrained(
-            path, revision=arguments.model_revision, dtype=dtype, **options
+            path, revision=arguments.model_revision, dtype=dtype, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise UsageError(

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zokernel.errors import RunError
+from zokernel.errors import RunError, UsageError
 
 _KEY = "zokernel_state"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -57,6 +58,25 @@ def load_state(path: Path) -> Any:
             return _unpack(json.loads(metadata[_KEY]), {name: archive.get_tensor(name) for name in archive.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged or missing ({error}): resume from another checkpoint.") from error
+
+
+def refuse_pickles(folder: str | Path, *, what: str) -> None:
+    """Refuse a local folder whose only weights are pickles, which can run any code when loaded.
+
+    Args:
+        folder: A model's or adapter's folder; hub ids and folders with safetensors pass.
+        what: What it is, for the message.
+
+    Raises:
+        UsageError: If it has pickled weights and no others.
+    """
+    pickles = [path.name for pattern in PICKLES for path in sorted(Path(folder).glob(pattern))]
+    pickles = [name for name in pickles if name != "training_args.bin"]
+    if pickles and not list(Path(folder).glob("*.safetensors")):
+        raise UsageError(
+            f"The {what} in {folder} is a pickle ({pickles[0]}), and loading one can run any code: convert it to "
+            "safetensors first (save_pretrained writes it) on a machine where that does not matter."
+        )
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
