@@ -149,8 +149,11 @@ def test_a_prefix_starts_from_real_activations(load, family):
 
 
 @pytest.mark.parametrize("family", tiny_models.CAUSAL)
-def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, family):
+@pytest.mark.parametrize("adapter", ["none", "prefix_tuning", "prompt_tuning"])
+def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, family, adapter):
     model, tokenizer = load(family)
+    if adapter != "none":
+        model = attach_adapter(model, ModelArguments(**{adapter: True}, num_virtual_tokens=3), masked=False)
     prompts = ["It was", "Rome Rome Rome is a good", "x"]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest = max(map(len, ids))
@@ -161,7 +164,8 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, famil
         text = list(prompt)
         for _ in range(6):
             with torch.no_grad():
-                text.append(model(torch.tensor([text])).logits[0, -1].argmax().item())
+                logits = model(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text))).logits
+                text.append(logits[0, -1].argmax().item())
             if text[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode([text[-1]]):
                 break
         expected = tokenizer.decode(text[len(prompt) :], skip_special_tokens=True).lstrip().split("\n", 1)[0].strip()

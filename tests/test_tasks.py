@@ -419,6 +419,21 @@ def test_a_hub_source_brings_its_splits_and_labels(monkeypatch):
     assert len(splits.test) == 60
 
 
+def test_official_files_are_read_as_they_are(shared_data):
+    sst2 = {"train_file": str(shared_data / "sst2/train.tsv"), "test_file": str(shared_data / "sst2/dev.tsv")}
+    rte = {"train_file": str(shared_data / "rte/train.tsv"), "test_file": str(shared_data / "rte/dev.tsv")}
+    trec = {"train_file": str(shared_data / "trec/train.csv"), "test_file": str(shared_data / "trec/test.csv")}
+    for name, files, classes in (("sst2", sst2, 2), ("rte", rte, 2), ("trec", trec, 6)):
+        columns = ["label", "question"] if name == "trec" else None
+        arguments = DataArguments(task=name, protocol="mezo-roberta", column_names=columns, **files)
+        task = get_task(name)
+        splits = load_splits(arguments, task, seed=42)
+        assert Counter(task.label(row) for row in splits.train) == dict.fromkeys(range(classes), 16)
+        assert len(splits.test) == {"sst2": 872, "rte": 277, "trec": 500}[name]
+    people = [row["question"] for row in splits.train if task.options()[task.label(row)] == " person"]
+    assert sum("who" in question for question in people) > 6  # the file's class 2 is what the task calls a person
+
+
 def test_a_task_from_a_few_lines_of_yaml(tmp_path, models):
     path = tmp_path / "task.yaml"
     path.write_text(

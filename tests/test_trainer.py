@@ -136,6 +136,20 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(parts, tmp_p
         torch.testing.assert_close(w, whole[name], rtol=0, atol=1e-5)
 
 
+def test_accumulation_gives_first_order_methods_the_gradient_of_the_whole_batch(parts, tmp_path):
+    model, _, _ = parts
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    settings = {"max_steps": 3, "train_sampling_strategy": "random", "method": "sgd", "learning_rate": 0.1}
+    make_trainer(parts, tmp_path / "a", per_device_train_batch_size=16, max_grad_norm=0.0, **settings).train()
+    whole = {name: w.clone() for name, w in model.state_dict().items()}
+    model.load_state_dict(start)
+    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    make_trainer(parts, tmp_path / "b", **accumulated, **settings).train()
+    for name, w in model.state_dict().items():
+        torch.testing.assert_close(w, whole[name], rtol=0, atol=1e-5)
+    assert any((whole[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
 def test_first_order_baseline_uses_the_same_loss_and_flags(parts, tmp_path):
     trainer = make_trainer(parts, tmp_path, method="adamw", learning_rate=1e-2, max_steps=30)
     trainer.train()

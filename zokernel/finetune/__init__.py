@@ -22,6 +22,7 @@ _EXPORTS = {
 __all__ = [
     "Collator",
     "EncodedDataset",
+    "Objective",
     "PromptTask",
     "ZOConfig",
     "ZOTrainer",

@@ -50,11 +50,30 @@ def greedy_answers(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    written = base.generate(
-        input_ids=prompts,
-        attention_mask=prompts_mask,
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([_AtLineBreak(tokenizer)]),
-    )
-    texts = tokenizer.batch_decode(written[:, prompts.shape[1] :], skip_special_tokens=True)
-    return [text.lstrip().split("\n", 1)[0].strip() for text in texts]
+    answers = [""] * len(prompts)
+    for rows, length in _batches(base, prompts_mask):
+        start = prompts.shape[1] - length
+        written = base.generate(
+            input_ids=prompts[rows, start:],
+            attention_mask=prompts_mask[rows, start:],
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_AtLineBreak(tokenizer)]),
+        )
+        texts = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+        for row, text in zip(rows, texts):
+            answers[row] = text.lstrip().split("\n", 1)[0].strip()
+    return answers
+
+
+def _batches(model: Any, prompts_mask: Tensor) -> list[tuple[list[int], int]]:
+    """Return which rows are decoded together, and the length of their longest prompt.
+
+    All of them, unless virtual tokens stand before the padding: padding would then move the prompt away from them, so
+    only prompts of one length, which need none, go together.
+    """
+    lengths = prompts_mask.sum(1).tolist()
+    adapters = getattr(model, "peft_config", None) or {}
+    in_front = any(c.is_prompt_learning and c.peft_type != "PREFIX_TUNING" for c in adapters.values())
+    if not in_front:
+        return [(list(range(len(lengths))), max(lengths))]
+    return [([row for row, n in enumerate(lengths) if n == length], length) for length in sorted(set(lengths))]

@@ -60,6 +60,9 @@ class ZOTrainer(ResumableTrainer):
             )
         kwargs.setdefault("compute_metrics", self.objective.metrics)
         super().__init__(model=model, args=args, **kwargs)
+        # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
+        # model's own forward could.
+        self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self)
         self.add_callback(self.run_log)
         self.add_callback(StopOnInterrupt())
