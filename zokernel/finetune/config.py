@@ -138,7 +138,9 @@ class ZOConfig(TrainingArguments):
             given["weight_decay"] = self.weight_decay
         if "seed" in parameters:
             given.setdefault("seed", self.seed)
-        if "total_steps" in parameters and self.max_steps > 0:
+        # Without a schedule the length of the run changes nothing, so that it may be extended.
+        scheduled = any(name.endswith("_schedule") for name in given)
+        if scheduled and "total_steps" in parameters and self.max_steps > 0:
             given.setdefault("total_steps", self.max_steps)
         return given
 

@@ -107,9 +107,9 @@ def _finetune(
     run: dict[str, Any] = {"zokernel": __version__, "command": list(command)}
     if resume and (folder / output.RUN_FILE).exists():
         run = output.read_json(folder / output.RUN_FILE)
-        (folder / output.METRICS_FILE).unlink(missing_ok=True)
-    run["settings"] = settings
-    output.write_json(folder / output.RUN_FILE, run)
+    else:
+        run["settings"] = settings
+        output.write_json(folder / output.RUN_FILE, run)
     if "before" not in run:
         scoring = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
         key = fingerprint(model, encoded["test"], scoring)
@@ -122,6 +122,12 @@ def _finetune(
     how = f"{data_arguments.num_demonstrations}-shot in-context" if data_arguments.num_demonstrations else "Zero-shot"
     logger.info("%s %s on %d test examples: %.3f.", how, task.metric, len(splits.test), run["before"][task.metric])
 
+    def begun() -> None:
+        # Only now is it sure that the run there is continued, perhaps with a longer --max_steps.
+        (folder / output.METRICS_FILE).unlink(missing_ok=True)
+        output.write_json(folder / output.RUN_FILE, run | {"settings": settings})
+
+    trainer.when_begun = begun
     with PeakMemory() as training:
         if config.do_train:
             trainer.train(resume_from_checkpoint=resume)

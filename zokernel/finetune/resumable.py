@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class ResumableTrainer(Trainer):
     Attributes:
         journal: The run's journal while it trains, if it keeps one.
         continues: Whether it takes up an earlier process's run.
+        when_begun: Called when all checks are passed and the loop begins.
         final_step: The step whose weights the last call of ``train`` ended with.
     """
 
@@ -48,6 +50,7 @@ class ResumableTrainer(Trainer):
         self.journal: RunJournal | None = None
         self.final_step = 0
         self.continues = False
+        self.when_begun: Callable[[], None] | None = None
         self._loop_state: dict[str, Any] | None = None
         self._epoch_sampler: EpochSeededSampler | None = None
         self.add_callback(_AroundTheLoop(self))
@@ -301,6 +304,8 @@ class ResumableTrainer(Trainer):
             self._total_loss_scalar = self._loop_state["total_loss"]
             self._globalstep_last_logged = self._loop_state["last_logged"]
             self._loop_state = None
+        if self.when_begun is not None and self.args.should_save:
+            self.when_begun()
 
 
 class _AroundTheLoop(TrainerCallback):
