@@ -124,3 +124,24 @@ def tiny_reviews_path(tmp_path_factory) -> Path:
             rows.append({"sentence": f"{filler} {('bad', 'good')[label]}", "label": label})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_folders(tmp_path_factory, tiny_lm_path, tiny_reviews_path, smoke_run) -> dict[str, Path]:
+    """One finished run of every kind that ``zokernel report`` knows."""
+    import runs
+
+    def new(name: str) -> Path:
+        return tmp_path_factory.mktemp(name)
+
+    for name in ("entk/horizon", "nzk/linear_d2", "kerzoo/estimator"):
+        smoke_run.record(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOKERNEL_HOME", str(new("home")))
+        return {
+            "finetune": runs.finetune(new("finetune") / "run", tiny_lm_path, tiny_reviews_path),
+            "plan": runs.plan(new("plan"), tiny_lm_path, tiny_reviews_path),
+            "kernel": runs.kernel(new("kernel")),
+            "evolve": runs.evolve(new("evolve")),
+            "reproduce": smoke_run.folder,
+        }

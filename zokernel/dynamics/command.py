@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
     curve = sorted({*record_steps(max(reported), 120), *reported})
     runs = _simulated(args, inputs, evolution, curve) if args.simulate else None
     record = _record(args, inputs, evolution, limit, reported, target, reached, budget, runs)
+    record["command"] = vars(args).get("command_line", "")
     _print(record)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     _figure(evolution, curve, runs, record).savefig(args.output_dir / "evolution.png", dpi=160)

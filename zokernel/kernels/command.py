@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     draw(table, exact, kernels, names, args.output_dir)
     record = {"rows": table.rows, "rho": table.moments.rho, "outputs": names, "kernel": exact.tolist()}
+    record["command"] = vars(args).get("command_line", "")
     (args.output_dir / "kernel.json").write_text(json.dumps(record, indent=2) + "\n")
     rho = table.moments.rho
     print(f"rho = {rho:.4f}: {required_perturbations(rho, 0.1):,} directions for 10%, "

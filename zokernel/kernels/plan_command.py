@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -69,6 +70,7 @@ def run(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     print(describe(plan, task, seconds))
     record: dict[str, Any] = {"plan": plan.as_dict(), "seconds": round(seconds, 2)}
+    record["command"] = shlex.join(["zokernel", "plan", *argv])
     if arguments.verify:
         from zokernel.kernels.plan_verify import table, verify
 
@@ -147,11 +149,14 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     from zokernel.finetune.config import ZOConfig
     from zokernel.finetune.datasets import load_splits
     from zokernel.finetune.datasets import load_task as load_prompt_task
+    from zokernel.finetune.examples import fills_masks
     from zokernel.finetune.model import load_model
     from zokernel.finetune.scoring import Collator, EncodedDataset, option_scores
     from zokernel.finetune.tasks import encode
 
     prompt = load_prompt_task(data_arguments)
+    if prompt.kind != "classification":
+        raise UsageError(f"A plan is made for classification, not for a {prompt.kind} task: choose another --task.")
     splits = load_splits(data_arguments, prompt, seed=arguments.seed)
     rows = splits.train[: arguments.update_examples] + splits.validation[: arguments.observe_examples]
     if len(rows) < arguments.update_examples + arguments.observe_examples:
@@ -160,7 +165,8 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         output_dir="runs/plan", restore="copy", use_cpu=not torch.cuda.is_available(), precision=arguments.precision
     )
     model, tokenizer = load_model(model_arguments, config)
-    dataset = EncodedDataset(encode(prompt, rows, tokenizer, max_length=data_arguments.max_length or 2048))
+    encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), max_length=data_arguments.max_length or 2048)
+    dataset = EncodedDataset(encoded)
     batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
     exact = Task(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},

@@ -15,6 +15,7 @@ from zokernel.journal.reader import Journal
 
 METRICS, STEPS, RUN = "metrics.json", "steps.jsonl", "run.json"
 EVOLUTION = "evolution.json"
+_TIMINGS = {"model_preparation_time", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 
 
 @dataclass
@@ -94,7 +95,11 @@ def _add_journal(found: TrainingRun) -> None:
     found.rows.sort(key=lambda row: row["step"])
     for event in journal.events:
         if event.get("event") == "evaluation" and event.get("prefix") == "eval":
-            metrics = {name.removeprefix("eval_"): value for name, value in event["metrics"].items()}
+            metrics = {
+                name.removeprefix("eval_"): value
+                for name, value in event["metrics"].items()
+                if name.removeprefix("eval_") not in _TIMINGS
+            }
             found.evaluations.append({"step": event["step"], **metrics})
 
 

@@ -177,7 +177,8 @@ def _loss_picture(run: TrainingRun, x: np.ndarray, loss: np.ndarray, label: str,
             axes.fill_between(at, values["band_low"], values["band_high"], color=PALETTE[3], alpha=0.2, linewidth=0)
             axes.plot(at, values["expected_loss"], "--", color=PALETTE[3], label="predicted (zokernel evolve)")
         axes.set(xlabel=label, ylabel="loss (nats)")
-        axes.set_ylim(bottom=min(0.0, float(np.nanmin(loss))))
+        if np.nanmin(loss) < 0.5 * np.nanmax(loss):  # near enough to zero to show it
+            axes.set_ylim(bottom=min(0.0, float(np.nanmin(loss))))
         axes.legend()
 
     start, end = _mean_loss(run.rows[:20]), _mean_loss(run.rows[-20:])

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const NS = "http://www.w3.org/2000/svg", W = 720, H = 320, PAD = { left: 62, right: 12, top: 10, bottom: 40 };
+  const NS = "http://www.w3.org/2000/svg", H = 320, PAD = { left: 62, right: 12, top: 10, bottom: 40 };
   const rows = [];
   let last = 0, steps = 0;
   const make = (name, attributes, text) => {
@@ -10,7 +10,7 @@
     return node;
   };
   const ticks = (low, high) => {
-    const raw = (high - low) / 5 || 1, power = 10 ** Math.floor(Math.log10(raw));
+    const raw = (high - low) / 4 || 1, power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].map((k) => k * power).find((s) => s >= raw), found = [];
     for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * step; t += step) found.push(t);
     return found;
@@ -31,12 +31,13 @@
     const known = lines.map((line) => ({ ...line, points: line.points.filter((p) => p[1] !== null && (!log || p[1] > 0)) })).filter((line) => line.points.length);
     holder.replaceChildren();
     if (!known.length) return;
+    const W = Math.max(320, Math.min(1040, holder.clientWidth));
     const value = (y) => log ? Math.log10(y) : y;
     const xs = known.flatMap((line) => line.points.map((p) => p[0])), ys = known.flatMap((line) => line.points.map((p) => value(p[1])));
     const x0 = Math.min(0, ...xs), x1 = Math.max(1, ...xs);
     let y0 = Math.min(...ys), y1 = Math.max(...ys);
-    if (!log) y0 = Math.min(0, y0);
-    if (y1 - y0 < 1e-12) y1 = y0 + 1;
+    const margin = 0.05 * (y1 - y0) || 0.5;
+    y0 -= margin; y1 += margin;
     const X = (x) => PAD.left + (x - x0) / (x1 - x0) * (W - PAD.left - PAD.right);
     const Y = (y) => H - PAD.bottom - (value(y) - y0) / (y1 - y0) * (H - PAD.top - PAD.bottom);
     const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", "aria-label": `${name} against the step; last value ${known[0].points.at(-1)[1].toPrecision(4)}` });
@@ -52,7 +53,7 @@
     }
     const legend = document.createElement("div");
     legend.className = "legend";
-    for (const line of known) {
+    for (const line of known.filter((one) => one.name)) {
       const item = document.createElement("span"), swatch = document.createElement("i");
       swatch.style.background = line.color;
       item.append(swatch, line.name);
