@@ -27,6 +27,7 @@ _SUBPACKAGES = (
     "estimators",
     "experiments",
     "finetune",
+    "journal",
     "kernels",
     "optim",
     "reporting",
