@@ -29,5 +29,6 @@ def run(argv: Sequence[str], *, defaults: dict[str, Any] | None = None, name: st
         logger.warning("%s", stop)
         return 130
     print(f"\n{table(metrics)}")
-    print(f"\nSaved in {config.output_dir}: report.md, loss.png, metrics.json and the {metrics['saved']}.")
+    trained = f", loss.png, README.md and the {metrics['saved']}" if metrics["steps"] else ""
+    print(f"\nSaved in {config.output_dir}: report.md, metrics.json{trained}.")
     return 0
