@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,15 +51,18 @@ def main() -> None:
         duration = time.perf_counter() - begun
         print(f"uninterrupted: {args.steps} steps in {duration:.0f} s")
         for number in range(args.kills):
-            delay = instants.uniform(0.1, 0.95) * duration
+            # Some time after some step, each later than the last kill's: a process must be killed at work.
+            step = round(args.steps * (number + instants.random()) / args.kills)
+            pause = instants.uniform(0, 0.5) * duration / args.steps
             process = subprocess.Popen(command(killed, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                process.wait(delay)
-                print(f"kill {number + 1}: the run was over before {delay:.0f} s")
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                print(f"kill {number + 1} after {delay:.0f} s: {steps_in(killed)} steps in the journal")
+            while steps_in(killed) < step and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(pause)
+            process.kill()
+            struck = process.wait() == -signal.SIGKILL
+            print(
+                f"kill {number + 1}: {'struck' if struck else 'too late'} with {steps_in(killed)} steps in the journal"
+            )
         begun = time.perf_counter()
         subprocess.run(command(killed, args), check=True, capture_output=True)
         print(f"continued to the end in {time.perf_counter() - begun:.0f} s")

@@ -159,7 +159,13 @@ class RunJournal:
                 )
             loss = replay_step(optimizer, record.losses, visits_points=self.found.header["visits_points"])
         else:
+            visited = optimizer.points_visited
             loss = optimizer.step(closure)
+            if optimizer.repeats_moves and (optimizer.points_visited > visited) != optimizer.visits_points:
+                raise RunError(
+                    f"{type(optimizer.evaluator).__name__} does not say whether it moves the weights, and a replay "
+                    "must do the same to round the same: set its attribute visits_points."
+                )
             self._append(record_of(optimizer))
         self._taken = optimizer.step_count
         return loss

@@ -58,7 +58,7 @@ def make_header(
         "options": dict(options),
         **_traits(optimizer),
         "backend": backend_of(optimizer),
-        "visits_points": bool(getattr(optimizer.evaluator, "visits_points", True)),
+        "visits_points": optimizer.visits_points,
         "groups": [
             {"names": names, **{key: group[key] for key in GROUP_SETTINGS if key in group}}
             for group, names in optimizer.groups()

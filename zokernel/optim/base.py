@@ -103,6 +103,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         step_count: Steps taken.
         num_forwards: Times the closure was called.
         last_estimate: Coefficients and losses of the last step.
+        points_visited: Times the weights were moved to a point.
         evaluator: How the losses at a step's points are taken; one after the other by default.
         last_move: What the last step added to the weights, from which it can be replayed; ``None`` for methods whose
             update is more than scalars times directions.
@@ -140,6 +141,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.step_count = 0
         self.num_forwards = 0
+        self.points_visited = 0
         self.last_estimate: Estimate | None = None
         self.last_move: Move | None = None
         # A training loop that ends each step with a bare step(), as transformers' does, takes the step itself earlier.
@@ -255,7 +257,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def move_to(self, offsets: Offsets) -> None:
         r"""Make the weights :math:`\theta + \sum_i offsets_i z_i`, with this step's directions."""
+        self.points_visited += 1
         self._restore.move_to(self.step_count, offsets)
+
+    @property
+    def visits_points(self) -> bool:
+        """Whether the evaluator moves the weights from point to point, as it says itself."""
+        return getattr(self.evaluator, "visits_points", True)
 
     @property
     def repeats_moves(self) -> bool:

@@ -71,6 +71,11 @@ class ForwardGradient(ZerothOrderOptimizer):
         )
 
     @property
+    def visits_points(self) -> bool:
+        """Never: derivatives are taken at the weights themselves."""
+        return False
+
+    @property
     def forwards_per_step(self) -> int:
         """One for each direction."""
         return self.estimator.num_perturbations

@@ -56,6 +56,8 @@ class InForward:
         >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
     """
 
+    visits_points = False  # the weights stay where they are, so a replay need not move them either
+
     def __init__(self) -> None:
         self._plan: Plan | None = None
 
