@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.finetune.tasks.encoding import Encoded
+from zokernel.finetune.tasks.encoded import Encoded
 
 
 class EncodedDataset(torch.utils.data.Dataset):

@@ -4,41 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-
-if TYPE_CHECKING:
-    from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end
+from zokernel.finetune.tasks.masked import encode_masked
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "\n\n"  # between demonstrations
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example, tokenized.
-
-    Attributes:
-        prompt_ids: Tokens before the options (or before the mask).
-        option_ids: Tokens of each option.
-        label: The right option.
-        suffix_ids: Tokens after the mask; only for masked language models.
-        mask_id: The mask token, for masked language models.
-        correct: Every right option, when several are.
-        references: Right answers as text, for generation.
-    """
-
-    prompt_ids: list[int]
-    option_ids: list[list[int]]
-    label: int
-    suffix_ids: tuple[int, ...] = ()
-    mask_id: int | None = None
-    correct: tuple[int, ...] = ()
-    references: tuple[str, ...] = ()
 
 
 def encode(
@@ -74,9 +50,11 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
     if masked:
-        return _encode_masked(task, rows, tokenizer, max_length, context, only_answer)
+        return encode_masked(task, rows, tokenizer, max_length, context, only_answer)
     prompts = [context + task.prompt(row) for row in rows]
-    options, correct = _choices([task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer)
+    options, correct = choices_and_answers(
+        [task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer
+    )
     texts = [prompt + option for prompt, choices in zip(prompts, options) for option in choices]
     batch = tokenizer(texts, return_offsets_mapping=True)
     examples, position = [], 0
@@ -91,7 +69,7 @@ def encode(
         # is then what all of them have in common.
         common = min(_common_prefix(prompt_ids, other) for other, _ in splits)
         option_ids = [head[common:] + tail for head, tail in splits]
-        prompt_ids = _keep_end(prompt_ids[:common], max_length - max(map(len, option_ids)), tokenizer)
+        prompt_ids = keep_end(prompt_ids[:common], max_length - max(map(len, option_ids)), tokenizer)
         if not prompt_ids:
             raise UsageError(f"The prompt {prompt!r} has no token before its options: begin the template with text.")
         examples.append(Encoded(prompt_ids, option_ids, right[0], correct=right, references=task.references(row)))
@@ -125,68 +103,6 @@ def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False) -> 
     return "".join(text + SEPARATOR for text in shown)
 
 
-def _encode_masked(
-    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, context: str, only_answer: bool
-) -> list[Encoded]:
-    """Tokenize the text with one mask, and every option on its own as it would stand after a space."""
-    mask_id = tokenizer.mask_token_id
-    if mask_id is None:
-        raise UsageError("The tokenizer has no mask token: use a masked language model, or a template without {mask}.")
-    clozes = [(context + before, after) for before, after in map(task.cloze, rows)]
-    options, correct = _choices([task.fillers(row) for row in rows], [task.correct(row) for row in rows], only_answer)
-    batch = tokenizer([f"{b}{tokenizer.mask_token}{a}" for b, a in clozes], return_offsets_mapping=True)
-    known: dict[str, list[int]] = {}
-    examples = []
-    for number, (choices, right) in enumerate(zip(options, correct)):
-        ids, offsets = batch["input_ids"][number], batch["offset_mapping"][number]
-        boundary = len(clozes[number][0])
-        at = next(i for i, token in enumerate(ids) if token == mask_id and offsets[i][1] > boundary)
-        for text in choices:
-            if text not in known:
-                known[text] = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-        option_ids = [known[text] for text in choices]
-        room = max_length - max(map(len, option_ids))
-        prompt_ids, suffix_ids = ids[:at], ids[at + 1 :]
-        # Whichever side of the mask is longer gives way: the published templates have the mask at either end.
-        if len(suffix_ids) > len(prompt_ids):
-            suffix_ids = _keep_start(suffix_ids, room - len(prompt_ids), tokenizer)
-        else:
-            prompt_ids = _keep_end(prompt_ids, room - len(suffix_ids), tokenizer)
-        examples.append(Encoded(prompt_ids, option_ids, right[0], tuple(suffix_ids), mask_id, right))
-    return examples
-
-
-def _choices(
-    options: list[tuple[str, ...]], correct: list[tuple[int, ...]], only_answer: bool
-) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
-    if not only_answer:
-        return options, correct
-    return [(choices[right[0]],) for choices, right in zip(options, correct)], [(0,)] * len(options)
-
-
-def _keep_end(ids: list[int], room: int, tokenizer: Any) -> list[int]:
-    """Drop tokens at the front, but a leading special token, until ``room`` are left."""
-    if len(ids) <= room:
-        return ids
-    first = int(ids[0] in tokenizer.all_special_ids)
-    _check_room(room, first)
-    return ids[:first] + ids[len(ids) - room + first :]
-
-
-def _keep_start(ids: list[int], room: int, tokenizer: Any) -> list[int]:
-    """Drop tokens at the end, but a trailing special token, until ``room`` are left."""
-    if len(ids) <= room:
-        return ids
-    last = int(ids[-1] in tokenizer.all_special_ids)
-    _check_room(room, last)
-    return ids[: room - last] + ids[len(ids) - last :]
-
-
-def _check_room(room: int, needed: int) -> None:
-    if room <= needed:
-        raise UsageError("max_length leaves no room for the prompt beside its longest option: raise --max_length.")
-
-
 def _split(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> tuple[list[int], list[int]]:
     """Split tokens at a character: the option starts with the first token that reaches beyond the prompt."""
     cut = next((i for i, (_, end) in enumerate(offsets) if end > boundary), len(ids))
@@ -208,3 +124,6 @@ def report_label_words(examples: Sequence[Encoded], task: Any) -> bool:
             if longest > 1:
                 logger.info("Label word %r is up to %d tokens: scored by the mean over its tokens.", word, longest)
     return single
+
+
+__all__ = ["Encoded", "demonstrations", "encode", "report_label_words"]

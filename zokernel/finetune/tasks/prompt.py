@@ -8,7 +8,6 @@ from typing import ClassVar
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoding import Encoded, encode, report_label_words
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,3 @@ class PromptTask(Task):
             f"Label {value!r} in column {self.label_column!r} is none of {', '.join(names)}, for the label words "
             f"{', '.join(self.label_words)}: add the missing word, or map values with --labels."
         )
-
-
-__all__ = ["Encoded", "PromptTask", "encode", "report_label_words"]

@@ -1,0 +1,63 @@
+"""What an encoded example is, and how one that is too long is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zokernel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example, tokenized.
+
+    Attributes:
+        prompt_ids: Tokens before the options (or before the mask).
+        option_ids: Tokens of each option.
+        label: The right option.
+        suffix_ids: Tokens after the mask; only for masked language models.
+        mask_id: The mask token, for masked language models.
+        correct: Every right option, when several are.
+        references: Right answers as text, for generation.
+    """
+
+    prompt_ids: list[int]
+    option_ids: list[list[int]]
+    label: int
+    suffix_ids: tuple[int, ...] = ()
+    mask_id: int | None = None
+    correct: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+def choices_and_answers(
+    options: list[tuple[str, ...]], correct: list[tuple[int, ...]], only_answer: bool
+) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
+    """Return every example's options and which of them are right; the right one alone if nothing else is needed."""
+    if not only_answer:
+        return options, correct
+    return [(choices[right[0]],) for choices, right in zip(options, correct)], [(0,)] * len(options)
+
+
+def keep_end(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Drop tokens at the front, but a leading special token, until ``room`` are left."""
+    if len(ids) <= room:
+        return ids
+    first = int(ids[0] in tokenizer.all_special_ids)
+    _check_room(room, first)
+    return ids[:first] + ids[len(ids) - room + first :]
+
+
+def keep_start(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Drop tokens at the end, but a trailing special token, until ``room`` are left."""
+    if len(ids) <= room:
+        return ids
+    last = int(ids[-1] in tokenizer.all_special_ids)
+    _check_room(room, last)
+    return ids[: room - last] + ids[len(ids) - last :]
+
+
+def _check_room(room: int, needed: int) -> None:
+    if room <= needed:
+        raise UsageError("max_length leaves no room for the prompt beside its longest option: raise --max_length.")

@@ -1,0 +1,59 @@
+"""Examples for masked language models: the text with one mask, and what may stand in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, keep_start
+
+
+def encode_masked(
+    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, context: str, only_answer: bool
+) -> list[Encoded]:
+    """Tokenize the text with one mask, and every option on its own as it would stand after a space.
+
+    Args:
+        task: Template and options.
+        rows: The table.
+        tokenizer: A fast tokenizer with a mask token.
+        max_length: Longest sequence; the longer side of the mask loses tokens at its far end.
+        context: Text put before every example.
+        only_answer: Encode the right option alone.
+
+    Returns:
+        One :class:`Encoded` a row, with a mask.
+
+    Raises:
+        UsageError: If the tokenizer has no mask token.
+    """
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        raise UsageError("The tokenizer has no mask token: use a masked language model, or a template without {mask}.")
+    clozes = [(context + before, after) for before, after in map(task.cloze, rows)]
+    options, correct = choices_and_answers(
+        [task.fillers(row) for row in rows], [task.correct(row) for row in rows], only_answer
+    )
+    batch = tokenizer([f"{b}{tokenizer.mask_token}{a}" for b, a in clozes], return_offsets_mapping=True)
+    known: dict[str, list[int]] = {}
+    examples = []
+    for number, (choices, right) in enumerate(zip(options, correct)):
+        ids, offsets = batch["input_ids"][number], batch["offset_mapping"][number]
+        boundary = len(clozes[number][0])
+        at = next(i for i, token in enumerate(ids) if token == mask_id and offsets[i][1] > boundary)
+        for text in choices:
+            if text not in known:
+                known[text] = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        option_ids = [known[text] for text in choices]
+        room = max_length - max(map(len, option_ids))
+        prompt_ids, suffix_ids = ids[:at], ids[at + 1 :]
+        # Whichever side of the mask is longer gives way: the published templates have the mask at either end.
+        if len(suffix_ids) > len(prompt_ids):
+            suffix_ids = keep_start(suffix_ids, room - len(prompt_ids), tokenizer)
+        else:
+            prompt_ids = keep_end(prompt_ids, room - len(suffix_ids), tokenizer)
+        examples.append(Encoded(prompt_ids, option_ids, right[0], tuple(suffix_ids), mask_id, right))
+    return examples
