@@ -7,10 +7,12 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from zokernel._version import __version__
@@ -77,13 +79,14 @@ def _finetune(
     folder = Path(str(config.output_dir))
     task = load_task(data_arguments)
     splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
-    if config.should_save:
-        held.enter_context(exclusive(folder))
+    main = config.should_save  # of several processes, one looks at the folder and writes
     asked = str(config.resume_from_checkpoint or "")
     settings = output.run_settings(model_arguments, data_arguments, config)
-    there = "unfinished"  # whether that is so is for the first process to find out
-    if config.should_save:
+    there = ""
+    if main:
+        held.enter_context(exclusive(folder))
         there = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(asked), settings=settings)
+    there = from_main(there)
     if there == "finished":
         logger.info("%s holds this very run, finished: nothing is left to do.", folder)
         return output.read_json(folder / output.METRICS_FILE)
@@ -93,7 +96,8 @@ def _finetune(
     set_seed(config.seed)
     model, tokenizer = load_model(model_arguments, config)
     encoded = encode_splits(task, splits, model, tokenizer, data_arguments, objective=config.objective)
-    collator = choose_collator(model, tokenizer.pad_token_id, encoded["test"])
+    everything = EncodedDataset([example for dataset in encoded.values() for example in dataset.examples])
+    collator = choose_collator(model, tokenizer.pad_token_id, everything)
     objective = make_objective(task, model, tokenizer, collator, data_arguments, config)
     trainer = ZOTrainer(
         model,
@@ -104,21 +108,24 @@ def _finetune(
         data_collator=collator,
         processing_class=tokenizer,
     )
-    run: dict[str, Any] = {"zokernel": __version__, "command": list(command)}
-    if resume and (folder / output.RUN_FILE).exists():
+    run: dict[str, Any] = {"zokernel": __version__, "command": list(command), "settings": settings}
+    if main and resume:
         run = output.read_json(folder / output.RUN_FILE)
-    else:
-        run["settings"] = settings
+    elif main:
         output.write_json(folder / output.RUN_FILE, run)
+    run = from_main(run)
     if "before" not in run:
         scoring = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
         key = fingerprint(model, encoded["test"], scoring)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
             evaluate(trainer, encoded["test"].longest(2 * config.per_device_eval_batch_size))
-            run["before"] = remembered(key, lambda: evaluate(trainer, encoded["test"]))
+            # Several processes score together, and not each of them may remember.
+            score = partial(evaluate, trainer, encoded["test"])
+            run["before"] = remembered(key, score) if config.world_size == 1 else score()
         run["peak_memory_inference"] = inference.peak_bytes
-        output.write_json(folder / output.RUN_FILE, run)
+        if main:
+            output.write_json(folder / output.RUN_FILE, run)
     how = f"{data_arguments.num_demonstrations}-shot in-context" if data_arguments.num_demonstrations else "Zero-shot"
     logger.info("%s %s on %d test examples: %.3f.", how, task.metric, len(splits.test), run["before"][task.metric])
 
@@ -132,12 +139,12 @@ def _finetune(
         if config.do_train:
             trainer.train(resume_from_checkpoint=resume)
     if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
-        trainer.run_log.save(folder)
+        if main:
+            trainer.run_log.save(folder)
         raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
     after = evaluate(trainer, encoded["test"]) if config.do_train else run["before"]
     if config.do_train:
         trainer.save_model(str(folder))
-        trainer.run_log.save(folder)
 
     log = trainer.run_log
     evaluations = [
@@ -182,13 +189,23 @@ def _finetune(
         "command": shlex.join(["zokernel", *command]),
         "versions": {"zokernel": __version__, "torch": torch.__version__},
     }
+    if not main:
+        return metrics
     if log.rows:
+        log.save(folder)
         test = [{"forwards": 0, **run["before"]}, {"forwards": log.forwards, **after}]
         draw_loss(log.rows, evaluations, test, folder / "loss.png", metric=task.metric)
         write_card(metrics, folder / "README.md")
     write_report(metrics, folder / "report.md")
     output.write_json(folder / output.METRICS_FILE, metrics)  # last: it says that the run is finished
     return metrics
+
+
+def from_main(value: Any) -> Any:
+    """Return what the main process passed, on every process."""
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
 
 
 def evaluate(trainer: ZOTrainer, dataset: EncodedDataset) -> dict[str, float]:
