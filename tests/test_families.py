@@ -104,6 +104,38 @@ def test_a_model_that_ignores_the_packed_mask_gets_a_row_an_option_and_a_warning
     assert "every option repeats it" in caplog.text
 
 
+def other_architecture(name, vocabulary):
+    """Models that a packed mask does not suit: a window over positions in the row, ALiBi, recurrence."""
+    import transformers as tf
+
+    shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    if name == "window":
+        return tf.MistralForCausalLM(tf.MistralConfig(**shape, **heads, sliding_window=8)).eval()
+    if name == "alibi":
+        return tf.MptForCausalLM(tf.MptConfig(vocab_size=vocabulary, d_model=32, n_layers=2, n_heads=4)).eval()
+    return tf.MambaForCausalLM(tf.MambaConfig(**shape, state_size=4)).eval()
+
+
+@pytest.mark.parametrize("name", ["window", "alibi", "recurrent"])
+def test_an_architecture_that_cannot_share_prompts_is_found_out(load, name, caplog):
+    tokenizer = load("llama")[1]
+    model = other_architecture(name, len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    dataset = EncodedDataset(unequal_examples(tokenizer))
+    collator = choose_collator(model, tokenizer.pad_token_id, dataset)
+    assert not collator.shared_prompt
+    assert "every option repeats it" in caplog.text
+    with torch.no_grad():
+        found = option_scores(model, collator([dataset[i] for i in range(3)]))
+        expected = one_by_one(model, dataset.examples[0])
+    torch.testing.assert_close(found[0, : len(expected)], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", tiny_models.MASKED)
 def test_masked_models_score_options_of_any_length_at_the_mask(load, family):
     model, tokenizer = load(family)

@@ -44,10 +44,12 @@ def save_model(folder: Path, family: str) -> Path:
     shape = {"vocab_size": len(fast), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **ids}
     wide = {**shape, "intermediate_size": 48, "max_position_embeddings": 514}
     grouped = {**wide, "num_key_value_heads": 2}
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 = {**grouped, "rope_parameters": {**rope, "original_max_position_embeddings": 64}}
     opt = {**shape, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
     gpt2 = {"vocab_size": len(fast), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **ids}
     make = {
-        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(tie_word_embeddings=True, **grouped)),
+        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(tie_word_embeddings=True, **llama3)),
         "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**opt)),
         "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)),
         "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**grouped)),

@@ -93,7 +93,8 @@ class Collator:
             batch |= self._pad([_Row(tokens, [position], [], []) for tokens, position in rows])
             batch["targets"] = torch.tensor([[option[0] for option in f["option_ids"]] for f in features])
         else:
-            rows_of = _masked_rows if "mask_id" in features[0] else _packed_rows if self.shared_prompt else _plain_rows
+            shared = self.shared_prompt and max(counts) > 1
+            rows_of = _masked_rows if "mask_id" in features[0] else _packed_rows if shared else _plain_rows
             scored = [row for number, feature in enumerate(features) for row in rows_of(number, feature)]
             batch |= self._pad(scored)
             batch |= _targets(scored, max(counts))
