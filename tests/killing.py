@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 IMPORTED = [
     "matplotlib.pyplot",
@@ -25,12 +26,12 @@ WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir",
 
 def start(argv: list[str], log: Path, *, die_at_write: int | None = None) -> Any:
     """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it dies before its n-th file operation."""
-    # Threads of a killed child cannot disturb the next one, but several would fight for the cores.
-    os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     process = context.Process(target=_run, args=(argv, str(log), die_at_write))
-    process.start()
+    # One thread each, for the children alone: numba does not let a process change its mind.
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
+        process.start()
     return process
 
 

@@ -16,7 +16,7 @@ _EXPORTS = {
     "finetune": "job",
     "get_task": "tasks.registry",
     "option_scores": "scoring",
-    "replay": "journal",
+    "replay": "rebuild",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The journal of a training run, and ``replay``: base and journal back into weights.
+"""The journal of a training run: written while it trains, played back when it continues.
 
 A run with a journal is resumed by running its loop again: data order, schedule, callbacks, logs and random state come
 out as they did, because it is the same loop.  Only what costs forward passes is taken from the journal: the losses of
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.checkpoint import load_adapter_, whole_folder
+from zokernel.finetune.checkpoint import whole_folder
+from zokernel.finetune.rebuild import BASE_ADAPTER, load_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASE_ADAPTER = "base-adapter"
 # What must be the same for the journal's losses to be those that the run would compute again.
 _IDENTITY = ("method", "options", "groups", "parameters", "base_sha256", "frozen_sha256", "data_order", "visits_points")
 
@@ -230,101 +229,6 @@ class RunJournal:
         self._writer.append(record)
 
 
-def replay(
-    base: str | Path | nn.Module | Mapping[str, Tensor],
-    journal: str | Path | Journal,
-    *,
-    step: int | None = None,
-    allow_other_backend: bool = False,
-) -> dict[str, Tensor]:
-    """Rebuild trained weights from base weights and a journal, bit for bit, without data or forward passes.
-
-    Args:
-        base: What the run started from: a model folder or hub id, a model, or tensors by name (which are copied).
-        journal: The journal, its file, or the folder of the run.
-        step: After how many steps; all of them by default.
-        allow_other_backend: Accept a backend that may round differently from the run's.
-
-    Returns:
-        The trained parameters by name.
-
-    Raises:
-        UsageError: If there is no such base, journal or step.
-        RunError: If the base is another one, or the journal is damaged.
-    """
-    journal = journal if isinstance(journal, Journal) else Journal.read(journal)
-    if isinstance(base, (str, Path)):
-        model = load_base(str(base), journal)
-        weights = dict(model.named_parameters())
-    else:
-        given = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
-        names = [name for name in journal.header["parameters"] if name in given]
-        weights = {name: given[name].detach().clone() for name in names}
-    replay_(weights, journal, step=step, allow_other_backend=allow_other_backend)
-    return {name: weights[name].detach() for name in journal.header["parameters"]}
-
-
-def load_base(name_or_path: str, journal: Journal) -> Any:
-    """Load the model, or the model and its untrained adapter, that a journal's run started from.
-
-    Raises:
-        UsageError: If it cannot be loaded, or the journal does not say of which class it is.
-        RunError: If it is another one.
-    """
-    import transformers
-
-    from zokernel.data import resolve_model_path
-
-    described = journal.header.get("model") or {}
-    model_class: Any = getattr(transformers, str(described.get("class")), None)
-    if not hasattr(model_class, "from_pretrained"):
-        raise UsageError(
-            f"{journal.path} was written for a {described.get('class')}, which transformers cannot load: pass the base "
-            "weights themselves to zokernel.finetune.replay."
-        )
-    try:
-        model = model_class.from_pretrained(
-            resolve_model_path(name_or_path), dtype=getattr(torch, described["dtype"]), use_safetensors=True
-        ).eval()
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).") from error
-    if described["adapter"]:
-        from peft import PeftModel
-
-        folder = journal.path.parent / BASE_ADAPTER
-        if not (folder / "adapter_model.safetensors").exists():
-            raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
-    names = journal.header["parameters"]
-    frozen = {name: p for name, p in model.named_parameters() if name not in names}
-    if sampled_sha256(frozen) != journal.header["frozen_sha256"]:
-        raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
-    return model
-
-
-@torch.no_grad()
-def load_base_(model: Any, folder: Path) -> None:
-    """Put a model's weights back to those it was loaded with, or its adapter to the one before training.
-
-    Raises:
-        RunError: If they cannot be loaded again.
-    """
-    if hasattr(model, "peft_config"):
-        load_adapter_(model, folder / BASE_ADAPTER)
-        return
-    try:
-        again = type(model).from_pretrained(model.name_or_path, dtype=model.dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"The base {model.name_or_path!r} can no longer be loaded: rebuild the wanted step with "
-            f"'zokernel replay --base BASE --journal {folder} --output_dir DIR --step N'."
-        ) from error
-    targets = dict(model.named_parameters())
-    for name, tensor in again.named_parameters():
-        targets[name].copy_(tensor)
-
-
 def _describe(model: nn.Module) -> dict[str, Any]:
     adapter = hasattr(model, "peft_config")
     bare: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
@@ -370,6 +274,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]
         else:
             found.append(f"other {words.get(key, key)}")
     return "; ".join(found)
-
-
-__all__ = ["BASE_ADAPTER", "RunJournal", "load_base", "load_base_", "replay"]

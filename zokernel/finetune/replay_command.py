@@ -30,8 +30,8 @@ def main(args: argparse.Namespace) -> int:
 
     from zokernel.data import resolve_model_path
     from zokernel.finetune.checkpoint import move_files, scratch_folder
-    from zokernel.finetune.journal import load_base
     from zokernel.finetune.output import explained_errors
+    from zokernel.finetune.rebuild import load_base
     from zokernel.journal import Journal, replay_
 
     transformers.logging.set_verbosity_error()

@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     journal = Journal.read(args.journal)
     if args.action == "verify":
         if args.base is not None:
-            from zokernel.finetune.journal import load_base
+            from zokernel.finetune.rebuild import load_base
             from zokernel.journal.replay import check_base
 
             check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))

@@ -28,6 +28,16 @@ class JournalWriter:
     Attributes:
         path: The file.
         size: Its length in bytes.
+
+    Example:
+        >>> import tempfile
+        >>> from zokernel.journal import Step
+        >>> path = Path(tempfile.mkdtemp()) / "journal.zkj"
+        >>> writer = JournalWriter.create(path, {"any": "JSON"})
+        >>> writer.append(Step(0, (1e-6,), (0.5, 0.25)))
+        >>> writer.close()
+        >>> Journal.read(path).steps
+        [Step(step=0, learning_rates=(1e-06,), losses=(0.5, 0.25))]
     """
 
     def __init__(self, path: Path, size: int, previous: bytes):
