@@ -272,6 +272,9 @@ def test_numbers_survive_as_they_are(tmp_path):
         writer.append(record)
         writer.close()
         assert Journal.read(tmp_path / "one.zkj").steps[7] == record
+    with pytest.raises(RunError, match="header lacks backend, base_sha256"):
+        replay(network(), tmp_path / "one.zkj")
+    assert main(["journal", "show", str(tmp_path / "one.zkj")]) == 0
     with pytest.raises(UsageError, match="65535 losses"):
         encode(Step(0, (0.1,), (0.0,) * 70_000))
 

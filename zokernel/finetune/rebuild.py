@@ -61,7 +61,7 @@ def replay(
         weights = dict(model.named_parameters())
     else:
         given = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
-        names = [name for name in journal.header["parameters"] if name in given]
+        names = [name for name in journal.header.get("parameters", ()) if name in given]
         weights = {name: given[name].detach().clone() for name in names}
     replay_(weights, journal, step=step, allow_other_backend=allow_other_backend)
     return {name: weights[name].detach() for name in journal.header["parameters"]}

@@ -50,7 +50,11 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(journal: Any) -> list[str]:
     """Return the lines of ``zokernel journal show``."""
+    from zokernel.journal.replay import HEADER_KEYS
+
     header, steps, events = journal.header, journal.steps, journal.events
+    if not header.keys() >= HEADER_KEYS:
+        return [f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes", f"header      {header}"]
     numbers = sum(math.prod(shape) for _, shape in header["parameters"].values())
     lines = [
         f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes",

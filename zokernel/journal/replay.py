@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 # What a parameter group may hold beside its learning rate.
 GROUP_SETTINGS = ("weight_decay", "momentum")
+HEADER_KEYS = {
+    *("method", "options", "seed", "directions", "estimator", "restore", "backend", "visits_points"),
+    *("groups", "parameters", "base_sha256", "zokernel", "torch"),
+}
 
 
 def make_header(
@@ -101,6 +105,9 @@ def check_base(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None
     Raises:
         RunError: If a parameter is missing, has another shape or dtype, or other values.
     """
+    if not header.keys() >= HEADER_KEYS:
+        missing = ", ".join(sorted(HEADER_KEYS - header.keys()))
+        raise RunError(f"The journal's header lacks {missing}: it was not made by zokernel.journal.make_header.")
     for name, (dtype, shape) in header["parameters"].items():
         if name not in weights:
             raise RunError(f"The base has no parameter {name!r}, which the journal changes: it is another model.")
