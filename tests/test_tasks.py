@@ -260,7 +260,7 @@ def test_an_objective_without_gradient_is_descended(models, tmp_path):
     config = ZOConfig(
         output_dir=str(tmp_path),
         objective="accuracy",
-        max_steps=60,
+        max_steps=40,
         learning_rate=3e-3,
         eps=2e-2,
         num_perturbations=4,
