@@ -71,6 +71,8 @@ class RunLog(TrainerCallback):
             # Root mean square of the P projected gradients; each coefficient is one of them over P.
             coefficients = estimate.coefficients.values()
             row["projected_gradient"] = math.sqrt(sum(c * c for c in coefficients) * len(coefficients))
+        if self._trainer.parallel is not None:
+            row["bytes_sent"] = self._trainer.parallel.bytes_sent
         self.rows.append(row)
         if args.should_save and not self._trainer.is_replaying:
             self._write(Path(args.output_dir), row)

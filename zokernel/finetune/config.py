@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
+from zokernel.finetune.evaluators import PERTURB
 from zokernel.optim import get_method
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,23 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Law of the directions: rademacher, gaussian, uniform or sphere."}
     )
     momentum: float | None = field(default=None, metadata={"help": "Momentum, where the method has it."})
+    perturb: str = field(
+        default="auto",
+        metadata={
+            "help": "in_place; in_forward (layers read perturbed copies, made as they are needed); stacked (all losses "
+            "of a step in one forward, for adapters and low-rank directions); auto: stacked where it fits and fits in."
+        },
+    )
+    zo_parallel: str | None = field(
+        default=None,
+        metadata={
+            "help": "What several processes (torchrun) share: data (each its own batch, the default), perturbation "
+            "(the losses of one batch) or hybrid."
+        },
+    )
+    zo_point_ranks: int | None = field(
+        default=None, metadata={"help": "Processes that share one batch, for --zo_parallel hybrid."}
+    )
     restore: str | None = field(
         default=None, metadata={"help": "How weights find back after a perturbation: fold, grid or copy."}
     )
@@ -96,6 +114,8 @@ class ZOConfig(TrainingArguments):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
         get_method(self.method)
+        if self.perturb not in PERTURB:
+            raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
         # transformers allows bf16 on a CPU only when the CPU was asked for.

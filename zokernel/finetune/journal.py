@@ -249,7 +249,7 @@ def _data_order(trainer: ZOTrainer) -> dict[str, Any]:
         digest.update(repr(example).encode())
     return {
         "seed": args.seed if args.data_seed is None else args.data_seed,
-        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.data_ranks,
         "sampling": str(args.train_sampling_strategy),
         "drop_last": args.dataloader_drop_last,
         "examples": digest.hexdigest() if examples is not None else _length(trainer.train_dataset),

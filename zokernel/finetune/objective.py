@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
@@ -89,6 +90,27 @@ class Objective:
         if self.kind == "classification":
             found["f1"] = macro_f1(predicted, torch.as_tensor(prediction.label_ids))
         return found
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether the loss of several copies of a batch can be taken in one forward."""
+        return self.objective == "cross_entropy"
+
+    def stacked(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
+        """Return the loss of every copy of a batch that has been repeated, copy after copy: (copies,).
+
+        Raises:
+            UsageError: If the objective needs more than one forward, or is not a mean over examples.
+        """
+        if not self.can_stack:
+            raise UsageError(f"--objective {self.objective} takes one forward a loss: leave out --perturb stacked.")
+        labels = batch["labels"]
+        if self.loss == "options":
+            losses = F.cross_entropy(option_scores(model, batch).float(), labels, reduction="none")
+            return losses.view(copies, -1).mean(1)
+        right = labels[:, None]
+        sums, counts = (found.gather(1, right).view(copies, -1).sum(1) for found in option_logprobs(model, batch))
+        return -sums / counts
 
     def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the cross entropy and the options' scores."""

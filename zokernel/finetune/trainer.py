@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -20,9 +21,16 @@ from zokernel.errors import LossError, RunError, UsageError
 from zokernel.finetune.batch_size import fit_batch_size
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.config import ZOConfig
+from zokernel.finetune.evaluators import (
+    make_evaluator,
+    make_parallel,
+    repeat_batch,
+    share_batches,
+    without_gradient_machinery,
+)
 from zokernel.finetune.objective import Objective
 from zokernel.finetune.resumable import ResumableTrainer
-from zokernel.optim import get_method
+from zokernel.optim import ZerothOrderOptimizer, get_method
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +85,14 @@ class ZOTrainer(ResumableTrainer):
         super().create_accelerator_and_postprocess()
         # Each weight is used once a forward, so caching its bf16 copy would only cost memory.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        self.parallel = make_parallel(self.args) if self.zeroth_order else None
+        if self.parallel is not None:
+            without_gradient_machinery(self.accelerator)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of transformers; processes that share the points of a step read the same batches."""
+        loader = super().get_train_dataloader()
+        return loader if self.parallel is None else share_batches(loader, self.parallel)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of ``args.method`` on the trainable parameters, keyed by their names."""
@@ -96,6 +112,7 @@ class ZOTrainer(ResumableTrainer):
             self.optimizer = optimizer = method(groups, lr=self.args.learning_rate, **options)
             if self.zeroth_order:
                 optimizer.loop_calls_step = True  # the loop's own bare step() comes after training_step
+                optimizer.evaluator = make_evaluator(self)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
                 "Method %s: lr %g, effective lr %g, %s.",
@@ -123,18 +140,39 @@ class ZOTrainer(ResumableTrainer):
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        batches, self._micro_batches = self._micro_batches, []
 
         def closure() -> Tensor:
             with self.compute_loss_context_manager():
-                losses = [self.compute_loss(model, batch) for batch in batches]
+                losses = [self.compute_loss(model, batch) for batch in self._micro_batches]
             return torch.stack(losses).mean()
 
         if self.journal is not None:
             self.last_loss = self.journal.step(self.bare_optimizer, closure)
         else:
             self.last_loss = self.bare_optimizer.step(closure)
+        self._micro_batches = []
         return torch.tensor(self.last_loss, device=self.args.device)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many batches the processes of the run see in one step."""
+        return self.parallel.data_ranks if self.parallel is not None else self.args.world_size
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether the losses of a step can be taken in one forward: not with a loss or an estimate of one's own."""
+        own_estimate = type(self.bare_optimizer).estimate is not ZerothOrderOptimizer.estimate
+        own_loss = type(self).compute_loss is not ZOTrainer.compute_loss
+        return self.objective.can_stack and not own_estimate and not own_loss
+
+    def stacked_losses(self, copies: int) -> Tensor:
+        """Return the losses of copies of the coming step's batch, of which each may see weights of its own."""
+        with self.compute_loss_context_manager():
+            losses = [
+                self.objective.stacked(self.model_wrapped, repeat_batch(batch, copies), copies)
+                for batch in self._micro_batches
+            ]
+        return torch.stack(losses).mean(0)
 
     def compute_loss(
         self,
