@@ -90,8 +90,8 @@ def claims_page(claims: list[Claim]) -> str:
         lines += [
             f"## {paper}",
             "",
-            "| claim | verdict | why, and what was measured | tested by |",
-            "|---|---|---|---|",
+            "| claim | verdict | why, what was measured, what tests it |",
+            "|---|---|---|",
         ]
         for claim in claims:
             if claim.paper == paper:
@@ -104,7 +104,7 @@ _OTHERS = ("holds under conditions", "does not hold", "not run here")
 
 
 def _claim_row(claim: Claim) -> str:
-    measured = "".join(f"<br>{_cell(str(number))}" for number in claim.measured)
+    measured = "".join(f"<br>• {_cell(str(number))}" for number in claim.measured)
     experiments = [f"[{name}](experiments.md#{_anchor(name)})" for name in claim.experiments]
     if len(experiments) > 3:
         experiments = [*experiments[:2], f"and {len(experiments) - 2} more"]
@@ -112,7 +112,7 @@ def _claim_row(claim: Claim) -> str:
     errata = f" (erratum {', '.join(claim.errata)})" if claim.errata else ""
     return (
         f"| {_cell(claim.claim)} <small>{_cell(claim.where)}{errata}; `{claim.id}`</small> | **{claim.verdict}** "
-        f"| {_cell(claim.why)}{measured} | {', '.join([*experiments, *tests]) or 'nothing here'} |"
+        f"| {_cell(claim.why)}{measured}<br><small>{', '.join([*experiments, *tests]) or 'not tested here'}</small> |"
     )
 
 

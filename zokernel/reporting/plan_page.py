@@ -26,11 +26,13 @@ def read_plan(record: dict[str, Any]) -> Page:
         f"Probing {plan['num_probes']} random directions of {plan['num_parameters']:,} parameters with "
         f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
         f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
-        "that gradient descent would make; with P directions by that over the root of P.",
+        "that gradient descent would make; with P directions by that over the root of P."
+        if math.isfinite(plan["relative_error_one"]["value"])
+        else "How far one step along a single direction would be off, these probes cannot tell: use more of them.",
         f"The best perturbation size is {_estimate(plan['eps'])}; the batch size at which noise equals signal is "
         f"{_estimate(plan['noise_scale'])}.",
     ]
-    if best is not None:
+    if best is not None and best[1] > 0:
         summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions a step.")
     return Page(
         title="Plan of a zeroth-order run",
@@ -77,7 +79,9 @@ def plan_section(record: dict[str, Any]) -> Section:
     if record.get("verify"):
         verified = [{"quantity": row["quantity"], **row} for row in record["verify"]]
         tables.insert(0, table_of_rows("Predicted and measured with real gradients", verified))
-    return Section("Plan", "plan", pictures=[_plan_picture(plan, record.get("verify") or [])], tables=tables)
+    resolved = math.isfinite(plan["relative_error_one"]["value"])
+    pictures = [_plan_picture(plan, record.get("verify") or [])] if resolved else []
+    return Section("Plan", "plan", pictures=pictures, tables=tables)
 
 
 def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Picture:
@@ -105,6 +109,8 @@ def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Pictu
 
 
 def _estimate(value: dict[str, float]) -> str:
+    if not math.isfinite(value["value"]):
+        return "not resolved"
     if not math.isfinite(value["error"]):
         return f"{value['value']:.3g} (not resolved)"
     return f"{value['value']:.3g} ± {value['error']:.1g}"
