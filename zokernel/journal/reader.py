@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ class Journal:
     size: int
     torn_bytes: int
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         """The steps in order."""
         return [record for record in self.records if isinstance(record, Step)]
 
-    @property
+    @cached_property
     def events(self) -> list[dict[str, Any]]:
         """The contents of the events in order."""
         return [record.content for record in self.records if isinstance(record, Event)]
