@@ -186,6 +186,9 @@ def test_shell_blocks_that_do_not_run_are_right(block, workplace, capsys):
                 parse(words[1], words[2:])
             except SystemExit as stop:
                 pytest.fail(f"{block}: {shlex.join(words)}: {stop}\n{capsys.readouterr().err}")
+        elif words[:1] == ["torchrun"] and "zokernel" in words:
+            command = words[words.index("zokernel") + 1 :]
+            parse(command[0], command[1:])
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif words[0] == "python":
