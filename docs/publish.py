@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zokernel.experiments.base import MODULES
+from zokernel.experiments.base import MODULES, Config
 from zokernel.experiments.claims import PAPERS, Claim, contradictions, load_claims, save_claims, update
 from zokernel.experiments.runner import duration
-from zokernel.experiments.storage import RECORD, load_record
+from zokernel.experiments.storage import RECORD, command, load_record
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
@@ -31,6 +31,17 @@ def compact(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: compact(item) for key, item in value.items()}
     return [compact(item) for item in value] if isinstance(value, list) else value
+
+
+def portable(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose options, and so its command, name files without the folders of the machine it ran on."""
+    config = record["config"]
+    options = {
+        name: "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in config["options"].items()
+    }
+    repeat = command(record["name"], Config(config["scale"], config["seed"], options))
+    return record | {"config": config | {"options": options}, "command": repeat}
 
 
 def small_png(source: Path) -> bytes:
@@ -60,7 +71,7 @@ def copy_results(folder: Path) -> list[str]:
             old.unlink()
         for stem in record["figures"]:
             (target / f"{stem}.png").write_bytes(small_png(folder / name / f"{stem}.png"))
-        (target / RECORD).write_text(json.dumps(compact(record), indent=1) + "\n", encoding="utf-8")
+        (target / RECORD).write_text(json.dumps(compact(portable(record)), indent=1) + "\n", encoding="utf-8")
         seconds.setdefault(name, {})[record["config"]["scale"]] = round(record["seconds"], 1)
         copied.append(name)
     SECONDS.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")

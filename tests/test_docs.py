@@ -217,6 +217,9 @@ def test_publishing_copies_rounds_and_refreshes(smoke_run, tmp_path, monkeypatch
     smoke_run.record("entk/horizon")
     source = tmp_path / "run"
     shutil.copytree(smoke_run.folder / "entk" / "horizon", source / "entk" / "horizon")
+    record = json.loads((source / "entk/horizon/result.json").read_text())
+    record["config"]["options"] = {"train_file": "/home/someone/sst2/train.tsv", "seeds": 3}
+    (source / "entk/horizon/result.json").write_text(json.dumps(record))
     seconds = tmp_path / "seconds.json"
     seconds.write_text("{}")
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
@@ -224,6 +227,8 @@ def test_publishing_copies_rounds_and_refreshes(smoke_run, tmp_path, monkeypatch
     assert publish.copy_results(source) == ["entk/horizon"]
     kept = json.loads((tmp_path / "results/entk/horizon/result.json").read_text())
     assert kept["numbers"]["exponent"] == float(f"{smoke_run.record('entk/horizon')['numbers']['exponent']:.6g}")
+    assert kept["config"]["options"] == {"train_file": "sst2/train.tsv", "seeds": 3}
+    assert kept["command"].endswith("--seed 0 --set train_file=sst2/train.tsv --set seeds=3")
     old, new = source / "entk/horizon/horizon.png", tmp_path / "results/entk/horizon/horizon.png"
     assert 1000 < new.stat().st_size < old.stat().st_size
     assert set(json.loads(seconds.read_text())["entk/horizon"]) == {"smoke"}

@@ -105,6 +105,16 @@ def test_an_unfinished_run_is_read_from_its_journal(run_folders, tmp_path):
     assert len(read_training(folder).rows) == 40
 
 
+def test_a_run_without_steps_shows_scores_only(run_folders, tmp_path):
+    metrics = json.loads((run_folders["finetune"] / "metrics.json").read_text())
+    metrics |= {"steps": 0, "forwards": 0, "forwards_per_step": None, "evaluations": [], "after": metrics["before"]}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    page = read_run(tmp_path)
+    assert page.title.endswith("as it is")
+    assert page.summary[0].startswith("No step was taken. On 24 held-out examples: accuracy")
+    assert "backpropagation" not in render(page)
+
+
 def test_predictions_stand_next_to_what_was_measured(run_folders, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_folders["finetune"], folder)

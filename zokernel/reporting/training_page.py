@@ -24,13 +24,14 @@ def read_finetune(folder: Path) -> Page:
         folder: Its ``output_dir``.
     """
     run = read_training(folder)
-    sections = [Section("Training", "training", pictures=pictures(run))]
+    sections = [Section("Training", "training", pictures=pictures(run))] if run.rows else []
     if run.metrics:
         sections.append(Section("Numbers", "numbers", tables=[_numbers(run.metrics)]))
     tables = [table_of_rows("Validation during training", run.evaluations)] if run.evaluations else []
     if run.rows:
         tables.append(_steps(run.rows))
-    sections.append(Section("Steps", "steps", tables=tables))
+    if tables:
+        sections.append(Section("Steps", "steps", tables=tables))
     plan = find_plan(folder)
     if plan is not None:
         sections.insert(1, plan_section(plan))
@@ -48,7 +49,8 @@ def read_finetune(folder: Path) -> Page:
 
 def _title(run: TrainingRun) -> str:
     if run.metrics:
-        return f"Fine-tuning {run.metrics['model']} with {run.metrics['method']}"
+        model = Path(run.metrics["model"]).name if Path(run.metrics["model"]).is_absolute() else run.metrics["model"]
+        return f"Fine-tuning {model} with {run.metrics['method']}" if run.metrics["steps"] else f"{model} as it is"
     return f"Training with {run.method or 'zokernel'}, {len(run.rows):,} steps so far"
 
 
@@ -74,6 +76,9 @@ def summary(run: TrainingRun) -> list[str]:
         ]
     before, after, count = metrics["before"], metrics["after"], metrics["num_test"]
     paragraphs = []
+    if not metrics["steps"]:
+        found = ", ".join(f"{words(name)} {100 * value:.1f}%" for name, value in after.items() if name != "loss")
+        return [f"No step was taken. On {count:,} held-out examples: {found}, loss {after['loss']:.4g}."]
     if metrics.get("forwards_per_step"):
         paragraphs.append(
             f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different "
@@ -102,6 +107,8 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
     if not metrics:
         last = run.rows[-1] if run.rows else {}
         return [("steps", f"{len(run.rows):,}"), ("last loss", f"{last.get('loss', math.nan):.4g}")]
+    if not metrics["steps"]:
+        return [("loss", f"{metrics['after']['loss']:.3f}"), ("examples", f"{metrics['num_test']:,}")]
     found = [
         ("parameters trained", f"{metrics['num_trained']:,}"),
         ("loss", f"{metrics['before']['loss']:.3f} → {metrics['after']['loss']:.3f}"),
