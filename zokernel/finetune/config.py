@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
+from zokernel.finetune.elastic import rejoin
 from zokernel.finetune.evaluators import PERTURB
 from zokernel.optim import get_method
 
@@ -126,6 +127,7 @@ class ZOConfig(TrainingArguments):
         self.precision = "bf16" if self.bf16 else "fp32"
         if self.eval_steps is None:
             self.eval_steps = max(1, self.max_steps // 5) if self.max_steps > 0 else 500
+        rejoin()
         journal = self.save_strategy == "journal"
         if journal:
             if self.eval_strategy == "no":
