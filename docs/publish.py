@@ -157,7 +157,12 @@ def experiments_page() -> str:
         lines += [
             f"- **{v['verdict']}**: {_cell(v['claim'])} {_cell(v['reason'])} (`{v['id']}`)" for v in record["verdicts"]
         ]
-        lines += ["", f"`{record['command']}`, {duration(record['seconds'])}, commit `{record['commit']}`.", ""]
+        lines += [
+            "",
+            f"`{record['command']}`, {duration(record['seconds'])}, commit `{record['commit']}`; "
+            f"[result.json]({name}/{RECORD}).",
+            "",
+        ]
         for stem in record["figures"]:
             lines += [f"![{stem.replace('_', ' ')} of {name}]({name}/{stem}.png)", ""]
     return "\n".join(lines).rstrip() + "\n"
