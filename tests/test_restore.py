@@ -38,6 +38,20 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_still_weights_make_the_steps_of_a_copy_without_one():
+    for dtype in (torch.float32, torch.bfloat16):
+        copied, still = weights(dtype), weights(dtype)
+        states = [make_restore(mode, Dense("gaussian"), t, seed=1) for mode, t in (("copy", copied), ("still", still))]
+        for step in range(4):
+            wander(states[0], step, 1e-3)
+            for state in states:
+                state.commit(step, {0: 1e-4}, decay=0.999)
+        assert same(copied, still)
+        with pytest.raises(UsageError, match="InForward"):
+            states[1].move_to(9, {0: 1e-3})
+        states[1].restore()
+
+
 def wander(state, step, eps):
     state.move_to(step, {0: eps})
     state.move_to(step, {0: -eps})

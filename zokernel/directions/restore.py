@@ -1,4 +1,4 @@
-r"""Perturb weights and bring them back: three ways that differ in memory and in what "back" means.
+r"""Perturb weights and bring them back: ways that differ in memory and in what "back" means.
 
 A zeroth-order step moves the weights to :math:`\theta + \epsilon z`, to :math:`\theta - \epsilon z`, back, and on to
 :math:`\theta' = decay\,\theta + \sum_i u_i z_i`.  Four sweeps of ``add_`` do that, and leave rounding errors behind.
@@ -9,6 +9,7 @@ mode      extra memory         sweeps a step     back at theta
 ``fold``  none                 3                 up to rounding: each step drifts by a few half-ulps of fp32
 ``grid``  none                 3                 exactly (float32 weights, kept on a power-of-two grid)
 ``copy``  one copy             3 + 3 copies      exactly, any dtype
+``still`` none                 1                 never left: something else perturbs, such as the forward itself
 ========  ===================  ================  =============================================================
 
 All of them update in the sweep that restores.  For the same weights, seed and calls, all repeat the same roundings.
@@ -48,7 +49,7 @@ class Fold(Restore):
     the offset is a power of two itself (:func:`nearest_power_of_two`): then they happen once and not again.
 
     Args:
-        directions: Directions of directions.
+        directions: Random directions.
         tensors: Weights by name: float32 or float64.
         seed: Seed of the run.
 
@@ -99,7 +100,7 @@ class Grid(Restore):
     factor two of its bound moves to a grid twice as coarse.
 
     Args:
-        directions: Directions of directions.
+        directions: Random directions.
         tensors: Weights by name: float32 and not sharded.  They are rounded to their grid at once.
         seed: Seed of the run; also of the rounding.
         reach: Largest total offset to make room for (the perturbation scale eps).
@@ -185,11 +186,11 @@ class Grid(Restore):
             self.tensors[name].div_(self.grid[name]).round_().mul_(self.grid[name])
 
 
-class Copy(Restore):
-    """Restore exactly from a copy of the weights: any dtype, sharded or not, at the price of the copy.
+class Still(Restore):
+    """Weights that are never moved but by updates, for losses that perturb in the forward: exact, any dtype, no memory.
 
     Args:
-        directions: Directions of directions.
+        directions: Random directions.
         tensors: Weights by name.
         seed: Seed of the run; also of the rounding.
         stochastic: Round updates stochastically; by default only those of bfloat16 and float16 weights, whose nearest
@@ -200,13 +201,48 @@ class Copy(Restore):
         self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, stochastic: bool | None = None
     ):
         super().__init__(directions, tensors, seed=seed)
-        self._theta = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         self._rules = {
             name: Rule.STOCHASTIC
             if stochastic or (stochastic is None and tensor.dtype in LOW_PRECISION)
             else Rule.NEAREST
             for name, tensor in self.tensors.items()
         }
+
+    def _move(self, target: dict[Draw, float]) -> None:
+        if target:
+            raise UsageError(
+                "restore='still' never moves the weights: set an evaluator that perturbs elsewhere (InForward, "
+                "Stacked), or restore='copy'."
+            )
+
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+        draws = union_of_draws(update, {})
+        as_family(self.directions).sweep_(
+            self.tensors,
+            self._scales(update, draws),
+            rule=self._rules,
+            seed=self.seed,
+            decay=decay,
+            rounding=(step, 0),
+            **step_and_index(draws),
+        )
+
+
+class Copy(Still):
+    """Restore exactly from a copy of the weights: any dtype, sharded or not, at the price of the copy.
+
+    Args:
+        directions: Random directions.
+        tensors: Weights by name.
+        seed: Seed of the run; also of the rounding.
+        stochastic: As for :class:`Still`.
+    """
+
+    def __init__(
+        self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, stochastic: bool | None = None
+    ):
+        super().__init__(directions, tensors, seed=seed, stochastic=stochastic)
+        self._theta = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the weights as they are now for theta.
@@ -226,16 +262,7 @@ class Copy(Restore):
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         if self._offsets:
             self._copy(self._theta, self.tensors)
-        draws = union_of_draws(update, {})
-        as_family(self.directions).sweep_(
-            self.tensors,
-            self._scales(update, draws),
-            rule=self._rules,
-            seed=self.seed,
-            decay=decay,
-            rounding=(step, 0),
-            **step_and_index(draws),
-        )
+        super()._commit(step, update, decay)
         self._copy(self.tensors, self._theta)
 
     @staticmethod
@@ -245,7 +272,7 @@ class Copy(Restore):
                 tensor.copy_(source[name])
 
 
-MODES: dict[str, type[Restore]] = {"fold": Fold, "grid": Grid, "copy": Copy}
+MODES: dict[str, type[Restore]] = {"fold": Fold, "grid": Grid, "copy": Copy, "still": Still}
 
 
 def make_restore(
@@ -255,7 +282,7 @@ def make_restore(
 
     Args:
         mode: ``fold``, ``grid`` or ``copy``.
-        directions: Directions of directions.
+        directions: Random directions.
         tensors: Weights by name, changed in place by every move and commit.
         seed: Seed of the run.
         reach: Largest total offset to expect (eps); only ``grid`` needs it, to size its grids.

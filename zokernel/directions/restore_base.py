@@ -25,7 +25,7 @@ class Restore(ABC):
     """Weights that can be moved along directions and brought back; holds the current offsets.
 
     Args:
-        directions: Directions of directions.
+        directions: Random directions.
         tensors: Weights by name, changed in place.
         seed: Seed of the run.
 

@@ -101,6 +101,8 @@ class ZOTrainer(ResumableTrainer):
             assert model is not None
             decayed = set(self.get_decay_parameter_names(model))
             options = self.args.method_options()
+            if self.zeroth_order and self.args.perturb in ("in_forward", "stacked"):
+                options.setdefault("restore", "still")
             weight_decay = options.pop("weight_decay", 0.0)
             named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             groups = [
@@ -221,8 +223,9 @@ def check_trainable(model: nn.Module, args: ZOConfig) -> None:
             "The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it (--lora)."
         )
     low = sorted({str(p.dtype) for _, p in trainable if p.dtype in (torch.bfloat16, torch.float16)})
-    if low and args.restore not in ("grid", "copy"):
+    if low and args.restore not in ("grid", "copy") and args.perturb not in ("in_forward", "stacked"):
         raise UsageError(
             f"Trainable weights are stored in {', '.join(low)}, where perturbing in place does not come back exactly: "
-            "load them with --dtype float32 (forwards may still run in bf16), or set --restore copy."
+            "set --perturb in_forward, which leaves them in place, or load them with --dtype float32 (forwards may "
+            "still run in bf16)."
         )
