@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 
-.PHONY: help install demo test lint format typecheck bench clean
+.PHONY: help install demo test lint format typecheck docs results bench clean
 
 help:
 	@sed -n '1,4p;s/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tests/requirements-crosscheck
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zokernel needs Python >= 3.11: make PYTHON=python3.11 ...")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-crosscheck.txt
 	touch $@
 
@@ -38,8 +38,15 @@ format: install  ## rewrite files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install  ## build the documentation site into site/; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+results: install  ## run every experiment at cpu scale and commit what it says to docs/results (about half an hour)
+	$(BIN)/zokernel reproduce all --scale cpu --output_dir runs/cpu
+	$(BIN)/python docs/publish.py runs/cpu
+
 bench: install  ## every benchmark (prints ratios measured in one run)
 	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache

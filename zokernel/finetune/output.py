@@ -38,6 +38,7 @@ _ARTEFACTS = (
     "steps.jsonl",
     "loss.png",
     "report.md",
+    "report.html",
     "training_args.json",
     "base-adapter",
     "journal.zkj*",
