@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from zokernel._lazy import lazy_exports
 
+# public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
     "Collator": "scoring",
     "EncodedDataset": "scoring",
@@ -19,22 +19,6 @@ _EXPORTS = {
     "replay": "rebuild",
 }
 
-__all__ = [
-    "Collator",
-    "EncodedDataset",
-    "Objective",
-    "PromptTask",
-    "ZOConfig",
-    "ZOTrainer",
-    "encode",
-    "finetune",
-    "get_task",
-    "option_scores",
-    "replay",
-]
+__all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"zokernel.finetune.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'zokernel.finetune' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from zokernel._lazy import lazy_exports
 from zokernel.optim.registry import get_method, methods, register
 
+# public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
     "ZerothOrderOptimizer": "base",
     "Move": "base",
@@ -34,8 +33,4 @@ _EXPORTS = {
 __all__ = ["get_method", "methods", "register"]
 __all__ += sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"zokernel.optim.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'zokernel.optim' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

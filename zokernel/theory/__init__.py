@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from zokernel._lazy import lazy_exports
 
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
-_EXPORTS: dict[str, str] = {
+_EXPORTS = {
     "smoothing_kernel": "smoothing",
     "SmoothingKernel": "smoothing",
     "KernelFacts": "smoothing",
@@ -52,12 +51,4 @@ _EXPORTS: dict[str, str] = {
 
 __all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

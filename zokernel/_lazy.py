@@ -1,0 +1,34 @@
+"""Packages whose public names load on first use, so that importing a package imports none of its modules."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the ``__getattr__`` and ``__dir__`` of a package that loads its public names on first use (PEP 562).
+
+    Args:
+        package: The package's ``__name__``.
+        exports: For every public name, the module of the package that defines it.
+
+    Returns:
+        ``__getattr__``, and a ``__dir__`` that lists ``__all__``; to be assigned to these names in the package.
+
+    Example:
+        >>> load, listing = lazy_exports("zokernel", {"UsageError": "errors"})
+        >>> load("UsageError").__module__, "theory" in listing()
+        ('zokernel.errors', True)
+    """
+
+    def load(name: str) -> Any:
+        if name in exports:
+            return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def listing() -> list[str]:
+        return sorted(importlib.import_module(package).__all__)
+
+    return load, listing
