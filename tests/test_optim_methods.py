@@ -309,6 +309,6 @@ def test_hizoo_s_windows_change_nothing(monkeypatch, restore):
         w = nn.Parameter(torch.linspace(-1, 1, 60).view(6, 10))
         optimizer = HiZOO([("w", w)], lr=0.01, num_perturbations=2, hessian_smooth=0.1, restore=restore)
         for _ in range(4):
-            optimizer.step(lambda: (w - 0.5).pow(4).sum())
+            optimizer.step(lambda w=w: (w - 0.5).pow(4).sum())
         ends.append(w.detach().clone())
     assert torch.equal(*ends)
