@@ -31,3 +31,19 @@ class MissingDependencyError(RunError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'zokernel[{extra}]'.")
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return what another library's error says, short enough to stand inside one sentence.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The first line of its message, at most 240 characters of it; its type's name when it says nothing.
+
+    Example:
+        >>> first_line(OSError("no such model\nand a page of advice")), first_line(KeyError())
+        ('no such model', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]

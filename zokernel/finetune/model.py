@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zokernel.data import resolve_model_path
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.arguments import ModelArguments
 from zokernel.finetune.config import ZOConfig
@@ -48,7 +48,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"Model {arguments.model_name_or_path!r} could not be loaded ({_first_line(error)}): give 'smollm2', "
+            f"Model {arguments.model_name_or_path!r} could not be loaded ({first_line(error)}): give 'smollm2', "
             "a folder written by save_pretrained, or a hub id that can be reached."
         ) from error
     if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
@@ -67,7 +67,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         )
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"Model {arguments.model_name_or_path!r} could not be loaded ({_first_line(error)})."
+            f"Model {arguments.model_name_or_path!r} could not be loaded ({first_line(error)})."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -242,7 +242,3 @@ def check_memory(
             f"The run needs at least {parts['total'] / 2**30:.2f} GiB ({listing}) and {free / 2**30:.2f} GiB are free: "
             "use a smaller model, --dtype bfloat16 with --lora true, or --skip_memory_check true."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]

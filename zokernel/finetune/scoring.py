@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zokernel.errors import UsageError
+from zokernel.errors import UsageError, first_line
 from zokernel.finetune.collate import Collator, EncodedDataset
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset
         try:
             found = option_scores(model, move(packed(trial)))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             finite = expected.isfinite()
             error_found = (found - expected)[finite].abs().max().item()
