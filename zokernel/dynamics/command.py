@@ -10,7 +10,6 @@ The model is linearised at its present weights and the loss is |f - y|^2 / 2n.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from pathlib import Path
@@ -25,6 +24,7 @@ from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.evolve_inputs import EvolveInputs, TextTask, from_factory, from_features, from_language_model
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
+from zokernel.files import write_json
 from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import stability_limit_of_features
 
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     _print(record)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     _figure(evolution, curve, runs, record).savefig(args.output_dir / "evolution.png", dpi=160)
-    (args.output_dir / "evolution.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "evolution.json", record)
     print(f"written: {args.output_dir / 'evolution.json'}, {args.output_dir / 'evolution.png'}")
     return 0
 

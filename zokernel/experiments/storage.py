@@ -19,6 +19,7 @@ import numpy as np
 from zokernel._version import __version__
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, get_experiment
+from zokernel.files import read_json, write_json
 
 RECORD = "result.json"
 
@@ -81,9 +82,7 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
         "versions": versions(),
         "threads": _threads(),
     }
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2, default=_jsonable) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORD)
+    write_json(folder / RECORD, record, default=_jsonable)
 
 
 def load_record(folder: Path) -> dict[str, Any] | None:
@@ -96,7 +95,7 @@ def load_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         _ = record["name"], record["config"]["scale"], record["seconds"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not the result of an experiment: remove it, or choose another folder.") from error

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from zokernel.files import write_text
+
 if TYPE_CHECKING:
     from zokernel.finetune.trainer import ZOTrainer
 
@@ -95,9 +97,7 @@ class RunLog(TrainerCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
-        partial = folder / f"{STEPS_FILE}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(folder / STEPS_FILE)
+        write_text(folder / STEPS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add forwards and the projected gradient to what the Trainer logs (progress bar, TensorBoard, W&B, ...)."""

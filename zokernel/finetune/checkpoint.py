@@ -6,7 +6,6 @@ A checkpoint is the folder ``checkpoint-N``: what ``save_pretrained`` writes, ``
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -19,11 +18,10 @@ import torch
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
+from zokernel.files import read_json, sync
 from zokernel.finetune.adapters import virtual_tokens
 from zokernel.finetune.model import load_weights_
-from zokernel.finetune.output import read_json
 from zokernel.finetune.state_file import PICKLES, load_state, save_state
-from zokernel.journal.writer import sync_folder
 
 STATE_FOLDER = "training_state"
 TRAINER_STATE = "trainer_state.json"
@@ -47,10 +45,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield scratch
         for path in scratch.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         remove_folder(target)
         scratch.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -72,11 +70,11 @@ def move_files(source: Path, target: Path) -> None:
     """Move finished files into a folder one rename each; what names the others, configuration and index, comes last."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: (path.suffix == ".json", path.name == "config.json")):
-        _sync(path)
+        sync(path)
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
-    sync_folder(target)
+    sync(target)
 
 
 def remove_folder(folder: Path) -> None:
@@ -209,11 +207,3 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from zokernel._version import __version__
+from zokernel.files import read_json, write_json
 from zokernel.finetune import output
 from zokernel.finetune.arguments import DataArguments, ModelArguments
 from zokernel.finetune.callbacks import StopOnInterrupt
@@ -89,7 +90,7 @@ def _finetune(
     there = from_main(there)
     if there == "finished":
         logger.info("%s holds this very run, finished: nothing is left to do.", folder)
-        return output.read_json(folder / output.METRICS_FILE)
+        return read_json(folder / output.METRICS_FILE)
     resume: str | bool = asked if asked.lower() not in ("", "last", "true") else there == "unfinished"
     if resume:
         logger.info("Continuing the run in %s.", folder)
@@ -110,9 +111,9 @@ def _finetune(
     )
     run: dict[str, Any] = {"zokernel": __version__, "command": list(command), "settings": settings}
     if main and resume:
-        run = output.read_json(folder / output.RUN_FILE)
+        run = read_json(folder / output.RUN_FILE)
     elif main:
-        output.write_json(folder / output.RUN_FILE, run)
+        write_json(folder / output.RUN_FILE, run)
     run = from_main(run)
     if "before" not in run:
         scoring = f"{config.precision} {objective.objective} {data_arguments.calibrate} {objective.max_new_tokens}"
@@ -125,14 +126,14 @@ def _finetune(
             run["before"] = remembered(key, score) if config.world_size == 1 else score()
         run["peak_memory_inference"] = inference.peak_bytes
         if main:
-            output.write_json(folder / output.RUN_FILE, run)
+            write_json(folder / output.RUN_FILE, run)
     how = f"{data_arguments.num_demonstrations}-shot in-context" if data_arguments.num_demonstrations else "Zero-shot"
     logger.info("%s %s on %d test examples: %.3f.", how, task.metric, len(splits.test), run["before"][task.metric])
 
     def begun() -> None:
         # Only now is it sure that the run there is continued, perhaps with a longer --max_steps.
         (folder / output.METRICS_FILE).unlink(missing_ok=True)
-        output.write_json(folder / output.RUN_FILE, run | {"settings": settings})
+        write_json(folder / output.RUN_FILE, run | {"settings": settings})
 
     trainer.when_begun = begun
     with PeakMemory() as training:
@@ -197,7 +198,7 @@ def _finetune(
         draw_loss(log.rows, evaluations, test, folder / "loss.png", metric=task.metric)
         write_card(metrics, folder / "README.md")
     write_report(metrics, folder / "report.md")
-    output.write_json(folder / output.METRICS_FILE, metrics)  # last: it says that the run is finished
+    write_json(folder / output.METRICS_FILE, metrics)  # last: it says that the run is finished
     return metrics
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from zokernel.errors import RunError, UsageError
+from zokernel.files import read_json
 from zokernel.finetune.lock import LOCK_FILE
 
 RUN_FILE = "run.json"
@@ -170,15 +171,3 @@ def explained_errors(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({reason}); checkpoints and journal are whole up to now. Free some space and "
             "repeat the command to continue."
         ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

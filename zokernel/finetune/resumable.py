@@ -18,11 +18,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import UsageError
+from zokernel.files import write_json
 from zokernel.finetune import checkpoint as files
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.journal import RunJournal
 from zokernel.finetune.lock import exclusive
-from zokernel.finetune.output import explained_errors, write_json
+from zokernel.finetune.output import explained_errors
 from zokernel.finetune.sampling import EpochSeededSampler
 from zokernel.finetune.state_file import load_state, save_state
 

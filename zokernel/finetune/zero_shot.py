@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zokernel.data.cache import cache_home
-from zokernel.finetune.output import read_json, write_json
+from zokernel.files import read_json, write_json
 from zokernel.finetune.scoring import EncodedDataset
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.files import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,10 +115,10 @@ def truncate(args: argparse.Namespace) -> int:
         if args.step > journal.num_steps or args.step < 0:
             raise UsageError(f"{path} holds {journal.num_steps} good steps: choose one of 0 to {journal.num_steps}.")
         size = journal.end_of_step(args.step)
-        backup, partial = path.with_name(path.name + ".bak"), path.with_name(path.name + ".partial")
+        backup = path.with_name(path.name + ".bak")
         shutil.copyfile(path, backup)
-        shutil.copyfile(path, partial)
-        os.truncate(partial, size)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            shutil.copyfile(path, partial)
+            os.truncate(partial, size)
     print(f"{path}: {args.step} steps kept; the file as it was is {backup}.")
     return 0

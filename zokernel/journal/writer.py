@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import RunError
+from zokernel.files import whole_file
 from zokernel.journal.format import CHECKSUM_BYTES, Record, checksum, encode, encode_header
 from zokernel.journal.reader import Journal
 
@@ -57,14 +58,9 @@ class JournalWriter:
             RunError: If it cannot be written.
         """
         data = encode_header(header)
-        partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
+            with whole_file(path, durable=True) as partial:
+                partial.write_bytes(data)
         except OSError as error:
             raise RunError(f"The journal {path} cannot be written ({error.strerror}).") from error
         return cls(path, len(data), data[-CHECKSUM_BYTES:])
@@ -118,12 +114,3 @@ class JournalWriter:
             self.sync()
             os.close(self._file)
             self._file = -1
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
+from zokernel.files import write_json
 from zokernel.kernels.checks import forward_mode
 from zokernel.kernels.entk_kernel import entk
 from zokernel.kernels.fidelity_table import Fidelity, fidelity
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     draw(table, exact, kernels, names, args.output_dir)
     record = {"rows": table.rows, "rho": table.moments.rho, "outputs": names, "kernel": exact.tolist()}
     record["command"] = vars(args).get("command_line", "")
-    (args.output_dir / "kernel.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "kernel.json", record)
     rho = table.moments.rho
     print(f"rho = {rho:.4f}: {required_perturbations(rho, 0.1):,} directions for 10%, "
           f"{required_perturbations(rho, 0.3):,} for 30% relative error.")  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from zokernel._version import __version__
 from zokernel.errors import MissingDependencyError, UsageError
+from zokernel.files import write_text
 from zokernel.reporting.page import Page
 
 VERDICT_CLASSES = {"holds": "good", "holds under conditions": "some", "does not hold": "bad", "not run here": "none"}
@@ -115,7 +116,5 @@ def write_report(folder: Path, target: Path | None = None) -> Path:
     target = target or (folder if folder.is_dir() else folder.parent) / "report.html"
     text = render(read_run(folder))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_text(target, text)
     return target
