@@ -35,15 +35,14 @@ def load(full: bool):
 
 def train(rank: int, world: int, port: int, options: argparse.Namespace, queue) -> None:
     from zokernel.finetune.scoring import ScoredPositions
-    from zokernel.optim import MeZO, Parallel
+    from zokernel.optim import InForward, MeZO, Parallel
 
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = load(options.full)
-    optimizer = MeZO(model, lr=1e-6, num_perturbations=options.num_perturbations)
-    if world > 1:
-        optimizer.evaluator = Parallel("perturbation")
+    optimizer = MeZO(model, lr=1e-6, num_perturbations=options.num_perturbations, restore="still")
+    optimizer.evaluator = Parallel("perturbation", inner=InForward()) if world > 1 else InForward()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40000, (options.batch, 38), generator=generator)
     positions, labels = torch.full((options.batch, 1), 37), torch.zeros(options.batch, dtype=torch.long)

@@ -23,6 +23,7 @@ from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import EncodedDataset, encode
 from zokernel.finetune.evaluators import make_evaluator, make_parallel
+from zokernel.optim import InForward
 
 STEPS = 6
 
@@ -44,7 +45,13 @@ def load(tiny_lm_path, tiny_reviews_path, dtype=torch.float64):
 
 
 def train(parts, folder, **settings):
-    settings = {"max_steps": STEPS, "num_perturbations": 4, "logging_steps": 2, "per_device_eval_batch_size": 4, **settings}
+    settings = {
+        "max_steps": STEPS,
+        "num_perturbations": 4,
+        "logging_steps": 2,
+        "per_device_eval_batch_size": 4,
+        **settings,
+    }
     trainer = make_trainer(parts, folder, **settings)
     trainer.train()
     return {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()}, trainer
@@ -154,6 +161,6 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="zo_parallel must be one of"):
         make_parallel(SimpleNamespace(zo_parallel="model", zo_point_ranks=None))
     assert make_parallel(SimpleNamespace(zo_parallel="data", zo_point_ranks=None)) is None
-    trainer = SimpleNamespace(parallel=object(), args=SimpleNamespace(perturb="stacked"))
-    with pytest.raises(UsageError, match="perturb in place"):
-        make_evaluator(trainer)
+    trainer = SimpleNamespace(parallel=SimpleNamespace(inner=None), args=SimpleNamespace(perturb="in_forward"))
+    assert make_evaluator(trainer) is trainer.parallel
+    assert isinstance(trainer.parallel.inner, InForward)

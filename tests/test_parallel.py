@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
-from zokernel.optim import FZOO, HiZOO, KerZOO, MeZO, Richardson, ZOAdam
+from zokernel.optim import FZOO, HiZOO, InForward, KerZOO, MeZO, Richardson, ZOAdam
 from zokernel.optim.parallel import Parallel
 
 METHODS = {
@@ -57,6 +57,7 @@ def run_rank(rank, folder):
     for name, make in METHODS.items():
         evaluator = Parallel("perturbation")
         found[name] = (*train(make, dtype_of(name), evaluator), evaluator.bytes_sent)
+    found["in forward"] = train(METHODS["mezo"], torch.float64, Parallel("perturbation", inner=InForward()))
     half = slice(4 * rank, 4 * rank + 4)
     found["data"] = train(METHODS["mezo"], torch.float64, Parallel("data"), rows=half)
     found["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
@@ -119,6 +120,13 @@ def test_bytes_sent_are_eight_a_direction_for_two_ends_on_two_processes(ranks):
     """P directions have 2P ends; each of two processes sends its P losses as float64."""
     assert [rank["mezo"][2] for rank in ranks] == [STEPS * 8 * 4] * 2
     assert [rank["mezo_odd"][2] for rank in ranks] == [STEPS * 8] * 2
+
+
+def test_perturbing_in_the_forward_is_shared_too(ranks):
+    alone = train(METHODS["mezo"], torch.float64, InForward())
+    for rank in ranks:
+        assert same_bits(rank["in forward"][0], alone[0])
+        assert rank["in forward"][1] == alone[1]
 
 
 def test_data_parallel_is_one_process_with_the_whole_batch(ranks):

@@ -30,16 +30,24 @@ def num_processes() -> int:
 
 
 def make_evaluator(trainer: ZOTrainer) -> Evaluator:
-    """Return what takes the losses of the trainer's optimizer, and log why.
+    """Return what takes the losses of the trainer's optimizer: this process's share, if there are several.
+
+    Raises:
+        UsageError: If the settings ask for what this run cannot do.
+    """
+    if trainer.parallel is None:
+        return choose_evaluator(trainer)
+    trainer.parallel.inner = choose_evaluator(trainer)
+    return trainer.parallel
+
+
+def choose_evaluator(trainer: ZOTrainer) -> Evaluator:
+    """Return how one process takes losses, and log why.
 
     Raises:
         UsageError: If the settings ask for what this run cannot do.
     """
     args = trainer.args
-    if trainer.parallel is not None:
-        if args.perturb not in ("auto", "in_place"):
-            raise UsageError(f"Several processes perturb in place: leave out --perturb {args.perturb}.")
-        return trainer.parallel
     if args.perturb == "in_forward":
         return InForward()
     if args.perturb == "in_place":

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.optim.base import Closure, ZerothOrderOptimizer
+from zokernel.optim.base import Closure, Evaluator, ZerothOrderOptimizer, in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Parallel:
         mode: ``data``, ``perturbation`` or ``hybrid``.
         point_ranks: Processes that share one batch, in ``hybrid`` mode: a divisor of their number.
         group: Process group of torch.distributed; all processes when not given.
+        inner: How a process takes the losses of its own points: one after the other by default.
 
     Attributes:
         data_rank: Which of the ``data_ranks`` batches this process sees.
@@ -66,7 +67,9 @@ class Parallel:
         >>> dist.destroy_process_group()
     """
 
-    def __init__(self, mode: str = "data", *, point_ranks: int | None = None, group: Any = None):
+    def __init__(
+        self, mode: str = "data", *, point_ranks: int | None = None, group: Any = None, inner: Evaluator = in_turn
+    ):
         if mode not in MODES:
             raise UsageError(f"There is no parallel mode {mode!r}: choose one of {', '.join(MODES)}.")
         if not dist.is_initialized():
@@ -79,7 +82,7 @@ class Parallel:
             raise UsageError(f"The number of point ranks is set in hybrid mode only, not with mode={mode!r}.")
         else:
             point_ranks = 1 if mode == "data" else world
-        self.mode, self.group = mode, group
+        self.mode, self.group, self.inner = mode, group, inner
         self.point_ranks, self.data_ranks = point_ranks, world // point_ranks
         self.data_rank, self.point_rank = divmod(rank, point_ranks)
         self.bytes_sent = 0
@@ -96,14 +99,11 @@ class Parallel:
         if not self._checked:
             self.check_same_weights(optimizer.named_params)
             self._checked = True
-        own = []
-        for number, offsets in enumerate(points):
-            mine = number % self.point_ranks == self.point_rank
-            # Folded restores round along the path, so every process walks the whole of it.
-            if mine or optimizer.repeats_moves:
-                optimizer.move_to(offsets)
-            if mine:
-                own.append(float(closure()))
+        mine = points[self.point_rank :: self.point_ranks]
+        if self.visits_points and optimizer.repeats_moves:
+            own = self._along_the_path(optimizer, closure, points)
+        else:
+            own = self.inner(optimizer, closure, mine) if mine else []
         table = self._gather(own, math.ceil(len(points) / self.point_ranks))
         losses = []
         for number in range(len(points)):
@@ -111,6 +111,22 @@ class Parallel:
             column = [table[data_rank * self.point_ranks + share][row] for data_rank in range(self.data_ranks)]
             losses.append(sum(column) / self.data_ranks)
         return losses
+
+    @property
+    def visits_points(self) -> bool:
+        """Whether the weights are moved."""
+        return getattr(self.inner, "visits_points", True)
+
+    def _along_the_path(
+        self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]
+    ) -> list[float]:
+        """Return the losses at this process's points; folded restores round along the path, so all walk all of it."""
+        own = []
+        for number, offsets in enumerate(points):
+            optimizer.move_to(offsets)
+            if number % self.point_ranks == self.point_rank:
+                own.append(float(closure()))
+        return own
 
     def check_same_weights(self, weights: dict[str, Tensor]) -> None:
         """Check that all processes hold the same weights, by two sums of each.
