@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zokernel.directions import Dense, LowRank, Subspace
-from zokernel.directions.sparse import unpack_bits
+from zokernel.directions.masks import kth_magnitude, mask_of_small, unpack_bits
 from zokernel.errors import RunError, UsageError
 from zokernel.optim import (
     FZOO,
@@ -26,7 +26,6 @@ from zokernel.optim import (
     decay_groups,
     get_method,
 )
-from zokernel.optim.sparse_mezo import kth_magnitude, mask_of_small
 
 SHAPE = (6, 5)
 START = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(SHAPE)
@@ -131,7 +130,7 @@ def test_sparse_mezo_moves_the_small_weights_only():
     assert torch.equal(other.directions.mask("w", SHAPE), optimizer.directions.mask("w", SHAPE))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [0, 1, 7, 500, 999, 1000])
 def test_threshold_of_small_weights_is_exact(k, dtype):
     values = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1e-2).to(dtype)

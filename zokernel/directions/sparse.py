@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zokernel.directions.family import Family
 from zokernel.directions.laws import Law, get_law
+from zokernel.directions.masks import count_bits, mask_of_small, unpack_bits
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Noise, Term
@@ -82,7 +83,7 @@ class Sparse(Family):
             Their number among the elements held here.
         """
         self.freeze(tensors)
-        return sum(int(unpack_bits(self._masks[place.name]).sum()) for place in place_all(tensors))
+        return sum(count_bits(self._masks[place.name]) for place in place_all(tensors))
 
     def mask(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return one tensor's mask.
@@ -121,44 +122,7 @@ class Sparse(Family):
 
     def _mask(self, place: Placement) -> Tensor:
         # A shard's threshold is that of the whole tensor.
-        whole = cast(Any, place.tensor).full_tensor() if hasattr(place.tensor, "full_tensor") else place.local
-        count = round(self.density * whole.numel())
-        if count == 0:
-            active = torch.zeros(place.local.numel(), dtype=torch.bool, device=place.local.device)
-        else:
-            threshold = whole.abs().flatten().kthvalue(count).values
-            active = (place.local.abs() <= threshold).flatten()
-        logger.info("%s: %d of %d elements move", place.name, int(active.sum()), active.numel())
-        return pack_bits(active)
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """Pack booleans eight to a byte, least significant bit first.
-
-    Args:
-        flags: (n,) booleans.
-
-    Returns:
-        (ceil(n / 8),) uint8.
-
-    Example:
-        >>> pack_bits(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
-    padded = torch.zeros(-(-flags.numel() // 8) * 8, dtype=torch.uint8, device=flags.device)
-    padded[: flags.numel()] = flags
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """Undo :func:`pack_bits`, padding included.
-
-    Args:
-        packed: (k,) uint8.
-
-    Returns:
-        (8 k,) booleans.
-    """
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & 1).bool().flatten()
+        whole = cast(Any, place.tensor).full_tensor() if hasattr(place.tensor, "full_tensor") else None
+        packed = mask_of_small(place.local, self.density, whole=whole)
+        logger.info("%s: %d of %d elements move", place.name, count_bits(packed), place.local.numel())
+        return packed
