@@ -1,4 +1,4 @@
-"""What the low-rank families share: how a tensor is read as a matrix, and small random matrices with own streams."""
+"""Parts of low-rank directions: how a tensor is read as a matrix, and small random matrices with own streams."""
 
 from __future__ import annotations
 

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zokernel.directions.factored import Factored
 from zokernel.directions.factors import Recent, draw_matrix, matrix_shape
-from zokernel.directions.family import Family
-from zokernel.directions.laws import Law, get_law
+from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.subspace import check_low_rank
-from zokernel.directions.terms import Factors, Noise, Term
+from zokernel.directions.terms import Factors
 
 
-class LowRank(Family):
+class LowRank(Factored):
     r"""Directions :math:`z = U V^T / \sqrt r` for every m x n matrix; dense for vectors and scalars.
 
     The entries of :math:`U` (m x r) and :math:`V` (n x r) are independent with variance one.  U is new in every
@@ -50,15 +49,9 @@ class LowRank(Family):
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(backend)
-        self.law = get_law(distribution)
-        check_low_rank(self.law, rank, refresh)
-        self.rank, self.refresh, self.most_square = rank, refresh, most_square
+        super().__init__(distribution, rank, refresh, most_square, backend)
         self._lefts: Recent[Tensor] = Recent(1024)
         self._rights: Recent[Tensor] = Recent(4096)
-
-    def __repr__(self) -> str:
-        return f"LowRank({self.law.name!r}, rank={self.rank}, refresh={self.refresh})"
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Return the rows, columns and rank that a tensor of this shape is given.
@@ -119,17 +112,9 @@ class LowRank(Family):
             lambda: draw_matrix(rank, columns, self.law.name, key, epoch, 0, device, self.backend),
         )
 
-    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return factors for matrices and noise for vectors; see :meth:`Family.terms`."""
-        result: list[Term | None] = []
-        for place in places:
-            if place.numel == 0:
-                result.append(None)
-            elif len(place.shape) < 2:
-                result.append(Noise(self.law.name, stream_key(seed, place.name), step, index))
-            else:
-                device = place.local.device
-                left = self.left(place.name, place.shape, seed=seed, step=step, index=index, device=device)
-                right = self.right(place.name, place.shape, seed=seed, step=step, device=device)
-                result.append(Factors(left, right, 1.0 / math.sqrt(right.shape[0])))
-        return result
+    def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
+        """Return U, V and the scale of one direction; see :meth:`Factored.factors`."""
+        device = place.local.device
+        left = self.left(place.name, place.shape, seed=seed, step=step, index=index, device=device)
+        right = self.right(place.name, place.shape, seed=seed, step=step, device=device)
+        return Factors(left, right, 1.0 / math.sqrt(right.shape[0]))

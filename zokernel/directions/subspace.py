@@ -3,21 +3,19 @@ r"""Subspace directions: each matrix moves inside a random r-dimensional row and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from zokernel.directions.factored import Factored
 from zokernel.directions.factors import Recent, draw_matrix, matrix_shape
-from zokernel.directions.family import Family
-from zokernel.directions.laws import Law, get_law
+from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Factors, Noise, Term
-from zokernel.errors import UsageError
+from zokernel.directions.terms import Factors
 
 
-class Subspace(Family):
+class Subspace(Factored):
     r"""Directions :math:`z = U Z V^T \sqrt{m n} / r` for every m x n matrix; dense for vectors and scalars.
 
     :math:`U` (m x r) and :math:`V` (n x r) have orthonormal columns, uniformly distributed, and are redrawn every
@@ -49,15 +47,9 @@ class Subspace(Family):
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(backend)
-        self.law = get_law(distribution)
-        check_low_rank(self.law, rank, refresh)
-        self.rank, self.refresh, self.most_square = rank, refresh, most_square
+        super().__init__(distribution, rank, refresh, most_square, backend)
         self._bases: Recent[Tensor] = Recent(4096)
         self._cores: Recent[Tensor] = Recent(4096)
-
-    def __repr__(self) -> str:
-        return f"Subspace({self.law.name!r}, rank={self.rank}, refresh={self.refresh})"
 
     def basis(self, name: str, side: str, size: int, rank: int, seed: int, epoch: int, device: torch.device) -> Tensor:
         """Return U (``side="left"``) or V (``"right"``) of one epoch of ``refresh`` steps.
@@ -84,15 +76,8 @@ class Subspace(Family):
 
         return self._bases.get((name, side, size, rank, seed, epoch, device), make)
 
-    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return factors for matrices and noise for vectors; see :meth:`Family.terms`."""
-        return [self._term(place, seed, step, index) for place in places]
-
-    def _term(self, place: Placement, seed: int, step: int, index: int) -> Term | None:
-        if place.numel == 0:
-            return None
-        if len(place.shape) < 2:
-            return Noise(self.law.name, stream_key(seed, place.name), step, index)
+    def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
+        """Return U Z, V and the scale of one direction; see :meth:`Factored.factors`."""
         rows, columns = matrix_shape(place.shape, self.most_square)
         rank, epoch, device = min(self.rank, rows, columns), step // self.refresh, place.local.device
         left = self.basis(place.name, "left", rows, rank, seed, epoch, device)
@@ -104,20 +89,3 @@ class Subspace(Family):
         )
         moved = (left.double() @ core.double()).float()
         return Factors(moved, right.T.contiguous(), math.sqrt(rows * columns) / rank)
-
-
-def check_low_rank(law: Law, rank: int, refresh: int) -> None:
-    """Check the settings that low-rank families share.
-
-    Args:
-        law: Law of the entries.
-        rank: Rank of a direction.
-        refresh: Steps between redraws.
-
-    Raises:
-        UsageError: If one of them is out of range.
-    """
-    if rank < 1 or refresh < 1:
-        raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be at least 1.")
-    if not law.independent:
-        raise UsageError(f"Low-rank directions need independent entries: {law.name!r} has none; use gaussian.")
