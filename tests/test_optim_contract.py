@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import random
@@ -282,7 +283,7 @@ def test_micro_batches_accumulate_in_the_closure(case):
     def run(parts):
         weight = nn.Parameter(torch.ones(4))
         name, (_, _, options) = CASES[case]
-        options = options | ({"eps": 0.1} if "eps" in get_method(name).__init__.__annotations__ else {})
+        options = options | ({"eps": 0.1} if "eps" in inspect.signature(get_method(name)).parameters else {})
         optimizer = get_method(name)([("w", weight)], lr=0.01, **options)
         for _ in range(3):
             optimizer.step(lambda: sum((part @ weight).square().mean() for part in x.chunk(parts)) / parts)

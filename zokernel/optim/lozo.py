@@ -7,6 +7,7 @@ average is carried over by :math:`V_{old}^T V_{new}/n`.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -137,33 +138,4 @@ class LOZO(ZerothOrderOptimizer):
 class LOZOM(LOZO):
     """LOZO with momentum 0.9; see :class:`LOZO`."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-6,
-        *,
-        rank: int = 2,
-        refresh: int = 50,
-        most_square: bool = False,
-        eps: float = 1e-3,
-        num_perturbations: int = 1,
-        distribution: str = "gaussian",
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        restore: str = "fold",
-    ):
-        super().__init__(
-            params,
-            lr,
-            rank=rank,
-            refresh=refresh,
-            most_square=most_square,
-            eps=eps,
-            num_perturbations=num_perturbations,
-            distribution=distribution,
-            seed=seed,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            restore=restore,
-        )
+    __init__ = functools.partialmethod(LOZO.__init__, momentum=0.9)
