@@ -55,6 +55,7 @@ def read_reproduce(folder: Path) -> Page:
         f" --seed {seed}" if seed else "" for seed in sorted({record["config"]["seed"] for record in records})[:1]
     )
     names = "all" if len(records) == len(MODULES) else " ".join(record["name"] for record in records)
+    together = f"zokernel reproduce {names} --scale {scales[0]}{options}"
     return Page(
         title="Reproducing the three papers",
         kind="reproduce",
@@ -64,7 +65,7 @@ def read_reproduce(folder: Path) -> Page:
             _verdict_section(records),
             *(experiment_section(record, folder / record["name"]) for record in records),
         ],
-        command=f"zokernel reproduce {names} --scale {scales[0]}{options}",
+        command=together if len(records) > 1 else records[0].get("command", ""),
         made_with=_made_with(records[0]),
     )
 
