@@ -1,0 +1,96 @@
+"""What a step costs beside its forward passes: (step - its bare forwards) / (its bare forwards), in one run.
+
+A bare forward is the same loss under ``no_grad`` at unperturbed weights.  Steps and bare forwards take turns; every
+line is the median over rounds, of wall time and of CPU time.  Stacked steps take several losses in one forward and can
+cost less than their forwards would one by one.
+
+    python benchmarks/step.py                                      # everything: about half an hour on two cores
+    python benchmarks/step.py --methods mezo --perturbations 1 --train full --precision bf16 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import paired
+import torch
+from directions import machine, table
+
+from zokernel.finetune.evaluators import repeat_batch
+from zokernel.finetune.objective import Objective
+from zokernel.optim import ZerothOrderOptimizer, get_method
+from zokernel.optim.in_forward import InForward
+from zokernel.optim.stacked import Stacked
+
+WAYS = ("in_place", "in_forward", "stacked")
+METHODS = ("mezo", "kerzoo", "fzoo")
+
+
+def make_optimizer(
+    method: str, count: int, way: str, model: torch.nn.Module, batch: dict[str, Any], *, bf16: bool
+) -> ZerothOrderOptimizer:
+    optimizer = get_method(method)(paired.trained(model), lr=0.0, num_perturbations=count)
+    if way == "in_forward":
+        optimizer.evaluator = InForward()
+    elif way == "stacked":
+        objective = Objective()
+
+        def losses(copies: int) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+                return objective.stacked(model, repeat_batch(batch, copies), copies)
+
+        # As in a run: as many copies as fill a batch of 32 examples, two at least.
+        optimizer.evaluator = Stacked(losses, max_copies=max(2, 32 // len(batch["labels"])))
+    return optimizer
+
+
+def measure(optimizer: ZerothOrderOptimizer, closure: Callable[[], torch.Tensor], rounds: int) -> list[str]:
+    forwards = optimizer.forwards_per_step
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(forwards):
+            float(closure())
+
+    times = paired.take_turns({"bare": bare, "step": lambda: optimizer.step(closure)}, rounds)
+    wall, cpu = paired.median_ratios(times["step"], times["bare"])
+    seconds = [paired.median_seconds(times[name]) for name in ("bare", "step")]
+    return [*(f"{s:.3f}" for s in seconds), f"{100 * (wall - 1):+.1f}%", f"{100 * (cpu - 1):+.1f}%"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--perturbations", nargs="+", type=int, default=[1, 3, 8])
+    parser.add_argument("--train", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batch = paired.make_batch(options.batch)
+    print(
+        f"Machine: {machine()}. Batch {options.batch}, {batch['input_ids'].shape[1]} tokens; {options.rounds} rounds."
+    )
+    header = ["trained", "precision", "method", "P", "perturbed", "forwards s", "step s", "overhead", "of CPU time"]
+    print(table(header, []), flush=True)
+    for train in options.train:
+        model = paired.load(lora=train == "lora")
+        for precision in options.precision:
+            closure = paired.make_closure(model, batch, bf16=precision == "bf16")
+            for method in options.methods:
+                for count in options.perturbations:
+                    for way in options.ways:
+                        if way == "stacked" and train == "full":
+                            continue  # copies of all weights do not fit; low-rank directions are in stacked.py
+                        optimizer = make_optimizer(method, count, way, model, batch, bf16=precision == "bf16")
+                        row = [train, precision, method, str(count), way, *measure(optimizer, closure, options.rounds)]
+                        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
