@@ -79,18 +79,13 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_lm_path(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama and a byte-level tokenizer that knows a few whole words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from zokernel.experiments.kerzoo.jobs import tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-lm")
     words = ["terrible", "great", "bad", "good", "movie", "It was", "Yes", "No"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    tokenizer.train_from_iterator([f" {word} {word}" for word in words for _ in range(8)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast = tiny_tokenizer(words, {"eos_token": "<eos>", "pad_token": "<eos>"})
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

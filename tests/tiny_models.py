@@ -13,24 +13,15 @@ MASKED = ("roberta", "bert")
 
 def save_tokenizer(folder: Path, *, masked: bool = False):
     """Train and save a byte-level BPE with a BOS that it puts first, as most published tokenizers do."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
-    )
-    tokenizer.train_from_iterator([f" {word} {word}" for word in WORDS for _ in range(8)], trainer)
+    from zokernel.experiments.kerzoo.jobs import tiny_tokenizer
+
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
+    fast = tiny_tokenizer(WORDS, special, masked=masked)
     ends = [("<s>", 0), ("</s>", 2)] if masked else [("<s>", 0)]
     single = "<s> $A </s>" if masked else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
-    if masked:
-        names["mask_token"] = AddedToken("<mask>", lstrip=True, special=True)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     fast.save_pretrained(folder)
     return fast
 

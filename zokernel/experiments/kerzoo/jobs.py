@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zokernel.finetune.tasks import get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def finetune_job(
@@ -39,28 +43,45 @@ def finetune_job(
         return finetune(ModelArguments(**model), DataArguments(**data), config)
 
 
-def tiny_model(folder: Path, *, masked: bool = False) -> Path:
-    """Write a random two-layer Llama (or RoBERTa) with a byte-level tokenizer, and return its folder."""
-    import torch
+def tiny_tokenizer(words: Sequence[str], special: dict[str, str], *, masked: bool = False) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE that knows a few words whole.
+
+    Args:
+        words: Words that are one token each after a space.
+        special: Special tokens by transformers' names for them, such as ``eos_token``; their ids count up from zero.
+        masked: Add a mask token that swallows the space before it.
+
+    Returns:
+        The tokenizer.
+
+    Example:
+        >>> tokenizer = tiny_tokenizer(["great", "bad"], {"eos_token": "<eos>", "pad_token": "<eos>"})
+        >>> len(tokenizer(" great bad").input_ids), tokenizer.pad_token_id
+        (2, 0)
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-        RobertaConfig,
-        RobertaForMaskedLM,
-    )
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=["<eos>", "<pad>"])
-    tokenizer.train_from_iterator([" terrible great Yes No Maybe"] * 8, trainer)
-    special: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>"}
-    if masked:
-        special["mask_token"] = AddedToken("<mask>", lstrip=True, special=True)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,  # more than there are merges to make
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(dict.fromkeys(special.values())),
+    )
+    tokenizer.train_from_iterator([f" {word} {word}" for word in words for _ in range(8)], trainer)
+    mask = {"mask_token": AddedToken("<mask>", lstrip=True, special=True)} if masked else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **mask)
+
+
+def tiny_model(folder: Path, *, masked: bool = False) -> Path:
+    """Write a random two-layer Llama (or RoBERTa) with a byte-level tokenizer, and return its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+    words = ["terrible", "great", "Yes", "No", "Maybe"]
+    fast = tiny_tokenizer(words, {"eos_token": "<eos>", "pad_token": "<pad>"}, masked=masked)
     fast.save_pretrained(folder)
     shape: dict[str, Any] = {
         "vocab_size": len(fast),
