@@ -74,4 +74,6 @@ def fit_batch_size(trainer: ZOTrainer) -> int:
         )
         args.per_device_train_batch_size = trainer._train_batch_size = found
         args.gradient_accumulation_steps *= wanted // found
+        if args.perturb == "auto":
+            args.perturb = "in_place"  # no memory for several copies of a batch in one forward
     return found
