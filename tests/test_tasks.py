@@ -175,6 +175,19 @@ def test_rows_without_a_label_are_left_out_and_a_missing_column_is_named(caplog)
 SAME_WORDING = {"movie-reviews", "mr", "cr", "mpqa", "cola", "qqp"}  # made by the same lines as another task
 
 
+def short_run(folder, **settings):
+    return ZOConfig(
+        output_dir=str(folder),
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        precision="fp32",
+        disable_tqdm=True,
+        report_to="none",
+        **settings,
+    )
+
+
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 @pytest.mark.parametrize("name", sorted(set(TASKS) - SAME_WORDING))
 def test_twenty_steps_of_every_task(models, tmp_path, family, name):
@@ -197,17 +210,11 @@ def test_twenty_steps_of_every_task(models, tmp_path, family, name):
         )
         for seed, (split, size) in enumerate((("train", 16), ("validation", 6)))
     }
-    config = ZOConfig(
-        output_dir=str(tmp_path),
+    config = short_run(
+        tmp_path,
         max_steps=20,
         learning_rate=1e-3,
         per_device_train_batch_size=4,
-        eval_strategy="no",
-        save_strategy="no",
-        load_best_model_at_end=False,
-        precision="fp32",
-        disable_tqdm=True,
-        report_to="none",
     )
     trainer = ZOTrainer(
         model,
@@ -257,20 +264,14 @@ def test_an_objective_without_gradient_is_descended(models, tmp_path):
     model.load_state_dict(start)
     task = get_task("sst2")
     train = EncodedDataset(encode(task, toy_rows("sst2", task, size=64), tokenizer))
-    config = ZOConfig(
-        output_dir=str(tmp_path),
+    config = short_run(
+        tmp_path,
         objective="accuracy",
         max_steps=40,
         learning_rate=3e-3,
         eps=2e-2,
         num_perturbations=4,
         per_device_train_batch_size=64,
-        eval_strategy="no",
-        save_strategy="no",
-        load_best_model_at_end=False,
-        precision="fp32",
-        disable_tqdm=True,
-        report_to="none",
     )
     trainer = ZOTrainer(
         model, config, train_dataset=train, eval_dataset=train, data_collator=Collator(tokenizer.pad_token_id)
