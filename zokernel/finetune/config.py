@@ -102,6 +102,10 @@ class ZOConfig(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one (default: never)."}
     )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Write where a step's time goes: profile.md, and profile.json for a trace viewer."},
+    )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length wastes no compute on padding; or random."}

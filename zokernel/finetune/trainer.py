@@ -29,6 +29,7 @@ from zokernel.finetune.evaluators import (
     without_gradient_machinery,
 )
 from zokernel.finetune.objective import Objective
+from zokernel.finetune.profile import Profile
 from zokernel.finetune.resumable import ResumableTrainer
 from zokernel.optim import ZerothOrderOptimizer, get_method
 
@@ -76,6 +77,8 @@ class ZOTrainer(ResumableTrainer):
         self.add_callback(StopOnInterrupt())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.profile:
+            self.add_callback(Profile(self))
         replace_progress_bar(self)
         self.last_loss = self.effective_lr = float("nan")
         self._micro_batches: list[dict[str, Any]] = []

@@ -13,6 +13,7 @@ only the rows looked up are made, of output layers a stretch of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class InForward:
     The closure must use the trained parameters themselves, by torch operations in its own thread: not views or copies
     made before, and no compiled or captured graph.
 
+    Attributes:
+        plan: What is copied when, once it has been called.
+
     Raises:
         UsageError: When called, if the directions or the weights (sharded, strided) cannot be copied this way.
         RunError: When called, if the closure uses none of the parameters.
@@ -59,18 +63,27 @@ class InForward:
     visits_points = False  # the weights stay where they are, so a replay need not move them either
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
 
     def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
         """Return the losses at ``points``."""
-        if self._plan is None or self._plan.parameters is not optimizer.named_params:
-            self._plan = Plan(optimizer.named_params)
+        if self.plan is None or self.plan.parameters is not optimizer.named_params:
+            self.plan = Plan(optimizer.named_params)
         losses = []
         for offsets in points:
-            with Perturbed(self._plan, optimizer, offsets):
+            with Perturbed(self.plan, optimizer, offsets):
                 losses.append(float(closure()))
-            self._plan.finish()
+            self.plan.finish()
         return losses
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the losses are taken: offsets along the directions of a step."""
+
+    offsets: Offsets
+    seed: int
+    step: int
 
 
 class Plan:
@@ -128,6 +141,14 @@ class Plan:
             sizes[-1] += size
             self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
 
+    def copy(self, family: Family, places: Sequence[Placement], targets: Sequence[Tensor], point: Point) -> None:
+        """Write perturbed copies of some parameters: all copies but those of rows are made here."""
+        copy_perturbed(family, places, targets, point.offsets, seed=point.seed, step=point.step)
+
+    def copy_rows(self, family: Family, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
+        """Write perturbed copies of some rows of a parameter: all of those are made here."""
+        copy_perturbed_rows(family, place, rows, target, point.offsets, seed=point.seed, step=point.step)
+
     def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
         """Return the scratch buffer of a type, grown if need be."""
         found = self._scratch.get(dtype)
@@ -149,20 +170,23 @@ class Perturbed(TorchFunctionMode):
         super().__init__()
         if not isinstance(optimizer.directions, Family):
             raise UsageError(f"{type(optimizer.directions).__name__} is no directions Family: perturb in place.")
-        self.plan, self.family, self.offsets = plan, optimizer.directions, offsets
-        self.where = {"seed": optimizer.seed, "step": optimizer.step_count}
+        self.plan, self.family = plan, optimizer.directions
+        self.point = Point(offsets, optimizer.seed, optimizer.step_count)
         self.copies: dict[int, Tensor] = {}
         places = [plan.places[key] for key in plan.small]
         targets = [torch.empty_like(place.local) for place in places]
         if places:
-            copy_perturbed(self.family, places, targets, offsets, **self.where)
+            plan.copy(self.family, places, targets, self.point)
         self.fixed = dict(zip(plan.small, targets))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on perturbed copies."""
         kwargs = kwargs or {}
         places = self.plan.places
-        if not any(id(value) in places for value in (*args, *kwargs.values())) or func.__name__ == "__get__":
+        # Most operations see no parameter, and there are thousands of them in a step.
+        if places.keys().isdisjoint(map(id, args)) and places.keys().isdisjoint(map(id, kwargs.values())):
+            return func(*args, **kwargs)
+        if func.__name__ == "__get__":
             return func(*args, **kwargs)
         self.plan.touched = True
         special = _SPECIAL.get(func)
@@ -213,7 +237,7 @@ class Perturbed(TorchFunctionMode):
         places = [plan.places[k] for k in keys]
         flat = plan.buffer(dtype, sum(place.numel for place in places), places[0].local.device)
         targets = [part.view(p.shape) for part, p in zip(flat.split([p.numel for p in places]), places)]
-        copy_perturbed(self.family, places, targets, self.offsets, **self.where)
+        plan.copy(self.family, places, targets, self.point)
         # The buffer holds these now, and nothing else of their type.
         self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
         self.copies |= dict(zip(keys, targets))
@@ -229,7 +253,7 @@ def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwa
         return None
     rows, inverse = torch.unique(input, return_inverse=True)
     found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    copy_perturbed_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.offsets, **mode.where)
+    mode.plan.copy_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.point)
     return F.embedding(inverse, found)
 
 
@@ -246,7 +270,7 @@ def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None 
         local = place.local[begin : begin + rows]
         part = Placement(place.name, local, local, place.shape, (begin, *place.offset[1:]))
         piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
-        copy_perturbed(mode.family, [part], [piece], mode.offsets, **mode.where)
+        mode.plan.copy(mode.family, [part], [piece], mode.point)
         pieces.append(F.linear(input, piece))
     result = torch.cat(pieces, -1)
     return result if bias is None else result + mode.copy(bias, low=False)
