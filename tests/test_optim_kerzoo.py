@@ -12,15 +12,14 @@ from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.smoothed import signed_uniform
 from zokernel.optim import KerZOO, MeZO
-from zokernel.optim.averaging import (
-    AffineMove,
+from zokernel.optim.int8_blocks import dequantize, quantize_
+from zokernel.optim.iterate_weights import (
     average_weight,
     coefficients_from_first,
     coefficients_from_last,
-    dequantize,
     iterate_weights,
-    quantize_,
 )
+from zokernel.optim.moves import AffineMove
 
 
 def problem(dtype=torch.float32):
@@ -287,9 +286,10 @@ def test_no_average_to_ask_for():
 
 def test_int8_pieces_do_not_change_the_average(monkeypatch):
     """Small pieces only change which random numbers round: both stay within a few steps of the exact average."""
-    from zokernel.optim import averaging
+    from zokernel.optim import averaging, int8_blocks
 
-    monkeypatch.setattr(averaging, "CHUNK", 256)
+    for module in (averaging, int8_blocks):
+        monkeypatch.setattr(module, "CHUNK", 256)
     weight = nn.Parameter(torch.zeros(40, 24))
     target = torch.sin(torch.arange(960.0)).reshape(40, 24)
     optimizer = KerZOO([("w", weight)], lr=1e-3, weight_decay=0.2, averaging="int8")

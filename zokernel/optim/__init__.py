@@ -8,7 +8,7 @@ from zokernel.optim.registry import get_method, methods, register
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
     "ZerothOrderOptimizer": "base",
-    "Move": "base",
+    "Move": "moves",
     "MeZO": "mezo",
     "KerZOO": "kerzoo",
     "HiZOO": "hizoo",

@@ -3,9 +3,6 @@ r"""The weighted iterate average of KerZOO's Algorithm 1, with or without storin
 .. math:: \theta^{ag}_{t+1} = \tfrac{1}{\beta_t}\theta_{t+1} + (1 - \tfrac{1}{\beta_t})\,\theta^{ag}_t, \qquad
     \beta_t = 1 + t/6
 
-An iterate's weight grows as the fifth power of its age, so the average sits at 6/7 of the run: it lags the iterate by a
-seventh of the steps taken (theory C.2.5).
-
 Stored averages keep the *offset* :math:`D = \theta^{ag} - \theta`.  It is a hundred times smaller than the weights, so
 eight bits resolve it where they could not resolve the average itself, and moving the weights to
 :math:`\theta^{md} = \theta + (1 - 1/\beta) D` and back loses nothing to cancellation.  A step
@@ -22,8 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,41 +28,14 @@ from torch import Tensor
 from zokernel.directions import engine
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job
-from zokernel.errors import RunError
-from zokernel.optim.base import Move
+from zokernel.optim.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
+from zokernel.optim.iterate_weights import average_weight, coefficients_from_first, coefficients_from_last
+from zokernel.optim.moves import AffineMove
 
 if TYPE_CHECKING:
     from zokernel.optim.base import ZerothOrderOptimizer
 
-BLOCK = 256
-CHUNK = 1 << 17
 TERMS_A_SWEEP = 48
-LARGEST_FACTOR = 1e3
-
-
-def average_weight(step: int) -> float:
-    r"""Return :math:`1/\beta_t = 6/(6 + t)`, the weight that the average gives to the iterate after ``step``.
-
-    Example:
-        >>> average_weight(0), average_weight(6)
-        (1.0, 0.5)
-    """
-    return 6.0 / (6.0 + step)
-
-
-@dataclass(frozen=True)
-class AffineMove:
-    r"""One step of one parameter group: :math:`\theta' = decay\,\theta + \sum_i scale_i z_i + anchor\,\theta_0`."""
-
-    step: int
-    scales: dict[int, float]
-    decay: float
-    anchor: float = 0.0
-
-
-def split_move(move: Move, anchor: float = 0.0) -> list[AffineMove]:
-    """Return a step's move of every parameter group; ``anchor`` is the weight of the initial parameters in it."""
-    return [AffineMove(move.step, scales, decay, anchor) for scales, decay in zip(move.scales, move.decays)]
 
 
 class Average(ABC):
@@ -255,129 +224,6 @@ class JournalAverage(Average):
 
 
 AVERAGES: dict[str, type[Average]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
-
-
-def iterate_weights(steps: Sequence[int]) -> list[float]:
-    r"""Return the weight :math:`w_{t+1}` of the iterate after each step in the average after the last.
-
-    Example:
-        >>> [round(w, 4) for w in iterate_weights(range(3))]
-        [0.0357, 0.2143, 0.75]
-    """
-    weights, remaining = [average_weight(step) for step in steps], 1.0
-    for t in reversed(range(len(weights))):
-        weights[t], remaining = weights[t] * remaining, remaining * (1.0 - weights[t])
-    return weights
-
-
-def coefficients_from_last(moves: Sequence[AffineMove]) -> tuple[float, list[float]]:
-    r"""Express the averaged iterate by the last one and the run's updates, going backwards.
-
-    With :math:`\theta_{s+1} = d_s\theta_s + u_s` and weights :math:`w_t` of the average,
-
-    .. math:: \theta^{ag} = A\,\theta_T - \sum_s c_s u_s, \quad c_s = (c_{s-1} + w_s)/d_s,\; c_0 = 0,\;
-        A = c_{T-1} + w_T.
-
-    Args:
-        moves: The run's moves of one parameter group, from its first step on.
-
-    Returns:
-        The factor on the last iterate, and one on each move's update.
-
-    Raises:
-        RunError: If decay has shrunk the weights so much that going back would magnify their rounding errors.
-
-    Example:
-        >>> last, updates = coefficients_from_last([AffineMove(t, {0: 1.0}, 1.0) for t in range(3)])
-        >>> round(last, 12), [round(c, 4) for c in updates]
-        (1.0, [-0.0, -0.0357, -0.25])
-    """
-    weights = iterate_weights([move.step for move in moves])
-    factors, carried = [], 0.0
-    for s, move in enumerate(moves):
-        # weights[s - 1] is the weight of the iterate before step s; the initial one has none, because beta_0 is one.
-        carried = (carried + (weights[s - 1] if s else 0.0)) / move.decay
-        factors.append(-carried)
-    last = carried + weights[-1] if moves else 1.0
-    if abs(last) > LARGEST_FACTOR:
-        raise RunError(
-            f"Decay or projection shrank the weights so much that rebuilding their average from the journal would "
-            f"magnify rounding errors {last:.3g} times: use averaging='fp32' or 'int8'."
-        )
-    return last, factors
-
-
-def coefficients_from_first(moves: Sequence[AffineMove]) -> tuple[float, list[float]]:
-    r"""Express the averaged iterate by the initial weights and the run's updates, going forwards.
-
-    With :math:`\theta_{s+1} = d_s\theta_s + u_s + k_s\theta_0`,
-
-    .. math:: \theta^{ag} = \Big(d_0\lambda_1 + \sum_s k_s \lambda_{s+1}\Big)\theta_0 + \sum_s \lambda_{s+1} u_s, \qquad
-        \lambda_t = w_t + d_t \lambda_{t+1}.
-
-    Args:
-        moves: The run's moves of one parameter group, from its first step on.
-
-    Returns:
-        The factor on the initial weights, and one on each move's update.
-
-    Example:
-        >>> first, updates = coefficients_from_first([AffineMove(t, {0: 1.0}, 1.0) for t in range(3)])
-        >>> round(first, 12), [round(c, 4) for c in updates]
-        (1.0, [1.0, 0.9643, 0.75])
-    """
-    weights = iterate_weights([move.step for move in moves])
-    factors, carried, first = [0.0] * len(moves), 0.0, 0.0
-    for s in reversed(range(len(moves))):
-        carried = weights[s] + (moves[s + 1].decay * carried if s + 1 < len(moves) else 0.0)
-        factors[s] = carried
-        first += moves[s].anchor * carried
-    return (first + moves[0].decay * carried if moves else 1.0), factors
-
-
-def quantize_(codes: Tensor, scales: Tensor, values: Tensor, generator: torch.Generator) -> None:
-    """Round ``values`` stochastically to eight bits with one scale a block of 256, into ``codes`` and ``scales``.
-
-    Args:
-        codes: (n,) int8, overwritten.
-        scales: (ceil(n / 256),) float32, overwritten: the blocks' largest magnitudes over 127.
-        values: (n,) float32.
-        generator: Source of the rounding.
-
-    Example:
-        >>> codes, scales = torch.zeros(3, dtype=torch.int8), torch.zeros(1)
-        >>> quantize_(codes, scales, torch.tensor([0.0, 1.27, -0.5]), torch.Generator().manual_seed(0))
-        >>> codes.tolist()[:2], round(float(scales[0]), 6)
-        ([0, 127], 0.01)
-    """
-    for begin, end in _chunks(values.numel()):
-        blocks, length = _blocks(values[begin:end])
-        scale = blocks.abs().amax(dim=1) / 127.0
-        first = begin // BLOCK
-        scales[first : first + len(scale)] = scale
-        noise = torch.rand(blocks.shape, generator=generator, device=values.device)
-        steps = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
-        # The largest magnitude sits on +-127 up to rounding, so the clamp never changes a value by more than an ulp.
-        codes[begin:end] = torch.floor(steps + noise).clamp_(-127, 127).view(-1)[:length].to(torch.int8)
-
-
-def dequantize(codes: Tensor, scales: Tensor, *, out: Tensor) -> None:
-    """Write what ``codes`` and ``scales`` of :func:`quantize_` stand for to ``out``, (n,) float32."""
-    for begin, end in _chunks(codes.numel()):
-        first, last = begin // BLOCK, math.ceil(end / BLOCK)
-        per_value = scales[first:last].repeat_interleave(BLOCK)[: end - begin]
-        torch.mul(codes[begin:end], per_value, out=out[begin:end])
-
-
-def _chunks(count: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, count, CHUNK):
-        yield begin, min(begin + CHUNK, count)
-
-
-def _blocks(values: Tensor) -> tuple[Tensor, int]:
-    length = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -length % BLOCK))
-    return padded.view(-1, BLOCK), length
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +23,11 @@ from torch import Tensor
 
 from zokernel.directions import Dense, make_restore
 from zokernel.directions.base import Directions
-from zokernel.directions.family import Family
-from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Factors, Term, Values
+from zokernel.directions.given import Given
+from zokernel.directions.terms import Factors, Values
 from zokernel.errors import LossError, UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
+from zokernel.optim.moves import Move
 from zokernel.optim.parameters import Params, name_parameters, trainable
 
 logger = logging.getLogger(__name__)
@@ -45,42 +44,6 @@ def in_turn(optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[
         optimizer.move_to(offsets)
         losses.append(float(closure()))
     return losses
-
-
-@dataclass(frozen=True)
-class Move:
-    r"""One step's :math:`\theta \leftarrow decay\,\theta + \sum_i scale_i z_i`, for every parameter group.
-
-    Attributes:
-        step: Step whose directions were added.
-        scales: For every parameter group, the factor on each direction by index.
-        decays: For every parameter group, the factor on the old weights.
-    """
-
-    step: int
-    scales: tuple[dict[int, float], ...]
-    decays: tuple[float, ...]
-
-    def shrunk(self, factor: float) -> Move:
-        """Return the same move with its result multiplied by ``factor``."""
-        scales = tuple({i: factor * scale for i, scale in by_index.items()} for by_index in self.scales)
-        return Move(self.step, scales, tuple(factor * decay for decay in self.decays))
-
-
-class Given(Family):
-    """Directions that are given outright, so that the engine can add them with its own roundings.
-
-    Args:
-        given: What to add, by name: fp32 values, or low-rank factors.
-    """
-
-    def __init__(self, given: Mapping[str, Values | Factors]):
-        super().__init__()
-        self.given = given
-
-    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return what was given for each tensor; see :meth:`Family.terms`."""
-        return [self.given[place.name] for place in places]
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):

@@ -21,8 +21,10 @@ from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.estimators.smoothed import Smoothed
-from zokernel.optim.averaging import AVERAGES, Average, average_weight, split_move, total_norm
+from zokernel.optim.averaging import AVERAGES, Average, total_norm
 from zokernel.optim.base import ZerothOrderOptimizer
+from zokernel.optim.iterate_weights import average_weight
+from zokernel.optim.moves import split_move
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.theory.smoothing import KernelFacts
