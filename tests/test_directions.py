@@ -41,6 +41,16 @@ def test_every_family_satisfies_the_protocol():
         assert isinstance(get_directions(name), Directions)
 
 
+def test_sphere_has_radius_sqrt_d_over_all_tensors():
+    tensors = example()
+    z = Dense("sphere")(tensors, **DRAW)
+    dim = sum(tensor.numel() for tensor in tensors.values())
+    norm = sum(float(value.double().square().sum()) for value in z.values())
+    assert norm == pytest.approx(dim, rel=1e-6)
+    part = Dense("sphere")({"norm": tensors["norm"]}, **DRAW)["norm"]
+    assert float(part.double().square().sum()) == pytest.approx(640, rel=1e-6)
+
+
 @pytest.mark.parametrize("law", LAW_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_add_is_decay_theta_plus_scaled_directions(law, dtype):
