@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zokernel.directions import Dense, LowRank, Sparse, Subspace
-from zokernel.directions.copies import copy_perturbed, copy_perturbed_rows
+from zokernel.directions.copies import Copier, copy_perturbed, copy_perturbed_rows
 from zokernel.directions.placement import place_all
 
 FAMILIES = {
@@ -45,6 +45,23 @@ def test_copies_are_the_moved_weights(name, offsets, half):
     for key, target, moved in zip(tensors, targets, in_place(family, tensors, offsets).values()):
         assert torch.equal(target, moved.to(target.dtype))
         assert torch.equal(tensors[key], before[key])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("half", [False, True])
+def test_copies_made_again_see_new_steps_points_seeds_families_and_weights(name, half):
+    tensors, dtype = weights(), torch.bfloat16 if half else torch.float32
+    places = place_all(tensors)
+    copier = Copier(places)
+    draws = [(seed, step, offsets) for seed in (3, 4) for step in (5, 6) for offsets in (*OFFSETS, {1: 0.0})]
+    for family in (FAMILIES[name], Dense("rademacher")):
+        for seed, step, offsets in draws:
+            # Buffers come and go, and the weights move between steps.
+            expected, found = ([torch.empty_like(t, dtype=dtype) for t in tensors.values()] for _ in range(2))
+            copy_perturbed(family, places, expected, offsets, seed=seed, step=step)
+            copier(family, found, offsets, seed=seed, step=step)
+            assert all(map(torch.equal, found, expected))
+            tensors["a"].mul_(0.5)
 
 
 @pytest.mark.parametrize("offsets", OFFSETS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zokernel.directions import engine
+from zokernel.directions.dense import Dense
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
@@ -36,7 +38,7 @@ def copy_perturbed(
         step: Step of the run.
     """
     jobs = _jobs(family, places, offsets, seed=seed, step=step)
-    if all(_fast(job, target) for job, target in zip(jobs, targets)) and len({t.dtype for t in targets}) == 1:
+    if _all_fast(jobs, targets):
         from zokernel.directions import numba_backend
 
         numba_backend.copy_sweep(jobs, targets)
@@ -50,6 +52,36 @@ def copy_perturbed(
     for job, target in zip(moved, targets):
         if target is not job.place.local:
             target.copy_(job.place.local)
+
+
+class Copier:
+    """Makes perturbed copies of the same weights again and again, which takes a fraction of the preparations.
+
+    Args:
+        places: As for :func:`copy_perturbed`.
+    """
+
+    def __init__(self, places: Sequence[Placement]):
+        self.places = places
+        self._prepared: Any = None
+        self._streams: tuple[Family, int] | None = None
+
+    def __call__(
+        self, family: Family, targets: Sequence[Tensor], offsets: Mapping[int, float], *, seed: int, step: int
+    ) -> None:
+        """Do what :func:`copy_perturbed` does; targets must have the dtypes they had before."""
+        along = [(index, scale) for index, scale in offsets.items() if scale != 0.0]
+        if len(along) == 1 and self._streams == (family, seed):
+            self._prepared.along(step, *along[0])(targets)
+            return
+        copy_perturbed(family, self.places, targets, offsets, seed=seed, step=step)
+        # A dense direction of another step is another part of the same streams.
+        if len(along) == 1 and type(family) is Dense:
+            jobs = _jobs(family, self.places, offsets, seed=seed, step=step)
+            if _all_fast(jobs, targets):
+                from zokernel.directions import numba_backend
+
+                self._prepared, self._streams = numba_backend.PreparedCopies(jobs), (family, seed)
 
 
 def copy_perturbed_rows(
@@ -103,6 +135,10 @@ def _jobs(
         live = [(term, scale) for term, scale in found if term is not None and scale != 0.0]
         jobs.append(Job(place, tuple(term for term, _ in live), tuple(scale for _, scale in live)))
     return jobs
+
+
+def _all_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
+    return len({t.dtype for t in targets}) == 1 and all(_fast(job, target) for job, target in zip(jobs, targets))
 
 
 def _fast(job: Job, target: Tensor) -> bool:

@@ -71,12 +71,31 @@ def copy_sweep(jobs: Sequence[Job], targets: Sequence[torch.Tensor]) -> None:
         jobs: One a tensor; each must be as :func:`can_copy` asks.
         targets: Where to: contiguous, shaped like the local weights; all float32 or all bfloat16.
     """
-    _, term_table = _tables(jobs)
-    segments = _segments(tuple(_geometry(job.place) for job in jobs))
-    start = np.array([target.data_ptr() for target in targets], np.uint64)
-    width = np.uint64(targets[0].element_size())
-    addresses = start[segments["job"]] + segments["local"].astype(np.uint64) * width
-    _copy(segments, addresses, targets[0].dtype, term_table)
+    PreparedCopies(jobs)(targets)
+
+
+class PreparedCopies:
+    """The tables of a copy sweep, for weights that are copied again and again.
+
+    Args:
+        jobs: As for :func:`copy_sweep`.
+    """
+
+    def __init__(self, jobs: Sequence[Job]):
+        self._terms = _tables(jobs)[1]
+        self._segments = _segments(tuple(_geometry(job.place) for job in jobs))
+        self._job, self._local = self._segments["job"], self._segments["local"].astype(np.uint64)
+
+    def along(self, step: int, index: int, scale: float) -> PreparedCopies:
+        """Take another direction of the same streams from now on."""
+        self._terms["step"], self._terms["index"], self._terms["scale"] = step, index, scale
+        return self
+
+    def __call__(self, targets: Sequence[torch.Tensor]) -> None:
+        """Write the copies; targets as for :func:`copy_sweep`."""
+        start = np.array([target.data_ptr() for target in targets], np.uint64)
+        addresses = start[self._job] + self._local * np.uint64(targets[0].element_size())
+        _copy(self._segments, addresses, targets[0].dtype, self._terms)
 
 
 def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zokernel.directions import Dense, LowRank, Subspace
-from zokernel.directions.copies import copy_perturbed, copy_perturbed_rows
+from zokernel.directions.copies import Copier, copy_perturbed_rows
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
@@ -110,6 +110,9 @@ class Plan:
         self.stretch_of: dict[int, int] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.touched = False
+        self.copy_small = Copier([self.places[key] for key in self.small])
+        self._copiers: dict[tuple[int, ...], Copier] = {}
+        self._pieces: dict[tuple[int, int], list[Copier]] = {}
         self._scratch: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -141,9 +144,27 @@ class Plan:
             sizes[-1] += size
             self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
 
-    def copy(self, family: Family, places: Sequence[Placement], targets: Sequence[Tensor], point: Point) -> None:
+    def copier(self, keys: Sequence[int]) -> Copier:
+        """Return what copies some parameters together."""
+        found = self._copiers.get(tuple(keys))
+        if found is None:
+            found = self._copiers[tuple(keys)] = Copier([self.places[key] for key in keys])
+        return found
+
+    def pieces(self, key: int, rows: int) -> list[Copier]:
+        """Return what copies a matrix ``rows`` rows at a time."""
+        if (key, rows) not in self._pieces:
+            whole, pieces = self.places[key], []
+            for begin in range(0, whole.shape[0], rows):
+                local = whole.local[begin : begin + rows]
+                place = Placement(whole.name, local, local, whole.shape, (begin, *whole.offset[1:]))
+                pieces.append(Copier([place]))
+            self._pieces[key, rows] = pieces
+        return self._pieces[key, rows]
+
+    def copy(self, family: Family, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
         """Write perturbed copies of some parameters: all copies but those of rows are made here."""
-        copy_perturbed(family, places, targets, point.offsets, seed=point.seed, step=point.step)
+        copier(family, targets, point.offsets, seed=point.seed, step=point.step)
 
     def copy_rows(self, family: Family, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
         """Write perturbed copies of some rows of a parameter: all of those are made here."""
@@ -173,10 +194,9 @@ class Perturbed(TorchFunctionMode):
         self.plan, self.family = plan, optimizer.directions
         self.point = Point(offsets, optimizer.seed, optimizer.step_count)
         self.copies: dict[int, Tensor] = {}
-        places = [plan.places[key] for key in plan.small]
-        targets = [torch.empty_like(place.local) for place in places]
-        if places:
-            plan.copy(self.family, places, targets, self.point)
+        targets = [torch.empty_like(place.local) for place in plan.copy_small.places]
+        if targets:
+            plan.copy(self.family, plan.copy_small, targets, self.point)
         self.fixed = dict(zip(plan.small, targets))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -204,7 +224,7 @@ class Perturbed(TorchFunctionMode):
 
         result = func(*map(read, args), **{key: read(value) for key, value in kwargs.items()})
         # A view of the scratch buffer would change under its holder's hands.
-        return result.clone() if isinstance(result, Tensor) and self._is_scratch(result) else result
+        return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result
 
     def copy(self, value: Any, low: bool) -> Any:
         """Return the perturbed copy of a trained parameter; anything else as it is."""
@@ -234,10 +254,11 @@ class Perturbed(TorchFunctionMode):
             plan.used.append((key, dtype))
         known = plan.dtypes.get(key) == dtype
         keys = plan.stretches[plan.stretch_of[key]] if known else [key]
-        places = [plan.places[k] for k in keys]
-        flat = plan.buffer(dtype, sum(place.numel for place in places), places[0].local.device)
-        targets = [part.view(p.shape) for part, p in zip(flat.split([p.numel for p in places]), places)]
-        plan.copy(self.family, places, targets, self.point)
+        copier = plan.copier(keys)
+        sizes = [place.numel for place in copier.places]
+        flat = plan.buffer(dtype, sum(sizes), copier.places[0].local.device)
+        targets = [part.view(place.shape) for part, place in zip(flat.split(sizes), copier.places)]
+        plan.copy(self.family, copier, targets, self.point)
         # The buffer holds these now, and nothing else of their type.
         self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
         self.copies |= dict(zip(keys, targets))
@@ -258,19 +279,18 @@ def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwa
 
 
 def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """Multiply by a matrix larger than a stretch piece by piece."""
-    if id(weight) not in mode.plan.places or weight.numel() <= STRETCH or type(mode.family) not in BY_POSITION:
+    """Multiply by a matrix, which is what models do most; by one larger than a stretch, piece by piece."""
+    if id(weight) not in mode.plan.places or id(input) in mode.plan.places:
         return None
+    if weight.numel() <= STRETCH or type(mode.family) not in BY_POSITION:
+        return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
     dtype = mode.dtype(weight, low=True)
-    rows = max(1, STRETCH // weight.shape[1])
-    place = mode.plan.places[id(weight)]
     mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
     pieces = []
-    for begin in range(0, weight.shape[0], rows):
-        local = place.local[begin : begin + rows]
-        part = Placement(place.name, local, local, place.shape, (begin, *place.offset[1:]))
+    for copier in mode.plan.pieces(id(weight), max(1, STRETCH // weight.shape[1])):
+        local = copier.places[0].local
         piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
-        mode.plan.copy(mode.family, [part], [piece], mode.point)
+        mode.plan.copy(mode.family, copier, [piece], mode.point)
         pieces.append(F.linear(input, piece))
     result = torch.cat(pieces, -1)
     return result if bias is None else result + mode.copy(bias, low=False)
