@@ -92,8 +92,7 @@ class ZOAdam(ZerothOrderOptimizer):
         rates = {name: -group["lr"] for group, names in self.groups() for name in names}
         first_bias, second_bias = 1 - self.beta1 ** (self.step_count + 1), 1 - self.beta2 ** (self.step_count + 1)
         for batch in self.batches(list(rates)):
-            gradients = {name: torch.zeros_like(self.named_params[name], dtype=torch.float32) for name in batch}
-            self.add_estimate(gradients, estimate)
+            gradients = self.dense_estimate(batch, estimate)
             firsts, seconds = self.buffers("exp_avg", batch), self.buffers("exp_avg_sq", batch)
             maxima = self.buffers("max_exp_avg_sq", batch) if self.keeps_maximum else seconds
             for name, gradient in gradients.items():

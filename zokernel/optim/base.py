@@ -289,6 +289,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         indices, scales = list(estimate.coefficients), list(estimate.coefficients.values())
         self.directions.add_(tensors, scales, seed=self.seed, step=self.step_count, index=indices, decay=decay)
 
+    def dense_estimate(self, names: Sequence[str], estimate: Estimate) -> dict[str, Tensor]:
+        r"""Return :math:`\hat g` as fp32 tensors, for methods whose update is more than a sum of directions."""
+        tensors = {name: torch.zeros_like(self.named_params[name], dtype=torch.float32) for name in names}
+        self.add_estimate(tensors, estimate)
+        return tensors
+
     def add_values(self, values: Mapping[str, Tensor], factor: float | Mapping[str, float]) -> None:
         """Add ``factor`` times fp32 tensors to the weights of their names, with the rounding of their dtype.
 

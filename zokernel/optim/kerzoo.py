@@ -224,9 +224,7 @@ class KerZOO(ZerothOrderOptimizer):
         assert self.clip_radius is not None
         squared = 0.0
         for batch in self.batches(list(self.named_params)):
-            buffers = {name: torch.zeros_like(self.named_params[name], dtype=torch.float32) for name in batch}
-            self.add_estimate(buffers, estimate)
-            squared += total_norm(buffers) ** 2
+            squared += total_norm(self.dense_estimate(batch, estimate)) ** 2
         return min(1.0, self.clip_radius / squared**0.5) if squared > 0 else 1.0
 
     def _project(self) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 from torch import Tensor
 
 from zokernel.directions import LowRank
@@ -45,6 +44,7 @@ class LOZO(ZerothOrderOptimizer):
         restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(6, 5))
         >>> optimizer = LOZO([weight], lr=0.005, rank=2, refresh=10)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(600)]
@@ -106,9 +106,7 @@ class LOZO(ZerothOrderOptimizer):
         return self.directions.right(name, weight.shape, seed=self.seed, step=step, device=weight.device)
 
     def _average_vector(self, name: str, estimate: Estimate, beta: float) -> Tensor:
-        fresh = torch.zeros_like(self.named_params[name], dtype=torch.float32)
-        self.add_estimate({name: fresh}, estimate)
-        return self._average(name, fresh, beta)
+        return self._average(name, self.dense_estimate([name], estimate)[name], beta)
 
     def _average_factor(self, name: str, estimate: Estimate, beta: float) -> Tensor:
         weight = self.named_params[name]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
@@ -37,6 +35,7 @@ class ZOSign(ZerothOrderOptimizer):
         restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = ZOSign([weight], lr=0.02)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(300)]
@@ -91,6 +90,5 @@ class ZOSign(ZerothOrderOptimizer):
         self.move([{} for _ in self.param_groups])
         rates = {name: -group["lr"] for group, names in self.groups() for name in names}
         for batch in self.batches(list(rates)):
-            signs_of = {name: torch.zeros_like(self.named_params[name], dtype=torch.float32) for name in batch}
-            self.add_estimate(signs_of, estimate)
-            self.add_values({name: tensor.sign_() for name, tensor in signs_of.items()}, rates)
+            gradients = self.dense_estimate(batch, estimate)
+            self.add_values({name: gradient.sign_() for name, gradient in gradients.items()}, rates)
