@@ -6,45 +6,21 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+import trainers
+from transformers import TrainerCallback
 
 from zokernel.cli import main
-from zokernel.data import load_table
 from zokernel.errors import RunError
-from zokernel.finetune import Collator, EncodedDataset, ZOConfig, ZOTrainer, encode, get_task
-
-TASK = get_task("sst2", label_words=["bad", "good"])
 
 
 @pytest.fixture
 def make_trainer(tiny_lm_path, tiny_reviews_path, tmp_path):
     """A function that builds a trainer on a fresh model."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_path)
-    data = {
-        split: EncodedDataset(encode(TASK, load_table(tiny_reviews_path / f"{split}.jsonl"), tokenizer))
-        for split in ("train", "validation")
-    }
 
     def make(name, **settings):
-        options = {
-            "max_steps": 3,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 16,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "load_best_model_at_end": False,
-            "precision": "fp32",
-            "disable_tqdm": True,
-            "report_to": "none",
-            **settings,
-        }
-        return ZOTrainer(
-            AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval(),
-            ZOConfig(output_dir=str(tmp_path / name), **options),
-            train_dataset=data["train"],
-            eval_dataset=data["validation"],
-            data_collator=Collator(tokenizer.pad_token_id),
-            processing_class=tokenizer,
+        parts = trainers.load_parts(tiny_lm_path, tiny_reviews_path)
+        return trainers.make_trainer(
+            parts, tmp_path / name, **{"max_steps": 3, "per_device_train_batch_size": 16, "seed": 42, **settings}
         )
 
     return make

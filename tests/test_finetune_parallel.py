@@ -16,12 +16,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_trainer import TASK, make_trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trainers import load_parts, make_trainer
 
-from zokernel.data import load_table
 from zokernel.errors import UsageError
-from zokernel.finetune import EncodedDataset, encode
 from zokernel.finetune.evaluators import make_evaluator, make_parallel
 from zokernel.optim import InForward
 
@@ -32,16 +29,6 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def load(tiny_lm_path, tiny_reviews_path, dtype=torch.float64):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_path)
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=dtype).eval()
-    data = {
-        split: EncodedDataset(encode(TASK, load_table(tiny_reviews_path / f"{split}.jsonl"), tokenizer))
-        for split in ("train", "validation")
-    }
-    return model, tokenizer, data
 
 
 def train(parts, folder, **settings):
@@ -69,7 +56,7 @@ def run_rank(rank, port, folder, tiny_lm_path, tiny_reviews_path):
     )
     found = {}
     for mode, size in (("perturbation", 8), ("data", 4)):
-        parts = load(tiny_lm_path, tiny_reviews_path)
+        parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
         weights, trainer = train(
             parts, folder / mode, zo_parallel=mode, per_device_train_batch_size=size, train_sampling_strategy="random"
         )
@@ -91,7 +78,7 @@ def same_bits(left, right):
 
 
 def test_perturbation_parallel_is_the_run_of_one_process(ranks, tmp_path, tiny_lm_path, tiny_reviews_path):
-    parts = load(tiny_lm_path, tiny_reviews_path)
+    parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone, trainer = train(parts, tmp_path, train_sampling_strategy="random")

@@ -6,51 +6,19 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trainers import load_parts, make_trainer
+from transformers import AutoModelForCausalLM
 
-from zokernel.data import load_table
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune import Collator, EncodedDataset, ZOConfig, ZOTrainer, encode, get_task, option_scores
+from zokernel.finetune import ZOConfig, ZOTrainer, option_scores
 from zokernel.finetune.scoring import classification_loss
-
-TASK = get_task("sst2", label_words=["bad", "good"])
 
 
 @pytest.fixture
 def parts(tiny_lm_path, tiny_reviews_path):
     """Model, tokenizer and encoded splits, fresh for every test."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm_path)
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
-    data = {
-        split: EncodedDataset(encode(TASK, load_table(tiny_reviews_path / f"{split}.jsonl"), tokenizer))
-        for split in ("train", "validation")
-    }
-    return model, tokenizer, data
-
-
-def make_trainer(parts, folder, **settings):
-    model, tokenizer, data = parts
-    options = {
-        "max_steps": 20,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 8,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "precision": "fp32",
-        "seed": 3,
-        "disable_tqdm": True,
-        **settings,
-    }
-    return ZOTrainer(
-        model,
-        ZOConfig(output_dir=str(folder), **options),
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
+    return load_parts(tiny_lm_path, tiny_reviews_path)
 
 
 class KeepBatches(ZOTrainer):
