@@ -46,7 +46,7 @@ def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
 def examples(count: int, length: int) -> list[dict[str, Any]]:
     """Return encoded movie reviews under the wording of SST-2: ``{sentence} It was`` terrible or great.
 
-    The first prompt has ``length`` tokens and the others as many at most, as in a batch of SST-2.
+    Prompts have ``length`` tokens (or fewer, once those run out), as in training, whose batches are grouped by length.
     """
     from transformers import AutoTokenizer
 
