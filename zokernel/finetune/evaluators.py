@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# At larger batches a forward is all multiplication, and stacking gains nothing (docs/results/speed.md).
+STACK_UP_TO = 4
 PERTURB = ("auto", "in_place", "in_forward", "stacked")
 
 
@@ -56,7 +58,7 @@ def choose_evaluator(trainer: ZOTrainer) -> Evaluator:
     copies = max(1, args.per_device_eval_batch_size // args.per_device_train_batch_size)
     if args.perturb == "stacked":
         return Stacked(trainer.stacked_losses, max_copies=max(2, copies))
-    copies = min(copies, trainer.forwards_per_step)
+    copies = min(copies, trainer.forwards_per_step) if args.per_device_train_batch_size <= STACK_UP_TO else 1
     if (
         copies < 2
         or not only_trains_lora(trainer.bare_model)
