@@ -165,3 +165,23 @@ def test_needs_torch_distributed():
         Parallel("data")
     with pytest.raises(UsageError, match="perturbations"):
         Parallel("perturbations")
+
+
+def run_grid(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=4)
+    grid = Parallel("hybrid", point_ranks=2)
+    half = slice(4 * grid.data_rank, 4 * grid.data_rank + 4)
+    torch.save(train(METHODS["mezo"], torch.float64, grid, rows=half), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_grid_of_two_batches_and_two_shares(tmp_path):
+    mp.spawn(run_grid, (str(tmp_path),), nprocs=4)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    alone, losses = train(METHODS["mezo"], torch.float64)
+    for weights, rank_losses in found:
+        assert same_bits(weights, found[0][0])
+        assert rank_losses == pytest.approx(losses, rel=1e-12)
+        for name, weight in alone.items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-12)
