@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-import zokernel.experiments.command  # before a fixture replaces what it imports
 from zokernel.cli import main
 from zokernel.experiments import base
 from zokernel.experiments.base import MODULES, Config, Result, Verdict, experiment
