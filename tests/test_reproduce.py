@@ -7,7 +7,7 @@ import json
 import pytest
 
 from zokernel.cli import main
-from zokernel.experiments import base
+from zokernel.experiments import base, command
 from zokernel.experiments.base import MODULES, Config, Result, Verdict, experiment
 from zokernel.experiments.runner import ERROR_FILE, expected_seconds, run_all
 from zokernel.experiments.storage import load_record, same_settings
@@ -28,7 +28,7 @@ def two_experiments(monkeypatch):
         raise ZeroDivisionError("by design")
 
     monkeypatch.setattr(base, "MODULES", {"test/bad": __name__, "test/good": __name__})
-    monkeypatch.setattr("zokernel.experiments.command.MODULES", base.MODULES)
+    monkeypatch.setattr(command, "MODULES", base.MODULES)
     monkeypatch.setattr("importlib.import_module", lambda name: None)
     yield runs
     for name in ("test/good", "test/bad"):
