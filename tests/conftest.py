@@ -121,6 +121,29 @@ def tiny_reviews_path(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def parts(tiny_lm_path, tiny_reviews_path):
+    """Model, tokenizer and encoded splits, fresh for every test."""
+    from trainers import load_parts
+
+    return load_parts(tiny_lm_path, tiny_reviews_path)
+
+
+@pytest.fixture
+def flags(tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
+    """Flags of a small run; later flags override earlier ones."""
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    return [
+        *("--model_name_or_path", str(tiny_lm_path)),
+        *("--train_file", str(tiny_reviews_path / "train.jsonl")),
+        *("--validation_file", str(tiny_reviews_path / "validation.jsonl")),
+        *("--test_file", str(tiny_reviews_path / "test.jsonl")),
+        *("--label_words", "bad", "good"),
+        *("--output_dir", str(tmp_path / "run")),
+        *("--max_steps", "6", "--learning_rate", "1e-3", "--precision", "fp32"),
+    ]
+
+
 @pytest.fixture(scope="session")
 def run_folders(tmp_path_factory, tiny_lm_path, tiny_reviews_path, smoke_run) -> dict[str, Path]:
     """One finished run of every kind that ``zokernel report`` knows."""

@@ -11,21 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zokernel.cli import main
 
 
-@pytest.fixture
-def flags(tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
-    """Flags of a small run; later flags override earlier ones."""
-    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    return [
-        *("--model_name_or_path", str(tiny_lm_path)),
-        *("--train_file", str(tiny_reviews_path / "train.jsonl")),
-        *("--validation_file", str(tiny_reviews_path / "validation.jsonl")),
-        *("--test_file", str(tiny_reviews_path / "test.jsonl")),
-        *("--label_words", "bad", "good"),
-        *("--output_dir", str(tmp_path / "run")),
-        *("--max_steps", "6", "--learning_rate", "1e-3", "--precision", "fp32"),
-    ]
-
-
 def test_a_run_writes_what_it_promises(flags, tmp_path, capsys):
     assert main(["finetune", *flags]) == 0
     folder = tmp_path / "run"

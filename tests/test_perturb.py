@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer, parts  # noqa: F401
+from trainers import make_trainer
 
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
@@ -14,20 +14,20 @@ from zokernel.optim.base import in_turn
 from zokernel.optim.stacked import Stacked
 
 
-def adapter(parts):  # noqa: F811
+def adapter(parts):
     model, tokenizer, data = parts
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False)).eval(), tokenizer, data
 
 
-def train(parts, folder, **settings):  # noqa: F811
+def train(parts, folder, **settings):
     trainer = make_trainer(parts, folder, **{"max_steps": 3, "eps": 1e-2, "num_perturbations": 2, **settings})
     trainer.train()
     return trainer, [row["loss"] for row in trainer.run_log.rows]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_adapters_are_stacked_and_train_the_same(parts, tmp_path, accumulation):  # noqa: F811
+def test_adapters_are_stacked_and_train_the_same(parts, tmp_path, accumulation):
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
     found = {}
     for perturb in ("in_place", "auto"):
@@ -39,12 +39,12 @@ def test_adapters_are_stacked_and_train_the_same(parts, tmp_path, accumulation):
     assert found["auto"] == pytest.approx(found["in_place"], rel=1e-5)
 
 
-def test_whole_models_are_not_stacked_unless_asked(parts, tmp_path):  # noqa: F811
+def test_whole_models_are_not_stacked_unless_asked(parts, tmp_path):
     trainer, _ = train(parts, tmp_path / "dense")
     assert trainer.bare_optimizer.evaluator is in_turn
 
 
-def test_low_rank_directions_stacked(parts, tmp_path, tiny_lm_path):  # noqa: F811
+def test_low_rank_directions_stacked(parts, tmp_path, tiny_lm_path):
     from transformers import AutoModelForCausalLM
 
     losses = []
@@ -55,7 +55,7 @@ def test_low_rank_directions_stacked(parts, tmp_path, tiny_lm_path):  # noqa: F8
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_loss_of_ones_own_is_not_stacked(parts, tmp_path):  # noqa: F811
+def test_a_loss_of_ones_own_is_not_stacked(parts, tmp_path):
     model = adapter(parts)
     trainer = make_trainer(model, tmp_path, per_device_train_batch_size=4)
 

@@ -112,7 +112,6 @@ def z_score(found, reference):
 @pytest.mark.parametrize("case", CASES)
 def test_reaches_the_loss_of_fp32(digits, reference, case):
     found = [train(digits, seed, **CASES[case]) for seed in SEEDS]
-    print(case, found, reference, z_score(found, reference))
     assert reference.max() < START
     assert abs(z_score(found, reference)) < 4
 
@@ -120,12 +119,10 @@ def test_reaches_the_loss_of_fp32(digits, reference, case):
 def test_an_adapter_on_a_bf16_base(digits):
     whole = np.array([train(digits, seed, lora=True) for seed in SEEDS])
     found = [train(digits, seed, lora=True, dtype=torch.bfloat16) for seed in SEEDS]
-    print(found, whole, z_score(found, whole))
     assert whole.max() < START
     assert abs(z_score(found, whole)) < 4
 
 
 def test_naive_bf16_does_not(digits, reference):
     found = [train_naively(digits, seed) for seed in SEEDS]
-    print(found, reference, z_score(found, reference))
     assert z_score(found, reference) > 8

@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_finetune_command import flags  # noqa: F401
-from test_trainer import make_trainer, parts  # noqa: F401
+from trainers import make_trainer
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
@@ -40,7 +39,7 @@ def test_every_instant_belongs_to_the_innermost_part(monkeypatch):
     assert watch.seconds == {"rest": 1 + 5 + 9, "update": 2 + 4, "forwards": 3, EVALUATION: 6 + 7 + 8}
 
 
-def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):  # noqa: F811
+def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):
     wanted = ["--profile", "true", "--max_steps", "10", "--eval_steps", "4", "--perturb", "in_forward"]
     assert main(["finetune", *flags, *wanted]) == 0
     folder = tmp_path / "run"
@@ -62,7 +61,7 @@ def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):  # noq
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_forward", "stacked"])
-def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, perturb):  # noqa: F811
+def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, perturb):
     model, tokenizer, data = parts
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {}
@@ -85,21 +84,21 @@ def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, 
     assert not (tmp_path / "False" / "profile.md").exists()
 
 
-def test_steps_from_the_journal_are_not_profiled(flags, tmp_path):  # noqa: F811
+def test_steps_from_the_journal_are_not_profiled(flags, tmp_path):
     assert main(["finetune", *flags, "--save_strategy", "journal"]) == 0
     longer = ["--max_steps", "15", "--save_strategy", "journal", "--resume_from_checkpoint", "last"]
     assert main(["finetune", *flags, *longer, "--profile", "true"]) == 0
     assert read_table(tmp_path / "run")["forwards"][0] > 0
 
 
-def test_too_few_steps_and_gradients_are_refused(parts, tmp_path):  # noqa: F811
+def test_too_few_steps_and_gradients_are_refused(parts, tmp_path):
     with pytest.raises(UsageError, match="--profile takes 9 steps"):
         make_trainer(parts, tmp_path / "short", profile=True, max_steps=8)
     with pytest.raises(UsageError, match="not those of sgd"):
         make_trainer(parts, tmp_path / "first", profile=True, method="sgd")
 
 
-def test_training_that_ends_early_says_so(parts, tmp_path, caplog):  # noqa: F811
+def test_training_that_ends_early_says_so(parts, tmp_path, caplog):
     trainer = make_trainer(parts, tmp_path / "short", profile=True, max_steps=-1, num_train_epochs=0.5)
     trainer.train()
     assert "No profile was written" in caplog.text

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import make_trainer, parts  # noqa: F401
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
@@ -124,7 +124,7 @@ def test_a_changed_schedule_does_not_replay(run, tmp_path, monkeypatch, capsys):
     assert "Step 2 had learning rate 0.002 and would now have 0.00185714" in capsys.readouterr().err
 
 
-def test_another_base_is_not_continued(parts, tmp_path):  # noqa: F811
+def test_another_base_is_not_continued(parts, tmp_path):
     settings = {"save_strategy": "journal", "max_steps": 3}
     make_trainer(parts, tmp_path, **settings).train()
     with pytest.raises(UsageError, match="journal of an earlier run: pass resume_from_checkpoint=True"):
@@ -135,7 +135,7 @@ def test_another_base_is_not_continued(parts, tmp_path):  # noqa: F811
     assert Journal.read(tmp_path).num_steps == 3
 
 
-def test_weights_changed_behind_the_optimizer_stop_a_journalled_run(parts, tmp_path):  # noqa: F811
+def test_weights_changed_behind_the_optimizer_stop_a_journalled_run(parts, tmp_path):
     from transformers import TrainerCallback
 
     class Meddler(TrainerCallback):
@@ -152,7 +152,7 @@ def test_weights_changed_behind_the_optimizer_stop_a_journalled_run(parts, tmp_p
 
 
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])
-def test_a_checkpoint_of_a_later_epoch_continues_with_the_same_examples(parts, tmp_path, tiny_lm_path, sampling):  # noqa: F811
+def test_a_checkpoint_of_a_later_epoch_continues_with_the_same_examples(parts, tmp_path, tiny_lm_path, sampling):
     model, tokenizer, data = parts
     # Without journal, so that every step after the checkpoint is computed again; 8 steps are an epoch.
     settings = {"max_steps": 22, "save_steps": 13, "train_sampling_strategy": sampling, "save_total_limit": None}

@@ -6,19 +6,13 @@ import math
 
 import pytest
 import torch
-from trainers import load_parts, make_trainer
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune import ZOConfig, ZOTrainer, option_scores
 from zokernel.finetune.scoring import classification_loss
-
-
-@pytest.fixture
-def parts(tiny_lm_path, tiny_reviews_path):
-    """Model, tokenizer and encoded splits, fresh for every test."""
-    return load_parts(tiny_lm_path, tiny_reviews_path)
 
 
 class KeepBatches(ZOTrainer):

@@ -37,18 +37,21 @@ def copy_perturbed(
         seed: Seed of the run.
         step: Step of the run.
     """
-    jobs = _jobs(family, places, offsets, seed=seed, step=step)
+    _carry_out(_jobs(family, places, offsets, seed=seed, step=step), targets, family.backend)
+
+
+def _carry_out(jobs: Sequence[Job], targets: Sequence[Tensor], backend: str) -> None:
     if _all_fast(jobs, targets):
         from zokernel.directions import numba_backend
 
-        numba_backend.copy_sweep(jobs, targets)
+        numba_backend.PreparedCopies(jobs)(targets)
         return
     moved = []
     for job, target in zip(jobs, targets):
         local = target if target.dtype == job.place.local.dtype else torch.empty_like(job.place.local)
         local.copy_(job.place.local)
         moved.append(replace(job, place=replace(job.place, tensor=local, local=local)))
-    engine.sweep(moved, family.backend)
+    engine.sweep(moved, backend)
     for job, target in zip(moved, targets):
         if target is not job.place.local:
             target.copy_(job.place.local)
@@ -74,14 +77,15 @@ class Copier:
         if len(along) == 1 and self._streams == (family, seed):
             self._prepared.along(step, *along[0])(targets)
             return
-        copy_perturbed(family, self.places, targets, offsets, seed=seed, step=step)
+        jobs = _jobs(family, self.places, offsets, seed=seed, step=step)
         # A dense direction of another step is another part of the same streams.
-        if len(along) == 1 and type(family) is Dense:
-            jobs = _jobs(family, self.places, offsets, seed=seed, step=step)
-            if _all_fast(jobs, targets):
-                from zokernel.directions import numba_backend
+        if len(along) == 1 and type(family) is Dense and _all_fast(jobs, targets):
+            from zokernel.directions import numba_backend
 
-                self._prepared, self._streams = numba_backend.PreparedCopies(jobs), (family, seed)
+            self._prepared, self._streams = numba_backend.PreparedCopies(jobs), (family, seed)
+            self._prepared(targets)
+            return
+        _carry_out(jobs, targets, family.backend)
 
 
 def copy_perturbed_rows(

@@ -64,21 +64,13 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     return by_job.tolist()
 
 
-def copy_sweep(jobs: Sequence[Job], targets: Sequence[torch.Tensor]) -> None:
-    """Write weights plus one Rademacher direction into other tensors, in one read of the weights.
+class PreparedCopies:
+    """Writes weights plus one Rademacher direction into other tensors, in one read of the weights.
+
+    Its tables can be kept for weights that are copied again and again.
 
     Args:
         jobs: One a tensor; each must be as :func:`can_copy` asks.
-        targets: Where to: contiguous, shaped like the local weights; all float32 or all bfloat16.
-    """
-    PreparedCopies(jobs)(targets)
-
-
-class PreparedCopies:
-    """The tables of a copy sweep, for weights that are copied again and again.
-
-    Args:
-        jobs: As for :func:`copy_sweep`.
     """
 
     def __init__(self, jobs: Sequence[Job]):
@@ -92,7 +84,11 @@ class PreparedCopies:
         return self
 
     def __call__(self, targets: Sequence[torch.Tensor]) -> None:
-        """Write the copies; targets as for :func:`copy_sweep`."""
+        """Write the copies.
+
+        Args:
+            targets: Where to: contiguous, shaped like the local weights; all float32 or all bfloat16.
+        """
         start = np.array([target.data_ptr() for target in targets], np.uint64)
         addresses = start[self._job] + self._local * np.uint64(targets[0].element_size())
         _copy(self._segments, addresses, targets[0].dtype, self._terms)
@@ -117,17 +113,15 @@ def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def can_copy(job: Job) -> bool:
-    """Return whether :func:`copy_sweep` can carry a job out: whole rows of float32 weights, one sign direction."""
+    """Return whether :class:`PreparedCopies` can carry a job out: whole rows of float32 weights, one sign direction."""
     place = job.place
     return _is_plain_signs(job) and place.local.is_contiguous() and tuple(place.local.shape[1:]) == place.shape[1:]
 
 
 def _copy(segments: np.ndarray, addresses: np.ndarray, dtype: torch.dtype, terms: np.ndarray) -> None:
     half = dtype == torch.bfloat16
-    calls = []
-    for part in _shares(np.arange(len(segments)), segments["length"]):
-        calls.append((copy_signs, (segments, part, addresses, half, terms["scale"].copy(), terms)))
-    _in_threads(calls)
+    parts = _shares(np.arange(len(segments)), segments["length"])
+    _in_threads([(copy_signs, (segments, part, addresses, half, terms)) for part in parts])
 
 
 def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:

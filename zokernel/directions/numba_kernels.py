@@ -356,13 +356,13 @@ def copy_word(source, target, half, word, scale, first, last):
 
 
 @compiled
-def copy_signs(segments, chosen, targets, half, scales, terms):
+def copy_signs(segments, chosen, targets, half, terms):
     """Write contiguous float32 weights plus one Rademacher direction elsewhere, ``targets`` holding the addresses."""
     width = 2 if half else 4
     for number in chosen:
         segment = segments[number]
         term = terms[segment.job]
-        scale = np.float32(scales[segment.job])
+        scale = np.float32(term.scale)
         n, lead = segment.length, segment.position % BITS_PER_BLOCK
         first_block = segment.position // BITS_PER_BLOCK
         for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):

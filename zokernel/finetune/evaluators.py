@@ -72,7 +72,7 @@ def choose_evaluator(trainer: ZOTrainer) -> Evaluator:
 
 def only_trains_lora(model: nn.Module) -> bool:
     """Return whether all that is trained are the two matrices of LoRA's linear layers, which can surely be stacked."""
-    layers = {id(p) for m in model.modules() if type(m) is nn.Linear for p in (m.weight,)}
+    layers = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return all("lora_" in name and id(p) in layers for name, p in trained)
 

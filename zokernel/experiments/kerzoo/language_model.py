@@ -80,7 +80,8 @@ def run(config: Config) -> Result:
         "logging_steps": 1,
     }
     rows: list[dict[str, Any]] = []
-    for task, data in tasks(config).items():
+    data_by_task = tasks(config)
+    for task, data in data_by_task.items():
         with tempfile.TemporaryDirectory() as temporary:
             arguments, model_arguments = data | limits, dict(model)
             if model["model_name_or_path"] == "tiny":
@@ -93,7 +94,7 @@ def run(config: Config) -> Result:
                 ]
                 rows.append({"task": task, "method": label} | summarise(found))
                 logger.info("%s, %s: test loss %s", task, label, rows[-1]["test_loss"])
-    gaps = {task: gap(rows, task) for task in tasks(config)}
+    gaps = {task: gap(rows, task) for task in data_by_task}
     verdict = judge(gaps, seeds, steps)
     parts = []
     for task, (mean, low, high) in gaps.items():
