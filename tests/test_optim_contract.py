@@ -20,6 +20,7 @@ from zokernel.optim import get_method, methods
 SETTINGS = {
     "adamw": (0.03, 0.03, {}),
     "fzoo": (0.05, 0.05, {"eps": 1e-3}),
+    "forward_difference": (0.05, 0.5, {"num_perturbations": 2}),
     "forward_gradient": (0.05, 0.5, {"num_perturbations": 2}),
     "hizoo": (0.05, 0.5, {"num_perturbations": 2, "hessian_smooth": 1e-3}),
     "kerzoo": (0.008, 0.1, {"averaging": "journal"}),

@@ -72,7 +72,7 @@ class Blockwise(Family):
         Returns:
             The block.
         """
-        blocks = list(dict.fromkeys(self.block_of(name) for name in sorted(names, key=_natural)))
+        blocks = list(dict.fromkeys(self.block_of(name) for name in sorted(names, key=natural_order)))
         return blocks[step // self.every % len(blocks)]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
@@ -85,6 +85,6 @@ class Blockwise(Family):
         return [next(found) if self.block_of(place.name) == block else None for place in places]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key under which layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

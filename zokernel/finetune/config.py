@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
+from zokernel.finetune.auto import choose_settings
 from zokernel.finetune.elastic import rejoin
 from zokernel.finetune.evaluators import PERTURB
 from zokernel.optim import get_method
@@ -31,7 +32,11 @@ class ZOConfig(TrainingArguments):
     """
 
     method: str = field(
-        default="mezo", metadata={"help": "Optimizer: a zeroth-order method, or sgd/adamw as the first-order baseline."}
+        default="mezo",
+        metadata={
+            "help": "Optimizer: a zeroth-order method; auto, which also chooses batch, directions and schedule; or "
+            "sgd/adamw as the first-order baseline."
+        },
     )
     eps: float | None = field(
         default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
@@ -78,8 +83,13 @@ class ZOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Step size (default: 1e-5 for full parameters and 1e-3 for LoRA; adamw 1e-5 and 1e-4)."},
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule of transformers."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples a batch and device."})
+    lr_scheduler_type: str = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Learning-rate schedule of transformers (default: constant; linear with --method auto)."},
+    )
+    per_device_train_batch_size: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Examples a batch and device (default: 16; 4 with --method auto)."}
+    )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples an evaluation batch and device."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1 counts epochs instead."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
@@ -118,7 +128,14 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
+        self.auto = self.method == "auto"
+        if self.auto:
+            choose_settings(self)
         get_method(self.method)
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 16
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant"
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":

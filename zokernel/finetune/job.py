@@ -19,6 +19,7 @@ from zokernel._version import __version__
 from zokernel.files import read_json, write_json
 from zokernel.finetune import output
 from zokernel.finetune.arguments import DataArguments, ModelArguments
+from zokernel.finetune.auto import LORA_EPS, learning_rate
 from zokernel.finetune.callbacks import StopOnInterrupt
 from zokernel.finetune.card import write_card
 from zokernel.finetune.config import ZOConfig
@@ -233,14 +234,18 @@ def forwards_per_step(trainer: ZOTrainer) -> int | None:
 
 
 def set_default_lr(config: ZOConfig, arguments: ModelArguments) -> None:
-    """Fill in the learning rate if none was given, and log it."""
+    """Fill in the learning rate (and for ``auto`` the radius) if none was given, and log it."""
+    if arguments.prefix_tuning or arguments.prompt_tuning:
+        what, defaults = "virtual tokens", {"adamw": 1e-2, "sgd": 1e-2}
+    elif arguments.lora or arguments.adapter_name_or_path:
+        what, defaults = "LoRA", {"adamw": 1e-4, "sgd": 1e-2}
+    else:
+        what, defaults = "full parameters", {"adamw": 1e-5, "sgd": 1e-3}
+    if config.auto and config.eps is None and what == "LoRA":
+        config.eps = LORA_EPS
     if config.learning_rate is None:
-        if arguments.prefix_tuning or arguments.prompt_tuning:
-            what, defaults = "virtual tokens", {"adamw": 1e-2, "sgd": 1e-2}
-        elif arguments.lora or arguments.adapter_name_or_path:
-            what, defaults = "LoRA", {"adamw": 1e-4, "sgd": 1e-2}
-        else:
-            what, defaults = "full parameters", {"adamw": 1e-5, "sgd": 1e-3}
         zeroth_order = {"virtual tokens": 1e-2, "LoRA": 1e-3, "full parameters": 1e-5}[what]
         config.learning_rate = defaults.get(config.method, zeroth_order)
+        if config.auto:
+            config.learning_rate = learning_rate(config, what)
         logger.info("Learning rate: %g (the default for %s).", config.learning_rate, what)

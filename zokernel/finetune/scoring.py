@@ -29,6 +29,9 @@ class ScoredPositions:
     its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
     the positions; the hook counts them off.
 
+    A head stored in fp32 runs in fp32 under autocast too: bf16 logits near 16 are 0.06 apart, which is more than a
+    perturbation changes them by.  At so few positions the head costs one read of its weights, in either type.
+
     Args:
         model: A language model of transformers, or a peft wrapper of one.
         positions_RK: Positions whose logits are wanted.
@@ -44,18 +47,33 @@ class ScoredPositions:
         if head is None:
             raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
         self._head, self._positions, self._length = head, positions_RK, length
+        self._wide: torch.autocast | None = None
 
     def __enter__(self) -> None:
         def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden_RTH = args[0]
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
             index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
-            return (hidden_RTH.gather(1, index_RKH), *args[1:])
+            hidden_RKH = hidden_RTH.gather(1, index_RKH)
+            if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
+                self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
+                self._wide.__enter__()
+                hidden_RKH = hidden_RKH.float()
+            return (hidden_RKH, *args[1:])
 
-        self._handle = self._head.register_forward_pre_hook(select)
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._wide is not None:
+                self._wide.__exit__(None, None, None)
+                self._wide = None
+
+        self._handles = [
+            self._head.register_forward_pre_hook(select),
+            self._head.register_forward_hook(leave, always_call=True),
+        ]
 
     def __exit__(self, *exc_info: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def scored_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:

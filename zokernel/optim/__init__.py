@@ -17,6 +17,7 @@ _EXPORTS = {
     "LOZO": "lozo",
     "LOZOM": "lozo",
     "FZOO": "fzoo",
+    "ForwardDifference": "forward_difference",
     "ZOSign": "zo_sign",
     "ZOAdam": "adam",
     "ZOAdaMM": "adam",

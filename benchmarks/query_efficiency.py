@@ -1,0 +1,344 @@
+"""How many tokens and forwards each method needs to reach the training loss that MeZO reaches, on real tasks.
+
+The target is the mean training loss that MeZO at the published batch of 16 ends at, at the best of its learning rates.
+Every contender gets a sweep of as many rates on seed 0 and then runs its best one from other seeds.  Training loss is
+that of the same examples for all, between evaluations it is interpolated; tokens are those of the batches, padding
+included; evaluations are not counted.  Finished runs are kept in a file, so that a stopped benchmark goes on.
+
+    python benchmarks/query_efficiency.py --tasks sst2 trec --train full lora --data_folder DIR --runs runs.jsonl
+    python benchmarks/query_efficiency.py --runs docs/results/queries.jsonl --table      # only the tables
+
+``DIR`` holds sst2/{train,dev}.tsv and trec/{train,test}.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paired
+import torch
+import torch.nn.functional as F
+from directions import machine, table
+from torch import nn
+
+from zokernel.errors import LossError
+from zokernel.finetune.auto import in_last_third
+from zokernel.finetune.scoring import classification_loss, option_scores
+from zokernel.optim import get_method
+from zokernel.optim.in_forward import InForward
+
+FILES = {
+    "sst2": ("train.tsv", "dev.tsv", None),
+    "trec": ("train.csv", "test.csv", ["label", "question"]),
+}
+EPS = {"full": 1e-3, "lora": 1e-2}
+# MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
+RATES = {
+    ("sst2", "full"): (1e-5, 3e-5, 1e-4),
+    ("sst2", "lora"): (1e-3, 3e-3, 1e-2),
+    ("trec", "full"): (3e-6, 1e-5, 3e-5),
+    ("trec", "lora"): (3e-4, 1e-3, 3e-3),
+}
+SWEEP_SEED = 0
+MEASURED = 64  # training examples whose loss is followed
+POINTS = 8  # evaluations a run
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its settings.
+
+    Args:
+        method: Name of the method.
+        batch: Examples a batch.
+        options: Settings of the method.
+        factor: Its learning rates, relative to MeZO's.
+        schedule: ``constant`` or ``linear`` (to zero).
+        last_third: Of adapters, train those of the last third of the layers.
+    """
+
+    method: str
+    batch: int
+    options: dict[str, Any]
+    factor: dict[str, float]
+    schedule: str = "constant"
+    last_third: bool = False
+
+
+def one(factor: float) -> dict[str, float]:
+    return {"full": factor, "lora": factor}
+
+
+REFERENCE = "MeZO, batch 16"
+CONTENDERS = {
+    REFERENCE: Contender("mezo", 16, {}, one(1)),
+    "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
+    "auto": Contender("forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True),
+    "auto, batch 16": Contender(
+        "forward_difference", 16, {"num_perturbations": 8}, {"full": 16, "lora": 24}, "linear", True
+    ),
+}
+
+
+class Arena:
+    """A model, its examples, and the weights that every run starts from.
+
+    Args:
+        task: ``sst2`` or ``trec``.
+        train: ``full`` or ``lora``.
+        folder: Where the data sets are.
+    """
+
+    def __init__(self, task: str, train: str, folder: Path):
+        from transformers import AutoTokenizer
+
+        from zokernel.data import resolve_model_path
+        from zokernel.finetune.arguments import DataArguments
+        from zokernel.finetune.collate import Collator, EncodedDataset
+        from zokernel.finetune.datasets import load_splits, load_task
+        from zokernel.finetune.tasks import encode
+
+        training, testing, columns = FILES[task]
+        arguments = DataArguments(
+            task=task,
+            train_file=str(folder / task / training),
+            validation_file=str(folder / task / testing),
+            column_names=columns,
+            max_train_samples=1000,
+            max_eval_samples=100,
+            max_test_samples=300,
+        )
+        wording = load_task(arguments)
+        splits = load_splits(arguments, wording, seed=0)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("smollm2"))
+        encoded = (EncodedDataset(encode(wording, rows, tokenizer)) for rows in (splits.train, splits.test))
+        self.examples, self.held_out = ([data[n] for n in range(len(data))] for data in encoded)
+        self.collate = Collator(pad_token_id=2)
+        self.train = train
+        self.model = paired.load() if train == "full" else lora()
+        self.start = {name: p.detach().clone() for name, p in paired.trained(self.model)}
+
+    def reset(self) -> None:
+        """Put the weights back to the start."""
+        with torch.no_grad():
+            for name, p in paired.trained(self.model):
+                p.copy_(self.start[name])
+
+    def batches(self, size: int, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield random batches of about equally long examples, as transformers groups them."""
+        order = random.Random(seed)
+        while True:
+            indices = list(range(len(self.examples)))
+            order.shuffle(indices)
+            found = []
+            for first in range(0, len(indices), 50 * size):
+                several = sorted(indices[first : first + 50 * size], key=self.length)
+                found += [several[k : k + size] for k in range(0, len(several) - size + 1, size)]
+            order.shuffle(found)
+            for chosen in found:
+                yield self.collate([self.examples[n] for n in chosen])
+
+    def length(self, index: int) -> int:
+        """Return the tokens of a training example."""
+        return len(self.examples[index]["input_ids"])
+
+    @torch.no_grad()
+    def score(self, items: list[dict[str, Any]]) -> tuple[float, float]:
+        """Return mean loss and accuracy."""
+        items = sorted(items, key=lambda item: len(item["input_ids"]))
+        loss = right = 0.0
+        for first in range(0, len(items), 32):
+            batch = self.collate(items[first : first + 32])
+            with autocast():
+                scores = option_scores(self.model, batch).float()
+            loss += float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
+            right += float((scores.argmax(-1) == batch["labels"]).sum())
+        return loss / len(items), right / len(items)
+
+
+def lora() -> nn.Module:
+    """Return the model with a new adapter, which changes nothing yet."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(paired.load(), LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")).eval()
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+
+
+def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int) -> dict[str, Any]:
+    """Train until ``forwards`` are spent; return the curve of (forwards, tokens, CPU seconds, training loss)."""
+    arena.reset()
+    torch.manual_seed(seed)
+    full = arena.train == "full"
+    weights = paired.trained(arena.model)
+    if contender.last_third and not full:
+        weights = in_last_third(weights)
+    options = {"eps": EPS[arena.train], "seed": seed, **contender.options, **({"restore": "still"} if full else {})}
+    optimizer: Any = get_method(contender.method)(weights, lr=lr, **options)
+    if full:
+        optimizer.evaluator = InForward()
+    steps = forwards // optimizer.forwards_per_step
+    every = max(1, round(steps / POINTS))
+    tokens, seconds = 0, 0.0
+    measured = arena.examples[:MEASURED]
+    curve = [(0, 0, 0.0, arena.score(measured)[0])]
+    batches = arena.batches(contender.batch, seed)
+    for step in range(steps):
+        batch = next(batches)
+
+        def closure(batch: dict[str, Any] = batch) -> torch.Tensor:
+            with autocast():
+                return classification_loss(option_scores(arena.model, batch), batch["labels"])
+
+        if contender.schedule == "linear":
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / steps)
+        start, before = time.process_time(), optimizer.num_forwards
+        try:
+            optimizer.step(closure)
+        except LossError:
+            curve.append((optimizer.num_forwards, tokens, seconds, math.inf))
+            break
+        seconds += time.process_time() - start
+        tokens += (optimizer.num_forwards - before) * batch["input_ids"].numel()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            curve.append((optimizer.num_forwards, tokens, seconds, arena.score(measured)[0]))
+    return {"curve": curve, "held_out": arena.score(arena.held_out)}
+
+
+def crossing(curve: list[list[float]], target: float, column: int) -> float:
+    """Return how much of a column was spent when the loss first came down to ``target``; infinite if it never did."""
+    for before, after in itertools.pairwise(curve):
+        if after[3] <= target:
+            share = (before[3] - target) / (before[3] - after[3]) if before[3] > target else 0.0
+            return before[column] + share * (after[column] - before[column])
+    return math.inf
+
+
+class Runs:
+    """Finished runs, in a file of one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the runs with these settings."""
+        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a finished run."""
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def best_lr(self, **wanted: Any) -> float:
+        """Return the rate whose sweep ended lowest."""
+        sweep = self.find(seed=SWEEP_SEED, **wanted)
+        return min(sweep, key=lambda row: row["curve"][-1][3])["lr"]
+
+    def final(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the runs at the best rate, without the one that chose it."""
+        return [row for row in self.find(lr=self.best_lr(**wanted), **wanted) if row["seed"] != SWEEP_SEED]
+
+
+def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds: int) -> None:
+    """Run what is missing of a contender's sweep and of its best rate."""
+    contender = CONTENDERS[name]
+    key = {"task": task, "train": arena.train, "contender": name}
+
+    def once(lr: float, seed: int) -> None:
+        if not runs.find(lr=lr, seed=seed, **key):
+            runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, forwards))
+
+    for rate in RATES[task, arena.train]:
+        once(float(f"{rate * contender.factor[arena.train]:.3g}"), SWEEP_SEED)
+    for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + seeds):
+        once(runs.best_lr(**key), seed)
+
+
+def tables(runs: Runs) -> str:
+    """Return a table for each task and kind of training."""
+    parts = []
+    for task, train in RATES:
+        key = {"task": task, "train": train}
+        if not runs.find(contender=REFERENCE, **key):
+            continue
+        reference = runs.final(contender=REFERENCE, **key)
+        target = statistics.mean(row["curve"][-1][3] for row in reference)
+        spent = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
+        rows = []
+        for name in CONTENDERS:
+            if not runs.find(contender=name, **key):
+                continue
+            found = runs.final(contender=name, **key)
+            cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
+            for column in (1, 0, 2):
+                costs = sorted(crossing(row["curve"], target, column) for row in found)
+                cells.append(f"{spread([cost / spent[column] for cost in costs])}")
+            cells.append(f"{sum(crossing(row['curve'], target, 0) < math.inf for row in found)} of {len(found)}")
+            cells.append(mean_error([row["curve"][-1][3] for row in found]))
+            cells += [mean_error([row["held_out"][column] for row in found]) for column in (0, 1)]
+            rows.append(cells)
+        header = ["method", "lr", "tokens", "forwards", "CPU time", "reached", "training loss at the end"]
+        header += ["held-out loss", "held-out accuracy"]
+        title = f"{task}, {train}: target {target:.3f}, where {REFERENCE} spends {spent[1]:.0f} tokens"
+        parts.append(f"{title} in {spent[0]:.0f} forwards ({spent[2]:.0f} s of CPU time)\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def spread(values: list[float]) -> str:
+    """Return median and range; a run that never arrived counts as infinite."""
+    low, middle, high = values[0], statistics.median(values), values[-1]
+    return " ".join(
+        ["never" if math.isinf(middle) else f"{middle:.2f}", f"[{low:.2f}, {high:.2f}]".replace("inf", "-")]
+    )
+
+
+def mean_error(values: list[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES))
+    parser.add_argument("--train", nargs="+", choices=list(EPS), default=list(EPS))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--forwards", type=int, default=80, help="forwards of every run; MeZO takes half as many steps")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data_folder", type=Path)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    runs = Runs(options.runs)
+    if not options.table:
+        if options.data_folder is None:
+            raise SystemExit("Say where the data sets are: --data_folder DIR.")
+        for task in options.tasks:
+            for train in options.train:
+                arena = Arena(task, train, options.data_folder)
+                for name in options.contenders:
+                    compete(arena, task, name, runs, options.forwards, options.seeds)
+        print(f"Machine: {machine()}.\n")
+    print(tables(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""``--method auto``: what it chooses, what a user can still say, and that the run is an ordinary one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zokernel.cli import main
+from zokernel.finetune import ZOConfig
+from zokernel.finetune.auto import in_last_third
+
+
+@pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
+def test_directions_grow_with_the_batch(tmp_path, batch, count):
+    config = ZOConfig(output_dir=str(tmp_path), method="auto", per_device_train_batch_size=batch)
+    assert (config.method, config.lr_scheduler_type) == ("forward_difference", "linear")
+    assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
+
+
+def test_what_the_user_says_stays(tmp_path):
+    said = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
+    config = ZOConfig(output_dir=str(tmp_path), method="auto", **said)
+    assert {name: getattr(config, name) for name in said} == said
+
+
+def test_other_methods_keep_their_defaults(tmp_path):
+    config = ZOConfig(output_dir=str(tmp_path))
+    assert (config.per_device_train_batch_size, config.lr_scheduler_type) == (16, "constant")
+    assert (config.num_perturbations, config.auto) == (None, False)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(1, 1), (2, 2), (3, 1), (6, 2), (30, 10), (32, 10)])
+def test_the_last_third_of_the_layers(layers, kept):
+    # Not in order of names: layer 10 comes after layer 9.
+    weights = [(f"base.layers.{n}.q.lora_{side}", torch.zeros(1)) for n in range(layers) for side in "AB"]
+    found = [name for name, _ in in_last_third(weights)]
+    assert found == [name for name, _ in weights[2 * (layers - kept) :]]
+
+
+def run(flags, *more):
+    assert main(["finetune", *flags, "--method", "auto", *more]) == 0
+
+
+def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
+    rate = flags.index("--learning_rate")
+    run([*flags[:rate], *flags[rate + 2 :]])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
+    assert metrics["learning_rate"] == pytest.approx(1.2e-4)
+    run([*flags[:rate], *flags[rate + 2 :]])  # the same command again: finished, nothing is done
+    assert "holds this very run, finished" in caplog.text
+
+
+def test_an_adapter_is_rebuilt_from_its_journal(flags, tmp_path, tiny_lm_path):
+    run(flags, "--lora", "true", "--save_strategy", "journal", "--load_best_model_at_end", "false")
+    folder, rebuilt = tmp_path / "run", tmp_path / "rebuilt"
+    command = ["replay", "--base", str(tiny_lm_path), "--journal", str(folder), "--output_dir", str(rebuilt)]
+    assert main(command) == 0
+    found, expected = (load_file(place / "adapter_model.safetensors") for place in (rebuilt, folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
