@@ -79,6 +79,32 @@ def test_the_head_sees_only_scored_positions_and_the_hook_is_removed(model):
     torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]])
 
 
+def test_under_autocast_the_head_runs_in_fp32_and_the_body_in_bf16(tiny_lm_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
+    head, states = model.get_output_embeddings(), []
+    watch = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: states.append(out.dtype))
+    ids = torch.randint(3, 100, (2, 7))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with ScoredPositions(model, torch.tensor([[6], [3]])):
+            picked = model(input_ids=ids).logits
+        assert torch.is_autocast_enabled("cpu")
+        hidden = model.model(input_ids=ids).last_hidden_state[[0, 1], [6, 3]]
+        rounded = head(hidden)
+    watch.remove()
+    assert states == [torch.bfloat16] * 2
+    assert (picked.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(picked[:, 0], hidden.float() @ head.weight.T)
+
+
+def test_autocast_is_itself_again_after_a_head_that_fails(tiny_lm_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
+    model.lm_head = torch.nn.Linear(5, 4)  # of other features than the body's
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError), ScoredPositions(model, torch.tensor([[2]])):
+            model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(UsageError, match="no LM head"):
         ScoredPositions(torch.nn.Linear(2, 2), torch.zeros(1, 1, dtype=torch.long))
