@@ -7,7 +7,7 @@ between evaluations it is interpolated; tokens are those of the batches, padding
 Finished runs are kept in a file, so that a stopped benchmark goes on.
 
     python benchmarks/query_efficiency.py --tasks sst2 trec --train full lora --data_folder DIR --runs runs.jsonl
-    python benchmarks/query_efficiency.py --runs docs/results/queries.jsonl --table      # only the tables
+    python benchmarks/query_efficiency.py                       # trains nothing: the tables of the committed runs
 
 ``DIR`` holds sst2/{train,dev}.tsv and trec/{train,test}.csv.
 """
@@ -38,6 +38,7 @@ from zokernel.finetune.scoring import classification_loss, option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
 
+COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.jsonl"
 FILES = {
     "sst2": ("train.tsv", "dev.tsv", None),
     "trec": ("train.csv", "test.csv", ["label", "question"]),
@@ -226,6 +227,11 @@ def crossing(curve: list[list[float]], target: float, column: int) -> float:
     return math.inf
 
 
+def diverged(curve: list[list[float]]) -> bool:
+    """Return whether the loss ever rose well above the start: such runs can end low by accident."""
+    return max(point[3] for point in curve) > 1.2 * curve[0][3]
+
+
 class Runs:
     """Finished runs, in a file of one JSON object a line."""
 
@@ -246,21 +252,25 @@ class Runs:
 
     def finalists(self, *, several: bool, **wanted: Any) -> list[float]:
         """Return the rate whose sweep ended lowest; or several, if others came close."""
-        ends = {row["lr"]: row["curve"][-1][3] for row in self.find(seed=SWEEP_SEED, **wanted)}
+        sweep = [row for row in self.find(seed=SWEEP_SEED, **wanted) if not diverged(row["curve"])]
+        ends = {row["lr"]: row["curve"][-1][3] for row in sweep}
         best = min(ends.values())
         return [lr for lr, end in ends.items() if end == best or (several and end <= CLOSE * best)]
 
+    def measured(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the runs that did not serve to choose a rate."""
+        return [row for row in self.find(**wanted) if row["seed"] != SWEEP_SEED]
+
     def best_lr(self, **wanted: Any) -> float:
         """Return the rate that ended lowest on average over the other seeds, of those that were run."""
-        others = [row for row in self.find(**wanted) if row["seed"] != SWEEP_SEED]
         ends: dict[float, list[float]] = {}
-        for row in others:
+        for row in self.measured(**wanted):
             ends.setdefault(row["lr"], []).append(row["curve"][-1][3])
         return min(ends, key=lambda lr: statistics.mean(ends[lr]))
 
     def final(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Return the runs at the best rate, without the one that chose it."""
-        return [row for row in self.find(lr=self.best_lr(**wanted), **wanted) if row["seed"] != SWEEP_SEED]
+        """Return the runs at the best rate."""
+        return self.measured(lr=self.best_lr(**wanted), **wanted)
 
 
 def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds: int) -> None:
@@ -284,14 +294,14 @@ def tables(runs: Runs) -> str:
     parts = []
     for task, train in itertools.product(FILES, RATES):
         key = {"task": task, "train": train}
-        if not runs.find(contender=REFERENCE, **key):
+        if not runs.measured(contender=REFERENCE, **key):
             continue
         reference = runs.final(contender=REFERENCE, **key)
         target = statistics.mean(row["curve"][-1][3] for row in reference)
         spent = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
         rows = []
         for name in CONTENDERS:
-            if not runs.find(contender=name, **key):
+            if not runs.measured(contender=name, **key):
                 continue
             found = runs.final(contender=name, **key)
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
@@ -330,22 +340,19 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=80, help="forwards of every run; MeZO takes half as many steps")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data_folder", type=Path)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--data_folder", type=Path, help="the data sets; without them nothing is trained")
+    parser.add_argument("--runs", type=Path, default=COMMITTED, help="finished runs, to which new ones are added")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     runs = Runs(options.runs)
-    if not options.table:
-        if options.data_folder is None:
-            raise SystemExit("Say where the data sets are: --data_folder DIR.")
+    if options.data_folder is not None:
         for task in options.tasks:
             for train in options.train:
                 arena = Arena(task, train, options.data_folder)
                 for name in options.contenders:
                     compete(arena, task, name, runs, options.forwards, options.seeds)
         print(f"Machine: {machine()}.\n")
-    print(tables(runs))
+    print(tables(runs) or f"{options.runs} holds no runs yet: give --data_folder.")
 
 
 if __name__ == "__main__":
