@@ -4,7 +4,7 @@ Each choice has its reason; each can be overridden by its own flag.
 
 - *Batch.*  With a gradient noise scale :math:`\nu = tr\Sigma/\|g\|^2` a step's progress goes like
   :math:`1/(1 + \nu/b)` at batch size b, so the tokens to a given loss go like :math:`b + \nu`: a batch well below
-  :math:`\nu` (5 to 20 at the start of SST-2 and TREC) wastes none.
+  :math:`\nu` (6 to 14 at the start of SST-2 and TREC) wastes none.
 - *Directions.*  One-sided differences share the loss at the centre: P + 1 forwards instead of 2P.  Their error falls
   like 1/P until that of the b examples takes over, so P grows with b: half of it.
 - *Adapters* of LoRA are trained in the last third of the layers.  What a direction is worth is
