@@ -19,8 +19,11 @@ from zokernel.finetune.scoring import classification_loss, option_scores
 Times = dict[str, list[tuple[float, float]]]
 
 
-def load(*, lora: bool = False) -> nn.Module:
-    """Return SmolLM2-135M in fp32, its weights in memory (not in a mapped file); or with a LoRA adapter of rank 8."""
+def load(*, lora: bool = False, untrained: bool = False) -> nn.Module:
+    """Return SmolLM2-135M in fp32, its weights in memory (not in a mapped file); or with a LoRA adapter of rank 8.
+
+    The adapter is as if trained for a while, or ``untrained``: one that changes nothing yet.
+    """
     from transformers import AutoModelForCausalLM, logging
 
     from zokernel.data import resolve_model_path
@@ -34,7 +37,7 @@ def load(*, lora: bool = False) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
-        adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", init_lora_weights=False)
+        adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", init_lora_weights=untrained)
         model = get_peft_model(model, adapter).eval()
     return model
 
@@ -72,12 +75,16 @@ def make_batch(count: int, length: int = 38) -> dict[str, Any]:
     return Collator(pad_token_id=2)(examples(count, length))
 
 
+def autocast(*, bf16: bool = True) -> torch.autocast:
+    """Return the context of a forward in training: every weight is used once, so none is kept in bf16."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
 def make_closure(model: nn.Module, batch: dict[str, Any], *, bf16: bool) -> Callable[[], Tensor]:
     """Return the loss of the product: one forward scores both options, logits at the last position only."""
 
     def closure() -> Tensor:
-        # As in training: every weight is used once a forward, so none is kept in bf16.
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with autocast(bf16=bf16):
             return classification_loss(option_scores(model, batch), batch["labels"])
 
     return closure

@@ -30,11 +30,10 @@ import paired
 import torch
 import torch.nn.functional as F
 from directions import machine, table
-from torch import nn
 
 from zokernel.errors import LossError
 from zokernel.finetune.auto import in_last_third
-from zokernel.finetune.scoring import classification_loss, option_scores
+from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
 
@@ -123,7 +122,7 @@ class Arena:
         self.examples, self.held_out = ([data[n] for n in range(len(data))] for data in encoded)
         self.collate = Collator(pad_token_id=2)
         self.train = train
-        self.model = paired.load() if train == "full" else lora()
+        self.model = paired.load(lora=train == "lora", untrained=True)
         self.start = {name: p.detach().clone() for name, p in paired.trained(self.model)}
 
     def reset(self) -> None:
@@ -157,23 +156,11 @@ class Arena:
         loss = right = 0.0
         for first in range(0, len(items), 32):
             batch = self.collate(items[first : first + 32])
-            with autocast():
+            with paired.autocast():
                 scores = option_scores(self.model, batch).float()
             loss += float(F.cross_entropy(scores, batch["labels"], reduction="sum"))
             right += float((scores.argmax(-1) == batch["labels"]).sum())
         return loss / len(items), right / len(items)
-
-
-def lora() -> nn.Module:
-    """Return the model with a new adapter, which changes nothing yet."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    return get_peft_model(paired.load(), LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")).eval()
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
 
 def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int) -> dict[str, Any]:
@@ -197,17 +184,12 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     batches = arena.batches(contender.batch, seed)
     for step in range(steps):
         batch = next(batches)
-
-        def closure(batch: dict[str, Any] = batch) -> torch.Tensor:
-            with autocast():
-                return classification_loss(option_scores(arena.model, batch), batch["labels"])
-
         if contender.schedule == "linear":
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
         start, before = time.process_time(), optimizer.num_forwards
         try:
-            optimizer.step(closure)
+            optimizer.step(paired.make_closure(arena.model, batch, bf16=True))
         except LossError:
             curve.append((optimizer.num_forwards, tokens, seconds, math.inf))
             break
@@ -307,7 +289,7 @@ def tables(runs: Runs) -> str:
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):
                 costs = sorted(crossing(row["curve"], target, column) for row in found)
-                cells.append(f"{spread([cost / spent[column] for cost in costs])}")
+                cells.append(spread([cost / spent[column] for cost in costs]))
             cells.append(f"{sum(crossing(row['curve'], target, 0) < math.inf for row in found)} of {len(found)}")
             cells.append(mean_error([row["curve"][-1][3] for row in found]))
             cells += [mean_error([row["held_out"][column] for row in found]) for column in (0, 1)]
@@ -322,9 +304,8 @@ def tables(runs: Runs) -> str:
 def spread(values: list[float]) -> str:
     """Return median and range; a run that never arrived counts as infinite."""
     low, middle, high = values[0], statistics.median(values), values[-1]
-    return " ".join(
-        ["never" if math.isinf(middle) else f"{middle:.2f}", f"[{low:.2f}, {high:.2f}]".replace("inf", "-")]
-    )
+    limits = f"[{low:.2f}, {high:.2f}]".replace("inf", "-")
+    return f"{'never' if math.isinf(middle) else f'{middle:.2f}'} {limits}"
 
 
 def mean_error(values: list[float]) -> str:

@@ -38,7 +38,7 @@ def make_optimizer(
         objective = Objective()
 
         def losses(copies: int) -> torch.Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+            with paired.autocast(bf16=bf16):
                 return objective.stacked(model, repeat_batch(batch, copies), copies)
 
         # As in a run: as many copies as fill a batch of 32 examples, two at least.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "forward_difference"
 BATCH = 4
-# Learning rate a direction and radius, by what is trained.
+# Learning rate for each direction of a step, by what is trained.
 RATES = {"full parameters": 6e-5, "LoRA": 1e-2, "virtual tokens": 1e-2}
 LORA_EPS = 1e-2
 
@@ -51,7 +51,7 @@ def choose_settings(config: ZOConfig) -> None:
     if config.num_perturbations is None:
         config.num_perturbations = max(2, config.per_device_train_batch_size // 2)
     logger.info(
-        "Method auto: %s with %d directions (half of the batch) a step, batch %d, %s learning rate.",
+        "Method auto: %s with %d directions a step, batch %d, %s learning rate.",
         METHOD,
         config.num_perturbations,
         config.per_device_train_batch_size,
