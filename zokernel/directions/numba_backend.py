@@ -7,28 +7,14 @@ result depends on how elements are split into tiles, segments or threads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from zokernel.directions.gaussian_math import GROUP
-from zokernel.directions.numba_kernels import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    JOB,
-    SEGMENT,
-    TERM,
-    add_signs,
-    copy_signs,
-    run_segments,
-    squared_norm,
-)
+from zokernel.directions.numba_kernels import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, JOB, SEGMENT, TERM
+from zokernel.directions.numba_team import carry_out
 from zokernel.directions.placement import Placement, Runs, find_runs
 from zokernel.directions.terms import Factors, Job, Noise, Rule, Values, affine
 
@@ -36,7 +22,6 @@ SEGMENT_LENGTH = 1 << 18
 LAW_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
 DTYPE_CODES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NOISE, FACTORS, VALUES = 0, 1, 2
-SHARES_PER_THREAD = 8
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
@@ -51,13 +36,11 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     job_table, term_table = _tables(jobs)
     segments = _segments(tuple(_geometry(job.place) for job in jobs))
     peaks = np.zeros(len(segments), np.float32)
-    plain = np.array([_is_plain_signs(job) for job in jobs], bool)
-    kernels = (run_segments, add_signs)
-    calls = []
-    for fast in (False, True):
-        chosen = np.flatnonzero((plain[segments["job"]] & (segments["stride"] == 1)) == fast)
-        calls += [(kernels[fast], part) for part in _shares(chosen, segments["length"])]
-    _in_threads([(kernel, (segments, part, job_table, term_table, peaks)) for kernel, part in calls])
+    plain = np.array([_adds_signs(job) for job in jobs], bool)
+    fast = plain[segments["job"]] & (segments["stride"] == 1)
+    tables = {"jobs": job_table, "terms": term_table, "results": peaks}
+    for loop, chosen in (("run_segments", ~fast), ("add_signs", fast)):
+        carry_out(loop, segments, np.flatnonzero(chosen), tables)
     by_job = np.zeros(len(jobs), np.float32)
     if any(job.rule in (Rule.GRID_MOVE, Rule.GRID_COMMIT) for job in jobs):
         np.maximum.at(by_job, segments["job"], peaks)
@@ -115,13 +98,17 @@ def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
 def can_copy(job: Job) -> bool:
     """Return whether :class:`PreparedCopies` can carry a job out: whole rows of float32 weights, one sign direction."""
     place = job.place
-    return _is_plain_signs(job) and place.local.is_contiguous() and tuple(place.local.shape[1:]) == place.shape[1:]
+    return (
+        len(job.terms) == 1
+        and _adds_signs(job)
+        and place.local.is_contiguous()
+        and tuple(place.local.shape[1:]) == place.shape[1:]
+    )
 
 
 def _copy(segments: np.ndarray, addresses: np.ndarray, dtype: torch.dtype, terms: np.ndarray) -> None:
-    half = dtype == torch.bfloat16
-    parts = _shares(np.arange(len(segments)), segments["length"])
-    _in_threads([(copy_signs, (segments, part, addresses, half, terms)) for part in parts])
+    half, every = dtype == torch.bfloat16, np.arange(len(segments))
+    carry_out("copy_signs", segments, every, {"terms": terms, "targets": addresses}, half=half)
 
 
 def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
@@ -138,24 +125,26 @@ def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel:
     Returns:
         The sum of squares.
     """
-    starts = range(0, numel, SEGMENT_LENGTH)
-    parts = np.zeros(len(starts))
-    fixed = (LAW_CODES[law], *map(np.uint64, (*key, step, index)))
-    _in_threads(
-        [
-            (squared_norm, (parts, n, np.int64(start), min(SEGMENT_LENGTH, numel - start), *fixed))
-            for n, start in enumerate(starts)
-        ]
-    )
-    return float(parts.sum())
+    starts = np.arange(0, numel, SEGMENT_LENGTH)
+    segments, norms = np.zeros(len(starts), SEGMENT), np.zeros(len(starts))
+    segments["position"], segments["length"] = starts, np.minimum(SEGMENT_LENGTH, numel - starts)
+    term = np.zeros(1, TERM)
+    for field, value in zip(("law", "key0", "key1", "step", "index"), (LAW_CODES[law], *key, step, index)):
+        term[field] = value
+    carry_out("squared_norms", segments, np.arange(len(starts)), {"terms": term, "results": norms})
+    return float(norms.sum())
 
 
-def _is_plain_signs(job: Job) -> bool:
+def _adds_signs(job: Job) -> bool:
+    """Whether a job adds nothing but unmasked Rademacher directions to float32 weights."""
     if job.rule != Rule.NEAREST or job.place.local.dtype != torch.float32:
         return False
-    if len(job.terms) != 1 or not 0.5 <= job.decay <= 2.0:
+    if not job.terms or not 0.5 <= job.decay <= 2.0:
         return False
-    term = job.terms[0]
+    return all(map(_is_plain_signs, job.terms))
+
+
+def _is_plain_signs(term: Noise | Factors | Values) -> bool:
     return isinstance(term, Noise) and term.law == "rademacher" and term.mask is None and term.gain == 1.0
 
 
@@ -219,39 +208,3 @@ def _split(runs: Runs) -> tuple[np.ndarray, ...]:
         end = np.concatenate([begin[1:], [runs.length]])
         pieces.append((begin + first, memory + begin * runs.stride, local + begin, end - begin))
     return tuple(np.concatenate(column) for column in zip(*pieces))
-
-
-def _shares(chosen: np.ndarray, length: np.ndarray) -> list[np.ndarray]:
-    if not chosen.size:
-        return []
-    total = np.cumsum(length[chosen])
-    threads = torch.get_num_threads()
-    wanted = 1 if threads == 1 else min(threads * SHARES_PER_THREAD, 1 + int(total[-1]) // (GROUP * 128))
-    bounds = np.searchsorted(total, np.arange(1, wanted) * (total[-1] / wanted))
-    return [part for part in np.split(chosen, bounds) if part.size]
-
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
-
-
-def _in_threads(calls: list[tuple]) -> None:
-    threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
-        for kernel, args in calls:
-            kernel(*args)
-        return
-    # Keyed by process: a pool's threads do not survive a fork.
-    pool = _pools.get((os.getpid(), threads))
-    if pool is None:
-        pool = _pools[os.getpid(), threads] = ThreadPoolExecutor(threads - 1, "zokernel-directions")
-    queue = iter(calls)
-
-    def work() -> None:
-        # next() on a list iterator is atomic under the interpreter lock, so calls are shared out as threads get free.
-        for kernel, args in queue:
-            kernel(*args)
-
-    futures = [pool.submit(work) for _ in range(threads - 1)]
-    work()
-    for future in futures:
-        future.result()

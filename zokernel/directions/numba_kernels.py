@@ -11,11 +11,8 @@ import numpy as np
 from zokernel.directions.gaussian_math import BITS_PER_BLOCK, GROUP, PLANE
 from zokernel.directions.numba_math import (
     SIGNS,
-    add_signs_to,
     carray,
     compiled,
-    copy_signs_to,
-    copy_signs_to_bfloat16,
     fill_words,
     from_bfloat16,
     from_float16,
@@ -304,89 +301,22 @@ def run_segments(segments, chosen, jobs, terms, peaks):
             base += TILE
 
 
-@inlined
-def add_word(address, word, scale, shift, first, last):
-    """Add 32 signs times ``scale`` to float32 weights at ``address``, of which only ``first`` to ``last`` exist."""
-    if first > 0 or last < SIGNS:
-        for j in range(first, last):
-            x = carray(pointer_to(address + np.uint64(4 * j), np.float32), 1)
-            change = -scale if (word >> np.uint32(j)) & np.uint32(1) else scale
-            x[0] = affine(x[0], _ONE, shift, change)
-    elif shift == 0:
-        add_signs_to(address, word, scale, None)
-    else:
-        add_signs_to(address, word, scale, shift)
-
-
 @compiled
-def add_signs(segments, chosen, jobs, terms, peaks):
-    """Add one Rademacher direction to contiguous float32 weights: a loop bound by memory alone."""
-    for number in chosen:
-        segment = segments[number]
-        job = jobs[segment.job]
-        term = terms[job.first]
-        scale, shift = np.float32(term.scale), np.float32(job.shift)
-        n, lead = segment.length, segment.position % BITS_PER_BLOCK
-        first_block = segment.position // BITS_PER_BLOCK
-        for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
-            block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
-            for k in range(4):
-                begin = b * BITS_PER_BLOCK + SIGNS * k - lead
-                first, last = max(0, -begin), min(SIGNS, n - begin)
-                address = segment.address + np.uint64(4 * begin)
-                add_word(address, np.uint32(block[k]), scale, shift, first, last)
-
-
-@inlined
-def copy_word(source, target, half, word, scale, first, last):
-    """Write weights plus 32 signs times ``scale``, as float32 or bfloat16; only ``first`` to ``last`` exist."""
-    if first == 0 and last == SIGNS:
-        if half:
-            copy_signs_to_bfloat16(source, target, word, scale)
-        else:
-            copy_signs_to(source, target, word, scale)
-        return
-    for j in range(first, last):
-        change = -scale if (word >> np.uint32(j)) & np.uint32(1) else scale
-        moved = carray(pointer_to(source + np.uint64(4 * j), np.float32), 1)[0] + change
-        if half:
-            carray(pointer_to(target + np.uint64(2 * j), np.uint16), 1)[0] = to_bfloat16(moved)
-        else:
-            carray(pointer_to(target + np.uint64(4 * j), np.float32), 1)[0] = moved
-
-
-@compiled
-def copy_signs(segments, chosen, targets, half, terms):
-    """Write contiguous float32 weights plus one Rademacher direction elsewhere, ``targets`` holding the addresses."""
-    width = 2 if half else 4
+def squared_norms(segments, chosen, terms, norms):
+    """Write into ``norms`` the squared norm of each chosen segment's values under its job's law."""
+    words, z = np.empty((4, BLOCKS), np.uint32), np.empty(TILE, np.float32)
+    lanes = np.empty(PLANE)
     for number in chosen:
         segment = segments[number]
         term = terms[segment.job]
-        scale = np.float32(term.scale)
-        n, lead = segment.length, segment.position % BITS_PER_BLOCK
-        first_block = segment.position // BITS_PER_BLOCK
-        for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
-            block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
-            for k in range(4):
-                begin = b * BITS_PER_BLOCK + SIGNS * k - lead
-                first, last = max(0, -begin), min(SIGNS, n - begin)
-                source = segment.address + np.uint64(4 * begin)
-                target = targets[number] + np.uint64(width * begin)
-                copy_word(source, target, half, np.uint32(block[k]), scale, first, last)
-
-
-@compiled
-def squared_norm(parts, number, start, n, law, key0, key1, step, index):
-    """Write into ``parts[number]`` the squared norm of a law's values at positions ``start`` to ``start + n``."""
-    words, z = np.empty((4, BLOCKS), np.uint32), np.empty(TILE, np.float32)
-    lanes = np.zeros(PLANE)
-    base, end = start, start + n
-    while base < end:
-        count = min(TILE, end - base)
-        fill_noise(z, words, law, base, count, step, index, key0, key1)
-        z[count:] = np.float32(0)
-        for g in range(TILE // PLANE):
-            for j in range(PLANE):
-                lanes[j] += np.float64(z[g * PLANE + j]) * np.float64(z[g * PLANE + j])
-        base += TILE
-    parts[number] = lanes.sum()
+        base, end = segment.position, segment.position + segment.length
+        lanes[:] = 0.0
+        while base < end:
+            count = min(TILE, end - base)
+            fill_noise(z, words, term.law, base, count, term.step, term.index, term.key0, term.key1)
+            z[count:] = np.float32(0)
+            for g in range(TILE // PLANE):
+                for j in range(PLANE):
+                    lanes[j] += np.float64(z[g * PLANE + j]) * np.float64(z[g * PLANE + j])
+            base += TILE
+        norms[number] = lanes.sum()

@@ -6,8 +6,11 @@ its 32-bit words in 64-bit lanes, where one vector multiply yields the whole pro
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -46,8 +49,6 @@ _SIGN = np.uint32(0x80000000)
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile without the interpreter lock and cache on disk: beside the package, else in the user's cache folder.
 
-    numba checks the age of the function's own file only, so after editing this file touch the files that import it.
-
     Args:
         function: The function.
         options: Further options of numba's ``njit``.
@@ -55,11 +56,35 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     Returns:
         The compiled function.
     """
+    return cached(njit, function, nogil=True, **options)
+
+
+def cached(decorator: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Compile with a decorator of numba's, cached on disk where a folder for it is writable.
+
+    Args:
+        decorator: numba's ``njit`` or ``cfunc``.
+        function: The function.
+        args: Arguments of the decorator.
+        options: Keyword arguments of the decorator.
+
+    Returns:
+        The compiled function.
+    """
+    # numba looks at the function's own file, not at those it calls into: after an update it would find old code.
+    function.__qualname__ = f"{function.__name__}_{_sources()}"
     try:
-        return njit(cache=True, nogil=True, **options)(function)
+        return decorator(*args, cache=True, **options)(function)
     except RuntimeError:
         logger.info("%s is compiled in every process: no folder for numba's cache is writable", function.__name__)
-        return njit(nogil=True, **options)(function)
+        return decorator(*args, **options)(function)
+
+
+@cache
+def _sources() -> str:
+    """Return a digest of all files that compiled code is made of."""
+    files = sorted(Path(__file__).parent.glob("*_math.py")) + sorted(Path(__file__).parent.glob("numba_[!m]*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in [*files, Path(philox.__file__)])).hexdigest()[:12]
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -295,6 +320,7 @@ __all__ = [
     "SIGNS",
     "add_signs_to",
     "bitcast",
+    "cached",
     "carray",
     "compiled",
     "copy_signs_to",

@@ -2,7 +2,8 @@ r"""The forward pass that a loss over options needs, and nothing more.
 
 When every option is one token, a single forward over the prompts scores all of them; otherwise every option is scored
 by the mean log-probability of its tokens, with the prompt computed once for all options where the model allows it.
-Either way the LM head runs only on the scored positions, without a KV cache, and the loss is taken in fp32.
+Either way the LM head runs only on the scored positions (and, if one token decides, only for the options' tokens),
+without a KV cache, and the loss is taken in fp32.
 
 Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions a row, V vocabulary, H hidden.
 """
@@ -29,6 +30,9 @@ class ScoredPositions:
     its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
     the positions; the hook counts them off.
 
+    With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
+    of the matrix; another kind of head yields all, of which those are taken.
+
     A head stored in fp32 runs in fp32 under autocast too: bf16 logits near 16 are 0.06 apart, which is more than a
     perturbation changes them by.  At so few positions the head costs one read of its weights, in either type.
 
@@ -36,17 +40,20 @@ class ScoredPositions:
         model: A language model of transformers, or a peft wrapper of one.
         positions_RK: Positions whose logits are wanted.
         length: Tokens in a row; not needed where nothing is put in front of them.
+        tokens_RC: Tokens whose logits are wanted; all of the vocabulary if not given.
 
     Raises:
         UsageError: If the model has no output embedding.
     """
 
-    def __init__(self, model: nn.Module, positions_RK: Tensor, length: int | None = None):
+    def __init__(
+        self, model: nn.Module, positions_RK: Tensor, length: int | None = None, tokens_RC: Tensor | None = None
+    ):
         finder = getattr(model, "get_output_embeddings", None)
         head = finder() if callable(finder) else None
         if head is None:
             raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
-        self._head, self._positions, self._length = head, positions_RK, length
+        self._head, self._positions, self._length, self._tokens = head, positions_RK, length, tokens_RC
         self._wide: torch.autocast | None = None
 
     def __enter__(self) -> None:
@@ -61,30 +68,52 @@ class ScoredPositions:
                 hidden_RKH = hidden_RKH.float()
             return (hidden_RKH, *args[1:])
 
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], logits_RKV: Tensor) -> Tensor | None:
             if self._wide is not None:
                 self._wide.__exit__(None, None, None)
                 self._wide = None
+            if self._tokens is None or self._by_rows:
+                return None
+            return logits_RKV.gather(-1, self._tokens[:, None].expand(-1, logits_RKV.shape[1], -1))
 
+        self._by_rows = self._tokens is not None and _is_plain_matrix(self._head)
+        if self._by_rows:
+            self._head.forward = self._rows_only
         self._handles = [
             self._head.register_forward_pre_hook(select),
             self._head.register_forward_hook(leave, always_call=True),
         ]
 
+    def _rows_only(self, hidden_RKH: Tensor) -> Tensor:
+        assert self._tokens is not None
+        rows_RCH = F.embedding(self._tokens, self._head.weight)
+        # Not a matrix product, which autocast would round; there are only a few rows.
+        dtype = torch.promote_types(rows_RCH.dtype, torch.float32)
+        return (hidden_RKH.to(dtype)[:, :, None] * rows_RCH.to(dtype)[:, None]).sum(-1)
+
     def __exit__(self, *exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._by_rows:
+            del self._head.forward
 
 
-def scored_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Run the model once and return the logits at the scored positions: (R, K, V)."""
+def _is_plain_matrix(head: nn.Module) -> bool:
+    """Whether a head does nothing but multiply by one unsharded matrix."""
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return False
+    return head.weight.dtype.is_floating_point and not hasattr(head.weight, "device_mesh")
+
+
+def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
+    """Run the model once and return the logits at the scored positions: (R, K, V), or (R, K, C) of some tokens."""
     base = getattr(model, "module", model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
     if not batch.get("masked"):
         inputs["use_cache"] = False
-    with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1]):
+    with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], tokens_RC):
         return model(**inputs).logits
 
 
@@ -142,7 +171,7 @@ def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """
     if "cells" not in batch:
         # One token an option: the normaliser of the softmax is common to all of them and cancels in the loss.
-        return scored_logits(model, batch)[:, 0].gather(1, batch["targets"]).float()
+        return scored_logits(model, batch, batch["targets"])[:, 0].float()
     return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
 
 

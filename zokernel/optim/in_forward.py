@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernel.directions import Dense, LowRank, Subspace
 from zokernel.directions.copies import Copier, copy_perturbed_rows
@@ -28,9 +28,11 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.optim.base import Closure, ZerothOrderOptimizer
+from zokernel.optim.watched import Watched
 
-# Elements of a stretch: large enough to keep all cores busy, small enough for its copy to stay in cache.
-STRETCH = 1 << 22
+# Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
+# takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
+STRETCH = 1 << 23
 # Vectors and small matrices of a model are copied once a loss.
 SMALL = 1 << 14
 # Families whose directions on some rows do not depend on the other rows.
@@ -178,7 +180,7 @@ class Plan:
         return found[:size]
 
 
-class Perturbed(TorchFunctionMode):
+class Perturbed(Watched):
     """Context in which operations read perturbed copies of the trained parameters.
 
     Args:
@@ -188,7 +190,7 @@ class Perturbed(TorchFunctionMode):
     """
 
     def __init__(self, plan: Plan, optimizer: ZerothOrderOptimizer, offsets: Offsets):
-        super().__init__()
+        super().__init__(plan.parameters.values(), self.run)
         if not isinstance(optimizer.directions, Family):
             raise UsageError(f"{type(optimizer.directions).__name__} is no directions Family: perturb in place.")
         self.plan, self.family = plan, optimizer.directions
@@ -199,30 +201,22 @@ class Perturbed(TorchFunctionMode):
             plan.copy(self.family, plan.copy_small, targets, self.point)
         self.fixed = dict(zip(plan.small, targets))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on perturbed copies."""
-        kwargs = kwargs or {}
-        places = self.plan.places
-        # Most operations see no parameter, and there are thousands of them in a step.
-        if places.keys().isdisjoint(map(id, args)) and places.keys().isdisjoint(map(id, kwargs.values())):
-            return func(*args, **kwargs)
-        if func.__name__ == "__get__":
-            return func(*args, **kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on perturbed copies of the parameters among its arguments."""
         self.plan.touched = True
         special = _SPECIAL.get(func)
         if special is not None:
             result = special(self, *args, **kwargs)
             if result is not None:
                 return result
-        low = func in LOW_PRECISION
-        large = [value for value in (*args, *kwargs.values()) if id(value) in places and id(value) not in self.fixed]
+        low, places = func in LOW_PRECISION, self.plan.places
+        values, structure = tree_flatten((args, kwargs))  # parameters may be in lists, as a recurrent layer's are
+        large = [value for value in values if id(value) in places and id(value) not in self.fixed]
         # One stretch is held at a time, so operands that may be of several are set aside.
         aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
-
-        def read(value: Any) -> Any:
-            return aside[id(value)] if id(value) in aside else self.copy(value, low)
-
-        result = func(*map(read, args), **{key: read(value) for key, value in kwargs.items()})
+        read = [aside[id(value)] if id(value) in aside else self.copy(value, low) for value in values]
+        args, kwargs = tree_unflatten(read, structure)
+        result = func(*args, **kwargs)
         # A view of the scratch buffer would change under its holder's hands.
         return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result
 

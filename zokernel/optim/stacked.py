@@ -14,14 +14,13 @@ Shapes: K copies, B rows a copy (rows are copy-major: K*B), O and I outputs and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from zokernel.directions.family import Family
 from zokernel.directions.placement import place_all
@@ -29,6 +28,7 @@ from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.optim.base import Closure, ZerothOrderOptimizer
+from zokernel.optim.watched import Watched
 
 # A copy of a tensor with fewer elements is cheaper than looking for its factors.
 SMALL = 1 << 16
@@ -81,7 +81,8 @@ class Stacked:
         found: list[float] = []
         for begin in range(0, len(points), self.max_copies):
             chunk = points[begin : begin + self.max_copies]
-            with StackedParameters(stack(optimizer, chunk, self.max_bytes), len(chunk)):
+            changes = stack(optimizer, chunk, self.max_bytes)
+            with StackedParameters(optimizer.named_params.values(), changes, len(chunk)):
                 losses = self.losses(len(chunk))
             if losses.shape != (len(chunk),):
                 raise UsageError(
@@ -164,25 +165,22 @@ def _changes(factors: list[Factors], indices: list[int], points: Sequence[Offset
     return Thin(left.to(dtype), right.to(dtype))
 
 
-class StackedParameters(TorchFunctionMode):
+class StackedParameters(Watched):
     """Context in which layers apply to each copy of the rows its own weights.
 
     Args:
-        changes: Perturbed copies or changes of parameters, by the parameter's identity.
+        parameters: Trained parameters.
+        changes: Perturbed copies or changes of them, by the parameter's identity.
         copies: K.
     """
 
-    def __init__(self, changes: Mapping[int, Held | Thin], copies: int):
-        super().__init__()
+    def __init__(self, parameters: Iterable[Tensor], changes: Mapping[int, Held | Thin], copies: int):
+        super().__init__([tensor for tensor in parameters if id(tensor) in changes], self.run)
         self.changes, self.copies = changes, copies
         self.rows: int | None = None  # K*B, once a layer has seen the batch
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the operations that involve a perturbed parameter."""
-        kwargs = kwargs or {}
-        changes = self.changes
-        if not any(id(value) in changes for value in (*args, *kwargs.values())) or func.__name__ in _READS:
-            return func(*args, **kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out an operation that involves a perturbed parameter."""
         if func not in _LAYERS:
             raise UsageError(
                 f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "
@@ -278,5 +276,3 @@ _LAYERS: dict[Any, Callable[..., Tensor]] = {
     torch.Tensor.__mul__: _multiply,
     torch.Tensor.__rmul__: _multiply,
 }
-# Reading a parameter's shape, type or place is harmless.
-_READS = {"__get__", "size", "dim", "numel", "is_floating_point", "stride", "type", "element_size", "__hash__"}
