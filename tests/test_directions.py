@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zokernel.directions import LAWS, Dense, Directions, engine, get_directions
+from zokernel.directions import (
+    LAWS,
+    Dense,
+    Directions,
+    engine,
+    get_directions,
+    numba_backend,
+    numba_kernels,
+    numba_math,
+    numba_team,
+)
 from zokernel.directions.numba_backend import sum_of_squares
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -200,6 +213,63 @@ def test_threads_do_not_matter():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_sums_of_signs_have_the_bits_of_the_general_loop(count, monkeypatch):
+    scales, where = [0.1 * (-3) ** i for i in range(count)], {"seed": 3, "step": 1, "index": list(range(count))}
+    found = []
+    for general in (False, True):
+        if general:
+            monkeypatch.setattr(numba_backend, "_is_plain_signs", lambda term: False)
+        weights = {"views": torch.linspace(-1, 1, 1001)[3:], "rows": torch.linspace(2, 3, 231).view(7, 33)}
+        Dense("rademacher").add_(weights, scales, decay=0.99, **where)
+        Dense("rademacher").add_(weights, scales, **where)
+        found.append(weights)
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("missing", ["symbol", "threads of a fork"])
+def test_a_pool_of_threads_gives_the_same_bits_as_torchs_own(missing, monkeypatch):
+    def moved():
+        weights = {"w": torch.zeros(300_001), "h": torch.zeros(70_001, dtype=torch.bfloat16)}
+        Dense("gaussian").add_(weights, 0.5, seed=1, step=2, index=0)
+        Dense("rademacher").add_(weights, 0.25, seed=1, step=2, index=1)
+        return weights
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected = moved()
+    if missing == "symbol":
+        monkeypatch.setattr(numba_team, "_torch_team", lambda: None)
+    else:
+        monkeypatch.setattr(numba_team, "_forked", True)
+    found = moved()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(key[1] == 3 for key in numba_team._pools)
+
+
+def test_a_forked_process_moves_weights_too():
+    """OpenMP's threads do not survive a fork, so waiting for them would hang (torch's own operations do)."""
+    script = (
+        "import os, torch; from zokernel.directions import Dense; torch.set_num_threads(2)\n"
+        "before, after = {'w': torch.zeros(1 << 20)}, {'w': torch.zeros(1 << 20)}\n"
+        "move = lambda weights: Dense('rademacher').add_(weights, 1.0, seed=0, step=0, index=0)\n"
+        "move(before); child = os.fork()\n"
+        "if child == 0:\n"
+        "    move(after); os._exit(0 if after['w'].numpy().tobytes() == before['w'].numpy().tobytes() else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+def test_compiled_code_on_disk_is_found_by_the_contents_of_its_sources(monkeypatch):
+    assert numba_math._sources() in numba_kernels.run_segments.py_func.__qualname__
+    before = numba_math._sources()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "numba_signs.py"))
+    assert numba_math._sources.__wrapped__() != before
 
 
 def test_the_global_generator_is_neither_read_nor_moved():

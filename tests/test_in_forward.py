@@ -156,6 +156,22 @@ def test_views_of_a_weight_survive_the_next_copy():
     assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_parameters_in_a_list_are_perturbed(layer):
+    """Recurrent layers pass all their weights in one list."""
+    torch.manual_seed(0)
+    model, inputs = layer(12, 16, num_layers=2), torch.randn(5, 3, 12)
+    losses = []
+    for evaluator in (None, InForward()):
+        optimizer = MeZO(model, lr=0.0, eps=0.1, restore="copy")
+        if evaluator:
+            optimizer.evaluator = evaluator
+        optimizer.step(lambda: model(inputs)[0].square().mean())
+        losses.append(optimizer.last_estimate.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] != losses[0][1]
+
+
 def test_a_closure_on_other_tensors_is_refused():
     weight, copy = nn.Parameter(torch.ones(3)), torch.ones(3)
     optimizer = MeZO([weight], lr=0.1)

@@ -79,6 +79,25 @@ def test_the_head_sees_only_scored_positions_and_the_hook_is_removed(model):
     torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_some_tokens_are_those_of_the_whole_head(model, bias):
+    """A plain matrix is asked for their rows; another head for everything."""
+    kept = model.lm_head
+    model.lm_head = torch.nn.Linear(32, kept.out_features, bias=bias)
+    seen, tokens, ids = [], torch.tensor([[5, 9, 5], [7, 0, 2]]), torch.randint(3, 100, (2, 7))
+    watch = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
+    try:
+        with torch.no_grad():
+            with ScoredPositions(model, torch.tensor([[6], [3]]), tokens_RC=tokens):
+                picked = model(input_ids=ids).logits
+            full = model(input_ids=ids).logits
+    finally:
+        watch.remove()
+        model.lm_head = kept
+    assert seen[0] == (kept.out_features if bias else 3)
+    torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]].gather(1, tokens))
+
+
 def test_under_autocast_the_head_runs_in_fp32_and_the_body_in_bf16(tiny_lm_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
     head, states = model.get_output_embeddings(), []

@@ -169,14 +169,16 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
         UsageError: If two tensors overlap without being the same, since their shared elements would move twice.
     """
     places: list[Placement] = []
-    by_storage: dict[int, list[Placement]] = {}
+    by_storage: dict[int, list[tuple[int, int, Placement]]] = {}
     for name, tensor in tensors.items():
         this = place(name, tensor)
         if this.local.numel() and this.local.device.type != "meta":
             sharing = by_storage.setdefault(this.local.untyped_storage().data_ptr(), [])
-            if sharing and _is_tied(this, sharing):
+            begin, end = _reach(this.local)
+            # Weights cut from one buffer are many, and lie one after the other.
+            if _is_tied(this, [other for first, last, other in sharing if first < end and begin < last]):
                 continue
-            sharing.append(this)
+            sharing.append((begin, end, this))
         places.append(this)
     return places
 
@@ -203,6 +205,13 @@ def _is_tied(this: Placement, sharing: list[Placement]) -> bool:
                 f"Tensors {other.name!r} and {this.name!r} share some of their memory: pass only one of them."
             )
     return False
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses between which a tensor's elements lie (torch has no negative strides)."""
+    begin = tensor.data_ptr()
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())])
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
