@@ -83,7 +83,7 @@ def test_the_head_sees_only_scored_positions_and_the_hook_is_removed(model):
 def test_logits_of_some_tokens_are_those_of_the_whole_head(model, bias):
     """A plain matrix is asked for their rows; another head for everything."""
     kept = model.lm_head
-    model.lm_head = torch.nn.Linear(32, kept.out_features, bias=bias)
+    model.lm_head = torch.nn.Linear(32, kept.out_features, bias=bias, dtype=torch.float64)
     seen, tokens, ids = [], torch.tensor([[5, 9, 5], [7, 0, 2]]), torch.randint(3, 100, (2, 7))
     watch = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
     try:
