@@ -243,7 +243,7 @@ def test_a_pool_of_threads_gives_the_same_bits_as_torchs_own(missing, monkeypatc
     if missing == "symbol":
         monkeypatch.setattr(numba_team, "_torch_team", lambda: None)
     else:
-        monkeypatch.setattr(numba_team, "_forked", True)
+        monkeypatch.setattr(numba_team, "_PROCESS", -1)
     found = moved()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert any(key[1] == 3 for key in numba_team._pools)

@@ -83,8 +83,9 @@ def cached(decorator: Callable[..., Any], function: Callable[..., Any], *args: A
 @cache
 def _sources() -> str:
     """Return a digest of all files that compiled code is made of."""
-    files = sorted(Path(__file__).parent.glob("*_math.py")) + sorted(Path(__file__).parent.glob("numba_[!m]*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in [*files, Path(philox.__file__)])).hexdigest()[:12]
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("numba_*.py")), *map(folder.joinpath, ("gaussian_math.py", "philox.py", "terms.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -29,6 +29,14 @@ _BYTES = np.uint64(4 * SIGNS)
 
 
 @inlined
+def blocks_of(segment):
+    """Return the first block that a segment touches, how many it touches, and where in the first it begins."""
+    lead = segment.position % BITS_PER_BLOCK
+    count = (lead + segment.length + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK
+    return segment.position // BITS_PER_BLOCK, count, lead
+
+
+@inlined
 def add_word(address, word, scale, shift, first, last):
     """Add 32 signs times ``scale`` to float32 weights at ``address``, of which only ``first`` to ``last`` exist."""
     if first > 0 or last < SIGNS:
@@ -50,9 +58,9 @@ def add_signs(segments, chosen, jobs, terms):
         segment = segments[number]
         job = jobs[segment.job]
         shift = np.float32(job.shift)
-        n, lead = segment.length, segment.position % BITS_PER_BLOCK
-        first_block = segment.position // BITS_PER_BLOCK
-        for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
+        n = segment.length
+        first_block, blocks, lead = blocks_of(segment)
+        for b in range(blocks):
             begin = b * BITS_PER_BLOCK - lead
             address = segment.address + np.uint64(4 * begin)
             if job.last - job.first > 1:
@@ -113,9 +121,9 @@ def copy_signs(segments, chosen, targets, half, terms):
         segment = segments[number]
         term = terms[segment.job]
         scale = np.float32(term.scale)
-        n, lead = segment.length, segment.position % BITS_PER_BLOCK
-        first_block = segment.position // BITS_PER_BLOCK
-        for b in range((lead + n + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
+        n = segment.length
+        first_block, blocks, lead = blocks_of(segment)
+        for b in range(blocks):
             block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
             for k in range(4):
                 begin = b * BITS_PER_BLOCK + SIGNS * k - lead

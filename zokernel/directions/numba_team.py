@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -69,19 +69,10 @@ def _cut(length: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], inner, [len(length)]]).astype(np.int64)
 
 
-_forked = False
+_PROCESS = os.getpid()
 
 
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-@lru_cache(maxsize=1)
+@cache
 def _torch_team() -> Any:
     """Return OpenMP's ``GOMP_parallel`` as torch itself calls it; ``None`` if torch is linked with no such function."""
     try:
@@ -102,7 +93,7 @@ def _run(entry: Any, order: int, num_shares: int) -> None:
     if threads == 1 or num_shares == 1:
         entry.ctypes(order)
         return
-    team = None if _forked else _torch_team()
+    team = _torch_team() if os.getpid() == _PROCESS else None
     if team is not None:
         team(entry.address, order, threads, 0)
         return
@@ -123,26 +114,21 @@ def _entry(loop: str) -> Any:
 
 
 @cast(Callable[..., Any], intrinsic)
-def fetch_and_increment(typingctx: Any, address: Any) -> Any:
-    """Add one to the 64-bit integer at an address, atomically, and return what it was."""
+def take_share(typingctx: Any, address: Any) -> Any:
+    """Take a share of an order that no thread has taken yet; from ``num_shares`` on there is none left."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> ir.Value:
+        # An order begins with the number of shares taken: add one atomically, return what it was.
         word = ir.IntType(64)
         return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "monotonic")
 
-    return types.int64(types.uint64), codegen
+    return types.uint64(types.uint64), codegen
 
 
 @inlined
 def table(address, dtype, rows):
     """Return the table of so many rows at an address."""
     return carray(pointer_to(address, dtype), int(rows))
-
-
-@inlined
-def take_share(address):
-    """Take a share that no thread has taken yet; from ``num_shares`` on there is none left."""
-    return np.uint64(fetch_and_increment(address))
 
 
 @inlined
@@ -153,7 +139,8 @@ def rows_of(order, share):
     return table(order.chosen, np.int64, end)[begin:]
 
 
-# Tables are read by row, so it does not matter that some are shorter than that of segments.
+# Tables are read by row, so it does not matter that some are shorter than that of segments.  The functions are written
+# out one by one because numba's cache on disk finds no closure over a compiled function again.
 def _run_segments(address):
     order = table(address, ORDER, 1)[0]
     segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
