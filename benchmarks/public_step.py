@@ -7,7 +7,8 @@ which the option's tokens are kept; four sweeps over the weights (+1, -2, +1, up
 
     python benchmarks/public_step.py [--rounds 3] [--threads 2]
 
-The losses of both at the same weights must agree to 1e-4 (in fp32), or nothing is timed.
+The losses of both at the same weights must agree to 1e-4 (in fp32), or nothing is timed.  The last contender is no
+training step but a bound for one: the matrix products of two bf16 forwards, weights and inputs in bf16 beforehand.
 """
 
 from __future__ import annotations
@@ -91,6 +92,20 @@ class PublicStep:
         self.sweep(seed, lambda p, z: p - LR * (slope * z + 0.0 * p))
 
 
+def make_products(model: nn.Module, rows: int) -> Callable[[], None]:
+    """Return a function that multiplies ``rows`` inputs by every matrix of the model's layers, in bf16, twice."""
+    matrices = [m.weight.detach().bfloat16() for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    inputs = {matrix.shape[1]: torch.randn(rows, matrix.shape[1]).bfloat16() for matrix in matrices}
+
+    @torch.no_grad()
+    def products() -> None:
+        for _ in range(2):
+            for matrix in matrices:
+                F.linear(inputs[matrix.shape[1]], matrix)
+
+    return products
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
@@ -121,6 +136,7 @@ def main() -> None:
         for way in ("in_place", "in_forward"):
             optimizer = make_optimizer("mezo", 1, way, model, batch, bf16=precision == "bf16")
             contenders[f"{precision}, {way}"] = lambda o=optimizer, c=closure: o.step(c)  # type: ignore[misc]
+    contenders["bf16, matrix products only"] = make_products(model, batch["input_ids"].numel())
     public.sweep_seconds = public.forward_seconds = 0.0
     times = paired.take_turns(contenders, options.rounds)
     rows = []

@@ -24,6 +24,7 @@ from zokernel.directions import (
     numba_math,
     numba_team,
 )
+from zokernel.directions.family import Family
 from zokernel.directions.numba_backend import sum_of_squares
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -215,19 +216,54 @@ def test_threads_do_not_matter():
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_sums_of_signs_have_the_bits_of_the_general_loop(count, monkeypatch):
     scales, where = [0.1 * (-3) ** i for i in range(count)], {"seed": 3, "step": 1, "index": list(range(count))}
     found = []
     for general in (False, True):
         if general:
             monkeypatch.setattr(numba_backend, "_is_plain_signs", lambda term: False)
-        weights = {"views": torch.linspace(-1, 1, 1001)[3:], "rows": torch.linspace(2, 3, 231).view(7, 33)}
-        Dense("rademacher").add_(weights, scales, decay=0.99, **where)
-        Dense("rademacher").add_(weights, scales, **where)
+        weights = {"views": torch.linspace(-1, 1, 5001)[3:], "rows": torch.linspace(2, 3, 231).view(7, 33)}
+        Family.add_(Dense("rademacher"), weights, scales, decay=0.99, **where)
+        Family.add_(Dense("rademacher"), weights, scales, **where)
         found.append(weights)
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+
+
+def make_varied_weights():
+    torch.manual_seed(0)
+    table = torch.randn(40, 70)
+    weights = {"table": table, "tied": table, "columns": torch.randn(30, 50).T, "odd": torch.randn(777)[3:]}
+    return weights | {"parameter": torch.nn.Parameter(torch.randn(5)), "none": torch.zeros(0)}
+
+
+def test_prepared_sweeps_have_the_bits_of_others():
+    prepared, plain = (make_varied_weights() for _ in range(2))
+    directions, names = Dense("rademacher"), list(prepared)
+    for step in range(4):
+        for count in (1, 3):
+            scales = [0.1 * (step + 1) * (-1) ** i for i in range(count)]
+            by_name = {name: [scale * (1 + n) for scale in scales] for n, name in enumerate(names)}
+            decays = {name: 1 - 0.01 * n for n, name in enumerate(names)}
+            where = {"seed": step % 2, "index": [7 * i for i in range(count)]}
+            for several in ({"scale": scales}, {"scale": by_name, "decay": decays}):
+                options = {"step": [step + i for i in range(count)], **several, **where}
+                directions.add_(prepared, **options)
+                Family.add_(directions, plain, **options)
+    assert directions._prepared
+    assert all(torch.equal(prepared[name], plain[name]) for name in names)
+
+
+def test_a_prepared_sweep_follows_weights_that_move():
+    weights, directions = {"w": torch.zeros(1000)}, Dense("rademacher")
+    directions.add_(weights, 1.0, **DRAW)
+    old, weights["w"] = weights["w"], torch.zeros(1000)
+    directions.add_(weights, 1.0, **DRAW)
+    assert torch.equal(weights["w"], old)
+    weights["w"] = torch.zeros(20, 50).T
+    directions.add_(weights, 1.0, **DRAW)
+    assert torch.equal(weights["w"], directions({"w": torch.zeros(50, 20)}, **DRAW)["w"])
 
 
 @pytest.mark.parametrize("missing", ["symbol", "threads of a fork"])

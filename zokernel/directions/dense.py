@@ -3,17 +3,23 @@ r"""Dense directions: every coordinate of every tensor is random."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from zokernel.directions import engine
-from zokernel.directions.family import Family
+from zokernel.directions.base import Scale
+from zokernel.directions.family import Family, by_name, scales_of
 from zokernel.directions.laws import Law, get_law
-from zokernel.directions.philox import stream_key
-from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Noise, Term
+from zokernel.directions.philox import check_count, stream_key
+from zokernel.directions.placement import Placement, fingerprint, place_all
+from zokernel.directions.terms import Job, Noise, Term
 
 GAINS_KEPT = 256
+SWEEPS_KEPT = 8
 
 
 class Dense(Family):
@@ -45,6 +51,8 @@ class Dense(Family):
         self.law = get_law(distribution)
         # Norms of recent sphere directions: each is swept over three times a step, but measured once.
         self._gains: dict[tuple[object, ...], float] = {}
+        # Recent sweeps of signs, by weights, seed and number of directions.
+        self._prepared: dict[tuple[object, ...], Any] = {}
 
     def __repr__(self) -> str:
         return f"Dense({self.law.name!r})"
@@ -66,3 +74,62 @@ class Dense(Family):
             norm = math.sqrt(engine.squared_norm(places, noises, self.backend))
             self._gains[cache_key] = math.sqrt(dim) / norm if norm else 1.0
         return self._gains[cache_key]
+
+    def add_(
+        self,
+        tensors: Mapping[str, Tensor],
+        scale: Scale | Mapping[str, Scale],
+        *,
+        seed: int,
+        step: int | Sequence[int],
+        index: int | Sequence[int],
+        decay: float | Mapping[str, float] = 1.0,
+        stochastic: bool = False,
+    ) -> None:
+        """As :meth:`Family.add_`; signs added to float32 weights on the CPU are prepared once, not in every sweep."""
+        options: Any = {"seed": seed, "step": step, "index": index, "decay": decay}
+        signs = type(self) is Dense and self.law.name == "rademacher" and self.backend in ("auto", "numba")
+        if stochastic or not signs or not self._add_prepared(tensors, scale, **options):
+            super().add_(tensors, scale, stochastic=stochastic, **options)
+
+    def _add_prepared(
+        self,
+        tensors: Mapping[str, Tensor],
+        scale: Scale | Mapping[str, Scale],
+        *,
+        seed: int,
+        step: int | Sequence[int],
+        index: int | Sequence[int],
+        decay: float | Mapping[str, float],
+    ) -> bool:
+        """Add signs to all tensors if they are of the kind that can be prepared; return whether they were."""
+        indices = [index] if isinstance(index, int) else list(index)
+        steps = [step] * len(indices) if isinstance(step, int) else list(step)
+        geometry = fingerprint(tensors)
+        if geometry is None or not 0 < len(indices) == len(steps):
+            return False
+        given = scale if isinstance(scale, Mapping) else dict.fromkeys(tensors, scales_of(scale, "", len(indices)))
+        scales = [scales_of(given, name, len(indices)) for name in tensors]
+        decays = [by_name(decay, name, "decay") for name in tensors]
+        if not all(map(all, scales)) or not all(0.5 <= factor <= 2.0 for factor in decays):
+            return False
+        draws = [(check_count(s, "step"), check_count(i, "index")) for s, i in zip(steps, indices)]
+        self._prepare(geometry, tensors, seed, len(indices))(draws, scales, decays)
+        # Compiled code writes behind torch's back; autograd must still notice that saved weights have changed.
+        torch.autograd.graph.increment_version([t for t in tensors.values() if not t.is_inference()])
+        return True
+
+    def _prepare(self, geometry: object, tensors: Mapping[str, Tensor], seed: int, count: int) -> Any:
+        key = (geometry, seed, count)
+        if key not in self._prepared:
+            from zokernel.directions import numba_backend
+
+            places = place_all(tensors)
+            by_index = [self.terms(places, seed=seed, step=0, index=index) for index in range(count)]
+            jobs = [Job(place, terms, (1.0,) * count) for place, terms in zip(places, zip(*by_index))]
+            kept = {place.name for place in places}
+            rows = [number for number, name in enumerate(tensors) if name in kept]
+            if len(self._prepared) >= SWEEPS_KEPT:
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[key] = numba_backend.PreparedSweep(jobs, rows)
+        return self._prepared[key]

@@ -137,12 +137,12 @@ class Family(ABC):
         places = place_all(tensors)
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
         # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
-        shared = None if isinstance(scale, Mapping) else _scales(scale, "", len(indices))
+        shared = None if isinstance(scale, Mapping) else scales_of(scale, "", len(indices))
         no_offsets = [0.0] * len(indices)
         jobs = []
         for place, terms in zip(places, zip(*by_index) if by_index else [()] * len(places)):
-            scales = _scales(scale, place.name, len(indices)) if shared is None else shared
-            old = no_offsets if old_scale is None else _scales(old_scale, place.name, len(indices))
+            scales = scales_of(scale, place.name, len(indices)) if shared is None else shared
+            old = no_offsets if old_scale is None else scales_of(old_scale, place.name, len(indices))
             live = [
                 (term, now, before)
                 for term, now, before in zip(terms, scales, old)
@@ -155,7 +155,7 @@ class Family(ABC):
                     tuple([term for term, _, _ in live]),
                     tuple([now for _, now, _ in live]),
                     job_rule,
-                    decay if isinstance(decay, float) else _by_name(decay, place.name, "decay"),
+                    decay if isinstance(decay, float) else by_name(decay, place.name, "decay"),
                     tuple([before for _, _, before in live]) if old_scale is not None else (),
                     1.0 if grid is None else grid[place.name],
                     (*stream_key(seed, place.name, "rounding"), *rounding) if job_rule else NO_ROUNDING,
@@ -169,7 +169,8 @@ def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
+def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
+    """Return a tensor's number, given one for all or one by name; ``what`` names it in the error message."""
     if not isinstance(value, Mapping):
         return float(value)
     if name not in value:
@@ -177,7 +178,8 @@ def _by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
     return float(value[name])
 
 
-def _scales(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:
+def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:
+    """Return a tensor's scales, ``count`` of them, given those of all or those by name."""
     if isinstance(scale, Mapping):
         if name not in scale:
             raise UsageError(f"There is no scale for tensor {name!r}: give one for every name, or a single number.")

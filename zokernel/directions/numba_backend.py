@@ -47,6 +47,41 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     return by_job.tolist()
 
 
+class PreparedSweep:
+    """Adds as many Rademacher directions to the same float32 weights again and again; the weights stay where they are.
+
+    Args:
+        jobs: One a tensor, with equally many terms; each adds nothing but plain signs.
+        rows: Which row of the scales and decays is each job's.
+    """
+
+    def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
+        self._jobs, self._terms = _tables(jobs)
+        self._segments = _segments(tuple(_geometry(job.place) for job in jobs))
+        self._rows = np.array(rows, np.int64)
+        contiguous = self._segments["stride"] == 1
+        self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
+
+    def __call__(
+        self, draws: Sequence[tuple[int, int]], scales: Sequence[Sequence[float]], decays: Sequence[float]
+    ) -> None:
+        """Carry out a sweep.
+
+        Args:
+            draws: Step and index of each direction.
+            scales: Its scales for each tensor, (tensors, directions).
+            decays: Factor on the old weights for each tensor, from 0.5 to 2.
+        """
+        # Copies, so that two threads can use the same tables.
+        jobs, terms = self._jobs.copy(), self._terms.copy()
+        jobs["shift"] = jobs["decay_minus_one"] = np.array(decays)[self._rows] - 1.0
+        terms["scale"] = np.array(scales)[self._rows].ravel()
+        terms["step"], terms["index"] = np.tile(np.array(draws, np.uint64).T, len(jobs))
+        tables = {"jobs": jobs, "terms": terms, "results": np.zeros(len(self._segments), np.float32)}
+        for loop, chosen in self._chosen.items():
+            carry_out(loop, self._segments, chosen, tables)
+
+
 class PreparedCopies:
     """Writes weights plus one Rademacher direction into other tensors, in one read of the weights.
 

@@ -17,8 +17,8 @@ from zokernel.directions.numba_math import (
     compiled,
     copy_signs_to,
     copy_signs_to_bfloat16,
+    fill_words,
     inlined,
-    philox_block,
     pointer_to,
     store_signs,
     to_bfloat16,
@@ -26,6 +26,8 @@ from zokernel.directions.numba_math import (
 
 _ONE = np.float32(1)
 _BYTES = np.uint64(4 * SIGNS)
+BATCH = 16
+"""Blocks of Philox that are computed side by side."""
 
 
 @inlined
@@ -53,46 +55,50 @@ def add_word(address, word, scale, shift, first, last):
 @compiled
 def add_signs(segments, chosen, jobs, terms):
     """Add Rademacher directions to contiguous float32 weights: of one, a loop bound by memory alone."""
-    acc = np.empty(BITS_PER_BLOCK, np.float32)
+    acc, words = np.empty(BATCH * BITS_PER_BLOCK, np.float32), np.empty((4, BATCH), np.uint32)
     for number in chosen:
         segment = segments[number]
         job = jobs[segment.job]
         shift = np.float32(job.shift)
         n = segment.length
         first_block, blocks, lead = blocks_of(segment)
-        for b in range(blocks):
-            begin = b * BITS_PER_BLOCK - lead
+        several = job.last - job.first > 1
+        for batch in range(0, blocks, BATCH):
+            count = min(BATCH, blocks - batch)
+            begin = batch * BITS_PER_BLOCK - lead
             address = segment.address + np.uint64(4 * begin)
-            if job.last - job.first > 1:
-                sum_signs(acc, terms, job, np.uint64(first_block + b))
-                first, last = max(0, -begin), min(BITS_PER_BLOCK, n - begin)
+            if several:
+                sum_signs(acc, words, terms, job, np.uint64(first_block + batch), count)
+                first, last = max(0, -begin), min(count * BITS_PER_BLOCK, n - begin)
                 x = carray(pointer_to(address + np.uint64(4 * first), np.float32), last - first)
                 store_float(x, _ONE, shift, acc[first:last])
                 continue
             term = terms[job.first]
             scale = np.float32(term.scale)
-            block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
-            for k in range(4):
-                first, last = max(0, -begin), min(SIGNS, n - begin)
-                add_word(address, np.uint32(block[k]), scale, shift, first, last)
-                address += _BYTES
-                begin += SIGNS
+            fill_words(words, np.uint64(first_block + batch), count, term.step, term.index, term.key0, term.key1)
+            for b in range(count):
+                for k in range(4):
+                    first, last = max(0, -begin), min(SIGNS, n - begin)
+                    add_word(address, words[k, b], scale, shift, first, last)
+                    address += _BYTES
+                    begin += SIGNS
 
 
 @inlined
-def sum_signs(acc, terms, job, number):
-    """Write into ``acc`` the sum of a job's Rademacher terms on one block of positions, added up in their order."""
+def sum_signs(acc, words, terms, job, number, count):
+    """Write into ``acc`` the sum of a job's Rademacher terms on ``count`` blocks, added up in their order."""
     for t in range(job.first, job.last):
         term = terms[t]
         scale = np.float32(term.scale)
-        block = philox_block(number, term.step, term.index, term.key0, term.key1)
+        fill_words(words, number, count, term.step, term.index, term.key0, term.key1)
         address = np.uint64(acc.ctypes.data)
-        for k in range(4):
-            if t == job.first:
-                store_signs(address, np.uint32(block[k]), scale)
-            else:
-                add_signs_to(address, np.uint32(block[k]), scale, None)
-            address += _BYTES
+        for b in range(count):
+            for k in range(4):
+                if t == job.first:
+                    store_signs(address, words[k, b], scale)
+                else:
+                    add_signs_to(address, words[k, b], scale, None)
+                address += _BYTES
 
 
 @inlined
@@ -116,6 +122,7 @@ def copy_word(source, target, half, word, scale, first, last):
 @compiled
 def copy_signs(segments, chosen, targets, half, terms):
     """Write contiguous float32 weights plus one Rademacher direction elsewhere, ``targets`` holding the addresses."""
+    words = np.empty((4, BATCH), np.uint32)
     width = 2 if half else 4
     for number in chosen:
         segment = segments[number]
@@ -123,11 +130,14 @@ def copy_signs(segments, chosen, targets, half, terms):
         scale = np.float32(term.scale)
         n = segment.length
         first_block, blocks, lead = blocks_of(segment)
-        for b in range(blocks):
-            block = philox_block(np.uint64(first_block + b), term.step, term.index, term.key0, term.key1)
-            for k in range(4):
-                begin = b * BITS_PER_BLOCK + SIGNS * k - lead
-                first, last = max(0, -begin), min(SIGNS, n - begin)
-                source = segment.address + np.uint64(4 * begin)
-                target = targets[number] + np.uint64(width * begin)
-                copy_word(source, target, half, np.uint32(block[k]), scale, first, last)
+        for batch in range(0, blocks, BATCH):
+            count = min(BATCH, blocks - batch)
+            fill_words(words, np.uint64(first_block + batch), count, term.step, term.index, term.key0, term.key1)
+            begin = batch * BITS_PER_BLOCK - lead
+            for b in range(count):
+                for k in range(4):
+                    first, last = max(0, -begin), min(SIGNS, n - begin)
+                    source = segment.address + np.uint64(4 * begin)
+                    target = targets[number] + np.uint64(width * begin)
+                    copy_word(source, target, half, words[k, b], scale, first, last)
+                    begin += SIGNS

@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 
@@ -181,6 +181,24 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
             sharing.append((begin, end, this))
         places.append(this)
     return places
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> tuple[tuple[object, ...], ...] | None:
+    """Return all that the placement of whole float32 weights on the CPU depends on.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        One entry a tensor; None if some are of another kind.
+    """
+    found = []
+    for name, t in tensors.items():
+        plain = type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout == torch.strided
+        if not plain or t.dtype != torch.float32:
+            return None
+        found.append((name, t.data_ptr(), t.shape, t.stride()))
+    return tuple(found)
 
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
