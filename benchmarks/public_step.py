@@ -25,6 +25,8 @@ from directions import machine, table
 from step import make_optimizer
 from torch import Tensor, nn
 
+from zokernel.finetune.compiled import compile_blocks
+
 EPS, LR = 1e-3, 1e-6
 AGREE = 1e-4
 
@@ -136,6 +138,11 @@ def main() -> None:
         for way in ("in_place", "in_forward"):
             optimizer = make_optimizer("mezo", 1, way, model, batch, bf16=precision == "bf16")
             contenders[f"{precision}, {way}"] = lambda o=optimizer, c=closure: o.step(c)  # type: ignore[misc]
+    compiled = paired.load()
+    compile_blocks(compiled)
+    closure = paired.make_closure(compiled, batch, bf16=True)
+    optimizer = make_optimizer("mezo", 1, "in_place", compiled, batch, bf16=True)
+    contenders["bf16, in place, compiled"] = lambda: optimizer.step(closure)
     contenders["bf16, matrix products only"] = make_products(model, batch["input_ids"].numel())
     public.sweep_seconds = public.forward_seconds = 0.0
     times = paired.take_turns(contenders, options.rounds)

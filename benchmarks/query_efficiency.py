@@ -82,6 +82,12 @@ REFERENCE = "MeZO, batch 16"
 CONTENDERS = {
     REFERENCE: Contender("mezo", 16, {}, one(1)),
     "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
+    "KerZOO, batch 4": Contender("kerzoo", 4, {"num_perturbations": 1}, one(1)),
+    "FZOO, batch 4": Contender("fzoo", 4, {"num_perturbations": 8}, {"full": 267, "lora": 33}),
+    "HiZOO, batch 4": Contender("hizoo", 4, {}, one(1)),
+    "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
+    "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
+    "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
     "auto": Contender("forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True),
     "auto, batch 16": Contender(
         "forward_difference", 16, {"num_perturbations": 8}, {"full": 16, "lora": 24}, "linear", True

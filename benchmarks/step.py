@@ -1,8 +1,9 @@
 """What a step costs beside its forward passes: (step - its bare forwards) / (its bare forwards), in one run.
 
-A bare forward is the same loss under ``no_grad`` at unperturbed weights.  Steps and bare forwards take turns; every
-line is the median over rounds, of wall time and of CPU time.  Stacked steps take several losses in one forward and can
-cost less than their forwards would one by one.
+A bare forward is the same loss under ``no_grad``.  On a shared machine a forward's own time wanders by a quarter within
+seconds, so each forward of a step comes right after a bare one; the rest of the step (sweeps, update) counts as the
+step's.  Every line is the median over rounds, of wall time and of CPU time.  Stacked steps take several losses in one
+forward and can cost less than their forwards would one by one.
 
     python benchmarks/step.py                                      # everything: about half an hour on two cores
     python benchmarks/step.py --methods mezo --perturbations 1 --train full --precision bf16 --rounds 5
@@ -11,16 +12,19 @@ cost less than their forwards would one by one.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import paired
 import torch
 from directions import machine, table
 
+from zokernel.estimators.base import Offsets
 from zokernel.finetune.evaluators import repeat_batch
 from zokernel.finetune.objective import Objective
 from zokernel.optim import ZerothOrderOptimizer, get_method
+from zokernel.optim.base import Closure, Evaluator
 from zokernel.optim.in_forward import InForward
 from zokernel.optim.stacked import Stacked
 
@@ -46,18 +50,41 @@ def make_optimizer(
     return optimizer
 
 
+class AfterBareForwards:
+    """An evaluator that takes a bare forward before every forward of a step, and keeps the time of the bare ones."""
+
+    def __init__(self, inner: Evaluator, together: bool):
+        self.inner, self.together, self.visits_points = inner, together, getattr(inner, "visits_points", True)
+        self.spent = (0.0, 0.0)
+
+    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+        """Return the losses at ``points``."""
+        losses: list[float] = []
+        size = len(points) if self.together else 1
+        for begin in range(0, len(points), size):
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in points[begin : begin + size]:
+                float(closure())
+            self.spent = (self.spent[0] + time.perf_counter() - wall, self.spent[1] + time.process_time() - cpu)
+            losses += self.inner(optimizer, closure, points[begin : begin + size])
+        return losses
+
+
 def measure(optimizer: ZerothOrderOptimizer, closure: Callable[[], torch.Tensor], rounds: int) -> list[str]:
-    forwards = optimizer.forwards_per_step
-
-    @torch.no_grad()
-    def bare() -> None:
-        for _ in range(forwards):
-            float(closure())
-
-    times = paired.take_turns({"bare": bare, "step": lambda: optimizer.step(closure)}, rounds)
-    wall, cpu = paired.median_ratios(times["step"], times["bare"])
-    seconds = [paired.median_seconds(times[name]) for name in ("bare", "step")]
-    return [*(f"{s:.3f}" for s in seconds), f"{100 * (wall - 1):+.1f}%", f"{100 * (cpu - 1):+.1f}%"]
+    evaluator = AfterBareForwards(optimizer.evaluator, isinstance(optimizer.evaluator, Stacked))
+    optimizer.evaluator = evaluator
+    bare, steps = [], []
+    for number in range(-1, rounds):
+        evaluator.spent = (0.0, 0.0)
+        wall, cpu = time.perf_counter(), time.process_time()
+        optimizer.step(closure)
+        both = time.perf_counter() - wall, time.process_time() - cpu
+        if number >= 0:
+            bare.append(evaluator.spent)
+            steps.append((both[0] - evaluator.spent[0], both[1] - evaluator.spent[1]))
+    wall, cpu = paired.median_ratios(steps, bare)
+    seconds = [f"{paired.median_seconds(times):.3f}" for times in (bare, steps)]
+    return [*seconds, f"{100 * (wall - 1):+.1f}%", f"{100 * (cpu - 1):+.1f}%"]
 
 
 def main() -> None:
@@ -84,6 +111,8 @@ def main() -> None:
             closure = paired.make_closure(model, batch, bf16=precision == "bf16")
             for method in options.methods:
                 for count in options.perturbations:
+                    if method == "fzoo" and count == 1:
+                        continue  # the spread of one loss is nothing to normalise by
                     for way in options.ways:
                         if way == "stacked" and train == "full":
                             continue  # copies of all weights do not fit; low-rank directions are in stacked.py

@@ -50,6 +50,13 @@ def choose_evaluator(trainer: ZOTrainer) -> Evaluator:
         UsageError: If the settings ask for what this run cannot do.
     """
     args = trainer.args
+    if args.torch_compile:
+        if args.perturb in ("in_forward", "stacked"):
+            raise UsageError(
+                f"--perturb {args.perturb} replaces weights operation by operation, which a compiled graph does not "
+                "show: use --perturb in_place, or leave out --torch_compile."
+            )
+        return in_turn
     if args.perturb == "in_forward":
         return InForward()
     if args.perturb == "in_place":

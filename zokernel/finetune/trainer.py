@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.finetune.batch_size import fit_batch_size
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
+from zokernel.finetune.compiled import compile_blocks
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.evaluators import (
     make_evaluator,
@@ -88,6 +89,12 @@ class ZOTrainer(ResumableTrainer):
         super().create_accelerator_and_postprocess()
         # Each weight is used once a forward, so caching its bf16 copy would only cost memory.
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        if self.args.torch_compile:
+            # Not the whole model: its head sees other positions in every batch, and each would be compiled anew.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            backend = self.args.torch_compile_backend or "inductor"
+            assert self.model is not None
+            compile_blocks(self.model, backend=backend, mode=self.args.torch_compile_mode)
         self.parallel = make_parallel(self.args) if self.zeroth_order else None
         if self.parallel is not None:
             without_gradient_machinery(self.accelerator)
