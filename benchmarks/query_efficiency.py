@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from directions import machine, table
 
+from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
-from zokernel.finetune.auto import in_last_third
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
@@ -79,6 +79,8 @@ def one(factor: float) -> dict[str, float]:
 
 
 REFERENCE = "MeZO, batch 16"
+NORMALIZED = {"normalize": True}
+AUTO = {"full": 200, "lora": 25 / 3}
 CONTENDERS = {
     REFERENCE: Contender("mezo", 16, {}, one(1)),
     "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
@@ -88,15 +90,28 @@ CONTENDERS = {
     "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
     "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True),
+    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, "linear", lora_eps=2e-2),
     "auto, batch 16": Contender(
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AUTO, "linear", lora_eps=2e-2
+    ),
+    # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
+    "one-sided, batch 4": Contender(
+        "forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True
+    ),
+    "one-sided, batch 16": Contender(
         "forward_difference", 16, {"num_perturbations": 8}, {"full": 16, "lora": 24}, "linear", True
     ),
-    # Variants: rates two thirds of auto's (all weights); every adapter, at lower rates and a larger radius (LoRA).
-    "auto, lower rates": Contender(
+    "one-sided, lower rates": Contender(
         "forward_difference", 4, {"num_perturbations": 2}, {"full": 8 / 3, "lora": 5 / 2}, "linear", lora_eps=2e-2
     ),
 }
+
+
+def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """Return the weights of the last third of a model's layers."""
+    layers = sorted({layer_of(name) for name, _ in weights}, key=natural_order)
+    kept = set(layers[len(layers) - len(layers) // 3 :])
+    return [(name, tensor) for name, tensor in weights if layer_of(name) in kept]
 
 
 class Arena:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from zokernel.cli import main
+from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.auto import in_last_third
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
@@ -32,12 +32,14 @@ def test_other_methods_keep_their_defaults(tmp_path):
     assert (config.num_perturbations, config.auto) == (None, False)
 
 
-@pytest.mark.parametrize(("layers", "kept"), [(1, 1), (2, 2), (3, 1), (6, 2), (30, 10), (32, 10)])
-def test_the_last_third_of_the_layers(layers, kept):
-    # Not in order of names: layer 10 comes after layer 9.
-    weights = [(f"base.layers.{n}.q.lora_{side}", torch.zeros(1)) for n in range(layers) for side in "AB"]
-    found = [name for name, _ in in_last_third(weights)]
-    assert found == [name for name, _ in weights[2 * (layers - kept) :]]
+def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
+    options = {"output_dir": str(tmp_path), "method": "auto"}
+    assert ZOConfig(**options).method_options()["normalize"] is True
+    assert ZOConfig(**options, method_args=["beta=0.5"]).method_options()["beta"] == 0.5
+    said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
+    assert ZOConfig(**options, **said).method_options()["normalize"] is False
+    with pytest.raises(UsageError, match="give --learning_rate too"):
+        ZOConfig(**options, method_args=["normalize=false"])
 
 
 def run(flags, *more):
@@ -49,7 +51,7 @@ def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
     run([*flags[:rate], *flags[rate + 2 :]])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
-    assert metrics["learning_rate"] == pytest.approx(1.2e-4)
+    assert metrics["learning_rate"] == pytest.approx(6e-3)
     run([*flags[:rate], *flags[rate + 2 :]])  # the same command again: finished, nothing is done
     assert "holds this very run, finished" in caplog.text
 

@@ -15,6 +15,7 @@ from zokernel.optim import (
     FZOO,
     LOZO,
     SGD,
+    ForwardDifference,
     ForwardGradient,
     HiZOO,
     MeZO,
@@ -71,6 +72,39 @@ def test_hizoo_is_its_definition():
 def test_hizoo_refuses_directions_that_cannot_tell_coordinates_apart():
     with pytest.raises(UsageError, match="gaussian"):
         HiZOO([weight()], lr=0.1, distribution="rademacher")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_forward_differences_are_their_definition(normalize):
+    eps, lr, beta, count = 1e-3, 0.01, 0.7, 3
+    w, law, squares, root = START.clone(), Dense("rademacher"), [], 1.0
+    for step in range(5):
+        z = [law({"w": w}, seed=0, step=step, index=p)["w"] for p in range(count)]
+        slopes = [(loss_at(w + eps * z_p) - loss_at(w)) / eps for z_p in z]
+        squares.append(sum(slope**2 for slope in slopes) / count)
+        if normalize:
+            weights = [beta ** (step - k) for k in range(step + 1)]
+            root = math.sqrt(sum(a * b for a, b in zip(weights, squares)) / sum(weights))
+        w = w - lr / count * sum(slope / root * z_p for slope, z_p in zip(slopes, z))
+    options = {"eps": eps, "num_perturbations": count, "normalize": normalize, "beta": beta}
+    optimizer, found = train(ForwardDifference, 5, lr=lr, **options)
+    assert torch.allclose(found, w, atol=1e-8)
+    assert optimizer.effective_lr() == pytest.approx(lr / root, rel=1e-6)
+
+
+def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss():
+    def moved(scale):
+        w = weight()
+        optimizer = ForwardDifference([("w", w)], lr=0.01, num_perturbations=2, normalize=True)
+        for _ in range(5):
+            optimizer.step(lambda: scale * loss_at(w.detach()))
+        return w.detach()
+
+    found = [moved(1.0), moved(1000.0)]
+    assert torch.allclose(found[0], found[1], atol=1e-8)
+    assert not torch.equal(found[0], START)
+    with pytest.raises(UsageError, match="beta"):
+        ForwardDifference([weight()], beta=1.0)
 
 
 def test_lozo_momentum_lives_in_the_factors_and_crosses_a_refresh():

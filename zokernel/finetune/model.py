@@ -13,7 +13,6 @@ from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.arguments import ModelArguments
-from zokernel.finetune.auto import choose_adapters
 from zokernel.finetune.config import ZOConfig
 from zokernel.finetune.state_file import refuse_pickles
 
@@ -75,8 +74,6 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     model.eval()
     if adapter:
         model = attach_adapter(model, arguments, masked=masked, seed=config.seed)
-        if config.auto and arguments.lora:
-            choose_adapters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from zokernel.directions import Dense
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Estimate
 from zokernel.estimators.one_sided import OneSided
 from zokernel.optim.base import ZerothOrderOptimizer
 from zokernel.optim.parameters import Params
@@ -20,6 +27,15 @@ class ForwardDifference(ZerothOrderOptimizer):
     :math:`\frac{\epsilon}{2} z_p^T H z_p`, which adds noise but no bias under a symmetric law:
     :math:`E[(z^T H z)\, z] = 0`.
 
+    With ``normalize`` every slope is divided by the root of a running mean of squared slopes,
+
+    .. math:: s_t^2 = \frac{1 - \beta}{1 - \beta^t} \sum_{k \le t} \beta^{t-k}\,
+        \frac1P \sum_p \Big( \frac{L(\theta_k + \epsilon z_p) - L(\theta_k)}{\epsilon} \Big)^2
+
+    so that a step has the length :math:`\eta \sqrt{d/P}` on average, whatever the scale of the loss, and one learning
+    rate suits several tasks.  FZOO divides by the spread of one step's losses, which takes eight of them or so; here
+    two are enough.
+
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
@@ -29,7 +45,12 @@ class ForwardDifference(ZerothOrderOptimizer):
         seed: Seed of all directions of the run.
         weight_decay: Decoupled weight decay.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
+        normalize: Divide slopes by their running root mean square.
+        beta: Weight of the past in the running mean, in [0, 1).
         restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+
+    Raises:
+        UsageError: If a setting is out of range.
 
     Example:
         >>> import torch
@@ -51,8 +72,14 @@ class ForwardDifference(ZerothOrderOptimizer):
         seed: int = 0,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        normalize: bool = False,
+        beta: float = 0.9,
         restore: str = "fold",
     ):
+        if not 0 <= beta < 1:
+            raise UsageError(f"beta must be in [0, 1), not {beta}.")
+        self.normalize, self.beta = normalize, beta
+        self._weighted_squares = 0.0  # sum over past steps of beta^age (1 - beta) times their mean squared slope
         super().__init__(
             params,
             estimator=OneSided(eps, num_perturbations),
@@ -63,3 +90,39 @@ class ForwardDifference(ZerothOrderOptimizer):
             seed=seed,
             restore=restore,
         )
+
+    @property
+    def root_mean_square(self) -> float:
+        """Root of the running mean of squared slopes; NaN before the first step."""
+        if self.step_count == 0:
+            return math.nan
+        return math.sqrt(self._weighted_squares / (1 - self.beta**self.step_count))
+
+    def effective_lr(self) -> float:
+        """Return the learning rate; normalised, that of a method that is not and moves as far as the last step did."""
+        if not self.normalize:
+            return super().effective_lr()
+        scale = self.root_mean_square
+        return super().effective_lr() / scale if scale else 0.0
+
+    def update(self, estimate: Estimate) -> None:
+        """Move the weights along the estimate, normalised if asked for."""
+        if self.normalize:
+            count = len(estimate.coefficients)
+            # Coefficients are slopes over P.
+            square = count * sum(c * c for c in estimate.coefficients.values())
+            self._weighted_squares = self.beta * self._weighted_squares + (1 - self.beta) * square
+            scale = math.sqrt(self._weighted_squares / (1 - self.beta ** (self.step_count + 1)))
+            # Equal losses at every step so far say nothing about the gradient, so the weights stay.
+            normalized = {i: c / scale if scale else 0.0 for i, c in estimate.coefficients.items()}
+            estimate = replace(estimate, coefficients=normalized)
+        super().update(estimate)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what must be saved beside torch's own state, the running mean included."""
+        return super().extra_state() | {"weighted_squares": self._weighted_squares}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`extra_state` returned."""
+        super().load_extra_state(state)
+        self._weighted_squares = state["weighted_squares"]
