@@ -16,11 +16,13 @@ import sys
 SETTINGS = {
     "inference": None,
     "mezo": ("mezo", {}),
+    "mezo_in_forward": ("mezo", {"restore": "still"}),
     "sparse_mezo": ("sparse_mezo", {}),
     "lozo": ("lozo", {}),
     "lozo_m": ("lozo_m", {}),
     "subzero": ("subzero", {}),
     "fzoo": ("fzoo", {}),
+    "auto": ("forward_difference", {"normalize": True}),
     "richardson": ("richardson", {}),
     "kerzoo": ("kerzoo", {}),
     "kerzoo_journal": ("kerzoo", {"averaging": "journal"}),
@@ -41,6 +43,7 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     from zokernel.data import fetch
     from zokernel.finetune.memory import PeakMemory
     from zokernel.optim import get_method
+    from zokernel.optim.in_forward import InForward
 
     path = fetch(model_name) if model_name == "smollm2" else model_name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -59,7 +62,7 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
         small = torch.nn.Linear(16, 16)
         ones = torch.ones(2, 16)
         method, options = SETTINGS[name]
-        optimizer = get_method(method)(small, lr=1e-7, **options)
+        optimizer = get_method(method)(small, lr=1e-7, **{k: v for k, v in options.items() if k != "restore"})
         for _ in range(2):
             optimizer.step(lambda: small(ones).square().mean())
     with torch.no_grad():
@@ -69,6 +72,8 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     with PeakMemory() as training:
         if SETTINGS[name] is not None:
             optimizer = get_method(method)(model, lr=1e-7, **options)
+            if name == "mezo_in_forward":
+                optimizer.evaluator = InForward()
             for _ in range(2):
                 optimizer.step(closure)
         else:
