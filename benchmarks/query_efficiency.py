@@ -63,6 +63,7 @@ class Contender:
         schedule: ``constant`` or ``linear`` (to zero).
         last_third: Of adapters, train those of the last third of the layers.
         lora_eps: Radius for adapters, if not that of all.
+        has_default: Whether the middle rate is a default of zokernel, which runs from all seeds in any case.
     """
 
     method: str
@@ -72,6 +73,7 @@ class Contender:
     schedule: str = "constant"
     last_third: bool = False
     lora_eps: float = EPS["lora"]
+    has_default: bool = False
 
 
 def one(factor: float) -> dict[str, float]:
@@ -81,6 +83,7 @@ def one(factor: float) -> dict[str, float]:
 REFERENCE = "MeZO, batch 16"
 NORMALIZED = {"normalize": True}
 AUTO = {"full": 200, "lora": 25 / 3}
+AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": 2e-2, "has_default": True}
 CONTENDERS = {
     REFERENCE: Contender("mezo", 16, {}, one(1)),
     "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
@@ -90,9 +93,9 @@ CONTENDERS = {
     "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
     "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, "linear", lora_eps=2e-2),
+    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO),
     "auto, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AUTO, "linear", lora_eps=2e-2
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, {k: 4 * f for k, f in AUTO.items()}, **AS_AUTO
     ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
     "one-sided, batch 4": Contender(
@@ -292,9 +295,11 @@ def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds
         if not runs.find(lr=lr, seed=seed, **key):
             runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, forwards))
 
-    for rate in RATES[arena.train]:
-        once(float(f"{rate * contender.factor[arena.train]:.3g}"), SWEEP_SEED)
-    for lr in runs.finalists(several=name == REFERENCE, **key):
+    rates = [float(f"{rate * contender.factor[arena.train]:.3g}") for rate in RATES[arena.train]]
+    for lr in rates:
+        once(lr, SWEEP_SEED)
+    finalists = [rates[1]] if contender.has_default else []
+    for lr in dict.fromkeys(finalists + runs.finalists(several=name == REFERENCE, **key)):
         for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + seeds):
             once(lr, seed)
 
