@@ -75,13 +75,14 @@ class Stacked:
 
     def __init__(self, losses: Callable[[int], Tensor], *, max_copies: int = 16, max_bytes: int = 1 << 28):
         self.losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
+        self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
         """Return the losses at ``points``; ``closure`` is not called."""
         found: list[float] = []
         for begin in range(0, len(points), self.max_copies):
             chunk = points[begin : begin + self.max_copies]
-            changes = stack(optimizer, chunk, self.max_bytes)
+            changes = stack(optimizer, chunk, self.max_bytes, self._buffers)
             with StackedParameters(optimizer.named_params.values(), changes, len(chunk)):
                 losses = self.losses(len(chunk))
             if losses.shape != (len(chunk),):
@@ -95,14 +96,18 @@ class Stacked:
 def stackable(optimizer: ZerothOrderOptimizer, copies: int, max_bytes: int = 1 << 28) -> bool:
     """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
     try:
-        stack(optimizer, [{0: 0.0}], max_bytes // copies)
+        stack(optimizer, [{0: 0.0}], max_bytes // copies, {})
     except UsageError:
         return False
     return True
 
 
-def stack(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes: int) -> dict[int, Held | Thin]:
+def stack(
+    optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes: int, buffers: dict[str, Tensor]
+) -> dict[int, Held | Thin]:
     """Return the perturbed copies of every trained tensor, by its identity.
+
+    ``buffers`` hold the copies from step to step: sweeps over the same memory are prepared only once.
 
     Raises:
         UsageError: If they would take more than ``max_bytes``.
@@ -116,7 +121,7 @@ def stack(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes:
             f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
             "adapter, use low-rank directions (lozo, subzero), or take the losses one after the other."
         )
-    copies = {name: torch.stack([tensor.detach()] * len(points)) for name, tensor in held.items()}
+    copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
     for k, offsets in enumerate(points):
         at_k = {name: tensor[k] for name, tensor in copies.items()}
         if offsets and at_k:
@@ -125,6 +130,14 @@ def stack(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes:
             )
     by_name: dict[str, Held | Thin] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
     return {id(tensor): by_name[name] for name, tensor in optimizer.named_params.items()}
+
+
+def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:
+    buffer = buffers.get(name)
+    kind = (tensor.shape, tensor.dtype, tensor.device)
+    if buffer is None or len(buffer) < count or (buffer.shape[1:], buffer.dtype, buffer.device) != kind:
+        buffer = buffers[name] = tensor.new_empty(count, *tensor.shape)
+    return buffer[:count].copy_(tensor.detach())
 
 
 def _thin(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets]) -> dict[str, Thin]:
