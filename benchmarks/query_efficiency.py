@@ -97,6 +97,16 @@ CONTENDERS = {
     "auto, batch 16": Contender(
         "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, {k: 4 * f for k, f in AUTO.items()}, **AS_AUTO
     ),
+    "auto, constant rate": Contender(
+        "forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO | {"schedule": "constant"}
+    ),
+    "auto, momentum 0.9": Contender(
+        "forward_difference",
+        4,
+        NORMALIZED | {"num_perturbations": 2, "momentum": 0.9},
+        {kind: factor / 10 for kind, factor in AUTO.items()},
+        **AS_AUTO,
+    ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
     "one-sided, batch 4": Contender(
         "forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True

@@ -24,11 +24,10 @@ from zokernel.directions import (
     numba_math,
     numba_team,
 )
-from zokernel.directions.family import Family
 from zokernel.directions.numba_backend import sum_of_squares
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Job, Noise
+from zokernel.directions.terms import Job, Noise, Rule
 from zokernel.errors import UsageError
 
 LAW_NAMES = sorted(LAWS)
@@ -224,8 +223,8 @@ def test_sums_of_signs_have_the_bits_of_the_general_loop(count, monkeypatch):
         if general:
             monkeypatch.setattr(numba_backend, "_is_plain_signs", lambda term: False)
         weights = {"views": torch.linspace(-1, 1, 5001)[3:], "rows": torch.linspace(2, 3, 231).view(7, 33)}
-        Family.add_(Dense("rademacher"), weights, scales, decay=0.99, **where)
-        Family.add_(Dense("rademacher"), weights, scales, **where)
+        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, decay=0.99, **where)
+        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, **where)
         found.append(weights)
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
@@ -250,7 +249,7 @@ def test_prepared_sweeps_have_the_bits_of_others():
             for several in ({"scale": scales}, {"scale": by_name, "decay": decays}):
                 options = {"step": [step + i for i in range(count)], **several, **where}
                 directions.add_(prepared, **options)
-                Family.add_(directions, plain, **options)
+                directions.sweep_(plain, rule=Rule.NEAREST, **options)
     assert directions._prepared
     assert all(torch.equal(prepared[name], plain[name]) for name in names)
 

@@ -75,34 +75,11 @@ class Dense(Family):
             self._gains[cache_key] = math.sqrt(dim) / norm if norm else 1.0
         return self._gains[cache_key]
 
-    def add_(
-        self,
-        tensors: Mapping[str, Tensor],
-        scale: Scale | Mapping[str, Scale],
-        *,
-        seed: int,
-        step: int | Sequence[int],
-        index: int | Sequence[int],
-        decay: float | Mapping[str, float] = 1.0,
-        stochastic: bool = False,
-    ) -> None:
-        """As :meth:`Family.add_`; signs added to float32 weights on the CPU are prepared once, not in every sweep."""
-        options: Any = {"seed": seed, "step": step, "index": index, "decay": decay}
-        signs = type(self) is Dense and self.law.name == "rademacher" and self.backend in ("auto", "numba")
-        if stochastic or not signs or not self._add_prepared(tensors, scale, **options):
-            super().add_(tensors, scale, stochastic=stochastic, **options)
-
-    def _add_prepared(
-        self,
-        tensors: Mapping[str, Tensor],
-        scale: Scale | Mapping[str, Scale],
-        *,
-        seed: int,
-        step: int | Sequence[int],
-        index: int | Sequence[int],
-        decay: float | Mapping[str, float],
-    ) -> bool:
-        """Add signs to all tensors if they are of the kind that can be prepared; return whether they were."""
+    def _add_prepared(self, tensors: Mapping[str, Tensor], scale: Scale | Mapping[str, Scale], **options: Any) -> bool:
+        """Add signs to float32 weights on the CPU, in a sweep that is prepared once; return whether they were."""
+        if type(self) is not Dense or self.law.name != "rademacher" or self.backend not in ("auto", "numba"):
+            return False
+        seed, step, index, decay = (options[name] for name in ("seed", "step", "index", "decay"))
         indices = [index] if isinstance(index, int) else list(index)
         steps = [step] * len(indices) if isinstance(step, int) else list(step)
         geometry = fingerprint(tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +94,13 @@ class Family(ABC):
         Raises:
             UsageError: If names, numbers of scales, seeds or dtypes do not fit.
         """
-        rule = Rule.STOCHASTIC if stochastic else Rule.NEAREST
-        self.sweep_(tensors, scale, rule=rule, seed=seed, step=step, index=index, decay=decay)
+        options: Any = {"seed": seed, "step": step, "index": index, "decay": decay}
+        if stochastic or not self._add_prepared(tensors, scale, **options):
+            self.sweep_(tensors, scale, rule=Rule.STOCHASTIC if stochastic else Rule.NEAREST, **options)
+
+    def _add_prepared(self, tensors: Mapping[str, Tensor], scale: Scale | Mapping[str, Scale], **options: Any) -> bool:
+        """Do what :meth:`add_` does, to nearest, if there is a quicker way; return whether it was done."""
+        return False
 
     def sweep_(
         self,
