@@ -16,6 +16,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from zokernel.directions import numba_backend
 from zokernel.errors import RunError, UsageError
 from zokernel.optim import LOZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero
 from zokernel.optim import in_forward as module
@@ -186,3 +187,30 @@ def test_strided_weights_are_refused():
     optimizer.evaluator = InForward()
     with pytest.raises(UsageError, match="not contiguous"):
         optimizer.step(lambda: weight.square().sum())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tables_of_copies_are_made_between_forwards(monkeypatch, autocast):
+    """Small memory taken between activations keeps theirs from being used again: 200 MiB for SmolLM2."""
+    monkeypatch.setattr(module, "STRETCH", 6000)  # no matrix in pieces
+    model = build("opt")
+    closure, made, inside = make_closure(model, autocast), [], []
+
+    class Watched(numba_backend.PreparedCopies):
+        def __init__(self, jobs):
+            super().__init__(jobs)
+            made.append(bool(inside))
+
+    def watched():
+        inside.append(True)
+        loss = closure()
+        inside.clear()
+        return loss
+
+    monkeypatch.setattr(numba_backend, "PreparedCopies", Watched)
+    optimizer = MeZO(model, lr=1e-3)
+    optimizer.evaluator = InForward()
+    for _ in range(2):
+        optimizer.step(watched)
+    assert len(made) > 10
+    assert not any(made)

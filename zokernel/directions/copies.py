@@ -15,6 +15,9 @@ from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
 
+# Types of copies that compiled code writes while it reads the weights.
+QUICK = (torch.float32, torch.bfloat16)
+
 
 def copy_perturbed(
     family: Family,
@@ -74,18 +77,30 @@ class Copier:
     ) -> None:
         """Do what :func:`copy_perturbed` does; targets must have the dtypes they had before."""
         along = [(index, scale) for index, scale in offsets.items() if scale != 0.0]
-        if len(along) == 1 and self._streams == (family, seed):
+        if len(along) == 1 and targets[0].dtype in QUICK and self.prepare(family, seed=seed):
             self._prepared.along(step, *along[0])(targets)
             return
-        jobs = _jobs(family, self.places, offsets, seed=seed, step=step)
-        # A dense direction of another step is another part of the same streams.
-        if len(along) == 1 and type(family) is Dense and _all_fast(jobs, targets):
-            from zokernel.directions import numba_backend
+        _carry_out(_jobs(family, self.places, offsets, seed=seed, step=step), targets, family.backend)
 
-            self._prepared, self._streams = numba_backend.PreparedCopies(jobs), (family, seed)
-            self._prepared(targets)
-            return
-        _carry_out(jobs, targets, family.backend)
+    def prepare(self, family: Family, *, seed: int) -> bool:
+        """Do once what all copies along single directions need, if they are of the quick kind; return whether so.
+
+        Args:
+            family: Directions.
+            seed: Seed of the run.
+
+        Returns:
+            Whether the copies take one read of the weights and one write.
+        """
+        if self._streams != (family, seed):
+            # A dense direction of another step is another part of the same streams.
+            jobs = _jobs(family, self.places, {0: 1.0}, seed=seed, step=0) if type(family) is Dense else []
+            self._prepared, self._streams = None, (family, seed)
+            if jobs and all(_fast(job, torch.float32) for job in jobs):
+                from zokernel.directions import numba_backend
+
+                self._prepared = numba_backend.PreparedCopies(jobs)
+        return self._prepared is not None
 
 
 def copy_perturbed_rows(
@@ -110,7 +125,7 @@ def copy_perturbed_rows(
         step: Step of the run.
     """
     (job,) = _jobs(family, [place], offsets, seed=seed, step=step)
-    if _fast(job, target):
+    if _fast(job, target.dtype):
         from zokernel.directions import numba_backend
 
         numba_backend.copy_rows(job, rows, target)
@@ -142,11 +157,11 @@ def _jobs(
 
 
 def _all_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
-    return len({t.dtype for t in targets}) == 1 and all(_fast(job, target) for job, target in zip(jobs, targets))
+    return len({t.dtype for t in targets}) == 1 and all(_fast(job, targets[0].dtype) for job in jobs)
 
 
-def _fast(job: Job, target: Tensor) -> bool:
-    if job.place.local.device.type != "cpu" or target.dtype not in (torch.float32, torch.bfloat16):
+def _fast(job: Job, dtype: torch.dtype) -> bool:
+    if job.place.local.device.type != "cpu" or dtype not in QUICK:
         return False
     from zokernel.directions import numba_backend
 
