@@ -95,7 +95,7 @@ CONTENDERS = {
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
     "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO),
     "auto, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, {k: 4 * f for k, f in AUTO.items()}, **AS_AUTO
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, {"full": 400, "lora": 100 / 3}, **AS_AUTO
     ),
     "auto, constant rate": Contender(
         "forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO | {"schedule": "constant"}
@@ -118,6 +118,11 @@ CONTENDERS = {
         "forward_difference", 4, {"num_perturbations": 2}, {"full": 8 / 3, "lora": 5 / 2}, "linear", lora_eps=2e-2
     ),
 }
+
+
+def rates_of(contender: str, train: str, **_: Any) -> list[float]:
+    """Return the learning rates of a contender's sweep."""
+    return [float(f"{rate * CONTENDERS[contender].factor[train]:.3g}") for rate in RATES[train]]
 
 
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -285,7 +290,9 @@ class Runs:
         return [row for row in self.find(**wanted) if row["seed"] != SWEEP_SEED]
 
     def best_lr(self, **wanted: Any) -> float:
-        """Return the rate that ended lowest on average over the other seeds, of those that were run."""
+        """Return the contender's default rate, or the one that ended lowest on average over the other seeds."""
+        if CONTENDERS[wanted["contender"]].has_default:
+            return rates_of(**wanted)[1]
         ends: dict[float, list[float]] = {}
         for row in self.measured(**wanted):
             ends.setdefault(row["lr"], []).append(row["curve"][-1][3])
@@ -305,7 +312,7 @@ def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds
         if not runs.find(lr=lr, seed=seed, **key):
             runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, forwards))
 
-    rates = [float(f"{rate * contender.factor[arena.train]:.3g}") for rate in RATES[arena.train]]
+    rates = rates_of(name, arena.train)
     for lr in rates:
         once(lr, SWEEP_SEED)
     finalists = [rates[1]] if contender.has_default else []
@@ -329,6 +336,8 @@ def tables(runs: Runs) -> str:
             if not runs.measured(contender=name, **key):
                 continue
             found = runs.final(contender=name, **key)
+            if not found:
+                continue
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):
                 costs = sorted(crossing(row["curve"], target, column) for row in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
+from zokernel.finetune.auto import learning_rate
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
@@ -40,6 +42,12 @@ def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
     assert ZOConfig(**options, **said).method_options()["normalize"] is False
     with pytest.raises(UsageError, match="give --learning_rate too"):
         ZOConfig(**options, method_args=["normalize=false"])
+
+
+@pytest.mark.parametrize(("what", "factor"), [("full parameters", 2), ("LoRA", 4)])
+def test_rates_grow_with_the_directions(what, factor):
+    few, many = (learning_rate(SimpleNamespace(num_perturbations=count), what) for count in (2, 8))
+    assert many == pytest.approx(factor * few)
 
 
 def run(flags, *more):
