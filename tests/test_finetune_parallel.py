@@ -148,6 +148,7 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="zo_parallel must be one of"):
         make_parallel(SimpleNamespace(zo_parallel="model", zo_point_ranks=None))
     assert make_parallel(SimpleNamespace(zo_parallel="data", zo_point_ranks=None)) is None
-    trainer = SimpleNamespace(parallel=SimpleNamespace(inner=None), args=SimpleNamespace(perturb="in_forward"))
+    args = SimpleNamespace(perturb="in_forward", torch_compile=False)
+    trainer = SimpleNamespace(parallel=SimpleNamespace(inner=None), args=args)
     assert make_evaluator(trainer) is trainer.parallel
     assert isinstance(trainer.parallel.inner, InForward)
