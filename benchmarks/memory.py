@@ -72,7 +72,7 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     with PeakMemory() as training:
         if SETTINGS[name] is not None:
             optimizer = get_method(method)(model, lr=1e-7, **options)
-            if name == "mezo_in_forward":
+            if options.get("restore") == "still":
                 optimizer.evaluator = InForward()
             for _ in range(2):
                 optimizer.step(closure)

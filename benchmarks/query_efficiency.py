@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import paired
@@ -33,6 +34,7 @@ from directions import machine, table
 
 from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
+from zokernel.finetune.auto import LORA_EPS, learning_rate
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
@@ -82,8 +84,16 @@ def one(factor: float) -> dict[str, float]:
 
 REFERENCE = "MeZO, batch 16"
 NORMALIZED = {"normalize": True}
-AUTO = {"full": 200, "lora": 25 / 3}
-AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": 2e-2, "has_default": True}
+AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "has_default": True}
+
+
+def auto_factor(count: int) -> dict[str, float]:
+    """Return the factor whose middle rate is the default of ``--method auto`` for so many directions."""
+    what = {"full": "full parameters", "lora": "LoRA"}
+    settings: Any = SimpleNamespace(num_perturbations=count)
+    return {train: learning_rate(settings, what[train]) / RATES[train][1] for train in RATES}
+
+
 CONTENDERS = {
     REFERENCE: Contender("mezo", 16, {}, one(1)),
     "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
@@ -93,18 +103,22 @@ CONTENDERS = {
     "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
     "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO),
+    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO),
     "auto, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, {"full": 400, "lora": 100 / 3}, **AS_AUTO
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO
     ),
     "auto, constant rate": Contender(
-        "forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AUTO, **AS_AUTO | {"schedule": "constant"}
+        "forward_difference",
+        4,
+        NORMALIZED | {"num_perturbations": 2},
+        auto_factor(2),
+        **AS_AUTO | {"schedule": "constant"},
     ),
     "auto, momentum 0.9": Contender(
         "forward_difference",
         4,
         NORMALIZED | {"num_perturbations": 2, "momentum": 0.9},
-        {kind: factor / 10 for kind, factor in AUTO.items()},
+        {kind: factor / 10 for kind, factor in auto_factor(2).items()},
         **AS_AUTO,
     ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.

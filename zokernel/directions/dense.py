@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zokernel.directions import engine
 from zokernel.directions.base import Scale
-from zokernel.directions.family import Family, by_name, scales_of
+from zokernel.directions.family import Family, by_name, draws_of, scales_of
 from zokernel.directions.laws import Law, get_law
-from zokernel.directions.philox import check_count, stream_key
+from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement, fingerprint, place_all
-from zokernel.directions.terms import Job, Noise, Term
+from zokernel.directions.terms import Job, Noise, Term, affine
 
 GAINS_KEPT = 256
 SWEEPS_KEPT = 8
@@ -80,20 +79,16 @@ class Dense(Family):
         if type(self) is not Dense or self.law.name != "rademacher" or self.backend not in ("auto", "numba"):
             return False
         seed, step, index, decay = (options[name] for name in ("seed", "step", "index", "decay"))
-        indices = [index] if isinstance(index, int) else list(index)
-        steps = [step] * len(indices) if isinstance(step, int) else list(step)
-        geometry = fingerprint(tensors)
-        if geometry is None or not 0 < len(indices) == len(steps):
+        draws, geometry = draws_of(step, index), fingerprint(tensors)
+        if geometry is None or not draws:
             return False
-        given = scale if isinstance(scale, Mapping) else dict.fromkeys(tensors, scales_of(scale, "", len(indices)))
-        scales = [scales_of(given, name, len(indices)) for name in tensors]
-        decays = [by_name(decay, name, "decay") for name in tensors]
-        if not all(map(all, scales)) or not all(0.5 <= factor <= 2.0 for factor in decays):
+        given = scale if isinstance(scale, Mapping) else dict.fromkeys(tensors, scales_of(scale, "", len(draws)))
+        scales = [scales_of(given, name, len(draws)) for name in tensors]
+        keep, shift = zip(*[affine(by_name(decay, name, "decay")) for name in tensors])
+        if not all(map(all, scales)) or any(factor != 1.0 for factor in keep):
             return False
-        draws = [(check_count(s, "step"), check_count(i, "index")) for s, i in zip(steps, indices)]
-        self._prepare(geometry, tensors, seed, len(indices))(draws, scales, decays)
-        # Compiled code writes behind torch's back; autograd must still notice that saved weights have changed.
-        torch.autograd.graph.increment_version([t for t in tensors.values() if not t.is_inference()])
+        self._prepare(geometry, tensors, seed, len(draws))(draws, scales, shift)
+        engine.mark_changed(tensors.values())
         return True
 
     def _prepare(self, geometry: object, tensors: Mapping[str, Tensor], seed: int, count: int) -> Any:

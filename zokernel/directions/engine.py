@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
@@ -49,10 +50,13 @@ def sweep(jobs: Sequence[Job], backend: str = "auto") -> list[float]:
             found = _load(name).sweep([jobs[n] for n in numbers])
             for number, peak in zip(numbers, found):
                 peaks[number] = peak
-        # Compiled backends write behind torch's back; autograd must still notice that saved weights have changed.
-        changed = [job.place.local for job in jobs if not job.place.local.is_inference()]
-        torch.autograd.graph.increment_version(changed)
+    mark_changed([job.place.local for job in jobs])
     return peaks
+
+
+def mark_changed(tensors: Iterable[Tensor]) -> None:
+    """Let autograd notice that saved weights have changed: compiled backends write behind torch's back."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: str = "auto") -> float:

@@ -133,22 +133,17 @@ class Family(ABC):
         Returns:
             The largest magnitude each tensor reached (grid rules; zeros otherwise).
         """
-        indices = [index] if isinstance(index, int) else list(index)
-        steps = [step] * len(indices) if isinstance(step, int) else list(step)
-        if len(steps) != len(indices):
-            raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
-        steps = [check_count(s, "step") for s in steps]
-        indices = [check_count(i, "index") for i in indices]
-        rounding = rounding or ((steps[0], indices[0]) if indices else (0, 0))
+        draws = draws_of(step, index)
+        rounding = rounding or (draws[0] if draws else (0, 0))
         places = place_all(tensors)
-        by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in zip(steps, indices)]
+        by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in draws]
         # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
-        shared = None if isinstance(scale, Mapping) else scales_of(scale, "", len(indices))
-        no_offsets = [0.0] * len(indices)
+        shared = None if isinstance(scale, Mapping) else scales_of(scale, "", len(draws))
+        no_offsets = [0.0] * len(draws)
         jobs = []
         for place, terms in zip(places, zip(*by_index) if by_index else [()] * len(places)):
-            scales = scales_of(scale, place.name, len(indices)) if shared is None else shared
-            old = no_offsets if old_scale is None else scales_of(old_scale, place.name, len(indices))
+            scales = scales_of(scale, place.name, len(draws)) if shared is None else shared
+            old = no_offsets if old_scale is None else scales_of(old_scale, place.name, len(draws))
             live = [
                 (term, now, before)
                 for term, now, before in zip(terms, scales, old)
@@ -173,6 +168,15 @@ class Family(ABC):
 
 def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def draws_of(step: int | Sequence[int], index: int | Sequence[int]) -> list[tuple[int, int]]:
+    """Return step and index of every direction, given one step for all or one an index."""
+    indices = [index] if isinstance(index, int) else list(index)
+    steps = [step] * len(indices) if isinstance(step, int) else list(step)
+    if len(steps) != len(indices):
+        raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
+    return [(check_count(s, "step"), check_count(i, "index")) for s, i in zip(steps, indices)]
 
 
 def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:

@@ -52,7 +52,7 @@ class PreparedSweep:
 
     Args:
         jobs: One a tensor, with equally many terms; each adds nothing but plain signs.
-        rows: Which row of the scales and decays is each job's.
+        rows: Which row of the scales and shifts is each job's.
     """
 
     def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
@@ -63,18 +63,18 @@ class PreparedSweep:
         self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
 
     def __call__(
-        self, draws: Sequence[tuple[int, int]], scales: Sequence[Sequence[float]], decays: Sequence[float]
+        self, draws: Sequence[tuple[int, int]], scales: Sequence[Sequence[float]], shifts: Sequence[float]
     ) -> None:
         """Carry out a sweep.
 
         Args:
             draws: Step and index of each direction.
             scales: Its scales for each tensor, (tensors, directions).
-            decays: Factor on the old weights for each tensor, from 0.5 to 2.
+            shifts: Factor on the old weights for each tensor, less one.
         """
         # Copies, so that two threads can use the same tables.
         jobs, terms = self._jobs.copy(), self._terms.copy()
-        jobs["shift"] = jobs["decay_minus_one"] = np.array(decays)[self._rows] - 1.0
+        jobs["shift"] = np.array(shifts)[self._rows]
         terms["scale"] = np.array(scales)[self._rows].ravel()
         terms["step"], terms["index"] = np.tile(np.array(draws, np.uint64).T, len(jobs))
         tables = {"jobs": jobs, "terms": terms, "results": np.zeros(len(self._segments), np.float32)}

@@ -155,6 +155,11 @@ class ZOConfig(TrainingArguments):
                 self.load_best_model_at_end = False
             self.save_strategy = "best"  # of the strategies that transformers knows, the one with the same checks
         super().__post_init__()
+        if self.torch_compile and self.perturb in ("in_forward", "stacked"):
+            raise UsageError(
+                f"--perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
+                "show: use --perturb in_place, or leave out --torch_compile."
+            )
         check_reporting(self.report_to)
         if journal:
             self.save_strategy = "journal"

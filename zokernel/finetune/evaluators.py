@@ -50,16 +50,9 @@ def choose_evaluator(trainer: ZOTrainer) -> Evaluator:
         UsageError: If the settings ask for what this run cannot do.
     """
     args = trainer.args
-    if args.torch_compile:
-        if args.perturb in ("in_forward", "stacked"):
-            raise UsageError(
-                f"--perturb {args.perturb} replaces weights operation by operation, which a compiled graph does not "
-                "show: use --perturb in_place, or leave out --torch_compile."
-            )
-        return in_turn
     if args.perturb == "in_forward":
         return InForward()
-    if args.perturb == "in_place":
+    if args.perturb == "in_place" or args.torch_compile:
         return in_turn
     # An evaluation batch fits in memory, so as many rows of copies do.
     copies = max(1, args.per_device_eval_batch_size // args.per_device_train_batch_size)
