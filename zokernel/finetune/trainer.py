@@ -22,6 +22,7 @@ from zokernel.finetune.batch_size import fit_batch_size
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.compiled import compile_blocks
 from zokernel.finetune.config import ZOConfig
+from zokernel.finetune.divergence import WarnOfDivergence
 from zokernel.finetune.evaluators import (
     make_evaluator,
     make_parallel,
@@ -75,6 +76,7 @@ class ZOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         self.run_log = RunLog(self)
         self.add_callback(self.run_log)
+        self.add_callback(WarnOfDivergence(self))
         self.add_callback(StopOnInterrupt())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
