@@ -34,7 +34,7 @@ from directions import machine, table
 
 from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
-from zokernel.finetune.auto import LORA_EPS, learning_rate
+from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, learning_rate
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
@@ -65,7 +65,7 @@ class Contender:
         schedule: ``constant`` or ``linear`` (to zero).
         last_third: Of adapters, train those of the last third of the layers.
         lora_eps: Radius for adapters, if not that of all.
-        has_default: Whether the middle rate is a default of zokernel, which runs from all seeds in any case.
+        has_default: Whether the middle rate is a default of zokernel, which runs without a sweep.
     """
 
     method: str
@@ -83,7 +83,8 @@ def one(factor: float) -> dict[str, float]:
 
 
 REFERENCE = "MeZO, batch 16"
-NORMALIZED = {"normalize": True}
+NORMALIZED: dict[str, Any] = {"normalize": True}
+AUTO = NORMALIZED | {"polyak_share": POLYAK_SHARE}
 AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "has_default": True}
 
 
@@ -104,23 +105,21 @@ CONTENDERS = {
     "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
     "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO),
-    "auto, batch 16": Contender(
+    "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO),
+    "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO),
+    # Parts of auto left out: Polyak's bound, the falling rate too.
+    "no bound, batch 4": Contender(
+        "forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO
+    ),
+    "no bound, batch 16": Contender(
         "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO
     ),
-    "auto, constant rate": Contender(
+    "no bound, constant rate": Contender(
         "forward_difference",
         4,
         NORMALIZED | {"num_perturbations": 2},
         auto_factor(2),
         **AS_AUTO | {"schedule": "constant"},
-    ),
-    "auto, momentum 0.9": Contender(
-        "forward_difference",
-        4,
-        NORMALIZED | {"num_perturbations": 2, "momentum": 0.9},
-        {kind: factor / 10 for kind, factor in auto_factor(2).items()},
-        **AS_AUTO,
     ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
     "one-sided, batch 4": Contender(
@@ -328,10 +327,13 @@ def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds
             runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, forwards))
 
     rates = rates_of(name, arena.train)
-    for lr in rates:
-        once(lr, SWEEP_SEED)
-    finalists = [rates[1]] if contender.has_default else []
-    for lr in dict.fromkeys(finalists + runs.finalists(several=name == REFERENCE, **key)):
+    if contender.has_default:
+        finalists = [rates[1]]
+    else:
+        for lr in rates:
+            once(lr, SWEEP_SEED)
+        finalists = runs.finalists(several=name == REFERENCE, **key)
+    for lr in finalists:
         for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + seeds):
             once(lr, seed)
 

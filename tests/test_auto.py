@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.auto import learning_rate
+from zokernel.finetune.auto import POLYAK_SHARE, learning_rate
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
@@ -36,7 +37,9 @@ def test_other_methods_keep_their_defaults(tmp_path):
 
 def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
     options = {"output_dir": str(tmp_path), "method": "auto"}
-    assert ZOConfig(**options).method_options()["normalize"] is True
+    chosen = ZOConfig(**options).method_options()
+    assert (chosen["normalize"], chosen["polyak_share"]) == (True, POLYAK_SHARE)
+    assert ZOConfig(**options, method_args=["polyak_share=inf"]).method_options()["polyak_share"] == math.inf
     assert ZOConfig(**options, method_args=["beta=0.5"]).method_options()["beta"] == 0.5
     said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
     assert ZOConfig(**options, **said).method_options()["normalize"] is False
@@ -44,10 +47,10 @@ def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
         ZOConfig(**options, method_args=["normalize=false"])
 
 
-@pytest.mark.parametrize(("what", "factor"), [("full parameters", 2), ("LoRA", 4)])
-def test_rates_grow_with_the_directions(what, factor):
+@pytest.mark.parametrize(("what", "rate"), [("full parameters", 6e-3), ("LoRA", 2.5e-2)])
+def test_rates_grow_with_the_directions(what, rate):
     few, many = (learning_rate(SimpleNamespace(num_perturbations=count), what) for count in (2, 8))
-    assert many == pytest.approx(factor * few)
+    assert (few, many) == (pytest.approx(rate), pytest.approx(4 * rate))
 
 
 def run(flags, *more):

@@ -42,6 +42,10 @@ VARIANTS = {
         "forward_difference",
         (0.02, 0.1, {"num_perturbations": 2, "normalize": True}),
     ),
+    "forward_difference_polyak": (
+        "forward_difference",
+        (0.02, 0.1, {"num_perturbations": 2, "normalize": True, "polyak_share": 0.5}),
+    ),
     "kerzoo_md_int8": ("kerzoo", (0.005, 0.1, {"averaging": "int8", "grad_at": "md"})),
     "kerzoo_clip": ("kerzoo", (0.008, 0.1, {"averaging": "fp32", "clip": "param_init", "clip_radius": 50.0})),
     "zo_sign_projection": ("zo_sign", (0.03, 0.02, {"num_perturbations": 4, "sign_of": "projection"})),

@@ -74,37 +74,64 @@ def test_hizoo_refuses_directions_that_cannot_tell_coordinates_apart():
         HiZOO([weight()], lr=0.1, distribution="rademacher")
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_forward_differences_are_their_definition(normalize):
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"normalize": True, "polyak_share": 0.001}], ids=str)
+def test_forward_differences_are_their_definition(options):
     eps, lr, beta, count = 1e-3, 0.01, 0.7, 3
-    w, law, squares, root = START.clone(), Dense("rademacher"), [], 1.0
+    w, law, squares, centres, bounded = START.clone(), Dense("rademacher"), [], [], []
     for step in range(5):
         z = [law({"w": w}, seed=0, step=step, index=p)["w"] for p in range(count)]
-        slopes = [(loss_at(w + eps * z_p) - loss_at(w)) / eps for z_p in z]
+        centres.append(float(loss_at(w)))
+        slopes = [(loss_at(w + eps * z_p) - centres[-1]) / eps for z_p in z]
         squares.append(sum(slope**2 for slope in slopes) / count)
-        if normalize:
-            weights = [beta ** (step - k) for k in range(step + 1)]
-            root = math.sqrt(sum(a * b for a, b in zip(weights, squares)) / sum(weights))
-        w = w - lr / count * sum(slope / root * z_p for slope, z_p in zip(slopes, z))
-    options = {"eps": eps, "num_perturbations": count, "normalize": normalize, "beta": beta}
-    optimizer, found = train(ForwardDifference, 5, lr=lr, **options)
+        weights = [beta ** (step - k) for k in range(step + 1)]
+        square, loss = (sum(a * b for a, b in zip(weights, v)) / sum(weights) for v in (squares, centres))
+        free, bound = lr / math.sqrt(square), options.get("polyak_share", math.inf) * loss / square
+        bounded.append(bound < free)
+        scale = min(free, bound) if options else lr
+        w = w - scale / count * sum(slope * z_p for slope, z_p in zip(slopes, z))
+    optimizer, found = train(
+        ForwardDifference, 5, lr=lr, **{"eps": eps, "num_perturbations": count, "beta": beta} | options
+    )
     assert torch.allclose(found, w, atol=1e-8)
-    assert optimizer.effective_lr() == pytest.approx(lr / root, rel=1e-6)
+    assert optimizer.effective_lr() == pytest.approx(scale, rel=1e-6)
+    assert set(bounded) == ({False, True} if "polyak_share" in options else {False}), "both sides of the bound"
 
 
-def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss():
+@pytest.mark.parametrize("share", [math.inf, 0.01])
+def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss(share):
     def moved(scale):
         w = weight()
-        optimizer = ForwardDifference([("w", w)], lr=0.01, num_perturbations=2, normalize=True)
+        options = {"num_perturbations": 2, "normalize": True, "polyak_share": share}
+        optimizer = ForwardDifference([("w", w)], lr=0.01, **options)
         for _ in range(5):
             optimizer.step(lambda: scale * loss_at(w.detach()))
         return w.detach()
 
     found = [moved(1.0), moved(1000.0)]
+    # To Polyak's step the scale matters through the losses' rounding only.
     assert torch.allclose(found[0], found[1], atol=1e-8)
     assert not torch.equal(found[0], START)
+
+
+def test_a_whole_polyak_step_halves_the_way_to_the_minimum_of_a_parabola():
+    w = torch.nn.Parameter(torch.full((1,), 3.0, dtype=torch.float64))
+    options = {"num_perturbations": 1, "eps": 1e-6, "normalize": True, "beta": 0.0, "polyak_share": 1.0}
+    optimizer = ForwardDifference([w], lr=1e3, **options)
+    for expected in (3.0, 1.5, 0.75):
+        assert w.item() == pytest.approx(expected, rel=1e-4)
+        optimizer.step(lambda: w.square().sum())
+
+
+def test_steps_are_normalised_by_what_they_can_be():
     with pytest.raises(UsageError, match="beta"):
         ForwardDifference([weight()], beta=1.0)
+    with pytest.raises(UsageError, match="polyak_share"):
+        ForwardDifference([weight()], polyak_share=0.0)
+    w = weight()
+    optimizer = ForwardDifference([("w", w)], lr=0.01, normalize=True, polyak_share=0.1, restore="copy")
+    with pytest.raises(UsageError, match="least value is zero"):
+        optimizer.step(lambda: loss_at(w.detach()) - 1e6)
+    assert torch.equal(w.detach(), START.to(w.dtype))
 
 
 def test_lozo_momentum_lives_in_the_factors_and_crosses_a_refresh():

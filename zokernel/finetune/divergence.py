@@ -42,8 +42,8 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
     recent = rows[-WINDOW:]
     if all(row.get("projected_gradient") == 0 for row in recent):
         return (
-            f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise --eps, or, "
-            "if the loss had risen before, start again with a lower --learning_rate."
+            f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise --eps, "
+            "or, if the loss had risen before, start again with a lower --learning_rate."
         )
     start = statistics.median(row["loss"] for row in rows[:3])
     now = statistics.median(row["loss"] for row in recent)

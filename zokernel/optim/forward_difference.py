@@ -34,7 +34,14 @@ class ForwardDifference(ZerothOrderOptimizer):
 
     so that a step has the length :math:`\eta \sqrt{d/P}` on average, whatever the scale of the loss, and one learning
     rate suits several tasks.  FZOO divides by the spread of one step's losses, which takes eight of them or so; here
-    two are enough.
+    two are enough.  Where the loss is low, such a step can be longer than the way to its minimum.  ``polyak_share`` c
+    bounds it by a share of Polyak's step (1969) for a loss whose least value is zero, from a running mean of the losses
+    at the centre:
+
+    .. math:: \eta_t = \min\big(\eta / s_t,\; c\, \bar L_t / s_t^2\big), \qquad E[s_t^2] \approx \|\nabla L\|^2,
+
+    both of which a schedule lowers.  Along P directions the step that descends fastest is a share
+    :math:`P / (P + 1 + r)` of gradient descent's, with r an effective rank of the curvature.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -46,11 +53,12 @@ class ForwardDifference(ZerothOrderOptimizer):
         weight_decay: Decoupled weight decay.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
         normalize: Divide slopes by their running root mean square.
-        beta: Weight of the past in the running mean, in [0, 1).
+        polyak_share: With ``normalize``, the longest step as a share of Polyak's; infinite for no bound.
+        beta: Weight of the past in the running means, in [0, 1).
         restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
 
     Raises:
-        UsageError: If a setting is out of range.
+        UsageError: If a setting is out of range, or a loss is negative although Polyak's step bounds the step.
 
     Example:
         >>> import torch
@@ -73,13 +81,17 @@ class ForwardDifference(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         normalize: bool = False,
+        polyak_share: float = math.inf,
         beta: float = 0.9,
         restore: str = "fold",
     ):
         if not 0 <= beta < 1:
             raise UsageError(f"beta must be in [0, 1), not {beta}.")
-        self.normalize, self.beta = normalize, beta
-        self._weighted_squares = 0.0  # sum over past steps of beta^age (1 - beta) times their mean squared slope
+        if not polyak_share > 0:
+            raise UsageError(f"polyak_share must be above 0, not {polyak_share}.")
+        self.normalize, self.polyak_share, self.beta = normalize, polyak_share, beta
+        # Sums over past steps of beta^age (1 - beta) times their mean squared slope, and their loss at the centre.
+        self._weighted_squares = self._weighted_losses = 0.0
         super().__init__(
             params,
             estimator=OneSided(eps, num_perturbations),
@@ -91,38 +103,43 @@ class ForwardDifference(ZerothOrderOptimizer):
             restore=restore,
         )
 
-    @property
-    def root_mean_square(self) -> float:
-        """Root of the running mean of squared slopes; NaN before the first step."""
-        if self.step_count == 0:
-            return math.nan
-        return math.sqrt(self._weighted_squares / (1 - self.beta**self.step_count))
+    def step_scale(self, steps: int) -> float:
+        """Return what the learning rate is multiplied by, from running means over so many steps; NaN before any."""
+        if not self.normalize or steps == 0:
+            return math.nan if self.normalize else 1.0
+        if not self._weighted_squares:
+            return 0.0  # equal losses at every step so far say nothing about the gradient, so the weights stay
+        scale = math.sqrt((1 - self.beta**steps) / self._weighted_squares)
+        polyak, lr = self._weighted_losses / self._weighted_squares, self.defaults["lr"]
+        return min(scale, self.polyak_share * polyak / lr) if lr and math.isfinite(self.polyak_share) else scale
 
     def effective_lr(self) -> float:
         """Return the learning rate; normalised, that of a method that is not and moves as far as the last step did."""
-        if not self.normalize:
-            return super().effective_lr()
-        scale = self.root_mean_square
-        return super().effective_lr() / scale if scale else 0.0
+        return super().effective_lr() * self.step_scale(self.step_count)
 
     def update(self, estimate: Estimate) -> None:
         """Move the weights along the estimate, normalised if asked for."""
         if self.normalize:
-            count = len(estimate.coefficients)
+            loss, count = estimate.losses[0], len(estimate.coefficients)
+            if loss < 0 and math.isfinite(self.polyak_share):
+                self._restore.restore()
+                raise UsageError(
+                    f"The loss is {loss:.3g}, and polyak_share is for losses whose least value is zero: leave it out."
+                )
             # Coefficients are slopes over P.
             square = count * sum(c * c for c in estimate.coefficients.values())
             self._weighted_squares = self.beta * self._weighted_squares + (1 - self.beta) * square
-            scale = math.sqrt(self._weighted_squares / (1 - self.beta ** (self.step_count + 1)))
-            # Equal losses at every step so far say nothing about the gradient, so the weights stay.
-            normalized = {i: c / scale if scale else 0.0 for i, c in estimate.coefficients.items()}
-            estimate = replace(estimate, coefficients=normalized)
+            self._weighted_losses = self.beta * self._weighted_losses + (1 - self.beta) * loss
+            scale = self.step_scale(self.step_count + 1)
+            estimate = replace(estimate, coefficients={i: c * scale for i, c in estimate.coefficients.items()})
         super().update(estimate)
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what must be saved beside torch's own state, the running mean included."""
-        return super().extra_state() | {"weighted_squares": self._weighted_squares}
+        """Return what must be saved beside torch's own state, the running means included."""
+        means = {"weighted_squares": self._weighted_squares, "weighted_losses": self._weighted_losses}
+        return super().extra_state() | means
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
         super().load_extra_state(state)
-        self._weighted_squares = state["weighted_squares"]
+        self._weighted_squares, self._weighted_losses = state["weighted_squares"], state["weighted_losses"]
