@@ -1,0 +1,200 @@
+"""Runs on the published tasks: twenty steps of each in both forms, objectives, calibration, demonstrations."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from zokernel.errors import UsageError
+from zokernel.finetune import Collator, EncodedDataset, Objective, ZOConfig, ZOTrainer, encode, get_task
+from zokernel.finetune.tasks import TASKS, demonstrations
+from zokernel.finetune.tasks.toy import toy_rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A causal and a masked model, and their weights to start every task from."""
+    found = {}
+    for family, auto in (("llama", AutoModelForCausalLM), ("roberta", AutoModelForMaskedLM)):
+        folder = tiny_models.save_model(tmp_path_factory.mktemp(family), family)
+        model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+        start = {name: w.clone() for name, w in model.state_dict().items()}
+        found[family] = model, AutoTokenizer.from_pretrained(folder), start
+    return found
+
+
+SAME_WORDING = {"movie-reviews", "mr", "cr", "mpqa", "cola", "qqp"}  # made by the same lines as another task
+
+
+def short_run(folder, **settings):
+    return ZOConfig(
+        output_dir=str(folder),
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        precision="fp32",
+        disable_tqdm=True,
+        report_to="none",
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("name", sorted(set(TASKS) - SAME_WORDING))
+def test_twenty_steps_of_every_task(models, tmp_path, family, name):
+    """The pipeline of the command line without its reports: read, encode, train, evaluate."""
+    model, tokenizer, start = models[family]
+    model.load_state_dict(start)
+    task, masked = get_task(name), family == "roberta"
+    if masked and task.kind == "generation":
+        pytest.skip("masked language models do not generate; that they refuse is tested elsewhere")
+    splits = {
+        split: EncodedDataset(
+            encode(
+                task,
+                task.read(toy_rows(name, task, size=size, seed=seed), where=split),
+                tokenizer,
+                masked=masked,
+                max_length=128,
+                only_answer=split == "train" and task.loss == "answer",
+            )
+        )
+        for seed, (split, size) in enumerate((("train", 16), ("validation", 6)))
+    }
+    config = short_run(
+        tmp_path,
+        max_steps=20,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+    )
+    trainer = ZOTrainer(
+        model,
+        config,
+        objective=Objective(loss=task.loss, kind=task.kind, tokenizer=tokenizer, max_new_tokens=4),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=Collator(tokenizer.pad_token_id, shared_prompt=not masked),
+    )
+    trainer.train()
+    found = trainer.evaluate()
+    losses = [row["loss"] for row in trainer.run_log.rows]
+    assert len(losses) == 20
+    # The loss of a wrong gather or an empty target would be constant, zero or not finite.
+    assert len(set(losses)) > 10
+    assert 0 < found["eval_loss"] < 20
+    assert 0 <= found[f"eval_{task.metric}"] <= 1
+
+
+def test_the_loss_on_the_answer_is_the_mean_over_the_batchs_tokens(models):
+    model, tokenizer, start = models["llama"]
+    model.load_state_dict(start)
+    task = get_task("copa")
+    rows = task.read(toy_rows("copa", task, size=5), where="toy")
+    everything, answers = (
+        EncodedDataset(encode(task, rows, tokenizer, only_answer=only_answer)) for only_answer in (False, True)
+    )
+    total = tokens = 0
+    with torch.no_grad():
+        for row in rows:
+            prompt, option = task.prompt(row), task.options(row)[task.label(row)]
+            ids = tokenizer(prompt + option)["input_ids"]
+            first = len(tokenizer(prompt)["input_ids"])
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total -= sum(logprobs[t - 1, ids[t]].item() for t in range(first, len(ids)))
+            tokens += len(ids) - first
+        for dataset in (everything, answers):
+            for shared in (False, True):
+                batch = Collator(tokenizer.pad_token_id, shared_prompt=shared)([dataset[i] for i in range(5)])
+                assert Objective(loss="answer", kind="choice")(model, batch).item() == pytest.approx(
+                    total / tokens, rel=1e-5
+                )
+
+
+def test_an_objective_without_gradient_is_descended(models, tmp_path):
+    model, tokenizer, start = models["llama"]
+    model.load_state_dict(start)
+    task = get_task("sst2")
+    train = EncodedDataset(encode(task, toy_rows("sst2", task, size=64), tokenizer))
+    config = short_run(
+        tmp_path,
+        objective="accuracy",
+        max_steps=40,
+        learning_rate=3e-3,
+        eps=2e-2,
+        num_perturbations=4,
+        per_device_train_batch_size=64,
+    )
+    trainer = ZOTrainer(
+        model, config, train_dataset=train, eval_dataset=train, data_collator=Collator(tokenizer.pad_token_id)
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] == pytest.approx(1 - after["eval_accuracy"])
+    assert after["eval_accuracy"] >= before["eval_accuracy"] + 0.2
+    config.method = "adamw"
+    with pytest.raises(UsageError, match="has no gradient for adamw"):
+        ZOTrainer(model, config, train_dataset=train)
+
+
+def test_f1_of_generated_answers_is_an_objective(models):
+    model, tokenizer, start = models["llama"]
+    model.load_state_dict(start)
+    task = get_task("squad")
+    rows = task.read(toy_rows("squad", task, size=3), where="toy")
+    dataset = EncodedDataset(encode(task, rows, tokenizer))
+    batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(3)])
+    objective = Objective("f1", loss="answer", kind="generation", tokenizer=tokenizer, max_new_tokens=4)
+    loss, outputs = objective.evaluate(model, batch)
+    assert objective(model, batch).item() == loss.item() == 1 - outputs["values"][:, 0].mean().item()
+    with pytest.raises(UsageError, match="scored by f1"):
+        Objective("accuracy", kind="generation")
+    with pytest.raises(UsageError, match="objective must be"):
+        Objective("bleu")
+
+
+def test_calibration_subtracts_the_scores_of_an_empty_prompt(models):
+    model, tokenizer, start = models["llama"]
+    model.load_state_dict(start)
+    task = get_task("sst2")
+    rows = toy_rows("sst2", task, size=8)
+    dataset, empty = (EncodedDataset(encode(task, r, tokenizer)) for r in (rows, [{"sentence": "", "label": 0}]))
+    collator = Collator(tokenizer.pad_token_id)
+    batch, blank = collator([dataset[i] for i in range(8)]), collator([empty[0]])
+    with torch.no_grad():
+        loss, plain = Objective().evaluate(model, batch)
+        same, calibrated = Objective(calibration=blank).evaluate(model, batch)
+        shift = Objective().evaluate(model, blank)[1]["logits"]
+    torch.testing.assert_close(calibrated["logits"], plain["logits"] - shift)
+    assert same.item() == loss.item()
+    assert (calibrated["predicted"] == (plain["logits"] - shift).argmax(1)).all()
+
+
+def test_demonstrations_precede_the_prompt_and_give_way_first(models):
+    _, tokenizer, _ = models["llama"]
+    task = get_task("sst2")
+    shown = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
+    context = demonstrations(task, shown)
+    assert context == "good It was great\n\nbad It was terrible\n\n"
+    assert demonstrations(task, shown[:1], masked=True) == "good It was great.\n\n"
+    row = [{"sentence": "so so", "label": 1}]
+    (full,) = encode(task, row, tokenizer, context=context)
+    assert tokenizer.decode(full.prompt_ids, skip_special_tokens=True) == context + "so so It was"
+    (cut,) = encode(task, row, tokenizer, context=context, max_length=12)
+    assert cut.prompt_ids == [tokenizer.bos_token_id, *full.prompt_ids[-10:]]  # with one more for the option
+
+
+def test_long_masked_prompts_keep_their_mask_and_ends(models):
+    _, tokenizer, _ = models["roberta"]
+    long = "bad " * 100
+    (front,) = encode(get_task("sst2"), [{"sentence": long, "label": 0}], tokenizer, masked=True, max_length=40)
+    (back,) = encode(get_task("trec"), [{"question": long, "label": 0}], tokenizer, masked=True, max_length=60)
+    for example, limit in ((front, 40), (back, 60)):
+        assert len(example.prompt_ids) + max(map(len, example.option_ids)) + len(example.suffix_ids) == limit
+        assert example.prompt_ids[0] == tokenizer.bos_token_id
+        assert example.suffix_ids[-1] == tokenizer.eos_token_id
+    text = "It was <mask> here"
+    (example,) = encode(get_task("sst2"), [{"sentence": text, "label": 0}], tokenizer, masked=True)
+    assert example.prompt_ids.count(tokenizer.mask_token_id) == 1  # the one in the text; ours is not in the prompt
