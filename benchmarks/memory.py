@@ -22,7 +22,7 @@ SETTINGS = {
     "lozo_m": ("lozo_m", {}),
     "subzero": ("subzero", {}),
     "fzoo": ("fzoo", {}),
-    "auto": ("forward_difference", {"normalize": True, "polyak_share": 0.25}),
+    "auto": ("forward_difference", {"normalize": True, "polyak_share": 0.35}),
     "richardson": ("richardson", {}),
     "kerzoo": ("kerzoo", {}),
     "kerzoo_journal": ("kerzoo", {"averaging": "journal"}),

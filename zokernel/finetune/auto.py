@@ -10,7 +10,7 @@ Each choice has its reason; each can be overridden by its own flag.
 - *Step.*  Slopes are divided by their running root mean square, so the learning rate is a distance, and grows with the
   directions.  Slopes of TREC are 1.6 (all weights) and 3 times (LoRA) those of SST-2, and so are the rates that either
   bears without it.  Where the loss is low, a share of Polyak's step is shorter and bounds it: :math:`P / (P + 1 + r)`
-  of it descends fastest, and about a quarter was best for eight directions on both tasks (r = 20 or so).
+  of it descends fastest, and about a third was best for eight directions on both tasks (r = 15 or so).
 - *Schedule.*  A rate that falls to zero can begin larger.
 
 ``docs/results/queries.md`` has the measurements, and where they do not help.
@@ -32,7 +32,7 @@ METHOD = "forward_difference"
 BATCH = 4
 # Learning rate of normalised slopes at one direction a step, by what is trained; measured at two and eight.
 RATES = {"full parameters": 3e-3, "LoRA": 1.25e-2, "virtual tokens": 1.25e-2}
-POLYAK_SHARE = 0.25
+POLYAK_SHARE = 0.35
 LORA_EPS = 2e-2
 
 
