@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import paired
@@ -47,6 +46,7 @@ FILES = {
 EPS = {"full": 1e-3, "lora": 1e-2}
 # MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-3, 3e-3, 1e-2)}
+FORWARDS = {"sst2": 120, "trec": 80}  # forwards of every run; MeZO takes half as many steps
 SWEEP_SEED = 0
 CLOSE = 1.1  # MeZO, which sets the target, runs all seeds at rates whose sweep ended within a tenth of the best one's
 MEASURED = 64  # training examples whose loss is followed
@@ -61,21 +61,21 @@ class Contender:
         method: Name of the method.
         batch: Examples a batch.
         options: Settings of the method.
-        factor: Its learning rates, relative to MeZO's.
+        factor: Its learning rates, relative to MeZO's; None for the one rate that ``--method auto`` chooses.
         schedule: ``constant`` or ``linear`` (to zero).
         last_third: Of adapters, train those of the last third of the layers.
         lora_eps: Radius for adapters, if not that of all.
-        has_default: Whether the middle rate is a default of zokernel, which runs without a sweep.
+        swept: Whether its rates are compared on seed 0; if not, the middle one is taken.
     """
 
     method: str
     batch: int
     options: dict[str, Any]
-    factor: dict[str, float]
+    factor: dict[str, float] | None
     schedule: str = "constant"
     last_third: bool = False
     lora_eps: float = EPS["lora"]
-    has_default: bool = False
+    swept: bool = True
 
 
 def one(factor: float) -> dict[str, float]:
@@ -86,14 +86,10 @@ REFERENCE = "MeZO, batch 16"
 NORMALIZED: dict[str, Any] = {"normalize": True}
 AUTO = NORMALIZED | {"polyak_share": POLYAK_SHARE}
 TIGHTER = NORMALIZED | {"polyak_share": 0.25}
-AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "has_default": True}
-
-
-def auto_factor(count: int) -> dict[str, float]:
-    """Return the factor whose middle rate is the default of ``--method auto`` for so many directions."""
-    what = {"full": "full parameters", "lora": "LoRA"}
-    settings: Any = SimpleNamespace(num_perturbations=count)
-    return {train: learning_rate(settings, what[train]) / RATES[train][1] for train in RATES}
+AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "swept": False}
+# Rates of earlier defaults, about those of auto in runs as short as these.
+AT_TWO = {"full": 6e-3 / 3e-5, "lora": 2.5e-2 / 3e-3}
+AT_EIGHT = {train: 4 * factor for train, factor in AT_TWO.items()}
 
 
 CONTENDERS = {
@@ -106,26 +102,22 @@ CONTENDERS = {
     "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
     "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO),
-    "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO),
-    # A tighter bound by Polyak's step than auto's, none, and a constant rate.
-    "tighter bound, batch 4": Contender(
-        "forward_difference", 4, TIGHTER | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO
-    ),
+    "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **AS_AUTO),
+    "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **AS_AUTO),
+    # A tighter bound by Polyak's step, none, and a constant rate.
+    "tighter bound, batch 4": Contender("forward_difference", 4, TIGHTER | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
     "tighter bound, batch 16": Contender(
-        "forward_difference", 16, TIGHTER | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO
+        "forward_difference", 16, TIGHTER | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
     ),
-    "no bound, batch 4": Contender(
-        "forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, auto_factor(2), **AS_AUTO
-    ),
+    "no bound, batch 4": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
     "no bound, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, auto_factor(8), **AS_AUTO
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
     ),
     "no bound, constant rate": Contender(
         "forward_difference",
         4,
         NORMALIZED | {"num_perturbations": 2},
-        auto_factor(2),
+        AT_TWO,
         **AS_AUTO | {"schedule": "constant"},
     ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
@@ -141,9 +133,17 @@ CONTENDERS = {
 }
 
 
-def rates_of(contender: str, train: str, **_: Any) -> list[float]:
-    """Return the learning rates of a contender's sweep."""
-    return [float(f"{rate * CONTENDERS[contender].factor[train]:.3g}") for rate in RATES[train]]
+def rates_of(name: str, task: str, train: str) -> list[float]:
+    """Return the learning rates that a contender may run at."""
+    contender = CONTENDERS[name]
+    if contender.factor is None:
+        count = contender.options["num_perturbations"]
+        what = {"full": "full parameters", "lora": "LoRA"}[train]
+        rates = [learning_rate(what, num_perturbations=count, steps=FORWARDS[task] // (count + 1))]
+    else:
+        rates = [rate * contender.factor[train] for rate in RATES[train]]
+        rates = rates if contender.swept else rates[1:2]
+    return [float(f"{rate:.3g}") for rate in rates]
 
 
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -312,8 +312,9 @@ class Runs:
 
     def best_lr(self, **wanted: Any) -> float:
         """Return the contender's default rate, or the one that ended lowest on average over the other seeds."""
-        if CONTENDERS[wanted["contender"]].has_default:
-            return rates_of(**wanted)[1]
+        name, task, train = wanted["contender"], wanted["task"], wanted["train"]
+        if not CONTENDERS[name].swept:
+            return rates_of(name, task, train)[0]
         ends: dict[float, list[float]] = {}
         for row in self.measured(**wanted):
             ends.setdefault(row["lr"], []).append(row["curve"][-1][3])
@@ -324,23 +325,21 @@ class Runs:
         return self.measured(lr=self.best_lr(**wanted), **wanted)
 
 
-def compete(arena: Arena, task: str, name: str, runs: Runs, forwards: int, seeds: int) -> None:
+def compete(arena: Arena, task: str, name: str, runs: Runs, seeds: int) -> None:
     """Run what is missing of a contender's sweep and of its best rate."""
     contender = CONTENDERS[name]
     key = {"task": task, "train": arena.train, "contender": name}
 
     def once(lr: float, seed: int) -> None:
         if not runs.find(lr=lr, seed=seed, **key):
-            runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, forwards))
+            runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, FORWARDS[task]))
 
-    rates = rates_of(name, arena.train)
-    if contender.has_default:
-        finalists = [rates[1]]
-    else:
+    rates = rates_of(name, task, arena.train)
+    if contender.swept:
         for lr in rates:
             once(lr, SWEEP_SEED)
-        finalists = runs.finalists(several=name == REFERENCE, **key)
-    for lr in finalists:
+        rates = runs.finalists(several=name == REFERENCE, **key)
+    for lr in rates:
         for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + seeds):
             once(lr, seed)
 
@@ -394,7 +393,6 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES))
     parser.add_argument("--train", nargs="+", choices=list(EPS), default=list(EPS))
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--forwards", type=int, default=80, help="forwards of every run; MeZO takes half as many steps")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data_folder", type=Path, help="the data sets; without them nothing is trained")
@@ -407,7 +405,7 @@ def main() -> None:
             for train in options.train:
                 arena = Arena(task, train, options.data_folder)
                 for name in options.contenders:
-                    compete(arena, task, name, runs, options.forwards, options.seeds)
+                    compete(arena, task, name, runs, options.seeds)
         print(f"Machine: {machine()}.\n")
     print(tables(runs) or f"{options.runs} holds no runs yet: give --data_folder.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.auto import POLYAK_SHARE, learning_rate
+from zokernel.finetune.auto import POLYAK_SHARE, WALK, count_steps, learning_rate
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
@@ -47,10 +46,22 @@ def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
         ZOConfig(**options, method_args=["normalize=false"])
 
 
-@pytest.mark.parametrize(("what", "rate"), [("full parameters", 6e-3), ("LoRA", 2.5e-2)])
-def test_rates_grow_with_the_directions(what, rate):
-    few, many = (learning_rate(SimpleNamespace(num_perturbations=count), what) for count in (2, 8))
-    assert (few, many) == (pytest.approx(rate), pytest.approx(4 * rate))
+@pytest.mark.parametrize(("count", "steps"), [(2, 27), (8, 300)])
+def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps):
+    torch.manual_seed(0)
+    rate = learning_rate("LoRA", num_perturbations=count, steps=steps)
+    rates = rate * (1 - torch.arange(steps) / steps)
+    # Normalised slopes of independent directions: each has mean square one, and z is +1 or -1.
+    slopes = torch.randn(4000, steps, count)
+    walked = (slopes.mean(-1) * rates).sum(-1)
+    # 4000 walks know their mean square within 4 * sqrt(2 / 4000) = 9 %; the sum over t is T / 3 within 3 / 2T = 6 %.
+    assert float(walked.square().mean().sqrt()) == pytest.approx(WALK["LoRA"], rel=0.08)
+
+
+def test_steps_are_counted_from_epochs_if_need_be(tmp_path):
+    options = {"output_dir": str(tmp_path), "method": "auto", "gradient_accumulation_steps": 2}
+    assert count_steps(ZOConfig(**options, max_steps=70), 1000) == 70
+    assert count_steps(ZOConfig(**options, max_steps=-1, num_train_epochs=3), 100) == math.ceil(300 / 8)
 
 
 def run(flags, *more):
@@ -62,7 +73,7 @@ def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
     run([*flags[:rate], *flags[rate + 2 :]])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
-    assert metrics["learning_rate"] == pytest.approx(6e-3)
+    assert metrics["learning_rate"] == pytest.approx(WALK["full parameters"])  # T = 3P = 6
     run([*flags[:rate], *flags[rate + 2 :]])  # the same command again: finished, nothing is done
     assert "holds this very run, finished" in caplog.text
 

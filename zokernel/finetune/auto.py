@@ -7,10 +7,13 @@ Each choice has its reason; each can be overridden by its own flag.
   :math:`\nu` (6 to 14 at the start of SST-2 and TREC) wastes none.
 - *Directions.*  One-sided differences share the loss at the centre: P + 1 forwards instead of 2P.  Their error falls
   like 1/P until that of the b examples takes over, so P grows with b: half of it.
-- *Step.*  Slopes are divided by their running root mean square, so the learning rate is a distance, and grows with the
-  directions.  Slopes of TREC are 1.6 (all weights) and 3 times (LoRA) those of SST-2, and so are the rates that either
-  bears without it.  Where the loss is low, a share of Polyak's step is shorter and bounds it: :math:`P / (P + 1 + r)`
-  of it descends fastest, and about a third was best for eight directions on both tasks (r = 15 or so).
+- *Step.*  Slopes are divided by their running root mean square, so the learning rate is a distance.  Slopes of TREC
+  are 1.6 (all weights) and 3 times (LoRA) those of SST-2, and so are the rates that either bears without it.
+- *Rate.*  Most of a step is noise, a random walk that takes every weight :math:`\eta \sqrt{T / 3P}` from its start in
+  T steps at a rate that falls to zero.  How far it may go without harm is a property of the weights, so the rate
+  follows from it, P and T.  It was nearly the same for two and for eight directions.
+- *Bound.*  Where the loss is low, a share of Polyak's step is shorter: :math:`P / (P + 1 + r)` of it descends fastest,
+  and about a third was best for eight directions on both tasks (r = 15 or so).
 - *Schedule.*  A rate that falls to zero can begin larger.
 
 ``docs/results/queries.md`` has the measurements, and where they do not help.
@@ -19,6 +22,7 @@ Each choice has its reason; each can be overridden by its own flag.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from zokernel.errors import UsageError
@@ -30,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 METHOD = "forward_difference"
 BATCH = 4
-# Learning rate of normalised slopes at one direction a step, by what is trained; measured at two and eight.
-RATES = {"full parameters": 3e-3, "LoRA": 1.25e-2, "virtual tokens": 1.25e-2}
+# How far the random walk of a run takes each weight, by what is trained.  Not measured for virtual tokens.
+WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "virtual tokens": 6.5e-2}
 POLYAK_SHARE = 0.35
 LORA_EPS = 2e-2
 
@@ -68,13 +72,19 @@ def choose_settings(config: ZOConfig) -> None:
     )
 
 
-def learning_rate(config: ZOConfig, trained: str) -> float:
-    """Return the default rate for what is trained: so much for every direction.
+def count_steps(config: ZOConfig, examples: int) -> int:
+    """Return the steps of a run: ``max_steps``, or what its epochs over so many training examples come to."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return max(1, math.ceil(config.num_train_epochs * examples / batch))
+
+
+def learning_rate(trained: str, *, num_perturbations: int, steps: int) -> float:
+    r"""Return the rate :math:`D \sqrt{3P / T}` at which a run's random walk takes each weight D from its start.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> learning_rate(SimpleNamespace(num_perturbations=2), "full parameters")
-        0.006
+        >>> f"{learning_rate('full parameters', num_perturbations=2, steps=1000):.2g}"
+        '0.001'
     """
-    assert config.num_perturbations is not None
-    return RATES[trained] * config.num_perturbations
+    return WALK[trained] * math.sqrt(3 * num_perturbations / steps)

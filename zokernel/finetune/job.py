@@ -19,7 +19,7 @@ from zokernel._version import __version__
 from zokernel.files import read_json, write_json
 from zokernel.finetune import output
 from zokernel.finetune.arguments import DataArguments, ModelArguments
-from zokernel.finetune.auto import LORA_EPS, learning_rate
+from zokernel.finetune.auto import LORA_EPS, count_steps, learning_rate
 from zokernel.finetune.callbacks import StopOnInterrupt
 from zokernel.finetune.card import write_card
 from zokernel.finetune.config import ZOConfig
@@ -76,11 +76,11 @@ def _finetune(
     held: ExitStack,
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    set_default_lr(config, model_arguments)
     config.method_options()
     folder = Path(str(config.output_dir))
     task = load_task(data_arguments)
     splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
+    set_default_lr(config, model_arguments, examples=len(splits.train))
     main = config.should_save  # of several processes, one looks at the folder and writes
     asked = str(config.resume_from_checkpoint or "")
     settings = output.run_settings(model_arguments, data_arguments, config)
@@ -233,8 +233,14 @@ def forwards_per_step(trainer: ZOTrainer) -> int | None:
     return trainer.forwards_per_step if trainer.zeroth_order and trainer.optimizer is not None else None
 
 
-def set_default_lr(config: ZOConfig, arguments: ModelArguments) -> None:
-    """Fill in the learning rate (and for ``auto`` the radius) if none was given, and log it."""
+def set_default_lr(config: ZOConfig, arguments: ModelArguments, *, examples: int) -> None:
+    """Fill in the learning rate (and for ``auto`` the radius) if none was given, and log it.
+
+    Args:
+        config: The run's settings.
+        arguments: Which model, and what of it is trained.
+        examples: Training examples, from which the steps of an epoch follow.
+    """
     if arguments.prefix_tuning or arguments.prompt_tuning:
         what, defaults = "virtual tokens", {"adamw": 1e-2, "sgd": 1e-2}
     elif arguments.lora or arguments.adapter_name_or_path:
@@ -247,5 +253,7 @@ def set_default_lr(config: ZOConfig, arguments: ModelArguments) -> None:
         zeroth_order = {"virtual tokens": 1e-2, "LoRA": 1e-3, "full parameters": 1e-5}[what]
         config.learning_rate = defaults.get(config.method, zeroth_order)
         if config.auto:
-            config.learning_rate = learning_rate(config, what)
+            assert config.num_perturbations is not None
+            steps = count_steps(config, examples)
+            config.learning_rate = learning_rate(what, num_perturbations=config.num_perturbations, steps=steps)
         logger.info("Learning rate: %g (the default for %s).", config.learning_rate, what)
