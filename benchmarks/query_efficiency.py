@@ -264,7 +264,9 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
         tokens += (optimizer.num_forwards - before) * batch["input_ids"].numel()
         if (step + 1) % every == 0 or step + 1 == steps:
             curve.append((optimizer.num_forwards, tokens, seconds, arena.score(measured)[0]))
-    return {"curve": curve, "held_out": arena.score(arena.held_out)}
+    # Rounded, since runs are committed.
+    rounded = [(*counts, round(spent, 2), round(loss, 5)) for *counts, spent, loss in curve]
+    return {"curve": rounded, "held_out": [round(value, 5) for value in arena.score(arena.held_out)]}
 
 
 def crossing(curve: list[list[float]], target: float, column: int) -> float:
