@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 
+from zokernel.finetune.auto import POLYAK_SHARE
+
 SETTINGS = {
     "inference": None,
     "mezo": ("mezo", {}),
@@ -22,7 +24,7 @@ SETTINGS = {
     "lozo_m": ("lozo_m", {}),
     "subzero": ("subzero", {}),
     "fzoo": ("fzoo", {}),
-    "auto": ("forward_difference", {"normalize": True, "polyak_share": 0.35}),
+    "auto": ("forward_difference", {"normalize": True, "polyak_share": POLYAK_SHARE}),
     "richardson": ("richardson", {}),
     "kerzoo": ("kerzoo", {}),
     "kerzoo_journal": ("kerzoo", {"averaging": "journal"}),

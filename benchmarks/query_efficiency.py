@@ -22,7 +22,6 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ import paired
 import torch
 import torch.nn.functional as F
 from directions import machine, table
+from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Contender, rates_of
 
 from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
-from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, learning_rate
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
@@ -43,107 +42,10 @@ FILES = {
     "sst2": ("train.tsv", "dev.tsv", None),
     "trec": ("train.csv", "test.csv", ["label", "question"]),
 }
-EPS = {"full": 1e-3, "lora": 1e-2}
-# MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
-RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-3, 3e-3, 1e-2)}
-FORWARDS = {"sst2": 120, "trec": 80}  # forwards of every run; MeZO takes half as many steps
 SWEEP_SEED = 0
 CLOSE = 1.1  # MeZO, which sets the target, runs all seeds at rates whose sweep ended within a tenth of the best one's
 MEASURED = 64  # training examples whose loss is followed
 POINTS = 8  # evaluations a run
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method with its settings.
-
-    Args:
-        method: Name of the method.
-        batch: Examples a batch.
-        options: Settings of the method.
-        factor: Its learning rates, relative to MeZO's; None for the one rate that ``--method auto`` chooses.
-        schedule: ``constant`` or ``linear`` (to zero).
-        last_third: Of adapters, train those of the last third of the layers.
-        lora_eps: Radius for adapters, if not that of all.
-        swept: Whether its rates are compared on seed 0; if not, the middle one is taken.
-    """
-
-    method: str
-    batch: int
-    options: dict[str, Any]
-    factor: dict[str, float] | None
-    schedule: str = "constant"
-    last_third: bool = False
-    lora_eps: float = EPS["lora"]
-    swept: bool = True
-
-
-def one(factor: float) -> dict[str, float]:
-    return {"full": factor, "lora": factor}
-
-
-REFERENCE = "MeZO, batch 16"
-NORMALIZED: dict[str, Any] = {"normalize": True}
-AUTO = NORMALIZED | {"polyak_share": POLYAK_SHARE}
-TIGHTER = NORMALIZED | {"polyak_share": 0.25}
-AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "swept": False}
-# Rates of earlier defaults, about those of auto in runs as short as these.
-AT_TWO = {"full": 6e-3 / 3e-5, "lora": 2.5e-2 / 3e-3}
-AT_EIGHT = {train: 4 * factor for train, factor in AT_TWO.items()}
-
-
-CONTENDERS = {
-    REFERENCE: Contender("mezo", 16, {}, one(1)),
-    "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
-    # Its smoothing kernel makes scalars several times as large: MeZO's own rates diverge.
-    "KerZOO, batch 4": Contender("kerzoo", 4, {"num_perturbations": 1}, one(0.1)),
-    "FZOO, batch 4": Contender("fzoo", 4, {"num_perturbations": 8}, {"full": 267, "lora": 33}),
-    "HiZOO, batch 4": Contender("hizoo", 4, {}, one(1)),
-    "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
-    "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
-    "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
-    "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **AS_AUTO),
-    "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **AS_AUTO),
-    # A tighter bound by Polyak's step, none, and a constant rate.
-    "tighter bound, batch 4": Contender("forward_difference", 4, TIGHTER | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
-    "tighter bound, batch 16": Contender(
-        "forward_difference", 16, TIGHTER | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
-    ),
-    "no bound, batch 4": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
-    "no bound, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
-    ),
-    "no bound, constant rate": Contender(
-        "forward_difference",
-        4,
-        NORMALIZED | {"num_perturbations": 2},
-        AT_TWO,
-        **AS_AUTO | {"schedule": "constant"},
-    ),
-    # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
-    "one-sided, batch 4": Contender(
-        "forward_difference", 4, {"num_perturbations": 2}, {"full": 4, "lora": 6}, "linear", True
-    ),
-    "one-sided, batch 16": Contender(
-        "forward_difference", 16, {"num_perturbations": 8}, {"full": 16, "lora": 24}, "linear", True
-    ),
-    "one-sided, lower rates": Contender(
-        "forward_difference", 4, {"num_perturbations": 2}, {"full": 8 / 3, "lora": 5 / 2}, "linear", lora_eps=2e-2
-    ),
-}
-
-
-def rates_of(name: str, task: str, train: str) -> list[float]:
-    """Return the learning rates that a contender may run at."""
-    contender = CONTENDERS[name]
-    if contender.factor is None:
-        count = contender.options["num_perturbations"]
-        what = {"full": "full parameters", "lora": "LoRA"}[train]
-        rates = [learning_rate(what, num_perturbations=count, steps=FORWARDS[task] // (count + 1))]
-    else:
-        rates = [rate * contender.factor[train] for rate in RATES[train]]
-        rates = rates if contender.swept else rates[1:2]
-    return [float(f"{rate:.3g}") for rate in rates]
 
 
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:

@@ -105,13 +105,17 @@ class ForwardDifference(ZerothOrderOptimizer):
 
     def step_scale(self, steps: int) -> float:
         """Return what the learning rate is multiplied by, from running means over so many steps; NaN before any."""
-        if not self.normalize or steps == 0:
-            return math.nan if self.normalize else 1.0
+        if not self.normalize:
+            return 1.0
+        if steps == 0:
+            return math.nan
         if not self._weighted_squares:
             return 0.0  # equal losses at every step so far say nothing about the gradient, so the weights stay
         scale = math.sqrt((1 - self.beta**steps) / self._weighted_squares)
-        polyak, lr = self._weighted_losses / self._weighted_squares, self.defaults["lr"]
-        return min(scale, self.polyak_share * polyak / lr) if lr and math.isfinite(self.polyak_share) else scale
+        lr = self.defaults["lr"]
+        if lr == 0 or math.isinf(self.polyak_share):
+            return scale
+        return min(scale, self.polyak_share * self._weighted_losses / self._weighted_squares / lr)
 
     def effective_lr(self) -> float:
         """Return the learning rate; normalised, that of a method that is not and moves as far as the last step did."""
