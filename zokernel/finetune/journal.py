@@ -18,6 +18,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.checkpoint import whole_folder
 from zokernel.finetune.rebuild import BASE_ADAPTER, load_base_
+from zokernel.finetune.sampling import ORDER_VERSION
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
@@ -251,6 +252,7 @@ def _data_order(trainer: ZOTrainer) -> dict[str, Any]:
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.data_ranks,
         "sampling": str(args.train_sampling_strategy),
+        "sampler": ORDER_VERSION,
         "drop_last": args.dataloader_drop_last,
         "examples": digest.hexdigest() if examples is not None else _length(trainer.train_dataset),
     }

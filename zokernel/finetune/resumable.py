@@ -57,6 +57,11 @@ class ResumableTrainer(Trainer):
         self.add_callback(_AroundTheLoop(self))
 
     @property
+    def data_ranks(self) -> int:
+        """How many batches the processes of the run see in one step."""
+        return self.args.world_size
+
+    @property
     def bare_optimizer(self) -> Any:
         """The optimizer itself, without accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -175,7 +180,9 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is LengthGroupedSampler:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = self._epoch_sampler = EpochSeededSampler(sampler.batch_size, seed=seed, lengths=sampler.lengths)
+            sampler = self._epoch_sampler = EpochSeededSampler(
+                sampler.batch_size, seed=seed, processes=self.data_ranks, lengths=sampler.lengths
+            )
         return sampler
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
