@@ -215,6 +215,10 @@ class Runs:
         best = min(ends.values(), default=math.inf)
         return [lr for lr, end in ends.items() if end == best or (several and end <= CLOSE * best)]
 
+    def all_diverged(self, **wanted: Any) -> bool:
+        """Return whether there was a sweep of which no rate is left."""
+        return bool(self.find(seed=SWEEP_SEED, **wanted)) and not self.finalists(several=False, **wanted)
+
     def measured(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the runs that did not serve to choose a rate."""
         return [row for row in self.find(**wanted) if row["seed"] != SWEEP_SEED]
@@ -265,10 +269,10 @@ def tables(runs: Runs) -> str:
         spent = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
         rows = []
         for name in CONTENDERS:
-            if not runs.measured(contender=name, **key):
-                continue
-            found = runs.final(contender=name, **key)
+            found = runs.final(contender=name, **key) if runs.measured(contender=name, **key) else []
             if not found:
+                if runs.all_diverged(contender=name, **key):
+                    rows.append([name, "diverges at all three", *[""] * 7])
                 continue
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):

@@ -18,6 +18,7 @@ from zokernel.finetune.state_file import refuse_pickles
 
 logger = logging.getLogger(__name__)
 
+LOADED_AT_ONCE = 1 << 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,7 +154,7 @@ def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reser
 
 @torch.no_grad()
 def load_weights_(model: nn.Module, folder: Path) -> None:
-    """Copy saved weights into a model in place, holding one tensor at a time beside it.
+    """Copy saved weights into a model in place, holding :data:`LOADED_AT_ONCE` bytes at a time beside it.
 
     Args:
         model: The model that was saved.
@@ -171,14 +172,17 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     for file in files:
         with safe_open(file, "pt") as archive:
             names = list(archive.keys())
-        for name in names:
-            # Opened anew for each tensor: pages of the file that were read count as memory until it is closed.
-            with safe_open(file, "pt") as archive:
-                if name not in targets:
-                    raise RunError(
-                        f"{file} holds {name!r}, which this model has not: it is another model's checkpoint."
-                    )
-                targets[name].copy_(archive.get_tensor(name))
+            shapes = {name: tuple(archive.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            if name not in targets or tuple(targets[name].shape) != shape:
+                raise RunError(f"{file} holds {name!r} of shape {shape}, which this model has not: it is another's.")
+            target = targets[name] if shape else targets[name].view(1)
+            length = max(1, LOADED_AT_ONCE * len(target) // max(1, target.nbytes))
+            for begin in range(0, len(target), length):
+                # Opened anew each time: pages of the file that were read count as memory until it is closed.
+                with safe_open(file, "pt") as archive:
+                    rows = archive.get_slice(name)[begin : begin + length] if shape else archive.get_tensor(name)
+                    target[begin : begin + length].copy_(rows)
 
 
 def estimate_memory(
