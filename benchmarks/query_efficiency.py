@@ -46,12 +46,6 @@ SWEEP_SEED = 0
 CLOSE = 1.1  # MeZO, which sets the target, runs all seeds at rates whose sweep ended within a tenth of the best one's
 MEASURED = 64  # training examples whose loss is followed
 POINTS = 8  # evaluations a run
-# The learning rate, relative to the first, where so large a share of the steps is done.
-SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-}
 
 
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -159,8 +153,9 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     batches = arena.batches(contender.batch, seed)
     for step in range(steps):
         batch = next(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * SCHEDULES[contender.schedule](step / steps)
+        if contender.schedule == "linear":
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / steps)
         start, before = time.process_time(), optimizer.num_forwards
         try:
             optimizer.step(paired.make_closure(arena.model, batch, bf16=True))

@@ -175,7 +175,10 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
             shapes = {name: tuple(archive.get_slice(name).get_shape()) for name in names}
         for name, shape in shapes.items():
             if name not in targets or tuple(targets[name].shape) != shape:
-                raise RunError(f"{file} holds {name!r} of shape {shape}, which this model has not: it is another's.")
+                raise RunError(
+                    f"{file} holds {name!r} of shape {shape}, which this model has not: it is another model's "
+                    "checkpoint."
+                )
             target = targets[name] if shape else targets[name].view(1)
             length = max(1, LOADED_AT_ONCE * len(target) // max(1, target.nbytes))
             for begin in range(0, len(target), length):

@@ -170,7 +170,7 @@ class ZOTrainer(ResumableTrainer):
     @property
     def data_ranks(self) -> int:
         """How many batches the processes of the run see in one step."""
-        return self.parallel.data_ranks if self.parallel is not None else self.args.world_size
+        return self.parallel.data_ranks if self.parallel is not None else super().data_ranks
 
     @property
     def can_stack(self) -> bool:
