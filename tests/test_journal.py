@@ -35,17 +35,17 @@ NOT_ON_A_GRID = [
 ]
 
 
-def network(dtype=torch.float32, seed=0):
+def network(dtype=torch.float32, seed=0, device="cpu"):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2)).to(dtype)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2)).to(device, dtype)
 
 
-def record_run(folder, name, *, dtype=torch.float32, steps=STEPS, **overrides):
+def record_run(folder, name, *, dtype=torch.float32, steps=STEPS, device="cpu", **overrides):
     """Train a small network with a journal, learning rates and groups that change; return weights after every step."""
     method, (lr, _, options) = ALL[name]
     options = {**options, "lr": lr, **overrides}
-    net = network(dtype)
-    x, y = torch.randn(8, 5, dtype=dtype), torch.randint(0, 2, (8,))
+    net = network(dtype, device=device)
+    x, y = torch.randn(8, 5, dtype=dtype).to(device), torch.randint(0, 2, (8,)).to(device)
     base = weights_sha256(dict(net.named_parameters()))
     matrices = [(n, p) for n, p in net.named_parameters() if p.ndim > 1]
     vectors = [(n, p) for n, p in net.named_parameters() if p.ndim == 1]

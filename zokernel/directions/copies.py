@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from zokernel.directions import engine
 from zokernel.directions.dense import Dense
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement
+from zokernel.directions.tables import adds_plain_noise
 from zokernel.directions.terms import Job, Noise
 
 # Types of copies that compiled code writes while it reads the weights.
@@ -30,7 +31,8 @@ def copy_perturbed(
 ) -> None:
     r"""Write :math:`\theta + \sum_i offsets_i z_i` into other tensors, the sum rounded to the weights' precision first.
 
-    Rademacher directions on the CPU take one read of the weights and one write of the copy, as bfloat16 if the copy is.
+    On a GPU all directions take one read of the weights and one write of the copy, as bfloat16 if the copy is; on the
+    CPU Rademacher directions do.
 
     Args:
         family: Directions.
@@ -44,6 +46,11 @@ def copy_perturbed(
 
 
 def _carry_out(jobs: Sequence[Job], targets: Sequence[Tensor], backend: str) -> None:
+    if jobs and on_gpu(backend, jobs[0].place.local):
+        from zokernel.directions import triton_backend
+
+        triton_backend.copy(jobs, targets)
+        return
     if _all_fast(jobs, targets):
         from zokernel.directions import numba_backend
 
@@ -96,10 +103,12 @@ class Copier:
             # A dense direction of another step is another part of the same streams.
             jobs = _jobs(family, self.places, {0: 1.0}, seed=seed, step=0) if type(family) is Dense else []
             self._prepared, self._streams = None, (family, seed)
-            if jobs and all(_fast(job, torch.float32) for job in jobs):
-                from zokernel.directions import numba_backend
-
-                self._prepared = numba_backend.PreparedCopies(jobs)
+            if jobs and all(map(_plain, jobs)):
+                law = cast(Noise, jobs[0].terms[0]).law
+                weights = [place.local for place in self.places]
+                kinds = {tensor.dtype for tensor in weights}, {tensor.device for tensor in weights}
+                backend = engine.preparing(law, *kinds, family.backend)
+                self._prepared = None if backend is None or len(kinds[0]) > 1 else backend.PreparedCopies(jobs)
         return self._prepared is not None
 
 
@@ -125,6 +134,11 @@ def copy_perturbed_rows(
         step: Step of the run.
     """
     (job,) = _jobs(family, [place], offsets, seed=seed, step=step)
+    if on_gpu(family.backend, target):
+        from zokernel.directions import triton_backend
+
+        triton_backend.copy_rows(job, rows, target)
+        return
     if _fast(job, target.dtype):
         from zokernel.directions import numba_backend
 
@@ -144,6 +158,11 @@ def copy_perturbed_rows(
     engine.sweep(jobs, family.backend)
 
 
+def on_gpu(backend: str, tensor: Tensor) -> bool:
+    """Return whether copies of a tensor are made by Triton: any rows, any directions, without waiting for them."""
+    return engine.choose_backend(tensor.device, backend) == "triton"
+
+
 def _jobs(
     family: Family, places: Sequence[Placement], offsets: Mapping[int, float], *, seed: int, step: int
 ) -> list[Job]:
@@ -158,6 +177,12 @@ def _jobs(
 
 def _all_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
     return len({t.dtype for t in targets}) == 1 and all(_fast(job, targets[0].dtype) for job in jobs)
+
+
+def _plain(job: Job) -> bool:
+    """Whether a job adds one plain noise to whole rows of its tensor."""
+    rows = job.place.local.is_contiguous() and tuple(job.place.local.shape[1:]) == job.place.shape[1:]
+    return rows and len(job.terms) == 1 and adds_plain_noise(job.terms[0])
 
 
 def _fast(job: Job, dtype: torch.dtype) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from zokernel.directions.base import Scale
 from zokernel.directions.family import Family, by_name, draws_of, scales_of
 from zokernel.directions.laws import Law, get_law
 from zokernel.directions.philox import stream_key
-from zokernel.directions.placement import Placement, fingerprint, place_all
+from zokernel.directions.placement import Fingerprint, Placement, fingerprint, place_all
 from zokernel.directions.terms import Job, Noise, Term, affine
 
 GAINS_KEPT = 256
@@ -50,7 +51,7 @@ class Dense(Family):
         self.law = get_law(distribution)
         # Norms of recent sphere directions: each is swept over three times a step, but measured once.
         self._gains: dict[tuple[object, ...], float] = {}
-        # Recent sweeps of signs, by weights, seed and number of directions.
+        # Recent prepared sweeps, by weights, seed and number of directions.
         self._prepared: dict[tuple[object, ...], Any] = {}
 
     def __repr__(self) -> str:
@@ -75,27 +76,30 @@ class Dense(Family):
         return self._gains[cache_key]
 
     def _add_prepared(self, tensors: Mapping[str, Tensor], scale: Scale | Mapping[str, Scale], **options: Any) -> bool:
-        """Add signs to float32 weights on the CPU, in a sweep that is prepared once; return whether they were."""
-        if type(self) is not Dense or self.law.name != "rademacher" or self.backend not in ("auto", "numba"):
+        """Add noise in a sweep that is prepared once (on the CPU signs, to float32); return whether it was added."""
+        if type(self) is not Dense or self.law.name == "sphere":
             return False
         seed, step, index, decay = (options[name] for name in ("seed", "step", "index", "decay"))
-        draws, geometry = draws_of(step, index), fingerprint(tensors)
-        if geometry is None or not draws:
+        draws, weights = draws_of(step, index), fingerprint(tensors)
+        if weights is None or not draws:
+            return False
+        backend = engine.preparing(self.law.name, weights.dtypes, weights.devices, self.backend)
+        if backend is None:
             return False
         given = scale if isinstance(scale, Mapping) else dict.fromkeys(tensors, scales_of(scale, "", len(draws)))
         scales = [scales_of(given, name, len(draws)) for name in tensors]
         keep, shift = zip(*[affine(by_name(decay, name, "decay")) for name in tensors])
         if not all(map(all, scales)) or any(factor != 1.0 for factor in keep):
             return False
-        self._prepare(geometry, tensors, seed, len(draws))(draws, scales, shift)
+        self._prepare(backend, weights, tensors, seed, len(draws))(draws, scales, shift)
         engine.mark_changed(tensors.values())
         return True
 
-    def _prepare(self, geometry: object, tensors: Mapping[str, Tensor], seed: int, count: int) -> Any:
-        key = (geometry, seed, count)
+    def _prepare(
+        self, backend: ModuleType, weights: Fingerprint, tensors: Mapping[str, Tensor], seed: int, count: int
+    ) -> Any:
+        key = (weights, seed, count)
         if key not in self._prepared:
-            from zokernel.directions import numba_backend
-
             places = place_all(tensors)
             by_index = [self.terms(places, seed=seed, step=0, index=index) for index in range(count)]
             jobs = [Job(place, terms, (1.0,) * count) for place, terms in zip(places, zip(*by_index))]
@@ -103,5 +107,5 @@ class Dense(Family):
             rows = [number for number, name in enumerate(tensors) if name in kept]
             if len(self._prepared) >= SWEEPS_KEPT:
                 self._prepared.pop(next(iter(self._prepared)))
-            self._prepared[key] = numba_backend.PreparedSweep(jobs, rows)
+            self._prepared[key] = backend.PreparedSweep(jobs, rows)
         return self._prepared[key]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import lru_cache
 from types import ModuleType
 
@@ -103,6 +103,25 @@ def choose_backend(device: torch.device, backend: str = "auto") -> str:
     if backend == "numba" and device.type != "cpu":
         raise UsageError(f"The numba backend works on CPU tensors, not on {device}: use backend='auto'.")
     return backend
+
+
+def preparing(law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], backend: str) -> ModuleType | None:
+    """Return the backend whose ``PreparedSweep`` and ``PreparedCopies`` serve a law on some weights, or None.
+
+    Args:
+        law: Law of the noise.
+        dtypes: Dtypes of the weights.
+        devices: Devices of the weights.
+        backend: As for :func:`sweep`.
+
+    Returns:
+        A backend's module; None if they must be swept over job by job.
+    """
+    if len(devices) != 1:
+        return None
+    name = choose_backend(next(iter(devices)), backend)
+    served = name == "triton" or (name == "numba" and law == "rademacher" and dtypes == {torch.float32})
+    return _load(name) if served else None
 
 
 def _load(name: str) -> ModuleType:

@@ -8,20 +8,23 @@ result depends on how elements are split into tiles, segments or threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 
-from zokernel.directions.numba_kernels import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, JOB, SEGMENT, TERM
 from zokernel.directions.numba_team import carry_out
-from zokernel.directions.placement import Placement, Runs, find_runs
-from zokernel.directions.terms import Factors, Job, Noise, Rule, Values, affine
+from zokernel.directions.tables import (
+    LAW_CODES,
+    SEGMENT,
+    TERM,
+    adds_plain_noise,
+    geometry,
+    job_tables,
+    segment_table,
+)
+from zokernel.directions.terms import Factors, Job, Noise, Rule, Values
 
 SEGMENT_LENGTH = 1 << 18
-LAW_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
-DTYPE_CODES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-NOISE, FACTORS, VALUES = 0, 1, 2
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
@@ -33,8 +36,8 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     Returns:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
     """
-    job_table, term_table = _tables(jobs)
-    segments = _segments(tuple(_geometry(job.place) for job in jobs))
+    job_table, term_table = job_tables(jobs)
+    segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
     peaks = np.zeros(len(segments), np.float32)
     plain = np.array([_adds_signs(job) for job in jobs], bool)
     fast = plain[segments["job"]] & (segments["stride"] == 1)
@@ -56,8 +59,8 @@ class PreparedSweep:
     """
 
     def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
-        self._jobs, self._terms = _tables(jobs)
-        self._segments = _segments(tuple(_geometry(job.place) for job in jobs))
+        self._jobs, self._terms = job_tables(jobs)
+        self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
         self._rows = np.array(rows, np.int64)
         contiguous = self._segments["stride"] == 1
         self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
@@ -92,8 +95,8 @@ class PreparedCopies:
     """
 
     def __init__(self, jobs: Sequence[Job]):
-        self._terms = _tables(jobs)[1]
-        self._segments = _segments(tuple(_geometry(job.place) for job in jobs))
+        self._terms = job_tables(jobs)[1]
+        self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
         self._job, self._local = self._segments["job"], self._segments["local"].astype(np.uint64)
 
     def along(self, step: int, index: int, scale: float) -> PreparedCopies:
@@ -127,7 +130,7 @@ def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
     segments["position"], segments["length"], segments["stride"] = begin, columns, 1
     stride = columns * target.element_size()
     addresses = (np.arange(rows.numel()) * stride + target.data_ptr()).astype(np.uint64)
-    _copy(segments, addresses, target.dtype, _tables([job])[1])
+    _copy(segments, addresses, target.dtype, job_tables([job])[1])
 
 
 def can_copy(job: Job) -> bool:
@@ -180,66 +183,4 @@ def _adds_signs(job: Job) -> bool:
 
 
 def _is_plain_signs(term: Noise | Factors | Values) -> bool:
-    return isinstance(term, Noise) and term.law == "rademacher" and term.mask is None and term.gain == 1.0
-
-
-def _tables(jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
-    job_rows: list[tuple] = []
-    term_rows: list[tuple] = []
-    for job in jobs:
-        first = len(term_rows)
-        old_scales = job.old_scales or (0.0,) * len(job.terms)
-        for term, scale, old in zip(job.terms, job.scales, old_scales, strict=True):
-            term_rows.append((*_describe(term), scale, old))
-        codes = (DTYPE_CODES[job.place.local.dtype], int(job.rule), first, len(term_rows))
-        job_rows.append((*codes, *affine(job.decay), job.decay - 1.0, job.grid, *job.rounding))
-    return np.array(job_rows, JOB), np.array(term_rows, TERM)
-
-
-def _describe(term: Noise | Factors | Values) -> tuple[int | float, ...]:
-    match term:
-        case Noise():
-            mask = 0 if term.mask is None else term.mask.data_ptr()
-            return (NOISE, LAW_CODES[term.law], *term.key, term.step, term.index, mask, 0, 0, 0, term.gain)
-        case Factors():
-            left, right = term.left, term.right
-            return (FACTORS, 0, 0, 0, 0, 0, left.data_ptr(), right.data_ptr(), *right.shape, term.gain)
-        case Values():
-            return (VALUES, 0, 0, 0, 0, 0, term.values.data_ptr(), 0, 0, 0, 1.0)
-
-
-Geometry = tuple[int, int, torch.Size, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def _geometry(place: Placement) -> Geometry:
-    """All that a tensor's segments depend on; it holds no reference to the tensor."""
-    local = place.local
-    return local.data_ptr(), local.element_size(), local.shape, local.stride(), place.shape, place.offset
-
-
-@lru_cache(maxsize=256)
-def _segments(geometries: tuple[Geometry, ...]) -> np.ndarray:
-    """Cut every tensor into segments; the same weights are swept over again and again, so it is worth remembering."""
-    tables = [np.zeros(0, SEGMENT)]
-    for number, (address, width, size, stride, whole, offset) in enumerate(geometries):
-        runs = find_runs(size, stride, whole, offset)
-        position, memory, local, length = _split(runs)
-        table = np.empty(len(position), SEGMENT)
-        table["job"], table["stride"] = number, runs.stride
-        table["address"] = (memory * width + address).astype(np.uint64)
-        table["position"], table["local"], table["length"] = position, local, length
-        tables.append(table)
-    return np.concatenate(tables)
-
-
-def _split(runs: Runs) -> tuple[np.ndarray, ...]:
-    """Cut runs at positions that are multiples of SEGMENT_LENGTH."""
-    if runs.length <= SEGMENT_LENGTH:
-        return runs.position, runs.memory, runs.local, np.full(len(runs.position), runs.length)
-    pieces = []
-    for first, memory, local in zip(runs.position, runs.memory, runs.local):
-        cuts = np.arange(first // SEGMENT_LENGTH + 1, (first + runs.length - 1) // SEGMENT_LENGTH + 1) * SEGMENT_LENGTH
-        begin = np.concatenate([[0], cuts - first]).astype(np.int64)
-        end = np.concatenate([begin[1:], [runs.length]])
-        pieces.append((begin + first, memory + begin * runs.stride, local + begin, end - begin))
-    return tuple(np.concatenate(column) for column in zip(*pieces))
+    return isinstance(term, Noise) and term.law == "rademacher" and adds_plain_noise(term)

@@ -26,37 +26,12 @@ from zokernel.directions.numba_math import (
     to_float16,
     uniform,
 )
+from zokernel.directions.tables import BFLOAT16, FLOAT32, FLOAT64
 from zokernel.directions.terms import Rule
 
 TILE = 8 * GROUP
 BLOCKS = TILE // 4
 
-_U8, _I8, _F8 = np.uint64, np.int64, np.float64
-
-
-def _table(fields: dict[str, type]) -> np.dtype:
-    return np.dtype(list(fields.items()))
-
-
-JOB = _table(
-    {
-        **dict.fromkeys(("dtype", "rule", "first", "last"), _I8),
-        **dict.fromkeys(("keep", "shift", "decay_minus_one", "grid"), _F8),
-        **dict.fromkeys(("key0", "key1", "step", "index"), _U8),
-    }
-)
-TERM = _table(
-    {
-        **dict.fromkeys(("kind", "law"), _I8),
-        **dict.fromkeys(("key0", "key1", "step", "index", "first", "second"), _U8),
-        **dict.fromkeys(("rank", "columns"), _I8),
-        **dict.fromkeys(("gain", "scale", "old_scale"), _F8),
-    }
-)
-SEGMENT = _table({"job": _I8, "address": _U8, **dict.fromkeys(("position", "length", "stride", "local"), _I8)})
-
-
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
 NEAREST, STOCHASTIC, GRID_MOVE, GRID_COMMIT = (int(rule) for rule in Rule)
 
 _ONE = np.float32(1)

@@ -26,9 +26,10 @@ from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
 from zokernel.directions.gaussian_math import GROUP
-from zokernel.directions.numba_kernels import JOB, SEGMENT, TERM, run_segments, squared_norms
+from zokernel.directions.numba_kernels import run_segments, squared_norms
 from zokernel.directions.numba_math import cached, inlined, pointer_to
 from zokernel.directions.numba_signs import add_signs, copy_signs
+from zokernel.directions.tables import JOB, SEGMENT, TERM
 
 logger = logging.getLogger(__name__)
 

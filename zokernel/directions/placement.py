@@ -183,22 +183,39 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
     return places
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> tuple[tuple[object, ...], ...] | None:
-    """Return all that the placement of whole float32 weights on the CPU depends on.
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """All that the placement of plain tensors depends on.
+
+    Attributes:
+        tensors: Name, address, shape, strides and dtype of each.
+        dtypes: Their dtypes.
+        devices: Their devices.
+    """
+
+    tensors: tuple[tuple[object, ...], ...]
+    dtypes: frozenset[torch.dtype]
+    devices: frozenset[torch.device]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint | None:
+    """Return what identifies some weights and where they lie.
 
     Args:
         tensors: Tensors by name.
 
     Returns:
-        One entry a tensor; None if some are of another kind.
+        Their fingerprint; None if some are not plain strided tensors.
     """
-    found = []
+    found, dtypes, devices = [], set(), set()
     for name, t in tensors.items():
-        plain = type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout == torch.strided
-        if not plain or t.dtype != torch.float32:
+        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
             return None
-        found.append((name, t.data_ptr(), t.shape, t.stride()))
-    return tuple(found)
+        dtype = t.dtype
+        found.append((name, t.data_ptr(), t.shape, t.stride(), dtype))
+        dtypes.add(dtype)
+        devices.add(t.device)
+    return Fingerprint(tuple(found), frozenset(dtypes), frozenset(devices))
 
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

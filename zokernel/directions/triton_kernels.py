@@ -1,9 +1,9 @@
-"""Triton sweep of one tensor: generate a tile of every term, combine it with the weights, store.
+"""Triton sweep of many tensors: generate a tile of every term, combine it with the weights, store.
 
-Legend: a program handles 4 planes of shape (ROWS, COLUMNS); plane k of row r holds elements
-``(r * 4 + k) * COLUMNS + column`` of its tile, which is how a Philox block's four words are laid out (COLUMNS is 32
-bits of one word for Rademacher, 64 blocks for the other laws).  ``ALIGNED`` means that positions are consecutive and
-the tile starts at a whole block; otherwise every element finds its own block and takes the word it needs.
+Legend: a program takes one segment (``tables.SEGMENT``), tile by tile; a tile starts at a multiple of 256 positions and
+has 4 planes of shape (ROWS, COLUMNS).  Plane k of row r holds positions ``(r * 4 + k) * COLUMNS + column`` of the tile,
+which is how a Philox block's four words are laid out (COLUMNS is 32 bits of one word for Rademacher, 64 blocks for the
+other laws).  ``n`` counts elements from the segment's first, ``p`` is their position in the whole tensor.
 """
 
 # Triton reads argument names and literals at compile time; annotations other than constexpr would be evaluated.
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from zokernel.directions import gaussian_math as gm
 from zokernel.directions import philox
+from zokernel.directions.tables import JOB, SEGMENT, TERM, columns_of
 
 M0, M1 = tl.constexpr(philox.MULTIPLIER_0), tl.constexpr(philox.MULTIPLIER_1)
 W0, W1 = tl.constexpr(philox.WEYL_0), tl.constexpr(philox.WEYL_1)
@@ -22,8 +23,22 @@ LOG_2, ANGLE_UNIT = tl.constexpr(gm.LOG_2), tl.constexpr(gm.ANGLE_UNIT)
 HALF_UNIT, UNIFORM_SCALE = tl.constexpr(gm.UNIFORM_UNIT), tl.constexpr(gm.UNIFORM_SCALE)
 SQRT_HALF_BITS = tl.constexpr(gm.SQRT_HALF_BITS)
 
-TILE = 1024
+
 SIGN_COLUMNS, WORD_COLUMNS = 32, gm.PLANE
+
+# Tables are read as int64, by column.
+SEGMENT_FIELDS, JOB_FIELDS, TERM_FIELDS = (tl.constexpr(len(columns_of(table))) for table in (SEGMENT, JOB, TERM))
+S_JOB, S_ADDRESS, S_POSITION, S_LENGTH, S_STRIDE, S_LOCAL = (
+    tl.constexpr(columns_of(SEGMENT)[name]) for name in ("job", "address", "position", "length", "stride", "local")
+)
+J_FIRST, J_LAST, J_KEEP, J_SHIFT, J_DECAY, J_GRID, J_KEY0, J_KEY1, J_STEP, J_INDEX = (
+    tl.constexpr(columns_of(JOB)[name])
+    for name in ("first", "last", "keep", "shift", "decay_minus_one", "grid", "key0", "key1", "step", "index")
+)
+T_KEY0, T_KEY1, T_STEP, T_INDEX, T_FIRST, T_SECOND, T_RANK, T_COLUMNS, T_GAIN, T_SCALE, T_OLD = (
+    tl.constexpr(columns_of(TERM)[name])
+    for name in ("key0", "key1", "step", "index", "first", "second", "rank", "columns", "gain", "scale", "old_scale")
+)
 
 
 @triton.jit
@@ -102,19 +117,6 @@ def sign_of(word, bit):
 
 
 @triton.jit
-def noise_at(position, step, index, k0, k1, LAW: tl.constexpr):
-    """A law's value at each position, one block an element."""
-    if LAW == 0:
-        w0, w1, w2, w3 = philox_words(position // 128, step, index, k0, k1)
-        value = sign_of(pick(position // 32 % 4, w0, w1, w2, w3), position % 32)
-    else:
-        block = position // 256 * 64 + position % 64
-        z0, z1, z2, z3 = block_values(block, step, index, k0, k1, LAW)
-        value = pick(position // 64 % 4, z0, z1, z2, z3)
-    return value
-
-
-@triton.jit
 def word_at(position, step, index, k0, k1):
     """The random word that rounds each position."""
     w0, w1, w2, w3 = philox_words(position // 256 * 64 + position % 64, step, index, k0, k1)
@@ -122,27 +124,41 @@ def word_at(position, step, index, k0, k1):
 
 
 @triton.jit
-def finish_values(z, local, inside, gain, mask_ptr, MASKED: tl.constexpr):
-    """Apply mask and gain."""
-    if MASKED:
-        byte = tl.load(mask_ptr + (local >> 3), mask=inside, other=0).to(tl.int32)
-        z = z * ((byte >> (local & 7).to(tl.int32)) & 1).to(tl.float32)
-    return z * gain
+def real(ptr):
+    """A float64 kept in an int64 table."""
+    return tl.load(ptr).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def stored_term(position, inside, first_ptr, second_ptr, term, numel, rank, columns, KIND: tl.constexpr):
+def word(ptr):
+    """A 32-bit word kept in an int64 table."""
+    return tl.load(ptr).to(tl.uint32)
+
+
+@triton.jit
+def finish_values(z, n, inside, local, term, MASKED: tl.constexpr):
+    """Apply mask and gain."""
+    if MASKED:
+        mask_ptr, bit = tl.load(term + T_FIRST).to(tl.pointer_type(tl.uint8)), local + n
+        byte = tl.load(mask_ptr + (bit >> 3), mask=inside, other=0).to(tl.int32)
+        z = z * ((byte >> (bit & 7).to(tl.int32)) & 1).to(tl.float32)
+    return z * real(term + T_GAIN).to(tl.float32)
+
+
+@triton.jit
+def stored_values(p, inside, term, KIND: tl.constexpr):
     """Entries of left @ right (KIND 1) or given values (KIND 2) at each position."""
+    first = tl.load(term + T_FIRST).to(tl.pointer_type(tl.float32))
     if KIND == 1:
-        row, column = position // columns, position % columns
-        left = first_ptr + term * (numel // columns) * rank
-        right = second_ptr + term * rank * columns
-        z = tl.zeros(position.shape, tl.float32)
+        second = tl.load(term + T_SECOND).to(tl.pointer_type(tl.float32))
+        rank, columns = tl.load(term + T_RANK), tl.load(term + T_COLUMNS)
+        row, column = p // columns, p % columns
+        z = tl.zeros(p.shape, tl.float32)
         for k in range(rank):
-            a = tl.load(left + row * rank + k, mask=inside, other=0.0)
-            z += a * tl.load(right + k * columns + column, mask=inside, other=0.0)
+            a = tl.load(first + row * rank + k, mask=inside, other=0.0)
+            z += a * tl.load(second + k * columns + column, mask=inside, other=0.0)
     else:
-        z = tl.load(first_ptr + term * numel + position, mask=inside, other=0.0)
+        z = tl.load(first + p, mask=inside, other=0.0)
     return z
 
 
@@ -181,98 +197,108 @@ def to_bfloat16(x):
 
 
 @triton.jit
+def round_to(value, TYPE: tl.constexpr):
+    """Round to nearest in the type of weights or of their copies."""
+    return to_bfloat16(value.to(tl.float32)) if TYPE is tl.bfloat16 else value.to(TYPE)
+
+
+@triton.jit
 def store(
-    x_ptr, local, position, inside, acc, old, job_ptr, round_ptr, RULE: tl.constexpr, DECAYED: tl.constexpr,
-    DROP: tl.constexpr, HALF: tl.constexpr,
+    x_ptr, y_ptr, x_stride, y_stride, n, p, inside, acc, old, job,
+    RULE: tl.constexpr, DECAYED: tl.constexpr, DROP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Combine one plane with its weights, store it and return the new values (zero outside)."""
-    x = tl.load(x_ptr + local, mask=inside, other=0.0)
+    """Combine one plane with its weights, store it and return the new values' magnitudes (zero outside)."""
+    x = tl.load(x_ptr + n * x_stride, mask=inside, other=0.0)
     precision = acc.dtype
     if RULE >= 1 and DROP > 0:
-        k0, k1 = tl.load(round_ptr).to(tl.uint32), tl.load(round_ptr + 1).to(tl.uint32)
-        step, index = tl.load(round_ptr + 2).to(tl.uint32), tl.load(round_ptr + 3).to(tl.uint32)
-        word = word_at(position, step, index, k0, k1)
+        random = word_at(p, word(job + J_STEP), word(job + J_INDEX), word(job + J_KEY0), word(job + J_KEY1))
     if RULE <= 1:
         value = x.to(precision)
         if DECAYED:
-            keep, shift = tl.load(job_ptr).to(precision), tl.load(job_ptr + 1).to(precision)
+            keep, shift = real(job + J_KEEP).to(precision), real(job + J_SHIFT).to(precision)
             value = keep * value + (shift * value + acc)
         else:
             value = value + acc
         if RULE == 1 and DROP > 0:
-            value = round_stochastically(value, word, DROP, HALF).to(tl.float32)
-        new = to_bfloat16(value) if x.dtype == tl.bfloat16 else value.to(x.dtype)
+            value = round_stochastically(value, random, DROP, HALF).to(tl.float32)
+        new = round_to(value, x.dtype)
     else:
-        grid = tl.load(job_ptr + 3)
+        grid = real(job + J_GRID)
         per_grid, grid32 = (1.0 / grid).to(tl.float32), grid.to(tl.float32)
         before = rint(old * per_grid) * grid32
         if RULE == 2:
             new = x + (rint(acc * per_grid) * grid32 - before)
         else:
             theta = x - before
-            change = theta.to(tl.float64) * tl.load(job_ptr + 2) + acc.to(tl.float64)
-            steps = tl.floor(change / grid + word.to(tl.float64) * 2.3283064365386963e-10)
+            change = theta.to(tl.float64) * real(job + J_DECAY) + acc.to(tl.float64)
+            steps = tl.floor(change / grid + random.to(tl.float64) * 2.3283064365386963e-10)
             new = theta + (steps * grid).to(tl.float32)
-    tl.store(x_ptr + local, new, mask=inside)
+    tl.store(y_ptr + n * y_stride, round_to(new, y_ptr.dtype.element_ty), mask=inside)
     return tl.where(inside, tl.abs(new.to(tl.float32)), 0.0)
 
 
 @triton.jit
 def sweep_kernel(
-    x_ptr, job_ptr, round_ptr, counter_ptr, scale_ptr, mask_ptr, first_ptr, second_ptr, peak_ptr,
-    num_terms, count, start, run, run_stride, numel, rank, columns,
-    KIND: tl.constexpr, LAW: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
-    DECAYED: tl.constexpr, WIDE: tl.constexpr, DROP: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    segment_ptr, job_ptr, term_ptr, target_ptr, peak_ptr,
+    TYPE: tl.constexpr, TARGET: tl.constexpr, WHOLE: tl.constexpr,
+    KIND: tl.constexpr, LAW: tl.constexpr, MASKED: tl.constexpr, RULE: tl.constexpr, DECAYED: tl.constexpr,
+    WIDE: tl.constexpr, DROP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add every term to one tile of a tensor; ``triton_backend`` explains the arguments."""
-    tile = tl.program_id(0).to(tl.int64) * (ROWS * 4 * COLUMNS)
-    row, column = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, COLUMNS)[None, :].to(tl.int64)
-    lead = start % 256 if ALIGNED else start * 0
-    l0 = tile - lead + row * (4 * COLUMNS) + column
-    l1, l2, l3 = l0 + COLUMNS, l0 + 2 * COLUMNS, l0 + 3 * COLUMNS
-    i0, i1, i2, i3 = (l0 >= 0) & (l0 < count), (l1 >= 0) & (l1 < count), (l2 >= 0) & (l2 < count), (l3 >= 0) & (l3 < count)  # noqa: E501  # fmt: skip
-    p0, p1 = start + l0 // run * run_stride + l0 % run, start + l1 // run * run_stride + l1 % run
-    p2, p3 = start + l2 // run * run_stride + l2 % run, start + l3 // run * run_stride + l3 % run
-    a0 = tl.zeros([ROWS, COLUMNS], tl.float64 if WIDE else tl.float32)
-    a1, a2, a3 = a0, a0, a0
-    o0, o1, o2, o3 = a0, a0, a0, a0
+    """Add every term to one segment; ``triton_backend`` explains the constants."""
+    segment = segment_ptr + tl.program_id(0).to(tl.int64) * SEGMENT_FIELDS
+    number, position = tl.load(segment + S_JOB), tl.load(segment + S_POSITION)
+    length, local = tl.load(segment + S_LENGTH).to(tl.int32), tl.load(segment + S_LOCAL)
+    job = job_ptr + number * JOB_FIELDS
+    x_ptr = tl.load(segment + S_ADDRESS).to(tl.pointer_type(TYPE))
+    if TARGET is None:
+        y_ptr = x_ptr
+    else:
+        y_ptr = tl.load(target_ptr + tl.program_id(0)).to(tl.pointer_type(TARGET))
+    if WHOLE:  # segments begin with a block, and lie where 16 bytes can be moved at once
+        x_ptr, y_ptr, length = tl.multiple_of(x_ptr, 16), tl.multiple_of(y_ptr, 16), tl.multiple_of(length, 16)
+        lead, x_stride = 0, 1
+    else:
+        lead, x_stride = (position % 256).to(tl.int32), tl.load(segment + S_STRIDE)
+    y_stride = x_stride if TARGET is None else 1
+    first, last = tl.load(job + J_FIRST), tl.load(job + J_LAST)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    peak = tl.zeros([ROWS, COLUMNS], tl.float32)
 
-    for term in range(num_terms):
-        scale, old_scale = tl.load(scale_ptr + term * 3), tl.load(scale_ptr + term * 3 + 1)
-        gain = tl.load(scale_ptr + term * 3 + 2).to(tl.float32)
-        if KIND == 0:
-            k0, k1 = tl.load(counter_ptr + term * 4).to(tl.uint32), tl.load(counter_ptr + term * 4 + 1).to(tl.uint32)
-            step = tl.load(counter_ptr + term * 4 + 2).to(tl.uint32)
-            index = tl.load(counter_ptr + term * 4 + 3).to(tl.uint32)
-            if not ALIGNED:
-                z0, z1 = noise_at(p0, step, index, k0, k1, LAW), noise_at(p1, step, index, k0, k1, LAW)
-                z2, z3 = noise_at(p2, step, index, k0, k1, LAW), noise_at(p3, step, index, k0, k1, LAW)
-            elif LAW == 0:
-                block = (tile + start - lead) // 128 + row
-                w0, w1, w2, w3 = philox_words(block, step, index, k0, k1)
-                z0, z1, z2, z3 = sign_of(w0, column), sign_of(w1, column), sign_of(w2, column), sign_of(w3, column)
+    for begin in range(0, length + lead, ROWS * 4 * COLUMNS):
+        n0 = row * (4 * COLUMNS) + column + (begin - lead)
+        n1, n2, n3 = n0 + COLUMNS, n0 + 2 * COLUMNS, n0 + 3 * COLUMNS
+        i0, i1 = (n0 >= 0) & (n0 < length), (n1 >= 0) & (n1 < length)
+        i2, i3 = (n2 >= 0) & (n2 < length), (n3 >= 0) & (n3 < length)
+        p0, p1, p2, p3 = position + n0, position + n1, position + n2, position + n3
+        a0 = tl.zeros([ROWS, COLUMNS], tl.float64 if WIDE else tl.float32)
+        a1, a2, a3 = a0, a0, a0
+        o0, o1, o2, o3 = a0, a0, a0, a0
+        for which in range(first, last):
+            term = term_ptr + which * TERM_FIELDS
+            if KIND == 0:
+                k0, k1 = word(term + T_KEY0), word(term + T_KEY1)
+                step, index = word(term + T_STEP), word(term + T_INDEX)
+                start = position + (begin - lead)
+                if LAW == 0:
+                    w0, w1, w2, w3 = philox_words(start // 128 + row, step, index, k0, k1)
+                    z0, z1, z2, z3 = sign_of(w0, column), sign_of(w1, column), sign_of(w2, column), sign_of(w3, column)
+                else:
+                    z0, z1, z2, z3 = block_values(start // 4 + row * COLUMNS + column, step, index, k0, k1, LAW)
             else:
-                block = (tile + start - lead) // 4 + row * COLUMNS + column
-                z0, z1, z2, z3 = block_values(block, step, index, k0, k1, LAW)
-        else:
-            which = tile * 0 + term  # 64-bit, since it multiplies sizes
-            z0 = stored_term(p0, i0, first_ptr, second_ptr, which, numel, rank, columns, KIND)
-            z1 = stored_term(p1, i1, first_ptr, second_ptr, which, numel, rank, columns, KIND)
-            z2 = stored_term(p2, i2, first_ptr, second_ptr, which, numel, rank, columns, KIND)
-            z3 = stored_term(p3, i3, first_ptr, second_ptr, which, numel, rank, columns, KIND)
-        z0, z1 = finish_values(z0, l0, i0, gain, mask_ptr, MASKED), finish_values(z1, l1, i1, gain, mask_ptr, MASKED)
-        z2, z3 = finish_values(z2, l2, i2, gain, mask_ptr, MASKED), finish_values(z3, l3, i3, gain, mask_ptr, MASKED)
-        if RULE >= 2:
-            s = old_scale.to(o0.dtype)
-            o0, o1, o2, o3 = o0 + s * z0, o1 + s * z1, o2 + s * z2, o3 + s * z3
-        s = scale.to(a0.dtype)
-        a0, a1, a2, a3 = a0 + s * z0, a1 + s * z1, a2 + s * z2, a3 + s * z3
+                z0, z1 = stored_values(p0, i0, term, KIND), stored_values(p1, i1, term, KIND)
+                z2, z3 = stored_values(p2, i2, term, KIND), stored_values(p3, i3, term, KIND)
+            z0, z1 = finish_values(z0, n0, i0, local, term, MASKED), finish_values(z1, n1, i1, local, term, MASKED)
+            z2, z3 = finish_values(z2, n2, i2, local, term, MASKED), finish_values(z3, n3, i3, local, term, MASKED)
+            if RULE >= 2:
+                s = real(term + T_OLD).to(o0.dtype)
+                o0, o1, o2, o3 = o0 + s * z0, o1 + s * z1, o2 + s * z2, o3 + s * z3
+            s = real(term + T_SCALE).to(a0.dtype)
+            a0, a1, a2, a3 = a0 + s * z0, a1 + s * z1, a2 + s * z2, a3 + s * z3
 
-    v0 = store(x_ptr, l0, p0, i0, a0, o0, job_ptr, round_ptr, RULE, DECAYED, DROP, HALF)
-    v1 = store(x_ptr, l1, p1, i1, a1, o1, job_ptr, round_ptr, RULE, DECAYED, DROP, HALF)
-    v2 = store(x_ptr, l2, p2, i2, a2, o2, job_ptr, round_ptr, RULE, DECAYED, DROP, HALF)
-    v3 = store(x_ptr, l3, p3, i3, a3, o3, job_ptr, round_ptr, RULE, DECAYED, DROP, HALF)
+        v0 = store(x_ptr, y_ptr, x_stride, y_stride, n0, p0, i0, a0, o0, job, RULE, DECAYED, DROP, HALF)
+        v1 = store(x_ptr, y_ptr, x_stride, y_stride, n1, p1, i1, a1, o1, job, RULE, DECAYED, DROP, HALF)
+        v2 = store(x_ptr, y_ptr, x_stride, y_stride, n2, p2, i2, a2, o2, job, RULE, DECAYED, DROP, HALF)
+        v3 = store(x_ptr, y_ptr, x_stride, y_stride, n3, p3, i3, a3, o3, job, RULE, DECAYED, DROP, HALF)
+        peak = tl.maximum(peak, tl.maximum(tl.maximum(v0, v1), tl.maximum(v2, v3)))
     if RULE >= 2:
-        peak = tl.max(tl.max(tl.maximum(tl.maximum(v0, v1), tl.maximum(v2, v3)), axis=1), axis=0)
-        tl.store(peak_ptr + tl.program_id(0), peak)
+        tl.store(peak_ptr + tl.program_id(0), tl.max(tl.max(peak, axis=1), axis=0))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernel.directions import Dense, LowRank, Subspace
-from zokernel.directions.copies import Copier, copy_perturbed_rows
+from zokernel.directions.copies import Copier, copy_perturbed_rows, on_gpu
 from zokernel.directions.family import Family
 from zokernel.directions.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
@@ -279,10 +279,12 @@ def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwa
     """Look up perturbed rows: only those that occur are made."""
     if id(weight) not in mode.plan.places or id(weight) in mode.fixed:
         return None
-    rows, inverse = torch.unique(input, return_inverse=True)
+    # A GPU makes a row anew wherever it occurs sooner than it tells how many rows there are.
+    again = on_gpu(mode.family.backend, weight)
+    rows, inverse = (input.reshape(-1), None) if again else torch.unique(input, return_inverse=True)
     found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
     mode.plan.copy_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.point)
-    return F.embedding(inverse, found)
+    return found.view(*input.shape, -1) if inverse is None else F.embedding(inverse, found)
 
 
 def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
