@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from zokernel.finetune.scoring import classification_loss, option_scores
 
+SMOLLM2: dict[str, Any] = {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+SMOLLM2 |= {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+LLAMA: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}
+LLAMA |= {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+SHAPES = {"SmolLM2-135M": SMOLLM2, "Llama-3.2-1B": LLAMA}
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -33,13 +38,25 @@ def load(*, lora: bool = False, untrained: bool = False) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.0)
-    if lora:
-        from peft import LoraConfig, get_peft_model
+    return add_adapter(model, untrained=untrained) if lora else model
 
-        torch.manual_seed(0)
-        adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", init_lora_weights=untrained)
-        model = get_peft_model(model, adapter).eval()
-    return model
+
+def add_adapter(model: nn.Module, *, untrained: bool = False) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", init_lora_weights=untrained)
+    return get_peft_model(model, adapter).eval()
+
+
+def build(shape: str, *, device: str = "cpu", lora: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a Llama of random weights in one of :data:`SHAPES`: for timings, which do not depend on the values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).to(dtype).eval()
+    return add_adapter(model) if lora else model
 
 
 def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -69,25 +86,43 @@ def examples(count: int, length: int) -> list[dict[str, Any]]:
     return sorted(fitting, key=lambda item: len(item["input_ids"]) != length)[:count]
 
 
-def make_batch(count: int, length: int = 38) -> dict[str, Any]:
+def random_examples(count: int, length: int) -> list[dict[str, Any]]:
+    """Return encoded examples of random tokens, with options of one token, for models of random weights."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 40000, (count, length), generator=generator).tolist()
+    return [{"input_ids": p, "option_ids": [[11], [12]], "label": n % 2} for n, p in enumerate(prompts)]
+
+
+def make_batch(
+    count: int, length: int = 38, *, items: list[dict[str, Any]] | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     from zokernel.finetune.collate import Collator
 
-    return Collator(pad_token_id=2)(examples(count, length))
+    batch = Collator(pad_token_id=2)(examples(count, length) if items is None else items)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def autocast(*, bf16: bool = True) -> torch.autocast:
+def autocast(*, bf16: bool = True, device: str = "cpu") -> torch.autocast:
     """Return the context of a forward in training: every weight is used once, so none is kept in bf16."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def make_closure(model: nn.Module, batch: dict[str, Any], *, bf16: bool) -> Callable[[], Tensor]:
     """Return the loss of the product: one forward scores both options, logits at the last position only."""
+    device = batch["labels"].device.type
 
     def closure() -> Tensor:
-        with autocast(bf16=bf16):
+        with autocast(bf16=bf16, device=device):
             return classification_loss(option_scores(model, batch), batch["labels"])
 
     return closure
+
+
+def clock() -> tuple[float, float]:
+    """Return wall and CPU time in seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def take_turns(contenders: dict[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1) -> Times:
@@ -95,10 +130,11 @@ def take_turns(contenders: dict[str, Callable[[], Any]], rounds: int, *, warm_up
     times: Times = {name: [] for name in contenders}
     for number in range(-warm_up, rounds):
         for name, run in contenders.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu = clock()
             run()
+            end = clock()
             if number >= 0:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+                times[name].append((end[0] - wall, end[1] - cpu))
     return times
 
 

@@ -42,6 +42,7 @@ class PublicStep:
     def __init__(self, model: nn.Module, items: list[dict[str, Any]]):
         self.model, self.items = model, items
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.trained[0].device
         self.seeds = torch.Generator().manual_seed(0)
         self.sweep_seconds = self.forward_seconds = 0.0
 
@@ -55,7 +56,7 @@ class PublicStep:
             ids[row, length - len(prompt) - len(option) :] = torch.tensor([*prompt, *option])
             mask[row, length - len(prompt) - len(option) :] = 1
             of_option[row, length - len(option) :] = True
-        return ids, mask, of_option
+        return ids.to(self.device), mask.to(self.device), of_option.to(self.device)
 
     def loss(self) -> float:
         """Return the cross entropy of the options' mean log-probabilities."""
@@ -67,7 +68,7 @@ class PublicStep:
             wanted = of_option[:, 1:]
             tokens = torch.gather(logprobs, 2, ids[:, 1:, None])[..., 0]
             scores = (tokens * wanted).sum(1) / wanted.sum(1)
-            labels = torch.tensor([item["label"] for item in self.items])
+            labels = torch.tensor([item["label"] for item in self.items], device=self.device)
             loss = F.cross_entropy(scores.view(len(self.items), -1), labels).item()
         self.forward_seconds += time.perf_counter() - start
         return loss
@@ -78,7 +79,7 @@ class PublicStep:
         start = time.perf_counter()
         torch.manual_seed(seed)
         for p in self.trained:
-            z = torch.normal(mean=0, std=1, size=p.data.size(), dtype=p.data.dtype)
+            z = torch.normal(mean=0, std=1, size=p.data.size(), dtype=p.data.dtype, device=p.data.device)
             p.data = change(p.data, z)
         self.sweep_seconds += time.perf_counter() - start
 

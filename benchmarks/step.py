@@ -35,14 +35,17 @@ METHODS = ("mezo", "kerzoo", "fzoo")
 def make_optimizer(
     method: str, count: int, way: str, model: torch.nn.Module, batch: dict[str, Any], *, bf16: bool
 ) -> ZerothOrderOptimizer:
-    optimizer = get_method(method)(paired.trained(model), lr=0.0, num_perturbations=count)
+    trained = paired.trained(model)
+    # Weights in low precision cannot be moved and brought back.
+    still = {"restore": "still"} if trained[0][1].dtype == torch.bfloat16 else {}
+    optimizer = get_method(method)(trained, lr=0.0, num_perturbations=count, **still)
     if way == "in_forward":
         optimizer.evaluator = InForward()
     elif way == "stacked":
         objective = Objective()
 
         def losses(copies: int) -> torch.Tensor:
-            with paired.autocast(bf16=bf16):
+            with paired.autocast(bf16=bf16, device=batch["labels"].device.type):
                 return objective.stacked(model, repeat_batch(batch, copies), copies)
 
         # As in a run: as many copies as fill a batch of 32 examples, two at least.

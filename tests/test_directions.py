@@ -16,8 +16,9 @@ from zokernel.directions import (
     Directions,
     engine,
     get_directions,
+    numba_backend,
+    torch_backend,
 )
-from zokernel.directions.numba_backend import sum_of_squares
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
@@ -284,6 +285,9 @@ def test_unsuitable_tensors_and_names_are_refused():
 
 
 def test_sum_of_squares_matches_the_values():
-    noise = (stream_key(0, "w"), 1, 2)
+    noises, sizes = [Noise("gaussian", stream_key(0, name), 1, 2) for name in ("v", "w")], [3, 700_001]
     z = Dense("gaussian")({"w": torch.zeros(700_001)}, seed=0, step=1, index=2)["w"].double()
-    assert sum_of_squares("gaussian", *noise, 700_001, CPU) == pytest.approx(float(z.square().sum()), rel=1e-12)
+    for backend in (numba_backend, torch_backend):
+        found = backend.sums_of_squares(noises, sizes, CPU)
+        assert found[1] == pytest.approx(float(z.square().sum()), rel=1e-12)
+        assert 0 < found[0] < 30

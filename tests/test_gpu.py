@@ -9,7 +9,7 @@ import torch
 from test_journal import ALL, NOT_ON_A_GRID, network, record_run, same
 from torch import nn
 from trainers import make_trainer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from zokernel.finetune import replay
 from zokernel.finetune.memory import PeakMemory
@@ -61,9 +61,10 @@ def test_bf16_weights_are_replayed_with_their_stochastic_rounding(tmp_path):
 @pytest.mark.parametrize("method", [*OPTIMIZERS, "subzero"])
 def test_a_run_is_the_same_as_on_the_cpu(method):
     # In float64 the two differ by rounding alone.  The bases of SubZero are a QR, which differs in float32's last bit.
-    losses = {}
+    losses, sizes = {}, {"vocab_size": 304, "n_embd": 96, "n_layer": 2, "n_head": 4}
     for device in ("cpu", "cuda"):
-        model = build(torch.float64, device)
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, torch.float64)
         make = OPTIMIZERS.get(method, SubZero)
         losses[device] = losses_of(model, make(model, lr=1e-3, num_perturbations=3))
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-9 if method != "subzero" else 1e-6)
@@ -123,6 +124,6 @@ def test_a_step_takes_no_more_memory_than_its_forwards(way):
     optimizer.step(closure)
     with PeakMemory() as training:
         optimizer.step(closure)
-    # In the forward, one stretch of weights is held in a copy: 32 MiB here.
-    room = (32 << 20) if way == "in_forward" else 0
+    # In the forward, one stretch of weights is held in a copy, 32 MiB here, and the rows of the embedding.
+    room = (40 << 20) if way == "in_forward" else 0
     assert training.peak_bytes <= 1.05 * evaluating.peak_bytes + room

@@ -3,16 +3,13 @@ r"""Dense directions: every coordinate of every tensor is random."""
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from zokernel.directions import engine
-from zokernel.directions.base import Scale
-from zokernel.directions.family import Family, by_name, draws_of, scales_of
+from zokernel.directions.family import Family, Sweep, by_name, scales_by_tensor
 from zokernel.directions.laws import Law, get_law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Fingerprint, Placement, fingerprint, place_all
@@ -52,7 +49,7 @@ class Dense(Family):
         # Norms of recent sphere directions: each is swept over three times a step, but measured once.
         self._gains: dict[tuple[object, ...], float] = {}
         # Recent prepared sweeps, by weights, seed and number of directions.
-        self._prepared: dict[tuple[object, ...], Any] = {}
+        self._prepared: deque[tuple[object, Fingerprint, Any]] = deque(maxlen=SWEEPS_KEPT)
 
     def __repr__(self) -> str:
         return f"Dense({self.law.name!r})"
@@ -75,37 +72,46 @@ class Dense(Family):
             self._gains[cache_key] = math.sqrt(dim) / norm if norm else 1.0
         return self._gains[cache_key]
 
-    def _add_prepared(self, tensors: Mapping[str, Tensor], scale: Scale | Mapping[str, Scale], **options: Any) -> bool:
-        """Add noise in a sweep that is prepared once (on the CPU signs, to float32); return whether it was added."""
-        if type(self) is not Dense or self.law.name == "sphere":
+    def _sweep_prepared(self, sweep: Sweep) -> bool:
+        """Add noise by tables that are made once (on the CPU only signs, to float32); return whether it was added."""
+        if type(self) is not Dense or self.law.name == "sphere" or not sweep.draws or not sweep.tensors:
             return False
-        seed, step, index, decay = (options[name] for name in ("seed", "step", "index", "decay"))
-        draws, weights = draws_of(step, index), fingerprint(tensors)
-        if weights is None or not draws:
+        weights = fingerprint(sweep.tensors)
+        if weights is None:
             return False
-        backend = engine.preparing(self.law.name, weights.dtypes, weights.devices, self.backend)
-        if backend is None:
+        names, count = weights[0], len(sweep.draws)
+        scales = scales_by_tensor(sweep.scale, names, count)
+        decays = sweep.decay
+        shared = None if isinstance(decays, Mapping) else affine(float(decays))
+        factors = [shared or affine(by_name(decays, name, "decay")) for name in names]
+        if not all(map(all, scales)) or any(keep != 1.0 for keep, _ in factors):
             return False
-        given = scale if isinstance(scale, Mapping) else dict.fromkeys(tensors, scales_of(scale, "", len(draws)))
-        scales = [scales_of(given, name, len(draws)) for name in tensors]
-        keep, shift = zip(*[affine(by_name(decay, name, "decay")) for name in tensors])
-        if not all(map(all, scales)) or any(factor != 1.0 for factor in keep):
+        prepared = self._prepare(weights, sweep, count)
+        if prepared is None:
             return False
-        self._prepare(backend, weights, tensors, seed, len(draws))(draws, scales, shift)
-        engine.mark_changed(tensors.values())
+        prepared(sweep.draws, scales, [shift for _, shift in factors], sweep.rounding)
+        engine.mark_changed(sweep.tensors.values())
         return True
 
-    def _prepare(
-        self, backend: ModuleType, weights: Fingerprint, tensors: Mapping[str, Tensor], seed: int, count: int
-    ) -> Any:
-        key = (weights, seed, count)
-        if key not in self._prepared:
-            places = place_all(tensors)
-            by_index = [self.terms(places, seed=seed, step=0, index=index) for index in range(count)]
-            jobs = [Job(place, terms, (1.0,) * count) for place, terms in zip(places, zip(*by_index))]
+    def _prepare(self, weights: Fingerprint, sweep: Sweep, count: int) -> Any:
+        """Return the prepared sweep over these weights, made if need be; None if no backend has one."""
+        key = (sweep.seed, count, sweep.rule)
+        for known, known_weights, prepared in self._prepared:
+            if known == key and known_weights == weights:
+                return prepared
+        places = place_all(sweep.tensors)
+        devices = {place.local.device for place in places}
+        backend = engine.preparing(self.law.name, set(weights[-1]), devices, self.backend, sweep.rule)
+        made = None
+        if backend is not None:
+            by_index = [self.terms(places, seed=sweep.seed, step=0, index=index) for index in range(count)]
+            ones = (1.0,) * count
+            jobs = [
+                Job(place, terms, ones, sweep.rule, rounding=(*stream_key(sweep.seed, place.name, "rounding"), 0, 0))
+                for place, terms in zip(places, zip(*by_index))
+            ]
             kept = {place.name for place in places}
-            rows = [number for number, name in enumerate(tensors) if name in kept]
-            if len(self._prepared) >= SWEEPS_KEPT:
-                self._prepared.pop(next(iter(self._prepared)))
-            self._prepared[key] = backend.PreparedSweep(jobs, rows)
-        return self._prepared[key]
+            rows = [number for number, name in enumerate(sweep.tensors) if name in kept]
+            made = backend.PreparedSweep(jobs, rows)
+        self._prepared.append((key, weights, made))
+        return made

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Job, Noise
+from zokernel.directions.terms import Job, Noise, Rule
 from zokernel.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,16 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
     Returns:
         The sum of squares, in float64.
     """
-    total = 0.0
-    for place, noise in zip(places, noises):
-        device = place.local.device
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for number, place in enumerate(places):
+        by_device[place.local.device].append(number)
+    sums = [0.0] * len(places)
+    for device, numbers in by_device.items():
         module = _load(choose_backend(device, backend))
-        total += module.sum_of_squares(noise.law, noise.key, noise.step, noise.index, place.numel, device)
-    return total
+        sizes = [places[number].numel for number in numbers]
+        for number, found in zip(numbers, module.sums_of_squares([noises[n] for n in numbers], sizes, device)):
+            sums[number] = found
+    return sum(sums)
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +109,9 @@ def choose_backend(device: torch.device, backend: str = "auto") -> str:
     return backend
 
 
-def preparing(law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], backend: str) -> ModuleType | None:
+def preparing(
+    law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], backend: str, rule: Rule = Rule.NEAREST
+) -> ModuleType | None:
     """Return the backend whose ``PreparedSweep`` and ``PreparedCopies`` serve a law on some weights, or None.
 
     Args:
@@ -113,6 +119,7 @@ def preparing(law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], ba
         dtypes: Dtypes of the weights.
         devices: Devices of the weights.
         backend: As for :func:`sweep`.
+        rule: How results are stored.
 
     Returns:
         A backend's module; None if they must be swept over job by job.
@@ -120,8 +127,8 @@ def preparing(law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], ba
     if len(devices) != 1:
         return None
     name = choose_backend(next(iter(devices)), backend)
-    served = name == "triton" or (name == "numba" and law == "rademacher" and dtypes == {torch.float32})
-    return _load(name) if served else None
+    signs = law == "rademacher" and rule == Rule.NEAREST and dtypes == {torch.float32}
+    return _load(name) if name == "triton" or (name == "numba" and signs) else None
 
 
 def _load(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from zokernel.directions import engine
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+# Matrices of one buffer begin where 16 bytes can be moved at once, and their sizes count in whole sixteens.
+APART = 16
 
 
 def matrix_shape(shape: Sequence[int], most_square: bool = False) -> tuple[int, int]:
@@ -39,31 +43,54 @@ def matrix_shape(shape: Sequence[int], most_square: bool = False) -> tuple[int, 
     return rows, numel // rows
 
 
-def draw_matrix(
-    rows: int, columns: int, law: str, key: tuple[int, int], step: int, index: int, device: torch.device, backend: str
-) -> Tensor:
-    """Draw a (rows, columns) float32 matrix from a stream.
+class Draw(NamedTuple):
+    """A (rows, columns) float32 matrix of a stream.
 
-    Args:
+    Attributes:
         rows: Rows.
         columns: Columns.
         law: Law of its entries.
         key: Philox key of the stream.
         step: Third counter word.
-        index: Fourth counter word.
+        number: Fourth counter word.
         device: Where to draw it.
-        backend: Which backend draws it.
+    """
+
+    rows: int
+    columns: int
+    law: str
+    key: tuple[int, int]
+    step: int
+    number: int
+    device: torch.device
+
+
+def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
+    """Draw some matrices in one sweep: a model has hundreds, and each sweep has its price.
+
+    Args:
+        draws: What to draw.
+        backend: Which backend draws them.
 
     Returns:
-        The matrix.
+        The matrices, contiguous.
     """
-    matrix = torch.zeros(rows, columns, device=device)
-    place = Placement("", matrix, matrix, (rows, columns), (0, 0))
-    engine.sweep([Job(place, (Noise(law, key, step, index),), (1.0,))], backend)
-    return matrix
+    sizes = [-(-draw.rows * draw.columns // APART) * APART for draw in draws]
+    devices = {draw.device for draw in draws}
+    room = {device: sum(size for size, draw in zip(sizes, draws) if draw.device == device) for device in devices}
+    free = {device: torch.zeros(size, device=device) for device, size in room.items()}
+    matrices, jobs = [], []
+    for size, draw in zip(sizes, draws):
+        shape, numel = (draw.rows, draw.columns), draw.rows * draw.columns
+        matrix, free[draw.device] = free[draw.device][:numel].view(shape), free[draw.device][size:]
+        noise = Noise(draw.law, draw.key, draw.step, draw.number)
+        jobs.append(Job(Placement("", matrix, matrix, shape, (0, 0)), (noise,), (1.0,)))
+        matrices.append(matrix)
+    engine.sweep(jobs, backend)
+    return matrices
 
 
-class Recent(Generic[T]):
+class Recent(Generic[K, T]):
     """The last few results of a function, by key: factors are needed three times a step but made once.
 
     Args:
@@ -72,9 +99,9 @@ class Recent(Generic[T]):
 
     def __init__(self, size: int):
         self.size = size
-        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+        self._kept: OrderedDict[K, T] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+    def get(self, key: K, make: Callable[[], T]) -> T:
         """Return the result kept under ``key``, or make and keep it.
 
         Args:
@@ -84,9 +111,26 @@ class Recent(Generic[T]):
         Returns:
             The result.
         """
-        if key not in self._kept:
-            self._kept[key] = make()
-            while len(self._kept) > self.size:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        return self.get_all([key], lambda missing: [make()])[0]
+
+    def get_all(self, keys: Sequence[K], make: Callable[[list[K]], Sequence[T]]) -> list[T]:
+        """Return the results kept under some keys; those that are not are made together.
+
+        Args:
+            keys: What they are.
+            make: Computes the results of the keys it is given.
+
+        Returns:
+            The results.
+        """
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        made = dict(zip(missing, make(missing))) if missing else {}
+        found = [made[key] if key in made else self._kept[key] for key in keys]
+        for key in keys:
+            if key in made:
+                self._kept[key] = made[key]
+            else:
+                self._kept.move_to_end(key)
+        while len(self._kept) > self.size:
+            self._kept.popitem(last=False)
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from zokernel.directions.terms import Job, Rule, Term
 from zokernel.errors import UsageError
 
 NO_ROUNDING = (0, 0, 0, 0)
+
+
+class Sweep(NamedTuple):
+    """What one sweep over some weights does: the arguments of :meth:`Family.sweep_`, of which they are explained."""
+
+    tensors: Mapping[str, Tensor]
+    scale: Scale | Mapping[str, Scale]
+    rule: Rule
+    seed: int
+    draws: list[tuple[int, int]]
+    decay: float | Mapping[str, float]
+    rounding: tuple[int, int]
 
 
 class Family(ABC):
@@ -94,12 +106,11 @@ class Family(ABC):
         Raises:
             UsageError: If names, numbers of scales, seeds or dtypes do not fit.
         """
-        options: Any = {"seed": seed, "step": step, "index": index, "decay": decay}
-        if stochastic or not self._add_prepared(tensors, scale, **options):
-            self.sweep_(tensors, scale, rule=Rule.STOCHASTIC if stochastic else Rule.NEAREST, **options)
+        rule = Rule.STOCHASTIC if stochastic else Rule.NEAREST
+        self.sweep_(tensors, scale, rule=rule, seed=seed, step=step, index=index, decay=decay)
 
-    def _add_prepared(self, tensors: Mapping[str, Tensor], scale: Scale | Mapping[str, Scale], **options: Any) -> bool:
-        """Do what :meth:`add_` does, to nearest, if there is a quicker way; return whether it was done."""
+    def _sweep_prepared(self, sweep: Sweep) -> bool:
+        """Carry out a sweep without grid, if there is a quicker way; return whether it was done."""
         return False
 
     def sweep_(
@@ -135,6 +146,10 @@ class Family(ABC):
         """
         draws = draws_of(step, index)
         rounding = rounding or (draws[0] if draws else (0, 0))
+        rules = set(rule.values()) if isinstance(rule, Mapping) else {rule}
+        special = old_scale is not None or grid is not None or len(rules) != 1
+        if not special and self._sweep_prepared(Sweep(tensors, scale, rules.pop(), seed, draws, decay, rounding)):
+            return dict.fromkeys(tensors, 0.0)
         places = place_all(tensors)
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in draws]
         # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
@@ -186,6 +201,19 @@ def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
     if name not in value:
         raise UsageError(f"There is no {what} for tensor {name!r}: give one for every name, or a single number.")
     return float(value[name])
+
+
+def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], count: int) -> list[list[float]]:
+    """Return the scales of every tensor, ``count`` each; lists given for several tensors are looked at once."""
+    if not isinstance(scale, Mapping):
+        return [scales_of(scale, "", count)] * len(names)
+    if any(name not in scale for name in names):
+        return [scales_of(scale, name, count) for name in names]  # which says whose are missing
+    held, known = [scale[name] for name in names], dict[int, list[float]]()
+    for given in held:
+        if id(given) not in known:
+            known[id(given)] = scales_of(given, "", count)
+    return [known[id(given)] for given in held]
 
 
 def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zokernel.directions.factors import Recent, draw_matrix
+from zokernel.directions.factors import Draw, Recent, draw_matrices
 from zokernel.directions.family import Family
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -45,7 +45,7 @@ class Frames(Family):
         if size < 1:
             raise UsageError(f"A frame must hold at least 1 direction, not {size}.")
         self.size = size
-        self._frames: Recent[dict[str, Tensor]] = Recent(2)
+        self._frames: Recent[tuple[object, ...], dict[str, Tensor]] = Recent(2)
 
     def __repr__(self) -> str:
         return f"Frames(size={self.size})"
@@ -68,19 +68,11 @@ class Frames(Family):
     def _make(self, places: Sequence[Placement], seed: int, step: int, number: int) -> dict[str, Tensor]:
         # Drawn by name and stacked by sorted name, so the frame does not depend on the order of the call.
         ordered = sorted((place for place in places if place.numel), key=lambda place: place.name)
-        gaussians = [
-            draw_matrix(
-                place.numel,
-                self.size,
-                "gaussian",
-                stream_key(seed, place.name, "frame"),
-                step,
-                number,
-                place.local.device,
-                self.backend,
-            ).double()
-            for place in ordered
+        draws = [
+            Draw(p.numel, self.size, "gaussian", stream_key(seed, p.name, "frame"), step, number, p.local.device)
+            for p in ordered
         ]
+        gaussians = [gaussian.double() for gaussian in draw_matrices(draws, self.backend)]
         home = gaussians[0].device
         q, r = torch.linalg.qr(torch.cat([block.to(home) for block in gaussians]))
         dim = q.shape[0]

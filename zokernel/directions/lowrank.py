@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.factored import Factored
-from zokernel.directions.factors import Recent, draw_matrix, matrix_shape
+from zokernel.directions.factors import Draw, Recent, draw_matrices, matrix_shape
 from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Factors
+from zokernel.directions.terms import Factors, Term
 
 
 class LowRank(Factored):
@@ -50,8 +50,8 @@ class LowRank(Factored):
         backend: str = "auto",
     ):
         super().__init__(distribution, rank, refresh, most_square, backend)
-        self._lefts: Recent[Tensor] = Recent(1024)
-        self._rights: Recent[Tensor] = Recent(4096)
+        self._lefts: Recent[Draw, Tensor] = Recent(1024)
+        self._rights: Recent[Draw, Tensor] = Recent(4096)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Return the rows, columns and rank that a tensor of this shape is given.
@@ -81,13 +81,8 @@ class LowRank(Factored):
         Returns:
             (m, r) float32.
         """
-        device = device or torch.device("cpu")
-        rows, _, rank = self.shape(shape)
-        key = stream_key(seed, name, "lowrank-left")
-        return self._lefts.get(
-            (name, rows, rank, seed, step, index, device),
-            lambda: draw_matrix(rows, rank, self.law.name, key, step, index, device, self.backend),
-        )
+        draw = self._left(name, shape, seed, step, index, device or torch.device("cpu"))
+        return self._lefts.get_all([draw], self._make)[0]
 
     def right(
         self, name: str, shape: Sequence[int], *, seed: int, step: int, device: torch.device | None = None
@@ -104,13 +99,17 @@ class LowRank(Factored):
         Returns:
             (r, n) float32.
         """
-        device = device or torch.device("cpu")
-        _, columns, rank = self.shape(shape)
-        key, epoch = stream_key(seed, name, "lowrank-right"), step // self.refresh
-        return self._rights.get(
-            (name, columns, rank, seed, epoch, device),
-            lambda: draw_matrix(rank, columns, self.law.name, key, epoch, 0, device, self.backend),
-        )
+        draw = self._right(name, shape, seed, step, device or torch.device("cpu"))
+        return self._rights.get_all([draw], self._make)[0]
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Family.terms`."""
+        matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
+        lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
+        self._lefts.get_all(lefts, self._make)
+        rights = [self._right(name, shape, seed, step, device) for name, shape, device in matrices]
+        self._rights.get_all(rights, self._make)
+        return super().terms(places, seed=seed, step=step, index=index)
 
     def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
         """Return U, V and the scale of one direction; see :meth:`Factored.factors`."""
@@ -118,3 +117,15 @@ class LowRank(Factored):
         left = self.left(place.name, place.shape, seed=seed, step=step, index=index, device=device)
         right = self.right(place.name, place.shape, seed=seed, step=step, device=device)
         return Factors(left, right, 1.0 / math.sqrt(right.shape[0]))
+
+    def _left(self, name: str, shape: Sequence[int], seed: int, step: int, index: int, device: torch.device) -> Draw:
+        rows, _, rank = self.shape(shape)
+        return Draw(rows, rank, self.law.name, stream_key(seed, name, "lowrank-left"), step, index, device)
+
+    def _right(self, name: str, shape: Sequence[int], seed: int, step: int, device: torch.device) -> Draw:
+        _, columns, rank = self.shape(shape)
+        key = stream_key(seed, name, "lowrank-right")
+        return Draw(rank, columns, self.law.name, key, step // self.refresh, 0, device)
+
+    def _make(self, draws: list[Draw]) -> list[Tensor]:
+        return draw_matrices(draws, self.backend)

@@ -66,7 +66,11 @@ class PreparedSweep:
         self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
 
     def __call__(
-        self, draws: Sequence[tuple[int, int]], scales: Sequence[Sequence[float]], shifts: Sequence[float]
+        self,
+        draws: Sequence[tuple[int, int]],
+        scales: Sequence[Sequence[float]],
+        shifts: Sequence[float],
+        rounding: tuple[int, int] = (0, 0),
     ) -> None:
         """Carry out a sweep.
 
@@ -74,6 +78,7 @@ class PreparedSweep:
             draws: Step and index of each direction.
             scales: Its scales for each tensor, (tensors, directions).
             shifts: Factor on the old weights for each tensor, less one.
+            rounding: Unused, since signs are added to nearest.
         """
         # Copies, so that two threads can use the same tables.
         jobs, terms = self._jobs.copy(), self._terms.copy()
@@ -149,25 +154,27 @@ def _copy(segments: np.ndarray, addresses: np.ndarray, dtype: torch.dtype, terms
     carry_out("copy_signs", segments, every, {"terms": terms, "targets": addresses}, half=half)
 
 
-def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
-    """Return the squared norm of one tensor's noise, the same for any number of threads.
+def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch.device) -> list[float]:
+    """Return the squared norm of the noise on each of some whole tensors, the same for any number of threads.
 
     Args:
-        law: Its law.
-        key: Philox key.
-        step: Third counter word.
-        index: Fourth counter word.
-        numel: Elements of the whole tensor.
+        noises: One a tensor; gain and mask are ignored.
+        sizes: Elements of each tensor.
         device: The CPU.
 
     Returns:
-        The sum of squares.
+        The sums of squares.
     """
+    return [_sum_of_squares(noise, size) for noise, size in zip(noises, sizes)]
+
+
+def _sum_of_squares(noise: Noise, numel: int) -> float:
     starts = np.arange(0, numel, SEGMENT_LENGTH)
     segments, norms = np.zeros(len(starts), SEGMENT), np.zeros(len(starts))
     segments["position"], segments["length"] = starts, np.minimum(SEGMENT_LENGTH, numel - starts)
     term = np.zeros(1, TERM)
-    for field, value in zip(("law", "key0", "key1", "step", "index"), (LAW_CODES[law], *key, step, index)):
+    values = (LAW_CODES[noise.law], *noise.key, noise.step, noise.index)
+    for field, value in zip(("law", "key0", "key1", "step", "index"), values):
         term[field] = value
     carry_out("squared_norms", segments, np.arange(len(starts)), {"terms": term, "results": norms})
     return float(norms.sum())

@@ -22,6 +22,7 @@ from zokernel.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+PLAIN = frozenset({Tensor, nn.Parameter})
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -183,23 +184,14 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
     return places
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """All that the placement of plain tensors depends on.
-
-    Attributes:
-        tensors: Name, address, shape, strides and dtype of each.
-        dtypes: Their dtypes.
-        devices: Their devices.
-    """
-
-    tensors: tuple[tuple[object, ...], ...]
-    dtypes: frozenset[torch.dtype]
-    devices: frozenset[torch.device]
+Fingerprint = tuple[list[str], list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
+"""Names, addresses, shapes, strides and dtypes of some tensors: all that their placement depends on."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint | None:
     """Return what identifies some weights and where they lie.
+
+    It is taken before every sweep, so it is made of lists, which are quick to make and to compare.
 
     Args:
         tensors: Tensors by name.
@@ -207,15 +199,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint | None:
     Returns:
         Their fingerprint; None if some are not plain strided tensors.
     """
-    found, dtypes, devices = [], set(), set()
-    for name, t in tensors.items():
-        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
-            return None
-        dtype = t.dtype
-        found.append((name, t.data_ptr(), t.shape, t.stride(), dtype))
-        dtypes.add(dtype)
-        devices.add(t.device)
-    return Fingerprint(tuple(found), frozenset(dtypes), frozenset(devices))
+    values = list(tensors.values())
+    if not PLAIN.issuperset(map(type, values)) or {t.layout for t in values} != {torch.strided}:
+        return None
+    addresses = [t.data_ptr() for t in values]
+    return list(tensors), addresses, [t.shape for t in values], [t.stride() for t in values], [t.dtype for t in values]
 
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -84,10 +84,14 @@ class Fold(Restore):
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
         draws = union_of_draws(update, self._offsets)
         factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
-        scale = {
-            name: [update[name].get(draw, 0.0) - factors[name] * self._offsets.get(draw, 0.0) for draw in draws]
-            for name in self.tensors
-        }
+        offsets = [self._offsets.get(draw, 0.0) for draw in draws]
+        known: dict[tuple[int, float], list[float]] = {}
+        for name in self.tensors:
+            factor = factors[name]
+            if (id(update[name]), factor) not in known:
+                now = [update[name].get(draw, 0.0) for draw in draws]
+                known[id(update[name]), factor] = [new - factor * old for new, old in zip(now, offsets)]
+        scale = {name: known[id(update[name]), factors[name]] for name in self.tensors}
         self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **step_and_index(draws))
 
 

@@ -112,7 +112,9 @@ class Restore(ABC):
         return dict.fromkeys(self.tensors, draws)
 
     def _scales(self, by_name: Mapping[str, Mapping[Draw, float]], draws: list[Draw]) -> dict[str, list[float]]:
-        return {name: [coefficients.get(draw, 0.0) for draw in draws] for name, coefficients in by_name.items()}
+        # Tensors that share their coefficients share the list too, which is then looked at once.
+        known = {id(c): [c.get(draw, 0.0) for draw in draws] for c in by_name.values()}
+        return {name: known[id(coefficients)] for name, coefficients in by_name.items()}
 
 
 @contextmanager

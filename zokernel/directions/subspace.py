@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.factored import Factored
-from zokernel.directions.factors import Recent, draw_matrix, matrix_shape
+from zokernel.directions.factors import Draw, Recent, draw_matrices, matrix_shape
 from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -48,8 +48,8 @@ class Subspace(Factored):
         backend: str = "auto",
     ):
         super().__init__(distribution, rank, refresh, most_square, backend)
-        self._bases: Recent[Tensor] = Recent(4096)
-        self._cores: Recent[Tensor] = Recent(4096)
+        self._bases: Recent[tuple[object, ...], Tensor] = Recent(4096)
+        self._cores: Recent[Draw, Tensor] = Recent(4096)
 
     def basis(self, name: str, side: str, size: int, rank: int, seed: int, epoch: int, device: torch.device) -> Tensor:
         """Return U (``side="left"``) or V (``"right"``) of one epoch of ``refresh`` steps.
@@ -69,7 +69,7 @@ class Subspace(Factored):
 
         def make() -> Tensor:
             key = stream_key(seed, name, f"subspace-{side}")
-            gaussian = draw_matrix(size, rank, "gaussian", key, epoch, 0, device, self.backend)
+            (gaussian,) = draw_matrices([Draw(size, rank, "gaussian", key, epoch, 0, device)], self.backend)
             q, r = torch.linalg.qr(gaussian.double())
             # The sign makes Q unique, hence uniformly distributed and the same with every LAPACK.
             return (q * torch.sign(torch.diagonal(r))).float().contiguous()
@@ -82,10 +82,13 @@ class Subspace(Factored):
         rank, epoch, device = min(self.rank, rows, columns), step // self.refresh, place.local.device
         left = self.basis(place.name, "left", rows, rank, seed, epoch, device)
         right = self.basis(place.name, "right", columns, rank, seed, epoch, device)
-        key = stream_key(seed, place.name, "subspace-core")
-        core = self._cores.get(
-            (place.name, seed, step, index, rank, device),
-            lambda: draw_matrix(rank, rank, self.law.name, key, step, index, device, self.backend),
-        )
+        core = self._cores.get_all([self._core(place, rank, seed, step, index)], self._make)[0]
         moved = (left.double() @ core.double()).float()
         return Factors(moved, right.T.contiguous(), math.sqrt(rows * columns) / rank)
+
+    def _core(self, place: Placement, rank: int, seed: int, step: int, index: int) -> Draw:
+        key = stream_key(seed, place.name, "subspace-core")
+        return Draw(rank, rank, self.law.name, key, step, index, place.local.device)
+
+    def _make(self, draws: list[Draw]) -> list[Tensor]:
+        return draw_matrices(draws, self.backend)

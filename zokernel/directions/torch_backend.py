@@ -31,26 +31,25 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     return [_sweep_one(job) for job in jobs]
 
 
-def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
-    """Return the squared norm of one tensor's noise.
+def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch.device) -> list[float]:
+    """Return the squared norm of the noise on each of some whole tensors.
 
     Args:
-        law: Its law.
-        key: Philox key.
-        step: Third counter word.
-        index: Fourth counter word.
-        numel: Elements of the whole tensor.
+        noises: One a tensor; gain and mask are ignored.
+        sizes: Elements of each tensor.
         device: Where to compute.
 
     Returns:
-        The sum of squares.
+        The sums of squares.
     """
-    noise = Noise(law, key, step, index)
-    total = 0.0
-    for begin in range(0, numel, CHUNK):
-        position = torch.arange(begin, min(begin + CHUNK, numel), device=device)
-        total += float(noise_values(noise, position).double().square().sum())
-    return total
+    totals = []
+    for noise, size in zip(noises, sizes):
+        plain, total = Noise(noise.law, noise.key, noise.step, noise.index), 0.0
+        for begin in range(0, size, CHUNK):
+            position = torch.arange(begin, min(begin + CHUNK, size), device=device)
+            total += float(noise_values(plain, position).double().square().sum())
+        totals.append(total)
+    return totals
 
 
 def random_word(position: Tensor, key: tuple[int, int], step: int, index: int, bits_only: bool = False) -> Tensor:

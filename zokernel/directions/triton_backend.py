@@ -11,43 +11,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zokernel.directions.placement import Placement
-from zokernel.directions.tables import (
-    LAW_CODES,
-    SEGMENT,
-    Geometry,
-    columns_of,
-    geometry,
-    job_tables,
-    segment_table,
+from zokernel.directions.tables import LAW_CODES, geometry, job_tables, segment_table
+from zokernel.directions.terms import Job, Noise
+from zokernel.directions.triton_launch import (
+    FIELD,
+    SEGMENT_LENGTH,
+    Kind,
+    Launch,
+    current,
+    kind_of,
+    planes,
+    segments_on,
+    send,
+    squares_kernel,
 )
-from zokernel.directions.terms import Factors, Job, Noise, Rule, Term, Values
-from zokernel.errors import RunError, UsageError
-
-try:
-    import triton.language as tl
-
-    from zokernel.directions.triton_kernels import SIGN_COLUMNS, WORD_COLUMNS, sweep_kernel
-except ModuleNotFoundError as error:
-    raise RunError(
-        "Directions on GPU tensors need triton, which comes with torch's CUDA and ROCm builds on Linux: install it, or "
-        "make the directions with backend='torch'."
-    ) from error
-
-SEGMENT_LENGTH = 1 << 13
-TILE = 1 << 11
-DROPPED_BITS = {torch.float32: 29, torch.float64: 0, torch.bfloat16: 45, torch.float16: 42}
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-FIELD = columns_of(SEGMENT)
-GRID_RULES = (Rule.GRID_MOVE, Rule.GRID_COMMIT)
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
@@ -120,7 +103,11 @@ class PreparedSweep:
         ]
 
     def __call__(
-        self, draws: Sequence[tuple[int, int]], scales: Sequence[Sequence[float]], shifts: Sequence[float]
+        self,
+        draws: Sequence[tuple[int, int]],
+        scales: Sequence[Sequence[float]],
+        shifts: Sequence[float],
+        rounding: tuple[int, int] = (0, 0),
     ) -> None:
         """Carry out a sweep.
 
@@ -128,6 +115,7 @@ class PreparedSweep:
             draws: Step and index of each direction.
             scales: Its scales for each tensor, (tensors, directions).
             shifts: Factor on the old weights for each tensor, less one.
+            rounding: Step and index of the random bits that round, if they do.
         """
         step, index = np.array(draws, np.uint64).T
         all_scales, all_shifts = np.array(scales), np.array(shifts)
@@ -135,6 +123,7 @@ class PreparedSweep:
             launch.terms["scale"] = all_scales[rows].ravel()
             launch.terms["step"], launch.terms["index"] = np.tile(step, len(rows)), np.tile(index, len(rows))
             launch.jobs["shift"] = all_shifts[rows]
+            launch.jobs["step"], launch.jobs["index"] = rounding
             launch()
 
 
@@ -170,158 +159,35 @@ class PreparedCopies:
             launch([targets[n] for n in numbers])
 
 
-def sum_of_squares(law: str, key: tuple[int, int], step: int, index: int, numel: int, device: torch.device) -> float:
-    """Return the squared norm of one tensor's noise.
+def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch.device) -> list[float]:
+    """Return the squared norm of the noise on each of some whole tensors.
 
     Args:
-        law: Its law.
-        key: Philox key.
-        step: Third counter word.
-        index: Fourth counter word.
-        numel: Elements of the whole tensor.
+        noises: One a tensor; gain and mask are ignored.
+        sizes: Elements of each tensor.
         device: Where to compute.
 
     Returns:
-        The sum of squares.
+        The sums of squares.
     """
-    total, chunk = torch.zeros((), dtype=torch.float64, device=device), 1 << 22
-    for begin in range(0, numel, chunk):
-        values = torch.zeros(min(chunk, numel - begin), device=device)
-        place = Placement("", values, values, (numel,), (begin,))
-        Launch([Job(place, (Noise(law, key, step, index),), (1.0,))])()
-        total += values.double().square().sum()
-    return float(total)
-
-
-class Kind(NamedTuple):
-    """What jobs of one launch have in common: constants of the kernel."""
-
-    device: torch.device
-    dtype: torch.dtype
-    target: torch.dtype | None
-    term: type[Term]
-    law: int
-    masked: bool
-    rule: Rule
-    decayed: bool
-    whole: bool
-
-
-class Launch:
-    """One launch of the kernel, to be repeated: jobs and terms may change between calls, the weights' places may not.
-
-    Args:
-        jobs: Jobs of one kind.
-        target: Dtype of the tensors that take the results; None if the weights themselves do.
-        segments: (n, fields) int64 on the device, in place of those that cover the tensors.
-
-    Attributes:
-        jobs: Table of jobs, on the host.
-        terms: Table of terms, on the host.
-    """
-
-    def __init__(self, jobs: Sequence[Job], target: torch.dtype | None = None, *, segments: Tensor | None = None):
-        self.kind = _kind(jobs[0], target)
-        self.jobs, self.terms = job_tables(jobs)
-        self._held = jobs  # the tables hold addresses of what their terms refer to
-        self._geometries = tuple(geometry(job.place) for job in jobs)
-        self._whole = self.kind.whole and segments is None
-        self._segments = _segments_on(self.kind.device, self._geometries) if segments is None else segments
-        dtype, rule = self.kind.dtype, self.kind.rule
-        columns = SIGN_COLUMNS if self.kind.term is Noise and self.kind.law == 0 else WORD_COLUMNS
-        self._constants: dict[str, Any] = {
-            "TYPE": TYPES[dtype],
-            "TARGET": None if target is None else TYPES[target],
-            "KIND": (Noise, Factors, Values).index(self.kind.term),
-            "LAW": self.kind.law,
-            "MASKED": self.kind.masked,
-            "RULE": int(rule),
-            "WIDE": dtype == torch.float64 or rule == Rule.STOCHASTIC,
-            "DROP": DROPPED_BITS[dtype],
-            "HALF": dtype == torch.float16,
-            "ROWS": TILE // (4 * columns),
-            "COLUMNS": columns,
-            "enable_fp_fusion": False,
-        }
-
-    def __call__(self, targets: Sequence[Tensor] = ()) -> list[float]:
-        """Carry it out.
-
-        Args:
-            targets: Where the results go, one a job, if not to the weights.
-
-        Returns:
-            For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
-        """
-        if not targets:
-            return self.run(None, self._whole)
-        start = np.array([target.data_ptr() for target in targets], np.int64)
-        segments = segment_table(self._geometries, SEGMENT_LENGTH)
-        addresses = start[segments["job"]] + segments["local"] * targets[0].element_size()
-        return self.run(addresses, self._whole and not (start % 16).any())
-
-    def run(self, addresses: Tensor | np.ndarray | None, whole: bool = False) -> list[float]:
-        """Carry it out, given where the results of each segment go; ``whole`` promises that 16 bytes fit at once."""
-        count, device = len(self._segments), self.kind.device
-        if not count:
-            return [0.0] * len(self.jobs)
-        tables = [self.jobs, self.terms, *([addresses] if isinstance(addresses, np.ndarray) else [])]
-        jobs, terms, *sent = _send(tables, device)
-        where = addresses if isinstance(addresses, Tensor) else sent[0] if sent else jobs
-        grid_rule = self.kind.rule in GRID_RULES
-        peaks = torch.zeros(count, device=device) if grid_rule else jobs
-        decayed = self.kind.decayed or bool(self.jobs["shift"].any())
-        with _current(device):
-            sweep_kernel[(count,)](
-                self._segments, jobs, terms, where, peaks, WHOLE=whole, DECAYED=decayed, **self._constants
-            )
-        if not grid_rule:
-            return [0.0] * len(self.jobs)
-        found = torch.zeros(len(self.jobs), device=device)
-        return found.scatter_reduce_(0, self._segments[:, FIELD["job"]], peaks, "amax").tolist()
+    shells = [torch.empty(size, device="meta") for size in sizes]
+    places = [Placement("", shell, shell, (shell.numel(),), (0,)) for shell in shells]
+    terms = job_tables([Job(place, (noise,), (1.0,)) for place, noise in zip(places, noises)])[1]
+    geometries = tuple(map(geometry, places))
+    segments = segments_on(device, geometries)
+    parts = torch.zeros(len(segments), dtype=torch.float64, device=device)
+    if len(segments):
+        law = {LAW_CODES[noise.law] for noise in noises}.pop()
+        with current(device):
+            squares_kernel[(len(segments),)](segments, send([terms], device)[0], parts, LAW=law, **planes(law))
+    numbers = segment_table(geometries, SEGMENT_LENGTH)["job"]
+    # Added one after the other on the host: the same every time.
+    return np.bincount(numbers, weights=parts.cpu().numpy(), minlength=len(sizes)).tolist()
 
 
 def _alike(jobs: Sequence[Job], targets: Sequence[Tensor] = ()) -> dict[Kind, list[int]]:
     """Numbers of the jobs that one launch can serve, by what they have in common."""
     found: dict[Kind, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
-        found[_kind(job, targets[number].dtype if targets else None)].append(number)
+        found[kind_of(job, targets[number].dtype if targets else None)].append(number)
     return found
-
-
-def _kind(job: Job, target: torch.dtype | None) -> Kind:
-    kinds = {type(term) for term in job.terms} or {Noise}
-    if len(kinds) > 1:
-        raise UsageError("The Triton backend adds terms of one kind to a tensor at a time: use backend='torch'.")
-    noises = [term for term in job.terms if isinstance(term, Noise)]
-    laws, masked = {term.law for term in noises} or {"rademacher"}, {term.mask is not None for term in noises}
-    if len(laws) > 1 or len(masked) > 1:
-        raise UsageError(
-            "The Triton backend adds terms of one law to a tensor, all masked or none: use backend='torch'."
-        )
-    local = job.place.local
-    # Whole tensors in memory order are cut where blocks begin, and stretches of 16 elements are whole or left out.
-    aligned = local.data_ptr() % 16 == 0 and local.numel() % 16 == 0
-    whole = aligned and local.is_contiguous() and tuple(local.shape) == job.place.shape
-    common = (LAW_CODES[laws.pop()], any(masked), job.rule, job.decay != 1.0, whole)
-    return Kind(local.device, local.dtype, target, kinds.pop(), *common)
-
-
-def _send(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copy tables of eight-byte fields to a device, in one transfer that the host does not wait for."""
-    flat = [table.view(np.int64).reshape(-1) for table in tables]
-    host = torch.from_numpy(np.concatenate(flat))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return list(host.to(device, non_blocking=True).split([len(part) for part in flat]))
-
-
-@lru_cache(maxsize=64)
-def _segments_on(device: torch.device, geometries: tuple[Geometry, ...]) -> Tensor:
-    table = segment_table(geometries, SEGMENT_LENGTH)
-    return torch.from_numpy(table.view(np.int64).reshape(-1, len(FIELD)).copy()).to(device)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Context in which a device is the current one, where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

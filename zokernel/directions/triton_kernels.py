@@ -302,3 +302,29 @@ def sweep_kernel(
         peak = tl.maximum(peak, tl.maximum(tl.maximum(v0, v1), tl.maximum(v2, v3)))
     if RULE >= 2:
         tl.store(peak_ptr + tl.program_id(0), tl.max(tl.max(peak, axis=1), axis=0))
+
+
+@triton.jit
+def squares_kernel(
+    segment_ptr, term_ptr, sum_ptr, LAW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Sum the squares of a tensor's noise (its one term) over one segment, in float64."""
+    segment = segment_ptr + tl.program_id(0).to(tl.int64) * SEGMENT_FIELDS
+    position, length = tl.load(segment + S_POSITION), tl.load(segment + S_LENGTH).to(tl.int32)
+    term = term_ptr + tl.load(segment + S_JOB) * TERM_FIELDS
+    k0, k1, step, index = word(term + T_KEY0), word(term + T_KEY1), word(term + T_STEP), word(term + T_INDEX)
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for begin in range(0, length, ROWS * 4 * COLUMNS):
+        n0 = row * (4 * COLUMNS) + column + begin
+        if LAW == 0:
+            total += (n0 < length).to(tl.float64) + (n0 + COLUMNS < length).to(tl.float64)
+            total += (n0 + 2 * COLUMNS < length).to(tl.float64) + (n0 + 3 * COLUMNS < length).to(tl.float64)
+        else:
+            start = position + begin
+            z0, z1, z2, z3 = block_values(start // 4 + row * COLUMNS + column, step, index, k0, k1, LAW)
+            y0, y1, y2, y3 = z0.to(tl.float64), z1.to(tl.float64), z2.to(tl.float64), z3.to(tl.float64)
+            total += tl.where(n0 < length, y0 * y0, 0.0) + tl.where(n0 + COLUMNS < length, y1 * y1, 0.0)
+            total += tl.where(n0 + 2 * COLUMNS < length, y2 * y2, 0.0)
+            total += tl.where(n0 + 3 * COLUMNS < length, y3 * y3, 0.0)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))

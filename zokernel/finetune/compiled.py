@@ -4,13 +4,14 @@ Blocks have the same code, so they share one compiled graph, which takes seconds
 The weights are inputs of the graph: moving them in place needs no new one.  The LM head stays outside, since it sees
 other positions and other rows in every batch.
 
-``--torch_compile_mode reduce-overhead`` replays CUDA graphs of the blocks on a GPU.
+``--torch_compile_mode reduce-overhead`` replays CUDA graphs of the blocks on a GPU, one for each block and shape.
 """
 
 from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from zokernel.errors import UsageError
@@ -45,5 +46,8 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor", mode: str | N
         raise UsageError(f"{type(model).__name__} names no repeated blocks to compile: leave out --torch_compile.")
     for block in blocks:
         block.compile(backend=backend, mode=mode)
+    if mode is not None:
+        # The graphs of one forward share memory, which they may overwrite in the next one and not before.
+        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     logger.info("Compiled on their first forwards: %d x %s.", len(blocks), ", ".join(sorted(kinds)))
     return len(blocks)

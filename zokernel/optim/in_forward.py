@@ -223,12 +223,14 @@ class Perturbed(Watched):
             if result is not None:
                 return result
         low, places = func in LOW_PRECISION, self.plan.places
-        values, structure = tree_flatten((args, kwargs))  # parameters may be in lists, as a recurrent layer's are
+        # Parameters may be in lists, as a recurrent layer's are; mostly they are not.
+        nested = bool(kwargs) or any(isinstance(value, (list, tuple, dict)) for value in args)
+        values, structure = tree_flatten((args, kwargs)) if nested else (list(args), None)
         large = [value for value in values if id(value) in places and id(value) not in self.fixed]
         # One stretch is held at a time, so operands that may be of several are set aside.
         aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
         read = [aside[id(value)] if id(value) in aside else self.copy(value, low) for value in values]
-        args, kwargs = tree_unflatten(read, structure)
+        args, kwargs = (read, {}) if structure is None else tree_unflatten(read, structure)
         result = func(*args, **kwargs)
         # A view of the scratch buffer would change under its holder's hands.
         return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result
