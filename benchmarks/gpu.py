@@ -26,8 +26,8 @@ from zokernel.finetune.compiled import compile_blocks
 from zokernel.finetune.memory import PeakMemory
 from zokernel.optim import get_method
 
-BATCH, LENGTH = 16, 38
 SWEEPS = 10  # in one timed run
+Items = list[dict[str, Any]]
 
 
 def machine(device: str) -> str:
@@ -84,9 +84,9 @@ def compare_sweeps(device: str, shape: str, rounds: int) -> str:
     return table([f"sweep of {count / 1e6:.0f}M weights", "ms", "times of limit", "GB/s"], rows)
 
 
-def measure_steps(device: str, shape: str, rounds: int, counts: Sequence[int], batch_size: int) -> str:
+def measure_steps(device: str, shape: str, rounds: int, counts: Sequence[int], items: Items) -> str:
     """Time steps against their bare forwards."""
-    batch = paired.make_batch(batch_size, items=paired.random_examples(batch_size, LENGTH), device=device)
+    batch = paired.make_batch(len(items), items=items, device=device)
     rows = []
     for train, methods in (("full", ("mezo", "kerzoo", "fzoo")), ("lora", ("mezo",))):
         model = paired.build(shape, device=device, lora=train == "lora")
@@ -117,10 +117,9 @@ def measure_steps(device: str, shape: str, rounds: int, counts: Sequence[int], b
     return table(["trained", "precision", "method", "P", "forwards ms", "in place", "in forward", "stacked"], rows)
 
 
-def compare_public(device: str, shape: str, rounds: int) -> str:
+def compare_public(device: str, shape: str, rounds: int, items: Items) -> str:
     """Time a MeZO step against the public way of it, each in fp32 and in lower precision."""
-    items = paired.random_examples(BATCH, LENGTH)
-    batch = paired.make_batch(BATCH, items=items, device=device)
+    batch = paired.make_batch(len(items), items=items, device=device)
     public = {name: PublicStep(paired.build(shape, device=device, dtype=d), items) for name, d in DTYPES.items()}
     models = {name: paired.build(shape, device=device, dtype=d) for name, d in DTYPES.items()}
     closures = {bf16: paired.make_closure(models["fp32"], batch, bf16=bf16) for bf16 in (False, True)}
@@ -156,12 +155,12 @@ def compare_public(device: str, shape: str, rounds: int) -> str:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def compare_stacked(device: str, shape: str, rounds: int) -> str:
+def compare_stacked(device: str, shape: str, rounds: int, items: Items) -> str:
     """Time all losses of a step in one forward against one after the other."""
     rows = []
     model = paired.build(shape, device=device, lora=True)
     for size in (1, 4):
-        batch = paired.make_batch(size, items=paired.random_examples(size, LENGTH), device=device)
+        batch = paired.make_batch(size, items=items[:size], device=device)
         for count in (1, 3):
             for precision in ("fp32", "bf16"):
                 cells = stacked.compare("lora", count, batch, model, precision, rounds)
@@ -170,9 +169,9 @@ def compare_stacked(device: str, shape: str, rounds: int) -> str:
     return table([*header, "losses differ by"], rows)
 
 
-def measure_memory(device: str, shape: str) -> str:
+def measure_memory(device: str, shape: str, items: Items) -> str:
     """Peak of the allocator over two steps, against evaluating the same batch."""
-    batch = paired.make_batch(BATCH, items=paired.random_examples(BATCH, LENGTH), device=device)
+    batch = paired.make_batch(len(items), items=items, device=device)
     rows = []
     settings: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MeZO": ("mezo", "in_place", {}),
@@ -210,12 +209,12 @@ def measure_memory(device: str, shape: str) -> str:
     return table(["precision", "method", "evaluating MiB", "training MiB", "ratio"], rows)
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace, str], str]] = {
-    "sweeps": lambda o, shape: compare_sweeps(o.device, shape, o.rounds),
-    "steps": lambda o, shape: measure_steps(o.device, shape, o.rounds, o.perturbations, o.batch),
-    "public": lambda o, shape: compare_public(o.device, shape, o.rounds),
-    "stacked": lambda o, shape: compare_stacked(o.device, shape, o.rounds),
-    "memory": lambda o, shape: measure_memory(o.device, shape),
+SECTIONS: dict[str, Callable[[argparse.Namespace, str, Items], str]] = {
+    "sweeps": lambda o, shape, items: compare_sweeps(o.device, shape, o.rounds),
+    "steps": lambda o, shape, items: measure_steps(o.device, shape, o.rounds, o.perturbations, items),
+    "public": lambda o, shape, items: compare_public(o.device, shape, o.rounds, items),
+    "stacked": lambda o, shape, items: compare_stacked(o.device, shape, o.rounds, items),
+    "memory": lambda o, shape, items: measure_memory(o.device, shape, items),
 }
 
 
@@ -224,14 +223,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--shapes", nargs="+", choices=list(paired.SHAPES), default=list(paired.SHAPES))
     parser.add_argument("--perturbations", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=38, help="tokens of a prompt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    print(f"Machine: {machine(options.device)}. {options.rounds} rounds.")
+    items = paired.random_examples(options.batch, options.length)
+    print(f"Machine: {machine(options.device)}. {options.batch} x {options.length} tokens, {options.rounds} rounds.")
     for shape in options.shapes:
         for section in options.only:
-            print(f"\n## {shape}: {section}\n\n{SECTIONS[section](options, shape)}", flush=True)
+            print(f"\n## {shape}: {section}\n\n{SECTIONS[section](options, shape, items)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def test_compiled_blocks_with_graphs_train_the_same(parts, tmp_path):
         trainer = make_trainer((copy.deepcopy(model), tokenizer, data), tmp_path / name, max_steps=8, **settings)
         trainer.train()
         losses[name] = [row["loss"] for row in trainer.run_log.rows]
-    assert losses["graphs"] == pytest.approx(losses["eager"], rel=1e-5)
+    # Fused operations round otherwise, and a slope divides that by eps.
+    assert losses["graphs"] == pytest.approx(losses["eager"], rel=2e-4)
     assert len(set(losses["graphs"])) == 8
 
 

@@ -29,7 +29,7 @@ def test_training_equals_a_textbook_spsa_loop(parts, tmp_path, tiny_lm_path):
     trainer = make_trainer(parts, tmp_path, eps=1e-2)
     trainer.__class__, trainer.batches = KeepBatches, []
     trainer.train()
-    reference = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval().to(trainer.args.device)
     weights, eps, lr = dict(reference.named_parameters()), 1e-2, 1e-3
     directions = Dense("rademacher")
     losses = []
@@ -109,7 +109,7 @@ def test_accumulation_gives_first_order_methods_the_gradient_of_the_whole_batch(
     make_trainer(parts, tmp_path / "b", **accumulated, **settings).train()
     for name, w in model.state_dict().items():
         torch.testing.assert_close(w, whole[name], rtol=0, atol=1e-5)
-    assert any((whole[name] - start[name]).abs().max() > 1e-3 for name in start)
+    assert any((whole[name].cpu() - start[name].cpu()).abs().max() > 1e-3 for name in start)
 
 
 def test_first_order_baseline_uses_the_same_loss_and_flags(parts, tmp_path):
@@ -140,7 +140,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_weights(parts, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "last-good", dtype=torch.float32).state_dict()
     assert len(trainer.run_log.rows) == 3
     for name, w in model.state_dict().items():
-        assert torch.equal(saved[name], w), name
+        assert torch.equal(saved[name], w.cpu()), name
 
 
 def test_an_interrupt_finishes_the_step_and_saves(parts, tmp_path):

@@ -72,7 +72,7 @@ class Launch:
         self._whole = self.kind.whole and segments is None
         self._segments = segments_on(self.kind.device, self._geometries) if segments is None else segments
         self._uploaded = [np.zeros(0, np.int64)] * 2
-        self._tables = [torch.empty(0), torch.empty(0)]
+        self._tables = [torch.empty(0, dtype=torch.int64, device=self.kind.device)] * 2
         self._start: list[int] = []
         self._where: Tensor | None = None
         dtype, rule = self.kind.dtype, self.kind.rule
