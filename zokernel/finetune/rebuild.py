@@ -103,6 +103,8 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
     frozen = {name: p for name, p in model.named_parameters() if name not in names}
     if sampled_sha256(frozen) != journal.header["frozen_sha256"]:
         raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
+    if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():
+        model.cuda()  # where the same roundings are repeated
     return model
 
 

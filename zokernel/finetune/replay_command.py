@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Carry out ``zokernel replay`` and return the exit code."""
     # transformers takes seconds to load, and --help needs none of it.
-    import torch
     import transformers
 
     from zokernel.data import resolve_model_path
@@ -41,8 +40,6 @@ def main(args: argparse.Namespace) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")
     model = load_base(args.base, journal)
-    if journal.header["backend"].endswith(" on cuda") and torch.cuda.is_available():
-        model.cuda()  # where the same roundings are repeated
     optimizer = replay_(
         dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
     )

@@ -33,6 +33,8 @@ from zokernel.optim.watched import Watched
 # Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
 # takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
 STRETCH = 1 << 23
+# On a GPU a copy takes less time than starting it does, so there should be as few as this share of the weights allows.
+GPU_SHARE = 1 / 32
 # Vectors and small matrices of a model are copied once a loss.
 SMALL = 1 << 14
 # Families whose directions on some rows do not depend on the other rows.
@@ -109,6 +111,8 @@ class Plan:
             if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
                 raise UsageError(f"{name} is sharded or not contiguous: perturb it in place, not in the forward.")
             self.places[id(tensor)] = place
+        on_gpus = sum(place.numel for place in self.places.values() if place.local.is_cuda)
+        self.stretch = max(STRETCH, int(GPU_SHARE * on_gpus))
         self.small = [key for key, place in self.places.items() if place.numel <= SMALL or len(place.shape) < 2]
         self.used: list[tuple[int, torch.dtype]] = []
         self.stretches: list[list[int]] = []
@@ -152,7 +156,7 @@ class Plan:
         for key, dtype in dict(self.used).items():
             size = self.places[key].numel
             last = self.stretches[-1] if self.stretches else []
-            if not last or self.dtypes[last[0]] != dtype or sizes[-1] + size > STRETCH:
+            if not last or self.dtypes[last[0]] != dtype or sizes[-1] + size > self.stretch:
                 self.stretches.append([])
                 sizes.append(0)
             self.stretches[-1].append(key)
@@ -293,12 +297,12 @@ def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None 
     """Multiply by a matrix, which is what models do most; by one larger than a stretch, piece by piece."""
     if id(weight) not in mode.plan.places or id(input) in mode.plan.places:
         return None
-    if weight.numel() <= STRETCH or type(mode.family) not in BY_POSITION:
+    if weight.numel() <= mode.plan.stretch or type(mode.family) not in BY_POSITION:
         return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
     dtype = mode.dtype(weight, low=True)
     mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
     pieces = []
-    for copier in mode.plan.pieces(id(weight), max(1, STRETCH // weight.shape[1])):
+    for copier in mode.plan.pieces(id(weight), max(1, mode.plan.stretch // weight.shape[1])):
         local = copier.places[0].local
         piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
         mode.plan.copy(mode.family, copier, [piece], mode.point)
