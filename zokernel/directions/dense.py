@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,15 +81,14 @@ class Dense(Family):
             return False
         names, count = weights[0], len(sweep.draws)
         scales = scales_by_tensor(sweep.scale, names, count)
-        decays = sweep.decay
-        shared = None if isinstance(decays, Mapping) else affine(float(decays))
-        factors = [shared or affine(by_name(decays, name, "decay")) for name in names]
-        if not all(map(all, scales)) or any(keep != 1.0 for keep, _ in factors):
+        decays = [by_name(sweep.decay, name, "decay") for name in names]
+        split = {decay: affine(decay) for decay in set(decays)}
+        if not all(map(all, scales)) or any(keep != 1.0 for keep, _ in split.values()):
             return False
         prepared = self._prepare(weights, sweep, count)
         if prepared is None:
             return False
-        prepared(sweep.draws, scales, [shift for _, shift in factors], sweep.rounding)
+        prepared(sweep.draws, scales, [split[decay][1] for decay in decays], sweep.rounding)
         engine.mark_changed(sweep.tensors.values())
         return True
 

@@ -196,7 +196,7 @@ def draws_of(step: int | Sequence[int], index: int | Sequence[int]) -> list[tupl
 
 def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
     """Return a tensor's number, given one for all or one by name; ``what`` names it in the error message."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, (float, int)):
         return float(value)
     if name not in value:
         raise UsageError(f"There is no {what} for tensor {name!r}: give one for every name, or a single number.")

@@ -85,13 +85,12 @@ class Fold(Restore):
         draws = union_of_draws(update, self._offsets)
         factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
         offsets = [self._offsets.get(draw, 0.0) for draw in draws]
-        known: dict[tuple[int, float], list[float]] = {}
-        for name in self.tensors:
-            factor = factors[name]
-            if (id(update[name]), factor) not in known:
-                now = [update[name].get(draw, 0.0) for draw in draws]
-                known[id(update[name]), factor] = [new - factor * old for new, old in zip(now, offsets)]
-        scale = {name: known[id(update[name]), factors[name]] for name in self.tensors}
+        kinds = {name: (id(update[name]), factors[name]) for name in self.tensors}
+        known = {}
+        for (shared, factor), name in {kind: name for name, kind in kinds.items()}.items():
+            now = [update[name].get(draw, 0.0) for draw in draws]
+            known[shared, factor] = [new - factor * old for new, old in zip(now, offsets)]
+        scale = {name: known[kind] for name, kind in kinds.items()}
         self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **step_and_index(draws))
 
 

@@ -107,12 +107,14 @@ class Restore(ABC):
                 raise UsageError(
                     f"There is no update for tensor {missing[0]!r}: give one for every name, or one for all."
                 )
-            return {name: as_draws(step, update[name]) for name in self.tensors}  # type: ignore[index,arg-type]
+            # Tensors that share their coefficients go on sharing them, and they are looked at once.
+            given = {id(coefficients): coefficients for coefficients in update.values()}
+            known = {key: as_draws(step, coefficients) for key, coefficients in given.items()}  # type: ignore[arg-type]
+            return {name: known[id(update[name])] for name in self.tensors}  # type: ignore[index]
         draws = as_draws(step, update)  # type: ignore[arg-type]
         return dict.fromkeys(self.tensors, draws)
 
     def _scales(self, by_name: Mapping[str, Mapping[Draw, float]], draws: list[Draw]) -> dict[str, list[float]]:
-        # Tensors that share their coefficients share the list too, which is then looked at once.
         known = {id(c): [c.get(draw, 0.0) for draw in draws] for c in by_name.values()}
         return {name: known[id(coefficients)] for name, coefficients in by_name.items()}
 

@@ -276,9 +276,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.last_move = move if self.is_replayable else None
         update: dict[str, dict[int, float]] = {}
         decay: dict[str, float] = {}
-        for (_, names), by_index, factor in zip(self.groups(), scales, decays):
-            for name in names:
-                update[name], decay[name] = dict(by_index), factor
+        for (_, names), by_index, factor in zip(self.groups(), move.scales, decays):
+            # One object a group: what tensors share is then looked at once.
+            update |= dict.fromkeys(names, by_index)
+            decay |= dict.fromkeys(names, factor)
         self._restore.commit(self.step_count, update, decay=decay)
         return move
 
