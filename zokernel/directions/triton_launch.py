@@ -67,7 +67,8 @@ class Launch:
     def __init__(self, jobs: Sequence[Job], target: torch.dtype | None = None, *, segments: Tensor | None = None):
         self.kind = kind_of(jobs[0], target)
         self.jobs, self.terms = job_tables(jobs)
-        self._held = jobs  # the tables hold addresses of what their terms refer to
+        # The tables hold addresses of what the terms refer to; the weights may be freed, and then are not swept again.
+        self._held = [job.terms for job in jobs]
         self._geometries = tuple(geometry(job.place) for job in jobs)
         self._whole = self.kind.whole and segments is None
         self._segments = segments_on(self.kind.device, self._geometries) if segments is None else segments
