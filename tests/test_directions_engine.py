@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zokernel.directions import Dense, numba_backend, numba_kernels, numba_math, numba_team
-from zokernel.directions.terms import Rule
+from zokernel.directions import Dense, LowRank, engine, numba_backend, numba_kernels, numba_math, numba_team
+from zokernel.directions.copies import copy_perturbed
+from zokernel.directions.placement import Placement, place_all
+from zokernel.directions.terms import Job, Rule
 
 DRAW = {"seed": 11, "step": 5, "index": 2}
 
@@ -52,9 +54,10 @@ def make_varied_weights():
     return weights | {"parameter": torch.nn.Parameter(torch.randn(5)), "none": torch.zeros(0)}
 
 
-def test_prepared_sweeps_have_the_bits_of_others():
+def test_prepared_sweeps_have_the_bits_of_others(monkeypatch):
     prepared, plain = (make_varied_weights() for _ in range(2))
-    directions, names = Dense("rademacher"), list(prepared)
+    directions, unprepared, names = Dense("rademacher"), Dense("rademacher"), list(prepared)
+    monkeypatch.setattr(unprepared, "_sweep_prepared", lambda sweep: False)
     for step in range(4):
         for count in (1, 3):
             scales = [0.1 * (step + 1) * (-1) ** i for i in range(count)]
@@ -64,9 +67,37 @@ def test_prepared_sweeps_have_the_bits_of_others():
             for several in ({"scale": scales}, {"scale": by_name, "decay": decays}):
                 options = {"step": [step + i for i in range(count)], **several, **where}
                 directions.add_(prepared, **options)
-                directions.sweep_(plain, rule=Rule.NEAREST, **options)
+                unprepared.add_(plain, **options)
     assert directions._prepared
+    assert not unprepared._prepared
     assert all(torch.equal(prepared[name], plain[name]) for name in names)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+def test_low_rank_sweeps_and_copies_have_the_bits_of_the_reference(rank):
+    """Ranks odd and even, rows longer than a strip, and a shard that begins in the middle of the matrix."""
+    generator = torch.Generator().manual_seed(0)
+    whole = {"w": torch.randn(11, 23, generator=generator), "long": torch.randn(7, 5001, generator=generator)}
+    swept, copied = [], []
+    for backend in ("numba", "torch"):
+        family = LowRank(rank=rank, backend=backend)
+        weights = {name: tensor.clone() for name, tensor in whole.items()}
+        family.add_(weights, 0.3, seed=1, step=2, index=3, decay=0.9)
+        local = whole["long"][2:5].clone()
+        place = Placement("long", local, local, (7, 5001), (2, 0))
+        (term,) = family.terms([place], seed=1, step=2, index=3)
+        engine.sweep([Job(place, (term,), (0.7,))], backend)
+        swept.append([*weights.values(), local])
+        assert all((a != b).any() for a, b in zip(weights.values(), whole.values()))
+    for dtype in (torch.float32, torch.bfloat16):
+        targets = [torch.empty_like(tensor, dtype=dtype) for tensor in whole.values()]
+        copy_perturbed(LowRank(rank=rank), place_all(whole), targets, {3: 0.3}, seed=1, step=2)
+        copied.append(targets)
+    expected = {name: tensor.clone() for name, tensor in whole.items()}
+    LowRank(rank=rank, backend="torch").add_(expected, 0.3, seed=1, step=2, index=3)
+    assert all(map(torch.equal, *swept))
+    assert all(map(torch.equal, copied[0], expected.values()))
+    assert all(map(torch.equal, copied[1], [tensor.bfloat16() for tensor in expected.values()]))
 
 
 def test_a_prepared_sweep_follows_weights_that_move():

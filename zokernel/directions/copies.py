@@ -32,7 +32,7 @@ def copy_perturbed(
     r"""Write :math:`\theta + \sum_i offsets_i z_i` into other tensors, the sum rounded to the weights' precision first.
 
     On a GPU all directions take one read of the weights and one write of the copy, as bfloat16 if the copy is; on the
-    CPU Rademacher directions do.
+    CPU Rademacher and low-rank directions do.
 
     Args:
         family: Directions.

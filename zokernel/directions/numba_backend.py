@@ -25,6 +25,7 @@ from zokernel.directions.tables import (
 from zokernel.directions.terms import Factors, Job, Noise, Rule, Values
 
 SEGMENT_LENGTH = 1 << 18
+SWEEPS = ("run_segments", "add_signs", "move_factors")
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
@@ -39,11 +40,11 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     job_table, term_table = job_tables(jobs)
     segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
     peaks = np.zeros(len(segments), np.float32)
-    plain = np.array([_adds_signs(job) for job in jobs], bool)
-    fast = plain[segments["job"]] & (segments["stride"] == 1)
-    tables = {"jobs": job_table, "terms": term_table, "results": peaks}
-    for loop, chosen in (("run_segments", ~fast), ("add_signs", fast)):
-        carry_out(loop, segments, np.flatnonzero(chosen), tables)
+    loops = np.array([SWEEPS.index(_loop_of(job)) for job in jobs])[segments["job"]]
+    loops[segments["stride"] != 1] = SWEEPS.index("run_segments")
+    tables = {"jobs": job_table, "terms": term_table, "results": peaks, "targets": segments["address"].copy()}
+    for number, loop in enumerate(SWEEPS):
+        carry_out(loop, segments, np.flatnonzero(loops == number), tables)
     by_job = np.zeros(len(jobs), np.float32)
     if any(job.rule in (Rule.GRID_MOVE, Rule.GRID_COMMIT) for job in jobs):
         np.maximum.at(by_job, segments["job"], peaks)
@@ -91,7 +92,7 @@ class PreparedSweep:
 
 
 class PreparedCopies:
-    """Writes weights plus one Rademacher direction into other tensors, in one read of the weights.
+    """Writes weights plus one direction into other tensors, in one read of the weights.
 
     Its tables can be kept for weights that are copied again and again.
 
@@ -100,9 +101,10 @@ class PreparedCopies:
     """
 
     def __init__(self, jobs: Sequence[Job]):
-        self._terms = job_tables(jobs)[1]
+        self._jobs, self._terms = job_tables(jobs)
         self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
         self._job, self._local = self._segments["job"], self._segments["local"].astype(np.uint64)
+        self._signs = np.array([_loop_of(job) == "add_signs" for job in jobs], bool)[self._job]
 
     def along(self, step: int, index: int, scale: float) -> PreparedCopies:
         """Take another direction of the same streams from now on."""
@@ -117,11 +119,11 @@ class PreparedCopies:
         """
         start = np.array([target.data_ptr() for target in targets], np.uint64)
         addresses = start[self._job] + self._local * np.uint64(targets[0].element_size())
-        _copy(self._segments, addresses, targets[0].dtype, self._terms)
+        _copy(self._segments, addresses, targets[0].dtype, self._jobs, self._terms, self._signs)
 
 
 def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
-    """Write some rows of a matrix plus one Rademacher direction into another tensor.
+    """Write some rows of a matrix plus one direction into another tensor.
 
     Args:
         job: The matrix, as :func:`can_copy` asks.
@@ -135,23 +137,35 @@ def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
     segments["position"], segments["length"], segments["stride"] = begin, columns, 1
     stride = columns * target.element_size()
     addresses = (np.arange(rows.numel()) * stride + target.data_ptr()).astype(np.uint64)
-    _copy(segments, addresses, target.dtype, job_tables([job])[1])
+    signs = np.full(len(segments), _loop_of(job) == "add_signs")
+    _copy(segments, addresses, target.dtype, *job_tables([job]), signs)
 
 
 def can_copy(job: Job) -> bool:
-    """Return whether :class:`PreparedCopies` can carry a job out: whole rows of float32 weights, one sign direction."""
+    """Return whether :class:`PreparedCopies` can carry a job out.
+
+    It takes whole rows of float32 weights, and one direction: of signs, or of low rank.
+    """
     place = job.place
     return (
         len(job.terms) == 1
-        and _adds_signs(job)
+        and _loop_of(job) != "run_segments"
         and place.local.is_contiguous()
         and tuple(place.local.shape[1:]) == place.shape[1:]
     )
 
 
-def _copy(segments: np.ndarray, addresses: np.ndarray, dtype: torch.dtype, terms: np.ndarray) -> None:
-    half, every = dtype == torch.bfloat16, np.arange(len(segments))
-    carry_out("copy_signs", segments, every, {"terms": terms, "targets": addresses}, half=half)
+def _copy(
+    segments: np.ndarray,
+    addresses: np.ndarray,
+    dtype: torch.dtype,
+    jobs: np.ndarray,
+    terms: np.ndarray,
+    signs: np.ndarray,
+) -> None:
+    tables, half = {"jobs": jobs, "terms": terms, "targets": addresses}, dtype == torch.bfloat16
+    for loop, chosen in (("copy_signs", signs), ("move_factors", ~signs)):
+        carry_out(loop, segments, np.flatnonzero(chosen), tables, half=half)
 
 
 def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch.device) -> list[float]:
@@ -180,13 +194,14 @@ def _sum_of_squares(noise: Noise, numel: int) -> float:
     return float(norms.sum())
 
 
-def _adds_signs(job: Job) -> bool:
-    """Whether a job adds nothing but unmasked Rademacher directions to float32 weights."""
-    if job.rule != Rule.NEAREST or job.place.local.dtype != torch.float32:
-        return False
-    if not job.terms or not 0.5 <= job.decay <= 2.0:
-        return False
-    return all(map(_is_plain_signs, job.terms))
+def _loop_of(job: Job) -> str:
+    """Return the quickest loop for a job on contiguous weights: those to nearest in float32 have loops of their own."""
+    nearest = job.rule == Rule.NEAREST and job.place.local.dtype == torch.float32 and 0.5 <= job.decay <= 2.0
+    if not nearest or not job.terms:
+        return "run_segments"
+    if all(map(_is_plain_signs, job.terms)):
+        return "add_signs"
+    return "move_factors" if len(job.terms) == 1 and isinstance(job.terms[0], Factors) else "run_segments"
 
 
 def _is_plain_signs(term: Noise | Factors | Values) -> bool:

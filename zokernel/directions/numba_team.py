@@ -26,6 +26,7 @@ from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
 from zokernel.directions.gaussian_math import GROUP
+from zokernel.directions.numba_factors import move_factors
 from zokernel.directions.numba_kernels import run_segments, squared_norms
 from zokernel.directions.numba_math import cached, inlined, pointer_to
 from zokernel.directions.numba_signs import add_signs, copy_signs
@@ -45,7 +46,7 @@ def carry_out(
     """Run a loop over some segments on as many threads as ``torch.get_num_threads()``.
 
     Args:
-        loop: One of ``run_segments``, ``add_signs``, ``copy_signs`` and ``squared_norms``.
+        loop: One of ``run_segments``, ``add_signs``, ``copy_signs``, ``move_factors`` and ``squared_norms``.
         segments: (n,) of SEGMENT.
         chosen: (k,) int64, the rows of ``segments`` to work on.
         tables: The loop's other tables by name, in memory order.
@@ -172,6 +173,16 @@ def _copy_signs(address):
         share = take_share(address)
 
 
+def _move_factors(address):
+    order = table(address, ORDER, 1)[0]
+    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
+    terms, targets = table(order.terms, TERM, order.num_rows), table(order.targets, np.uint64, order.num_rows)
+    half, share = order.half != np.uint64(0), take_share(address)
+    while share < order.num_shares:
+        move_factors(segments, rows_of(order, share), jobs, terms, targets, half)
+        share = take_share(address)
+
+
 def _squared_norms(address):
     order = table(address, ORDER, 1)[0]
     segments, terms = table(order.segments, SEGMENT, order.num_rows), table(order.terms, TERM, order.num_rows)
@@ -186,5 +197,6 @@ _LOOPS = {
     "run_segments": _run_segments,
     "add_signs": _add_signs,
     "copy_signs": _copy_signs,
+    "move_factors": _move_factors,
     "squared_norms": _squared_norms,
 }
