@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, learning_rate
+from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, WALK, learning_rate
 
 EPS = {"full": 1e-3, "lora": 1e-2}
 # MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
@@ -26,6 +26,8 @@ class Contender:
         last_third: Of adapters, train those of the last third of the layers.
         lora_eps: Radius for adapters, if not that of all.
         swept: Whether its rates are compared on seed 0; if not, the middle one is taken.
+        frozen: Of all weights, the share of the layers that is not trained, and no vectors either; None for nothing.
+        walk: How far the rate that follows from the run's length takes each weight, if not as far as ``auto``.
     """
 
     method: str
@@ -36,6 +38,8 @@ class Contender:
     last_third: bool = False
     lora_eps: float = EPS["lora"]
     swept: bool = True
+    frozen: float | None = None
+    walk: float | None = None
 
 
 def one(factor: float) -> dict[str, float]:
@@ -47,6 +51,7 @@ NORMALIZED: dict[str, Any] = {"normalize": True}
 AUTO = NORMALIZED | {"polyak_share": POLYAK_SHARE}
 TIGHTER = NORMALIZED | {"polyak_share": 0.25}
 AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "swept": False}
+SIXTH, TENTH = (AS_AUTO | {"frozen": share, "walk": 1.6e-2} for share in (1 / 6, 0.1))
 # Rates of earlier defaults, about those of auto in runs as short as these.
 AT_TWO = {"full": 6e-3 / 3e-5, "lora": 2.5e-2 / 3e-3}
 AT_EIGHT = {train: 4 * factor for train, factor in AT_TWO.items()}
@@ -64,6 +69,11 @@ CONTENDERS = {
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
     "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **AS_AUTO),
     "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **AS_AUTO),
+    # Of all weights, some left untrained, the others taken further.
+    "first sixth frozen, batch 4": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **SIXTH),
+    "first sixth frozen, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **SIXTH),
+    "first tenth frozen, batch 4": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **TENTH),
+    "first tenth frozen, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **TENTH),
     # A tighter bound by Polyak's step, none, and a constant rate.
     "tighter bound, batch 4": Contender("forward_difference", 4, TIGHTER | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
     "tighter bound, batch 16": Contender(
@@ -100,6 +110,7 @@ def rates_of(name: str, task: str, train: str) -> list[float]:
         count = contender.options["num_perturbations"]
         what = {"full": "full parameters", "lora": "LoRA"}[train]
         rates = [learning_rate(what, num_perturbations=count, steps=FORWARDS[task] // (count + 1))]
+        rates = [rate * (contender.walk or WALK[what]) / WALK[what] for rate in rates]
     else:
         rates = [rate * contender.factor[train] for rate in RATES[train]]
         rates = rates if contender.swept else rates[1:2]

@@ -33,6 +33,7 @@ from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Conten
 
 from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
+from zokernel.finetune.freezing import freeze_
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
@@ -91,13 +92,14 @@ class Arena:
         self.collate = Collator(pad_token_id=2)
         self.train = train
         self.model = paired.load(lora=train == "lora", untrained=True)
-        self.start = {name: p.detach().clone() for name, p in paired.trained(self.model)}
+        self.trained = paired.trained(self.model)
+        self.start = {name: p.detach().clone() for name, p in self.trained}
 
     def reset(self) -> None:
-        """Put the weights back to the start."""
+        """Put the weights back to the start, none of them frozen."""
         with torch.no_grad():
-            for name, p in paired.trained(self.model):
-                p.copy_(self.start[name])
+            for name, p in self.trained:
+                p.requires_grad_(True).copy_(self.start[name])
 
     def batches(self, size: int, seed: int) -> Iterator[dict[str, Any]]:
         """Yield random batches of about equally long examples, as transformers groups them."""
@@ -136,6 +138,8 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     arena.reset()
     torch.manual_seed(seed)
     full = arena.train == "full"
+    if contender.frozen is not None and full:
+        freeze_(arena.model, layers=contender.frozen, vectors=True)
     weights = paired.trained(arena.model)
     if contender.last_third and not full:
         weights = in_last_third(weights)

@@ -75,6 +75,10 @@ class ZOConfig(TrainingArguments):
         default="cross_entropy",
         metadata={"help": "What is minimised: cross_entropy, or 1 - accuracy or 1 - f1, which need no gradient."},
     )
+    freeze_layers: float = field(
+        default=0.0, metadata={"help": "Share of the layers, from the first on, that are not trained."}
+    )
+    freeze_vectors: bool = field(default=False, metadata={"help": "Do not train scales of norms, and biases."})
     precision: str = field(
         default="auto",
         metadata={"help": "fp32, bf16 (autocast over fp32 weights), or auto: bf16 where the hardware has bf16 units."},

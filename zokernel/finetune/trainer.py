@@ -30,6 +30,7 @@ from zokernel.finetune.evaluators import (
     share_batches,
     without_gradient_machinery,
 )
+from zokernel.finetune.freezing import freeze_
 from zokernel.finetune.objective import Objective
 from zokernel.finetune.profile import Profile
 from zokernel.finetune.resumable import ResumableTrainer
@@ -61,6 +62,7 @@ class ZOTrainer(ResumableTrainer):
     objective: Objective
 
     def __init__(self, model: nn.Module, args: ZOConfig, *, objective: Objective | None = None, **kwargs: Any):
+        freeze_(model, layers=args.freeze_layers, vectors=args.freeze_vectors)
         check_trainable(model, args)
         self.objective = objective or Objective(args.objective)
         self.zeroth_order = not getattr(get_method(args.method), "first_order", False)
