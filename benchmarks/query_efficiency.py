@@ -38,6 +38,7 @@ from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
 from zokernel.optim.in_forward import InForward
 
+COLUMNS = ("task", "train", "contender", "lr", "seed", "curve", "held_out")
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.jsonl"
 FILES = {
     "sst2": ("train.tsv", "dev.tsv", None),
@@ -171,8 +172,8 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
         if (step + 1) % every == 0 or step + 1 == steps:
             curve.append((optimizer.num_forwards, tokens, seconds, arena.score(measured)[0]))
     # Rounded, since runs are committed.
-    rounded = [(*counts, round(spent, 2), round(loss, 5)) for *counts, spent, loss in curve]
-    return {"curve": rounded, "held_out": [round(value, 5) for value in arena.score(arena.held_out)]}
+    rounded = [(*counts, round(spent, 1), round(loss, 4)) for *counts, spent, loss in curve]
+    return {"curve": rounded, "held_out": [round(value, 4) for value in arena.score(arena.held_out)]}
 
 
 def crossing(curve: list[list[float]], target: float, column: int) -> float:
@@ -190,12 +191,12 @@ def diverged(curve: list[list[float]]) -> bool:
 
 
 class Runs:
-    """Finished runs, in a file of one JSON object a line."""
+    """Finished runs, in a file of one JSON array a line: the values of :data:`COLUMNS`."""
 
     def __init__(self, path: Path):
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows: list[dict[str, Any]] = [dict(zip(COLUMNS, json.loads(line), strict=True)) for line in lines]
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the runs with these settings."""
@@ -205,7 +206,7 @@ class Runs:
         """Keep a finished run."""
         self.rows.append(row)
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps([row[name] for name in COLUMNS], separators=(",", ":")) + "\n")
 
     def finalists(self, *, several: bool, **wanted: Any) -> list[float]:
         """Return the rate whose sweep ended lowest; or several, if others came close; none if all diverged."""
