@@ -181,8 +181,7 @@ def _all_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
 
 def _plain(job: Job) -> bool:
     """Whether a job adds one plain noise to whole rows of its tensor."""
-    rows = job.place.local.is_contiguous() and tuple(job.place.local.shape[1:]) == job.place.shape[1:]
-    return rows and len(job.terms) == 1 and adds_plain_noise(job.terms[0])
+    return job.place.is_rows and len(job.terms) == 1 and adds_plain_noise(job.terms[0])
 
 
 def _fast(job: Job, dtype: torch.dtype) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from zokernel.directions.factors import Draw, draw_matrices
 from zokernel.directions.family import Family
 from zokernel.directions.laws import Law, get_law
 from zokernel.directions.philox import stream_key
@@ -52,6 +55,10 @@ class Factored(Family):
         Returns:
             Its factors.
         """
+
+    def draw(self, draws: Sequence[Draw]) -> list[Tensor]:
+        """Draw matrices by this family's backend, in one sweep."""
+        return draw_matrices(draws, self.backend)
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return factors for matrices and noise for vectors; see :meth:`Family.terms`."""

@@ -3,8 +3,8 @@ r"""Base class of every family of directions: it turns a family's terms into ten
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from zokernel.directions.terms import Job, Rule, Term
 from zokernel.errors import UsageError
 
 NO_ROUNDING = (0, 0, 0, 0)
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 class Sweep(NamedTuple):
@@ -203,17 +205,23 @@ def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
     return float(value[name])
 
 
+def once_each(values: Mapping[str, V], make: Callable[[V], T]) -> dict[str, T]:
+    """Return what ``make`` makes of every value, called once for values that are one object.
+
+    Hundreds of tensors mostly share their coefficients, and there are several sweeps a step.
+    """
+    made = {key: make(value) for key, value in {id(value): value for value in values.values()}.items()}
+    return {name: made[id(value)] for name, value in values.items()}
+
+
 def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], count: int) -> list[list[float]]:
     """Return the scales of every tensor, ``count`` each; lists given for several tensors are looked at once."""
     if not isinstance(scale, Mapping):
         return [scales_of(scale, "", count)] * len(names)
     if any(name not in scale for name in names):
         return [scales_of(scale, name, count) for name in names]  # which says whose are missing
-    held, known = [scale[name] for name in names], dict[int, list[float]]()
-    for given in held:
-        if id(given) not in known:
-            known[id(given)] = scales_of(given, "", count)
-    return [known[id(given)] for given in held]
+    found = once_each({name: scale[name] for name in names}, lambda given: scales_of(given, "", count))
+    return [found[name] for name in names]
 
 
 def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:

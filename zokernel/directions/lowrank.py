@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.factored import Factored
-from zokernel.directions.factors import Draw, Recent, draw_matrices, matrix_shape
+from zokernel.directions.factors import Draw, Recent, matrix_shape
 from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -82,7 +82,7 @@ class LowRank(Factored):
             (m, r) float32.
         """
         draw = self._left(name, shape, seed, step, index, device or torch.device("cpu"))
-        return self._lefts.get_all([draw], self._make)[0]
+        return self._lefts.get_all([draw], self.draw)[0]
 
     def right(
         self, name: str, shape: Sequence[int], *, seed: int, step: int, device: torch.device | None = None
@@ -100,15 +100,15 @@ class LowRank(Factored):
             (r, n) float32.
         """
         draw = self._right(name, shape, seed, step, device or torch.device("cpu"))
-        return self._rights.get_all([draw], self._make)[0]
+        return self._rights.get_all([draw], self.draw)[0]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Family.terms`."""
         matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
         lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
-        self._lefts.get_all(lefts, self._make)
+        self._lefts.get_all(lefts, self.draw)
         rights = [self._right(name, shape, seed, step, device) for name, shape, device in matrices]
-        self._rights.get_all(rights, self._make)
+        self._rights.get_all(rights, self.draw)
         return super().terms(places, seed=seed, step=step, index=index)
 
     def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
@@ -126,6 +126,3 @@ class LowRank(Factored):
         _, columns, rank = self.shape(shape)
         key = stream_key(seed, name, "lowrank-right")
         return Draw(rank, columns, self.law.name, key, step // self.refresh, 0, device)
-
-    def _make(self, draws: list[Draw]) -> list[Tensor]:
-        return draw_matrices(draws, self.backend)

@@ -38,7 +38,7 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
     """
     job_table, term_table = job_tables(jobs)
-    segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
+    segments = _segments(jobs)
     peaks = np.zeros(len(segments), np.float32)
     loops = np.array([SWEEPS.index(_loop_of(job)) for job in jobs])[segments["job"]]
     loops[segments["stride"] != 1] = SWEEPS.index("run_segments")
@@ -61,7 +61,7 @@ class PreparedSweep:
 
     def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
         self._jobs, self._terms = job_tables(jobs)
-        self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
+        self._segments = _segments(jobs)
         self._rows = np.array(rows, np.int64)
         contiguous = self._segments["stride"] == 1
         self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
@@ -102,7 +102,7 @@ class PreparedCopies:
 
     def __init__(self, jobs: Sequence[Job]):
         self._jobs, self._terms = job_tables(jobs)
-        self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
+        self._segments = _segments(jobs)
         self._job, self._local = self._segments["job"], self._segments["local"].astype(np.uint64)
         self._signs = np.array([_loop_of(job) == "add_signs" for job in jobs], bool)[self._job]
 
@@ -146,13 +146,11 @@ def can_copy(job: Job) -> bool:
 
     It takes whole rows of float32 weights, and one direction: of signs, or of low rank.
     """
-    place = job.place
-    return (
-        len(job.terms) == 1
-        and _loop_of(job) != "run_segments"
-        and place.local.is_contiguous()
-        and tuple(place.local.shape[1:]) == place.shape[1:]
-    )
+    return len(job.terms) == 1 and _loop_of(job) != "run_segments" and job.place.is_rows
+
+
+def _segments(jobs: Sequence[Job]) -> np.ndarray:
+    return segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
 
 
 def _copy(

@@ -69,6 +69,11 @@ class Placement:
         return math.prod(self.shape)
 
     @property
+    def is_rows(self) -> bool:
+        """Whether the local elements are whole rows of the tensor, in memory order."""
+        return self.local.is_contiguous() and tuple(self.local.shape[1:]) == self.shape[1:]
+
+    @property
     def runs(self) -> Runs:
         """The stretches that cover the local elements, in row-major order."""
         return find_runs(tuple(self.local.shape), self.local.stride(), self.shape, self.offset)

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zokernel.directions.base import Directions
+from zokernel.directions.family import once_each
 from zokernel.directions.placement import place_all
 from zokernel.directions.restore_base import Draw, Restore, as_family, step_and_index, union_of_draws
 from zokernel.directions.terms import Rule
@@ -85,13 +87,17 @@ class Fold(Restore):
         draws = union_of_draws(update, self._offsets)
         factors = decay if isinstance(decay, Mapping) else dict.fromkeys(self.tensors, decay)
         offsets = [self._offsets.get(draw, 0.0) for draw in draws]
-        kinds = {name: (id(update[name]), factors[name]) for name in self.tensors}
-        known = {}
-        for (shared, factor), name in {kind: name for name, kind in kinds.items()}.items():
-            now = [update[name].get(draw, 0.0) for draw in draws]
-            known[shared, factor] = [new - factor * old for new, old in zip(now, offsets)]
-        scale = {name: known[kind] for name, kind in kinds.items()}
+        by_factor: dict[float, dict[str, list[float]]] = defaultdict(dict)
+        for name, scales in self._scales(update, draws).items():
+            by_factor[factors[name]][name] = scales
+        scale: dict[str, list[float]] = {}
+        for factor, alike in by_factor.items():
+            scale |= once_each(alike, _less([factor * offset for offset in offsets]))
         self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **step_and_index(draws))
+
+
+def _less(offsets: list[float]) -> Callable[[list[float]], list[float]]:
+    return lambda scales: [scale - offset for scale, offset in zip(scales, offsets)]
 
 
 class Grid(Restore):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from zokernel.directions.base import Directions
-from zokernel.directions.family import Family
+from zokernel.directions.family import Family, once_each
 from zokernel.errors import UsageError
 
 Draw = tuple[int, int]
@@ -107,16 +107,13 @@ class Restore(ABC):
                 raise UsageError(
                     f"There is no update for tensor {missing[0]!r}: give one for every name, or one for all."
                 )
-            # Tensors that share their coefficients go on sharing them, and they are looked at once.
-            given = {id(coefficients): coefficients for coefficients in update.values()}
-            known = {key: as_draws(step, coefficients) for key, coefficients in given.items()}  # type: ignore[arg-type]
-            return {name: known[id(update[name])] for name in self.tensors}  # type: ignore[index]
+            given = {name: update[name] for name in self.tensors}  # type: ignore[index]
+            return once_each(given, lambda coefficients: as_draws(step, coefficients))  # type: ignore[arg-type]
         draws = as_draws(step, update)  # type: ignore[arg-type]
         return dict.fromkeys(self.tensors, draws)
 
     def _scales(self, by_name: Mapping[str, Mapping[Draw, float]], draws: list[Draw]) -> dict[str, list[float]]:
-        known = {id(c): [c.get(draw, 0.0) for draw in draws] for c in by_name.values()}
-        return {name: known[id(coefficients)] for name, coefficients in by_name.items()}
+        return once_each(by_name, lambda coefficients: [coefficients.get(draw, 0.0) for draw in draws])
 
 
 @contextmanager

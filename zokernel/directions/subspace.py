@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.factored import Factored
-from zokernel.directions.factors import Draw, Recent, draw_matrices, matrix_shape
+from zokernel.directions.factors import Draw, Recent, matrix_shape
 from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
@@ -69,7 +69,7 @@ class Subspace(Factored):
 
         def make() -> Tensor:
             key = stream_key(seed, name, f"subspace-{side}")
-            (gaussian,) = draw_matrices([Draw(size, rank, "gaussian", key, epoch, 0, device)], self.backend)
+            (gaussian,) = self.draw([Draw(size, rank, "gaussian", key, epoch, 0, device)])
             q, r = torch.linalg.qr(gaussian.double())
             # The sign makes Q unique, hence uniformly distributed and the same with every LAPACK.
             return (q * torch.sign(torch.diagonal(r))).float().contiguous()
@@ -82,13 +82,10 @@ class Subspace(Factored):
         rank, epoch, device = min(self.rank, rows, columns), step // self.refresh, place.local.device
         left = self.basis(place.name, "left", rows, rank, seed, epoch, device)
         right = self.basis(place.name, "right", columns, rank, seed, epoch, device)
-        core = self._cores.get_all([self._core(place, rank, seed, step, index)], self._make)[0]
+        core = self._cores.get_all([self._core(place, rank, seed, step, index)], self.draw)[0]
         moved = (left.double() @ core.double()).float()
         return Factors(moved, right.T.contiguous(), math.sqrt(rows * columns) / rank)
 
     def _core(self, place: Placement, rank: int, seed: int, step: int, index: int) -> Draw:
         key = stream_key(seed, place.name, "subspace-core")
         return Draw(rank, rank, self.law.name, key, step, index, place.local.device)
-
-    def _make(self, draws: list[Draw]) -> list[Tensor]:
-        return draw_matrices(draws, self.backend)
