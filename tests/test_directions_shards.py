@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import spawn
 
 from zokernel.directions import Dense, LowRank, Sparse, engine
 from zokernel.directions.philox import stream_key
@@ -65,13 +65,12 @@ def run_rank(rank, rendezvous, results):
     found["fsdp"] = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
     if rank == 0:
         torch.save(found, results)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def gathered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (str(folder / "rendezvous"), str(folder / "results.pt")), nprocs=2)
+    spawn(run_rank, str(folder / "rendezvous"), str(folder / "results.pt"), size=2)
     return torch.load(folder / "results.pt")
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import spawn
 from safetensors.torch import load_file
 from trainers import load_parts, make_trainer
 
@@ -63,13 +63,12 @@ def run_rank(rank, port, folder, tiny_lm_path, tiny_reviews_path):
         metrics = trainer.evaluate()
         found[mode] = (weights, trainer.parallel.bytes_sent, type(trainer.model_wrapped).__name__, metrics["eval_loss"])
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (free_port(), folder, tiny_lm_path, tiny_reviews_path), nprocs=2)
+    spawn(run_rank, free_port(), folder, tiny_lm_path, tiny_reviews_path, size=2)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

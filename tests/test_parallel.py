@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
@@ -78,7 +78,6 @@ def run_rank(rank, folder):
     except RunError as error:
         found["nan"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def train_sharded():
@@ -100,7 +99,7 @@ def train_sharded():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    mp.spawn(run_rank, (str(folder),), nprocs=2)
+    spawn(run_rank, str(folder), size=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -176,11 +175,10 @@ def run_grid(rank, folder):
     grid = Parallel("hybrid", point_ranks=2)
     half = slice(4 * grid.data_rank, 4 * grid.data_rank + 4)
     torch.save(train(METHODS["mezo"], torch.float64, grid, rows=half), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_a_grid_of_two_batches_and_two_shares(tmp_path):
-    mp.spawn(run_grid, (str(tmp_path),), nprocs=4)
+    spawn(run_grid, str(tmp_path), size=4)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     alone, losses = train(METHODS["mezo"], torch.float64)
     for weights, rank_losses in found:

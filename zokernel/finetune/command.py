@@ -10,6 +10,7 @@ import transformers
 
 from zokernel.errors import UsageError
 from zokernel.finetune.arguments import parse
+from zokernel.finetune.elastic import leave
 from zokernel.finetune.job import Interrupted, finetune
 from zokernel.finetune.report import table
 
@@ -28,6 +29,7 @@ def run(argv: Sequence[str], *, defaults: dict[str, Any] | None = None, name: st
     except Interrupted as stop:
         logger.warning("%s", stop)
         return 130
+    leave()
     print(f"\n{table(metrics)}")
     trained = f", loss.png, README.md and the {metrics['saved']}" if metrics["steps"] else ""
     print(f"\nSaved in {config.output_dir}: report.md, metrics.json{trained}.")

@@ -1,4 +1,4 @@
-"""Processes that torchrun has restarted find each other again.
+"""Processes that torchrun has restarted find each other again, and leave each other when they are done.
 
 torch's agent keeps one store for all its restarts, where gloo finds the addresses of processes that are gone and waits
 for them.  A name for each restart keeps them apart.
@@ -22,3 +22,9 @@ def rejoin() -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(f"restart-{restarts}", store), rank=rank, world_size=size)
+
+
+def leave() -> None:
+    """Close the process group of a run that is done: its threads must not outlive the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
