@@ -29,6 +29,28 @@ print([name for name in {heavy} if name in sys.modules])
     assert finished.stdout.strip().endswith("[]"), finished.stdout + finished.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident memory that Linux reports")
+def test_batches_of_many_lengths_do_not_fill_the_memory():
+    code = """
+import re, zokernel.cli
+zokernel.cli.main([])
+import torch
+if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    weights = [torch.randn(size, 576).bfloat16() for size in (192, 576, 1536)]
+    def forward(tokens):
+        for weight in weights:
+            torch.nn.functional.linear(torch.ones(tokens, 576, dtype=torch.bfloat16), weight)
+        return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 1024
+    start = forward(400)
+    print(max(map(forward, range(1, 300))) - start)
+else:
+    print(0)
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout.split()[-1]) < 100  # MiB; with the caches as torch leaves them, several hundred
+
+
 def test_the_readme_loop_runs_without_transformers_and_learns():
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     finished = run_python(f"import sys\nsys.modules['transformers'] = None\n{block}")
