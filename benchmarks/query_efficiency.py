@@ -49,6 +49,9 @@ CLOSE = 1.1  # MeZO, which sets the target, runs all seeds at rates whose sweep 
 MEASURED = 64  # training examples whose loss is followed
 POINTS = 8  # evaluations a run
 
+AXES = ("forwards", "tokens", "CPU time")  # columns of a curve, before its loss
+BY_TARGET = {"auto": 1, "auto, batch 16": 0}  # whose costs are followed over targets, and which
+
 
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
     """Return the weights of the last third of a model's layers."""
@@ -289,6 +292,29 @@ def tables(runs: Runs) -> str:
     return "\n\n".join(parts)
 
 
+def by_target(runs: Runs) -> str:
+    """Return what ``auto`` needs to reach where MeZO was after each quarter of its steps, as shares of MeZO's costs."""
+    rows = []
+    for task, train in itertools.product(FILES, RATES):
+        key = {"task": task, "train": train}
+        if not all(runs.measured(contender=name, **key) for name in (REFERENCE, *BY_TARGET)):
+            continue
+        curves = [row["curve"] for row in runs.final(contender=REFERENCE, **key)]
+        points = len(curves[0]) - 1
+        for point in sorted({max(1, points * quarter // 4) for quarter in (1, 2, 3, 4)}):
+            target = statistics.mean(curve[point][3] for curve in curves)
+            cells = [f"{task}, {train}", f"{curves[0][point][0] / 2:.0f}", f"{target:.3f}"]
+            for name, column in BY_TARGET.items():
+                spent = statistics.median(curve[point][column] for curve in curves)
+                found = [row["curve"] for row in runs.final(contender=name, **key)]
+                costs = sorted(crossing(curve, target, column) / spent for curve in found)
+                arrived = sum(cost < math.inf for cost in costs)
+                cells.append(f"{spread(costs)}, {arrived} of {len(costs)}")
+            rows.append(cells)
+    header = ["", "MeZO's steps", "training loss", *(f"{name}: {AXES[column]}" for name, column in BY_TARGET.items())]
+    return table(header, rows) if rows else ""
+
+
 def spread(values: list[float]) -> str:
     """Return median and range; a run that never arrived counts as infinite."""
     low, middle, high = values[0], statistics.median(values), values[-1]
@@ -321,6 +347,7 @@ def main() -> None:
                     compete(arena, task, name, runs, options.seeds)
         print(f"Machine: {machine()}.\n")
     print(tables(runs) or f"{options.runs} holds no runs yet: give --data_folder.")
+    print(f"\n{by_target(runs)}")
 
 
 if __name__ == "__main__":
