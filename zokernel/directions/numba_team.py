@@ -31,6 +31,7 @@ from zokernel.directions.numba_kernels import run_segments, squared_norms
 from zokernel.directions.numba_math import cached, inlined, pointer_to
 from zokernel.directions.numba_signs import add_signs, copy_signs
 from zokernel.directions.tables import JOB, SEGMENT, TERM
+from zokernel.resident import release_code
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def _run(entry: Any, order: int, num_shares: int) -> None:
 @cache
 def _entry(loop: str) -> Any:
     """Compile a loop as a C function of an order's address, or load it compiled."""
-    return cached(cfunc, _LOOPS[loop], types.void(types.uint64))
+    entry = cached(cfunc, _LOOPS[loop], types.void(types.uint64))
+    release_code("libllvmlite")
+    return entry
 
 
 @cast(Callable[..., Any], intrinsic)

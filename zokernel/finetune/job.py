@@ -33,6 +33,7 @@ from zokernel.finetune.scoring import EncodedDataset, choose_collator
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.trainer import ZOTrainer
 from zokernel.finetune.zero_shot import fingerprint, remembered
+from zokernel.resident import release_heap
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def _finetune(
             score = partial(evaluate, trainer, encoded["test"])
             run["before"] = remembered(key, score) if config.world_size == 1 else score()
         run["peak_memory_inference"] = inference.peak_bytes
+        release_heap()  # training loads a compiler next, for which the activations' room is enough
         if main:
             write_json(folder / output.RUN_FILE, run)
     how = f"{data_arguments.num_demonstrations}-shot in-context" if data_arguments.num_demonstrations else "Zero-shot"

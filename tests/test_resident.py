@@ -1,0 +1,62 @@
+"""Memory that a process gives back: LLVM's code once loops are loaded, and the room that activations took."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zokernel.resident import release_code, release_heap
+
+STATUS = Path("/proc/self/status")
+linux = pytest.mark.skipif(not STATUS.exists(), reason="reads the resident memory that Linux reports")
+
+
+def resident() -> float:
+    return int(re.search(r"VmRSS:\s+(\d+)", STATUS.read_text()).group(1)) / 1024  # MiB
+
+
+@linux
+def test_llvms_code_does_not_stay_once_loops_are_loaded():
+    code = """
+import torch
+from zokernel.directions import Dense
+def resident(library):
+    total, inside = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            inside = library in line and " r-xp " in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total / 1024
+weights = {"w": torch.zeros(1000)}
+for law in ("rademacher", "gaussian"):  # two loops: LLVM is run again after its pages are gone
+    Dense(law).add_(weights, 1.0, seed=0, step=0, index=0)
+print(resident("libllvmlite"), resident("libtorch_cpu"), int(weights["w"].count_nonzero()))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    llvm, torchs, moved = map(float, finished.stdout.split())
+    assert llvm < 1 < torchs  # MiB: about 50 otherwise; other libraries keep theirs
+    assert moved == 1000
+
+
+def test_code_that_is_let_go_can_be_run():
+    released = release_code("libtorch_cpu")
+    assert (released > 0) == STATUS.exists()
+    assert torch.ones(5).cumsum(0)[-1] == 5
+
+
+@linux
+def test_freed_memory_goes_back():
+    blocks = [torch.ones(1 << 14) for _ in range(4000)]  # 64 KiB each, which the C library takes from its heap
+    kept = blocks[-1]
+    before = resident()
+    del blocks
+    if not release_heap():
+        pytest.skip("this C library cannot give memory back")
+    assert resident() < before - 200  # of 250 MiB
+    assert kept.sum() == 1 << 14
