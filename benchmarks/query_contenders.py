@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, WALK, learning_rate
+from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, SCHEDULE, WALK, learning_rate
 
 EPS = {"full": 1e-3, "lora": 1e-2}
 # MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
@@ -22,7 +22,7 @@ class Contender:
         batch: Examples a batch.
         options: Settings of the method.
         factor: Its learning rates, relative to MeZO's; None for the one rate that ``--method auto`` chooses.
-        schedule: ``constant`` or ``linear`` (to zero).
+        schedule: ``constant``, ``linear`` (to zero) or that of ``--method auto``.
         last_third: Of adapters, train those of the last third of the layers.
         lora_eps: Radius for adapters, if not that of all.
         swept: Whether its rates are compared on seed 0; if not, the middle one is taken.
@@ -50,8 +50,9 @@ REFERENCE = "MeZO, batch 16"
 NORMALIZED: dict[str, Any] = {"normalize": True}
 AUTO = NORMALIZED | {"polyak_share": POLYAK_SHARE}
 TIGHTER = NORMALIZED | {"polyak_share": 0.25}
-AS_AUTO: dict[str, Any] = {"schedule": "linear", "lora_eps": LORA_EPS, "swept": False}
-SIXTH, TENTH = (AS_AUTO | {"frozen": share, "walk": 1.6e-2} for share in (1 / 6, 0.1))
+AS_AUTO: dict[str, Any] = {"schedule": SCHEDULE, "lora_eps": LORA_EPS, "swept": False}
+FALLING = AS_AUTO | {"schedule": "linear"}
+SIXTH, TENTH = (FALLING | {"frozen": share, "walk": 1.6e-2} for share in (1 / 6, 0.1))
 # Rates of earlier defaults, about those of auto in runs as short as these.
 AT_TWO = {"full": 6e-3 / 3e-5, "lora": 2.5e-2 / 3e-3}
 AT_EIGHT = {train: 4 * factor for train, factor in AT_TWO.items()}
@@ -69,26 +70,29 @@ CONTENDERS = {
     "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
     "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **AS_AUTO),
     "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **AS_AUTO),
+    # As auto was until its rate came to stay for a while; so are all that follow.
+    "falling rate, batch 4": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **FALLING),
+    "falling rate, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **FALLING),
     # Of all weights, some left untrained, the others taken further.
     "first sixth frozen, batch 4": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **SIXTH),
     "first sixth frozen, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **SIXTH),
     "first tenth frozen, batch 4": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **TENTH),
     "first tenth frozen, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **TENTH),
     # A tighter bound by Polyak's step, none, and a constant rate.
-    "tighter bound, batch 4": Contender("forward_difference", 4, TIGHTER | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
+    "tighter bound, batch 4": Contender("forward_difference", 4, TIGHTER | {"num_perturbations": 2}, AT_TWO, **FALLING),
     "tighter bound, batch 16": Contender(
-        "forward_difference", 16, TIGHTER | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
+        "forward_difference", 16, TIGHTER | {"num_perturbations": 8}, AT_EIGHT, **FALLING
     ),
-    "no bound, batch 4": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AT_TWO, **AS_AUTO),
+    "no bound, batch 4": Contender("forward_difference", 4, NORMALIZED | {"num_perturbations": 2}, AT_TWO, **FALLING),
     "no bound, batch 16": Contender(
-        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AT_EIGHT, **AS_AUTO
+        "forward_difference", 16, NORMALIZED | {"num_perturbations": 8}, AT_EIGHT, **FALLING
     ),
     "no bound, constant rate": Contender(
         "forward_difference",
         4,
         NORMALIZED | {"num_perturbations": 2},
         AT_TWO,
-        **AS_AUTO | {"schedule": "constant"},
+        **FALLING | {"schedule": "constant"},
     ),
     # Without normalised slopes: with LoRA the last third of the layers, or every adapter at lower rates.
     "one-sided, batch 4": Contender(
@@ -109,7 +113,8 @@ def rates_of(name: str, task: str, train: str) -> list[float]:
     if contender.factor is None:
         count = contender.options["num_perturbations"]
         what = {"full": "full parameters", "lora": "LoRA"}[train]
-        rates = [learning_rate(what, num_perturbations=count, steps=FORWARDS[task] // (count + 1))]
+        steps, schedule = FORWARDS[task] // (count + 1), contender.schedule
+        rates = [learning_rate(what, num_perturbations=count, steps=steps, schedule=schedule)]
         rates = [rate * (contender.walk or WALK[what]) / WALK[what] for rate in rates]
     else:
         rates = [rate * contender.factor[train] for rate in RATES[train]]

@@ -33,6 +33,7 @@ from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Conten
 
 from zokernel.directions.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
+from zokernel.finetune.auto import SCHEDULE, cooldown_steps
 from zokernel.finetune.freezing import freeze_
 from zokernel.finetune.scoring import option_scores
 from zokernel.optim import get_method
@@ -161,9 +162,8 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     batches = arena.batches(contender.batch, seed)
     for step in range(steps):
         batch = next(batches)
-        if contender.schedule == "linear":
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate_at(contender.schedule, step, steps)
         start, before = time.process_time(), optimizer.num_forwards
         try:
             optimizer.step(paired.make_closure(arena.model, batch, bf16=True))
@@ -177,6 +177,12 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     # Rounded, since runs are committed.
     rounded = [(*counts, round(spent, 1), round(loss, 4)) for *counts, spent, loss in curve]
     return {"curve": rounded, "held_out": [round(value, 4) for value in arena.score(arena.held_out)]}
+
+
+def rate_at(schedule: str, step: int, steps: int) -> float:
+    """Return the rate of a step, relative to the run's first."""
+    falls_over = {"constant": 0, "linear": steps, SCHEDULE: cooldown_steps(steps)}[schedule]
+    return min(1.0, (steps - step) / falls_over) if falls_over else 1.0
 
 
 def crossing(curve: list[list[float]], target: float, column: int) -> float:

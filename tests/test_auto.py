@@ -8,17 +8,19 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.auto import POLYAK_SHARE, WALK, count_steps, learning_rate
+from zokernel.finetune.auto import POLYAK_SHARE, SCHEDULE, WALK, cooldown_steps, count_steps, learning_rate
+from zokernel.journal import Journal
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
 def test_directions_grow_with_the_batch(tmp_path, batch, count):
     config = ZOConfig(output_dir=str(tmp_path), method="auto", per_device_train_batch_size=batch)
-    assert (config.method, config.lr_scheduler_type) == ("forward_difference", "linear")
+    assert (config.method, config.lr_scheduler_type) == ("forward_difference", SCHEDULE)
     assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
 
 
@@ -46,15 +48,24 @@ def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
         ZOConfig(**options, method_args=["normalize=false"])
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, "linear", "cosine", "constant"])
 @pytest.mark.parametrize(("count", "steps"), [(2, 27), (8, 300)])
-def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps):
+def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps, schedule):
     torch.manual_seed(0)
-    rate = learning_rate("LoRA", num_perturbations=count, steps=steps)
-    rates = rate * (1 - torch.arange(steps) / steps)
+    optimizer = torch.optim.SGD(
+        [torch.zeros(1)], lr=learning_rate("LoRA", num_perturbations=count, steps=steps, schedule=schedule)
+    )
+    more = {"num_decay_steps": cooldown_steps(steps), "decay_type": "linear"} if schedule == SCHEDULE else None
+    scheduler = get_scheduler(schedule, optimizer, 0, steps, more)
+    rates = torch.empty(steps)
+    for step in range(steps):
+        rates[step] = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
     # Normalised slopes of independent directions: each has mean square one, and z is +1 or -1.
     slopes = torch.randn(4000, steps, count)
     walked = (slopes.mean(-1) * rates).sum(-1)
-    # 4000 walks know their mean square within 4 * sqrt(2 / 4000) = 9 %; the sum over t is T / 3 within 3 / 2T = 6 %.
+    # 4000 walks know their mean square within 4 * sqrt(2 / 4000) = 9 %; the sum over t is m T within 3 / 2T = 6 %.
     assert float(walked.square().mean().sqrt()) == pytest.approx(WALK["LoRA"], rel=0.08)
 
 
@@ -69,12 +80,17 @@ def run(flags, *more):
 
 
 def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
-    rate = flags.index("--learning_rate")
-    run([*flags[:rate], *flags[rate + 2 :]])
+    place = flags.index("--learning_rate")
+    run([*flags[:place], *flags[place + 2 :]])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
-    assert metrics["learning_rate"] == pytest.approx(WALK["full parameters"])  # T = 3P = 6
-    run([*flags[:rate], *flags[rate + 2 :]])  # the same command again: finished, nothing is done
+    rate = learning_rate("full parameters", num_perturbations=2, steps=6)
+    assert metrics["learning_rate"] == pytest.approx(rate)
+    # It stays for three fifths of the steps and falls to zero over the others, of which the first is still whole.
+    expected = [rate * share for share in (1, 1, 1, 1, 2 / 3, 1 / 3)]
+    found = [step.learning_rates[0] for step in Journal.read(tmp_path / "run").steps]
+    assert found == pytest.approx(expected)
+    run([*flags[:place], *flags[place + 2 :]])  # the same command again: finished, nothing is done
     assert "holds this very run, finished" in caplog.text
 
 

@@ -9,12 +9,13 @@ Each choice has its reason; each can be overridden by its own flag.
   like 1/P until that of the b examples takes over, so P grows with b: half of it.
 - *Step.*  Slopes are divided by their running root mean square, so the learning rate is a distance.  Slopes of TREC
   are 1.6 (all weights) and 3 times (LoRA) those of SST-2, and so are the rates that either bears without it.
-- *Rate.*  Most of a step is noise, a random walk that takes every weight :math:`\eta \sqrt{T / 3P}` from its start in
-  T steps at a rate that falls to zero.  How far it may go without harm is a property of the weights, so the rate
-  follows from it, P and T.  It was nearly the same for two and for eight directions.
+- *Rate.*  Most of a step is noise, a random walk that takes every weight :math:`\eta \sqrt{m T / P}` from its start in
+  T steps, with m the mean square of the schedule.  How far it may go without harm is a property of the weights, so the
+  rate follows from it, P and T.  It was nearly the same for two and for eight directions.
 - *Bound.*  Where the loss is low, a share of Polyak's step is shorter: :math:`P / (P + 1 + r)` of it descends fastest,
   and about a third was best for eight directions on both tasks (r = 15 or so).
-- *Schedule.*  A rate that falls to zero can begin larger.
+- *Schedule.*  For equal walks a constant rate goes furthest along the gradient, and a rate that falls at the end gets
+  rid of the noise in steep directions: it stays for three fifths of the steps and falls to zero over the others.
 
 ``docs/results/queries.md`` has the measurements, and where they do not help.
 """
@@ -38,6 +39,10 @@ BATCH = 4
 WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "virtual tokens": 6.5e-2}
 POLYAK_SHARE = 0.35
 LORA_EPS = 2e-2
+SCHEDULE = "warmup_stable_decay"
+COOLDOWN = 0.4  # share of the steps over which the rate falls
+# Mean squares of schedules, relative to the rate they start at; others count as constant.
+MEAN_SQUARE = {SCHEDULE: 1 - 2 / 3 * COOLDOWN, "linear": 1 / 3, "cosine": 3 / 8}
 
 
 def choose_settings(config: ZOConfig) -> None:
@@ -59,7 +64,8 @@ def choose_settings(config: ZOConfig) -> None:
     if config.per_device_train_batch_size is None:
         config.per_device_train_batch_size = BATCH
     if config.lr_scheduler_type is None:
-        config.lr_scheduler_type = "linear"
+        config.lr_scheduler_type = SCHEDULE
+        config.lr_scheduler_kwargs = {"decay_type": "linear"}
     if config.num_perturbations is None:
         config.num_perturbations = max(2, config.per_device_train_batch_size // 2)
     logger.info(
@@ -80,11 +86,27 @@ def count_steps(config: ZOConfig, examples: int) -> int:
     return max(1, math.ceil(config.num_train_epochs * examples / batch))
 
 
-def learning_rate(trained: str, *, num_perturbations: int, steps: int) -> float:
-    r"""Return the rate :math:`D \sqrt{3P / T}` at which a run's random walk takes each weight D from its start.
+def cooldown_steps(steps: int) -> int:
+    """Return over how many of a run's last steps the rate falls.
+
+    Example:
+        >>> cooldown_steps(40)
+        16
+    """
+    return math.ceil(COOLDOWN * steps)
+
+
+def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule: str = SCHEDULE) -> float:
+    r"""Return the rate :math:`D \sqrt{P / mT}` at which a run's random walk takes each weight D from its start.
+
+    Args:
+        trained: What is trained: a key of :data:`WALK`.
+        num_perturbations: Directions a step, P.
+        steps: Steps of the run, T.
+        schedule: Its schedule, by transformers' name, whose mean square is m.
 
     Example:
         >>> f"{learning_rate('full parameters', num_perturbations=2, steps=1000):.2g}"
-        '0.001'
+        '0.00071'
     """
-    return WALK[trained] * math.sqrt(3 * num_perturbations / steps)
+    return WALK[trained] * math.sqrt(num_perturbations / (steps * MEAN_SQUARE.get(schedule, 1.0)))

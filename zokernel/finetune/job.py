@@ -257,5 +257,8 @@ def set_default_lr(config: ZOConfig, arguments: ModelArguments, *, examples: int
         if config.auto:
             assert config.num_perturbations is not None
             steps = count_steps(config, examples)
-            config.learning_rate = learning_rate(what, num_perturbations=config.num_perturbations, steps=steps)
+            schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+            config.learning_rate = learning_rate(
+                what, num_perturbations=config.num_perturbations, steps=steps, schedule=schedule
+            )
         logger.info("Learning rate: %g (the default for %s).", config.learning_rate, what)

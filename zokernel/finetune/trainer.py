@@ -15,9 +15,10 @@ from accelerate.utils import AutocastKwargs, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from zokernel.errors import LossError, RunError, UsageError
+from zokernel.finetune.auto import cooldown_steps
 from zokernel.finetune.batch_size import fit_batch_size
 from zokernel.finetune.callbacks import RunLog, StopOnInterrupt, replace_progress_bar
 from zokernel.finetune.compiled import compile_blocks
@@ -138,6 +139,13 @@ class ZOTrainer(ResumableTrainer):
                 f"{self.forwards_per_step} forwards a step" if self.zeroth_order else "gradients by backpropagation",
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Build the schedule of transformers; a rate that stays and then falls does so over the run's last part."""
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            steps = {"num_decay_steps": cooldown_steps(num_training_steps)}
+            self.args.lr_scheduler_kwargs = steps | dict(self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def forwards_per_step(self) -> int:
