@@ -65,7 +65,6 @@ def choose_settings(config: ZOConfig) -> None:
         config.per_device_train_batch_size = BATCH
     if config.lr_scheduler_type is None:
         config.lr_scheduler_type = SCHEDULE
-        config.lr_scheduler_kwargs = {"decay_type": "linear"}
     if config.num_perturbations is None:
         config.num_perturbations = max(2, config.per_device_train_batch_size // 2)
     logger.info(

@@ -142,9 +142,11 @@ class ZOTrainer(ResumableTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule of transformers; a rate that stays and then falls does so over the run's last part."""
-        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            steps = {"num_decay_steps": cooldown_steps(num_training_steps)}
-            self.args.lr_scheduler_kwargs = steps | dict(self.args.lr_scheduler_kwargs or {})
+        kwargs = self.args.lr_scheduler_kwargs  # a string only until transformers has parsed it
+        given = kwargs if isinstance(kwargs, dict) else {}
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given:
+            cooldown = {"num_decay_steps": cooldown_steps(num_training_steps), "decay_type": "linear"}
+            self.args.lr_scheduler_kwargs = cooldown | given
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
