@@ -89,7 +89,7 @@ class ZOConfig(TrainingArguments):
     )
     lr_scheduler_type: str = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Learning-rate schedule of transformers (default: constant; warmup_stable_decay with auto)."},
+        metadata={"help": "Learning-rate schedule of transformers (default: constant; auto chooses one)."},
     )
     per_device_train_batch_size: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Examples a batch and device (default: 16; 4 with --method auto)."}
