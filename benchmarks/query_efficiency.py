@@ -175,7 +175,7 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
         if (step + 1) % every == 0 or step + 1 == steps:
             curve.append((optimizer.num_forwards, tokens, seconds, arena.score(measured)[0]))
     # Rounded, since runs are committed.
-    rounded = [(*counts, round(spent, 1), round(loss, 4)) for *counts, spent, loss in curve]
+    rounded = [(*counts, round(spent), round(loss, 4)) for *counts, spent, loss in curve]
     return {"curve": rounded, "held_out": [round(value, 4) for value in arena.score(arena.held_out)]}
 
 
