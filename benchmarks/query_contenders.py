@@ -114,8 +114,8 @@ def rates_of(name: str, task: str, train: str) -> list[float]:
         count = contender.options["num_perturbations"]
         what = {"full": "full parameters", "lora": "LoRA"}[train]
         steps, schedule = FORWARDS[task] // (count + 1), contender.schedule
-        rates = [learning_rate(what, num_perturbations=count, steps=steps, schedule=schedule)]
-        rates = [rate * (contender.walk or WALK[what]) / WALK[what] for rate in rates]
+        rate = learning_rate(what, num_perturbations=count, steps=steps, schedule=schedule)
+        rates = [rate * (contender.walk or WALK[what]) / WALK[what]]
     else:
         rates = [rate * contender.factor[train] for rate in RATES[train]]
         rates = rates if contender.swept else rates[1:2]

@@ -194,6 +194,12 @@ def crossing(curve: list[list[float]], target: float, column: int) -> float:
     return math.inf
 
 
+def costs(rows: list[dict[str, Any]], target: float, column: int, unit: float) -> tuple[list[float], str]:
+    """Return what runs spent of a column to reach ``target``, sorted and over ``unit``, and how many of them did."""
+    shares = sorted(crossing(row["curve"], target, column) / unit for row in rows)
+    return shares, f"{sum(share < math.inf for share in shares)} of {len(shares)}"
+
+
 def diverged(curve: list[list[float]]) -> bool:
     """Return whether the loss ever rose well above the start: such runs can end low by accident."""
     return max(point[3] for point in curve) > 1.2 * curve[0][3]
@@ -285,9 +291,9 @@ def tables(runs: Runs) -> str:
                 continue
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):
-                costs = sorted(crossing(row["curve"], target, column) for row in found)
-                cells.append(spread([cost / spent[column] for cost in costs]))
-            cells.append(f"{sum(crossing(row['curve'], target, 0) < math.inf for row in found)} of {len(found)}")
+                shares, arrived = costs(found, target, column, spent[column])
+                cells.append(spread(shares))
+            cells.append(arrived)
             cells.append(mean_error([row["curve"][-1][3] for row in found]))
             cells += [mean_error([row["held_out"][column] for row in found]) for column in (0, 1)]
             rows.append(cells)
@@ -312,10 +318,8 @@ def by_target(runs: Runs) -> str:
             cells = [f"{task}, {train}", f"{curves[0][point][0] / 2:.0f}", f"{target:.3f}"]
             for name, column in BY_TARGET.items():
                 spent = statistics.median(curve[point][column] for curve in curves)
-                found = [row["curve"] for row in runs.final(contender=name, **key)]
-                costs = sorted(crossing(curve, target, column) / spent for curve in found)
-                arrived = sum(cost < math.inf for cost in costs)
-                cells.append(f"{spread(costs)}, {arrived} of {len(costs)}")
+                shares, arrived = costs(runs.final(contender=name, **key), target, column, spent)
+                cells.append(f"{spread(shares)}, {arrived}")
             rows.append(cells)
     header = ["", "MeZO's steps", "training loss", *(f"{name}: {AXES[column]}" for name, column in BY_TARGET.items())]
     return table(header, rows) if rows else ""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
+from transformers.trainer_utils import SchedulerType
 
 from zokernel._version import __version__
 from zokernel.files import read_json, write_json
@@ -257,7 +258,7 @@ def set_default_lr(config: ZOConfig, arguments: ModelArguments, *, examples: int
         if config.auto:
             assert config.num_perturbations is not None
             steps = count_steps(config, examples)
-            schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+            schedule = SchedulerType(config.lr_scheduler_type).value
             config.learning_rate = learning_rate(
                 what, num_perturbations=config.num_perturbations, steps=steps, schedule=schedule
             )
