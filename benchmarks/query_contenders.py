@@ -10,7 +10,7 @@ from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, SCHEDULE, WALK, learn
 EPS = {"full": 1e-3, "lora": 1e-2}
 # MeZO's sweep at P = 1; a contender's rates are these, times its own factor.
 RATES = {"full": (1e-5, 3e-5, 1e-4), "lora": (1e-3, 3e-3, 1e-2)}
-FORWARDS = {"sst2": 120, "trec": 80}  # forwards of every run; MeZO takes half as many steps
+FORWARDS = {"sst2": 120, "trec": 80, "rte": 80}  # forwards of every run; MeZO takes half as many steps
 
 
 @dataclass(frozen=True)

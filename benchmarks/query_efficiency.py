@@ -9,7 +9,7 @@ Finished runs are kept in a file, so that a stopped benchmark goes on.
     python benchmarks/query_efficiency.py --tasks sst2 trec --train full lora --data_folder DIR --runs runs.jsonl
     python benchmarks/query_efficiency.py                       # trains nothing: the tables of the committed runs
 
-``DIR`` holds sst2/{train,dev}.tsv and trec/{train,test}.csv.
+``DIR`` holds {sst2,rte}/{train,dev}.tsv and trec/{train,test}.csv.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.
 FILES = {
     "sst2": ("train.tsv", "dev.tsv", None),
     "trec": ("train.csv", "test.csv", ["label", "question"]),
+    "rte": ("train.tsv", "dev.tsv", None),
 }
 SWEEP_SEED = 0
 CLOSE = 1.1  # MeZO, which sets the target, runs all seeds at rates whose sweep ended within a tenth of the best one's
@@ -65,7 +66,7 @@ class Arena:
     """A model, its examples, and the weights that every run starts from.
 
     Args:
-        task: ``sst2`` or ``trec``.
+        task: A key of :data:`FILES`.
         train: ``full`` or ``lora``.
         folder: Where the data sets are.
     """
