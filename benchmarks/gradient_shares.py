@@ -19,7 +19,7 @@ import paired
 import torch
 from directions import machine, table
 from query_contenders import CONTENDERS, FORWARDS, rates_of
-from query_efficiency import Arena, race
+from query_efficiency import FILES, Arena, race
 
 from zokernel.finetune.freezing import layers_of
 from zokernel.finetune.scoring import classification_loss, option_scores
@@ -61,7 +61,7 @@ def groups(arena: Arena) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=("sst2", "trec"), default=["sst2", "trec"])
+    parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=["sst2", "trec"])
     parser.add_argument("--data_folder", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--trained", action="store_true", help="after a run of auto, not at the start")

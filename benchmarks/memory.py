@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 from zokernel.finetune.auto import POLYAK_SHARE
 
@@ -59,28 +60,25 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
         logits = model(tokens, logits_to_keep=1).logits[:, -1].float()
         return torch.nn.functional.cross_entropy(logits, tokens[:, 0])
 
-    def make_optimizer(trained: torch.nn.Module):
+    def take_steps(trained: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
         method, options = SETTINGS[name]
         optimizer = get_method(method)(trained, lr=1e-7, **options)
         if options.get("restore") == "still":
             optimizer.evaluator = InForward()
-        return optimizer
+        for _ in range(2):
+            optimizer.step(loss)
 
     if SETTINGS[name] is not None:
         # Importing and compiling the engine takes about 90 MiB, whatever the model: both peaks are to contain it.
         small = torch.nn.Sequential(torch.nn.Embedding(256, 128), torch.nn.Linear(128, 256))
-        optimizer = make_optimizer(small)
-        for _ in range(2):
-            optimizer.step(lambda: small(tokens[:, :2] % 256).square().mean())
+        take_steps(small, lambda: small(tokens[:, :2] % 256).square().mean())
     with torch.no_grad():
         closure()
         with PeakMemory() as inference:
             closure()
     with PeakMemory() as training:
         if SETTINGS[name] is not None:
-            optimizer = make_optimizer(model)
-            for _ in range(2):
-                optimizer.step(closure)
+            take_steps(model, closure)
         else:
             with torch.no_grad():
                 closure()
