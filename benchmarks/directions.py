@@ -228,7 +228,7 @@ def compile_cost() -> str:
     """Time of the first sweep in a fresh process, without and with compiled code on disk."""
     code = (
         "import time, torch; from zokernel.directions import Dense; w = {'w': torch.zeros(1000)}\n"
-        "import zokernel.directions.numba_math\n"
+        "import zokernel.directions.backends.numba.math\n"
         "for law in ('rademacher', 'gaussian'):\n"
         "    start = time.perf_counter(); Dense(law).add_(w, 1.0, seed=0, step=0, index=0)\n"
         "    print(time.perf_counter() - start)"

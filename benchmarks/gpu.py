@@ -22,8 +22,8 @@ from public_step import AGREE, PublicStep
 from step import make_optimizer
 
 from zokernel.directions import Dense, Family, LowRank, make_restore
-from zokernel.finetune.compiled import compile_blocks
-from zokernel.finetune.memory import PeakMemory
+from zokernel.finetune.models.memory import PeakMemory
+from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.optim import get_method
 
 SWEEPS = 10  # in one timed run

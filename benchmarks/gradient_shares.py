@@ -21,8 +21,8 @@ from directions import machine, table
 from query_contenders import CONTENDERS, FORWARDS, rates_of
 from query_efficiency import FILES, Arena, race
 
-from zokernel.finetune.freezing import layers_of
-from zokernel.finetune.scoring import classification_loss, option_scores
+from zokernel.finetune.models.freezing import layers_of
+from zokernel.finetune.scoring.options import classification_loss, option_scores
 
 
 def moments(arena: Arena, batches: int) -> dict[str, tuple[float, float]]:

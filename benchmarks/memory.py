@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from zokernel.finetune.auto import POLYAK_SHARE
+from zokernel.finetune.settings.auto import POLYAK_SHARE
 
 SETTINGS = {
     "inference": None,
@@ -44,9 +44,9 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     from transformers import AutoModelForCausalLM
 
     from zokernel.data import fetch
-    from zokernel.finetune.memory import PeakMemory
+    from zokernel.finetune.models.memory import PeakMemory
     from zokernel.optim import get_method
-    from zokernel.optim.in_forward import InForward
+    from zokernel.perturb.in_forward import InForward
 
     path = fetch(model_name) if model_name == "smollm2" else model_name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernel.finetune.scoring import classification_loss, option_scores
+from zokernel.finetune.scoring.options import classification_loss, option_scores
 
 SMOLLM2: dict[str, Any] = {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
 SMOLLM2 |= {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
@@ -71,9 +71,9 @@ def examples(count: int, length: int) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     from zokernel.data import resolve_model_path
-    from zokernel.finetune.arguments import DataArguments
-    from zokernel.finetune.collate import EncodedDataset
-    from zokernel.finetune.datasets import load_splits, load_task
+    from zokernel.finetune.data.collate import EncodedDataset
+    from zokernel.finetune.data.datasets import load_splits, load_task
+    from zokernel.finetune.settings.arguments import DataArguments
     from zokernel.finetune.tasks import encode
 
     wording: dict[str, Any] = {"template": "{sentence} It was", "label_words": ["terrible", "great"]}
@@ -96,7 +96,7 @@ def random_examples(count: int, length: int) -> list[dict[str, Any]]:
 def make_batch(
     count: int, length: int = 38, *, items: list[dict[str, Any]] | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    from zokernel.finetune.collate import Collator
+    from zokernel.finetune.data.collate import Collator
 
     batch = Collator(pad_token_id=2)(examples(count, length) if items is None else items)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -34,8 +34,9 @@ def load(full: bool):
 
 
 def train(rank: int, world: int, port: int, options: argparse.Namespace, queue) -> None:
-    from zokernel.finetune.scoring import ScoredPositions
-    from zokernel.optim import InForward, MeZO, Parallel
+    from zokernel.finetune.scoring.options import ScoredPositions
+    from zokernel.optim import MeZO
+    from zokernel.perturb import InForward, Parallel
 
     torch.set_num_threads(1)
     if world > 1:

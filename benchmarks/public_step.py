@@ -25,7 +25,7 @@ from directions import machine, table
 from step import make_optimizer
 from torch import Tensor, nn
 
-from zokernel.finetune.compiled import compile_blocks
+from zokernel.finetune.trainer.compile_blocks import compile_blocks
 
 EPS, LR = 1e-3, 1e-6
 AGREE = 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.finetune.auto import LORA_EPS, POLYAK_SHARE, SCHEDULE, WALK, learning_rate
+from zokernel.finetune.settings.auto import LORA_EPS, POLYAK_SHARE, SCHEDULE, WALK, learning_rate
 
 EPS = {"full": 1e-3, "lora": 1e-2}
 # MeZO's sweep at P = 1; a contender's rates are these, times its own factor.

@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from directions import machine, table
 from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Contender, rates_of
 
-from zokernel.directions.blockwise import layer_of, natural_order
+from zokernel.directions.families.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
-from zokernel.finetune.auto import SCHEDULE, cooldown_steps
-from zokernel.finetune.freezing import freeze_
-from zokernel.finetune.scoring import option_scores
+from zokernel.finetune.models.freezing import freeze_
+from zokernel.finetune.scoring.options import option_scores
+from zokernel.finetune.settings.auto import SCHEDULE, cooldown_steps
 from zokernel.optim import get_method
-from zokernel.optim.in_forward import InForward
+from zokernel.perturb.in_forward import InForward
 
 COLUMNS = ("task", "train", "contender", "lr", "seed", "curve", "held_out")
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.jsonl"
@@ -75,9 +75,9 @@ class Arena:
         from transformers import AutoTokenizer
 
         from zokernel.data import resolve_model_path
-        from zokernel.finetune.arguments import DataArguments
-        from zokernel.finetune.collate import Collator, EncodedDataset
-        from zokernel.finetune.datasets import load_splits, load_task
+        from zokernel.finetune.data.collate import Collator, EncodedDataset
+        from zokernel.finetune.data.datasets import load_splits, load_task
+        from zokernel.finetune.settings.arguments import DataArguments
         from zokernel.finetune.tasks import encode
 
         training, testing, columns = FILES[task]

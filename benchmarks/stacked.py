@@ -18,7 +18,7 @@ import torch
 from directions import machine, table
 from step import make_optimizer
 
-from zokernel.finetune.evaluators import repeat_batch
+from zokernel.finetune.trainer.evaluators import repeat_batch
 from zokernel.optim import ZerothOrderOptimizer
 
 

@@ -21,12 +21,12 @@ import torch
 from directions import machine, table
 
 from zokernel.estimators.base import Offsets
-from zokernel.finetune.evaluators import repeat_batch
-from zokernel.finetune.objective import Objective
+from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.trainer.evaluators import repeat_batch
 from zokernel.optim import ZerothOrderOptimizer, get_method
-from zokernel.optim.base import Closure, Evaluator
-from zokernel.optim.in_forward import InForward
-from zokernel.optim.stacked import Stacked
+from zokernel.optim.zeroth_order import Closure, Evaluator
+from zokernel.perturb.in_forward import InForward
+from zokernel.perturb.stacked import Stacked
 
 WAYS = ("in_place", "in_forward", "stacked")
 METHODS = ("mezo", "kerzoo", "fzoo")

@@ -7,7 +7,7 @@ import argparse
 
 from zokernel.data import resolve_model_path
 from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
 
 def main(model: str = "smollm2", data: str = "movie-reviews", steps: int = 300, output_dir: str = "runs/lora") -> dict:

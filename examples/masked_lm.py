@@ -6,7 +6,7 @@ python examples/masked_lm.py --model FacebookAI/roberta-base --steps 1000
 import argparse
 
 from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
 
 def main(

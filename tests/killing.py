@@ -16,9 +16,9 @@ IMPORTED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "zokernel.cli",
-    "zokernel.directions.numba_backend",
-    "zokernel.finetune.command",
-    "zokernel.finetune.trainer",
+    "zokernel.directions.backends.numba_backend",
+    "zokernel.commands.finetune",
+    "zokernel.finetune.trainer.zo_trainer",
 ]
 # Every way in which a run changes a file.
 WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")

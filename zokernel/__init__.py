@@ -30,6 +30,7 @@ _SUBPACKAGES = (
     "journal",
     "kernels",
     "optim",
+    "perturb",
     "reporting",
     "theory",
 )

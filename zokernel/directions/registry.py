@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from zokernel.directions.blockwise import Blockwise
-from zokernel.directions.dense import Dense
+from zokernel.directions.families.blockwise import Blockwise
+from zokernel.directions.families.dense import Dense
+from zokernel.directions.families.low_rank import LowRank
+from zokernel.directions.families.orthogonal import Frames
+from zokernel.directions.families.sparse import Sparse
+from zokernel.directions.families.subspace import Subspace
 from zokernel.directions.family import Family
-from zokernel.directions.frames import Frames
 from zokernel.directions.laws import LAWS
-from zokernel.directions.lowrank import LowRank
-from zokernel.directions.sparse import Sparse
-from zokernel.directions.subspace import Subspace
 from zokernel.errors import UsageError
 
 

@@ -59,7 +59,7 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     if result.figures:
-        from zokernel.reporting.style import figures
+        from zokernel.figures import figures
 
         with figures():  # text stays text in SVG files
             for stem, figure in result.figures.items():

@@ -6,17 +6,17 @@ from zokernel._lazy import lazy_exports
 
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
-    "Collator": "scoring",
-    "EncodedDataset": "scoring",
+    "Collator": "scoring.options",
+    "EncodedDataset": "scoring.options",
     "PromptTask": "tasks.prompt",
-    "ZOConfig": "config",
-    "ZOTrainer": "trainer",
-    "Objective": "objective",
+    "ZOConfig": "settings.config",
+    "ZOTrainer": "trainer.zo_trainer",
+    "Objective": "scoring.objective",
     "encode": "tasks.encoding",
     "finetune": "job",
     "get_task": "tasks.registry",
-    "option_scores": "scoring",
-    "replay": "rebuild",
+    "option_scores": "scoring.options",
+    "replay": "storage.replay",
 }
 
 __all__ = sorted(_EXPORTS)

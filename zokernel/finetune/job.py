@@ -18,23 +18,23 @@ from transformers.trainer_utils import SchedulerType
 
 from zokernel._version import __version__
 from zokernel.files import read_json, write_json
-from zokernel.finetune import output
-from zokernel.finetune.arguments import DataArguments, ModelArguments
-from zokernel.finetune.auto import LORA_EPS, count_steps, learning_rate
-from zokernel.finetune.callbacks import StopOnInterrupt
-from zokernel.finetune.card import write_card
-from zokernel.finetune.config import ZOConfig
-from zokernel.finetune.datasets import load_splits, load_task
-from zokernel.finetune.examples import encode_splits, fills_masks, make_objective
-from zokernel.finetune.lock import exclusive
-from zokernel.finetune.memory import PeakMemory
-from zokernel.finetune.model import load_model
-from zokernel.finetune.report import draw_loss, write_report
-from zokernel.finetune.scoring import EncodedDataset, choose_collator
+from zokernel.finetune.data.datasets import load_splits, load_task
+from zokernel.finetune.data.encode_splits import encode_splits, fills_masks, make_objective
+from zokernel.finetune.models.load import load_model
+from zokernel.finetune.models.memory import PeakMemory
+from zokernel.finetune.monitor.callbacks import StopOnInterrupt
+from zokernel.finetune.report.card import write_card
+from zokernel.finetune.report.report import draw_loss, write_report
+from zokernel.finetune.report.zero_shot import fingerprint, remembered
+from zokernel.finetune.scoring.options import EncodedDataset, choose_collator
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.auto import LORA_EPS, count_steps, learning_rate
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.storage import run_folder as output
+from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.tasks import Task
-from zokernel.finetune.trainer import ZOTrainer
-from zokernel.finetune.zero_shot import fingerprint, remembered
-from zokernel.resident import release_heap
+from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+from zokernel.process_memory import release_heap
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ turns base weights and a journal back into the weights of any step.
 """
 
 from zokernel.journal.format import Event, Step
+from zokernel.journal.hashes import weights_sha256
 from zokernel.journal.reader import Journal
 from zokernel.journal.replay import make_header, make_optimizer, record_of, replay_
-from zokernel.journal.weights import weights_sha256
 from zokernel.journal.writer import JournalWriter
 
 __all__ = [

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from zokernel._version import __version__
-from zokernel.directions.engine import choose_backend
+from zokernel.directions.backends.dispatch import choose_backend
 from zokernel.errors import RunError, UsageError
 from zokernel.journal.format import Step
+from zokernel.journal.hashes import weights_sha256
 from zokernel.journal.reader import Journal
-from zokernel.journal.weights import weights_sha256
-from zokernel.optim.base import ZerothOrderOptimizer
-from zokernel.optim.recall import replay_step
 from zokernel.optim.registry import get_method
+from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.perturb.recorded import replay_step
 
 logger = logging.getLogger(__name__)
 

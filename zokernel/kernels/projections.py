@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense, engine
+from zokernel.directions import Dense
+from zokernel.directions.backends import dispatch
 from zokernel.directions.laws import Law
-from zokernel.directions.placement import place_all
 from zokernel.directions.terms import Job
+from zokernel.directions.weights.placement import place_all
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.blocks import pusher
@@ -145,7 +146,7 @@ class Draw:
             places = place_all(views)
             terms = self.directions.terms(places, seed=self.seed, step=0, index=index)
             jobs += [Job(place, (term,), (1.0,)) for place, term in zip(places, terms) if term is not None]
-        engine.sweep(jobs, self.directions.backend)
+        dispatch.sweep(jobs, self.directions.backend)
 
 
 def _chunks(indices: range, size: int) -> list[range]:

@@ -33,9 +33,9 @@ def methods() -> dict[str, type[torch.optim.Optimizer]]:
         >>> "mezo" in methods()
         True
     """
-    package = importlib.import_module("zokernel.optim")
+    package = importlib.import_module("zokernel.optim.published")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"zokernel.optim.{module.name}")
+        importlib.import_module(f"zokernel.optim.published.{module.name}")
     return dict(sorted(_METHODS.items()))
 
 

@@ -28,8 +28,8 @@ def read_run(folder: Path) -> Page:
     Raises:
         UsageError: If it holds no run of zokernel.
     """
+    from zokernel.experiments.run_page import is_reproduce, read_reproduce
     from zokernel.reporting.plan_page import load_json, read_evolve, read_kernel, read_plan
-    from zokernel.reporting.reproduce_run import is_reproduce, read_reproduce
     from zokernel.reporting.training import find_plan, is_training
     from zokernel.reporting.training_page import read_finetune
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from zokernel.figures import PALETTE
 from zokernel.reporting.page import Page, Picture, Section, number, table_of_rows, words
-from zokernel.reporting.style import PALETTE
 from zokernel.reporting.svg import draw
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from zokernel.figures import PALETTE
 from zokernel.reporting.page import Page, Picture, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
-from zokernel.reporting.style import PALETTE
 from zokernel.reporting.svg import draw
 from zokernel.reporting.training import TrainingRun, find_plan, read_training
 

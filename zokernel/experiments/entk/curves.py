@@ -10,11 +10,11 @@ import torch
 from zokernel.directions import Dense
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import CHECKPOINTS, Checkpoints, checkpoints, updated_image
+from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel
 from zokernel.kernels.curves import ErrorCurves, curves_from_projections
 from zokernel.kernels.jacobians import example_jacobian, flatten
 from zokernel.kernels.projections import Draw
-from zokernel.reporting.style import PALETTE, figures
 from zokernel.theory import KernelMoments, kernel_bound
 
 HIGH, LOW = ((4, 9), (1, 7)), ((0, 1), (0, 5))

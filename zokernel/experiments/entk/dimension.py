@@ -12,9 +12,9 @@ from zokernel.dynamics.belief import center
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import Digits, accuracy, load_digits, train, updated_image
 from zokernel.experiments.entk.nets import mlp
+from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel, vector_jacobian_product
 from zokernel.kernels.jacobians import example_jacobian, inner_products
-from zokernel.reporting.style import PALETTE, figures
 from zokernel.theory import BeliefMoments, KernelMoments
 
 MEASURES = ("kernel", "step")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import checkpoints, lenet
+from zokernel.figures import PALETTE, figures
 from zokernel.kernels import jacobian
 from zokernel.optim import MeZO
-from zokernel.reporting.style import PALETTE, figures
 
 RUNS = ("from scratch, SGD", "fine-tuning, SGD", "from scratch, ZO-SGD", "fine-tuning, ZO-SGD")
 

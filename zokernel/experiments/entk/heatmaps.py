@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import CHECKPOINTS, checkpoints, updated_image
+from zokernel.figures import figures
 from zokernel.kernels import entk, kernel_moments, zo_entk_factors
-from zokernel.reporting.style import figures
 
 COUNTS = (1, 5, 25, 125)
 PAIRS = ((4, 9), (1, 0))  # the paper's pairs of high and of low similarity

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import checkpoints
+from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel, jacobian_vector_product, vector_jacobian_product
 from zokernel.kernels.jacobians import example_jacobian, squared_norm
 from zokernel.kernels.model import examples
 from zokernel.optim import MeZO
-from zokernel.reporting.style import PALETTE, figures
 
 
 @experiment("entk/horizon", "ZO-eNTK beyond one step: the gap to gradient descent over T steps against P x T")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.sentences import Tail, language_task
+from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
-from zokernel.reporting.style import PALETTE, figures
 
 COUNTS = (1, 5, 10, 20, 50, 100)
 LAWS = ("gaussian", "rademacher")

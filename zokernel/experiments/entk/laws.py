@@ -11,8 +11,8 @@ from torch import Tensor
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import lenet, load_digits, updated_image
 from zokernel.experiments.entk.nets import flattened, group_norm_net, random_prompt, tiny_language_model
+from zokernel.figures import PALETTE, figures
 from zokernel.kernels import entk, kernel_moments, zo_entk_factors
-from zokernel.reporting.style import PALETTE, figures
 from zokernel.theory import expected_squared_error
 
 LAWS = ("gaussian", "rademacher", "sphere")

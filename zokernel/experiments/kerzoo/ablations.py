@@ -10,7 +10,7 @@ import numpy as np
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.kerzoo.methods import CONSTANT, kerzoo, mezo
 from zokernel.experiments.kerzoo.replicas import Curves, Method, Task, best_lr, interval, iterations_to, train
-from zokernel.reporting.style import PALETTE, figures
+from zokernel.figures import PALETTE, figures
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
-from zokernel.finetune.protocol import SEEDS
+from zokernel.finetune.data.protocol import SEEDS
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from zokernel.estimators.richardson import Richardson
 from zokernel.estimators.smoothed import Smoothed
 from zokernel.estimators.two_point import TwoPoint
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.reporting.style import figures
+from zokernel.figures import figures
 from zokernel.theory.smoothing import smoothing_kernel
 
 SLOPE = np.array([0.9, -0.5, 0.4])

@@ -32,8 +32,8 @@ def finetune_job(
         The job's metrics, with the loss of every step under ``losses`` and the seconds since its start.
     """
     from zokernel.finetune import ZOConfig
-    from zokernel.finetune.arguments import DataArguments, ModelArguments
     from zokernel.finetune.job import finetune
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
     with tempfile.TemporaryDirectory() as temporary:
         output = folder or Path(temporary) / "run"

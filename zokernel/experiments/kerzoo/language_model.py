@@ -17,7 +17,7 @@ from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
 from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.experiments.kerzoo.replicas import interval
-from zokernel.reporting.style import figures
+from zokernel.figures import figures
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.kerzoo.methods import CONSTANT, comparison, published_time_scale
 from zokernel.experiments.kerzoo.replicas import Curves, Task, best_lr, interval, iterations_to, train
-from zokernel.reporting.style import PALETTE, figures
+from zokernel.figures import PALETTE, figures
 
 CLAIM = "KerZOO needs about 70% fewer iterations than MeZO (abstract, Figure 1, Table 5)."
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zokernel.estimators.base import Estimator
-from zokernel.optim.iterate_weights import average_weight
+from zokernel.optim.averaging.iterate_weights import average_weight
 
 FEATURES, HIDDEN, CLASSES = 64, 24, 10
 

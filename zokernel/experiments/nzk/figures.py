@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zokernel.experiments.nzk.study import Study
-from zokernel.reporting.style import PALETTE, figures
+from zokernel.figures import PALETTE, figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,104 @@
+"""``--method auto``: what it chooses, what a user can still say, and that the run is an ordinary one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import get_scheduler
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import ZOConfig
+from zokernel.finetune.settings.auto import POLYAK_SHARE, SCHEDULE, WALK, cooldown_steps, count_steps, learning_rate
+from zokernel.journal import Journal
+
+
+@pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
+def test_directions_grow_with_the_batch(tmp_path, batch, count):
+    config = ZOConfig(output_dir=str(tmp_path), method="auto", per_device_train_batch_size=batch)
+    assert (config.method, config.lr_scheduler_type) == ("forward_difference", SCHEDULE)
+    assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
+
+
+def test_what_the_user_says_stays(tmp_path):
+    said = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
+    config = ZOConfig(output_dir=str(tmp_path), method="auto", **said)
+    assert {name: getattr(config, name) for name in said} == said
+
+
+def test_other_methods_keep_their_defaults(tmp_path):
+    config = ZOConfig(output_dir=str(tmp_path))
+    assert (config.per_device_train_batch_size, config.lr_scheduler_type) == (16, "constant")
+    assert (config.num_perturbations, config.auto) == (None, False)
+
+
+def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
+    options = {"output_dir": str(tmp_path), "method": "auto"}
+    chosen = ZOConfig(**options).method_options()
+    assert (chosen["normalize"], chosen["polyak_share"]) == (True, POLYAK_SHARE)
+    assert ZOConfig(**options, method_args=["polyak_share=inf"]).method_options()["polyak_share"] == math.inf
+    assert ZOConfig(**options, method_args=["beta=0.5"]).method_options()["beta"] == 0.5
+    said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
+    assert ZOConfig(**options, **said).method_options()["normalize"] is False
+    with pytest.raises(UsageError, match="give --learning_rate too"):
+        ZOConfig(**options, method_args=["normalize=false"])
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, "linear", "cosine", "constant"])
+@pytest.mark.parametrize(("count", "steps"), [(2, 27), (8, 300)])
+def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps, schedule):
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(
+        [torch.zeros(1)], lr=learning_rate("LoRA", num_perturbations=count, steps=steps, schedule=schedule)
+    )
+    more = {"num_decay_steps": cooldown_steps(steps), "decay_type": "linear"} if schedule == SCHEDULE else None
+    scheduler = get_scheduler(schedule, optimizer, 0, steps, more)
+    rates = torch.empty(steps)
+    for step in range(steps):
+        rates[step] = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+    # Normalised slopes of independent directions: each has mean square one, and z is +1 or -1.
+    slopes = torch.randn(4000, steps, count)
+    walked = (slopes.mean(-1) * rates).sum(-1)
+    # 4000 walks know their mean square within 4 * sqrt(2 / 4000) = 9 %; the sum over t is m T within 3 / 2T = 6 %.
+    assert float(walked.square().mean().sqrt()) == pytest.approx(WALK["LoRA"], rel=0.08)
+
+
+def test_steps_are_counted_from_epochs_if_need_be(tmp_path):
+    options = {"output_dir": str(tmp_path), "method": "auto", "gradient_accumulation_steps": 2}
+    assert count_steps(ZOConfig(**options, max_steps=70), 1000) == 70
+    assert count_steps(ZOConfig(**options, max_steps=-1, num_train_epochs=3), 100) == math.ceil(300 / 8)
+
+
+def run(flags, *more):
+    assert main(["finetune", *flags, "--method", "auto", *more]) == 0
+
+
+def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
+    place = flags.index("--learning_rate")
+    run([*flags[:place], *flags[place + 2 :]])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
+    rate = learning_rate("full parameters", num_perturbations=2, steps=6)
+    assert metrics["learning_rate"] == pytest.approx(rate)
+    # It stays for three fifths of the steps and falls to zero over the others, of which the first is still whole.
+    expected = [rate * share for share in (1, 1, 1, 1, 2 / 3, 1 / 3)]
+    found = [step.learning_rates[0] for step in Journal.read(tmp_path / "run").steps]
+    assert found == pytest.approx(expected)
+    run([*flags[:place], *flags[place + 2 :]])  # the same command again: finished, nothing is done
+    assert "holds this very run, finished" in caplog.text
+
+
+def test_an_adapter_is_rebuilt_from_its_journal(flags, tmp_path, tiny_lm_path):
+    run(flags, "--lora", "true", "--save_strategy", "journal", "--load_best_model_at_end", "false")
+    folder, rebuilt = tmp_path / "run", tmp_path / "rebuilt"
+    command = ["replay", "--base", str(tiny_lm_path), "--journal", str(folder), "--output_dir", str(rebuilt)]
+    assert main(command) == 0
+    found, expected = (load_file(place / "adapter_model.safetensors") for place in (rebuilt, folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

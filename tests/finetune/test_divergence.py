@@ -1,0 +1,52 @@
+"""A run that diverges, or whose losses no longer differ, says so once and early."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from trainers import make_trainer
+
+from zokernel.finetune.monitor.divergence import WINDOW, trouble
+
+
+def rows(losses, slope=1.0):
+    return [{"loss": loss, "projected_gradient": slope} for loss in losses]
+
+
+def test_sound_runs_are_not_warned_about():
+    noisy = [0.9, 0.2, 1.5, 0.7, 2.2, 0.1, 0.8] * 5
+    assert trouble(rows(noisy)) is None
+    assert trouble([{"loss": loss} for loss in noisy]) is None, "a first-order method logs no slopes"
+    assert trouble(rows([0.9] * 20 + [400.0] * 4)) is None, "a few bad batches are not a divergence"
+    assert trouble(rows([-0.5] * 20 + [-0.1] * 10)) is None, "an accuracy to be raised is no loss above zero"
+    assert trouble(rows([0.9, 90.0] + [900.0] * (WINDOW - 3))) is None, "too early to tell"
+
+
+def test_a_rise_is_told_from_the_losses_at_the_start():
+    assert "risen from 0.9 to 900" in trouble(rows([0.9] * 4 + [900.0] * WINDOW))
+    assert trouble(rows([4.0] * 4 + [8.0] * WINDOW)) is None
+    assert "risen from 4 to 12.1" in trouble(rows([4.0] * 4 + [12.1] * WINDOW))
+
+
+def test_equal_losses_are_told_whatever_the_loss():
+    still = rows([0.9] * 5) + rows([0.693] * WINDOW, slope=0.0)
+    assert "did not move" in trouble(still)
+    assert trouble(still[:-1]) is None
+    assert trouble([*still, *rows([0.693], slope=1e-9)]) is None
+
+
+@pytest.mark.parametrize(("settings", "warning"), [({"learning_rate": 0.03}, "diverges"), ({"eps": 1e-30}, "--eps")])
+def test_a_run_warns_once(parts, tmp_path, caplog, settings, warning):
+    trainer = make_trainer(parts, tmp_path, max_steps=40, **settings)
+    with caplog.at_level(logging.WARNING, logger="zokernel.finetune.monitor.divergence"):
+        trainer.train()
+    said = [record.message for record in caplog.records if record.name == "zokernel.finetune.monitor.divergence"]
+    assert [warning in message for message in said] == [True]
+
+
+def test_a_run_that_learns_is_silent(parts, tmp_path, caplog):
+    trainer = make_trainer(parts, tmp_path, max_steps=40, num_perturbations=4, eps=1e-2, learning_rate=3e-3)
+    with caplog.at_level(logging.WARNING, logger="zokernel.finetune.monitor.divergence"):
+        trainer.train()
+    assert [record for record in caplog.records if record.name == "zokernel.finetune.monitor.divergence"] == []

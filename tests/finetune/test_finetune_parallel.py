@@ -1,0 +1,153 @@
+"""Several processes train one model: the same weights on all of them, and as one process would have made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from ranks import spawn
+from safetensors.torch import load_file
+from trainers import load_parts, make_trainer
+
+from zokernel.errors import UsageError
+from zokernel.finetune.trainer.evaluators import make_evaluator, make_parallel
+from zokernel.perturb import InForward
+
+STEPS = 6
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def train(parts, folder, **settings):
+    settings = {
+        "max_steps": STEPS,
+        "num_perturbations": 4,
+        "logging_steps": 2,
+        "per_device_eval_batch_size": 4,
+        **settings,
+    }
+    trainer = make_trainer(parts, folder, **settings)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()}, trainer
+
+
+def run_rank(rank, port, folder, tiny_lm_path, tiny_reviews_path):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    found = {}
+    for mode, size in (("perturbation", 8), ("data", 4)):
+        parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
+        weights, trainer = train(
+            parts, folder / mode, zo_parallel=mode, per_device_train_batch_size=size, train_sampling_strategy="random"
+        )
+        metrics = trainer.evaluate()
+        found[mode] = (weights, trainer.parallel.bytes_sent, type(trainer.model_wrapped).__name__, metrics["eval_loss"])
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(run_rank, free_port(), folder, tiny_lm_path, tiny_reviews_path, size=2)
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_perturbation_parallel_is_the_run_of_one_process(ranks, tmp_path, tiny_lm_path, tiny_reviews_path):
+    parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone, trainer = train(parts, tmp_path, train_sampling_strategy="random")
+    torch.set_num_threads(threads)
+    for weights, bytes_sent, wrapper, loss in (rank["perturbation"] for rank in ranks[1]):
+        assert same_bits(weights, alone)
+        # P = 4 directions have 8 ends, of which each process sends the losses of 4.
+        assert bytes_sent == STEPS * 8 * 4
+        assert wrapper == "LlamaForCausalLM"  # no gradient machinery around it
+        assert loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_data_parallel_ranks_agree_and_see_a_batch_twice_as_large(ranks):
+    first, second = (rank["data"] for rank in ranks[1])
+    assert same_bits(first[0], second[0])
+    assert first[1] == STEPS * 8 * 8
+    alone = ranks[1][0]["perturbation"][0]
+    # The two halves make up the batch of the run with one batch of eight: the same step up to rounding.
+    for name, weight in alone.items():
+        torch.testing.assert_close(first[0][name], weight, rtol=0, atol=1e-6)
+
+
+def test_the_log_counts_the_bytes(ranks):
+    rows = [json.loads(line) for line in (ranks[0] / "data" / "steps.jsonl").read_text().splitlines()]
+    assert [row["bytes_sent"] for row in rows] == [8 * 8 * (step + 1) for step in range(STEPS)]
+
+
+def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_path, tiny_reviews_path):
+    """torchrun's elastic agent restarts the processes; they continue from the journal."""
+    steps = 150
+    flags = [
+        *("--model_name_or_path", str(tiny_lm_path), "--train_file", str(tiny_reviews_path / "train.jsonl")),
+        *("--validation_file", str(tiny_reviews_path / "validation.jsonl"), "--label_words", "bad", "good"),
+        *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", str(steps)),
+        *("--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "journal", "--num_perturbations", "2"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ZOKERNEL_HOME": str(tmp_path / "home")}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(
+        [sys.executable, "-m", "zokernel", "finetune", *flags, "--output_dir", str(one)],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    launch += ["-m", "zokernel", "finetune", *flags, "--zo_parallel", "perturbation"]
+    run = subprocess.Popen(
+        [*launch, "--output_dir", str(two)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = two / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 10):
+        assert run.poll() is None, run.communicate(timeout=5)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    victim = psutil.Process(run.pid).children()[1]
+    victim.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output.decode()
+    assert b"are taken from the journal" in output
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, weight in left.items():
+        torch.testing.assert_close(right[name], weight, rtol=0, atol=1e-6)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="zo_parallel must be one of"):
+        make_parallel(SimpleNamespace(zo_parallel="model", zo_point_ranks=None))
+    assert make_parallel(SimpleNamespace(zo_parallel="data", zo_point_ranks=None)) is None
+    args = SimpleNamespace(perturb="in_forward", torch_compile=False)
+    trainer = SimpleNamespace(parallel=SimpleNamespace(inner=None), args=args)
+    assert make_evaluator(trainer) is trainer.parallel
+    assert isinstance(trainer.parallel.inner, InForward)

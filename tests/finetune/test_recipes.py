@@ -1,0 +1,92 @@
+"""Every recipe parses and takes two steps, with its model and data replaced by tiny ones."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+
+from zokernel.errors import UsageError
+from zokernel.finetune import finetune, get_task, job
+from zokernel.finetune.settings.arguments import parse, read_yaml, recipe_names
+from zokernel.finetune.tasks.toy import toy_files
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders of a causal and a masked model, and flags with a toy data set for any task."""
+    folders = {f: tiny_models.save_model(tmp_path_factory.mktemp(f), f) for f in ("llama", "roberta")}
+    kept = {}
+
+    def flags(task):
+        if task not in kept:
+            kept[task] = toy_files(tmp_path_factory.mktemp(task), task, get_task(task), size=12)
+        return [word for name, path in kept[task].items() for word in (f"--{name}", path)]
+
+    return folders, flags
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(job, "draw_loss", lambda *args, **kwargs: None)  # the slowest part, tested elsewhere
+    folders, data_flags = tiny
+    wanted_model, wanted_data, wanted = parse(["--config", f"recipes/{name}.yaml"])
+    model, data, config = parse(
+        [
+            *("--config", name),
+            *("--model_name_or_path", str(folders["roberta" if wanted_model.lm_type == "masked" else "llama"])),
+            *data_flags(wanted_data.task),
+            *("--max_steps", "2", "--per_device_train_batch_size", "2", "--k_shot", "2", "--max_new_tokens", "2"),
+            *("--max_eval_samples", "4", "--max_test_samples", "4"),
+            *("--num_demonstrations", "2" if wanted_data.num_demonstrations else "0"),
+            *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
+            *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")),
+        ]
+    )
+    assert (model.lora, model.prefix_tuning) == (wanted_model.lora, wanted_model.prefix_tuning)
+    assert (config.learning_rate, config.method_options()["seed" if wanted.method != "adamw" else "weight_decay"]) == (
+        wanted.learning_rate,
+        0,
+    )
+    metrics = finetune(model, data, config)
+    assert metrics["steps"] == (2 if wanted.do_train else 0)
+    assert metrics["method"] == wanted.method
+    assert metrics["language_model"] == ("masked" if wanted_model.lm_type == "masked" else "causal")
+
+
+def test_recipes_say_what_was_published():
+    settings = {name: read_yaml_of(name) for name in recipe_names()}
+    opt, roberta = settings["mezo-opt-sst2"], settings["mezo-roberta-snli"]
+    assert (opt["learning_rate"], opt["eps"], opt["max_steps"], opt["per_device_train_batch_size"]) == (
+        1e-6,
+        1e-3,
+        20000,
+        16,
+    )
+    assert (roberta["k_shot"], roberta["data_seed"], roberta["max_length"], roberta["max_steps"]) == (
+        16,
+        13,
+        256,
+        100000,
+    )
+    assert settings["mezo-opt-lora"]["eps"] == 1e-2
+    assert settings["mezo-opt-wsc"]["learning_rate"] == 1e-7
+    assert len({values["output_dir"] for values in settings.values()}) == len(settings)
+
+
+def read_yaml_of(name):
+    from pathlib import Path
+
+    return read_yaml(Path(name))
+
+
+def test_files_extend_each_other_but_not_in_circles(tmp_path):
+    (tmp_path / "own.yaml").write_text("extends: mezo-opt-cb\nmax_steps: 7\n")
+    values = read_yaml(tmp_path / "own.yaml")
+    assert (values["task"], values["max_steps"], values["method"]) == ("cb", 7, "mezo")
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    with pytest.raises(UsageError, match="extends itself"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UsageError, match="nearest name is mezo-opt-sst2"):
+        read_yaml(tmp_path / "mezo-opt-sst.yaml")

@@ -1,0 +1,60 @@
+"""The order of examples: grouped by length, shuffled, and the same for the same seed and epoch."""
+
+import random
+import statistics
+
+import pytest
+
+from zokernel.finetune.data.sampling import EpochSeededSampler
+
+BATCH = 4
+
+
+def sampler(lengths, **options):
+    return EpochSeededSampler(BATCH, lengths=lengths, **{"seed": 0, **options})
+
+
+def in_steps(found, size):
+    return [found[first : first + size] for first in range(0, len(found), size)]
+
+
+@pytest.fixture
+def lengths():
+    draw = random.Random(0)
+    return [draw.randint(5, 60) for _ in range(802)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11, 802])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_example_is_seen_once(lengths, count, processes):
+    found = list(sampler(lengths[:count], processes=processes))
+    assert sorted(found) == list(range(count))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_examples_of_a_step_are_of_similar_length_and_the_longest_come_first(lengths, processes):
+    order = list(sampler(lengths, processes=processes))
+    found = [[lengths[n] for n in step] for step in in_steps(order, BATCH * processes)]
+    assert max(found[0]) == max(lengths)
+    # But for the first, into which the longest was put, and the last, which is what was left.
+    spreads = [max(step) - min(step) for step in found[1:-1]]
+    assert statistics.mean(spreads) < 0.2 * (max(lengths) - min(lengths))
+
+
+def test_steps_are_not_sorted_by_length(lengths):
+    """Of n shuffled steps length and place correlate by 0 ± 1/sqrt(n); of fifty sorted ones by -1."""
+    means = [statistics.mean(lengths[n] for n in step) for step in in_steps(list(sampler(lengths)), BATCH)]
+    half = means[1:101]  # two of transformers' groups of fifty steps
+    assert abs(statistics.correlation(range(100), half)) < 4 / 100**0.5
+    assert abs(statistics.correlation(range(50), half[:50])) < 4 / 50**0.5
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(lengths):
+    first, again, other = sampler(lengths), sampler(lengths), sampler(lengths, seed=1)
+    begun = list(first)
+    assert begun == list(again) != list(other)
+    again.set_epoch(3)
+    later = list(again)
+    assert later != begun
+    first.set_epoch(3)
+    assert list(first) == later

@@ -1,0 +1,135 @@
+"""The efficient forward gives the scores of the obvious one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zokernel.errors import UsageError
+from zokernel.finetune.scoring.options import (
+    Collator,
+    EncodedDataset,
+    ScoredPositions,
+    classification_loss,
+    option_scores,
+)
+from zokernel.finetune.tasks import PromptTask, encode
+
+ROWS = [
+    {"sentence": "a good movie", "label": 1},
+    {"sentence": "bad", "label": 0},
+    {"sentence": "the movie the movie the movie was bad bad bad", "label": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_lm_path):
+    # float64, so that agreement is to rounding of the arithmetic and not of the storage.
+    return AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_lm_path):
+    return AutoTokenizer.from_pretrained(tiny_lm_path)
+
+
+def obvious_scores(model, examples):
+    """Mean log-probability of every option, one sequence at a time, from full logits."""
+    rows = []
+    for example in examples:
+        scores = []
+        for option in example.option_ids:
+            ids = torch.tensor([example.prompt_ids + option])
+            logprobs = model(input_ids=ids).logits.log_softmax(-1)[0]
+            at = range(len(example.prompt_ids) - 1, ids.shape[1] - 1)
+            scores.append(torch.stack([logprobs[t, token] for t, token in zip(at, option)]).mean())
+        rows.append(torch.stack(scores))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("words", [("terrible", "great"), ("terrible", "magnificent"), ("so so", "quite ok", "great")])
+def test_scores_match_one_sequence_at_a_time(model, tokenizer, words):
+    task = PromptTask("{sentence} It was", words)
+    examples = encode(task, ROWS, tokenizer)
+    dataset = EncodedDataset(examples)
+    batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(len(dataset))])
+    with torch.no_grad():
+        fast, slow = option_scores(model, batch), obvious_scores(model, examples)
+    # Single-token scores are logits: equal to log-probabilities up to a constant of the example.
+    torch.testing.assert_close(fast.double().log_softmax(-1), slow.log_softmax(-1), rtol=1e-5, atol=1e-5)
+    loss = classification_loss(fast, batch["labels"])
+    reference = torch.nn.functional.cross_entropy(slow, batch["labels"])
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert loss.dtype == torch.float32
+
+
+def test_single_token_options_take_one_row_an_example(tokenizer):
+    dataset = EncodedDataset(encode(PromptTask("{sentence} It was", ("terrible", "great")), ROWS, tokenizer))
+    batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(3)])
+    assert batch["input_ids"].shape[0] == 3
+    assert batch["targets"].shape == (3, 2)
+
+
+def test_the_head_sees_only_scored_positions_and_the_hook_is_removed(model):
+    seen = []
+    head = model.get_output_embeddings()
+    watch = head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    ids = torch.randint(3, 100, (2, 7))
+    with torch.no_grad():
+        with ScoredPositions(model, torch.tensor([[6], [3]])):
+            picked = model(input_ids=ids).logits
+        full = model(input_ids=ids).logits
+    watch.remove()
+    assert seen == [(2, 1, 32), (2, 7, 32)]
+    torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_some_tokens_are_those_of_the_whole_head(model, bias):
+    """A plain matrix is asked for their rows; another head for everything."""
+    kept = model.lm_head
+    model.lm_head = torch.nn.Linear(32, kept.out_features, bias=bias, dtype=torch.float64)
+    seen, tokens, ids = [], torch.tensor([[5, 9, 5], [7, 0, 2]]), torch.randint(3, 100, (2, 7))
+    watch = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
+    try:
+        with torch.no_grad():
+            with ScoredPositions(model, torch.tensor([[6], [3]]), tokens_RC=tokens):
+                picked = model(input_ids=ids).logits
+            full = model(input_ids=ids).logits
+    finally:
+        watch.remove()
+        model.lm_head = kept
+    assert seen[0] == (kept.out_features if bias else 3)
+    torch.testing.assert_close(picked[:, 0], full[[0, 1], [6, 3]].gather(1, tokens))
+
+
+def test_under_autocast_the_head_runs_in_fp32_and_the_body_in_bf16(tiny_lm_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
+    head, states = model.get_output_embeddings(), []
+    watch = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: states.append(out.dtype))
+    ids = torch.randint(3, 100, (2, 7))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with ScoredPositions(model, torch.tensor([[6], [3]])):
+            picked = model(input_ids=ids).logits
+        assert torch.is_autocast_enabled("cpu")
+        hidden = model.model(input_ids=ids).last_hidden_state[[0, 1], [6, 3]]
+        rounded = head(hidden)
+    watch.remove()
+    assert states == [torch.bfloat16] * 2
+    assert (picked.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(picked[:, 0], hidden.float() @ head.weight.T)
+
+
+def test_autocast_is_itself_again_after_a_head_that_fails(tiny_lm_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
+    model.lm_head = torch.nn.Linear(5, 4)  # of other features than the body's
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError), ScoredPositions(model, torch.tensor([[2]])):
+            model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(UsageError, match="no LM head"):
+        ScoredPositions(torch.nn.Linear(2, 2), torch.zeros(1, 1, dtype=torch.long))

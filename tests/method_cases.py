@@ -1,0 +1,39 @@
+"""Settings with which every registered method is tested: learning rates and options, by method and variant."""
+
+from __future__ import annotations
+
+# name -> (learning rate for the quadratic, learning rate for logistic regression, other settings)
+SETTINGS = {
+    "adamw": (0.03, 0.03, {}),
+    "fzoo": (0.05, 0.05, {"eps": 1e-3}),
+    "forward_difference": (0.05, 0.5, {"num_perturbations": 2}),
+    "forward_gradient": (0.05, 0.5, {"num_perturbations": 2}),
+    "hizoo": (0.05, 0.5, {"num_perturbations": 2, "hessian_smooth": 1e-3}),
+    "kerzoo": (0.008, 0.1, {"averaging": "journal"}),
+    "lozo": (0.04, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5}),
+    "lozo_m": (0.04, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5, "momentum": 0.5}),
+    "mezo": (0.05, 0.5, {"num_perturbations": 2}),
+    "richardson": (0.05, 0.5, {"num_perturbations": 2}),
+    "sgd": (0.05, 0.5, {}),
+    "sparse_mezo": (0.05, 0.5, {"num_perturbations": 2, "density": 1.0}),
+    "subzero": (0.03, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5}),
+    "zo_adam": (0.05, 0.03, {"num_perturbations": 4}),
+    "zo_adamm": (0.05, 0.03, {"num_perturbations": 4}),
+    "zo_sign": (0.02, 0.01, {"num_perturbations": 4}),
+}
+# More variants of the methods that have several updates; they keep the same promises.
+VARIANTS = {
+    "mezo_momentum": ("mezo", (0.01, 0.1, {"num_perturbations": 2, "momentum": 0.8})),
+    "forward_difference_normalized": (
+        "forward_difference",
+        (0.02, 0.1, {"num_perturbations": 2, "normalize": True}),
+    ),
+    "forward_difference_polyak": (
+        "forward_difference",
+        (0.02, 0.1, {"num_perturbations": 2, "normalize": True, "polyak_share": 0.5}),
+    ),
+    "kerzoo_md_int8": ("kerzoo", (0.005, 0.1, {"averaging": "int8", "grad_at": "md"})),
+    "kerzoo_clip": ("kerzoo", (0.008, 0.1, {"averaging": "fp32", "clip": "param_init", "clip_radius": 50.0})),
+    "zo_sign_projection": ("zo_sign", (0.03, 0.02, {"num_perturbations": 4, "sign_of": "projection"})),
+}
+CASES = {name: (name, settings) for name, settings in SETTINGS.items()} | VARIANTS

@@ -1,0 +1,105 @@
+"""The examples run: every way of use, with tiny models in place of real ones."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def reviews(tiny_reviews_path):
+    """A data-set folder as ``datasets.load_dataset`` takes it."""
+    pytest.importorskip("datasets")
+    return str(tiny_reviews_path)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_example_is_tested():
+    tested = {"pytorch_loop", "trainer_api", "lora", "masked_lm", "accuracy_objective"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_trainer_api(tiny_lm_path, reviews, tmp_path):
+    found = load("trainer_api")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert 0 <= found["eval_accuracy"] <= 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_lora(tiny_lm_path, reviews, tmp_path, capsys):
+    pytest.importorskip("peft")
+    metrics = load("lora")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert metrics["saved"] == "adapter"
+    assert "the adapter has" in capsys.readouterr().out
+
+
+def test_masked_lm(reviews, tmp_path):
+    model = tiny_models.save_model(tmp_path / "roberta", "roberta")
+    metrics = load("masked_lm")(str(model), reviews, 4, str(tmp_path / "run"), k_shot=8)
+    assert (metrics["language_model"], metrics["num_train"]) == ("masked", 16)
+
+
+def test_accuracy_objective(tiny_lm_path, reviews, tmp_path):
+    metrics = load("accuracy_objective")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert metrics["after"]["loss"] == pytest.approx(1 - metrics["after"]["accuracy"])
+
+
+def test_pytorch_loop():
+    assert load("pytorch_loop")(steps=60) > 0.3  # chance is 0.1
+
+
+def test_the_code_of_the_fine_tuning_page_runs():
+    page = (EXAMPLES.parent / "docs" / "finetune.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_fine_tuning_page_names_every_task_and_only_real_flags():
+    from dataclasses import fields
+
+    from zokernel.finetune import ZOConfig
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+    from zokernel.finetune.tasks import TASKS
+
+    page = (EXAMPLES.parent / "docs" / "finetune.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in TASKS)
+    flags = {field.name for group in (ModelArguments, DataArguments, ZOConfig) for field in fields(group)} | {"config"}
+    assert set(re.findall(r"--(\w+)", page)) <= flags
+
+
+def test_own_data(tiny_lm_path, tmp_path):
+    with (tmp_path / "tickets.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["subject", "priority"])
+        for number in range(40):
+            table.writerow([f"ticket {number}", ("low", "normal", "high")[number % 3]])
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"MODEL": str(tiny_lm_path), "STEPS": "4", "OUT": str(tmp_path / "run"), "PATH": binaries}
+    script = [str(EXAMPLES / "own_data.sh"), str(tmp_path / "tickets.csv")]
+    finished = subprocess.run(script, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["label_words"] == ["routine", "urgent"]

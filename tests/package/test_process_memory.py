@@ -1,0 +1,51 @@
+"""Memory that a process gives back: LLVM's code once loops are loaded, and the room that activations took."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from zokernel.process_memory import release_code, release_heap
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux only")
+
+
+@linux
+def test_llvms_code_does_not_stay_once_loops_are_loaded():
+    code = """
+import psutil, torch
+from zokernel.directions import Dense
+def resident(library):
+    maps = psutil.Process().memory_maps(grouped=False)
+    return sum(m.rss for m in maps if library in m.path and m.perms == "r-xp") / 2**20
+weights = {"w": torch.zeros(1000)}
+for law in ("rademacher", "gaussian"):  # two loops: LLVM is run again after its pages are gone
+    Dense(law).add_(weights, 1.0, seed=0, step=0, index=0)
+print(resident("libllvmlite"), resident("libtorch_cpu"), int(weights["w"].count_nonzero()))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    llvm, torchs, moved = map(float, finished.stdout.split())
+    assert llvm < 1 < torchs  # MiB: about 50 otherwise; other libraries keep theirs
+    assert moved == 1000
+
+
+def test_code_that_is_let_go_can_be_run():
+    released = release_code("libtorch_cpu")
+    assert (released > 0) == (sys.platform == "linux")
+    assert torch.ones(5).cumsum(0)[-1] == 5
+
+
+@linux
+def test_freed_memory_goes_back():
+    blocks = [torch.ones(1 << 14) for _ in range(4000)]  # 64 KiB each, which the C library takes from its heap
+    kept = blocks[-1]
+    before = psutil.Process().memory_info().rss
+    del blocks
+    if not release_heap():
+        pytest.skip("this C library cannot give memory back")
+    assert psutil.Process().memory_info().rss < before - 200 * 2**20  # of 250 MiB
+    assert kept.sum() == 1 << 14

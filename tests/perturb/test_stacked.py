@@ -1,0 +1,138 @@
+"""All points of a step in one forward give the losses that one forward a point gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from zokernel.errors import UsageError
+from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SubZero
+from zokernel.perturb.stacked import Stacked, stackable
+
+SIZES = {"vocab_size": 300, "hidden_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=300, tie_word_embeddings=True)),
+    "qwen": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=300, num_key_value_heads=2)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=288, n_layer=2, n_head=4)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=300, word_embed_proj_dim=288)),
+}
+OPTIMIZERS = {
+    "lozo": lambda p: LOZO(p, lr=1e-3, num_perturbations=3, eps=1e-2),
+    "subzero": lambda p: SubZero(p, lr=1e-3, num_perturbations=2, eps=1e-2),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return MODELS[name]().double().eval()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, 300, (3, 7), generator=generator)
+
+
+def losses_of(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    labels = ids[:, -1]
+
+    def closure():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -2]
+        return nn.functional.cross_entropy(logits, labels)
+
+    def copies(count):
+        rows = {"input_ids": ids.repeat(count, 1), "attention_mask": mask.repeat(count, 1)}
+        logits = model(**rows, use_cache=False).logits[:, -2]
+        return nn.functional.cross_entropy(logits, labels.repeat(count), reduction="none").view(count, -1).mean(1)
+
+    return closure, copies
+
+
+def compare(make, model, *, max_copies=16, tolerance):
+    closure, copies = losses_of(model, data())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    looped = make([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    expected = looped.estimate(closure)
+    looped._restore.restore()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+    stacked = make([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    stacked.evaluator = Stacked(copies, max_copies=max_copies)
+    with torch.no_grad():
+        found = stacked.estimate(closure)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert found.losses == pytest.approx(expected.losses, rel=tolerance)
+    assert len(set(found.losses)) == len(found.losses)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_low_rank_directions_of_whole_models(name, method):
+    """fp64 weights, but the factors are fp32: the changes, eps z of up to 0.1, agree to 2^-24 of themselves."""
+    with torch.no_grad():
+        compare(OPTIMIZERS[method], build(name), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("max_copies", [1, 4, 16])
+@pytest.mark.parametrize("method", [MeZO, KerZOO, FZOO])
+def test_adapters(method, max_copies):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)).double().eval()
+    with torch.no_grad():
+        compare(lambda p: method(p, lr=1e-3, num_perturbations=4), model, max_copies=max_copies, tolerance=1e-12)
+
+
+def test_a_step_lands_on_the_loop_s_weights():
+    ends = []
+    for use in (False, True):
+        model = build("llama")
+        closure, copies = losses_of(model, data())
+        optimizer = LOZO(model, lr=1e-3, num_perturbations=2, eps=1e-2)
+        if use:
+            optimizer.evaluator = Stacked(copies)
+        for _ in range(3):
+            optimizer.step(closure)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for left, right in zip(*ends):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-7)
+
+
+def test_dense_directions_of_large_matrices_do_not_fit():
+    model = build("llama")
+    closure, copies = losses_of(model, data())
+    optimizer = MeZO(model, lr=1e-3)
+    optimizer.evaluator = Stacked(copies, max_bytes=1 << 20)
+    assert not stackable(optimizer, 2, 1 << 20)
+    with pytest.raises(UsageError, match="low-rank directions"):
+        optimizer.step(closure)
+    assert stackable(LOZO(model, lr=1e-3), 2, 1 << 25)
+
+
+def test_an_unknown_use_of_a_parameter_is_refused():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([weight], lr=0.1)
+    optimizer.evaluator = Stacked(lambda copies: weight.square().sum().expand(copies))
+    with pytest.raises(UsageError, match="passes a trained parameter to square"):
+        optimizer.step(lambda: weight.square().sum())
+
+
+def test_one_loss_a_copy_is_asked_for():
+    layer = nn.Linear(2, 1)
+    optimizer = MeZO(layer, lr=0.1)
+    optimizer.evaluator = Stacked(lambda copies: layer(torch.ones(copies, 2)).mean())
+    with pytest.raises(UsageError, match="one loss a copy"):
+        optimizer.step(lambda: layer(torch.ones(1, 2)).mean())

@@ -1,0 +1,1 @@
+"""Every subcommand of ``zokernel``, one per file."""

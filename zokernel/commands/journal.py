@@ -1,0 +1,124 @@
+"""Look into a run's journal, check it, or cut it back to an earlier step.
+
+zokernel journal show RUN            what was trained, how, and how far
+zokernel journal verify RUN          is every byte in place?  with --base: is this its base?
+zokernel journal truncate RUN --step N
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from zokernel.errors import UsageError
+from zokernel.files import whole_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel journal``."""
+    parser.add_argument("action", choices=["show", "verify", "truncate"])
+    parser.add_argument("journal", type=Path, help="a .zkj file, or the output_dir of the run")
+    parser.add_argument("--base", help="verify: the model the run is said to have started from")
+    parser.add_argument("--step", type=int, help="show: this step; truncate: keep this many steps")
+    parser.add_argument("--damaged", action="store_true", help="truncate: a damaged journal, before the damage")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Carry out ``zokernel journal`` and return the exit code."""
+    # torch takes seconds to load, and --help needs none of it.
+    from zokernel.journal.reader import Journal
+
+    if args.action == "truncate":
+        return truncate(args)
+    journal = Journal.read(args.journal)
+    if args.action == "verify":
+        if args.base is not None:
+            from zokernel.finetune.storage.replay import load_base
+            from zokernel.journal.replay import check_base
+
+            check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))
+        torn = f" A torn last record of {journal.torn_bytes} bytes will be dropped." if journal.torn_bytes else ""
+        base = " The base is the run's." if args.base is not None else ""
+        print(f"{journal.path}: {journal.num_steps} steps, every checksum right.{torn}{base}")
+        return 0
+    print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
+    return 0
+
+
+def describe(journal: Any) -> list[str]:
+    """Return the lines of ``zokernel journal show``."""
+    from zokernel.journal.replay import HEADER_KEYS
+
+    header, steps, events = journal.header, journal.steps, journal.events
+    if not header.keys() >= HEADER_KEYS:
+        return [f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes", f"header      {header}"]
+    numbers = sum(math.prod(shape) for _, shape in header["parameters"].values())
+    lines = [
+        f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes",
+        f"method      {header['method']}  {header['options']}",
+        f"estimator   {header['estimator']}",
+        f"directions  {header['directions']}, seed {header['seed']}, by {header['backend']}",
+        f"restore     {header['restore']}",
+        f"parameters  {len(header['parameters'])} tensors, {numbers:,} numbers",
+        f"base        sha256 {header['base_sha256']}",
+        f"written by  zokernel {header['zokernel']}, torch {header['torch']}",
+    ]
+    if header.get("model"):
+        what = "an adapter on " if header["model"]["adapter"] else ""
+        lines.insert(1, f"model       {what}{header['model']['class']} {header['model']['name_or_path']}")
+    if steps:
+        lines.append(f"losses      {steps[0].losses[0]:.4f} at step 1, {steps[-1].losses[0]:.4f} at step {len(steps)}")
+    for event in events:
+        if event["event"] == "evaluation":
+            shown = {k: v for k, v in event["metrics"].items() if not k.endswith(("runtime", "per_second", "epoch"))}
+            found = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
+            lines.append(f"evaluation  after step {event['step']}: {found}")
+        elif event["event"] == "end":
+            lines.append(f"end         after step {event['step']}: weights sha256 {event['weights_sha256']}")
+    if journal.torn_bytes:
+        lines.append(f"torn        the last {journal.torn_bytes} bytes are half a record, which is ignored")
+    return lines
+
+
+def describe_step(journal: Any, step: int) -> list[str]:
+    """Return the lines of ``zokernel journal show --step``; steps count from one, as everywhere on the command line.
+
+    Raises:
+        UsageError: If the journal has no such step.
+    """
+    if not 1 <= step <= journal.num_steps:
+        raise UsageError(f"{journal.path} holds steps 1 to {journal.num_steps}, not {step}.")
+    record = journal.steps[step - 1]
+    rates = ", ".join(f"{rate:g}" for rate in record.learning_rates)
+    return [f"step {step}: learning rate {rates}", *(f"  loss {loss!r}" for loss in record.losses)]
+
+
+def truncate(args: argparse.Namespace) -> int:
+    """Cut a journal back to some step, keeping the whole of it beside as ``.bak``.
+
+    Raises:
+        UsageError: If no step is given, or there is none such.
+        RunError: If a run is using the journal.
+    """
+    from zokernel.finetune.storage.lock import exclusive
+    from zokernel.journal.reader import Journal, find
+
+    if args.step is None:
+        raise UsageError("Say how many steps to keep: --step N.")
+    path = find(args.journal)
+    with exclusive(path.parent):
+        journal = Journal.read(path, up_to_damage=args.damaged)
+        if args.step > journal.num_steps or args.step < 0:
+            raise UsageError(f"{path} holds {journal.num_steps} good steps: choose one of 0 to {journal.num_steps}.")
+        size = journal.end_of_step(args.step)
+        backup = path.with_name(path.name + ".bak")
+        shutil.copyfile(path, backup)
+        with whole_file(path) as partial:
+            shutil.copyfile(path, partial)
+            os.truncate(partial, size)
+    print(f"{path}: {args.step} steps kept; the file as it was is {backup}.")
+    return 0

@@ -1,0 +1,55 @@
+"""Rebuild the weights of any step of a run from its base and its journal, and save them as a model or an adapter.
+
+zokernel replay --base smollm2 --journal runs/mine --output_dir rebuilt
+zokernel replay --base smollm2 --journal runs/mine --output_dir rebuilt --step 500
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zokernel.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel replay``."""
+    parser.add_argument("--base", required=True, help="what the run started from: a folder, 'smollm2' or a hub id")
+    parser.add_argument("--journal", required=True, type=Path, help="a .zkj file, or the output_dir of the run")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the model or adapter goes")
+    parser.add_argument("--step", type=int, help="after how many steps (default: all)")
+    parser.add_argument(
+        "--allow_other_backend", action="store_true", help="accept last-bit differences from another backend's rounding"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Carry out ``zokernel replay`` and return the exit code."""
+    # transformers takes seconds to load, and --help needs none of it.
+    import transformers
+
+    from zokernel.data import resolve_model_path
+    from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
+    from zokernel.finetune.storage.replay import load_base
+    from zokernel.finetune.storage.run_folder import explained_errors
+    from zokernel.journal import Journal, replay_
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    journal, folder = Journal.read(args.journal), args.output_dir
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} already holds files: choose another --output_dir.")
+    model = load_base(args.base, journal)
+    optimizer = replay_(
+        dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
+    )
+    with explained_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model_path(args.base))
+            tokenizer.save_pretrained(scratch)
+            move_files(scratch, folder)
+    what = "adapter" if hasattr(model, "peft_config") else "model"
+    print(f"Saved in {folder}: the {what} after step {optimizer.step_count} of {journal.num_steps}.")
+    return 0

@@ -1,0 +1,1 @@
+"""Families of random directions: which coordinates are random, and how."""

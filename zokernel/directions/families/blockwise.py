@@ -1,0 +1,90 @@
+r"""Blockwise directions: the layers take turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from zokernel.directions.family import Family
+from zokernel.directions.terms import Term
+from zokernel.directions.weights.placement import Placement
+from zokernel.errors import UsageError
+
+
+def layer_of(name: str) -> str:
+    """Return the block a parameter belongs to: its name up to the first number.
+
+    Args:
+        name: Name of a parameter.
+
+    Returns:
+        The prefix that its layer shares, or "" for parameters outside any numbered layer.
+
+    Example:
+        >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("model.norm.weight")
+        ('model.layers.3', '')
+    """
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else ""
+
+
+class Blockwise(Family):
+    r"""Directions that are zero outside one block of tensors; blocks take turns from step to step.
+
+    Block ``(step // every) mod B`` moves, B being the number of blocks among the tensors of the call (in order of first
+    appearance by sorted name).  :math:`E|z|^2` is the number of elements in that block.  A ``sphere`` inside has the
+    radius of the block.
+
+    Args:
+        inner: Family that draws the active block.
+        block_of: Maps a tensor's name to its block; by default tensors of one numbered layer form a block, and those
+            outside any layer form one more.
+        every: Steps before the turn passes on.
+
+    Raises:
+        UsageError: If ``every`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from zokernel.directions import Dense
+        >>> weights = {"layers.0.w": torch.zeros(2), "layers.1.w": torch.zeros(2)}
+        >>> z = Blockwise(Dense("rademacher"))(weights, seed=0, step=1, index=0)
+        >>> {name: int(value.abs().sum()) for name, value in z.items()}
+        {'layers.0.w': 0, 'layers.1.w': 2}
+    """
+
+    def __init__(self, inner: Family, *, block_of: Callable[[str], str] = layer_of, every: int = 1):
+        super().__init__(inner.backend)
+        if every < 1:
+            raise UsageError(f"Each block must stay at least 1 step, not {every}.")
+        self.inner, self.block_of, self.every = inner, block_of, every
+
+    def __repr__(self) -> str:
+        return f"Blockwise({self.inner!r}, every={self.every})"
+
+    def active(self, names: Sequence[str], step: int) -> str:
+        """Return the block whose turn it is.
+
+        Args:
+            names: Names of all tensors.
+            step: Step of the run.
+
+        Returns:
+            The block.
+        """
+        blocks = list(dict.fromkeys(self.block_of(name) for name in sorted(names, key=natural_order)))
+        return blocks[step // self.every % len(blocks)]
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return the inner family's terms on the active block, None elsewhere; see :meth:`Family.terms`."""
+        if not places:
+            return []
+        block = self.active([place.name for place in places], step)
+        chosen = [place for place in places if self.block_of(place.name) == block]
+        found = iter(self.inner.terms(chosen, seed=seed, step=step, index=index))
+        return [next(found) if self.block_of(place.name) == block else None for place in places]
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,128 @@
+r"""Low-rank directions with a lazily redrawn factor (LOZO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zokernel.directions.families.factored import Factored
+from zokernel.directions.families.factors import Draw, Recent, matrix_shape
+from zokernel.directions.laws import Law
+from zokernel.directions.philox import stream_key
+from zokernel.directions.terms import Factors, Term
+from zokernel.directions.weights.placement import Placement
+
+
+class LowRank(Factored):
+    r"""Directions :math:`z = U V^T / \sqrt r` for every m x n matrix; dense for vectors and scalars.
+
+    The entries of :math:`U` (m x r) and :math:`V` (n x r) are independent with variance one.  U is new in every
+    direction; V has its own seed and stays for ``refresh`` steps, so either can be drawn without the other.  The factor
+    makes :math:`E|z|^2 = m n` and :math:`E[(g \cdot z) z] = g`; the published :math:`U V^T` is larger by
+    :math:`\sqrt r` and its estimate by r (methods 2.5).
+
+    Args:
+        distribution: Law of the entries and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
+        rank: r; at most the smaller side of a matrix is used.
+        refresh: Steps for which V stays.
+        most_square: Refold thin matrices (adapters) into the most square ones.
+        backend: ``auto``, ``numba``, ``triton`` or ``torch``.
+
+    Raises:
+        UsageError: If the rank or refresh interval is not positive, or the law has dependent coordinates.
+
+    Example:
+        >>> z = LowRank(rank=2)({"w": torch.zeros(30, 20)}, seed=0, step=0, index=0)["w"]
+        >>> int(torch.linalg.matrix_rank(z))
+        2
+    """
+
+    def __init__(
+        self,
+        distribution: str | Law = "gaussian",
+        *,
+        rank: int = 2,
+        refresh: int = 50,
+        most_square: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(distribution, rank, refresh, most_square, backend)
+        self._lefts: Recent[Draw, Tensor] = Recent(1024)
+        self._rights: Recent[Draw, Tensor] = Recent(4096)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return the rows, columns and rank that a tensor of this shape is given.
+
+        Args:
+            shape: Shape of a tensor of at least two dimensions.
+
+        Returns:
+            m, n and r.
+        """
+        rows, columns = matrix_shape(shape, self.most_square)
+        return rows, columns, min(self.rank, rows, columns)
+
+    def left(
+        self, name: str, shape: Sequence[int], *, seed: int, step: int, index: int, device: torch.device | None = None
+    ) -> Tensor:
+        """Return U of one direction.
+
+        Args:
+            name: The tensor's name.
+            shape: Its shape.
+            seed: Seed of the run.
+            step: Step of the run.
+            index: Which direction of that step.
+            device: Where to put it; the CPU when not given.
+
+        Returns:
+            (m, r) float32.
+        """
+        draw = self._left(name, shape, seed, step, index, device or torch.device("cpu"))
+        return self._lefts.get_all([draw], self.draw)[0]
+
+    def right(
+        self, name: str, shape: Sequence[int], *, seed: int, step: int, device: torch.device | None = None
+    ) -> Tensor:
+        """Return the transpose of the V that serves ``step``.
+
+        Args:
+            name: The tensor's name.
+            shape: Its shape.
+            seed: Seed of the run.
+            step: Any step of the epoch.
+            device: Where to put it; the CPU when not given.
+
+        Returns:
+            (r, n) float32.
+        """
+        draw = self._right(name, shape, seed, step, device or torch.device("cpu"))
+        return self._rights.get_all([draw], self.draw)[0]
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Family.terms`."""
+        matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
+        lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
+        self._lefts.get_all(lefts, self.draw)
+        rights = [self._right(name, shape, seed, step, device) for name, shape, device in matrices]
+        self._rights.get_all(rights, self.draw)
+        return super().terms(places, seed=seed, step=step, index=index)
+
+    def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
+        """Return U, V and the scale of one direction; see :meth:`Factored.factors`."""
+        device = place.local.device
+        left = self.left(place.name, place.shape, seed=seed, step=step, index=index, device=device)
+        right = self.right(place.name, place.shape, seed=seed, step=step, device=device)
+        return Factors(left, right, 1.0 / math.sqrt(right.shape[0]))
+
+    def _left(self, name: str, shape: Sequence[int], seed: int, step: int, index: int, device: torch.device) -> Draw:
+        rows, _, rank = self.shape(shape)
+        return Draw(rows, rank, self.law.name, stream_key(seed, name, "lowrank-left"), step, index, device)
+
+    def _right(self, name: str, shape: Sequence[int], seed: int, step: int, device: torch.device) -> Draw:
+        _, columns, rank = self.shape(shape)
+        key = stream_key(seed, name, "lowrank-right")
+        return Draw(rank, columns, self.law.name, key, step // self.refresh, 0, device)

@@ -1,0 +1,128 @@
+r"""Sparse directions: only the small weights of each tensor move (Sparse-MeZO)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from zokernel.directions.families.masks import count_bits, mask_of_small, unpack_bits
+from zokernel.directions.family import Family
+from zokernel.directions.laws import Law, get_law
+from zokernel.directions.philox import stream_key
+from zokernel.directions.terms import Noise, Term
+from zokernel.directions.weights.placement import Placement, place_all
+from zokernel.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+class Sparse(Family):
+    r"""Directions :math:`z = m \odot \tilde z` with :math:`m_k = 1[|\theta_k| \le h]`, h a quantile of each tensor.
+
+    The mask is taken once, from unperturbed weights, and kept as one bit an element: a mask recomputed from weights
+    that a perturbation has moved would differ between :math:`+\epsilon` and :math:`-\epsilon`.  The covariance is the
+    identity on the active coordinates: :math:`E|z|^2` is their number and :math:`E[(g \cdot z) z] = m \odot g`.
+
+    Args:
+        distribution: Law of the active coordinates: ``rademacher``, ``gaussian`` or ``uniform``.
+        density: Fraction of each tensor's elements that move, in (0, 1].
+        backend: ``auto``, ``numba``, ``triton`` or ``torch``.
+
+    Raises:
+        UsageError: If the density is out of range or the law has dependent coordinates.
+
+    Example:
+        >>> weights = {"w": torch.tensor([0.1, -3.0, 0.2, 5.0])}
+        >>> z = Sparse(density=0.5)(weights, seed=0, step=0, index=0)["w"]
+        >>> z.abs()
+        tensor([1., 0., 1., 0.])
+    """
+
+    def __init__(self, distribution: str | Law = "rademacher", *, density: float = 0.25, backend: str = "auto"):
+        super().__init__(backend)
+        self.law = get_law(distribution)
+        if not self.law.independent:
+            raise UsageError(
+                f"Sparse directions need independent coordinates: {self.law.name!r} has none; use gaussian."
+            )
+        if not 0.0 < density <= 1.0:
+            raise UsageError(f"The density {density} of sparse directions must be above 0 and at most 1.")
+        self.density = density
+        self._masks: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"Sparse({self.law.name!r}, density={self.density})"
+
+    def freeze(self, tensors: Mapping[str, Tensor]) -> Sparse:
+        """Take the masks of tensors that have none yet; call it before anything moves.
+
+        Without this call the first use freezes the masks, which is right when it meets unperturbed weights.
+
+        Args:
+            tensors: Unperturbed weights by name.
+
+        Returns:
+            Itself.
+        """
+        for place in place_all(tensors):
+            if place.name not in self._masks:
+                self._masks[place.name] = self._mask(place)
+        return self
+
+    def dimension(self, tensors: Mapping[str, Tensor]) -> int:
+        """Return :math:`E|z|^2`, the number of coordinates that move.
+
+        Args:
+            tensors: Weights by name.
+
+        Returns:
+            Their number among the elements held here.
+        """
+        self.freeze(tensors)
+        return sum(count_bits(self._masks[place.name]) for place in place_all(tensors))
+
+    def mask(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return one tensor's mask.
+
+        Args:
+            name: Its name.
+            shape: Shape of the elements held here.
+
+        Returns:
+            Booleans of that shape.
+        """
+        numel = torch.Size(shape).numel()
+        return unpack_bits(self._masks[name])[:numel].view(*shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks: a resumed run has other weights and could not find them again."""
+        return {"masks": dict(self._masks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the masks of a checkpoint.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._masks = dict(state["masks"])
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return each tensor's masked noise; see :meth:`Family.terms`."""
+        for place in places:
+            if place.name not in self._masks:
+                self.freeze({place.name: place.tensor})
+        return [
+            Noise(self.law.name, stream_key(seed, place.name), step, index, mask=self._masks[place.name])
+            for place in places
+        ]
+
+    def _mask(self, place: Placement) -> Tensor:
+        # A shard's threshold is that of the whole tensor.
+        whole = cast(Any, place.tensor).full_tensor() if hasattr(place.tensor, "full_tensor") else None
+        packed = mask_of_small(place.local, self.density, whole=whole)
+        logger.info("%s: %d of %d elements move", place.name, count_bits(packed), place.local.numel())
+        return packed

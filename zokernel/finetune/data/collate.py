@@ -1,0 +1,201 @@
+"""Batches of encoded examples: right padding, explicit scored positions, and shared prompts.
+
+Shapes: B examples, C options of the example that has most, R rows of the batch, T tokens, K scored positions a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokernel.finetune.tasks.encoded import Encoded
+
+
+class EncodedDataset(torch.utils.data.Dataset):
+    """A list of encoded examples as the dictionaries that a collator takes.
+
+    ``input_ids`` is the prompt; samplers that group by length read its length.
+    """
+
+    def __init__(self, examples: Sequence[Encoded]):
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def longest(self, count: int) -> EncodedDataset:
+        """Return the ``count`` examples with the longest prompts."""
+        return EncodedDataset(sorted(self.examples, key=lambda e: -len(e.prompt_ids) - len(e.suffix_ids))[:count])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        example = self.examples[position]
+        item = {"input_ids": example.prompt_ids, "option_ids": example.option_ids, "label": example.label}
+        if example.mask_id is not None:
+            item |= {"suffix_ids": example.suffix_ids, "mask_id": example.mask_id}
+        if len(example.correct) > 1:
+            item["correct"] = example.correct
+        if example.references:
+            item["references"] = example.references
+        return item
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence of the batch and what is read off it."""
+
+    tokens: list[int]
+    positions: list[int]  # whose logits are wanted
+    targets: list[int]  # the token that each of them should give
+    cells: list[tuple[int, int]]  # (example, option) that each of them counts for
+    position_ids: list[int] | None = None
+    segments: list[int] | None = None  # 0 the prompt, c + 1 option c
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Batches examples.
+
+    Options of one token each are read off a single forward over the prompt.  Longer options are scored by the mean over
+    their tokens, in one of two layouts: every option in a row of its own, behind a copy of the prompt; or, with
+    ``shared_prompt``, all options of an example in one row behind one prompt, kept apart by the attention mask and each
+    with the positions it would have had on its own.
+
+    Args:
+        pad_token_id: Any valid token; padded positions are masked and never scored.
+        shared_prompt: Whether options share their prompt.  Needs a model that takes such masks: see
+            :func:`zokernel.finetune.scoring.options.choose_collator`.
+    """
+
+    pad_token_id: int
+    shared_prompt: bool = False
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch.
+
+        Always ``labels`` (B,), ``input_ids`` and ``attention_mask`` (R, T), ``positions`` and ``targets``.  When all
+        options are single tokens and every example has as many, R = B, ``positions`` is (B, 1) and ``targets`` (B, C)
+        holds each option's token.  Otherwise both are (R, K), ``cells`` (R, K) says which option of which example a
+        position counts for (-1: none), and ``option_mask`` (B, C) which options there are.  Shared prompts add
+        ``position_ids`` and ``segments`` (R, T); masked language models add ``masked``; generation adds ``prompts``,
+        left-padded, and ``references``.
+        """
+        counts = [len(feature["option_ids"]) for feature in features]
+        batch: dict[str, Any] = {"labels": torch.tensor([feature["label"] for feature in features])}
+        if "mask_id" in features[0]:
+            batch["masked"] = True
+        single = all(len(option) == 1 for feature in features for option in feature["option_ids"])
+        if single and len(set(counts)) == 1 and counts[0] > 1:
+            rows = [self._single(feature) for feature in features]
+            batch |= self._pad([_Row(tokens, [position], [], []) for tokens, position in rows])
+            batch["targets"] = torch.tensor([[option[0] for option in f["option_ids"]] for f in features])
+        else:
+            shared = self.shared_prompt and max(counts) > 1
+            rows_of = _masked_rows if "mask_id" in features[0] else _packed_rows if shared else _plain_rows
+            scored = [row for number, feature in enumerate(features) for row in rows_of(number, feature)]
+            batch |= self._pad(scored)
+            batch |= _targets(scored, max(counts))
+            batch["option_mask"] = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+        if any("correct" in feature for feature in features):
+            correct = torch.zeros(len(features), max(counts), dtype=torch.bool)
+            for number, feature in enumerate(features):
+                correct[number, list(feature.get("correct", (feature["label"],)))] = True
+            batch["correct"] = correct
+        if "references" in features[0]:
+            batch |= self._prompts(features)
+        return batch
+
+    def _single(self, feature: dict[str, Any]) -> tuple[list[int], int]:
+        prompt = feature["input_ids"]
+        if "mask_id" in feature:
+            return [*prompt, feature["mask_id"], *feature["suffix_ids"]], len(prompt)
+        return prompt, len(prompt) - 1
+
+    def _pad(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        length = max(len(row.tokens) for row in rows)
+        width = max(len(row.positions) for row in rows)
+        padded = {
+            "input_ids": _right(([row.tokens for row in rows]), length, self.pad_token_id),
+            "attention_mask": _right([[1] * len(row.tokens) for row in rows], length, 0),
+            "positions": _right([row.positions for row in rows], width, 0),
+        }
+        if rows[0].segments is not None:
+            padded["position_ids"] = _right([row.position_ids or [] for row in rows], length, 0)
+            padded["segments"] = _right([row.segments or [] for row in rows], length, -1)
+        return padded
+
+    def _prompts(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the prompts for decoding: padded on the left, where decoding expects it."""
+        prompts = [feature["input_ids"] for feature in features]
+        length = max(map(len, prompts))
+        return {
+            "prompts": torch.tensor([[self.pad_token_id] * (length - len(p)) + p for p in prompts]),
+            "prompts_mask": torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts]),
+            "references": [feature["references"] for feature in features],
+        }
+
+
+def _plain_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
+    """A row an option, behind a copy of the prompt."""
+    prompt = feature["input_ids"]
+    return [
+        _Row(
+            prompt + option[:-1],
+            list(range(len(prompt) - 1, len(prompt) + len(option) - 1)),
+            option,
+            [(number, choice)] * len(option),
+        )
+        for choice, option in enumerate(feature["option_ids"])
+    ]
+
+
+def _packed_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
+    """One row: the prompt once, then every option at the positions that follow the prompt."""
+    prompt = feature["input_ids"]
+    tokens, place, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+    positions: list[int] = []
+    targets: list[int] = []
+    cells: list[tuple[int, int]] = []
+    for choice, option in enumerate(feature["option_ids"]):
+        start = len(tokens)
+        tokens += option[:-1]
+        place += range(len(prompt), len(prompt) + len(option) - 1)
+        segments += [choice + 1] * (len(option) - 1)
+        # The first token is predicted by the prompt's last, each other by the token before it.
+        positions += [len(prompt) - 1, *range(start, start + len(option) - 1)]
+        targets += option
+        cells += [(number, choice)] * len(option)
+    return [_Row(tokens, positions, targets, cells, place, segments)]
+
+
+def _masked_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
+    """A row for every length that an option has: that many masks, from which all options of the length are read."""
+    prompt, rows = feature["input_ids"], []
+    by_length: dict[int, list[int]] = {}
+    for choice, option in enumerate(feature["option_ids"]):
+        by_length.setdefault(len(option), []).append(choice)
+    for length, choices in by_length.items():
+        rows.append(
+            _Row(
+                [*prompt, *[feature["mask_id"]] * length, *feature["suffix_ids"]],
+                list(range(len(prompt), len(prompt) + length)) * len(choices),
+                [token for choice in choices for token in feature["option_ids"][choice]],
+                [(number, choice) for choice in choices for _ in range(length)],
+            )
+        )
+    return rows
+
+
+def _targets(rows: Sequence[_Row], num_options: int) -> dict[str, Tensor]:
+    width = max(len(row.positions) for row in rows)
+    return {
+        "targets": _right([row.targets for row in rows], width, -100),
+        "cells": _right([[example * num_options + c for example, c in row.cells] for row in rows], width, -1),
+    }
+
+
+def _right(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -1,0 +1,1 @@
+"""Loading models, attaching adapters, freezing, and the memory they need."""

@@ -1,0 +1,251 @@
+"""Loading the model to train: memory first, then weights, then the adapter."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokernel.data import resolve_model_path
+from zokernel.errors import RunError, UsageError, first_line
+from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.storage.state_file import refuse_pickles
+
+logger = logging.getLogger(__name__)
+
+LOADED_AT_ONCE = 1 << 24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, Any]:
+    """Load the causal or masked language model and its tokenizer, and attach or load the adapter.
+
+    Args:
+        arguments: Which model and adapter.
+        config: The run's settings (the memory estimate depends on the method).
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        UsageError: If there is no such model, or it cannot be trained this way.
+        RunError: If it will not fit in memory.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if arguments.dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {arguments.dtype!r}.")
+    path = resolve_model_path(arguments.model_name_or_path)
+    refuse_pickles(path, what="model")
+    if arguments.adapter_name_or_path:
+        refuse_pickles(arguments.adapter_name_or_path, what="adapter")
+    try:
+        architecture = AutoConfig.from_pretrained(path, revision=arguments.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"Model {arguments.model_name_or_path!r} could not be loaded ({first_line(error)}): give 'smollm2', "
+            "a folder written by save_pretrained, or a hub id that can be reached."
+        ) from error
+    if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
+        raise UsageError(
+            f"{arguments.model_name_or_path} is quantized, so its weights cannot be perturbed: dequantize it, "
+            "or train an adapter with --lora true."
+        )
+    dtype = DTYPES[arguments.dtype]
+    adapter = wants_adapter(arguments)
+    masked = is_masked(architecture, arguments.lm_type)
+    check_memory(architecture, dtype, config, adapter=adapter, masked=masked, skip=arguments.skip_memory_check)
+    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    try:
+        model: nn.Module = _auto_class(masked).from_pretrained(
+            path, revision=arguments.model_revision, dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"Model {arguments.model_name_or_path!r} could not be loaded ({first_line(error)})."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval()
+    if adapter:
+        model = attach_adapter(model, arguments, masked=masked, seed=config.seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "Model %s: %s parameters, %s of them trained.", arguments.model_name_or_path, f"{total:,}", f"{trained:,}"
+    )
+    return model, tokenizer
+
+
+def is_masked(architecture: Any, lm_type: str) -> bool:
+    """Decide whether a model fills masks or continues text.
+
+    Args:
+        architecture: The model's configuration.
+        lm_type: ``causal``, ``masked`` or ``auto``: what the configuration's own class is.
+
+    Returns:
+        Whether it is a masked language model.
+
+    Raises:
+        UsageError: If the model is neither, or not what was asked for.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if lm_type not in ("auto", "causal", "masked"):
+        raise UsageError(f"lm_type must be auto, causal or masked, not {lm_type!r}.")
+    kind = type(architecture)
+    can = {
+        "causal": kind in AutoModelForCausalLM._model_mapping,
+        "masked": kind in AutoModelForMaskedLM._model_mapping,
+    }
+    if lm_type != "auto":
+        if not can[lm_type]:
+            raise UsageError(f"transformers has no {lm_type} language model of type {architecture.model_type!r}.")
+        return lm_type == "masked"
+    if not any(can.values()):
+        raise UsageError(
+            f"Models of type {architecture.model_type!r} are neither causal nor masked language models: train them "
+            "with zokernel.optim in a loop of your own."
+        )
+    saved_as = " ".join(getattr(architecture, "architectures", None) or [])
+    if all(can.values()):  # encoders that transformers also lets decode
+        return "ForCausalLM" not in saved_as and not getattr(architecture, "is_decoder", False)
+    return can["masked"]
+
+
+def _auto_class(masked: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reserved: int = 0) -> int:
+    """Return how many tokens an example may have: what was asked for, or 2048, and never more than the model takes.
+
+    Args:
+        model: The model, whose configuration may limit positions.
+        tokenizer: Its tokenizer, which may know a limit too.
+        wanted: What was asked for, if anything.
+        reserved: Positions that are not for the example: virtual tokens and what will be generated.
+
+    Returns:
+        A number of tokens.
+    """
+    architecture: Any = getattr(model, "config", None)
+    limits = [wanted or 2048]
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa and its kin number positions from the padding token's id on.
+        starts_at = 2 if "roberta" in architecture.model_type else 0
+        limits.append(positions - starts_at - reserved)
+    if tokenizer.model_max_length < 10**9:
+        limits.append(tokenizer.model_max_length - reserved)
+    if wanted and min(limits) < wanted:
+        logger.info("max_length: %d tokens, the most that this model takes.", min(limits))
+    return min(limits)
+
+
+@torch.no_grad()
+def load_weights_(model: nn.Module, folder: Path) -> None:
+    """Copy saved weights into a model in place, holding :data:`LOADED_AT_ONCE` bytes at a time beside it.
+
+    Args:
+        model: The model that was saved.
+        folder: A checkpoint folder with ``.safetensors`` files.
+
+    Raises:
+        RunError: If the folder holds no weights, or they are another model's.
+    """
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
+    targets = model.state_dict()
+    for file in files:
+        with safe_open(file, "pt") as archive:
+            names = list(archive.keys())
+            shapes = {name: tuple(archive.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            if name not in targets or tuple(targets[name].shape) != shape:
+                raise RunError(
+                    f"{file} holds {name!r} of shape {shape}, which this model has not: it is another model's "
+                    "checkpoint."
+                )
+            target = targets[name] if shape else targets[name].view(1)
+            length = max(1, LOADED_AT_ONCE * len(target) // max(1, target.nbytes))
+            for begin in range(0, len(target), length):
+                # Opened anew each time: pages of the file that were read count as memory until it is closed.
+                with safe_open(file, "pt") as archive:
+                    rows = archive.get_slice(name)[begin : begin + length] if shape else archive.get_tensor(name)
+                    target[begin : begin + length].copy_(rows)
+
+
+def estimate_memory(
+    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, masked: bool = False
+) -> dict[str, int]:
+    """Estimate the peak memory of training, in bytes, without allocating the model.
+
+    Weights as stored; the copies that the method keeps (gradients and moments for first-order methods); and, under
+    autocast, the largest weight in bf16 while its layer runs.  Activations are left out: they depend on the batch, and
+    forward-only training keeps one layer's at a time.
+
+    Args:
+        architecture: The model's configuration.
+        dtype: Storage type of the weights.
+        config: The run's settings.
+        adapter: Whether only an adapter is trained, whose own copies are too small to count.
+        masked: Whether it is a masked language model.
+
+    Returns:
+        Bytes by part, with their ``total``.
+    """
+    from zokernel.optim import get_method
+
+    with torch.device("meta"):
+        model = _auto_class(masked).from_config(architecture)
+    count = sum(p.numel() for p in model.parameters())
+    copies = 0.0
+    if not adapter:
+        copies = getattr(get_method(config.method), "memory_copies", 0.0)
+        copies += bool(config.momentum) + (config.restore == "copy")
+        copies += {"fp32": 1.0, "int8": 0.28}.get(config.method_options().get("averaging", "none"), 0.0)
+    parts = {"weights": count * dtype.itemsize, "method": int(copies * count * 4)}
+    if config.bf16:
+        parts["autocast"] = 2 * max(p.numel() for p in model.parameters())
+    return {**parts, "total": sum(parts.values())}
+
+
+def check_memory(
+    architecture: Any,
+    dtype: torch.dtype,
+    config: ZOConfig,
+    *,
+    adapter: bool = False,
+    masked: bool = False,
+    skip: bool = False,
+) -> None:
+    """Log the memory estimate, and stop before loading a model that will not fit.
+
+    Raises:
+        RunError: If the estimate exceeds the memory that is free.
+    """
+    import psutil
+
+    parts = estimate_memory(architecture, dtype, config, adapter=adapter, masked=masked)
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total" and size)
+    logger.info("Memory: %.2f GiB (%s) and activations; %.2f GiB free.", parts["total"] / 2**30, listing, free / 2**30)
+    if parts["total"] > free and not skip:
+        raise RunError(
+            f"The run needs at least {parts['total'] / 2**30:.2f} GiB ({listing}) and {free / 2**30:.2f} GiB are free: "
+            "use a smaller model, --dtype bfloat16 with --lora true, or --skip_memory_check true."
+        )

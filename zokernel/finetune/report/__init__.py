@@ -1,0 +1,1 @@
+"""What a finished run leaves for its reader: report, model card and zero-shot score."""

@@ -1,0 +1,71 @@
+"""The model card: a ``README.md`` with the front matter that the hub reads and the run's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zokernel.finetune.report.report import summary_rows
+
+
+def write_card(metrics: dict[str, Any], path: Path) -> None:
+    """Write the card of a finished run.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+        path: The ``README.md`` beside the saved weights.
+    """
+    adapter = metrics["saved"] == "adapter"
+    masked = metrics["language_model"] == "masked"
+    pipeline = "fill-mask" if masked else "text-generation"
+    words = ", ".join(repr(word) for word in metrics["label_words"])
+    scored = f"The words that were compared: {words}." if words else "Each example brings its own options or answers."
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    load = (
+        f'base = {auto}.from_pretrained("{metrics["model"]}")\nmodel = PeftModel.from_pretrained(base, "{path.parent}")'
+        if adapter
+        else f'model = {auto}.from_pretrained("{path.parent}")'
+    )
+    extra = "\nfrom peft import PeftModel" if adapter else ""
+    options = ", ".join(f"{name}={value}" for name, value in metrics["method_options"].items())
+    path.write_text(
+        f"""---
+base_model: "{metrics["model"]}"
+library_name: {"peft" if adapter else "transformers"}
+pipeline_tag: {pipeline}
+tags:
+- zokernel
+- zeroth-order
+- {metrics["method"]}
+---
+
+# {metrics["model"]} fine-tuned with {metrics["method"]}
+
+Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,} examples, phrased as
+`{metrics["template"]!r}`. {scored}
+
+| | |
+|---|---|
+{rows}
+| learning rate | {metrics["learning_rate"]:g} (effective {metrics["effective_lr"]:.3g}) |
+| method's options | {options} |
+| precision, seed | {metrics["precision"]}, {metrics["seed"]} |
+
+The ± is the standard error of the {metrics["num_test"]:,} test examples, from one data set and one template; nothing
+else was evaluated.
+
+```python
+from transformers import {auto}{extra}
+
+{load}
+```
+
+Trained with:
+
+```
+{metrics["command"]}
+```
+""",
+        encoding="utf-8",
+    )

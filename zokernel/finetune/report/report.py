@@ -1,0 +1,197 @@
+"""What a finished run says about itself: a table, ``loss.png`` and a ``report.md`` in plain words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zokernel.figures import PALETTE, figures
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """Return the summary of a run as an aligned two-column table.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+
+    Returns:
+        Text, one row a line.
+    """
+    rows = summary_rows(metrics)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the summary: what was measured, with its uncertainty."""
+    before, after, metric = metrics["before"], metrics["after"], metrics["metric"]
+    examples = metrics["num_test"]
+    gain = 100 * (after[metric] - before[metric])
+    shots = metrics["num_demonstrations"]
+    start = f"{shots}-shot in-context" if shots else "zero-shot"
+    model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
+    zero_shot = (f"{start} {metric}", f"{_share(before[metric], examples)} on {examples:,} held-out examples")
+    if not metrics["steps"]:
+        return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
+    return [
+        model,
+        ("trained", f"{metrics['num_trained']:,} parameters with {metrics['method']}"),
+        zero_shot,
+        (f"{metric} after training", f"{_share(after[metric], examples)} ({gain:+.1f} points)"),
+        ("loss before -> after", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
+        ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
+        ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
+        ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
+        ("peak memory, inference", f"{metrics['peak_memory_inference'] / 2**20:,.0f} MiB"),
+        ("training / inference", f"{metrics['peak_memory_training'] / metrics['peak_memory_inference']:.2f} x"),
+    ]
+
+
+def _share(share: float, examples: int) -> str:
+    """Format a share of examples with its standard error, in percent: binomial, which for F1 is an upper bound."""
+    error = 100 * math.sqrt(max(share * (1 - share), 0.0) / examples)
+    return f"{100 * share:.1f} % (± {error:.1f})"
+
+
+def draw_loss(
+    rows: list[dict[str, float]],
+    evaluations: list[dict[str, float]],
+    test: list[dict[str, float]],
+    path: Path,
+    *,
+    metric: str = "accuracy",
+) -> None:
+    """Draw loss and a metric against forward passes.
+
+    Args:
+        rows: Training, one a step, with ``forwards`` and ``loss``.
+        evaluations: Validation results with ``forwards``, ``loss`` and the metric.
+        test: Test results before and after training, likewise.
+        path: The PNG to write.
+        metric: Name of the metric.
+    """
+    forwards = np.array([row["forwards"] for row in rows])
+    loss = np.array([row["loss"] for row in rows])
+    with figures() as Figure:
+        figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        upper.plot(forwards, loss, color=PALETTE[0], alpha=0.25, linewidth=0.8, label="training batches")
+        upper.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
+        for points, style, color, label in (
+            (evaluations, "o-", PALETTE[1], "validation"),
+            (test, "D", PALETTE[2], "test, before and after"),
+        ):
+            where = [row["forwards"] for row in points]
+            upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
+            lower.plot(where, [100 * row[metric] for row in points], style, color=color, label=label)
+        upper.set(ylabel="loss (nats)", ylim=(0, None))
+        lower.set(xlabel="forward passes", ylabel=f"{metric} (%)", ylim=(0, 100))
+        upper.legend(loc="upper right")
+        lower.legend(loc="lower right")
+        figure.savefig(path, dpi=130)
+
+
+def smooth(values: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Return the centred moving average, with shorter windows at the ends.
+
+    Args:
+        values: (T,) numbers.
+        window: Its length; a twentieth of T when not given.
+
+    Returns:
+        (T,) averages.
+
+    Example:
+        >>> smooth(np.array([0.0, 3.0, 0.0]), window=3)
+        array([1.5, 1. , 1.5])
+    """
+    window = window or max(1, len(values) // 20)
+    ones = np.ones(window)
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
+
+
+def write_report(metrics: dict[str, Any], path: Path) -> None:
+    """Write ``report.md``: what was done, what came out, and how to read and repeat it.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+        path: The file to write.
+    """
+    if not metrics["steps"]:
+        path.write_text(_evaluation_report(metrics), encoding="utf-8")
+        return
+    before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
+    gain = 100 * (after[metric] - before[metric])
+    variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
+    error = 100 * math.sqrt(variance)
+    ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
+    forward_only = metrics["forwards_per_step"] is not None
+    how = (
+        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
+        "compared the losses, and moved the weights along the random directions that had been tried. "
+        "No gradient was computed and no activation was kept."
+        if forward_only
+        else "Each step computed the gradient by backpropagation (a first-order baseline)."
+    )
+    outcome = (
+        f"{metric.capitalize()} on {examples:,} examples the run never trained on went from "
+        f"{100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {gain:+.1f} points, "
+        f"with a standard error of at most {error:.1f}."
+    )
+    if metrics["test_is_validation"]:
+        outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
+    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    words = ", ".join(metrics["label_words"])
+    asked = f"complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
+    text = f"""# Fine-tuning {metrics["model"]} with {metrics["method"]}
+
+## In plain words
+
+{how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
+
+The model was asked to {asked}
+Before training it answered from what it had read; that is the zero-shot row. The weights reported are those with the
+best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} of {metrics["steps"]}.
+
+## Numbers
+
+| | |
+|---|---|
+{table_lines}
+| effective learning rate | {metrics["effective_lr"]:.3g} |
+| precision | {metrics["precision"]} |
+
+![loss](loss.png)
+
+Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
+The ± is the binomial standard error of {examples:,} examples.
+
+## Repeat it
+
+```
+{metrics["command"]}
+```
+
+Files: `metrics.json` (these numbers), `steps.jsonl` (one line a step), and the trained {metrics["saved"]}, which
+plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
+"""
+    path.write_text(text, encoding="utf-8")
+
+
+def _evaluation_report(metrics: dict[str, Any]) -> str:
+    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+    return f"""# Evaluation of {metrics["model"]}
+
+Nothing was trained. The template was `{metrics["template"]!r}`.
+
+| | |
+|---|---|
+{table_lines}
+
+```
+{metrics["command"]}
+```
+"""

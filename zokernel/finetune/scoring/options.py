@@ -1,0 +1,243 @@
+r"""The forward pass that a loss over options needs, and nothing more.
+
+When every option is one token, a single forward over the prompts scores all of them; otherwise every option is scored
+by the mean log-probability of its tokens, with the prompt computed once for all options where the model allows it.
+Either way the LM head runs only on the scored positions (and, if one token decides, only for the options' tokens),
+without a KV cache, and the loss is taken in fp32.
+
+Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions a row, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokernel.errors import UsageError, first_line
+from zokernel.finetune.data.collate import Collator, EncodedDataset
+
+logger = logging.getLogger(__name__)
+
+
+class ScoredPositions:
+    """Context in which a model's LM head sees only the hidden states of the scored positions.
+
+    A forward pre-hook on the output embedding replaces its input (R, T, H) by (R, K, H); everything the model does to
+    its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
+    the positions; the hook counts them off.
+
+    With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
+    of the matrix; another kind of head yields all, of which those are taken.
+
+    A head stored in fp32 runs in fp32 under autocast too: bf16 logits near 16 are 0.06 apart, which is more than a
+    perturbation changes them by.  At so few positions the head costs one read of its weights, in either type.
+
+    Args:
+        model: A language model of transformers, or a peft wrapper of one.
+        positions_RK: Positions whose logits are wanted.
+        length: Tokens in a row; not needed where nothing is put in front of them.
+        tokens_RC: Tokens whose logits are wanted; all of the vocabulary if not given.
+
+    Raises:
+        UsageError: If the model has no output embedding.
+    """
+
+    def __init__(
+        self, model: nn.Module, positions_RK: Tensor, length: int | None = None, tokens_RC: Tensor | None = None
+    ):
+        finder = getattr(model, "get_output_embeddings", None)
+        head = finder() if callable(finder) else None
+        if head is None:
+            raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
+        self._head, self._positions, self._length, self._tokens = head, positions_RK, length, tokens_RC
+        self._wide: torch.autocast | None = None
+
+    def __enter__(self) -> None:
+        def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden_RTH = args[0]
+            in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
+            index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
+            hidden_RKH = hidden_RTH.gather(1, index_RKH)
+            if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
+                self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
+                self._wide.__enter__()
+                hidden_RKH = hidden_RKH.float()
+            return (hidden_RKH, *args[1:])
+
+        def leave(module: nn.Module, args: tuple[Any, ...], logits_RKV: Tensor) -> Tensor | None:
+            if self._wide is not None:
+                self._wide.__exit__(None, None, None)
+                self._wide = None
+            if self._tokens is None or self._by_rows:
+                return None
+            return logits_RKV.gather(-1, self._tokens[:, None].expand(-1, logits_RKV.shape[1], -1))
+
+        self._by_rows = self._tokens is not None and _is_plain_matrix(self._head)
+        if self._by_rows:
+            self._head.forward = self._rows_only
+        self._handles = [
+            self._head.register_forward_pre_hook(select),
+            self._head.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _rows_only(self, hidden_RKH: Tensor) -> Tensor:
+        assert self._tokens is not None
+        rows_RCH = F.embedding(self._tokens, self._head.weight)
+        # Not a matrix product, which autocast would round; there are only a few rows.
+        dtype = torch.promote_types(rows_RCH.dtype, torch.float32)
+        return (hidden_RKH.to(dtype)[:, :, None] * rows_RCH.to(dtype)[:, None]).sum(-1)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._by_rows:
+            del self._head.forward
+
+
+def _is_plain_matrix(head: nn.Module) -> bool:
+    """Whether a head does nothing but multiply by one unsharded matrix."""
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return False
+    return head.weight.dtype.is_floating_point and not hasattr(head.weight, "device_mesh")
+
+
+def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
+    """Run the model once and return the logits at the scored positions: (R, K, V), or (R, K, C) of some tokens."""
+    base = getattr(model, "module", model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "segments" in batch:
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
+    if not batch.get("masked"):
+        inputs["use_cache"] = False
+    with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], tokens_RC):
+        return model(**inputs).logits
+
+
+def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
+    """Return the (R, 1, T, T) attention mask under which options see the prompt and themselves, but not each other.
+
+    Boolean for SDPA, additive for eager attention, as each takes it.
+    """
+    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
+    length = segments_RT.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments_RT.device).tril()
+    seen = causal & (key != -1) & ((key == 0) | (key == query))
+    # A padded position sees itself, so that no softmax is over nothing.
+    seen = (seen | torch.eye(length, dtype=torch.bool, device=segments_RT.device))[:, None]
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+        return seen
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def option_logprobs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return summed log-probabilities and token counts of every option.
+
+    Returns:
+        (B, C) sums in fp32 and (B, C) counts; both zero where an example has fewer options.
+    """
+    logits_RKV, targets_RK = scored_logits(model, batch), batch["targets"]
+    if "cells" not in batch:
+        logprobs_BC = logits_RKV[:, 0].float().log_softmax(-1).gather(1, targets_RK)
+        return logprobs_BC, torch.ones_like(targets_RK)
+    cells_RK = batch["cells"]
+    logprobs_RK = -F.cross_entropy(logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=-100, reduction="none")
+    shape = batch["option_mask"].shape
+    real = cells_RK >= 0
+    sums = logprobs_RK.new_zeros(shape.numel()).index_add_(0, cells_RK[real], logprobs_RK[real])
+    counts = torch.bincount(cells_RK[real], minlength=shape.numel())
+    return sums.view(shape), counts.view(shape)
+
+
+def mean_scores(sums_BC: Tensor, counts_BC: Tensor, option_mask_BC: Tensor) -> Tensor:
+    """Return the mean log-probability of every option's tokens; minus infinity where there is no option."""
+    return (sums_BC / counts_BC.clamp(min=1)).masked_fill(~option_mask_BC, -torch.inf)
+
+
+def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the score of every option.
+
+    Args:
+        model: A causal or masked language model of transformers (or a wrapper with the same call).
+        batch: What :class:`Collator` returns.
+
+    Returns:
+        Mean log-probability of each option's tokens, up to a constant of the example: (B, C), fp32; minus infinity
+        where an example has fewer than C options.
+    """
+    if "cells" not in batch:
+        # One token an option: the normaliser of the softmax is common to all of them and cancels in the loss.
+        return scored_logits(model, batch, batch["targets"])[:, 0].float()
+    return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
+
+
+def classification_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Cross entropy of the softmax over the options' scores, in fp32."""
+    return F.cross_entropy(scores_BC.float(), labels_B)
+
+
+@torch.no_grad()
+def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset) -> Collator:
+    """Return the collator that shares prompts between options if the model gives the same scores that way.
+
+    The claim is checked, not looked up: a few examples are scored in both layouts.  Models without explicit positions
+    or free attention masks (recurrent ones, ALiBi, some fused attention) differ or fail, and get a row an option.
+
+    Args:
+        model: The model to train.
+        pad_token_id: Padding token.
+        dataset: Encoded examples, of which the two with the shortest and longest prompts are tried.
+
+    Returns:
+        A :class:`Collator`.
+    """
+    plain, packed = Collator(pad_token_id), Collator(pad_token_id, shared_prompt=True)
+    items = [dataset[i] for i in range(len(dataset))]
+    several = [i for i in items if len(i["option_ids"]) > 1 and max(map(len, i["option_ids"])) > 1]
+    if not several or "mask_id" in several[0]:
+        return plain
+    several.sort(key=lambda item: len(item["input_ids"]))
+    trial = several[:1] + several[-1:]
+    config = getattr(model, "peft_config", None)
+    if config and any(c.is_prompt_learning for c in config.values()):
+        reason = "virtual tokens in front allow no packed attention mask"
+    else:
+        device = next(model.parameters()).device
+        move = lambda batch: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}  # noqa: E731
+        expected = option_scores(model, move(plain(trial)))
+        try:
+            found = option_scores(model, move(packed(trial)))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            finite = expected.isfinite()
+            error_found = (found - expected)[finite].abs().max().item()
+            tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+            if error_found <= tolerance:
+                logger.info("Options of several tokens share their prompt's computation.")
+                return packed
+            reason = f"the scores would differ by {error_found:.2g}"
+    logger.warning(
+        "%s cannot share a prompt between its options (%s): every option repeats it, which is slower but right.",
+        type(model).__name__,
+        reason,
+    )
+    return plain
+
+
+__all__ = [
+    "Collator",
+    "EncodedDataset",
+    "ScoredPositions",
+    "choose_collator",
+    "classification_loss",
+    "mean_scores",
+    "option_logprobs",
+    "option_scores",
+    "packed_mask",
+    "scored_logits",
+]

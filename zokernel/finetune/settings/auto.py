@@ -1,0 +1,111 @@
+r"""``--method auto``: settings chosen from the kernel theory and from what was measured on real tasks.
+
+Each choice has its reason; each can be overridden by its own flag.
+
+- *Batch.*  With a gradient noise scale :math:`\nu = tr\Sigma/\|g\|^2` a step's progress goes like
+  :math:`1/(1 + \nu/b)` at batch size b, so the tokens to a given loss go like :math:`b + \nu`: a batch well below
+  :math:`\nu` (6 to 14 at the start of SST-2 and TREC) wastes none.
+- *Directions.*  One-sided differences share the loss at the centre: P + 1 forwards instead of 2P.  Their error falls
+  like 1/P until that of the b examples takes over, so P grows with b: half of it.
+- *Step.*  Slopes are divided by their running root mean square, so the learning rate is a distance.  Slopes of TREC
+  are 1.6 (all weights) and 3 times (LoRA) those of SST-2, and so are the rates that either bears without it.
+- *Rate.*  Most of a step is noise, a random walk that takes every weight :math:`\eta \sqrt{m T / P}` from its start in
+  T steps, with m the mean square of the schedule.  How far it may go without harm is a property of the weights, so the
+  rate follows from it, P and T.  It was nearly the same for two and for eight directions.
+- *Bound.*  Where the loss is low, a share of Polyak's step is shorter: :math:`P / (P + 1 + r)` of it descends fastest,
+  and about a third was best for eight directions on both tasks (r = 15 or so).
+- *Schedule.*  For equal walks a constant rate goes furthest along the gradient, and a rate that falls at the end gets
+  rid of the noise in steep directions: it stays for three fifths of the steps and falls to zero over the others.
+
+``docs/results/queries.md`` has the measurements, and where they do not help.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from zokernel.errors import UsageError
+
+if TYPE_CHECKING:
+    from zokernel.finetune.settings.config import ZOConfig
+
+logger = logging.getLogger(__name__)
+
+METHOD = "forward_difference"
+BATCH = 4
+# How far the random walk of a run takes each weight, by what is trained.  Not measured for virtual tokens.
+WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "virtual tokens": 6.5e-2}
+POLYAK_SHARE = 0.35
+LORA_EPS = 2e-2
+SCHEDULE = "warmup_stable_decay"
+COOLDOWN = 0.4  # share of the steps over which the rate falls
+# Mean squares of schedules, relative to the rate they start at; others count as constant.
+MEAN_SQUARE = {SCHEDULE: 1 - 2 / 3 * COOLDOWN, "linear": 1 / 3, "cosine": 3 / 8}
+
+
+def choose_settings(config: ZOConfig) -> None:
+    """Fill in what ``method="auto"`` leaves open, and log it.
+
+    Args:
+        config: The run's settings; ``method`` becomes the method that was chosen.
+
+    Raises:
+        UsageError: If slopes are not to be normalised and no learning rate is given.
+    """
+    config.method = METHOD
+    given = list(config.method_args or [])
+    if not any(pair.startswith("normalize=") for pair in given):
+        bound = [] if any(pair.startswith("polyak_share=") for pair in given) else [f"polyak_share={POLYAK_SHARE}"]
+        config.method_args = [*given, "normalize=true", *bound]
+    elif config.learning_rate is None:
+        raise UsageError("The rate that method auto chooses is one for normalised slopes: give --learning_rate too.")
+    if config.per_device_train_batch_size is None:
+        config.per_device_train_batch_size = BATCH
+    if config.lr_scheduler_type is None:
+        config.lr_scheduler_type = SCHEDULE
+    if config.num_perturbations is None:
+        config.num_perturbations = max(2, config.per_device_train_batch_size // 2)
+    logger.info(
+        "Method auto: %s (%s) with %d directions a step, batch %d, %s learning rate.",
+        METHOD,
+        ", ".join(config.method_args or []),
+        config.num_perturbations,
+        config.per_device_train_batch_size,
+        config.lr_scheduler_type,
+    )
+
+
+def count_steps(config: ZOConfig, examples: int) -> int:
+    """Return the steps of a run: ``max_steps``, or what its epochs over so many training examples come to."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return max(1, math.ceil(config.num_train_epochs * examples / batch))
+
+
+def cooldown_steps(steps: int) -> int:
+    """Return over how many of a run's last steps the rate falls.
+
+    Example:
+        >>> cooldown_steps(40)
+        16
+    """
+    return math.ceil(COOLDOWN * steps)
+
+
+def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule: str = SCHEDULE) -> float:
+    r"""Return the rate :math:`D \sqrt{P / mT}` at which a run's random walk takes each weight D from its start.
+
+    Args:
+        trained: What is trained: a key of :data:`WALK`.
+        num_perturbations: Directions a step, P.
+        steps: Steps of the run, T.
+        schedule: Its schedule, by transformers' name, whose mean square is m.
+
+    Example:
+        >>> f"{learning_rate('full parameters', num_perturbations=2, steps=1000):.2g}"
+        '0.00071'
+    """
+    return WALK[trained] * math.sqrt(num_perturbations / (steps * MEAN_SQUARE.get(schedule, 1.0)))

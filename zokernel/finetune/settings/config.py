@@ -1,0 +1,270 @@
+"""Settings of a run: transformers' ``TrainingArguments`` with the few that zeroth-order training adds."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.auto import choose_settings
+from zokernel.finetune.trainer.elastic import rejoin
+from zokernel.finetune.trainer.evaluators import PERTURB
+from zokernel.optim import get_method
+
+logger = logging.getLogger(__name__)
+
+# Options that most methods share and that deserve a flag of their own; the rest go through --method_args.
+SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum", "restore")
+
+
+@dataclass
+class ZOConfig(TrainingArguments):
+    """``TrainingArguments`` for zeroth-order (and baseline first-order) training.
+
+    Every flag of ``TrainingArguments`` works as documented by transformers; some defaults differ because a zeroth-order
+    step is cheap and needs no warm-up: constant learning rate, batches grouped by length, evaluation during training.
+    """
+
+    method: str = field(
+        default="mezo",
+        metadata={
+            "help": "Optimizer: a zeroth-order method; auto, which also chooses batch, directions and schedule; or "
+            "sgd/adamw as the first-order baseline."
+        },
+    )
+    eps: float | None = field(
+        default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
+    )
+    num_perturbations: int | None = field(
+        default=None, metadata={"help": "Directions a step, each costing two forwards (default: the method's own)."}
+    )
+    distribution: str | None = field(
+        default=None, metadata={"help": "Law of the directions: rademacher, gaussian, uniform or sphere."}
+    )
+    momentum: float | None = field(default=None, metadata={"help": "Momentum, where the method has it."})
+    perturb: str = field(
+        default="auto",
+        metadata={
+            "help": "in_place; in_forward (layers read perturbed copies, made as they are needed); stacked (all losses "
+            "of a step in one forward, for adapters and low-rank directions); auto: stacked where it fits and fits in."
+        },
+    )
+    zo_parallel: str | None = field(
+        default=None,
+        metadata={
+            "help": "What several processes (torchrun) share: data (each its own batch, the default), perturbation "
+            "(the losses of one batch) or hybrid."
+        },
+    )
+    zo_point_ranks: int | None = field(
+        default=None, metadata={"help": "Processes that share one batch, for --zo_parallel hybrid."}
+    )
+    restore: str | None = field(
+        default=None, metadata={"help": "How weights find back after a perturbation: fold, grid or copy."}
+    )
+    method_args: list[str] | None = field(
+        default=None, metadata={"help": "Further options of the method, as key=value pairs: kernel_order=3 radius=0.5."}
+    )
+    objective: str = field(
+        default="cross_entropy",
+        metadata={"help": "What is minimised: cross_entropy, or 1 - accuracy or 1 - f1, which need no gradient."},
+    )
+    freeze_layers: float = field(
+        default=0.0, metadata={"help": "Share of the layers, from the first on, that are not trained."}
+    )
+    freeze_vectors: bool = field(default=False, metadata={"help": "Do not train scales of norms, and biases."})
+    precision: str = field(
+        default="auto",
+        metadata={"help": "fp32, bf16 (autocast over fp32 weights), or auto: bf16 where the hardware has bf16 units."},
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Step size (default: 1e-5 for full parameters and 1e-3 for LoRA; adamw 1e-5 and 1e-4)."},
+    )
+    lr_scheduler_type: str = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Learning-rate schedule of transformers (default: constant; auto chooses one)."},
+    )
+    per_device_train_batch_size: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Examples a batch and device (default: 16; 4 with --method auto)."}
+    )
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples an evaluation batch and device."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1 counts epochs instead."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate on the validation split."})
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Evaluate every so many steps (default: 5 times)."}
+    )
+    save_strategy: str = field(
+        default="best",
+        metadata={
+            "help": "When to save a checkpoint: best, steps or epoch; journal: never, a few bytes a step rebuild any "
+            "weights; no: neither checkpoints nor journal."
+        },
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep; 2 keeps the best and the last, 1 cannot resume."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="loss", metadata={"help": "Validation metric that decides."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one (default: never)."}
+    )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Write where a step's time goes: profile.md, and profile.json for a trace viewer."},
+    )
+    do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length wastes no compute on padding; or random."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches carry what scoring needs."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
+    )
+
+    def __post_init__(self):
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
+        self.auto = self.method == "auto"
+        if self.auto:
+            choose_settings(self)
+        get_method(self.method)
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 16
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant"
+        if self.perturb not in PERTURB:
+            raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
+        # transformers allows bf16 on a CPU only when the CPU was asked for.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        self.bf16 = resolve_bf16(self.precision, requested=self.bf16, use_cpu=self.use_cpu)
+        self.precision = "bf16" if self.bf16 else "fp32"
+        if self.eval_steps is None:
+            self.eval_steps = max(1, self.max_steps // 5) if self.max_steps > 0 else 500
+        rejoin()
+        journal = self.save_strategy == "journal"
+        if journal:
+            if self.eval_strategy == "no":
+                self.load_best_model_at_end = False
+            self.save_strategy = "best"  # of the strategies that transformers knows, the one with the same checks
+        super().__post_init__()
+        if self.torch_compile and self.perturb in ("in_forward", "stacked"):
+            raise UsageError(
+                f"--perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
+                "show: use --perturb in_place, or leave out --torch_compile."
+            )
+        check_reporting(self.report_to)
+        if journal:
+            self.save_strategy = "journal"
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for the method: the flags that were set, and ``method_args``.
+
+        Raises:
+            UsageError: If the method has no such option, or a value is not of the option's type.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
+        given = {name: value for name, value in given.items() if value is not None}
+        parameters = method_parameters(self.method)
+        for pair in self.method_args or []:
+            name, equals, text = pair.partition("=")
+            if not equals:
+                raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
+            given[name] = _parse_value(name, text, parameters)
+        for name in given:
+            if name not in parameters:
+                allowed = ", ".join(n for n in parameters if n not in ("lr", "seed", "weight_decay", "total_steps"))
+                raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}.")
+        if "weight_decay" in parameters:
+            given["weight_decay"] = self.weight_decay
+        if "seed" in parameters:
+            given.setdefault("seed", self.seed)
+        # Without a schedule the length of the run changes nothing, so that it may be extended.
+        scheduled = any(name.endswith("_schedule") for name in given)
+        if scheduled and "total_steps" in parameters and self.max_steps > 0:
+            given.setdefault("total_steps", self.max_steps)
+        return given
+
+
+def check_reporting(names: str | list[str] | None) -> None:
+    """Check that the packages behind ``--report_to`` are installed, before anything is loaded.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    packages = ("tensorboard", "wandb", "trackio", "mlflow")
+    available = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in packages and name not in available:
+            raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
+
+
+def method_parameters(method: str) -> dict[str, inspect.Parameter]:
+    """Return the options of a method by name, in the order of its signature."""
+    parameters = inspect.signature(get_method(method).__init__).parameters
+    return {name: p for name, p in parameters.items() if name not in ("self", "params")}
+
+
+def _parse_value(name: str, text: str, parameters: dict[str, inspect.Parameter]) -> Any:
+    """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
+    default = parameters[name].default if name in parameters else None
+    if text.lower() == "none" and not isinstance(default, str):
+        return None
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"Option {name} is true or false, not {text!r}.")
+        return text.lower() == "true"
+    if isinstance(default, str):
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if isinstance(default, (int, float)):
+        raise UsageError(f"Option {name} is a number, not {text!r}.")
+    return text
+
+
+def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bool:
+    """Decide whether forwards run under bf16 autocast, and log why.
+
+    Args:
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        requested: Whether ``--bf16`` was given.
+        use_cpu: Whether the run is kept on the CPU.
+
+    Returns:
+        Whether to autocast.
+    """
+    if precision == "fp32" and requested:
+        raise UsageError("--bf16 and --precision fp32 contradict each other: give one of them.")
+    if precision != "auto":
+        return precision == "bf16"
+    if requested:
+        return True
+    if torch.cuda.is_available() and not use_cpu:
+        supported, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        units = torch.cpu.get_capabilities()
+        supported, where = bool(units.get("avx512_bf16") or units.get("amx_bf16")), "this CPU"
+    logger.info(
+        "Precision: %s (%s %s bf16 units; --precision decides otherwise).",
+        "bf16 autocast over fp32 weights" if supported else "fp32",
+        where,
+        "has" if supported else "lacks",
+    )
+    return supported

@@ -1,0 +1,1 @@
+"""Everything a run writes and reads back: checkpoints, journal, run folder, lock."""

@@ -1,0 +1,209 @@
+"""Checkpoints that are whole or absent, and hold only safetensors and JSON.
+
+A checkpoint is the folder ``checkpoint-N``: what ``save_pretrained`` writes, ``trainer_state.json``, and under
+``training_state/`` optimizer, schedule and random state.  It is written under a hidden name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zokernel.errors import RunError, UsageError
+from zokernel.files import read_json, sync
+from zokernel.finetune.models.adapters import virtual_tokens
+from zokernel.finetune.models.load import load_weights_
+from zokernel.finetune.storage.state_file import PICKLES, load_state, save_state
+
+STATE_FOLDER = "training_state"
+TRAINER_STATE = "trainer_state.json"
+_HIDDEN = (".partial-", ".stale-")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder that takes the name ``target`` when the block ends well, and is removed when it does not.
+
+    Args:
+        target: Folder to create or replace.
+
+    Yields:
+        The hidden folder.
+    """
+    scratch = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                sync(path)
+        remove_folder(target)
+        scratch.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder inside ``folder`` that is removed in the end."""
+    scratch = folder / ".partial-model"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move finished files into a folder one rename each; what names the others, configuration and index, comes last."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: (path.suffix == ".json", path.name == "config.json")):
+        sync(path)
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+    sync(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill half-way leaves no half of it under its name."""
+    if folder.exists():
+        stale = folder.with_name(f".stale-{folder.name}")
+        shutil.rmtree(stale, ignore_errors=True)
+        folder.rename(stale)
+        shutil.rmtree(stale)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(_HIDDEN):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.endswith(".partial"):
+            path.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return after how many steps a checkpoint was written: the N of ``checkpoint-N``, or what it says inside."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else int(read_json(checkpoint / TRAINER_STATE)["global_step"])
+
+
+def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``limit``, but neither the newest nor the best."""
+    found = checkpoints(folder)
+    if not limit or limit < 1:
+        return
+    protected = {found[-1].name} | ({Path(best).name} if best else set()) if found else set()
+    surplus = len(found) - max(limit, len(protected))
+    for path in [path for path in found if path.name not in protected][: max(0, surplus)]:
+        remove_folder(path)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a checkpoint that cannot be resumed from without loading a pickle.
+
+    Raises:
+        UsageError: If it is no checkpoint of zokernel.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no checkpoint folder {folder}: give 'last' or a checkpoint-N folder.")
+    missing = [
+        name for name in (TRAINER_STATE, f"{STATE_FOLDER}/optimizer.safetensors") if not (folder / name).exists()
+    ]
+    if not list(folder.glob("*.safetensors")):
+        missing.append("weights in .safetensors")
+    if missing:
+        pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+        raise UsageError(
+            f"{folder} has no {missing[0]}"
+            + (
+                f", only pickles ({', '.join(pickles)}): loading one can run any code, so none ever is. "
+                if pickles
+                else ": it was not written by zokernel, or with save_only_model. "
+            )
+            + "Start anew from the weights, saved as safetensors."
+        )
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put a checkpoint's weights, or adapter, into the model.
+
+    Raises:
+        RunError: If they do not fit.
+    """
+    if hasattr(model, "peft_config"):
+        load_adapter_(model, folder)
+    else:
+        load_weights_(model, folder)
+
+
+def load_adapter_(model: Any, folder: Path) -> None:
+    """Copy a saved adapter into a peft model of the same shape.
+
+    Raises:
+        RunError: If it does not fit.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise RunError(f"{folder} holds no adapter_model.safetensors: it was not written by this run.")
+    result: Any = set_peft_model_state_dict(model, load_file(file))
+    # peft files virtual tokens under a name of its own, loads them, and then calls the name unexpected.
+    unexpected = [name for name in result.unexpected_keys if name != "prompt_embeddings" or not virtual_tokens(model)]
+    if unexpected:
+        raise RunError(f"{file} holds {unexpected[0]!r}, which this adapter has not.")
+
+
+def save_training_state(folder: Path, *, optimizer: Any, scheduler: Any, extra: dict[str, Any]) -> None:
+    """Write optimizer, schedule and what else the loop keeps."""
+    state = folder / STATE_FOLDER
+    state.mkdir(exist_ok=True)
+    save_state(state / "optimizer.safetensors", optimizer.state_dict())
+    save_state(state / "scheduler.safetensors", {"scheduler": scheduler.state_dict(), "loop": extra})
+
+
+def load_training_state(folder: Path, *, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Take over what :func:`save_training_state` wrote; return what else the loop kept."""
+    state = folder / STATE_FOLDER
+    optimizer.load_state_dict(load_state(state / "optimizer.safetensors"))
+    saved = load_state(state / "scheduler.safetensors")
+    scheduler.load_state_dict(saved["scheduler"])
+    return saved["loop"]
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of every random generator a training step may draw from."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what :func:`random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

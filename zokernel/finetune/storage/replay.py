@@ -1,0 +1,130 @@
+"""Base weights and a journal back into the weights of any step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.errors import RunError, UsageError
+from zokernel.finetune.storage.checkpoint import load_adapter_
+from zokernel.journal import Journal, replay_
+from zokernel.journal.hashes import sampled_sha256
+
+BASE_ADAPTER = "base-adapter"
+
+
+def replay(
+    base: str | Path | nn.Module | Mapping[str, Tensor],
+    journal: str | Path | Journal,
+    *,
+    step: int | None = None,
+    allow_other_backend: bool = False,
+) -> dict[str, Tensor]:
+    """Rebuild trained weights from base weights and a journal, bit for bit, without data or forward passes.
+
+    Args:
+        base: What the run started from: a model folder or hub id, a model, or tensors by name (which are copied).
+        journal: The journal, its file, or the folder of the run.
+        step: After how many steps; all of them by default.
+        allow_other_backend: Accept a backend that may round differently from the run's.
+
+    Returns:
+        The trained parameters by name.
+
+    Raises:
+        UsageError: If there is no such base, journal or step.
+        RunError: If the base is another one, or the journal is damaged.
+
+    Example:
+        >>> import tempfile, zokernel
+        >>> from zokernel.journal import JournalWriter, make_header, record_of, weights_sha256
+        >>> layer = nn.Linear(3, 1)
+        >>> base = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.1)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> header = make_header(optimizer, "mezo", {"lr": 0.1}, base_sha256=weights_sha256(base))
+        >>> writer = JournalWriter.create(folder / "journal.zkj", header)
+        >>> for _ in range(3):
+        ...     loss = optimizer.step(lambda: layer(torch.ones(2, 3)).square().mean())
+        ...     writer.append(record_of(optimizer))
+        >>> writer.close()
+        >>> torch.equal(replay(base, folder)["weight"], layer.weight)
+        True
+    """
+    journal = journal if isinstance(journal, Journal) else Journal.read(journal)
+    if isinstance(base, (str, Path)):
+        model = load_base(str(base), journal)
+        weights = dict(model.named_parameters())
+    else:
+        given = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
+        names = [name for name in journal.header.get("parameters", ()) if name in given]
+        weights = {name: given[name].detach().clone() for name in names}
+    replay_(weights, journal, step=step, allow_other_backend=allow_other_backend)
+    return {name: weights[name].detach() for name in journal.header["parameters"]}
+
+
+def load_base(name_or_path: str, journal: Journal) -> Any:
+    """Load the model, or the model and its untrained adapter, that a journal's run started from.
+
+    Raises:
+        UsageError: If it cannot be loaded, or the journal does not say of which class it is.
+        RunError: If it is another one.
+    """
+    import transformers
+
+    from zokernel.data import resolve_model_path
+
+    described = journal.header.get("model") or {}
+    model_class: Any = getattr(transformers, str(described.get("class")), None)
+    if not hasattr(model_class, "from_pretrained"):
+        raise UsageError(
+            f"{journal.path} was written for a {described.get('class')}, which transformers cannot load: pass the base "
+            "weights themselves to zokernel.finetune.replay."
+        )
+    try:
+        model = model_class.from_pretrained(
+            resolve_model_path(name_or_path), dtype=getattr(torch, described["dtype"]), use_safetensors=True
+        ).eval()
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).") from error
+    if described["adapter"]:
+        from peft import PeftModel
+
+        folder = journal.path.parent / BASE_ADAPTER
+        if not (folder / "adapter_model.safetensors").exists():
+            raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+    names = journal.header["parameters"]
+    frozen = {name: p for name, p in model.named_parameters() if name not in names}
+    if sampled_sha256(frozen) != journal.header["frozen_sha256"]:
+        raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
+    if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():
+        model.cuda()  # where the same roundings are repeated
+    return model
+
+
+@torch.no_grad()
+def load_base_(model: Any, folder: Path) -> None:
+    """Put a model's weights back to those it was loaded with, or its adapter to the one before training.
+
+    Raises:
+        RunError: If they cannot be loaded again.
+    """
+    if hasattr(model, "peft_config"):
+        load_adapter_(model, folder / BASE_ADAPTER)
+        return
+    try:
+        again = type(model).from_pretrained(model.name_or_path, dtype=model.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"The base {model.name_or_path!r} can no longer be loaded: rebuild the wanted step with "
+            f"'zokernel replay --base BASE --journal {folder} --output_dir DIR --step N'."
+        ) from error
+    targets = dict(model.named_parameters())
+    for name, tensor in again.named_parameters():
+        targets[name].copy_(tensor)

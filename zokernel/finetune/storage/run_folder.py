@@ -1,0 +1,176 @@
+"""The output folder of a run: never another run's, resumable, and readable by people and programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from zokernel.errors import RunError, UsageError
+from zokernel.files import read_json
+from zokernel.finetune.storage.lock import LOCK_FILE
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+_ARTEFACTS = (
+    "checkpoint-*",
+    "last-good",
+    "runs",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.jinja",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "training_args.bin",
+    "trainer_state.json",
+    "README.md",
+    "steps.jsonl",
+    "loss.png",
+    "report.md",
+    "report.html",
+    "profile.md",
+    "profile.json",
+    "training_args.json",
+    "base-adapter",
+    "journal.zkj*",
+    ".partial-*",
+    ".stale-*",
+    "*.partial",
+    METRICS_FILE,
+    RUN_FILE,
+)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+_OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
+# Beginnings of the names of settings that change nothing about the weights a run ends with.
+_COSMETIC = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "logging_",
+    "log_",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "profile",
+    "project",
+    "trackio_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_num_workers",
+    "dataloader_p",
+    "dataloader_multiprocessing",
+    "skip_memory",
+    "local_rank",
+    "ddp_",
+)
+
+
+def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, Any] | None = None) -> str:
+    """Make sure that a run may write to ``folder``, and say what is there.
+
+    A run that was cut off is continued by the very settings it was started with; nobody has to know that it was.
+
+    Args:
+        folder: The output folder; created if missing.
+        overwrite: Remove what an earlier run of zokernel left there.
+        resume: Continue the run that is there, even with other settings.
+        settings: What decides the run's result: see :func:`run_settings`.
+
+    Returns:
+        ``new``, ``unfinished`` or ``finished``.
+
+    Raises:
+        UsageError: If the folder holds something else, or a run that was not asked to be resumed or overwritten.
+        RunError: If it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"The output folder {folder} cannot be written ({error.strerror}): choose another.") from error
+    occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
+    ours, finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
+    if resume:
+        if not ours:
+            raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
+        return "unfinished"
+    if not occupied:
+        return "new"
+    if not overwrite:
+        if not ours:
+            raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
+        different = _differences(read_json(folder / RUN_FILE).get("settings"), settings)
+        if not different:
+            return "finished" if finished else "unfinished"
+        raise UsageError(
+            f"{folder} already holds another run{'' if finished else ', unfinished'} ({different}): "
+            + ("" if finished else "repeat its settings to continue it, ")
+            + "choose another --output_dir, --resume_from_checkpoint last, or --overwrite_output_dir true."
+        )
+    if not ours:
+        raise UsageError(
+            f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."
+        )
+    # The file that says whose folder this is goes last, so that a kill half-way leaves it ours.
+    for pattern in _ARTEFACTS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return "new"
+
+
+def run_settings(*groups: Any) -> dict[str, Any]:
+    """Return the settings that decide a run's result, as JSON values; where it is logged or saved is left out.
+
+    Args:
+        groups: Dataclasses of arguments; of ``TrainingArguments``, what ``to_dict`` returns counts.
+
+    Returns:
+        Values by name.
+    """
+    values: dict[str, Any] = {}
+    for group in groups:
+        values |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+    kept = {key: value for key, value in values.items() if not key.startswith(_COSMETIC)}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def _differences(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+    if old is None or new is None:
+        return "with settings that are not known"
+    names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return ", ".join(f"{name}: {old.get(name)} there, {new.get(name)} asked for" for name in names)
+
+
+@contextmanager
+def explained_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk or read-only output into one sentence; other errors pass as they are.
+
+    Raises:
+        RunError: If the block could not write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
+        # safetensors raises its own error, which only says in words what the system said.
+        if not (unwritable or (isinstance(error, SafetensorError) and "os error" in str(error))):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RunError(
+            f"{folder} cannot be written ({reason}); checkpoints and journal are whole up to now. Free some space and "
+            "repeat the command to continue."
+        ) from error

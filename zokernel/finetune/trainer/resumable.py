@@ -1,0 +1,338 @@
+"""The part of the trainer that survives kills: whole checkpoints, no pickles, journal, one process a folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
+
+from zokernel.errors import UsageError
+from zokernel.files import write_json
+from zokernel.finetune.data.sampling import EpochSeededSampler
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.storage import checkpoint as files
+from zokernel.finetune.storage.lock import exclusive
+from zokernel.finetune.storage.run_folder import explained_errors
+from zokernel.finetune.storage.run_journal import RunJournal
+from zokernel.finetune.storage.state_file import load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """``transformers.Trainer`` whose runs can be killed at any instant and continued to the same bits.
+
+    Checkpoints appear whole or not at all and hold safetensors and JSON only.  With a journal, steps after the last
+    checkpoint are repeated without forward passes; with ``save_strategy="journal"`` there are no checkpoints.
+
+    Attributes:
+        journal: The run's journal while it trains, if it keeps one.
+        continues: Whether it takes up an earlier process's run.
+        when_begun: Called when all checks are passed and the loop begins.
+        final_step: The step whose weights the last call of ``train`` ended with.
+    """
+
+    args: ZOConfig
+    zeroth_order: bool
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.journal: RunJournal | None = None
+        self.final_step = 0
+        self.continues = False
+        self.when_begun: Callable[[], None] | None = None
+        self._loop_state: dict[str, Any] | None = None
+        self._epoch_sampler: EpochSeededSampler | None = None
+        self.add_callback(_AroundTheLoop(self))
+
+    @property
+    def data_ranks(self) -> int:
+        """How many batches the processes of the run see in one step."""
+        return self.args.world_size
+
+    @property
+    def bare_optimizer(self) -> Any:
+        """The optimizer itself, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def bare_model(self) -> Any:
+        """The model itself, without any wrapper of a distributed run."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the last step was taken from the journal."""
+        return self.journal is not None and self.journal.replaying
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, alone in the output folder.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for whatever is there: the newest checkpoint, the
+                journal, both or none of them.
+            *args: As for ``transformers.Trainer.train``.
+            **kwargs: As for ``transformers.Trainer.train``.
+
+        Returns:
+            As ``transformers.Trainer.train``; with ``load_best_model_at_end`` the model then has the best weights.
+
+        Raises:
+            UsageError: If what is there cannot be continued this way.
+            RunError: If the output cannot be written, or another process is writing it.
+        """
+        folder, main = Path(str(self.args.output_dir)), self.args.should_save
+        self.continues = bool(resume_from_checkpoint)
+        # The Trainer would read the best checkpoint as a second copy of the model; here it comes tensor by tensor.
+        wants_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+        with exclusive(folder) if main else nullcontext(), explained_errors(folder):
+            try:
+                if main:
+                    files.remove_leftovers(folder)
+                self.accelerator.wait_for_everyone()
+                self.journal = self._open_journal(wants_best)
+                checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
+                # No process may write before all have read.
+                self.accelerator.wait_for_everyone()
+                if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):
+                    result = self._nothing_left(checkpoint)
+                else:
+                    result = super().train(checkpoint, *args, **kwargs)
+                self.final_step = self.state.global_step
+                if wants_best:
+                    self._take_best()
+            finally:
+                self.args.load_best_model_at_end = wants_best
+                if self.journal is not None:
+                    self.journal.close()
+                    self.journal = None
+        return result
+
+    def _open_journal(self, wants_best: bool) -> RunJournal | None:
+        only = self.args.save_strategy == "journal"
+        if only and not self.zeroth_order:
+            raise UsageError(f"{self.args.method} takes gradients, which no journal holds: use save_strategy 'best'.")
+        if not self.zeroth_order or self.args.save_strategy == "no":
+            return None
+        model = self.bare_model
+        comes_back = hasattr(model, "peft_config") or Path(str(getattr(model, "name_or_path", "") or "?")).exists()
+        if only and wants_best and not comes_back:
+            raise UsageError(
+                "To end with the best step, save_strategy 'journal' must be able to load the base again: load the "
+                "model by from_pretrained from a folder, or set load_best_model_at_end False."
+            )
+        return RunJournal(self, continues=self.continues)  # type: ignore[arg-type]
+
+    def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
+        if isinstance(asked, str):
+            files.check_checkpoint(Path(asked))
+            return asked
+        if not asked:
+            return None
+        found = files.checkpoints(folder)
+        if self.journal is not None:
+            # A power cut may have taken the end of a journal that a checkpoint relies on; its steps are taken again.
+            # The last steps are played back rather than loaded: the loop takes at least one.
+            last = min(self.journal.num_steps, self.args.max_steps - 1 if self.args.max_steps > 0 else math.inf)
+            found = [path for path in found if files.step_of(path) <= last]
+        if not found:
+            return None
+        files.check_checkpoint(found[-1])
+        return str(found[-1])
+
+    def _nothing_left(self, checkpoint: str) -> TrainOutput:
+        """Take up a run that was killed between its last checkpoint and its end: the loop would take a step more."""
+        if self.journal is not None:
+            raise UsageError(f"{checkpoint} is already at --max_steps {self.args.max_steps}: ask for more steps.")
+        self.create_optimizer()
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / files.TRAINER_STATE))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _take_best(self) -> None:
+        """Give the model the weights of the best evaluation."""
+        best = self.state.best_global_step
+        if self.args.save_strategy == "journal":
+            if best and best != self.state.global_step:
+                assert self.journal is not None
+                self.journal.rewind(best)
+            self.final_step = best or self.final_step
+        elif self.state.best_model_checkpoint:
+            path = Path(self.state.best_model_checkpoint)
+            files.load_weights(self.bare_model, path)
+            self.final_step = files.step_of(path)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the sampler of transformers, with an order that depends on seed and epoch alone."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = self._epoch_sampler = EpochSeededSampler(
+                sampler.batch_size, seed=seed, processes=self.data_ranks, lengths=sampler.lengths
+            )
+        return sampler
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate without touching the random state that training draws from."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate; in a repeated part of a run, return what the journal recorded."""
+        journal, step = self.journal, self.state.global_step
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if journal is None or several or not self.is_in_train:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = journal.evaluation(step, metric_key_prefix)
+        if metrics is None:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            journal.add_evaluation(step, metric_key_prefix, metrics)
+        else:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.save_strategy == "journal":
+            self.state.best_global_step = self.state.global_step
+        return is_best
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint that is there whole or not at all."""
+        if self.args.save_strategy == "journal":
+            return
+        self.store_flos()
+        if self.journal is not None:
+            self.journal.sync()
+        folder = Path(self._get_output_dir(trial))
+        target, best = folder / f"checkpoint-{self.state.global_step}", self.state.best_global_step
+        if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        stateful: Any = self.state.stateful_callbacks
+        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
+            stateful[type(callback).__name__] = callback.state()
+        with files.whole_folder(target) if self.args.should_save else nullcontext(_hidden(target)) as scratch:
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(scratch), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(scratch))
+                self.accelerator.wait_for_everyone()
+                self._save_rng_state(str(scratch))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(scratch / files.TRAINER_STATE))
+        if self.args.should_save:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(target))
+            files.rotate(folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as ``save_pretrained`` does, each file whole or not at all."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if _internal_call or not self.args.should_save:
+            super().save_model(str(folder), _internal_call)
+            return
+        with explained_errors(folder), files.scratch_folder(folder) as scratch:
+            super().save_model(str(scratch), _internal_call)
+            files.move_files(scratch, folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write weights, configuration, tokenizer and arguments; the last as JSON, where transformers pickles them."""
+        folder, model = Path(output_dir or str(self.args.output_dir)), self.bare_model
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+            model.save_pretrained(folder, state_dict=state_dict)
+        else:
+            safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_json(folder / "training_args.json", self.args.to_dict())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            loop = {
+                "tr_loss": self._tr_loss,
+                "total_loss": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+            }
+            files.save_training_state(
+                Path(output_dir), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler, extra=loop
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._loop_state = files.load_training_state(
+                Path(checkpoint), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        path = Path(output_dir) / files.STATE_FOLDER / f"random-{self.args.process_index}.safetensors"
+        save_state(path, files.random_state(self.args.device))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / files.STATE_FOLDER / f"random-{self.args.process_index}.safetensors"
+        if not path.exists():
+            raise UsageError(f"{path} is missing: continue on as many processes as the checkpoint was written by.")
+        files.set_random_state(load_state(path), self.args.device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        files.load_weights(self.bare_model if model is None else model, Path(resume_from_checkpoint))
+
+    def begin_loop(self) -> None:
+        """Bring journal and running sums in line with the step the loop begins at."""
+        if self.journal is not None:
+            self.journal.begin(self.state.global_step)
+        if self._loop_state is not None:
+            # The loop zeroes these; the mean loss of the next log line is over steps before the checkpoint, too.
+            self._tr_loss = self._loop_state["tr_loss"].to(self.args.device)
+            self._total_loss_scalar = self._loop_state["total_loss"]
+            self._globalstep_last_logged = self._loop_state["last_logged"]
+            self._loop_state = None
+        if self.when_begun is not None and self.args.should_save:
+            self.when_begun()
+
+
+class _AroundTheLoop(TrainerCallback):
+    """Calls the trainer back where its loop has no method to override."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_loop()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._epoch_sampler is not None:
+            self._trainer._epoch_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.journal is not None:
+            self._trainer.journal.end(self._trainer.bare_optimizer)
+
+
+def _hidden(target: Path) -> Path:
+    return target.with_name(f".partial-{target.name}")

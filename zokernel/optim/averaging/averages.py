@@ -1,0 +1,241 @@
+r"""The weighted iterate average of KerZOO's Algorithm 1, with or without storing it.
+
+.. math:: \theta^{ag}_{t+1} = \tfrac{1}{\beta_t}\theta_{t+1} + (1 - \tfrac{1}{\beta_t})\,\theta^{ag}_t, \qquad
+    \beta_t = 1 + t/6
+
+Stored averages keep the *offset* :math:`D = \theta^{ag} - \theta`.  It is a hundred times smaller than the weights, so
+eight bits resolve it where they could not resolve the average itself, and moving the weights to
+:math:`\theta^{md} = \theta + (1 - 1/\beta) D` and back loses nothing to cancellation.  A step
+:math:`\theta' = d\,\theta + u + k\,\theta_0` gives
+
+.. math:: D' = (1 - \tfrac{1}{\beta}) \left(D + \theta - \theta'\right), \qquad \theta = (\theta' - u - k\theta_0) / d,
+
+where :math:`u = \sum_i scale_i z_i` is regenerated.  The journal stores no tensor at all: every iterate is an affine
+function of the last one and of the seeded directions, so the average is too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zokernel.directions.backends import dispatch
+from zokernel.directions.terms import Job
+from zokernel.directions.weights.placement import Placement
+from zokernel.optim.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
+from zokernel.optim.averaging.iterate_weights import average_weight, coefficients_from_first, coefficients_from_last
+from zokernel.optim.averaging.moves import AffineMove
+
+if TYPE_CHECKING:
+    from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+
+TERMS_A_SWEEP = 48
+
+
+class Average(ABC):
+    """Something that knows the averaged iterate of an optimizer's run."""
+
+    @abstractmethod
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Take a step into account, after the weights have moved; one move a parameter group."""
+
+    @abstractmethod
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        r"""Return :math:`\theta^{ag} - \theta` for some parameters."""
+
+    def extra_state(self) -> Any:
+        """Return what cannot be kept a tensor a parameter."""
+        return None
+
+    def load_extra_state(self, state: Any) -> None:
+        """Take over what :meth:`extra_state` returned."""
+        del state
+
+
+class StoredAverage(Average):
+    """The offset in fp32: one more copy of the parameters."""
+
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Advance every offset by one step."""
+        by_name = {name: move for move, (_, names) in zip(moves, optimizer.groups()) for name in names}
+        for batch in optimizer.batches(list(by_name)):
+            offsets = self.offset(optimizer, batch)
+            self._advance(optimizer, offsets, by_name)
+            self._store(optimizer, offsets, moves[0].step)
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the stored offsets themselves."""
+        return optimizer.buffers("average_offset", names)
+
+    def _advance(
+        self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], by_name: dict[str, AffineMove]
+    ) -> None:
+        step = next(iter(by_name.values())).step
+        keep = 1.0 - average_weight(step)
+        if keep == 0.0:
+            for offset in offsets.values():
+                offset.zero_()
+            return
+        scales = {name: [-keep * s / by_name[name].decay for s in by_name[name].scales.values()] for name in offsets}
+        indices = list(next(iter(by_name.values())).scales)
+        optimizer.directions.add_(offsets, scales, seed=optimizer.seed, step=step, index=indices, decay=keep)
+        for name, offset in offsets.items():
+            weight, move = optimizer.named_params[name], by_name[name]
+            if move.decay != 1.0:
+                offset.add_(weight, alpha=keep * (1.0 / move.decay - 1.0))
+            if move.anchor:
+                offset.add_(optimizer.state[weight]["initial"], alpha=-keep * move.anchor / move.decay)
+
+    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+        """Keep advanced offsets; fp32 ones were advanced in place."""
+
+
+class Int8Average(StoredAverage):
+    """The offset in eight bits, in blocks of 256 with an fp32 scale each, rounded stochastically: about 1/4 fp32 copy.
+
+    Offsets are unpacked a hundred thousand at a time.  Rounding is unbiased, so errors of different steps average out
+    instead of freezing small changes.
+    """
+
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Advance every offset by one step, some rows of a tensor at a time."""
+        by_name = {name: move for move, (_, names) in zip(moves, optimizer.groups()) for name in names}
+        for batch in optimizer.batches(list(by_name)):
+            if len(batch) > 1 or optimizer.named_params[batch[0]].ndim == 0:
+                offsets = self.offset(optimizer, batch)
+                self._advance(optimizer, offsets, by_name)
+                self._store(optimizer, offsets, moves[0].step)
+            else:
+                self._advance_rows(optimizer, batch[0], by_name[batch[0]])
+
+    def _advance_rows(self, optimizer: ZerothOrderOptimizer, name: str, move: AffineMove) -> None:
+        weight = optimizer.named_params[name]
+        codes, scales = self._storage(optimizer, name)
+        shape, width = tuple(weight.shape), math.prod(weight.shape[1:])
+        # Pieces start at a quantization block: whole rows, their elements a multiple of 256.
+        unit = BLOCK // math.gcd(BLOCK, width) if width else 1
+        height = max(unit, CHUNK // max(1, width) // unit * unit)
+        keep = 1.0 - average_weight(move.step)
+        generator = torch.Generator(weight.device)
+        generator.manual_seed(_rounding_seed(optimizer.seed, move.step, name))
+        for row in range(0, shape[0], height):
+            piece = torch.zeros((min(height, shape[0] - row), *shape[1:]), device=weight.device)
+            begin, end = row * width, row * width + piece.numel()
+            blocks = scales[begin // BLOCK : math.ceil(end / BLOCK)]
+            if keep > 0.0:
+                dequantize(codes[begin:end], blocks, out=piece.view(-1))
+                place = Placement(name, piece, piece, shape, (row, *(0 for _ in shape[1:])))
+                draw = {"seed": optimizer.seed, "step": move.step}
+                terms = [optimizer.directions.terms([place], index=i, **draw)[0] for i in move.scales]  # type: ignore[attr-defined]
+                factors = tuple(-keep * scale / move.decay for scale in move.scales.values())
+                dispatch.sweep([Job(place, tuple(terms), factors, decay=keep)])
+                rows = slice(row, row + height)
+                if move.decay != 1.0:
+                    piece.add_(weight[rows], alpha=keep * (1.0 / move.decay - 1.0))
+                if move.anchor:
+                    piece.add_(optimizer.state[weight]["initial"][rows], alpha=-keep * move.anchor / move.decay)
+            quantize_(codes[begin:end], blocks, piece.view(-1), generator)
+
+    def _storage(self, optimizer: ZerothOrderOptimizer, name: str) -> tuple[Tensor, Tensor]:
+        weight = optimizer.named_params[name]
+        state = optimizer.state[weight]
+        if "average_int8" not in state:
+            blocks = math.ceil(weight.numel() / BLOCK)
+            state["average_int8"] = torch.zeros(weight.numel(), dtype=torch.int8, device=weight.device)
+            state["average_scale"] = torch.zeros(blocks, dtype=torch.float32, device=weight.device)
+        return state["average_int8"], state["average_scale"]
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Unpack the stored offsets."""
+        found = {}
+        for name in names:
+            weight = optimizer.named_params[name]
+            state = optimizer.state[weight]
+            found[name] = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+            if "average_int8" in state:
+                dequantize(state["average_int8"], state["average_scale"], out=found[name].view(-1))
+        return found
+
+    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+        for name, offset in offsets.items():
+            codes, scales = self._storage(optimizer, name)
+            generator = torch.Generator(offset.device)
+            generator.manual_seed(_rounding_seed(optimizer.seed, step, name))
+            quantize_(codes, scales, offset.view(-1), generator)
+
+
+class JournalAverage(Average):
+    """Scalars only: the average is rebuilt by regenerating the directions of the whole run, when it is asked for."""
+
+    def __init__(self) -> None:
+        self.moves: list[list[AffineMove]] = []
+        # Coefficients by parameter group, for a journal of the length they were computed at.
+        self._known: tuple[int, dict[int, tuple[float, list[float]]]] = (0, {})
+
+    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+        """Write the step down."""
+        self.moves.append(list(moves))
+
+    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+        """Rebuild the offsets by regenerating every direction of the run."""
+        offsets: dict[str, Tensor] = {}
+        scales: dict[str, list[float]] = {}
+        for number, (_, group_names) in enumerate(optimizer.groups()):
+            for name in set(group_names) & set(names):
+                weight = optimizer.named_params[name]
+                initial = optimizer.state[weight].get("initial")
+                end, scales[name] = self._coefficients(number, from_first=initial is not None)
+                if initial is None:
+                    offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(end - 1.0)
+                else:
+                    offsets[name] = initial.to(_wide(weight), copy=True).mul_(end).sub_(weight)
+        terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
+        for begin in range(0, len(terms), TERMS_A_SWEEP):
+            part = slice(begin, begin + TERMS_A_SWEEP)
+            steps, indices = map(list, zip(*terms[part]))
+            some = {name: values[part] for name, values in scales.items()}
+            optimizer.directions.add_(offsets, some, seed=optimizer.seed, step=steps, index=indices)
+        return offsets
+
+    def _coefficients(self, group: int, *, from_first: bool) -> tuple[float, list[float]]:
+        """Factor on the last or the initial weights, and one on every direction of the run, for a parameter group."""
+        if self._known[0] != len(self.moves):
+            self._known = len(self.moves), {}
+        if group not in self._known[1]:
+            run = [moves[group] for moves in self.moves]
+            end, updates = coefficients_from_first(run) if from_first else coefficients_from_last(run)
+            flat = [factor * scale for move, factor in zip(run, updates) for scale in move.scales.values()]
+            self._known[1][group] = end, flat
+        return self._known[1][group]
+
+    def extra_state(self) -> Any:
+        """Return the journal as plain numbers."""
+        return [[(m.step, dict(m.scales), m.decay, m.anchor) for m in moves] for moves in self.moves]
+
+    def load_extra_state(self, state: Any) -> None:
+        """Take a saved journal over."""
+        self.moves = [[AffineMove(*fields) for fields in moves] for moves in state]
+
+
+AVERAGES: dict[str, type[Average]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rounding_seed(seed: int, step: int, name: str) -> int:
+    """Seed of one tensor's rounding at one step; a pure function, so that resumed runs round alike."""
+    digest = hashlib.blake2b(f"average/{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def total_norm(tensors: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean norm over all tensors, accumulated in fp32 or wider."""
+    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(t, dtype=_wide(t))) ** 2 for t in tensors.values()))

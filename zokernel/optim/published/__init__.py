@@ -1,0 +1,1 @@
+"""One published method per file: a short recipe of directions, estimator and update."""

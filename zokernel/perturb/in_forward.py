@@ -1,0 +1,314 @@
+r"""Perturb while the forward runs: each layer reads :math:`\theta + \epsilon z`, made just before it is needed.
+
+Moving the weights in place costs a read and a write of all of them for every loss, as much as a short forward.  Here
+the weights stay where they are.  While the model runs, every trained parameter that an operation is about to read is
+replaced by a perturbed copy in a small scratch buffer, still in cache when the operation reads it.  Under bf16 autocast
+the copy is made in bf16 at once, in place of the conversion that autocast would have made.  What is left of a step
+beside its forwards is the update.
+
+Copies are made for a stretch of parameters at a time, in the order in which the first forward used them.  Of embeddings
+only the rows looked up are made, of output layers a stretch of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zokernel.directions import Dense, LowRank, Subspace
+from zokernel.directions.family import Family
+from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
+from zokernel.directions.weights.placement import Placement, place_all
+from zokernel.errors import RunError, UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
+from zokernel.perturb.intercept import Watched
+
+# Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
+# takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
+STRETCH = 1 << 23
+# On a GPU a copy takes less time than starting it does, so there should be as few as this share of the weights allows.
+GPU_SHARE = 1 / 32
+# Vectors and small matrices of a model are copied once a loss.
+SMALL = 1 << 14
+# Families whose directions on some rows do not depend on the other rows.
+BY_POSITION = (Dense, LowRank, Subspace)
+# Operations that autocast runs in low precision, on weights too.
+LOW_PRECISION = {F.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.mm, F.conv1d, F.conv2d}
+
+
+class InForward:
+    r"""An evaluator that leaves the weights in place: ``optimizer.evaluator = InForward()``.
+
+    The closure must use the trained parameters themselves, by torch operations in its own thread: not views or copies
+    made before, and no compiled or captured graph.
+
+    Attributes:
+        plan: What is copied when, once it has been called.
+
+    Raises:
+        UsageError: When called, if the directions or the weights (sharded, strided) cannot be copied this way.
+        RunError: When called, if the closure uses none of the parameters.
+
+    Example:
+        >>> import zokernel
+        >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01)
+        >>> optimizer.evaluator = InForward()
+        >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
+    """
+
+    visits_points = False  # the weights stay where they are, so a replay need not move them either
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+
+    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+        """Return the losses at ``points``."""
+        if self.plan is None or self.plan.parameters is not optimizer.named_params:
+            self.plan = Plan(optimizer.named_params)
+            self.plan.prepare(optimizer)
+        losses = []
+        for offsets in points:
+            with Perturbed(self.plan, optimizer, offsets):
+                losses.append(float(closure()))
+            if not self.plan.learned:
+                self.plan.finish()
+                self.plan.prepare(optimizer)
+        return losses
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the losses are taken: offsets along the directions of a step."""
+
+    offsets: Offsets
+    seed: int
+    step: int
+
+
+class Plan:
+    """Which parameters are copied together, in which type; learned from the first forward.
+
+    Args:
+        parameters: Trained parameters by name.
+
+    Raises:
+        UsageError: If one of them is sharded or not in memory order.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.parameters = parameters
+        self.places: dict[int, Placement] = {}
+        for name, tensor in parameters.items():
+            place = place_all({name: tensor})[0]
+            if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
+                raise UsageError(f"{name} is sharded or not contiguous: perturb it in place, not in the forward.")
+            self.places[id(tensor)] = place
+        on_gpus = sum(place.numel for place in self.places.values() if place.local.is_cuda)
+        self.stretch = max(STRETCH, int(GPU_SHARE * on_gpus))
+        self.small = [key for key, place in self.places.items() if place.numel <= SMALL or len(place.shape) < 2]
+        self.used: list[tuple[int, torch.dtype]] = []
+        self.stretches: list[list[int]] = []
+        self.stretch_of: dict[int, int] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
+        self.touched = False
+        self.copy_small = Copier([self.places[key] for key in self.small])
+        self._copiers: dict[tuple[int, ...], Copier] = {}
+        self._pieces: dict[tuple[int, int], list[Copier]] = {}
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def learned(self) -> bool:
+        """Whether a forward has been seen."""
+        return bool(self.stretches)
+
+    def prepare(self, optimizer: ZerothOrderOptimizer) -> None:
+        """Make the tables of all copies before a forward.
+
+        Made one by one between activations, they would split the memory that these leave behind, and each next
+        activation would take new memory: 200 MiB in the first forward of SmolLM2.
+        """
+        family = optimizer.directions
+        if isinstance(family, Family):
+            for keys in self.stretches or [[key] for key in self.places if key not in self.small]:
+                self.copier(keys).prepare(family, seed=optimizer.seed)
+
+    def finish(self) -> None:
+        """After the first forward, group the large parameters that it used.
+
+        Raises:
+            RunError: If it used none of the parameters at all.
+        """
+        if not self.touched:
+            raise RunError(
+                "The loss was computed without the trained parameters: the closure must use the very tensors given to "
+                "the optimizer, not copies, views or a compiled graph."
+            )
+        sizes: list[int] = []
+        self._copiers.clear()
+        for key, dtype in dict(self.used).items():
+            size = self.places[key].numel
+            last = self.stretches[-1] if self.stretches else []
+            if not last or self.dtypes[last[0]] != dtype or sizes[-1] + size > self.stretch:
+                self.stretches.append([])
+                sizes.append(0)
+            self.stretches[-1].append(key)
+            sizes[-1] += size
+            self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
+
+    def copier(self, keys: Sequence[int]) -> Copier:
+        """Return what copies some parameters together."""
+        found = self._copiers.get(tuple(keys))
+        if found is None:
+            found = self._copiers[tuple(keys)] = Copier([self.places[key] for key in keys])
+        return found
+
+    def pieces(self, key: int, rows: int) -> list[Copier]:
+        """Return what copies a matrix ``rows`` rows at a time."""
+        if (key, rows) not in self._pieces:
+            whole, pieces = self.places[key], []
+            for begin in range(0, whole.shape[0], rows):
+                local = whole.local[begin : begin + rows]
+                place = Placement(whole.name, local, local, whole.shape, (begin, *whole.offset[1:]))
+                pieces.append(Copier([place]))
+            self._pieces[key, rows] = pieces
+        return self._pieces[key, rows]
+
+    def copy(self, family: Family, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
+        """Write perturbed copies of some parameters: all copies but those of rows are made here."""
+        copier(family, targets, point.offsets, seed=point.seed, step=point.step)
+
+    def copy_rows(self, family: Family, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
+        """Write perturbed copies of some rows of a parameter: all of those are made here."""
+        copy_perturbed_rows(family, place, rows, target, point.offsets, seed=point.seed, step=point.step)
+
+    def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
+        """Return the scratch buffer of a type, grown if need be."""
+        found = self._scratch.get(dtype)
+        if found is None or found.numel() < size or found.device != device:
+            found = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size]
+
+
+class Perturbed(Watched):
+    """Context in which operations read perturbed copies of the trained parameters.
+
+    Args:
+        plan: What is copied when.
+        optimizer: Its directions, seed and step.
+        offsets: The point.
+    """
+
+    def __init__(self, plan: Plan, optimizer: ZerothOrderOptimizer, offsets: Offsets):
+        super().__init__(plan.parameters.values(), self.run)
+        if not isinstance(optimizer.directions, Family):
+            raise UsageError(f"{type(optimizer.directions).__name__} is no directions Family: perturb in place.")
+        self.plan, self.family = plan, optimizer.directions
+        self.point = Point(offsets, optimizer.seed, optimizer.step_count)
+        self.copies: dict[int, Tensor] = {}
+        targets = [torch.empty_like(place.local) for place in plan.copy_small.places]
+        if targets:
+            plan.copy(self.family, plan.copy_small, targets, self.point)
+        self.fixed = dict(zip(plan.small, targets))
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on perturbed copies of the parameters among its arguments."""
+        self.plan.touched = True
+        special = _SPECIAL.get(func)
+        if special is not None:
+            result = special(self, *args, **kwargs)
+            if result is not None:
+                return result
+        low, places = func in LOW_PRECISION, self.plan.places
+        # Parameters may be in lists, as a recurrent layer's are; mostly they are not.
+        nested = bool(kwargs) or any(isinstance(value, (list, tuple, dict)) for value in args)
+        values, structure = tree_flatten((args, kwargs)) if nested else (list(args), None)
+        large = [value for value in values if id(value) in places and id(value) not in self.fixed]
+        # One stretch is held at a time, so operands that may be of several are set aside.
+        aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
+        read = [aside[id(value)] if id(value) in aside else self.copy(value, low) for value in values]
+        args, kwargs = (read, {}) if structure is None else tree_unflatten(read, structure)
+        result = func(*args, **kwargs)
+        # A view of the scratch buffer would change under its holder's hands.
+        return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result
+
+    def copy(self, value: Any, low: bool) -> Any:
+        """Return the perturbed copy of a trained parameter; anything else as it is."""
+        key = id(value)
+        if key not in self.plan.places:
+            return value
+        if key in self.fixed:
+            return self.fixed[key]
+        dtype = self.dtype(value, low)
+        found = self.copies.get(key)
+        if found is None or found.dtype != dtype:
+            self._make(key, dtype)
+            found = self.copies[key]
+        return found
+
+    def dtype(self, weight: Tensor, low: bool) -> torch.dtype:
+        """Return the type in which an operation reads a weight."""
+        device = weight.device.type
+        if low and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            wanted = torch.get_autocast_dtype(device)
+            return wanted if wanted == torch.bfloat16 else weight.dtype
+        return weight.dtype
+
+    def _make(self, key: int, dtype: torch.dtype) -> None:
+        plan = self.plan
+        if not plan.learned:
+            plan.used.append((key, dtype))
+        known = plan.dtypes.get(key) == dtype
+        keys = plan.stretches[plan.stretch_of[key]] if known else [key]
+        copier = plan.copier(keys)
+        sizes = [place.numel for place in copier.places]
+        flat = plan.buffer(dtype, sum(sizes), copier.places[0].local.device)
+        targets = [part.view(place.shape) for part, place in zip(flat.split(sizes), copier.places)]
+        plan.copy(self.family, copier, targets, self.point)
+        # The buffer holds these now, and nothing else of their type.
+        self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
+        self.copies |= dict(zip(keys, targets))
+
+    def _is_scratch(self, result: Tensor) -> bool:
+        address = result.untyped_storage().data_ptr() if result.layout == torch.strided else 0
+        return any(copy.untyped_storage().data_ptr() == address for copy in self.copies.values())
+
+
+def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Look up perturbed rows: only those that occur are made."""
+    if id(weight) not in mode.plan.places or id(weight) in mode.fixed:
+        return None
+    # A GPU makes a row anew wherever it occurs sooner than it tells how many rows there are.
+    again = on_gpu(mode.family.backend, weight)
+    rows, inverse = (input.reshape(-1), None) if again else torch.unique(input, return_inverse=True)
+    found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    mode.plan.copy_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.point)
+    return found.view(*input.shape, -1) if inverse is None else F.embedding(inverse, found)
+
+
+def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Multiply by a matrix, which is what models do most; by one larger than a stretch, piece by piece."""
+    if id(weight) not in mode.plan.places or id(input) in mode.plan.places:
+        return None
+    if weight.numel() <= mode.plan.stretch or type(mode.family) not in BY_POSITION:
+        return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
+    dtype = mode.dtype(weight, low=True)
+    mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
+    pieces = []
+    for copier in mode.plan.pieces(id(weight), max(1, mode.plan.stretch // weight.shape[1])):
+        local = copier.places[0].local
+        piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
+        mode.plan.copy(mode.family, copier, [piece], mode.point)
+        pieces.append(F.linear(input, piece))
+    result = torch.cat(pieces, -1)
+    return result if bias is None else result + mode.copy(bias, low=False)
+
+
+_SPECIAL: dict[Any, Callable[..., Tensor | None]] = {F.embedding: _embedding, F.linear: _linear}

@@ -1,0 +1,160 @@
+r"""Losses taken by several processes: each evaluates its share of a step's points, and only the losses travel.
+
+Processes form a grid of data ranks times point ranks.  Point ranks see the same batch and share the points of the step
+among them; data ranks see different batches, whose losses are averaged.  After one all-gather every process holds the
+same numbers in the same order, and so makes the same step, bit for bit: weights and gradients never travel.
+
+Weights may be sharded (FSDP2, tensor parallel): directions are addressed by position in the whole tensor.  FSDP2 must
+free the gathered weights after each forward, or the next one would not see the perturbation:
+``fully_shard(model, reshard_after_forward=True)``, for the root too.
+
+==============  ==========  ===========  ====================================================
+mode            data ranks  point ranks  what W processes do with one step's forwards
+==============  ==========  ===========  ====================================================
+``data``        W           1            all points on W batches: a W times larger batch
+``perturbation``  1         W            each 1/W of the points: the same step, W times sooner
+``hybrid``      W / Q       Q            both
+==============  ==========  ===========  ====================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zokernel.errors import RunError, UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.optim.zeroth_order import Closure, Evaluator, ZerothOrderOptimizer, in_turn
+
+logger = logging.getLogger(__name__)
+
+MODES = ("data", "perturbation", "hybrid")
+
+
+class Parallel:
+    """An evaluator of losses by all processes of a group: ``optimizer.evaluator = Parallel("perturbation")``.
+
+    Args:
+        mode: ``data``, ``perturbation`` or ``hybrid``.
+        point_ranks: Processes that share one batch, in ``hybrid`` mode: a divisor of their number.
+        group: Process group of torch.distributed; all processes when not given.
+        inner: How a process takes the losses of its own points: one after the other by default.
+
+    Attributes:
+        data_rank: Which of the ``data_ranks`` batches this process sees.
+        point_rank: Which of the ``point_ranks`` shares of the points it evaluates.
+        bytes_sent: Bytes that this process has sent so far.
+
+    Raises:
+        UsageError: If the processes cannot be arranged this way, or torch.distributed has not been started.
+
+    Example:
+        >>> import tempfile, zokernel
+        >>> rendezvous = f"file://{tempfile.mkdtemp()}/here"
+        >>> dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = zokernel.optim.MeZO([weight], lr=0.05, num_perturbations=4)
+        >>> optimizer.evaluator = Parallel("perturbation")
+        >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(3)]
+        >>> optimizer.evaluator.bytes_sent == 3 * 8 * 8  # three steps, eight float64 losses each
+        True
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self, mode: str = "data", *, point_ranks: int | None = None, group: Any = None, inner: Evaluator = in_turn
+    ):
+        if mode not in MODES:
+            raise UsageError(f"There is no parallel mode {mode!r}: choose one of {', '.join(MODES)}.")
+        if not dist.is_initialized():
+            raise UsageError("torch.distributed is not running: start with torchrun or accelerate launch.")
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        if mode == "hybrid":
+            if point_ranks is None or point_ranks < 1 or world % point_ranks:
+                raise UsageError(f"hybrid needs a number of point ranks that divides the {world} processes.")
+        elif point_ranks not in (None, 1 if mode == "data" else world):
+            raise UsageError(f"The number of point ranks is set in hybrid mode only, not with mode={mode!r}.")
+        else:
+            point_ranks = 1 if mode == "data" else world
+        self.mode, self.group, self.inner = mode, group, inner
+        self.point_ranks, self.data_ranks = point_ranks, world // point_ranks
+        self.data_rank, self.point_rank = divmod(rank, point_ranks)
+        self.bytes_sent = 0
+        # NCCL only takes tensors that are on the GPU.
+        self._device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        self._checked = False
+
+    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+        """Return the losses at ``points``, each averaged over the data ranks; the same on every process.
+
+        Raises:
+            RunError: If the processes did not start from the same weights.
+        """
+        if not self._checked:
+            self.check_same_weights(optimizer.named_params)
+            self._checked = True
+        mine = points[self.point_rank :: self.point_ranks]
+        if self.visits_points and optimizer.repeats_moves:
+            own = self._along_the_path(optimizer, closure, points)
+        else:
+            own = self.inner(optimizer, closure, mine) if mine else []
+        table = self._gather(own, math.ceil(len(points) / self.point_ranks))
+        losses = []
+        for number in range(len(points)):
+            row, share = divmod(number, self.point_ranks)
+            column = [table[data_rank * self.point_ranks + share][row] for data_rank in range(self.data_ranks)]
+            losses.append(sum(column) / self.data_ranks)
+        return losses
+
+    @property
+    def visits_points(self) -> bool:
+        """Whether the weights are moved."""
+        return getattr(self.inner, "visits_points", True)
+
+    def _along_the_path(
+        self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]
+    ) -> list[float]:
+        """Return the losses at this process's points; folded restores round along the path, so all walk all of it."""
+        own = []
+        for number, offsets in enumerate(points):
+            optimizer.move_to(offsets)
+            if number % self.point_ranks == self.point_rank:
+                own.append(float(closure()))
+        return own
+
+    def check_same_weights(self, weights: dict[str, Tensor]) -> None:
+        """Check that all processes hold the same weights, by two sums of each.
+
+        Shards of distributed tensors differ by design and are left out.
+
+        Raises:
+            RunError: If they do not.
+        """
+        sums = [
+            float(value)
+            for tensor in weights.values()
+            if not hasattr(tensor, "to_local")
+            for value in (tensor.sum(dtype=torch.float64), tensor.abs().sum(dtype=torch.float64))
+        ]
+        table = self._gather(sums, len(sums))
+        if any(row != table[0] for row in table):
+            raise RunError(
+                "The processes hold different weights at the start, so their steps would differ: load the same "
+                "checkpoint and set the same seed on every process."
+            )
+
+    def _gather(self, values: list[float], length: int) -> list[list[float]]:
+        """Return every process's values by rank, padded to ``length``."""
+        mine = torch.full((length,), math.nan, dtype=torch.float64, device=self._device)
+        mine[: len(values)] = torch.tensor(values, dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.point_ranks * self.data_ranks)]
+        dist.all_gather(gathered, mine, group=self.group)
+        if self._checked:
+            self.bytes_sent += 8 * length
+        return [row.tolist() for row in gathered]

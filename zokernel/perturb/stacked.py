@@ -1,0 +1,291 @@
+r"""All points of a step in one forward: the batch is repeated, and each copy sees its own perturbed weights.
+
+The weights themselves are never touched.  Copy k of the rows passes through :math:`\theta + \Delta_k`, where the change
+:math:`\Delta_k` is either held (small tensors: adapters, norms, biases) or a product of two thin matrices (low-rank
+directions), so that a layer costs
+
+.. math:: x_k (W + L_k R_k)^T = x_k W^T + (x_k R_k^T) L_k^T
+
+and all copies share the one multiplication by W, its conversion to bf16 and everything else that a forward costs once.
+That pays when a forward is short: at large batches the multiplication itself takes the time.
+
+Shapes: K copies, B rows a copy (rows are copy-major: K*B), O and I outputs and inputs of a layer, R rank of a change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zokernel.directions.family import Family
+from zokernel.directions.terms import Factors
+from zokernel.directions.weights.placement import place_all
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
+from zokernel.perturb.intercept import Watched
+
+# A copy of a tensor with fewer elements is cheaper than looking for its factors.
+SMALL = 1 << 16
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor's perturbed copies, (K, ...)."""
+
+    copies: Tensor
+
+
+@dataclass(frozen=True)
+class Thin:
+    """A matrix and its changes ``left @ right``, (K, O, R) and (K, R, I)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Stacked:
+    r"""An evaluator that takes many losses in one forward: ``optimizer.evaluator = Stacked(losses)``.
+
+    Args:
+        losses: ``losses(copies)`` evaluates the batch repeated ``copies`` times, copy after copy, and returns the mean
+            loss of each copy: (copies,).
+        max_copies: Copies in one forward, which bounds the memory of activations; more points take more forwards.
+        max_bytes: Bound on the perturbed copies of one forward.
+
+    Raises:
+        UsageError: When called, if the trained tensors do not fit, or a layer uses one in a way that is not known here.
+
+    Example:
+        >>> import zokernel
+        >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01, num_perturbations=4)
+        >>> def losses(copies):
+        ...     return layer(inputs.repeat(copies, 1)).square().view(copies, -1).mean(1)
+        >>> optimizer.evaluator = Stacked(losses)
+        >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
+    """
+
+    visits_points = False  # the weights stay where they are, so a replay need not move them either
+
+    def __init__(self, losses: Callable[[int], Tensor], *, max_copies: int = 16, max_bytes: int = 1 << 28):
+        self.losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+        """Return the losses at ``points``; ``closure`` is not called."""
+        found: list[float] = []
+        for begin in range(0, len(points), self.max_copies):
+            chunk = points[begin : begin + self.max_copies]
+            changes = stack(optimizer, chunk, self.max_bytes, self._buffers)
+            with StackedParameters(optimizer.named_params.values(), changes, len(chunk)):
+                losses = self.losses(len(chunk))
+            if losses.shape != (len(chunk),):
+                raise UsageError(
+                    f"losses({len(chunk)}) returned shape {tuple(losses.shape)}: return one loss a copy, (copies,)."
+                )
+            found += losses.tolist()
+        return found
+
+
+def stackable(optimizer: ZerothOrderOptimizer, copies: int, max_bytes: int = 1 << 28) -> bool:
+    """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
+    try:
+        stack(optimizer, [{0: 0.0}], max_bytes // copies, {})
+    except UsageError:
+        return False
+    return True
+
+
+def stack(
+    optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes: int, buffers: dict[str, Tensor]
+) -> dict[int, Held | Thin]:
+    """Return the perturbed copies of every trained tensor, by its identity.
+
+    ``buffers`` hold the copies from step to step: sweeps over the same memory are prepared only once.
+
+    Raises:
+        UsageError: If they would take more than ``max_bytes``.
+    """
+    thin = _thin(optimizer, points)
+    held = {name: tensor for name, tensor in optimizer.named_params.items() if name not in thin}
+    size = len(points) * sum(tensor.nbytes for tensor in held.values())
+    size += sum(change.left.nbytes + change.right.nbytes for change in thin.values())
+    if size > max_bytes:
+        raise UsageError(
+            f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
+            "adapter, use low-rank directions (lozo, subzero), or take the losses one after the other."
+        )
+    copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
+    for k, offsets in enumerate(points):
+        at_k = {name: tensor[k] for name, tensor in copies.items()}
+        if offsets and at_k:
+            optimizer.directions.add_(
+                at_k, list(offsets.values()), seed=optimizer.seed, step=optimizer.step_count, index=list(offsets)
+            )
+    by_name: dict[str, Held | Thin] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
+    return {id(tensor): by_name[name] for name, tensor in optimizer.named_params.items()}
+
+
+def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:
+    buffer = buffers.get(name)
+    kind = (tensor.shape, tensor.dtype, tensor.device)
+    if buffer is None or len(buffer) < count or (buffer.shape[1:], buffer.dtype, buffer.device) != kind:
+        buffer = buffers[name] = tensor.new_empty(count, *tensor.shape)
+    return buffer[:count].copy_(tensor.detach())
+
+
+def _thin(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets]) -> dict[str, Thin]:
+    """Return the changes of large matrices whose directions are low-rank, by name."""
+    family = optimizer.directions
+    large = {name: t for name, t in optimizer.named_params.items() if t.ndim == 2 and t.numel() > SMALL}
+    if not isinstance(family, Family) or not large:
+        return {}
+    places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
+    drawn: dict[int, dict[str, Factors]] = {}
+    for index in sorted({index for offsets in points for index in offsets}):
+        terms = family.terms(places, seed=optimizer.seed, step=optimizer.step_count, index=index)
+        drawn[index] = {
+            place.name: term
+            for place, term in zip(places, terms)
+            # Refolded factors are those of another matrix.
+            if isinstance(term, Factors) and (term.left.shape[0], term.right.shape[1]) == place.shape
+        }
+    names = set.intersection(*(set(terms) for terms in drawn.values())) if drawn else set()
+    return {
+        name: _changes([terms[name] for terms in drawn.values()], list(drawn), points, large[name].dtype)
+        for name in names
+    }
+
+
+def _changes(factors: list[Factors], indices: list[int], points: Sequence[Offsets], dtype: torch.dtype) -> Thin:
+    # The most directions that one point combines decide the rank; usually that is one.
+    width = max(1, *(len(offsets) for offsets in points))
+    rank = factors[0].left.shape[1]
+    left = factors[0].left.new_zeros(len(points), factors[0].left.shape[0], width * rank)
+    right = factors[0].right.new_zeros(len(points), width * rank, factors[0].right.shape[1])
+    for k, offsets in enumerate(points):
+        for slot, (index, offset) in enumerate(offsets.items()):
+            term = factors[indices.index(index)]
+            columns = slice(slot * rank, (slot + 1) * rank)
+            torch.mul(term.left, offset * term.gain, out=left[k, :, columns])
+            right[k, columns] = term.right
+    return Thin(left.to(dtype), right.to(dtype))
+
+
+class StackedParameters(Watched):
+    """Context in which layers apply to each copy of the rows its own weights.
+
+    Args:
+        parameters: Trained parameters.
+        changes: Perturbed copies or changes of them, by the parameter's identity.
+        copies: K.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], changes: Mapping[int, Held | Thin], copies: int):
+        super().__init__([tensor for tensor in parameters if id(tensor) in changes], self.run)
+        self.changes, self.copies = changes, copies
+        self.rows: int | None = None  # K*B, once a layer has seen the batch
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carry out an operation that involves a perturbed parameter."""
+        if func not in _LAYERS:
+            raise UsageError(
+                f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "
+                "weights: take the losses one after the other."
+            )
+        return _LAYERS[func](self, *args, **kwargs)
+
+    def spread(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return a vector (or its copies) so that it broadcasts over rows of ``like``, (K*B, ..., H)."""
+        change = self.changes.get(id(value))
+        if change is None:
+            return value
+        assert isinstance(change, Held)
+        rows = change.copies.repeat_interleave(like.shape[0] // self.copies, 0)
+        return rows.view(rows.shape[0], *[1] * (like.ndim - 2), rows.shape[-1])
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """Return rows (K*B, ..., I) as (K, M, I).
+
+        Raises:
+            UsageError: If they are not copies of a batch.
+        """
+        if rows.shape[0] % self.copies:
+            raise UsageError(
+                f"A layer got {rows.shape[0]} rows for {self.copies} copies of the batch: take the losses one by one."
+            )
+        self.rows = self.rows or rows.shape[0]
+        return rows.reshape(self.copies, -1, rows.shape[-1])
+
+    def product(self, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """Return x W^T (or x W, if ``transposed``) with each copy's own W, as (K*B, ..., O)."""
+        change = self.changes.get(id(weight))
+        if change is None:
+            return x @ (weight if transposed else weight.T)
+        rows = self.grouped(x)
+        if isinstance(change, Held):
+            result = torch.bmm(rows, change.copies if transposed else change.copies.mT)
+            return result.view(*x.shape[:-1], -1)
+        first, second = (change.left, change.right) if transposed else (change.right.mT, change.left.mT)
+        moved = torch.bmm(torch.bmm(rows, first), second)
+        base = x @ weight if transposed else F.linear(x, weight)
+        return base + moved.view(base.shape)
+
+
+def _linear(mode: StackedParameters, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    result = mode.product(input, weight, transposed=False)
+    return result if bias is None else result + mode.spread(bias, result)
+
+
+def _addmm(mode: StackedParameters, bias: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    result = mode.product(input, weight, transposed=True)
+    return result + mode.spread(bias, result)
+
+
+def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    change = mode.changes[id(weight)]
+    if input.shape[0] == 1 and mode.rows:  # positions that all rows share
+        input = input.expand(mode.rows, *input.shape[1:])
+    ids = mode.grouped(input.unsqueeze(-1)).squeeze(-1)
+    if isinstance(change, Held):
+        found = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
+    else:
+        moved = [left[rows] @ right for left, right, rows in zip(change.left, change.right, ids)]
+        found = F.embedding(ids, weight, *args, **kwargs) + torch.stack(moved)
+    return found.view(*input.shape, -1)
+
+
+def _layer_norm(
+    mode: StackedParameters,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    result = F.layer_norm(input, normalized_shape, None, None, eps)
+    result = result if weight is None else result * mode.spread(weight, result)
+    return result if bias is None else result + mode.spread(bias, result)
+
+
+def _multiply(mode: StackedParameters, left: Tensor, right: Tensor) -> Tensor:
+    like = right if id(left) in mode.changes else left
+    return mode.spread(left, like) * mode.spread(right, like)
+
+
+_LAYERS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    torch.mul: _multiply,
+    torch.Tensor.mul: _multiply,
+    torch.Tensor.__mul__: _multiply,
+    torch.Tensor.__rmul__: _multiply,
+}
