@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense, Family, get_directions, make_restore
+from zokernel.directions import Dense, Directions, get_directions, make_restore
 
 Weights = dict[str, Tensor]
 PAUSE = 0.1
@@ -70,7 +70,7 @@ def limit_sweep(weights: Weights) -> None:
         p.add_(1e-3)
 
 
-def fused_sweep(family: Family, weights: Weights, count: int = 1, **options: float | bool) -> Callable[[], None]:
+def fused_sweep(family: Directions, weights: Weights, count: int = 1, **options: float | bool) -> Callable[[], None]:
     steps = iter(range(10**9))
 
     def sweep() -> None:

@@ -21,7 +21,7 @@ from directions import table
 from public_step import AGREE, PublicStep
 from step import make_optimizer
 
-from zokernel.directions import Dense, Family, LowRank, make_restore
+from zokernel.directions import Dense, Directions, LowRank, make_restore
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.optim import get_method
@@ -53,7 +53,9 @@ def compare_sweeps(device: str, shape: str, rounds: int) -> str:
         for p in weights.values():
             p.data.add_(torch.normal(0.0, 1.0, p.size(), dtype=p.dtype, device=p.device), alpha=1e-3)
 
-    def fused(family: Family, tensors: dict[str, torch.Tensor] = weights, directions: int = 1, **options: Any) -> Any:
+    def fused(
+        family: Directions, tensors: dict[str, torch.Tensor] = weights, directions: int = 1, **options: Any
+    ) -> Any:
         steps, index = iter(range(10**9)), list(range(directions))
         scales = [1e-3] * directions
         return lambda: family.add_(tensors, scales, seed=0, step=next(steps), index=index, **options)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zokernel.directions import Blockwise, Dense, Family, Frames, LowRank, Sparse, Subspace, get_directions
+from zokernel.directions import Blockwise, Dense, Directions, LowRank, Orthogonal, Sparse, Subspace, get_directions
 from zokernel.errors import UsageError
 
 SHAPES = {"layers.0.weight": (12, 10), "layers.0.bias": (7,), "layers.1.weight": (6, 3, 2)}
@@ -23,7 +23,7 @@ def flat(tensors):
 
 
 # Every family with the coordinates that it moves, given the weights at step 0.
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Directions] = {
     "dense": Dense("rademacher"),
     "sphere": Dense("sphere"),
     "sparse": Sparse("rademacher", density=0.5),
@@ -32,7 +32,7 @@ FAMILIES: dict[str, Family] = {
     "lowrank": LowRank(rank=2, refresh=1),
     "lowrank-square": LowRank("rademacher", rank=1, refresh=1, most_square=True),
     "blockwise": Blockwise(Dense("uniform"), every=10**6),
-    "frames": Frames(size=5),
+    "frames": Orthogonal(size=5),
 }
 
 
@@ -185,16 +185,16 @@ def test_blocks_at_rest_still_decay():
 def test_a_full_frame_recovers_the_gradient_exactly():
     tensors = weights(torch.float64)
     dim = flat(tensors).numel()
-    family = Frames(size=dim)
+    family = Orthogonal(size=dim)
     z = torch.stack([flat(family(tensors, seed=0, step=0, index=index)) for index in range(dim)])
     gradient = torch.randn(dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((z @ gradient) @ z / dim, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_frames_do_not_depend_on_the_order_of_tensors_and_differ_between_frames():
-    tensors, family = weights(), Frames(size=3)
+    tensors, family = weights(), Orthogonal(size=3)
     z = family(tensors, seed=0, step=0, index=1)
-    backwards = Frames(size=3)(dict(reversed(tensors.items())), seed=0, step=0, index=1)
+    backwards = Orthogonal(size=3)(dict(reversed(tensors.items())), seed=0, step=0, index=1)
     assert all(torch.equal(z[name], backwards[name]) for name in tensors)
     other = flat(family(tensors, seed=0, step=0, index=4))
     assert abs(float(flat(z) @ other)) < 0.6 * flat(z).numel()
@@ -210,7 +210,7 @@ def test_impossible_settings_are_refused():
     with pytest.raises(UsageError, match="independent"):
         Subspace("sphere")
     with pytest.raises(UsageError, match="impossible"):
-        Frames(size=10)({"w": torch.zeros(4)}, seed=0, step=0, index=0)
+        Orthogonal(size=10)({"w": torch.zeros(4)}, seed=0, step=0, index=0)
     with pytest.raises(UsageError, match="at least 1 step"):
         Blockwise(Dense(), every=0)
 
@@ -219,7 +219,7 @@ def test_registry_makes_every_family():
     assert repr(get_directions("rademacher")) == "Dense('rademacher')"
     assert repr(get_directions("blockwise", inner="gaussian", every=3)) == "Blockwise(Dense('gaussian'), every=3)"
     assert repr(get_directions("lowrank", rank=4)) == "LowRank('gaussian', rank=4, refresh=50)"
-    family = Frames(2)
+    family = Orthogonal(2)
     assert get_directions(family) is family
     with pytest.raises(UsageError, match="already made"):
         get_directions(family, rank=2)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zokernel.directions import (
-    LAWS,
     Dense,
     Directions,
     get_directions,
@@ -20,9 +19,10 @@ from zokernel.directions.backends import dispatch, numba_backend, torch_backend
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Job, Noise
 from zokernel.directions.weights.placement import Placement
+from zokernel.distributions import DIRECTION_DISTRIBUTIONS
 from zokernel.errors import UsageError
 
-LAW_NAMES = sorted(LAWS)
+LAW_NAMES = sorted(DIRECTION_DISTRIBUTIONS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DRAW = {"seed": 11, "step": 5, "index": 2}
 CPU = torch.device("cpu")

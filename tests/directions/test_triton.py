@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 COMMON = """
 import torch
-from zokernel.directions import Dense, Frames, LowRank, Sparse, make_restore
+from zokernel.directions import Dense, Orthogonal, LowRank, Sparse, make_restore
 from zokernel.directions.backends import dispatch
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows
 from zokernel.directions.weights.placement import Placement, place_all
@@ -60,7 +60,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 compare(lambda backend: Dense("sphere", backend=backend), torch.float64)
 compare(lambda backend: Sparse("gaussian", density=0.5, backend=backend), torch.float32)
 compare(lambda backend: LowRank(rank=3, backend=backend), torch.float32)
-compare(lambda backend: Frames(4, backend=backend), torch.float32)
+compare(lambda backend: Orthogonal(4, backend=backend), torch.float32)
 """,
     "grid": """
 results = []

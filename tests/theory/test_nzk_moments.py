@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import sample_nzk
 from zokernel.theory import (
-    Perturbation,
     expected_direction_matrix,
     expected_nzk,
     expected_nzk_factor,
@@ -65,8 +65,8 @@ def test_expected_kernel_with_mean_and_covariance(law, coupling):
     x = features(5, 3)
     root = features(3, 3, seed=5)
     cov = root @ root.T + 0.5 * torch.eye(3, dtype=torch.float64)
-    z_law = Perturbation(law, mean=(0.5, -1.0, 0.25), covariance=tuple(map(tuple, cov.tolist())))
-    zeta = Perturbation("gaussian", mean=(1.0, 0.0, 0.5)) if coupling == "independent" else None
+    z_law = Distribution(law, mean=(0.5, -1.0, 0.25), covariance=tuple(map(tuple, cov.tolist())))
+    zeta = Distribution("gaussian", mean=(1.0, 0.0, 0.5)) if coupling == "independent" else None
     kwargs = {"distribution": z_law, "coupling": coupling, "zeta_distribution": zeta}
     estimate = sample_nzk(x, num_samples=200_000, seed=1, **kwargs)
     exact = expected_nzk(x, **kwargs)
@@ -85,7 +85,7 @@ def test_process_moments_match_monte_carlo(law, coupling, dim):
     q = q.T @ q
     generator = torch.Generator().manual_seed(11)
     count = 400_000
-    perturbation = Perturbation.parse(law)
+    perturbation = Distribution.parse(law)
     z = perturbation.sample(count, dim, generator)
     quadratic = torch.einsum("si,ij,sj->s", z, q, z)
     vector = z
@@ -121,7 +121,7 @@ def test_the_shared_factor_depends_on_the_fourth_moment():
 @settings(deadline=None)
 @given(st.floats(0.1, 5.0), st.integers(1, 300), st.sampled_from(["gaussian", "rademacher", "uniform", "laplace"]))
 def test_scaling_laws(scale, dim, name):
-    unit, scaled = Perturbation(name), Perturbation(name, scale=scale)
+    unit, scaled = Distribution(name), Distribution(name, scale=scale)
     for coupling, power in (("shared", 4), ("independent", 4), ("zo_sgd", 2)):
         ratio = expected_nzk_factor(scaled, dim, coupling) / expected_nzk_factor(unit, dim, coupling)
         assert ratio == pytest.approx(scale**power, rel=1e-9)
@@ -147,25 +147,25 @@ def test_moments_that_do_not_exist_are_refused_with_the_reason():
     with pytest.raises(UsageError, match="no moment of order 8"):
         process_moments("student_t(8)", 5, "shared")
     with pytest.raises(UsageError, match="no variance"):
-        Perturbation.parse("student_t(2)")
+        Distribution.parse("student_t(2)")
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Perturbation.parse("cauchy"), "choose one of"),
-        (lambda: Perturbation.parse("student_t"), "degrees of freedom"),
-        (lambda: Perturbation.parse("gaussian(x)"), "not a number"),
-        (lambda: Perturbation("gaussian", scale=-1.0), "positive"),
-        (lambda: Perturbation("gaussian", mean=(float("nan"),)), "finite"),
+        (lambda: Distribution.parse("cauchy"), "choose one of"),
+        (lambda: Distribution.parse("student_t"), "degrees of freedom"),
+        (lambda: Distribution.parse("gaussian(x)"), "not a number"),
+        (lambda: Distribution("gaussian", scale=-1.0), "positive"),
+        (lambda: Distribution("gaussian", mean=(float("nan"),)), "finite"),
         (lambda: expected_nzk_factor("gaussian", 2, "both"), "coupling"),
         (lambda: expected_nzk_factor("gaussian", 0), "at least 1"),
         (lambda: expected_nzk_factor("gaussian", 2, "shared", zeta_distribution="gaussian"), "second law"),
-        (lambda: expected_nzk_factor(Perturbation("gaussian", mean=(1.0, 0.0)), 2), "single factor"),
-        (lambda: expected_nzk(torch.eye(2), distribution=Perturbation("gaussian", mean=(1.0,))), "mean has shape"),
+        (lambda: expected_nzk_factor(Distribution("gaussian", mean=(1.0, 0.0)), 2), "single factor"),
+        (lambda: expected_nzk(torch.eye(2), distribution=Distribution("gaussian", mean=(1.0,))), "mean has shape"),
         (
             lambda: expected_nzk(
-                torch.eye(2), distribution=Perturbation("gaussian", covariance=((1.0, 2.0), (2.0, 1.0)))
+                torch.eye(2), distribution=Distribution("gaussian", covariance=((1.0, 2.0), (2.0, 1.0)))
             ),
             "positive definite",
         ),
@@ -178,7 +178,7 @@ def test_bad_requests(call, message):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_samples_follow_their_law(law):
-    perturbation, dim, count = Perturbation.parse(law), 3, 300_000
+    perturbation, dim, count = Distribution.parse(law), 3, 300_000
     draws = perturbation.sample(count, dim, torch.Generator().manual_seed(0))
     for order in (2, 4):
         if perturbation.is_sphere and order == 4:

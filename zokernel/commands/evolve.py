@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from zokernel.commands.evolve_inputs import EvolveInputs, TextTask, from_factory, from_features, from_language_model
+from zokernel.distributions import Distribution
 from zokernel.dynamics.budget import QueryRow, query_budget, steps_to_reach
 from zokernel.dynamics.descent import resolve_moments
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
 from zokernel.files import write_json
-from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import stability_limit_of_features
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _inputs(args: argparse.Namespace) -> EvolveInputs:
 
 
 def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolution, float]:
-    law = Perturbation.parse(args.distribution)
+    law = Distribution.parse(args.distribution)
     features = inputs.features
     if features is not None and not law.is_rotation_invariant:
         cost = len(inputs.y) ** 2 * inputs.dim * max(args.steps)
@@ -132,19 +132,19 @@ def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolutio
 
 
 def _budget(args: argparse.Namespace, inputs: EvolveInputs, target: float) -> list[QueryRow]:
-    law = Perturbation.parse(args.distribution)
+    law = Distribution.parse(args.distribution)
     if not law.is_rotation_invariant:
         if law.kurtosis > 3:
             return []
         logger.info("The table of perturbations per query is computed for gaussian directions.")
-        law = Perturbation("gaussian", scale=law.scale)
+        law = Distribution("gaussian", scale=law.scale)
     return query_budget(
         inputs.f0, inputs.y, inputs.kernel, target, distribution=law, coupling=args.coupling, dim=inputs.dim
     )
 
 
 def _simulated(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolution, steps: list[int]) -> Simulation:
-    law = Perturbation.parse(args.distribution)
+    law = Distribution.parse(args.distribution)
     features = inputs.features
     if law.is_rotation_invariant:  # any basis of the span will do, and the kernel gives one
         features = evolution.vectors * (evolution.n * evolution.eigenvalues).sqrt()

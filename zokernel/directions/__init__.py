@@ -1,47 +1,37 @@
-"""Random directions: seeded, position-addressable, added to weights without being stored.
+"""Random directions: seeded, addressed by position, and added to weights without being stored.
 
-A direction is a pure function of (seed, step, index, tensor name, element position).  Families say which coordinates
-are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`, :class:`LowRank`, :class:`Blockwise`, :class:`Frames`);
-backends (numba, Triton, torch) add ``sum_i scale_i z_i`` to weights in one read and one write; :func:`make_restore`
-brings perturbed weights back.
+A direction is a pure function of (seed, step, index, tensor name, element position).  ``families`` say which
+coordinates are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`, :class:`LowRank`, :class:`Blockwise`,
+:class:`Orthogonal`); ``backends`` (numba, Triton, torch) add ``sum_i scale_i z_i`` to weights in one read and one
+write; ``weights`` knows where the weights lie in memory and brings perturbed weights back.
 """
 
 from zokernel.directions.base import Directions, Scale
 from zokernel.directions.families.blockwise import Blockwise
 from zokernel.directions.families.dense import Dense
 from zokernel.directions.families.low_rank import LowRank
-from zokernel.directions.families.orthogonal import Frames
+from zokernel.directions.families.orthogonal import Orthogonal
 from zokernel.directions.families.sparse import Sparse
 from zokernel.directions.families.subspace import Subspace
-from zokernel.directions.family import Family
-from zokernel.directions.laws import GAUSSIAN, LAWS, RADEMACHER, SPHERE, UNIFORM, Law, get_law
 from zokernel.directions.registry import FAMILIES, get_directions
 from zokernel.directions.weights.restore import Copy, Fold, Grid, make_restore, nearest_power_of_two
 from zokernel.directions.weights.restore_base import Restore
 
 __all__ = [
     "FAMILIES",
-    "GAUSSIAN",
-    "LAWS",
-    "RADEMACHER",
-    "SPHERE",
-    "UNIFORM",
     "Blockwise",
     "Copy",
     "Dense",
     "Directions",
-    "Family",
     "Fold",
-    "Frames",
     "Grid",
-    "Law",
     "LowRank",
+    "Orthogonal",
     "Restore",
     "Scale",
     "Sparse",
     "Subspace",
     "get_directions",
-    "get_law",
     "make_restore",
     "nearest_power_of_two",
 ]

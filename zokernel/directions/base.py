@@ -1,26 +1,84 @@
-r"""What every family of random directions can do: be generated, or be added to weights without being stored.
-
-A direction is a pure function of ``(seed, step, index, tensor name, element position)``.  Nothing depends on the order
-in which tensors are visited, on chunking or sharding, on the device, or on the global random state.
-"""
+r"""Base class of every family of directions: it turns a family's terms into tensors, or adds them to weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
+from zokernel.directions.backends import dispatch
+from zokernel.directions.philox import check_count, stream_key
+from zokernel.directions.terms import Job, Rule, Term
+from zokernel.directions.weights.placement import Placement, place_all
+from zokernel.errors import UsageError
+
+NO_ROUNDING = (0, 0, 0, 0)
 Scale = float | Sequence[float]
+"""One factor for all directions of a call, or one per direction."""
+T = TypeVar("T")
+V = TypeVar("V")
 
 
-@runtime_checkable
-class Directions(Protocol):
-    r"""A family of random directions :math:`z` with :math:`E z z^T = I` (unless its docstring says otherwise)."""
+class Sweep(NamedTuple):
+    """What one sweep over some weights does: the arguments of :meth:`Directions.sweep_`."""
+
+    tensors: Mapping[str, Tensor]
+    scale: Scale | Mapping[str, Scale]
+    rule: Rule
+    seed: int
+    draws: list[tuple[int, int]]
+    decay: float | Mapping[str, float]
+    rounding: tuple[int, int]
+
+
+class Directions(ABC):
+    """A family of random directions; subclasses say what a direction is by implementing :meth:`terms`.
+
+    Args:
+        backend: ``auto`` (the fastest for each tensor's device), ``numba``, ``triton`` or ``torch``.
+    """
+
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+
+    @abstractmethod
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return what direction ``index`` of ``step`` is on each tensor; None where it is zero.
+
+        Args:
+            places: The tensors of one call, in order.
+            seed: Seed of the run.
+            step: Step of the run.
+            index: Which direction of that step.
+
+        Returns:
+            One term a tensor.
+        """
 
     def __call__(self, like: Mapping[str, Tensor], *, seed: int, step: int, index: int) -> dict[str, Tensor]:
-        """Return direction ``index`` of ``step``: one tensor for each name, shaped and typed as in ``like``."""
-        ...
+        """Return one direction as tensors.
+
+        Args:
+            like: Tensors by name; each direction has their shapes, dtypes and devices.
+            seed: Seed of the run, in [0, 2^63).
+            step: Step of the run, in [0, 2^32).
+            index: Which direction of that step, in [0, 2^32).
+
+        Returns:
+            The direction, by name.  Two names of the same memory (tied weights) get the same tensor.
+        """
+        places = place_all(like)
+        # Terms come from the tensors given, not from the zeros they are added to: a family may look at the weights.
+        terms = self.terms(places, seed=seed, step=check_count(step, "step"), index=check_count(index, "index"))
+        result = {p.name: torch.zeros_like(p.tensor, memory_format=torch.contiguous_format) for p in places}
+        targets = place_all(result)
+        jobs = [Job(t, (term,), (1.0,)) for t, term in zip(targets, terms, strict=True) if term is not None]
+        dispatch.sweep(jobs, self.backend)
+        twins = {_identity(place.local): result[place.name] for place in places}
+        return {name: result[name] if name in result else twins[_identity(t)] for name, t in like.items()}
 
     def add_(
         self,
@@ -35,13 +93,145 @@ class Directions(Protocol):
     ) -> None:
         r"""Compute :math:`\theta \leftarrow decay \cdot \theta + \sum_i scale_i z_i` in place, in one read and write.
 
+        Sums are formed in float32 (float64 for float64 weights and for stochastic rounding) and rounded once.
+
         Args:
             tensors: Weights by name, changed in place.
-            scale: One number an index; or, when tensors differ (parameter groups), a mapping from name to such numbers.
-            seed: Seed of the whole run.
-            step: Step of the run; or one step an index, to add directions of several steps.
-            index: Which direction of that step; a list adds several directions in the same sweep.
-            decay: Factor on the old weights (weight decay), one for all or by name.
-            stochastic: Round the result stochastically instead of to nearest (low-precision weights).
+            scale: One number an index; or a mapping from name to such numbers.
+            seed: Seed of the run, in [0, 2^63).
+            step: Step of the run, in [0, 2^32); or one step an index, to add directions of several steps.
+            index: Which direction of that step; a list adds several in the same sweep.
+            decay: Factor on the old weights, one for all or by name.
+            stochastic: Round float32, bfloat16 and float16 weights stochastically instead of to nearest; float64
+                weights always round to nearest.  The random bits depend on (seed, first step, first index, name), so
+                they repeat in replay.
+
+        Raises:
+            UsageError: If names, numbers of scales, seeds or dtypes do not fit.
         """
-        ...
+        rule = Rule.STOCHASTIC if stochastic else Rule.NEAREST
+        self.sweep_(tensors, scale, rule=rule, seed=seed, step=step, index=index, decay=decay)
+
+    def _sweep_prepared(self, sweep: Sweep) -> bool:
+        """Carry out a sweep without grid, if there is a quicker way; return whether it was done."""
+        return False
+
+    def sweep_(
+        self,
+        tensors: Mapping[str, Tensor],
+        scale: Scale | Mapping[str, Scale],
+        *,
+        rule: Rule | Mapping[str, Rule],
+        seed: int,
+        step: int | Sequence[int],
+        index: int | Sequence[int],
+        decay: float | Mapping[str, float] = 1.0,
+        old_scale: Scale | Mapping[str, Scale] | None = None,
+        grid: Mapping[str, float] | None = None,
+        rounding: tuple[int, int] | None = None,
+    ) -> dict[str, float]:
+        """Carry out one sweep by any rule of :class:`~zokernel.directions.terms.Rule`; what :meth:`add_` is built on.
+
+        Args:
+            tensors: Weights by name, changed in place.
+            scale: As in :meth:`add_`.
+            rule: How results are stored, for all or by name.
+            seed: As in :meth:`add_`.
+            step: As in :meth:`add_`.
+            index: As in :meth:`add_`.
+            decay: As in :meth:`add_`.
+            old_scale: Scales of the offsets that the weights carry now (grid rules).
+            grid: Grid step by name (grid rules).
+            rounding: Step and index that key the random bits of stochastic rules; by default the first of the sweep.
+
+        Returns:
+            The largest magnitude each tensor reached (grid rules; zeros otherwise).
+        """
+        draws = draws_of(step, index)
+        rounding = rounding or (draws[0] if draws else (0, 0))
+        rules = set(rule.values()) if isinstance(rule, Mapping) else {rule}
+        special = old_scale is not None or grid is not None or len(rules) != 1
+        if not special and self._sweep_prepared(Sweep(tensors, scale, rules.pop(), seed, draws, decay, rounding)):
+            return dict.fromkeys(tensors, 0.0)
+        places = place_all(tensors)
+        by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in draws]
+        # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
+        shared = None if isinstance(scale, Mapping) else scales_of(scale, "", len(draws))
+        no_offsets = [0.0] * len(draws)
+        jobs = []
+        for place, terms in zip(places, zip(*by_index) if by_index else [()] * len(places)):
+            scales = scales_of(scale, place.name, len(draws)) if shared is None else shared
+            old = no_offsets if old_scale is None else scales_of(old_scale, place.name, len(draws))
+            live = [
+                (term, now, before)
+                for term, now, before in zip(terms, scales, old)
+                if term is not None and (now != 0.0 or before != 0.0)
+            ]
+            job_rule = rule[place.name] if isinstance(rule, Mapping) else rule
+            jobs.append(
+                Job(
+                    place,
+                    tuple([term for term, _, _ in live]),
+                    tuple([now for _, now, _ in live]),
+                    job_rule,
+                    decay if isinstance(decay, float) else by_name(decay, place.name, "decay"),
+                    tuple([before for _, _, before in live]) if old_scale is not None else (),
+                    1.0 if grid is None else grid[place.name],
+                    (*stream_key(seed, place.name, "rounding"), *rounding) if job_rule else NO_ROUNDING,
+                )
+            )
+        peaks = dispatch.sweep(jobs, self.backend)
+        return {place.name: peak for place, peak in zip(places, peaks)}
+
+
+def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def draws_of(step: int | Sequence[int], index: int | Sequence[int]) -> list[tuple[int, int]]:
+    """Return step and index of every direction, given one step for all or one an index."""
+    indices = [index] if isinstance(index, int) else list(index)
+    steps = [step] * len(indices) if isinstance(step, int) else list(step)
+    if len(steps) != len(indices):
+        raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
+    return [(check_count(s, "step"), check_count(i, "index")) for s, i in zip(steps, indices)]
+
+
+def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
+    """Return a tensor's number, given one for all or one by name; ``what`` names it in the error message."""
+    if isinstance(value, (float, int)):
+        return float(value)
+    if name not in value:
+        raise UsageError(f"There is no {what} for tensor {name!r}: give one for every name, or a single number.")
+    return float(value[name])
+
+
+def once_each(values: Mapping[str, V], make: Callable[[V], T]) -> dict[str, T]:
+    """Return what ``make`` makes of every value, called once for values that are one object.
+
+    Hundreds of tensors mostly share their coefficients, and there are several sweeps a step.
+    """
+    made = {key: make(value) for key, value in {id(value): value for value in values.values()}.items()}
+    return {name: made[id(value)] for name, value in values.items()}
+
+
+def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], count: int) -> list[list[float]]:
+    """Return the scales of every tensor, ``count`` each; lists given for several tensors are looked at once."""
+    if not isinstance(scale, Mapping):
+        return [scales_of(scale, "", count)] * len(names)
+    if any(name not in scale for name in names):
+        return [scales_of(scale, name, count) for name in names]  # which says whose are missing
+    found = once_each({name: scale[name] for name in names}, lambda given: scales_of(given, "", count))
+    return [found[name] for name in names]
+
+
+def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:
+    """Return a tensor's scales, ``count`` of them, given those of all or those by name."""
+    if isinstance(scale, Mapping):
+        if name not in scale:
+            raise UsageError(f"There is no scale for tensor {name!r}: give one for every name, or a single number.")
+        scale = scale[name]
+    scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)]
+    if len(scales) != count:
+        raise UsageError(f"{len(scales)} scales do not fit {count} direction indices: give one scale an index.")
+    return scales

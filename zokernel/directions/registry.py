@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from zokernel.directions.base import Directions
 from zokernel.directions.families.blockwise import Blockwise
 from zokernel.directions.families.dense import Dense
 from zokernel.directions.families.low_rank import LowRank
-from zokernel.directions.families.orthogonal import Frames
+from zokernel.directions.families.orthogonal import Orthogonal
 from zokernel.directions.families.sparse import Sparse
 from zokernel.directions.families.subspace import Subspace
-from zokernel.directions.family import Family
-from zokernel.directions.laws import LAWS
+from zokernel.distributions import DIRECTION_DISTRIBUTIONS
 from zokernel.errors import UsageError
 
 
-def _blockwise(inner: str | Family = "rademacher", **options: Any) -> Blockwise:
+def _blockwise(inner: str | Directions = "rademacher", **options: Any) -> Blockwise:
     return Blockwise(get_directions(inner), **options)
 
 
-FAMILIES: dict[str, Callable[..., Family]] = {
+FAMILIES: dict[str, Callable[..., Directions]] = {
     "dense": Dense,
     "sparse": Sparse,
     "subspace": Subspace,
     "lowrank": LowRank,
     "blockwise": _blockwise,
-    "frames": Frames,
+    "frames": Orthogonal,
 }
 
 
-def get_directions(spec: str | Family, **options: Any) -> Family:
+def get_directions(spec: str | Directions, **options: Any) -> Directions:
     """Return a family of directions.
 
     Args:
@@ -48,14 +48,16 @@ def get_directions(spec: str | Family, **options: Any) -> Family:
         >>> get_directions("gaussian"), get_directions("sparse", density=0.1)
         (Dense('gaussian'), Sparse('rademacher', density=0.1))
     """
-    if isinstance(spec, Family):
+    if isinstance(spec, Directions):
         if options:
             raise UsageError(f"Options {', '.join(options)} cannot be set on {spec!r}, which is already made.")
         return spec
-    if spec in LAWS:
+    if spec in DIRECTION_DISTRIBUTIONS:
         return get_directions("dense", distribution=spec, **options)
     if spec not in FAMILIES:
-        raise UsageError(f"There are no directions {spec!r}: choose one of {', '.join((*FAMILIES, *LAWS))}.")
+        raise UsageError(
+            f"There are no directions {spec!r}: choose one of {', '.join((*FAMILIES, *DIRECTION_DISTRIBUTIONS))}."
+        )
     try:
         return FAMILIES[spec](**options)
     except TypeError as error:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernel.directions import Dense
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, example_jacobian, jacobian_vector_product, vector_jacobian_product
@@ -126,7 +126,7 @@ def belief_change(
     lr: float,
     *,
     num_perturbations: int | None = 1,
-    distribution: str | Law = "rademacher",
+    distribution: str | Distribution = "rademacher",
     seed: int = 0,
     eps: float = 1e-3,
     outputs=None,
@@ -146,7 +146,7 @@ def belief_change(
         num_perturbations: P of the zeroth-order step; ``None`` for first order only.
         distribution: Law of the directions.
         seed: Seed of the directions.
-        eps: Perturbation size of the step that is taken.
+        eps: Distribution size of the step that is taken.
         outputs: Candidate outputs: beliefs are the softmax over them.
         params: Parameters of a bare function.
         check: Probe the model for pitfalls first.
@@ -234,7 +234,7 @@ def loss_differences(
         labels: One label a row.
         draw: The directions.
         indices: Which directions.
-        eps: Perturbation size.
+        eps: Distribution size.
 
     Returns:
         One projected gradient for each direction.

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.dynamics.descent import resolve_moments
 from zokernel.dynamics.evolution import Evolution
 from zokernel.errors import UsageError
-from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import stability_limit_of_features
 
 MAX_STEPS = 10**9
@@ -101,7 +100,7 @@ def query_budget(
     *,
     num_perturbations: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     lr: float | None = None,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     coupling: str = "zo_sgd",
     features: Tensor | None = None,
     dim: int | None = None,

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps
 from zokernel.dynamics.evolution import Evolution
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
-from zokernel.theory.perturbation import Perturbation
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +67,12 @@ def zo_descent(
     lr: float,
     steps: Steps,
     num_perturbations: int = 1,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     *,
     coupling: str = "zo_sgd",
     features: Tensor | None = None,
     dim: int | None = None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> ZoDescent:
     r"""Return the mean, the second moment and the expected loss of zeroth-order descent, exactly (theory B.4.1).
 
@@ -123,11 +122,11 @@ def zo_descent(
 
 
 def resolve_moments(
-    distribution: str | Law | Perturbation,
+    distribution: str | Distribution,
     coupling: str,
     features: Tensor | None,
     dim: int | None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> ProcessMoments:
     """Return the moments of a step from what the caller knows of the features.
 
@@ -144,7 +143,7 @@ def resolve_moments(
     Raises:
         UsageError: If the number of parameters or the features are needed and missing, or a moment does not exist.
     """
-    law = Perturbation.parse(distribution)
+    law = Distribution.parse(distribution)
     size = features.shape[1] if features is not None else dim
     if size is None:
         if coupling != "zo_sgd" or law.is_sphere:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps, as_steps, check_learning_rate
 from zokernel.errors import RunError, UsageError
-from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import check_num_perturbations
 
 # Shape suffixes: R runs, P directions of a step, D parameters, T recorded steps.
@@ -48,7 +47,7 @@ def zo_sgd_run(
     steps: Steps,
     *,
     num_perturbations: int = 1,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     estimator: str = "mean",
     eps: float = 1e-3,
     runs: int = 1,
@@ -91,7 +90,7 @@ def zo_sgd_run(
         raise UsageError(f"There is no estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}.")
     if not eps > 0 or runs < 1:
         raise UsageError("eps must be positive and there must be at least one run.")
-    law = Perturbation.parse(distribution)
+    law = Distribution.parse(distribution)
     wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, theta.double())
     recorded = sorted({int(step) for step in wanted})
     generator = torch.Generator(theta.device).manual_seed(seed)

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps, as_steps, as_vector, check_learning_rate
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import check_coupling
-from zokernel.theory.perturbation import Perturbation
 from zokernel.theory.stability import check_num_perturbations
 
 # Shape suffixes: R runs, P directions of a step, D coordinates, N predictions, T recorded steps.
@@ -62,11 +61,11 @@ def simulate(
     steps: Steps,
     *,
     num_perturbations: int = 1,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     coupling: str = "zo_sgd",
     runs: int = 1000,
     seed: int = 0,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
     dim: int | None = None,
 ) -> Simulation:
     """Run zeroth-order training of a linear(ised) model many times.
@@ -107,8 +106,8 @@ def simulate(
     x = features.detach().to(target)
     if x.ndim != 2 or not len(x) == len(target) == len(start) or not x.isfinite().all():
         raise UsageError(f"Features must be finite of shape ({len(target)}, d), not {tuple(x.shape)}.")
-    law = Perturbation.parse(distribution)
-    zeta = None if coupling != "independent" else Perturbation.parse(zeta_distribution or law)
+    law = Distribution.parse(distribution)
+    zeta = None if coupling != "independent" else Distribution.parse(zeta_distribution or law)
     sampler = _Sampler(x, law, zeta, coupling, seed, x.shape[1] if dim is None else dim)
     wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, target)
     recorded = sorted({int(step) for step in wanted})
@@ -132,8 +131,8 @@ def simulate(
 class _Sampler:
     """Draws directions in the coordinates the process needs and applies the step matrix to gradients."""
 
-    def __init__(self, x: Tensor, law: Perturbation, zeta: Perturbation | None, coupling: str, seed: int, dim: int):
-        self.law, self.zeta, self.coupling = law, zeta, coupling
+    def __init__(self, x: Tensor, law: Distribution, zeta: Distribution | None, coupling: str, seed: int, dim: int):
+        self.distribution, self.zeta, self.coupling = law, zeta, coupling
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.dim, self.unseen = dim, 0
         self.basis = x
@@ -149,7 +148,7 @@ class _Sampler:
 
     def apply(self, gradient_RD: Tensor, count: int) -> Tensor:
         """Return the sum over ``count`` directions of M times each run's gradient."""
-        z_RPD, unseen_RP = self._draw(self.law, gradient_RD, count)
+        z_RPD, unseen_RP = self._draw(self.distribution, gradient_RD, count)
         slope_RP = torch.einsum("rpd,rd->rp", z_RPD, gradient_RD)
         if self.zeta is None:
             if self.coupling == "shared":
@@ -168,7 +167,7 @@ class _Sampler:
             inner_RP = inner_RP + (unseen_RP * zeta_unseen_RP).sqrt() * cosine
         return torch.einsum("rp,rpd->rd", slope_RP * inner_RP, zeta_RPD)
 
-    def _draw(self, law: Perturbation, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, law: Distribution, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return directions in the basis (R, P, r) and the squared norm of what lies outside it (R, P)."""
         shape, rank = (like.shape[0], count), self.basis.shape[1]
         if not self.unseen:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions import Dense
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import example_jacobian, flatten
 from zokernel.kernels.model import Batch, examples, wrap
@@ -37,7 +37,7 @@ class ErrorCurves:
     errors_SNP: Tensor
     moments: list[KernelMoments]
     kernels_NVV: Tensor
-    distribution: str | Law
+    distribution: str | Distribution
 
     def predicted(self, counts: Sequence[int]) -> Tensor:
         """Return the exact rms relative error of every pair at ``counts``, (N, len(counts))."""
@@ -60,7 +60,7 @@ def error_curves(
     x_u: Batch,
     *,
     max_perturbations: int = 1000,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     seeds: Sequence[int] = (0,),
     method: str = "jacobian",
     eps: float = 1e-3,
@@ -77,7 +77,7 @@ def error_curves(
         distribution: Law of the directions.
         seeds: One nested stream of directions for each.
         method: How to project: ``jacobian``, ``jvp`` or ``finite_difference``.
-        eps: Perturbation size of ``finite_difference``.
+        eps: Distribution size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
 

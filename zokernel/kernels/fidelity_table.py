@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.entk_kernel import choose_method, entk, kernel_moments
@@ -67,7 +67,7 @@ def fidelity(
     x_u: Batch,
     *,
     num_perturbations: Sequence[int],
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     seed: int = 0,
     method: str = "auto",
     eps: float = 1e-3,
@@ -87,7 +87,7 @@ def fidelity(
         distribution: Law of the directions.
         seed: Seed of the first replicate; replicate r uses ``seed + r``.
         method: How to project: ``jvp``, ``finite_difference``, ``jacobian``, or ``auto`` (``jacobian`` when it fits).
-        eps: Perturbation size of ``finite_difference``.
+        eps: Distribution size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         replicates: Independent repetitions.
@@ -142,7 +142,7 @@ def fidelity(
 
 
 def tabulate(
-    errors: Tensor, counts: Sequence[int], moments: KernelMoments, num_outputs: int, distribution: str | Law
+    errors: Tensor, counts: Sequence[int], moments: KernelMoments, num_outputs: int, distribution: str | Distribution
 ) -> Fidelity:
     """Return measured errors (replicates, len(P)) as a table with their predictions."""
     bands = torch.quantile(errors, torch.tensor([0.05, 0.95], dtype=errors.dtype), dim=0)
@@ -162,7 +162,7 @@ def tabulate(
     return Fidelity(rows, moments, errors)
 
 
-def _predict(moments: KernelMoments, count: int, distribution: str | Law) -> float:
+def _predict(moments: KernelMoments, count: int, distribution: str | Distribution) -> float:
     if moments.diagonal is None and str(getattr(distribution, "name", distribution)) != "sphere":
         # Without D (a factored vocabulary kernel), the law's kurtosis cannot enter; D / S is below 0.01 on real models.
         return relative_error(moments, count, "gaussian")

@@ -21,10 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import check_coupling
-from zokernel.theory.perturbation import Perturbation
 
 # Shape suffixes: N examples (o: evaluated, u: trained on), S samples of a block, D parameters.
 
@@ -46,19 +45,19 @@ class NzkEstimate(NamedTuple):
 def sample_nzk(
     features: Tensor,
     *,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     coupling: str = "shared",
     num_samples: int = 10_000,
     seed: int = 0,
     other: Tensor | None = None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> NzkEstimate:
     r"""Estimate the expected NZK from samples, with standard errors.
 
     Args:
         features: Features :math:`X_o` of the evaluated points, (n, d); or (n, V, d) for models with V outputs.
         distribution: Law of the vectors: a name (variance one), a name with its parameter such as ``laplace(0.5)``,
-            or a :class:`zokernel.theory.Perturbation`.
+            or a :class:`~zokernel.distributions.Distribution`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
         num_samples: Number of sampled vectors (pairs of vectors for ``independent``).
         seed: Seed of the draws.
@@ -83,10 +82,10 @@ def sample_nzk(
     dim = rows_o.shape[1]
     if rows_u.shape[1] != dim:
         raise UsageError(f"Both sides need the same number of parameters, not {dim} and {rows_u.shape[1]}.")
-    law = Perturbation.parse(distribution)
+    law = Distribution.parse(distribution)
     if zeta_distribution is not None and coupling != "independent":
         raise UsageError(f"A second law has no meaning with coupling {coupling!r}: it belongs to 'independent'.")
-    zeta_law = law if zeta_distribution is None else Perturbation.parse(zeta_distribution)
+    zeta_law = law if zeta_distribution is None else Distribution.parse(zeta_distribution)
     generator = torch.Generator(rows_o.device).manual_seed(seed)
     total = rows_o.new_zeros(rows_o.shape[0], rows_u.shape[0], dtype=torch.float64)
     square = torch.zeros_like(total)
@@ -113,12 +112,12 @@ def sample_nzk(
 def nzk(
     features: Tensor,
     *,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     coupling: str = "shared",
     num_samples: int = 10_000,
     seed: int = 0,
     other: Tensor | None = None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> Tensor:
     """Estimate the expected NZK from samples; :func:`sample_nzk` adds standard errors.
 

@@ -274,7 +274,7 @@ def _best_eps(task: Task, plan: Plan, rows: Rows, draw: Draw, num_directions: in
     """Compare finite differences at a grid of sizes with exact slopes; the best size is refined on its neighbours."""
     exact = _project(rows, draw, torch.arange(num_directions))[:, -1].tolist()
     errors = []
-    with Prober(task, draw.directions.law.name, draw.seed) as prober:
+    with Prober(task, draw.directions.distribution.name, draw.seed) as prober:
         for eps in EPS_GRID:
             misses = []
             for index, slope in enumerate(exact):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from zokernel.directions import Dense
 from zokernel.directions.backends import dispatch
-from zokernel.directions.laws import Law
 from zokernel.directions.terms import Job
 from zokernel.directions.weights.placement import place_all
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.blocks import pusher
@@ -33,7 +33,7 @@ def project(
     batches: Sequence[Batch],
     *,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
@@ -56,7 +56,7 @@ def project(
         distribution: Law of the directions.
         seed: Seed of the directions; direction p is ``Dense(distribution)(..., seed=seed, step=0, index=first + p)``.
         method: ``jvp``, ``finite_difference`` or ``jacobian``.
-        eps: Perturbation size of ``finite_difference``.
+        eps: Distribution size of ``finite_difference``.
         first: Index of the first direction.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
@@ -110,7 +110,7 @@ class Draw:
     """The directions of one seed over one set of parameters.
 
     Args:
-        directions: Family of directions.
+        directions: Directions of directions.
         params: Parameters by name.
         seed: Seed.
     """

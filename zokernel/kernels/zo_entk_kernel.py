@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.lm_head import HeadKernel
@@ -115,7 +115,7 @@ def zo_entk_factors(
     x_u: Batch,
     *,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
@@ -134,7 +134,7 @@ def zo_entk_factors(
         distribution: Law of the directions.
         seed: Seed of the directions.
         method: ``jvp``, ``finite_difference`` or ``jacobian``, see :func:`zokernel.kernels.project`.
-        eps: Perturbation size of ``finite_difference``.
+        eps: Distribution size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         first: Index of the first direction (for further, independent directions of the same stream).
@@ -170,7 +170,7 @@ def zo_entk(
     x_u: Batch,
     *,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
@@ -188,7 +188,7 @@ def zo_entk(
         distribution: ``gaussian``, ``rademacher``, ``uniform`` or ``sphere``.
         seed: Seed of the directions; direction p is the one training with this seed draws at step 0.
         method: ``jvp`` (exact), ``finite_difference`` (what training sees) or ``jacobian`` (J formed once).
-        eps: Perturbation size of ``finite_difference``.
+        eps: Distribution size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         check: Probe the model for pitfalls first.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zokernel.directions import Dense, make_restore
 from zokernel.directions.base import Directions
-from zokernel.directions.families.fixed import Given
+from zokernel.directions.families.fixed import Fixed
 from zokernel.directions.terms import Factors, Values
 from zokernel.errors import LossError, UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
@@ -53,7 +53,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         params: A module, an iterable of tensors or of ``(name, tensor)`` pairs, or parameter groups of either.
             Directions are keyed by the parameter's name, or by its position when it has none.
         estimator: Turns forward passes into projected gradients.
-        directions: Family of random directions; dense Rademacher directions when not given.
+        directions: Directions of random directions; dense Rademacher directions when not given.
         lr: Learning rate (step size of the gradient estimate).
         weight_decay: Decoupled weight decay: every step multiplies the weights by ``1 - lr * weight_decay``.
         momentum: Heavy-ball momentum on the gradient estimate; needs one fp32 copy of the parameters when not zero.
@@ -314,7 +314,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weight = self.named_params[name]
             low = weight.dtype in (torch.bfloat16, torch.float16)
             place = {"seed": self.seed, "step": self.step_count, "index": 0}
-            Given({name: term}).add_({name: weight}, factor, stochastic=low, **place)
+            Fixed({name: term}).add_({name: weight}, factor, stochastic=low, **place)
 
     def batches(self, names: Sequence[str]) -> list[list[str]]:
         """Split names into those that temporaries are made for at a time: one, unless directions couple the tensors."""

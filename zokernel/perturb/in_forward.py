@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernel.directions import Dense, LowRank, Subspace
-from zokernel.directions.family import Family
+from zokernel.directions.base import Directions
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
 from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
@@ -136,7 +136,7 @@ class Plan:
         activation would take new memory: 200 MiB in the first forward of SmolLM2.
         """
         family = optimizer.directions
-        if isinstance(family, Family):
+        if isinstance(family, Directions):
             for keys in self.stretches or [[key] for key in self.places if key not in self.small]:
                 self.copier(keys).prepare(family, seed=optimizer.seed)
 
@@ -181,11 +181,11 @@ class Plan:
             self._pieces[key, rows] = pieces
         return self._pieces[key, rows]
 
-    def copy(self, family: Family, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
+    def copy(self, family: Directions, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
         """Write perturbed copies of some parameters: all copies but those of rows are made here."""
         copier(family, targets, point.offsets, seed=point.seed, step=point.step)
 
-    def copy_rows(self, family: Family, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
+    def copy_rows(self, family: Directions, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
         """Write perturbed copies of some rows of a parameter: all of those are made here."""
         copy_perturbed_rows(family, place, rows, target, point.offsets, seed=point.seed, step=point.step)
 
@@ -208,8 +208,8 @@ class Perturbed(Watched):
 
     def __init__(self, plan: Plan, optimizer: ZerothOrderOptimizer, offsets: Offsets):
         super().__init__(plan.parameters.values(), self.run)
-        if not isinstance(optimizer.directions, Family):
-            raise UsageError(f"{type(optimizer.directions).__name__} is no directions Family: perturb in place.")
+        if not isinstance(optimizer.directions, Directions):
+            raise UsageError(f"{type(optimizer.directions).__name__} is no family of directions: perturb in place.")
         self.plan, self.family = plan, optimizer.directions
         self.point = Point(offsets, optimizer.seed, optimizer.step_count)
         self.copies: dict[int, Tensor] = {}

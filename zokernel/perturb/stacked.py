@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernel.directions.family import Family
+from zokernel.directions.base import Directions
 from zokernel.directions.terms import Factors
 from zokernel.directions.weights.placement import place_all
 from zokernel.errors import UsageError
@@ -144,7 +144,7 @@ def _thin(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets]) -> dict[st
     """Return the changes of large matrices whose directions are low-rank, by name."""
     family = optimizer.directions
     large = {name: t for name, t in optimizer.named_params.items() if t.ndim == 2 and t.numel() > SMALL}
-    if not isinstance(family, Family) or not large:
+    if not isinstance(family, Directions) or not large:
         return {}
     places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
     drawn: dict[int, dict[str, Factors]] = {}

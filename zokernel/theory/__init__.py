@@ -38,7 +38,6 @@ _EXPORTS = {
     "projector_norm": "bounds",
     "classical_rate": "bounds",
     "classical_learning_rate": "bounds",
-    "Perturbation": "perturbation",
     "ProcessMoments": "nzk_moments",
     "expected_nzk_factor": "nzk_moments",
     "expected_direction_matrix": "nzk_moments",

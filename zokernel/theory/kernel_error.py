@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zokernel.directions.laws import Law, get_law
+from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class KernelMoments:
         )
 
 
-def second_moment(moments: KernelMoments, distribution: str | Law = "gaussian") -> float:
+def second_moment(moments: KernelMoments, distribution: str | Distribution = "gaussian") -> float:
     r"""Return :math:`E \|J_o z z^T J_u^T\|_F^2` of one direction.
 
     :math:`S + 2\|K\|^2 + (\kappa - 3) D` for independent coordinates, :math:`\frac{d}{d+2}(S + 2\|K\|^2)` on the sphere
@@ -104,7 +104,7 @@ def second_moment(moments: KernelMoments, distribution: str | Law = "gaussian") 
         >>> second_moment(KernelMoments(2.0, 3.0, 1.0))
         8.0
     """
-    law = get_law(distribution)
+    law = direction_distribution(distribution)
     gaussian = moments.product + 2 * moments.kernel_sq
     if law.name == "sphere":
         dim = _need(moments.dim, "dim", law.name)
@@ -117,7 +117,7 @@ def second_moment(moments: KernelMoments, distribution: str | Law = "gaussian") 
 def expected_squared_error(
     moments: KernelMoments,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     *,
     weight_second_moment: float = 1.0,
 ) -> float:
@@ -164,7 +164,7 @@ def expected_squared_error(
 def relative_error(
     moments: KernelMoments,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     *,
     weight_second_moment: float = 1.0,
 ) -> float:
@@ -192,7 +192,7 @@ def relative_error(
 def expected_relative_error(
     rho: float,
     num_perturbations: int,
-    distribution: str | Law = "gaussian",
+    distribution: str | Distribution = "gaussian",
     *,
     overlap: float | None = None,
     dim: int | None = None,
@@ -257,7 +257,11 @@ class BeliefMoments:
 
 
 def expected_belief_error(
-    moments: BeliefMoments, num_perturbations: int, distribution: str | Law = "gaussian", *, lr: float | None = None
+    moments: BeliefMoments,
+    num_perturbations: int,
+    distribution: str | Distribution = "gaussian",
+    *,
+    lr: float | None = None,
 ) -> float:
     r"""Return the rms of :math:`\Delta\log\pi_{zo} - \Delta\log\pi_{fo}` after one step, to first order in its size.
 

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
-from zokernel.theory.perturbation import Perturbation
 
 COUPLINGS = ("shared", "independent", "zo_sgd")
 
@@ -68,11 +67,11 @@ def check_coupling(coupling: str) -> str:
 
 
 def expected_nzk_factor(
-    distribution: str | Law | Perturbation,
+    distribution: str | Distribution,
     dim: int,
     coupling: str = "shared",
     *,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> float:
     r"""Return :math:`c` in :math:`E K_{NZK} = c\, X X^T` for coordinates of mean zero (theory B.1.2).
 
@@ -82,7 +81,7 @@ def expected_nzk_factor(
 
     Args:
         distribution: Law of :math:`z`: a name (variance one), a name with its own parameter such as ``laplace(0.5)``
-            or ``student_t(10)``, or a :class:`Perturbation`.
+            or ``student_t(10)``, or a :class:`~zokernel.distributions.Distribution`.
         dim: Number of parameters :math:`d`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
         zeta_distribution: Law of the second vector (``independent`` only); the same law when not given.
@@ -102,11 +101,11 @@ def expected_nzk_factor(
 
 
 def expected_direction_matrix(
-    distribution: str | Law | Perturbation,
+    distribution: str | Distribution,
     dim: int,
     coupling: str = "shared",
     *,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> Tensor:
     r"""Return :math:`E M` with :math:`E K_{NZK} = X (E M) X^T`, for any mean and covariance (theory B.1.2).
 
@@ -131,14 +130,14 @@ def expected_direction_matrix(
         UsageError: If a moment that it needs does not exist.
 
     Example:
-        >>> shifted = Perturbation("gaussian", mean=(1.0, 0.0))
+        >>> shifted = Distribution("gaussian", mean=(1.0, 0.0))
         >>> expected_direction_matrix(shifted, 2, "zo_sgd").tolist()
         [[2.0, 0.0], [0.0, 1.0]]
     """
     return _matrix(*_laws(distribution, zeta_distribution, dim, coupling), dim, coupling)
 
 
-def _factor(law: Perturbation, zeta: Perturbation, dim: int, coupling: str) -> float:
+def _factor(law: Distribution, zeta: Distribution, dim: int, coupling: str) -> float:
     if not (law.is_isotropic and zeta.is_isotropic):
         raise UsageError(
             "A law with its own mean or covariance scales no kernel by a single factor: "
@@ -153,7 +152,7 @@ def _factor(law: Perturbation, zeta: Perturbation, dim: int, coupling: str) -> f
     return law.moment(4) + (dim - 1) * law.moment(2) ** 2
 
 
-def _matrix(law: Perturbation, zeta: Perturbation, dim: int, coupling: str) -> Tensor:
+def _matrix(law: Distribution, zeta: Distribution, dim: int, coupling: str) -> Tensor:
     if coupling == "zo_sgd":
         return law.second_moment_matrix(dim)
     if coupling == "independent":
@@ -175,10 +174,10 @@ def _matrix(law: Perturbation, zeta: Perturbation, dim: int, coupling: str) -> T
 def expected_nzk(
     features: Tensor,
     *,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     coupling: str = "shared",
     other: Tensor | None = None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> Tensor:
     r"""Return the expected kernel :math:`X_o (E M) X_u^T` exactly, without sampling.
 
@@ -210,11 +209,11 @@ def expected_nzk(
 
 
 def process_moments(
-    distribution: str | Law | Perturbation,
+    distribution: str | Distribution,
     dim: int,
     coupling: str = "zo_sgd",
     *,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> ProcessMoments:
     r"""Return the first two moments of the random step matrix, for any isotropic law with enough moments.
 
@@ -274,23 +273,23 @@ def matching_scale(distribution: str, dim: int, target: float) -> float:
 
 
 def _laws(
-    distribution: str | Law | Perturbation,
-    zeta_distribution: str | Law | Perturbation | None,
+    distribution: str | Distribution,
+    zeta_distribution: str | Distribution | None,
     dim: int,
     coupling: str,
-) -> tuple[Perturbation, Perturbation]:
+) -> tuple[Distribution, Distribution]:
     check_coupling(coupling)
     if dim < 1:
         raise UsageError(f"The number of parameters must be at least 1, not {dim}.")
-    law = Perturbation.parse(distribution)
+    law = Distribution.parse(distribution)
     if zeta_distribution is None:
         return law, law
     if coupling != "independent":
         raise UsageError(f"A second law has no meaning with coupling {coupling!r}: it belongs to 'independent'.")
-    return law, Perturbation.parse(zeta_distribution)
+    return law, Distribution.parse(zeta_distribution)
 
 
-def _pair_and_excess(law: Perturbation, dim: int, power: int) -> tuple[float, float]:
+def _pair_and_excess(law: Distribution, dim: int, power: int) -> tuple[float, float]:
     r"""Return :math:`\beta = E|z|^{2s}z_1^2z_2^2` and :math:`\alpha-3\beta` for :math:`s` = ``power`` in {0, 2}."""
     if not law.is_isotropic:
         raise UsageError(

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.errors import RunError, UsageError
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
-from zokernel.theory.perturbation import Perturbation
 
 
 def clean_eigenvalues(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
@@ -89,9 +88,9 @@ def stability_limit(
     num_perturbations: int = 1,
     coupling: str = "zo_sgd",
     *,
-    distribution: str | Law | Perturbation = "gaussian",
+    distribution: str | Distribution = "gaussian",
     dim: int | None = None,
-    zeta_distribution: str | Law | Perturbation | None = None,
+    zeta_distribution: str | Distribution | None = None,
 ) -> float:
     r"""Return the largest learning rate at which the expected loss does not grow (theory B.4.2).
 
@@ -162,8 +161,8 @@ def stability_limit_of_features(
     num_perturbations: int = 1,
     coupling: str = "zo_sgd",
     *,
-    distribution: str | Law | Perturbation = "rademacher",
-    zeta_distribution: str | Law | Perturbation | None = None,
+    distribution: str | Distribution = "rademacher",
+    zeta_distribution: str | Distribution | None = None,
     tolerance: float = 1e-9,
     max_iterations: int = 20_000,
 ) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from zokernel.directions.family import Family
+from zokernel.directions.base import Directions
 from zokernel.directions.terms import Term
 from zokernel.directions.weights.placement import Placement
 from zokernel.errors import UsageError
@@ -28,7 +28,7 @@ def layer_of(name: str) -> str:
     return found.group() if found else ""
 
 
-class Blockwise(Family):
+class Blockwise(Directions):
     r"""Directions that are zero outside one block of tensors; blocks take turns from step to step.
 
     Block ``(step // every) mod B`` moves, B being the number of blocks among the tensors of the call (in order of first
@@ -36,7 +36,7 @@ class Blockwise(Family):
     radius of the block.
 
     Args:
-        inner: Family that draws the active block.
+        inner: Directions that draws the active block.
         block_of: Maps a tensor's name to its block; by default tensors of one numbered layer form a block, and those
             outside any layer form one more.
         every: Steps before the turn passes on.
@@ -53,7 +53,7 @@ class Blockwise(Family):
         {'layers.0.w': 0, 'layers.1.w': 2}
     """
 
-    def __init__(self, inner: Family, *, block_of: Callable[[str], str] = layer_of, every: int = 1):
+    def __init__(self, inner: Directions, *, block_of: Callable[[str], str] = layer_of, every: int = 1):
         super().__init__(inner.backend)
         if every < 1:
             raise UsageError(f"Each block must stay at least 1 step, not {every}.")
@@ -76,7 +76,7 @@ class Blockwise(Family):
         return blocks[step // self.every % len(blocks)]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return the inner family's terms on the active block, None elsewhere; see :meth:`Family.terms`."""
+        """Return the inner family's terms on the active block, None elsewhere; see :meth:`Directions.terms`."""
         if not places:
             return []
         block = self.active([place.name for place in places], step)

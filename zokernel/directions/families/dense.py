@@ -9,17 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 from zokernel.directions.backends import dispatch
-from zokernel.directions.family import Family, Sweep, by_name, scales_by_tensor
-from zokernel.directions.laws import Law, get_law
+from zokernel.directions.base import Directions, Sweep, by_name, scales_by_tensor
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Job, Noise, Term, affine
 from zokernel.directions.weights.placement import Fingerprint, Placement, fingerprint, place_all
+from zokernel.distributions import Distribution, direction_distribution
 
 GAINS_KEPT = 256
 SWEEPS_KEPT = 8
 
 
-class Dense(Family):
+class Dense(Directions):
     r"""Directions :math:`z \in R^d` with identity covariance, over all tensors together.
 
     ``rademacher`` takes one random bit an element, is exact in every dtype and has the smallest kernel error (theory
@@ -43,21 +43,21 @@ class Dense(Family):
         True
     """
 
-    def __init__(self, distribution: str | Law = "rademacher", *, backend: str = "auto"):
+    def __init__(self, distribution: str | Distribution = "rademacher", *, backend: str = "auto"):
         super().__init__(backend)
-        self.law = get_law(distribution)
+        self.distribution = direction_distribution(distribution)
         # Norms of recent sphere directions: each is swept over three times a step, but measured once.
         self._gains: dict[tuple[object, ...], float] = {}
         # Recent prepared sweeps, by weights, seed and number of directions.
         self._prepared: deque[tuple[object, Fingerprint, Any]] = deque(maxlen=SWEEPS_KEPT)
 
     def __repr__(self) -> str:
-        return f"Dense({self.law.name!r})"
+        return f"Dense({self.distribution.name!r})"
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return each tensor's noise; see :meth:`Family.terms`."""
-        if self.law.name != "sphere":
-            return [Noise(self.law.name, stream_key(seed, p.name), step, index) for p in places]
+        """Return each tensor's noise; see :meth:`Directions.terms`."""
+        if self.distribution.name != "sphere":
+            return [Noise(self.distribution.name, stream_key(seed, p.name), step, index) for p in places]
         noises = [Noise("gaussian", stream_key(seed, p.name), step, index) for p in places]
         gain = self._sphere_gain(places, noises, (seed, step, index))
         return [replace(noise, gain=gain) for noise in noises]
@@ -74,7 +74,7 @@ class Dense(Family):
 
     def _sweep_prepared(self, sweep: Sweep) -> bool:
         """Add noise by tables that are made once (on the CPU only signs, to float32); return whether it was added."""
-        if type(self) is not Dense or self.law.name == "sphere" or not sweep.draws or not sweep.tensors:
+        if type(self) is not Dense or self.distribution.name == "sphere" or not sweep.draws or not sweep.tensors:
             return False
         weights = fingerprint(sweep.tensors)
         if weights is None:
@@ -100,7 +100,7 @@ class Dense(Family):
                 return prepared
         places = place_all(sweep.tensors)
         devices = {place.local.device for place in places}
-        backend = dispatch.preparing(self.law.name, set(weights[-1]), devices, self.backend, sweep.rule)
+        backend = dispatch.preparing(self.distribution.name, set(weights[-1]), devices, self.backend, sweep.rule)
         made = None
         if backend is not None:
             by_index = [self.terms(places, seed=sweep.seed, step=0, index=index) for index in range(count)]

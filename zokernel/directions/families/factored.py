@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from zokernel.directions.base import Directions
 from zokernel.directions.families.factors import Draw, draw_matrices
-from zokernel.directions.family import Family
-from zokernel.directions.laws import Law, get_law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Factors, Noise, Term
 from zokernel.directions.weights.placement import Placement
+from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
 
 
-class Factored(Family):
+class Factored(Directions):
     """Directions that are a product of thin factors on every matrix; subclasses implement :meth:`factors`.
 
     Args:
@@ -30,17 +30,19 @@ class Factored(Family):
         UsageError: If the rank or refresh interval is not positive, or the law has dependent coordinates.
     """
 
-    def __init__(self, distribution: str | Law, rank: int, refresh: int, most_square: bool, backend: str):
+    def __init__(self, distribution: str | Distribution, rank: int, refresh: int, most_square: bool, backend: str):
         super().__init__(backend)
-        self.law = get_law(distribution)
+        self.distribution = direction_distribution(distribution)
         if rank < 1 or refresh < 1:
             raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be at least 1.")
-        if not self.law.independent:
-            raise UsageError(f"Low-rank directions need independent entries: {self.law.name!r} has none; use gaussian.")
+        if not self.distribution.independent:
+            raise UsageError(
+                f"Low-rank directions need independent entries: {self.distribution.name!r} has none; use gaussian."
+            )
         self.rank, self.refresh, self.most_square = rank, refresh, most_square
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.law.name!r}, rank={self.rank}, refresh={self.refresh})"
+        return f"{type(self).__name__}({self.distribution.name!r}, rank={self.rank}, refresh={self.refresh})"
 
     @abstractmethod
     def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
@@ -61,12 +63,12 @@ class Factored(Family):
         return draw_matrices(draws, self.backend)
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return factors for matrices and noise for vectors; see :meth:`Family.terms`."""
+        """Return factors for matrices and noise for vectors; see :meth:`Directions.terms`."""
         return [self._term(place, seed, step, index) for place in places]
 
     def _term(self, place: Placement, seed: int, step: int, index: int) -> Term | None:
         if place.numel == 0:
             return None
         if len(place.shape) < 2:
-            return Noise(self.law.name, stream_key(seed, place.name), step, index)
+            return Noise(self.distribution.name, stream_key(seed, place.name), step, index)
         return self.factors(place, seed=seed, step=step, index=index)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from zokernel.directions.family import Family
+from zokernel.directions.base import Directions
 from zokernel.directions.terms import Factors, Term, Values
 from zokernel.directions.weights.placement import Placement
 
 
-class Given(Family):
+class Fixed(Directions):
     """Directions that are given outright, so that the engine can add them with its own roundings.
 
     Args:
@@ -21,5 +21,5 @@ class Given(Family):
         self.given = given
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return what was given for each tensor; see :meth:`Family.terms`."""
+        """Return what was given for each tensor; see :meth:`Directions.terms`."""
         return [self.given[place.name] for place in places]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
-from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Factors, Term
 from zokernel.directions.weights.placement import Placement
+from zokernel.distributions import Distribution
 
 
 class LowRank(Factored):
@@ -42,7 +42,7 @@ class LowRank(Factored):
 
     def __init__(
         self,
-        distribution: str | Law = "gaussian",
+        distribution: str | Distribution = "gaussian",
         *,
         rank: int = 2,
         refresh: int = 50,
@@ -103,7 +103,7 @@ class LowRank(Factored):
         return self._rights.get_all([draw], self.draw)[0]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Family.terms`."""
+        """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Directions.terms`."""
         matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
         lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
         self._lefts.get_all(lefts, self.draw)
@@ -120,9 +120,9 @@ class LowRank(Factored):
 
     def _left(self, name: str, shape: Sequence[int], seed: int, step: int, index: int, device: torch.device) -> Draw:
         rows, _, rank = self.shape(shape)
-        return Draw(rows, rank, self.law.name, stream_key(seed, name, "lowrank-left"), step, index, device)
+        return Draw(rows, rank, self.distribution.name, stream_key(seed, name, "lowrank-left"), step, index, device)
 
     def _right(self, name: str, shape: Sequence[int], seed: int, step: int, device: torch.device) -> Draw:
         _, columns, rank = self.shape(shape)
         key = stream_key(seed, name, "lowrank-right")
-        return Draw(rank, columns, self.law.name, key, step // self.refresh, 0, device)
+        return Draw(rank, columns, self.distribution.name, key, step // self.refresh, 0, device)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zokernel.directions.base import Directions
 from zokernel.directions.families.factors import Draw, Recent, draw_matrices
-from zokernel.directions.family import Family
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Term, Values
 from zokernel.directions.weights.placement import Placement
@@ -18,7 +18,7 @@ from zokernel.errors import UsageError
 MAX_ELEMENTS = 1 << 27
 
 
-class Frames(Family):
+class Orthogonal(Directions):
     r"""Directions :math:`z_i = \sqrt d\, q_i` with orthonormal :math:`q_0, \dots, q_{k-1}`, uniformly distributed.
 
     Each is uniform on the sphere, so :math:`E|z|^2 = d` and :math:`E[(g \cdot z) z] = g`; with k = d directions the
@@ -34,7 +34,7 @@ class Frames(Family):
 
     Example:
         >>> weights = {"w": torch.zeros(2, 3)}
-        >>> family = Frames(size=6)
+        >>> family = Orthogonal(size=6)
         >>> z = torch.stack([family(weights, seed=0, step=0, index=i)["w"].flatten() for i in range(6)])
         >>> torch.allclose(z @ z.T, 6 * torch.eye(6), atol=1e-5)
         True
@@ -48,10 +48,10 @@ class Frames(Family):
         self._frames: Recent[tuple[object, ...], dict[str, Tensor]] = Recent(2)
 
     def __repr__(self) -> str:
-        return f"Frames(size={self.size})"
+        return f"Orthogonal(size={self.size})"
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return each tensor's part of one column of the frame; see :meth:`Family.terms`."""
+        """Return each tensor's part of one column of the frame; see :meth:`Directions.terms`."""
         dim = sum(place.numel for place in places)
         if dim == 0:
             return [None] * len(places)

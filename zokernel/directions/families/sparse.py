@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from zokernel.directions.base import Directions
 from zokernel.directions.families.masks import count_bits, mask_of_small, unpack_bits
-from zokernel.directions.family import Family
-from zokernel.directions.laws import Law, get_law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Noise, Term
 from zokernel.directions.weights.placement import Placement, place_all
+from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
 
-class Sparse(Family):
+class Sparse(Directions):
     r"""Directions :math:`z = m \odot \tilde z` with :math:`m_k = 1[|\theta_k| \le h]`, h a quantile of each tensor.
 
     The mask is taken once, from unperturbed weights, and kept as one bit an element: a mask recomputed from weights
@@ -42,12 +42,14 @@ class Sparse(Family):
         tensor([1., 0., 1., 0.])
     """
 
-    def __init__(self, distribution: str | Law = "rademacher", *, density: float = 0.25, backend: str = "auto"):
+    def __init__(
+        self, distribution: str | Distribution = "rademacher", *, density: float = 0.25, backend: str = "auto"
+    ):
         super().__init__(backend)
-        self.law = get_law(distribution)
-        if not self.law.independent:
+        self.distribution = direction_distribution(distribution)
+        if not self.distribution.independent:
             raise UsageError(
-                f"Sparse directions need independent coordinates: {self.law.name!r} has none; use gaussian."
+                f"Sparse directions need independent coordinates: {self.distribution.name!r} has none; use gaussian."
             )
         if not 0.0 < density <= 1.0:
             raise UsageError(f"The density {density} of sparse directions must be above 0 and at most 1.")
@@ -55,7 +57,7 @@ class Sparse(Family):
         self._masks: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        return f"Sparse({self.law.name!r}, density={self.density})"
+        return f"Sparse({self.distribution.name!r}, density={self.density})"
 
     def freeze(self, tensors: Mapping[str, Tensor]) -> Sparse:
         """Take the masks of tensors that have none yet; call it before anything moves.
@@ -111,12 +113,12 @@ class Sparse(Family):
         self._masks = dict(state["masks"])
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return each tensor's masked noise; see :meth:`Family.terms`."""
+        """Return each tensor's masked noise; see :meth:`Directions.terms`."""
         for place in places:
             if place.name not in self._masks:
                 self.freeze({place.name: place.tensor})
         return [
-            Noise(self.law.name, stream_key(seed, place.name), step, index, mask=self._masks[place.name])
+            Noise(self.distribution.name, stream_key(seed, place.name), step, index, mask=self._masks[place.name])
             for place in places
         ]
 

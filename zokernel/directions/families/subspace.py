@@ -9,10 +9,10 @@ from torch import Tensor
 
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
-from zokernel.directions.laws import Law
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Factors
 from zokernel.directions.weights.placement import Placement
+from zokernel.distributions import Distribution
 
 
 class Subspace(Factored):
@@ -40,7 +40,7 @@ class Subspace(Factored):
 
     def __init__(
         self,
-        distribution: str | Law = "gaussian",
+        distribution: str | Distribution = "gaussian",
         *,
         rank: int = 8,
         refresh: int = 1000,
@@ -88,4 +88,4 @@ class Subspace(Factored):
 
     def _core(self, place: Placement, rank: int, seed: int, step: int, index: int) -> Draw:
         key = stream_key(seed, place.name, "subspace-core")
-        return Draw(rank, rank, self.law.name, key, step, index, place.local.device)
+        return Draw(rank, rank, self.distribution.name, key, step, index, place.local.device)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zokernel.directions.backends import dispatch
 from zokernel.directions.backends.tables import adds_plain_noise
+from zokernel.directions.base import Directions
 from zokernel.directions.families.dense import Dense
-from zokernel.directions.family import Family
 from zokernel.directions.terms import Job, Noise
 from zokernel.directions.weights.placement import Placement
 
@@ -21,7 +21,7 @@ QUICK = (torch.float32, torch.bfloat16)
 
 
 def copy_perturbed(
-    family: Family,
+    family: Directions,
     places: Sequence[Placement],
     targets: Sequence[Tensor],
     offsets: Mapping[int, float],
@@ -77,10 +77,10 @@ class Copier:
     def __init__(self, places: Sequence[Placement]):
         self.places = places
         self._prepared: Any = None
-        self._streams: tuple[Family, int] | None = None
+        self._streams: tuple[Directions, int] | None = None
 
     def __call__(
-        self, family: Family, targets: Sequence[Tensor], offsets: Mapping[int, float], *, seed: int, step: int
+        self, family: Directions, targets: Sequence[Tensor], offsets: Mapping[int, float], *, seed: int, step: int
     ) -> None:
         """Do what :func:`copy_perturbed` does; targets must have the dtypes they had before."""
         along = [(index, scale) for index, scale in offsets.items() if scale != 0.0]
@@ -89,7 +89,7 @@ class Copier:
             return
         _carry_out(_jobs(family, self.places, offsets, seed=seed, step=step), targets, family.backend)
 
-    def prepare(self, family: Family, *, seed: int) -> bool:
+    def prepare(self, family: Directions, *, seed: int) -> bool:
         """Do once what all copies along single directions need, if they are of the quick kind; return whether so.
 
         Args:
@@ -113,7 +113,7 @@ class Copier:
 
 
 def copy_perturbed_rows(
-    family: Family,
+    family: Directions,
     place: Placement,
     rows: Tensor,
     target: Tensor,
@@ -164,7 +164,7 @@ def on_gpu(backend: str, tensor: Tensor) -> bool:
 
 
 def _jobs(
-    family: Family, places: Sequence[Placement], offsets: Mapping[int, float], *, seed: int, step: int
+    family: Directions, places: Sequence[Placement], offsets: Mapping[int, float], *, seed: int, step: int
 ) -> list[Job]:
     by_index = [family.terms(places, seed=seed, step=step, index=index) for index in offsets]
     jobs = []

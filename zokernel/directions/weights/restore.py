@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.directions.base import Directions
-from zokernel.directions.family import once_each
+from zokernel.directions.base import Directions, once_each
 from zokernel.directions.terms import Rule
 from zokernel.directions.weights.placement import place_all
 from zokernel.directions.weights.restore_base import Draw, Restore, as_family, step_and_index, union_of_draws

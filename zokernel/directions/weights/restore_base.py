@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from zokernel.directions.base import Directions
-from zokernel.directions.family import Family, once_each
+from zokernel.directions.base import Directions, once_each
 from zokernel.errors import UsageError
 
 Draw = tuple[int, int]
@@ -132,11 +131,11 @@ def uninterrupted() -> Iterator[None]:
             previous(*pending[0])
 
 
-def as_family(directions: Directions) -> Family:
-    """Return directions as a Family, or explain that only ``fold`` works with anything else."""
-    if not isinstance(directions, Family):
+def as_family(directions: Directions) -> Directions:
+    """Return directions as a Directions, or explain that only ``fold`` works with anything else."""
+    if not isinstance(directions, Directions):
         raise UsageError(
-            f"{type(directions).__name__} is no directions Family: use restore='fold', which needs only add_."
+            f"{type(directions).__name__} is no family of directions: use restore='fold', which needs only add_."
         )
     return directions
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zokernel.directions.laws import Law
+from zokernel.distributions import Distribution
 from zokernel.dynamics.budget import LR_FRACTIONS, steps_to_reach
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.parametric import ParametricRun, all_ones_line_minimum, squared_loss, zo_sgd_run
@@ -21,7 +21,6 @@ from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.experiments.nzk.problems import Problem
 from zokernel.kernels.nzk_kernel import NzkEstimate, sample_nzk
 from zokernel.theory.nzk_moments import ProcessMoments, expected_nzk_factor, process_moments
-from zokernel.theory.perturbation import Perturbation
 
 TARGET_FRACTION = 0.1  # "reached" means: a tenth of the reducible loss is left
 FORWARD_PASSES_OF_A_GRADIENT = 3  # one forward, and a backward worth two
@@ -40,7 +39,7 @@ class Variant:
     """
 
     label: str
-    distribution: str | Law | Perturbation = "gaussian"
+    distribution: str | Distribution = "gaussian"
     coupling: str = "shared"
     zeta: str | None = None
 

@@ -132,9 +132,9 @@ class Int8Average(StoredAverage):
                 dequantize(codes[begin:end], blocks, out=piece.view(-1))
                 place = Placement(name, piece, piece, shape, (row, *(0 for _ in shape[1:])))
                 draw = {"seed": optimizer.seed, "step": move.step}
-                terms = [optimizer.directions.terms([place], index=i, **draw)[0] for i in move.scales]  # type: ignore[attr-defined]
+                terms = [optimizer.directions.terms([place], index=i, **draw)[0] for i in move.scales]
                 factors = tuple(-keep * scale / move.decay for scale in move.scales.values())
-                dispatch.sweep([Job(place, tuple(terms), factors, decay=keep)])
+                dispatch.sweep([Job(place, tuple(term for term in terms if term is not None), factors, decay=keep)])
                 rows = slice(row, row + height)
                 if move.decay != 1.0:
                     piece.add_(weight[rows], alpha=keep * (1.0 / move.decay - 1.0))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zokernel.directions import Dense
 from zokernel.directions.backends import dispatch
-from zokernel.directions.family import Family
+from zokernel.directions.base import Directions
 from zokernel.directions.terms import Job, Term, Values
 from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import UsageError
@@ -35,7 +35,7 @@ from zokernel.optim.zeroth_order import ZerothOrderOptimizer
 WINDOW = 1 << 21
 
 
-class Preconditioned(Family):
+class Preconditioned(Directions):
     r"""Directions :math:`H^{-1/2} z` with a diagonal H by tensor name, generated a window of a tensor at a time.
 
     Args:
@@ -46,7 +46,7 @@ class Preconditioned(Family):
     def __init__(self, base: Dense, curvature: Mapping[str, Tensor]):
         super().__init__()
         self.base, self.curvature = base, curvature
-        self.law = base.law
+        self.distribution = base.distribution
 
     def draw(self, name: str, begin: int, end: int, *, seed: int, step: int, index: int) -> Tensor:
         """Return z at positions ``begin`` to ``end`` of a tensor, (end - begin,) float32."""
@@ -59,7 +59,7 @@ class Preconditioned(Family):
         return z
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return the scaled directions of whole tensors as values; see :meth:`Family.terms`."""
+        """Return the scaled directions of whole tensors as values; see :meth:`Directions.terms`."""
         result: list[Term | None] = []
         for place in places:
             z = self.draw(place.name, 0, place.numel, seed=seed, step=step, index=index)
@@ -69,7 +69,7 @@ class Preconditioned(Family):
         return result
 
     def sweep_(self, tensors: Mapping[str, Tensor], scale: Any, **kwargs: Any) -> dict[str, float]:
-        """Sweep one window after the other, so that only its directions are held; see :meth:`Family.sweep_`."""
+        """Sweep one window after the other, so that only its directions are held; see :meth:`Directions.sweep_`."""
         peaks: dict[str, float] = {}
         step, index = (v if isinstance(v, int) else [*v, 0][0] for v in (kwargs["step"], kwargs["index"]))
         kwargs["rounding"] = kwargs.get("rounding") or (step, index)
@@ -87,7 +87,7 @@ class Preconditioned(Family):
         return peaks
 
 
-class _Window(Family):
+class _Window(Directions):
     """The directions of :class:`Preconditioned` on a stretch of one tensor."""
 
     def __init__(self, whole: Preconditioned, begin: int, end: int):
@@ -95,7 +95,7 @@ class _Window(Family):
         self.whole, self.begin, self.end = whole, begin, end
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return the scaled directions of the stretch; see :meth:`Family.terms`."""
+        """Return the scaled directions of the stretch; see :meth:`Directions.terms`."""
         (place,) = places
         z = self.whole.draw(place.name, self.begin, self.end, seed=seed, step=step, index=index)
         return [Values(z.mul_(self.whole.curvature[place.name].view(-1)[self.begin : self.end].rsqrt()))]

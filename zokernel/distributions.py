@@ -1,8 +1,12 @@
-r"""Laws of perturbation vectors with any scale, mean and covariance: their moments, and how to draw from them.
+r"""The distributions of random vectors: their exact moments, and how to draw from them.
 
-:class:`zokernel.directions.Law` describes the optimizers' directions, which always have variance one.  The NZK paper
-also perturbs with Laplace and Student-t coordinates of other variances; those, and a general mean and covariance, are
-described here.
+One class serves the optimizers' directions (variance one, no mean) and the vectors of the NZK experiments (any scale,
+mean and covariance).  For independent coordinates of variance one, kernel errors need only the kurtosis
+:math:`\kappa = E z_k^4`: for symmetric :math:`A, B`,
+
+.. math:: E[(z^T A z)(z^T B z)] = tr A\, tr B + 2\, tr(AB) + (\kappa - 3) \sum_k A_{kk} B_{kk}
+
+The sphere of radius :math:`\sqrt d` has dependent coordinates and closed forms of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.directions.laws import Law
 from zokernel.errors import UsageError
 
 NAMES = ("gaussian", "rademacher", "laplace", "student_t", "uniform", "sphere")
@@ -24,7 +27,7 @@ _SPELLING = re.compile(r"^\s*([a-z_\- ]+?)\s*(?:\(\s*([^()]+?)\s*\))?\s*$")
 
 
 @dataclass(frozen=True)
-class Perturbation:
+class Distribution:
     r"""A law of vectors :math:`z = \mu + A w` with :math:`w` iid (or on the sphere), mean zero and variance one.
 
     Attributes:
@@ -57,7 +60,7 @@ class Perturbation:
                 raise UsageError(f"The {label} of a perturbation must be finite.")
 
     @classmethod
-    def parse(cls, distribution: str | Law | Perturbation) -> Perturbation:
+    def parse(cls, distribution: str | Distribution) -> Distribution:
         """Read a law from what users write.
 
         A bare name has variance one.  A number in parentheses is the law's usual parameter: the standard deviation
@@ -65,7 +68,7 @@ class Perturbation:
         (variance 2 b^2), the degrees of freedom of ``student_t(nu)`` (variance nu / (nu - 2)).
 
         Args:
-            distribution: A name, a name with a number, a direction law, or a perturbation (returned as it is).
+            distribution: A name, a name with a number, or a distribution (returned as it is).
 
         Returns:
             The perturbation law.
@@ -74,13 +77,11 @@ class Perturbation:
             UsageError: If the name or the number makes no sense.
 
         Example:
-            >>> round(Perturbation.parse("student_t(10)").moment(2), 6)
+            >>> round(Distribution.parse("student_t(10)").moment(2), 6)
             1.25
         """
-        if isinstance(distribution, Perturbation):
+        if isinstance(distribution, Distribution):
             return distribution
-        if isinstance(distribution, Law):
-            return cls(distribution.name, scale=math.sqrt(distribution.variance))
         match = _SPELLING.match(str(distribution).lower())
         name = match.group(1).replace("-", "_").replace(" ", "_") if match else str(distribution)
         name = _ALIASES.get(name, name)
@@ -102,6 +103,15 @@ class Perturbation:
         if name == "laplace":
             return cls(name, scale=math.sqrt(2.0) * value)
         return cls(name, scale=value)
+
+    @property
+    def independent(self) -> bool:
+        """Whether the coordinates are independent, before ``covariance`` mixes them."""
+        return not self.is_sphere
+
+    def fourth_moment(self, dim: int) -> float:
+        """Return :math:`E w_k^4` of one standardised coordinate in dimension ``dim``, exact for the sphere too."""
+        return 3.0 * dim / (dim + 2) if self.is_sphere else self.kurtosis
 
     @property
     def is_sphere(self) -> bool:
@@ -137,7 +147,7 @@ class Perturbation:
                 the dimension (the sphere's fourth and higher moments).
 
         Example:
-            >>> round(Perturbation.parse("laplace(0.5)").moment(4), 6)
+            >>> round(Distribution.parse("laplace(0.5)").moment(4), 6)
             1.5
         """
         if self.is_sphere and order > 2:
@@ -221,7 +231,7 @@ class Perturbation:
 
         Example:
             >>> generator = torch.Generator().manual_seed(0)
-            >>> [round(norm, 6) for norm in Perturbation("sphere").sample(3, 4, generator).norm(dim=1).tolist()]
+            >>> [round(norm, 6) for norm in Distribution("sphere").sample(3, 4, generator).norm(dim=1).tolist()]
             [2.0, 2.0, 2.0]
         """
         size = (*((shape,) if isinstance(shape, int) else tuple(shape)), dim)
@@ -250,3 +260,32 @@ class Perturbation:
             chi_square = 2 * torch._standard_gamma(half, generator=generator)
             return normal * (chi_square / (self.df - 2)).rsqrt()
         return normal
+
+
+DIRECTION_DISTRIBUTIONS = ("rademacher", "gaussian", "uniform", "sphere")
+"""What directions can be drawn from, with variance one."""
+
+
+def direction_distribution(distribution: str | Distribution) -> Distribution:
+    """Look up a distribution that directions can be drawn from.
+
+    Args:
+        distribution: ``rademacher``, ``gaussian``, ``uniform``, ``sphere``, or one of these as an object.
+
+    Returns:
+        The distribution.
+
+    Raises:
+        UsageError: If directions cannot be drawn from it.
+
+    Example:
+        >>> direction_distribution("rademacher").kurtosis
+        1.0
+    """
+    name = distribution.name if isinstance(distribution, Distribution) else distribution
+    if name not in DIRECTION_DISTRIBUTIONS:
+        known = ", ".join(DIRECTION_DISTRIBUTIONS)
+        raise UsageError(f"There is no distribution {name!r} of directions: choose one of {known}.")
+    if isinstance(distribution, Distribution) and distribution != Distribution(name):
+        raise UsageError("Directions have mean zero and variance one: scale eps and the learning rate instead.")
+    return Distribution(name)
