@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import models
 import torch
 from torch import Tensor, nn
+
+SMALL = {"hidden_size": 8, "num_attention_heads": 2, "attn_implementation": "eager"}
+STARTS = {"bos_token_id": 0, "eos_token_id": 0}
 
 
 @dataclass
@@ -72,41 +76,17 @@ def group_norm_net() -> nn.Sequential:
 
 
 def tiny_gpt2(vocab_size: int = 23, **overrides: Any) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    settings = {"n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "attn_implementation": "eager"} | overrides
-    config = GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **settings)
-    return GPT2LMHeadModel(config).eval()
+    return models.build("gpt2", vocab_size=vocab_size, **({**SMALL, "n_positions": 16, **STARTS} | overrides)).eval()
 
 
 def tiny_llama(vocab_size: int = 23, **overrides: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "attn_implementation": "eager",
-    } | overrides
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **settings)).eval()
+    settings = {**SMALL, "intermediate_size": 12, "tie_word_embeddings": False, **STARTS} | overrides
+    return models.build("llama", vocab_size=vocab_size, **settings).eval()
 
 
 def tiny_bert(vocab_size: int = 23) -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        attn_implementation="eager",
-    )
-    return BertForMaskedLM(config).eval()
+    settings = {**SMALL, "intermediate_size": 12, "num_hidden_layers": 1, "max_position_embeddings": 16}
+    return models.build("bert", vocab_size=vocab_size, **settings).eval()
 
 
 def tiny_lora() -> nn.Module:

@@ -79,28 +79,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_lm_path(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama and a byte-level tokenizer that knows a few whole words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from models import save_plain_llama
 
-    from zokernel.experiments.kerzoo.jobs import tiny_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny-lm")
-    words = ["terrible", "great", "bad", "good", "movie", "It was", "Yes", "No"]
-    fast = tiny_tokenizer(words, {"eos_token": "<eos>", "pad_token": "<eos>"})
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=fast.pad_token_id,
-        eos_token_id=fast.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_plain_llama(tmp_path_factory.mktemp("tiny-lm"))
 
 
 @pytest.fixture(scope="session")

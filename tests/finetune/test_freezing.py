@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainers import make_trainer
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_, layers_of
 
-SIZES = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2}
-MODELS = {
-    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=16)), "layers.{}."),
-    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=6, n_head=2)), "h.{}."),
-    "opt": (lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=16, word_embed_proj_dim=8)), "layers.{}."),
-    "roberta": (lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, intermediate_size=16)), "layer.{}."),
-}
+# What a layer's parameters are called.
+LAYERS = {"llama": "layers.{}.", "gpt2": "h.{}.", "opt": "layers.{}.", "roberta": "layer.{}."}
+
+
+def six_layers(family):
+    return build(family, num_hidden_layers=6, hidden_size=8)
 
 
 def trained(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_the_first_layers_of_every_architecture(name):
-    build, pattern = MODELS[name]
-    model = build()
+    model, pattern = six_layers(name), LAYERS[name]
     everything = trained(model)
     assert len(layers_of(model)) == 6
     freeze_(model, layers=1 / 3)
@@ -50,14 +39,14 @@ def test_the_first_layers_of_every_architecture(name):
 
 
 def test_adapters_of_the_first_layers():
-    model = get_peft_model(MODELS["llama"][0](), LoraConfig(r=2))
+    model = get_peft_model(six_layers("llama"), LoraConfig(r=2))
     freeze_(model, layers=0.5)
     assert {int(n.split("layers.")[1].split(".")[0]) for n in trained(model)} == {3, 4, 5}
 
 
 def test_what_cannot_be_frozen_is_said():
     with pytest.raises(UsageError, match=r"in \[0, 1\)"):
-        freeze_(MODELS["llama"][0](), layers=1.0)
+        freeze_(six_layers("llama"), layers=1.0)
     with pytest.raises(UsageError, match="no list of layers"):
         freeze_(nn.Linear(2, 2), layers=0.5)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny_models
 import torch
+from models import CAUSAL, MASKED, save_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from zokernel.data import load_table
@@ -25,7 +25,7 @@ peft = pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {f: tiny_models.save_model(root / f, f) for f in (*tiny_models.CAUSAL, *tiny_models.MASKED)}
+    return {f: save_model(root / f, f) for f in (*CAUSAL, *MASKED)}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def load(folders):
 
     def get(family):
         if family not in kept:
-            auto = AutoModelForMaskedLM if family in tiny_models.MASKED else AutoModelForCausalLM
+            auto = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
             kept[family] = (
                 auto.from_pretrained(folders[family], dtype=torch.float32).eval(),
                 AutoTokenizer.from_pretrained(folders[family]),
@@ -71,7 +71,7 @@ def unequal_examples(tokenizer, *, masked=False):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", tiny_models.CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL)
 def test_shared_prompts_give_the_scores_of_separate_rows(load, family, attention):
     model, tokenizer = load(family)
     model.set_attn_implementation(attention)
@@ -136,7 +136,7 @@ def test_an_architecture_that_cannot_share_prompts_is_found_out(load, name, capl
     torch.testing.assert_close(found[0, : len(expected)], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", tiny_models.MASKED)
+@pytest.mark.parametrize("family", MASKED)
 def test_masked_models_score_options_of_any_length_at_the_mask(load, family):
     model, tokenizer = load(family)
     examples = unequal_examples(tokenizer, masked=True)
@@ -149,7 +149,7 @@ def test_masked_models_score_options_of_any_length_at_the_mask(load, family):
             torch.testing.assert_close(found[number, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny_models.CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
 def test_scored_positions_count_virtual_tokens(load, family, kind):
     model, tokenizer = load(family)
@@ -165,7 +165,7 @@ def test_scored_positions_count_virtual_tokens(load, family, kind):
             torch.testing.assert_close(found[number, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny_models.CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_starts_from_real_activations(load, family):
     """With the activations of a text as prefix, the model continues as if that text stood before the input."""
     model, tokenizer = load(family)
@@ -180,7 +180,7 @@ def test_a_prefix_starts_from_real_activations(load, family):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", tiny_models.CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("adapter", ["none", "prefix_tuning", "prompt_tuning"])
 def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, family, adapter):
     model, tokenizer = load(family)
@@ -208,7 +208,7 @@ def test_the_kind_of_model_is_read_off_its_configuration(folders):
     from transformers import AutoConfig
 
     kinds = {family: AutoConfig.from_pretrained(folder) for family, folder in folders.items()}
-    assert {family for family, config in kinds.items() if is_masked(config, "auto")} == set(tiny_models.MASKED)
+    assert {family for family, config in kinds.items() if is_masked(config, "auto")} == set(MASKED)
     assert not is_masked(kinds["roberta"], "causal")
     with pytest.raises(UsageError, match="no masked language model of type 'llama'"):
         is_masked(kinds["llama"], "masked")
@@ -229,7 +229,7 @@ WAYS = [
 @pytest.mark.parametrize(("family", "adapter"), WAYS, ids=lambda value: str(value))
 def test_a_saved_result_scores_the_same_in_plain_transformers_and_peft(folders, tmp_path, monkeypatch, family, adapter):
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    task, masked = get_task("sst2"), family in tiny_models.MASKED
+    task, masked = get_task("sst2"), family in MASKED
     files = toy_files(tmp_path / "data", "sst2", task, size=12)
     config = ZOConfig(
         output_dir=str(tmp_path / "run"),

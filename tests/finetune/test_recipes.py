@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
+from models import save_model
 
 from zokernel.errors import UsageError
 from zokernel.finetune import finetune, get_task, job
@@ -14,7 +14,7 @@ from zokernel.finetune.tasks.toy import toy_files
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Folders of a causal and a masked model, and flags with a toy data set for any task."""
-    folders = {f: tiny_models.save_model(tmp_path_factory.mktemp(f), f) for f in ("llama", "roberta")}
+    folders = {f: save_model(tmp_path_factory.mktemp(f), f) for f in ("llama", "roberta")}
     kept = {}
 
     def flags(task):

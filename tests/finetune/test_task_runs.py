@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
 import torch
+from models import save_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from zokernel.errors import UsageError
@@ -18,7 +18,7 @@ def models(tmp_path_factory):
     """A causal and a masked model, and their weights to start every task from."""
     found = {}
     for family, auto in (("llama", AutoModelForCausalLM), ("roberta", AutoModelForMaskedLM)):
-        folder = tiny_models.save_model(tmp_path_factory.mktemp(family), family)
+        folder = save_model(tmp_path_factory.mktemp(family), family)
         model = auto.from_pretrained(folder, dtype=torch.float32).eval()
         start = {name: w.clone() for name, w in model.state_dict().items()}
         found[family] = model, AutoTokenizer.from_pretrained(folder), start

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
+from models import save_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -56,7 +56,7 @@ def test_lora(tiny_lm_path, reviews, tmp_path, capsys):
 
 
 def test_masked_lm(reviews, tmp_path):
-    model = tiny_models.save_model(tmp_path / "roberta", "roberta")
+    model = save_model(tmp_path / "roberta", "roberta")
     metrics = load("masked_lm")(str(model), reviews, 4, str(tmp_path / "run"), k_shot=8)
     assert (metrics["language_model"], metrics["num_train"]) == ("masked", 16)
 

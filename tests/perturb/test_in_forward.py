@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
 
 from zokernel.directions.backends import numba_backend
 from zokernel.errors import RunError, UsageError
@@ -22,13 +13,6 @@ from zokernel.optim import LOZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero
 from zokernel.perturb import in_forward as module
 from zokernel.perturb.in_forward import InForward
 
-SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)),
-    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, intermediate_size=48)),
-}
 OPTIMIZERS = {
     "mezo": lambda p: MeZO(p, lr=1e-3, num_perturbations=2, restore="copy"),
     "gaussian": lambda p: MeZO(p, lr=1e-3, distribution="gaussian", restore="copy"),
@@ -49,7 +33,7 @@ def small_stretches(monkeypatch):
 
 def build(name):
     torch.manual_seed(0)
-    return MODELS[name]().eval()
+    return models.build(name).eval()
 
 
 def make_closure(model, autocast=False):
@@ -75,7 +59,7 @@ def run(name, make, evaluator=None, steps=3, autocast=False):
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "roberta"])
 @pytest.mark.parametrize("method", ["mezo", "lozo"])
 def test_losses_of_every_architecture(name, method):
     expected, weights = run(name, OPTIMIZERS[method])

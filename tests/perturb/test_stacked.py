@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from zokernel.errors import UsageError
 from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SubZero
 from zokernel.perturb.stacked import Stacked, stackable
 
-SIZES = {"vocab_size": 300, "hidden_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=300, tie_word_embeddings=True)),
-    "qwen": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, intermediate_size=300, num_key_value_heads=2)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=288, n_layer=2, n_head=4)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=300, word_embed_proj_dim=288)),
-}
+# Large enough that low-rank factors are kept as factors.
+SIZES = {"vocab_size": 300, "hidden_size": 288}
+WIDE = {**SIZES, "intermediate_size": 300}
+MODELS = {"llama": WIDE, "qwen2": WIDE, "gpt2": SIZES, "opt": WIDE}
 OPTIMIZERS = {
     "lozo": lambda p: LOZO(p, lr=1e-3, num_perturbations=3, eps=1e-2),
     "subzero": lambda p: SubZero(p, lr=1e-3, num_perturbations=2, eps=1e-2),
@@ -35,7 +23,7 @@ OPTIMIZERS = {
 
 def build(name):
     torch.manual_seed(0)
-    return MODELS[name]().double().eval()
+    return models.build(name, **MODELS[name]).double().eval()
 
 
 def data():
