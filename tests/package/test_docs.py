@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zokernel.cli import COMMANDS, main
+from zokernel.cli import load, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -162,17 +161,7 @@ def test_shell_blocks_run_in_order(page, workplace, capsys):
 
 def parse(command: str, argv: list[str]) -> None:
     """Parse a command's flags with its own parser, without running it."""
-    module = importlib.import_module(COMMANDS[command][0])
-    if command in ("finetune", "demo"):
-        from zokernel.finetune.settings.arguments import parse as parse_finetune
-
-        parse_finetune(argv, getattr(module, "DEFAULTS", None))
-    elif hasattr(module, "add_arguments"):
-        parser = argparse.ArgumentParser(prog=command)
-        module.add_arguments(parser)
-        parser.parse_args(argv)
-    else:
-        module.parse(argv)
+    load(command)[1].parse(argv)
 
 
 @pytest.mark.parametrize(

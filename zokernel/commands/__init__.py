@@ -1,1 +1,1 @@
-"""Every subcommand of ``zokernel``, one per file."""
+"""Every subcommand of ``zokernel``, one module for each; :mod:`zokernel.commands.parser` says what it provides."""

@@ -14,6 +14,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.experiments.base import VERDICTS
 from zokernel.experiments.claims import PAPERS, Claim, as_json, contradictions, load_claims, save_claims, update
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full (default: a line for each)")
     parser.add_argument("--paper", choices=PAPERS, help="only this paper's claims")
     parser.add_argument("--verdict", choices=VERDICTS, help="only claims with this verdict")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--full", action="store_true", help="show reasons, tests and numbers of every claim")
+    add_switch(parser, "--json", help="print JSON")
+    add_switch(parser, "--full", help="show reasons, tests and numbers of every claim")
     parser.add_argument("--check", type=Path, metavar="DIR", help="compare the ledger with the results in DIR")
     parser.add_argument("--update", type=Path, metavar="DIR", help="write the numbers of the results in DIR into it")
 

@@ -1,11 +1,15 @@
-"""``zokernel demo``: the main job with settings that suit a laptop; any flag of ``finetune`` overrides them."""
+"""Run the main job with settings that suit a laptop; any flag of ``zokernel finetune`` overrides them.
+
+zokernel demo
+zokernel demo --max_steps 50 --output_dir runs/short
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from typing import Any
 
-from zokernel.commands import finetune as command
+from zokernel.commands import finetune
 
 DEFAULTS: dict[str, Any] = {
     "model_name_or_path": "smollm2",
@@ -23,7 +27,10 @@ DEFAULTS: dict[str, Any] = {
     "eval_steps": 100,
 }
 
+main = finetune.main
 
-def run(argv: Sequence[str]) -> int:
-    """Run the demo and return the exit code."""
-    return command.run(argv, defaults=DEFAULTS, name="demo")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel finetune`` with the demo's defaults."""
+    finetune.add_arguments(parser)
+    parser.set_defaults(**DEFAULTS)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zokernel.commands.evolve_inputs import EvolveInputs, TextTask, from_factory, from_features, from_language_model
+from zokernel.commands.parser import add_switch
 from zokernel.distributions import Distribution
 from zokernel.dynamics.budget import QueryRow, query_budget, steps_to_reach
 from zokernel.dynamics.descent import resolve_moments
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DENSE_BUDGET = 2e11  # multiplications that the exact recursion of a law with a diagonal term may take
+DENSE_BUDGET = 2e11  # multiplications that the exact recursion may take for a distribution with a diagonal term
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,22 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target_column", help="target column of a table (default: the last)")
     add("--model_name_or_path", help="package.module:factory of an nn.Module, a hub id, or a local model folder")
     add("--train_file", type=Path, help="data for the model: .npz (inputs, targets), or a table")
-    add("--text_column", default="sentence", help="text column for a language model (default: %(default)s)")
-    add("--label_column", default="label", help="label column, 0 or 1 (default: %(default)s)")
+    add("--text_column", default="sentence", help="text column for a language model")
+    add("--label_column", default="label", help="label column, 0 or 1")
     add("--label_words", nargs=2, default=(" terrible", " great"), metavar=("ZERO", "ONE"), help="words of the labels")
-    add("--template", default="{} It was", help="prompt, with {} for the text (default: %(default)r)")
+    add("--template", default="{} It was", help="prompt, with {} for the text")
     add("--trainable_parameters", metavar="REGEX", help="train only the parameters whose name matches")
     add("--max_examples", type=int, help="use only the first so many examples (language models: 16 unless given)")
-    add("--no_offset", action="store_true", help="start from J theta_0, as the paper's code does, not from f(theta_0)")
+    add_switch(parser, "--no_offset", help="start from J theta_0, as the paper's code does, not from f(theta_0)")
     add("--learning_rate", type=float, help="default: half of the stability limit")
-    add("--num_perturbations", type=int, default=1, help="directions averaged in a step (default: %(default)s)")
-    add("--distribution", default="gaussian", help="law of the directions (default: %(default)s)")
-    add("--coupling", default="zo_sgd", help="zo_sgd, shared or independent (default: %(default)s)")
+    add("--num_perturbations", type=int, default=1, help="directions averaged per step")
+    add("--distribution", default="gaussian", help="distribution of the directions")
+    add("--coupling", default="zo_sgd", help="zo_sgd, shared or independent")
     add("--steps", type=int, nargs="+", default=[10, 100, 1000, 10_000], help="steps to report")
     add("--target_loss", type=float, help="loss to reach (default: a tenth of the reducible loss is left)")
     add("--simulate", type=int, default=0, metavar="N", help="overlay N runs of the real process")
-    add("--seed", type=int, default=0, help="seed of the simulated runs (default: %(default)s)")
-    add("--output_dir", type=Path, default=Path("runs/evolve"), help="default: %(default)s")
+    add("--seed", type=int, default=0, help="seed of the simulated runs")
+    add("--output_dir", type=Path, default=Path("runs/evolve"), help="folder of the results")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     curve = sorted({*record_steps(max(reported), 120), *reported})
     runs = _simulated(args, inputs, evolution, curve) if args.simulate else None
     record = _record(args, inputs, evolution, limit, reported, target, reached, budget, runs)
-    record["command"] = vars(args).get("command_line", "")
+    record["command"] = args.command_line
     _print(record)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     _figure(evolution, curve, runs, record).savefig(args.output_dir / "evolution.png", dpi=160)
@@ -106,14 +107,16 @@ def _inputs(args: argparse.Namespace) -> EvolveInputs:
 
 
 def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolution, float]:
-    law = Distribution.parse(args.distribution)
+    distribution = Distribution.parse(args.distribution)
     features = inputs.features
-    if features is not None and not law.is_rotation_invariant:
+    if features is not None and not distribution.is_rotation_invariant:
         cost = len(inputs.y) ** 2 * inputs.dim * max(args.steps)
-        if cost > DENSE_BUDGET and law.kurtosis < 3:
-            logger.info("The exact noise of %s directions would take too long here: using its upper bound.", law.name)
+        if cost > DENSE_BUDGET and distribution.kurtosis < 3:
+            logger.info(
+                "The exact noise of %s directions takes too long here: using its upper bound.", distribution.name
+            )
             features = None
-    moments = resolve_moments(law, args.coupling, features, inputs.dim)
+    moments = resolve_moments(distribution, args.coupling, features, inputs.dim)
     kept = features if moments.diagonal else None
     evolution = Evolution(
         inputs.f0,
@@ -125,31 +128,31 @@ def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolutio
         features=kept,
     )
     if kept is not None:
-        limit = stability_limit_of_features(kept, args.num_perturbations, args.coupling, distribution=law)
+        limit = stability_limit_of_features(kept, args.num_perturbations, args.coupling, distribution=distribution)
     else:
         limit = evolution.stability_limit
     return evolution.at(0.5 * limit if args.learning_rate is None else args.learning_rate), limit
 
 
 def _budget(args: argparse.Namespace, inputs: EvolveInputs, target: float) -> list[QueryRow]:
-    law = Distribution.parse(args.distribution)
-    if not law.is_rotation_invariant:
-        if law.kurtosis > 3:
+    distribution = Distribution.parse(args.distribution)
+    if not distribution.is_rotation_invariant:
+        if distribution.kurtosis > 3:
             return []
         logger.info("The table of perturbations per query is computed for gaussian directions.")
-        law = Distribution("gaussian", scale=law.scale)
+        distribution = Distribution("gaussian", scale=distribution.scale)
     return query_budget(
-        inputs.f0, inputs.y, inputs.kernel, target, distribution=law, coupling=args.coupling, dim=inputs.dim
+        inputs.f0, inputs.y, inputs.kernel, target, distribution=distribution, coupling=args.coupling, dim=inputs.dim
     )
 
 
 def _simulated(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolution, steps: list[int]) -> Simulation:
-    law = Distribution.parse(args.distribution)
+    distribution = Distribution.parse(args.distribution)
     features = inputs.features
-    if law.is_rotation_invariant:  # any basis of the span will do, and the kernel gives one
+    if distribution.is_rotation_invariant:  # any basis of the span will do, and the kernel gives one
         features = evolution.vectors * (evolution.n * evolution.eigenvalues).sqrt()
     elif features is None:
-        raise UsageError(f"Simulating {law.name} directions needs features that fit in memory: use gaussian.")
+        raise UsageError(f"Simulating {distribution.name} directions needs features that fit in memory: use gaussian.")
     return simulate(
         features,
         inputs.y,
@@ -157,7 +160,7 @@ def _simulated(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolut
         evolution.lr,
         steps,
         num_perturbations=args.num_perturbations,
-        distribution=law,
+        distribution=distribution,
         coupling=args.coupling,
         runs=args.simulate,
         seed=args.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from zokernel.commands.parser import add_switch
 from zokernel.data.cache import cache_home, is_complete, verify
 from zokernel.data.sources import SOURCES, fetch
 
@@ -11,8 +12,8 @@ from zokernel.data.sources import SOURCES, fetch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel fetch``."""
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(SOURCES)}")
-    parser.add_argument("--force", action="store_true", help="fetch again what is already there")
-    parser.add_argument("--verify", action="store_true", help="check every file against its recorded SHA-256")
+    add_switch(parser, "--force", help="fetch again what is already there")
+    add_switch(parser, "--verify", help="check every file against its recorded SHA-256")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,31 +1,48 @@
-"""``zokernel finetune``: parse the flags, run the job, print the table."""
+"""Fine-tune a language model with forward passes only, score it before and after, and save what was trained.
+
+zokernel finetune --model_name_or_path smollm2 --dataset_name movie-reviews --task movie-reviews --output_dir runs/mine
+zokernel finetune --train_file train.tsv --label_words terrible great --output_dir runs/mine
+zokernel finetune --config mezo-opt-sst2 --output_dir runs/sst2
+
+The flags of transformers' TrainingArguments work here, too; the ones of zokernel are listed first.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Sequence
-from typing import Any
+import shlex
 
 import transformers
 
+from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.job import Interrupted, finetune
 from zokernel.finetune.report.report import table
-from zokernel.finetune.settings.arguments import parse
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.trainer.elastic import leave
 
 logger = logging.getLogger(__name__)
 
+GROUPS = (ModelArguments, DataArguments, ZOConfig)
 
-def run(argv: Sequence[str], *, defaults: dict[str, Any] | None = None, name: str = "finetune") -> int:
-    """Run ``zokernel finetune`` (or ``demo``, with its own defaults) on ``argv`` and return the exit code."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel finetune``."""
+    add_dataclasses(parser, *GROUPS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the job and print its table."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights; the training bar is ours
-    model_arguments, data_arguments, config = parse(argv, defaults)
+    model_arguments, data_arguments, config = read_dataclasses(args, *GROUPS)
     if config.output_dir is None:
         raise UsageError("Say where the result goes: --output_dir runs/NAME.")
+    command = shlex.split(args.command_line)[1:]
     try:
-        metrics = finetune(model_arguments, data_arguments, config, command=[name, *argv])
+        metrics = finetune(model_arguments, data_arguments, config, command=command)
     except Interrupted as stop:
         logger.warning("%s", stop)
         return 130

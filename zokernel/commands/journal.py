@@ -14,17 +14,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel journal``."""
-    parser.add_argument("action", choices=["show", "verify", "truncate"])
+    parser.add_argument("action", choices=["show", "verify", "truncate"], help="what to do with the journal")
     parser.add_argument("journal", type=Path, help="a .zkj file, or the output_dir of the run")
     parser.add_argument("--base", help="verify: the model the run is said to have started from")
     parser.add_argument("--step", type=int, help="show: this step; truncate: keep this many steps")
-    parser.add_argument("--damaged", action="store_true", help="truncate: a damaged journal, before the damage")
+    add_switch(parser, "--damaged", help="truncate: a damaged journal, before the damage")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel kernel``."""
-    which = parser.add_mutually_exclusive_group(required=True)
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="lenet (untrained), or FILE.py:FUNCTION returning an nn.Module")
     which.add_argument("--model_name_or_path", help="a language model: smollm2, a local folder or a hub id")
     parser.add_argument("--x_o", required=True, help="observed input: text, a digit (lenet) or an .npy file")
@@ -40,17 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", type=int, nargs="+", help="candidate outputs (classes or token ids)")
     parser.add_argument("--label_words", nargs="+", help="candidate outputs as words (language models)")
     parser.add_argument("--num_perturbations", type=int, nargs="+", default=[1, 5, 25, 125], help="values of P")
-    parser.add_argument("--distribution", default="gaussian", help="law of the directions (default: %(default)s)")
+    parser.add_argument("--distribution", default="gaussian", help="distribution of the directions")
     parser.add_argument(
         "--method",
         default="finite_difference",
         choices=["jvp", "finite_difference", "jacobian", "auto"],
-        help="how to project; finite_difference is what training sees (default: %(default)s)",
+        help="how to project; finite_difference is what training sees",
     )
-    parser.add_argument("--eps", type=float, default=1e-3, help="perturbation size (default: %(default)s)")
+    parser.add_argument("--eps", type=float, default=1e-3, help="perturbation size")
     parser.add_argument("--replicates", type=int, help="independent streams (default: 4, or 1 from 1e7 parameters on)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the directions (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/kernel"), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the directions")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/kernel"), help="folder of the results")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     draw(table, exact, kernels, names, args.output_dir)
     record = {"rows": table.rows, "rho": table.moments.rho, "outputs": names, "kernel": exact.tolist()}
-    record["command"] = vars(args).get("command_line", "")
+    record["command"] = args.command_line
     write_json(args.output_dir / "kernel.json", record)
     rho = table.moments.rho
     print(f"rho = {rho:.4f}: {required_perturbations(rho, 0.1):,} directions for 10%, "
@@ -105,6 +105,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Batch, Batch, list[int] |
     """
     if args.model_name_or_path:
         return _language_model(args)
+    if args.model is None:
+        raise UsageError("Say which model: --model_name_or_path for a language model, --model for any other.")
     if args.label_words:
         raise UsageError("--label_words is for language models: use --outputs.")
     names = None if args.outputs is None else [str(k) for k in args.outputs]

@@ -7,18 +7,20 @@ zokernel plan --train_file train.tsv --verify true     # then measure all of it 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.kernels.plan import Plan, make_plan
 from zokernel.kernels.prober import Task
 
@@ -31,9 +33,9 @@ class PlanArguments:
 
     num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
     update_examples: int = field(default=8, metadata={"help": "Examples in the batch a step is taken on."})
-    observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are watched."})
+    observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are predicted."})
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size of the probes."})
-    distribution: str = field(default="rademacher", metadata={"help": "Law of the directions."})
+    distribution: str = field(default="rademacher", metadata={"help": "Distribution of the directions."})
     num_perturbations: list[int] = field(
         default_factory=lambda: [1, 10, 100], metadata={"help": "Values of P to predict for."}
     )
@@ -49,13 +51,21 @@ class PlanArguments:
     output_file: str | None = field(default=None, metadata={"help": "Write the numbers to this .json file."})
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run ``zokernel plan`` on ``argv`` and return the exit code."""
-    import transformers
+GROUPS = (ModelArguments, DataArguments, PlanArguments)
 
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of model and data, as ``zokernel finetune`` has them, and those of the plan."""
+    add_dataclasses(parser, *GROUPS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Probe, print the plan and, if asked for, write it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model_arguments, data_arguments, arguments = parse(argv)
+    model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
+    if arguments.update_examples < 2 or arguments.observe_examples < 1:
+        raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
     task, exact = load_task(model_arguments, data_arguments, arguments)
     start = time.perf_counter()
     plan = make_plan(
@@ -70,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     print(describe(plan, task, seconds))
     record: dict[str, Any] = {"plan": plan.as_dict(), "seconds": round(seconds, 2)}
-    record["command"] = shlex.join(["zokernel", "plan", *argv])
+    record["command"] = args.command_line
     if arguments.verify:
         from zokernel.kernels.plan_verify import table, verify
 
@@ -91,45 +101,6 @@ def run(argv: Sequence[str]) -> int:
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\nWritten to {path}.")
     return 0
-
-
-def parse(argv: Sequence[str]) -> tuple[Any, Any, PlanArguments]:
-    """Parse the flags: those of ``zokernel finetune`` for model and data, and the plan's own.
-
-    Args:
-        argv: Arguments after ``zokernel plan``.
-
-    Returns:
-        Model, data and plan arguments.
-
-    Raises:
-        UsageError: If a flag is unknown or a value is out of range.
-    """
-    import argparse
-
-    from transformers import HfArgumentParser
-
-    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise UsageError(f"{message}: 'zokernel plan --help' lists the flags.")
-
-    parser = Parser(
-        [ModelArguments, DataArguments, PlanArguments],  # type: ignore[list-item]
-        prog="zokernel plan",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    *groups, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise UsageError(f"There is no flag {unknown[0]!r}: 'zokernel plan --help' lists them.")
-    if groups[2].update_examples < 2 or groups[2].observe_examples < 1:
-        raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
-    return groups[0], groups[1], groups[2]
 
 
 def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[Task, Task]:
@@ -202,13 +173,13 @@ def describe(plan: Plan, task: Task, seconds: float) -> str:
         f"  best eps                        {plan.eps}  (probed {plan.eps_probed:g}; there a projected gradient is "
         f"off by {100 * plan.finite_difference_error:.2g}%)",
         "",
-        f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>18}  {'forwards a step':>15}  "
-        f"{'tokens a step':>13}",
+        f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>18}  {'forwards per step':>17}  "
+        f"{'tokens per step':>13}",
     ]
     for count, error in plan.predicted_error.items():
         ratio, rate = plan.learning_rate_ratio[count], plan.learning_rate[count]
         lines.append(
-            f"  {count:>6}  {error!s:>18}  {ratio!s:>18}  {rate!s:>18}  {2 * count:>15}  "
+            f"  {count:>6}  {error!s:>18}  {ratio!s:>18}  {rate!s:>18}  {2 * count:>17}  "
             f"{2 * count * task.num_tokens * task.num_update // len(task.labels):>13,}"
         )
     lines.append("")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 
 
@@ -17,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel report``."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a run, or the .json file of a plan")
     parser.add_argument("--output", type=Path, help="where to write (default: DIR/report.html)")
-    parser.add_argument("--serve", action="store_true", help="show the run live on this machine, until Ctrl-C")
-    parser.add_argument("--port", type=int, default=8321, help="port of --serve; 0 takes a free one (default: 8321)")
+    add_switch(parser, "--serve", help="show the run live on this machine, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8321, help="port of --serve; 0 takes a free one")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.experiments.base import MODULES, SCALES, Config, get_experiment
 from zokernel.experiments.runner import duration, expected_seconds, plan, run_all
@@ -24,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="experiments to run, a prefix such as 'nzk/', or 'all'"
     )
-    parser.add_argument("--list", action="store_true", help="list the experiments and stop")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="how large (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every random quantity (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="experiments to run at once (default: %(default)s)")
+    add_switch(parser, "--list", help="list the experiments and stop")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="how large")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random quantity")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="folder of the results")
+    parser.add_argument("--jobs", type=int, default=1, help="experiments to run at once")
     parser.add_argument(
         "--set",
         action="append",
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="options",
         help="override a setting of the experiments, such as seeds=5 (a JSON value, or text); may be repeated",
     )
-    parser.add_argument("--overwrite", action="store_true", help="run again what is already finished in output_dir")
+    add_switch(parser, "--overwrite", help="run again what is already finished in output_dir")
 
 
 def select(names: list[str]) -> list[str]:

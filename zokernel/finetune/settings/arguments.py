@@ -1,18 +1,13 @@
-"""The flags of ``zokernel finetune``: dataclasses for ``HfArgumentParser``, with ``--config file.yaml`` below them."""
+"""Which model and which examples: two groups of flags of ``zokernel finetune``, and YAML files of flags."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.config import ZOConfig
 
 
 @dataclass
@@ -107,67 +102,6 @@ class DataArguments:
     max_new_tokens: int = field(default=50, metadata={"help": "Longest generated answer in tokens."})
 
 
-class _Parser(HfArgumentParser):
-    """``HfArgumentParser`` whose mistakes are one sentence instead of two screens of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}: 'zokernel finetune --help' lists the flags.")
-
-
-def make_parser(config_class: type[ZOConfig] = ZOConfig) -> HfArgumentParser:
-    """Return the parser of the three groups of flags."""
-    return _Parser(
-        [ModelArguments, DataArguments, config_class],  # type: ignore[list-item]
-        prog="zokernel finetune",
-        description="Fine-tune a language model with forward passes only. "
-        "Flags are those of transformers' TrainingArguments plus the ones listed first.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def parse(
-    argv: Sequence[str], defaults: dict[str, Any] | None = None
-) -> tuple[ModelArguments, DataArguments, ZOConfig]:
-    """Parse the command line; a YAML file given by ``--config`` supplies defaults that flags override.
-
-    Args:
-        argv: Arguments after ``zokernel finetune``.
-        defaults: Defaults below those of the file.
-
-    Returns:
-        The three groups.
-
-    Raises:
-        UsageError: If a flag or a key of the file is unknown, or a value is not of its type.
-    """
-    selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    selector.add_argument("--config", type=Path)
-    selected, rest = selector.parse_known_args(list(argv))
-    values = {**(defaults or {}), **(read_yaml(selected.config) if selected.config else {})}
-    known = [f.name for group in (ModelArguments, DataArguments, ZOConfig) for f in fields(group) if f.init]
-    for key in values:
-        if key not in known:
-            raise UsageError(f"{selected.config} sets {key!r}, which is no flag{_suggest(key, known)}.")
-    parser = make_parser()
-    parser.set_defaults(**values)
-    for action in parser._actions:
-        if action.dest in values:
-            action.required = False
-    try:
-        *groups, unknown = parser.parse_args_into_dataclasses(
-            rest, return_remaining_strings=True, look_for_args_file=False
-        )
-    except UsageError:
-        raise
-    except ValueError as error:  # what TrainingArguments refuses
-        raise UsageError(" ".join(str(error).split())) from error
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UsageError(f"There is no flag {flag!r}{_suggest(flag.lstrip('-'), known, prefix='--')}.")
-    return tuple(groups)  # type: ignore[return-value]
-
-
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -212,8 +146,3 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
         return {**read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path)), **values}
     return values
-
-
-def _suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ": 'zokernel finetune --help' lists them"

@@ -1,0 +1,184 @@
+"""The parser of every subcommand: the spelling of flags, switches, ``--config`` files and errors.
+
+All commands spell their flags in the same way.  Underscores and dashes are the same, so ``--output-dir`` is
+``--output_dir``.  A switch is ``--json``, ``--json true`` or ``--json false``.  ``--config FILE`` reads flags from a
+YAML file, and flags on the command line override it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from zokernel.errors import UsageError
+
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+BOOLEANS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+
+
+class Command(Protocol):
+    """What every subcommand's module provides; its docstring is the description in ``--help``."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the flags."""
+
+    def main(self, args: argparse.Namespace) -> int:
+        """Run the command and return the exit code; ``args.command_line`` is what the user typed."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the line breaks of a description, and show a default wherever there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one subcommand.
+
+    Args:
+        name: Name of the subcommand.
+        description: Text above the flags in ``--help``.
+
+    Example:
+        >>> parser = CommandParser("claims")
+        >>> add_switch(parser, "--json", help="print JSON")
+        >>> _ = parser.add_argument("ids", nargs="*")
+        >>> args = parser.parse(["--json", "nzk-acceleration"])
+        >>> args.json, args.ids, args.command_line
+        (True, ['nzk-acceleration'], 'zokernel claims --json nzk-acceleration')
+        >>> parser.parse(["--json", "false"]).json
+        False
+    """
+
+    def __init__(self, name: str, description: str | None = None):
+        super().__init__(
+            prog=f"zokernel {name}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        self.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line overrides it"
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the command line on top of the file named by ``--config``.
+
+        Args:
+            argv: Arguments after the name of the subcommand.
+
+        Returns:
+            The flags by name, and ``command_line``.
+
+        Raises:
+            UsageError: If a flag or a key of the file is unknown, or a value is not of its type.
+        """
+        words = self._spell_out(argv)
+        config = self._config_of(words)
+        if config is not None:
+            self._read(config)
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            what = (
+                f"There is no flag {flag!r}" if flag.startswith("-") else f"The argument {flag!r} has no meaning here"
+            )
+            raise UsageError(f"{what}{self._suggest(flag.lstrip('-'), prefix='--')}.")
+        args.command_line = shlex.join([*self.prog.split(), *argv])
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a mistake as one sentence instead of two screens of usage."""
+        raise UsageError(f"{message}: '{self.prog} --help' lists the flags.")
+
+    def _spell_out(self, argv: Sequence[str]) -> list[str]:
+        """Return the arguments with underscores in names of flags, and a value after every switch."""
+        words: list[str] = []
+        for n, word in enumerate(argv):
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = "--" + name[2:].replace("-", "_")
+            action = self._option_string_actions.get(name)
+            bare = not equals and argv[n + 1 : n + 2] and argv[n + 1].lower() not in BOOLEANS
+            # Without its value, a switch would take the next argument: report --serve runs/mine.
+            words.append(f"{name}=true" if bare and _is_switch(action) else name + equals + value)
+        return words
+
+    @staticmethod
+    def _config_of(words: Sequence[str]) -> Path | None:
+        selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        selector.add_argument("--config", type=Path)
+        try:
+            return selector.parse_known_args(words)[0].config
+        except argparse.ArgumentError:  # no file after it, which the parser of the command reports
+            return None
+
+    def _read(self, config: Path) -> None:
+        from zokernel.finetune.settings.arguments import read_yaml  # takes seconds to load
+
+        values = read_yaml(config)
+        for key in values:
+            if key not in self._names():
+                raise UsageError(f"{config} sets {key!r}, which is no flag{self._suggest(key)}.")
+        self.set_defaults(**values)
+        for action in self._actions:
+            if action.dest in values:
+                action.required = False
+
+    def _names(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
+
+    def _suggest(self, name: str, prefix: str = "") -> str:
+        close = difflib.get_close_matches(name, self._names(), n=1)
+        return f" (did you mean {prefix}{close[0]}?)" if close else f": '{self.prog} --help' lists them"
+
+
+def _is_switch(action: argparse.Action | None) -> bool:
+    return action is not None and action.nargs == "?" and action.const is True
+
+
+def boolean(text: str) -> bool:
+    """Read a boolean as transformers' parser does.
+
+    Example:
+        >>> boolean("true"), boolean("No")
+        (True, False)
+    """
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return BOOLEANS[text.lower()]
+
+
+def add_switch(parser: argparse._ActionsContainer, name: str, *, help: str) -> None:
+    """Declare a flag that is false unless it is given: ``--json``, ``--json true`` or ``--json false``."""
+    parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=help)
+
+
+def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
+    """Declare one flag for each field of dataclasses such as ``TrainingArguments``, as ``HfArgumentParser`` does."""
+    from transformers import HfArgumentParser  # takes seconds to load
+
+    source = HfArgumentParser(classes, add_help=False)
+    for action in source._actions:  # the spelling with dashes is understood everywhere, and need not be listed
+        action.option_strings = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
+    parser._add_container_actions(source)
+
+
+def read_dataclasses(args: argparse.Namespace, *classes: Any) -> Any:
+    """Return one object of each class from the flags that :func:`add_dataclasses` declared.
+
+    Raises:
+        UsageError: If a class refuses a value.
+    """
+    values = vars(args)
+    try:
+        return [cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in classes]
+    except UsageError:
+        raise
+    except ValueError as error:  # what TrainingArguments refuses
+        raise UsageError(" ".join(str(error).split())) from error
