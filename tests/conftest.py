@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from skips import pytest_sessionfinish  # noqa: F401, a hook
 
 # A suite started in the background inherits an ignored SIGINT; the tests of Ctrl-C need the usual one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
