@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 import pytest
 
 from zokernel.cli import main
+from zokernel.commands.report import read
 from zokernel.errors import UsageError
-from zokernel.reporting.html import read_run, render, write_report
+from zokernel.reporting.html import render
 from zokernel.reporting.page import Page, Section, cell, table_of_rows, tables_of
 from zokernel.reporting.serve import live_data, make_server
 from zokernel.reporting.svg import draw, inline_svg
@@ -26,7 +27,7 @@ KINDS = ("finetune", "plan", "kernel", "evolve", "reproduce")
 @pytest.fixture(scope="session")
 def pages(run_folders):
     """HTML of every kind of run."""
-    return {kind: render(read_run(run_folders[kind])) for kind in KINDS}
+    return {kind: render(read(run_folders[kind])) for kind in KINDS}
 
 
 class Outline(HTMLParser):
@@ -79,9 +80,9 @@ def test_every_page_says_what_happened_and_how_to_repeat_it(kind, words, pages):
 
 def test_the_command_repeats_the_run(run_folders):
     for kind in ("kernel", "evolve", "plan", "finetune"):
-        command = read_run(run_folders[kind]).command
+        command = read(run_folders[kind]).command
         assert command.startswith(f"zokernel {kind} --"), command
-    assert read_run(run_folders["reproduce"] / "nzk/linear_d2").command == (
+    assert read(run_folders["reproduce"] / "nzk/linear_d2").command == (
         "zokernel reproduce nzk/linear_d2 --scale smoke --seed 0"
     )
 
@@ -98,7 +99,7 @@ def test_an_unfinished_run_is_read_from_its_journal(run_folders, tmp_path):
         assert early["loss"] == pytest.approx(late["loss"], rel=1e-5)
         assert early["projected_gradient"] == pytest.approx(late["projected_gradient"], rel=1e-4)
     assert [e["step"] for e in going.evaluations] == [20, 40]
-    assert "40 steps so far" in " ".join(read_run(folder).summary)
+    assert "40 steps so far" in " ".join(read(folder).summary)
     # half a record at the end: the write that a crash cut off
     data = (folder / "journal.zkj").read_bytes()
     (folder / "journal.zkj").write_bytes(data[:-3])
@@ -109,7 +110,7 @@ def test_a_run_without_steps_shows_scores_only(run_folders, tmp_path):
     metrics = json.loads((run_folders["finetune"] / "metrics.json").read_text())
     metrics |= {"steps": 0, "forwards": 0, "forwards_per_step": None, "evaluations": [], "after": metrics["before"]}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    page = read_run(tmp_path)
+    page = read(tmp_path)
     assert page.title.endswith("as it is")
     assert page.summary[0].startswith("No step was taken. On 24 held-out examples: accuracy")
     assert "backpropagation" not in render(page)
@@ -120,7 +121,7 @@ def test_predictions_stand_next_to_what_was_measured(run_folders, tmp_path):
     shutil.copytree(run_folders["finetune"], folder)
     shutil.copy(run_folders["plan"] / "plan.json", folder)
     shutil.copy(run_folders["evolve"] / "evolution.json", folder)
-    text = render(read_run(folder))
+    text = render(read(folder))
     assert "gradient norm, predicted by the plan" in text
     assert "predicted (zokernel evolve)" in text
     found = live_data(folder)
@@ -184,7 +185,8 @@ def test_the_command_writes_one_file(run_folders, tmp_path, capsys):
     assert main(["report", str(run_folders["kernel"]), "--output", str(target)]) == 0
     assert f"written: {target}" in capsys.readouterr().out
     assert target.read_text().startswith("<!doctype html>")
-    assert write_report(run_folders["plan"] / "plan.json") == run_folders["plan"] / "report.html"
+    assert main(["report", str(run_folders["plan"] / "plan.json")]) == 0
+    assert (run_folders["plan"] / "report.html").is_file()
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from zokernel.commands.report import read
 from zokernel.reporting.html import write_report
 from zokernel.reporting.serve import make_server
 
@@ -59,7 +60,10 @@ def browser():
 @pytest.fixture(scope="module")
 def files(run_folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    return {kind: write_report(run_folders[kind], folder / f"{kind}.html") for kind in KINDS}
+    written = {kind: folder / f"{kind}.html" for kind in KINDS}
+    for kind, path in written.items():
+        write_report(read(run_folders[kind]), path)
+    return written
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
+from zokernel.reporting.page import Page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page, or serve it."""
-    if not args.serve:
-        from zokernel.reporting.html import write_report
+    if args.serve:
+        return serve(args)
+    from zokernel.reporting.html import write_report
 
-        print(f"written: {write_report(args.folder, args.output)}")
-        return 0
+    folder = args.folder
+    target = args.output or (folder if folder.is_dir() else folder.parent) / "report.html"
+    write_report(read(folder), target)
+    print(f"written: {target}")
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Show the run live until Ctrl-C.
+
+    Raises:
+        UsageError: If ``--output`` is given, too.
+    """
     if args.output is not None:
         raise UsageError("--serve writes no file: leave out --output.")
     from zokernel.reporting.serve import make_server
 
-    with make_server(args.folder, port=args.port) as server:
+    with make_server(args.folder, port=args.port, read=read) as server:
         print(f"http://127.0.0.1:{server.server_address[1]} shows {args.folder} (only on this machine; Ctrl-C stops)")
         server.serve_forever()
     return 0
+
+
+def read(folder: Path) -> Page:
+    """Return the page of whatever run a folder holds, experiments of ``zokernel reproduce`` included."""
+    from zokernel.experiments.reproduction_page import is_reproduction, read_reproduction
+    from zokernel.reporting.run_page import read_run
+
+    return read_reproduction(folder) if is_reproduction(folder) else read_run(folder)

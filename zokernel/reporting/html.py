@@ -1,4 +1,4 @@
-"""From a page to one self-contained HTML file."""
+"""One self-contained HTML file from a page."""
 
 from __future__ import annotations
 
@@ -9,49 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from zokernel._version import __version__
-from zokernel.errors import MissingDependencyError, UsageError
+from zokernel.errors import MissingDependencyError
 from zokernel.files import write_text
 from zokernel.reporting.page import Page
 
 VERDICT_CLASSES = {"holds": "good", "holds under conditions": "some", "does not hold": "bad", "not run here": "none"}
-
-
-def read_run(folder: Path) -> Page:
-    """Return the page of whatever run a folder (or a plan's ``.json`` file) holds.
-
-    Args:
-        folder: ``output_dir`` of ``finetune``, ``kernel``, ``evolve`` or ``reproduce``, or where a plan was written.
-
-    Returns:
-        The page.
-
-    Raises:
-        UsageError: If it holds no run of zokernel.
-    """
-    from zokernel.experiments.run_page import is_reproduce, read_reproduce
-    from zokernel.reporting.plan_page import load_json, read_evolve, read_kernel, read_plan
-    from zokernel.reporting.training import find_plan, is_training
-    from zokernel.reporting.training_page import read_finetune
-
-    if folder.is_file() and folder.suffix == ".json":
-        record = load_json(folder)
-        if "plan" in record:
-            return read_plan(record)
-    if not folder.is_dir():
-        raise UsageError(f"There is no run in {folder}: give the output_dir of a run, or the file of a plan.")
-    if is_training(folder):
-        return read_finetune(folder)
-    if is_reproduce(folder):
-        return read_reproduce(folder)
-    for name, reader in (("evolution.json", read_evolve), ("kernel.json", read_kernel)):
-        if (folder / name).is_file():
-            return reader(load_json(folder / name))
-    plan = find_plan(folder)
-    if plan is not None:
-        return read_plan(plan)
-    raise UsageError(
-        f"{folder} holds no run of zokernel: give the output_dir of finetune, kernel, evolve or reproduce."
-    )
 
 
 def render(page: Page) -> str:
@@ -103,18 +65,7 @@ def render_template(name: str, **values: Any) -> str:
     return _template(name).render(**values)
 
 
-def write_report(folder: Path, target: Path | None = None) -> Path:
-    """Write the report of a run.
-
-    Args:
-        folder: The run.
-        target: The file; ``report.html`` in the folder when not given.
-
-    Returns:
-        The file written.
-    """
-    target = target or (folder if folder.is_dir() else folder.parent) / "report.html"
-    text = render(read_run(folder))
+def write_report(page: Page, target: Path) -> None:
+    """Write a page as one file, creating its folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, text)
-    return target
+    write_text(target, render(page))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from zokernel.errors import RunError, UsageError
-from zokernel.reporting.html import read_asset, read_run, render, render_template, script_of
+from zokernel.reporting.html import read_asset, render, render_template, script_of
+from zokernel.reporting.page import Page
+from zokernel.reporting.run_page import read_run
 from zokernel.reporting.training import is_training, read_training
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _report(self) -> None:
         try:
-            text = render(read_run(self.server.folder))
+            text = render(self.server.read(self.server.folder))
         except (UsageError, RunError) as error:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", str(error))
             return
@@ -111,22 +114,24 @@ class LiveServer(ThreadingHTTPServer):
     Args:
         folder: The run's ``output_dir``; it may still be empty.
         port: Port on 127.0.0.1; 0 takes a free one.
+        read: Reads the folder for the page at ``/report``.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path, port: int, read: Callable[[Path], Page]):
         super().__init__((HOST, port), _Handler)
-        self.folder = folder.resolve()
+        self.folder, self.read = folder.resolve(), read
         self.names = {f"{name}:{self.server_address[1]}" for name in (HOST, "localhost")}
 
 
-def make_server(folder: Path, *, port: int = 8321) -> LiveServer:
+def make_server(folder: Path, *, port: int = 8321, read: Callable[[Path], Page] = read_run) -> LiveServer:
     """Return a server that is ready to run.
 
     Args:
         folder: The run's ``output_dir``; it must exist, and may still be empty.
         port: Port on 127.0.0.1; 0 takes a free one.
+        read: Reads the folder for the page at ``/report``.
 
     Returns:
         The server; call ``serve_forever``.
@@ -137,7 +142,7 @@ def make_server(folder: Path, *, port: int = 8321) -> LiveServer:
     if not folder.is_dir():
         raise UsageError(f"There is no folder {folder}: give the output_dir of a run.")
     try:
-        return LiveServer(folder, port)
+        return LiveServer(folder, port, read)
     except (OSError, OverflowError) as error:
         raise UsageError(
             f"Port {port} cannot be used ({error}): choose another --port, or 0 for a free one."

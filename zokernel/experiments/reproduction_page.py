@@ -13,12 +13,12 @@ from zokernel.reporting.page import Page, Picture, Section, Table, cell, tables_
 from zokernel.reporting.svg import read_svg
 
 
-def is_reproduce(folder: Path) -> bool:
+def is_reproduction(folder: Path) -> bool:
     """Say whether a folder holds results of experiments."""
     return load_record(folder) is not None or any(load_record(folder / name) for name in MODULES)
 
 
-def read_reproduce(folder: Path) -> Page:
+def read_reproduction(folder: Path) -> Page:
     """Return the page of a result folder.
 
     Args:

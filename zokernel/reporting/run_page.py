@@ -1,0 +1,42 @@
+"""The page of a training run, a plan, a kernel or an evolution: whichever a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zokernel.errors import UsageError
+from zokernel.reporting.page import Page
+from zokernel.reporting.plan_page import load_json, read_evolve, read_kernel, read_plan
+from zokernel.reporting.training import find_plan, is_training
+from zokernel.reporting.training_page import read_finetune
+
+
+def read_run(folder: Path) -> Page:
+    """Return the page of the run that a folder, or the ``.json`` file of a plan, holds.
+
+    Args:
+        folder: ``output_dir`` of ``finetune``, ``kernel`` or ``evolve``, or where a plan was written.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: If it holds no run of zokernel.
+    """
+    if folder.is_file() and folder.suffix == ".json":
+        record = load_json(folder)
+        if "plan" in record:
+            return read_plan(record)
+    if not folder.is_dir():
+        raise UsageError(f"There is no run in {folder}: give the output_dir of a run, or the file of a plan.")
+    if is_training(folder):
+        return read_finetune(folder)
+    for name, reader in (("evolution.json", read_evolve), ("kernel.json", read_kernel)):
+        if (folder / name).is_file():
+            return reader(load_json(folder / name))
+    plan = find_plan(folder)
+    if plan is not None:
+        return read_plan(plan)
+    raise UsageError(
+        f"{folder} holds no run of zokernel: give the output_dir of finetune, kernel, evolve or reproduce."
+    )
