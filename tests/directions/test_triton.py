@@ -16,6 +16,18 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 COMMON = """
+import functools
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    # Most of the interpreter's time otherwise: it replaces the language by its own at every call of a function within a
+    # kernel, and checks sums of integers for overflows that compiled kernels allow.
+    interpreter._LangPatchScope.restore = lambda scope: None
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
 import torch
 from zokernel.directions import Dense, Orthogonal, LowRank, Sparse, make_restore
 from zokernel.directions.backends import dispatch
