@@ -30,6 +30,7 @@ test: install lint typecheck  ## lint, type-check and run the whole suite
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 typecheck: install
 	$(BIN)/mypy
