@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,8 +41,29 @@ class Directions(ABC):
         backend: ``auto`` (the fastest for each tensor's device), ``numba``, ``triton`` or ``torch``.
     """
 
+    seeded: ClassVar[bool] = True  # a function of (seed, step, index, name, position) alone: can be made again later
+
     def __init__(self, backend: str = "auto"):
         self.backend = backend
+
+    @property
+    def couples_tensors(self) -> bool:
+        """Whether the direction on one tensor depends on which other tensors are in the call."""
+        return False
+
+    def gain(self) -> float:
+        r"""Return the mean of :math:`E z_k^2` over the coordinates: one, unless directions are preconditioned."""
+        return 1.0
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take note of the unperturbed weights; an optimizer calls it once, before anything moves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold, because it does not follow from the seed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` returned."""
 
     @abstractmethod
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:

@@ -1,6 +1,24 @@
 """Projected gradients from forward passes."""
 
 from zokernel.estimators.base import Estimate, Estimator, Evaluate, Offsets
+from zokernel.estimators.curvature import TwoPointCurvature
+from zokernel.estimators.forward_derivative import ForwardDerivative
+from zokernel.estimators.one_sided import OneSided
+from zokernel.estimators.registry import ESTIMATORS
+from zokernel.estimators.richardson import Richardson
+from zokernel.estimators.smoothed import Smoothed
 from zokernel.estimators.two_point import TwoPoint
 
-__all__ = ["Estimate", "Estimator", "Evaluate", "Offsets", "TwoPoint"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimate",
+    "Estimator",
+    "Evaluate",
+    "ForwardDerivative",
+    "Offsets",
+    "OneSided",
+    "Richardson",
+    "Smoothed",
+    "TwoPoint",
+    "TwoPointCurvature",
+]

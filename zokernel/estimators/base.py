@@ -28,12 +28,21 @@ class Estimate:
         losses: Every loss evaluated, in order.
         curvature: :math:`z_p^T H z_p` of every direction, from estimators that measure it.
         loss_std: Standard deviation of the perturbed losses, from estimators that divide by it.
+        centre: Loss at the unperturbed weights, from estimators that evaluate it.
+        factor: What parts of the update have multiplied the coefficients by, see :attr:`scaled`.
     """
 
     coefficients: dict[int, float]
     losses: list[float] = field(repr=False)
     curvature: tuple[float, ...] | None = None
     loss_std: float | None = None
+    centre: float | None = None
+    factor: float = 1.0
+
+    @property
+    def scaled(self) -> dict[int, float]:
+        """The coefficients times :attr:`factor`."""
+        return {index: coefficient * self.factor for index, coefficient in self.coefficients.items()}
 
     @property
     def loss(self) -> float:
@@ -62,8 +71,17 @@ class Estimator(ABC):
         """Return how many losses the estimate of ``step`` needs."""
         return len(self.points(seed=0, step=step))
 
-    def gain_at(self, step: int) -> float:
-        r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the radius: one, if unbiased."""
+    def numbers_at(self, step: int) -> int:
+        """Return how many numbers :meth:`combine` takes at ``step``: the losses, unless derivatives come with them."""
+        return self.forwards_at(step)
+
+    def gain_at(self, step: int, last: Estimate | None = None) -> float:
+        r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the radius: one, if unbiased.
+
+        Args:
+            step: Step of the run.
+            last: The estimate of the step before, for estimators whose gain depends on the losses.
+        """
         return 1.0
 
     def __call__(self, evaluate: Evaluate, *, seed: int, step: int) -> Estimate:

@@ -45,4 +45,4 @@ class TwoPointCurvature(Estimator):
         slopes = symmetric_differences(ends, self.eps)
         curvature = [(above + below - 2 * centre) / self.eps**2 for above, below in zip(ends[::2], ends[1::2])]
         coefficients = {index: slope / self.num_perturbations for index, slope in enumerate(slopes)}
-        return Estimate(coefficients, list(losses), curvature=tuple(curvature))
+        return Estimate(coefficients, list(losses), curvature=tuple(curvature), centre=centre)

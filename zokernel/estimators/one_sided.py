@@ -9,6 +9,7 @@ and the step has the length of normalised gradient descent.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,13 +47,13 @@ class OneSided(Estimator):
                 "Normalising by the spread of the losses needs num_perturbations of at least 2; 8 is usual."
             )
 
-    def gain_at(self, step: int) -> float:
-        """Return one; when normalised, the gain depends on the losses: see :meth:`measured_gain`."""
-        return 1.0
-
-    def measured_gain(self, estimate: Estimate) -> float:
-        r"""Return :math:`\epsilon / \sigma` of a normalised estimate, the factor on its mean gradient."""
-        return self.eps / estimate.loss_std if estimate.loss_std else 0.0
+    def gain_at(self, step: int, last: Estimate | None = None) -> float:
+        r"""Return one; normalised, :math:`\epsilon / \sigma` of the last estimate, NaN before there is one."""
+        if not self.normalize:
+            return 1.0
+        if last is None or last.loss_std is None:
+            return math.nan
+        return self.eps / last.loss_std if last.loss_std else 0.0
 
     def points(self, *, seed: int, step: int) -> list[Offsets]:
         """Return the centre and one end of every direction."""
@@ -67,4 +68,4 @@ class OneSided(Estimator):
             spread = scale = statistics.pstdev(ends)
         # Equal losses say nothing about the gradient, so the weights stay; dividing would send them to infinity.
         weights = [(end - centre) / scale / len(ends) if scale > 0 else 0.0 for end in ends]
-        return Estimate(dict(enumerate(weights)), list(losses), loss_std=spread)
+        return Estimate(dict(enumerate(weights)), list(losses), loss_std=spread, centre=centre)

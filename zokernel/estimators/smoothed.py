@@ -128,7 +128,7 @@ class Smoothed(Estimator):
     def _gain(self, a: float) -> float:
         return float(self.kernel.moment(1, a))
 
-    def gain_at(self, step: int) -> float:
+    def gain_at(self, step: int, last: Estimate | None = None) -> float:
         """Return the mean of r times its weight: C, or what the range's schedule has made of it."""
         return self.facts_at(step).gain
 

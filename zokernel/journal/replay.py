@@ -18,25 +18,26 @@ from torch import Tensor
 from zokernel._version import __version__
 from zokernel.directions.backends.dispatch import choose_backend
 from zokernel.errors import RunError, UsageError
+from zokernel.journal.compat import upgraded
 from zokernel.journal.format import Step
 from zokernel.journal.hashes import weights_sha256
 from zokernel.journal.reader import Journal
 from zokernel.optim.registry import get_method
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
-from zokernel.perturb.recorded import replay_step
+from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.perturb import perturb_for_replay
 
 logger = logging.getLogger(__name__)
 
-# What a parameter group may hold beside its learning rate.
+# What a parameter group may have its own value of, beside its learning rate.
 GROUP_SETTINGS = ("weight_decay", "momentum")
 HEADER_KEYS = {
-    *("method", "options", "seed", "directions", "estimator", "restore", "backend", "visits_points"),
+    *("method", "options", "seed", "directions", "estimator", "update", "perturb", "backend"),
     *("groups", "parameters", "base_sha256", "zokernel", "torch"),
 }
 
 
 def make_header(
-    optimizer: ZerothOrderOptimizer, method: str, options: Mapping[str, Any], *, base_sha256: str, **more: Any
+    optimizer: ZerothOrder, method: str, options: Mapping[str, Any], *, base_sha256: str, **more: Any
 ) -> dict[str, Any]:
     """Return what a journal says once: how to make the optimizer again, and of which weights.
 
@@ -62,9 +63,9 @@ def make_header(
         "options": dict(options),
         **_traits(optimizer),
         "backend": backend_of(optimizer),
-        "visits_points": optimizer.visits_points,
         "groups": [
-            {"names": names, **{key: group[key] for key in GROUP_SETTINGS if key in group}}
+            {"names": names, "lr": group.get("initial_lr", group["lr"])}
+            | {key: group[key] for key in GROUP_SETTINGS if key in group}
             for group, names in optimizer.groups()
         ],
         "parameters": {
@@ -76,19 +77,18 @@ def make_header(
     }
 
 
-def _traits(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
+def _traits(optimizer: ZerothOrder) -> dict[str, Any]:
     """Return what must come out the same when the optimizer is made again from the header."""
-    directions = optimizer.directions
-    plain = type(directions).__repr__ is object.__repr__
     return {
         "seed": optimizer.seed,
-        "directions": type(directions).__name__ if plain else repr(directions),
+        "directions": repr(optimizer.directions),
         "estimator": repr(optimizer.estimator),
-        "restore": optimizer.restore_mode,
+        "update": " + ".join(repr(part) for part in optimizer.updates),
+        "perturb": optimizer.perturb.name,
     }
 
 
-def backend_of(optimizer: ZerothOrderOptimizer) -> str:
+def backend_of(optimizer: ZerothOrder) -> str:
     """Return what generates the directions, and where: the same backend repeats the same roundings."""
     device = next(iter(optimizer.named_params.values())).device
     wanted = getattr(optimizer.directions, "backend", "auto")
@@ -125,7 +125,7 @@ def check_base(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None
         )
 
 
-def make_optimizer(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ZerothOrderOptimizer:
+def make_optimizer(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ZerothOrder:
     """Make the optimizer of a journal's run, on base weights that it will change in place.
 
     Raises:
@@ -139,9 +139,12 @@ def make_optimizer(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     for group in header["groups"]:
         settings = {key: value for key, value in group.items() if key != "names"}
         groups.append({"params": [(name, weights[name]) for name in group["names"]], **settings})
-    optimizer: ZerothOrderOptimizer = method(groups, **header["options"])
-    for trait, value in _traits(optimizer).items():
-        if value != header[trait]:
+    options = dict(header["options"])
+    if header["perturb"] != "tangents":
+        options["perturb"] = perturb_for_replay(header["perturb"])
+    optimizer: ZerothOrder = method(groups, **options)
+    for trait, value in ({} if "upgraded_from" in header else _traits(optimizer)).items():
+        if value != header[trait] and trait != "perturb":
             raise RunError(
                 f"The options in the journal make {trait} {value} and the run had {header[trait]}: the header was "
                 "made with incomplete options, or by another version of zokernel."
@@ -156,7 +159,7 @@ def replay_(
     *,
     step: int | None = None,
     allow_other_backend: bool = False,
-) -> ZerothOrderOptimizer:
+) -> ZerothOrder:
     """Turn base weights, in place, into those after some step of a journal.
 
     Args:
@@ -173,7 +176,7 @@ def replay_(
         UsageError: If the journal has no such step.
         RunError: If the base is another one, or the result is not what the run ended with.
     """
-    header = journal.header
+    header = upgraded(journal.header)
     wanted = journal.num_steps if step is None else step
     if not 0 <= wanted <= journal.num_steps:
         raise UsageError(f"{journal.path} holds {journal.num_steps} steps: choose one of them, not {wanted}.")
@@ -185,7 +188,7 @@ def replay_(
             f"The run's directions were generated by {header['backend']} and would be by {backend} here, which may "
             "round differently: move the base there, or allow another backend and accept last-bit differences."
         )
-    replay_steps(optimizer, journal.steps[:wanted], visits_points=header["visits_points"])
+    replay_steps(optimizer, journal.steps[:wanted])
     logger.info("Replayed %d of %d steps of %s.", wanted, journal.num_steps, journal.path)
     for event in journal.events:
         if event["event"] == "end" and event["step"] == wanted and backend == header["backend"]:
@@ -198,7 +201,7 @@ def replay_(
     return optimizer
 
 
-def replay_steps(optimizer: ZerothOrderOptimizer, steps: Iterable[Step], *, visits_points: bool = True) -> None:
+def replay_steps(optimizer: ZerothOrder, steps: Iterable[Step]) -> None:
     """Repeat recorded steps on an optimizer that is where they begin.
 
     Raises:
@@ -208,17 +211,17 @@ def replay_steps(optimizer: ZerothOrderOptimizer, steps: Iterable[Step], *, visi
         if record.step != optimizer.step_count:
             raise RunError(f"The optimizer is at step {optimizer.step_count}, the journal at {record.step}.")
         set_learning_rates(optimizer, record.learning_rates)
-        replay_step(optimizer, record.losses, visits_points=visits_points)
+        optimizer.replay(record.losses)
 
 
-def set_learning_rates(optimizer: ZerothOrderOptimizer, rates: Sequence[float]) -> None:
+def set_learning_rates(optimizer: ZerothOrder, rates: Sequence[float]) -> None:
     """Set every parameter group's learning rate, from one for all or one each."""
     each = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else list(rates)
     for group, rate in zip(optimizer.param_groups, each):
         group["lr"] = rate
 
 
-def record_of(optimizer: ZerothOrderOptimizer) -> Step:
+def record_of(optimizer: ZerothOrder) -> Step:
     """Return the record of the optimizer's last step; learning rates must not have been changed since."""
     rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
     return Step(optimizer.step_count - 1, rates, tuple(optimizer.record()))

@@ -1,14 +1,17 @@
-"""Zeroth-order optimizers: each one published method, a short composition of directions, estimator and update."""
+"""Zeroth-order optimizers: directions, an estimator, an update and a way of perturbing, put together.
+
+:class:`ZerothOrder` takes any combination; each published method is one of them under its own name.
+"""
 
 from __future__ import annotations
 
 from zokernel._lazy import lazy_exports
-from zokernel.optim.registry import get_method, methods, register
+from zokernel.optim.registry import get_method, method_options, methods, register
 
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
-    "ZerothOrderOptimizer": "zeroth_order",
-    "Move": "averaging.moves",
+    "ZerothOrder": "zeroth_order",
+    "ZerothOrderOptions": "options",
     "MeZO": "published.mezo",
     "KerZOO": "published.kerzoo",
     "HiZOO": "published.hizoo",
@@ -23,12 +26,20 @@ _EXPORTS = {
     "ZOAdaMM": "published.adam",
     "Richardson": "published.richardson",
     "ForwardGradient": "published.forward_gradient",
+    "Adam": "updates",
+    "Clip": "updates",
+    "IterateAverage": "averaging.averages",
+    "Normalized": "updates",
+    "PolyakBound": "updates",
+    "Sign": "updates",
+    "SignOfProjections": "updates",
+    "iterate_average": "averaging.averages",
     "SGD": "published.first_order",
     "AdamW": "published.first_order",
     "decay_groups": "parameters",
 }
 
-__all__ = ["get_method", "methods", "register"]
+__all__ = ["get_method", "method_options", "methods", "register"]
 __all__ += sorted(_EXPORTS)
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

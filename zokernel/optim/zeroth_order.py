@@ -1,11 +1,12 @@
-r"""The base of every zeroth-order optimizer: perturb, evaluate, add scalars times seeded directions.
+r"""The optimizer: a family of directions, an estimator, an update and a way of perturbing, put together.
 
 One step is
 
 .. math:: \theta \leftarrow (1 - \eta\lambda)\, \theta - \eta \sum_p c_p z_p, \qquad z_p = z(seed, step, p)
 
-where an estimator finds the :math:`c_p` from forward passes.  A method is a choice of directions, estimator and update;
-this class keeps the books: names of parameters, the step counter, restoring the weights when anything goes wrong.
+The estimator names a few points and turns the losses there into the :math:`c_p`; ``perturb`` takes the losses; the
+update turns the estimate into a step.  A published method is one choice of the four (see
+:mod:`zokernel.optim.published`).  :mod:`zokernel.optim.reference` is the same step as a textbook writes it.
 
 Gradient accumulation needs no support here: a step is made of losses, so a closure that returns the mean loss over
 several micro-batches accumulates them exactly, at no memory.
@@ -15,65 +16,64 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense, make_restore
-from zokernel.directions.base import Directions
-from zokernel.directions.families.fixed import Fixed
-from zokernel.directions.terms import Factors, Values
-from zokernel.errors import LossError, UsageError
-from zokernel.estimators.base import Estimate, Estimator, Offsets
-from zokernel.optim.averaging.moves import Move
+from zokernel.directions import Dense, Directions
+from zokernel.errors import LossError, RunError, UsageError
+from zokernel.estimators import Estimate, Estimator, TwoPoint
+from zokernel.optim.averaging.averages import IterateAverage
+from zokernel.optim.averaging.moves import AffineMove
+from zokernel.optim.compose import make_directions, make_estimator, make_updates
+from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Params, name_parameters, trainable
+from zokernel.optim.registry import register
+from zokernel.optim.trained import Trained
+from zokernel.optim.updates import Rule, Update
+from zokernel.perturb import Perturb, Recorded
+from zokernel.perturb.base import Closure
 
 logger = logging.getLogger(__name__)
 
-Closure = Callable[[], Tensor | float]
-Evaluator = Callable[["ZerothOrderOptimizer", Closure, Sequence[Offsets]], list[float]]
-"""(optimizer, closure, points) -> losses, in the order of the points; the weights may be left perturbed."""
 
-
-def in_turn(optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
-    """Take the losses one after the other, moving the weights from point to point."""
-    losses = []
-    for offsets in points:
-        optimizer.move_to(offsets)
-        losses.append(float(closure()))
-    return losses
-
-
-class ZerothOrderOptimizer(torch.optim.Optimizer):
+@register("zeroth_order")
+class ZerothOrder(Trained, torch.optim.Optimizer):
     """Optimizer whose ``step(closure)`` only evaluates the loss, without gradients.
 
     Args:
         params: A module, an iterable of tensors or of ``(name, tensor)`` pairs, or parameter groups of either.
             Directions are keyed by the parameter's name, or by its position when it has none.
-        estimator: Turns forward passes into projected gradients.
-        directions: Directions of random directions; dense Rademacher directions when not given.
         lr: Learning rate (step size of the gradient estimate).
-        weight_decay: Decoupled weight decay: every step multiplies the weights by ``1 - lr * weight_decay``.
-        momentum: Heavy-ball momentum on the gradient estimate; needs one fp32 copy of the parameters when not zero.
-        seed: Seed of all directions of the run.
-        restore: How the weights find back after a perturbation: ``fold`` (the default: up to rounding, as part of the
-            update), ``grid`` (exact, no memory, fp32 weights) or ``copy`` (exact, one copy, any dtype).
+        directions: Family of random directions, or its text such as ``low_rank(2)``; dense Rademacher directions when
+            not given.
+        estimator: Turns losses into projected gradients, or its text such as ``one_sided(1e-3, 8)``;
+            ``TwoPoint()`` when not given.
+        update: One part of an update or several (see :mod:`zokernel.optim.updates`), or their text such as
+            ``normalized(0.9) + adam``; a plain step when not given.
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Attributes:
-        named_params: Every parameter by name.
-        step_count: Steps taken.
+        perturb: How the losses are taken; assign another to change it between steps.
         num_forwards: Times the closure was called.
         last_estimate: Coefficients and losses of the last step.
-        points_visited: Times the weights were moved to a point.
-        evaluator: How the losses at a step's points are taken; one after the other by default.
-        last_move: What the last step added to the weights, from which it can be replayed; ``None`` for methods whose
-            update is more than scalars times directions.
-        loop_calls_step: Set by a training loop that takes the step itself and later calls ``step()`` bare.
 
     Raises:
-        UsageError: If there is nothing to train, a setting is out of range, or a weight cannot be perturbed.
+        UsageError: If there is nothing to train, settings are out of range or do not go together.
+
+    Example:
+        >>> from zokernel.directions import LowRank
+        >>> from zokernel.estimators import OneSided
+        >>> from zokernel.optim import Adam
+        >>> layer, inputs = torch.nn.Linear(4, 3), torch.ones(2, 4)
+        >>> optimizer = ZerothOrder(
+        ...     layer, lr=0.02, directions=LowRank(2), estimator=OneSided(1e-3, 8), update=Adam())
+        >>> losses = [optimizer.step(lambda: layer(inputs).square().mean()) for _ in range(100)]
+        >>> losses[-1] < 0.1 * losses[0]
+        True
     """
 
     first_order: ClassVar[bool] = False
@@ -82,42 +82,87 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Params,
+        lr: float = 1e-6,
         *,
-        estimator: Estimator,
-        lr: float,
-        directions: Directions | None = None,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-        seed: int = 0,
-        restore: str = "fold",
+        directions: Directions | str | None = None,
+        estimator: Estimator | str | None = None,
+        update: Update | Sequence[Update] | str | None = None,
+        **options: Unpack[ZerothOrderOptions],
     ):
         if not (math.isfinite(lr) and lr >= 0):
             raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
-        if weight_decay < 0:
-            raise UsageError(f"weight_decay must be >= 0, not {weight_decay}.")
-        if not 0 <= momentum < 1:
-            raise UsageError(f"momentum must be in [0, 1), not {momentum}.")
-        super().__init__(trainable(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.named_params = name_parameters(self.param_groups)
-        self.estimator = estimator
-        self.directions = directions if directions is not None else Dense("rademacher")
-        self.seed = seed
-        self.step_count = 0
-        self.num_forwards = 0
-        self.points_visited = 0
+        perturb, self.seed, weight_decay = shared_options(options, type(self).__name__)
+        self.updates = make_updates(update)
+        defaults = {"lr": lr, "weight_decay": weight_decay, **self.rule.group_defaults()}
+        self.named_params: dict[str, Tensor] = {}
+        torch.optim.Optimizer.__init__(self, trainable(params), defaults)
+        self.directions = make_directions(directions or Dense("rademacher"))
+        self.estimator = make_estimator(estimator or TwoPoint())
+        self.step_count = self.num_forwards = 0
         self.last_estimate: Estimate | None = None
-        self.last_move: Move | None = None
-        # A training loop that ends each step with a bare step(), as transformers' does, takes the step itself earlier.
-        self.loop_calls_step = False
-        self.evaluator: Evaluator = in_turn
-        self.restore_mode = restore
-        if restore == "grid" and not self.is_replayable:
-            raise UsageError(
-                f"restore='grid' keeps the weights on a grid, but this {type(self).__name__} adds more than scalars "
-                "times directions and would leave it: use restore='fold' or 'copy'."
-            )
+        self.last_factor = math.nan if any(part.normalizes for part in self.updates) else 1.0
+        self._record: list[float] = []
         self._versions: list[int] = []
-        self._rebase()
+        self._perturb = perturb
+        self.named_params |= name_parameters(self.param_groups)
+        self.directions.prepare(self.named_params)
+        self._check_parts()
+        self._attach()
+        for part in self.updates:
+            part.attach(self)
+
+    def _check_parts(self) -> None:
+        averages = any(isinstance(part, IterateAverage) for part in self.updates)
+        dense = any(self.rule.is_dense(group, self) for group in self.param_groups)
+        if averages and (dense or not self.directions.seeded):
+            raise UsageError(
+                "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
+                "average no momentum, no Adam, no sign of the estimate and no preconditioned directions."
+            )
+
+    @property
+    def rule(self) -> Rule:
+        """The part of the update that turns the estimate into a step."""
+        return next(part for part in self.updates if isinstance(part, Rule))
+
+    @property
+    def perturb(self) -> Perturb:
+        """How the losses at perturbed weights are taken, and how the weights come back."""
+        return self._perturb
+
+    @perturb.setter
+    def perturb(self, perturb: Perturb) -> None:
+        previous, self._perturb = self._perturb, perturb
+        try:
+            self._attach()
+        except BaseException:
+            self._perturb = previous
+            raise
+
+    def _attach(self) -> None:
+        """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
+        if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
+            raise UsageError(
+                f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
+                "scalars times directions and would leave it: use 'in_place' or 'in_place:copy'."
+            )
+        eps = getattr(self.estimator, "eps", 0.01)
+        self.perturb.attach(self.named_params, self.directions, seed=self.seed, reach=eps)
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self._versions = [tensor._version for tensor in self.named_params.values()]
+
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights since its last step."""
+        return [tensor._version for tensor in self.named_params.values()] != self._versions
+
+    @property
+    def moves_along_directions(self) -> bool:
+        """Whether every step is scalars times directions of that step."""
+        dense = any(self.rule.is_dense(group, self) for group in self.param_groups)
+        return not dense and all(part.keeps_to_directions for part in self.updates)
 
     @property
     def forwards_per_step(self) -> int:
@@ -125,14 +170,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self.estimator.forwards_at(self.step_count)
 
     def effective_lr(self) -> float:
-        r"""Return the learning rate times the estimator's mean gain, so that methods can be compared fairly.
+        r"""Return the learning rate at which plain SGD on the exact gradient moves as far on average.
 
         A method with :math:`E[\hat g] = C\,\nabla L` at learning rate :math:`\eta` moves, on average, as one with an
-        unbiased estimator does at :math:`C \eta` (theory C.2.11).  With momentum :math:`\beta` the mean displacement is
-        a further :math:`1/(1-\beta)` larger.  With several parameter groups this is the first one's.
+        unbiased estimator does at :math:`C \eta`, so methods are compared at equal effective rates.  Rules that
+        normalise the gradient (sign, Adam) return the learning rate itself.  With several parameter groups this is the
+        first one's.
         """
-        group = self.param_groups[0]
-        return group["lr"] * self.estimator.gain_at(self.step_count) / (1.0 - group["momentum"])
+        gain = self.estimator.gain_at(self.step_count, self.last_estimate) * self.directions.gain() * self.last_factor
+        return self.rule.effective_lr(self.param_groups[0], gain)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -148,214 +194,185 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             UsageError: If there is no closure.
-            RunError: If a loss is NaN or infinite; the weights are back where they were before the step.
+            LossError: If a loss is NaN or infinite; the weights are those before the step.
         """
         if closure is None:
-            if self.loop_calls_step and self.last_estimate is not None:
-                return self.last_estimate.loss
             raise UsageError(
                 f"{type(self).__name__}.step needs a closure that returns the loss: step(lambda: loss(...))."
             )
+        return self._step(self.perturb, closure)
+
+    @torch.no_grad()
+    def replay(self, record: Sequence[float]) -> float:
+        """Repeat the step that recorded numbers led to: the same update, state and bits, without a forward pass.
+
+        Args:
+            record: What :meth:`record` returned after the step.  The optimizer must be where that step began, with its
+                learning rates.
+
+        Returns:
+            The step's loss.
+
+        Raises:
+            RunError: If the record does not fit the method's settings.
+
+        Example:
+            >>> def start():
+            ...     weight = torch.nn.Parameter(torch.ones(3))
+            ...     return weight, ZerothOrder([weight], lr=0.05)
+            >>> weight, optimizer = start()
+            >>> loss = optimizer.step(lambda: weight.square().sum())
+            >>> again, replayed = start()
+            >>> replayed.replay(optimizer.record()) == loss and torch.equal(weight, again)
+            True
+        """
+        return self._step(Recorded(self.perturb, record), lambda: math.nan)
+
+    def _step(self, perturb: Perturb, closure: Closure) -> float:
         if self.changed_by_others:
-            self._rebase()
-        self.before_estimate()
+            self._attach()
         try:
-            estimate = self.estimate(closure)
+            points = self.estimator.points(seed=self.seed, step=self.step_count)
+            numbers = perturb.losses(closure, points, step=self.step_count)
+            self._check_numbers(numbers)
+            estimate = self.estimator.combine(numbers, seed=self.seed, step=self.step_count)
+            transformed = estimate
+            for part in self.updates:
+                transformed = part.transform(transformed, self)
         except BaseException:
-            self._restore.restore()
-            self.after_estimate()
+            self.perturb.restore()
             raise
-        self.last_estimate = estimate
-        self.update(estimate)
-        if not self.is_replayable:
-            self.resync()
-        self._versions = [tensor._version for tensor in self.named_params.values()]
+        self._record, self.last_estimate, self.last_factor = numbers, estimate, transformed.factor
+        self.update(transformed)
+        if not self.moves_along_directions:
+            self.perturb.resync()
+        self._note_versions()
         self.step_count += 1
         return estimate.loss
 
-    @property
-    def changed_by_others(self) -> bool:
-        """Whether anything but this optimizer has written to the weights since its last step."""
-        return [tensor._version for tensor in self.named_params.values()] != self._versions
-
-    def record(self) -> list[float]:
-        """Return the numbers from which the last step can be repeated: the losses at its points."""
-        if self.last_estimate is None:
-            raise UsageError("There is no step to record yet: call step(closure) first.")
-        return self.last_estimate.losses
-
-    def _rebase(self) -> None:
-        """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
-        eps = getattr(self.estimator, "eps", 0.01)
-        self._restore = make_restore(self.restore_mode, self.directions, self.named_params, seed=self.seed, reach=eps)
-        self._versions = [tensor._version for tensor in self.named_params.values()]
-
-    def resync(self) -> None:
-        """Tell the restore mode that the weights, changed by more than moves along directions, are the ones to keep."""
-        self._restore.load_state_dict(self._restore.state_dict())
-
-    @property
-    def is_replayable(self) -> bool:
-        """Whether every step is scalars times seeded directions, so that :attr:`last_move` says all about it."""
-        return not any(group["momentum"] > 0 for group in self.param_groups)
-
-    def before_estimate(self) -> None:
-        """Prepare the weights or the directions of the coming step; nothing by default."""
-
-    def after_estimate(self) -> None:
-        """Undo what :meth:`before_estimate` did to the weights when a step fails; nothing by default."""
-
-    def estimate(self, closure: Closure) -> Estimate:
-        """Estimate the gradient at the weights; they may be left perturbed, for :meth:`update` to restore."""
-        points = self.estimator.points(seed=self.seed, step=self.step_count)
-        losses = [self.checked(loss) for loss in self.evaluator(self, closure, points)]
-        if self.step_count == 0 and len(set(losses)) == 1 < len(losses):
+    def _check_numbers(self, numbers: Sequence[float]) -> None:
+        expected = self.estimator.numbers_at(self.step_count)
+        if len(numbers) != expected:
+            raise RunError(
+                f"Step {self.step_count + 1} needs {expected} losses and the journal holds {len(numbers)}: "
+                "it was written with other settings."
+            )
+        self.num_forwards += self.forwards_per_step
+        for number in numbers:
+            if not math.isfinite(number):
+                raise LossError(
+                    f"The loss is {number} at step {self.step_count + 1}: the weights were put back to before this "
+                    "step; lower the learning rate or eps, or train in fp32."
+                )
+        if self.step_count == 0 and len(set(numbers)) == 1 < len(numbers):
             logger.warning(
                 "All %d losses of the first step are equal (%g): the closure may not see the weights being perturbed, "
                 "or eps is below the loss's rounding.",
-                len(losses),
-                losses[0],
+                len(numbers),
+                numbers[0],
             )
-        return self.estimator.combine(losses, seed=self.seed, step=self.step_count)
 
-    def move_to(self, offsets: Offsets) -> None:
-        r"""Make the weights :math:`\theta + \sum_i offsets_i z_i`, with this step's directions."""
-        self.points_visited += 1
-        self._restore.move_to(self.step_count, offsets)
-
-    @property
-    def visits_points(self) -> bool:
-        """Whether the evaluator moves the weights from point to point, as it says itself."""
-        return getattr(self.evaluator, "visits_points", True)
-
-    @property
-    def repeats_moves(self) -> bool:
-        """Whether the weights after a step also depend, by rounding, on the points visited in it."""
-        return self._restore.replays_moves
-
-    def checked(self, loss: float) -> float:
-        """Count one evaluation of the loss and return it.
+    def record(self) -> list[float]:
+        """Return the numbers from which the last step can be repeated: the losses at its points.
 
         Raises:
-            LossError: If it is not finite.
+            UsageError: If there was no step.
         """
-        self.num_forwards += 1
-        if not math.isfinite(loss):
-            raise LossError(
-                f"The loss is {loss} at step {self.step_count + 1}: the weights were put back to before this step; "
-                "lower the learning rate or eps, or train in fp32."
-            )
-        return loss
+        if self.last_estimate is None:
+            raise UsageError("There is no step to record yet: call step(closure) first.")
+        return self._record
 
     def update(self, estimate: Estimate) -> None:
-        """Move the weights along the estimate: decoupled weight decay, then a plain or heavy-ball step."""
-        heavy = [group["momentum"] > 0 for group in self.param_groups]
-        self.move(
+        """Restore the weights and step along the estimate, after decoupled weight decay."""
+        dense = [self.rule.is_dense(group, self) for group in self.param_groups]
+        scaled = estimate.scaled
+        moves: Sequence[AffineMove] = self.move(
             [
-                {} if is_heavy else {i: -group["lr"] * c for i, c in estimate.coefficients.items()}
-                for group, is_heavy in zip(self.param_groups, heavy)
+                {} if is_dense else {i: -group["lr"] * c for i, c in scaled.items()}
+                for group, is_dense in zip(self.param_groups, dense)
             ]
         )
-        by_name = {name: group for (group, names), h in zip(self.groups(), heavy) if h for name in names}
-        for batch in self.batches(list(by_name)):
-            buffers = self.buffers("momentum_buffer", batch)
-            self.add_estimate(buffers, estimate, decay={name: by_name[name]["momentum"] for name in batch})
-            self.add_values(buffers, {name: -by_name[name]["lr"] for name in batch})
+        rates = {
+            name: -group["lr"] for (group, names), is_dense in zip(self.groups(), dense) if is_dense for name in names
+        }
+        for batch in self.batches(list(rates)):
+            step, divisor = self.rule.step(self, batch, estimate)
+            own = {name: change for name, change in step.items() if name in rates}
+            self.add(own, {name: rates[name] / divisor for name in own})
+        for part in self.updates:
+            moves = part.after_move(self, estimate, moves)
 
-    def move(self, scales: Sequence[Mapping[int, float]]) -> Move:
+    def move(self, scales: Sequence[Mapping[int, float]]) -> list[AffineMove]:
         r"""Restore the weights and move them, :math:`\theta \leftarrow (1-\eta\lambda)\theta + \sum_i scale_i z_i`.
 
         Args:
             scales: For every parameter group, the factor on each direction of this step by index.
 
         Returns:
-            The move, which is also :attr:`last_move` if there is nothing more to the step.
+            What was done to each parameter group.
         """
-        decays = tuple(1 - group["lr"] * group["weight_decay"] for group in self.param_groups)
-        move = Move(self.step_count, tuple(dict(by_index) for by_index in scales), decays)
-        self.last_move = move if self.is_replayable else None
-        update: dict[str, dict[int, float]] = {}
+        moves: list[AffineMove] = []
+        update: dict[str, Mapping[int, float]] = {}
         decay: dict[str, float] = {}
-        for (_, names), by_index, factor in zip(self.groups(), move.scales, decays):
-            # One object a group: what tensors share is then looked at once.
+        for (group, names), by_index in zip(self.groups(), scales):
+            factor = 1 - group["lr"] * group["weight_decay"]
+            moves.append(AffineMove(self.step_count, dict(by_index), factor))
+            # One object per group: what tensors share is then looked at once.
             update |= dict.fromkeys(names, by_index)
             decay |= dict.fromkeys(names, factor)
-        self._restore.commit(self.step_count, update, decay=decay)
-        return move
+        self.perturb.commit(self.step_count, update, decay)
+        return moves
 
-    def add_estimate(
-        self, tensors: Mapping[str, Tensor], estimate: Estimate, *, decay: float | Mapping[str, float] = 1.0
-    ) -> None:
-        r"""Compute :math:`t \leftarrow decay\,t + \hat g` for tensors shaped like the parameters of their names."""
-        indices, scales = list(estimate.coefficients), list(estimate.coefficients.values())
-        self.directions.add_(tensors, scales, seed=self.seed, step=self.step_count, index=indices, decay=decay)
+    def averaged_weights(self) -> dict[str, Tensor]:
+        r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes.
 
-    def dense_estimate(self, names: Sequence[str], estimate: Estimate) -> dict[str, Tensor]:
-        r"""Return :math:`\hat g` as fp32 tensors, for methods whose update is more than a sum of directions."""
-        tensors = {name: torch.zeros_like(self.named_params[name], dtype=torch.float32) for name in names}
-        self.add_estimate(tensors, estimate)
-        return tensors
-
-    def add_values(self, values: Mapping[str, Tensor], factor: float | Mapping[str, float]) -> None:
-        """Add ``factor`` times fp32 tensors to the weights of their names, with the rounding of their dtype.
-
-        Weights in bf16 and fp16 are rounded stochastically: to nearest, they would lose most updates.
+        Raises:
+            UsageError: If the update has no :class:`~zokernel.optim.averaging.averages.IterateAverage`.
         """
-        for name, value in values.items():
-            weight, scale = self.named_params[name], factor[name] if isinstance(factor, Mapping) else factor
-            if weight.dtype in (torch.bfloat16, torch.float16):
-                self.add_terms({name: Values(value.contiguous())}, scale)
-            else:
-                weight.add_(value, alpha=scale)
+        for part in self.updates:
+            if isinstance(part, IterateAverage):
+                return part.averaged_weights(self)
+        raise UsageError("There is no averaged iterate: set averaging to 'fp32', 'int8' or 'journal'.")
 
-    def add_terms(self, terms: Mapping[str, Values | Factors], factor: float) -> None:
-        """Add ``factor`` times given values or factors to the weights, stochastically rounded if in bf16 or fp16."""
-        for name, term in terms.items():
-            weight = self.named_params[name]
-            low = weight.dtype in (torch.bfloat16, torch.float16)
-            place = {"seed": self.seed, "step": self.step_count, "index": 0}
-            Fixed({name: term}).add_({name: weight}, factor, stochastic=low, **place)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged iterate into the model for the length of a ``with`` block, as for evaluation."""
+        values = self.averaged_weights()
+        self._swap(values)
+        try:
+            yield
+        finally:
+            self._swap(values)
 
-    def batches(self, names: Sequence[str]) -> list[list[str]]:
-        """Split names into those that temporaries are made for at a time: one, unless directions couple the tensors."""
-        law = getattr(self.directions, "law", None)
-        together = law is not None and not law.independent
-        return [list(names)] if together else [[name] for name in names]
-
-    def buffers(self, key: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return one state tensor a parameter, in fp32 or wider and zero when new."""
-        found = {}
-        for name in names:
-            tensor = self.named_params[name]
-            state = self.state[tensor]
-            if key not in state:
-                state[key] = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            found[name] = state[key]
-        return found
-
-    def groups(self) -> list[tuple[dict[str, Any], list[str]]]:
-        """Return every parameter group with the names of its parameters."""
-        by_id = {id(tensor): name for name, tensor in self.named_params.items()}
-        return [(group, [by_id[id(tensor)] for tensor in group["params"]]) for group in self.param_groups]
+    @torch.no_grad()
+    def _swap(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self.named_params.items():
+            held = tensor.detach().clone()
+            tensor.copy_(values[name])
+            values[name] = held
 
     def extra_state(self) -> dict[str, Any]:
-        """Return what must be saved beside torch's own state: the counters and the seed that address the directions."""
+        """Return what must be saved beside torch's own state: counters, the seed, and the state of the parts."""
         return {
             "step": self.step_count,
             "seed": self.seed,
             "num_forwards": self.num_forwards,
-            "restore": self._restore.state_dict(),
-            "directions": getattr(self.directions, "state_dict", dict)(),
+            "last_factor": self.last_factor,
+            "perturb": self.perturb.state_dict(),
+            "directions": self.directions.state_dict(),
+            "updates": [part.state_dict() for part in self.updates],
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
         self.step_count, self.num_forwards, self.seed = state["step"], state["num_forwards"], state["seed"]
-        self._restore.seed = self.seed
-        if state["directions"]:
-            self.directions.load_state_dict(state["directions"])  # type: ignore[attr-defined]
-        self._restore.load_state_dict(state["restore"])
-        self._versions = [tensor._version for tensor in self.named_params.values()]
+        self.last_factor = state["last_factor"]
+        self.directions.load_state_dict(state["directions"])
+        for part, saved in zip(self.updates, state["updates"], strict=True):
+            part.load_state_dict(saved)
+            part.attach(self)
+        self.perturb.load_state_dict(state["perturb"], seed=self.seed)
+        self._note_versions()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state: torch's own, and under ``zeroth_order`` what addresses the directions."""
@@ -369,18 +386,24 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         momentum of bf16 weights.)
 
         Raises:
-            UsageError: If the state was saved by another kind of optimizer.
+            UsageError: If the state was saved by another kind of optimizer, or by an earlier version of zokernel.
         """
-        if "zeroth_order" not in state_dict:
+        saved = state_dict.get("zeroth_order")
+        if saved is None:
             raise UsageError(
                 f"This state was not saved by a zeroth-order optimizer; {type(self).__name__} cannot load it."
+            )
+        if "perturb" not in saved:
+            raise UsageError(
+                "This state was saved by zokernel 0.1, whose optimizers kept other state: continue with that version, "
+                "or start from its weights."
             )
         kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
         super().load_state_dict(kept | {"state": {}})
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        saved_ids = [saved for group in state_dict["param_groups"] for saved in group["params"]]
-        for saved, tensor in zip(saved_ids, tensors):
-            for key, value in state_dict["state"].get(saved, {}).items():
+        saved_ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
+        for identity, tensor in zip(saved_ids, tensors):
+            for key, value in state_dict["state"].get(identity, {}).items():
                 copied = value.detach().clone().to(tensor.device) if isinstance(value, Tensor) else value
                 self.state[tensor][key] = copied
-        self.load_extra_state(state_dict["zeroth_order"])
+        self.load_extra_state(saved)

@@ -7,6 +7,14 @@ from zokernel._lazy import lazy_exports
 # public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
 _EXPORTS = {
     "InForward": "in_forward",
+    "InPlace": "in_place",
+    "Perturb": "base",
+    "Recorded": "recorded",
+    "Tangents": "tangents",
+    "make_perturb": "registry",
+    "matches_in_place": "agreement",
+    "perturb_for_replay": "registry",
+    "stackable": "stacked",
     "Parallel": "parallel",
     "Stacked": "stacked",
 }

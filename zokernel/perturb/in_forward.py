@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from zokernel.directions import Dense, LowRank, Subspace
-from zokernel.directions.base import Directions
+from zokernel.directions import Dense, Directions, LowRank, Subspace
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
 from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
-from zokernel.perturb.intercept import Watched
+from zokernel.perturb.base import Closure, Perturb, loss_value
+from zokernel.perturb.intercept import Intercepted
 
 # Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
 # takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
@@ -43,45 +42,58 @@ BY_POSITION = (Dense, LowRank, Subspace)
 LOW_PRECISION = {F.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.mm, F.conv1d, F.conv2d}
 
 
-class InForward:
-    r"""An evaluator that leaves the weights in place: ``optimizer.evaluator = InForward()``.
+class InForward(Perturb):
+    r"""Leave the weights in place and let each layer read :math:`\theta + \epsilon z`, made just before it is needed.
 
     The closure must use the trained parameters themselves, by torch operations in its own thread: not views or copies
     made before, and no compiled or captured graph.
 
     Attributes:
-        plan: What is copied when, once it has been called.
+        schedule: What is copied when, once losses have been taken.
 
     Raises:
-        UsageError: When called, if the directions or the weights (sharded, strided) cannot be copied this way.
-        RunError: When called, if the closure uses none of the parameters.
+        UsageError: When attached, if the directions or the weights (sharded, strided) cannot be copied this way.
+        RunError: When losses are taken, if the closure uses none of the parameters.
 
     Example:
         >>> import zokernel
         >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
-        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01)
-        >>> optimizer.evaluator = InForward()
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01, perturb=InForward())
         >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
     """
 
-    visits_points = False  # the weights stay where they are, so a replay need not move them either
+    name = "in_forward"
 
     def __init__(self) -> None:
-        self.plan: Plan | None = None
+        super().__init__()
+        self.schedule: CopySchedule | None = None
 
-    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
-        """Return the losses at ``points``."""
-        if self.plan is None or self.plan.parameters is not optimizer.named_params:
-            self.plan = Plan(optimizer.named_params)
-            self.plan.prepare(optimizer)
-        losses = []
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
+        if directions.couples_tensors:
+            raise UsageError(
+                f"{directions!r} gives one tensor directions that depend on the others, and in_forward perturbs a few "
+                "tensors at a time: use perturb='in_place'."
+            )
+        super().attach(parameters, directions, seed=seed, reach=reach)
+        self._directions = directions
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Evaluate the closure at each point, with perturbed copies in place of the weights."""
+        parameters, seed = self.weights.tensors, self.weights.seed
+        if self.schedule is None or self.schedule.parameters is not parameters:
+            self.schedule = CopySchedule(parameters)
+            self.schedule.prepare(self._directions, seed=seed)
+        found = []
         for offsets in points:
-            with Perturbed(self.plan, optimizer, offsets):
-                losses.append(float(closure()))
-            if not self.plan.learned:
-                self.plan.finish()
-                self.plan.prepare(optimizer)
-        return losses
+            with Perturbed(self.schedule, self._directions, Point(offsets, seed, step)):
+                found.append(loss_value(closure()))
+            if not self.schedule.learned:
+                self.schedule.finish()
+                self.schedule.prepare(self._directions, seed=seed)
+        return found
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Point:
     step: int
 
 
-class Plan:
+class CopySchedule:
     """Which parameters are copied together, in which type; learned from the first forward.
 
     Args:
@@ -129,16 +141,14 @@ class Plan:
         """Whether a forward has been seen."""
         return bool(self.stretches)
 
-    def prepare(self, optimizer: ZerothOrderOptimizer) -> None:
+    def prepare(self, directions: Directions, *, seed: int) -> None:
         """Make the tables of all copies before a forward.
 
         Made one by one between activations, they would split the memory that these leave behind, and each next
         activation would take new memory: 200 MiB in the first forward of SmolLM2.
         """
-        family = optimizer.directions
-        if isinstance(family, Directions):
-            for keys in self.stretches or [[key] for key in self.places if key not in self.small]:
-                self.copier(keys).prepare(family, seed=optimizer.seed)
+        for keys in self.stretches or [[key] for key in self.places if key not in self.small]:
+            self.copier(keys).prepare(directions, seed=seed)
 
     def finish(self) -> None:
         """After the first forward, group the large parameters that it used.
@@ -181,13 +191,13 @@ class Plan:
             self._pieces[key, rows] = pieces
         return self._pieces[key, rows]
 
-    def copy(self, family: Directions, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
+    def copy(self, directions: Directions, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
         """Write perturbed copies of some parameters: all copies but those of rows are made here."""
-        copier(family, targets, point.offsets, seed=point.seed, step=point.step)
+        copier(directions, targets, point.offsets, seed=point.seed, step=point.step)
 
-    def copy_rows(self, family: Directions, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
+    def copy_rows(self, directions: Directions, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
         """Write perturbed copies of some rows of a parameter: all of those are made here."""
-        copy_perturbed_rows(family, place, rows, target, point.offsets, seed=point.seed, step=point.step)
+        copy_perturbed_rows(directions, place, rows, target, point.offsets, seed=point.seed, step=point.step)
 
     def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
         """Return the scratch buffer of a type, grown if need be."""
@@ -197,36 +207,33 @@ class Plan:
         return found[:size]
 
 
-class Perturbed(Watched):
+class Perturbed(Intercepted):
     """Context in which operations read perturbed copies of the trained parameters.
 
     Args:
-        plan: What is copied when.
-        optimizer: Its directions, seed and step.
-        offsets: The point.
+        schedule: What is copied when.
+        directions: The family of random directions.
+        point: Where the loss is taken.
     """
 
-    def __init__(self, plan: Plan, optimizer: ZerothOrderOptimizer, offsets: Offsets):
-        super().__init__(plan.parameters.values(), self.run)
-        if not isinstance(optimizer.directions, Directions):
-            raise UsageError(f"{type(optimizer.directions).__name__} is no family of directions: perturb in place.")
-        self.plan, self.family = plan, optimizer.directions
-        self.point = Point(offsets, optimizer.seed, optimizer.step_count)
+    def __init__(self, schedule: CopySchedule, directions: Directions, point: Point):
+        super().__init__(schedule.parameters.values(), self.run)
+        self.schedule, self.directions, self.point = schedule, directions, point
         self.copies: dict[int, Tensor] = {}
-        targets = [torch.empty_like(place.local) for place in plan.copy_small.places]
+        targets = [torch.empty_like(place.local) for place in schedule.copy_small.places]
         if targets:
-            plan.copy(self.family, plan.copy_small, targets, self.point)
-        self.fixed = dict(zip(plan.small, targets))
+            schedule.copy(self.directions, schedule.copy_small, targets, self.point)
+        self.fixed = dict(zip(schedule.small, targets))
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation on perturbed copies of the parameters among its arguments."""
-        self.plan.touched = True
+        self.schedule.touched = True
         special = _SPECIAL.get(func)
         if special is not None:
             result = special(self, *args, **kwargs)
             if result is not None:
                 return result
-        low, places = func in LOW_PRECISION, self.plan.places
+        low, places = func in LOW_PRECISION, self.schedule.places
         # Parameters may be in lists, as a recurrent layer's are; mostly they are not.
         nested = bool(kwargs) or any(isinstance(value, (list, tuple, dict)) for value in args)
         values, structure = tree_flatten((args, kwargs)) if nested else (list(args), None)
@@ -242,7 +249,7 @@ class Perturbed(Watched):
     def copy(self, value: Any, low: bool) -> Any:
         """Return the perturbed copy of a trained parameter; anything else as it is."""
         key = id(value)
-        if key not in self.plan.places:
+        if key not in self.schedule.places:
             return value
         if key in self.fixed:
             return self.fixed[key]
@@ -262,16 +269,16 @@ class Perturbed(Watched):
         return weight.dtype
 
     def _make(self, key: int, dtype: torch.dtype) -> None:
-        plan = self.plan
-        if not plan.learned:
-            plan.used.append((key, dtype))
-        known = plan.dtypes.get(key) == dtype
-        keys = plan.stretches[plan.stretch_of[key]] if known else [key]
-        copier = plan.copier(keys)
+        schedule = self.schedule
+        if not schedule.learned:
+            schedule.used.append((key, dtype))
+        known = schedule.dtypes.get(key) == dtype
+        keys = schedule.stretches[schedule.stretch_of[key]] if known else [key]
+        copier = schedule.copier(keys)
         sizes = [place.numel for place in copier.places]
-        flat = plan.buffer(dtype, sum(sizes), copier.places[0].local.device)
+        flat = schedule.buffer(dtype, sum(sizes), copier.places[0].local.device)
         targets = [part.view(place.shape) for part, place in zip(flat.split(sizes), copier.places)]
-        plan.copy(self.family, copier, targets, self.point)
+        schedule.copy(self.directions, copier, targets, self.point)
         # The buffer holds these now, and nothing else of their type.
         self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
         self.copies |= dict(zip(keys, targets))
@@ -283,29 +290,29 @@ class Perturbed(Watched):
 
 def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Look up perturbed rows: only those that occur are made."""
-    if id(weight) not in mode.plan.places or id(weight) in mode.fixed:
+    if id(weight) not in mode.schedule.places or id(weight) in mode.fixed:
         return None
     # A GPU makes a row anew wherever it occurs sooner than it tells how many rows there are.
-    again = on_gpu(mode.family.backend, weight)
+    again = on_gpu(mode.directions.backend, weight)
     rows, inverse = (input.reshape(-1), None) if again else torch.unique(input, return_inverse=True)
     found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    mode.plan.copy_rows(mode.family, mode.plan.places[id(weight)], rows, found, mode.point)
+    mode.schedule.copy_rows(mode.directions, mode.schedule.places[id(weight)], rows, found, mode.point)
     return found.view(*input.shape, -1) if inverse is None else F.embedding(inverse, found)
 
 
 def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """Multiply by a matrix, which is what models do most; by one larger than a stretch, piece by piece."""
-    if id(weight) not in mode.plan.places or id(input) in mode.plan.places:
+    if id(weight) not in mode.schedule.places or id(input) in mode.schedule.places:
         return None
-    if weight.numel() <= mode.plan.stretch or type(mode.family) not in BY_POSITION:
+    if weight.numel() <= mode.schedule.stretch or type(mode.directions) not in BY_POSITION:
         return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
     dtype = mode.dtype(weight, low=True)
     mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
     pieces = []
-    for copier in mode.plan.pieces(id(weight), max(1, mode.plan.stretch // weight.shape[1])):
+    for copier in mode.schedule.pieces(id(weight), max(1, mode.schedule.stretch // weight.shape[1])):
         local = copier.places[0].local
-        piece = mode.plan.buffer(dtype, local.numel(), local.device).view(local.shape)
-        mode.plan.copy(mode.family, copier, [piece], mode.point)
+        piece = mode.schedule.buffer(dtype, local.numel(), local.device).view(local.shape)
+        mode.schedule.copy(mode.directions, copier, [piece], mode.point)
         pieces.append(F.linear(input, piece))
     result = torch.cat(pieces, -1)
     return result if bias is None else result + mode.copy(bias, low=False)

@@ -18,7 +18,7 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _READS = {"__get__", "size", "dim", "numel", "is_floating_point", "stride", "type", "element_size", "__hash__"}
 
 
-class Watched:
+class Intercepted:
     """Context in which a handler carries out the operations on some tensors.
 
     Reading shapes and types goes past it, and so do the operations within it.
@@ -29,7 +29,7 @@ class Watched:
 
     Example:
         >>> weight, seen = torch.ones(2), []
-        >>> with Watched([weight], lambda func, args, kwargs: seen.append(func.__name__) or func(*args, **kwargs)):
+        >>> with Intercepted([weight], lambda func, args, kwargs: seen.append(func.__name__) or func(*args, **kwargs)):
         ...     total = (weight * 2).sum()
         >>> seen
         ['mul']
@@ -40,10 +40,10 @@ class Watched:
         self._classes: list[tuple[Tensor, type]] = []
 
     def __enter__(self) -> None:
-        watched = {kind: self._subclass(kind) for kind in set(map(type, self._tensors.values()))}
+        intercepted = {kind: self._subclass(kind) for kind in set(map(type, self._tensors.values()))}
         for tensor in self._tensors.values():
             self._classes.append((tensor, type(tensor)))
-            tensor.__class__ = watched[type(tensor)]
+            tensor.__class__ = intercepted[type(tensor)]
 
     def __exit__(self, *exc_info: object) -> None:
         for tensor, kind in self._classes:
@@ -57,7 +57,7 @@ class Watched:
                     return func(*args, **(kwargs or {}))
                 return self._handler(func, args, kwargs or {})
 
-        return type(f"Watched{kind.__name__}", (kind,), {"__torch_function__": classmethod(__torch_function__)})
+        return type(f"Intercepted{kind.__name__}", (kind,), {"__torch_function__": classmethod(__torch_function__)})
 
 
-__all__ = ["Watched"]
+__all__ = ["Intercepted"]

@@ -21,30 +21,35 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zokernel.directions import Directions, Restore
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.optim.zeroth_order import Closure, Evaluator, ZerothOrderOptimizer, in_turn
+from zokernel.perturb.base import Closure, Perturb, loss_value
+from zokernel.perturb.in_place import InPlace
 
 logger = logging.getLogger(__name__)
 
 MODES = ("data", "perturbation", "hybrid")
 
 
-class Parallel:
-    """An evaluator of losses by all processes of a group: ``optimizer.evaluator = Parallel("perturbation")``.
+class Parallel(Perturb):
+    """Share the losses of a step among the processes of a group.
 
     Args:
         mode: ``data``, ``perturbation`` or ``hybrid``.
+        inner: How a process takes the losses of its own points; in place when not given.
         point_ranks: Processes that share one batch, in ``hybrid`` mode: a divisor of their number.
         group: Process group of torch.distributed; all processes when not given.
-        inner: How a process takes the losses of its own points: one after the other by default.
+        weight: Returns how many terms the loss of this process's batch is a mean over (examples, or scored tokens).
+            Losses of different batches are averaged with these weights, so that they are the loss of all batches
+            together; all batches count alike when not given.
 
     Attributes:
         data_rank: Which of the ``data_ranks`` batches this process sees.
@@ -58,18 +63,24 @@ class Parallel:
         >>> import tempfile, zokernel
         >>> rendezvous = f"file://{tempfile.mkdtemp()}/here"
         >>> dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
-        >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> optimizer = zokernel.optim.MeZO([weight], lr=0.05, num_perturbations=4)
-        >>> optimizer.evaluator = Parallel("perturbation")
+        >>> weight, parallel = torch.nn.Parameter(torch.ones(3)), Parallel("perturbation")
+        >>> optimizer = zokernel.optim.MeZO([weight], lr=0.05, num_perturbations=4, perturb=parallel)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(3)]
-        >>> optimizer.evaluator.bytes_sent == 3 * 8 * 8  # three steps, eight float64 losses each
+        >>> parallel.bytes_sent == 3 * 8 * 8  # three steps, eight float64 losses each
         True
         >>> dist.destroy_process_group()
     """
 
     def __init__(
-        self, mode: str = "data", *, point_ranks: int | None = None, group: Any = None, inner: Evaluator = in_turn
+        self,
+        mode: str = "data",
+        inner: Perturb | None = None,
+        *,
+        point_ranks: int | None = None,
+        group: Any = None,
+        weight: Callable[[], float] | None = None,
     ):
+        super().__init__()
         if mode not in MODES:
             raise UsageError(f"There is no parallel mode {mode!r}: choose one of {', '.join(MODES)}.")
         if not dist.is_initialized():
@@ -82,7 +93,8 @@ class Parallel:
             raise UsageError(f"The number of point ranks is set in hybrid mode only, not with mode={mode!r}.")
         else:
             point_ranks = 1 if mode == "data" else world
-        self.mode, self.group, self.inner = mode, group, inner
+        self.mode, self.group, self.weight = mode, group, weight
+        self.inner = inner if inner is not None else InPlace()
         self.point_ranks, self.data_ranks = point_ranks, world // point_ranks
         self.data_rank, self.point_rank = divmod(rank, point_ranks)
         self.bytes_sent = 0
@@ -90,45 +102,62 @@ class Parallel:
         self._device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         self._checked = False
 
-    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of ``inner``: a journal is replayed by one process, which takes no losses."""
+        return self.inner.name
+
+    @property
+    def weights(self) -> Restore:
+        """Those that ``inner`` moves."""
+        return self.inner.weights
+
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Attach ``inner``; see :meth:`Perturb.attach`."""
+        self.inner.attach(parameters, directions, seed=seed, reach=reach)
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``, each averaged over the data ranks; the same on every process.
 
         Raises:
             RunError: If the processes did not start from the same weights.
         """
         if not self._checked:
-            self.check_same_weights(optimizer.named_params)
+            self.check_same_weights(self.weights.tensors)
             self._checked = True
         mine = points[self.point_rank :: self.point_ranks]
-        if self.visits_points and optimizer.repeats_moves:
-            own = self._along_the_path(optimizer, closure, points)
+        if self.walks_points:
+            own = self._along_the_path(closure, points, step)
         else:
-            own = self.inner(optimizer, closure, mine) if mine else []
-        table = self._gather(own, math.ceil(len(points) / self.point_ranks))
+            own = self.inner.losses(closure, mine, step=step) if mine else []
+        rows = math.ceil(len(points) / self.point_ranks)
+        table = self._gather([*own, *[math.nan] * (rows - len(own)), *self._own_weight()])
         losses = []
         for number in range(len(points)):
             row, share = divmod(number, self.point_ranks)
-            column = [table[data_rank * self.point_ranks + share][row] for data_rank in range(self.data_ranks)]
-            losses.append(sum(column) / self.data_ranks)
+            column = [table[data_rank * self.point_ranks + share] for data_rank in range(self.data_ranks)]
+            if self.weight is None:
+                losses.append(sum(values[row] for values in column) / self.data_ranks)
+            else:
+                total = sum(values[-1] for values in column)
+                losses.append(sum(values[row] * values[-1] for values in column) / total)
         return losses
 
-    @property
-    def visits_points(self) -> bool:
-        """Whether the weights are moved."""
-        return getattr(self.inner, "visits_points", True)
+    def _own_weight(self) -> list[float]:
+        return [] if self.weight is None else [float(self.weight())]
 
-    def _along_the_path(
-        self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]
-    ) -> list[float]:
-        """Return the losses at this process's points; folded restores round along the path, so all walk all of it."""
+    def _along_the_path(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
+        """Return the losses at this process's points; folded weights round along the path, so all walk all of it."""
         own = []
         for number, offsets in enumerate(points):
-            optimizer.move_to(offsets)
+            self.weights.move_to(step, offsets)
             if number % self.point_ranks == self.point_rank:
-                own.append(float(closure()))
+                own.append(loss_value(closure()))
         return own
 
-    def check_same_weights(self, weights: dict[str, Tensor]) -> None:
+    def check_same_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Check that all processes hold the same weights, by two sums of each.
 
         Shards of distributed tensors differ by design and are left out.
@@ -142,19 +171,18 @@ class Parallel:
             if not hasattr(tensor, "to_local")
             for value in (tensor.sum(dtype=torch.float64), tensor.abs().sum(dtype=torch.float64))
         ]
-        table = self._gather(sums, len(sums))
+        table = self._gather(sums)
         if any(row != table[0] for row in table):
             raise RunError(
                 "The processes hold different weights at the start, so their steps would differ: load the same "
                 "checkpoint and set the same seed on every process."
             )
 
-    def _gather(self, values: list[float], length: int) -> list[list[float]]:
-        """Return every process's values by rank, padded to ``length``."""
-        mine = torch.full((length,), math.nan, dtype=torch.float64, device=self._device)
-        mine[: len(values)] = torch.tensor(values, dtype=torch.float64, device=self._device)
+    def _gather(self, values: list[float]) -> list[list[float]]:
+        """Return every process's values by rank; all have equally many."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
         gathered = [torch.empty_like(mine) for _ in range(self.point_ranks * self.data_ranks)]
         dist.all_gather(gathered, mine, group=self.group)
         if self._checked:
-            self.bytes_sent += 8 * length
+            self.bytes_sent += 8 * len(values)
         return [row.tolist() for row in gathered]

@@ -1,80 +1,40 @@
-"""Repeating a step from the losses it measured, without the model."""
+"""Losses from a journal: a step is repeated from the numbers it measured, without the model."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from zokernel.errors import RunError
+from torch import Tensor
+
+from zokernel.directions import Directions
+from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
-
-if TYPE_CHECKING:
-    from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
+from zokernel.perturb.base import Closure, Perturb
 
 
-class Recalled:
-    """An evaluator that returns recorded losses instead of evaluating the closure.
+class Recorded(Perturb):
+    """Answers with recorded numbers, and moves the weights as the run did.
 
     Args:
-        record: What ``optimizer.record()`` returned after the step.
-        visits_points: Whether the run's evaluator moved the weights through the step's points, so that roundings which
-            depend on those moves are repeated.
+        inner: How the run perturbed, attached to the optimizer's weights.
+        numbers: What ``optimizer.record()`` returned after the step.
     """
 
-    def __init__(self, record: Sequence[float], *, visits_points: bool = True):
-        self.record = [float(value) for value in record]
-        self.visits_points = visits_points
+    def __init__(self, inner: Perturb, numbers: Sequence[float]):
+        super().__init__()
+        self.inner, self.name = inner, inner.name
+        self.numbers = [float(number) for number in numbers]
+        self._weights = inner.weights
 
-    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
-        """Return the recorded losses.
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Refuse: recorded losses belong to the weights that ``inner`` serves."""
+        raise UsageError("Recorded losses cannot be attached to other weights: replay the journal from its base.")
 
-        Raises:
-            RunError: If their number is not that of the points.
-        """
-        if len(points) != len(self.record):
-            raise RunError(
-                f"Step {optimizer.step_count + 1} needs {len(points)} losses and the journal holds {len(self.record)}: "
-                "it was written with other settings."
-            )
-        if optimizer.repeats_moves and self.visits_points:
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Return the recorded numbers; walk the points if the run's roundings depend on them."""
+        if self.walks_points:
             for offsets in points:
-                optimizer.move_to(offsets)
-        return self.record
-
-
-def replay_step(optimizer: ZerothOrderOptimizer, record: Sequence[float], *, visits_points: bool = True) -> float:
-    """Take the step that recorded numbers led to: the same moves, update, state and bits, without a forward pass.
-
-    Args:
-        optimizer: The optimizer, where the step began, with the learning rates of that step.
-        record: What its ``record()`` returned after the step.
-        visits_points: See :class:`Recalled`.
-
-    Returns:
-        The step's loss.
-
-    Raises:
-        RunError: If the record does not fit the method's settings.
-
-    Example:
-        >>> import torch, zokernel
-        >>> def start():
-        ...     weight = torch.nn.Parameter(torch.ones(3))
-        ...     return weight, zokernel.optim.MeZO([weight], lr=0.05, momentum=0.9)
-        >>> weight, optimizer = start()
-        >>> records = []
-        >>> for _ in range(5):
-        ...     loss = optimizer.step(lambda: weight.square().sum())
-        ...     records.append(optimizer.record())
-        >>> again, optimizer = start()
-        >>> losses = [replay_step(optimizer, record) for record in records]
-        >>> torch.equal(weight, again)
-        True
-    """
-    evaluator = optimizer.evaluator
-    optimizer.evaluator = Recalled(record, visits_points=visits_points)
-    try:
-        return optimizer.step(lambda: math.nan)
-    finally:
-        optimizer.evaluator = evaluator
+                self.weights.move_to(step, offsets)
+        return self.numbers

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernel.directions.base import Directions
+from zokernel.directions import Directions
 from zokernel.directions.terms import Factors
 from zokernel.directions.weights.placement import place_all
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
-from zokernel.perturb.intercept import Watched
+from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.intercept import Intercepted
 
 # A copy of a tensor with fewer elements is cheaper than looking for its factors.
 SMALL = 1 << 16
@@ -49,8 +49,8 @@ class Thin:
     right: Tensor
 
 
-class Stacked:
-    r"""An evaluator that takes many losses in one forward: ``optimizer.evaluator = Stacked(losses)``.
+class Stacked(Perturb):
+    r"""Take many losses in one forward, each row of the batch with perturbed weights of its own.
 
     Args:
         losses: ``losses(copies)`` evaluates the batch repeated ``copies`` times, copy after copy, and returns the mean
@@ -59,51 +59,66 @@ class Stacked:
         max_bytes: Bound on the perturbed copies of one forward.
 
     Raises:
-        UsageError: When called, if the trained tensors do not fit, or a layer uses one in a way that is not known here.
+        UsageError: When losses are taken, if the trained tensors do not fit, or a layer uses one in an unknown way.
 
     Example:
         >>> import zokernel
         >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
-        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01, num_perturbations=4)
         >>> def losses(copies):
         ...     return layer(inputs.repeat(copies, 1)).square().view(copies, -1).mean(1)
-        >>> optimizer.evaluator = Stacked(losses)
+        >>> optimizer = zokernel.optim.MeZO(layer, lr=0.01, num_perturbations=4, perturb=Stacked(losses))
         >>> loss = optimizer.step(lambda: layer(inputs).square().mean())
     """
 
-    visits_points = False  # the weights stay where they are, so a replay need not move them either
+    name = "stacked"
 
     def __init__(self, losses: Callable[[int], Tensor], *, max_copies: int = 16, max_bytes: int = 1 << 28):
-        self.losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
+        super().__init__()
+        self.batched_losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
         self._buffers: dict[str, Tensor] = {}
 
-    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
+        super().attach(parameters, directions, seed=seed, reach=reach)
+        self._directions = directions
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``; ``closure`` is not called."""
-        found: list[float] = []
+        parameters, found = self.weights.tensors, []
+        draw = {"seed": self.weights.seed, "step": step}
         for begin in range(0, len(points), self.max_copies):
             chunk = points[begin : begin + self.max_copies]
-            changes = stack(optimizer, chunk, self.max_bytes, self._buffers)
-            with StackedParameters(optimizer.named_params.values(), changes, len(chunk)):
-                losses = self.losses(len(chunk))
+            changes = stack(parameters, self._directions, chunk, self.max_bytes, self._buffers, **draw)
+            with StackedParameters(parameters.values(), changes, len(chunk)):
+                losses = self.batched_losses(len(chunk))
             if losses.shape != (len(chunk),):
                 raise UsageError(
-                    f"losses({len(chunk)}) returned shape {tuple(losses.shape)}: return one loss a copy, (copies,)."
+                    f"losses({len(chunk)}) returned shape {tuple(losses.shape)}: return one loss per copy, (copies,)."
                 )
             found += losses.tolist()
         return found
 
 
-def stackable(optimizer: ZerothOrderOptimizer, copies: int, max_bytes: int = 1 << 28) -> bool:
+def stackable(parameters: Mapping[str, Tensor], directions: Directions, copies: int, max_bytes: int = 1 << 28) -> bool:
     """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
     try:
-        stack(optimizer, [{0: 0.0}], max_bytes // copies, {})
+        stack(parameters, directions, [{0: 0.0}], max_bytes // copies, {}, seed=0, step=0)
     except UsageError:
         return False
     return True
 
 
 def stack(
-    optimizer: ZerothOrderOptimizer, points: Sequence[Offsets], max_bytes: int, buffers: dict[str, Tensor]
+    parameters: Mapping[str, Tensor],
+    directions: Directions,
+    points: Sequence[Offsets],
+    max_bytes: int,
+    buffers: dict[str, Tensor],
+    *,
+    seed: int,
+    step: int,
 ) -> dict[int, Held | Thin]:
     """Return the perturbed copies of every trained tensor, by its identity.
 
@@ -112,24 +127,22 @@ def stack(
     Raises:
         UsageError: If they would take more than ``max_bytes``.
     """
-    thin = _thin(optimizer, points)
-    held = {name: tensor for name, tensor in optimizer.named_params.items() if name not in thin}
+    thin = _thin(parameters, directions, points, seed=seed, step=step)
+    held = {name: tensor for name, tensor in parameters.items() if name not in thin}
     size = len(points) * sum(tensor.nbytes for tensor in held.values())
     size += sum(change.left.nbytes + change.right.nbytes for change in thin.values())
     if size > max_bytes:
         raise UsageError(
             f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
-            "adapter, use low-rank directions (lozo, subzero), or take the losses one after the other."
+            "adapter, use low-rank directions (lozo, subzero), or perturb='in_place'."
         )
     copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
     for k, offsets in enumerate(points):
         at_k = {name: tensor[k] for name, tensor in copies.items()}
         if offsets and at_k:
-            optimizer.directions.add_(
-                at_k, list(offsets.values()), seed=optimizer.seed, step=optimizer.step_count, index=list(offsets)
-            )
+            directions.add_(at_k, list(offsets.values()), seed=seed, step=step, index=list(offsets))
     by_name: dict[str, Held | Thin] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
-    return {id(tensor): by_name[name] for name, tensor in optimizer.named_params.items()}
+    return {id(tensor): by_name[name] for name, tensor in parameters.items()}
 
 
 def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:
@@ -140,16 +153,17 @@ def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -
     return buffer[:count].copy_(tensor.detach())
 
 
-def _thin(optimizer: ZerothOrderOptimizer, points: Sequence[Offsets]) -> dict[str, Thin]:
+def _thin(
+    parameters: Mapping[str, Tensor], directions: Directions, points: Sequence[Offsets], *, seed: int, step: int
+) -> dict[str, Thin]:
     """Return the changes of large matrices whose directions are low-rank, by name."""
-    family = optimizer.directions
-    large = {name: t for name, t in optimizer.named_params.items() if t.ndim == 2 and t.numel() > SMALL}
-    if not isinstance(family, Directions) or not large:
+    large = {name: t for name, t in parameters.items() if t.ndim == 2 and t.numel() > SMALL}
+    if not large or directions.couples_tensors:
         return {}
     places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
     drawn: dict[int, dict[str, Factors]] = {}
     for index in sorted({index for offsets in points for index in offsets}):
-        terms = family.terms(places, seed=optimizer.seed, step=optimizer.step_count, index=index)
+        terms = directions.terms(places, seed=seed, step=step, index=index)
         drawn[index] = {
             place.name: term
             for place, term in zip(places, terms)
@@ -178,7 +192,7 @@ def _changes(factors: list[Factors], indices: list[int], points: Sequence[Offset
     return Thin(left.to(dtype), right.to(dtype))
 
 
-class StackedParameters(Watched):
+class StackedParameters(Intercepted):
     """Context in which layers apply to each copy of the rows its own weights.
 
     Args:
@@ -197,7 +211,7 @@ class StackedParameters(Watched):
         if func not in _LAYERS:
             raise UsageError(
                 f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "
-                "weights: take the losses one after the other."
+                "weights: use perturb='in_place'."
             )
         return _LAYERS[func](self, *args, **kwargs)
 
@@ -218,7 +232,7 @@ class StackedParameters(Watched):
         """
         if rows.shape[0] % self.copies:
             raise UsageError(
-                f"A layer got {rows.shape[0]} rows for {self.copies} copies of the batch: take the losses one by one."
+                f"A layer got {rows.shape[0]} rows for {self.copies} copies of the batch: use perturb='in_place'."
             )
         self.rows = self.rows or rows.shape[0]
         return rows.reshape(self.copies, -1, rows.shape[-1])

@@ -75,6 +75,11 @@ class Blockwise(Directions):
         blocks = list(dict.fromkeys(self.block_of(name) for name in sorted(names, key=natural_order)))
         return blocks[step // self.every % len(blocks)]
 
+    @property
+    def couples_tensors(self) -> bool:
+        """Always: which block is active depends on the blocks that there are."""
+        return True
+
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return the inner family's terms on the active block, None elsewhere; see :meth:`Directions.terms`."""
         if not places:

@@ -54,6 +54,11 @@ class Dense(Directions):
     def __repr__(self) -> str:
         return f"Dense({self.distribution.name!r})"
 
+    @property
+    def couples_tensors(self) -> bool:
+        """Whether the radius is that of all tensors together: for the sphere."""
+        return not self.distribution.independent
+
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return each tensor's noise; see :meth:`Directions.terms`."""
         if self.distribution.name != "sphere":

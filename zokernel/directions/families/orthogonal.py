@@ -50,6 +50,11 @@ class Orthogonal(Directions):
     def __repr__(self) -> str:
         return f"Orthogonal(size={self.size})"
 
+    @property
+    def couples_tensors(self) -> bool:
+        """Always: directions are orthogonal over all tensors together."""
+        return True
+
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return each tensor's part of one column of the frame; see :meth:`Directions.terms`."""
         dim = sum(place.numel for place in places)

@@ -75,6 +75,10 @@ class Sparse(Directions):
                 self._masks[place.name] = self._mask(place)
         return self
 
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Freeze the masks."""
+        self.freeze(tensors)
+
     def dimension(self, tensors: Mapping[str, Tensor]) -> int:
         """Return :math:`E|z|^2`, the number of coordinates that move.
 

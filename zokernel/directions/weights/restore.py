@@ -9,7 +9,7 @@ mode      extra memory         sweeps a step     back at theta
 ``fold``  none                 3                 up to rounding: each step drifts by a few half-ulps of fp32
 ``grid``  none                 3                 exactly (float32 weights, kept on a power-of-two grid)
 ``copy``  one copy             3 + 3 copies      exactly, any dtype
-``still`` none                 1                 never left: something else perturbs, such as the forward itself
+``unmoved`` none                1                 never left: something else perturbs, such as the forward itself
 ========  ===================  ================  =============================================================
 
 All of them update in the sweep that restores.  For the same weights, seed and calls, all repeat the same roundings.
@@ -66,7 +66,7 @@ class Fold(Restore):
         tensor([1., 1., 1.])
     """
 
-    replays_moves = True
+    walks_points = True
 
     def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
         super().__init__(directions, tensors, seed=seed)
@@ -194,7 +194,7 @@ class Grid(Restore):
             self.tensors[name].div_(self.grid[name]).round_().mul_(self.grid[name])
 
 
-class Still(Restore):
+class Unmoved(Restore):
     """Weights that are never moved but by updates, for losses that perturb in the forward: exact, any dtype, no memory.
 
     Args:
@@ -219,7 +219,7 @@ class Still(Restore):
     def _move(self, target: dict[Draw, float]) -> None:
         if target:
             raise UsageError(
-                "restore='still' never moves the weights: set an evaluator that perturbs elsewhere (InForward, "
+                "These weights are changed by updates only: set an evaluator that perturbs elsewhere (InForward, "
                 "Stacked), or restore='copy'."
             )
 
@@ -236,14 +236,14 @@ class Still(Restore):
         )
 
 
-class Copy(Still):
+class Copy(Unmoved):
     """Restore exactly from a copy of the weights: any dtype, sharded or not, at the price of the copy.
 
     Args:
         directions: Random directions.
         tensors: Weights by name.
         seed: Seed of the run; also of the rounding.
-        stochastic: As for :class:`Still`.
+        stochastic: As for :class:`Unmoved`.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Copy(Still):
                 tensor.copy_(source[name])
 
 
-MODES: dict[str, type[Restore]] = {"fold": Fold, "grid": Grid, "copy": Copy, "still": Still}
+MODES: dict[str, type[Restore]] = {"fold": Fold, "grid": Grid, "copy": Copy, "unmoved": Unmoved}
 
 
 def make_restore(

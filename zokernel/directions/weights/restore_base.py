@@ -29,10 +29,10 @@ class Restore(ABC):
         seed: Seed of the run.
 
     Attributes:
-        replays_moves: Whether replaying a journal must repeat the moves between commits to repeat the roundings.
+        walks_points: Whether replaying a journal must repeat the moves between commits to repeat the roundings.
     """
 
-    replays_moves: ClassVar[bool] = False
+    walks_points: ClassVar[bool] = False
 
     def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
         self.directions = directions

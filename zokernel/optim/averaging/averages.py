@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,54 +27,56 @@ from torch import Tensor
 from zokernel.directions.backends import dispatch
 from zokernel.directions.terms import Job
 from zokernel.directions.weights.placement import Placement
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Estimate
 from zokernel.optim.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
 from zokernel.optim.averaging.iterate_weights import average_weight, coefficients_from_first, coefficients_from_last
 from zokernel.optim.averaging.moves import AffineMove
+from zokernel.optim.trained import Trained
+from zokernel.optim.updates import Update
 
-if TYPE_CHECKING:
-    from zokernel.optim.zeroth_order import ZerothOrderOptimizer
-
-TERMS_A_SWEEP = 48
+TERMS_PER_SWEEP = 48
 
 
-class Average(ABC):
-    """Something that knows the averaged iterate of an optimizer's run."""
+class IterateAverage(Update):
+    """Keeps the averaged iterate of a run; the weights themselves go their own way."""
 
-    @abstractmethod
-    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
-        """Take a step into account, after the weights have moved; one move a parameter group."""
+    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
+        """Take a step into account, after the weights have moved."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         r"""Return :math:`\theta^{ag} - \theta` for some parameters."""
+        raise NotImplementedError
 
-    def extra_state(self) -> Any:
-        """Return what cannot be kept a tensor a parameter."""
-        return None
+    def averaged_weights(self, trained: Trained) -> dict[str, Tensor]:
+        r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes."""
+        result = {}
+        with torch.no_grad():
+            for batch in trained.batches(list(trained.named_params)):
+                for name, offset in self.offset(trained, batch).items():
+                    weight = trained.named_params[name].detach()
+                    result[name] = (weight + offset).to(weight.dtype)
+        return result
 
-    def load_extra_state(self, state: Any) -> None:
-        """Take over what :meth:`extra_state` returned."""
-        del state
 
-
-class StoredAverage(Average):
+class StoredAverage(IterateAverage):
     """The offset in fp32: one more copy of the parameters."""
 
-    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Advance every offset by one step."""
-        by_name = {name: move for move, (_, names) in zip(moves, optimizer.groups()) for name in names}
-        for batch in optimizer.batches(list(by_name)):
-            offsets = self.offset(optimizer, batch)
-            self._advance(optimizer, offsets, by_name)
-            self._store(optimizer, offsets, moves[0].step)
+        by_name = {name: move for move, (_, names) in zip(moves, trained.groups()) for name in names}
+        for batch in trained.batches(list(by_name)):
+            offsets = self.offset(trained, batch)
+            self._advance(trained, offsets, by_name)
+            self._store(trained, offsets, moves[0].step)
+        return moves
 
-    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the stored offsets themselves."""
-        return optimizer.buffers("average_offset", names)
+        return trained.buffers("average_offset", names)
 
-    def _advance(
-        self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], by_name: dict[str, AffineMove]
-    ) -> None:
+    def _advance(self, trained: Trained, offsets: dict[str, Tensor], by_name: dict[str, AffineMove]) -> None:
         step = next(iter(by_name.values())).step
         keep = 1.0 - average_weight(step)
         if keep == 0.0:
@@ -84,15 +85,15 @@ class StoredAverage(Average):
             return
         scales = {name: [-keep * s / by_name[name].decay for s in by_name[name].scales.values()] for name in offsets}
         indices = list(next(iter(by_name.values())).scales)
-        optimizer.directions.add_(offsets, scales, seed=optimizer.seed, step=step, index=indices, decay=keep)
+        trained.directions.add_(offsets, scales, seed=trained.seed, step=step, index=indices, decay=keep)
         for name, offset in offsets.items():
-            weight, move = optimizer.named_params[name], by_name[name]
+            weight, move = trained.named_params[name], by_name[name]
             if move.decay != 1.0:
                 offset.add_(weight, alpha=keep * (1.0 / move.decay - 1.0))
             if move.anchor:
-                offset.add_(optimizer.state[weight]["initial"], alpha=-keep * move.anchor / move.decay)
+                offset.add_(trained.state[weight]["initial"], alpha=-keep * move.anchor / move.decay)
 
-    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+    def _store(self, trained: Trained, offsets: dict[str, Tensor], step: int) -> None:
         """Keep advanced offsets; fp32 ones were advanced in place."""
 
 
@@ -103,27 +104,28 @@ class Int8Average(StoredAverage):
     instead of freezing small changes.
     """
 
-    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Advance every offset by one step, some rows of a tensor at a time."""
-        by_name = {name: move for move, (_, names) in zip(moves, optimizer.groups()) for name in names}
-        for batch in optimizer.batches(list(by_name)):
-            if len(batch) > 1 or optimizer.named_params[batch[0]].ndim == 0:
-                offsets = self.offset(optimizer, batch)
-                self._advance(optimizer, offsets, by_name)
-                self._store(optimizer, offsets, moves[0].step)
+        by_name = {name: move for move, (_, names) in zip(moves, trained.groups()) for name in names}
+        for batch in trained.batches(list(by_name)):
+            if trained.directions.couples_tensors or trained.named_params[batch[0]].ndim == 0:
+                offsets = self.offset(trained, batch)
+                self._advance(trained, offsets, by_name)
+                self._store(trained, offsets, moves[0].step)
             else:
-                self._advance_rows(optimizer, batch[0], by_name[batch[0]])
+                self._advance_rows(trained, batch[0], by_name[batch[0]])
+        return moves
 
-    def _advance_rows(self, optimizer: ZerothOrderOptimizer, name: str, move: AffineMove) -> None:
-        weight = optimizer.named_params[name]
-        codes, scales = self._storage(optimizer, name)
+    def _advance_rows(self, trained: Trained, name: str, move: AffineMove) -> None:
+        weight = trained.named_params[name]
+        codes, scales = self._storage(trained, name)
         shape, width = tuple(weight.shape), math.prod(weight.shape[1:])
         # Pieces start at a quantization block: whole rows, their elements a multiple of 256.
         unit = BLOCK // math.gcd(BLOCK, width) if width else 1
         height = max(unit, CHUNK // max(1, width) // unit * unit)
         keep = 1.0 - average_weight(move.step)
         generator = torch.Generator(weight.device)
-        generator.manual_seed(_rounding_seed(optimizer.seed, move.step, name))
+        generator.manual_seed(_rounding_seed(trained.seed, move.step, name))
         for row in range(0, shape[0], height):
             piece = torch.zeros((min(height, shape[0] - row), *shape[1:]), device=weight.device)
             begin, end = row * width, row * width + piece.numel()
@@ -131,46 +133,46 @@ class Int8Average(StoredAverage):
             if keep > 0.0:
                 dequantize(codes[begin:end], blocks, out=piece.view(-1))
                 place = Placement(name, piece, piece, shape, (row, *(0 for _ in shape[1:])))
-                draw = {"seed": optimizer.seed, "step": move.step}
-                terms = [optimizer.directions.terms([place], index=i, **draw)[0] for i in move.scales]
+                draw = {"seed": trained.seed, "step": move.step}
+                terms = [trained.directions.terms([place], index=i, **draw)[0] for i in move.scales]
                 factors = tuple(-keep * scale / move.decay for scale in move.scales.values())
                 dispatch.sweep([Job(place, tuple(term for term in terms if term is not None), factors, decay=keep)])
                 rows = slice(row, row + height)
                 if move.decay != 1.0:
                     piece.add_(weight[rows], alpha=keep * (1.0 / move.decay - 1.0))
                 if move.anchor:
-                    piece.add_(optimizer.state[weight]["initial"][rows], alpha=-keep * move.anchor / move.decay)
+                    piece.add_(trained.state[weight]["initial"][rows], alpha=-keep * move.anchor / move.decay)
             quantize_(codes[begin:end], blocks, piece.view(-1), generator)
 
-    def _storage(self, optimizer: ZerothOrderOptimizer, name: str) -> tuple[Tensor, Tensor]:
-        weight = optimizer.named_params[name]
-        state = optimizer.state[weight]
+    def _storage(self, trained: Trained, name: str) -> tuple[Tensor, Tensor]:
+        weight = trained.named_params[name]
+        state = trained.state[weight]
         if "average_int8" not in state:
             blocks = math.ceil(weight.numel() / BLOCK)
             state["average_int8"] = torch.zeros(weight.numel(), dtype=torch.int8, device=weight.device)
             state["average_scale"] = torch.zeros(blocks, dtype=torch.float32, device=weight.device)
         return state["average_int8"], state["average_scale"]
 
-    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         """Unpack the stored offsets."""
         found = {}
         for name in names:
-            weight = optimizer.named_params[name]
-            state = optimizer.state[weight]
+            weight = trained.named_params[name]
+            state = trained.state[weight]
             found[name] = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
             if "average_int8" in state:
                 dequantize(state["average_int8"], state["average_scale"], out=found[name].view(-1))
         return found
 
-    def _store(self, optimizer: ZerothOrderOptimizer, offsets: dict[str, Tensor], step: int) -> None:
+    def _store(self, trained: Trained, offsets: dict[str, Tensor], step: int) -> None:
         for name, offset in offsets.items():
-            codes, scales = self._storage(optimizer, name)
+            codes, scales = self._storage(trained, name)
             generator = torch.Generator(offset.device)
-            generator.manual_seed(_rounding_seed(optimizer.seed, step, name))
+            generator.manual_seed(_rounding_seed(trained.seed, step, name))
             quantize_(codes, scales, offset.view(-1), generator)
 
 
-class JournalAverage(Average):
+class JournalAverage(IterateAverage):
     """Scalars only: the average is rebuilt by regenerating the directions of the whole run, when it is asked for."""
 
     def __init__(self) -> None:
@@ -178,29 +180,30 @@ class JournalAverage(Average):
         # Coefficients by parameter group, for a journal of the length they were computed at.
         self._known: tuple[int, dict[int, tuple[float, list[float]]]] = (0, {})
 
-    def update(self, optimizer: ZerothOrderOptimizer, moves: Sequence[AffineMove]) -> None:
+    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Write the step down."""
         self.moves.append(list(moves))
+        return moves
 
-    def offset(self, optimizer: ZerothOrderOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         """Rebuild the offsets by regenerating every direction of the run."""
         offsets: dict[str, Tensor] = {}
         scales: dict[str, list[float]] = {}
-        for number, (_, group_names) in enumerate(optimizer.groups()):
+        for number, (_, group_names) in enumerate(trained.groups()):
             for name in set(group_names) & set(names):
-                weight = optimizer.named_params[name]
-                initial = optimizer.state[weight].get("initial")
+                weight = trained.named_params[name]
+                initial = trained.state[weight].get("initial")
                 end, scales[name] = self._coefficients(number, from_first=initial is not None)
                 if initial is None:
                     offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(end - 1.0)
                 else:
                     offsets[name] = initial.to(_wide(weight), copy=True).mul_(end).sub_(weight)
         terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
-        for begin in range(0, len(terms), TERMS_A_SWEEP):
-            part = slice(begin, begin + TERMS_A_SWEEP)
+        for begin in range(0, len(terms), TERMS_PER_SWEEP):
+            part = slice(begin, begin + TERMS_PER_SWEEP)
             steps, indices = map(list, zip(*terms[part]))
             some = {name: values[part] for name, values in scales.items()}
-            optimizer.directions.add_(offsets, some, seed=optimizer.seed, step=steps, index=indices)
+            trained.directions.add_(offsets, some, seed=trained.seed, step=steps, index=indices)
         return offsets
 
     def _coefficients(self, group: int, *, from_first: bool) -> tuple[float, list[float]]:
@@ -214,16 +217,31 @@ class JournalAverage(Average):
             self._known[1][group] = end, flat
         return self._known[1][group]
 
-    def extra_state(self) -> Any:
+    def state_dict(self) -> dict[str, Any]:
         """Return the journal as plain numbers."""
-        return [[(m.step, dict(m.scales), m.decay, m.anchor) for m in moves] for moves in self.moves]
+        return {"moves": [[(m.step, dict(m.scales), m.decay, m.anchor) for m in moves] for moves in self.moves]}
 
-    def load_extra_state(self, state: Any) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved journal over."""
-        self.moves = [[AffineMove(*fields) for fields in moves] for moves in state]
+        self.moves = [[AffineMove(*fields) for fields in moves] for moves in state["moves"]]
 
 
-AVERAGES: dict[str, type[Average]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
+STORAGES: dict[str, type[IterateAverage]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
+
+
+def iterate_average(storage: str = "journal") -> IterateAverage:
+    """Return an average that is kept as ``fp32``, as ``int8``, or not at all (``journal``: rebuilt when asked for).
+
+    Raises:
+        UsageError: If there is no such storage.
+
+    Example:
+        >>> type(iterate_average("int8")).__name__
+        'Int8Average'
+    """
+    if storage not in STORAGES:
+        raise UsageError(f"There is no averaging {storage!r}: choose one of none, {', '.join(STORAGES)}.")
+    return STORAGES[storage]()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -234,8 +252,3 @@ def _rounding_seed(seed: int, step: int, name: str) -> int:
     """Seed of one tensor's rounding at one step; a pure function, so that resumed runs round alike."""
     digest = hashlib.blake2b(f"average/{seed}/{step}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def total_norm(tensors: Mapping[str, Tensor]) -> float:
-    """Return the Euclidean norm over all tensors, accumulated in fp32 or wider."""
-    return math.sqrt(math.fsum(float(torch.linalg.vector_norm(t, dtype=_wide(t))) ** 2 for t in tensors.values()))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from zokernel.directions import Dense
-from zokernel.estimators.one_sided import OneSided
+from zokernel.estimators import OneSided
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("fzoo")
-class FZOO(ZerothOrderOptimizer):
+class FZOO(ZerothOrder):
     r"""Normalised zeroth-order SGD from one-sided differences.
 
     .. math:: \theta \leftarrow \theta - \eta \sum_{p=1}^P \frac{L(\theta + \epsilon z_p) - L(\theta)}{P\,\sigma}\, z_p
@@ -23,11 +26,9 @@ class FZOO(ZerothOrderOptimizer):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs one forward pass, and one more is shared by all.
-        distribution: Law of the directions; the method uses ``rademacher``.
-        seed: Seed of all directions of the run.
-        weight_decay: Decoupled weight decay.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        num_perturbations: Directions per step; each costs one forward pass, and one more is shared by all.
+        distribution: Distribution of the directions; the published method uses ``rademacher``.
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
         >>> import torch
@@ -36,9 +37,11 @@ class FZOO(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
         >>> losses[-1] < 1e-2 < losses[0]
         True
-    """
 
-    estimator: OneSided
+    References:
+        Dang et al. (2025), FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models,
+        arXiv:2506.09034.
+    """
 
     def __init__(
         self,
@@ -48,25 +51,12 @@ class FZOO(ZerothOrderOptimizer):
         eps: float = 1e-4,
         num_perturbations: int = 8,
         distribution: str = "rademacher",
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(
             params,
-            estimator=OneSided(eps, num_perturbations, normalize=True),
+            lr,
             directions=Dense(distribution),
-            lr=lr,
-            weight_decay=weight_decay,
-            seed=seed,
-            restore=restore,
+            estimator=OneSided(eps, num_perturbations, normalize=True),
+            **options,
         )
-
-    def effective_lr(self) -> float:
-        r"""Return :math:`\eta\,\epsilon/\sigma` of the last step: MeZO moves as far on average at this learning rate.
-
-        It changes with the gradient's length; NaN before the first step.
-        """
-        if self.last_estimate is None:
-            return float("nan")
-        return self.param_groups[0]["lr"] * self.estimator.measured_gain(self.last_estimate)

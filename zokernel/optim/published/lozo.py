@@ -9,24 +9,86 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zokernel.directions import LowRank
 from zokernel.directions.terms import Factors
-from zokernel.estimators.base import Estimate
-from zokernel.estimators.two_point import TwoPoint
+from zokernel.estimators import Estimate, TwoPoint
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.trained import Trained
+from zokernel.optim.updates import SGD, Step
+from zokernel.optim.zeroth_order import ZerothOrder
+
+
+class FactoredMomentum(SGD):
+    r"""The moving average :math:`M \leftarrow \beta M + (1-\beta) G` of the estimate's left factors.
+
+    Args:
+        directions: The low-rank directions, whose right factors are shared by the steps of an epoch.
+        momentum: :math:`\beta`; zero is a plain step.
+    """
+
+    def __init__(self, directions: LowRank, momentum: float):
+        super().__init__(momentum)
+        self.directions = directions
+
+    def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
+        """Return the learning rate: the momentum is an average, so it does not lengthen the mean step."""
+        return group["lr"] * gain
+
+    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
+        """Return the average of vectors, and of matrices as factors."""
+        momenta = {name: group["momentum"] for group, members in trained.groups() for name in members}
+        result: dict[str, Tensor | Factors] = {}
+        for name in names:
+            if trained.named_params[name].ndim < 2:
+                fresh = trained.dense_estimate([name], estimate)[name]
+                result[name] = _average(trained, name, fresh, momenta[name])
+            else:
+                average = self._average_factor(trained, name, estimate, momenta[name])
+                result[name] = Factors(average, self._right(trained, name, trained.step_count))
+        return result, 1.0
+
+    def _right(self, trained: Trained, name: str, step: int) -> Tensor:
+        weight = trained.named_params[name]
+        return self.directions.right(name, weight.shape, seed=trained.seed, step=step, device=weight.device)
+
+    def _average_factor(self, trained: Trained, name: str, estimate: Estimate, beta: float) -> Tensor:
+        weight, step = trained.named_params[name], trained.step_count
+        rank = self.directions.shape(weight.shape)[2]
+        fresh: Tensor | None = None
+        for index, coefficient in estimate.scaled.items():
+            left = self.directions.left(
+                name, weight.shape, seed=trained.seed, step=step, index=index, device=weight.device
+            )
+            term = left * (coefficient / math.sqrt(rank))
+            fresh = term if fresh is None else fresh.add_(term)
+        assert fresh is not None
+        state = trained.state[weight]
+        if "average" in state and step % self.directions.refresh == 0:
+            old, new = self._right(trained, name, step - 1), self._right(trained, name, step)
+            state["average"] = state["average"] @ (old @ new.T) / new.shape[1]
+        return _average(trained, name, fresh, beta)
+
+
+def _average(trained: Trained, name: str, fresh: Tensor, beta: float) -> Tensor:
+    """Advance and return the moving average, which starts at the first estimate."""
+    state = trained.state[trained.named_params[name]]
+    state["average"] = state["average"].lerp_(fresh, 1 - beta) if "average" in state else fresh
+    return state["average"]
 
 
 @register("lozo")
-class LOZO(ZerothOrderOptimizer):
+class LOZO(ZerothOrder):
     r"""MeZO on low-rank directions :math:`z = U V^T/\sqrt r`.
 
     The published code has no :math:`1/\sqrt r`: its ``eps`` and ``lr`` correspond to :math:`\epsilon\sqrt r` and
-    :math:`\eta r` here, for matrices (methods 2.5).  The scale here makes both mean the same as for MeZO.
+    :math:`\eta r` here, for matrices.  The scale here makes both mean the same as for MeZO.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -35,13 +97,13 @@ class LOZO(ZerothOrderOptimizer):
         refresh: Steps for which V stays.
         most_square: Refold thin matrices, such as adapters, into the most square ones.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs two forward passes.
-        distribution: Law of the factors, and of the directions of vectors: ``gaussian``, ``rademacher`` or ``uniform``.
-        seed: Seed of all directions of the run; V is drawn from it too, so a resumed run finds it again.
-        weight_decay: Decoupled weight decay.
+        num_perturbations: Directions per step; each costs two forward passes.
+        distribution: Distribution of the factors, and of the directions of vectors: ``gaussian``, ``rademacher`` or
+            ``uniform``.
         momentum: :math:`\beta` of the average :math:`M \leftarrow \beta M + (1-\beta) G`; zero is LOZO, more LOZO-M.
             Matrices need m r more numbers each.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.  V is drawn from the seed too, so a resumed
+            run has the same one.
 
     Example:
         >>> import torch
@@ -50,6 +112,10 @@ class LOZO(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(600)]
         >>> losses[-1] < 0.3 < losses[0]
         True
+
+    References:
+        Chen et al. (2024), Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures,
+        arXiv:2410.07698.
     """
 
     directions: LowRank
@@ -65,71 +131,18 @@ class LOZO(ZerothOrderOptimizer):
         eps: float = 1e-3,
         num_perturbations: int = 1,
         distribution: str = "gaussian",
-        seed: int = 0,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
+        directions = LowRank(distribution=distribution, rank=rank, refresh=refresh, most_square=most_square)
         super().__init__(
             params,
+            lr,
+            directions=directions,
             estimator=TwoPoint(eps, num_perturbations),
-            directions=LowRank(distribution, rank=rank, refresh=refresh, most_square=most_square),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            restore=restore,
+            update=FactoredMomentum(directions, momentum),
+            **options,
         )
-
-    def effective_lr(self) -> float:
-        """Return the learning rate: the momentum is an average, so it does not lengthen the mean step."""
-        return self.param_groups[0]["lr"]
-
-    def update(self, estimate: Estimate) -> None:
-        """Step along the estimate, or along its average kept in factors."""
-        if self.is_replayable:
-            super().update(estimate)
-            return
-        self.move([{} for _ in self.param_groups])
-        for group, names in self.groups():
-            for name in names:
-                weight = self.named_params[name]
-                if weight.ndim < 2:
-                    average = self._average_vector(name, estimate, group["momentum"])
-                    self.add_values({name: average}, -group["lr"])
-                else:
-                    average = self._average_factor(name, estimate, group["momentum"])
-                    self.add_terms({name: Factors(average, self._right(name, self.step_count))}, -group["lr"])
-
-    def _right(self, name: str, step: int) -> Tensor:
-        weight = self.named_params[name]
-        return self.directions.right(name, weight.shape, seed=self.seed, step=step, device=weight.device)
-
-    def _average_vector(self, name: str, estimate: Estimate, beta: float) -> Tensor:
-        return self._average(name, self.dense_estimate([name], estimate)[name], beta)
-
-    def _average_factor(self, name: str, estimate: Estimate, beta: float) -> Tensor:
-        weight = self.named_params[name]
-        rank = self.directions.shape(weight.shape)[2]
-        fresh: Tensor | None = None
-        for index, coefficient in estimate.coefficients.items():
-            left = self.directions.left(
-                name, weight.shape, seed=self.seed, step=self.step_count, index=index, device=weight.device
-            )
-            term = left * (coefficient / math.sqrt(rank))
-            fresh = term if fresh is None else fresh.add_(term)
-        assert fresh is not None
-        state = self.state[weight]
-        if "average" in state and self.step_count % self.directions.refresh == 0:
-            old, new = self._right(name, self.step_count - 1), self._right(name, self.step_count)
-            state["average"] = state["average"] @ (old @ new.T) / new.shape[1]
-        return self._average(name, fresh, beta)
-
-    def _average(self, name: str, fresh: Tensor, beta: float) -> Tensor:
-        """Advance and return the moving average, which starts at the first estimate."""
-        state = self.state[self.named_params[name]]
-        state["average"] = state["average"].lerp_(fresh, 1 - beta) if "average" in state else fresh
-        return state["average"]
 
 
 @register("lozo_m")

@@ -1,16 +1,20 @@
-"""MeZO: in-place two-point SPSA with plain SGD (Malladi et al. 2023)."""
+"""MeZO: two-point SPSA with plain SGD, at the memory of inference."""
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from zokernel.directions import Dense
-from zokernel.estimators.two_point import TwoPoint
+from zokernel.estimators import TwoPoint
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.updates import SGD
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("mezo")
-class MeZO(ZerothOrderOptimizer):
+class MeZO(ZerothOrder):
     r"""Zeroth-order SGD with the memory of inference.
 
     .. math:: \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P
@@ -20,14 +24,12 @@ class MeZO(ZerothOrderOptimizer):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs two forward passes.
+        num_perturbations: Directions per step; each costs two forward passes.
         sample_schedule: ``constant``, or ``linear``: from one direction to ``num_perturbations`` over the run.
         total_steps: Length of the run, which the linear sample schedule needs.
-        distribution: Law of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
-        seed: Seed of all directions of the run.
-        weight_decay: Decoupled weight decay.
+        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
         >>> import torch
@@ -36,6 +38,10 @@ class MeZO(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
         >>> losses[-1] < 1e-3 < losses[0]
         True
+
+    References:
+        Malladi et al. (2023), Fine-Tuning Language Models with Just Forward Passes, arXiv:2305.17333, Algorithm 1;
+        Spall (1992), Multivariate stochastic approximation using a simultaneous perturbation gradient approximation.
     """
 
     def __init__(
@@ -48,18 +54,14 @@ class MeZO(ZerothOrderOptimizer):
         sample_schedule: str = "constant",
         total_steps: int | None = None,
         distribution: str = "rademacher",
-        seed: int = 0,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(
             params,
-            estimator=TwoPoint(eps, num_perturbations, sample_schedule, total_steps),
+            lr,
             directions=Dense(distribution),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            restore=restore,
+            estimator=TwoPoint(eps, num_perturbations, sample_schedule, total_steps),
+            update=SGD(momentum),
+            **options,
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from zokernel.directions import Dense
-from zokernel.estimators.richardson import Richardson as RichardsonEstimator
+from zokernel.estimators import Richardson as RichardsonEstimator
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.updates import SGD
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("richardson")
-class Richardson(ZerothOrderOptimizer):
-    r"""Zeroth-order SGD whose projected gradients are exact to :math:`O(\epsilon^4)` (theory C.4).
+class Richardson(ZerothOrder):
+    r"""Zeroth-order SGD whose projected gradients are exact to :math:`O(\epsilon^4)`.
 
     .. math:: \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P \frac{4 D_p(\epsilon/2) - D_p(\epsilon)}{3}\, z_p
 
@@ -19,12 +23,10 @@ class Richardson(ZerothOrderOptimizer):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         eps: The larger of the two radii, in units of the weights.
-        num_perturbations: Directions a step; each costs four forward passes.
-        distribution: Law of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
-        seed: Seed of all directions of the run.
-        weight_decay: Decoupled weight decay.
+        num_perturbations: Directions per step; each costs four forward passes.
+        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
         >>> import torch
@@ -33,6 +35,9 @@ class Richardson(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
         >>> losses[-1] < 1e-3 < losses[0]
         True
+
+    References:
+        Richardson (1911), The approximate arithmetical solution by finite differences, Phil. Trans. A 210.
     """
 
     def __init__(
@@ -43,18 +48,14 @@ class Richardson(ZerothOrderOptimizer):
         eps: float = 1e-3,
         num_perturbations: int = 1,
         distribution: str = "rademacher",
-        seed: int = 0,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(
             params,
-            estimator=RichardsonEstimator(eps, num_perturbations),
+            lr,
             directions=Dense(distribution),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            restore=restore,
+            estimator=RichardsonEstimator(eps, num_perturbations),
+            update=SGD(momentum),
+            **options,
         )

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from zokernel.directions import Sparse
-from zokernel.estimators.two_point import TwoPoint
+from zokernel.estimators import TwoPoint
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.updates import SGD
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("sparse_mezo")
-class SparseMeZO(ZerothOrderOptimizer):
+class SparseMeZO(ZerothOrder):
     r"""MeZO on directions :math:`m \odot z` with :math:`m_k = 1[|\theta_k| \le h]`, h a quantile of each tensor.
 
-    The mask is taken from the weights when the optimizer is made and kept as one bit a weight, in the state too: masks
-    recomputed later would differ between the two ends of a perturbation and drift with training.
+    The mask is taken from the weights when the optimizer is made and kept as one bit per weight, in the state too:
+    masks recomputed later would differ between the two ends of a perturbation and drift with training.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         density: Share of each tensor that is trained: its smallest weights.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs two forward passes.
-        distribution: Law of the trained coordinates: ``rademacher``, ``gaussian`` or ``uniform``.
-        seed: Seed of all directions of the run.
-        weight_decay: Decoupled weight decay; it applies to all weights.
+        num_perturbations: Directions per step; each costs two forward passes.
+        distribution: Distribution of the trained coordinates: ``rademacher``, ``gaussian`` or ``uniform``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.  Weight decay applies to all weights.
 
     Example:
         >>> import torch
@@ -35,6 +37,10 @@ class SparseMeZO(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
         >>> weight.detach().round(decimals=2).abs()
         tensor([0., 0., 3., 4.])
+
+    References:
+        Liu et al. (2024), Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning,
+        arXiv:2402.15751.
     """
 
     directions: Sparse
@@ -48,19 +54,14 @@ class SparseMeZO(ZerothOrderOptimizer):
         eps: float = 1e-3,
         num_perturbations: int = 1,
         distribution: str = "rademacher",
-        seed: int = 0,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(
             params,
+            lr,
+            directions=Sparse(density=density, distribution=distribution),
             estimator=TwoPoint(eps, num_perturbations),
-            directions=Sparse(distribution, density=density),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            restore=restore,
+            update=SGD(momentum),
+            **options,
         )
-        self.directions.freeze(self.named_params)

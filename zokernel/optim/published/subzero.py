@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from zokernel.directions import Subspace
-from zokernel.estimators.two_point import TwoPoint
+from zokernel.estimators import TwoPoint
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.updates import SGD
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("subzero")
-class SubZero(ZerothOrderOptimizer):
+class SubZero(ZerothOrder):
     r"""MeZO on directions :math:`z = U Z V^T \sqrt{mn}/r`, with U and V redrawn every ``refresh`` steps.
 
     The scale makes :math:`E|z|^2 = mn` as for dense directions, so ``eps`` and ``lr`` mean the same as for MeZO, and
-    the estimate is unbiased over the draws of U and V.  Its variance is not smaller than MeZO's (methods 2.5).
+    the estimate is unbiased over the draws of U and V.  Its variance is not smaller than MeZO's.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -23,12 +27,11 @@ class SubZero(ZerothOrderOptimizer):
         refresh: Steps for which U and V stay.
         most_square: Refold thin matrices, such as adapters, into the most square ones.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs two forward passes.
-        distribution: Law of Z, and of the directions of vectors: ``gaussian``, ``rademacher`` or ``uniform``.
-        seed: Seed of all directions of the run; bases are drawn from it too, so a resumed run finds them again.
-        weight_decay: Decoupled weight decay.
+        num_perturbations: Directions per step; each costs two forward passes.
+        distribution: Distribution of Z, and of the directions of vectors: ``gaussian``, ``rademacher`` or ``uniform``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.  Bases are drawn from the seed too, so a
+            resumed run has the same ones.
 
     Example:
         >>> import torch
@@ -37,6 +40,10 @@ class SubZero(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(600)]
         >>> losses[-1] < 0.3 < losses[0]
         True
+
+    References:
+        Yu et al. (2024), SubZero: Random Subspace Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning,
+        arXiv:2410.08989.
     """
 
     def __init__(
@@ -50,18 +57,14 @@ class SubZero(ZerothOrderOptimizer):
         eps: float = 1e-3,
         num_perturbations: int = 1,
         distribution: str = "gaussian",
-        seed: int = 0,
-        weight_decay: float = 0.0,
         momentum: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(
             params,
+            lr,
+            directions=Subspace(distribution=distribution, rank=rank, refresh=refresh, most_square=most_square),
             estimator=TwoPoint(eps, num_perturbations),
-            directions=Subspace(distribution, rank=rank, refresh=refresh, most_square=most_square),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            seed=seed,
-            restore=restore,
+            update=SGD(momentum),
+            **options,
         )

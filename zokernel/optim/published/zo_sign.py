@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from typing import Unpack
 
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate
-from zokernel.estimators.two_point import TwoPoint
+from zokernel.estimators import TwoPoint
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.zeroth_order import ZerothOrderOptimizer
+from zokernel.optim.updates import Sign, SignOfProjections
+from zokernel.optim.zeroth_order import ZerothOrder
 
 
 @register("zo_sign")
-class ZOSign(ZerothOrderOptimizer):
+class ZOSign(ZerothOrder):
     r"""Sign descent on a two-point estimate.
 
     .. math:: \theta \leftarrow \theta - \eta\, \mathrm{sign}(\hat g) \qquad\text{or}\qquad
@@ -27,12 +28,10 @@ class ZOSign(ZerothOrderOptimizer):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate: how far each weight moves.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions a step; each costs two forward passes.
+        num_perturbations: Directions per step; each costs two forward passes.
         sign_of: ``estimate`` or ``projection``.
-        distribution: Law of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
-        seed: Seed of all directions of the run.
-        weight_decay: Decoupled weight decay.
-        restore: ``fold``, ``grid`` or ``copy`` (see :class:`ZerothOrderOptimizer`).
+        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
+        **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
         >>> import torch
@@ -41,6 +40,9 @@ class ZOSign(ZerothOrderOptimizer):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(300)]
         >>> losses[-1] < 1e-2 < losses[0]
         True
+
+    References:
+        Liu et al. (2019), signSGD via Zeroth-Order Oracle, ICLR; Zhang et al. (2024), arXiv:2402.11592.
     """
 
     def __init__(
@@ -52,43 +54,20 @@ class ZOSign(ZerothOrderOptimizer):
         num_perturbations: int = 1,
         sign_of: str = "estimate",
         distribution: str = "rademacher",
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        restore: str = "fold",
+        **options: Unpack[ZerothOrderOptions],
     ):
         if sign_of not in ("estimate", "projection"):
             raise UsageError(f"There is no sign_of {sign_of!r}: choose estimate or projection.")
-        self.of_projections = sign_of == "projection" or (num_perturbations == 1 and distribution == "rademacher")
+        same = num_perturbations == 1 and distribution == "rademacher"
         super().__init__(
             params,
-            estimator=TwoPoint(eps, num_perturbations),
+            lr,
             directions=Dense(distribution),
-            lr=lr,
-            weight_decay=weight_decay,
-            seed=seed,
-            restore=restore,
+            estimator=TwoPoint(eps, num_perturbations),
+            update=SignOfProjections() if sign_of == "projection" or same else Sign(),
+            **options,
         )
-
-    @property
-    def is_replayable(self) -> bool:
-        """Whether the update is a few signs times directions."""
-        return self.of_projections
 
     def effective_lr(self) -> float:
         """Return the learning rate; sign descent normalises the gradient, so it does not compare with SGD's."""
         return self.param_groups[0]["lr"]
-
-    def update(self, estimate: Estimate) -> None:
-        """Move every weight by the learning rate."""
-        if self.of_projections:
-            signs = {
-                i: math.copysign(1.0, c) / len(estimate.coefficients) if c else 0.0
-                for i, c in estimate.coefficients.items()
-            }
-            self.move([{i: -group["lr"] * s for i, s in signs.items()} for group in self.param_groups])
-            return
-        self.move([{} for _ in self.param_groups])
-        rates = {name: -group["lr"] for group, names in self.groups() for name in names}
-        for batch in self.batches(list(rates)):
-            gradients = self.dense_estimate(batch, estimate)
-            self.add_values({name: gradient.sign_() for name, gradient in gradients.items()}, rates)

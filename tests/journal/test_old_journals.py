@@ -1,0 +1,52 @@
+"""Journals that zokernel 0.1 (commit 117243c) wrote replay to the same bits, or are refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zokernel.errors import RunError
+from zokernel.journal import Journal, replay_, weights_sha256
+
+FOLDER = Path(__file__).parent / "written_by_0_1"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.zkj"))
+AVERAGES = json.loads((FOLDER / "averages.json").read_text())
+REFUSED = {
+    "kerzoo_clip_grad": "clip='grad'",
+    "kerzoo_clip_grad.in_forward": "clip='grad'",
+    "kerzoo_md": "step_schedule='accelerated'",
+}
+
+
+def base(name):
+    dtype = torch.bfloat16 if name.endswith(".bf16") else torch.float32
+    return {key: value.to(dtype) for key, value in load_file(FOLDER / "base.safetensors").items()}
+
+
+def test_the_folder_holds_every_method():
+    methods = {name.split(".")[0] for name in NAMES}
+    assert len(NAMES) == 60
+    assert {"mezo", "hizoo", "lozo_m", "zo_adam", "fzoo", "kerzoo_journal", "forward_difference_auto"} <= methods
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_replays_to_the_same_bits(name):
+    """Each journal ends with the hash of its run's weights, which the replay checks."""
+    journal = Journal.read(FOLDER / f"{name}.zkj")
+    (end,) = [event for event in journal.events if event["event"] == "end"]
+    weights = base(name)
+    optimizer = replay_(weights, journal)
+    assert weights_sha256(weights) == end["weights_sha256"]
+    assert optimizer.step_count == end["step"] == 6
+    if name in AVERAGES:
+        assert weights_sha256(optimizer.averaged_weights()) == AVERAGES[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_rounds_differently_now_is_refused_by_version(name):
+    with pytest.raises(RunError, match=f"zokernel 0.1.0 with {REFUSED[name]}"):
+        replay_(base(name), Journal.read(FOLDER / f"{name}.zkj"))

@@ -1,0 +1,18 @@
+"""Estimators by the names that the command line uses."""
+
+from __future__ import annotations
+
+from zokernel.estimators.base import Estimator
+from zokernel.estimators.curvature import TwoPointCurvature
+from zokernel.estimators.one_sided import OneSided
+from zokernel.estimators.richardson import Richardson
+from zokernel.estimators.smoothed import Smoothed
+from zokernel.estimators.two_point import TwoPoint
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "two_point": TwoPoint,
+    "one_sided": OneSided,
+    "smoothed": Smoothed,
+    "richardson": Richardson,
+    "two_point_curvature": TwoPointCurvature,
+}

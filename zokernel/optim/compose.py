@@ -1,0 +1,117 @@
+"""Parts of an optimizer from text, as the command line and journals spell them: ``low_rank(2, refresh=5)``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zokernel.directions import FAMILIES, Dense, Directions
+from zokernel.distributions import DIRECTION_DISTRIBUTIONS
+from zokernel.errors import UsageError
+from zokernel.estimators import ESTIMATORS, Estimator
+from zokernel.optim.averaging.averages import iterate_average
+from zokernel.optim.updates import SGD, Adam, Clip, Normalized, PolyakBound, Rule, Sign, SignOfProjections, Update
+
+UPDATES: dict[str, Callable[..., Update]] = {
+    "sgd": SGD,
+    "sign": Sign,
+    "sign_of_projections": SignOfProjections,
+    "adam": Adam,
+    "normalized": Normalized,
+    "polyak_bound": PolyakBound,
+    "clip": Clip,
+    "average": iterate_average,
+}
+
+
+def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Read ``name``, ``name(1, 2)`` or ``name(1, key=2)``; arguments are literals.
+
+    Returns:
+        The name, positional and keyword arguments.
+
+    Raises:
+        UsageError: If the text is none of these.
+
+    Example:
+        >>> parse_call("low_rank(2, refresh=5)")
+        ('low_rank', [2], {'refresh': 5})
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Name):
+            return tree.id, [], {}
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and all(k.arg for k in tree.keywords):
+            arguments = [ast.literal_eval(argument) for argument in tree.args]
+            return tree.func.id, arguments, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise UsageError(f"{text!r} is not of the form name or name(value, key=value).")
+
+
+def build(text: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Any:
+    """Make the part that ``text`` describes.
+
+    Args:
+        text: As for :func:`parse_call`.
+        known: Constructors by name.
+        kind: What the parts are, for messages.
+
+    Raises:
+        UsageError: If there is no such part, or it does not take these arguments.
+    """
+    name, arguments, keywords = parse_call(text)
+    if name not in known:
+        raise UsageError(f"There is no {kind} {name!r}: choose one of {', '.join(known)}.")
+    try:
+        return known[name](*arguments, **keywords)
+    except TypeError as error:
+        raise UsageError(f"The {kind} {text!r} cannot be made: {error}.") from error
+
+
+def make_directions(directions: Directions | str) -> Directions:
+    """Return a family of directions, given an object or its text.
+
+    Example:
+        >>> make_directions("low_rank(3)").rank, make_directions("gaussian").distribution.name
+        (3, 'gaussian')
+    """
+    if not isinstance(directions, str):
+        return directions
+    if directions in DIRECTION_DISTRIBUTIONS:
+        return Dense(directions)
+    return build(directions, FAMILIES, "family of directions")
+
+
+def make_estimator(estimator: Estimator | str) -> Estimator:
+    """Return an estimator, given an object or its text.
+
+    Example:
+        >>> make_estimator("one_sided(1e-3, 8)").num_perturbations
+        8
+    """
+    return build(estimator, ESTIMATORS, "estimator") if isinstance(estimator, str) else estimator
+
+
+def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]:
+    """Return the parts of an update, with a plain step if no part is a rule.
+
+    Args:
+        update: A part, several, or their text such as ``normalized(0.9) + adam``.
+
+    Raises:
+        UsageError: If there is more than one rule.
+
+    Example:
+        >>> make_updates("normalized(0.5) + adam")
+        [Normalized(beta=0.5), Adam(beta1=0.9, beta2=0.999, delta=1e-08, amsgrad=False)]
+    """
+    if isinstance(update, str):
+        parts = [build(text, UPDATES, "update") for text in update.split("+") if text.strip()]
+    else:
+        parts = [update] if isinstance(update, Update) else list(update or ())
+    rules = [part for part in parts if isinstance(part, Rule)]
+    if len(rules) > 1:
+        raise UsageError(f"An update has one rule, not {len(rules)}: {', '.join(map(repr, rules))}.")
+    return parts if rules else [*parts, SGD()]

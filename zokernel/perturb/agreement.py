@@ -1,0 +1,96 @@
+r"""Check that a model's loss is the same whether its weights are perturbed in place or while it runs.
+
+Perturbing with ``in_forward`` sees the weights only through torch operations.  A model that reads them in another way
+(a view made beforehand, a custom kernel) would be trained on losses of weights it does not have.  One loss taken both
+ways tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from zokernel.directions import Directions
+from zokernel.errors import RunError, UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.perturb.base import Closure, loss_value
+from zokernel.perturb.in_forward import InForward
+
+# How far both losses may differ, as a share of what the perturbation does to the loss.
+TOLERANCE = 1e-2
+
+
+def matches_in_place(
+    parameters: Mapping[str, Tensor], directions: Directions, closure: Closure, offsets: Offsets, *, seed: int = 0
+) -> tuple[bool, str]:
+    """Take one perturbed loss in place and one with ``in_forward``, and compare them.
+
+    Three forwards are run.  The weights come back to the same bits, at the memory of the few that rounding would
+    change.
+
+    Args:
+        parameters: Trained parameters by name, float32 or float64.
+        directions: The family of random directions.
+        closure: Returns the loss of a fixed batch.
+        offsets: The point to compare at, in units of the weights.
+        seed: Seed of the directions.
+
+    Returns:
+        Whether both are the same, and what was found, as the rest of a sentence.
+
+    Example:
+        >>> from zokernel.directions import Dense
+        >>> layer, inputs = torch.nn.Linear(3, 1), torch.ones(4, 3)
+        >>> params = dict(layer.named_parameters())
+        >>> matches_in_place(params, Dense(), lambda: layer(inputs).square().mean(), {0: 1e-3})[0]
+        True
+        >>> hidden = layer.weight.detach()  # another name for the same memory
+        >>> matches_in_place(params, Dense(), lambda: (inputs @ hidden.T + layer.bias).square().mean(), {0: 1e-3})[0]
+        False
+    """
+    with torch.no_grad():
+        try:
+            inside = InForward()
+            inside.attach(parameters, directions, seed=seed)
+            (there,) = inside.losses(closure, [offsets], step=0)
+        except (UsageError, RunError) as error:
+            return False, f"in_forward does not suit this model ({error})"
+        base = loss_value(closure())
+        with moved_in_place(parameters, directions, offsets, seed=seed):
+            here = loss_value(closure())
+    found = f"the same perturbed loss is {here:.6g} in place and {there:.6g} with in_forward ({base:.6g} unperturbed)"
+    return abs(here - there) <= TOLERANCE * abs(here - base), found
+
+
+@contextmanager
+def moved_in_place(
+    parameters: Mapping[str, Tensor], directions: Directions, offsets: Offsets, *, seed: int
+) -> Iterator[None]:
+    """Move weights along directions of step 0 for the length of a ``with`` block; they come back to the same bits.
+
+    Adding and subtracting restores most float32 numbers exactly.  The others are found beforehand, tensor by tensor,
+    and kept.
+    """
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(tensor: Tensor, name: str, sign: float) -> None:
+        scales = [sign * offset for offset in offsets.values()]
+        directions.add_({name: tensor}, scales, seed=seed, step=0, index=list(offsets))
+
+    try:
+        for name, tensor in parameters.items():
+            before = tensor.detach().clone()
+            after = before.clone()
+            add(after, name, 1.0)
+            add(after, name, -1.0)
+            changed = (after != before).reshape(-1).nonzero().squeeze(1)
+            kept[name] = changed, before.reshape(-1)[changed]
+            add(tensor, name, 1.0)
+        yield
+    finally:
+        for name, (changed, values) in kept.items():
+            add(parameters[name], name, -1.0)
+            parameters[name].detach().view(-1)[changed] = values

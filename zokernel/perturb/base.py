@@ -1,0 +1,137 @@
+r"""What a way of perturbing does: take the losses at a step's points, and bring the weights back.
+
+A step asks for the losses at a few points :math:`\theta + \sum_i offsets_i z_i`.  One object answers: it may move the
+weights from point to point, perturb them while the model runs, run all points in one forward, share them among
+processes, or read the losses from a journal.  The same object then makes the update, because restoring the weights is
+part of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from zokernel.directions import Directions, Restore, make_restore
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Offsets
+
+Closure = Callable[[], Tensor | float]
+"""Returns the loss of one fixed batch, a scalar, at the weights as they are."""
+
+
+class Perturb(ABC):
+    """How a step's losses are taken and how the weights come back.
+
+    An object serves one optimizer, which calls :meth:`attach`.
+
+    Attributes:
+        name: What users write: ``perturb="in_place"``.
+        restore_mode: How the weights are restored: ``fold``, ``grid``, ``copy``, or ``unmoved`` when only updates
+            change them.
+    """
+
+    name: str
+    restore_mode: str = "unmoved"
+
+    def __init__(self) -> None:
+        self._weights: Restore | None = None
+        self._parameters: Mapping[str, Tensor] | None = None
+
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Take these weights, as they are, for the unperturbed ones.
+
+        Args:
+            parameters: Trained parameters by name.
+            directions: The family of random directions.
+            seed: Seed of the run.
+            reach: Largest perturbation to expect (eps), in units of the weights.
+
+        Raises:
+            UsageError: If the weights or directions do not suit, or the object serves another optimizer.
+        """
+        if self._parameters is not None and self._parameters is not parameters:
+            raise UsageError(f"This {type(self).__name__} serves another optimizer already: make one for each.")
+        self._weights = make_restore(self.restore_mode, directions, parameters, seed=seed, reach=reach)
+        self._parameters = parameters
+
+    @property
+    def weights(self) -> Restore:
+        """The weights, which can be moved along directions and restored.
+
+        Raises:
+            UsageError: If the object serves no optimizer yet.
+        """
+        if self._weights is None:
+            raise UsageError(f"This {type(self).__name__} serves no optimizer yet: pass it as perturb=... to one.")
+        return self._weights
+
+    @property
+    def walks_points(self) -> bool:
+        """Whether the weights after a step also depend, by rounding, on the points visited: a replay must walk them."""
+        return self.weights.walks_points
+
+    @abstractmethod
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Return the losses at ``points``, in their order; the weights may be left perturbed.
+
+        Args:
+            closure: Returns the loss at the weights as they are.
+            points: Offset of each direction of the step, by index.
+            step: Step of the run.
+        """
+
+    def commit(
+        self, step: int, update: Mapping[str, Mapping[int, float]], decay: Mapping[str, float] | float = 1.0
+    ) -> None:
+        r"""Restore the weights and update them: :math:`\theta \leftarrow decay\,\theta + \sum_i update_i z_i`.
+
+        Args:
+            step: Step of the run.
+            update: For every parameter, the factor on each direction by index.
+            decay: Factor on the old weights, one for all or by name.
+        """
+        self.weights.commit(step, update, decay=decay)
+
+    def restore(self) -> None:
+        """Bring the weights back to where they were before the step, from any state."""
+        self.weights.restore()
+
+    def resync(self) -> None:
+        """Take the weights as they are for the unperturbed ones, after a change that was no move along directions."""
+        self.weights.load_state_dict(self.weights.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold beside the weights."""
+        return self.weights.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
+        """Continue from a checkpoint whose weights have been loaded.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            seed: Seed of the checkpoint's run.
+        """
+        self.weights.seed = seed
+        self.weights.load_state_dict(state)
+
+
+def loss_value(value: Tensor | float | None) -> float:
+    """Return what a closure returned as a number.
+
+    Raises:
+        UsageError: If it is no scalar.
+
+    Example:
+        >>> loss_value(0.5)
+        0.5
+    """
+    if value is None:
+        raise UsageError("The closure returned None: end it with 'return loss'.")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise UsageError(f"The closure returned {tuple(value.shape)} losses: return their mean, a single number.")
+    return float(value)
