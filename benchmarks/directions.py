@@ -6,7 +6,7 @@ shapes are what matters).  Yardsticks:
 * *eager*: ``p.data = p.data + scale * torch.normal(0, 1, p.size()) * eps`` over all tensors, one seeded stream;
 * *limit*: ``p.add_(c)`` in place, the least that any update must read and write.
 
-    python benchmarks/directions.py [--rounds 5] [--threads 2] [--only laws] [--output docs/results/directions.md]
+    python benchmarks/directions.py [--rounds 5] [--threads 2] [--only families] [--output docs/results/directions.md]
 """
 
 from __future__ import annotations
@@ -102,14 +102,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def compare_laws(rounds: int) -> str:
+def compare_distributions(rounds: int) -> str:
     # The eager sweep replaces every tensor, so it works on weights of its own.
     weights, replaced = make_weights(), make_weights()
     contenders: dict[str, Callable[[], None]] = {
         "eager Gaussian": lambda: eager_sweep(replaced),
         "limit: in-place `x += c`": lambda: limit_sweep(weights),
     }
-    contenders |= {law: fused_sweep(Dense(law), weights) for law in ("rademacher", "gaussian", "uniform", "sphere")}
+    contenders |= {
+        distribution: fused_sweep(Dense(distribution), weights)
+        for distribution in ("rademacher", "gaussian", "uniform", "sphere")
+    }
     contenders["rademacher, with weight decay"] = fused_sweep(Dense("rademacher"), weights, decay=1 - 1e-6)
     times = race(contenders, rounds)
     eager, limit = times["eager Gaussian"], times["limit: in-place `x += c`"]
@@ -145,9 +148,9 @@ def compare_variants(rounds: int) -> str:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         weights = make_weights(dtype)
         contenders: dict[str, Callable[[], None]] = {"limit": lambda weights=weights: limit_sweep(weights)}  # type: ignore[misc]
-        for law in ("rademacher", "gaussian"):
-            contenders[law] = fused_sweep(Dense(law), weights)
-            contenders[f"{law}, 4 directions"] = fused_sweep(Dense(law), weights, count=4)
+        for distribution in ("rademacher", "gaussian"):
+            contenders[distribution] = fused_sweep(Dense(distribution), weights)
+            contenders[f"{distribution}, 4 directions"] = fused_sweep(Dense(distribution), weights, count=4)
         if dtype != torch.float64:
             contenders["rademacher, stochastic rounding"] = fused_sweep(Dense("rademacher"), weights, stochastic=True)
         times = {name: min(seconds) for name, seconds in race(contenders, rounds).items()}
@@ -229,13 +232,16 @@ def compile_cost() -> str:
     code = (
         "import time, torch; from zokernel.directions import Dense; w = {'w': torch.zeros(1000)}\n"
         "import zokernel.directions.backends.numba.math\n"
-        "for law in ('rademacher', 'gaussian'):\n"
-        "    start = time.perf_counter(); Dense(law).add_(w, 1.0, seed=0, step=0, index=0)\n"
+        "for distribution in ('rademacher', 'gaussian'):\n"
+        "    start = time.perf_counter(); Dense(distribution).add_(w, 1.0, seed=0, step=0, index=0)\n"
         "    print(time.perf_counter() - start)"
     )
     with tempfile.TemporaryDirectory() as folder:
         columns = [run_python(code, NUMBA_CACHE_DIR=folder).split() for _ in range(2)]
-    rows = [[law, *(f"{float(column[k]):.2f}" for column in columns)] for k, law in enumerate(("rademacher", "others"))]
+    rows = [
+        [distribution, *(f"{float(column[k]):.2f}" for column in columns)]
+        for k, distribution in enumerate(("rademacher", "others"))
+    ]
     return table(["first sweep of a process", "nothing cached, s", "cached on disk, s"], rows)
 
 
@@ -266,7 +272,7 @@ def machine() -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[int], str]]] = {
-    "laws": ("Laws", compare_laws),
+    "distributions": ("Distributions", compare_distributions),
     "variants": ("Dtypes, several directions at once, rounding", compare_variants),
     "families": ("Families", compare_families),
     "steps": ("All sweeps of a step", compare_steps),

@@ -28,7 +28,7 @@ _SPELLING = re.compile(r"^\s*([a-z_\- ]+?)\s*(?:\(\s*([^()]+?)\s*\))?\s*$")
 
 @dataclass(frozen=True)
 class Distribution:
-    r"""A law of vectors :math:`z = \mu + A w` with :math:`w` iid (or on the sphere), mean zero and variance one.
+    r"""Random vectors :math:`z = \mu + A w` with :math:`w` iid (or on the sphere), of mean zero and variance one.
 
     Attributes:
         name: ``gaussian``, ``rademacher``, ``laplace``, ``student_t``, ``uniform`` or ``sphere`` (of radius
@@ -37,7 +37,7 @@ class Distribution:
         df: Degrees of freedom :math:`\nu` of ``student_t``.
         mean: Mean :math:`\mu`: nothing (zero), or d numbers.
         covariance: Covariance of :math:`z` as (d, d) rows; replaces ``scale``.  Coordinates are mixed by its Cholesky
-            factor :math:`A`, which matters for every law but the Gaussian and the sphere.
+            factor :math:`A`, which matters for every distribution but the Gaussian and the sphere.
     """
 
     name: str
@@ -48,30 +48,32 @@ class Distribution:
 
     def __post_init__(self):
         if self.name not in NAMES:
-            raise UsageError(f"There is no perturbation law {self.name!r}: choose one of {', '.join(NAMES)}.")
+            raise UsageError(f"There is no distribution {self.name!r}: choose one of {', '.join(NAMES)}.")
         if not (math.isfinite(self.scale) and self.scale > 0):
-            raise UsageError(f"The scale of a perturbation must be positive and finite, not {self.scale}.")
+            raise UsageError(f"The scale of a distribution must be positive and finite, not {self.scale}.")
         if (self.df is None) == (self.name == "student_t"):
-            raise UsageError("Student-t needs its degrees of freedom, as in 'student_t(10)'; no other law has them.")
+            raise UsageError(
+                "Student-t needs its degrees of freedom, as in 'student_t(10)'; no other distribution has them."
+            )
         if self.df is not None and not self.df > 2:
             raise UsageError(f"Student-t with {self.df:g} degrees of freedom has no variance: it needs more than 2.")
         for label, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value is not None and not torch.as_tensor(value, dtype=torch.float64).isfinite().all():
-                raise UsageError(f"The {label} of a perturbation must be finite.")
+                raise UsageError(f"The {label} of a distribution must be finite.")
 
     @classmethod
     def parse(cls, distribution: str | Distribution) -> Distribution:
-        """Read a law from what users write.
+        """Read a distribution from what users write.
 
-        A bare name has variance one.  A number in parentheses is the law's usual parameter: the standard deviation
-        for ``gaussian(s)``, ``rademacher(s)``, ``uniform(s)`` and ``sphere(s)``, the scale b of ``laplace(b)``
-        (variance 2 b^2), the degrees of freedom of ``student_t(nu)`` (variance nu / (nu - 2)).
+        A bare name has variance one.  A number in parentheses is the usual parameter: the standard deviation for
+        ``gaussian(s)``, ``rademacher(s)``, ``uniform(s)`` and ``sphere(s)``, the scale b of ``laplace(b)`` (variance
+        2 b^2), the degrees of freedom of ``student_t(nu)`` (variance nu / (nu - 2)).
 
         Args:
             distribution: A name, a name with a number, or a distribution (returned as it is).
 
         Returns:
-            The perturbation law.
+            The distribution.
 
         Raises:
             UsageError: If the name or the number makes no sense.
@@ -87,8 +89,8 @@ class Distribution:
         name = _ALIASES.get(name, name)
         if name not in NAMES:
             raise UsageError(
-                f"There is no perturbation law {distribution!r}: choose one of {', '.join(NAMES)}, "
-                "with its parameter in parentheses if it has another than variance one, as in laplace(0.5)."
+                f"There is no distribution {distribution!r}: choose one of {', '.join(NAMES)}, "
+                "with a parameter in parentheses if its variance is not one, as in laplace(0.5)."
             )
         if match is None or match.group(2) is None:
             return cls(name)
@@ -120,7 +122,7 @@ class Distribution:
 
     @property
     def is_isotropic(self) -> bool:
-        """Whether the law has mean zero and equal variances, so that every kernel is a multiple of the NTK."""
+        """Whether the distribution has mean zero and equal variances, so that every kernel is a multiple of the NTK."""
         return self.mean is None and self.covariance is None
 
     @property
@@ -179,7 +181,7 @@ class Distribution:
         r"""Return the mean :math:`\mu`, shape (d,), float64.
 
         Raises:
-            UsageError: If the law was given a mean of another dimension.
+            UsageError: If the distribution was given a mean of another dimension.
         """
         if self.mean is None:
             return torch.zeros(dim, dtype=torch.float64)

@@ -13,8 +13,8 @@ FAMILIES = {
     "rademacher": Dense("rademacher"),
     "rademacher_torch": Dense("rademacher", backend="torch"),
     "gaussian": Dense("gaussian"),
-    "sparse": Sparse("rademacher", density=0.3),
-    "lowrank": LowRank(rank=2),
+    "sparse": Sparse(0.3),
+    "low_rank": LowRank(rank=2),
     "subspace": Subspace(rank=2),
 }
 OFFSETS = [{0: 1e-3}, {2: -0.5}, {}, {0: 0.1, 3: -0.2}]

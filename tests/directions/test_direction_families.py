@@ -26,13 +26,13 @@ def flat(tensors):
 FAMILIES: dict[str, Directions] = {
     "dense": Dense("rademacher"),
     "sphere": Dense("sphere"),
-    "sparse": Sparse("rademacher", density=0.5),
-    "sparse-gaussian": Sparse("gaussian", density=0.25),
+    "sparse": Sparse(0.5),
+    "sparse-gaussian": Sparse(0.25, distribution="gaussian"),
     "subspace": Subspace(rank=3, refresh=1),
-    "lowrank": LowRank(rank=2, refresh=1),
-    "lowrank-square": LowRank("rademacher", rank=1, refresh=1, most_square=True),
+    "low_rank": LowRank(rank=2, refresh=1),
+    "low_rank-square": LowRank(1, distribution="rademacher", refresh=1, most_square=True),
     "blockwise": Blockwise(Dense("uniform"), every=10**6),
-    "frames": Orthogonal(size=5),
+    "orthogonal": Orthogonal(size=5),
 }
 
 
@@ -103,7 +103,7 @@ def test_backends_agree_to_the_bit(name):
 
 def test_sparse_mask_is_the_small_weights_of_unperturbed_tensors():
     tensors = weights()
-    family = Sparse("gaussian", density=0.25).freeze(tensors)
+    family = Sparse(0.25, distribution="gaussian").freeze(tensors)
     before = {name: family.mask(name, tensor.shape) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         chosen, rest = tensor.abs()[before[name]], tensor.abs()[~before[name]]
@@ -130,7 +130,7 @@ def test_sparse_mask_follows_elements_through_any_memory_layout():
     base = torch.randn(33, 20, generator=torch.Generator().manual_seed(0))
     plain, strided = {"w": base.t().contiguous()}, {"w": base.t()}
     for tensors in (plain, strided):
-        Sparse("gaussian", density=0.3).add_(tensors, 0.5, seed=1, step=0, index=0)
+        Sparse(0.3, distribution="gaussian").add_(tensors, 0.5, seed=1, step=0, index=0)
     assert torch.equal(plain["w"], strided["w"])
 
 
@@ -204,11 +204,11 @@ def test_impossible_settings_are_refused():
     with pytest.raises(UsageError, match="density"):
         Sparse(density=0.0)
     with pytest.raises(UsageError, match="independent"):
-        Sparse("sphere")
+        Sparse(distribution="sphere")
     with pytest.raises(UsageError, match="Rank 0"):
         LowRank(rank=0)
     with pytest.raises(UsageError, match="independent"):
-        Subspace("sphere")
+        Subspace(distribution="sphere")
     with pytest.raises(UsageError, match="impossible"):
         Orthogonal(size=10)({"w": torch.zeros(4)}, seed=0, step=0, index=0)
     with pytest.raises(UsageError, match="at least 1 step"):
@@ -218,7 +218,9 @@ def test_impossible_settings_are_refused():
 def test_registry_makes_every_family():
     assert repr(get_directions("rademacher")) == "Dense('rademacher')"
     assert repr(get_directions("blockwise", inner="gaussian", every=3)) == "Blockwise(Dense('gaussian'), every=3)"
-    assert repr(get_directions("lowrank", rank=4)) == "LowRank('gaussian', rank=4, refresh=50)"
+    assert repr(get_directions("low_rank", rank=4)) == "LowRank(rank=4, distribution='gaussian', refresh=50)"
+    assert repr(get_directions("lowrank", rank=4)) == repr(get_directions("low_rank", rank=4))
+    assert repr(get_directions("frames", size=3)) == repr(get_directions("orthogonal", size=3)) == "Orthogonal(size=3)"
     family = Orthogonal(2)
     assert get_directions(family) is family
     with pytest.raises(UsageError, match="already made"):

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from zokernel.directions import Dense, LowRank
-from zokernel.directions.backends import dispatch, numba_backend
+from zokernel.directions.backends import dispatch
+from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.directions.backends.numba import kernels as numba_kernels
 from zokernel.directions.backends.numba import math as numba_math
-from zokernel.directions.backends.numba import threads as numba_team
+from zokernel.directions.backends.numba import threads as numba_threads
 from zokernel.directions.terms import Job, Rule
 from zokernel.directions.weights.copy_perturbed import copy_perturbed
 from zokernel.directions.weights.placement import Placement, place_all
@@ -61,7 +62,7 @@ def make_varied_weights():
 def test_prepared_sweeps_have_the_bits_of_others(monkeypatch):
     prepared, plain = (make_varied_weights() for _ in range(2))
     directions, unprepared, names = Dense("rademacher"), Dense("rademacher"), list(prepared)
-    monkeypatch.setattr(unprepared, "_sweep_prepared", lambda sweep: False)
+    monkeypatch.setattr(unprepared, "_sweep_prepared", lambda tensors, sweep: False)
     for step in range(4):
         for count in (1, 3):
             scales = [0.1 * (step + 1) * (-1) ** i for i in range(count)]
@@ -126,12 +127,12 @@ def test_a_pool_of_threads_gives_the_same_bits_as_torchs_own(missing, monkeypatc
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     expected = moved()
     if missing == "symbol":
-        monkeypatch.setattr(numba_team, "_torch_team", lambda: None)
+        monkeypatch.setattr(numba_threads, "_torch_team", lambda: None)
     else:
-        monkeypatch.setattr(numba_team, "_PROCESS", -1)
+        monkeypatch.setattr(numba_threads, "_PROCESS", -1)
     found = moved()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert any(key[1] == 3 for key in numba_team._pools)
+    assert any(key[1] == 3 for key in numba_threads._pools)
 
 
 def test_a_forked_process_moves_weights_too():
@@ -153,5 +154,5 @@ def test_compiled_code_on_disk_is_found_by_the_contents_of_its_sources(monkeypat
     assert numba_math._sources() in numba_kernels.run_segments.py_func.__qualname__
     before = numba_math._sources()
     read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "numba_signs.py"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "signs.py"))
     assert numba_math._sources.__wrapped__() != before

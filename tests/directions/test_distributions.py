@@ -1,4 +1,4 @@
-"""Dense directions have the laws that they are named for."""
+"""Dense directions have the distributions that they are named for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from zokernel.distributions import direction_distribution
 DRAW = {"seed": 11, "step": 5, "index": 2}
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "uniform"])
-def test_moments_at_1e8_draws(law):
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "uniform"])
+def test_moments_at_1e8_draws(distribution):
     count, chunk = 100_000_000, 4_000_000
     totals = torch.zeros(3, dtype=torch.float64)
     buffer = {"w": torch.zeros(chunk)}
     for step in range(count // chunk):
-        Dense(law).add_(buffer, 1.0, seed=0, step=step, index=0, decay=0.0)
+        Dense(distribution).add_(buffer, 1.0, seed=0, step=step, index=0, decay=0.0)
         z = buffer["w"]
         square = z * z
         totals += torch.stack(
@@ -30,7 +30,7 @@ def test_moments_at_1e8_draws(law):
     # Standard errors: 1e-4 for the mean, 1.4e-4 for the variance, 3.3e-4 relative for the fourth moment (Gaussian).
     assert abs(mean) < 1e-3
     assert abs(second - 1) < 1e-3
-    assert abs(fourth / direction_distribution(law).kurtosis - 1) < 1e-3
+    assert abs(fourth / direction_distribution(distribution).kurtosis - 1) < 1e-3
 
 
 def test_gaussian_passes_a_kolmogorov_smirnov_test():
@@ -42,13 +42,13 @@ def test_gaussian_passes_a_kolmogorov_smirnov_test():
 
 
 def test_gaussian_is_box_muller_to_float32_accuracy():
-    from zokernel.directions.backends import torch_backend
+    from zokernel.directions.backends import reference
 
     position = torch.arange(0, 100_000)
     key = stream_key(0, "w")
     plane = position // 64 % 2
     first = torch.where(plane == 1, position - 64, position)
-    a, b = (torch_backend.random_word(p, key, 1, 0).double() for p in (first, first + 64))
+    a, b = (reference.random_word(p, key, 1, 0).double() for p in (first, first + 64))
     radius = torch.sqrt(-2 * torch.log((torch.floor(a / 2) + 0.5) * 2.0**-31))
     angle = 2 * math.pi * b * 2.0**-32
     exact = radius * torch.where(plane == 1, torch.sin(angle), torch.cos(angle))

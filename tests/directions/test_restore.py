@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zokernel.directions import Dense, LowRank, Sparse, make_restore, nearest_power_of_two
-from zokernel.directions.weights.restore import Grid
-from zokernel.directions.weights.restore_base import uninterrupted
+from zokernel.directions.weights.grid import Grid
+from zokernel.directions.weights.restore import uninterrupted
 from zokernel.errors import RunError, UsageError
 
-LAW_NAMES = ["gaussian", "rademacher", "sphere", "uniform"]
+DISTRIBUTIONS = ["gaussian", "rademacher", "sphere", "uniform"]
 MODES = ["fold", "grid", "copy"]
 
 
@@ -38,15 +38,17 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_still_weights_make_the_steps_of_a_copy_without_one():
+def test_unmoved_weights_take_the_steps_of_a_copy_without_one():
     for dtype in (torch.float32, torch.bfloat16):
-        copied, still = weights(dtype), weights(dtype)
-        states = [make_restore(mode, Dense("gaussian"), t, seed=1) for mode, t in (("copy", copied), ("still", still))]
+        copied, unmoved = weights(dtype), weights(dtype)
+        states = [
+            make_restore(mode, Dense("gaussian"), t, seed=1) for mode, t in (("copy", copied), ("unmoved", unmoved))
+        ]
         for step in range(4):
             wander(states[0], step, 1e-3)
             for state in states:
                 state.commit(step, {0: 1e-4}, decay=0.999)
-        assert same(copied, still)
+        assert same(copied, unmoved)
         with pytest.raises(UsageError, match="InForward"):
             states[1].move_to(9, {0: 1e-3})
         states[1].restore()
@@ -58,11 +60,11 @@ def wander(state, step, eps):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("law", LAW_NAMES)
-def test_offsets_are_where_they_say(mode, law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_offsets_are_where_they_say(mode, distribution):
     tensors = weights()
-    state = make_restore(mode, Dense(law), tensors, seed=1)
-    theta, family = clone(tensors), Dense(law)
+    state = make_restore(mode, Dense(distribution), tensors, seed=1)
+    theta, family = clone(tensors), Dense(distribution)
     state.move_to(3, {0: 1e-3, 4: -2e-3})
     assert state.offsets == {0: 1e-3, 4: -2e-3}
     z = [family(tensors, seed=1, step=3, index=index) for index in (0, 4)]
@@ -74,11 +76,11 @@ def test_offsets_are_where_they_say(mode, law):
     assert state.offsets == {}
 
 
-@pytest.mark.parametrize("law", LAW_NAMES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("mode", ["grid", "copy"])
-def test_exact_modes_return_the_same_bits(mode, law):
+def test_exact_modes_return_the_same_bits(mode, distribution):
     tensors = weights()
-    state = make_restore(mode, Dense(law), tensors, seed=1)
+    state = make_restore(mode, Dense(distribution), tensors, seed=1)
     theta = clone(tensors)
     for step in range(5):
         wander(state, step, 1e-3)
@@ -88,13 +90,13 @@ def test_exact_modes_return_the_same_bits(mode, law):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    law=st.sampled_from(LAW_NAMES),
+    distribution=st.sampled_from(DISTRIBUTIONS),
     offsets=st.lists(st.dictionaries(st.integers(0, 3), st.floats(-0.01, 0.01)), max_size=5),
     spread=st.floats(1e-4, 10.0),
 )
-def test_grid_is_exact_for_any_walk(law, offsets, spread):
+def test_grid_is_exact_for_any_walk(distribution, offsets, spread):
     tensors = {"w": spread * torch.randn(700, generator=torch.Generator().manual_seed(0))}
-    state = make_restore("grid", Dense(law), tensors, seed=1, reach=0.04)
+    state = make_restore("grid", Dense(distribution), tensors, seed=1, reach=0.04)
     theta = clone(tensors)
     for target in offsets:
         state.move_to(7, target)
@@ -103,7 +105,7 @@ def test_grid_is_exact_for_any_walk(law, offsets, spread):
 
 
 def test_grid_is_exact_for_structured_families():
-    for family in (Sparse("gaussian", density=0.5), LowRank(rank=3)):
+    for family in (Sparse(0.5, distribution="gaussian"), LowRank(rank=3)):
         tensors = weights()
         state = make_restore("grid", family, tensors, seed=1)
         theta = clone(tensors)
@@ -144,7 +146,7 @@ def test_replay_repeats_every_bit(mode):
         tensors = weights()
         state = make_restore(mode, Dense("gaussian"), tensors, seed=4)
         for step in range(6):
-            if live or state.replays_moves:
+            if live or state.walks_points:
                 wander(state, step, 1e-3)
             state.commit(step, {0: 1e-5 * (step - 2.5), 1: 1e-6}, decay=1 - 1e-5)
         return tensors
@@ -152,9 +154,9 @@ def test_replay_repeats_every_bit(mode):
     assert same(run(live=True), run(live=False))
 
 
-def fold_drift(law, eps, steps):
+def fold_drift(distribution, eps, steps):
     tensors = {"w": 0.02 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))}
-    state, theta = make_restore("fold", Dense(law), tensors, seed=1), clone(tensors)
+    state, theta = make_restore("fold", Dense(distribution), tensors, seed=1), clone(tensors)
     for step in range(steps):
         wander(state, step, eps)
         state.commit(step, {})
@@ -165,9 +167,9 @@ def fold_drift(law, eps, steps):
 HALF_ULP = 2.0**-28
 
 
-@pytest.mark.parametrize("law", ["rademacher", "gaussian", "uniform"])
-def test_fold_drift_is_bounded_by_three_half_ulps_a_step(law):
-    drift = fold_drift(law, 1e-3, 200)
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "uniform"])
+def test_fold_drift_is_bounded_by_three_half_ulps_a_step(distribution):
+    drift = fold_drift(distribution, 1e-3, 200)
     assert 0 < float(drift.max()) <= 3 * 200 * HALF_ULP
 
 
@@ -287,9 +289,9 @@ def test_directions_of_other_steps_can_be_committed(mode):
 
 def test_modes_that_do_not_fit_are_refused():
     half = {"w": torch.zeros(3, dtype=torch.bfloat16)}
-    with pytest.raises(UsageError, match="restore='copy'"):
+    with pytest.raises(UsageError, match="in_place:copy"):
         make_restore("fold", Dense(), half, seed=0)
-    with pytest.raises(UsageError, match="restore='copy'"):
+    with pytest.raises(UsageError, match="in_place:copy"):
         make_restore("grid", Dense(), half, seed=0)
     with pytest.raises(UsageError, match="no restore mode"):
         make_restore("undo", Dense(), half, seed=0)

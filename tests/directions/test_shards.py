@@ -24,8 +24,8 @@ def families():
         "rademacher": Dense("rademacher"),
         "gaussian": Dense("gaussian"),
         "sphere": Dense("sphere"),
-        "sparse": Sparse("gaussian", density=0.4),
-        "lowrank": LowRank(rank=2),
+        "sparse": Sparse(0.4, distribution="gaussian"),
+        "low_rank": LowRank(2),
     }
 
 
@@ -95,11 +95,15 @@ def test_fsdp_parameters_get_the_directions_of_the_unsharded_model(gathered):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), backend=st.sampled_from(["numba", "torch"]), law=st.sampled_from(["rademacher", "gaussian"]))
-def test_any_box_of_a_tensor_is_its_slice(data, backend, law):
+@given(
+    data=st.data(),
+    backend=st.sampled_from(["numba", "torch"]),
+    distribution=st.sampled_from(["rademacher", "gaussian"]),
+)
+def test_any_box_of_a_tensor_is_its_slice(data, backend, distribution):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4), label="shape"))
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
-    noise = Noise(law, stream_key(0, "w"), 0, 0)
+    noise = Noise(distribution, stream_key(0, "w"), 0, 0)
 
     def generate(size, offset):
         values = torch.zeros(size)

@@ -57,9 +57,9 @@ def compare(make, dtype, **options):
 """
 
 CHECKS = {
-    "laws": """
-for law in ("rademacher", "gaussian", "uniform"):
-    compare(lambda backend: Dense(law, backend=backend), torch.float32, decay=0.9)
+    "distributions": """
+for distribution in ("rademacher", "gaussian", "uniform"):
+    compare(lambda backend: Dense(distribution, backend=backend), torch.float32, decay=0.9)
 compare(lambda backend: Dense("rademacher", backend=backend), torch.float64)
 for dtype in (torch.bfloat16, torch.float16):
     compare(lambda backend: Dense("gaussian", backend=backend), dtype)
@@ -70,7 +70,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """,
     "families": """
 compare(lambda backend: Dense("sphere", backend=backend), torch.float64)
-compare(lambda backend: Sparse("gaussian", density=0.5, backend=backend), torch.float32)
+compare(lambda backend: Sparse(0.5, distribution="gaussian", backend=backend), torch.float32)
 compare(lambda backend: LowRank(rank=3, backend=backend), torch.float32)
 compare(lambda backend: Orthogonal(4, backend=backend), torch.float32)
 """,
@@ -131,15 +131,15 @@ assert gone() is None
 """,
     "positions": """
 # Slices of huge tensors (64-bit positions), aligned and not, and a shard with gaps between its rows.
-for law in ("rademacher", "gaussian"):
+for distribution in ("rademacher", "gaussian"):
     for shape, size, offset in (((2**40,), (300,), (2**33 + 70,)), ((40, 2**35), (4, 50), (30, 2**34 + 5))):
         results = []
         for backend in ("numba", "triton"):
             values = torch.zeros(size, device=device_of(backend))
             place = Placement("w", values, values, shape, offset)
-            dispatch.sweep([Job(place, (Noise(law, (7, 8), 1, 2),), (1.0,))], backend)
+            dispatch.sweep([Job(place, (Noise(distribution, (7, 8), 1, 2),), (1.0,))], backend)
             results.append(values.cpu())
-        assert torch.equal(*results), (law, shape)
+        assert torch.equal(*results), (distribution, shape)
 """,
 }
 
@@ -152,7 +152,7 @@ def run(checks, device, **environment):
 
 
 @pytest.mark.parametrize(
-    "checks", [("laws", "stochastic", "positions"), ("families", "grid", "copies", "freed")], ids="-".join
+    "checks", [("distributions", "stochastic", "positions"), ("families", "grid", "copies", "freed")], ids="-".join
 )
 def test_interpreted_kernel_agrees_with_numba_to_the_bit(checks):
     run(checks, "cpu", TRITON_INTERPRET="1")
@@ -172,7 +172,7 @@ def test_kernel_compiles_for_gpus_without_fused_multiply_adds():
     from zokernel.directions.backends.triton.kernels import sweep_kernel
 
     constants = {
-        "TYPE": tl.float32, "TARGET": None, "WHOLE": True, "KIND": 0, "LAW": 1, "MASKED": False, "RULE": 0,
+        "TYPE": tl.float32, "TARGET": None, "WHOLE": True, "KIND": 0, "DISTRIBUTION": 1, "MASKED": False, "RULE": 0,
         "DECAYED": True, "WIDE": False, "DROP": 29, "HALF": False, "ROWS": 8, "COLUMNS": 64,
     }  # fmt: skip
     signature = {name: "*i64" for name in sweep_kernel.arg_names if name.endswith("_ptr")}

@@ -3,7 +3,7 @@
 A direction is a pure function of (seed, step, index, tensor name, element position).  ``families`` say which
 coordinates are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`, :class:`LowRank`, :class:`Blockwise`,
 :class:`Orthogonal`); ``backends`` (numba, Triton, torch) add ``sum_i scale_i z_i`` to weights in one read and one
-write; ``weights`` knows where the weights lie in memory and brings perturbed weights back.
+write; ``weights`` knows where the weights lie in memory and restores perturbed weights.
 """
 
 from zokernel.directions.base import Directions, Scale
@@ -14,8 +14,10 @@ from zokernel.directions.families.orthogonal import Orthogonal
 from zokernel.directions.families.sparse import Sparse
 from zokernel.directions.families.subspace import Subspace
 from zokernel.directions.registry import FAMILIES, get_directions
-from zokernel.directions.weights.restore import Copy, Fold, Grid, make_restore, nearest_power_of_two
-from zokernel.directions.weights.restore_base import Restore
+from zokernel.directions.weights.copy import Copy, Unmoved
+from zokernel.directions.weights.grid import Grid
+from zokernel.directions.weights.modes import make_restore
+from zokernel.directions.weights.restore import Fold, Restore, nearest_power_of_two
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +33,7 @@ __all__ = [
     "Scale",
     "Sparse",
     "Subspace",
+    "Unmoved",
     "get_directions",
     "make_restore",
     "nearest_power_of_two",

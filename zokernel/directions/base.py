@@ -1,16 +1,16 @@
-r"""Base class of every family of directions: it turns a family's terms into tensors, or adds them to weights."""
+r"""The base class of every family of directions: it adds a family's terms to weights, or returns them as tensors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from zokernel.directions.backends import dispatch
-from zokernel.directions.philox import check_count, stream_key
+from zokernel.directions.philox import MAX_COUNT, stream_key
 from zokernel.directions.terms import Job, Rule, Term
 from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import UsageError
@@ -23,15 +23,16 @@ V = TypeVar("V")
 
 
 class Sweep(NamedTuple):
-    """What one sweep over some weights does: the arguments of :meth:`Directions.sweep_`."""
+    """What one sweep does to some weights: the arguments of :meth:`Directions.sweep_`, except the weights."""
 
-    tensors: Mapping[str, Tensor]
     scale: Scale | Mapping[str, Scale]
-    rule: Rule
+    rule: Rule | Mapping[str, Rule]
     seed: int
     draws: list[tuple[int, int]]
-    decay: float | Mapping[str, float]
-    rounding: tuple[int, int]
+    decay: float | Mapping[str, float] = 1.0
+    old_scale: Scale | Mapping[str, Scale] | None = None
+    grid: Mapping[str, float] | None = None
+    rounding: tuple[int, int] = (0, 0)
 
 
 class Directions(ABC):
@@ -39,31 +40,46 @@ class Directions(ABC):
 
     Args:
         backend: ``auto`` (the fastest for each tensor's device), ``numba``, ``triton`` or ``torch``.
+
+    Attributes:
+        seeded: Whether a direction is a function of (seed, step, index, name, position) and of what :meth:`prepare`
+            took, so that it can be generated again at any later step.
     """
 
-    seeded: ClassVar[bool] = True  # a function of (seed, step, index, name, position) alone: can be made again later
+    seeded: bool = True
 
     def __init__(self, backend: str = "auto"):
         self.backend = backend
 
     @property
     def couples_tensors(self) -> bool:
-        """Whether the direction on one tensor depends on which other tensors are in the call."""
+        """Whether the direction on one tensor depends on which other tensors are in the call.
+
+        If so, every call must name all tensors of the run: a direction cannot be taken one tensor at a time.
+        """
         return False
 
     def gain(self) -> float:
-        r"""Return the mean of :math:`E z_k^2` over the coordinates: one, unless directions are preconditioned."""
+        r"""Return :math:`tr\, E[z z^T] / d` over the d coordinates that move: how much longer a mean step is."""
         return 1.0
 
-    def prepare(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take note of the unperturbed weights; an optimizer calls it once, before anything moves."""
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027  (most families need nothing)
+        """Take what the family needs from unperturbed weights; an optimizer calls it once, before its first step.
+
+        Args:
+            tensors: Weights by name.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, because it does not follow from the seed."""
+        """Return what a checkpoint must hold so that a resumed run draws the same directions."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take over what :meth:`state_dict` returned."""
+        """Continue from a checkpoint.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
 
     @abstractmethod
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
@@ -76,7 +92,7 @@ class Directions(ABC):
             index: Which direction of that step.
 
         Returns:
-            One term a tensor.
+            One term per tensor.
         """
 
     def __call__(self, like: Mapping[str, Tensor], *, seed: int, step: int, index: int) -> dict[str, Tensor]:
@@ -118,9 +134,9 @@ class Directions(ABC):
 
         Args:
             tensors: Weights by name, changed in place.
-            scale: One number an index; or a mapping from name to such numbers.
+            scale: One number per index; or a mapping from name to such numbers.
             seed: Seed of the run, in [0, 2^63).
-            step: Step of the run, in [0, 2^32); or one step an index, to add directions of several steps.
+            step: Step of the run, in [0, 2^32); or one step per index, to add directions of several steps.
             index: Which direction of that step; a list adds several in the same sweep.
             decay: Factor on the old weights, one for all or by name.
             stochastic: Round float32, bfloat16 and float16 weights stochastically instead of to nearest; float64
@@ -132,10 +148,6 @@ class Directions(ABC):
         """
         rule = Rule.STOCHASTIC if stochastic else Rule.NEAREST
         self.sweep_(tensors, scale, rule=rule, seed=seed, step=step, index=index, decay=decay)
-
-    def _sweep_prepared(self, sweep: Sweep) -> bool:
-        """Carry out a sweep without grid, if there is a quicker way; return whether it was done."""
-        return False
 
     def sweep_(
         self,
@@ -151,7 +163,7 @@ class Directions(ABC):
         grid: Mapping[str, float] | None = None,
         rounding: tuple[int, int] | None = None,
     ) -> dict[str, float]:
-        """Carry out one sweep by any rule of :class:`~zokernel.directions.terms.Rule`; what :meth:`add_` is built on.
+        """Carry out one sweep by any rule of :class:`~zokernel.directions.terms.Rule`; :meth:`add_` is built on it.
 
         Args:
             tensors: Weights by name, changed in place.
@@ -166,17 +178,24 @@ class Directions(ABC):
             rounding: Step and index that key the random bits of stochastic rules; by default the first of the sweep.
 
         Returns:
-            The largest magnitude each tensor reached (grid rules; zeros otherwise).
+            The largest magnitude that each tensor reached (grid rules; zeros otherwise).
         """
         draws = draws_of(step, index)
         rounding = rounding or (draws[0] if draws else (0, 0))
-        rules = set(rule.values()) if isinstance(rule, Mapping) else {rule}
-        special = old_scale is not None or grid is not None or len(rules) != 1
-        if not special and self._sweep_prepared(Sweep(tensors, scale, rules.pop(), seed, draws, decay, rounding)):
+        sweep = Sweep(scale, rule, seed, draws, decay, old_scale, grid, rounding)
+        if self._sweep_prepared(tensors, sweep):
             return dict.fromkeys(tensors, 0.0)
-        places = place_all(tensors)
+        return self._sweep_places(place_all(tensors), sweep)
+
+    def _sweep_prepared(self, tensors: Mapping[str, Tensor], sweep: Sweep) -> bool:
+        """Carry out a sweep by tables kept from an earlier one, if there are any; return whether it was done."""
+        return False
+
+    def _sweep_places(self, places: Sequence[Placement], sweep: Sweep) -> dict[str, float]:
+        """Carry out a sweep over weights that have been found in memory; the same contract as :meth:`sweep_`."""
+        scale, rule, seed, draws, decay, old_scale, grid, rounding = sweep
         by_index = [self.terms(places, seed=seed, step=s, index=i) for s, i in draws]
-        # Settings that all tensors share are checked once: there may be hundreds of tensors and several sweeps a step.
+        # Settings that all tensors share are checked once: there may be hundreds of tensors, several times per step.
         shared = None if isinstance(scale, Mapping) else scales_of(scale, "", len(draws))
         no_offsets = [0.0] * len(draws)
         jobs = []
@@ -201,20 +220,40 @@ class Directions(ABC):
                     (*stream_key(seed, place.name, "rounding"), *rounding) if job_rule else NO_ROUNDING,
                 )
             )
-        peaks = dispatch.sweep(jobs, self.backend)
-        return {place.name: peak for place, peak in zip(places, peaks)}
+        peaks: dict[str, float] = {}
+        for place, peak in zip(places, dispatch.sweep(jobs, self.backend)):
+            peaks[place.name] = max(peak, peaks.get(place.name, 0.0))
+        return peaks
 
 
 def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
+def check_count(value: int, what: str) -> int:
+    """Return a step or an index if it fits one 32-bit word of Philox's counter.
+
+    Args:
+        value: A step or an index.
+        what: Its name in the error message.
+
+    Returns:
+        The value as an int.
+
+    Raises:
+        UsageError: If it is negative, 2^32 or more, or not an integer.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < MAX_COUNT:
+        raise UsageError(f"The {what} {value!r} of a direction must be an integer from 0 to 2^32 - 1.")
+    return value.__index__()
+
+
 def draws_of(step: int | Sequence[int], index: int | Sequence[int]) -> list[tuple[int, int]]:
-    """Return step and index of every direction, given one step for all or one an index."""
+    """Return step and index of every direction, given one step for all or one per index."""
     indices = [index] if isinstance(index, int) else list(index)
     steps = [step] * len(indices) if isinstance(step, int) else list(step)
     if len(steps) != len(indices):
-        raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step an index.")
+        raise UsageError(f"{len(steps)} steps do not fit {len(indices)} direction indices: give one step per index.")
     return [(check_count(s, "step"), check_count(i, "index")) for s, i in zip(steps, indices)]
 
 
@@ -230,7 +269,7 @@ def by_name(value: float | Mapping[str, float], name: str, what: str) -> float:
 def once_each(values: Mapping[str, V], make: Callable[[V], T]) -> dict[str, T]:
     """Return what ``make`` makes of every value, called once for values that are one object.
 
-    Hundreds of tensors mostly share their coefficients, and there are several sweeps a step.
+    Hundreds of tensors mostly share their coefficients, and there are several sweeps per step.
     """
     made = {key: make(value) for key, value in {id(value): value for value in values.values()}.items()}
     return {name: made[id(value)] for name, value in values.items()}
@@ -241,7 +280,7 @@ def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], c
     if not isinstance(scale, Mapping):
         return [scales_of(scale, "", count)] * len(names)
     if any(name not in scale for name in names):
-        return [scales_of(scale, name, count) for name in names]  # which says whose are missing
+        return [scales_of(scale, name, count) for name in names]  # which raises the error that names the tensor
     found = once_each({name: scale[name] for name in names}, lambda given: scales_of(given, "", count))
     return [found[name] for name in names]
 
@@ -254,5 +293,5 @@ def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list
         scale = scale[name]
     scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)]
     if len(scales) != count:
-        raise UsageError(f"{len(scales)} scales do not fit {count} direction indices: give one scale an index.")
+        raise UsageError(f"{len(scales)} scales do not fit {count} direction indices: give one scale per index.")
     return scales

@@ -9,7 +9,7 @@ is no state, so any element of any direction can be computed alone, in any order
 Philox is a bijection of the counter for each key, so two (step, index, block) of one tensor never share a block of
 bits; different (seed, name) collide only if their hashes do.  Linear formulas such as ``seed * (i + 17) + i`` repeat.
 
-The generator is that of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+Reference: Salmon et al. (2011), Parallel Random Numbers: As Easy as 1, 2, 3, SC '11, doi:10.1145/2063384.2063405.
 """
 
 from __future__ import annotations
@@ -58,24 +58,6 @@ def stream_key(seed: int, name: str, purpose: str = "direction") -> tuple[int, i
     ).digest()
     word = int.from_bytes(digest, "little")
     return word & MASK_32, word >> 32
-
-
-def check_count(value: int, what: str) -> int:
-    """Return ``value`` if it fits one 32-bit word of the counter.
-
-    Args:
-        value: A step or an index.
-        what: Its name in the error message.
-
-    Returns:
-        The value as an int.
-
-    Raises:
-        UsageError: If it is negative, 2^32 or more, or not an integer.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= value.__index__() < MAX_COUNT:
-        raise UsageError(f"The {what} {value!r} of a direction must be an integer from 0 to 2^32 - 1.")
-    return value.__index__()
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

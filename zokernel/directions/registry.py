@@ -1,4 +1,4 @@
-"""Families of directions by name, for command lines and configuration files."""
+"""The families of directions by name, for command lines and configuration files."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ FAMILIES: dict[str, Callable[..., Directions]] = {
     "dense": Dense,
     "sparse": Sparse,
     "subspace": Subspace,
-    "lowrank": LowRank,
+    "low_rank": LowRank,
     "blockwise": _blockwise,
-    "frames": Orthogonal,
+    "orthogonal": Orthogonal,
 }
+OLD_NAMES = {"lowrank": "low_rank", "frames": "orthogonal"}
 
 
 def get_directions(spec: str | Directions, **options: Any) -> Directions:
     """Return a family of directions.
 
     Args:
-        spec: A family (``dense``, ``sparse``, ``subspace``, ``lowrank``, ``blockwise``, ``frames``); a law
-            (``rademacher``, ...), which means dense directions of that law; or a family object, returned as it is.
+        spec: A family (``dense``, ``sparse``, ``subspace``, ``low_rank``, ``blockwise``, ``orthogonal``); a
+            distribution (``rademacher``, ...), for dense directions drawn from it; or a family object, returned as it
+            is.
         options: Passed to the family.
 
     Returns:
@@ -46,7 +48,7 @@ def get_directions(spec: str | Directions, **options: Any) -> Directions:
 
     Example:
         >>> get_directions("gaussian"), get_directions("sparse", density=0.1)
-        (Dense('gaussian'), Sparse('rademacher', density=0.1))
+        (Dense('gaussian'), Sparse(density=0.1, distribution='rademacher'))
     """
     if isinstance(spec, Directions):
         if options:
@@ -54,6 +56,7 @@ def get_directions(spec: str | Directions, **options: Any) -> Directions:
         return spec
     if spec in DIRECTION_DISTRIBUTIONS:
         return get_directions("dense", distribution=spec, **options)
+    spec = OLD_NAMES.get(spec, spec)
     if spec not in FAMILIES:
         raise UsageError(
             f"There are no directions {spec!r}: choose one of {', '.join((*FAMILIES, *DIRECTION_DISTRIBUTIONS))}."

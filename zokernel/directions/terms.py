@@ -1,9 +1,9 @@
-r"""What the engine adds to one tensor: a few terms :math:`scale_i z_i` and the rule for storing the result.
+r"""What a backend adds to one tensor: a few terms :math:`scale_i z_i` and the rule for storing the result.
 
 Families (dense, sparse, subspace, ...) say *what* a direction is by building terms; backends know *how* to generate
 each kind of term a tile at a time and add it without storing it.
 
-These records are not frozen only because frozen ones take three times as long to make, hundreds a sweep.
+These records are not frozen only because frozen ones take three times as long to make, hundreds per sweep.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from zokernel.directions.weights.placement import Placement
 
 @dataclass(slots=True)
 class Noise:
-    """Independent coordinates of one law: the generator evaluated at each element's position.
+    """Independent coordinates: the generator evaluated at each element's position.
 
     Attributes:
-        law: ``rademacher``, ``gaussian`` or ``uniform``.
+        distribution: ``rademacher``, ``gaussian`` or ``uniform``.
         key: Philox key of the tensor's stream.
         step: Third counter word.
         index: Fourth counter word.
@@ -29,7 +29,7 @@ class Noise:
         mask: Packed bits (uint8, least significant first) over the elements held here; zero bits silence a coordinate.
     """
 
-    law: str
+    distribution: str
     key: tuple[int, int]
     step: int
     index: int
@@ -82,10 +82,10 @@ class Job:
     Attributes:
         place: The tensor and where its elements sit in the whole.
         terms: The directions.
-        scales: One a term.
+        scales: One per term.
         rule: How the result is stored.
         decay: Factor on the old weight.
-        old_scales: One a term; the offsets that the weights carry now (grid rules).
+        old_scales: One per term; the offsets that the weights carry now (grid rules).
         grid: Grid step, a power of two (grid rules).
         rounding: Philox key, step and index of the random bits that round (stochastic rules).
     """
@@ -100,6 +100,10 @@ class Job:
     rounding: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
+NEAR_ONE = (0.5, 2.0)
+"""The decays d for which :math:`d\\,x + s` is computed as :math:`x + ((d - 1) x + s)`."""
+
+
 def affine(decay: float) -> tuple[float, float]:
     r"""Split :math:`decay\,x + s` into :math:`a x + (b x + s)`, the form every backend computes.
 
@@ -112,4 +116,5 @@ def affine(decay: float) -> tuple[float, float]:
     Returns:
         The pair (a, b).
     """
-    return (1.0, decay - 1.0) if 0.5 <= decay <= 2.0 else (0.0, decay)
+    low, high = NEAR_ONE
+    return (1.0, decay - 1.0) if low <= decay <= high else (0.0, decay)

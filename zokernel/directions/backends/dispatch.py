@@ -1,7 +1,7 @@
 r"""Dispatch: hand each tensor of a sweep to the backend that is fastest where it lives.
 
-* CPU: ``numba_backend``, compiled and fused; NVIDIA and AMD GPUs: ``triton_backend``, the same in Triton;
-* anything else: ``torch_backend``, the reference.
+* CPU: ``numba``, compiled and fused; NVIDIA and AMD GPUs: ``triton``, the same in Triton;
+* anything else: ``torch``, the reference.
 
 Rademacher, Gaussian and uniform directions have the same bits on all of them.
 """
@@ -11,12 +11,11 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import lru_cache
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from zokernel.directions.terms import Job, Noise, Rule
 from zokernel.directions.weights.placement import Placement
@@ -25,17 +24,18 @@ from zokernel.errors import UsageError
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "numba", "triton", "torch")
+_MODULES = {"numba": "numba.backend", "triton": "triton.backend", "torch": "reference"}
 
 
 def sweep(jobs: Sequence[Job], backend: str = "auto") -> list[float]:
     """Add every job's terms to its tensor in place, in one read and one write of the weights.
 
     Args:
-        jobs: What to do, one a tensor.
+        jobs: What to do, one per tensor.
         backend: ``auto``, or the backend to use for every tensor.
 
     Returns:
-        One number a job: for grid rules the largest magnitude reached, else zero.
+        One number per job: for grid rules the largest magnitude reached, else zero.
 
     Raises:
         UsageError: If there is no such backend, or it cannot work where a tensor lives.
@@ -50,13 +50,9 @@ def sweep(jobs: Sequence[Job], backend: str = "auto") -> list[float]:
             found = _load(name).sweep([jobs[n] for n in numbers])
             for number, peak in zip(numbers, found):
                 peaks[number] = peak
-    mark_changed([job.place.local for job in jobs])
+    # Compiled backends write behind torch's back: let autograd notice that saved weights have changed.
+    torch.autograd.graph.increment_version([job.place.local for job in jobs if not job.place.local.is_inference()])
     return peaks
-
-
-def mark_changed(tensors: Iterable[Tensor]) -> None:
-    """Let autograd notice that saved weights have changed: compiled backends write behind torch's back."""
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: str = "auto") -> float:
@@ -64,7 +60,7 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
 
     Args:
         places: The tensors.
-        noises: One a tensor; gain and mask are ignored.
+        noises: One per tensor; gain and mask are ignored.
         backend: As for :func:`sweep`.
 
     Returns:
@@ -110,12 +106,12 @@ def choose_backend(device: torch.device, backend: str = "auto") -> str:
 
 
 def preparing(
-    law: str, dtypes: Set[torch.dtype], devices: Set[torch.device], backend: str, rule: Rule = Rule.NEAREST
+    distribution: str, dtypes: Set[torch.dtype], devices: Set[torch.device], backend: str, rule: Rule = Rule.NEAREST
 ) -> ModuleType | None:
-    """Return the backend whose ``PreparedSweep`` and ``PreparedCopies`` serve a law on some weights, or None.
+    """Return the backend whose ``PreparedSweep`` and ``PreparedCopies`` serve noise on some weights, or None.
 
     Args:
-        law: Law of the noise.
+        distribution: ``rademacher``, ``gaussian`` or ``uniform``.
         dtypes: Dtypes of the weights.
         devices: Devices of the weights.
         backend: As for :func:`sweep`.
@@ -127,10 +123,10 @@ def preparing(
     if len(devices) != 1:
         return None
     name = choose_backend(next(iter(devices)), backend)
-    signs = law == "rademacher" and rule == Rule.NEAREST and dtypes == {torch.float32}
+    signs = distribution == "rademacher" and rule == Rule.NEAREST and dtypes == {torch.float32}
     return _load(name) if name == "triton" or (name == "numba" and signs) else None
 
 
 def _load(name: str) -> ModuleType:
     # Imported on first use: numba and triton take a second each, and most commands need neither.
-    return importlib.import_module(f"zokernel.directions.backends.{name}_backend")
+    return importlib.import_module(f"zokernel.directions.backends.{_MODULES[name]}")

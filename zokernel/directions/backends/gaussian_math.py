@@ -43,9 +43,9 @@ SQRT_HALF_BITS = 0x3F3504F3
 GAUSSIAN_BOUND = 6.66044
 """No Gaussian coordinate is larger in absolute value."""
 
-# Elements to blocks of random words.  Rademacher: one bit an element, 128 elements a block.  Other laws: one word an
-# element, laid out in planes (64 blocks make 256 elements; word k of block l is element 64 k + l), so that vector lanes
-# run over consecutive blocks and are stored to consecutive elements.
+# Elements to blocks of random words.  Rademacher: one bit per element, 128 elements per block.  Others: one word per
+# element, laid out in planes (64 blocks make 256 elements; word k of block l is element 64 k + l), so that
+# vector lanes run over consecutive blocks and are stored to consecutive elements.
 BITS_PER_BLOCK = 128
 PLANE = 64
 GROUP = 4 * PLANE

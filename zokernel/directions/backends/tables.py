@@ -1,6 +1,6 @@
 r"""The three tables that describe a sweep to compiled code, on the CPU and on GPUs.
 
-*Jobs*: one a tensor; *terms*: what is added; *segments*: stretches of memory, of which each thread or program takes
+*Jobs*: one per tensor; *terms*: what is added; *segments*: stretches of memory, of which each thread or program takes
 some.  Every field has eight bytes, so a GPU kernel may read a table as int64.
 """
 
@@ -31,7 +31,7 @@ JOB = _table(
 )
 TERM = _table(
     {
-        **dict.fromkeys(("kind", "law"), _I8),
+        **dict.fromkeys(("kind", "distribution"), _I8),
         **dict.fromkeys(("key0", "key1", "step", "index", "first", "second"), _U8),
         **dict.fromkeys(("rank", "columns"), _I8),
         **dict.fromkeys(("gain", "scale", "old_scale"), _F8),
@@ -41,7 +41,7 @@ SEGMENT = _table({"job": _I8, "address": _U8, **dict.fromkeys(("position", "leng
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
 DTYPE_CODES = {torch.float32: FLOAT32, torch.float64: FLOAT64, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-LAW_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
+DISTRIBUTION_CODES = {"rademacher": 0, "gaussian": 1, "uniform": 2}
 NOISE, FACTORS, VALUES = range(3)
 
 
@@ -54,7 +54,7 @@ def job_tables(jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
     """Return the tables of jobs and of their terms.
 
     Args:
-        jobs: One a tensor; tensors that their terms refer to must outlive the tables.
+        jobs: One per tensor; tensors that their terms refer to must outlive the tables.
 
     Returns:
         (jobs,) of JOB and (terms,) of TERM.
@@ -86,7 +86,7 @@ def segment_table(geometries: tuple[Geometry, ...], limit: int) -> np.ndarray:
 
     Args:
         geometries: :func:`geometry` of each tensor, whose number is the job of its segments.
-        limit: Segments are cut at positions that are multiples of it; itself a multiple of a block of any law.
+        limit: Segments are cut at positions that are multiples of it; a multiple of every distribution's block.
 
     Returns:
         (segments,) of SEGMENT, not to be changed.
@@ -111,8 +111,8 @@ def adds_plain_noise(term: Noise | Factors | Values) -> bool:
 def _describe(term: Noise | Factors | Values) -> tuple[int | float, ...]:
     match term:
         case Noise():
-            mask = 0 if term.mask is None else term.mask.data_ptr()
-            return (NOISE, LAW_CODES[term.law], *term.key, term.step, term.index, mask, 0, 0, 0, term.gain)
+            code, mask = DISTRIBUTION_CODES[term.distribution], 0 if term.mask is None else term.mask.data_ptr()
+            return (NOISE, code, *term.key, term.step, term.index, mask, 0, 0, 0, term.gain)
         case Factors():
             left, right = term.left, term.right
             return (FACTORS, 0, 0, 0, 0, 0, left.data_ptr(), right.data_ptr(), *right.shape, term.gain)

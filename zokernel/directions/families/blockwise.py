@@ -3,7 +3,10 @@ r"""Blockwise directions: the layers take turns."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from zokernel.directions.base import Directions
 from zokernel.directions.terms import Term
@@ -36,10 +39,10 @@ class Blockwise(Directions):
     radius of the block.
 
     Args:
-        inner: Directions that draws the active block.
+        inner: Directions on the active block.
         block_of: Maps a tensor's name to its block; by default tensors of one numbered layer form a block, and those
             outside any layer form one more.
-        every: Steps before the turn passes on.
+        every: Steps before the next block moves.
 
     Raises:
         UsageError: If ``every`` is not positive.
@@ -60,7 +63,34 @@ class Blockwise(Directions):
         self.inner, self.block_of, self.every = inner, block_of, every
 
     def __repr__(self) -> str:
-        return f"Blockwise({self.inner!r}, every={self.every})"
+        blocks = "" if self.block_of is layer_of else f", block_of={getattr(self.block_of, '__name__', self.block_of)}"
+        return f"Blockwise({self.inner!r}{blocks}, every={self.every})"
+
+    @property
+    def couples_tensors(self) -> bool:
+        """Always: whose turn it is depends on which blocks there are."""
+        return True
+
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """Whether the inner directions can be generated again."""
+        return self.inner.seeded
+
+    def gain(self) -> float:
+        """Return the gain of the inner directions."""
+        return self.inner.gain()
+
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Prepare the inner directions; see :meth:`Directions.prepare`."""
+        self.inner.prepare(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the inner directions."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the inner directions of a checkpoint."""
+        self.inner.load_state_dict(state)
 
     def active(self, names: Sequence[str], step: int) -> str:
         """Return the block whose turn it is.
@@ -74,11 +104,6 @@ class Blockwise(Directions):
         """
         blocks = list(dict.fromkeys(self.block_of(name) for name in sorted(names, key=natural_order)))
         return blocks[step // self.every % len(blocks)]
-
-    @property
-    def couples_tensors(self) -> bool:
-        """Always: which block is active depends on the blocks that there are."""
-        return True
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return the inner family's terms on the active block, None elsewhere; see :meth:`Directions.terms`."""

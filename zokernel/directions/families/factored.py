@@ -20,29 +20,31 @@ class Factored(Directions):
     """Directions that are a product of thin factors on every matrix; subclasses implement :meth:`factors`.
 
     Args:
-        distribution: Law of the entries and of the vectors, with independent coordinates.
         rank: Rank of a direction; at most the smaller side of a matrix is used.
+        distribution: Distribution of the entries and of the vectors, with independent coordinates.
         refresh: Steps between redraws of what stays for several steps.
         most_square: Refold thin matrices (adapters) into the most square ones.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
     Raises:
-        UsageError: If the rank or refresh interval is not positive, or the law has dependent coordinates.
+        UsageError: If the rank or refresh interval is not positive, or coordinates depend on each other.
     """
 
-    def __init__(self, distribution: str | Distribution, rank: int, refresh: int, most_square: bool, backend: str):
+    def __init__(self, rank: int, distribution: str | Distribution, refresh: int, most_square: bool, backend: str):
         super().__init__(backend)
         self.distribution = direction_distribution(distribution)
         if rank < 1 or refresh < 1:
             raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be at least 1.")
         if not self.distribution.independent:
             raise UsageError(
-                f"Low-rank directions need independent entries: {self.distribution.name!r} has none; use gaussian."
+                f"Low-rank directions need independent entries, unlike {self.distribution.name!r}: use gaussian."
             )
         self.rank, self.refresh, self.most_square = rank, refresh, most_square
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.distribution.name!r}, rank={self.rank}, refresh={self.refresh})"
+        square = ", most_square=True" if self.most_square else ""
+        rest = f"distribution={self.distribution.name!r}, refresh={self.refresh}{square}"
+        return f"{type(self).__name__}(rank={self.rank}, {rest})"
 
     @abstractmethod
     def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:

@@ -1,4 +1,4 @@
-"""Parts of low-rank directions: how a tensor is read as a matrix, and small random matrices with own streams."""
+"""Parts of low-rank directions: how a tensor is read as a matrix, and random matrices with streams of their own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Draw(NamedTuple):
     Attributes:
         rows: Rows.
         columns: Columns.
-        law: Law of its entries.
+        distribution: Distribution of its entries: ``rademacher``, ``gaussian`` or ``uniform``.
         key: Philox key of the stream.
         step: Third counter word.
         number: Fourth counter word.
@@ -58,7 +58,7 @@ class Draw(NamedTuple):
 
     rows: int
     columns: int
-    law: str
+    distribution: str
     key: tuple[int, int]
     step: int
     number: int
@@ -66,24 +66,24 @@ class Draw(NamedTuple):
 
 
 def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
-    """Draw some matrices in one sweep: a model has hundreds, and each sweep has its price.
+    """Draw some matrices in one sweep: a model has hundreds, and every sweep has a fixed cost.
 
     Args:
         draws: What to draw.
         backend: Which backend draws them.
 
     Returns:
-        The matrices, contiguous.
+        The matrices, (rows, columns) float32, contiguous.
     """
     sizes = [-(-draw.rows * draw.columns // APART) * APART for draw in draws]
     devices = {draw.device for draw in draws}
     room = {device: sum(size for size, draw in zip(sizes, draws) if draw.device == device) for device in devices}
-    free = {device: torch.zeros(size, device=device) for device, size in room.items()}
+    free = {device: torch.zeros(size, dtype=torch.float32, device=device) for device, size in room.items()}
     matrices, jobs = [], []
     for size, draw in zip(sizes, draws):
         shape, numel = (draw.rows, draw.columns), draw.rows * draw.columns
         matrix, free[draw.device] = free[draw.device][:numel].view(shape), free[draw.device][size:]
-        noise = Noise(draw.law, draw.key, draw.step, draw.number)
+        noise = Noise(draw.distribution, draw.key, draw.step, draw.number)
         jobs.append(Job(Placement("", matrix, matrix, shape, (0, 0)), (noise,), (1.0,)))
         matrices.append(matrix)
     dispatch.sweep(jobs, backend)
@@ -91,7 +91,7 @@ def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
 
 
 class Recent(Generic[K, T]):
-    """The last few results of a function, by key: factors are needed three times a step but made once.
+    """The last few results of a function, by key: factors are needed three times per step but made once.
 
     Args:
         size: How many to keep.

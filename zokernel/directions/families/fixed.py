@@ -1,4 +1,4 @@
-"""Directions that are not random at all: what an update adds, so that it takes the way that directions take."""
+"""Directions that are not random: tensors that an update adds with the roundings of random directions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ from zokernel.directions.weights.placement import Placement
 
 
 class Fixed(Directions):
-    """Directions that are given outright, so that the engine can add them with its own roundings.
+    """Directions that are given: the same for every seed, step and index.
 
     Args:
         given: What to add, by name: fp32 values, or low-rank factors.
+
+    Example:
+        >>> import torch
+        >>> weights = {"w": torch.zeros(2)}
+        >>> Fixed({"w": Values(torch.tensor([1.0, -2.0]))}).add_(weights, 0.5, seed=0, step=0, index=0)
+        >>> weights["w"]
+        tensor([ 0.5000, -1.0000])
     """
+
+    seeded = False
 
     def __init__(self, given: Mapping[str, Values | Factors]):
         super().__init__()
         self.given = given
+
+    def __repr__(self) -> str:
+        return f"Fixed({dict(self.given)!r})"
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return what was given for each tensor; see :meth:`Directions.terms`."""

@@ -22,34 +22,38 @@ class LowRank(Factored):
     The entries of :math:`U` (m x r) and :math:`V` (n x r) are independent with variance one.  U is new in every
     direction; V has its own seed and stays for ``refresh`` steps, so either can be drawn without the other.  The factor
     makes :math:`E|z|^2 = m n` and :math:`E[(g \cdot z) z] = g`; the published :math:`U V^T` is larger by
-    :math:`\sqrt r` and its estimate by r (methods 2.5).
+    :math:`\sqrt r` and its estimate by r.
 
     Args:
-        distribution: Law of the entries and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
         rank: r; at most the smaller side of a matrix is used.
+        distribution: Distribution of the entries and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
         refresh: Steps for which V stays.
         most_square: Refold thin matrices (adapters) into the most square ones.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
     Raises:
-        UsageError: If the rank or refresh interval is not positive, or the law has dependent coordinates.
+        UsageError: If the rank or refresh interval is not positive, or the coordinates depend on each other.
 
     Example:
-        >>> z = LowRank(rank=2)({"w": torch.zeros(30, 20)}, seed=0, step=0, index=0)["w"]
+        >>> z = LowRank(2)({"w": torch.zeros(30, 20)}, seed=0, step=0, index=0)["w"]
         >>> int(torch.linalg.matrix_rank(z))
         2
+
+    References:
+        Chen et al. (2024), Enhancing Zeroth-Order Fine-Tuning for Language Models with Low-Rank Structures,
+        arXiv:2410.07698.
     """
 
     def __init__(
         self,
-        distribution: str | Distribution = "gaussian",
-        *,
         rank: int = 2,
+        *,
+        distribution: str | Distribution = "gaussian",
         refresh: int = 50,
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(distribution, rank, refresh, most_square, backend)
+        super().__init__(rank, distribution, refresh, most_square, backend)
         self._lefts: Recent[Draw, Tensor] = Recent(1024)
         self._rights: Recent[Draw, Tensor] = Recent(4096)
 

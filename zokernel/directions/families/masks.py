@@ -1,4 +1,4 @@
-"""Masks of the small elements of a tensor, one bit an element, found in a few megabytes of memory."""
+"""Masks of the small elements of a tensor, one bit per element, found in a few megabytes of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Orthogonal frames: the directions of one step are exactly orthogonal to each other; for small dimension."""
+r"""Orthogonal directions: those of one step are exactly orthogonal to each other; for small dimension."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Orthogonal(Directions):
     A frame is stored (d x size float64 while it is made), so this is for small d.
 
     Args:
-        size: k, directions in a frame; at most d.
+        size: k, the directions of a frame; at most d.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
     Raises:
@@ -52,7 +52,7 @@ class Orthogonal(Directions):
 
     @property
     def couples_tensors(self) -> bool:
-        """Always: directions are orthogonal over all tensors together."""
+        """Always: the directions are orthogonal over all tensors together."""
         return True
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:

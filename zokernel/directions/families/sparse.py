@@ -23,33 +23,37 @@ logger = logging.getLogger(__name__)
 class Sparse(Directions):
     r"""Directions :math:`z = m \odot \tilde z` with :math:`m_k = 1[|\theta_k| \le h]`, h a quantile of each tensor.
 
-    The mask is taken once, from unperturbed weights, and kept as one bit an element: a mask recomputed from weights
+    The mask is taken once, from unperturbed weights, and kept as one bit per element: a mask recomputed from weights
     that a perturbation has moved would differ between :math:`+\epsilon` and :math:`-\epsilon`.  The covariance is the
     identity on the active coordinates: :math:`E|z|^2` is their number and :math:`E[(g \cdot z) z] = m \odot g`.
 
     Args:
-        distribution: Law of the active coordinates: ``rademacher``, ``gaussian`` or ``uniform``.
         density: Fraction of each tensor's elements that move, in (0, 1].
+        distribution: Distribution of the active coordinates: ``rademacher``, ``gaussian`` or ``uniform``.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
     Raises:
-        UsageError: If the density is out of range or the law has dependent coordinates.
+        UsageError: If the density is out of range or the coordinates depend on each other.
 
     Example:
         >>> weights = {"w": torch.tensor([0.1, -3.0, 0.2, 5.0])}
-        >>> z = Sparse(density=0.5)(weights, seed=0, step=0, index=0)["w"]
+        >>> z = Sparse(0.5)(weights, seed=0, step=0, index=0)["w"]
         >>> z.abs()
         tensor([1., 0., 1., 0.])
+
+    References:
+        Liu et al. (2024), Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning,
+        arXiv:2402.15751.
     """
 
     def __init__(
-        self, distribution: str | Distribution = "rademacher", *, density: float = 0.25, backend: str = "auto"
+        self, density: float = 0.25, *, distribution: str | Distribution = "rademacher", backend: str = "auto"
     ):
         super().__init__(backend)
         self.distribution = direction_distribution(distribution)
         if not self.distribution.independent:
             raise UsageError(
-                f"Sparse directions need independent coordinates: {self.distribution.name!r} has none; use gaussian."
+                f"Sparse directions need independent coordinates, unlike {self.distribution.name!r}: use gaussian."
             )
         if not 0.0 < density <= 1.0:
             raise UsageError(f"The density {density} of sparse directions must be above 0 and at most 1.")
@@ -57,27 +61,28 @@ class Sparse(Directions):
         self._masks: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        return f"Sparse({self.distribution.name!r}, density={self.density})"
+        return f"Sparse(density={self.density}, distribution={self.distribution.name!r})"
 
-    def freeze(self, tensors: Mapping[str, Tensor]) -> Sparse:
-        """Take the masks of tensors that have none yet; call it before anything moves.
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the masks of tensors that have none yet, from unperturbed weights.
 
-        Without this call the first use freezes the masks, which is right when it meets unperturbed weights.
+        Without this call the first use takes them, which is right if the weights are unperturbed then.
 
         Args:
             tensors: Unperturbed weights by name.
-
-        Returns:
-            Itself.
         """
         for place in place_all(tensors):
             if place.name not in self._masks:
                 self._masks[place.name] = self._mask(place)
-        return self
 
-    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
-        """Freeze the masks."""
-        self.freeze(tensors)
+    def freeze(self, tensors: Mapping[str, Tensor]) -> Sparse:
+        """Take the masks as :meth:`prepare` does, and return the family.
+
+        Args:
+            tensors: Unperturbed weights by name.
+        """
+        self.prepare(tensors)
+        return self
 
     def dimension(self, tensors: Mapping[str, Tensor]) -> int:
         """Return :math:`E|z|^2`, the number of coordinates that move.
@@ -88,7 +93,7 @@ class Sparse(Directions):
         Returns:
             Their number among the elements held here.
         """
-        self.freeze(tensors)
+        self.prepare(tensors)
         return sum(count_bits(self._masks[place.name]) for place in place_all(tensors))
 
     def mask(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -105,11 +110,11 @@ class Sparse(Directions):
         return unpack_bits(self._masks[name])[:numel].view(*shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks: a resumed run has other weights and could not find them again."""
+        """Return the masks, which cannot be found again from the weights of a later step."""
         return {"masks": dict(self._masks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the masks of a checkpoint.
+        """Continue with the masks of a checkpoint.
 
         Args:
             state: What :meth:`state_dict` returned.
@@ -120,7 +125,7 @@ class Sparse(Directions):
         """Return each tensor's masked noise; see :meth:`Directions.terms`."""
         for place in places:
             if place.name not in self._masks:
-                self.freeze({place.name: place.tensor})
+                self.prepare({place.name: place.tensor})
         return [
             Noise(self.distribution.name, stream_key(seed, place.name), step, index, mask=self._masks[place.name])
             for place in places

@@ -20,34 +20,37 @@ class Subspace(Factored):
 
     :math:`U` (m x r) and :math:`V` (n x r) have orthonormal columns, uniformly distributed, and are redrawn every
     ``refresh`` steps; :math:`Z` (r x r) has independent entries of variance one, new in every direction.  The factor
-    makes :math:`E|z|^2 = m n` and, over the draws of U and V, :math:`E[(g \cdot z) z] = g` (methods 2.4, 2.5).
+    makes :math:`E|z|^2 = m n` and, over the draws of U and V, :math:`E[(g \cdot z) z] = g`.
 
     Args:
-        distribution: Law of Z and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
         rank: r; at most the smaller side of a matrix is used.
+        distribution: Distribution of Z and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
         refresh: Steps for which U and V stay.
         most_square: Refold thin matrices (adapters) into the most square ones.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
     Raises:
-        UsageError: If the rank or refresh interval is not positive, or the law has dependent coordinates.
+        UsageError: If the rank or refresh interval is not positive, or the coordinates depend on each other.
 
     Example:
-        >>> z = Subspace(rank=2)({"w": torch.zeros(30, 20)}, seed=0, step=0, index=0)["w"]
+        >>> z = Subspace(2)({"w": torch.zeros(30, 20)}, seed=0, step=0, index=0)["w"]
         >>> int(torch.linalg.matrix_rank(z))
         2
+
+    References:
+        Yu et al. (2024), SubZero: Zeroth-Order Fine-Tuning of LLMs in Random Subspaces, arXiv:2410.08989.
     """
 
     def __init__(
         self,
-        distribution: str | Distribution = "gaussian",
-        *,
         rank: int = 8,
+        *,
+        distribution: str | Distribution = "gaussian",
         refresh: int = 1000,
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(distribution, rank, refresh, most_square, backend)
+        super().__init__(rank, distribution, refresh, most_square, backend)
         self._bases: Recent[tuple[object, ...], Tensor] = Recent(4096)
         self._cores: Recent[Draw, Tensor] = Recent(4096)
 

@@ -37,7 +37,7 @@ def copy_perturbed(
     Args:
         family: Directions.
         places: Whole weights, in memory order.
-        targets: Where to: one a place, of its shape, contiguous, in the weights' dtype or bfloat16.
+        targets: Where to: one per place, of its shape, contiguous, in the weights' dtype or bfloat16.
         offsets: Coefficient of each direction by index.
         seed: Seed of the run.
         step: Step of the run.
@@ -47,12 +47,12 @@ def copy_perturbed(
 
 def _carry_out(jobs: Sequence[Job], targets: Sequence[Tensor], backend: str) -> None:
     if jobs and on_gpu(backend, jobs[0].place.local):
-        from zokernel.directions.backends import triton_backend
+        from zokernel.directions.backends.triton import backend as triton_backend
 
         triton_backend.copy(jobs, targets)
         return
     if _all_fast(jobs, targets):
-        from zokernel.directions.backends import numba_backend
+        from zokernel.directions.backends.numba import backend as numba_backend
 
         numba_backend.PreparedCopies(jobs)(targets)
         return
@@ -104,10 +104,10 @@ class Copier:
             jobs = _jobs(family, self.places, {0: 1.0}, seed=seed, step=0) if type(family) is Dense else []
             self._prepared, self._streams = None, (family, seed)
             if jobs and all(map(_plain, jobs)):
-                law = cast(Noise, jobs[0].terms[0]).law
+                distribution = cast(Noise, jobs[0].terms[0]).distribution
                 weights = [place.local for place in self.places]
                 kinds = {tensor.dtype for tensor in weights}, {tensor.device for tensor in weights}
-                backend = dispatch.preparing(law, *kinds, family.backend)
+                backend = dispatch.preparing(distribution, *kinds, family.backend)
                 self._prepared = None if backend is None or len(kinds[0]) > 1 else backend.PreparedCopies(jobs)
         return self._prepared is not None
 
@@ -135,12 +135,12 @@ def copy_perturbed_rows(
     """
     (job,) = _jobs(family, [place], offsets, seed=seed, step=step)
     if on_gpu(family.backend, target):
-        from zokernel.directions.backends import triton_backend
+        from zokernel.directions.backends.triton import backend as triton_backend
 
         triton_backend.copy_rows(job, rows, target)
         return
     if _fast(job, target.dtype):
-        from zokernel.directions.backends import numba_backend
+        from zokernel.directions.backends.numba import backend as numba_backend
 
         numba_backend.copy_rows(job, rows, target)
         return
@@ -187,6 +187,6 @@ def _plain(job: Job) -> bool:
 def _fast(job: Job, dtype: torch.dtype) -> bool:
     if job.place.local.device.type != "cpu" or dtype not in QUICK:
         return False
-    from zokernel.directions.backends import numba_backend
+    from zokernel.directions.backends.numba import backend as numba_backend
 
     return numba_backend.can_copy(job)

@@ -16,13 +16,12 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zokernel.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-PLAIN = frozenset({Tensor, nn.Parameter})
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -189,26 +188,32 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
     return places
 
 
-Fingerprint = tuple[list[str], list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
-"""Names, addresses, shapes, strides and dtypes of some tensors: all that their placement depends on."""
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint | None:
-    """Return what identifies some weights and where they lie.
-
-    It is taken before every sweep, so it is made of lists, which are quick to make and to compare.
+def pieces(place: Placement, begin: int, end: int) -> list[Placement]:
+    """Return the local elements at positions ``begin`` to ``end``, as parts of that stretch read as a vector.
 
     Args:
-        tensors: Tensors by name.
+        place: A tensor, whole or a shard, in any memory layout.
+        begin: First position in the whole tensor.
+        end: Position after the last.
 
     Returns:
-        Their fingerprint; None if some are not plain strided tensors.
+        One vector per run, sharing the tensor's memory; its offset counts from ``begin``.
+
+    Example:
+        >>> columns = torch.arange(12.0).view(3, 4)[:, 2:]
+        >>> shard = Placement("w", columns, columns, (3, 4), (0, 2))
+        >>> [(piece.offset, piece.local.tolist()) for piece in pieces(shard, 3, 8)]
+        [((0,), [3.0]), ((3,), [6.0, 7.0])]
     """
-    values = list(tensors.values())
-    if not PLAIN.issuperset(map(type, values)) or {t.layout for t in values} != {torch.strided}:
-        return None
-    addresses = [t.data_ptr() for t in values]
-    return list(tensors), addresses, [t.shape for t in values], [t.stride() for t in values], [t.dtype for t in values]
+    runs, found = place.runs, []
+    first = place.local.storage_offset()
+    for memory, position in zip(runs.memory.tolist(), runs.position.tolist()):
+        low, high = max(position, begin), min(position + runs.length, end)
+        if low < high:
+            start = first + memory + (low - position) * runs.stride
+            local = place.local.as_strided((high - low,), (runs.stride,), start)
+            found.append(Placement(place.name, local, local, (end - begin,), (low - begin,)))
+    return found
 
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

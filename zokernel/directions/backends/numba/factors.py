@@ -1,7 +1,7 @@
 """Compiled sweeps of one low-rank direction over float32 weights, in place or into a copy.
 
-Two passes over a strip that stays in cache: the product of the factors, then the weights.  The loop in
-``numba_kernels``, which serves all kinds of terms, gives the same bits.
+Two passes over a strip that stays in cache: the product of the factors, then the weights.  The loop in ``kernels``,
+which serves all kinds of terms, gives the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import numpy as np
 
 from zokernel.directions.backends.numba.kernels import affine
 from zokernel.directions.backends.numba.math import carray, compiled, inlined, pointer_to, to_bfloat16
+from zokernel.directions.backends.numba.threads import ORDER, rows_of, table, take_share
+from zokernel.directions.backends.tables import JOB, SEGMENT, TERM
 
 STRIP = 2048
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -23,7 +25,7 @@ def floats(address, first, count):
 
 @compiled
 def write_product(z, left, right, columns, column):
-    """Write one row of left @ right, from ``column`` on, two ranks a pass, added up in the order of the ranks."""
+    """Write one row of left @ right, from ``column`` on, two ranks per pass, added up in the order of the ranks."""
     rank, n = left.size, z.size
     for k in range(0, rank, 2):
         a, row = left[k], right[k * columns + column : k * columns + column + n]
@@ -42,7 +44,7 @@ def write_product(z, left, right, columns, column):
 
 @compiled
 def move_factors(segments, chosen, jobs, terms, targets, half):
-    """Write contiguous float32 weights plus one low-rank direction, ``targets`` holding the addresses: maybe theirs."""
+    """Write contiguous float32 weights plus one low-rank direction to the addresses in ``targets``, maybe their own."""
     scratch = np.empty(STRIP, np.float32)
     for number in chosen:
         segment = segments[number]
@@ -66,3 +68,14 @@ def move_factors(segments, chosen, jobs, terms, targets, half):
                 for j in range(n):
                     out[j] = affine(x[j], _ONE, shift, _ZERO + scale * (z[j] * gain))
             done += n
+
+
+def move_factors_loop(address):
+    """Call :func:`move_factors` for shares of an order until none is left."""
+    order = table(address, ORDER, 1)[0]
+    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
+    terms, targets = table(order.terms, TERM, order.num_rows), table(order.targets, np.uint64, order.num_rows)
+    half, share = order.half != np.uint64(0), take_share(address)
+    while share < order.num_shares:
+        move_factors(segments, rows_of(order, share), jobs, terms, targets, half)
+        share = take_share(address)

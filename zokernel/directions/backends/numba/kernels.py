@@ -1,7 +1,7 @@
 """Compiled sweeps of the CPU backend: generate a tile of every term, combine it with the weights, store.
 
 Legend: a *tile* is TILE consecutive positions starting at a multiple of GROUP; ``z``, ``acc`` and ``words`` are scratch
-arrays of one tile that stay in cache.  Tables are read by field name; ``numba_backend`` fills them.
+arrays of one tile that stay in cache.  Tables are read by field name; ``backend`` fills them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from zokernel.directions.backends.numba.math import (
     to_float16,
     uniform,
 )
-from zokernel.directions.backends.tables import BFLOAT16, FLOAT32, FLOAT64
+from zokernel.directions.backends.numba.threads import ORDER, rows_of, table, take_share
+from zokernel.directions.backends.tables import BFLOAT16, FLOAT32, FLOAT64, JOB, SEGMENT, TERM
 from zokernel.directions.terms import Rule
 
 TILE = 8 * GROUP
@@ -41,9 +42,9 @@ _TO_UNIT = 2.0**-32
 
 
 @compiled
-def fill_noise(z, words, law, base, count, step, index, key0, key1):
-    """Write a law's values at positions ``base`` to ``base + count`` into ``z``, rounded up to whole groups."""
-    if law == 0:
+def fill_noise(z, words, distribution, base, count, step, index, key0, key1):
+    """Write noise at positions ``base`` to ``base + count`` into ``z``, rounded up to whole groups."""
+    if distribution == 0:
         address = np.uint64(z.ctypes.data)
         for b in range((count + BITS_PER_BLOCK - 1) // BITS_PER_BLOCK):
             w0, w1, w2, w3 = philox_block(np.uint64(base // BITS_PER_BLOCK + b), step, index, key0, key1)
@@ -61,7 +62,7 @@ def fill_noise(z, words, law, base, count, step, index, key0, key1):
         w0, w1, w2, w3 = words[0][begin:end], words[1][begin:end], words[2][begin:end], words[3][begin:end]
         group = z[g * GROUP : (g + 1) * GROUP]
         z0, z1, z2, z3 = group[:PLANE], group[PLANE : 2 * PLANE], group[2 * PLANE : 3 * PLANE], group[3 * PLANE :]
-        if law == 1:
+        if distribution == 1:
             for j in range(PLANE):
                 z0[j], z1[j] = normal_pair(w0[j], w1[j])
             for j in range(PLANE):
@@ -93,7 +94,7 @@ def fill_term(z, words, term, base, low, high, local):
     """Write one term at positions ``low`` to ``high`` into ``z``, which starts at position ``base``."""
     out = z[low - base : high - base]
     if term.kind == 0:
-        fill_noise(z, words, term.law, base, high - base, term.step, term.index, term.key0, term.key1)
+        fill_noise(z, words, term.distribution, base, high - base, term.step, term.index, term.key0, term.key1)
         if term.first != 0:
             apply_mask(out, carray(pointer_to(term.first, np.uint8), (local + out.size + 7) // 8), local)
     elif term.kind == 1:
@@ -191,7 +192,7 @@ def store_grid(x, job, acc, old, random):
 
 @compiled
 def rounding_words(out, words, base, count, job):
-    """Write one random word an element into ``out``, positions ``base`` to ``base + count``."""
+    """Write one random word per element into ``out``, positions ``base`` to ``base + count``."""
     groups = (count + GROUP - 1) // GROUP
     fill_words(words, np.uint64(base // 4), groups * PLANE, job.step, job.index, job.key0, job.key1)
     for g in range(groups):
@@ -223,7 +224,7 @@ def _exchange(memory, scratch, n, stride, back):
 
 @compiled
 def run_segments(segments, chosen, jobs, terms, peaks):
-    """Carry out the chosen segments of a sweep: any dtype, law, kind of term and rule."""
+    """Carry out the chosen segments of a sweep: any dtype, distribution, kind of term and rule."""
     words = np.empty((4, BLOCKS), np.uint32)
     z, acc, old = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     wide, random, scratch = np.empty(TILE, np.float64), np.empty(TILE, np.uint32), np.empty(TILE, np.uint64)
@@ -276,9 +277,20 @@ def run_segments(segments, chosen, jobs, terms, peaks):
             base += TILE
 
 
+def run_segments_loop(address):
+    """Call :func:`run_segments` for shares of an order until none is left."""
+    order = table(address, ORDER, 1)[0]
+    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
+    terms, peaks = table(order.terms, TERM, order.num_rows), table(order.results, np.float32, order.num_rows)
+    share = take_share(address)
+    while share < order.num_shares:
+        run_segments(segments, rows_of(order, share), jobs, terms, peaks)
+        share = take_share(address)
+
+
 @compiled
 def squared_norms(segments, chosen, terms, norms):
-    """Write into ``norms`` the squared norm of each chosen segment's values under its job's law."""
+    """Write into ``norms`` the squared norm of the noise on each chosen segment."""
     words, z = np.empty((4, BLOCKS), np.uint32), np.empty(TILE, np.float32)
     lanes = np.empty(PLANE)
     for number in chosen:
@@ -288,10 +300,21 @@ def squared_norms(segments, chosen, terms, norms):
         lanes[:] = 0.0
         while base < end:
             count = min(TILE, end - base)
-            fill_noise(z, words, term.law, base, count, term.step, term.index, term.key0, term.key1)
+            fill_noise(z, words, term.distribution, base, count, term.step, term.index, term.key0, term.key1)
             z[count:] = np.float32(0)
             for g in range(TILE // PLANE):
                 for j in range(PLANE):
                     lanes[j] += np.float64(z[g * PLANE + j]) * np.float64(z[g * PLANE + j])
             base += TILE
         norms[number] = lanes.sum()
+
+
+def squared_norms_loop(address):
+    """Call :func:`squared_norms` for shares of an order until none is left."""
+    order = table(address, ORDER, 1)[0]
+    segments, terms = table(order.segments, SEGMENT, order.num_rows), table(order.terms, TERM, order.num_rows)
+    norms = table(order.results, np.float64, order.num_rows)
+    share = take_share(address)
+    while share < order.num_shares:
+        squared_norms(segments, rows_of(order, share), terms, norms)
+        share = take_share(address)

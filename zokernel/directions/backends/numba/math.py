@@ -1,4 +1,4 @@
-"""Compiled building blocks of the CPU backend: Philox, the laws, 16-bit floats and stochastic rounding.
+"""Compiled building blocks of the CPU backend: Philox, the distributions, 16-bit floats and stochastic rounding.
 
 Written for LLVM's vectorizer: flat loops over arrays in cache, no branches on data, float32 polynomials.  Philox keeps
 its 32-bit words in 64-bit lanes, where one vector multiply yields the whole product.  Compiled code is cached on disk.

@@ -1,15 +1,18 @@
-"""Compiled sweeps of Rademacher directions over float32 weights: bound by memory, or nearly so.
+"""Sweeps of Rademacher directions over float32 weights, compiled: bound by memory, or nearly so.
 
-A block of Philox is the signs of BITS_PER_BLOCK positions, and each of its four words those of SIGNS.  The loops in
-``numba_kernels``, which serve all laws, give the same bits.
+The sweeps of a MeZO step end here: :class:`PreparedSweep` keeps the tables of a sweep, which :func:`add_signs` reads.
+A block of Philox gives the signs of BITS_PER_BLOCK positions, and each of its four words those of SIGNS.  The loop in
+``kernels``, which serves all distributions, gives the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from zokernel.directions.backends.gaussian_math import BITS_PER_BLOCK
-from zokernel.directions.backends.numba.kernels import affine, store_float
+from zokernel.directions.backends.numba.kernels import affine, run_segments_loop, store_float
 from zokernel.directions.backends.numba.math import (
     SIGNS,
     add_signs_to,
@@ -23,11 +26,58 @@ from zokernel.directions.backends.numba.math import (
     store_signs,
     to_bfloat16,
 )
+from zokernel.directions.backends.numba.threads import ORDER, carry_out, rows_of, table, take_share
+from zokernel.directions.backends.tables import JOB, SEGMENT, TERM, geometry, job_tables, segment_table
+from zokernel.directions.terms import Job
 
+SEGMENT_LENGTH = 1 << 18
+"""Elements of one stretch of memory that a thread works on."""
 _ONE = np.float32(1)
 _BYTES = np.uint64(4 * SIGNS)
 BATCH = 16
 """Blocks of Philox that are computed side by side."""
+
+
+class PreparedSweep:
+    """A sweep of Rademacher directions over float32 weights, to be repeated with other directions and scales.
+
+    The number of directions stays the same, and so does the place of the weights in memory.
+
+    Args:
+        jobs: One per tensor, with equally many terms; each adds nothing but plain signs.
+        rows: Which row of the scales and shifts is each job's.
+    """
+
+    def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
+        self._jobs, self._terms = job_tables(jobs)
+        self._segments = segment_table(tuple(geometry(job.place) for job in jobs), SEGMENT_LENGTH)
+        self._rows = np.array(rows, np.int64)
+        contiguous = self._segments["stride"] == 1
+        self._chosen = {run_segments_loop: np.flatnonzero(~contiguous), add_signs_loop: np.flatnonzero(contiguous)}
+
+    def __call__(
+        self,
+        draws: Sequence[tuple[int, int]],
+        scales: Sequence[Sequence[float]],
+        shifts: Sequence[float],
+        rounding: tuple[int, int] = (0, 0),
+    ) -> None:
+        r"""Compute :math:`x \leftarrow x + (shift\,x + \sum_i scale_i z_i)` for every weight.
+
+        Args:
+            draws: Step and index of each direction.
+            scales: Its scales for each tensor, (tensors, directions).
+            shifts: Factor on the old weights for each tensor, less one.
+            rounding: Unused: signs are added to nearest.
+        """
+        # Copies, so that two threads can use the same tables.
+        jobs, terms = self._jobs.copy(), self._terms.copy()
+        jobs["shift"] = np.array(shifts)[self._rows]
+        terms["scale"] = np.array(scales)[self._rows].ravel()
+        terms["step"], terms["index"] = np.tile(np.array(draws, np.uint64).T, len(jobs))
+        tables = {"jobs": jobs, "terms": terms, "results": np.zeros(len(self._segments), np.float32)}
+        for loop, chosen in self._chosen.items():
+            carry_out(loop, self._segments, chosen, tables)
 
 
 @inlined
@@ -54,7 +104,7 @@ def add_word(address, word, scale, shift, first, last):
 
 @compiled
 def add_signs(segments, chosen, jobs, terms):
-    """Add Rademacher directions to contiguous float32 weights: of one, a loop bound by memory alone."""
+    """Add Rademacher directions to contiguous float32 weights; a single one is bound by memory alone."""
     acc, words = np.empty(BATCH * BITS_PER_BLOCK, np.float32), np.empty((4, BATCH), np.uint32)
     for number in chosen:
         segment = segments[number]
@@ -101,6 +151,17 @@ def sum_signs(acc, words, terms, job, number, count):
                 address += _BYTES
 
 
+def add_signs_loop(address):
+    """Call :func:`add_signs` for shares of an order until none is left."""
+    order = table(address, ORDER, 1)[0]
+    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
+    terms = table(order.terms, TERM, order.num_rows)
+    share = take_share(address)
+    while share < order.num_shares:
+        add_signs(segments, rows_of(order, share), jobs, terms)
+        share = take_share(address)
+
+
 @inlined
 def copy_word(source, target, half, word, scale, first, last):
     """Write weights plus 32 signs times ``scale``, as float32 or bfloat16; only ``first`` to ``last`` exist."""
@@ -121,7 +182,7 @@ def copy_word(source, target, half, word, scale, first, last):
 
 @compiled
 def copy_signs(segments, chosen, targets, half, terms):
-    """Write contiguous float32 weights plus one Rademacher direction elsewhere, ``targets`` holding the addresses."""
+    """Write contiguous float32 weights plus one Rademacher direction to the addresses in ``targets``."""
     words = np.empty((4, BATCH), np.uint32)
     width = 2 if half else 4
     for number in chosen:
@@ -141,3 +202,14 @@ def copy_signs(segments, chosen, targets, half, terms):
                     target = targets[number] + np.uint64(width * begin)
                     copy_word(source, target, half, words[k, b], scale, first, last)
                     begin += SIGNS
+
+
+def copy_signs_loop(address):
+    """Call :func:`copy_signs` for shares of an order until none is left."""
+    order = table(address, ORDER, 1)[0]
+    segments, terms = table(order.segments, SEGMENT, order.num_rows), table(order.terms, TERM, order.num_rows)
+    targets, half = table(order.targets, np.uint64, order.num_rows), order.half != np.uint64(0)
+    share = take_share(address)
+    while share < order.num_shares:
+        copy_signs(segments, rows_of(order, share), targets, half, terms)
+        share = take_share(address)

@@ -5,8 +5,10 @@ would compete with them for the cores: between matrix products on two cores, cop
 weight in a pool of Python's threads and 210 on torch's.  So loops are handed to the OpenMP runtime that torch is linked
 with.  Without one, or after a fork (which OpenMP's threads do not survive), a pool of Python's threads takes over.
 
-A loop is described by an *order*: the tables it works on, and shares of the rows chosen from them, which threads take
-one by one until none is left.
+A loop is a function of the address of an *order*: the tables that it works on, and shares of the rows chosen from
+them.  Each thread takes one share after another until none is left.  The loops themselves are in ``signs``, ``factors``
+and ``kernels``; they are written out one by one because numba's cache on disk finds no closure over a compiled function
+again.
 """
 
 from __future__ import annotations
@@ -26,28 +28,25 @@ from numba import carray, cfunc, types
 from numba.extending import intrinsic
 
 from zokernel.directions.backends.gaussian_math import GROUP
-from zokernel.directions.backends.numba.factors import move_factors
-from zokernel.directions.backends.numba.kernels import run_segments, squared_norms
 from zokernel.directions.backends.numba.math import cached, inlined, pointer_to
-from zokernel.directions.backends.numba.signs import add_signs, copy_signs
-from zokernel.directions.backends.tables import JOB, SEGMENT, TERM
 from zokernel.process_memory import release_code
 
 logger = logging.getLogger(__name__)
 
+Loop = Callable[[Any], None]
 SHARES_PER_THREAD = 8
 TABLES = ("segments", "chosen", "bounds", "jobs", "terms", "results", "targets")
-"""Addresses in an order: of what is worked on, and of float32 or float64 results and addresses written to."""
+"""Addresses in an order: of the tables, of float32 or float64 results, and of the addresses written to."""
 ORDER = np.dtype([(name, np.uint64) for name in ("taken", "num_shares", "num_rows", "half", *TABLES)])
 
 
 def carry_out(
-    loop: str, segments: np.ndarray, chosen: np.ndarray, tables: Mapping[str, np.ndarray], *, half: bool = False
+    loop: Loop, segments: np.ndarray, chosen: np.ndarray, tables: Mapping[str, np.ndarray], *, half: bool = False
 ) -> None:
     """Run a loop over some segments on as many threads as ``torch.get_num_threads()``.
 
     Args:
-        loop: One of ``run_segments``, ``add_signs``, ``copy_signs``, ``move_factors`` and ``squared_norms``.
+        loop: Function of an order's address; it is compiled on first use.
         segments: (n,) of SEGMENT.
         chosen: (k,) int64, the rows of ``segments`` to work on.
         tables: The loop's other tables by name, in memory order.
@@ -61,7 +60,7 @@ def carry_out(
     order["num_shares"], order["num_rows"], order["half"] = len(bounds) - 1, len(segments), half
     for name, array in held.items():
         order[name] = array.ctypes.data
-    _run(_entry(loop), order.ctypes.data, len(bounds) - 1)
+    _run(_compiled(loop), order.ctypes.data, len(bounds) - 1)
 
 
 def _cut(length: np.ndarray) -> np.ndarray:
@@ -111,9 +110,9 @@ def _run(entry: Any, order: int, num_shares: int) -> None:
 
 
 @cache
-def _entry(loop: str) -> Any:
-    """Compile a loop as a C function of an order's address, or load it compiled."""
-    entry = cached(cfunc, _LOOPS[loop], types.void(types.uint64))
+def _compiled(loop: Loop) -> Any:
+    """Compile a loop as a C function, or load it compiled."""
+    entry = cached(cfunc, loop, types.void(types.uint64))
     release_code("libllvmlite")
     return entry
 
@@ -132,7 +131,7 @@ def take_share(typingctx: Any, address: Any) -> Any:
 
 @inlined
 def table(address, dtype, rows):
-    """Return the table of so many rows at an address."""
+    """Return the table at an address.  Only existing rows are read, so ``rows`` may be larger than their number."""
     return carray(pointer_to(address, dtype), int(rows))
 
 
@@ -142,64 +141,3 @@ def rows_of(order, share):
     bounds = table(order.bounds, np.int64, order.num_shares + np.uint64(1))
     begin, end = bounds[share], bounds[share + np.uint64(1)]
     return table(order.chosen, np.int64, end)[begin:]
-
-
-# Tables are read by row, so it does not matter that some are shorter than that of segments.  The functions are written
-# out one by one because numba's cache on disk finds no closure over a compiled function again.
-def _run_segments(address):
-    order = table(address, ORDER, 1)[0]
-    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
-    terms, peaks = table(order.terms, TERM, order.num_rows), table(order.results, np.float32, order.num_rows)
-    share = take_share(address)
-    while share < order.num_shares:
-        run_segments(segments, rows_of(order, share), jobs, terms, peaks)
-        share = take_share(address)
-
-
-def _add_signs(address):
-    order = table(address, ORDER, 1)[0]
-    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
-    terms = table(order.terms, TERM, order.num_rows)
-    share = take_share(address)
-    while share < order.num_shares:
-        add_signs(segments, rows_of(order, share), jobs, terms)
-        share = take_share(address)
-
-
-def _copy_signs(address):
-    order = table(address, ORDER, 1)[0]
-    segments, terms = table(order.segments, SEGMENT, order.num_rows), table(order.terms, TERM, order.num_rows)
-    targets, half = table(order.targets, np.uint64, order.num_rows), order.half != np.uint64(0)
-    share = take_share(address)
-    while share < order.num_shares:
-        copy_signs(segments, rows_of(order, share), targets, half, terms)
-        share = take_share(address)
-
-
-def _move_factors(address):
-    order = table(address, ORDER, 1)[0]
-    segments, jobs = table(order.segments, SEGMENT, order.num_rows), table(order.jobs, JOB, order.num_rows)
-    terms, targets = table(order.terms, TERM, order.num_rows), table(order.targets, np.uint64, order.num_rows)
-    half, share = order.half != np.uint64(0), take_share(address)
-    while share < order.num_shares:
-        move_factors(segments, rows_of(order, share), jobs, terms, targets, half)
-        share = take_share(address)
-
-
-def _squared_norms(address):
-    order = table(address, ORDER, 1)[0]
-    segments, terms = table(order.segments, SEGMENT, order.num_rows), table(order.terms, TERM, order.num_rows)
-    norms = table(order.results, np.float64, order.num_rows)
-    share = take_share(address)
-    while share < order.num_shares:
-        squared_norms(segments, rows_of(order, share), terms, norms)
-        share = take_share(address)
-
-
-_LOOPS = {
-    "run_segments": _run_segments,
-    "add_signs": _add_signs,
-    "copy_signs": _copy_signs,
-    "move_factors": _move_factors,
-    "squared_norms": _squared_norms,
-}

@@ -3,7 +3,7 @@
 Legend: a program takes one segment (``tables.SEGMENT``), tile by tile; a tile starts at a multiple of 256 positions and
 has 4 planes of shape (ROWS, COLUMNS).  Plane k of row r holds positions ``(r * 4 + k) * COLUMNS + column`` of the tile,
 which is how a Philox block's four words are laid out (COLUMNS is 32 bits of one word for Rademacher, 64 blocks for the
-other laws).  ``n`` counts elements from the segment's first, ``p`` is their position in the whole tensor.
+other distributions).  ``n`` counts elements from the segment's first, ``p`` is their position in the whole tensor.
 """
 
 # Triton reads argument names and literals at compile time; annotations other than constexpr would be evaluated.
@@ -93,10 +93,10 @@ def uniform(word):
 
 
 @triton.jit
-def block_values(block, step, index, k0, k1, LAW: tl.constexpr):
+def block_values(block, step, index, k0, k1, DISTRIBUTION: tl.constexpr):
     """The four float32 values (Gaussian, uniform) that each block's words give."""
     w0, w1, w2, w3 = philox_words(block, step, index, k0, k1)
-    if LAW == 1:
+    if DISTRIBUTION == 1:
         z0, z1 = normal_pair(w0, w1)
         z2, z3 = normal_pair(w2, w3)
     else:
@@ -241,10 +241,10 @@ def store(
 def sweep_kernel(
     segment_ptr, job_ptr, term_ptr, target_ptr, peak_ptr,
     TYPE: tl.constexpr, TARGET: tl.constexpr, WHOLE: tl.constexpr,
-    KIND: tl.constexpr, LAW: tl.constexpr, MASKED: tl.constexpr, RULE: tl.constexpr, DECAYED: tl.constexpr,
+    KIND: tl.constexpr, DISTRIBUTION: tl.constexpr, MASKED: tl.constexpr, RULE: tl.constexpr, DECAYED: tl.constexpr,
     WIDE: tl.constexpr, DROP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add every term to one segment; ``triton_backend`` explains the constants."""
+    """Add every term to one segment; ``launch`` explains the constants."""
     segment = segment_ptr + tl.program_id(0).to(tl.int64) * SEGMENT_FIELDS
     number, position = tl.load(segment + S_JOB), tl.load(segment + S_POSITION)
     length, local = tl.load(segment + S_LENGTH).to(tl.int32), tl.load(segment + S_LOCAL)
@@ -279,11 +279,13 @@ def sweep_kernel(
                 k0, k1 = word(term + T_KEY0), word(term + T_KEY1)
                 step, index = word(term + T_STEP), word(term + T_INDEX)
                 start = position + (begin - lead)
-                if LAW == 0:
+                if DISTRIBUTION == 0:
                     w0, w1, w2, w3 = philox_words(start // 128 + row, step, index, k0, k1)
                     z0, z1, z2, z3 = sign_of(w0, column), sign_of(w1, column), sign_of(w2, column), sign_of(w3, column)
                 else:
-                    z0, z1, z2, z3 = block_values(start // 4 + row * COLUMNS + column, step, index, k0, k1, LAW)
+                    z0, z1, z2, z3 = block_values(
+                        start // 4 + row * COLUMNS + column, step, index, k0, k1, DISTRIBUTION
+                    )
             else:
                 z0, z1 = stored_values(p0, i0, term, KIND), stored_values(p1, i1, term, KIND)
                 z2, z3 = stored_values(p2, i2, term, KIND), stored_values(p3, i3, term, KIND)
@@ -306,7 +308,7 @@ def sweep_kernel(
 
 @triton.jit
 def squares_kernel(
-    segment_ptr, term_ptr, sum_ptr, LAW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    segment_ptr, term_ptr, sum_ptr, DISTRIBUTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Sum the squares of a tensor's noise (its one term) over one segment, in float64."""
     segment = segment_ptr + tl.program_id(0).to(tl.int64) * SEGMENT_FIELDS
@@ -317,12 +319,12 @@ def squares_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for begin in range(0, length, ROWS * 4 * COLUMNS):
         n0 = row * (4 * COLUMNS) + column + begin
-        if LAW == 0:
+        if DISTRIBUTION == 0:
             total += (n0 < length).to(tl.float64) + (n0 + COLUMNS < length).to(tl.float64)
             total += (n0 + 2 * COLUMNS < length).to(tl.float64) + (n0 + 3 * COLUMNS < length).to(tl.float64)
         else:
             start = position + begin
-            z0, z1, z2, z3 = block_values(start // 4 + row * COLUMNS + column, step, index, k0, k1, LAW)
+            z0, z1, z2, z3 = block_values(start // 4 + row * COLUMNS + column, step, index, k0, k1, DISTRIBUTION)
             y0, y1, y2, y3 = z0.to(tl.float64), z1.to(tl.float64), z2.to(tl.float64), z3.to(tl.float64)
             total += tl.where(n0 < length, y0 * y0, 0.0) + tl.where(n0 + COLUMNS < length, y1 * y1, 0.0)
             total += tl.where(n0 + 2 * COLUMNS < length, y2 * y2, 0.0)

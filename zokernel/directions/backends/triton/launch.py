@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.backends.tables import (
-    LAW_CODES,
+    DISTRIBUTION_CODES,
     SEGMENT,
     Geometry,
     columns_of,
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     target: torch.dtype | None
     term: type[Term]
-    law: int
+    distribution: int
     masked: bool
     rule: Rule
     decayed: bool
@@ -89,20 +89,20 @@ class Launch:
             "TYPE": TYPES[dtype],
             "TARGET": None if target is None else TYPES[target],
             "KIND": (Noise, Factors, Values).index(self.kind.term),
-            "LAW": self.kind.law,
+            "DISTRIBUTION": self.kind.distribution,
             "MASKED": self.kind.masked,
             "RULE": int(rule),
             "WIDE": dtype == torch.float64 or rule == Rule.STOCHASTIC,
             "DROP": DROPPED_BITS[dtype],
             "HALF": dtype == torch.float16,
-            **planes(self.kind.law if self.kind.term is Noise else -1),
+            **planes(self.kind.distribution if self.kind.term is Noise else -1),
         }
 
     def __call__(self, targets: Sequence[Tensor] = ()) -> list[float]:
         """Carry it out.
 
         Args:
-            targets: Where the results go, one a job, if not to the weights.
+            targets: Where the results go, one per job, if not to the weights.
 
         Returns:
             For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
@@ -124,7 +124,7 @@ class Launch:
             return [0.0] * len(self.jobs)
         jobs, terms = self._upload()
         grid_rule = self.kind.rule in GRID_RULES
-        peaks = torch.zeros(count, device=device) if grid_rule else jobs
+        peaks = torch.zeros(count, dtype=torch.float32, device=device) if grid_rule else jobs
         where = jobs if addresses is None else addresses
         decayed = self.kind.decayed or bool(self.jobs["shift"].any())
         with current(device):
@@ -133,7 +133,7 @@ class Launch:
             )
         if not grid_rule:
             return [0.0] * len(self.jobs)
-        found = torch.zeros(len(self.jobs), device=device)
+        found = torch.zeros(len(self.jobs), dtype=torch.float32, device=device)
         return found.scatter_reduce_(0, self._segments[:, FIELD["job"]], peaks, "amax").tolist()
 
     def _upload(self) -> list[Tensor]:
@@ -154,22 +154,23 @@ def kind_of(job: Job, target: torch.dtype | None) -> Kind:
         target: Dtype of the tensor that takes the result; None if the weights do.
 
     Raises:
-        UsageError: If its terms are of several kinds or laws.
+        UsageError: If its terms are of several kinds or distributions.
     """
     kinds = {type(term) for term in job.terms} or {Noise}
     if len(kinds) > 1:
         raise UsageError("The Triton backend adds terms of one kind to a tensor at a time: use backend='torch'.")
     noises = [term for term in job.terms if isinstance(term, Noise)]
-    laws, masked = {term.law for term in noises} or {"rademacher"}, {term.mask is not None for term in noises}
-    if len(laws) > 1 or len(masked) > 1:
+    distributions = {term.distribution for term in noises} or {"rademacher"}
+    masked = {term.mask is not None for term in noises}
+    if len(distributions) > 1 or len(masked) > 1:
         raise UsageError(
-            "The Triton backend adds terms of one law to a tensor, all masked or none: use backend='torch'."
+            "The Triton backend adds terms of one distribution to a tensor, all masked or none: use backend='torch'."
         )
     local = job.place.local
     # Whole tensors in memory order are cut where blocks begin, and stretches of 16 elements are whole or left out.
     aligned = local.data_ptr() % 16 == 0 and local.numel() % 16 == 0
     whole = aligned and local.is_contiguous() and tuple(local.shape) == job.place.shape
-    common = (LAW_CODES[laws.pop()], any(masked), job.rule, job.decay != 1.0, whole)
+    common = (DISTRIBUTION_CODES[distributions.pop()], any(masked), job.rule, job.decay != 1.0, whole)
     return Kind(local.device, local.dtype, target, kinds.pop(), *common)
 
 
@@ -182,9 +183,9 @@ def send(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     return list(host.to(device, non_blocking=True).split([len(part) for part in flat]))
 
 
-def planes(law: int) -> dict[str, Any]:
+def planes(distribution: int) -> dict[str, Any]:
     """Constants of the layout of a tile, and of exact arithmetic."""
-    columns = SIGN_COLUMNS if law == LAW_CODES["rademacher"] else WORD_COLUMNS
+    columns = SIGN_COLUMNS if distribution == DISTRIBUTION_CODES["rademacher"] else WORD_COLUMNS
     return {"ROWS": TILE // (4 * columns), "COLUMNS": columns, "enable_fp_fusion": False}
 
 

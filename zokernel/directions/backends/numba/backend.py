@@ -1,8 +1,8 @@
 r"""CPU backend: directions are generated and added a tile at a time, in one read and one write of the weights.
 
-The sweep is described by three small tables (jobs: one a tensor; terms: what is added; segments: stretches of memory)
-and carried out by compiled code without the interpreter lock, on as many threads as ``torch.get_num_threads()``.  No
-result depends on how elements are split into tiles, segments or threads.
+Three small tables describe a sweep: jobs (one per tensor), terms (what is added) and segments (stretches of memory).
+Compiled code carries it out without the interpreter lock, on as many threads as ``torch.get_num_threads()``.  No result
+depends on how elements are split into tiles, segments or threads.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from zokernel.directions.backends.numba.threads import carry_out
+from zokernel.directions.backends.numba.factors import move_factors_loop
+from zokernel.directions.backends.numba.kernels import run_segments_loop, squared_norms_loop
+from zokernel.directions.backends.numba.signs import SEGMENT_LENGTH, PreparedSweep, add_signs_loop, copy_signs_loop
+from zokernel.directions.backends.numba.threads import Loop, carry_out
 from zokernel.directions.backends.tables import (
-    LAW_CODES,
+    DISTRIBUTION_CODES,
     SEGMENT,
     TERM,
     adds_plain_noise,
@@ -22,17 +25,18 @@ from zokernel.directions.backends.tables import (
     job_tables,
     segment_table,
 )
-from zokernel.directions.terms import Factors, Job, Noise, Rule, Values
+from zokernel.directions.terms import NEAR_ONE, Factors, Job, Noise, Rule, Values
 
-SEGMENT_LENGTH = 1 << 18
-SWEEPS = ("run_segments", "add_signs", "move_factors")
+__all__ = ["PreparedCopies", "PreparedSweep", "can_copy", "copy_rows", "sums_of_squares", "sweep"]
+
+LOOPS = (run_segments_loop, add_signs_loop, move_factors_loop)
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
     """Carry out one sweep over CPU tensors.
 
     Args:
-        jobs: One a tensor.
+        jobs: One per tensor.
 
     Returns:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
@@ -40,55 +44,15 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     job_table, term_table = job_tables(jobs)
     segments = _segments(jobs)
     peaks = np.zeros(len(segments), np.float32)
-    loops = np.array([SWEEPS.index(_loop_of(job)) for job in jobs])[segments["job"]]
-    loops[segments["stride"] != 1] = SWEEPS.index("run_segments")
+    loops = np.array([LOOPS.index(_loop_of(job)) for job in jobs])[segments["job"]]
+    loops[segments["stride"] != 1] = LOOPS.index(run_segments_loop)
     tables = {"jobs": job_table, "terms": term_table, "results": peaks, "targets": segments["address"].copy()}
-    for number, loop in enumerate(SWEEPS):
+    for number, loop in enumerate(LOOPS):
         carry_out(loop, segments, np.flatnonzero(loops == number), tables)
     by_job = np.zeros(len(jobs), np.float32)
     if any(job.rule in (Rule.GRID_MOVE, Rule.GRID_COMMIT) for job in jobs):
         np.maximum.at(by_job, segments["job"], peaks)
     return by_job.tolist()
-
-
-class PreparedSweep:
-    """Adds as many Rademacher directions to the same float32 weights again and again; the weights stay where they are.
-
-    Args:
-        jobs: One a tensor, with equally many terms; each adds nothing but plain signs.
-        rows: Which row of the scales and shifts is each job's.
-    """
-
-    def __init__(self, jobs: Sequence[Job], rows: Sequence[int]):
-        self._jobs, self._terms = job_tables(jobs)
-        self._segments = _segments(jobs)
-        self._rows = np.array(rows, np.int64)
-        contiguous = self._segments["stride"] == 1
-        self._chosen = {"run_segments": np.flatnonzero(~contiguous), "add_signs": np.flatnonzero(contiguous)}
-
-    def __call__(
-        self,
-        draws: Sequence[tuple[int, int]],
-        scales: Sequence[Sequence[float]],
-        shifts: Sequence[float],
-        rounding: tuple[int, int] = (0, 0),
-    ) -> None:
-        """Carry out a sweep.
-
-        Args:
-            draws: Step and index of each direction.
-            scales: Its scales for each tensor, (tensors, directions).
-            shifts: Factor on the old weights for each tensor, less one.
-            rounding: Unused, since signs are added to nearest.
-        """
-        # Copies, so that two threads can use the same tables.
-        jobs, terms = self._jobs.copy(), self._terms.copy()
-        jobs["shift"] = np.array(shifts)[self._rows]
-        terms["scale"] = np.array(scales)[self._rows].ravel()
-        terms["step"], terms["index"] = np.tile(np.array(draws, np.uint64).T, len(jobs))
-        tables = {"jobs": jobs, "terms": terms, "results": np.zeros(len(self._segments), np.float32)}
-        for loop, chosen in self._chosen.items():
-            carry_out(loop, self._segments, chosen, tables)
 
 
 class PreparedCopies:
@@ -97,14 +61,14 @@ class PreparedCopies:
     Its tables can be kept for weights that are copied again and again.
 
     Args:
-        jobs: One a tensor; each must be as :func:`can_copy` asks.
+        jobs: One per tensor; each must be as :func:`can_copy` asks.
     """
 
     def __init__(self, jobs: Sequence[Job]):
         self._jobs, self._terms = job_tables(jobs)
         self._segments = _segments(jobs)
         self._job, self._local = self._segments["job"], self._segments["local"].astype(np.uint64)
-        self._signs = np.array([_loop_of(job) == "add_signs" for job in jobs], bool)[self._job]
+        self._signs = np.array([_loop_of(job) is add_signs_loop for job in jobs], bool)[self._job]
 
     def along(self, step: int, index: int, scale: float) -> PreparedCopies:
         """Take another direction of the same streams from now on."""
@@ -137,7 +101,7 @@ def copy_rows(job: Job, rows: torch.Tensor, target: torch.Tensor) -> None:
     segments["position"], segments["length"], segments["stride"] = begin, columns, 1
     stride = columns * target.element_size()
     addresses = (np.arange(rows.numel()) * stride + target.data_ptr()).astype(np.uint64)
-    signs = np.full(len(segments), _loop_of(job) == "add_signs")
+    signs = np.full(len(segments), _loop_of(job) is add_signs_loop)
     _copy(segments, addresses, target.dtype, *job_tables([job]), signs)
 
 
@@ -146,7 +110,7 @@ def can_copy(job: Job) -> bool:
 
     It takes whole rows of float32 weights, and one direction: of signs, or of low rank.
     """
-    return len(job.terms) == 1 and _loop_of(job) != "run_segments" and job.place.is_rows
+    return len(job.terms) == 1 and _loop_of(job) is not run_segments_loop and job.place.is_rows
 
 
 def _segments(jobs: Sequence[Job]) -> np.ndarray:
@@ -162,7 +126,7 @@ def _copy(
     signs: np.ndarray,
 ) -> None:
     tables, half = {"jobs": jobs, "terms": terms, "targets": addresses}, dtype == torch.bfloat16
-    for loop, chosen in (("copy_signs", signs), ("move_factors", ~signs)):
+    for loop, chosen in ((copy_signs_loop, signs), (move_factors_loop, ~signs)):
         carry_out(loop, segments, np.flatnonzero(chosen), tables, half=half)
 
 
@@ -170,7 +134,7 @@ def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch
     """Return the squared norm of the noise on each of some whole tensors, the same for any number of threads.
 
     Args:
-        noises: One a tensor; gain and mask are ignored.
+        noises: One per tensor; gain and mask are ignored.
         sizes: Elements of each tensor.
         device: The CPU.
 
@@ -185,22 +149,22 @@ def _sum_of_squares(noise: Noise, numel: int) -> float:
     segments, norms = np.zeros(len(starts), SEGMENT), np.zeros(len(starts))
     segments["position"], segments["length"] = starts, np.minimum(SEGMENT_LENGTH, numel - starts)
     term = np.zeros(1, TERM)
-    values = (LAW_CODES[noise.law], *noise.key, noise.step, noise.index)
-    for field, value in zip(("law", "key0", "key1", "step", "index"), values):
+    values = (DISTRIBUTION_CODES[noise.distribution], *noise.key, noise.step, noise.index)
+    for field, value in zip(("distribution", "key0", "key1", "step", "index"), values):
         term[field] = value
-    carry_out("squared_norms", segments, np.arange(len(starts)), {"terms": term, "results": norms})
+    carry_out(squared_norms_loop, segments, np.arange(len(starts)), {"terms": term, "results": norms})
     return float(norms.sum())
 
 
-def _loop_of(job: Job) -> str:
+def _loop_of(job: Job) -> Loop:
     """Return the quickest loop for a job on contiguous weights: those to nearest in float32 have loops of their own."""
-    nearest = job.rule == Rule.NEAREST and job.place.local.dtype == torch.float32 and 0.5 <= job.decay <= 2.0
-    if not nearest or not job.terms:
-        return "run_segments"
+    nearest = job.rule == Rule.NEAREST and job.place.local.dtype == torch.float32
+    if not nearest or not NEAR_ONE[0] <= job.decay <= NEAR_ONE[1] or not job.terms:
+        return run_segments_loop
     if all(map(_is_plain_signs, job.terms)):
-        return "add_signs"
-    return "move_factors" if len(job.terms) == 1 and isinstance(job.terms[0], Factors) else "run_segments"
+        return add_signs_loop
+    return move_factors_loop if len(job.terms) == 1 and isinstance(job.terms[0], Factors) else run_segments_loop
 
 
 def _is_plain_signs(term: Noise | Factors | Values) -> bool:
-    return isinstance(term, Noise) and term.law == "rademacher" and adds_plain_noise(term)
+    return isinstance(term, Noise) and term.distribution == "rademacher" and adds_plain_noise(term)

@@ -23,7 +23,7 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     """Carry out one sweep; the same contract as the other backends' ``sweep``.
 
     Args:
-        jobs: One a tensor.
+        jobs: One per tensor.
 
     Returns:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
@@ -35,7 +35,7 @@ def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch
     """Return the squared norm of the noise on each of some whole tensors.
 
     Args:
-        noises: One a tensor; gain and mask are ignored.
+        noises: One per tensor; gain and mask are ignored.
         sizes: Elements of each tensor.
         device: Where to compute.
 
@@ -44,7 +44,7 @@ def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch
     """
     totals = []
     for noise, size in zip(noises, sizes):
-        plain, total = Noise(noise.law, noise.key, noise.step, noise.index), 0.0
+        plain, total = Noise(noise.distribution, noise.key, noise.step, noise.index), 0.0
         for begin in range(0, size, CHUNK):
             position = torch.arange(begin, min(begin + CHUNK, size), device=device)
             total += float(noise_values(plain, position).double().square().sum())
@@ -60,7 +60,7 @@ def random_word(position: Tensor, key: tuple[int, int], step: int, index: int, b
         key: Philox key.
         step: Third counter word.
         index: Fourth counter word.
-        bits_only: Use the layout of one bit an element (Rademacher) instead of one word an element.
+        bits_only: Use the layout of one bit per element (Rademacher) instead of one word per element.
 
     Returns:
         (n,) int64: the word (four neighbouring 32-element stretches share a block), or the word of the plane.
@@ -75,11 +75,11 @@ def random_word(position: Tensor, key: tuple[int, int], step: int, index: int, b
 
 
 def noise_values(noise: Noise, position: Tensor) -> Tensor:
-    """Return a law's float32 values at the given positions (gain applied, mask not)."""
-    if noise.law == "rademacher":
+    """Return the float32 values of noise at the given positions (gain applied, mask not)."""
+    if noise.distribution == "rademacher":
         word = random_word(position, noise.key, noise.step, noise.index, bits_only=True)
         values = 1.0 - 2.0 * ((word >> (position % 32)) & 1).float()
-    elif noise.law == "uniform":
+    elif noise.distribution == "uniform":
         word = random_word(position, noise.key, noise.step, noise.index)
         values = (word.int().float() + 0.5) * _f32(gm.UNIFORM_SCALE)
     else:
@@ -141,7 +141,7 @@ def term_values(term: Term, position: Tensor, begin: int) -> Tensor:
     if isinstance(term, Factors):
         columns = term.right.shape[1]
         row, column = position // columns, position % columns
-        values = torch.zeros(position.numel(), device=position.device)
+        values = torch.zeros(position.numel(), dtype=torch.float32, device=position.device)
         for k in range(term.right.shape[0]):
             values = values + term.left[row, k] * term.right[k, column]
         return values if term.gain == 1.0 else values * _f32(term.gain)

@@ -1,10 +1,10 @@
-r"""GPU backend: one Triton launch a sweep, one read and one write of the weights, nothing materialised.
+r"""GPU backend: one Triton launch per sweep, one read and one write of the weights, nothing materialised.
 
-The same words, laws and float32 operations (fused multiply-add switched off) as the CPU backend, described by the same
-three tables.  A launch serves all tensors whose jobs are of one kind, and a program one segment of them, so that a
-model of hundreds of small tensors costs no more than its bytes; the tables of jobs and terms go to the GPU in one
-asynchronous copy.  Without a GPU it runs in Triton's interpreter (``TRITON_INTERPRET=1`` set before import), which is
-how it is tested where there is none.
+Random words, distributions and float32 operations (without fused multiply-add) are those of the CPU backend, and the
+same three tables describe a sweep.  A launch serves all tensors whose jobs are of one kind, and a program one segment
+of them, so that a model of hundreds of small tensors costs no more than its bytes.  The tables of jobs and terms go to
+the GPU in one asynchronous copy.  Without a GPU the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` set
+before import), which is how they are tested.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zokernel.directions.backends.tables import LAW_CODES, geometry, job_tables, segment_table
+from zokernel.directions.backends.tables import DISTRIBUTION_CODES, geometry, job_tables, segment_table
 from zokernel.directions.backends.triton.launch import (
     FIELD,
     SEGMENT_LENGTH,
@@ -37,7 +37,7 @@ def sweep(jobs: Sequence[Job]) -> list[float]:
     """Carry out one sweep over GPU tensors; the same contract as the other backends' ``sweep``.
 
     Args:
-        jobs: One a tensor, on one device or several.
+        jobs: One per tensor, on one device or several.
 
     Returns:
         For grid rules, the largest magnitude that each tensor reached; zeros otherwise.
@@ -56,8 +56,8 @@ def copy(jobs: Sequence[Job], targets: Sequence[Tensor]) -> None:
     """Write the weights that :func:`sweep` would leave into other tensors, in one read of the weights.
 
     Args:
-        jobs: One a tensor, to nearest.
-        targets: One a job: contiguous, of the local weights' shape, in any floating-point dtype.
+        jobs: One per tensor, to nearest.
+        targets: One per job: contiguous, of the local weights' shape, in any floating-point dtype.
     """
     for numbers in _alike(jobs, targets).values():
         Launch([jobs[n] for n in numbers], targets[numbers[0]].dtype)([targets[n] for n in numbers])
@@ -89,10 +89,12 @@ def copy_rows(job: Job, rows: Tensor, target: Tensor) -> None:
 
 
 class PreparedSweep:
-    """Adds as many noise directions to the same weights again and again; the weights stay where they are.
+    """A sweep of noise over some weights, to be repeated with other directions and scales.
+
+    The number of directions stays the same, and so does the place of the weights in memory.
 
     Args:
-        jobs: One a tensor, with equally many terms; each adds nothing but noise of one law, without mask or gain.
+        jobs: One per tensor, with equally many terms: noise of one distribution, without mask or gain.
         rows: Which row of the scales and shifts is each job's.
     """
 
@@ -131,7 +133,7 @@ class PreparedCopies:
     """Writes weights plus one noise direction into other tensors again and again.
 
     Args:
-        jobs: One a tensor: each adds one noise of one law, without mask or gain.
+        jobs: One per tensor: each adds one noise of one distribution, without mask or gain.
     """
 
     def __init__(self, jobs: Sequence[Job]):
@@ -163,23 +165,25 @@ def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch
     """Return the squared norm of the noise on each of some whole tensors.
 
     Args:
-        noises: One a tensor; gain and mask are ignored.
+        noises: One per tensor; gain and mask are ignored.
         sizes: Elements of each tensor.
         device: Where to compute.
 
     Returns:
         The sums of squares.
     """
-    shells = [torch.empty(size, device="meta") for size in sizes]
+    shells = [torch.empty(size, dtype=torch.float32, device="meta") for size in sizes]
     places = [Placement("", shell, shell, (shell.numel(),), (0,)) for shell in shells]
     terms = job_tables([Job(place, (noise,), (1.0,)) for place, noise in zip(places, noises)])[1]
     geometries = tuple(map(geometry, places))
     segments = segments_on(device, geometries)
     parts = torch.zeros(len(segments), dtype=torch.float64, device=device)
     if len(segments):
-        law = {LAW_CODES[noise.law] for noise in noises}.pop()
+        distribution = {DISTRIBUTION_CODES[noise.distribution] for noise in noises}.pop()
         with current(device):
-            squares_kernel[(len(segments),)](segments, send([terms], device)[0], parts, LAW=law, **planes(law))
+            squares_kernel[(len(segments),)](
+                segments, send([terms], device)[0], parts, DISTRIBUTION=distribution, **planes(distribution)
+            )
     numbers = segment_table(geometries, SEGMENT_LENGTH)["job"]
     # Added one after the other on the host: the same every time.
     return np.bincount(numbers, weights=parts.cpu().numpy(), minlength=len(sizes)).tolist()
