@@ -1,46 +1,34 @@
-"""Processes to be killed: forked from a server that has imported everything, so that each costs a second, not ten."""
+"""Runs of the command line in processes of their own, to be killed."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-IMPORTED = [
-    "matplotlib.pyplot",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto",
-    "zokernel.cli",
-    "zokernel.directions.backends.numba.backend",
-    "zokernel.commands.finetune",
-    "zokernel.finetune.trainer.zo_trainer",
-]
+from forked import context
+
 # Every way in which a run changes a file.
 WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
 def start(argv: list[str], log: Path, *, die_at_write: int | None = None) -> Any:
     """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it dies before its n-th file operation."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(argv, str(log), die_at_write))
-    # One thread each, for the children alone: numba does not let a process change its mind.
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):
-        process.start()
+    process = context().Process(target=_run, args=(argv, str(log), die_at_write, os.environ["ZOKERNEL_HOME"]))
+    process.start()
     return process
 
 
-def _run(argv: list[str], log: str, die_at_write: int | None) -> None:
+def _run(argv: list[str], log: str, die_at_write: int | None, home: str) -> None:
     import torch
 
     from zokernel.cli import main
 
     torch.set_num_threads(1)
+    os.environ["ZOKERNEL_HOME"] = home  # the server has the environment in which it was started
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import context
 
 
 def spawn(function: Callable[..., None], *args: Any, size: int) -> None:
     """Call ``function(rank, *args)`` in ``size`` processes and raise what any of them raises."""
-    mp.spawn(_run, (function, args), nprocs=size)
+    context()
+    mp.start_processes(_run, (function, args), nprocs=size, start_method="forkserver")
 
 
 def _run(rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
