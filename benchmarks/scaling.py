@@ -25,7 +25,7 @@ from directions import machine, table
 from zokernel.directions import Dense
 from zokernel.journal import JournalWriter, Step
 from zokernel.kernels.plan import make_plan
-from zokernel.kernels.prober import Task
+from zokernel.kernels.prober import ProbedTask
 from zokernel.optim import MeZO
 
 # Millions of parameters: (width, layers, vocabulary), the width of the MLP being 8/3 of the model's.
@@ -99,14 +99,14 @@ def record_seconds(optimizer: MeZO) -> float:
     return one
 
 
-def plan_task(model: torch.nn.Module, size: int) -> Task:
+def plan_task(model: torch.nn.Module, size: int) -> ProbedTask:
     """Return a made-up task of two options: three examples to step on and one to observe, of 16 tokens each."""
     batch = torch.randint(0, SHAPES[size][2], (4, TOKENS))
 
     def score(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, :2]
 
-    return Task(dict(model.named_parameters()), score, batch, torch.tensor([0, 1, 0, 1]), 3, batch.numel())
+    return ProbedTask(dict(model.named_parameters()), score, batch, torch.tensor([0, 1, 0, 1]), 3, batch.numel())
 
 
 def slope(sizes: list[float], costs: list[float]) -> float:

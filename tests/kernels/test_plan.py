@@ -15,7 +15,7 @@ from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
-from zokernel.kernels.prober import Prober, Task
+from zokernel.kernels.prober import ProbedTask, Prober
 from zokernel.kernels.probes import (
     Slopes,
     belief_moments,
@@ -27,15 +27,15 @@ from zokernel.kernels.probes import (
 )
 
 
-def small_task(classes=2, update=6, observe=3, seed=0) -> Task:
+def small_task(classes=2, update=6, observe=3, seed=0) -> ProbedTask:
     torch.manual_seed(seed)
     net = mlp((5, 16, classes)).double()
     x = torch.randn(update + observe, 5).double()
     labels = torch.randint(0, classes, (update + observe,))
-    return Task(dict(net.named_parameters()), net, x, labels, update, num_tokens=update + observe)
+    return ProbedTask(dict(net.named_parameters()), net, x, labels, update, num_tokens=update + observe)
 
 
-def true_slopes(task: Task, count: int, seed: int) -> Slopes:
+def true_slopes(task: ProbedTask, count: int, seed: int) -> Slopes:
     """Slopes along Gaussian directions from exact Jacobians."""
     leaves = list(task.params.values())
     scores = task.score(task.batch)
@@ -142,7 +142,7 @@ def test_curvature_and_learning_rates_on_a_quadratic():
     torch.manual_seed(0)
     weights = torch.nn.Parameter(0.01 * torch.randn(12, 2).double())
     x, labels = torch.randn(40, 12).double(), torch.randint(0, 2, (40,))
-    task = Task({"w": weights}, lambda inputs: inputs @ weights, x, labels, 36, 40)
+    task = ProbedTask({"w": weights}, lambda inputs: inputs @ weights, x, labels, 36, 40)
     plan = make_plan(task, num_probes=400, eps=1e-2, counts=(1, 10))
 
     def loss(w):
@@ -174,7 +174,7 @@ def test_best_eps_balances_noise_and_bias():
         noise = 1e-7 * torch.randn(1, generator=generator).double()
         return torch.stack([torch.zeros(len(inputs)).double(), (steep + noise).expand(len(inputs))], 1)
 
-    task = Task({"w": weights}, score, torch.zeros(4, 1), torch.tensor([0, 0, 1, 1]), 3, 4)
+    task = ProbedTask({"w": weights}, score, torch.zeros(4, 1), torch.tensor([0, 0, 1, 1]), 3, 4)
     plan = make_plan(task, num_probes=24, eps=5e-2)
     assert plan.loss_noise == pytest.approx(1e-7 / 6, rel=0.7)  # the mean residual is (2 - 1) / 3 * 1 / 2
     assert 1e-3 < plan.eps.value < 5e-2
@@ -184,7 +184,7 @@ def test_best_eps_balances_noise_and_bias():
 def test_weights_return_after_an_error():
     task = small_task()
     before = {name: p.detach().clone() for name, p in task.params.items()}
-    broken = Task(task.params, lambda x: torch.full((9, 2), float("nan")), task.batch, task.labels, 6, 9)
+    broken = ProbedTask(task.params, lambda x: torch.full((9, 2), float("nan")), task.batch, task.labels, 6, 9)
     with pytest.raises(RunError, match="NaN or infinite"), Prober(broken) as prober:
         prober.evaluate([0.1], [0])
     assert all(torch.equal(before[name], p) for name, p in task.params.items())

@@ -16,7 +16,7 @@ from zokernel.errors import UsageError
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.kernels import entk, fidelity, head_kernel, kernel_moments, project, zo_entk, zo_entk_factors
 from zokernel.kernels.model import FunctionalModel
-from zokernel.kernels.projections import Draw
+from zokernel.kernels.projections import SeededDirections
 
 LAWS = ("gaussian", "rademacher", "sphere")
 REPLICATES, COUNT = 200, 25
@@ -133,7 +133,7 @@ def test_finite_differences_are_what_the_optimizer_sees():
     linear = torch.randn(3).double()  # a loss linear in the logits, so that its slopes are G^T (J u)
     part = project(net, [x], num_perturbations=count, distribution="rademacher", seed=3, method="finite_difference")[0]
     slopes = linear @ part[0]
-    draw = Draw(Dense("rademacher"), dict(net.named_parameters()), 3)
+    draw = SeededDirections(Dense("rademacher"), dict(net.named_parameters()), 3)
     before = torch.cat([p.detach().flatten() for p in net.parameters()])
     MeZO(net, lr=lr, num_perturbations=count, distribution="rademacher", seed=3).step(lambda: linear @ net(x)[0])
     after = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -194,13 +194,13 @@ def test_independent_streams_share_no_direction():
 
 
 def test_fidelity_of_a_vocabulary_sized_kernel_matches_the_dense_one(monkeypatch):
-    from zokernel.kernels import entk_kernel
+    from zokernel.kernels import tangent_kernel
 
     torch.manual_seed(0)
     net, x_o, x_u = tiny_gpt2().double(), tokens([1, 2, 3]), tokens([2, 4, 5])
     ask = {"num_perturbations": [3, 10], "replicates": 2}
     dense = fidelity(net, x_o, x_u, **ask)
-    monkeypatch.setattr(entk_kernel, "CONTRACTION_BUDGET", 0)
+    monkeypatch.setattr(tangent_kernel, "CONTRACTION_BUDGET", 0)
     factored = fidelity(net, x_o, x_u, **ask)
     torch.testing.assert_close(factored.errors, dense.errors)
     assert factored["predicted"] == pytest.approx(dense["predicted"])

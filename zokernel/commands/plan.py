@@ -22,7 +22,7 @@ from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.kernels.plan import Plan, make_plan
-from zokernel.kernels.prober import Task
+from zokernel.kernels.prober import ProbedTask
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[Task, Task]:
+def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[ProbedTask, ProbedTask]:
     """Load model and examples as the fine-tuning job does, and batch the examples that the plan needs.
 
     Args:
@@ -139,7 +139,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), max_length=data_arguments.max_length or 2048)
     dataset = EncodedDataset(encoded)
     batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
-    exact = Task(
+    exact = ProbedTask(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),
         batch=batch,
@@ -156,7 +156,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     return replace(exact, score=score_as_trained), exact
 
 
-def describe(plan: Plan, task: Task, seconds: float) -> str:
+def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
     """Return the plan in words and a small table."""
     lines = [
         f"Probed {plan.num_probes} directions of {plan.num_parameters:,} parameters: {plan.forwards} forward passes, "

@@ -21,7 +21,7 @@ from zokernel.errors import UsageError
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, example_jacobian, jacobian_vector_product, vector_jacobian_product
 from zokernel.kernels.model import Batch, FunctionalModel, Params, examples, num_examples, wrap
-from zokernel.kernels.projections import Draw
+from zokernel.kernels.projections import SeededDirections
 from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
 
 # Shape suffixes: R rows of logits (N examples, or N L tokens of sequences), V outputs.
@@ -181,7 +181,7 @@ def belief_change(
 
     zeroth = actual_zeroth = gap = None
     if num_perturbations is not None:
-        draw = Draw(Dense(distribution), model.params, seed)
+        draw = SeededDirections(Dense(distribution), model.params, seed)
         exact = [_slope(draw, gradient, p) / num_perturbations for p in range(num_perturbations)]
         zeroth = -lr * center(jacobian_vector_product(model, x_o, _combine(draw, exact)), beliefs)
         seen = loss_differences(model, x_u, labels, draw, range(num_perturbations), eps)
@@ -224,7 +224,7 @@ def answer_loss(logits_RV: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def loss_differences(
-    model: FunctionalModel, x_u: Batch, labels: Tensor, draw: Draw, indices: Sequence[int], eps: float
+    model: FunctionalModel, x_u: Batch, labels: Tensor, draw: SeededDirections, indices: Sequence[int], eps: float
 ) -> list[float]:
     r"""Return :math:`[L(\theta+\epsilon u_p) - L(\theta-\epsilon u_p)]/2\epsilon`, as training computes them.
 
@@ -251,11 +251,11 @@ def loss_differences(
     return [(loss_at(index, eps) - loss_at(index, -eps)) / (2 * eps) for index in indices]
 
 
-def _slope(draw: Draw, gradient: Params, index: int) -> float:
+def _slope(draw: SeededDirections, gradient: Params, index: int) -> float:
     return dot(gradient, draw.directions(draw.params, seed=draw.seed, step=0, index=index))
 
 
-def _combine(draw: Draw, scales: list[float]) -> Params:
+def _combine(draw: SeededDirections, scales: list[float]) -> Params:
     total = {name: torch.zeros_like(tensor) for name, tensor in draw.params.items()}
     draw.add_(total, scales, list(range(len(scales))))
     return total

@@ -17,7 +17,7 @@ from zokernel.distributions import Distribution
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import example_jacobian, flatten
 from zokernel.kernels.model import Batch, examples, wrap
-from zokernel.kernels.projections import Draw, project
+from zokernel.kernels.projections import SeededDirections, project
 from zokernel.theory.kernel_error import KernelMoments, relative_error
 
 # Shape suffixes: S seeds, N observed examples, P directions, V outputs, D parameters.
@@ -100,7 +100,7 @@ def error_curves(
     errors = []
     for seed in seeds:
         if method == "jacobian":
-            draw = Draw(Dense(distribution), model.params, seed)
+            draw = SeededDirections(Dense(distribution), model.params, seed)
             chunks = torch.arange(max_perturbations).split(256)
             projections = torch.cat([draw.matrix(part.tolist()) @ stacked.T for part in chunks])
         else:

@@ -13,10 +13,10 @@ from torch import Tensor
 from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
-from zokernel.kernels.entk_kernel import choose_method, entk, kernel_moments
 from zokernel.kernels.lm_head import HeadKernel, head_moments
 from zokernel.kernels.model import Batch, FunctionalModel, wrap
-from zokernel.kernels.zo_entk_kernel import ZOKernel, zo_entk_factors
+from zokernel.kernels.projected_kernel import ZOKernel, zo_entk_factors
+from zokernel.kernels.tangent_kernel import choose_method, entk, kernel_moments
 from zokernel.theory.bounds import kernel_bound
 from zokernel.theory.kernel_error import KernelMoments, relative_error
 

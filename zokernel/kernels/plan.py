@@ -18,15 +18,15 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.errors import UsageError
 from zokernel.kernels.prober import (
+    ProbedTask,
     Prober,
-    Task,
     derivatives,
     loss_noise,
     probe,
     rms_third,
 )
 from zokernel.kernels.probes import (
-    Estimate,
+    Measurement,
     Slopes,
     belief_moments,
     fisher_moments,
@@ -74,23 +74,23 @@ class Plan:
         notes: Caveats in plain words.
     """
 
-    relative_error_one: Estimate
-    rho: Estimate
-    gradient_norm: Estimate
-    noise_scale: Estimate
-    trace_hessian: Estimate
-    trace_fisher: Estimate
-    curvature_ratio: Estimate
+    relative_error_one: Measurement
+    rho: Measurement
+    gradient_norm: Measurement
+    noise_scale: Measurement
+    trace_hessian: Measurement
+    trace_fisher: Measurement
+    curvature_ratio: Measurement
     loss_noise: float
-    third_derivative: Estimate
-    eps: Estimate
+    third_derivative: Measurement
+    eps: Measurement
     eps_probed: float
     eps_derivatives: float
     finite_difference_error: float
     required: dict[float, int]
-    predicted_error: dict[int, Estimate]
-    learning_rate_ratio: dict[int, Estimate]
-    learning_rate: dict[int, Estimate]
+    predicted_error: dict[int, Measurement]
+    learning_rate_ratio: dict[int, Measurement]
+    learning_rate: dict[int, Measurement]
     loss: float
     forwards: int
     tokens: int
@@ -104,7 +104,7 @@ class Plan:
 
 
 def make_plan(
-    task: Task,
+    task: ProbedTask,
     *,
     num_probes: int = 64,
     eps: float = 1e-3,
@@ -159,7 +159,7 @@ class _Derivatives:
 
 
 def _summarize(
-    task: Task,
+    task: ProbedTask,
     slopes: Slopes,
     measured: _Derivatives,
     noise: float,
@@ -186,11 +186,11 @@ def _summarize(
     third_error = rms_third_value / math.sqrt(2 * len(measured.third))
     if rms_third_value > 0 and noise > 0:
         best = theory.optimal_eps(noise, rms_third_value)
-        eps_best = Estimate(best, best * third_error / rms_third_value / 3)
+        eps_best = Measurement(best, best * third_error / rms_third_value / 3)
         miss = theory.error_at_optimum(noise, rms_third_value) / math.sqrt(gradient_sq)
     else:
         notes.append("Bias or rounding noise of the loss is below what the probes resolve: keep the probed eps.")
-        eps_best, miss = Estimate(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
+        eps_best, miss = Measurement(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
     ratio = jackknife(slopes, fisher_ratio)
     if not math.isfinite(ratio.error):
         notes.append("The curvature along the gradient is not resolved: use more probes for the learning-rate ratio.")
@@ -209,13 +209,13 @@ def _summarize(
         trace_fisher=fisher,
         curvature_ratio=ratio,
         loss_noise=noise,
-        third_derivative=Estimate(rms_third_value, third_error),
+        third_derivative=Measurement(rms_third_value, third_error),
         eps=eps_best,
         eps_probed=eps,
         eps_derivatives=measured.eps,
         finite_difference_error=miss,
         required={t: math.ceil(variance.value / t**2) if math.isfinite(variance.value) else -1 for t in tolerances},
-        predicted_error={p: Estimate(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
+        predicted_error={p: Measurement(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
         learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
         learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
         loss=loss,
@@ -232,12 +232,12 @@ def _noise_scale(slopes: Slopes) -> float:
     return spread / signal if signal > 0 else math.inf
 
 
-def _rate_ratio(count: int, ratio: Estimate) -> Estimate:
+def _rate_ratio(count: int, ratio: Measurement) -> Measurement:
     """Return eta_zo / eta_fo with its standard error to first order."""
     if not math.isfinite(ratio.value):
-        return Estimate(math.nan, math.inf)
+        return Measurement(math.nan, math.inf)
     part = theory.learning_rate_ratio(count, ratio.value)
-    return Estimate(part, part * ratio.error / (count + 1 + ratio.value))
+    return Measurement(part, part * ratio.error / (count + 1 + ratio.value))
 
 
 def _rate(slopes: Slopes, count: int) -> float:

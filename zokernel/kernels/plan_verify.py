@@ -20,9 +20,9 @@ from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, inner_products, squared_norm
 from zokernel.kernels.model import Params
 from zokernel.kernels.plan import Plan
-from zokernel.kernels.prober import Prober, Task, wide
+from zokernel.kernels.prober import ProbedTask, Prober, wide
 from zokernel.kernels.probes import subset_error
-from zokernel.kernels.projections import Draw
+from zokernel.kernels.projections import SeededDirections
 from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
 
 # Shape suffixes: B update examples, O observed examples, C classes, K = O (C - 1) score differences, Y = O C beliefs.
@@ -84,10 +84,10 @@ class Rows:
 
 
 def verify(
-    task: Task,
+    task: ProbedTask,
     plan: Plan,
     *,
-    as_trained: Task | None = None,
+    as_trained: ProbedTask | None = None,
     distribution: str = "rademacher",
     seed: int = 0,
     num_draws: int = 200,
@@ -119,7 +119,7 @@ def verify(
     rows = gradients(task)
     moments = exact_moments(rows)
     size = math.sqrt(moments.product_sq)
-    draw = Draw(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
+    draw = SeededDirections(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
     projected = torch.cat([_project(rows, draw, part) for part in torch.arange(num_draws).split(DRAWS_AT_ONCE)])
     drift = rows.to_beliefs(projected[:, :-1]) * projected[:, -1:]
     deviations = drift - rows.to_beliefs(_products(rows)[None])
@@ -147,7 +147,7 @@ def verify(
     return found
 
 
-def gradients(task: Task) -> Rows:
+def gradients(task: ProbedTask) -> Rows:
     """Backpropagate the loss, each example's loss, and each observed score difference."""
     leaves = list(task.params.values())
     with torch.enable_grad():
@@ -168,7 +168,7 @@ def gradients(task: Task) -> Rows:
     return Rows(gradient, differences, spread, sum(traces) / count, sum(alongs) / count, beliefs)
 
 
-def _fisher(scores_C: Tensor, gradient: Params, task: Task, leaves: list[Tensor]) -> tuple[float, float]:
+def _fisher(scores_C: Tensor, gradient: Params, task: ProbedTask, leaves: list[Tensor]) -> tuple[float, float]:
     r"""Return :math:`tr F` and :math:`g^TFg` of an example, :math:`F = E_\pi \nabla\log\pi_c \nabla\log\pi_c^T`."""
     rows = [_grad(score - scores_C[0], task, leaves) for score in scores_C[1:]]
     pi = scores_C.detach().softmax(-1).double()
@@ -197,12 +197,12 @@ def exact_moments(rows: Rows) -> BeliefMoments:
     return BeliefMoments(rows_sq, squared_norm(rows.gradient), product.square().sum().item(), overlap, dim)
 
 
-def _num_classes(task: Task) -> int:
+def _num_classes(task: ProbedTask) -> int:
     with torch.no_grad():
         return task.score(task.batch).shape[1]
 
 
-def _grad(value: Tensor, task: Task, leaves: list[Tensor]) -> Params:
+def _grad(value: Tensor, task: ProbedTask, leaves: list[Tensor]) -> Params:
     found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
     return {
         name: torch.zeros_like(p) if grad is None else grad
@@ -219,7 +219,7 @@ def _products(rows: Rows) -> Tensor:
     return total
 
 
-def _project(rows: Rows, draw: Draw, indices: Tensor) -> Tensor:
+def _project(rows: Rows, draw: SeededDirections, indices: Tensor) -> Tensor:
     """Return the slopes of every score difference and of the loss along some directions, (P, K + 1)."""
     directions = draw.rows(indices.tolist())
     total: Tensor | float = 0.0
@@ -231,7 +231,9 @@ def _project(rows: Rows, draw: Draw, indices: Tensor) -> Tensor:
     return total
 
 
-def _curvature(task: Task, plan: Plan, rows: Rows, draw: Draw, gradient_sq: float) -> list[Comparison]:
+def _curvature(
+    task: ProbedTask, plan: Plan, rows: Rows, draw: SeededDirections, gradient_sq: float
+) -> list[Comparison]:
     """Compare traces and learning-rate ratios; tr H is measured by differences of gradients on fresh directions."""
     traces = []
     for index in range(TRACE_DIRECTIONS):
@@ -251,7 +253,7 @@ def _curvature(task: Task, plan: Plan, rows: Rows, draw: Draw, gradient_sq: floa
     return found
 
 
-def _hessian_form(task: Task, vector: Params, step: float) -> float:
+def _hessian_form(task: ProbedTask, vector: Params, step: float) -> float:
     """Return v'Hv from the gradients at theta + step v and theta - step v."""
     leaves = list(task.params.values())
     forms = []
@@ -270,7 +272,7 @@ def _hessian_form(task: Task, vector: Params, step: float) -> float:
     return (forms[0] - forms[1]) / (2 * step)
 
 
-def _best_eps(task: Task, plan: Plan, rows: Rows, draw: Draw, num_directions: int) -> Comparison:
+def _best_eps(task: ProbedTask, plan: Plan, rows: Rows, draw: SeededDirections, num_directions: int) -> Comparison:
     """Compare finite differences at a grid of sizes with exact slopes; the best size is refined on its neighbours."""
     exact = _project(rows, draw, torch.arange(num_directions))[:, -1].tolist()
     errors = []

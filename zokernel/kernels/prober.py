@@ -18,13 +18,13 @@ from zokernel import theory
 from zokernel.directions import Dense
 from zokernel.errors import RunError
 from zokernel.kernels.probes import Slopes
-from zokernel.kernels.projections import Draw
+from zokernel.kernels.projections import SeededDirections
 
 NOISE_POINTS = 8
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbedTask:
     """What is planned for: a model's scores on two sets of examples, as one batch.
 
     Attributes:
@@ -59,9 +59,9 @@ class Prober:
         seed: Seed of the directions.
     """
 
-    def __init__(self, task: Task, distribution: str = "rademacher", seed: int = 0):
+    def __init__(self, task: ProbedTask, distribution: str = "rademacher", seed: int = 0):
         self.task = task
-        self.draw = Draw(Dense(distribution), {n: p.detach() for n, p in task.params.items()}, seed)
+        self.draw = SeededDirections(Dense(distribution), {n: p.detach() for n, p in task.params.items()}, seed)
         self.forwards = 0
 
     def __enter__(self) -> Prober:

@@ -21,7 +21,7 @@ from zokernel.theory.kernel_error import BeliefMoments
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Measurement:
     """A number with its standard error.
 
     Attributes:
@@ -140,7 +140,7 @@ def gradient_noise(slopes: Slopes) -> tuple[float, float]:
     return spread, losses.mean(1).square().mean().item() - spread / losses.shape[1]
 
 
-def jackknife(slopes: Slopes, statistic: Callable[[Slopes], float]) -> Estimate:
+def jackknife(slopes: Slopes, statistic: Callable[[Slopes], float]) -> Measurement:
     """Return a statistic of the probes with its jackknife standard error.
 
     Args:
@@ -155,14 +155,14 @@ def jackknife(slopes: Slopes, statistic: Callable[[Slopes], float]) -> Estimate:
     every = torch.arange(count)
     partial = torch.tensor([statistic(slopes.keep(every[every != p])) for p in range(count)], dtype=torch.float64)
     if not (math.isfinite(value) and bool(torch.isfinite(partial).all())):
-        return Estimate(value, math.inf)
-    return Estimate(value, math.sqrt((count - 1) * partial.var(unbiased=False).item()))
+        return Measurement(value, math.inf)
+    return Measurement(value, math.sqrt((count - 1) * partial.var(unbiased=False).item()))
 
 
-def mean_estimate(values: Tensor) -> Estimate:
+def mean_estimate(values: Tensor) -> Measurement:
     """Return the mean of independent values with its standard error."""
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Estimate(values.mean().item(), error)
+    return Measurement(values.mean().item(), error)
 
 
 def subset_error(deviations_PY: Tensor, size: int) -> float:

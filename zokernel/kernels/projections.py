@@ -94,7 +94,7 @@ def project(
         size * num_perturbations * model.itemsize + 3 * model.dim * model.itemsize,
         "use fewer directions at a time, or restrict outputs= to the candidates of interest",
     )
-    draw = Draw(Dense(distribution), model.params, seed)
+    draw = SeededDirections(Dense(distribution), model.params, seed)
     indices = range(first, first + num_perturbations)
     if method == "finite_difference":
         columns = _by_differences(model, inputs, draw, indices, eps)
@@ -106,7 +106,7 @@ def project(
     return [part.T.reshape(*shape, num_perturbations) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class Draw:
+class SeededDirections:
     """The directions of one seed over one set of parameters.
 
     Args:
@@ -153,7 +153,9 @@ def _chunks(indices: range, size: int) -> list[range]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _by_jvp(model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: range, chunk: int) -> list[Tensor]:
+def _by_jvp(
+    model: FunctionalModel, inputs: list[Batch], draw: SeededDirections, indices: range, chunk: int
+) -> list[Tensor]:
     pushers = [pusher(model, batch) for batch in inputs]
     columns = []
     for part in _chunks(indices, chunk):
@@ -162,13 +164,15 @@ def _by_jvp(model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: ra
     return columns
 
 
-def _by_jacobian(model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: range, chunk: int) -> list[Tensor]:
+def _by_jacobian(
+    model: FunctionalModel, inputs: list[Batch], draw: SeededDirections, indices: range, chunk: int
+) -> list[Tensor]:
     jac_XD = torch.cat([flatten(example_jacobian(model, example)) for batch in inputs for example in examples(batch)])
     return [inner_products(draw.matrix(part), jac_XD).to(jac_XD.dtype) for part in _chunks(indices, chunk)]
 
 
 def _by_differences(
-    model: FunctionalModel, inputs: list[Batch], draw: Draw, indices: range, eps: float
+    model: FunctionalModel, inputs: list[Batch], draw: SeededDirections, indices: range, eps: float
 ) -> list[Tensor]:
     """Evaluate both ends of every direction on a copy of the weights; the model's own are never touched."""
     weights = {name: tensor.clone() for name, tensor in model.params.items()}

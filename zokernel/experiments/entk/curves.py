@@ -14,7 +14,7 @@ from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel
 from zokernel.kernels.curves import ErrorCurves, curves_from_projections
 from zokernel.kernels.jacobians import example_jacobian, flatten
-from zokernel.kernels.projections import Draw
+from zokernel.kernels.projections import SeededDirections
 from zokernel.theory import KernelMoments, kernel_bound
 
 HIGH, LOW = ((4, 9), (1, 7)), ((0, 1), (0, 5))
@@ -70,7 +70,7 @@ def run(config: Config) -> Result:
     result.numbers |= {"mean_slope": float(slopes.mean()), "ratio_rms": float(np.sqrt(np.mean(np.square(ratios))))}
     spread = {stage: rho_range(found, stage) for stage in ("init", "trained")}
     result.summary = (
-        f"LeNet on {digits.source}, {len(seeds)} seeds, P = 1..{largest}: the rms error follows the exact law "
+        f"LeNet on {digits.source}, {len(seeds)} seeds, P = 1..{largest}: the rms error follows the exact formula "
         f"(measured over predicted {result.numbers['ratio_rms']:.3f}) with slope {slopes.mean():.3f} "
         f"(spread {slopes.std():.3f} over {len(slopes)} pairs). rho spans {spread['init'][0]:.2f}-"
         f"{spread['init'][1]:.2f} at initialisation and {spread['trained'][0]:.3f}-{spread['trained'][1]:.2f} when "
@@ -114,7 +114,7 @@ def all_curves(
     every = torch.cat([jac for of_stage in jacs for jac in of_stage])
     measured: dict[tuple[int, int], list[torch.Tensor]] = {}
     for seed in seeds:
-        draw = Draw(Dense("gaussian"), models[0].params, seed)
+        draw = SeededDirections(Dense("gaussian"), models[0].params, seed)
         parts = torch.arange(largest).split(250)
         projections = torch.cat([draw.matrix(part.tolist()) @ every.T for part in parts])
         blocks = projections.split([len(jac) for of_stage in jacs for jac in of_stage], dim=1)

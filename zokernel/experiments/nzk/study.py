@@ -19,7 +19,7 @@ from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.parametric import ParametricRun, all_ones_line_minimum, squared_loss, zo_sgd_run
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.experiments.nzk.problems import Problem
-from zokernel.kernels.nzk_kernel import NzkEstimate, sample_nzk
+from zokernel.kernels.nzk_matrix import NzkEstimate, sample_nzk
 from zokernel.theory.nzk_moments import ProcessMoments, expected_nzk_factor, process_moments
 
 TARGET_FRACTION = 0.1  # "reached" means: a tenth of the reducible loss is left
@@ -198,13 +198,13 @@ def paper_curves(
     first = Evolution(problem.f0, problem.y, problem.kernel, problem.lr)
     curves = [Curve("gradient descent (NTK)", 1.0, first.mean_loss(steps), first.mean(snapshots))]
     for number, variant in enumerate(variants):
-        law, zeta = variant.distribution, variant.zeta
-        factor = expected_nzk_factor(law, problem.dim, variant.coupling, zeta_distribution=zeta)
+        distribution, zeta = variant.distribution, variant.zeta
+        factor = expected_nzk_factor(distribution, problem.dim, variant.coupling, zeta_distribution=zeta)
         moments = ProcessMoments.deterministic(factor)
         run = first.at(problem.lr, moments=moments)
         sampled = sample_nzk(
             problem.features,
-            distribution=law,
+            distribution=distribution,
             coupling=variant.coupling,
             zeta_distribution=zeta,
             num_samples=samples,
