@@ -6,10 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 
-.PHONY: help install demo test lint format typecheck docs results bench clean
+.PHONY: help install demo test test-oldest test-newest test-python lint format typecheck docs results bench clean
 
 help:
-	@sed -n '1,4p;s/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n '1,4p;s/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt tests/requirements-crosscheck.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +27,17 @@ demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes on
 test: install lint typecheck  ## lint, type-check and run the whole suite
 	$(BIN)/python -m pytest
 
-lint: install
+test-oldest:  ## the core of the suite with the lowest versions that pyproject.toml allows
+	scripts/test_versions.sh oldest
+
+test-newest:  ## the same with the highest versions
+	scripts/test_versions.sh newest
+
+test-python:  ## the same on Python 3.12 and 3.13
+	scripts/test_versions.sh python3.12
+	scripts/test_versions.sh python3.13
+
+lint: install  ## style, and the layers of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache

@@ -1,6 +1,6 @@
 """No two files import each other, not even in a circle of many, for types or inside functions.
 
-The layers themselves, and circles between packages, are contracts of import-linter in ``pyproject.toml``: ``make lint``.
+The layers themselves, and circles between packages, are contracts in ``pyproject.toml``, checked by ``make lint``.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ Experiment = Callable[[Config], Result]
 MODULES: dict[str, str] = {
     "entk/heatmaps": "zokernel.experiments.entk.heatmaps",
     "entk/curves": "zokernel.experiments.entk.curves",
-    "entk/laws": "zokernel.experiments.entk.laws",
+    "entk/laws": "zokernel.experiments.entk.distributions",
     "entk/dimension": "zokernel.experiments.entk.dimension",
     "entk/horizon": "zokernel.experiments.entk.horizon",
     "entk/drift": "zokernel.experiments.entk.drift",

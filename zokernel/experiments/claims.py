@@ -139,6 +139,7 @@ def save_claims(claims: Sequence[Claim], path: Path = LEDGER) -> None:
 
 
 _DEFAULTS = {("statistic", "value")}
+OLD_KEYS = {"distribution": "law"}  # what results written by earlier versions call it
 
 
 def _yaml() -> Any:
@@ -185,10 +186,14 @@ def _step(value: Any, segment: str, path: str) -> list[Any]:
         if segment.lstrip("-").isdigit() and -len(value) <= int(segment) < len(value):
             return [value[int(segment)]]
         wanted = [part.partition("=")[::2] for part in segment.split("&")]
-        rows = [row for row in value if isinstance(row, dict) and all(str(row.get(k)) == v for k, v in wanted)]
+        rows = [row for row in value if isinstance(row, dict) and all(_field(row, k) == v for k, v in wanted)]
         if len(rows) == 1:
             return rows
     raise UsageError(f"There is no single {segment!r} in the results at {path!r}.")
+
+
+def _field(row: dict[str, Any], key: str) -> str:
+    return str(row.get(key, row.get(OLD_KEYS.get(key, ""))))
 
 
 def measure(number: Measured, record: dict[str, Any]) -> tuple[float, float | None, float | None]:

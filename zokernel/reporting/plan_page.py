@@ -33,7 +33,7 @@ def read_plan(record: dict[str, Any]) -> Page:
         f"{_estimate(plan['noise_scale'])}.",
     ]
     if best is not None and best[1] > 0:
-        summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions a step.")
+        summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions per step.")
     return Page(
         title="Plan of a zeroth-order run",
         kind="plan",
@@ -59,7 +59,7 @@ def plan_section(record: dict[str, Any]) -> Section:
             "relative error": _estimate(error),
             "rate over gradient descent's": _estimate(plan["learning_rate_ratio"][count]),
             "best learning rate": _estimate(plan["learning_rate"][count]),
-            "forward passes a step": 2 * int(count),
+            "forward passes per step": 2 * int(count),
         }
         for count, error in plan["predicted_error"].items()
     ]
@@ -131,8 +131,8 @@ def read_kernel(record: dict[str, Any]) -> Page:
         summary=[
             f"With {first['P']:,} direction{'s' if first['P'] > 1 else ''} the kernel of zeroth-order training is "
             f"off by {first['measured']:.3g} times the exact kernel; with {last['P']:,} by {last['measured']:.3g}.",
-            f"The exact law predicts these errors from rho = {rho:.3g} alone; measured and predicted differ by at most "
-            f"{worst:.0%}.",
+            f"The exact formula predicts these errors from rho = {rho:.3g} alone; measured and predicted differ by at "
+            f"most {worst:.0%}.",
         ],
         facts=[("rho", f"{rho:.4g}"), (f"error at P = {last['P']:,}", f"{last['measured']:.3g}")],
         sections=[

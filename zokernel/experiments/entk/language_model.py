@@ -22,7 +22,7 @@ from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
 
 COUNTS = (1, 5, 10, 20, 50, 100)
-LAWS = ("gaussian", "rademacher")
+DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
 @experiment("entk/language_model", "ZO-eNTK Fig. 4, 5: beliefs of a language model under SGD and ZO-SGD")
@@ -44,13 +44,14 @@ def run(config: Config) -> Result:
     table: list[dict[str, Any]] = []
     result = Result(summary="", numbers={"rows": table, "d": dim, "V": task.vocab_size, "source": task.source})
     result.arrays["fo"] = label_beliefs(reference, answers).numpy()
-    for law in LAWS:
+    for distribution in DISTRIBUTIONS:
         for count in counts:
-            found = trajectory(tail, batches, targets, watched, lr=lr, count=count, law=law, eps=eps, seed=config.seed)
+            chosen = {"lr": lr, "count": count, "distribution": distribution, "eps": eps, "seed": config.seed}
+            found = trajectory(tail, batches, targets, watched, **chosen)
             difference = (found - reference).norm(dim=-1)  # (steps + 1, sentences), over the whole vocabulary
             table.append(
                 {
-                    "law": law,
+                    "distribution": distribution,
                     "P": count,
                     "final_l2": difference[-1].mean().item(),
                     "mean_l2": difference[1:].mean().item(),
@@ -58,11 +59,11 @@ def run(config: Config) -> Result:
                     "relative": (difference[-1].norm() / (reference[-1] - start).norm()).item(),
                 }
             )
-            result.arrays[f"{law}_{count}"] = label_beliefs(found, answers).numpy()
-            result.arrays[f"difference_{law}_{count}"] = difference.numpy()
+            result.arrays[f"{distribution}_{count}"] = label_beliefs(found, answers).numpy()
+            result.arrays[f"difference_{distribution}_{count}"] = difference.numpy()
     # One draw of one step is close to one-dimensional, so its distance fluctuates by a factor of several; the distance
     # after all steps has averaged more of them.
-    final = {law: slope([row for row in table if row["law"] == law], "final_l2") for law in LAWS}
+    final = {name: slope([row for row in table if row["distribution"] == name], "final_l2") for name in DISTRIBUTIONS}
     largest = min(50, max(counts))
     fifty = [row["relative"] for row in table if row["P"] == largest]
     last = [row["relative"] for row in table if row["P"] == max(counts)]
@@ -87,8 +88,8 @@ def run(config: Config) -> Result:
         Verdict(
             "The difference of beliefs tends to zero as P grows, as the inverse root (Fig. 5).",
             "holds" if pooled < -0.35 else "does not hold",
-            f"Log-log slope {pooled:.2f} (mean of both laws) over P = {min(counts)}..{max(counts)}; one stream each: "
-            "uncertain by about 0.1.",
+            f"Log-log slope {pooled:.2f} (mean of both distributions) over P = {min(counts)}..{max(counts)}; one "
+            "stream each: uncertain by about 0.1.",
             id="entk-beliefs-root-p",
         ),
         Verdict(
@@ -121,7 +122,7 @@ def trajectory(
     *,
     lr: float,
     count: int | None = None,
-    law: str = "gaussian",
+    distribution: str = "gaussian",
     eps: float = 1e-3,
     seed: int = 0,
 ) -> Tensor:
@@ -134,7 +135,7 @@ def trajectory(
         watched: The cached sentences to watch.
         lr: Learning rate of both methods.
         count: P; ``None`` for gradient descent.
-        law: Law of the directions.
+        distribution: That of the directions.
         eps: Perturbation size.
         seed: Seed of the directions.
 
@@ -146,7 +147,7 @@ def trajectory(
     if count is None:
         optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     else:
-        optimizer = MeZO(net, lr=lr, eps=eps, num_perturbations=count, distribution=law, seed=seed)
+        optimizer = MeZO(net, lr=lr, eps=eps, num_perturbations=count, distribution=distribution, seed=seed)
 
     def beliefs() -> Tensor:
         with torch.no_grad():
@@ -187,8 +188,8 @@ def trajectories_figure(arrays: dict[str, np.ndarray], counts: tuple[int, ...]):
         for n, line in enumerate(axes):
             for axis, count in zip(line, counts, strict=True):
                 axis.plot(reference[:, n], color="black", label="FO-SGD")
-                for law, color in zip(LAWS, PALETTE, strict=False):
-                    axis.plot(arrays[f"{law}_{count}"][:, n], color=color, linewidth=1.1, label=f"ZO, {law}")
+                for name, color in zip(DISTRIBUTIONS, PALETTE, strict=False):
+                    axis.plot(arrays[f"{name}_{count}"][:, n], color=color, linewidth=1.1, label=f"ZO, {name}")
                 axis.ticklabel_format(axis="y", scilimits=(-2, 2))
                 axis.yaxis.get_offset_text().set_fontsize(7)
                 if n == 0:
@@ -206,11 +207,11 @@ def difference_figure(table: list[dict[str, Any]], source: str):
     with figures() as Figure:
         figure = Figure(layout="constrained")
         axis = figure.subplots()
-        for law, color in zip(LAWS, PALETTE, strict=False):
-            rows = [row for row in table if row["law"] == law]
+        for name, color in zip(DISTRIBUTIONS, PALETTE, strict=False):
+            rows = [row for row in table if row["distribution"] == name]
             counts = [row["P"] for row in rows]
-            axis.plot(counts, [row["final_l2"] for row in rows], "o-", color=color, label=f"{law}, last step")
-            axis.plot(counts, [row["mean_l2"] for row in rows], "s--", color=color, label=f"{law}, mean over steps")
+            axis.plot(counts, [row["final_l2"] for row in rows], "o-", color=color, label=f"{name}, last step")
+            axis.plot(counts, [row["mean_l2"] for row in rows], "s--", color=color, label=f"{name}, mean over steps")
         scale = np.exp(np.mean([np.log(row["final_l2"]) + 0.5 * np.log(row["P"]) for row in table]))
         axis.plot(counts, scale / np.sqrt(counts), ":", color="black", label=r"$\propto P^{-1/2}$")
         axis.set(xscale="log", yscale="log", xlabel="perturbations P", ylabel="l2 distance of ZO and FO beliefs")

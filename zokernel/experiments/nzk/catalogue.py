@@ -104,7 +104,7 @@ ENTRIES: dict[str, Entry] = {
         tuple(Variant(f"shared, deviation {s}", f"gaussian({s})") for s in (1.0, 0.5, 1.5)),
     ),
     "nzk/laws": Entry(
-        "one shared vector, five laws (notebook distribution)",
+        "one shared vector, five distributions (notebook distribution)",
         partial(_linear, dim=2, noise=1 / 50),
         (
             Variant("Gaussian", "gaussian"),

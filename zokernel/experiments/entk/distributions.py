@@ -1,4 +1,4 @@
-"""The exact error laws (theory A.4.1) on real architectures: unbiased, and with the predicted rms, for three laws."""
+"""The zeroth-order kernel's error on real architectures: no bias and the predicted rms, for three distributions."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from zokernel.figures import PALETTE, figures
 from zokernel.kernels import entk, kernel_moments, zo_entk_factors
 from zokernel.theory import expected_squared_error
 
-LAWS = ("gaussian", "rademacher", "sphere")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 COUNT = 25
 
 
-@experiment("entk/laws", "The exact law of the kernel's error on five architectures and three direction laws")
+@experiment("entk/laws", "The exact error of the kernel on five architectures and three distributions of directions")
 def run(config: Config) -> Result:
-    """Draw many kernels of 25 directions for each model and law; compare mean and rms error with the closed forms."""
+    """Draw many kernels of 25 directions each; compare their mean and rms error with the closed forms."""
     replicates = config.pick("replicates", smoke=40, cpu=800, full=4000)
     rows: list[dict[str, Any]] = []
     for name, model, x_o, x_u, outputs in models(config):
         vector_model = flattened(model, outputs)
         moments = kernel_moments(vector_model, x_o, x_u)
         exact = entk(vector_model, x_o, x_u, check=False).double()
-        for law in LAWS:
+        for distribution in DISTRIBUTIONS:
             repeats = min(replicates, 200) if vector_model.dim > 100_000 else replicates
-            kernels = draw(vector_model, x_o, x_u, law, repeats, config.seed)
+            kernels = draw(vector_model, x_o, x_u, distribution, repeats, config.seed)
             squared = (kernels - exact).square().sum((1, 2))
-            expected = expected_squared_error(moments, COUNT, law)
+            expected = expected_squared_error(moments, COUNT, distribution)
             bias = (kernels.mean(0) - exact).square().sum().item() * repeats / expected
             rows.append(
                 {
                     "model": name,
-                    "law": law,
+                    "distribution": distribution,
                     "d": vector_model.dim,
                     "rho": moments.rho,
                     "replicates": repeats,
@@ -51,9 +51,9 @@ def run(config: Config) -> Result:
     names = list(dict.fromkeys(row["model"] for row in rows))
     result = Result(
         summary=(
-            f"{len(names)} models ({', '.join(names)}), three laws, P = {COUNT}, {replicates} replicates (200 for "
-            f"models above 1e5 parameters): the largest gap between measured and predicted rms error is {worst:.1%}; "
-            f"the mean kernel is K within {bias:.2f} times its expected spread."
+            f"{len(names)} models ({', '.join(names)}), three distributions, P = {COUNT}, {replicates} replicates "
+            f"(200 for models above 1e5 parameters): the largest gap between measured and predicted rms error is "
+            f"{worst:.1%}; the mean kernel is K within {bias:.2f} times its expected spread."
         ),
         numbers={"rows": rows, "largest_gap": worst},
         figures={"laws": draw_figure(rows, names)},
@@ -69,7 +69,7 @@ def run(config: Config) -> Result:
         Verdict(
             "Gaussian and Rademacher directions behave alike (Fig. 4, 5).",
             "holds",
-            f"All laws sit on their own closed forms within {worst:.1%}; the forms differ by D / S, small here.",
+            f"Each distribution is on its own closed form within {worst:.1%}; the forms differ by D / S, small here.",
             id="entk-laws-of-kernels",
         ),
     ]
@@ -103,7 +103,7 @@ def models(config: Config):
     yield "SmolLM2, LoRA, label words", model, kept[0], kept[1], words
 
 
-def draw(model, x_o, x_u, law: str, repeats: int, seed: int) -> Tensor:
+def draw(model, x_o, x_u, distribution: str, repeats: int, seed: int) -> Tensor:
     """Return ``repeats`` independent kernels of ``COUNT`` directions, (repeats, V, V)."""
     kernels = []
     per_call = max(1, min(repeats, 250_000_000 // (model.dim * COUNT)))
@@ -114,7 +114,7 @@ def draw(model, x_o, x_u, law: str, repeats: int, seed: int) -> Tensor:
             x_o,
             x_u,
             num_perturbations=count * COUNT,
-            distribution=law,
+            distribution=distribution,
             seed=seed,
             first=start * COUNT,
             method="jacobian",
@@ -130,12 +130,12 @@ def draw_figure(rows: list[dict[str, Any]], names: list[str]):
     with figures() as Figure:
         figure = Figure(layout="constrained")
         axis = figure.subplots()
-        for offset, (law, color) in enumerate(zip(LAWS, PALETTE, strict=False)):
-            chosen = [row for row in rows if row["law"] == law]
+        for offset, (distribution, color) in enumerate(zip(DISTRIBUTIONS, PALETTE, strict=False)):
+            chosen = [row for row in rows if row["distribution"] == distribution]
             x = [names.index(row["model"]) + 0.2 * (offset - 1) for row in chosen]
             y = [row["measured_over_predicted"] for row in chosen]
             spread = [abs((r**2 - 1) / row["z"]) / r if row["z"] else 0.0 for r, row in zip(y, chosen, strict=True)]
-            axis.errorbar(x, y, yerr=spread, fmt="o", color=color, label=law, capsize=3)
+            axis.errorbar(x, y, yerr=spread, fmt="o", color=color, label=distribution, capsize=3)
         axis.axhspan(0.95, 1.05, color="grey", alpha=0.15, linewidth=0)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(names)), names, rotation=15, fontsize=8)
