@@ -225,3 +225,38 @@ def test_registry_makes_every_family():
     assert get_directions(family) is family
     with pytest.raises(UsageError, match="already made"):
         get_directions(family, rank=2)
+
+
+# ------------------------------------------------------------------------------------- common properties
+
+
+def test_families_whose_tensors_depend_on_each_other_say_so():
+    coupled = {name for name, family in FAMILIES.items() if family.couples_tensors}
+    assert coupled == {"sphere", "blockwise", "orthogonal"}
+    tensors = weights()
+    for name, family in FAMILIES.items():
+        family.prepare(tensors)
+        whole = family(tensors, seed=5, step=1, index=0)
+        apart = {key: family({key: value}, seed=5, step=1, index=0)[key] for key, value in tensors.items()}
+        assert all(torch.equal(whole[key], apart[key]) for key in tensors) == (name not in coupled)
+
+
+def test_blockwise_passes_on_what_the_inner_directions_need():
+    tensors = weights()
+    inner = Sparse(0.5)
+    family = Blockwise(inner)
+    family.prepare(tensors)
+    assert family.state_dict()["masks"].keys() == tensors.keys()
+    other = Blockwise(Sparse(0.5))
+    other.load_state_dict(family.state_dict())
+    assert all(torch.equal(other.inner.mask(k, v.shape), inner.mask(k, v.shape)) for k, v in tensors.items())
+    assert (family.gain(), family.seeded) == (1.0, True)
+
+
+def test_representations_make_the_same_family():
+    for family in FAMILIES.values():
+        again = eval(repr(family))
+        assert repr(again) == repr(family)
+        tensors = weights()
+        z = [made(tensors, seed=5, step=1, index=2) for made in (again, family)]
+        assert all(torch.equal(z[0][name], z[1][name]) for name in tensors)

@@ -12,10 +12,12 @@ from ranks import spawn
 
 from zokernel.directions import Dense, LowRank, Sparse
 from zokernel.directions.backends import dispatch
+from zokernel.directions.families import preconditioned
 from zokernel.directions.philox import stream_key
 from zokernel.directions.terms import Job, Noise
 from zokernel.directions.weights.placement import Placement, find_runs
 
+WINDOW = 16  # several per tensor, some of which begin in the middle of a shard
 SHAPES = {"even": (8, 6), "odd": (7, 5), "vector": (9,), "cube": (3, 4, 5)}
 
 
@@ -26,6 +28,7 @@ def families():
         "sphere": Dense("sphere"),
         "sparse": Sparse(0.4, distribution="gaussian"),
         "low_rank": LowRank(2),
+        "preconditioned": preconditioned.Preconditioned(Dense("gaussian")),
     }
 
 
@@ -35,6 +38,9 @@ def whole():
 
 
 def update(family, tensors):
+    family.prepare(tensors)
+    if isinstance(family, preconditioned.Preconditioned):
+        family.learn([3.0, -0.5], 0.2, seed=3, step=0)
     family.add_(tensors, [0.5, -1.0], seed=3, step=1, index=[0, 2], decay=0.9, stochastic=True)
 
 
@@ -46,6 +52,7 @@ def run_rank(rank, rendezvous, results):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
+    preconditioned.WINDOW = WINDOW
     found = {}
     for label, placement in (("rows", Shard(0)), ("columns", Shard(1)), ("replicate", Replicate())):
         for name, family in families().items():
@@ -55,6 +62,9 @@ def run_rank(rank, rendezvous, results):
             found[label, name] = {k: v.full_tensor() for k, v in shards.items()}
             z = family(shards, seed=3, step=1, index=0)
             found[label, name + " z"] = {k: v.full_tensor() for k, v in z.items()}
+            found[label, name + " gain"] = family.gain()
+            if name == "preconditioned":
+                assert all(h.placements == (placement,) for h in family.curvature.values())
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
@@ -77,7 +87,8 @@ def gathered(tmp_path_factory):
 
 @pytest.mark.parametrize("label", ["rows", "columns", "replicate"])
 @pytest.mark.parametrize("name", families())
-def test_shards_make_up_the_whole(gathered, label, name):
+def test_shards_make_up_the_whole(gathered, label, name, monkeypatch):
+    monkeypatch.setattr(preconditioned, "WINDOW", WINDOW)
     tensors = {k: v for k, v in whole().items() if v.dim() > 1 or label != "columns"}
     family = families()[name]
     expected = {k: v.clone() for k, v in tensors.items()}
@@ -86,6 +97,7 @@ def test_shards_make_up_the_whole(gathered, label, name):
     for k in tensors:
         assert torch.equal(gathered[label, name][k], expected[k])
         assert torch.equal(gathered[label, name + " z"][k], z[k])
+    assert gathered[label, name + " gain"] == pytest.approx(family.gain(), rel=1e-12)
 
 
 def test_fsdp_parameters_get_the_directions_of_the_unsharded_model(gathered):

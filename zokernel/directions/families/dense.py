@@ -87,7 +87,9 @@ class Dense(Directions):
         """Add noise by tables that are made once (on the CPU only signs, to float32); return whether it was added."""
         rules = set(sweep.rule.values()) if isinstance(sweep.rule, Mapping) else {sweep.rule}
         gridded = sweep.old_scale is not None or sweep.grid is not None
-        if type(self) is not Dense or self.couples_tensors or gridded or len(rules) != 1 or not sweep.draws:
+        if type(self) is not Dense or self.distribution.name == "sphere" or not sweep.draws:
+            return False
+        if gridded or len(rules) != 1:
             return False
         weights = fingerprint(tensors)
         if weights is None:
