@@ -17,6 +17,7 @@ SETTINGS = {
     "sgd": (0.05, 0.5, {}),
     "sparse_mezo": (0.05, 0.5, {"num_perturbations": 2, "density": 1.0}),
     "subzero": (0.03, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5}),
+    "zeroth_order": (0.05, 0.5, {"estimator": "two_point(1e-3, 2)"}),
     "zo_adam": (0.05, 0.03, {"num_perturbations": 4}),
     "zo_adamm": (0.05, 0.03, {"num_perturbations": 4}),
     "zo_sign": (0.02, 0.01, {"num_perturbations": 4}),
@@ -32,8 +33,20 @@ VARIANTS = {
         "forward_difference",
         (0.02, 0.1, {"num_perturbations": 2, "normalize": True, "polyak_share": 0.5}),
     ),
-    "kerzoo_md_int8": ("kerzoo", (0.005, 0.1, {"averaging": "int8", "grad_at": "md"})),
-    "kerzoo_clip": ("kerzoo", (0.008, 0.1, {"averaging": "fp32", "clip": "param_init", "clip_radius": 50.0})),
+    "kerzoo_md_int8": ("kerzoo_printed", (0.005, 0.1, {"averaging": "int8", "grad_at": "md"})),
+    "kerzoo_clip": ("kerzoo_printed", (0.008, 0.1, {"averaging": "fp32", "clip": "param_init", "clip_radius": 50.0})),
+    "low_rank_one_sided_adam": (
+        "zeroth_order",
+        (
+            0.05,
+            0.03,
+            {"directions": "low_rank(1, refresh=5)", "estimator": "one_sided(1e-3, 4)", "update": "adam"},
+        ),
+    ),
+    "normalized_momentum": (
+        "zeroth_order",
+        (0.006, 0.02, {"estimator": "two_point(1e-3, 2)", "update": "normalized(0.9) + sgd(0.8)"}),
+    ),
     "zo_sign_projection": ("zo_sign", (0.03, 0.02, {"num_perturbations": 4, "sign_of": "projection"})),
 }
 CASES = {name: (name, settings) for name, settings in SETTINGS.items()} | VARIANTS

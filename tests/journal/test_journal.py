@@ -21,21 +21,25 @@ from zokernel.journal import Journal, JournalWriter, Step
 from zokernel.journal.format import encode, encode_header
 
 
-@pytest.mark.parametrize("restore", ["fold", "copy", "grid"])
+@pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_place:grid", "in_forward"])
 @pytest.mark.parametrize("name", ALL)
-def test_every_method_is_replayed_bit_for_bit(name, restore, tmp_path):
-    if restore == "grid" and name in NOT_ON_A_GRID:
-        with pytest.raises(UsageError, match="grid"):
-            record_run(tmp_path, name, restore=restore)
+def test_every_method_is_replayed_bit_for_bit(name, perturb, tmp_path):
+    if perturb == "in_forward" and name.startswith("forward_gradient"):
+        with pytest.raises(UsageError, match="leave out perturb"):
+            record_run(tmp_path, name, perturb=perturb)
         return
-    weights, _, _ = record_run(tmp_path, name, restore=restore)
+    if perturb == "in_place:grid" and name in NOT_ON_A_GRID:
+        with pytest.raises(UsageError, match="grid"):
+            record_run(tmp_path, name, perturb=perturb)
+        return
+    weights, _, _ = record_run(tmp_path, name, perturb=perturb)
     assert same(replay(network(), tmp_path), weights[-1])
     assert same(replay(network(), tmp_path, step=4), weights[4])
     assert not torch.equal(weights[4]["0.weight"], weights[5]["0.weight"])
 
 
 def test_bf16_weights_are_replayed_with_their_stochastic_rounding(tmp_path):
-    weights, _, _ = record_run(tmp_path, "mezo", dtype=torch.bfloat16, restore="copy")
+    weights, _, _ = record_run(tmp_path, "mezo", dtype=torch.bfloat16, perturb="in_place:copy")
     assert same(replay(network(torch.bfloat16), tmp_path), weights[-1])
 
 

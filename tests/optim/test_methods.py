@@ -128,7 +128,7 @@ def test_steps_are_normalised_by_what_they_can_be():
     with pytest.raises(UsageError, match="polyak_share"):
         ForwardDifference([weight()], polyak_share=0.0)
     w = weight()
-    optimizer = ForwardDifference([("w", w)], lr=0.01, normalize=True, polyak_share=0.1, restore="copy")
+    optimizer = ForwardDifference([("w", w)], lr=0.01, normalize=True, polyak_share=0.1, perturb="in_place:copy")
     with pytest.raises(UsageError, match="least value is zero"):
         optimizer.step(lambda: loss_at(w.detach()) - 1e6)
     assert torch.equal(w.detach(), START.to(w.dtype))
@@ -327,7 +327,7 @@ def test_decay_goes_by_module_type():
         (lambda: MeZO([weight()], lr=0.1, weight_decay=-1), "weight_decay"),
         (lambda: MeZO([weight()], lr=0.1, momentum=1.0), "momentum"),
         (lambda: MeZO([weight()], lr=0.1, distribution="cauchy"), "cauchy"),
-        (lambda: MeZO([weight()], lr=0.1, restore="undo"), "undo"),
+        (lambda: MeZO([weight()], lr=0.1, perturb="undo"), "undo"),
         (lambda: MeZO([{"params": [("a", weight())]}, {"params": [("a", weight())]}], lr=0.1), "named 'a'"),
         (lambda: MeZO([weight()], lr=0.1).load_state_dict(SGD([weight()]).state_dict()), "zeroth-order"),
         (lambda: ZOSign([weight()], sign_of="loss"), "sign_of"),
@@ -342,14 +342,6 @@ def test_errors_say_what_to_do(call, match):
         call()
 
 
-def test_a_loop_may_end_with_a_bare_step():
-    optimizer = MeZO([weight()], lr=0.0)
-    optimizer.step(lambda: 2.0)
-    optimizer.loop_calls_step = True
-    assert optimizer.step() == 2.0
-    assert optimizer.step_count == 1
-
-
 def test_equal_losses_in_the_first_step_are_warned_about(caplog):
     """As when the closure works on a copy of the weights."""
     weight, copy = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
@@ -360,14 +352,14 @@ def test_equal_losses_in_the_first_step_are_warned_about(caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("restore", ["fold", "copy"])
-def test_hizoo_s_windows_change_nothing(monkeypatch, restore):
+@pytest.mark.parametrize("perturb", ["in_place", "in_place:copy"])
+def test_hizoo_s_windows_change_nothing(monkeypatch, perturb):
     """Directions belong to positions, so it does not matter how many of them are held at a time."""
     ends = []
     for window in (7, 1 << 21):
-        monkeypatch.setattr("zokernel.optim.published.hizoo.WINDOW", window)
+        monkeypatch.setattr("zokernel.directions.families.preconditioned.WINDOW", window)
         w = nn.Parameter(torch.linspace(-1, 1, 60).view(6, 10))
-        optimizer = HiZOO([("w", w)], lr=0.01, num_perturbations=2, hessian_smooth=0.1, restore=restore)
+        optimizer = HiZOO([("w", w)], lr=0.01, num_perturbations=2, hessian_smooth=0.1, perturb=perturb)
         for _ in range(4):
             optimizer.step(lambda w=w: (w - 0.5).pow(4).sum())
         ends.append(w.detach().clone())

@@ -7,20 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from zokernel.directions.backends import numba_backend
+from zokernel.directions import Blockwise, Dense, Orthogonal
+from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.errors import RunError, UsageError
-from zokernel.optim import LOZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero
+from zokernel.optim import LOZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero, ZerothOrder
 from zokernel.perturb import in_forward as module
 from zokernel.perturb.in_forward import InForward
 
 OPTIMIZERS = {
-    "mezo": lambda p: MeZO(p, lr=1e-3, num_perturbations=2, restore="copy"),
-    "gaussian": lambda p: MeZO(p, lr=1e-3, distribution="gaussian", restore="copy"),
-    "kerzoo": lambda p: KerZOO(p, lr=1e-3, restore="copy"),
-    "lozo": lambda p: LOZO(p, lr=1e-3, restore="copy"),
-    "subzero": lambda p: SubZero(p, lr=1e-3, restore="copy"),
-    "sparse": lambda p: SparseMeZO(p, lr=1e-3, restore="copy"),
-    "hizoo": lambda p: HiZOO(p, lr=1e-3, restore="copy"),
+    "mezo": lambda p: MeZO(p, lr=1e-3, num_perturbations=2, perturb="in_place:copy"),
+    "gaussian": lambda p: MeZO(p, lr=1e-3, distribution="gaussian", perturb="in_place:copy"),
+    "kerzoo": lambda p: KerZOO(p, lr=1e-3, perturb="in_place:copy"),
+    "lozo": lambda p: LOZO(p, lr=1e-3, perturb="in_place:copy"),
+    "subzero": lambda p: SubZero(p, lr=1e-3, perturb="in_place:copy"),
+    "sparse": lambda p: SparseMeZO(p, lr=1e-3, perturb="in_place:copy"),
+    "hizoo": lambda p: HiZOO(p, lr=1e-3, perturb="in_place:copy"),
 }
 
 
@@ -47,11 +48,11 @@ def make_closure(model, autocast=False):
     return closure
 
 
-def run(name, make, evaluator=None, steps=3, autocast=False):
+def run(name, make, perturb=None, steps=3, autocast=False):
     model = build(name)
     closure, optimizer = make_closure(model, autocast), make(model)
-    if evaluator is not None:
-        optimizer.evaluator = evaluator
+    if perturb is not None:
+        optimizer.perturb = perturb
     losses = []
     for _ in range(steps):
         optimizer.step(closure)
@@ -99,7 +100,7 @@ def test_the_weights_stay_where_they_are_during_a_forward():
         return loss
 
     optimizer = MeZO(model, lr=0.0)
-    optimizer.evaluator = InForward()
+    optimizer.perturb = InForward()
     optimizer.step(watching)
     assert optimizer.last_estimate.losses[0] != optimizer.last_estimate.losses[1]
 
@@ -107,11 +108,11 @@ def test_the_weights_stay_where_they_are_during_a_forward():
 def test_adapters():
     from peft import LoraConfig, get_peft_model
 
-    def losses(evaluator):
+    def losses(perturb):
         model = get_peft_model(build("llama"), LoraConfig(r=4, init_lora_weights=False)).eval()
-        optimizer = MeZO(model, lr=1e-3, num_perturbations=3, restore="copy")
-        if evaluator:
-            optimizer.evaluator = evaluator
+        optimizer = MeZO(model, lr=1e-3, num_perturbations=3, perturb="in_place:copy")
+        if perturb:
+            optimizer.perturb = perturb
         closure = make_closure(model)
         torch.manual_seed(0)
         for parameter in optimizer.named_params.values():
@@ -132,10 +133,10 @@ def test_views_of_a_weight_survive_the_next_copy():
         return (transposed @ inputs - other).square().sum()
 
     results = []
-    for evaluator in (None, InForward()):
-        optimizer = MeZO([first, second], lr=0.0, eps=0.1, restore="copy")
-        if evaluator:
-            optimizer.evaluator = evaluator
+    for perturb in (None, InForward()):
+        optimizer = MeZO([first, second], lr=0.0, eps=0.1, perturb="in_place:copy")
+        if perturb:
+            optimizer.perturb = perturb
         optimizer.step(closure)
         results.append(optimizer.last_estimate.losses)
     assert results[0] == pytest.approx(results[1], rel=1e-6)
@@ -147,10 +148,10 @@ def test_parameters_in_a_list_are_perturbed(layer):
     torch.manual_seed(0)
     model, inputs = layer(12, 16, num_layers=2), torch.randn(5, 3, 12)
     losses = []
-    for evaluator in (None, InForward()):
-        optimizer = MeZO(model, lr=0.0, eps=0.1, restore="copy")
-        if evaluator:
-            optimizer.evaluator = evaluator
+    for perturb in (None, InForward()):
+        optimizer = MeZO(model, lr=0.0, eps=0.1, perturb="in_place:copy")
+        if perturb:
+            optimizer.perturb = perturb
         optimizer.step(lambda: model(inputs)[0].square().mean())
         losses.append(optimizer.last_estimate.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -160,17 +161,23 @@ def test_parameters_in_a_list_are_perturbed(layer):
 def test_a_closure_on_other_tensors_is_refused():
     weight, copy = nn.Parameter(torch.ones(3)), torch.ones(3)
     optimizer = MeZO([weight], lr=0.1)
-    optimizer.evaluator = InForward()
+    optimizer.perturb = InForward()
     with pytest.raises(RunError, match="without the trained parameters"):
         optimizer.step(lambda: copy.square().sum())
 
 
 def test_strided_weights_are_refused():
     weight = nn.Parameter(torch.ones(3, 4).t())
-    optimizer = MeZO([weight], lr=0.1)
-    optimizer.evaluator = InForward()
     with pytest.raises(UsageError, match="not contiguous"):
-        optimizer.step(lambda: weight.square().sum())
+        MeZO([weight], lr=0.1, perturb="in_forward")
+
+
+@pytest.mark.parametrize("directions", [Dense("sphere"), Orthogonal(2), Blockwise(Dense(), every=1)], ids=repr)
+def test_directions_that_couple_tensors_are_refused(directions):
+    """A few tensors at a time would be perturbed along other directions than the update follows."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(UsageError, match="depend on the others"):
+        ZerothOrder(model, directions=directions, perturb="in_forward")
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -193,7 +200,7 @@ def test_tables_of_copies_are_made_between_forwards(monkeypatch, autocast):
 
     monkeypatch.setattr(numba_backend, "PreparedCopies", Watched)
     optimizer = MeZO(model, lr=1e-3)
-    optimizer.evaluator = InForward()
+    optimizer.perturb = InForward()
     for _ in range(2):
         optimizer.step(watched)
     assert len(made) > 10

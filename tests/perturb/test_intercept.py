@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zokernel.perturb.intercept import Watched
+from zokernel.perturb.intercept import Intercepted
 
 
 def recorded(seen):
@@ -19,7 +19,7 @@ def recorded(seen):
 
 def test_only_operations_on_values_of_watched_tensors_are_seen():
     weight, other, seen = nn.Parameter(torch.ones(2, 3)), torch.ones(4, 3), []
-    with Watched([weight, weight], recorded(seen)):
+    with Intercepted([weight, weight], recorded(seen)):
         assert (weight.shape, weight.size(0), weight.dtype) == ((2, 3), 2, torch.float32)
         assert isinstance(weight, nn.Parameter)
         product = torch.nn.functional.linear(other, weight)
@@ -31,14 +31,16 @@ def test_only_operations_on_values_of_watched_tensors_are_seen():
 
 def test_what_the_handler_does_is_not_watched():
     weight = torch.full((3,), 2.0)
-    with Watched([weight], lambda func, args, kwargs: func(*[a * 10 if a is weight else a for a in args], **kwargs)):
+    with Intercepted(
+        [weight], lambda func, args, kwargs: func(*[a * 10 if a is weight else a for a in args], **kwargs)
+    ):
         assert torch.add(weight, 1.0).tolist() == [21.0] * 3
 
 
 def test_classes_are_restored_after_an_error_and_by_nested_contexts():
     weight, outer, inner = torch.ones(2), [], []
-    with Watched([weight], recorded(outer)):
-        with pytest.raises(RuntimeError), Watched([weight], recorded(inner)):
+    with Intercepted([weight], recorded(outer)):
+        with pytest.raises(RuntimeError), Intercepted([weight], recorded(inner)):
             torch.mm(weight, weight)
         weight.sum()
     assert (outer, inner) == (["sum"], ["mm"])

@@ -10,13 +10,12 @@ from torch import nn
 
 from zokernel.errors import RunError, UsageError
 from zokernel.optim import FZOO, HiZOO, KerZOO, MeZO, Richardson, ZOAdam
-from zokernel.perturb import InForward
-from zokernel.perturb.parallel import Parallel
+from zokernel.perturb import InForward, InPlace, Parallel
 
 METHODS = {
     "mezo": lambda p: MeZO(p, lr=1e-2, num_perturbations=4),
     "mezo_odd": lambda p: MeZO(p, lr=1e-2, num_perturbations=1, momentum=0.5),
-    "mezo_grid": lambda p: MeZO(p, lr=1e-2, num_perturbations=3, restore="grid"),
+    "mezo_grid": lambda p: MeZO(p, lr=1e-2, num_perturbations=3, perturb="in_place:grid"),
     "kerzoo": lambda p: KerZOO(p, lr=1e-3, num_perturbations=3, averaging="fp32"),
     "fzoo": lambda p: FZOO(p, lr=1e-3, num_perturbations=4),
     "hizoo": lambda p: HiZOO(p, lr=1e-3),
@@ -36,11 +35,11 @@ def batch(dtype=torch.float64):
     return torch.randn(8, 6, generator=generator, dtype=dtype), torch.randint(3, (8,), generator=generator)
 
 
-def train(make, dtype, evaluator=None, rows=slice(None)):
+def train(make, dtype, perturb=None, rows=slice(None)):
     model, (inputs, labels) = network(dtype), batch(dtype)
     optimizer = make(model)
-    if evaluator is not None:
-        optimizer.evaluator = evaluator
+    if perturb is not None:
+        optimizer.perturb = perturb
     losses = [
         optimizer.step(lambda: nn.functional.cross_entropy(model(inputs[rows]), labels[rows])) for _ in range(STEPS)
     ]
@@ -51,29 +50,36 @@ def dtype_of(name):
     return torch.float32 if name == "mezo_grid" else torch.float64
 
 
+def inner_of(name):
+    return InPlace("grid") if name == "mezo_grid" else InPlace()
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
     for name, make in METHODS.items():
-        evaluator = Parallel("perturbation")
-        found[name] = (*train(make, dtype_of(name), evaluator), evaluator.bytes_sent)
-    found["in forward"] = train(METHODS["mezo"], torch.float64, Parallel("perturbation", inner=InForward()))
+        perturb = Parallel("perturbation", inner_of(name))
+        found[name] = (*train(make, dtype_of(name), perturb), perturb.bytes_sent)
+    found["in forward"] = train(METHODS["mezo"], torch.float64, Parallel("perturbation", InForward()))
     half = slice(4 * rank, 4 * rank + 4)
     found["data"] = train(METHODS["mezo"], torch.float64, Parallel("data"), rows=half)
+    uneven = slice(0, 5) if rank == 0 else slice(5, 8)
+    weighted = Parallel("data", weight=lambda: float(uneven.stop - uneven.start))
+    found["uneven data"] = train(METHODS["mezo"], torch.float64, weighted, rows=uneven)
     found["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
     found["sharded"] = train_sharded()
     model = network()
     with torch.no_grad():
         model[0].weight[0, 0] += rank
     optimizer = MeZO(model, lr=0.1)
-    optimizer.evaluator = Parallel("perturbation")
+    optimizer.perturb = Parallel("perturbation")
     try:
         optimizer.step(lambda: 0.0)
     except RunError as error:
         found["different"] = str(error)
     optimizer = MeZO(network(), lr=0.1)
-    optimizer.evaluator = Parallel("perturbation")
+    optimizer.perturb = Parallel("perturbation")
     try:
         optimizer.step(lambda: float("nan") if rank else 1.0)
     except RunError as error:
@@ -90,7 +96,7 @@ def train_sharded():
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
     half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     optimizer = METHODS["mezo"](model)
-    optimizer.evaluator = Parallel("data")
+    optimizer.perturb = Parallel("data")
     losses = [
         optimizer.step(lambda: nn.functional.cross_entropy(model(inputs[half]), labels[half])) for _ in range(STEPS)
     ]
@@ -141,6 +147,15 @@ def test_data_parallel_is_one_process_with_the_whole_batch(ranks):
         assert found_losses == pytest.approx(losses, rel=1e-12)
         assert_close(found, alone)
     assert same_bits(ranks[0]["data"][0], ranks[1]["data"][0])
+
+
+def test_batches_of_other_sizes_count_by_their_weight(ranks):
+    """Means over 5 and 3 examples make the mean over 8 with the weights 5 and 3, not as a mean of means."""
+    alone, losses = train(METHODS["mezo"], torch.float64)
+    for rank in ranks:
+        found, found_losses = rank["uneven data"]
+        assert found_losses == pytest.approx(losses, rel=1e-12)
+        assert_close(found, alone)
 
 
 def test_hybrid_with_all_ranks_on_the_points_is_perturbation_parallel(ranks):

@@ -52,15 +52,17 @@ def compare(make, model, *, max_copies=16, tolerance):
     closure, copies = losses_of(model, data())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     looped = make([(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    expected = looped.estimate(closure)
-    looped._restore.restore()
+    looped.step(closure)
+    expected = looped.last_estimate
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(before[name])
     stacked = make([(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    stacked.evaluator = Stacked(copies, max_copies=max_copies)
+    stacked.perturb = Stacked(copies, max_copies=max_copies)
+    points = stacked.estimator.points(seed=0, step=0)
     with torch.no_grad():
-        found = stacked.estimate(closure)
+        losses = stacked.perturb.losses(closure, points, step=0)
+    found = stacked.estimator.combine(losses, seed=0, step=0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert found.losses == pytest.approx(expected.losses, rel=tolerance)
     assert len(set(found.losses)) == len(found.losses)
@@ -91,7 +93,7 @@ def test_a_step_lands_on_the_loop_s_weights():
         closure, copies = losses_of(model, data())
         optimizer = LOZO(model, lr=1e-3, num_perturbations=2, eps=1e-2)
         if use:
-            optimizer.evaluator = Stacked(copies)
+            optimizer.perturb = Stacked(copies)
         for _ in range(3):
             optimizer.step(closure)
         ends.append([p.detach().clone() for p in model.parameters()])
@@ -103,17 +105,18 @@ def test_dense_directions_of_large_matrices_do_not_fit():
     model = build("llama")
     closure, copies = losses_of(model, data())
     optimizer = MeZO(model, lr=1e-3)
-    optimizer.evaluator = Stacked(copies, max_bytes=1 << 20)
-    assert not stackable(optimizer, 2, 1 << 20)
+    optimizer.perturb = Stacked(copies, max_bytes=1 << 20)
+    assert not stackable(optimizer.named_params, optimizer.directions, 2, 1 << 20)
     with pytest.raises(UsageError, match="low-rank directions"):
         optimizer.step(closure)
-    assert stackable(LOZO(model, lr=1e-3), 2, 1 << 25)
+    low_rank = LOZO(model, lr=1e-3)
+    assert stackable(low_rank.named_params, low_rank.directions, 2, 1 << 25)
 
 
 def test_an_unknown_use_of_a_parameter_is_refused():
     weight = nn.Parameter(torch.ones(3))
     optimizer = MeZO([weight], lr=0.1)
-    optimizer.evaluator = Stacked(lambda copies: weight.square().sum().expand(copies))
+    optimizer.perturb = Stacked(lambda copies: weight.square().sum().expand(copies))
     with pytest.raises(UsageError, match="passes a trained parameter to square"):
         optimizer.step(lambda: weight.square().sum())
 
@@ -121,6 +124,6 @@ def test_an_unknown_use_of_a_parameter_is_refused():
 def test_one_loss_a_copy_is_asked_for():
     layer = nn.Linear(2, 1)
     optimizer = MeZO(layer, lr=0.1)
-    optimizer.evaluator = Stacked(lambda copies: layer(torch.ones(copies, 2)).mean())
-    with pytest.raises(UsageError, match="one loss a copy"):
+    optimizer.perturb = Stacked(lambda copies: layer(torch.ones(copies, 2)).mean())
+    with pytest.raises(UsageError, match="one loss per copy"):
         optimizer.step(lambda: layer(torch.ones(1, 2)).mean())

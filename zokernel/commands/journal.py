@@ -1,7 +1,7 @@
-"""Look into a run's journal, check it, or cut it back to an earlier step.
+"""Show a run's journal, verify it, or truncate it to an earlier step.
 
-zokernel journal show RUN            what was trained, how, and how far
-zokernel journal verify RUN          is every byte in place?  with --base: is this its base?
+zokernel journal show RUN            what was trained, how, and how many steps
+zokernel journal verify RUN          every checksum; with --base, the base too
 zokernel journal truncate RUN --step N
 """
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel journal``."""
     parser.add_argument("action", choices=["show", "verify", "truncate"], help="what to do with the journal")
     parser.add_argument("journal", type=Path, help="a .zkj file, or the output_dir of the run")
-    parser.add_argument("--base", help="verify: the model the run is said to have started from")
+    parser.add_argument("--base", help="verify: check that the run started from this model")
     parser.add_argument("--step", type=int, help="show: this step; truncate: keep this many steps")
     add_switch(parser, "--damaged", help="truncate: a damaged journal, before the damage")
 
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
             check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))
         torn = f" A torn last record of {journal.torn_bytes} bytes will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""
-        print(f"{journal.path}: {journal.num_steps} steps, every checksum right.{torn}{base}")
+        print(f"{journal.path}: {journal.num_steps} steps, every checksum is right.{torn}{base}")
         return 0
     print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
     return 0
@@ -52,9 +52,12 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(journal: Any) -> list[str]:
     """Return the lines of ``zokernel journal show``."""
+    from zokernel.journal.compat import is_old
     from zokernel.journal.replay import HEADER_KEYS
 
     header, steps, events = journal.header, journal.steps, journal.events
+    if is_old(header):
+        header = {**header, "perturb": f"{header['restore']} (as zokernel 0.1 called it)", "update": ""}
     if not header.keys() >= HEADER_KEYS:
         return [f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes", f"header      {header}"]
     numbers = sum(math.prod(shape) for _, shape in header["parameters"].values())
@@ -63,7 +66,7 @@ def describe(journal: Any) -> list[str]:
         f"method      {header['method']}  {header['options']}",
         f"estimator   {header['estimator']}",
         f"directions  {header['directions']}, seed {header['seed']}, by {header['backend']}",
-        f"restore     {header['restore']}",
+        f"perturb     {header['perturb']}",
         f"parameters  {len(header['parameters'])} tensors, {numbers:,} numbers",
         f"base        sha256 {header['base_sha256']}",
         f"written by  zokernel {header['zokernel']}, torch {header['torch']}",
@@ -99,10 +102,10 @@ def describe_step(journal: Any, step: int) -> list[str]:
 
 
 def truncate(args: argparse.Namespace) -> int:
-    """Cut a journal back to some step, keeping the whole of it beside as ``.bak``.
+    """Truncate a journal to some step, and keep the old file beside it as ``.bak``.
 
     Raises:
-        UsageError: If no step is given, or there is none such.
+        UsageError: If no step is given, or the journal has no such step.
         RunError: If a run is using the journal.
     """
     from zokernel.finetune.storage.lock import exclusive

@@ -144,7 +144,7 @@ def make_optimizer(header: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
         options["perturb"] = perturb_for_replay(header["perturb"])
     optimizer: ZerothOrder = method(groups, **options)
     for trait, value in ({} if "upgraded_from" in header else _traits(optimizer)).items():
-        if value != header[trait] and trait != "perturb":
+        if value != header[trait]:
             raise RunError(
                 f"The options in the journal make {trait} {value} and the run had {header[trait]}: the header was "
                 "made with incomplete options, or by another version of zokernel."

@@ -49,7 +49,7 @@ class InForward(Perturb):
     made before, and no compiled or captured graph.
 
     Attributes:
-        schedule: What is copied when, once losses have been taken.
+        schedule: What is copied when; complete once losses have been taken.
 
     Raises:
         UsageError: When attached, if the directions or the weights (sharded, strided) cannot be copied this way.
@@ -79,20 +79,22 @@ class InForward(Perturb):
             )
         super().attach(parameters, directions, seed=seed, reach=reach)
         self._directions = directions
+        if self.schedule is None:
+            self.schedule = CopySchedule(parameters)
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Evaluate the closure at each point, with perturbed copies in place of the weights."""
-        parameters, seed = self.weights.tensors, self.weights.seed
-        if self.schedule is None or self.schedule.parameters is not parameters:
-            self.schedule = CopySchedule(parameters)
-            self.schedule.prepare(self._directions, seed=seed)
+        seed, schedule = self.weights.seed, self.schedule
+        assert schedule is not None
+        if not schedule.learned:
+            schedule.prepare(self._directions, seed=seed)
         found = []
         for offsets in points:
-            with Perturbed(self.schedule, self._directions, Point(offsets, seed, step)):
+            with Perturbed(schedule, self._directions, Point(offsets, seed, step)):
                 found.append(loss_value(closure()))
-            if not self.schedule.learned:
-                self.schedule.finish()
-                self.schedule.prepare(self._directions, seed=seed)
+            if not schedule.learned:
+                schedule.finish()
+                schedule.prepare(self._directions, seed=seed)
         return found
 
 
@@ -121,7 +123,7 @@ class CopySchedule:
         for name, tensor in parameters.items():
             place = place_all({name: tensor})[0]
             if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
-                raise UsageError(f"{name} is sharded or not contiguous: perturb it in place, not in the forward.")
+                raise UsageError(f"{name} is sharded or not contiguous: use perturb='in_place'.")
             self.places[id(tensor)] = place
         on_gpus = sum(place.numel for place in self.places.values() if place.local.is_cuda)
         self.stretch = max(STRETCH, int(GPU_SHARE * on_gpus))

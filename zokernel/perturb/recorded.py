@@ -38,3 +38,19 @@ class Recorded(Perturb):
             for offsets in points:
                 self.weights.move_to(step, offsets)
         return self.numbers
+
+
+class Replayed(Perturb):
+    """Restores and updates the weights as a run did whose losses were taken at weights left in place.
+
+    Args:
+        name: How that run perturbed.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Refuse: a replayed optimizer has no way of taking losses until it is given one."""
+        raise UsageError("This optimizer replays a journal: set optimizer.perturb before you go on training.")

@@ -6,6 +6,7 @@ from zokernel.errors import UsageError
 from zokernel.perturb.base import Perturb
 from zokernel.perturb.in_forward import InForward
 from zokernel.perturb.in_place import InPlace
+from zokernel.perturb.recorded import Replayed
 
 NAMES = ("in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
 
@@ -42,8 +43,5 @@ def make_perturb(perturb: str | Perturb) -> Perturb:
 
 
 def perturb_for_replay(name: str) -> Perturb:
-    """Return what restores and updates the weights as the way called ``name`` does, to replay a journal.
-
-    No losses are taken in a replay, so ``in_forward`` stands for every way that leaves the weights in place.
-    """
-    return make_perturb(name if name.startswith("in_place") else "in_forward")
+    """Return what restores and updates the weights as the way called ``name`` does, to replay a journal."""
+    return make_perturb(name) if name.startswith("in_place") else Replayed(name)
