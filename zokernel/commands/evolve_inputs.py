@@ -19,7 +19,7 @@ from zokernel.kernels.features import MEMORY_BUDGET, jacobian_features
 
 logger = logging.getLogger(__name__)
 
-SMALL_FEATURES = 2**26  # elements: features up to this size are kept for laws that need them
+SMALL_FEATURES = 2**26  # elements: features up to this size are kept for distributions that need them
 
 
 @dataclass(frozen=True)

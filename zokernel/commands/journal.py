@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
             check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))
         torn = f" A torn last record of {journal.torn_bytes} bytes will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""
-        print(f"{journal.path}: {journal.num_steps} steps, every checksum is right.{torn}{base}")
+        print(f"{journal.path}: {journal.num_steps} steps, every checksum right.{torn}{base}")
         return 0
     print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
     return 0

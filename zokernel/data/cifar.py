@@ -27,13 +27,13 @@ ARCHIVE_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5
 
 
 def load_cifar10_test(classes: Sequence[int] = (2, 9)) -> tuple[np.ndarray, np.ndarray]:
-    """Return the CIFAR-10 test images of some classes, fetched on first use (358 MB downloaded, 3 MB a class kept).
+    """Return the CIFAR-10 test images of some classes, fetched on first use (358 MB downloaded, 3 MB per class kept).
 
     Args:
         classes: Class numbers in CIFAR-10's order, 0 (airplane) to 9 (truck).
 
     Returns:
-        Images (1000 a class, 32, 32, 3) uint8 and their class numbers uint8, sorted by class.
+        Images (1000 per class, 32, 32, 3) uint8 and their class numbers uint8, sorted by class.
 
     Raises:
         UsageError: If a class number is not one.

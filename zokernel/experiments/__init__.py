@@ -1,4 +1,4 @@
-"""Every figure and table of the three papers: one file each, ``run(config) -> Result``."""
+"""Every figure and table of the three papers: one ``run(config) -> Result`` per figure or table."""
 
 from zokernel.experiments.base import MODULES, Config, Result, Verdict, experiment, get_experiment
 from zokernel.experiments.storage import reproduce

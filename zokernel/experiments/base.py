@@ -1,6 +1,6 @@
 """What an experiment is: a function of its configuration that returns a :class:`Result`, registered by name.
 
-One file a figure or table group, each with a ``run(config: Config) -> Result`` decorated by :func:`experiment`.
+Each figure or table group has one file, with a ``run(config: Config) -> Result`` decorated by :func:`experiment`.
 ``config.scale`` is ``smoke`` (seconds, part of the test suite), ``cpu`` (minutes on two cores) or ``full`` (as in the
 paper).  An experiment computes and draws; what is written is the business of :mod:`zokernel.experiments.storage`.
 """

@@ -157,7 +157,7 @@ def _here(name: str, config: Config, output_dir: Path) -> Outcome:
     error_file = output_dir / name / ERROR_FILE
     try:
         reproduce(name, config, output_dir)
-    except Exception as error:  # whatever one experiment raises, the others shall run
+    except Exception as error:  # one failure must not stop the others
         error_file.parent.mkdir(parents=True, exist_ok=True)
         error_file.write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(name, "failed", time.perf_counter() - start, f"{type(error).__name__}: {error} ({error_file})")

@@ -189,7 +189,7 @@ def read_evolve(record: dict[str, Any]) -> Page:
     summary = [
         f"{record['source']}: {record['examples']:,} examples, {record['parameters']:,} parameters. At learning rate "
         f"{record['learning_rate']:.3g} with {record['num_perturbations']} {record['distribution']} direction(s) "
-        f"a step training is {'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
+        f"per step, training is {'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
         f"{record['stability_limit']:.3g} (gradient descent: {record['first_order_limit']:.3g}).",
         f"The loss {record['target_loss']:.3g} is never reached in expectation at this rate."
         if record["steps_to_target"] is None
@@ -200,7 +200,7 @@ def read_evolve(record: dict[str, Any]) -> Page:
     rows = [dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True)]
     tables = [table_of_rows("Predicted loss", rows)]
     if record["per_query"]:
-        tables.append(table_of_rows("Loss evaluations to the target, by directions a step", record["per_query"]))
+        tables.append(table_of_rows("Loss evaluations to the target, by directions per step", record["per_query"]))
     return Page(
         title="Predicted evolution under zeroth-order training",
         kind="evolve",
@@ -209,7 +209,7 @@ def read_evolve(record: dict[str, Any]) -> Page:
             ("learning rate", f"{record['learning_rate']:.3g}"),
             ("stability limit", f"{record['stability_limit']:.3g}"),
             ("steps to target", "never" if record["steps_to_target"] is None else number(record["steps_to_target"])),
-            ("best directions a step", str(record["best_num_perturbations"])),
+            ("best directions per step", str(record["best_num_perturbations"])),
         ],
         sections=[Section("Loss", "loss", pictures=[_evolution_picture(losses)], tables=tables)],
         command=record.get("command", ""),

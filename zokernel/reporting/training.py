@@ -24,7 +24,7 @@ class TrainingRun:
 
     Attributes:
         folder: Where it is.
-        rows: One dict a step: ``step``, ``loss``, and where known ``forwards``, ``seconds``, ``projected_gradient``,
+        rows: One dict per step: ``step``, ``loss``, and where known ``forwards``, ``seconds``, ``projected_gradient``,
             ``learning_rate``.
         evaluations: Validation results with ``step``, ``loss`` and ``accuracy``.
         metrics: The final numbers; empty while it runs.

@@ -1,1 +1,1 @@
-"""Experiments of Paper A (ZO-eNTK)."""
+"""Experiments of the ZO-eNTK paper: Li et al. (2026), arXiv:2605.03373."""

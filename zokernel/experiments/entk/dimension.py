@@ -119,7 +119,7 @@ def slope(rows: list[dict[str, Any]], name: str) -> float:
 
 def draw_figure(rows: list[dict[str, Any]]):
     """Draw the medians and ranges against d."""
-    titles = {"kernel": r"kernel: $1+\rho^{-2}$", "step": "one step's beliefs (A.4.2)"}
+    titles = {"kernel": r"kernel: $1+\rho^{-2}$", "step": "one step's beliefs"}
     with figures() as Figure:
         figure = Figure(figsize=(8.5, 3.4), layout="constrained")
         for axis, name in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):

@@ -1,4 +1,4 @@
-r"""Many steps: the gap between ZO-SGD and SGD against P x T, at the same total movement (theory A.4.4)."""
+r"""Many steps: the gap between ZO-SGD and SGD against P x T, at the same total movement."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(config: Config) -> Result:
 
 
 def lazy_variance(net: nn.Module, x: Tensor, y: Tensor, probe: Tensor) -> float:
-    """Return v of the logits' change at all probe images for the gradient of the batch (theory A.4.2 with M = J)."""
+    """Return v of the logits' change at all probe images for the gradient of the batch."""
     model = FunctionalModel(net)
     residual = model.logits(x).softmax(-1)
     residual[torch.arange(len(y)), y] -= 1

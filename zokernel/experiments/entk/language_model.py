@@ -130,7 +130,7 @@ def trajectory(
 
     Args:
         tail: The model; a copy is trained.
-        batches: One cached batch a step.
+        batches: One cached batch per step.
         targets: Their target tokens.
         watched: The cached sentences to watch.
         lr: Learning rate of both methods.

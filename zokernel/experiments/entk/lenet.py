@@ -1,4 +1,4 @@
-r"""The paper's network: the LeNet with exactly 29,624 parameters, and how it is trained (theory A.1.3).
+r"""The paper's network: the LeNet with exactly 29,624 parameters, and how it is trained.
 
 The paper states only d = 29,624.  One architecture of that size fits its description: Ren and Sutherland's MNIST LeNet
 (convolutions 6 and 16, average pooling, tanh, fully connected 60 and 42).  Their recipe: 2,000 images, batches of 64,
@@ -137,7 +137,7 @@ def train(
         epochs: Passes over the images.
         seed: Seed of the order.
         lr: Peak learning rate.
-        batch_size: Images a step.
+        batch_size: Images per step.
         horizon: Epochs of the cosine schedule; ``epochs`` when ``None``.
 
     Returns:

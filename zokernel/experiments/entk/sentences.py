@@ -32,7 +32,7 @@ class LanguageTask:
 
     Attributes:
         model: The model.
-        batches: One training batch a step: token ids, attention mask and, as ``targets``, the label word's token.
+        batches: One training batch per step: token ids, attention mask and, as ``targets``, the label word's token.
         observed: The five sentences, the same way.
         vocab_size: V.
         source: Model and data in words.

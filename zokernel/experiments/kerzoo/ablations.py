@@ -178,7 +178,7 @@ def eps(config: Config) -> Result:
     final = {p: {row["setting"]: row["final_loss"] for row in rows} for p, rows in reports.items()}
     worse = {p: values[small][1] > values[reference][2] for p, values in final.items()}
     verdict = Verdict(
-        "A smaller eps gives a worse loss, so bias must be removed by the kernel instead (B.3.4, Table 14).",
+        "A smaller eps gives a worse loss, so bias must be removed by the kernel instead (appendix B.3.4, Table 14).",
         "holds under conditions" if worse["fp16"] and not worse["fp32"] else "does not hold",
         "Final loss at eps = 1e-3 and at the smallest eps: "
         + "; ".join(f"{p} {show(v[reference])} and {show(v[small])}" for p, v in final.items())

@@ -59,7 +59,7 @@ class Row:
         method: Method of the library, or ``zero-shot``.
         published: Accuracy (F1 for SQuAD and DROP) in per cent.
         lora: Whether an adapter is trained.
-        k_shot: Training examples a class, for RoBERTa; otherwise the 1000/500/1000 splits.
+        k_shot: Training examples per class, for RoBERTa; otherwise the 1000/500/1000 splits.
         num_perturbations: Where it is not the method's own.
     """
 
@@ -234,7 +234,7 @@ ROWS: list[Row] = [
 
 
 def select(config: Config) -> list[Row]:
-    """Return the rows to run: all at full scale, one a line of a table at cpu; at smoke each method and form once."""
+    """Return the rows to run: all at full scale, one per line of a table at cpu; each method and form once at smoke."""
     tables = config.options.get("tables")
     rows = [row for row in ROWS if tables is None or row.table in tables]
     if config.scale == "full":

@@ -143,7 +143,7 @@ def seconds_per_iteration(label: str) -> float:
 
 @lru_cache
 def fastest_step(*, kerzoo: bool, perturbations: int, steps: int = 60) -> float:
-    """Return the seconds of a step on the task's network: the fastest, which other processes disturb least."""
+    """Return the seconds per step on the task's network: the fastest, which other processes disturb least."""
     from zokernel.optim import KerZOO, MeZO
 
     task = Task.make(examples=64)

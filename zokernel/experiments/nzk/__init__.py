@@ -1,1 +1,1 @@
-"""Experiments of Paper B (NZK)."""
+"""Experiments of the NZK paper (2026), arXiv:2603.21169."""

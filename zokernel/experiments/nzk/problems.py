@@ -61,7 +61,7 @@ class Problem:
 def linear_problem(dim: int, noise: float, *, examples: int = 100, steps: int = 16_000, seed: int = 0) -> Problem:
     """Draw the paper's linear regression: rows of ``rand`` scaled to length one, integer weights from 1 to 9.
 
-    With seed 0 and 100 examples the draws are those of the published notebooks (theory B.1.3).
+    With seed 0 and 100 examples the draws are those of the published notebooks (arXiv:2603.21169).
 
     Args:
         dim: Number of features.

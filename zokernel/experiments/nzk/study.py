@@ -94,7 +94,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """A training method of the comparisons: its moments and what a step costs in forward passes."""
+    """A training method of the comparisons: its moments and its forward passes per step."""
 
     name: str
     label: str
