@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.files import write_json
+from zokernel.kernels.batches import Batch
 from zokernel.kernels.checks import forward_mode
-from zokernel.kernels.tangent_kernel import entk
 from zokernel.kernels.fidelity_table import Fidelity, fidelity
-from zokernel.kernels.model import Batch
 from zokernel.kernels.projected_kernel import zo_entk_factors
+from zokernel.kernels.tangent_kernel import entk
 from zokernel.theory import required_perturbations
 
 logger = logging.getLogger(__name__)
