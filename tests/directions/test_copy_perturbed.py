@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from zokernel.directions import Dense, LowRank, Sparse, Subspace
+from zokernel.directions.placement import place_all
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed, copy_perturbed_rows
-from zokernel.directions.weights.placement import place_all
 
 FAMILIES = {
     "rademacher": Dense("rademacher"),

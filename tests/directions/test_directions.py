@@ -18,8 +18,8 @@ from zokernel.directions import (
 from zokernel.directions.backends import dispatch, reference
 from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
-from zokernel.directions.weights.placement import Placement
 from zokernel.distributions import DIRECTION_DISTRIBUTIONS
 from zokernel.errors import UsageError
 

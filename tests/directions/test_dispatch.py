@@ -15,9 +15,9 @@ from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.directions.backends.numba import kernels as numba_kernels
 from zokernel.directions.backends.numba import math as numba_math
 from zokernel.directions.backends.numba import threads as numba_threads
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Job, Rule
 from zokernel.directions.weights.copy_perturbed import copy_perturbed
-from zokernel.directions.weights.placement import Placement, place_all
 
 DRAW = {"seed": 11, "step": 5, "index": 2}
 

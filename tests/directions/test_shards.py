@@ -14,8 +14,8 @@ from zokernel.directions import Dense, LowRank, Sparse
 from zokernel.directions.backends import dispatch
 from zokernel.directions.families import preconditioned
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement, find_runs
 from zokernel.directions.terms import Job, Noise
-from zokernel.directions.weights.placement import Placement, find_runs
 
 WINDOW = 16  # several per tensor, some of which begin in the middle of a shard
 SHAPES = {"even": (8, 6), "odd": (7, 5), "vector": (9,), "cube": (3, 4, 5)}

@@ -32,7 +32,7 @@ import torch
 from zokernel.directions import Dense, Orthogonal, LowRank, Sparse, make_restore
 from zokernel.directions.backends import dispatch
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows
-from zokernel.directions.weights.placement import Placement, place_all
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Job, Noise
 
 def weights(dtype, backend="numba"):

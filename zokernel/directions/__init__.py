@@ -1,9 +1,13 @@
-"""Random directions: seeded, addressed by position, and added to weights without being stored.
+r"""Random directions: seeded, addressed by position, and added to weights without being stored.
 
-A direction is a pure function of (seed, step, index, tensor name, element position).  ``families`` say which
-coordinates are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`, :class:`LowRank`, :class:`Blockwise`,
-:class:`Orthogonal`); ``backends`` (numba, Triton, torch) add ``sum_i scale_i z_i`` to weights in one read and one
-write; ``weights`` knows where the weights lie in memory and restores perturbed weights.
+A direction is a pure function of (seed, step, index, tensor name, element position).  From the lowest layer up:
+
+* ``placement`` says where the elements of a tensor lie, and ``philox`` generates the random bits of a position;
+* ``terms`` describes what is added to one tensor;
+* ``backends`` (numba, Triton, torch) add :math:`\sum_i scale_i z_i` to weights in one read and one write;
+* ``base`` and ``families`` say which coordinates are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`,
+  :class:`LowRank`, :class:`Blockwise`, :class:`Orthogonal`);
+* ``weights`` moves weights along directions and restores them.
 """
 
 from zokernel.directions.base import Directions, Scale

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zokernel.directions.backends import dispatch
 from zokernel.directions.philox import MAX_COUNT, stream_key
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Job, Rule, Term
-from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import UsageError
 
 NO_ROUNDING = (0, 0, 0, 0)

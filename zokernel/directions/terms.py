@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zokernel.directions.weights.placement import Placement
+from zokernel.directions.placement import Placement
 
 
 @dataclass(slots=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernel.directions import Dense, Directions, LowRank, Subspace
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
-from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb, loss_value

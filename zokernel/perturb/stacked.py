@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernel.directions import Directions
+from zokernel.directions.placement import place_all
 from zokernel.directions.terms import Factors
-from zokernel.directions.weights.placement import place_all
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb

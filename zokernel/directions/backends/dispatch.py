@@ -17,8 +17,8 @@ from types import ModuleType
 
 import torch
 
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise, Rule
-from zokernel.directions.weights.placement import Placement
 from zokernel.errors import UsageError
 
 logger = logging.getLogger(__name__)

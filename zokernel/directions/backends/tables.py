@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from zokernel.directions.placement import Placement, Runs, find_runs
 from zokernel.directions.terms import Factors, Job, Noise, Values, affine
-from zokernel.directions.weights.placement import Placement, Runs, find_runs
 
 _U8, _I8, _F8 = np.uint64, np.int64, np.float64
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from zokernel.directions.base import Directions
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term
-from zokernel.directions.weights.placement import Placement
 from zokernel.errors import UsageError
 
 

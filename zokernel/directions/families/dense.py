@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from zokernel.directions.backends import dispatch
 from zokernel.directions.base import Directions, Sweep, by_name, scales_by_tensor
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import NEAR_ONE, Job, Noise, Rule, Term
-from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.distributions import Distribution, direction_distribution
 
 GAINS_KEPT = 256

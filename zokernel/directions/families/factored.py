@@ -10,8 +10,8 @@ from torch import Tensor
 from zokernel.directions.base import Directions
 from zokernel.directions.families.factors import Draw, draw_matrices
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Noise, Term
-from zokernel.directions.weights.placement import Placement
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.backends import dispatch
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
-from zokernel.directions.weights.placement import Placement
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")

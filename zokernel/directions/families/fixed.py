@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from zokernel.directions.base import Directions
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Term, Values
-from zokernel.directions.weights.placement import Placement
 
 
 class Fixed(Directions):

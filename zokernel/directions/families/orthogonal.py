@@ -11,8 +11,8 @@ from torch import Tensor
 from zokernel.directions.base import Directions
 from zokernel.directions.families.factors import Draw, Recent, draw_matrices
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term, Values
-from zokernel.directions.weights.placement import Placement
 from zokernel.errors import UsageError
 
 MAX_ELEMENTS = 1 << 27

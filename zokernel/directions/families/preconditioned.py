@@ -11,8 +11,8 @@ from torch import Tensor
 from zokernel.directions.backends import dispatch
 from zokernel.directions.base import Directions, Sweep
 from zokernel.directions.families.dense import Dense
+from zokernel.directions.placement import Placement, pieces, place
 from zokernel.directions.terms import Job, Term, Values
-from zokernel.directions.weights.placement import Placement, pieces, place
 from zokernel.errors import UsageError
 
 WINDOW = 1 << 21

@@ -12,8 +12,8 @@ from torch import Tensor
 from zokernel.directions.base import Directions
 from zokernel.directions.families.masks import count_bits, mask_of_small, unpack_bits
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Noise, Term
-from zokernel.directions.weights.placement import Placement, place_all
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
 

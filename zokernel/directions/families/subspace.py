@@ -10,8 +10,8 @@ from torch import Tensor
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
 from zokernel.directions.philox import stream_key
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors
-from zokernel.directions.weights.placement import Placement
 from zokernel.distributions import Distribution
 
 

@@ -1,1 +1,1 @@
-"""The weights that directions are added to: where they lie in memory, and how they are restored."""
+"""Weights that directions move: how they are restored, and how perturbed copies of them are made."""

@@ -13,8 +13,8 @@ from zokernel.directions.backends import dispatch
 from zokernel.directions.backends.tables import adds_plain_noise
 from zokernel.directions.base import Directions
 from zokernel.directions.families.dense import Dense
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
-from zokernel.directions.weights.placement import Placement
 
 # Types of copies that compiled code writes while it reads the weights.
 QUICK = (torch.float32, torch.bfloat16)

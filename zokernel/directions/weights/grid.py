@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.base import Directions
+from zokernel.directions.placement import place_all
 from zokernel.directions.terms import Rule
-from zokernel.directions.weights.placement import place_all
 from zokernel.directions.weights.restore import Draw, Restore, step_and_index, union_of_draws
 from zokernel.errors import RunError, UsageError
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.backends import dispatch
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job
-from zokernel.directions.weights.placement import Placement
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_

@@ -29,8 +29,8 @@ from zokernel.directions.backends.triton.launch import (
     send,
     squares_kernel,
 )
+from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
-from zokernel.directions.weights.placement import Placement
 
 
 def sweep(jobs: Sequence[Job]) -> list[float]:
