@@ -243,3 +243,36 @@ def test_normalised_estimates_do_not_depend_on_the_scale_of_the_loss():
 def test_bad_settings_are_refused(call):
     with pytest.raises(UsageError):
         call()
+
+
+@pytest.mark.parametrize(("distribution", "kurtosis"), [("rademacher", 1.0), ("gaussian", 3.0)])
+def test_bias_of_the_two_point_estimator_depends_on_the_kurtosis(distribution, kurtosis):
+    """On a cubic the leading term is all of the bias; the mean over directions is exact, by enumeration or quadrature."""
+    from itertools import product
+
+    import numpy as np
+
+    eps, theta = 0.3, np.array([0.4, -0.7, 1.1])
+    cubic = np.zeros((3, 3, 3))
+    for (i, j, k), value in {(0, 0, 0): 0.7, (0, 0, 1): 0.2, (0, 1, 2): -0.5, (1, 2, 2): 0.9, (2, 2, 2): -0.3}.items():
+        for a, b, c in {(i, j, k), (i, k, j), (j, i, k), (j, k, i), (k, i, j), (k, j, i)}:
+            cubic[a, b, c] = value
+
+    def loss(w):
+        return np.einsum("ijk,i,j,k->", cubic, w, w, w) / 6
+
+    if distribution == "rademacher":
+        nodes, weights = np.array([-1.0, 1.0]), np.array([0.5, 0.5])
+    else:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(5)
+        weights = weights / weights.sum()
+    mean = np.zeros(3)
+    for picked in product(range(len(nodes)), repeat=3):
+        z, weight = nodes[list(picked)], weights[list(picked)].prod()
+        estimate = TwoPoint(eps)(lambda o, z=z: float(loss(theta + o[0] * z)), seed=0, step=0)
+        mean += weight * estimate.coefficients[0] * z
+    gradient = np.einsum("ijk,j,k->i", cubic, theta, theta) / 2
+    trace, own = np.einsum("iik->k", cubic), np.einsum("kkk->k", cubic)
+    bias = eps**2 / 2 * trace + eps**2 / 6 * (kurtosis - 3) * own
+    assert np.abs(mean - gradient - bias).max() < 1e-12
+    assert np.abs(bias).max() > 1e-3

@@ -2,7 +2,16 @@ r"""The symmetric two-point estimator of SPSA, as MeZO uses it.
 
 .. math:: c_p = \frac{1}{P} \frac{L(\theta + \epsilon z_p) - L(\theta - \epsilon z_p)}{2\epsilon}
 
-Its bias is :math:`(\epsilon^2/2)\, \nabla tr H` to leading order (theory C.2.9); on a quadratic it is unbiased.
+On a quadratic it is unbiased.  Otherwise its bias in coordinate k is, to leading order, for directions with independent
+coordinates of kurtosis :math:`\kappa`,
+
+.. math:: \frac{\epsilon^2}{2}\, \frac{\partial}{\partial\theta_k} tr H
+    + \frac{\epsilon^2}{6} (\kappa - 3)\, \frac{\partial^3 L}{\partial\theta_k^3}
+
+so that the second term vanishes for Gaussian directions and is
+:math:`-\frac{\epsilon^2}{3} \partial^3 L / \partial\theta_k^3` for Rademacher ones.
+
+References: Spall (1992), IEEE Transactions on Automatic Control 37(3); Malladi et al. (2023), arXiv:2305.17333.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def moved_in_place(
             after = before.clone()
             add(after, name, 1.0)
             add(after, name, -1.0)
-            changed = (after != before).reshape(-1).nonzero().squeeze(1)
+            differs = (after != before) | (after.signbit() != before.signbit())  # zeros have a sign
+            changed = differs.reshape(-1).nonzero().squeeze(1)
             kept[name] = changed, before.reshape(-1)[changed]
             add(tensor, name, 1.0)
         yield

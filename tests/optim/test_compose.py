@@ -1,0 +1,164 @@
+"""What nobody published: parts put together by hand or by text, and what does not go together."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from zokernel.directions import LowRank
+from zokernel.errors import UsageError
+from zokernel.estimators import OneSided, TwoPoint
+from zokernel.optim import (
+    Adam,
+    Clip,
+    ForwardDifference,
+    HiZOO,
+    MeZO,
+    Normalized,
+    PolyakBound,
+    Sign,
+    ZerothOrder,
+    iterate_average,
+    method_options,
+)
+from zokernel.optim.updates import SGD
+from zokernel.perturb import InForward, InPlace
+
+
+def run(steps=5, **parts):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(6, 4), torch.randn(8, 6)
+    optimizer = ZerothOrder(layer, lr=0.01, **parts)
+    losses = [optimizer.step(lambda: layer(inputs).square().mean()) for _ in range(steps)]
+    return losses, [p.detach().clone() for p in layer.parameters()]
+
+
+def test_text_and_objects_make_the_same_optimizer():
+    by_hand = run(directions=LowRank(2), estimator=OneSided(1e-3, 8), update=Adam())
+    by_text = run(directions="low_rank(2)", estimator="one_sided(1e-3, 8)", update="adam")
+    assert by_hand[0] == by_text[0]
+    assert all(torch.equal(left, right) for left, right in zip(by_hand[1], by_text[1]))
+
+
+def test_a_recipe_is_its_parts():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(6, 4), torch.randn(8, 6)
+    optimizer = ForwardDifference(
+        layer, lr=0.01, num_perturbations=3, normalize=True, polyak_share=0.3, beta=0.7, momentum=0.5
+    )
+    losses = [optimizer.step(lambda: layer(inputs).square().mean()) for _ in range(5)]
+    update = [Normalized(0.7), PolyakBound(0.3, 0.7), SGD(0.5)]
+    parts = run(estimator=OneSided(1e-3, 3), update=update)
+    assert losses == parts[0]
+    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), parts[1]))
+
+
+def test_polyaks_bound_holds_for_the_group_with_the_largest_rate():
+    """The step of a group with ten times the rate was ten times the bound."""
+    rate, large = 1.0, 10.0
+    moved = []
+    for factor in (1.0, large):
+        weight = nn.Parameter(torch.full((1,), 3.0, dtype=torch.float64))
+        group = {"params": [weight], "lr": rate * factor * 1e3}
+        optimizer = ForwardDifference(
+            [group], lr=1e3, num_perturbations=1, eps=1e-6, normalize=True, beta=0.0, polyak_share=1.0
+        )
+        optimizer.step(lambda weight=weight: weight.square().sum())
+        moved.append(float(weight))
+    assert moved == pytest.approx([1.5, 1.5], rel=1e-4)  # a whole Polyak step halves the way to the minimum
+
+
+def test_polyaks_bound_survives_a_checkpoint_under_a_schedule():
+    ends = []
+    for stop in (None, 3):
+        torch.manual_seed(0)
+        layer, inputs = nn.Linear(6, 4), torch.randn(8, 6)
+        make = lambda: ForwardDifference(layer, lr=0.5, normalize=True, polyak_share=0.1)  # noqa: B023, E731
+        optimizer = make()
+        for step in range(6):
+            optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / 6)
+            if step == stop:
+                saved, optimizer = optimizer.state_dict(), make()
+                optimizer.load_state_dict(saved)
+            optimizer.step(lambda: layer(inputs).square().mean())  # noqa: B023
+        ends.append(layer.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_clip_limits_the_norm_of_the_estimate():
+    weight = nn.Parameter(torch.zeros(10))
+    optimizer = ZerothOrder([weight], lr=0.1, update=Clip(0.01))
+    optimizer.step(lambda: (weight * 5.0).sum())
+    assert float(weight.detach().norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert optimizer.effective_lr() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"update": [Adam(), Sign()]}, "one rule, not 2"),
+        ({"update": [Adam(), iterate_average("fp32")]}, "average"),
+        ({"update": [SGD(0.9), iterate_average("journal")]}, "average"),
+        ({"update": "adam(beta1=2)"}, "beta1"),
+        ({"update": "lion"}, "choose one of sgd"),
+        ({"update": "adam(speed=3)"}, "cannot be made"),
+        ({"directions": "low_rank(2"}, "not of the form"),
+        ({"directions": "lowest_rank"}, "choose one of"),
+        ({"estimator": "one_sided(eps=-1)"}, "eps must be positive"),
+        ({"update": Adam(), "perturb": "in_place:grid"}, "grid"),
+        ({"perturb": "stacked"}, "Stacked"),
+        ({"perturb": "in_situ"}, "choose one of in_place"),
+        ({"perturb": "in_place:undo"}, "choose one of fold"),
+        ({"update": Clip(1.0), "weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts, message):
+    with pytest.raises(UsageError, match=message):
+        ZerothOrder(nn.Linear(2, 2), **parts)
+
+
+def test_an_unknown_option_is_a_type_error():
+    with pytest.raises(TypeError, match="MeZO has no option 'learning_rate'"):
+        MeZO(nn.Linear(2, 2), learning_rate=0.1)
+
+
+def test_averages_of_preconditioned_directions_are_refused():
+    directions = HiZOO(nn.Linear(2, 2)).directions
+    with pytest.raises(UsageError, match="preconditioned"):
+        ZerothOrder(nn.Linear(2, 2), directions=directions, estimator=TwoPoint(), update=iterate_average("fp32"))
+
+
+def test_restore_is_deprecated_with_one_warning_and_a_date():
+    with pytest.warns(FutureWarning, match="after 2027-06-01: pass perturb='in_place:copy'") as caught:
+        optimizer = MeZO(nn.Linear(2, 2), restore="copy")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert optimizer.perturb.name == "in_place:copy"
+    with pytest.raises(UsageError, match="leave out restore"):
+        MeZO(nn.Linear(2, 2), restore="copy", perturb="in_place")
+
+
+def test_perturb_can_be_assigned_between_steps_and_serves_one_optimizer():
+    layer, inputs = nn.Linear(3, 2), torch.ones(4, 3)
+    optimizer = MeZO(layer, lr=0.0)
+    loss = lambda: layer(inputs).square().mean()  # noqa: E731
+    first = optimizer.step(loss)
+    optimizer.perturb = InForward()
+    optimizer.step_count = 0
+    assert optimizer.step(loss) == pytest.approx(first, rel=1e-6)
+    with pytest.raises(UsageError, match="serves another optimizer"):
+        MeZO(nn.Linear(3, 2), perturb=optimizer.perturb)
+    with pytest.raises(UsageError, match="serves no optimizer"):
+        InPlace().walks_points  # noqa: B018
+
+
+def test_options_of_a_method_include_the_shared_ones():
+    options = method_options("forward_difference")
+    assert options["num_perturbations"] == 2
+    assert math.isinf(options["polyak_share"])
+    assert (options["perturb"], options["seed"], options["weight_decay"]) == ("in_place", 0, 0.0)
+    assert method_options("lozo_m")["momentum"] == 0.9
+    assert "seed" not in method_options("adamw")

@@ -1,0 +1,75 @@
+"""The check before a run takes in_forward: it tells models apart, and the weights come back to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from zokernel.directions import Dense, LowRank, Orthogonal
+from zokernel.perturb import matches_in_place
+from zokernel.perturb.agreement import moved_in_place
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.LayerNorm(40), nn.Linear(40, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("directions", [Dense("rademacher"), Dense("gaussian"), LowRank(2)], ids=repr)
+def test_weights_come_back_to_the_same_bits(directions):
+    net = network()
+    with torch.no_grad():
+        net[0].weight.view(-1)[:8] = torch.tensor([0.0, -0.0, 1e-30, 3e38, 1e-4, -7e-5, 0.5, 1.0])
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with torch.no_grad(), moved_in_place(dict(net.named_parameters()), directions, {0: 1e-3}, seed=3):
+        assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    for name, p in net.named_parameters():
+        assert torch.equal(p.detach().view(torch.int32), before[name].view(torch.int32)), name
+
+
+def test_an_interrupted_check_restores_the_weights():
+    net = network()
+    before = [p.detach().clone() for p in net.parameters()]
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return net(torch.ones(2, 6)).square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        matches_in_place(dict(net.named_parameters()), Dense(), closure, {0: 1e-3})
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ordinary_models_match(autocast):
+    net, inputs = network(), torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            return net(inputs).float().square().mean()
+
+    found, reason = matches_in_place(dict(net.named_parameters()), Dense(), closure, {0: 1e-2})
+    assert found, reason
+
+
+def test_a_weight_read_under_another_name_is_noticed():
+    net, inputs = network(), torch.ones(4, 6)
+    hidden = net[3].weight.detach()
+    found, reason = matches_in_place(
+        dict(net.named_parameters()), Dense(), lambda: (net[:3](inputs) @ hidden.T).square().mean(), {0: 1e-2}
+    )
+    assert not found
+    assert "in place and" in reason
+
+
+def test_directions_that_do_not_suit_are_the_reason():
+    net = network()
+    found, reason = matches_in_place(
+        dict(net.named_parameters()), Orthogonal(2), lambda: net(torch.ones(2, 6)).mean(), {0: 1e-3}
+    )
+    assert not found
+    assert "depend on the others" in reason
