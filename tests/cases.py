@@ -55,6 +55,53 @@ class TiedNet(nn.Module):
         return self.decoder(torch.tanh(self.encoder(x)))
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.GRU):
+        super().__init__()
+        self.recurrent, self.out = kind(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(self.recurrent(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """One block of causal self-attention written out, with a residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Linear(4, 12), nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        query, key, value = self.mix(self.norm(x)).chunk(3, -1)
+        scores = (query @ key.transpose(1, 2) / 2).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1) > 0, -1e9)
+        return self.out((x + scores.softmax(-1) @ value).mean(1))
+
+
+class ResidualConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.skip, self.out = nn.Conv2d(2, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        hidden = self.second(torch.tanh(self.first(x))) + self.skip(x)
+        return self.out(torch.nn.functional.silu(hidden).mean((2, 3)))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(9, 3, mode="mean"), nn.Linear(3, 2)
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.bag(ids)))
+
+
+def ids(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows)
+
+
 def mlp(sizes=(5, 7, 3), activation=nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width, following in pairwise(sizes):
@@ -149,7 +196,7 @@ def _masked_lm() -> Case:
 
 
 def _sequence_case() -> Case:
-    from zokernel.kernels.model import teacher_forcing
+    from zokernel.kernels import teacher_forcing
 
     model = tiny_gpt2().double().eval()
     batch_o, _ = teacher_forcing([[3, 4, 5]], [[6, 7]])
@@ -181,6 +228,10 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "tied weights": lambda: _module_case(TiedNet(), _x(2, 4), _x(1, 4, seed=1)),
     "bare function": _function_case,
+    "GRU": lambda: _module_case(Recurrent(), _x(2, 5, 4), _x(1, 5, 4, seed=1)),
+    "attention": lambda: _module_case(Attention(), _x(2, 3, 4), _x(1, 3, 4, seed=1)),
+    "residual conv": lambda: _module_case(ResidualConv(), _x(1, 2, 5, 5), _x(2, 2, 5, 5, seed=1)),
+    "EmbeddingBag": lambda: _module_case(Bag(), ids([1, 2, 2], [3, 8, 0]), ids([2, 5, 6]), methods=["contraction"]),
     "tied GPT-2": lambda: _lm_case(tiny_gpt2(), tokens([1, 2, 3, 2]), tokens([2, 4, 5]), methods=HEADED),
     "untied GPT-2, ragged batch": lambda: _lm_case(
         tiny_gpt2(tie_word_embeddings=False), tokens([1, 2, 3], [4, 5]), tokens([2, 4, 5]), methods=HEADED

@@ -37,10 +37,11 @@ def test_the_prediction_is_minus_eta_a_k_g(pair):
 def test_a_is_an_oblique_projector(pair):
     net, x_o, x_u = pair
     change = belief_change(net, x_o[:1], x_u, [0], 1e-3)
+    assert change.A.shape == (1, 3, 3)  # one row or many: the same axes
     torch.testing.assert_close(change.A @ change.A, change.A)
     assert torch.linalg.matrix_norm(change.A, 2) >= 1
     vector = torch.randn(1, 3).double()
-    torch.testing.assert_close(change.apply_A(vector)[0], change.A @ vector[0])
+    torch.testing.assert_close(change.apply_A(vector)[0], change.A[0] @ vector[0])
 
 
 def test_remainders_are_second_order(pair):

@@ -11,10 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from zokernel.dynamics import belief_change
 from zokernel.errors import RunError, UsageError
-from zokernel.kernels import checks, entk, head_kernel, jacobian, kernel_moments, layer_contributions
+from zokernel.kernels import (
+    checks,
+    entk,
+    error_curves,
+    fidelity,
+    head_kernel,
+    jacobian,
+    jacobian_features,
+    kernel_moments,
+    layer_contributions,
+    sample_nzk,
+    zo_entk,
+)
 from zokernel.kernels.jacobians import inner_products
 from zokernel.kernels.model import FunctionalModel
+from zokernel.kernels.projections import METHODS
+from zokernel.theory import expected_nzk
 
 
 def reference(case):
@@ -35,6 +50,100 @@ def test_every_method_agrees_with_dense_autograd(name):
 def test_the_auto_method_is_exact_too():
     case = build("tied GPT-2")
     torch.testing.assert_close(entk(case.model, case.x_o, case.x_u), reference(case), rtol=1e-9, atol=1e-9)
+
+
+class Counted(nn.Module):
+    """A network that counts its forward passes."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.forwards = net, 0
+
+    def forward(self, *args, **kwargs):
+        self.forwards += 1
+        return self.net(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["auto", "contraction", "ntk_vp"])
+def test_shapes_cost_one_forward_at_most(method):
+    """Contraction pulls back once per example; a stream pulls back x_u and pushes the whole of x_o once per chunk."""
+    net, x_o, x_u = Counted(mlp()), torch.randn(3, 5), torch.randn(2, 5)
+    entk(net, x_o, x_u, method=method, check=False)
+    needed = 2 + 2 if method == "ntk_vp" else 3 + 2
+    assert net.forwards <= needed + 1
+    model = FunctionalModel(net)
+    entk(model, x_o, x_u, method=method, check=False)
+    net.forwards = 0
+    entk(model, x_o, x_u, method=method, check=False)
+    assert net.forwards == needed
+
+
+def test_shapes_of_projections_and_moments_cost_one_forward_at_most():
+    net, x_o, x_u = Counted(mlp()), torch.randn(3, 5), torch.randn(2, 5)
+    zo_entk(net, x_o, x_u, num_perturbations=4, method="finite_difference", check=False)
+    assert net.forwards <= 2 * 4 + 1
+    net.forwards = 0
+    kernel_moments(net, x_o, x_u, check=False)
+    assert net.forwards <= 3 + 2 + 1
+    net.forwards = 0
+    jacobian(net, x_o, check=False)
+    assert net.forwards <= 3 + 1
+
+
+def test_one_output_per_example_without_an_axis_for_it():
+    """A model that returns (N,) has one output per example, however many examples there are."""
+    torch.manual_seed(0)
+    squeezed = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    x_o, x_u = torch.randn(3, 5), torch.randn(2, 5)
+    for method in ("contraction", "ntk_vp"):
+        kernel = entk(squeezed, x_o, x_u, method=method)
+        assert kernel.shape == (3, 1, 2, 1)
+        torch.testing.assert_close(kernel, entk(squeezed[:3], x_o, x_u))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_batch_encoding_of_a_tokenizer_is_a_mapping(tied):
+    from transformers import BatchEncoding
+
+    torch.manual_seed(0)
+    model = tiny_gpt2(tie_word_embeddings=tied).double()
+    x_o, x_u = tokens([1, 2, 3, 2], [4, 5]), tokens([2, 4, 5])
+    for method in ("contraction", "ntk_vp", "lm_head"):
+        plain = entk(model, x_o, x_u, method=method)
+        assert torch.equal(entk(model, BatchEncoding(x_o), BatchEncoding(x_u), method=method), plain), method
+    ask = {"num_perturbations": 2, "method": "finite_difference"}
+    encoded = zo_entk(model, BatchEncoding(x_u), tokens([1, 2, 3]), **ask)
+    assert torch.equal(encoded, zo_entk(model, x_u, tokens([1, 2, 3]), **ask))
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_the_default_dtype_of_torch_changes_no_kernel(default):
+    case = build("tied GPT-2")
+    model, x_o, x_u = case.model.float(), case.x_o, case.x_u
+    net, x = mlp(), torch.randn(2, 5)
+
+    def everything():
+        yield from (entk(model, x_o, x_u, method=method) for method in case.methods)
+        yield from (zo_entk(model, x_o, x_u, num_perturbations=3, method=m) for m in METHODS)
+        table = fidelity(net, x[:1], x[1:], num_perturbations=[1, 4], replicates=2)
+        curves = error_curves(net, x, x[:1], max_perturbations=5)
+        features = jacobian_features(net, x)
+        change = belief_change(net, x, x[:1], [1], 1e-2, num_perturbations=2)
+        estimate = sample_nzk(features.features[:, 0], num_samples=50)
+        yield from (table.errors, torch.tensor(table["predicted"], dtype=torch.float64), curves.errors_SNP)
+        yield from (curves.predicted([2]), *curves.band(), features.features, features.theta, *estimate)
+        yield from (change.A, change.G, change.first_order, change.zeroth_order, change.actual_zeroth_order)
+        yield expected_nzk(features.features[:, 0], distribution="rademacher")
+
+    expected = list(everything())
+    torch.set_default_dtype(default)
+    try:
+        found = list(everything())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for left, right in zip(found, expected, strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
 
 
 def test_curvlinops_agrees():

@@ -1,12 +1,15 @@
 """Sampling the NZK: shapes, orientation, reproducibility, errors; and the Jacobian features it is built on."""
 
+import contextlib
+
 import pytest
 import torch
+from cases import Recurrent
 from torch import nn
 
 import zokernel as zk
 from zokernel.errors import UsageError
-from zokernel.kernels import jacobian_features, nzk, sample_nzk
+from zokernel.kernels import forward_mode, jacobian_features, nzk, sample_nzk
 from zokernel.theory import expected_nzk_factor
 
 
@@ -77,7 +80,7 @@ def test_several_outputs():
     ("kwargs", "message"),
     [
         ({"coupling": "none"}, "coupling"),
-        ({"distribution": "none"}, "law"),
+        ({"distribution": "none"}, "There is no distribution"),
         ({"num_samples": 1}, "at least 2"),
         ({"other": torch.eye(2, dtype=torch.float64)}, "same number of parameters"),
         ({"zeta_distribution": "gaussian"}, "second law"),
@@ -115,6 +118,20 @@ def test_features_are_the_jacobian():
             torch.testing.assert_close(result.features[i, v], torch.cat([g.reshape(-1) for g in gradients]))
     torch.testing.assert_close(result.outputs, model(x).detach())
     assert sum(int(torch.tensor(shape).prod()) for _, shape in result.names) == len(result.theta) == 26
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN, nn.LSTM])
+def test_features_of_recurrent_networks(kind):
+    """vmap has no rule for their in-place updates: examples are then differentiated one by one."""
+    torch.manual_seed(0)
+    model, x = Recurrent(kind).double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    for context in (contextlib.nullcontext, forward_mode):
+        with context():
+            found = jacobian_features(model, x).features
+        for i in range(3):
+            for v in range(2):
+                gradients = torch.autograd.grad(model(x)[i, v], list(model.parameters()))
+                torch.testing.assert_close(found[i, v], torch.cat([g.reshape(-1) for g in gradients]))
 
 
 def test_the_linearization_is_tangent_and_the_offset_matters():

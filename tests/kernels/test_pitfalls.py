@@ -6,12 +6,23 @@ import logging
 
 import pytest
 import torch
-from cases import mlp, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from cases import Bag, ids, mlp, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 from torch.nn import functional
 
+from zokernel.dynamics import belief_change
 from zokernel.errors import RunError, UsageError
-from zokernel.kernels import entk, forward_mode, project, zo_entk
+from zokernel.kernels import (
+    entk,
+    error_curves,
+    fidelity,
+    forward_mode,
+    jacobian_features,
+    kernel_moments,
+    layer_contributions,
+    project,
+    zo_entk,
+)
 from zokernel.kernels.model import FunctionalModel
 
 
@@ -53,6 +64,11 @@ class Recurrent(nn.Module):
         return self.out(self.lstm(x)[0][:, -1])
 
 
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
 class Hidden(nn.Module):
     """Part of the forward pass runs under no_grad."""
 
@@ -84,9 +100,9 @@ def test_fused_kernels_in_forward_mode(name):
     assert "forward_mode()" in str(error.value)
     assert "finite_difference" in str(error.value)
     with forward_mode():
-        exact = zo_entk(net, x, x, num_perturbations=3)
+        exact = zo_entk(net, x, x, num_perturbations=3, distribution="gaussian")
         torch.testing.assert_close(entk(net, x, x, method="ntk_vp"), entk(net, x, x, method="contraction"))
-    seen = zo_entk(net, x, x, num_perturbations=3, method="finite_difference")
+    seen = zo_entk(net, x, x, num_perturbations=3, distribution="gaussian", method="finite_difference")
     torch.testing.assert_close(seen, exact, rtol=0.02, atol=0.02)
 
 
@@ -124,6 +140,92 @@ def test_dropout_in_train_mode():
     entk(net.eval(), torch.randn(1, 5), torch.randn(1, 5))
 
 
+class AlwaysDropped(nn.Module):
+    """Dropout that model.eval() does not switch off."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.second(functional.dropout(torch.tanh(self.first(x)), 0.1))
+
+
+class BatchStatistics(nn.Module):
+    """Batch normalisation that no module declares."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second(functional.batch_norm(hidden, None, None, training=True) if len(x) > 1 else hidden)
+
+
+def kernels_of(net, x_o, x_u):
+    yield from (lambda m=m: entk(net, x_o, x_u, method=m) for m in ("auto", "contraction", "ntk_vp"))
+    yield from (
+        lambda m=m: zo_entk(net, x_o, x_u, num_perturbations=3, method=m)
+        for m in ("jvp", "finite_difference", "jacobian")
+    )
+    yield lambda: fidelity(net, x_o, x_u, num_perturbations=[2])
+    yield lambda: error_curves(net, x_o, x_u[:1], max_perturbations=3)
+    yield lambda: kernel_moments(net, x_o, x_u)
+    yield lambda: layer_contributions(net, x_o, x_u)
+    yield lambda: belief_change(net, x_o, x_u, [0] * len(x_u), 1e-3)
+    if len(x_u) > 1:
+        yield lambda: jacobian_features(net, x_u)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_random_model_is_refused(count):
+    torch.manual_seed(0)
+    net, x_o, x_u = AlwaysDropped().eval(), torch.randn(2, 5), torch.randn(count, 5)
+    for kernel in kernels_of(net, x_o, x_u):
+        with pytest.raises(UsageError, match="The model is random") as error:
+            kernel()
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="The model is random"):
+        entk(net, x_u[:1], x_u[:1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_couples_examples_is_refused(count):
+    torch.manual_seed(0)
+    net, x_o, x_u = BatchStatistics().eval(), torch.randn(2, 5), torch.randn(count, 5)
+    for kernel in kernels_of(net, x_o, x_u):
+        with pytest.raises(UsageError, match="output of one example changes with its neighbours") as error:
+            kernel()
+    assert "\n" not in str(error.value)
+
+
+def test_batch_norm_without_running_statistics_is_refused():
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).eval()
+    for kernel in kernels_of(net, torch.randn(2, 5), torch.randn(2, 5)):
+        with pytest.raises(UsageError, match=r"BatchNorm '1' has no running statistics"):
+            kernel()
+    instance = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2), nn.Flatten(), nn.Linear(18, 2)).eval()
+    entk(instance, torch.randn(2, 1, 5, 5), torch.randn(1, 1, 5, 5))  # statistics of each example: no coupling
+
+
+def test_embedding_bags_have_no_forward_mode_and_the_remedies_work():
+    torch.manual_seed(0)
+    net, x_o, x_u = Bag().double(), ids([1, 2, 2], [3, 8, 0]), ids([2, 5, 6])
+    with pytest.raises(UsageError, match=r"nn.EmbeddingBag has no forward-mode derivative") as error:
+        entk(net, x_o, x_u, method="ntk_vp")
+    assert "forward_mode()" not in str(error.value)  # which does not help here
+    for remedy in ("nn.Embedding", "method='contraction'", "method='finite_difference'", "method='jacobian'"):
+        assert remedy in str(error.value)
+    plain = nn.Sequential(nn.Embedding(9, 3), Mean(), nn.Tanh(), nn.Linear(3, 2)).double()
+    plain[0].weight.data, plain[3] = net.bag.weight.data, net.out
+    expected = entk(plain, x_o, x_u, method="ntk_vp")
+    torch.testing.assert_close(entk(net, x_o, x_u, method="contraction"), expected)
+    exact = zo_entk(net, x_o, x_u, num_perturbations=3, method="jacobian")
+    seen = zo_entk(net, x_o, x_u, num_perturbations=3, method="finite_difference", eps=1e-5)
+    torch.testing.assert_close(seen, exact, rtol=1e-6, atol=1e-8)
+
+
 def test_batch_norm_in_train_mode():
     net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     with pytest.raises(UsageError, match=r"BatchNorm '1' is in train mode.*call model.eval\(\)"):
@@ -153,7 +255,7 @@ def test_tied_weights_move_together():
 
     logits = []
     for scale in (eps, -2 * eps):
-        Dense("gaussian").add_(dict(model.named_parameters()), scale, seed=4, step=0, index=0)
+        Dense("rademacher").add_(dict(model.named_parameters()), scale, seed=4, step=0, index=0)
         with torch.no_grad():
             logits.append(model(input_ids=x["input_ids"], use_cache=False).logits[0, -1])
     torch.testing.assert_close(seen, (logits[0] - logits[1]) / (2 * eps), rtol=1e-4, atol=1e-5)

@@ -198,7 +198,7 @@ def test_fidelity_of_a_vocabulary_sized_kernel_matches_the_dense_one(monkeypatch
 
     torch.manual_seed(0)
     net, x_o, x_u = tiny_gpt2().double(), tokens([1, 2, 3]), tokens([2, 4, 5])
-    ask = {"num_perturbations": [3, 10], "replicates": 2}
+    ask = {"num_perturbations": [3, 10], "replicates": 2, "distribution": "gaussian"}
     dense = fidelity(net, x_o, x_u, **ask)
     monkeypatch.setattr(tangent_kernel, "CONTRACTION_BUDGET", 0)
     factored = fidelity(net, x_o, x_u, **ask)

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", type=int, nargs="+", help="candidate outputs (classes or token ids)")
     parser.add_argument("--label_words", nargs="+", help="candidate outputs as words (language models)")
     parser.add_argument("--num_perturbations", type=int, nargs="+", default=[1, 5, 25, 125], help="values of P")
-    parser.add_argument("--distribution", default="gaussian", help="distribution of the directions")
+    parser.add_argument("--distribution", default="rademacher", help="distribution of the directions")
     parser.add_argument(
         "--method",
         default="finite_difference",

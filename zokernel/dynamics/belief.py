@@ -8,7 +8,7 @@ with the seeded directions and one more jvp.  Predictions come next to what real
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from zokernel.directions import Dense
 from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
+from zokernel.kernels.batches import Batch, examples, num_examples
 from zokernel.kernels.jacobians import dot, example_jacobian, jacobian_vector_product, vector_jacobian_product
-from zokernel.kernels.model import Batch, FunctionalModel, Params, examples, num_examples, wrap
+from zokernel.kernels.model import FunctionalModel, Model, Outputs, Params, wrap
 from zokernel.kernels.projections import SeededDirections
 from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
 
@@ -59,12 +60,12 @@ class BeliefChange:
 
     @property
     def A(self) -> Tensor:
-        r""":math:`A = I - 1\pi^T`: (V, V) for one row, else (R_o, V, V)."""
+        r""":math:`A = I - 1\pi^T` of every row, (R_o, V, V)."""
         num_outputs = self.probabilities_RV.shape[-1]
         if num_outputs > DENSE_LIMIT:
             raise UsageError(f"A has {num_outputs:,} rows and columns: use apply_A, which needs no matrix.")
-        dense = torch.eye(num_outputs) - self.probabilities_RV[:, None, :].expand(-1, num_outputs, -1)
-        return dense[0] if len(dense) == 1 else dense
+        identity = torch.eye(num_outputs, dtype=self.probabilities_RV.dtype, device=self.probabilities_RV.device)
+        return identity - self.probabilities_RV[:, None, :]
 
     def apply_A(self, values_RV: Tensor) -> Tensor:
         """Return A times logits' changes, without the matrix."""
@@ -119,7 +120,7 @@ class BeliefChange:
 
 
 def belief_change(
-    model,
+    model: Model,
     x_o: Batch,
     x_u: Batch,
     y_u: Tensor | Sequence[int],
@@ -129,8 +130,8 @@ def belief_change(
     distribution: str | Distribution = "rademacher",
     seed: int = 0,
     eps: float = 1e-3,
-    outputs=None,
-    params=None,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
     check: bool = True,
 ) -> BeliefChange:
     r"""Decompose, predict and take one step on ``(x_u, y_u)``, first-order and zeroth-order, and look at ``x_o``.
@@ -165,7 +166,7 @@ def belief_change(
     """
     model = wrap(model, params=params, outputs=outputs)
     if check:
-        checks.validate(model, x_u, forward=True, reverse=True)
+        checks.validate(model, x_u, x_o, forward=True, reverse=True)
     labels = torch.as_tensor(y_u).reshape(-1)
     count = num_examples(x_u)
     residual = loss_residual(model, x_u, labels, count)

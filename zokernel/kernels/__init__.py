@@ -16,7 +16,7 @@ _EXPORTS = {
     "head_moments": "lm_head",
     "HeadKernel": "lm_head",
     "FunctionalModel": "model",
-    "teacher_forcing": "model",
+    "teacher_forcing": "batches",
     "forward_mode": "checks",
     "zo_entk": "projected_kernel",
     "ZOKernel": "projected_kernel",

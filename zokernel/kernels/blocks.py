@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from zokernel.kernels.batches import Batch, examples, num_examples, slice_batch
 from zokernel.kernels.jacobians import example_jacobian, inner_products, jacobian_rows
-from zokernel.kernels.model import Batch, FunctionalModel, Params, examples, num_examples
+from zokernel.kernels.model import FunctionalModel, Params
 
 # Shape suffixes: N examples, R rows (N, or N L for sequences), V outputs; a block is (R_o V) x (R_u V).
 
@@ -103,7 +104,29 @@ def pusher(model: FunctionalModel, batch: Batch) -> Callable[[Params], Tensor]:
     return push
 
 
-def block_bytes(model: FunctionalModel, x_o: Batch, x_u: Batch, num_outputs: int, rows: int = 1) -> int:
+def block_bytes(model: FunctionalModel, x_o: Batch, x_u: Batch) -> int:
     """Return the bytes that ``contract`` holds at its peak: the Jacobians of both sides and one copy in flight."""
+    rows, num_outputs = model.output_shape(slice_batch(x_u, 0, 1))
     count = num_examples(x_u) + (0 if x_o is x_u else num_examples(x_o)) + 1
     return count * rows * num_outputs * model.dim * model.itemsize
+
+
+def shape_block(block: Tensor, shape_o: torch.Size, shape_u: torch.Size) -> Tensor:
+    """Return a block of kernel entries in the shape that every kernel function returns.
+
+    One row on each side gives (V_o, V_u); anything else gives (R_o, V_o, R_u, V_u), where each scored position of a
+    sequence is a row.  This is the one place that decides it.
+
+    Args:
+        block: (R_o V_o, R_u V_u).
+        shape_o: (R_o, V_o).
+        shape_u: (R_u, V_u).
+
+    Returns:
+        The same entries.
+
+    Example:
+        >>> shape_block(torch.zeros(6, 3), torch.Size([2, 3]), torch.Size([1, 3])).shape
+        torch.Size([2, 3, 1, 3])
+    """
+    return block if shape_o[0] == shape_u[0] == 1 else block.reshape(*shape_o, *shape_u)

@@ -1,8 +1,9 @@
-r"""Everything that would make a kernel wrong or fail late, found first and said with its remedy.
+r"""Everything that would make a kernel wrong or fail late, found first and reported with its remedy.
 
-The quiet ones matter most: ``torch.no_grad()`` inside a forward pass makes reverse mode return zeros without a word,
-while forward mode still sees the parameters.  An adjoint probe, :math:`\langle Jv, w\rangle = \langle v,
-J^Tw\rangle` for one random pair, tells them apart at the cost of two passes.
+Faults without an error message matter most.  ``torch.no_grad()`` inside a forward pass makes reverse mode return zeros,
+while forward mode still sees the parameters: an adjoint probe, :math:`\langle Jv, w\rangle = \langle v, J^Tw\rangle`
+for one random pair, tells them apart.  A random model, or one that couples the examples of a batch, has no kernel of
+examples at all: one example evaluated alone and in company tells.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,33 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zokernel.errors import RunError, UsageError
-from zokernel.kernels.model import Batch, FunctionalModel, slice_batch
+from zokernel.kernels.batches import Batch, concatenate, num_examples, slice_batch
+from zokernel.kernels.model import FunctionalModel, Params
 
 logger = logging.getLogger(__name__)
 
-REMEDY = (
-    "run inside `with zokernel.kernels.forward_mode():`, or use method='finite_difference', which any kernel supports"
-)
-_CAUSES = {
-    "scaled_dot_product": "fused attention has no forward-mode derivative (or load with attn_implementation='eager')",
-    "native_multi_head_attention": "the fused nn.MultiheadAttention path has no forward-mode derivative",
-    "transformer_encoder_layer": "the fused nn.TransformerEncoderLayer path has no forward-mode derivative",
-    "mkldnn_rnn": "the MKL-DNN recurrent kernel has no forward-mode derivative",
+_UNFUSED = "run inside `with zokernel.kernels.forward_mode():`"
+_CAUSES = {  # part of torch's message: cause, and what makes forward mode work
+    "scaled_dot_product": (
+        "fused attention has no forward-mode derivative (or load with attn_implementation='eager')",
+        _UNFUSED,
+    ),
+    "native_multi_head_attention": ("the fused nn.MultiheadAttention path has no forward-mode derivative", _UNFUSED),
+    "transformer_encoder_layer": ("the fused nn.TransformerEncoderLayer path has no forward-mode derivative", _UNFUSED),
+    "mkldnn_rnn": ("the MKL-DNN recurrent kernel has no forward-mode derivative", _UNFUSED),
+    "embedding_bag": (
+        "nn.EmbeddingBag has no forward-mode derivative",
+        "replace it with nn.Embedding and a mean or sum over its rows",
+    ),
 }
+_COUPLED = (
+    "examples have no kernel of their own: use BatchNorm with running statistics in eval mode, or a normalisation of "
+    "each example alone (LayerNorm, GroupNorm)"
+)
+_WITHOUT_FORWARD_MODE = (
+    "use a method without forward mode: entk(method='contraction'), "
+    "zo_entk(method='finite_difference') or zo_entk(method='jacobian')"
+)
 
 
 @contextlib.contextmanager
@@ -54,44 +69,55 @@ def forward_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def validate(model: FunctionalModel, batch: Batch, *, forward: bool = False, reverse: bool = False) -> None:
-    """Check a model on the first example of ``batch`` before anything expensive starts.
+def validate(model: FunctionalModel, *batches: Batch, forward: bool = False, reverse: bool = False) -> None:
+    """Check a model on the first example of the first batch before anything expensive starts.
 
     Args:
         model: The model.
-        batch: Its input.
+        batches: Its inputs.
         forward: Forward-mode derivatives (jvp) will be taken.
         reverse: Reverse-mode derivatives (vjp) will be taken.
 
     Raises:
-        UsageError: If the model is in train mode with dropout or batch norm, a fused kernel does not support forward
-            mode, or reverse mode disagrees with the model itself.
+        UsageError: If the model is in train mode with dropout or batch norm, is random, lets examples of a batch change
+            each other's output, uses a fused kernel without forward mode, or if reverse mode disagrees with the model.
         RunError: If the logits are not finite.
     """
     check_modes(model)
-    example = slice_batch(batch, 0, 1)
-    if not bool(torch.isfinite(model.logits(example)).all()):
+    example = slice_batch(batches[0], 0, 1)
+    logits = model.logits(example)
+    if not bool(torch.isfinite(logits).all()):
         raise RunError(
             "The model's logits are NaN or infinite at the current weights: load it in float32 or retrain it."
         )
-    if forward:
-        check_forward_mode(model, example)
+    check_independence(model, example, logits, batches)
+    check_derivatives(model, example, forward=forward, reverse=reverse)
+
+
+def check_derivatives(model: FunctionalModel, batch: Batch, *, forward: bool, reverse: bool) -> None:
+    """Check the derivatives that will be taken on the first example of ``batch`` (see :func:`validate`)."""
+    example = slice_batch(batch, 0, 1)
     if reverse:
         check_adjoint(model, example, forward=forward)
+    elif forward:
+        directional(model, example, {name: torch.zeros_like(tensor) for name, tensor in model.params.items()})
 
 
 def check_modes(model: FunctionalModel) -> None:
-    """Refuse modules whose output is random or depends on the batch, and note reduced precision inside the model."""
+    """Refuse modules whose output is random or depends on the batch, and warn of reduced precision inside the model."""
     if model.module is None:
         return
     for name, module in model.module.named_modules():
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise UsageError(f"Dropout {name!r} is in train mode, so the model is random: call model.eval() first.")
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UsageError(
-                f"BatchNorm {name!r} is in train mode, so every output depends on the whole batch and the running "
-                "statistics would change: call model.eval() first."
-            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                raise UsageError(
+                    f"BatchNorm {name!r} is in train mode, so every output depends on the whole batch and the running "
+                    "statistics would change: call model.eval() first."
+                )
+            if module.running_mean is None:
+                raise UsageError(f"BatchNorm {name!r} has no running statistics, so {_COUPLED}.")
     double = any(tensor.dtype == torch.float64 for tensor in model.params.values())
     if double and model.is_hugging_face and any("RMSNorm" in type(m).__name__ for m in model.module.modules()):
         logger.warning(
@@ -100,16 +126,67 @@ def check_modes(model: FunctionalModel) -> None:
         )
 
 
-def check_forward_mode(model: FunctionalModel, example: Batch) -> None:
-    """Take one directional derivative on one example, and explain the failure if there is one."""
-    tangent = {name: torch.zeros_like(tensor) for name, tensor in model.params.items()}
+def check_independence(model: FunctionalModel, example: Batch, logits: Tensor, batches: Sequence[Batch]) -> None:
+    """Compare the logits of an example alone with its logits in company (or a second time, where it has none).
+
+    Args:
+        model: The model.
+        example: One example.
+        logits: Its logits, alone.
+        batches: Where the example comes from; it is the first of the first batch.
+
+    Raises:
+        UsageError: If they differ: the model is random, or couples the examples of a batch.
+    """
+    company = _company(batches)
+    together = model.logits(company)[: len(logits)]
+    eps = torch.finfo(logits.dtype).eps
+    if _differ(together, logits, max(1e-3, 4 * eps)):
+        if _differ(model.logits(example), logits, 100 * eps):
+            raise UsageError(
+                "The model is random (two forward passes of the same example differ), so it has no kernel: switch off "
+                "its dropout or sampling, for example with F.dropout(x, training=self.training) and model.eval()."
+            )
+        raise UsageError(f"The output of one example changes with its neighbours in the batch: {_COUPLED}.")
+
+
+def _company(batches: Sequence[Batch]) -> Batch:
+    """Return up to two examples of each batch as one, the first example first."""
+    different = [batch for n, batch in enumerate(batches) if all(batch is not other for other in batches[:n])]
+    singles = [slice_batch(b, n, n + 1) for b in different for n in range(min(2, num_examples(b)))]
+    joined = concatenate(singles)
+    return slice_batch(batches[0], 0, 2) if joined is None else joined
+
+
+def _differ(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
+    if logits.shape != reference.shape:
+        return True
+    return bool((logits - reference).abs().max() > tolerance * reference.abs().max())
+
+
+def directional(model: FunctionalModel, example: Batch, tangent: Params) -> Tensor:
+    """Return one directional derivative of an example's logits, or explain why forward mode cannot.
+
+    Args:
+        model: The model.
+        example: One example.
+        tangent: The direction.
+
+    Returns:
+        The derivative, shaped as the logits.
+
+    Raises:
+        UsageError: If some operation of the model has no forward-mode derivative.
+    """
     try:
         with torch.no_grad():
-            jvp(lambda params: model(params, example), (model.params,), (tangent,))
+            return jvp(lambda params: model(params, example), (model.params,), (tangent,))[1]
     except NotImplementedError as error:
         text = str(error)
-        cause = next((said for key, said in _CAUSES.items() if key in text), text.split("\n")[0])
-        raise UsageError(f"This model cannot be differentiated in forward mode: {cause}; {REMEDY}.") from error
+        unknown = text.split("\n")[0].rstrip("."), None
+        cause, remedy = next((found for key, found in _CAUSES.items() if key in text), unknown)
+        remedies = _WITHOUT_FORWARD_MODE if remedy is None else f"{remedy}, or {_WITHOUT_FORWARD_MODE}"
+        raise UsageError(f"This model cannot be differentiated in forward mode: {cause}; {remedies}.") from error
 
 
 def check_adjoint(model: FunctionalModel, example: Batch, *, forward: bool) -> None:
@@ -135,9 +212,7 @@ def check_adjoint(model: FunctionalModel, example: Batch, *, forward: bool) -> N
     reverse = sum(torch.sum(tangent[name].double() * cotangent[name].double()).item() for name in tangent)
     size = sum(tensor.double().square().sum().item() for tensor in cotangent.values()) ** 0.5
     if forward:
-        with torch.no_grad():
-            moved = jvp(lambda params: model(params, example), (model.params,), (tangent,))[1]
-        tolerance = 0.02
+        moved, tolerance = directional(model, example, tangent), 0.02
     else:
         eps = 1e-5 if model.itemsize == 8 else 1e-3
         ends = [

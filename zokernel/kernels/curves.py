@@ -6,7 +6,7 @@ costs one projection a direction and a running sum of V x V outer products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from zokernel.directions import Dense
 from zokernel.distributions import Distribution
 from zokernel.kernels import checks
+from zokernel.kernels.batches import Batch, examples
 from zokernel.kernels.jacobians import example_jacobian, flatten
-from zokernel.kernels.model import Batch, examples, wrap
+from zokernel.kernels.model import Model, Outputs, wrap
 from zokernel.kernels.projections import SeededDirections, project
 from zokernel.theory.kernel_error import KernelMoments, relative_error
 
@@ -55,17 +56,17 @@ class ErrorCurves:
 
 
 def error_curves(
-    model,
+    model: Model,
     x_o: Batch,
     x_u: Batch,
     *,
     max_perturbations: int = 1000,
-    distribution: str | Distribution = "gaussian",
+    distribution: str | Distribution = "rademacher",
     seeds: Sequence[int] = (0,),
     method: str = "jacobian",
     eps: float = 1e-3,
-    outputs=None,
-    params=None,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
 ) -> ErrorCurves:
     r"""Measure error curves of all examples of ``x_o`` against the single example ``x_u``.
 
@@ -90,7 +91,7 @@ def error_curves(
         (torch.Size([1, 4, 50]), torch.Size([4, 1]))
     """
     model = wrap(model, params=params, outputs=outputs)
-    checks.validate(model, x_u, forward=method == "jvp", reverse=True)
+    checks.validate(model, x_u, x_o, forward=method == "jvp", reverse=True)
     jac_u = flatten(example_jacobian(model, x_u))
     jacs_o = [flatten(example_jacobian(model, example)) for example in examples(x_o)]
     moments = [KernelMoments.from_jacobians(jac_o, jac_u) for jac_o in jacs_o]

@@ -3,21 +3,27 @@ r"""Jacobian features: the linear model that a network is to first order around 
 .. math:: f(x; \theta) \approx f(x; \theta_0) + J(x)(\theta - \theta_0)
 
 With the offset :math:`f(x; \theta_0)` this is the tangent model of the network.  Without it the linear model starts
-from :math:`J(x)\theta_0`, another function (equal only for models homogeneous of degree one in their weights); the
-paper's code does that, so both are offered (theory B.2.8).
+from :math:`J(x)\theta_0`, another function (equal only for models homogeneous of degree one in their weights).  The
+code of Zhang et al. (2026), arXiv:2603.21169, leaves it out, so both are offered (docs/theory.md, "B.2 Errata").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch import Tensor
+from torch.func import jacrev, vmap
 
 from zokernel.errors import UsageError
+from zokernel.kernels import checks
+from zokernel.kernels.batches import examples
+from zokernel.kernels.jacobians import example_jacobian, flatten
+from zokernel.kernels.model import FunctionalModel, Model, Params, wrap
+
+logger = logging.getLogger(__name__)
 
 # Shape suffixes: N examples, V outputs, D parameters.
 
@@ -50,13 +56,14 @@ class Linearization:
 
 
 def jacobian_features(
-    model: nn.Module | Callable[[Mapping[str, Tensor], Any], Tensor],
+    model: Model,
     x: Tensor,
     *,
     params: Mapping[str, Tensor] | None = None,
     normalize: bool = False,
     chunk_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    check: bool = True,
 ) -> Linearization:
     """Linearize a model at its present weights.
 
@@ -69,25 +76,28 @@ def jacobian_features(
             result is then not the network's own tangent model).
         chunk_size: Examples differentiated at once; chosen from the number of parameters when not given.
         memory_budget: Bytes that the Jacobian may take.
+        check: Probe the model for pitfalls first.
 
     Returns:
         The linearization; features of a single output are (n, d).
 
     Raises:
-        UsageError: If the Jacobian would not fit, no parameter is trainable, the model is in training mode with
-            layers that behave differently there, or outputs are not finite.
+        UsageError: If the Jacobian would not fit, no parameter is trainable, the model is random or couples examples,
+            or outputs are not finite or have the wrong shape.
 
     Example:
-        >>> layer = nn.Linear(2, 1)
+        >>> layer = torch.nn.Linear(2, 1)
         >>> jacobian_features(layer, torch.tensor([[3.0, 4.0]])).features.tolist()
         [[3.0, 4.0, 1.0]]
     """
-    call, weights = _functional(model, params)
+    model = wrap(model, params=params)
+    if check:
+        checks.check_modes(model)
+    weights = model.params
     names = tuple((name, tuple(weight.shape)) for name, weight in weights.items())
     theta = torch.cat([weight.reshape(-1) for weight in weights.values()])
-    with torch.no_grad():
-        outputs = call(weights, x)
-    if outputs.ndim not in (1, 2) or len(outputs) != len(x):
+    outputs = model.logits(x)
+    if len(outputs) != len(x):
         raise UsageError(f"The model must return (N,) or (N, V) for N = {len(x)} inputs, not {tuple(outputs.shape)}.")
     if not outputs.isfinite().all():
         raise UsageError("The model's outputs are not finite: check its weights and inputs.")
@@ -98,37 +108,26 @@ def jacobian_features(
             f"{needed / 2**30:.1f} GiB (allowed: {memory_budget / 2**30:.1f}): use fewer examples, or choose fewer "
             "parameters with params=."
         )
-
-    def single(parameters: Mapping[str, Tensor], one: Tensor) -> Tensor:
-        return call(parameters, one.unsqueeze(0)).squeeze(0)
-
+    if check:
+        checks.validate(model, x, reverse=True)
     chunk = chunk_size or max(1, min(len(x), 2**25 // max(1, theta.numel())))
-    jacobian = vmap(jacrev(single), in_dims=(None, 0), chunk_size=chunk)(weights, x)
-    rows = torch.cat([jacobian[name].flatten(start_dim=outputs.ndim) for name in weights], dim=-1).detach()
-    if outputs.ndim == 2 and outputs.shape[1] == 1:
+    rows = _rows(model, x, chunk).detach()
+    if outputs.shape[1] == 1:
         rows, outputs = rows.squeeze(1), outputs.squeeze(1)
     if normalize:
         rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return Linearization(rows, outputs, theta, names)
 
 
-def _functional(
-    model: nn.Module | Callable[[Mapping[str, Tensor], Any], Tensor], params: Mapping[str, Tensor] | None
-) -> tuple[Callable[[Mapping[str, Tensor], Any], Tensor], dict[str, Tensor]]:
-    if not isinstance(model, nn.Module):
-        if params is None:
-            raise UsageError("A function f(params, x) has no weights of its own: pass params=.")
-        return model, {name: weight.detach() for name, weight in params.items()}
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)):
-            raise UsageError(f"{type(module).__name__} {name!r} is in training mode: call model.eval() first.")
-    chosen = params or {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    if not chosen:
-        raise UsageError("The model has no trainable parameters: set requires_grad, or pass params=.")
-    frozen = {name: weight.detach() for name, weight in model.named_parameters() if name not in chosen}
-    frozen |= {name: buffer.detach() for name, buffer in model.named_buffers()}
+def _rows(model: FunctionalModel, x: Tensor, chunk: int) -> Tensor:
+    """Return the Jacobian (n, V, d): of many examples at once where torch can batch the model, else one by one."""
 
-    def call(parameters: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        return functional_call(model, {**frozen, **parameters}, (inputs,))
+    def single(parameters: Params, one: Tensor) -> Tensor:
+        return model(parameters, one.unsqueeze(0)).squeeze(0)
 
-    return call, {name: weight.detach() for name, weight in chosen.items()}
+    try:
+        jacobian = vmap(jacrev(single), in_dims=(None, 0), chunk_size=chunk)(model.params, x)
+        return torch.cat([jacobian[name].flatten(start_dim=2) for name in model.params], dim=-1)
+    except RuntimeError as error:  # recurrent layers, for one, write in place to a state without an axis for vmap
+        logger.info("The examples are differentiated one by one: %s", error)
+        return torch.stack([flatten(example_jacobian(model, example)) for example in examples(x)])

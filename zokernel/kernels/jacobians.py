@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from zokernel.kernels import checks
-from zokernel.kernels.model import Batch, FunctionalModel, Params, examples, num_examples, wrap
+from zokernel.kernels.batches import Batch, examples
+from zokernel.kernels.model import FunctionalModel, Model, Outputs, Params, wrap
 
 # Shape suffixes: N examples, R rows (N, or N L when whole sequences are scored), V outputs, C rows pulled back at once.
 
@@ -21,7 +22,7 @@ CHUNK_BYTES = 512 * 2**20
 INNER_LENGTH = 2**18
 
 
-def jacobian_vector_product(model, batch: Batch, tangent: Params) -> Tensor:
+def jacobian_vector_product(model: Model, batch: Batch, tangent: Params) -> Tensor:
     r"""Return :math:`J u`, exact, in one forward-mode pass.
 
     Args:
@@ -42,7 +43,7 @@ def jacobian_vector_product(model, batch: Batch, tangent: Params) -> Tensor:
         return jvp(lambda params: model(params, batch), (model.params,), (tangent,))[1]
 
 
-def vector_jacobian_product(model, batch: Batch, cotangent_RV: Tensor) -> Params:
+def vector_jacobian_product(model: Model, batch: Batch, cotangent_RV: Tensor) -> Params:
     r"""Return :math:`J^T v` in one reverse-mode pass.
 
     Args:
@@ -98,7 +99,9 @@ def example_jacobian(model: FunctionalModel, example: Batch, *, chunk_size: int 
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def jacobian(model, batch: Batch, *, outputs=None, chunk_size: int | None = None, check: bool = True) -> Tensor:
+def jacobian(
+    model: Model, batch: Batch, *, outputs: Outputs | None = None, chunk_size: int | None = None, check: bool = True
+) -> Tensor:
     r"""Return the dense Jacobian of the logits with respect to all trainable parameters.
 
     Args:
@@ -121,7 +124,7 @@ def jacobian(model, batch: Batch, *, outputs=None, chunk_size: int | None = None
     model = wrap(model, outputs=outputs)
     if check:
         checks.validate(model, batch, reverse=True)
-    shape = model.logits(batch).shape
+    shape = model.output_shape(batch)
     checks.announce(
         f"Jacobian {shape[0]} x {shape[1]} x {model.dim:,}",
         2 * shape.numel() * model.dim * model.itemsize,
@@ -169,8 +172,3 @@ def dot(left: Params, right: Params) -> float:
 def squared_norm(vector: Params) -> float:
     """Return the squared norm of a vector in parameter space, accumulated in float64."""
     return dot(vector, vector)
-
-
-def rows_per_example(model: FunctionalModel, batch: Batch) -> int:
-    """Return how many rows of logits one example has (more than one when whole sequences are scored)."""
-    return model.logits(batch).shape[0] // num_examples(batch)

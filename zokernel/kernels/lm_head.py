@@ -12,6 +12,7 @@ embedding of token v moves along :math:`h_o`.  V pull-backs become h of them, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ from torch.func import jvp
 
 from zokernel.errors import UsageError
 from zokernel.kernels import blocks, checks
-from zokernel.kernels.model import Batch, FunctionalModel, _base
+from zokernel.kernels.batches import Batch
+from zokernel.kernels.model import FunctionalModel, base_module
 from zokernel.theory.kernel_error import KernelMoments
 
 # Shape suffixes: V vocabulary, H hidden size, T distinct tokens of a prompt, P directions.
@@ -136,7 +138,7 @@ def find_head(model: FunctionalModel) -> Head | None:
     """Return the linear head of a language model; ``None`` for a bare function or a LoRA-adapted head."""
     if model.module is None:
         return None
-    base = _base(model.module)
+    base = base_module(model.module)
     get_head = getattr(base, "get_output_embeddings", None)
     module = get_head() if get_head is not None else getattr(base, "lm_head", None)
     if type(module) is not nn.Linear:
@@ -190,7 +192,7 @@ def head_kernel(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: i
         )
     full = model.with_outputs(None)
     _check_linear(full.logits(x_o), nn.functional.linear(hidden_o, head.module.weight, head.module.bias))
-    fits = blocks.block_bytes(body, x_o, x_u, head.hidden_size) <= min(4 * 2**30, checks.available_bytes() // 2)
+    fits = blocks.block_bytes(body, x_o, x_u) <= min(4 * 2**30, checks.available_bytes() // 2)
     compute = blocks.contract if fits else blocks.stream
     scale = torch.sum(hidden_o.double() * hidden_u.double()).item() if head.weight_name else 0.0
     weight = head.module.weight.detach()
@@ -220,7 +222,7 @@ def head_moments(model: FunctionalModel, x_o: Batch, x_u: Batch) -> tuple[HeadKe
 
 def _tied_rows(body: FunctionalModel, head: Head, example: Batch, direction_H: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct tokens of an example and the derivative of its hidden state along each one's embedding."""
-    assert isinstance(example, dict)
+    assert isinstance(example, Mapping)
     assert head.weight_name is not None
     name = head.weight_name
     tokens = torch.unique(example["input_ids"])

@@ -1,33 +1,45 @@
 r"""One view of every model: ``f(params, batch) -> (R, V)`` logits, with only the trainable parameters as arguments.
 
-A row R is one scored position: one for each example, or one for each token of a sequence scored by teacher forcing.
+A row R is one scored position: one per example, or one per token of a sequence scored by teacher forcing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from zokernel.errors import UsageError
+from zokernel.kernels.batches import (
+    POSITIONS,
+    Batch,
+    first_tensor,
+    gather_positions,
+    has_examples,
+    num_examples,
+    slice_batch,
+)
 
 # Shape suffixes: N examples, T tokens, L scored positions, R = N or N L rows, V outputs.
 
-Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Params = dict[str, Tensor]
-POSITIONS = "positions"
+Outputs: TypeAlias = Sequence[int] | Tensor
+"""Candidate outputs (classes or token ids) to keep, in this order."""
+Model: TypeAlias = "nn.Module | FunctionalModel | Callable[[Params, Any], Tensor]"
+"""A module (plain, Hugging Face or PEFT), a :class:`FunctionalModel`, or ``f(params, batch) -> (R, V)``."""
 
 
 class FunctionalModel:
     """A model as a function of its trainable parameters.
 
-    Hugging Face models take dicts.  A causal LM is scored at the last attended token of each row, a masked LM at the
-    positions given as ``batch["positions"]``, shape (N,) or (N, L); only those positions reach the LM head when the
-    model supports it.  Caches are off, so that evaluating the model never changes it.
+    Hugging Face models take tensors by name (a dict or a ``BatchEncoding``).  A causal LM is scored at the last
+    attended token of each row, a masked LM at the positions given as ``batch["positions"]``, shape (N,) or (N, L); only
+    those positions reach the LM head when the model supports it.  Caches are off, so that evaluating the model never
+    changes it.  The shape of the logits is learned once per kind of input, from any forward pass.
 
     Args:
         model: An ``nn.Module`` (plain, Hugging Face or PEFT), or ``f(params, batch) -> (R, V)``.
@@ -50,8 +62,8 @@ class FunctionalModel:
         self,
         model: nn.Module | Callable[[Params, Any], Tensor],
         *,
-        params: Params | None = None,
-        outputs: Sequence[int] | Tensor | None = None,
+        params: Mapping[str, Tensor] | None = None,
+        outputs: Outputs | None = None,
     ):
         self.module = model if isinstance(model, nn.Module) else None
         self.function = None if isinstance(model, nn.Module) else model
@@ -72,6 +84,7 @@ class FunctionalModel:
                 )
         self.params: Params = {name: tensor.detach() for name, tensor in params.items()}
         self.outputs = None if outputs is None else torch.as_tensor(outputs, dtype=torch.long).flatten()
+        self._shapes: dict[tuple[Any, ...], tuple[int, int]] = {}  # kind of input -> rows per example, outputs
 
     @property
     def dim(self) -> int:
@@ -87,10 +100,12 @@ class FunctionalModel:
     def is_hugging_face(self) -> bool:
         """Whether the module is called with token ids, as transformers and PEFT models are."""
         return (
-            self.module is not None and hasattr(_base(self.module), "config") and hasattr(_base(self.module), "dtype")
+            self.module is not None
+            and hasattr(base_module(self.module), "config")
+            and hasattr(base_module(self.module), "dtype")
         )
 
-    def with_outputs(self, outputs: Sequence[int] | Tensor | None) -> FunctionalModel:
+    def with_outputs(self, outputs: Outputs | None) -> FunctionalModel:
         """Return the same model restricted to other candidate outputs (sharing parameters)."""
         model = self.module if self.module is not None else self.function
         assert model is not None
@@ -101,7 +116,38 @@ class FunctionalModel:
         logits = self._select(self._forward(params, batch), batch)
         if self.outputs is not None:
             logits = logits[:, self.outputs.to(logits.device)]
+        self._shapes[self._kind(batch)] = (logits.shape[0] // num_examples(batch), logits.shape[1])
         return logits
+
+    def output_shape(self, batch: Batch) -> torch.Size:
+        """Return the shape (R, V) of the logits of ``batch``.
+
+        The first input of a kind costs one forward on its first example, unless the model has been called on that kind
+        before; later ones cost nothing.
+
+        Args:
+            batch: Input.
+
+        Returns:
+            Rows (examples, or scored positions of all sequences) and outputs.
+
+        Example:
+            >>> FunctionalModel(nn.Linear(3, 2)).output_shape(torch.zeros(1000, 3))
+            torch.Size([1000, 2])
+        """
+        kind = self._kind(batch)
+        if kind not in self._shapes:
+            self.logits(slice_batch(batch, 0, 1))
+        rows, num_outputs = self._shapes[kind]
+        return torch.Size((num_examples(batch) * rows, num_outputs))
+
+    def _kind(self, batch: Batch) -> tuple[Any, ...]:
+        """Return what the shape of an example's logits depends on: of token ids, only how many are scored."""
+        if not isinstance(batch, Mapping):
+            return tuple(tensor.shape[1:] for tensor in ((batch,) if isinstance(batch, Tensor) else batch))
+        if self.is_hugging_face:
+            return ("scored", *(batch[POSITIONS].shape[1:] if POSITIONS in batch else ()))
+        return tuple((name, tensor.shape[1:]) for name, tensor in batch.items())
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits (R, V) of ``batch`` at the current weights, without a graph."""
@@ -142,12 +188,12 @@ class FunctionalModel:
         """Return the scored positions (N,) or (N, L) of a batch of token ids."""
         if POSITIONS in batch:
             return batch[POSITIONS]
-        if self.module is not None and type(_base(self.module)).__name__.endswith("ForMaskedLM"):
+        if self.module is not None and type(base_module(self.module)).__name__.endswith("ForMaskedLM"):
             raise UsageError(
                 "A masked language model needs to know where to look: put the index of each row's mask token in "
                 "batch['positions'], shape (N,)."
             )
-        ids = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()))
+        ids = batch["input_ids"] if "input_ids" in batch else first_tensor(batch)
         mask = batch.get("attention_mask")
         num_examples, length = ids.shape[:2]
         if mask is None:
@@ -156,8 +202,9 @@ class FunctionalModel:
 
     def _select(self, logits: Tensor, batch: Batch) -> Tensor:
         """Reduce logits of any layout to (R, V)."""
-        if logits.ndim == 1:
-            return logits[None]
+        if logits.ndim == 1:  # one output of N examples, or V outputs of one example
+            of_examples = has_examples(batch) and len(logits) == num_examples(batch)
+            return logits[:, None] if of_examples else logits[None]
         if logits.ndim == 2:
             return logits
         if logits.ndim != 3:
@@ -172,7 +219,9 @@ class FunctionalModel:
         return gather_positions(logits, positions)
 
 
-def wrap(model: Any, *, params: Params | None = None, outputs: Sequence[int] | Tensor | None = None) -> FunctionalModel:
+def wrap(
+    model: Model, *, params: Mapping[str, Tensor] | None = None, outputs: Outputs | None = None
+) -> FunctionalModel:
     """Return ``model`` as a :class:`FunctionalModel` (itself when it is one and nothing else is asked).
 
     Args:
@@ -188,117 +237,11 @@ def wrap(model: Any, *, params: Params | None = None, outputs: Sequence[int] | T
     return FunctionalModel(model, params=params, outputs=outputs)
 
 
-def gather_positions(values_NTX: Tensor, positions: Tensor) -> Tensor:
-    """Return rows (N, X) or (N L, X) of ``values_NTX`` at ``positions`` of shape (N,) or (N, L).
-
-    Example:
-        >>> gather_positions(torch.arange(6.0).reshape(1, 3, 2), torch.tensor([[0, 2]]))
-        tensor([[0., 1.], [4., 5.]])
-    """
-    rows = torch.arange(values_NTX.shape[0], device=values_NTX.device)
-    if positions.ndim == 1:
-        return values_NTX[rows, positions]
-    return values_NTX[rows[:, None], positions].flatten(0, 1)
-
-
-def examples(batch: Batch) -> Iterator[Batch]:
-    """Yield the examples of a batch one by one, each as a batch of one.
-
-    Example:
-        >>> [tuple(x.shape) for x in examples(torch.zeros(2, 3))]
-        [(1, 3), (1, 3)]
-    """
-    for n in range(num_examples(batch)):
-        yield slice_batch(batch, n, n + 1)
-
-
-def num_examples(batch: Batch) -> int:
-    """Return the number of examples N of a batch (a one-dimensional tensor is one example)."""
-    first = _first(batch)
-    return 1 if first.ndim == 1 else first.shape[0]
-
-
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Return examples ``start`` to ``stop`` of a batch."""
-    if _first(batch).ndim == 1:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {key: value[start:stop] for key, value in batch.items()}
-    return tuple(value[start:stop] for value in batch)
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch | None:
-    """Return all examples as one batch, or ``None`` when their shapes differ (they are then evaluated in turn).
-
-    Example:
-        >>> concatenate([torch.zeros(1, 3), torch.zeros(2, 3)]).shape
-        torch.Size([3, 3])
-        >>> concatenate([torch.zeros(1, 3), torch.zeros(1, 4)]) is None
-        True
-    """
-    first: Any = batches[0]
-    if isinstance(first, Tensor):
-        alike = all(isinstance(b, Tensor) and b.ndim > 1 and b.shape[1:] == first.shape[1:] for b in batches)
-        return torch.cat(list(batches)) if alike else None  # type: ignore[arg-type]
-    keys: Any = first.keys() if isinstance(first, Mapping) else range(len(first))
-    if any(type(b) is not type(first) or len(b) != len(first) for b in batches):
-        return None
-    joined: dict[Any, Any] = {key: concatenate([b[key] for b in batches]) for key in keys}
-    if any(value is None for value in joined.values()):
-        return None
-    return joined if isinstance(first, Mapping) else tuple(joined.values())
-
-
-def teacher_forcing(
-    prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, pad_token_id: int = 0
-) -> tuple[dict[str, Tensor], Tensor]:
-    r"""Build the batch that scores whole sequences, :math:`\log\pi(y|x) = \sum_l \log\pi(y_l | x, y_{<l})`.
-
-    Args:
-        prompts: Token ids of each x; not empty.
-        targets: Token ids of each y.
-        pad_token_id: Fills shorter rows on the right; never attended.
-
-    Returns:
-        A batch whose logits at ``positions`` (N, L) predict the targets (N, L); rows with fewer tokens than L are
-        padded with target -100, which the dynamics ignore.
-
-    Raises:
-        UsageError: If a prompt or a target is empty.
-
-    Example:
-        >>> batch, y = teacher_forcing([[5, 6], [7]], [[8], [9, 4]])
-        >>> batch["positions"].tolist(), y.tolist()
-        ([[1, 0], [0, 1]], [[8, -100], [9, 4]])
-    """
-    if any(len(x) == 0 for x in prompts) or any(len(y) == 0 for y in targets):
-        raise UsageError("Every prompt and every target needs at least one token.")
-    width = max(len(x) + len(y) for x, y in zip(prompts, targets, strict=True))
-    longest = max(len(y) for y in targets)
-    ids = torch.full((len(prompts), width), pad_token_id)
-    mask, positions = torch.zeros_like(ids), torch.zeros(len(prompts), longest, dtype=torch.long)
-    labels = torch.full((len(prompts), longest), -100)
-    for row, (x, y) in enumerate(zip(prompts, targets, strict=True)):
-        ids[row, : len(x) + len(y)] = torch.tensor([*x, *y])
-        mask[row, : len(x) + len(y)] = 1
-        positions[row, : len(y)] = torch.arange(len(x) - 1, len(x) - 1 + len(y))
-        labels[row, : len(y)] = torch.tensor(list(y))
-    return {"input_ids": ids, "attention_mask": mask, POSITIONS: positions}, labels
-
-
-def _first(batch: Batch) -> Tensor:
-    if isinstance(batch, Tensor):
-        return batch
-    return next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-
-
-def _base(module: nn.Module) -> nn.Module:
+def base_module(module: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT wrapper, or the module itself."""
     return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
 
 
 def _signature(module: nn.Module | None) -> set[str]:
     assert module is not None
-    return set(inspect.signature(_base(module).forward).parameters)
+    return set(inspect.signature(base_module(module).forward).parameters)

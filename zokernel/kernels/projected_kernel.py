@@ -7,7 +7,7 @@ and its norms and errors come from P x P Gram matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
+from zokernel.kernels.batches import Batch
+from zokernel.kernels.blocks import shape_block
 from zokernel.kernels.lm_head import HeadKernel
-from zokernel.kernels.model import Batch, wrap
+from zokernel.kernels.model import Model, Outputs, wrap
 from zokernel.kernels.projections import project
 
 
@@ -67,10 +69,7 @@ class ZOKernel:
             len(left) * len(right) * left.element_size(),
             "keep the factors (zo_entk_factors): norms, products and errors need no V x V matrix",
         )
-        kernel = left @ right.T / count
-        if self.left_RVP.shape[0] == self.right_RVP.shape[0] == 1:
-            return kernel
-        return kernel.reshape(*self.left_RVP.shape[:2], *self.right_RVP.shape[:2])
+        return shape_block(left @ right.T / count, self.left_RVP.shape[:2], self.right_RVP.shape[:2])
 
     def matvec(self, values: Tensor) -> Tensor:
         """Return the kernel times a vector (R_u V,), from the factors."""
@@ -110,17 +109,17 @@ class ZOKernel:
 
 
 def zo_entk_factors(
-    model,
+    model: Model,
     x_o: Batch,
     x_u: Batch,
     *,
     num_perturbations: int,
-    distribution: str | Distribution = "gaussian",
+    distribution: str | Distribution = "rademacher",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
-    outputs=None,
-    params=None,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
     first: int = 0,
     check: bool = True,
 ) -> ZOKernel:
@@ -165,17 +164,17 @@ def zo_entk_factors(
 
 
 def zo_entk(
-    model,
+    model: Model,
     x_o: Batch,
     x_u: Batch,
     *,
     num_perturbations: int,
-    distribution: str | Distribution = "gaussian",
+    distribution: str | Distribution = "rademacher",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
-    outputs=None,
-    params=None,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
     check: bool = True,
 ) -> Tensor:
     r"""Return the tangent kernel that zeroth-order training has, :math:`\hat K = J_o U U^T J_u^T`.

@@ -7,21 +7,22 @@ allow it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from zokernel.directions import Dense
 from zokernel.directions.backends import dispatch
+from zokernel.directions.placement import place_all
 from zokernel.directions.terms import Job
-from zokernel.directions.weights.placement import place_all
 from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
 from zokernel.kernels import checks
+from zokernel.kernels.batches import Batch, concatenate, examples
 from zokernel.kernels.blocks import pusher
 from zokernel.kernels.jacobians import CHUNK_BYTES, example_jacobian, flatten, inner_products
-from zokernel.kernels.model import Batch, FunctionalModel, Params, concatenate, examples, wrap
+from zokernel.kernels.model import FunctionalModel, Model, Outputs, Params, wrap
 
 # Shape suffixes: R rows of logits (N, or N L for sequences), V outputs, P directions, C at once, D parameters.
 
@@ -29,17 +30,17 @@ METHODS = ("jvp", "finite_difference", "jacobian")
 
 
 def project(
-    model,
+    model: Model,
     batches: Sequence[Batch],
     *,
     num_perturbations: int,
-    distribution: str | Distribution = "gaussian",
+    distribution: str | Distribution = "rademacher",
     seed: int = 0,
     method: str = "jvp",
     eps: float = 1e-3,
     first: int = 0,
-    outputs=None,
-    params=None,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     check: bool = True,
 ) -> list[Tensor]:
@@ -84,10 +85,10 @@ def project(
         raise UsageError(f"eps is {eps}: a perturbation must be positive; 1e-3 suits most models.")
     model = wrap(model, params=params, outputs=outputs)
     if check:
-        checks.validate(model, batches[0], forward=method == "jvp", reverse=method == "jacobian")
+        checks.validate(model, *batches, forward=method == "jvp", reverse=method == "jacobian")
     joined = concatenate(batches)
     inputs = list(batches) if joined is None else [joined]
-    shapes = [model.logits(batch).shape for batch in batches]
+    shapes = [model.output_shape(batch) for batch in batches]
     size = sum(shape.numel() for shape in shapes)
     checks.announce(
         f"projections of {size:,} logits on {num_perturbations:,} directions by {method}",

@@ -7,16 +7,18 @@ of the gradients of logit i at :math:`x_o` and logit j at :math:`x_u`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.kernels import blocks, checks
-from zokernel.kernels.jacobians import example_jacobian, inner_products, rows_per_example
+from zokernel.kernels.batches import Batch, examples
+from zokernel.kernels.blocks import shape_block
+from zokernel.kernels.jacobians import example_jacobian, inner_products
 from zokernel.kernels.lm_head import find_head, head_kernel
-from zokernel.kernels.model import Batch, FunctionalModel, examples, wrap
+from zokernel.kernels.model import FunctionalModel, Model, Outputs, wrap
 from zokernel.theory.kernel_error import KernelMoments
 
 logger = logging.getLogger(__name__)
@@ -27,13 +29,13 @@ CONTRACTION_BUDGET = 4 * 2**30
 
 
 def entk(
-    model,
+    model: Model,
     x_o: Batch,
     x_u: Batch,
     *,
-    outputs=None,
+    outputs: Outputs | None = None,
     method: str = "auto",
-    params=None,
+    params: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     check: bool = True,
 ) -> Tensor:
@@ -70,13 +72,16 @@ def entk(
     if method not in METHODS:
         raise UsageError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
     model = wrap(model, params=params, outputs=outputs)
+    if check:
+        checks.validate(model, x_u, x_o)
     method = choose_method(model, x_o, x_u) if method == "auto" else method
     if check:
-        checks.validate(model, x_u, forward=method != "contraction", reverse=True)
-    rows_o, rows_u = model.logits(x_o).shape, model.logits(x_u).shape
+        checks.check_derivatives(model, x_u, forward=method != "contraction", reverse=True)
+    shape_o, shape_u = model.output_shape(x_o), model.output_shape(x_u)
+    held = blocks.block_bytes(model, x_o, x_u) if method == "contraction" else 4 * model.dim * model.itemsize
     checks.announce(
-        f"eNTK block {rows_o.numel():,} x {rows_u.numel():,} by {method}",
-        rows_o.numel() * rows_u.numel() * model.itemsize + _method_bytes(model, x_o, x_u, method, rows_u[-1]),
+        f"eNTK block {shape_o.numel():,} x {shape_u.numel():,} by {method}",
+        shape_o.numel() * shape_u.numel() * model.itemsize + held,
         "restrict outputs= to the candidates of interest, or use method='lm_head' through head_kernel, whose norms "
         "and products need no V x V matrix",
     )
@@ -85,16 +90,15 @@ def entk(
     else:
         compute = blocks.contract if method == "contraction" else blocks.stream
         kernel = compute(model, x_o, x_u, chunk_size=chunk_size)
-    return shape_block(kernel, rows_o, rows_u)
+    return shape_block(kernel, shape_o, shape_u)
 
 
 def choose_method(model: FunctionalModel, x_o: Batch, x_u: Batch) -> str:
     """Return what ``auto`` means for this model and these inputs, and log why."""
-    num_outputs = model.logits(x_u).shape[-1]
-    needed = blocks.block_bytes(model, x_o, x_u, num_outputs, rows_per_example(model, x_u))
+    needed, head = blocks.block_bytes(model, x_o, x_u), find_head(model)
     if needed <= min(CONTRACTION_BUDGET, checks.available_bytes() // 2):
         method = "contraction"
-    elif find_head(model) is not None and num_outputs > find_head(model).hidden_size:  # type: ignore[union-attr]
+    elif head is not None and model.output_shape(x_u)[1] > head.hidden_size:
         method = "lm_head"
     else:
         method = "ntk_vp"
@@ -103,7 +107,14 @@ def choose_method(model: FunctionalModel, x_o: Batch, x_u: Batch) -> str:
 
 
 def kernel_moments(
-    model, x_o: Batch, x_u: Batch, *, outputs=None, params=None, diagonal: bool = True, check: bool = True
+    model: Model,
+    x_o: Batch,
+    x_u: Batch,
+    *,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
+    diagonal: bool = True,
+    check: bool = True,
 ) -> KernelMoments:
     r"""Return :math:`\|J_o\|^2, \|J_u\|^2, \|K\|^2, D` and d of one pair, exactly: all that the error laws need.
 
@@ -125,11 +136,10 @@ def kernel_moments(
     """
     model = wrap(model, params=params, outputs=outputs)
     if check:
-        checks.validate(model, x_u, reverse=True)
-    num_outputs, rows = model.logits(x_u).shape[-1], rows_per_example(model, x_u)
+        checks.validate(model, x_u, x_o, reverse=True)
     checks.announce(
         f"Jacobians of {model.dim:,} parameters",
-        blocks.block_bytes(model, x_o, x_u, num_outputs, rows),
+        blocks.block_bytes(model, x_o, x_u),
         "restrict outputs= to the candidates of interest, or use head_kernel(...).moments",
     )
     observed = [example_jacobian(model, example) for example in examples(x_o)]
@@ -149,7 +159,13 @@ def kernel_moments(
 
 
 def layer_contributions(
-    model, x_o: Batch, x_u: Batch, *, outputs=None, params=None, group: Callable[[str], str] | None = None
+    model: Model,
+    x_o: Batch,
+    x_u: Batch,
+    *,
+    outputs: Outputs | None = None,
+    params: Mapping[str, Tensor] | None = None,
+    group: Callable[[str], str] | None = None,
 ) -> dict[str, Tensor]:
     """Return each layer's share of the kernel; the shares add up to :func:`entk`.
 
@@ -170,29 +186,16 @@ def layer_contributions(
         ['0', '2']
     """
     model = wrap(model, params=params, outputs=outputs)
-    checks.validate(model, x_u, reverse=True)
+    checks.validate(model, x_u, x_o, reverse=True)
     group = group or (lambda name: name.rpartition(".")[0] or name)
-    rows_o, rows_u = model.logits(x_o).shape, model.logits(x_u).shape
+    shape_o, shape_u = model.output_shape(x_o), model.output_shape(x_u)
     shares: dict[str, Tensor] = {}
     for name, share in blocks.contract_by_parameter(model, x_o, x_u).items():
         layer = group(name)
         shares[layer] = shares[layer] + share if layer in shares else share
     dtype = next(iter(model.params.values())).dtype
-    return {layer: shape_block(share.to(dtype), rows_o, rows_u) for layer, share in shares.items()}
-
-
-def shape_block(kernel: Tensor, rows_o: torch.Size, rows_u: torch.Size) -> Tensor:
-    """Return a block (R_o V, R_u V) as (V, V) for single rows, else as (R_o, V, R_u, V)."""
-    if rows_o[0] == rows_u[0] == 1:
-        return kernel
-    return kernel.reshape(*rows_o, *rows_u)
+    return {layer: shape_block(share.to(dtype), shape_o, shape_u) for layer, share in shares.items()}
 
 
 def _pairwise(compute: Callable[[Batch, Batch], Tensor], x_o: Batch, x_u: Batch) -> Tensor:
     return torch.cat([torch.cat([compute(o, u) for u in examples(x_u)], dim=1) for o in examples(x_o)])
-
-
-def _method_bytes(model: FunctionalModel, x_o: Batch, x_u: Batch, method: str, num_outputs: int) -> int:
-    if method == "contraction":
-        return blocks.block_bytes(model, x_o, x_u, num_outputs, rows_per_example(model, x_u))
-    return 4 * model.dim * model.itemsize

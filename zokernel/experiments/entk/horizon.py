@@ -14,8 +14,8 @@ from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.entk.lenet import checkpoints
 from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel, jacobian_vector_product, vector_jacobian_product
+from zokernel.kernels.batches import examples
 from zokernel.kernels.jacobians import example_jacobian, squared_norm
-from zokernel.kernels.model import examples
 from zokernel.optim import MeZO
 
 
