@@ -19,7 +19,7 @@ from zokernel.finetune.settings.auto import POLYAK_SHARE
 SETTINGS = {
     "inference": None,
     "mezo": ("mezo", {}),
-    "mezo_in_forward": ("mezo", {"restore": "still"}),
+    "mezo_in_forward": ("mezo", {"perturb": "in_forward"}),
     "sparse_mezo": ("sparse_mezo", {}),
     "lozo": ("lozo", {}),
     "lozo_m": ("lozo_m", {}),
@@ -46,7 +46,6 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     from zokernel.data import fetch
     from zokernel.finetune.models.memory import PeakMemory
     from zokernel.optim import get_method
-    from zokernel.perturb.in_forward import InForward
 
     path = fetch(model_name) if model_name == "smollm2" else model_name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -63,8 +62,6 @@ def measure(name: str, model_name: str, batch: int, length: int) -> dict[str, fl
     def take_steps(trained: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> None:
         method, options = SETTINGS[name]
         optimizer = get_method(method)(trained, lr=1e-7, **options)
-        if options.get("restore") == "still":
-            optimizer.evaluator = InForward()
         for _ in range(2):
             optimizer.step(loss)
 

@@ -42,8 +42,8 @@ def train(rank: int, world: int, port: int, options: argparse.Namespace, queue) 
     if world > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = load(options.full)
-    optimizer = MeZO(model, lr=1e-6, num_perturbations=options.num_perturbations, restore="still")
-    optimizer.evaluator = Parallel("perturbation", inner=InForward()) if world > 1 else InForward()
+    perturb = Parallel("perturbation", InForward()) if world > 1 else InForward()
+    optimizer = MeZO(model, lr=1e-6, num_perturbations=options.num_perturbations, perturb=perturb)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40000, (options.batch, 38), generator=generator)
     positions, labels = torch.full((options.batch, 1), 37), torch.zeros(options.batch, dtype=torch.long)
@@ -59,7 +59,7 @@ def train(rank: int, world: int, port: int, options: argparse.Namespace, queue) 
         losses.append(optimizer.step(closure))
         seconds.append(time.perf_counter() - start)
     if rank == 0:
-        sent = optimizer.evaluator.bytes_sent // (options.steps + 1) if world > 1 else 0
+        sent = optimizer.perturb.bytes_sent // (options.steps + 1) if world > 1 else 0
         queue.put((losses, statistics.median(seconds[1:]), sent))
     if world > 1:
         dist.destroy_process_group()

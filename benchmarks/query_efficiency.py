@@ -37,7 +37,6 @@ from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.settings.auto import SCHEDULE, cooldown_steps
 from zokernel.optim import get_method
-from zokernel.perturb.in_forward import InForward
 
 COLUMNS = ("task", "train", "contender", "lr", "seed", "curve", "held_out")
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.jsonl"
@@ -150,11 +149,9 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     if contender.last_third and not full:
         weights = in_last_third(weights)
     eps = EPS["full"] if full else contender.lora_eps
-    options = {"eps": eps, "seed": seed, **contender.options, **({"restore": "still"} if full else {})}
+    options = {"eps": eps, "seed": seed, **contender.options, **({"perturb": "in_forward"} if full else {})}
     method: Any = get_method(contender.method)
     optimizer = method(weights, lr=lr, **options)
-    if full:
-        optimizer.evaluator = InForward()
     steps = forwards // optimizer.forwards_per_step
     every = max(1, round(steps / POINTS))
     tokens, seconds = 0, 0.0

@@ -18,11 +18,11 @@ import torch
 from directions import machine, table
 from step import make_optimizer
 
-from zokernel.finetune.trainer.evaluators import repeat_batch
-from zokernel.optim import ZerothOrderOptimizer
+from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.optim import ZerothOrder
 
 
-def losses_of(optimizer: ZerothOrderOptimizer) -> torch.Tensor:
+def losses_of(optimizer: ZerothOrder) -> torch.Tensor:
     assert optimizer.last_estimate is not None
     return torch.tensor(optimizer.last_estimate.losses)
 
@@ -32,7 +32,7 @@ def compare(train: str, count: int, batch: dict[str, Any], model: torch.nn.Modul
     closure = paired.make_closure(model, batch, bf16=bf16)
     loop, stacked = (make_optimizer(method, count, way, model, batch, bf16=bf16) for way in ("in_place", "stacked"))
     largest = 0.0
-    forwards, at_once = loop.forwards_per_step, stacked.evaluator.max_copies
+    forwards, at_once = loop.forwards_per_step, stacked.perturb.max_copies
     several = [repeat_batch(batch, min(at_once, forwards - done)) for done in range(0, forwards, at_once)]
     closures = [paired.make_closure(model, part, bf16=bf16) for part in several]
 

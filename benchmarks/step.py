@@ -20,13 +20,13 @@ import paired
 import torch
 from directions import machine, table
 
+from zokernel.directions import Restore
 from zokernel.estimators.base import Offsets
+from zokernel.finetune.data.repeat import repeat_batch
 from zokernel.finetune.scoring.objective import Objective
-from zokernel.finetune.trainer.evaluators import repeat_batch
-from zokernel.optim import ZerothOrderOptimizer, get_method
-from zokernel.optim.zeroth_order import Closure, Evaluator
-from zokernel.perturb.in_forward import InForward
-from zokernel.perturb.stacked import Stacked
+from zokernel.optim import ZerothOrder, get_method
+from zokernel.perturb import Perturb, Stacked
+from zokernel.perturb.base import Closure
 
 WAYS = ("in_place", "in_forward", "stacked")
 METHODS = ("mezo", "kerzoo", "fzoo")
@@ -34,33 +34,34 @@ METHODS = ("mezo", "kerzoo", "fzoo")
 
 def make_optimizer(
     method: str, count: int, way: str, model: torch.nn.Module, batch: dict[str, Any], *, bf16: bool
-) -> ZerothOrderOptimizer:
+) -> ZerothOrder:
     trained = paired.trained(model)
-    # Weights in low precision cannot be moved and brought back.
-    still = {"restore": "still"} if trained[0][1].dtype == torch.bfloat16 else {}
-    optimizer = get_method(method)(trained, lr=0.0, num_perturbations=count, **still)
-    if way == "in_forward":
-        optimizer.evaluator = InForward()
-    elif way == "stacked":
-        objective = Objective()
 
-        def losses(copies: int) -> torch.Tensor:
-            with paired.autocast(bf16=bf16, device=batch["labels"].device.type):
-                return objective.stacked(model, repeat_batch(batch, copies), copies)
+    def losses(copies: int) -> torch.Tensor:
+        with paired.autocast(bf16=bf16, device=batch["labels"].device.type):
+            return Objective().stacked(model, repeat_batch(batch, copies), copies)
 
-        # As in a run: as many copies as fill a batch of 32 examples, two at least.
-        optimizer.evaluator = Stacked(losses, max_copies=max(2, 32 // len(batch["labels"])))
-    return optimizer
+    # As in a run: as many copies as fill a batch of 32 examples, two at least.
+    perturb = Stacked(losses, max_copies=max(2, 32 // len(batch["labels"]))) if way == "stacked" else way
+    return get_method(method)(trained, lr=0.0, num_perturbations=count, perturb=perturb)
 
 
-class AfterBareForwards:
-    """An evaluator that takes a bare forward before every forward of a step, and keeps the time of the bare ones."""
+class AfterBareForwards(Perturb):
+    """Takes a bare forward before every forward of a step, and keeps the time of the bare ones."""
 
-    def __init__(self, inner: Evaluator, together: bool):
-        self.inner, self.together, self.visits_points = inner, together, getattr(inner, "visits_points", True)
+    def __init__(self, inner: Perturb):
+        super().__init__()
+        self.inner, self.name, self.together = inner, inner.name, isinstance(inner, Stacked)
         self.spent = (0.0, 0.0)
 
-    def __call__(self, optimizer: ZerothOrderOptimizer, closure: Closure, points: Sequence[Offsets]) -> list[float]:
+    @property
+    def weights(self) -> Restore:
+        return self.inner.weights
+
+    def attach(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.attach(*args, **kwargs)
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``."""
         losses: list[float] = []
         size = len(points) if self.together else 1
@@ -69,22 +70,22 @@ class AfterBareForwards:
             for _ in points[begin : begin + size]:
                 float(closure())
             self.spent = (self.spent[0] + time.perf_counter() - wall, self.spent[1] + time.process_time() - cpu)
-            losses += self.inner(optimizer, closure, points[begin : begin + size])
+            losses += self.inner.losses(closure, points[begin : begin + size], step=step)
         return losses
 
 
-def measure(optimizer: ZerothOrderOptimizer, closure: Callable[[], torch.Tensor], rounds: int) -> list[str]:
-    evaluator = AfterBareForwards(optimizer.evaluator, isinstance(optimizer.evaluator, Stacked))
-    optimizer.evaluator = evaluator
+def measure(optimizer: ZerothOrder, closure: Callable[[], torch.Tensor], rounds: int) -> list[str]:
+    timed = AfterBareForwards(optimizer.perturb)
+    optimizer.perturb = timed
     bare, steps = [], []
     for number in range(-1, rounds):
-        evaluator.spent = (0.0, 0.0)
+        timed.spent = (0.0, 0.0)
         wall, cpu = time.perf_counter(), time.process_time()
         optimizer.step(closure)
         both = time.perf_counter() - wall, time.process_time() - cpu
         if number >= 0:
-            bare.append(evaluator.spent)
-            steps.append((both[0] - evaluator.spent[0], both[1] - evaluator.spent[1]))
+            bare.append(timed.spent)
+            steps.append((both[0] - timed.spent[0], both[1] - timed.spent[1]))
     wall, cpu = paired.median_ratios(steps, bare)
     seconds = [f"{paired.median_seconds(times):.3f}" for times in (bare, steps)]
     return [*seconds, f"{100 * (wall - 1):+.1f}%", f"{100 * (cpu - 1):+.1f}%"]
