@@ -27,7 +27,6 @@ def load(name):
 @pytest.fixture(scope="module")
 def reviews(tiny_reviews_path):
     """A data-set folder as ``datasets.load_dataset`` takes it."""
-    pytest.importorskip("datasets")
     return str(tiny_reviews_path)
 
 
@@ -49,7 +48,6 @@ def test_trainer_api(tiny_lm_path, reviews, tmp_path):
 
 
 def test_lora(tiny_lm_path, reviews, tmp_path, capsys):
-    pytest.importorskip("peft")
     metrics = load("lora")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
     assert metrics["saved"] == "adapter"
     assert "the adapter has" in capsys.readouterr().out

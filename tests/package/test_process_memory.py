@@ -45,7 +45,6 @@ def test_freed_memory_goes_back():
     kept = blocks[-1]
     before = psutil.Process().memory_info().rss
     del blocks
-    if not release_heap():
-        pytest.skip("this C library cannot give memory back")
+    assert release_heap()  # glibc's, for which torch is built
     assert psutil.Process().memory_info().rss < before - 200 * 2**20  # of 250 MiB
     assert kept.sum() == 1 << 14

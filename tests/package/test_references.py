@@ -173,14 +173,11 @@ def chain(start: Any, names: list[str]) -> Any:
 
 def has_field(kind: type, name: str) -> bool:
     """Whether instances have an attribute: one that is annotated, or set by a method."""
-    for base in kind.__mro__[:-1]:
+    for base in kind.__mro__:
         if name in inspect.get_annotations(base):
             return True
-        try:
-            source = inspect.getsource(base)
-        except (OSError, TypeError):
-            continue
-        if re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", source):
+        ours = base.__module__.startswith("zokernel.")
+        if ours and re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", inspect.getsource(base)):
             return True
     return False
 
@@ -213,7 +210,8 @@ def unknown_names() -> list[str]:
         module = module_of(path) if used else None
         for match in used:
             name, line = " ".join(match.group(1).split()), text.count("\n", 0, match.start()) + 1
-            if not resolves(name, module):
+            of_script = re.search(rf"^(?:(?:def|class) {name}\b|{name}\b[^\n=]* = )", text, re.MULTILINE)
+            if not of_script and not resolves(name, module):
                 found.append(f"{path.relative_to(ROOT)}, line {line}: {name}")
     return found
 
