@@ -1,4 +1,4 @@
-"""``--perturb``: losses taken in place, in the forward and stacked train alike, for every kind of batch."""
+"""``--perturb``: losses taken in place, with in_forward and stacked train alike, for every kind of batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from trainers import make_trainer
 
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.trainer.evaluators import repeat_batch
-from zokernel.optim.zeroth_order import in_turn
-from zokernel.perturb.stacked import Stacked
+from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.perturb import Stacked
 
 
 def adapter(parts):
@@ -35,13 +34,13 @@ def test_adapters_are_stacked_and_train_the_same(parts, tmp_path, accumulation):
         trainer, losses = train(model, tmp_path / perturb, perturb=perturb, **settings)
         found[perturb] = losses
         model[0].unload()
-        assert isinstance(trainer.bare_optimizer.evaluator, Stacked) == (perturb == "auto")
+        assert isinstance(trainer.bare_optimizer.perturb, Stacked) == (perturb == "auto")
     assert found["auto"] == pytest.approx(found["in_place"], rel=1e-5)
 
 
 def test_whole_models_are_not_stacked_unless_asked(parts, tmp_path):
     trainer, _ = train(parts, tmp_path / "dense")
-    assert trainer.bare_optimizer.evaluator is in_turn
+    assert trainer.bare_optimizer.perturb.name == "in_place"
 
 
 def test_low_rank_directions_stacked(parts, tmp_path, tiny_lm_path):
@@ -65,7 +64,7 @@ def test_a_loss_of_ones_own_is_not_stacked(parts, tmp_path):
 
     trainer.__class__ = Own
     trainer.create_optimizer()
-    assert trainer.bare_optimizer.evaluator is in_turn
+    assert trainer.bare_optimizer.perturb.name == "in_place"
     model[0].unload()
 
 

@@ -50,7 +50,7 @@ def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):
     shares = [float(share.removesuffix(" %")) for _, share in table.values() if share]
     assert len(shares) == len(MEANING) - 1
     assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
-    assert "2 losses a step, taken in the forward; fp32" in (folder / "profile.md").read_text()
+    assert "2 losses per step, perturb in_forward; fp32" in (folder / "profile.md").read_text()
     events = json.loads((folder / "profile.json").read_text())["traceEvents"]
     names = [event.get("name", "") for event in events if event.get("ph") == "X"]
     # Two recorded steps of two losses each; the first of them began before the recording did.
@@ -76,8 +76,8 @@ def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, 
         model = tuned.unload()
     assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
     assert "compute_loss" not in vars(trainer)
-    assert "estimate" not in vars(trainer.bare_optimizer)
-    assert not any(hasattr(method, "__wrapped__") for method in vars(trainer.bare_optimizer.evaluator).values())
+    assert "step" not in vars(trainer.bare_optimizer)
+    assert not any(hasattr(method, "__wrapped__") for method in vars(trainer.bare_optimizer.perturb).values())
     table = read_table(tmp_path / "True")
     measured = sum(row["seconds"] for row in trainer.run_log.rows[-1:])  # of all eleven steps
     assert 0 < TIMED * table["forwards"][0] / 1e3 < measured

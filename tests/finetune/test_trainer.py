@@ -147,7 +147,7 @@ def test_an_interrupt_finishes_the_step_and_saves(parts, tmp_path):
     import os
     import signal
 
-    from zokernel.finetune.monitor.callbacks import StopOnInterrupt
+    from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 
     # Evaluated and saved as best after every step before the signal: the checkpoint to resume from must survive that.
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}

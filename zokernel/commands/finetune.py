@@ -18,10 +18,10 @@ import transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.job import Interrupted, finetune
-from zokernel.finetune.report.report import table
+from zokernel.finetune.report.run_report import table
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.trainer.elastic import leave
+from zokernel.finetune.settings.elastic import leave
 
 logger = logging.getLogger(__name__)
 

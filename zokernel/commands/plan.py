@@ -119,8 +119,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     """
     from zokernel.finetune.data.datasets import load_splits
     from zokernel.finetune.data.datasets import load_task as load_prompt_task
-    from zokernel.finetune.data.encode_splits import fills_masks
-    from zokernel.finetune.models.load import load_model
+    from zokernel.finetune.models.load import fills_masks, load_model
     from zokernel.finetune.scoring.options import Collator, EncodedDataset, option_scores
     from zokernel.finetune.settings.config import ZOConfig
     from zokernel.finetune.tasks import encode
@@ -133,7 +132,10 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     if len(rows) < arguments.update_examples + arguments.observe_examples:
         raise UsageError("There are fewer examples than the plan needs: lower --update_examples or --observe_examples.")
     config = ZOConfig(
-        output_dir="runs/plan", restore="copy", use_cpu=not torch.cuda.is_available(), precision=arguments.precision
+        output_dir="runs/plan",
+        perturb="in_place:copy",
+        use_cpu=not torch.cuda.is_available(),
+        precision=arguments.precision,
     )
     model, tokenizer = load_model(model_arguments, config)
     encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), max_length=data_arguments.max_length or 2048)

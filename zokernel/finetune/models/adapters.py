@@ -15,8 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 def wants_adapter(arguments: ModelArguments) -> bool:
-    """Whether only an adapter is trained."""
+    """Return whether only an adapter is trained."""
     return bool(arguments.lora or arguments.prefix_tuning or arguments.prompt_tuning or arguments.adapter_name_or_path)
+
+
+def trained_by(arguments: ModelArguments) -> str:
+    """Return what is trained: ``virtual tokens``, ``LoRA`` or ``full parameters``.
+
+    A saved adapter counts as LoRA until it has been loaded.
+    """
+    if arguments.prefix_tuning or arguments.prompt_tuning:
+        return "virtual tokens"
+    return "LoRA" if wants_adapter(arguments) else "full parameters"
 
 
 def attach_adapter(model: nn.Module, arguments: ModelArguments, *, masked: bool, seed: int = 0) -> nn.Module:

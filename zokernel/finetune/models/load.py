@@ -12,9 +12,9 @@ from torch import nn
 from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
+from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.storage.state_file import refuse_pickles
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,12 @@ def is_masked(architecture: Any, lm_type: str) -> bool:
     return can["masked"]
 
 
+def fills_masks(model: Any) -> bool:
+    """Return whether a model, or the model inside an adapter, is a masked language model."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return type(inner).__name__.endswith("ForMaskedLM")
+
+
 def _auto_class(masked: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -127,7 +133,7 @@ def _auto_class(masked: bool) -> Any:
 
 
 def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reserved: int = 0) -> int:
-    """Return how many tokens an example may have: what was asked for, or 2048, and never more than the model takes.
+    """Return how many tokens an example may have: as asked for, or 2048, and never more than the model takes.
 
     Args:
         model: The model, whose configuration may limit positions.
@@ -176,8 +182,8 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         for name, shape in shapes.items():
             if name not in targets or tuple(targets[name].shape) != shape:
                 raise RunError(
-                    f"{file} holds {name!r} of shape {shape}, which this model has not: it is another model's "
-                    "checkpoint."
+                    f"{file} holds {name!r} of shape {shape}, which this model does not have: it is another "
+                    "model's checkpoint."
                 )
             target = targets[name] if shape else targets[name].view(1)
             length = max(1, LOADED_AT_ONCE * len(target) // max(1, target.nbytes))
@@ -215,7 +221,7 @@ def estimate_memory(
     copies = 0.0
     if not adapter:
         copies = getattr(get_method(config.method), "memory_copies", 0.0)
-        copies += bool(config.momentum) + (config.restore == "copy")
+        copies += bool(config.momentum) + (config.perturb == "in_place:copy")
         copies += {"fp32": 1.0, "int8": 0.28}.get(config.method_options().get("averaging", "none"), 0.0)
     parts = {"weights": count * dtype.itemsize, "method": int(copies * count * 4)}
     if config.bf16:

@@ -1,20 +1,17 @@
-"""Warnings while it is early that a run diverges or stands still, from the losses and slopes it has logged."""
+"""Early warnings that a run diverges or stands still, from the losses and slopes it has logged."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from zokernel.finetune.trainer.zo_trainer import ZOTrainer
-
 logger = logging.getLogger(__name__)
 
-WINDOW = 10  # steps looked back: the median of so many losses does not follow single batches
+WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
 
 
@@ -59,18 +56,18 @@ class WarnOfDivergence(TrainerCallback):
     """Logs each kind of trouble once.
 
     Args:
-        trainer: The trainer whose log of steps is read.
+        rows: The log of steps, which grows while the run trains.
     """
 
-    def __init__(self, trainer: ZOTrainer):
-        self._trainer = trainer
-        self._said: set[str] = set()
+    def __init__(self, rows: Sequence[dict[str, float]]):
+        self._rows = rows
+        self._logged: set[str] = set()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the last steps."""
-        found = trouble(self._trainer.run_log.rows)
+        found = trouble(self._rows)
         if found is not None and state.is_world_process_zero:
             kind = found.split()[0]
-            if kind not in self._said:
+            if kind not in self._logged:
                 logger.warning("Step %d: %s", state.global_step, found)
-            self._said.add(kind)
+            self._logged.add(kind)

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback
 
 from zokernel.errors import UsageError
-
-if TYPE_CHECKING:
-    from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+from zokernel.finetune.monitor.step_record import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -104,31 +102,52 @@ def _now() -> float:
     return time.perf_counter()
 
 
-class Profile(TrainerCallback):
-    """Writes ``profile.json`` (a Chrome trace) and ``profile.md`` (a table of parts) to the output folder.
-
-    Args:
-        trainer: The trainer whose steps are profiled.
+def check_profile(method: str, *, zeroth_order: bool, max_steps: int) -> None:
+    """Refuse a run that cannot be profiled.
 
     Raises:
-        UsageError: If the run has too few steps, or follows gradients.
+        UsageError: If it has too few steps, or follows gradients.
+    """
+    needed = WARM_UP + TIMED + TRACED
+    if 0 < max_steps < needed:
+        raise UsageError(f"--profile takes {needed} steps: set --max_steps {needed} or more.")
+    if not zeroth_order:
+        raise UsageError(f"--profile knows the parts of zeroth-order steps, not those of {method}.")
+
+
+class Profile(TrainerCallback):
+    """Writes ``profile.json`` (a Chrome trace) and ``profile.md`` (a table of parts) to a folder.
+
+    Args:
+        methods: Returns what makes up a step, as (part, object, name of its method); called before the first step that
+            is timed.
+        describe: Returns how the run takes a step, for the text above the table.
+        folder: Where to write.
+        writes: Whether this process writes.
     """
 
-    def __init__(self, trainer: ZOTrainer):
-        needed = WARM_UP + TIMED + TRACED
-        if 0 < trainer.args.max_steps < needed:
-            raise UsageError(f"--profile takes {needed} steps: set --max_steps {needed} or more.")
-        if not trainer.zeroth_order:
-            raise UsageError(f"--profile knows the parts of zeroth-order steps, not those of {trainer.args.method}.")
-        self._trainer = trainer
+    def __init__(
+        self,
+        methods: Callable[[], Sequence[tuple[str, Any, str]]],
+        describe: Callable[[], str],
+        folder: Path,
+        *,
+        writes: bool,
+    ):
+        self._methods, self._describe, self._folder, self._writes = methods, describe, folder, writes
         self._watch = Stopwatch()
+        self._replayed = False
         self._steps = 0
         self._profiler: profile | None = None
         self._wrapped: list[tuple[Any, str, Any]] = []
 
+    def on_record(self, record: StepRecord) -> None:
+        """Note whether the step was taken from the journal, which tells nothing about time."""
+        self._replayed = record.replayed
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go from warm-up to timing to recording to nothing, at the ends of steps."""
-        if self._trainer.is_replaying:
+        if self._replayed:
             return
         self._steps += 1
         if self._steps == WARM_UP:
@@ -142,7 +161,7 @@ class Profile(TrainerCallback):
             self._finish()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so if training ended before the profile was complete."""
+        """Warn if training ended before the profile was complete."""
         if self._wrapped:
             self._unwrap()
             if self._profiler is not None:
@@ -158,11 +177,10 @@ class Profile(TrainerCallback):
         assert self._profiler is not None
         self._profiler.stop()
         self._unwrap()
-        if not self._trainer.args.should_save:
+        if not self._writes:
             return
-        folder = Path(str(self._trainer.args.output_dir))
-        self._profiler.export_chrome_trace(str(folder / TRACE_FILE))
-        (folder / TABLE_FILE).write_text(self.table(), encoding="utf-8")
+        self._profiler.export_chrome_trace(str(self._folder / TRACE_FILE))
+        (self._folder / TABLE_FILE).write_text(self.table(), encoding="utf-8")
         own = sum(seconds for part, seconds in self._watch.seconds.items() if part != EVALUATION)
         share = self._watch.seconds.get(FORWARDS, 0.0) / own
         logger.info("Profile: %.0f%% of a step are forwards (%s, %s).", 100 * share, TABLE_FILE, TRACE_FILE)
@@ -171,17 +189,14 @@ class Profile(TrainerCallback):
         """Return the parts of a step as Markdown: seconds, and shares of the step without evaluation."""
         seconds = {part: self._watch.seconds.get(part, 0.0) / TIMED for part in MEANING}
         own = sum(value for part, value in seconds.items() if part != EVALUATION)
-        trainer, args = self._trainer, self._trainer.args
-        how = getattr(trainer.bare_optimizer.evaluator, "__name__", type(trainer.bare_optimizer.evaluator).__name__)
         lines = [
             "# Where a step's time goes",
             "",
-            f"{args.method}, {trainer.forwards_per_step} losses a step, taken {_WORDS.get(how, how)}; "
-            f"{args.precision}; batch {args.train_batch_size} x {args.gradient_accumulation_steps}; "
-            f"{torch.get_num_threads()} CPU threads. Means of {TIMED} steps after {WARM_UP} of warm-up; "
+            f"{self._describe()}; {torch.get_num_threads()} CPU threads. "
+            f"Means of {TIMED} steps after {WARM_UP} of warm-up; "
             f"`{TRACE_FILE}` shows {TRACED} more (open it in https://ui.perfetto.dev).",
             "",
-            "| part | ms a step | share | what |",
+            "| part | ms per step | share | what |",
             "| --- | --- | --- | --- |",
         ]
         for part, value in seconds.items():
@@ -193,24 +208,7 @@ class Profile(TrainerCallback):
         return "\n".join(lines) + "\n"
 
     def _wrap(self) -> None:
-        trainer, optimizer = self._trainer, self._trainer.bare_optimizer
-        parts: list[tuple[str, Any, str]] = [
-            (FORWARDS, trainer, "compute_loss"),
-            (FORWARDS, optimizer.evaluator, "losses"),
-            (PERTURBATION, optimizer, "estimate"),
-            (PERTURBATION, getattr(optimizer.evaluator, "plan", None), "copy"),
-            (PERTURBATION, getattr(optimizer.evaluator, "plan", None), "copy_rows"),
-            (UPDATE, optimizer, "step"),
-            (DATA, trainer, "get_batch_samples"),
-            (DATA, trainer, "_prepare_inputs"),
-            (JOURNAL, trainer.journal, "step"),
-            (LOGGING, trainer, "log"),
-            (LOGGING, trainer.callback_handler, "on_step_begin"),
-            (LOGGING, trainer.callback_handler, "on_step_end"),
-            (EVALUATION, trainer, "evaluate"),
-            (EVALUATION, trainer, "_save_checkpoint"),
-        ]
-        for part, owner, name in parts:
+        for part, owner, name in self._methods():
             if hasattr(owner, name):
                 self._wrapped.append((owner, name, vars(owner).get(name)))
                 setattr(owner, name, self._timed(part, getattr(owner, name)))
@@ -233,9 +231,6 @@ class Profile(TrainerCallback):
                 self._watch.leave()
 
         return timed
-
-
-_WORDS = {"in_turn": "in place, one after the other", "InForward": "in the forward", "Stacked": "in one forward"}
 
 
 def _activities() -> list[ProfilerActivity]:

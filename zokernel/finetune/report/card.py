@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.report.report import summary_rows
+from zokernel.finetune.report.run_report import summary_rows
 
 
 def write_card(metrics: dict[str, Any], path: Path) -> None:

@@ -1,5 +1,8 @@
 r"""What a step minimises and what an evaluation reports.
 
+A loss is a mean: over examples, or over the tokens of the right answers.  :meth:`Objective.weight` says over how many
+terms, so that the losses of several batches can be averaged into that of all of them together.
+
 The loss is the task's own (cross entropy over options, or of the right answer's tokens), or one that has no gradient:
 :math:`1 - accuracy` or :math:`1 - F_1`, which forward passes can descend all the same (MeZO, section 3.3).
 """
@@ -56,21 +59,38 @@ class Objective:
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
         if self.objective == "cross_entropy":
+            if self.loss == "options":
+                return classification_loss(option_scores(model, batch), batch["labels"])
             return self._scored(model, batch)[0]
         if self.kind == "generation":
             return 1 - torch.tensor([f1 for f1, _ in self._generated(model, batch)]).mean()
         return self._missed(option_scores(model, batch), batch)
 
+    def weight(self, batch: dict[str, Any]) -> float:
+        """Return how many terms the loss of a batch is a mean over: scored tokens, or examples."""
+        if self.objective == "cross_entropy" and self.loss == "answer":
+            return float(_answer_tokens(batch).sum())
+        return float(len(batch["labels"]))
+
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, and ``logits`` (B, C), ``predicted`` (B,) and ``values`` (B, M) of the metrics."""
-        loss, scores_BC = self._scored(model, batch)
+        """Evaluate a batch.
+
+        Returns:
+            The loss, and by name ``logits`` (B, C), ``predicted`` (B,), ``values`` (B, M) of the metrics, and ``terms``
+            (B, 2): sums and counts whose totals give the loss of any set of examples (see :meth:`total_loss`).  The F1
+            of classes has no such sums, and has the predicted class in their place.
+        """
+        loss, scores_BC, terms_B2 = self._scored(model, batch)
         if self.kind == "generation":
             values = torch.tensor(self._generated(model, batch), device=scores_BC.device)
             if self.objective == "f1":
-                loss = 1 - values[:, 0].mean()
-            return loss, {"logits": scores_BC, "predicted": batch["labels"], "values": values}
+                loss, terms_B2 = 1 - values[:, 0].mean(), _as_terms(1 - values[:, 0])
+            return loss, {"logits": scores_BC, "predicted": batch["labels"], "values": values, "terms": terms_B2}
         if self.objective != "cross_entropy":
             loss = self._missed(scores_BC, batch)
+            uncalibrated = scores_BC.argmax(-1)
+            wrong = 1 - _right(uncalibrated, batch).float()
+            terms_B2 = _as_terms(uncalibrated.float() if self.objective == "f1" else wrong)
         if self.calibration is not None:
             moved = {
                 key: value.to(scores_BC.device) if isinstance(value, Tensor) else value
@@ -78,11 +98,24 @@ class Objective:
             }
             scores_BC = scores_BC - option_scores(model, moved)
         predicted = scores_BC.argmax(-1)
-        return loss, {"logits": scores_BC, "predicted": predicted, "values": _right(predicted, batch)[:, None].float()}
+        values = _right(predicted, batch)[:, None].float()
+        return loss, {"logits": scores_BC, "predicted": predicted, "values": values, "terms": terms_B2}
+
+    def total_loss(self, prediction: Any) -> float:
+        """Return the loss over a data set from what :meth:`evaluate` returned for each of its examples.
+
+        Args:
+            prediction: ``predictions`` (the four arrays) and ``label_ids``, as ``transformers.Trainer`` gathers them.
+        """
+        terms_N2 = torch.as_tensor(prediction.predictions[3])
+        if self.objective == "f1" and self.kind == "classification":
+            return 1 - macro_f1(terms_N2[:, 0].long(), torch.as_tensor(prediction.label_ids))
+        total, count = terms_N2.double().sum(0).tolist()
+        return total / count
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Return the metrics over a data set, as ``transformers.Trainer`` asks for them."""
-        _, predicted, values = map(torch.as_tensor, prediction.predictions)
+        predicted, values = map(torch.as_tensor, prediction.predictions[1:3])
         means = values.float().mean(0).tolist()
         if self.kind == "generation":
             return {"f1": means[0], "em": means[1]}
@@ -103,7 +136,7 @@ class Objective:
             UsageError: If the objective needs more than one forward, or is not a mean over examples.
         """
         if not self.can_stack:
-            raise UsageError(f"--objective {self.objective} takes one forward a loss: leave out --perturb stacked.")
+            raise UsageError(f"--objective {self.objective} takes one forward per loss: leave out --perturb stacked.")
         labels = batch["labels"]
         if self.loss == "options":
             losses = F.cross_entropy(option_scores(model, batch).float(), labels, reduction="none")
@@ -112,18 +145,20 @@ class Objective:
         sums, counts = (found.gather(1, right).view(copies, -1).sum(1) for found in option_logprobs(model, batch))
         return -sums / counts
 
-    def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the cross entropy and the options' scores."""
+    def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the cross entropy, the options' scores, and each example's part of the cross entropy: (B, 2)."""
         labels = batch["labels"]
         if self.loss == "options":
             scores_BC = option_scores(model, batch)
-            return classification_loss(scores_BC, labels), scores_BC
+            each = F.cross_entropy(scores_BC.float(), labels, reduction="none")
+            return classification_loss(scores_BC, labels), scores_BC, _as_terms(each)
         sums, counts = option_logprobs(model, batch)
         right = labels[:, None]
         # Averaged over the batch's tokens, as published: a long answer weighs more than a short one.
-        loss = -sums.gather(1, right).sum() / counts.gather(1, right).sum()
+        sums_B, counts_B = sums.gather(1, right)[:, 0], counts.gather(1, right)[:, 0]
         mask = batch.get("option_mask", torch.ones_like(counts, dtype=torch.bool))
-        return loss, mean_scores(sums, counts, mask)
+        terms_B2 = torch.stack([-sums_B, counts_B.to(sums_B.dtype)], 1)
+        return -sums_B.sum() / counts_B.sum(), mean_scores(sums, counts, mask), terms_B2
 
     def _missed(self, scores_BC: Tensor, batch: dict[str, Any]) -> Tensor:
         predicted = scores_BC.argmax(-1)
@@ -136,6 +171,22 @@ class Objective:
             model, self.tokenizer, batch["prompts"], batch["prompts_mask"], max_new_tokens=self.max_new_tokens
         )
         return [(token_f1(a, refs), exact_match(a, refs)) for a, refs in zip(answers, batch["references"])]
+
+
+def _answer_tokens(batch: dict[str, Any]) -> Tensor:
+    """Return how many tokens the right option of each example has, as they are scored: (B,)."""
+    labels = batch["labels"]
+    if "cells" not in batch:
+        return torch.ones_like(labels)
+    cells = batch["cells"]
+    B, C = batch["option_mask"].shape
+    counts = torch.bincount(cells[cells >= 0], minlength=B * C).view(B, C)
+    return counts.gather(1, labels[:, None])[:, 0]
+
+
+def _as_terms(each_B: Tensor) -> Tensor:
+    """Return one loss per example as sums and counts: (B, 2)."""
+    return torch.stack([each_B, torch.ones_like(each_B)], 1)
 
 
 def _right(predicted_B: Tensor, batch: dict[str, Any]) -> Tensor:

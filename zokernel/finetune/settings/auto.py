@@ -1,6 +1,6 @@
 r"""``--method auto``: settings chosen from the kernel theory and from what was measured on real tasks.
 
-Each choice has its reason; each can be overridden by its own flag.
+Each choice has its reason, and each can be overridden by its own flag.
 
 - *Batch.*  With a gradient noise scale :math:`\nu = tr\Sigma/\|g\|^2` a step's progress goes like
   :math:`1/(1 + \nu/b)` at batch size b, so the tokens to a given loss go like :math:`b + \nu`: a batch well below
@@ -22,16 +22,10 @@ Each choice has its reason; each can be overridden by its own flag.
 
 from __future__ import annotations
 
-import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from zokernel.errors import UsageError
-
-if TYPE_CHECKING:
-    from zokernel.finetune.settings.config import ZOConfig
-
-logger = logging.getLogger(__name__)
 
 METHOD = "forward_difference"
 BATCH = 4
@@ -45,48 +39,33 @@ COOLDOWN = 0.4  # share of the steps over which the rate falls
 MEAN_SQUARE = {SCHEDULE: 1 - 2 / 3 * COOLDOWN, "linear": 1 / 3, "cosine": 3 / 8}
 
 
-def choose_settings(config: ZOConfig) -> None:
-    """Fill in what ``method="auto"`` leaves open, and log it.
-
-    Args:
-        config: The run's settings; ``method`` becomes the method that was chosen.
+def method_args(given: Sequence[str], *, learning_rate: float | None) -> list[str]:
+    """Return the options of the method: those given, slopes normalised, and a bound on the step.
 
     Raises:
         UsageError: If slopes are not to be normalised and no learning rate is given.
+
+    Example:
+        >>> method_args(["beta=0.5"], learning_rate=None)
+        ['beta=0.5', 'normalize=true', 'polyak_share=0.35']
     """
-    config.method = METHOD
-    given = list(config.method_args or [])
-    if not any(pair.startswith("normalize=") for pair in given):
-        bound = [] if any(pair.startswith("polyak_share=") for pair in given) else [f"polyak_share={POLYAK_SHARE}"]
-        config.method_args = [*given, "normalize=true", *bound]
-    elif config.learning_rate is None:
-        raise UsageError("The rate that method auto chooses is one for normalised slopes: give --learning_rate too.")
-    if config.per_device_train_batch_size is None:
-        config.per_device_train_batch_size = BATCH
-    if config.lr_scheduler_type is None:
-        config.lr_scheduler_type = SCHEDULE
-    if config.num_perturbations is None:
-        config.num_perturbations = max(2, config.per_device_train_batch_size // 2)
-    logger.info(
-        "Method auto: %s (%s) with %d directions a step, batch %d, %s learning rate.",
-        METHOD,
-        ", ".join(config.method_args or []),
-        config.num_perturbations,
-        config.per_device_train_batch_size,
-        config.lr_scheduler_type,
-    )
+    if any(pair.startswith("normalize=") for pair in given):
+        if learning_rate is None:
+            raise UsageError(
+                "The rate that method auto chooses is one for normalised slopes: give --learning_rate too."
+            )
+        return list(given)
+    bound = [] if any(pair.startswith("polyak_share=") for pair in given) else [f"polyak_share={POLYAK_SHARE}"]
+    return [*given, "normalize=true", *bound]
 
 
-def count_steps(config: ZOConfig, examples: int) -> int:
-    """Return the steps of a run: ``max_steps``, or what its epochs over so many training examples come to."""
-    if config.max_steps > 0:
-        return config.max_steps
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    return max(1, math.ceil(config.num_train_epochs * examples / batch))
+def num_perturbations(batch: int) -> int:
+    """Return the directions per step for a batch: half as many as it has examples, and two at least."""
+    return max(2, batch // 2)
 
 
 def cooldown_steps(steps: int) -> int:
-    """Return over how many of a run's last steps the rate falls.
+    """Return the number of last steps of a run over which the rate falls.
 
     Example:
         >>> cooldown_steps(40)
@@ -100,7 +79,7 @@ def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule:
 
     Args:
         trained: What is trained: a key of :data:`WALK`.
-        num_perturbations: Directions a step, P.
+        num_perturbations: Directions per step, P.
         steps: Steps of the run, T.
         schedule: Its schedule, by transformers' name, whose mean square is m.
 

@@ -1,34 +1,53 @@
-"""Settings of a run: transformers' ``TrainingArguments`` with the few that zeroth-order training adds."""
+"""What the user says about a run: transformers' ``TrainingArguments`` and what zeroth-order training adds to them.
+
+What is left open stays open here; :func:`zokernel.finetune.settings.resolve.resolve` fills it in.
+"""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.auto import choose_settings
-from zokernel.finetune.trainer.elastic import rejoin
-from zokernel.finetune.trainer.evaluators import PERTURB
-from zokernel.optim import get_method
+from zokernel.finetune.settings.elastic import rejoin
+from zokernel.optim import get_method, method_options
+from zokernel.optim.options import REMOVAL_DATE
 
 logger = logging.getLogger(__name__)
 
-# Options that most methods share and that deserve a flag of their own; the rest go through --method_args.
-SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum", "restore")
+# Options that most methods share and that have a flag of their own; the others go through --method_args.
+SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
+PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
+AUTO = "auto"
 
 
 @dataclass
 class ZOConfig(TrainingArguments):
     """``TrainingArguments`` for zeroth-order (and baseline first-order) training.
 
-    Every flag of ``TrainingArguments`` works as documented by transformers; some defaults differ because a zeroth-order
-    step is cheap and needs no warm-up: constant learning rate, batches grouped by length, evaluation during training.
+    Every flag of ``TrainingArguments`` works as documented by transformers.  Some defaults differ, because a
+    zeroth-order step is cheap and needs no warm-up: constant learning rate, batches grouped by length, evaluation
+    during training.
+
+    Nothing writes to an object after it was made.  A trainer works with a copy in which every open setting is filled
+    in; ``trainer.settings`` says with what, and why.
+
+    Attributes:
+        given: Names of the settings that the constructor was called with.
+
+    Raises:
+        UsageError: If settings contradict each other, or a value does not exist.
+
+    Example:
+        >>> config = ZOConfig(output_dir="runs/mine", method="auto")
+        >>> config.method, config.learning_rate, sorted(config.given)
+        ('auto', None, ['method', 'output_dir'])
     """
 
     method: str = field(
@@ -42,17 +61,19 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
     )
     num_perturbations: int | None = field(
-        default=None, metadata={"help": "Directions a step, each costing two forwards (default: the method's own)."}
+        default=None, metadata={"help": "Directions per step, each costing two forwards (default: the method's own)."}
     )
     distribution: str | None = field(
-        default=None, metadata={"help": "Law of the directions: rademacher, gaussian, uniform or sphere."}
+        default=None, metadata={"help": "Distribution of the directions: rademacher, gaussian, uniform or sphere."}
     )
     momentum: float | None = field(default=None, metadata={"help": "Momentum, where the method has it."})
     perturb: str = field(
         default="auto",
         metadata={
-            "help": "in_place; in_forward (layers read perturbed copies, made as they are needed); stacked (all losses "
-            "of a step in one forward, for adapters and low-rank directions); auto: stacked where it fits and fits in."
+            "help": "in_place, in_place:grid or in_place:copy (the weights are moved, and restored up to rounding or "
+            "exactly); in_forward (layers read perturbed copies, made as they are needed); stacked (all losses of a "
+            "step in one forward, for adapters and low-rank directions); auto: stacked where it pays, in_forward on a "
+            "CPU under bf16 autocast, else in_place."
         },
     )
     zo_parallel: str | None = field(
@@ -66,7 +87,8 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Processes that share one batch, for --zo_parallel hybrid."}
     )
     restore: str | None = field(
-        default=None, metadata={"help": "How weights find back after a perturbation: fold, grid or copy."}
+        default=None,
+        metadata={"help": f"Deprecated, removed after {REMOVAL_DATE}: --perturb in_place:grid or in_place:copy."},
     )
     method_args: list[str] | None = field(
         default=None, metadata={"help": "Further options of the method, as key=value pairs: kernel_order=3 radius=0.5."}
@@ -85,27 +107,27 @@ class ZOConfig(TrainingArguments):
     )
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Step size (default: 1e-5 for full parameters and 1e-3 for LoRA; adamw 1e-5 and 1e-4)."},
+        metadata={"help": "Learning rate (default: 1e-5 for full parameters and 1e-3 for LoRA; adamw 1e-5 and 1e-4)."},
     )
     lr_scheduler_type: str = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Learning-rate schedule of transformers (default: constant; auto chooses one)."},
     )
     per_device_train_batch_size: int = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Examples a batch and device (default: 16; 4 with --method auto)."}
+        default=None, metadata={"help": "Examples per batch and device (default: 16; 4 with --method auto)."}
     )
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples an evaluation batch and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples per evaluation batch and device."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1 counts epochs instead."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate on the validation split."})
     eval_steps: float | None = field(
-        default=None, metadata={"help": "Evaluate every so many steps (default: 5 times)."}
+        default=None, metadata={"help": "Steps between evaluations (default: a fifth of the run)."}
     )
     save_strategy: str = field(
         default="best",
         metadata={
-            "help": "When to save a checkpoint: best, steps or epoch; journal: never, a few bytes a step rebuild any "
-            "weights; no: neither checkpoints nor journal."
+            "help": "When to save a checkpoint: best, steps or epoch; journal: never, since a few bytes per step "
+            "rebuild any weights; no: neither checkpoints nor journal."
         },
     )
     save_total_limit: int | None = field(
@@ -118,28 +140,34 @@ class ZOConfig(TrainingArguments):
     )
     profile: bool = field(
         default=False,
-        metadata={"help": "Write where a step's time goes: profile.md, and profile.json for a trace viewer."},
+        metadata={"help": "Write where the time of a step goes: profile.md, and profile.json for a trace viewer."},
     )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length wastes no compute on padding; or random."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: batches carry what scoring needs."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off, because batches carry what scoring needs."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
     )
 
+    given: ClassVar[frozenset[str]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ZOConfig:
+        """Note which settings are given."""
+        self = super().__new__(cls)
+        vars(self)["given"] = frozenset([f.name for f, _ in zip(fields(cls), args)] + list(kwargs))
+        return self
+
     def __post_init__(self):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
-        self.auto = self.method == "auto"
-        if self.auto:
-            choose_settings(self)
-        get_method(self.method)
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = 16
-        if self.lr_scheduler_type is None:
-            self.lr_scheduler_type = "constant"
+        if self.method != AUTO:
+            get_method(self.method)
+        if self.restore is not None:
+            self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
@@ -149,24 +177,29 @@ class ZOConfig(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         self.bf16 = resolve_bf16(self.precision, requested=self.bf16, use_cpu=self.use_cpu)
-        self.precision = "bf16" if self.bf16 else "fp32"
-        if self.eval_steps is None:
-            self.eval_steps = max(1, self.max_steps // 5) if self.max_steps > 0 else 500
         rejoin()
-        journal = self.save_strategy == "journal"
-        if journal:
-            if self.eval_strategy == "no":
-                self.load_best_model_at_end = False
-            self.save_strategy = "best"  # of the strategies that transformers knows, the one with the same checks
+        # transformers checks everything at once, so what is open has a stand-in meanwhile.
+        stand_ins = {name: value for name, value in self._stand_ins().items() if value is not None}
+        left = {name: getattr(self, name) for name in stand_ins}
+        vars(self).update(stand_ins)
         super().__post_init__()
+        vars(self).update(left)
         if self.torch_compile and self.perturb in ("in_forward", "stacked"):
             raise UsageError(
                 f"--perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
                 "show: use --perturb in_place, or leave out --torch_compile."
             )
         check_reporting(self.report_to)
-        if journal:
-            self.save_strategy = "journal"
+
+    def _stand_ins(self) -> dict[str, Any]:
+        journal = self.save_strategy == "journal"
+        return {
+            "per_device_train_batch_size": 16 if self.per_device_train_batch_size is None else None,
+            "lr_scheduler_type": "constant" if self.lr_scheduler_type is None else None,
+            "eval_steps": default_eval_steps(self.max_steps) if self.eval_steps is None else None,
+            # Of the strategies that transformers knows, the one with the same checks.
+            "save_strategy": "best" if journal else None,
+        }
 
     def method_options(self) -> dict[str, Any]:
         """Return the keyword arguments for the method: the flags that were set, and ``method_args``.
@@ -176,25 +209,53 @@ class ZOConfig(TrainingArguments):
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
-        parameters = method_parameters(self.method)
+        defaults = method_options(self.method)
         for pair in self.method_args or []:
             name, equals, text = pair.partition("=")
             if not equals:
                 raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
-            given[name] = _parse_value(name, text, parameters)
+            given[name] = _parse_value(name, text, defaults.get(name))
         for name in given:
-            if name not in parameters:
-                allowed = ", ".join(n for n in parameters if n not in ("lr", "seed", "weight_decay", "total_steps"))
+            if name not in defaults or name == "perturb":
+                hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
+                allowed = ", ".join(option for option in defaults if option not in hidden)
                 raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}.")
-        if "weight_decay" in parameters:
+        if "weight_decay" in defaults:
             given["weight_decay"] = self.weight_decay
-        if "seed" in parameters:
+        if "seed" in defaults:
             given.setdefault("seed", self.seed)
         # Without a schedule the length of the run changes nothing, so that it may be extended.
         scheduled = any(name.endswith("_schedule") for name in given)
-        if scheduled and "total_steps" in parameters and self.max_steps > 0:
+        if scheduled and "total_steps" in defaults and self.max_steps > 0:
             given.setdefault("total_steps", self.max_steps)
         return given
+
+
+def default_eval_steps(max_steps: int) -> int:
+    """Return the steps between evaluations if nobody says: a fifth of the run.
+
+    Example:
+        >>> default_eval_steps(40), default_eval_steps(-1)
+        (8, 500)
+    """
+    return max(1, max_steps // 5) if max_steps > 0 else 500
+
+
+def perturb_of_restore(restore: str, perturb: str) -> str:
+    """Return what ``--perturb`` says in place of the deprecated ``--restore``, and warn.
+
+    Raises:
+        UsageError: If both are given.
+    """
+    if perturb != AUTO:
+        raise UsageError(f"--perturb {perturb} says how weights are restored: leave out --restore {restore}.")
+    replacement = "in_place" if restore == "fold" else f"in_place:{restore}"
+    warnings.warn(
+        f"--restore {restore} is deprecated and will be removed after {REMOVAL_DATE}: use --perturb {replacement}.",
+        FutureWarning,
+        stacklevel=5,
+    )
+    return replacement
 
 
 def check_reporting(names: str | list[str] | None) -> None:
@@ -212,15 +273,8 @@ def check_reporting(names: str | list[str] | None) -> None:
             raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
 
 
-def method_parameters(method: str) -> dict[str, inspect.Parameter]:
-    """Return the options of a method by name, in the order of its signature."""
-    parameters = inspect.signature(get_method(method).__init__).parameters
-    return {name: p for name, p in parameters.items() if name not in ("self", "params")}
-
-
-def _parse_value(name: str, text: str, parameters: dict[str, inspect.Parameter]) -> Any:
+def _parse_value(name: str, text: str, default: Any) -> Any:
     """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
-    default = parameters[name].default if name in parameters else None
     if text.lower() == "none" and not isinstance(default, str):
         return None
     if isinstance(default, bool):
@@ -249,6 +303,9 @@ def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bo
 
     Returns:
         Whether to autocast.
+
+    Raises:
+        UsageError: If the flags contradict each other.
     """
     if precision == "fp32" and requested:
         raise UsageError("--bf16 and --precision fp32 contradict each other: give one of them.")

@@ -1,4 +1,4 @@
-"""Base weights and a journal back into the weights of any step."""
+"""From base weights and a journal to the weights of any step, for models of transformers and peft."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
 
 
 @torch.no_grad()
-def load_base_(model: Any, folder: Path) -> None:
+def restore_base_(model: Any, folder: Path) -> None:
     """Put a model's weights back to those it was loaded with, or its adapter to the one before training.
 
     Raises:

@@ -13,11 +13,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
 from zokernel.files import read_json
+from zokernel.finetune.settings.record import SETTINGS_FILE
+from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
+from zokernel.journal import Journal
+from zokernel.journal.reader import FILE_NAME
 
 RUN_FILE = "run.json"
+RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
 METRICS_FILE = "metrics.json"
 _ARTEFACTS = (
     "checkpoint-*",
@@ -48,39 +54,18 @@ _ARTEFACTS = (
     ".partial-*",
     ".stale-*",
     "*.partial",
+    SETTINGS_FILE,
     METRICS_FILE,
     RUN_FILE,
 )
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
-# Beginnings of the names of settings that change nothing about the weights a run ends with.
-_COSMETIC = (
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "logging_",
-    "log_",
-    "disable_tqdm",
-    "report_to",
-    "run_name",
-    "profile",
-    "project",
-    "trackio_",
-    "hub_",
-    "push_to_hub",
-    "dataloader_num_workers",
-    "dataloader_p",
-    "dataloader_multiprocessing",
-    "skip_memory",
-    "local_rank",
-    "ddp_",
-)
 
 
 def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, Any] | None = None) -> str:
-    """Make sure that a run may write to ``folder``, and say what is there.
+    """Make sure that a run may write to ``folder``, and return what is there.
 
-    A run that was cut off is continued by the very settings it was started with; nobody has to know that it was.
+    A run that was cut off is continued by the settings it was started with; nobody has to know that it was.
 
     Args:
         folder: The output folder; created if missing.
@@ -107,12 +92,14 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
     if resume:
         if not ours:
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
+        refuse_old_run(folder)
         return "unfinished"
     if not occupied:
         return "new"
     if not overwrite:
         if not ours:
             raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
+        refuse_old_run(folder)
         different = _differences(read_json(folder / RUN_FILE).get("settings"), settings)
         if not different:
             return "finished" if finished else "unfinished"
@@ -132,6 +119,27 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
     return "new"
 
 
+def refuse_old_run(folder: Path) -> None:
+    """Refuse to continue what a version of zokernel wrote that kept no record of the settings.
+
+    Raises:
+        UsageError: If the folder holds such a run.
+    """
+    if (folder / SETTINGS_FILE).exists():
+        return
+    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+    if run is not None and run.get("record") == RECORD:
+        return
+    journal = folder / FILE_NAME
+    if run is None and not journal.exists():
+        return
+    version = (run or {}).get("zokernel") or Journal.read(journal).header.get("zokernel", "an earlier version")
+    raise UsageError(
+        f"{folder} holds a run of zokernel {version}, which this version ({__version__}) cannot continue: rebuild its "
+        "weights with 'zokernel replay', start anew with --overwrite_output_dir true, or choose another --output_dir."
+    )
+
+
 def run_settings(*groups: Any) -> dict[str, Any]:
     """Return the settings that decide a run's result, as JSON values; where it is logged or saved is left out.
 
@@ -144,7 +152,7 @@ def run_settings(*groups: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in groups:
         values |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-    kept = {key: value for key, value in values.items() if not key.startswith(_COSMETIC)}
+    kept = {key: value for key, value in values.items() if not key.startswith(COSMETIC)}
     return json.loads(json.dumps(kept, default=str))
 
 

@@ -1,4 +1,4 @@
-"""The journal of a training run: written while it trains, played back when it continues.
+"""The journal of a training run: written while it trains, replayed when it continues.
 
 A run with a journal is resumed by running its loop again: data order, schedule, callbacks, logs and random state come
 out as they did, because it is the same loop.  Only what costs forward passes is taken from the journal: the losses of
@@ -11,62 +11,61 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.storage.checkpoint import whole_folder
-from zokernel.finetune.storage.replay import BASE_ADAPTER, load_base_
+from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.hashes import sampled_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
-from zokernel.optim.zeroth_order import Closure, ZerothOrderOptimizer
-from zokernel.perturb.recorded import replay_step
-
-if TYPE_CHECKING:
-    from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.perturb.base import Closure
 
 logger = logging.getLogger(__name__)
 
 # What must be the same for the journal's losses to be those that the run would compute again.
-_IDENTITY = ("method", "options", "groups", "parameters", "base_sha256", "frozen_sha256", "data_order", "visits_points")
+_IDENTITY = ("method", "options", "groups", "parameters", "base_sha256", "frozen_sha256", "data_order", "perturb")
 
 
 class RunJournal:
-    """Records a run of :class:`ZOTrainer`, and plays back what an earlier process of the same run recorded.
+    """Records a run, and replays what an earlier process of the same run recorded.
 
     Args:
-        trainer: The trainer, before its optimizer is made: the model holds the base weights.
-        continues: Whether to go on with the journal that is in the output folder.
+        folder: The output folder.
+        model: The model, which holds the base weights.
+        continues: Whether to go on with the journal that is in the folder.
+        overwrite: Whether a journal that is not continued may be replaced.
+        writes: Whether this process writes the journal.
 
     Attributes:
         found: The journal that is continued, if any.
-        replaying: Whether the step just taken came from it.
+        replaying: Whether the last step was taken from it.
 
     Raises:
         UsageError: If a journal is there that is not to be continued or overwritten.
         RunError: If it is damaged.
     """
 
-    def __init__(self, trainer: ZOTrainer, *, continues: bool):
-        self._trainer = trainer
-        self._folder = Path(str(trainer.args.output_dir))
-        self.path = self._folder / FILE_NAME
+    def __init__(self, folder: Path, model: Any, *, continues: bool, overwrite: bool, writes: bool):
+        self._folder, self._model, self._writes = folder, model, writes
+        self.path = folder / FILE_NAME
         self.found: Journal | None = None
         self.replaying = False
         self._writer: JournalWriter | None = None
         self._taken = 0
         if self.path.exists() and continues:
             self.found = Journal.read(self.path)
-        elif self.path.exists() and not trainer.args.overwrite_output_dir:
+        elif self.path.exists() and not overwrite:
             raise UsageError(
-                f"{self._folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
+                f"{folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
                 "overwrite_output_dir=True to start anew, or choose another output_dir."
             )
-        parameters = dict(trainer.bare_model.named_parameters())
+        parameters = dict(model.named_parameters())
         trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
         frozen = {name: tensor for name, tensor in parameters.items() if not tensor.requires_grad}
         self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": sampled_sha256(frozen)}
@@ -80,39 +79,44 @@ class RunJournal:
         """Steps that need no forward passes any more."""
         return self.found.num_steps if self.found else 0
 
-    def begin(self, step: int) -> None:
+    def begin(
+        self,
+        step: int,
+        optimizer: ZerothOrder,
+        *,
+        method: str,
+        options: Mapping[str, Any],
+        data_order: Mapping[str, Any],
+    ) -> None:
         """Check, before the first step of the loop, that the journal is this run's; or begin a new one.
 
         Args:
             step: How many steps the weights have taken: those of the checkpoint that was loaded.
+            optimizer: The optimizer of the run.
+            method: Its name.
+            options: The keyword arguments it was made with.
+            data_order: What decides which examples each step sees: see :func:`data_order`.
 
         Raises:
             UsageError: If the journal is that of other settings, data or weights.
         """
         if self._taken > step:
             raise RunError(
-                f"The batch no longer fits in memory after {self._taken} steps, and a journal cannot begin again half-"
-                "way: give a smaller --per_device_train_batch_size and --overwrite_output_dir true."
+                f"The batch no longer fits in memory after {self._taken} steps, and a journal cannot begin again "
+                "half-way: give a smaller --per_device_train_batch_size and --overwrite_output_dir true."
             )
-        trainer = self._trainer
         header = make_header(
-            trainer.bare_optimizer,
-            trainer.args.method,
-            trainer.args.method_options() | {"lr": trainer.args.learning_rate},
+            optimizer,
+            method,
+            # Weight decay is the groups' own.
+            {name: value for name, value in options.items() if name != "weight_decay"},
             **self._hashes,
-            model=_describe(trainer.bare_model),
-            data_order=_data_order(trainer),
+            model=_describe(self._model),
+            data_order=dict(data_order),
         )
-        header["options"].pop("weight_decay", None)  # it is the groups' own
         self._taken = step
         if self.found is not None:
-            different = [key for key in _IDENTITY if self.found.header[key] != header[key]]
-            if different:
-                what = _differences(self.found.header, header, different)
-                raise UsageError(
-                    f"The journal in {self._folder} was written by another run ({what}): "
-                    "repeat that run's settings to continue it, or choose another output_dir."
-                )
+            self._check_identity(self.found.header, header)
             if self.num_steps > step:
                 logger.info(
                     "Continuing: steps %d to %d are taken from the journal, without forward passes.",
@@ -125,14 +129,22 @@ class RunJournal:
                 f"{self._folder} has no journal of the {step} steps before the checkpoint, so none can go on: resume "
                 "with save_strategy 'no', or in the folder of the run that wrote the checkpoint."
             )
-        if trainer.args.should_save:
-            if hasattr(trainer.bare_model, "peft_config"):
+        if self._writes:
+            if hasattr(self._model, "peft_config"):
                 # A new adapter is random: without these few bytes nobody could replay the run.
                 with whole_folder(self._folder / BASE_ADAPTER) as scratch:
-                    trainer.bare_model.save_pretrained(scratch)
+                    self._model.save_pretrained(scratch)
             self._writer = JournalWriter.create(self.path, header)
 
-    def step(self, optimizer: ZerothOrderOptimizer, closure: Closure) -> float:
+    def _check_identity(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        different = [key for key in _IDENTITY if found.get(key) != header[key]]
+        if different:
+            raise UsageError(
+                f"The journal in {self._folder} was written by another run ({_differences(found, header, different)}): "
+                "repeat that run's settings to continue it, or choose another output_dir."
+            )
+
+    def step(self, optimizer: ZerothOrder, closure: Closure) -> float:
         """Take the coming step: from the journal if it is there, else by evaluating the closure and recording it.
 
         Returns:
@@ -144,7 +156,7 @@ class RunJournal:
         if optimizer.changed_by_others:
             raise RunError(
                 "Something other than the optimizer changed the weights between two steps, which no journal can "
-                "replay: leave them alone (or put back their values through the optimizer), or set save_strategy 'no'."
+                "replay: leave them alone (or restore their values through the optimizer), or set save_strategy 'no'."
             )
         number = optimizer.step_count
         self.replaying = number < self.num_steps
@@ -157,15 +169,9 @@ class RunJournal:
                     f"Step {number + 1} had learning rate {max(record.learning_rates):g} and would now have "
                     f"{max(rates):g}: the rate, its schedule or the run's length changed; repeat the run's settings."
                 )
-            loss = replay_step(optimizer, record.losses, visits_points=self.found.header["visits_points"])
+            loss = optimizer.replay(record.losses)
         else:
-            visited = optimizer.points_visited
             loss = optimizer.step(closure)
-            if optimizer.repeats_moves and (optimizer.points_visited > visited) != optimizer.visits_points:
-                raise RunError(
-                    f"{type(optimizer.evaluator).__name__} does not say whether it moves the weights, and a replay "
-                    "must do the same to round the same: set its attribute visits_points."
-                )
             self._append(record_of(optimizer))
         self._taken = optimizer.step_count
         return loss
@@ -181,7 +187,7 @@ class RunJournal:
             numbers = {key: float(value) for key, value in metrics.items()}
             self._append(Event({"event": "evaluation", "step": step, "prefix": prefix, "metrics": numbers}))
 
-    def end(self, optimizer: ZerothOrderOptimizer) -> None:
+    def end(self, optimizer: ZerothOrder) -> None:
         """Record the hash of the weights the loop ended with, or check it if it is recorded already.
 
         Raises:
@@ -208,19 +214,18 @@ class RunJournal:
             self._writer.close()
             self._writer = None
 
-    def rewind(self, step: int) -> None:
+    def replay_to(self, step: int) -> None:
         """Give the model the weights of an earlier step, from its base and the journal.
 
         Raises:
             RunError: If the base cannot be loaded again.
         """
         self.close()
-        model = self._trainer.bare_model
-        load_base_(model, self._folder)
-        replay_(dict(model.named_parameters()), Journal.read(self.path), step=step)
+        restore_base_(self._model, self._folder)
+        replay_(dict(self._model.named_parameters()), Journal.read(self.path), step=step)
 
     def _append(self, record: Any) -> None:
-        if not self._trainer.args.should_save:
+        if not self._writes:
             return
         if self._writer is None:
             assert self.found is not None
@@ -228,6 +233,31 @@ class RunJournal:
                 logger.info("%s: %d bytes of a torn last record were dropped.", self.path, self.found.torn_bytes)
             self._writer = JournalWriter.append_to(self.found)
         self._writer.append(record)
+
+
+def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last: bool) -> dict[str, Any]:
+    """Return what decides which examples each step sees.
+
+    Args:
+        dataset: The training examples.
+        seed: Seed of their order.
+        batch: Examples per step, of all processes.
+        sampling: How they are grouped.
+        drop_last: Whether a last batch that is smaller is left out.
+    """
+    examples = getattr(dataset, "examples", None)
+    digest = hashlib.sha256()
+    for example in examples or ():
+        digest.update(repr(example).encode())
+    length = len(dataset) if hasattr(dataset, "__len__") else None
+    return {
+        "seed": seed,
+        "batch": batch,
+        "sampling": sampling,
+        "sampler": ORDER_VERSION,
+        "drop_last": drop_last,
+        "examples": digest.hexdigest() if examples is not None else length,
+    }
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -241,38 +271,17 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _data_order(trainer: ZOTrainer) -> dict[str, Any]:
-    """Return what decides which examples each step sees."""
-    args = trainer.args
-    examples = getattr(trainer.train_dataset, "examples", None)
-    digest = hashlib.sha256()
-    for example in examples or ():
-        digest.update(repr(example).encode())
-    return {
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.data_ranks,
-        "sampling": str(args.train_sampling_strategy),
-        "sampler": ORDER_VERSION,
-        "drop_last": args.dataloader_drop_last,
-        "examples": digest.hexdigest() if examples is not None else _length(trainer.train_dataset),
-    }
-
-
-def _length(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None
-
-
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]) -> str:
     """Name what differs in words: the settings inside dictionaries, and hashes by what they are hashes of."""
     words = {"base_sha256": "base weights", "frozen_sha256": "frozen weights", "groups": "parameter groups"}
     found = []
     for key in keys:
-        if isinstance(old[key], dict) and key != "parameters":
+        if isinstance(old.get(key), dict) and key != "parameters":
             inner = sorted(k for k in old[key].keys() | new[key].keys() if old[key].get(k) != new[key].get(k))
             found += [f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in inner if k != "examples"]
             found += ["other training examples"] if "examples" in inner else []
-        elif key in ("method",):
-            found.append(f"method: {old[key]} there, {new[key]} here")
+        elif key in ("method", "perturb"):
+            found.append(f"{key}: {old.get(key)} there, {new[key]} here")
         else:
             found.append(f"other {words.get(key, key)}")
     return "; ".join(found)

@@ -1,7 +1,7 @@
 """Nested state in one ``.safetensors`` file: tensors as tensors, everything else as JSON in its metadata.
 
-Loading such a file runs no code, unlike a pickle.  Floats come back bit for bit, tuples as tuples and integer keys as
-integers.
+Loading such a file runs no code, unlike a pickle.  Every bit of floats is kept, tuples stay tuples and integer
+keys integers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError
 
 _KEY = "zokernel_state"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -58,25 +57,6 @@ def load_state(path: Path) -> Any:
             return _unpack(json.loads(metadata[_KEY]), {name: archive.get_tensor(name) for name in archive.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged or missing ({error}): resume from another checkpoint.") from error
-
-
-def refuse_pickles(folder: str | Path, *, what: str) -> None:
-    """Refuse a local folder whose only weights are pickles, which can run any code when loaded.
-
-    Args:
-        folder: A model's or adapter's folder; hub ids and folders with safetensors pass.
-        what: What it is, for the message.
-
-    Raises:
-        UsageError: If it has pickled weights and no others.
-    """
-    pickles = [path.name for pattern in PICKLES for path in sorted(Path(folder).glob(pattern))]
-    pickles = [name for name in pickles if name != "training_args.bin"]
-    if pickles and not list(Path(folder).glob("*.safetensors")):
-        raise UsageError(
-            f"The {what} in {folder} is a pickle ({pickles[0]}), and loading one can run any code: convert it to "
-            "safetensors first (save_pretrained writes it) on a machine where that does not matter."
-        )
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

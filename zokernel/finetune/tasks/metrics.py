@@ -32,18 +32,20 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def token_f1(answer: str, references: Sequence[str]) -> float:
     """Return the largest F1 of the answer's words against a reference's.
 
+    An answer that shares no word with the reference scores 0, also when nothing is left of both after normalisation.
+
     Example:
         >>> token_f1("in the blue house", ["a blue house", "home"])
         0.8
+        >>> token_f1("the", ["the"])
+        0.0
     """
     return max((_one_f1(normalize(answer).split(), normalize(r).split()) for r in references), default=0.0)
 
 
 def _one_f1(answer: list[str], reference: list[str]) -> float:
-    if not answer or not reference:
-        return float(answer == reference)
     shared = sum((Counter(answer) & Counter(reference)).values())
-    return 2 * shared / (len(answer) + len(reference))
+    return 2 * shared / (len(answer) + len(reference)) if shared else 0.0
 
 
 def macro_f1(predicted_N: Tensor, labels_N: Tensor) -> float:

@@ -6,38 +6,36 @@ asked for does not fit, it is split into micro-batches whose losses are averaged
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import find_executable_batch_size
 
 from zokernel.errors import RunError
 
-if TYPE_CHECKING:
-    from zokernel.finetune.trainer.zo_trainer import ZOTrainer
-
-logger = logging.getLogger(__name__)
-
 
 @torch.no_grad()
-def fit_batch_size(trainer: ZOTrainer) -> int:
-    """Split the training batch until a forward on the longest examples fits, and set the trainer accordingly.
+def largest_batch(forward: Callable[[int], object], wanted: int) -> int:
+    """Return the largest divisor of a batch size that fits in memory.
 
     Args:
-        trainer: A trainer before training; its batch size and accumulation steps are changed if they must be.
+        forward: Runs a forward on the longest examples, as many as it is told to.
+        wanted: The batch size asked for.
 
     Returns:
-        Examples a device and micro-batch.
+        Examples per micro-batch.
 
     Raises:
         RunError: If not even one example fits.
+
+    Example:
+        >>> def forward(size):
+        ...     if size > 5:
+        ...         raise RuntimeError("CUDA out of memory.")
+        >>> largest_batch(forward, 16)
+        4
     """
-    args: Any = trainer.args
-    dataset: Any = trainer.train_dataset
-    wanted = size = args.per_device_train_batch_size
-    longest = dataset.longest(wanted) if hasattr(dataset, "longest") else dataset
-    assert trainer.data_collator is not None
+    size = wanted
 
     def split() -> int:
         nonlocal size
@@ -46,34 +44,14 @@ def fit_batch_size(trainer: ZOTrainer) -> int:
         return size
 
     def fits(batch_size: int) -> int:
-        items = [longest[number] for number in range(min(batch_size, len(longest)))]
-        batch = trainer._prepare_inputs(trainer.data_collator(items))
-        with trainer.compute_loss_context_manager():
-            trainer.compute_loss(trainer.model, batch)  # type: ignore[arg-type]
+        forward(batch_size)
         return batch_size
 
-    assert trainer.model is not None
-    trainer.model.eval()
     try:
-        found = find_executable_batch_size(fits, starting_batch_size=wanted, reduce_batch_size_fn=split)()
+        return find_executable_batch_size(fits, starting_batch_size=wanted, reduce_batch_size_fn=split)()
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
         raise RunError(
             "Not even one example fits in memory: lower --max_length, use a smaller model, or --dtype bfloat16."
         ) from error
-    # Every process of a distributed run takes what fits on all of them.
-    everywhere: Any = trainer.accelerator.gather(torch.tensor([found], device=args.device))
-    found = int(everywhere.min())
-    if found < wanted:
-        logger.info(
-            "Batches of %d do not fit; each is split into %d of %d, whose losses are averaged.",
-            wanted,
-            wanted // found,
-            found,
-        )
-        args.per_device_train_batch_size = trainer._train_batch_size = found
-        args.gradient_accumulation_steps *= wanted // found
-        if args.perturb == "auto":
-            args.perturb = "in_place"  # no memory for several copies of a batch in one forward
-    return found

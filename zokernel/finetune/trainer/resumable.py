@@ -1,4 +1,4 @@
-"""The part of the trainer that survives kills: whole checkpoints, no pickles, journal, one process a folder."""
+"""The part of the trainer that survives kills: whole checkpoints, no pickles, a journal, one process per folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from zokernel.errors import UsageError
 from zokernel.files import write_json
 from zokernel.finetune.data.sampling import EpochSeededSampler
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
-from zokernel.finetune.storage.run_folder import explained_errors
-from zokernel.finetune.storage.run_journal import RunJournal
+from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
+from zokernel.finetune.storage.run_journal import RunJournal, data_order
 from zokernel.finetune.storage.state_file import load_state, save_state
+from zokernel.finetune.trainer.loop_optimizer import bare
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,16 @@ class ResumableTrainer(Trainer):
     Checkpoints appear whole or not at all and hold safetensors and JSON only.  With a journal, steps after the last
     checkpoint are repeated without forward passes; with ``save_strategy="journal"`` there are no checkpoints.
 
+    Args:
+        settings: What the run is going to do.
+        **kwargs: As for ``transformers.Trainer``, without ``args``.
+
     Attributes:
+        settings: What the run is going to do; decisions that are taken late replace it.
+        args: The settings in the form that the loop takes; this trainer's own copy.
+        recorded: The settings of the run that is continued, by name.
         journal: The run's journal while it trains, if it keeps one.
-        continues: Whether it takes up an earlier process's run.
+        continues: Whether an earlier process's run is continued.
         when_begun: Called when all checks are passed and the loop begins.
         final_step: The step whose weights the last call of ``train`` ended with.
     """
@@ -46,8 +55,10 @@ class ResumableTrainer(Trainer):
     args: ZOConfig
     zeroth_order: bool
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, settings: RunSettings, **kwargs: Any):
+        self.settings = settings
+        super().__init__(args=loop_arguments(settings), **kwargs)
+        self.recorded: dict[str, Setting] | None = None
         self.journal: RunJournal | None = None
         self.final_step = 0
         self.continues = False
@@ -56,6 +67,16 @@ class ResumableTrainer(Trainer):
         self._epoch_sampler: EpochSeededSampler | None = None
         self.add_callback(_AroundTheLoop(self))
 
+    def decide(self, source: str, **values: Any) -> None:
+        """Settle what was left open until now; ``source`` says who decided."""
+        self.settings = self.settings.with_(source, **values)
+        self.args = loop_arguments(self.settings)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(str(self.args.output_dir))
+
     @property
     def data_ranks(self) -> int:
         """How many batches the processes of the run see in one step."""
@@ -63,8 +84,8 @@ class ResumableTrainer(Trainer):
 
     @property
     def bare_optimizer(self) -> Any:
-        """The optimizer itself, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        """The optimizer itself, without wrappers."""
+        return bare(self.optimizer)
 
     @property
     def bare_model(self) -> Any:
@@ -92,14 +113,16 @@ class ResumableTrainer(Trainer):
             UsageError: If what is there cannot be continued this way.
             RunError: If the output cannot be written, or another process is writing it.
         """
-        folder, main = Path(str(self.args.output_dir)), self.args.should_save
+        folder, main = self.folder, self.args.should_save
         self.continues = bool(resume_from_checkpoint)
-        # The Trainer would read the best checkpoint as a second copy of the model; here it comes tensor by tensor.
-        wants_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+        wants_best = self.settings["load_best_model_at_end"]
         with exclusive(folder) if main else nullcontext(), explained_errors(folder):
             try:
                 if main:
                     files.remove_leftovers(folder)
+                if self.continues:
+                    refuse_old_run(folder)
+                    self.recorded = read_settings(folder)
                 self.accelerator.wait_for_everyone()
                 self.journal = self._open_journal(wants_best)
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
@@ -113,7 +136,6 @@ class ResumableTrainer(Trainer):
                 if wants_best:
                     self._take_best()
             finally:
-                self.args.load_best_model_at_end = wants_best
                 if self.journal is not None:
                     self.journal.close()
                     self.journal = None
@@ -132,7 +154,13 @@ class ResumableTrainer(Trainer):
                 "To end with the best step, save_strategy 'journal' must be able to load the base again: load the "
                 "model by from_pretrained from a folder, or set load_best_model_at_end False."
             )
-        return RunJournal(self, continues=self.continues)  # type: ignore[arg-type]
+        return RunJournal(
+            self.folder,
+            model,
+            continues=self.continues,
+            overwrite=self.args.overwrite_output_dir,
+            writes=self.args.should_save,
+        )
 
     def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
         if isinstance(asked, str):
@@ -143,7 +171,7 @@ class ResumableTrainer(Trainer):
         found = files.checkpoints(folder)
         if self.journal is not None:
             # A power cut may have taken the end of a journal that a checkpoint relies on; its steps are taken again.
-            # The last steps are played back rather than loaded: the loop takes at least one.
+            # The last steps are replayed rather than loaded: the loop takes at least one.
             last = min(self.journal.num_steps, self.args.max_steps - 1 if self.args.max_steps > 0 else math.inf)
             found = [path for path in found if files.step_of(path) <= last]
         if not found:
@@ -152,7 +180,7 @@ class ResumableTrainer(Trainer):
         return str(found[-1])
 
     def _nothing_left(self, checkpoint: str) -> TrainOutput:
-        """Take up a run that was killed between its last checkpoint and its end: the loop would take a step more."""
+        """Finish a run that was killed between its last checkpoint and its end: the loop would take one more step."""
         if self.journal is not None:
             raise UsageError(f"{checkpoint} is already at --max_steps {self.args.max_steps}: ask for more steps.")
         self.create_optimizer()
@@ -168,7 +196,7 @@ class ResumableTrainer(Trainer):
         if self.args.save_strategy == "journal":
             if best and best != self.state.global_step:
                 assert self.journal is not None
-                self.journal.rewind(best)
+                self.journal.replay_to(best)
             self.final_step = best or self.final_step
         elif self.state.best_model_checkpoint:
             path = Path(self.state.best_model_checkpoint)
@@ -268,7 +296,7 @@ class ResumableTrainer(Trainer):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", self.args.to_dict())
+        write_json(folder / "training_args.json", self.settings.arguments().to_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -303,9 +331,22 @@ class ResumableTrainer(Trainer):
         files.load_weights(self.bare_model if model is None else model, Path(resume_from_checkpoint))
 
     def begin_loop(self) -> None:
-        """Bring journal and running sums in line with the step the loop begins at."""
+        """Bring settings, journal and running sums in line with the step the loop begins at."""
+        self._check_settings()
         if self.journal is not None:
-            self.journal.begin(self.state.global_step)
+            self.journal.begin(
+                self.state.global_step,
+                self.bare_optimizer,
+                method=self.args.method,
+                options=self.args.method_options() | {"lr": self.args.learning_rate},
+                data_order=data_order(
+                    self.train_dataset,
+                    seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                    batch=self.batch_per_step,
+                    sampling=str(self.args.train_sampling_strategy),
+                    drop_last=self.args.dataloader_drop_last,
+                ),
+            )
         if self._loop_state is not None:
             # The loop zeroes these; the mean loss of the next log line is over steps before the checkpoint, too.
             self._tr_loss = self._loop_state["tr_loss"].to(self.args.device)
@@ -314,6 +355,36 @@ class ResumableTrainer(Trainer):
             self._loop_state = None
         if self.when_begun is not None and self.args.should_save:
             self.when_begun()
+
+    def _check_settings(self) -> None:
+        """Compare the settings with those of the run that is continued, and write them down."""
+        different = first_difference(self.recorded, self.settings) if self.recorded else None
+        if different is not None:
+            raise UsageError(
+                f"{self.folder} holds a run with other settings ({different}): repeat its settings to continue it, or "
+                "choose another output_dir."
+            )
+        if self.args.should_save:
+            self.settings.write(self.folder)
+
+    @property
+    def batch_per_step(self) -> int:
+        """Examples per step, of all processes."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_ranks
+
+    def begin_step(self) -> None:
+        """Called before every step."""
+
+    def end_step(self) -> None:
+        """Called after every step."""
+
+
+def loop_arguments(settings: RunSettings) -> ZOConfig:
+    """Return the settings as the loop of transformers takes them.
+
+    It would read the best checkpoint as a second copy of the model; here the weights come tensor by tensor.
+    """
+    return settings.with_("auto", load_best_model_at_end=False).arguments()
 
 
 class _AroundTheLoop(TrainerCallback):
@@ -324,6 +395,12 @@ class _AroundTheLoop(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.begin_loop()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.begin_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.end_step()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._epoch_sampler is not None:

@@ -1,7 +1,7 @@
-"""Processes that torchrun has restarted find each other again, and leave each other when they are done.
+"""Process groups under torchrun: processes that it has restarted find each other again, and leave when they are done.
 
-torch's agent keeps one store for all its restarts, where gloo finds the addresses of processes that are gone and waits
-for them.  A name for each restart keeps them apart.
+torch's agent keeps one store for all restarts.  In it gloo finds the addresses of processes that are gone, and waits
+for them.  A name for each restart keeps the restarts apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def rejoin() -> None:
-    """In a process that torchrun has restarted, form the process group under a name of its own; else do nothing."""
+    """Form the process group under a name of its own in a process that torchrun has restarted; else do nothing."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts == 0 or not agent_keeps_store or dist.is_initialized():
@@ -25,6 +25,6 @@ def rejoin() -> None:
 
 
 def leave() -> None:
-    """Close the process group of a run that is done: its threads must not outlive the interpreter."""
+    """Close the process group of a finished run: its threads must not outlive the interpreter."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""What of a model is trained, and whether it can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokernel.errors import UsageError
+
+
+def what_is_trained(model: Any) -> str:
+    """Return ``virtual tokens``, ``LoRA`` or ``full parameters``.
+
+    Example:
+        >>> what_is_trained(nn.Linear(2, 2))
+        'full parameters'
+    """
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(config.is_prompt_learning for config in adapters.values()):
+        return "virtual tokens"
+    return "LoRA" if adapters else "full parameters"
+
+
+def low_precision(model: nn.Module) -> str:
+    """Return the types below fp32 in which trained parameters are stored, as text; empty if there are none.
+
+    Example:
+        >>> low_precision(nn.Linear(2, 2).bfloat16()), low_precision(nn.Linear(2, 2))
+        ('torch.bfloat16', '')
+    """
+    low = (torch.bfloat16, torch.float16)
+    return ", ".join(sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in low}))
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Check before anything is built that the model can be trained.
+
+    Raises:
+        UsageError: If nothing is trainable, or the weights to be perturbed are quantized.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise UsageError(
+            "The model has no trainable parameter: unfreeze some, or attach an adapter with is_trainable=True."
+        )
+    for name, parameter in trainable:
+        if not parameter.is_floating_point():
+            raise UsageError(
+                f"{name} is quantized ({parameter.dtype}) and cannot be perturbed: load the model dequantized, "
+                "or train a LoRA adapter on it (--lora)."
+            )
+    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
+        raise UsageError(
+            "The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it (--lora)."
+        )

@@ -1,0 +1,78 @@
+"""What a run shows while it trains: a bar that counts forwards, or log lines where there are no bars."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from zokernel.finetune.monitor.run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = {
+    "loss": "loss",
+    "projected_gradient": "|projected gradient|",
+    "forwards_per_second": "forwards/s",
+    "eval_loss": "validation loss",
+    "eval_accuracy": "validation accuracy",
+    "eval_f1": "validation F1",
+}
+
+
+class ForwardProgress(ProgressCallback):
+    """The Trainer's progress bar with the loss, |projected gradient| and forwards per second beside the time left.
+
+    Args:
+        log: The log that is shown.
+    """
+
+    def __init__(self, log: RunLog):
+        super().__init__()
+        self._log = log
+        self._smooth_loss: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and self._log.rows:
+            row = self._log.rows[-1]
+            previous = row["loss"] if self._smooth_loss is None else self._smooth_loss
+            self._smooth_loss = 0.9 * previous + 0.1 * row["loss"]
+            self.training_bar.set_postfix(
+                {
+                    "loss": f"{self._smooth_loss:.4f}",
+                    **({"|pg|": f"{row['projected_gradient']:.3g}"} if "projected_gradient" in row else {}),
+                    "fwd/s": f"{self._log.forwards_per_second():.1f}",
+                },
+                refresh=False,
+            )
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Print evaluations above the bar; the loss is in the bar already."""
+        shown = state.is_world_process_zero and not self._log.replayed
+        if logs and shown and self.training_bar is not None and "eval_loss" in logs:
+            self.training_bar.write(_line(state.global_step, logs), file=sys.stderr)
+
+
+class ForwardLines(TrainerCallback):
+    """The same as log lines, for output that goes to a file.
+
+    Args:
+        log: The log that is shown.
+    """
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Log one line."""
+        shown = state.is_world_process_zero and not self._log.replayed
+        if logs and shown and ("loss" in logs or "eval_loss" in logs):
+            logger.info("%s", _line(state.global_step, logs))
+
+
+def _line(step: int, logs: dict[str, float]) -> str:
+    return f"step {step}: " + ", ".join(f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if key in logs)

@@ -1,0 +1,53 @@
+"""What is known about a step once it has been taken: the record that logs, warnings and displays are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a run.
+
+    Attributes:
+        step: Its number, from one.
+        loss: Mean of the losses that were taken.
+        losses: The numbers from which the step can be repeated; empty for first-order methods.
+        projected_gradient: Root mean square of the projected gradients; None for first-order methods.
+        forwards: Forward passes of this step.
+        seconds: Seconds of this step.
+        learning_rate: Its learning rate (of the first parameter group).
+        replayed: Whether it was taken from the journal.
+        bytes_sent: Bytes that this process has sent so far; None in a run of one process.
+    """
+
+    step: int
+    loss: float
+    losses: tuple[float, ...]
+    projected_gradient: float | None
+    forwards: int
+    seconds: float
+    learning_rate: float
+    replayed: bool = False
+    bytes_sent: int | None = None
+
+
+class Consumer(Protocol):
+    """Whatever looks at the record of every step."""
+
+    def on_record(self, record: StepRecord) -> None:
+        """Look at the record of the step that was just taken."""
+
+
+def projected_gradient(coefficients: Mapping[int, float]) -> float:
+    """Return the root mean square of P projected gradients from coefficients, each of which is one of them over P.
+
+    Example:
+        >>> projected_gradient({0: 1.5, 1: -1.5})
+        3.0
+    """
+    values = coefficients.values()
+    return math.sqrt(sum(value * value for value in values) * len(values))

@@ -1,0 +1,52 @@
+"""The objective of a task, with what it needs of model and tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zokernel.errors import UsageError
+from zokernel.finetune.data.collate import Collator, EncodedDataset
+from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.tasks import Task, encode
+from zokernel.finetune.tasks.prompt import PromptTask
+
+
+def make_objective(
+    task: Task,
+    tokenizer: Any,
+    collator: Collator,
+    *,
+    objective: str,
+    masked: bool,
+    calibrate: bool = False,
+    max_new_tokens: int = 50,
+) -> Objective:
+    """Return the loss and metrics of a task.
+
+    Args:
+        task: The task.
+        tokenizer: The model's tokenizer.
+        collator: Batches examples.
+        objective: ``cross_entropy``, ``accuracy`` or ``f1``.
+        masked: Whether the model fills masks.
+        calibrate: Whether the scores in an empty prompt are subtracted in evaluations.
+        max_new_tokens: Longest generated answer.
+
+    Raises:
+        UsageError: If the objective does not fit the task.
+    """
+    calibration = None
+    if calibrate:
+        if not isinstance(task, PromptTask):
+            raise UsageError("--calibrate compares the same label words in every example: it is for classification.")
+        blank: dict[str, Any] = dict.fromkeys(task.required_columns(), "")
+        blank[task.label_column] = (task.labels or ("0",))[0]
+        calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, masked=masked))[0]])
+    return Objective(
+        objective,
+        loss=task.loss,
+        kind=task.kind,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        calibration=calibration,
+    )

@@ -1,0 +1,156 @@
+"""The settings of a run as a frozen record: each with its value and with who decided it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import SchedulerType
+
+from zokernel._version import __version__
+from zokernel.files import read_json, write_json
+from zokernel.finetune.settings.config import ZOConfig
+
+SETTINGS_FILE = "settings.json"
+SOURCES = ("user", "recipe", "default", "auto", "hardware")
+# Shown even where they are plain defaults.
+IMPORTANT = (
+    *("method", "method_args", "learning_rate", "eps", "num_perturbations", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_steps", "num_train_epochs", "precision", "perturb", "lr_scheduler_type"),
+    "seed",
+)
+# What a continued run may change, beside where it is logged: how long it is, what is evaluated and saved, and how the
+# batch of a step is dealt out (the journal checks its size).
+_FREE = {
+    *("max_steps", "num_train_epochs", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("early_stopping_patience", "per_device_eval_batch_size", "auto_find_batch_size", "ignore_data_skip"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "zo_parallel", "zo_point_ranks"),
+    *("do_train", "do_eval", "do_predict", "use_cpu", "restore"),
+}
+_FREE_PREFIXES = ("eval_", "save_", "torch_empty_cache")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a run.
+
+    Attributes:
+        name: Its field of ``ZOConfig``.
+        value: Its value, as JSON has it.
+        source: ``user`` (a flag or constructor argument), ``recipe`` (the file of ``--config``), ``default``, ``auto``
+            (``--method auto``, or a rule about model and data) or ``hardware``.
+    """
+
+    name: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Every setting of a run that matters to its result.
+
+    A decision that is taken late makes a new record: see :meth:`with_`.
+
+    Attributes:
+        said: What the user said.
+        settings: The settings in the order of ``ZOConfig``'s fields.
+
+    Example:
+        >>> settings = RunSettings(ZOConfig(output_dir="runs/mine"), (Setting("perturb", "auto", "default"),))
+        >>> settings.with_("hardware", perturb="in_forward")["perturb"], settings["perturb"]
+        ('in_forward', 'auto')
+    """
+
+    said: ZOConfig
+    settings: tuple[Setting, ...]
+
+    def __iter__(self) -> Iterator[Setting]:
+        return iter(self.settings)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.setting(name).value
+
+    def setting(self, name: str) -> Setting:
+        """Return a setting by name."""
+        return next(setting for setting in self.settings if setting.name == name)
+
+    def with_(self, source: str, /, **values: Any) -> RunSettings:
+        """Return a record in which ``source`` has decided some settings."""
+        decided = {name: Setting(name, value, source) for name, value in values.items()}
+        return replace(self, settings=tuple(decided.get(setting.name, setting) for setting in self.settings))
+
+    def arguments(self) -> ZOConfig:
+        """Return a new ``ZOConfig`` with everything filled in."""
+        filled = copy.copy(self.said)
+        said = self.said.to_dict()
+        changed = {setting.name: setting.value for setting in self.settings if setting.value != said[setting.name]}
+        if "lr_scheduler_type" in changed:
+            changed["lr_scheduler_type"] = SchedulerType(changed["lr_scheduler_type"])
+        vars(filled).update(changed)
+        return filled
+
+    def values(self) -> dict[str, Any]:
+        """Return the values by name."""
+        return {setting.name: setting.value for setting in self.settings}
+
+    def table(self) -> str:
+        """Return the settings that matter most, and those that are no plain defaults, as an aligned table."""
+        rows = [
+            (s.name, _text(s.value), s.source)
+            for s in self.settings
+            if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
+        ]
+        rows.sort(key=lambda row: IMPORTANT.index(row[0]) if row[0] in IMPORTANT else len(IMPORTANT))
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
+
+    def write(self, folder: Path) -> None:
+        """Write ``settings.json``."""
+        rows = [{"name": s.name, "value": s.value, "source": s.source} for s in self.settings]
+        write_json(folder / SETTINGS_FILE, {"zokernel": __version__, "settings": rows})
+
+
+def read_settings(folder: Path) -> dict[str, Setting] | None:
+    """Return the settings recorded in a run's folder by name; None if there are none."""
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        return None
+    return {row["name"]: Setting(**row) for row in read_json(path)["settings"]}
+
+
+def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None:
+    """Return the first setting that gives a continued run other numbers, with the old and the new value.
+
+    Args:
+        old: The recorded settings by name.
+        new: Those asked for.
+
+    Returns:
+        ``NAME: OLD there, NEW asked for``, or None if the run may be continued.
+    """
+    for setting in new:
+        known = old.get(setting.name)
+        if known is None or known.value == setting.value or setting.name in _FREE:
+            continue
+        # How a schedule ends follows from the run's length; the journal compares the rates.
+        derived = known.source == setting.source == "auto" and setting.name == "lr_scheduler_kwargs"
+        if not derived and not setting.name.startswith(_FREE_PREFIXES):
+            return f"{setting.name}: {_text(known.value)} there, {_text(setting.value)} asked for"
+    return None
+
+
+def _hidden(settings: RunSettings) -> tuple[str, ...]:
+    return ("num_train_epochs",) if (settings["max_steps"] or 0) > 0 else ("max_steps",)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,204 @@
+"""What a run is going to do, settled once and before it begins.
+
+``ZOConfig`` is what the user said.  :func:`resolve` fills in what was left open, from the method's defaults, from rules
+about model and data, and from the hardware, and keeps for every setting who decided it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings import auto
+from zokernel.finetune.settings.arguments import read_yaml
+from zokernel.finetune.settings.config import AUTO, SHARED_OPTIONS, ZOConfig, default_eval_steps
+from zokernel.finetune.settings.record import RunSettings, Setting
+from zokernel.optim import method_options
+
+BATCH, SCHEDULE = 16, "constant"
+LEARNING_RATES = {
+    "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "": 1e-5},
+    "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "": 1e-3},
+    "virtual tokens": {"adamw": 1e-2, "sgd": 1e-2, "": 1e-2},
+}
+# Beginnings of the names of settings that change nothing about the weights a run ends with.
+COSMETIC = (
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_", "log_", "disable_tqdm", "report_to"),
+    *("run_name", "profile", "project", "trackio_", "hub_", "push_to_hub", "dataloader_num_workers", "dataloader_p"),
+    *("dataloader_multiprocessing", "skip_memory", "local_rank", "ddp_"),
+)
+# What keeps weights in bf16 or fp16 exact.
+_EXACT = ("in_place:grid", "in_place:copy", "in_forward", "stacked")
+
+
+def resolve(
+    config: ZOConfig,
+    *,
+    trained: str,
+    num_examples: int | None,
+    low_precision: str = "",
+    command: Sequence[str] = (),
+) -> RunSettings:
+    """Decide everything that the user left open, but for what only the loaded model can tell.
+
+    ``perturb="auto"`` stays until the optimizer has been made.
+
+    Args:
+        config: What the user said.
+        trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
+        num_examples: Training examples; None if their number is not known.
+        low_precision: Types below fp32 in which trained weights are stored, for the message; empty if none are.
+        command: The command line, which tells flags from the settings of a recipe.
+
+    Returns:
+        The record of all settings.
+
+    Raises:
+        UsageError: If the settings do not fit each other or the model.
+
+    Example:
+        >>> settings = resolve(ZOConfig(output_dir="runs/mine"), trained="LoRA", num_examples=100)
+        >>> settings["learning_rate"], settings.setting("learning_rate").source
+        (0.001, 'auto')
+        >>> settings["eps"], settings.setting("eps").source
+        (0.001, 'default')
+    """
+    said, sources = config.to_dict(), given_sources(config, command)
+    choices = _Choices(said, sources)
+    chosen_by_auto = config.method == AUTO
+    if chosen_by_auto:
+        choices.decide("auto", method=auto.METHOD)
+        given, rate = config.method_args or [], config.learning_rate
+        choices.decide("auto", method_args=auto.method_args(given, learning_rate=rate))
+        choices.fill("auto", per_device_train_batch_size=auto.BATCH, lr_scheduler_type=auto.SCHEDULE)
+        choices.fill("auto", num_perturbations=auto.num_perturbations(choices["per_device_train_batch_size"]))
+        if trained == "LoRA":
+            choices.fill("auto", eps=auto.LORA_EPS)
+    choices.fill("default", per_device_train_batch_size=BATCH, lr_scheduler_type=SCHEDULE)
+    choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
+    decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
+    choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
+    if config.save_strategy == "journal" and str(said["eval_strategy"]) == "no":
+        choices.decide("auto", load_best_model_at_end=False)
+    if choices["learning_rate"] is None:
+        choices.fill("auto", learning_rate=_learning_rate(choices, trained, num_examples, config.world_size))
+    options = method_options(choices["method"])
+    named = {pair.partition("=")[0] for pair in choices["method_args"] or []}
+    for name in SHARED_OPTIONS:
+        if options.get(name) is not None and name not in named:
+            choices.fill("default", **{name: options[name]})
+    if low_precision:
+        refuse_low_precision(low_precision, choices["perturb"])
+    settings = RunSettings(config, choices.settings())
+    settings.arguments().method_options()  # refuses what the method does not have
+    return settings
+
+
+def given_sources(config: ZOConfig, command: Sequence[str] = ()) -> dict[str, str]:
+    """Return who gave the settings that were given: the user, or a recipe.
+
+    Args:
+        config: What the user said.
+        command: The command line, if it came from there.
+
+    Returns:
+        ``user`` or ``recipe`` by name.
+
+    Example:
+        >>> command = ["finetune", "--config", "mezo-opt-sst2", "--max-steps=10"]
+        >>> sources = given_sources(ZOConfig(output_dir="runs/mine"), command)
+        >>> sources["max_steps"], sources["eps"]
+        ('user', 'recipe')
+    """
+    if not command:
+        return _renamed(dict.fromkeys(config.given, "user"))
+    flags = [word.partition("=")[0][2:].replace("-", "_") for word in command if word.startswith("--")]
+    recipes = [
+        word.partition("=")[2] or following
+        for word, following in zip(command, [*command[1:], ""])
+        if word.partition("=")[0] == "--config"
+    ]
+    read = {key for recipe in recipes for key in read_yaml(Path(recipe))}
+    return _renamed(dict.fromkeys(read, "recipe") | dict.fromkeys(flags, "user"))
+
+
+def _renamed(sources: dict[str, str]) -> dict[str, str]:
+    return sources | ({"perturb": sources["restore"]} if "restore" in sources else {})
+
+
+def count_steps(max_steps: int, epochs: float, batch: int, examples: int | None) -> int:
+    """Return the steps of a run: ``max_steps``, or what its epochs over so many training examples come to.
+
+    Args:
+        max_steps: Steps; -1 counts epochs.
+        epochs: Epochs.
+        batch: Examples per step.
+        examples: Training examples.
+
+    Raises:
+        UsageError: If neither number is known.
+
+    Example:
+        >>> count_steps(-1, 3, 8, 100)
+        38
+    """
+    if max_steps > 0:
+        return max_steps
+    if examples is None:
+        raise UsageError("The number of training examples is not known, so epochs cannot be counted: set --max_steps.")
+    return max(1, math.ceil(epochs * examples / batch))
+
+
+def refuse_low_precision(stored: str, perturb: str) -> None:
+    """Refuse a way of perturbing that would not restore weights in bf16 or fp16.
+
+    Raises:
+        UsageError: If it would not.
+    """
+    if perturb not in _EXACT:
+        raise UsageError(
+            f"Trainable weights are stored in {stored}, where perturbing in place does not restore them exactly: "
+            "set --perturb in_forward, which leaves them in place, or load them with --dtype float32 (forwards may "
+            "still run in bf16)."
+        )
+
+
+def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, world_size: int) -> float:
+    if choices.sources.get("method") != "auto":
+        rates = LEARNING_RATES[trained]
+        return rates.get(choices["method"], rates[""])
+    batch = choices["per_device_train_batch_size"] * choices["gradient_accumulation_steps"] * world_size
+    steps = count_steps(choices["max_steps"], choices["num_train_epochs"], batch, num_examples)
+    return auto.learning_rate(
+        trained,
+        num_perturbations=choices["num_perturbations"],
+        steps=steps,
+        schedule=str(choices["lr_scheduler_type"]),
+    )
+
+
+class _Choices:
+    """Values and their sources while they are being decided."""
+
+    def __init__(self, said: Mapping[str, Any], given: Mapping[str, str]):
+        names = [f.name for f in dataclasses.fields(ZOConfig) if f.init and not f.name.startswith(COSMETIC)]
+        self.values = {name: json.loads(json.dumps(said[name], default=str)) for name in names if name != "restore"}
+        self.sources = {name: given.get(name, "default") for name in self.values}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def decide(self, source: str | None, **values: Any) -> None:
+        self.values |= values
+        self.sources |= {} if source is None else dict.fromkeys(values, source)
+
+    def fill(self, source: str, **values: Any) -> None:
+        self.decide(source, **{name: value for name, value in values.items() if self.values[name] is None})
+
+    def settings(self) -> tuple[Setting, ...]:
+        return tuple(Setting(name, value, self.sources[name]) for name, value in self.values.items())

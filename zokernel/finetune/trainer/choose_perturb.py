@@ -1,0 +1,101 @@
+"""``--perturb auto``: whether the losses of a step are stacked into one forward, or taken in place or in_forward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from zokernel.errors import UsageError
+from zokernel.optim import ZerothOrder
+from zokernel.perturb import matches_in_place, stackable
+from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+# At larger batches a forward is all multiplication, and stacking gains nothing (docs/results/speed.md).
+STACK_UP_TO = 4
+
+
+def max_copies(batch: int, eval_batch: int) -> int:
+    """Return how many copies of a training batch take the memory of an evaluation batch.
+
+    Example:
+        >>> max_copies(4, 32), max_copies(64, 32)
+        (8, 1)
+    """
+    return max(1, eval_batch // batch)
+
+
+def stacking_pays(optimizer: ZerothOrder, model: nn.Module, *, batch: int, eval_batch: int) -> bool:
+    """Return whether several losses should be taken in one forward: of adapters, at small batches.
+
+    Args:
+        optimizer: The optimizer of the run.
+        model: The model.
+        batch: Examples per micro-batch.
+        eval_batch: Examples per evaluation batch, which fits in memory.
+    """
+    copies = min(max_copies(batch, eval_batch), optimizer.forwards_per_step)
+    if copies < 2 or batch > STACK_UP_TO or not perturbs_in_place(optimizer) or not only_trains_lora(model):
+        return False
+    if not stackable(optimizer.named_params, optimizer.directions, copies):
+        return False
+    logger.info(
+        "perturb: stacked, since an adapter is trained on small batches: up to %d losses per forward "
+        "(--perturb in_place takes one after the other).",
+        copies,
+    )
+    return True
+
+
+def in_forward_suits(optimizer: ZerothOrder, closure: Closure, on_all: Callable[[bool], bool]) -> bool:
+    """Check with one loss taken both ways whether ``in_forward`` may replace ``in_place``, and log why.
+
+    Args:
+        optimizer: The optimizer of the run, before its first step.
+        closure: Returns the loss of a fixed batch.
+        on_all: Returns whether something holds on every process.
+    """
+    try:
+        points = optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count)
+        offsets = next(offsets for offsets in points if offsets)
+        suits, reason = matches_in_place(
+            optimizer.named_params, optimizer.directions, closure, offsets, seed=optimizer.seed
+        )
+    except (UsageError, StopIteration) as error:
+        suits, reason = False, str(error)
+    if on_all(suits):
+        logger.info("perturb: in_forward, which is faster on a CPU under bf16 autocast (%s).", reason)
+        return True
+    logger.info("perturb: in_place (%s).", reason if not suits else "in_forward does not suit another process")
+    return False
+
+
+def perturbs_in_place(optimizer: ZerothOrder) -> bool:
+    """Return whether an optimizer moves the weights and restores them up to rounding, as it does by default."""
+    return innermost(optimizer.perturb).name == "in_place"
+
+
+def innermost(perturb: Perturb) -> Perturb:
+    """Return how each process perturbs."""
+    return perturb.inner if isinstance(perturb, Parallel) else perturb
+
+
+def set_perturb(optimizer: ZerothOrder, perturb: Perturb, parallel: Parallel | None) -> None:
+    """Let an optimizer perturb in another way, shared by the processes of a distributed run."""
+    if parallel is None:
+        optimizer.perturb = perturb
+    else:
+        parallel.inner = perturb
+        optimizer.perturb = parallel
+
+
+def only_trains_lora(model: nn.Module) -> bool:
+    """Return whether all that is trained are the two matrices of LoRA's linear layers, which can surely be stacked."""
+    layers = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
+    trained: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return all("lora_" in name and id(p) in layers for name, p in trained)

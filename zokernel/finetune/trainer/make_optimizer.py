@@ -1,0 +1,36 @@
+"""The optimizer of a run, with the parameter groups of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.optim import get_method, method_options
+
+
+def make_optimizer(model: nn.Module, decayed: Sequence[str], args: ZOConfig) -> Any:
+    """Return the optimizer of ``args.method`` on the trainable parameters, keyed by their names.
+
+    Args:
+        model: The model.
+        decayed: Names of the parameters to which weight decay applies.
+        args: The settings of the run.  ``auto`` and ``stacked`` leave the method's own way of perturbing.
+    """
+    options = args.method_options()
+    weight_decay = options.pop("weight_decay", 0.0)
+    if args.perturb not in ("auto", "stacked") and "perturb" in method_options(args.method):
+        options["perturb"] = args.perturb
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [(n, p) for n, p in named if n in set(decayed)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if n not in set(decayed)], "weight_decay": 0.0},
+    ]
+    method: Any = get_method(args.method)
+    optimizer: torch.optim.Optimizer = method(
+        [group for group in groups if group["params"]], lr=args.learning_rate, **options
+    )
+    return optimizer

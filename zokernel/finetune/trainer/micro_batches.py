@@ -1,0 +1,79 @@
+r"""The micro-batches of a step, whose losses are averaged into the loss of the batch they make up.
+
+Each loss is a mean over the terms of its micro-batch (examples, or scored tokens), so the average is weighted by their
+numbers :math:`w_m`:
+
+.. math:: L = \sum_m w_m L_m \Big/ \sum_m w_m
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+
+class MicroBatches:
+    """Collects the micro-batches of the coming step and takes its losses.
+
+    Args:
+        loss: Returns the loss of a micro-batch, a scalar.
+        stacked: ``stacked(batch, copies)`` returns the losses of copies of a micro-batch in one forward: (copies,).
+        weight: Returns how many terms the loss of a micro-batch is a mean over.
+
+    Example:
+        >>> batches = MicroBatches(lambda batch: batch["x"].mean(), None, lambda batch: len(batch["x"]))
+        >>> batches.add({"x": torch.tensor([1.0, 2.0, 3.0])})
+        >>> batches.add({"x": torch.tensor([10.0])})
+        >>> batches.loss(), batches.weight()
+        (tensor(4.), 4.0)
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Batch], Tensor],
+        stacked: Callable[[Batch, int], Tensor] | None,
+        weight: Callable[[Batch], float],
+    ):
+        self._loss, self._stacked, self._weight = loss, stacked, weight
+        self._batches: list[Batch] = []
+        self._weights: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, batch: Batch) -> None:
+        """Add a micro-batch."""
+        self._batches.append(batch)
+        self._weights.append(float(self._weight(batch)))
+
+    def clear(self) -> None:
+        """Forget the micro-batches, once the step is taken."""
+        self._batches, self._weights = [], []
+
+    def loss(self) -> Tensor:
+        """Return the loss of all micro-batches together."""
+        return weighted_mean([self._loss(batch) for batch in self._batches], self._weights)
+
+    def stacked(self, copies: int) -> Tensor:
+        """Return the loss of all micro-batches together for every copy: (copies,)."""
+        assert self._stacked is not None
+        return weighted_mean([self._stacked(batch, copies) for batch in self._batches], self._weights)
+
+    def weight(self) -> float:
+        """Return how many terms the loss of all micro-batches together is a mean over."""
+        return sum(self._weights)
+
+
+def weighted_mean(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the mean of losses (scalars, or vectors elementwise) weighted by ``weights``."""
+    together = torch.stack(list(losses))
+    if len(set(weights)) == 1:
+        return together.mean() if together.ndim == 1 else together.mean(0)
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    # On the CPU, since some accelerators have no float64.
+    return torch.tensordot(shares, together.cpu().double(), dims=1).to(together)
