@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from zokernel.finetune import replay
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SparseMeZO, SubZero
-from zokernel.perturb import InForward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -45,17 +44,17 @@ def losses_of(model, optimizer, steps=5, *, bf16=False):
     return found
 
 
-@pytest.mark.parametrize("restore", ["fold", "copy", "grid"])
+@pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_place:grid"])
 @pytest.mark.parametrize("name", ALL)
-def test_every_method_is_replayed_bit_for_bit(name, restore, tmp_path):
-    if restore == "grid" and name in NOT_ON_A_GRID:
+def test_every_method_is_replayed_bit_for_bit(name, perturb, tmp_path):
+    if perturb == "in_place:grid" and name in NOT_ON_A_GRID:
         return
-    weights, _, _ = record_run(tmp_path, name, restore=restore, device="cuda")
+    weights, _, _ = record_run(tmp_path, name, perturb=perturb, device="cuda")
     assert same(replay(network(device="cuda"), tmp_path), weights[-1])
 
 
 def test_bf16_weights_are_replayed_with_their_stochastic_rounding(tmp_path):
-    weights, _, _ = record_run(tmp_path, "mezo", dtype=torch.bfloat16, restore="copy", device="cuda")
+    weights, _, _ = record_run(tmp_path, "mezo", dtype=torch.bfloat16, perturb="in_place:copy", device="cuda")
     assert same(replay(network(torch.bfloat16, device="cuda"), tmp_path), weights[-1])
 
 
@@ -74,22 +73,19 @@ def test_a_run_is_the_same_as_on_the_cpu(method):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("method", OPTIMIZERS)
-def test_losses_in_the_forward_are_those_in_place(method, bf16):
+def test_losses_with_in_forward_are_those_in_place(method, bf16):
     model, losses = build(), {}
-    for way in ("in_place", "in_forward"):
-        trained = copy.deepcopy(model)
-        optimizer = OPTIMIZERS[method](trained, lr=0.0 if bf16 else 1e-3, num_perturbations=3, eps=1e-2)
-        if way == "in_forward":
-            optimizer.evaluator = InForward()
-        losses[way] = losses_of(trained, optimizer, bf16=bf16)
+    for perturb in ("in_place", "in_forward"):
+        trained, lr = copy.deepcopy(model), 0.0 if bf16 else 1e-3
+        optimizer = OPTIMIZERS[method](trained, lr=lr, num_perturbations=3, eps=1e-2, perturb=perturb)
+        losses[perturb] = losses_of(trained, optimizer, bf16=bf16)
     # Under autocast both convert the same sums to bf16; updates would amplify what else rounds.
     assert losses["in_forward"] == pytest.approx(losses["in_place"], rel=2e-3 if bf16 else 1e-5)
 
 
-def test_bf16_weights_train_in_the_forward():
+def test_bf16_weights_train_with_in_forward():
     model = build(torch.bfloat16)
-    optimizer = MeZO(model, lr=1e-3, num_perturbations=4, eps=1e-2, restore="still")
-    optimizer.evaluator = InForward()
+    optimizer = MeZO(model, lr=1e-3, num_perturbations=4, eps=1e-2, perturb="in_forward")
     losses = losses_of(model, optimizer, steps=60)
     assert sum(losses[-80:]) < 0.9 * sum(losses[:80])
 
@@ -107,8 +103,8 @@ def test_compiled_blocks_with_graphs_train_the_same(parts, tmp_path):
     assert len(set(losses["graphs"])) == 8
 
 
-@pytest.mark.parametrize("way", ["in_place", "in_forward"])
-def test_a_step_takes_no_more_memory_than_its_forwards(way):
+@pytest.mark.parametrize("perturb", ["in_place", "in_forward"])
+def test_a_step_takes_no_more_memory_than_its_forwards(perturb):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=4))
     model = model.cuda().eval()
     ids = torch.randint(0, 8192, (8, 128), device="cuda")
@@ -120,12 +116,10 @@ def test_a_step_takes_no_more_memory_than_its_forwards(way):
         closure()
         with PeakMemory() as evaluating:
             closure()
-    optimizer = MeZO(model, lr=1e-6)
-    if way == "in_forward":
-        optimizer.evaluator = InForward()
+    optimizer = MeZO(model, lr=1e-6, perturb=perturb)
     optimizer.step(closure)
     with PeakMemory() as training:
         optimizer.step(closure)
-    # In the forward, one stretch of weights is held in a copy, 32 MiB here, and the rows of the embedding.
-    room = (40 << 20) if way == "in_forward" else 0
+    # ``in_forward`` holds a copy of one stretch of weights, 32 MiB here, and of some rows of the embedding.
+    room = (40 << 20) if perturb == "in_forward" else 0
     assert training.peak_bytes <= 1.05 * evaluating.peak_bytes + room
