@@ -130,7 +130,8 @@ def test_only_arrays_are_unpickled():
 
 
 def test_unknown_names(home, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="cannot be fetched"):

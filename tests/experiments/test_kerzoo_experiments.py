@@ -73,9 +73,6 @@ def test_published_curve_is_mezos_three_times_faster():
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_runs_at_smoke_scale(name, smoke_run):
-    if name in ("kerzoo/language_model", "kerzoo/accuracy"):
-        pytest.importorskip("transformers")
-        pytest.importorskip("peft")
     record = smoke_run.record(name)
     assert record["title"]
     assert record["summary"]

@@ -103,7 +103,6 @@ def test_tiny_imagenet_without_a_hub_says_not_run_here(monkeypatch):
 
 
 def test_unreachable_hub_is_found_out_at_once(monkeypatch):
-    pytest.importorskip("datasets")
     from zokernel.data.tiny_imagenet import load_tiny_imagenet
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -112,9 +111,10 @@ def test_unreachable_hub_is_found_out_at_once(monkeypatch):
 
 
 def test_cifar_decoding_keeps_the_wanted_classes():
-    image_module = pytest.importorskip("PIL.Image")
     import base64
     import io
+
+    from PIL import Image
 
     from zokernel.data.cifar import CIFAR10_CLASSES, decode_examples, load_cifar10_test
 
@@ -123,7 +123,7 @@ def test_cifar_decoding_keeps_the_wanted_classes():
     examples = []
     for array, number in zip(pixels, (9, 2, 0, 2)):
         stream = io.BytesIO()
-        image_module.fromarray(array).save(stream, format="PNG")
+        Image.fromarray(array).save(stream, format="PNG")
         scores = {name: int(name == CIFAR10_CLASSES[number]) for name in CIFAR10_CLASSES}
         examples.append({"input": base64.b64encode(stream.getvalue()).decode(), "target_scores": scores})
     images, labels = decode_examples(examples, [2, 9])

@@ -11,15 +11,16 @@ import sys
 import time
 from types import SimpleNamespace
 
+import killing
 import psutil
 import pytest
 import torch
 from ranks import spawn
 from safetensors.torch import load_file
 from trainers import load_parts, make_trainer
+from zokernel.finetune.trainer.evaluators import make_evaluator, make_parallel
 
 from zokernel.errors import UsageError
-from zokernel.finetune.trainer.evaluators import make_evaluator, make_parallel
 from zokernel.perturb import InForward
 
 STEPS = 6
@@ -105,7 +106,7 @@ def test_the_log_counts_the_bytes(ranks):
     assert [row["bytes_sent"] for row in rows] == [8 * 8 * (step + 1) for step in range(STEPS)]
 
 
-def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_path, tiny_reviews_path):
+def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_path, tiny_reviews_path, monkeypatch):
     """torchrun's elastic agent restarts the processes; they continue from the journal."""
     steps = 150
     flags = [
@@ -114,14 +115,12 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_
         *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", str(steps)),
         *("--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "journal", "--num_perturbations", "2"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ZOKERNEL_HOME": str(tmp_path / "home")}
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run(
-        [sys.executable, "-m", "zokernel", "finetune", *flags, "--output_dir", str(one)],
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    alone = killing.start(["finetune", *flags, "--output_dir", str(one)], tmp_path / "log")
+    alone.join()
+    assert alone.exitcode == 0, (tmp_path / "log").read_text()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     launch += ["-m", "zokernel", "finetune", *flags, "--zo_parallel", "perturbation"]
     run = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from models import CAUSAL, MASKED, save_model
@@ -18,8 +19,6 @@ from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks.toy import toy_files, toy_rows
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def train_naively(digits, seed):
     """Move bf16 weights up, down, back and on, each time rounded to nearest: what goes wrong without care."""
     images, labels = digits
     model = network().bfloat16()
-    weights, directions = dict(model.named_parameters()), Dense("rademacher", backend="torch")
+    weights, directions = dict(model.named_parameters()), Dense("rademacher")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for step in range(STEPS):

@@ -212,7 +212,8 @@ def test_method_options_come_from_flags_and_pairs(tmp_path):
 def test_the_run_ends_with_the_best_weights(parts, tmp_path, lora):
     model, tokenizer, data = parts
     if lora:
-        peft = pytest.importorskip("peft")
+        import peft
+
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2)).eval()
     best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
     # So large a step that the loss rises again: the best weights are not the last.

@@ -68,14 +68,6 @@ def test_pytorch_loop():
     assert load("pytorch_loop")(steps=60) > 0.3  # chance is 0.1
 
 
-def test_the_code_of_the_fine_tuning_page_runs():
-    page = (EXAMPLES.parent / "docs" / "finetune.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(block, {})
-
-
 def test_the_fine_tuning_page_names_every_task_and_only_real_flags():
     from dataclasses import fields
 
