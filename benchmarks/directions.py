@@ -164,7 +164,7 @@ def compare_variants(rounds: int) -> str:
 def compare_families(rounds: int) -> str:
     weights = make_weights()
     contenders: dict[str, Callable[[], None]] = {"limit": lambda: limit_sweep(weights)}
-    for name in ("dense", "sparse", "lowrank", "subspace", "blockwise"):
+    for name in ("dense", "sparse", "low_rank", "subspace", "blockwise"):
         family = get_directions(name)
         contenders[repr(family)] = fused_sweep(family, weights)
     times = {name: min(seconds) for name, seconds in race(contenders, rounds).items()}
@@ -200,7 +200,7 @@ def peak_memory() -> str:
     """Extra resident memory at the peak of one sweep, in a fresh process for each."""
     rows = []
     # Low-rank and subspace factors are made in that sweep and then kept.
-    for what in ("eager", "rademacher", "gaussian", "uniform", "sphere", "lowrank", "subspace"):
+    for what in ("eager", "rademacher", "gaussian", "uniform", "sphere", "low_rank", "subspace"):
         code = f"import directions; print(directions.peak_of({what!r}))"
         rows.append([what, f"{float(run_python(code)):.1f}"])
     return table(["sweep", "peak extra MB"], rows)

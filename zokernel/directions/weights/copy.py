@@ -73,7 +73,7 @@ class Copy(Unmoved):
         self._theta = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the weights as they are now for theta.
+        """Take the weights as they are now for the unperturbed ones.
 
         Args:
             state: What :meth:`state_dict` returned.

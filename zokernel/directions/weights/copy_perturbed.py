@@ -16,7 +16,7 @@ from zokernel.directions.families.dense import Dense
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise
 
-# Types of copies that compiled code writes while it reads the weights.
+# Dtypes of copies that compiled code writes while it reads the weights.
 QUICK = (torch.float32, torch.bfloat16)
 
 
@@ -68,7 +68,7 @@ def _carry_out(jobs: Sequence[Job], targets: Sequence[Tensor], backend: str) -> 
 
 
 class Copier:
-    """Makes perturbed copies of the same weights again and again, which takes a fraction of the preparations.
+    """Makes perturbed copies of the same weights many times, and prepares them once.
 
     Args:
         places: As for :func:`copy_perturbed`.
@@ -90,7 +90,7 @@ class Copier:
         _carry_out(_jobs(family, self.places, offsets, seed=seed, step=step), targets, family.backend)
 
     def prepare(self, family: Directions, *, seed: int) -> bool:
-        """Do once what all copies along single directions need, if they are of the quick kind; return whether so.
+        """Prepare all copies along single directions, if compiled code writes them in one pass; return whether it does.
 
         Args:
             family: Directions.
@@ -159,7 +159,7 @@ def copy_perturbed_rows(
 
 
 def on_gpu(backend: str, tensor: Tensor) -> bool:
-    """Return whether copies of a tensor are made by Triton: any rows, any directions, without waiting for them."""
+    """Return whether Triton makes copies of a tensor: any rows, any directions, without waiting for them."""
     return dispatch.choose_backend(tensor.device, backend) == "triton"
 
 

@@ -65,7 +65,7 @@ class Grid(Restore):
         return {"grid": dict(self.grid)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the grid steps of a checkpoint whose weights have been loaded.
+        """Continue with the grid steps of a checkpoint whose weights have been loaded.
 
         Args:
             state: What :meth:`state_dict` returned.

@@ -107,7 +107,7 @@ class Restore(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint, after its weights have been loaded.
+        """Continue from a checkpoint whose weights have been loaded.
 
         Args:
             state: What :meth:`state_dict` returned.
@@ -196,7 +196,7 @@ def _less(offsets: list[float]) -> Callable[[list[float]], list[float]]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends, so that weights and the record of their offsets change together."""
+    """Hold Ctrl-C back until the block ends, so that the weights and the record of their offsets change together."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
