@@ -56,9 +56,11 @@ class AfterBareForwards(Perturb):
 
     @property
     def weights(self) -> Restore:
+        """Those of ``inner``."""
         return self.inner.weights
 
     def attach(self, *args: Any, **kwargs: Any) -> None:
+        """Attach ``inner``."""
         self.inner.attach(*args, **kwargs)
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:

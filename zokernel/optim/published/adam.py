@@ -19,13 +19,13 @@ class ZOAdam(ZerothOrder):
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
-        lr: Learning rate.
-        eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions per step; each costs two forward passes.
+        lr: Learning rate: about how far each weight moves in a step.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         delta: Added to the root of the second moment (Adam's own epsilon).
-        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
+        eps: As for :class:`~zokernel.optim.MeZO`.
+        num_perturbations: As for :class:`~zokernel.optim.MeZO`.
+        distribution: As for :class:`~zokernel.optim.MeZO`.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
@@ -48,11 +48,11 @@ class ZOAdam(ZerothOrder):
         params: Params,
         lr: float = 1e-5,
         *,
-        eps: float = 1e-3,
-        num_perturbations: int = 1,
         beta1: float = 0.9,
         beta2: float = 0.999,
         delta: float = 1e-8,
+        eps: float = 1e-3,
+        num_perturbations: int = 1,
         distribution: str = "rademacher",
         **options: Unpack[ZerothOrderOptions],
     ):

@@ -81,9 +81,9 @@ class HiZOO(ZerothOrder):
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
+        hessian_smooth: :math:`\alpha`, the weight of a new curvature in the running one.
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions per step; each costs two forward passes, and one more is shared by all.
-        hessian_smooth: :math:`\alpha`, the weight of a new curvature in the running one.
         distribution: Distribution of the directions: ``gaussian`` or ``uniform``.  Rademacher directions have
             :math:`z_i^2 = 1` and cannot tell coordinates apart.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
@@ -111,9 +111,9 @@ class HiZOO(ZerothOrder):
         params: Params,
         lr: float = 1e-6,
         *,
+        hessian_smooth: float = 1e-6,
         eps: float = 1e-3,
         num_perturbations: int = 1,
-        hessian_smooth: float = 1e-6,
         distribution: str = "gaussian",
         **options: Unpack[ZerothOrderOptions],
     ):

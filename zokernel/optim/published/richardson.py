@@ -21,20 +21,22 @@ class Richardson(ZerothOrder):
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
-        lr: Learning rate.
+        lr: As for :class:`~zokernel.optim.MeZO`.
+        distribution: As for :class:`~zokernel.optim.MeZO`.
+        momentum: As for :class:`~zokernel.optim.MeZO`.
         eps: The larger of the two radii, in units of the weights.
         num_perturbations: Directions per step; each costs four forward passes.
-        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
-        momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
+        The slope of a cubic is exact, where a symmetric difference would be off by eps squared.
+
         >>> import torch
-        >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> optimizer = Richardson([weight], lr=0.05)
-        >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
-        >>> losses[-1] < 1e-3 < losses[0]
-        True
+        >>> weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        >>> optimizer = Richardson([weight], lr=0.1, eps=0.5)
+        >>> loss = optimizer.step(lambda: weight.pow(3).sum())
+        >>> round(weight.item(), 12)  # 1 - 0.1 * 3
+        0.7
 
     References:
         Richardson (1911), The approximate arithmetical solution by finite differences, Phil. Trans. A 210.
@@ -45,10 +47,10 @@ class Richardson(ZerothOrder):
         params: Params,
         lr: float = 1e-6,
         *,
-        eps: float = 1e-3,
-        num_perturbations: int = 1,
         distribution: str = "rademacher",
         momentum: float = 0.0,
+        eps: float = 1e-3,
+        num_perturbations: int = 1,
         **options: Unpack[ZerothOrderOptions],
     ):
         super().__init__(

@@ -27,19 +27,19 @@ class ZOSign(ZerothOrder):
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate: how far each weight moves.
-        eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions per step; each costs two forward passes.
         sign_of: ``estimate`` or ``projection``.
-        distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
+        eps: As for :class:`~zokernel.optim.MeZO`.
+        num_perturbations: As for :class:`~zokernel.optim.MeZO`.
+        distribution: As for :class:`~zokernel.optim.MeZO`.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Example:
         >>> import torch
-        >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> optimizer = ZOSign([weight], lr=0.02)
-        >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(300)]
-        >>> losses[-1] < 1e-2 < losses[0]
-        True
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> optimizer = ZOSign([weight], lr=0.25, num_perturbations=64)
+        >>> loss = optimizer.step(lambda: weight.square().sum())
+        >>> weight.detach()
+        tensor([ 0.7500, -0.7500])
 
     References:
         Liu et al. (2019), signSGD via Zeroth-Order Oracle, ICLR; Zhang et al. (2024), arXiv:2402.11592.
@@ -50,9 +50,9 @@ class ZOSign(ZerothOrder):
         params: Params,
         lr: float = 1e-6,
         *,
+        sign_of: str = "estimate",
         eps: float = 1e-3,
         num_perturbations: int = 1,
-        sign_of: str = "estimate",
         distribution: str = "rademacher",
         **options: Unpack[ZerothOrderOptions],
     ):
