@@ -83,7 +83,7 @@ def test_several_outputs():
         ({"distribution": "none"}, "There is no distribution"),
         ({"num_samples": 1}, "at least 2"),
         ({"other": torch.eye(2, dtype=torch.float64)}, "same number of parameters"),
-        ({"zeta_distribution": "gaussian"}, "second law"),
+        ({"zeta_distribution": "gaussian"}, "second distribution"),
     ],
 )
 def test_bad_settings(kwargs, message):

@@ -118,7 +118,7 @@ def test_plan_against_real_gradients():
     found = {c.quantity: c for c in verify(task, plan, num_draws=400)}
     assert all(torch.equal(before[name], p) for name, p in task.params.items())
     for count in (1, 10, 100):
-        for source in ("exact law", "400 fresh directions"):
+        for source in ("exact formula", "400 fresh directions"):
             comparison = found[f"relative error at P = {count}, {source}"]
             assert comparison.ratio == pytest.approx(1, abs=0.2), comparison
     for name in (
@@ -131,7 +131,7 @@ def test_plan_against_real_gradients():
         comparison = found[name]
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
-    assert "relative error at P = 10, exact law" in table(list(found.values()))
+    assert "relative error at P = 10, exact formula" in table(list(found.values()))
     # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre
     assert plan.forwards == 2 * 300 + 8 + 4 * 11 + 1
     assert plan.tokens == plan.forwards * task.num_tokens

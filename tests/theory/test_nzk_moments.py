@@ -160,7 +160,7 @@ def test_moments_that_do_not_exist_are_refused_with_the_reason():
         (lambda: Distribution("gaussian", mean=(float("nan"),)), "finite"),
         (lambda: expected_nzk_factor("gaussian", 2, "both"), "coupling"),
         (lambda: expected_nzk_factor("gaussian", 0), "at least 1"),
-        (lambda: expected_nzk_factor("gaussian", 2, "shared", zeta_distribution="gaussian"), "second law"),
+        (lambda: expected_nzk_factor("gaussian", 2, "shared", zeta_distribution="gaussian"), "second distribution"),
         (lambda: expected_nzk_factor(Distribution("gaussian", mean=(1.0, 0.0)), 2), "single factor"),
         (lambda: expected_nzk(torch.eye(2), distribution=Distribution("gaussian", mean=(1.0,))), "mean has shape"),
         (

@@ -1,5 +1,6 @@
-r"""What one step does to the model's beliefs: :math:`\Delta\log\pi(\cdot|x_o) \approx -\eta\,A K G` (ZO-eNTK eq. 3).
+r"""What one step does to the model's beliefs: :math:`\Delta\log\pi(\cdot|x_o) \approx -\eta\,A K G`.
 
+(Li et al. (2026), arXiv:2605.03373, eq. 3, after Ren and Sutherland (2025), arXiv:2407.10490.)
 :math:`A = I - 1\pi(x_o)^T` depends on the observed example only, :math:`G = \partial L/\partial z = \pi(x_u) - e_{y_u}`
 on the updated one, and the kernel K is :math:`J_oJ_u^T` for a gradient step or :math:`J_o\frac{UU^T}{P}J_u^T` for a
 zeroth-order one.  No kernel is formed: first order is one vjp at u and one jvp at o; zeroth order adds P inner products
@@ -42,7 +43,8 @@ class BeliefChange:
         zeroth_order: Predicted :math:`-\eta A \hat K G` of the zeroth-order step; ``None`` without directions.
         actual_first_order: :math:`\Delta\log\pi` of the gradient step, taken.
         actual_zeroth_order: :math:`\Delta\log\pi` of the zeroth-order step, taken with finite differences of the loss.
-        expected_gap: Exact rms of ``|zeroth_order - first_order| / |first_order|`` (theory A.4.2); ``None`` when the
+        expected_gap: Exact rms of ``|zeroth_order - first_order| / |first_order|`` (docs/theory.md,
+            "The error of the learning dynamics"); ``None`` when the
             Jacobian at x_o was too large to form.
         num_perturbations: P.
         lr: :math:`\eta`.
@@ -145,9 +147,9 @@ def belief_change(
             positions among the candidates.
         lr: Step size :math:`\eta`.
         num_perturbations: P of the zeroth-order step; ``None`` for first order only.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the directions.
-        eps: Distribution size of the step that is taken.
+        eps: Perturbation size of the step that is taken.
         outputs: Candidate outputs: beliefs are the softmax over them.
         params: Parameters of a bare function.
         check: Probe the model for pitfalls first.
@@ -232,10 +234,10 @@ def loss_differences(
     Args:
         model: The model; its weights are left alone.
         x_u: Updated input.
-        labels: One label a row.
+        labels: One label per row.
         draw: The directions.
         indices: Which directions.
-        eps: Distribution size.
+        eps: Perturbation size.
 
     Returns:
         One projected gradient for each direction.

@@ -1,4 +1,4 @@
-"""How long until a loss is reached, and how many perturbations a step reach it with the fewest loss evaluations."""
+"""How long until a loss is reached, and how many perturbations per step reach it with the fewest loss evaluations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zokernel.errors import UsageError
 from zokernel.theory.stability import stability_limit_of_features
 
 MAX_STEPS = 10**9
-MAX_DENSE_STEPS = 20_000  # laws with a diagonal term have no closed form to jump ahead with
+MAX_DENSE_STEPS = 20_000  # distributions with a diagonal term have no closed form to jump ahead with
 LR_FRACTIONS = tuple(0.02 * 1.18**k for k in range(24))  # 0.02 ... 0.9 of the stability limit
 
 
@@ -27,11 +27,11 @@ def steps_to_reach(
         evolution: The run.
         loss: Wanted loss.
         max_steps: Last step looked at.
-        of_mean: Look at the loss of the mean path instead (what the paper plots).
+        of_mean: Look at the loss of the mean path instead (the curve of the published figures).
 
     Returns:
         The step, or None if it is not reached within ``max_steps`` (above the stability limit it never is), or within
-        20,000 steps for laws whose second moment has to be followed step by step.
+        20,000 steps for distributions whose second moment has to be followed step by step.
 
     Raises:
         UsageError: If the loss is below what the model can fit at all.
@@ -78,11 +78,11 @@ class QueryRow:
     """What one number of perturbations costs to reach a loss.
 
     Attributes:
-        num_perturbations: Directions P a step.
+        num_perturbations: Directions P per step.
         lr: Learning rate used.
         limit: Largest stable learning rate.
         steps: Steps until the loss is reached; None if never.
-        queries: Loss evaluations until then, 2 P a step; None if never.
+        queries: Loss evaluations until then, 2 P per step; None if never.
     """
 
     num_perturbations: int
@@ -114,7 +114,7 @@ def query_budget(
         loss: Wanted expected loss.
         num_perturbations: The numbers P to compare.
         lr: One learning rate for all; when not given, the best of 24 fractions of each P's stability limit.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         coupling: ``zo_sgd``, ``shared`` or ``independent``.
         features: Features, as for :func:`zokernel.dynamics.zo_descent`.
         dim: Number of parameters, as for :func:`zokernel.dynamics.zo_descent`.

@@ -74,7 +74,10 @@ def zo_descent(
     dim: int | None = None,
     zeta_distribution: str | Distribution | None = None,
 ) -> ZoDescent:
-    r"""Return the mean, the second moment and the expected loss of zeroth-order descent, exactly (theory B.4.1).
+    r"""Return the mean, the second moment and the expected loss of zeroth-order descent, exactly.
+
+    The default is the Gaussian of the NZK paper, whose second moment needs no features; optimizers draw Rademacher
+    directions.  The formulas are in docs/theory.md, "Second moment".
 
     Args:
         f0: Initial predictions, (n,) or (n, V).
@@ -82,15 +85,16 @@ def zo_descent(
         kernel: NTK :math:`K = X X^T`, (n, n) or (n, V, n, V), not multiplied by any NZK factor.
         lr: Learning rate.
         steps: A number T for every step 0, 1, ..., T; or a list of step numbers (far cheaper for the second moment).
-        num_perturbations: Directions P averaged in a step.
-        distribution: Law of the directions.  Laws other than the Gaussian and the sphere have noise that depends on
-            coordinates and need ``features``; without them, Rademacher and uniform give an upper bound on the second
-            moment (the mean is exact), which is logged.
-        coupling: ``zo_sgd`` (what zeroth-order SGD does), or the paper's ``shared`` or ``independent``.
+        num_perturbations: Directions P averaged per step.
+        distribution: Distribution of the directions.  Distributions other than the Gaussian and the sphere have noise
+            that depends on coordinates and need ``features``; without them, Rademacher and uniform give an upper bound
+            on the second moment (the mean is exact), which is logged.
+        coupling: ``zo_sgd`` (what zeroth-order SGD does), or the ``shared`` or
+            ``independent`` vectors of the NZK paper.
         features: Features X, (n, d).
         dim: Number of parameters d; taken from ``features`` when given.  Needed by ``shared``, ``independent`` and
             the sphere.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
 
     Returns:
         Mean, second moment and expected loss, in float64.
@@ -131,30 +135,31 @@ def resolve_moments(
     """Return the moments of a step from what the caller knows of the features.
 
     Args:
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         coupling: ``zo_sgd``, ``shared`` or ``independent``.
         features: Features X, (n, d), or None.
         dim: Number of parameters, or None.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
 
     Returns:
-        The moments; without features the negative diagonal term of a law with kurtosis below 3 is left out (logged).
+        The moments; without features the negative diagonal term of a distribution with kurtosis below 3 is left out
+        (logged).
 
     Raises:
         UsageError: If the number of parameters or the features are needed and missing, or a moment does not exist.
     """
-    law = Distribution.parse(distribution)
+    distribution = Distribution.parse(distribution)
     size = features.shape[1] if features is not None else dim
     if size is None:
-        if coupling != "zo_sgd" or law.is_sphere:
+        if coupling != "zo_sgd" or distribution.is_sphere:
             raise UsageError(
-                f"Coupling {coupling!r} with {law.name} directions needs the number of parameters: pass dim=."
+                f"Coupling {coupling!r} with {distribution.name} directions needs the number of parameters: pass dim=."
             )
         size = 2  # zo_sgd with independent coordinates: the moments are the same in every dimension from 2 on
-    moments = process_moments(law, size, coupling, zeta_distribution=zeta_distribution)
+    moments = process_moments(distribution, size, coupling, zeta_distribution=zeta_distribution)
     if moments.diagonal == 0 or features is not None:
         return moments
     if moments.diagonal > 0:
-        raise UsageError(f"The noise of {law.name} directions depends on the features: pass features=.")
-    logger.info("No features given: the second moment of %s directions is an upper bound.", law.name)
+        raise UsageError(f"The noise of {distribution.name} directions depends on the features: pass features=.")
+    logger.info("No features given: the second moment of %s directions is an upper bound.", distribution.name)
     return ProcessMoments(moments.mean, moments.outer, moments.trace)

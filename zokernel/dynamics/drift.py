@@ -61,8 +61,8 @@ def kernel_drift(
         y: Targets, (n,).
         lr: Learning rate.
         steps: Step numbers to report, increasing.
-        num_perturbations: Directions of a zeroth-order step; gradient descent when not given.
-        distribution: Law of the directions.
+        num_perturbations: Directions per zeroth-order step; gradient descent when not given.
+        distribution: Distribution of the directions.
         eps: Length of the finite difference.
         seed: Seed of the directions.
 

@@ -8,7 +8,7 @@ With the loss :math:`|f - y|^2 / 2n`, residual :math:`e = f - y`, kernel :math:`
 * second moment: :math:`C = E \hat e \hat e^T` has off-diagonal entries that evolve alone,
   :math:`C_{ij}^+ = [1 - \eta c (l_i + l_j) + \eta^2 \kappa l_i l_j] C_{ij}`, and a diagonal that evolves by the
   symmetric matrix :math:`T = diag((1 - \eta c l)^2 + \eta^2 (\kappa - c^2) l^2) + \eta^2 \tfrac{trace}{P} l l^T`, so
-  one more eigendecomposition gives the expected loss at any t (theory B.4.1);
+  one more eigendecomposition gives the expected loss at any t (docs/theory.md, "Second moment");
 * directions of zero eigenvalue never move: their part of the loss is a floor, and adds no noise.
 
 Gradient descent is the special case without noise; an expected kernel is gradient descent with a factor c.
@@ -42,8 +42,9 @@ class Evolution:
         kernel: Training kernel :math:`K = X X^T`, (n, n): symmetric, positive semi-definite.
         lr: Learning rate :math:`\eta`.
         moments: Moments of the random step; gradient descent when not given.
-        num_perturbations: Directions P averaged in a step.
-        features: Features X, (n, d); needed for the second moment of laws with a diagonal term (Rademacher, ...).
+        num_perturbations: Directions P averaged per step.
+        features: Features X, (n, d); needed for the second moment of distributions with a diagonal term (Rademacher,
+            ...).
         num_examples: The n in the loss; the number of predictions when not given (models of several outputs have
             more predictions than examples).
 
@@ -92,14 +93,14 @@ class Evolution:
     def at(
         self, lr: float, *, moments: ProcessMoments | None = None, num_perturbations: int | None = None
     ) -> Evolution:
-        """Return the same model and data under another learning rate, law or number of directions.
+        """Return the same model and data under another learning rate, distribution or number of directions.
 
         The kernel's eigendecomposition is shared, so sweeps are cheap.
 
         Args:
             lr: Learning rate.
             moments: Moments of the random step; these when not given.
-            num_perturbations: Directions averaged in a step; as many as here when not given.
+            num_perturbations: Directions averaged per step; as many as here when not given.
 
         Returns:
             Another evolution.
@@ -125,7 +126,7 @@ class Evolution:
 
     @property
     def stability_limit(self) -> float:
-        """Largest learning rate with a bounded expected loss (a safe value for laws with kurtosis below 3)."""
+        """Largest learning rate with a bounded expected loss (a safe value for distributions with kurtosis below 3)."""
         return limit_from_moments(self.eigenvalues.cpu().numpy(), self.moments, self.num_perturbations)
 
     def mean(self, steps: Steps) -> Tensor:
@@ -133,7 +134,7 @@ class Evolution:
         return self.y + self.fixed_N + self._mean_modes(as_steps(steps, self.f0)) @ self.vectors.T
 
     def mean_loss(self, steps: Steps) -> Tensor:
-        """Return the loss of the mean prediction, (T,): the curve the paper plots, below the expected loss."""
+        """Return the loss of the mean prediction, (T,): the curve of the published figures, below the expected loss."""
         modes = self._mean_modes(as_steps(steps, self.f0))
         return self.floor + modes.square().sum(1) / (2 * self.n)
 
@@ -141,7 +142,7 @@ class Evolution:
         """Return the expected loss after each number of steps, (T,); infinite once it overflows.
 
         Raises:
-            UsageError: If the law has a diagonal term and no features were given.
+            UsageError: If the distribution has a diagonal term and no features were given.
         """
         wanted = as_steps(steps, self.f0)
         if self._diagonal:
@@ -162,8 +163,8 @@ class Evolution:
         r"""Return a band that holds about 90% of runs (for ``z`` = 1.645) after each number of steps.
 
         The residual's mean and covariance are exact; treating it as Gaussian gives the variance of the loss,
-        :math:`[2 tr(\Sigma^2) + 4 m^T \Sigma m] / 4n^2`, and a gamma law with that mean and variance the quantiles
-        (Wilson-Hilferty).  An approximation: simulate for the exact band.
+        :math:`[2 tr(\Sigma^2) + 4 m^T \Sigma m] / 4n^2`, and a gamma distribution with that mean and variance the
+        quantiles (Wilson-Hilferty).  An approximation: simulate for the exact band.
 
         Args:
             steps: Numbers of steps (T).
@@ -212,7 +213,7 @@ class Evolution:
             Variances, (T, m).
 
         Raises:
-            UsageError: If the law has a diagonal term (its test variance is not known here: simulate instead).
+            UsageError: If the distribution has a diagonal term (its test variance is not known here: simulate instead).
         """
         if self._diagonal:
             raise UsageError("The variance at test points is known for the Gaussian and the sphere: simulate instead.")
@@ -265,7 +266,7 @@ class Evolution:
             yield spread
 
     def dense_states(self, steps: int) -> Iterator[Tensor]:
-        """Yield the second moment of the residual's modes step by step, (R, R), for laws with a diagonal term.
+        """Yield the second moment of the residual's modes step by step, (R, R), for distributions with a diagonal term.
 
         Args:
             steps: Number of steps.
@@ -278,7 +279,8 @@ class Evolution:
         """
         if self._left is None:
             raise UsageError(
-                "The second moment of a law other than the Gaussian and the sphere needs the features: pass features=."
+                "The second moment of distributions other than the Gaussian and the sphere needs the features: "
+                "pass features=."
             )
         start = torch.outer(self.residual_R, self.residual_R).cpu().numpy()
         levels = self.eigenvalues.cpu().numpy()

@@ -1,6 +1,7 @@
-r"""Zeroth-order SGD in parameter space, from losses alone: the honest version of the paper's "ZO-parametric" baseline.
+r"""Zeroth-order SGD in parameter space, from losses alone: a baseline in place of "ZO-parametric".
 
-The public baselines do something else (theory B.2.5, B.2.6).  In the notebooks ``theta (N, 1) + eps * z (1, N)``
+The public code of Zhang et al. (2026), arXiv:2603.21169, does something else (docs/theory.md, "B.2 Errata").  In the
+notebooks ``theta (N, 1) + eps * z (1, N)``
 broadcasts to (N, N), so every column moves along the all-ones vector: they minimise over one line
 (:func:`all_ones_line_minimum`).  In the script the difference of losses has its sign reversed, so it ascends.
 """
@@ -18,7 +19,7 @@ from zokernel.dynamics.checks import Steps, as_steps, check_learning_rate
 from zokernel.errors import RunError, UsageError
 from zokernel.theory.stability import check_num_perturbations
 
-# Shape suffixes: R runs, P directions of a step, D parameters, T recorded steps.
+# Shape suffixes: R runs, P directions per step, D parameters, T recorded steps.
 
 ESTIMATORS = ("mean", "best_of")
 
@@ -65,8 +66,8 @@ def zo_sgd_run(
         theta: Initial weights, (d,).
         lr: Learning rate.
         steps: A number T to record 0, 1, ..., T, or the step numbers to record.
-        num_perturbations: Directions P of a step, each costing two losses.
-        distribution: Law of the directions.
+        num_perturbations: Directions P per step, each costing two losses.
+        distribution: Distribution of the directions.
         estimator: ``mean`` or ``best_of``.
         eps: Length of the finite difference (any value is exact for a quadratic loss).
         runs: Independent runs, computed together.
@@ -90,7 +91,7 @@ def zo_sgd_run(
         raise UsageError(f"There is no estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}.")
     if not eps > 0 or runs < 1:
         raise UsageError("eps must be positive and there must be at least one run.")
-    law = Distribution.parse(distribution)
+    distribution = Distribution.parse(distribution)
     wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, theta.double())
     recorded = sorted({int(step) for step in wanted})
     generator = torch.Generator(theta.device).manual_seed(seed)
@@ -99,7 +100,7 @@ def zo_sgd_run(
     losses, done = [], 0
     for step in recorded:
         for _ in range(step - done):
-            z_RPD = law.sample((runs, count), dim, generator, dtype=theta.dtype)
+            z_RPD = distribution.sample((runs, count), dim, generator, dtype=theta.dtype)
             shifted = torch.stack([theta_RD[:, None] + eps * z_RPD, theta_RD[:, None] - eps * z_RPD])
             up_RP, down_RP = loss(shifted.reshape(-1, dim)).reshape(2, runs, count)
             slope_RP = (up_RP - down_RP) / (2 * eps)

@@ -1,7 +1,8 @@
-r"""The second moment of the residual step by step: O(n) for laws without a diagonal term, dense for those with one.
+r"""The second moment of the residual step by step: O(n) without a diagonal term, dense with one.
 
-:mod:`zokernel.dynamics.evolution` reaches any step at once; these recursions are the same law one step at a time, for
-learning-rate schedules, for laws whose noise depends on the features' coordinates, and as the reference in tests.
+:mod:`zokernel.dynamics.evolution` reaches any step at once; these recursions do the same one step at a time, for
+learning-rate schedules, for distributions whose noise depends on the features' coordinates, and as the reference in
+tests.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def spectral_path(
     *,
     steps: int,
 ) -> Iterator[np.ndarray]:
-    r"""Yield :math:`c_i = E \hat e_i^2` for steps 0, 1, ..., ``steps``, at O(r) a step (theory B.4.1).
+    r"""Yield :math:`c_i = E \hat e_i^2` for steps 0, 1, ..., ``steps``, at O(r) per step.
+
+    See docs/theory.md, "Second moment".
 
     .. math:: c_i^+ = [(1 - \eta c\, l_i)^2 + \eta^2 (\kappa - c^2) l_i^2]\, c_i
               + \eta^2 \tfrac{trace}{P}\, l_i \sum_j l_j c_j
@@ -35,14 +38,14 @@ def spectral_path(
         eigenvalues: Eigenvalues of K/n, (r,).
         lr: One learning rate, or one for every step.
         moments: Moments of the random step, without a diagonal term.
-        num_perturbations: Directions P averaged in a step.
+        num_perturbations: Directions P averaged per step.
         steps: Number of steps.
 
     Yields:
         Expected squares, (r,).
 
     Raises:
-        UsageError: If the law has a diagonal term, or there are fewer learning rates than steps.
+        UsageError: If the distribution has a diagonal term, or there are fewer learning rates than steps.
 
     Example:
         >>> moments = ProcessMoments(mean=1.0, outer=2.0, trace=1.0)
@@ -51,7 +54,9 @@ def spectral_path(
         [1.0, 0.75, 0.5625]
     """
     if moments.diagonal:
-        raise UsageError("This law's noise has a diagonal term, which needs the features: use dense_path.")
+        raise UsageError(
+            "The noise of this distribution has a diagonal term, which needs the features: use dense_path."
+        )
     kappa, trace, _ = noise_coefficients(moments, num_perturbations)
     state = np.array(squares, dtype=np.float64)
     yield state
@@ -71,7 +76,7 @@ def dense_path(
     *,
     steps: int,
 ) -> Iterator[np.ndarray]:
-    r"""Yield the whole :math:`C = E \hat e \hat e^T` for steps 0, 1, ..., ``steps``, at O(r^2 d) a step.
+    r"""Yield the whole :math:`C = E \hat e \hat e^T` for steps 0, 1, ..., ``steps``, at O(r^2 d) per step.
 
     Args:
         state: Initial second moment in the kernel's eigenbasis, (r, r).
@@ -79,7 +84,7 @@ def dense_path(
         left: :math:`Y = U^T X / \sqrt n`, (r, d).
         lr: One learning rate, or one for every step.
         moments: Moments of the random step.
-        num_perturbations: Directions P averaged in a step.
+        num_perturbations: Directions P averaged per step.
         steps: Number of steps.
 
     Yields:

@@ -4,8 +4,8 @@ Each step applies :math:`\theta^+ = \theta - \tfrac{\eta}{P} \sum_p M_p \nabla L
 :math:`|z|^2 z z^T` or :math:`\zeta\zeta^T z z^T`.  For the squared loss of a linear model the central difference along
 z is exactly :math:`z^T \nabla L`, so this is zeroth-order training, not a model of it.
 
-For laws that rotations leave alone (Gaussian, sphere) only the coordinates inside the span of the features are
-drawn, and the rest enters through its norm (a chi-square): the same law at the cost of the rank instead of d.
+For distributions that rotations leave alone (Gaussian, sphere) only the coordinates inside the span of the features are
+drawn, and the rest enters through its norm (a chi-square): the same distribution at the cost of the rank instead of d.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zokernel.errors import UsageError
 from zokernel.theory.nzk_moments import check_coupling
 from zokernel.theory.stability import check_num_perturbations
 
-# Shape suffixes: R runs, P directions of a step, D coordinates, N predictions, T recorded steps.
+# Shape suffixes: R runs, P directions per step, D coordinates, N predictions, T recorded steps.
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def simulate(
         f0: Initial predictions, (n,).
         lr: Learning rate.
         steps: A number T to record 0, 1, ..., T, or the step numbers to record.
-        num_perturbations: Directions P averaged in a step.
-        distribution: Law of the directions, any that can be sampled (a mean and a covariance included).
+        num_perturbations: Directions P averaged per step.
+        distribution: Distribution of the directions, any that can be sampled (a mean and a covariance included).
         coupling: ``zo_sgd``, ``shared`` or ``independent``.
         runs: Number of independent runs.
         seed: Seed of the draws.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
         dim: Number of parameters when ``features`` are coordinates in a basis of their span only, as a kernel's
-            eigenvectors give (laws that rotations leave alone).
+            eigenvectors give (distributions that rotations leave alone).
 
     Returns:
         Losses of every run and moments of every prediction at the recorded steps.
@@ -106,9 +106,9 @@ def simulate(
     x = features.detach().to(target)
     if x.ndim != 2 or not len(x) == len(target) == len(start) or not x.isfinite().all():
         raise UsageError(f"Features must be finite of shape ({len(target)}, d), not {tuple(x.shape)}.")
-    law = Distribution.parse(distribution)
-    zeta = None if coupling != "independent" else Distribution.parse(zeta_distribution or law)
-    sampler = _Sampler(x, law, zeta, coupling, seed, x.shape[1] if dim is None else dim)
+    distribution = Distribution.parse(distribution)
+    zeta = None if coupling != "independent" else Distribution.parse(zeta_distribution or distribution)
+    sampler = _Sampler(x, distribution, zeta, coupling, seed, x.shape[1] if dim is None else dim)
     wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, target)
     recorded = sorted({int(step) for step in wanted})
     x = sampler.basis
@@ -131,19 +131,21 @@ def simulate(
 class _Sampler:
     """Draws directions in the coordinates the process needs and applies the step matrix to gradients."""
 
-    def __init__(self, x: Tensor, law: Distribution, zeta: Distribution | None, coupling: str, seed: int, dim: int):
-        self.distribution, self.zeta, self.coupling = law, zeta, coupling
+    def __init__(
+        self, x: Tensor, distribution: Distribution, zeta: Distribution | None, coupling: str, seed: int, dim: int
+    ):
+        self.distribution, self.zeta, self.coupling = distribution, zeta, coupling
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.dim, self.unseen = dim, 0
         self.basis = x
-        if law.is_rotation_invariant and (zeta is None or zeta.is_rotation_invariant):
+        if distribution.is_rotation_invariant and (zeta is None or zeta.is_rotation_invariant):
             left, singular, _ = torch.linalg.svd(x, full_matrices=False)
             keep = singular > len(singular) * torch.finfo(x.dtype).eps * singular.max()
             self.basis = left[:, keep] * singular[keep]
             self.unseen = dim - self.basis.shape[1]
         if self.unseen < 0 or (self.unseen == 0 and dim != self.basis.shape[1]):
             raise UsageError(
-                f"Features of {x.shape[1]} coordinates cannot stand for {dim} parameters of {law.name} draws."
+                f"Features of {x.shape[1]} coordinates cannot stand for {dim} parameters of {distribution.name} draws."
             )
 
     def apply(self, gradient_RD: Tensor, count: int) -> Tensor:
@@ -167,17 +169,17 @@ class _Sampler:
             inner_RP = inner_RP + (unseen_RP * zeta_unseen_RP).sqrt() * cosine
         return torch.einsum("rp,rpd->rd", slope_RP * inner_RP, zeta_RPD)
 
-    def _draw(self, law: Distribution, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, distribution: Distribution, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return directions in the basis (R, P, r) and the squared norm of what lies outside it (R, P)."""
         shape, rank = (like.shape[0], count), self.basis.shape[1]
         if not self.unseen:
-            draws = law.sample(shape, rank, self.generator, dtype=like.dtype)
+            draws = distribution.sample(shape, rank, self.generator, dtype=like.dtype)
             return draws, draws.new_zeros(shape)
         draws = torch.empty(*shape, rank, dtype=like.dtype, device=like.device).normal_(generator=self.generator)
         half = torch.full(shape, self.unseen / 2, dtype=like.dtype, device=like.device)
         unseen = 2 * torch._standard_gamma(half, generator=self.generator)
-        scale = torch.full_like(unseen, law.scale)
-        if law.is_sphere:
+        scale = torch.full_like(unseen, distribution.scale)
+        if distribution.is_sphere:
             scale = scale * math.sqrt(self.dim) / (draws.square().sum(-1) + unseen).sqrt()
         return draws * scale[..., None], unseen * scale.square()
 

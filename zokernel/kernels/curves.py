@@ -1,7 +1,7 @@
 r"""Error curves: :math:`\|\hat K_P - K\|_F / \|K\|_F` for every P = 1, 2, ... and many observed examples at once.
 
 All curves of one seed share the same directions (common random numbers), and each is one nested stream, so a curve
-costs one projection a direction and a running sum of V x V outer products.
+costs one projection per direction and a running sum of V x V outer products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ErrorCurves:
         errors_SNP: Measured relative errors for P = 1, 2, ...
         moments: Moments of each pair.
         kernels_NVV: Exact kernels.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
     """
 
     errors_SNP: Tensor
@@ -75,10 +75,10 @@ def error_curves(
         x_o: Observed examples.
         x_u: One updated example.
         max_perturbations: Largest P.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seeds: One nested stream of directions for each.
         method: How to project: ``jacobian``, ``jvp`` or ``finite_difference``.
-        eps: Distribution size of ``finite_difference``.
+        eps: Perturbation size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
 
@@ -124,7 +124,7 @@ def curves_from_projections(projections_PX: Tensor, kernels_NVV: Tensor, num_out
     """Return nested error curves (N, P) from projections of N observed examples followed by the updated one.
 
     Args:
-        projections_PX: One row a direction: the N V logits of the observed examples, then V of the updated one.
+        projections_PX: One row per direction: the N V logits of the observed examples, then V of the updated one.
         kernels_NVV: Exact kernels.
         num_outputs: V.
 

@@ -72,8 +72,8 @@ def jacobian_features(
             returning (N,) or (N, V).
         x: Inputs, first axis the examples.
         params: Weights to differentiate by name; for a module all that require a gradient, when not given.
-        normalize: Scale every Jacobian row to length one, as the paper's synthetic network experiment does (the
-            result is then not the network's own tangent model).
+        normalize: Scale every Jacobian row to length one, as the synthetic network experiment of Zhang et al.
+            does (the result is then not the network's own tangent model).
         chunk_size: Examples differentiated at once; chosen from the number of parameters when not given.
         memory_budget: Bytes that the Jacobian may take.
         check: Probe the model for pitfalls first.

@@ -80,17 +80,17 @@ def fidelity(
     streams: str = "nested",
     check: bool = True,
 ) -> Fidelity:
-    r"""Measure the relative error of :math:`\hat K` for several P, next to its exact expectation and the paper's bound.
+    r"""Measure the relative error of :math:`\hat K` for several P, next to its exact rms and the published bound.
 
     Args:
         model: A module, ``f(params, x)`` with ``params``, or a :class:`FunctionalModel`.
         x_o: Observed input.
         x_u: Updated input.
         num_perturbations: Values of P.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the first replicate; replicate r uses ``seed + r``.
         method: How to project: ``jvp``, ``finite_difference``, ``jacobian``, or ``auto`` (``jacobian`` when it fits).
-        eps: Distribution size of ``finite_difference``.
+        eps: Perturbation size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         replicates: Independent repetitions.
@@ -107,7 +107,7 @@ def fidelity(
     Example:
         >>> table = fidelity(torch.nn.Linear(4, 3), torch.ones(1, 4), torch.ones(1, 4), num_perturbations=[10, 1000])
         >>> table["P"], [round(error, 3) for error in table["predicted"]]
-        ([10, 1000], [0.632, 0.063])
+        ([10, 1000], [0.6, 0.06])
     """
     counts = [int(count) for count in num_perturbations]
     if not counts or min(counts) < 1 or replicates < 1:
@@ -167,7 +167,7 @@ def tabulate(
 
 def _predict(moments: KernelMoments, count: int, distribution: str | Distribution) -> float:
     if moments.diagonal is None and str(getattr(distribution, "name", distribution)) != "sphere":
-        # Without D (a factored vocabulary kernel), the law's kurtosis cannot enter; D / S is below 0.01 on real models.
+        # Without D (a factored vocabulary kernel), the kurtosis cannot enter; D / S is below 0.01 on real models.
         return relative_error(moments, count, "gaussian")
     return relative_error(moments, count, distribution)
 

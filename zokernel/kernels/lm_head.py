@@ -59,7 +59,7 @@ class HeadKernel:
         weight_VH: W.
         body_HH: Kernel of the hidden state.
         tokens_o: Distinct tokens of the observed prompt; empty unless the head is tied.
-        tied_o_TH: Rows of :math:`R_o`, one a token.
+        tied_o_TH: Rows of :math:`R_o`, one per token.
         tokens_u: Distinct tokens of the updated prompt.
         tied_u_TH: Rows of :math:`R_u`.
     """

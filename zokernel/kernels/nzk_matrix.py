@@ -5,10 +5,12 @@ For features :math:`X` (rows :math:`x_i`: inputs of a linear model, or Jacobian 
 =============== ================================================== ==============================================
 coupling        entry (i, j)                                       as in
 =============== ================================================== ==============================================
-``shared``      :math:`|z|^2 (z^T x_i)(z^T x_j)`                   the paper's kernel with a single shared vector
-``independent`` :math:`(\zeta^T x_i)(\zeta^T z)(z^T x_j)`          the paper's kernel with two vectors
+``shared``      :math:`|z|^2 (z^T x_i)(z^T x_j)`                   the published kernel with one shared vector
+``independent`` :math:`(\zeta^T x_i)(\zeta^T z)(z^T x_j)`          the published kernel with two vectors
 ``zo_sgd``      :math:`(z^T x_i)(z^T x_j)`                         what a step of zeroth-order SGD applies
 =============== ================================================== ==============================================
+
+The published kernels are those of Zhang et al. (2026), arXiv:2603.21169.
 
 All samples of a block are one matrix product: with :math:`A = Z X^T` the shared estimate is
 :math:`A^T diag(|z|^2) A / S`, and its second moment :math:`(A^2)^T diag(|z|^4) A^2 / S` is one more.
@@ -54,15 +56,17 @@ def sample_nzk(
 ) -> NzkEstimate:
     r"""Estimate the expected NZK from samples, with standard errors.
 
+    The default is the setting of the paper, Gaussian vectors and one vector shared; optimizers draw Rademacher ones.
+
     Args:
         features: Features :math:`X_o` of the evaluated points, (n, d); or (n, V, d) for models with V outputs.
-        distribution: Law of the vectors: a name (variance one), a name with its parameter such as ``laplace(0.5)``,
-            or a :class:`~zokernel.distributions.Distribution`.
+        distribution: Distribution of the vectors: a name (variance one), a name with its parameter such as
+            ``laplace(0.5)``, or a :class:`~zokernel.distributions.Distribution`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
         num_samples: Number of sampled vectors (pairs of vectors for ``independent``).
         seed: Seed of the draws.
         other: Features :math:`X_u` of the training points; the same points when not given.
-        zeta_distribution: Law of the second vector (``independent`` only); the same law when not given.
+        zeta_distribution: Distribution of the second vector (``independent`` only); that of z when not given.
 
     Returns:
         Mean and standard error, each (n, m), or (n, V, m, V) for features of several outputs.
@@ -82,20 +86,22 @@ def sample_nzk(
     dim = rows_o.shape[1]
     if rows_u.shape[1] != dim:
         raise UsageError(f"Both sides need the same number of parameters, not {dim} and {rows_u.shape[1]}.")
-    law = Distribution.parse(distribution)
+    distribution = Distribution.parse(distribution)
     if zeta_distribution is not None and coupling != "independent":
-        raise UsageError(f"A second law has no meaning with coupling {coupling!r}: it belongs to 'independent'.")
-    zeta_law = law if zeta_distribution is None else Distribution.parse(zeta_distribution)
+        raise UsageError(
+            f"A second distribution has no meaning with coupling {coupling!r}: it belongs to 'independent'."
+        )
+    zeta = distribution if zeta_distribution is None else Distribution.parse(zeta_distribution)
     generator = torch.Generator(rows_o.device).manual_seed(seed)
     total = rows_o.new_zeros(rows_o.shape[0], rows_u.shape[0], dtype=torch.float64)
     square = torch.zeros_like(total)
     block = max(1, BLOCK_ELEMENTS // dim)
     for start in range(0, num_samples, block):
         count = min(block, num_samples - start)
-        z_SD = law.sample(count, dim, generator, dtype=rows_o.dtype)
+        z_SD = distribution.sample(count, dim, generator, dtype=rows_o.dtype)
         right_SN = z_SD @ rows_u.T
         if coupling == "independent":
-            zeta_SD = zeta_law.sample(count, dim, generator, dtype=rows_o.dtype)
+            zeta_SD = zeta.sample(count, dim, generator, dtype=rows_o.dtype)
             left_SN, weight_S = zeta_SD @ rows_o.T, (zeta_SD * z_SD).sum(1)
         else:
             left_SN = right_SN if other is None else z_SD @ rows_o.T
@@ -119,18 +125,19 @@ def nzk(
     other: Tensor | None = None,
     zeta_distribution: str | Distribution | None = None,
 ) -> Tensor:
-    """Estimate the expected NZK from samples; :func:`sample_nzk` adds standard errors.
+    r"""Estimate the expected NZK from samples; :func:`sample_nzk` adds standard errors.
 
-    :func:`zokernel.theory.expected_nzk` gives the same kernel exactly, for every law here, without sampling.
+    :func:`zokernel.theory.expected_nzk` gives the same kernel exactly, for every distribution here, without sampling.
+    The default is the setting of the paper: one shared Gaussian vector.
 
     Args:
         features: Features of the evaluated points, (n, d); or (n, V, d) for models with V outputs.
-        distribution: Law of the vectors, as for :func:`sample_nzk`.
+        distribution: Distribution of the vectors, as for :func:`sample_nzk`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
         num_samples: Number of sampled vectors (pairs of vectors for ``independent``).
         seed: Seed of the draws.
         other: Features of the training points; the same points when not given.
-        zeta_distribution: Law of the second vector (``independent`` only); the same law when not given.
+        zeta_distribution: Distribution of the second vector (``independent`` only); that of z when not given.
 
     Returns:
         The kernel, (n, m), or (n, V, m, V) for features of several outputs.

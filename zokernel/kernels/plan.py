@@ -71,7 +71,7 @@ class Plan:
         tokens: Tokens forwarded.
         num_probes: Probes used.
         num_parameters: d.
-        notes: Caveats in plain words.
+        notes: Caveats, one sentence each.
     """
 
     relative_error_one: Measurement
@@ -119,7 +119,7 @@ def make_plan(
         task: Model and examples.
         num_probes: Directions; about 60 give the relative error to 10%.
         eps: Perturbation size of the probes.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the directions.
         counts: Values of P to predict for.
         tolerances: Relative errors to reach.

@@ -99,13 +99,13 @@ def verify(
         task: The task that was planned for, in full precision; its weights are put back exactly.
         plan: The plan.
         as_trained: The same task in the precision of training (for the best eps); ``task`` when ``None``.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: The plan's seed; draws here use ``seed + 1``.
         num_draws: Fresh directions for the measured errors.
         eps_directions: Directions on which perturbation sizes are compared.
 
     Returns:
-        One comparison a quantity.
+        One comparison per quantity.
 
     Raises:
         RunError: If the gradients do not fit in memory.
@@ -125,8 +125,8 @@ def verify(
     deviations = drift - rows.to_beliefs(_products(rows)[None])
     found = [Comparison("rho", plan.rho.value, plan.rho.error, moments.rho)]
     for count, guess in plan.predicted_error.items():
-        law = expected_belief_error(moments, count, distribution)
-        found.append(Comparison(f"relative error at P = {count}, exact law", guess.value, guess.error, law))
+        exact = expected_belief_error(moments, count, distribution)
+        found.append(Comparison(f"relative error at P = {count}, exact formula", guess.value, guess.error, exact))
         if count <= num_draws // 2:
             seen = subset_error(deviations, count) / size
             name = f"relative error at P = {count}, {num_draws} fresh directions"

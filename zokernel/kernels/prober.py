@@ -55,7 +55,7 @@ class Prober:
 
     Args:
         task: The task.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the directions.
     """
 

@@ -1,9 +1,11 @@
-r"""What a few random directions reveal about a training task, without a gradient (theory A.4.3, A.4.5 and D).
+r"""What a few random directions reveal about a training task, without a gradient.
 
 Every probe is one direction u: the loss and the beliefs at :math:`\theta \pm \epsilon u`.  From the slopes
 :math:`c_p = g^T u_p` (of the loss, and of each example's loss) and :math:`m_p = M u_p` (of the log-probabilities at
 observed examples), unbiased averages over pairs of probes give norms, inner products, the gradient noise scale and the
-curvature.  Each number comes with the spread that leaving one probe out shows (the jackknife).
+curvature (docs/theory.md, "How many directions", "Shrinkage and learning rate" and "D. Finite differences"; the noise
+scale is that of McCandlish et al. (2018), arXiv:1812.06162).  Each number comes with the spread that leaving one probe
+out shows (the jackknife).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-r"""The kernel of zeroth-order training, :math:`\hat K = \frac1P \sum_p (J_o u_p)(J_u u_p)^T` (ZO-eNTK eq. 4).
+r"""The kernel of zeroth-order training, :math:`\hat K = \frac1P \sum_p (J_o u_p)(J_u u_p)^T`.
 
-It is the eNTK projected on P random directions: unbiased, of rank at most P, and known exactly on average (see
-:mod:`zokernel.theory.kernel_error`).  It is kept as its two factors, so a vocabulary-sized kernel costs V x P numbers
-and its norms and errors come from P x P Gram matrices.
+Defined by Li et al. (2026), arXiv:2605.03373, eq. 4.  It is the eNTK projected on P random directions: unbiased, of
+rank at most P, and its mean-square error is known exactly (see :mod:`zokernel.theory.kernel_error`).  It is kept as its
+two factors, so a vocabulary-sized kernel costs V x P numbers and its norms and errors come from P x P Gram matrices.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def zo_entk_factors(
         x_o: Observed input.
         x_u: Updated input (the same object for a symmetric kernel: it is then evaluated once).
         num_perturbations: P.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the directions.
         method: ``jvp``, ``finite_difference`` or ``jacobian``, see :func:`zokernel.kernels.project`.
-        eps: Distribution size of ``finite_difference``.
+        eps: Perturbation size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         first: Index of the first direction (for further, independent directions of the same stream).
@@ -187,7 +187,7 @@ def zo_entk(
         distribution: ``gaussian``, ``rademacher``, ``uniform`` or ``sphere``.
         seed: Seed of the directions; direction p is the one training with this seed draws at step 0.
         method: ``jvp`` (exact), ``finite_difference`` (what training sees) or ``jacobian`` (J formed once).
-        eps: Distribution size of ``finite_difference``.
+        eps: Perturbation size of ``finite_difference``.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
         check: Probe the model for pitfalls first.

@@ -46,7 +46,7 @@ def project(
 ) -> list[Tensor]:
     r"""Return :math:`J U` of several inputs along the same directions.
 
-    ``jvp`` is exact (about 3 forwards a direction).  ``finite_difference`` is what training sees: two forwards at
+    ``jvp`` is exact (about 3 forwards per direction).  ``finite_difference`` is what training sees: two forwards at
     :math:`\theta \pm \epsilon u` in the model's own dtype, each from the same stored weights.  ``jacobian`` forms J
     once and multiplies; the fastest when it fits and directions are many.
 
@@ -54,10 +54,10 @@ def project(
         model: A module, a function, or a :class:`FunctionalModel`.
         batches: Inputs to project.
         num_perturbations: P.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         seed: Seed of the directions; direction p is ``Dense(distribution)(..., seed=seed, step=0, index=first + p)``.
         method: ``jvp``, ``finite_difference`` or ``jacobian``.
-        eps: Distribution size of ``finite_difference``.
+        eps: Perturbation size of ``finite_difference``.
         first: Index of the first direction.
         outputs: Candidate outputs to keep.
         params: Parameters of a bare function.
@@ -111,7 +111,7 @@ class SeededDirections:
     """The directions of one seed over one set of parameters.
 
     Args:
-        directions: Directions of directions.
+        directions: Distribution and backend of the directions.
         params: Parameters by name.
         seed: Seed.
     """
@@ -141,7 +141,7 @@ class SeededDirections:
         return matrix
 
     def _fill_(self, zeros: list[Params], indices: Sequence[int]) -> None:
-        """Write one direction into each set of zeros, all in one sweep (one call a direction would cost more)."""
+        """Write one direction into each set of zeros, all in one sweep (one call per direction would cost more)."""
         jobs = []
         for views, index in zip(zeros, indices, strict=True):
             places = place_all(views)

@@ -1,7 +1,8 @@
-r"""The empirical tangent kernel of first-order training, :math:`K(x_o, x_u) = J_o J_u^T` (ZO-eNTK eq. 3).
+r"""The empirical tangent kernel of first-order training, :math:`K(x_o, x_u) = J_o J_u^T`.
 
 One gradient step on :math:`x_u` moves the logits of :math:`x_o` by :math:`-\eta K G`; ``K[i, j]`` is the inner product
-of the gradients of logit i at :math:`x_o` and logit j at :math:`x_u`.
+of the gradients of logit i at :math:`x_o` and logit j at :math:`x_u`.  (Jacot et al. (2018), arXiv:1806.07572; for one
+step on a loss, Li et al. (2026), arXiv:2605.03373, eq. 3.)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def entk(
 ) -> Tensor:
     r"""Return the exact tangent kernel between two inputs.
 
-    ``contraction`` forms Jacobians; ``ntk_vp`` needs none (one vjp and one jvp for each output); ``lm_head`` uses
+    ``contraction`` forms Jacobians; ``ntk_vp`` needs none (one vjp and one jvp per output); ``lm_head`` uses
     :math:`K = \langle h_o, h_u\rangle I + W K_h W^T` (plus tied-embedding terms), h instead of V products; ``auto``
     takes the first if the Jacobians fit its budget, then the third if there is a head, then the second.
 
@@ -116,7 +117,7 @@ def kernel_moments(
     diagonal: bool = True,
     check: bool = True,
 ) -> KernelMoments:
-    r"""Return :math:`\|J_o\|^2, \|J_u\|^2, \|K\|^2, D` and d of one pair, exactly: all that the error laws need.
+    r"""Return :math:`\|J_o\|^2, \|J_u\|^2, \|K\|^2, D` and d of one pair, exactly: all that the exact errors need.
 
     Args:
         model: As in :func:`entk`.

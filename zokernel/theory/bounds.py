@@ -1,4 +1,4 @@
-r"""The paper's bounds, as printed and corrected, and the classical one they are set against.
+r"""The bounds of Li et al. (2026), arXiv:2605.03373, as printed and corrected, and the classical rate.
 
 They are here to be compared with the exact error of :mod:`zokernel.theory.kernel_error`, which replaces them: at
 V = 50,272 and P = 50 the factor :math:`\sqrt{V \log V / P}` alone is 104.
@@ -12,7 +12,7 @@ from zokernel.errors import UsageError
 
 
 def jl_distortion(num_outputs: int, num_perturbations: int) -> float:
-    r"""Return the paper's :math:`\epsilon = \sqrt{\log V / P}` (ZO-eNTK, above eq. 15).
+    r"""Return :math:`\epsilon = \sqrt{\log V / P}` (Li et al. (2026), arXiv:2605.03373, above eq. 15).
 
     Args:
         num_outputs: V.
@@ -60,7 +60,7 @@ def jl_distortion_explicit(num_outputs: int, num_perturbations: int, *, failure:
 def kernel_bound(
     norm_o: float, norm_u: float, num_outputs: int, num_perturbations: int, *, form: str = "corrected"
 ) -> float:
-    r"""Return the paper's bound on :math:`\|\hat K - K\|_F`.
+    r"""Return the bound on :math:`\|\hat K - K\|_F` of Li et al. (2026), arXiv:2605.03373, eq. 14.
 
     ``printed``: :math:`\epsilon\,\Xi\sqrt V` (the sentence after eq. 14; scales with the logits where the error scales
     with their square, so it is violated for large logits).  ``corrected``: :math:`\epsilon\,\Xi^2\sqrt V`, what eq. 14
@@ -75,7 +75,7 @@ def kernel_bound(
         form: ``printed``, ``corrected`` or ``normalised``.
 
     Returns:
-        The bound, with the paper's :math:`\epsilon` of :func:`jl_distortion`.
+        The bound, with the :math:`\epsilon` of :func:`jl_distortion`.
 
     Raises:
         UsageError: If the form is unknown.
@@ -104,7 +104,9 @@ def belief_bound(
     *,
     form: str = "corrected",
 ) -> float:
-    r"""Return the paper's bound (15) on :math:`\|\Delta\log\pi_{fo} - \Delta\log\pi_{zo}\|_2`.
+    r"""Return the bound on :math:`\|\Delta\log\pi_{fo} - \Delta\log\pi_{zo}\|_2`.
+
+    Li et al. (2026), arXiv:2605.03373, eq. 15.
 
     Args:
         lr: :math:`\eta`.
@@ -153,7 +155,9 @@ def projector_norm(probability_norm: float, num_outputs: int) -> float:
 
 
 def classical_rate(dim: int, smoothness: float, num_perturbations: int, num_steps: int) -> float:
-    r"""Return the classical rate :math:`\sqrt{dL / (PT)}` of ZO-SGD, up to constants (ZO-eNTK eq. 12).
+    r"""Return the classical rate :math:`\sqrt{dL / (PT)}` of ZO-SGD, up to constants.
+
+    As stated in Li et al. (2026), arXiv:2605.03373, eq. 12.
 
     Args:
         dim: Number of parameters d.
@@ -172,7 +176,9 @@ def classical_rate(dim: int, smoothness: float, num_perturbations: int, num_step
 
 
 def classical_learning_rate(dim: int, smoothness: float, num_perturbations: int) -> float:
-    r"""Return the largest step size the classical analysis allows, :math:`P / (Ld)` (ZO-eNTK, above eq. 12).
+    r"""Return the largest step size the classical analysis allows, :math:`P / (Ld)`.
+
+    As stated in Li et al. (2026), arXiv:2605.03373, above eq. 12.
 
     Args:
         dim: Number of parameters d.

@@ -1,10 +1,11 @@
-r"""The finite-difference error of a two-point estimate and the perturbation size that minimises it (theory D).
+r"""The finite-difference error of a two-point estimate and the perturbation size that minimises it.
 
 Along a direction u, with each loss known to a standard deviation :math:`\sigma_L`,
 
 .. math:: D(\mu) = \frac{L(\theta+\mu u) - L(\theta-\mu u)}{2\mu} = g^T u + \frac{\mu^2}{6} T + noise,
 
-where :math:`T = D^3L[u,u,u]` and the noise has standard deviation :math:`\sigma_L / (\sqrt2 \mu)`.
+where :math:`T = D^3L[u,u,u]` and the noise has standard deviation :math:`\sigma_L / (\sqrt2 \mu)`
+(docs/theory.md, "D. Finite differences").
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Exact mean-square error of a zeroth-order kernel and of the learning dynamics it drives (theory A.4.1 and A.4.2).
+r"""Exact mean-square error of a zeroth-order kernel and of the learning dynamics it drives.
 
 With Jacobians :math:`J_o, J_u` of the logits and P directions, :math:`\hat K = \frac1P \sum_p (J_o z_p)(J_u z_p)^T` is
 unbiased for :math:`K = J_o J_u^T`, and its error needs only four numbers:
@@ -7,13 +7,14 @@ unbiased for :math:`K = J_o J_u^T`, and its error needs only four numbers:
 
 Everything else (the similarity of the two examples, the number of outputs, the number of parameters) acts through them,
 in particular through :math:`\rho = \|K\|_F / (\|J_o\|_F \|J_u\|_F)`.  No logarithm, no inequality.
+(docs/theory.md, "The error of the kernel" and "The error of the learning dynamics".)
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ORTHOGONAL = "orthogonal"
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class KernelMoments:
         norm_o_sq: :math:`\|J_o\|_F^2`.
         norm_u_sq: :math:`\|J_u\|_F^2`.
         kernel_sq: :math:`\|K\|_F^2`.
-        diagonal: :math:`D`; ``None`` when it was not computed (only needed for laws whose kurtosis is not 3).
+        diagonal: :math:`D`; ``None`` when it was not computed (only needed for distributions whose kurtosis is not 3).
         dim: Number of parameters :math:`d`; ``None`` when unknown (only needed for the sphere and orthogonal frames).
     """
 
@@ -54,7 +56,7 @@ class KernelMoments:
 
     @property
     def single_draw_variance(self) -> float:
-        r"""Gaussian relative variance of one direction, :math:`v = 1 + \rho^{-2}` (the paper's :math:`V \log V`)."""
+        r"""Gaussian relative variance of one direction, :math:`v = 1 + \rho^{-2}` (in the bound: :math:`V \log V`)."""
         return 1.0 + self.product / self.kernel_sq
 
     @classmethod
@@ -62,7 +64,7 @@ class KernelMoments:
         """Compute every moment exactly from two dense Jacobians.
 
         Args:
-            jac_o_VD: Jacobian of the observed example, one row an output.
+            jac_o_VD: Jacobian of the observed example, one row per output.
             jac_u_VD: Jacobian of the updated example.
 
         Returns:
@@ -88,30 +90,30 @@ def second_moment(moments: KernelMoments, distribution: str | Distribution = "ga
     r"""Return :math:`E \|J_o z z^T J_u^T\|_F^2` of one direction.
 
     :math:`S + 2\|K\|^2 + (\kappa - 3) D` for independent coordinates, :math:`\frac{d}{d+2}(S + 2\|K\|^2)` on the sphere
-    of radius :math:`\sqrt d` (theory A.4.1).
+    of radius :math:`\sqrt d`.
 
     Args:
         moments: Moments of the pair of examples.
-        distribution: Law of one coordinate.
+        distribution: Distribution of one coordinate.
 
     Returns:
         The second moment.
 
     Raises:
-        UsageError: If the law needs ``diagonal`` or ``dim`` and the moments lack it.
+        UsageError: If the distribution needs ``diagonal`` or ``dim`` and the moments lack it.
 
     Example:
         >>> second_moment(KernelMoments(2.0, 3.0, 1.0))
         8.0
     """
-    law = direction_distribution(distribution)
+    distribution = direction_distribution(distribution)
     gaussian = moments.product + 2 * moments.kernel_sq
-    if law.name == "sphere":
-        dim = _need(moments.dim, "dim", law.name)
+    if distribution.name == "sphere":
+        dim = _need(moments.dim, "dim", distribution.name)
         return dim / (dim + 2) * gaussian
-    if law.kurtosis == 3.0:
+    if distribution.kurtosis == 3.0:
         return gaussian
-    return gaussian + (law.kurtosis - 3.0) * _need(moments.diagonal, "diagonal", law.name)
+    return gaussian + (distribution.kurtosis - 3.0) * _need(moments.diagonal, "diagonal", distribution.name)
 
 
 def expected_squared_error(
@@ -121,7 +123,7 @@ def expected_squared_error(
     *,
     weight_second_moment: float = 1.0,
 ) -> float:
-    r"""Return the exact :math:`E \|\hat K - K\|_F^2` (theory A.4.1).
+    r"""Return the exact :math:`E \|\hat K - K\|_F^2`.
 
     Independent directions: :math:`(w_2 m - \|K\|^2) / P` with :math:`m` from :func:`second_moment`.  Orthogonal frames
     of :math:`\sqrt d`-scaled Haar vectors: :math:`\frac{d-P}{P}\left[\frac{(d-2)\|K\|^2 + d S}{(d-1)(d+2)}\right]`,
@@ -130,7 +132,8 @@ def expected_squared_error(
     Args:
         moments: Moments of the pair of examples.
         num_perturbations: P, directions averaged.
-        distribution: ``gaussian``, ``rademacher``, ``uniform``, ``sphere``, ``orthogonal``, or a ``Law``.
+        distribution: ``gaussian``, ``rademacher``, ``uniform``, ``sphere``, ``orthogonal``, or a
+            :class:`~zokernel.distributions.Distribution`.
         weight_second_moment: :math:`w_2 = E[(rK(r))^2] / E[rK(r)]^2` of a kernel-smoothed estimator (KerZOO order 3:
             6.25 for r uniform on [-1, 1]); 1 for the plain two-point estimator.
 
@@ -210,7 +213,7 @@ def expected_relative_error(
         weight_second_moment: As in :func:`expected_squared_error`.
 
     Returns:
-        The relative error (theory A.4.1).
+        The relative error.
 
     Raises:
         UsageError: If rho is not in (0, 1].
@@ -229,7 +232,7 @@ def expected_relative_error(
 
 @dataclass(frozen=True)
 class BeliefMoments:
-    r"""The numbers that decide the error of one zeroth-order step in log-probabilities (theory A.4.2).
+    r"""The numbers that decide the error of one zeroth-order step in log-probabilities.
 
     Attributes:
         rows_sq: :math:`\|M\|_F^2`, :math:`M = A(x_o) J_o` (rows are gradients of log-probabilities).
@@ -265,13 +268,13 @@ def expected_belief_error(
 ) -> float:
     r"""Return the rms of :math:`\Delta\log\pi_{zo} - \Delta\log\pi_{fo}` after one step, to first order in its size.
 
-    Gaussian: :math:`\frac{\eta^2}{P}(\|M\|_F^2\|g\|^2 + \|Mg\|^2)`; other laws as in :func:`expected_squared_error`
-    (theory A.4.2).  No operator norm enters, hence no factor :math:`\|A\|_2 \in [1, \sqrt V]`.
+    Gaussian: :math:`\frac{\eta^2}{P}(\|M\|_F^2\|g\|^2 + \|Mg\|^2)`; other distributions as in
+    :func:`expected_squared_error`.  No operator norm enters, hence no factor :math:`\|A\|_2 \in [1, \sqrt V]`.
 
     Args:
         moments: Moments of M and g.
         num_perturbations: P.
-        distribution: Law of the directions.
+        distribution: Distribution of the directions.
         lr: Step size; ``None`` returns the error relative to :math:`\|\Delta\log\pi_{fo}\| = \eta\|Mg\|`.
 
     Returns:
@@ -288,7 +291,7 @@ def expected_belief_error(
     return abs(lr) * math.sqrt(max(squared, 0.0))
 
 
-def _need(value, name: str, law: str):
+def _need(value: _Number | None, name: str, distribution: str) -> _Number:
     if value is None:
-        raise UsageError(f"The exact error of {law!r} directions needs {name}=: give it, or use 'gaussian'.")
+        raise UsageError(f"The exact error of {distribution!r} directions needs {name}=: give it, or use 'gaussian'.")
     return value

@@ -7,13 +7,15 @@ here is :math:`X M X^T` for a random :math:`d \times d` matrix :math:`M`:
 coupling        :math:`M`                      what it is
 =============== ============================== =====================================================
 ``zo_sgd``      :math:`z z^T`                  what one step of zeroth-order SGD really applies
-``shared``      :math:`|z|^2 z z^T`            the paper's kernel with a single shared vector
-``independent`` :math:`\zeta\zeta^T z z^T`     the paper's kernel with two independent vectors
+``shared``      :math:`|z|^2 z z^T`            the NZK with a single shared vector
+``independent`` :math:`\zeta\zeta^T z z^T`     the NZK with two independent vectors
 =============== ============================== =====================================================
 
-The mean :math:`E M` gives the evolution of the expected model (theory B.1.2).  The spread of the random process needs
+The NZK is that of Zhang et al. (2026), arXiv:2603.21169.  The mean :math:`E M` gives the evolution of the expected
+model (docs/theory.md, "B.1 Expected kernels").  The spread of the random process needs
 :math:`E[M Q M^T]`, which for iid symmetric coordinates is always ``outer`` :math:`Q` + ``trace`` :math:`tr(Q) I` +
-``diagonal`` :math:`diag(Q)` (theory B.4.1, generalised here to any law with enough moments).
+``diagonal`` :math:`diag(Q)` (docs/theory.md, "Second moment", generalised here to
+any distribution with enough moments).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ COUPLINGS = ("shared", "independent", "zo_sgd")
 
 @dataclass(frozen=True)
 class ProcessMoments:
-    r"""First and second moments of one random step matrix :math:`M`: everything the dynamics needs to know of a law.
+    r"""First and second moments of one random step matrix :math:`M`: all that the dynamics needs.
 
     .. math:: E M = mean \cdot I, \qquad
               E[M Q M^T] = outer \cdot Q + trace \cdot tr(Q) I + diagonal \cdot diag(Q)
@@ -73,31 +75,31 @@ def expected_nzk_factor(
     *,
     zeta_distribution: str | Distribution | None = None,
 ) -> float:
-    r"""Return :math:`c` in :math:`E K_{NZK} = c\, X X^T` for coordinates of mean zero (theory B.1.2).
+    r"""Return :math:`c` in :math:`E K_{NZK} = c\, X X^T` for coordinates of mean zero.
 
     With :math:`m_k` the moments of one coordinate: ``shared`` :math:`m_4 + (d-1) m_2^2` (:math:`d + 2` for unit
     Gaussians), ``independent`` :math:`m_2(\zeta) m_2(z)`, ``zo_sgd`` :math:`m_2`.  The shared factor needs the fourth
     moment: first and second moments alone do not decide it.
 
     Args:
-        distribution: Law of :math:`z`: a name (variance one), a name with its own parameter such as ``laplace(0.5)``
-            or ``student_t(10)``, or a :class:`~zokernel.distributions.Distribution`.
+        distribution: Distribution of :math:`z`: a name (variance one), a name with its own parameter such as
+            ``laplace(0.5)`` or ``student_t(10)``, or a :class:`~zokernel.distributions.Distribution`.
         dim: Number of parameters :math:`d`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
-        zeta_distribution: Law of the second vector (``independent`` only); the same law when not given.
+        zeta_distribution: Distribution of the second vector (``independent`` only); that of z when not given.
 
     Returns:
         The factor :math:`c`.
 
     Raises:
-        UsageError: If a moment that it needs does not exist, or the law has a mean or a covariance of its own.
+        UsageError: If a moment that it needs does not exist, or the distribution has a mean or a covariance of its own.
 
     Example:
-        >>> laws = ("gaussian", "rademacher", "student_t(10)", "laplace(0.5)")
-        >>> [round(expected_nzk_factor(law, 2), 6) for law in laws]
+        >>> names = ("gaussian", "rademacher", "student_t(10)", "laplace(0.5)")
+        >>> [round(expected_nzk_factor(name, 2), 6) for name in names]
         [4.0, 2.0, 7.8125, 1.75]
     """
-    return _factor(*_laws(distribution, zeta_distribution, dim, coupling), dim, coupling)
+    return _factor(*_distributions(distribution, zeta_distribution, dim, coupling), dim, coupling)
 
 
 def expected_direction_matrix(
@@ -107,7 +109,7 @@ def expected_direction_matrix(
     *,
     zeta_distribution: str | Distribution | None = None,
 ) -> Tensor:
-    r"""Return :math:`E M` with :math:`E K_{NZK} = X (E M) X^T`, for any mean and covariance (theory B.1.2).
+    r"""Return :math:`E M` with :math:`E K_{NZK} = X (E M) X^T`, for any mean and covariance.
 
     With :math:`z = \mu + A w`, :math:`S = A A^T`, :math:`w` of unit variance and kurtosis :math:`\kappa`, symmetric:
 
@@ -118,10 +120,10 @@ def expected_direction_matrix(
       (the sphere has :math:`\frac{d}{d+2}[tr(B) I + 2B]` in the bracket).
 
     Args:
-        distribution: Law of :math:`z`, as for :func:`expected_nzk_factor`.
+        distribution: Distribution of :math:`z`, as for :func:`expected_nzk_factor`.
         dim: Number of parameters :math:`d`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
-        zeta_distribution: Law of the second vector (``independent`` only); the same law when not given.
+        zeta_distribution: Distribution of the second vector (``independent`` only); that of z when not given.
 
     Returns:
         A (d, d) float64 matrix.
@@ -134,39 +136,39 @@ def expected_direction_matrix(
         >>> expected_direction_matrix(shifted, 2, "zo_sgd").tolist()
         [[2.0, 0.0], [0.0, 1.0]]
     """
-    return _matrix(*_laws(distribution, zeta_distribution, dim, coupling), dim, coupling)
+    return _matrix(*_distributions(distribution, zeta_distribution, dim, coupling), dim, coupling)
 
 
-def _factor(law: Distribution, zeta: Distribution, dim: int, coupling: str) -> float:
-    if not (law.is_isotropic and zeta.is_isotropic):
+def _factor(z: Distribution, zeta: Distribution, dim: int, coupling: str) -> float:
+    if not (z.is_isotropic and zeta.is_isotropic):
         raise UsageError(
-            "A law with its own mean or covariance scales no kernel by a single factor: "
+            "A distribution with its own mean or covariance scales no kernel by a single factor: "
             "use expected_direction_matrix, or expected_nzk for the kernel itself."
         )
     if coupling == "zo_sgd":
-        return law.moment(2)
+        return z.moment(2)
     if coupling == "independent":
-        return law.moment(2) * zeta.moment(2)
-    if law.is_sphere:
-        return dim * law.moment(2) ** 2
-    return law.moment(4) + (dim - 1) * law.moment(2) ** 2
+        return z.moment(2) * zeta.moment(2)
+    if z.is_sphere:
+        return dim * z.moment(2) ** 2
+    return z.moment(4) + (dim - 1) * z.moment(2) ** 2
 
 
-def _matrix(law: Distribution, zeta: Distribution, dim: int, coupling: str) -> Tensor:
+def _matrix(z: Distribution, zeta: Distribution, dim: int, coupling: str) -> Tensor:
     if coupling == "zo_sgd":
-        return law.second_moment_matrix(dim)
+        return z.second_moment_matrix(dim)
     if coupling == "independent":
-        return zeta.second_moment_matrix(dim) @ law.second_moment_matrix(dim)
-    mean = law.mean_vector(dim)
-    factor = law.factor_matrix(dim)
+        return zeta.second_moment_matrix(dim) @ z.second_moment_matrix(dim)
+    mean = z.mean_vector(dim)
+    factor = z.factor_matrix(dim)
     cov = factor @ factor.T
     outer = torch.outer(mean, mean)
     gram = factor.T @ factor
     inner = gram.trace() * torch.eye(dim, dtype=torch.float64) + 2 * gram
-    if law.is_sphere:
+    if z.is_sphere:
         inner = inner * (dim / (dim + 2))
     else:
-        inner = inner + (law.kurtosis - 3.0) * torch.diag(gram.diagonal())
+        inner = inner + (z.kurtosis - 3.0) * torch.diag(gram.diagonal())
     square = mean @ mean
     return (cov.trace() + square) * outer + square * cov + 2 * (cov @ outer + outer @ cov) + factor @ inner @ factor.T
 
@@ -183,10 +185,10 @@ def expected_nzk(
 
     Args:
         features: Features or Jacobian rows :math:`X_o`, shape (n, d).
-        distribution: Law of :math:`z`, as for :func:`expected_nzk_factor`.
+        distribution: Distribution of :math:`z`, as for :func:`expected_nzk_factor`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
         other: Features :math:`X_u` of the training side, shape (m, d); the same as ``features`` when not given.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
 
     Returns:
         The kernel, shape (n, m), in the dtype of ``features``.
@@ -202,10 +204,10 @@ def expected_nzk(
         raise UsageError(f"Features must have shape (n, d), not {tuple(features.shape)}.")
     right = features if other is None else other
     dim = features.shape[1]
-    law, zeta = _laws(distribution, zeta_distribution, dim, coupling)
-    if law.is_isotropic and zeta.is_isotropic:
-        return _factor(law, zeta, dim, coupling) * (features @ right.T)
-    return features @ _matrix(law, zeta, dim, coupling).to(features) @ right.T
+    z, zeta = _distributions(distribution, zeta_distribution, dim, coupling)
+    if z.is_isotropic and zeta.is_isotropic:
+        return _factor(z, zeta, dim, coupling) * (features @ right.T)
+    return features @ _matrix(z, zeta, dim, coupling).to(features) @ right.T
 
 
 def process_moments(
@@ -215,32 +217,32 @@ def process_moments(
     *,
     zeta_distribution: str | Distribution | None = None,
 ) -> ProcessMoments:
-    r"""Return the first two moments of the random step matrix, for any isotropic law with enough moments.
+    r"""Return the first two moments of the random step matrix, for any isotropic distribution with enough moments.
 
     For one vector :math:`E[\,|z|^{2s} z z^T Q z z^T] = 2\beta Q + \beta\,tr(Q) I + (\alpha - 3\beta) diag(Q)` with
     :math:`\alpha = E|z|^{2s} z_1^4` and :math:`\beta = E|z|^{2s} z_1^2 z_2^2`, where :math:`s = 0` for ``zo_sgd`` and
-    :math:`s = 2` for ``shared`` (Gaussian: :math:`\beta = (d+4)(d+6)`, theory B.4.1); two independent vectors compose.
+    :math:`s = 2` for ``shared`` (Gaussian: :math:`\beta = (d+4)(d+6)`); two independent vectors compose.
 
     Args:
-        distribution: Law of :math:`z`, as for :func:`expected_nzk_factor`.
+        distribution: Distribution of :math:`z`, as for :func:`expected_nzk_factor`.
         dim: Number of parameters :math:`d`.
         coupling: ``shared``, ``independent`` or ``zo_sgd``.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
 
     Returns:
         The moments.
 
     Raises:
-        UsageError: If a moment that it needs does not exist, or the law has a mean or a covariance of its own.
+        UsageError: If a moment that it needs does not exist, or the distribution has a mean or a covariance of its own.
 
     Example:
         >>> process_moments("gaussian", 6, "shared")
         ProcessMoments(mean=8.0, outer=240.0, trace=120.0, diagonal=0.0)
     """
-    law, zeta = _laws(distribution, zeta_distribution, dim, coupling)
-    mean = _factor(law, zeta, dim, coupling)
+    z, zeta = _distributions(distribution, zeta_distribution, dim, coupling)
+    mean = _factor(z, zeta, dim, coupling)
     power = 2 if coupling == "shared" else 0
-    beta, gamma = _pair_and_excess(law, dim, power)
+    beta, gamma = _pair_and_excess(z, dim, power)
     if coupling != "independent":
         return ProcessMoments(mean, outer=2 * beta, trace=beta, diagonal=gamma)
     beta2, gamma2 = _pair_and_excess(zeta, dim, 0)
@@ -253,12 +255,12 @@ def process_moments(
 
 
 def matching_scale(distribution: str, dim: int, target: float) -> float:
-    """Return the factor on a law's scale that makes its shared NZK factor equal ``target``.
+    """Return the factor on the scale of a distribution that makes its shared NZK factor equal ``target``.
 
     The shared factor grows with the fourth power of the scale, so the answer is a fourth root.
 
     Args:
-        distribution: Law to rescale, for example ``laplace(1)``.
+        distribution: Distribution to rescale, for example ``laplace(1)``.
         dim: Number of parameters.
         target: Wanted shared factor.
 
@@ -272,7 +274,7 @@ def matching_scale(distribution: str, dim: int, target: float) -> float:
     return (target / expected_nzk_factor(distribution, dim, "shared")) ** 0.25
 
 
-def _laws(
+def _distributions(
     distribution: str | Distribution,
     zeta_distribution: str | Distribution | None,
     dim: int,
@@ -281,28 +283,30 @@ def _laws(
     check_coupling(coupling)
     if dim < 1:
         raise UsageError(f"The number of parameters must be at least 1, not {dim}.")
-    law = Distribution.parse(distribution)
+    z = Distribution.parse(distribution)
     if zeta_distribution is None:
-        return law, law
+        return z, z
     if coupling != "independent":
-        raise UsageError(f"A second law has no meaning with coupling {coupling!r}: it belongs to 'independent'.")
-    return law, Distribution.parse(zeta_distribution)
-
-
-def _pair_and_excess(law: Distribution, dim: int, power: int) -> tuple[float, float]:
-    r"""Return :math:`\beta = E|z|^{2s}z_1^2z_2^2` and :math:`\alpha-3\beta` for :math:`s` = ``power`` in {0, 2}."""
-    if not law.is_isotropic:
         raise UsageError(
-            "Second moments of the process are known for laws without a mean or covariance of their own only: "
+            f"A second distribution has no meaning with coupling {coupling!r}: it belongs to 'independent'."
+        )
+    return z, Distribution.parse(zeta_distribution)
+
+
+def _pair_and_excess(z: Distribution, dim: int, power: int) -> tuple[float, float]:
+    r"""Return :math:`\beta = E|z|^{2s}z_1^2z_2^2` and :math:`\alpha-3\beta` for :math:`s` = ``power`` in {0, 2}."""
+    if not z.is_isotropic:
+        raise UsageError(
+            "Second moments of the process are known for distributions without a mean or covariance of their own only: "
             "simulate the process instead."
         )
-    second = law.moment(2)
-    if law.is_sphere:
+    second = z.moment(2)
+    if z.is_sphere:
         return (dim * second) ** power * dim / (dim + 2) * second**2, 0.0
-    fourth = law.moment(4)
+    fourth = z.moment(4)
     if power == 0:
         return second**2, fourth - 3 * second**2
-    sixth, eighth = law.moment(6), law.moment(8)
+    sixth, eighth = z.moment(6), z.moment(8)
 
     def square_of_rest(count: int) -> float:  # E R^2 for R a sum of `count` squared coordinates
         return count * fourth + count * (count - 1) * second**2

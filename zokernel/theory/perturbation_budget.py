@@ -1,6 +1,7 @@
-r"""How many directions are enough, and what to do with too few (theory A.4.3 to A.4.6).
+r"""How many directions are enough, and what to do with too few.
 
-All of it follows from one number, the relative variance of a single Gaussian direction :math:`v = 1 + \rho^{-2}`.
+All of it follows from one number, the relative variance of a single Gaussian direction :math:`v = 1 + \rho^{-2}`;
+the derivations are in docs/theory.md, "A.4 Exact results".
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def required_perturbations(rho: float, tolerance: float, *, confidence: float | 
         confidence: Probability c with which the error must stay below t; ``None`` for the rms.
 
     Returns:
-        The number of directions (theory A.4.3).
+        The number of directions.
 
     Raises:
         UsageError: If an argument is out of range.
@@ -63,7 +64,7 @@ def required_perturbations(rho: float, tolerance: float, *, confidence: float | 
 
 
 def optimal_shrinkage(rho: float, num_perturbations: int) -> float:
-    r"""Return :math:`c^* = \arg\min_c E\|c\hat K - K\|^2 = 1 / (1 + v/P)` (theory A.4.5).
+    r"""Return :math:`c^* = \arg\min_c E\|c\hat K - K\|^2 = 1 / (1 + v/P)`.
 
     Args:
         rho: Similarity in (0, 1].
@@ -123,7 +124,7 @@ def learning_rate_ratio(num_perturbations: int, ratio: float) -> float:
         ratio: r of :func:`curvature_ratio`.
 
     Returns:
-        The ratio (theory A.4.5; Gaussian directions), in (0, 1) when r is positive.
+        The ratio (Gaussian directions), in (0, 1) when r is positive.
 
     Raises:
         UsageError: If :math:`P + 1 + r` is not positive (the loss is concave along the step: no finite best step).
@@ -171,11 +172,11 @@ def trajectory_relative_error(rho: float, num_perturbations: int, num_steps: int
 
     Args:
         rho: Similarity in (0, 1], taken as constant over the steps (the lazy regime).
-        num_perturbations: P a step.
+        num_perturbations: P per step.
         num_steps: T.
 
     Returns:
-        The rms relative error of the accumulated change (theory A.4.4), which is why P = 1 works at all.
+        The rms relative error of the accumulated change, which is why P = 1 works at all.
 
     Example:
         >>> trajectory_relative_error(0.5, 1, 500) == trajectory_relative_error(0.5, 5, 100)
@@ -200,7 +201,7 @@ class BlockAllocation:
 
 
 def allocate_blocks(products: Sequence[float], kernels_sq: Sequence[float], joint_variance: float) -> BlockAllocation:
-    r"""Split a budget of directions over blocks of parameters so that the kernel's error is smallest (theory A.4.6).
+    r"""Split a budget of directions over blocks of parameters so that the kernel's error is smallest.
 
     Args:
         products: :math:`S_l = \|J_{o,l}\|_F^2 \|J_{u,l}\|_F^2` of each block.

@@ -1,4 +1,6 @@
-r"""Smoothing kernels: polynomials :math:`K` that weigh differences taken at random radii (theory C.1.1, KerZOO eq. 17).
+r"""Smoothing kernels: polynomials :math:`K` that weigh differences taken at random radii.
+
+Mi et al. (2025), arXiv:2505.18886, eq. 17; docs/theory.md, "C. KerZOO".
 
 With :math:`r \sim U[-a, a]` and a direction :math:`u`,
 :math:`\hat g = \frac{L(\theta + \epsilon r u) - L(\theta - \epsilon r u)}{2\epsilon} K(r)\, u` has the mean
@@ -96,7 +98,7 @@ class SmoothingKernel:
         return 2 * total
 
     def facts(self, a: Rational = 1) -> KernelFacts:
-        """Return gain, bias, variance and noise of the kernel as it stands with radii in [-a, a] (theory C.2.6)."""
+        """Return gain, bias, variance and noise of the kernel as it stands with radii in [-a, a]."""
         gain = self.moment(1, a)
         if gain == 0:
             raise UsageError(f"The kernel of order {self.order} has no gain on the range {a}: choose another range.")
@@ -133,7 +135,7 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
         order: :math:`\beta`; even orders give the kernel of the odd order below.
         constant: :math:`C = E[rK]`.
         paper_k5: Use the factor 195/64 that the paper prints for order 5, whose gain is 13/7 instead of one; the
-            formula gives 105/64 (theory C.2.1).
+            formula gives 105/64 (docs/theory.md, "C.2 Errata").
 
     Returns:
         The kernel.
@@ -148,7 +150,7 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
         Fraction(13, 7)
     """
     if order < 1:
-        raise UsageError(f"A smoothing kernel has order 1 or higher, not {order}: 3 is the paper's choice.")
+        raise UsageError(f"A smoothing kernel has order 1 or higher, not {order}: 3 is the usual choice.")
     if paper_k5 and order not in (5, 6):
         raise UsageError(f"paper_k5 changes the kernel of order 5 only, not of order {order}.")
     scale = Fraction(constant) * (Fraction(195, 105) if paper_k5 else 1)
@@ -164,7 +166,7 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
 
 @dataclass(frozen=True)
 class ConvergenceBounds:
-    r"""What the paper's theorem asks for, up to its unnamed constants (KerZOO eqs. 31, 39, 40).
+    r"""What the theorem of Mi et al. (2025), arXiv:2505.18886, asks for, up to its unnamed constants (eqs. 31, 39, 40).
 
     Attributes:
         iterations: :math:`N = \max(L\rho^2/\psi,\; \kappa d \sigma_*^2\rho^2/\psi^2)`.
@@ -199,8 +201,8 @@ def convergence_bounds(
     r"""Evaluate the theorem's iteration count, smoothing radius and step for given constants.
 
     These are orders of magnitude: the theorem hides absolute constants, assumes convexity without saying so, and slips
-    between :math:`d` and :math:`\sqrt d` in the variance term (theory C.2.12).  That term is taken here from the second
-    moment as eq. 34 ends, :math:`4\kappa d^2 L^2 \epsilon^2`, hence
+    between :math:`d` and :math:`\sqrt d` in the variance term (docs/theory.md, "C.2 Errata").  That term is taken here
+    from the second moment as eq. 34 ends, :math:`4\kappa d^2 L^2 \epsilon^2`, hence
     :math:`\epsilon \le \max(\sqrt{\psi/(\kappa L)}/d,\; \sigma_*/(L\sqrt d))`.  The paper's last equality, that the
     bias term is the smallest of the three, is not assumed: compare ``eps`` to ``eps_paper``.
 
@@ -211,7 +213,7 @@ def convergence_bounds(
         distance: :math:`\rho \ge \|\theta_* - \theta_0\|`.
         accuracy: :math:`\psi`, the loss gap to reach.
         order: Kernel order :math:`\beta`, at least 3 (order 1 has no bias bound in the theorem).
-        num_perturbations: Directions a step.
+        num_perturbations: Directions per step.
 
     Returns:
         The bounds.

@@ -6,10 +6,10 @@ eigenvalues of :math:`K/n`) to
 .. math:: C^+ = C - \eta c (LC + CL) + \eta^2 \Big[ \kappa LCL + \tfrac{trace}{P} tr(LC) L
           + \tfrac{diagonal}{P} Y diag(Y^T C Y) Y^T \Big], \qquad \kappa = (1 - 1/P) c^2 + outer / P
 
-(theory B.4.1).  The map is positive, so it contracts exactly when :math:`\eta\, \rho(A^{-1} B) < c`, where
-:math:`A(C) = LC + CL` and :math:`B` is the bracket: the limit needs no search.  Without the ``diagonal`` term it is one
-eigenvalue, :math:`\eta_{max} = 2c / \lambda_{max}(\kappa L + \tfrac{trace}{P} \sqrt l \sqrt l^T)`, which solves
-theory B.4.2's equation :math:`\sum_i (trace/P)\, \eta l_i / (2c - \eta \kappa l_i) = 1`.
+(docs/theory.md, "Second moment").  The map is positive, so it contracts exactly when :math:`\eta\, \rho(A^{-1} B) < c`,
+where :math:`A(C) = LC + CL` and :math:`B` is the bracket: the limit needs no search.  Without the ``diagonal`` term it
+is one eigenvalue, :math:`\eta_{max} = 2c / \lambda_{max}(\kappa L + \tfrac{trace}{P} \sqrt l \sqrt l^T)`, which solves
+the equation of docs/theory.md, "Stability", :math:`\sum_i (trace/P)\, \eta l_i / (2c - \eta \kappa l_i) = 1`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def noise_coefficients(moments: ProcessMoments, num_perturbations: int) -> tuple
 
     Args:
         moments: Moments of one random step.
-        num_perturbations: Number P of directions averaged in a step.
+        num_perturbations: Number P of directions averaged per step.
 
     Returns:
         The three coefficients.
@@ -92,30 +92,31 @@ def stability_limit(
     dim: int | None = None,
     zeta_distribution: str | Distribution | None = None,
 ) -> float:
-    r"""Return the largest learning rate at which the expected loss does not grow (theory B.4.2).
+    r"""Return the largest learning rate at which the expected loss does not grow.
 
     Below the limit :math:`E L_t` converges to the part of the loss that the model cannot fit; above it, it diverges,
-    even where the path of the mean converges.  Laws whose second moment has a diagonal term (all but the Gaussian and
-    the sphere) need the features: use :func:`stability_limit_of_features`.  For kurtosis below 3 (Rademacher, uniform)
-    this function returns a safe value, the limit without that term, which only ever lowers the limit.
+    even where the path of the mean converges.  Distributions whose second moment has a diagonal term (all but the
+    Gaussian and the sphere) need the features: use :func:`stability_limit_of_features`.  For kurtosis below 3
+    (Rademacher, uniform) this function returns a safe value, the limit without that term, which only ever lowers the
+    limit.
 
     Args:
         eigenvalues: Eigenvalues of :math:`H = X^T X / n`, or the nonzero ones of :math:`K / n` (they are the same).
-        num_perturbations: Number P of directions averaged in a step.
-        coupling: ``zo_sgd`` (what zeroth-order SGD does), ``shared`` or ``independent`` (the paper's two kernels), or
-            ``first_order`` for gradient descent: :math:`2 / l_{max}`.
-        distribution: Law of the directions.
+        num_perturbations: Number P of directions averaged per step.
+        coupling: ``zo_sgd`` (what zeroth-order SGD does), ``shared`` or ``independent`` (the two kernels of the NZK
+            paper), or ``first_order`` for gradient descent: :math:`2 / l_{max}`.
+        distribution: Distribution of the directions.
         dim: Number of parameters d; the number of eigenvalues when not given.  It matters for ``shared``,
             ``independent`` and the sphere, whose factors grow with d.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        zeta_distribution: Distribution of the second vector (``independent`` only).
 
     Returns:
         The limit, as the learning rate in front of the step (for ``shared`` the mean kernel is :math:`d + 2` times the
         NTK, so the limit is that much smaller).
 
     Raises:
-        UsageError: If the eigenvalues are not those of a kernel, a moment does not exist, or a law of kurtosis above
-            3 is given (its limit cannot be bounded from eigenvalues alone).
+        UsageError: If the eigenvalues are not those of a kernel, a moment does not exist, or a distribution of kurtosis
+            above 3 is given (its limit cannot be bounded from eigenvalues alone).
 
     Example:
         >>> round(stability_limit([1.0, 0.5, 0.25], 1, "first_order"), 3)
@@ -132,8 +133,8 @@ def stability_limit(
     moments = process_moments(distribution, size, coupling, zeta_distribution=zeta_distribution)
     if moments.diagonal > 0:
         raise UsageError(
-            "The stability limit of a law with kurtosis above 3 depends on the features, not on eigenvalues alone: "
-            "use stability_limit_of_features."
+            "The stability limit of a distribution with kurtosis above 3 depends on the features, not on eigenvalues "
+            "alone: use stability_limit_of_features."
         )
     return limit_from_moments(values, moments, num_perturbations)
 
@@ -144,7 +145,7 @@ def limit_from_moments(eigenvalues: np.ndarray, moments: ProcessMoments, num_per
     Args:
         eigenvalues: Clean eigenvalues (see :func:`clean_eigenvalues`).
         moments: Moments of one random step.
-        num_perturbations: Number P of directions averaged in a step.
+        num_perturbations: Number P of directions averaged per step.
 
     Returns:
         The largest stable learning rate.
@@ -166,14 +167,14 @@ def stability_limit_of_features(
     tolerance: float = 1e-9,
     max_iterations: int = 20_000,
 ) -> float:
-    r"""Return the exact limit for any isotropic law, its diagonal term included, by power iteration on :math:`A^{-1}B`.
+    r"""Return the exact limit for any isotropic distribution, by power iteration on :math:`A^{-1}B`.
 
     Args:
         features: Features or Jacobian rows X, shape (n, d).
-        num_perturbations: Number P of directions averaged in a step.
+        num_perturbations: Number P of directions averaged per step.
         coupling: ``zo_sgd``, ``shared``, ``independent`` or ``first_order``.
-        distribution: Law of the directions.
-        zeta_distribution: Law of the second vector (``independent`` only).
+        distribution: Distribution of the directions.
+        zeta_distribution: Distribution of the second vector (``independent`` only).
         tolerance: Relative change of the eigenvalue at which the iteration stops.
         max_iterations: Iterations before giving up.
 
