@@ -13,6 +13,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.estimators.smoothed import signed_uniform
 from zokernel.experiments.kerzoo.printed import PrintedKerZOO
 from zokernel.optim import KerZOO, MeZO
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.int8_blocks import dequantize, quantize_
 from zokernel.optim.averaging.iterate_weights import (
     average_weight,
@@ -20,7 +21,6 @@ from zokernel.optim.averaging.iterate_weights import (
     coefficients_from_last,
     iterate_weights,
 )
-from zokernel.optim.averaging.moves import AffineMove
 
 
 def problem(dtype=torch.float32):

@@ -23,7 +23,7 @@ from torch import Tensor
 from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
-from zokernel.optim.averaging.moves import AffineMove
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.trained import Trained
 
 Step = Mapping[str, Tensor | Factors]

@@ -26,8 +26,8 @@ from torch import Tensor
 from zokernel.directions import Dense, Directions
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.averages import IterateAverage
-from zokernel.optim.averaging.moves import AffineMove
 from zokernel.optim.compose import make_directions, make_estimator, make_updates
 from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Params, name_parameters, trainable

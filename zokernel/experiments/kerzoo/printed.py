@@ -19,9 +19,9 @@ from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.estimators import Estimate, Smoothed
 from zokernel.optim import KerZOO
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.averages import STORAGES, IterateAverage, iterate_average
 from zokernel.optim.averaging.iterate_weights import average_weight
-from zokernel.optim.averaging.moves import AffineMove
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.published.kerzoo import log_facts

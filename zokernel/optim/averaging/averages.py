@@ -29,9 +29,9 @@ from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
 from zokernel.optim.averaging.iterate_weights import average_weight, coefficients_from_first, coefficients_from_last
-from zokernel.optim.averaging.moves import AffineMove
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Update
 

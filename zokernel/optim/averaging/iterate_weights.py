@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zokernel.errors import RunError
-from zokernel.optim.averaging.moves import AffineMove
+from zokernel.optim.affine_move import AffineMove
 
 LARGEST_FACTOR = 1e3
 

@@ -23,7 +23,7 @@ from zokernel.directions import Dense
 from zokernel.directions.families.preconditioned import Preconditioned, windows
 from zokernel.errors import UsageError
 from zokernel.estimators import Estimate, TwoPointCurvature
-from zokernel.optim.averaging.moves import AffineMove
+from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
