@@ -20,7 +20,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune import replay
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.storage.state_file import load_state, save_state
-from zokernel.finetune.trainer.zo_trainer import resumable
+from zokernel.finetune.trainer import resumable
 from zokernel.journal import Journal
 
 STEPS = 14
