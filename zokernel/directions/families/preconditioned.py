@@ -74,7 +74,10 @@ class Preconditioned(Directions):
                 self.curvature[name] = ones
 
     def gain(self) -> float:
-        """Return the mean of 1 / H: the mean step is 1 / H times the gradient."""
+        """Return the mean of 1 / H: the mean step is 1 / H times the gradient.
+
+        With a sharded H every process must call it.
+        """
         total = sum(float(_whole(h.reciprocal().sum(dtype=torch.float64))) for h in self.curvature.values())
         return total / sum(h.numel() for h in self.curvature.values()) if self.curvature else 1.0
 
