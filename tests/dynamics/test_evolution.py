@@ -16,12 +16,13 @@ from zokernel.dynamics import (
     steps_to_reach,
     zo_descent,
 )
+from zokernel.dynamics.checks import as_kernel, as_vector
 from zokernel.errors import UsageError
 from zokernel.experiments.nzk.problems import linear_problem
 from zokernel.theory import expected_nzk, process_moments, stability_limit_of_features
 from zokernel.theory.nzk_moments import ProcessMoments
 
-# theory B.1.3: loss at t = 0, 100, 1000, 4000, last, eta = 1e-3
+# The runs of the public code of Zhang et al. (2026), arXiv:2603.21169: loss at t = 0, 100, 1000, 4000, last, eta = 1e-3
 TARGETS = {
     "d=2": (
         2,
@@ -97,7 +98,7 @@ def test_closed_form_is_the_recursion(coupling, perturbations):
 
 
 def brute_force(x, y, f0, lr, perturbations, moments, steps):
-    """The recursion of theory B.4.1 in function space, straight from its matrices."""
+    """The recursion of docs/theory.md, "Second moment", in function space, straight from its matrices."""
     n, kernel = len(y), x @ x.T
     e = f0 - y
     c, p = torch.outer(e, e), perturbations
@@ -113,12 +114,23 @@ def brute_force(x, y, f0, lr, perturbations, moments, steps):
     return c
 
 
-@pytest.mark.parametrize("law", ["gaussian", "sphere", "rademacher", "laplace"])
+def test_numbers_keep_their_precision_whatever_the_default_dtype():
+    """Lists become float64 at once, not float32 first."""
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            assert as_vector([0.1, 0.2], "values").tolist() == [0.1, 0.2]
+            assert as_kernel([[0.1]], 1).tolist() == [[0.1]]
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "sphere", "rademacher", "laplace"])
 @pytest.mark.parametrize("coupling", ["zo_sgd", "shared", "independent"])
-def test_variance_of_every_prediction(law, coupling):
+def test_variance_of_every_prediction(distribution, coupling):
     x, y, f0 = problem()
-    moments = process_moments(law, 5, coupling)
-    lr = 0.3 * stability_limit_of_features(x, 2, coupling, distribution=law)
+    moments = process_moments(distribution, 5, coupling)
+    lr = 0.3 * stability_limit_of_features(x, 2, coupling, distribution=distribution)
     run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=2, features=x)
     for steps in (0, 1, 40):
         c = brute_force(x, y, f0, lr, 2, moments, steps)
@@ -160,16 +172,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("law", "coupling", "perturbations"), CASES)
+@pytest.mark.parametrize(("distribution", "coupling", "perturbations"), CASES)
 @pytest.mark.parametrize("shape", [(6, 12), (12, 6)])
-def test_simulated_runs_follow_mean_and_second_moment(law, coupling, perturbations, shape):
+def test_simulated_runs_follow_mean_and_second_moment(distribution, coupling, perturbations, shape):
     """Mean and second moment of 20,000 runs, within 3 standard errors (rms over predictions and steps below 1.5)."""
     x, y, f0 = problem(*shape, seed=3)
     steps = [1, 3, 10]
-    lr = 0.2 * stability_limit_of_features(x, perturbations, coupling, distribution=law)
-    moments = process_moments(law, x.shape[1], coupling)
+    lr = 0.2 * stability_limit_of_features(x, perturbations, coupling, distribution=distribution)
+    moments = process_moments(distribution, x.shape[1], coupling)
     run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=perturbations, features=x)
-    kwargs = {"num_perturbations": perturbations, "distribution": law, "coupling": coupling}
+    kwargs = {"num_perturbations": perturbations, "distribution": distribution, "coupling": coupling}
     found = simulate(x, y, f0, lr, steps, runs=20_000, seed=2, **kwargs)
     z_mean = (found.mean - run.mean(steps)) / found.mean_error
     z_square = (found.square - run.second_moment(steps)) / found.square_error

@@ -1,7 +1,8 @@
-"""ZO-eNTK: unbiased, with the exact error law, on real networks; projections, streams, factors and seeds."""
+"""ZO-eNTK: unbiased, with the exact error, on real networks; projections, streams, factors and seeds."""
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,15 +11,27 @@ from cases import build, dense_jacobian, group_norm_net, mlp, tiny_gpt2, tiny_ll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import zokernel as zk
 from zokernel import theory
 from zokernel.directions import Dense
+from zokernel.dynamics import belief_change
 from zokernel.errors import UsageError
 from zokernel.experiments.entk.lenet import lenet
-from zokernel.kernels import entk, fidelity, head_kernel, kernel_moments, project, zo_entk, zo_entk_factors
+from zokernel.kernels import (
+    entk,
+    error_curves,
+    fidelity,
+    head_kernel,
+    jacobian,
+    kernel_moments,
+    project,
+    zo_entk,
+    zo_entk_factors,
+)
 from zokernel.kernels.model import FunctionalModel
 from zokernel.kernels.projections import SeededDirections
 
-LAWS = ("gaussian", "rademacher", "sphere")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 REPLICATES, COUNT = 200, 25
 
 
@@ -44,7 +57,7 @@ def flattened(net, outputs):
     return FunctionalModel(forward, params={"theta": vector})
 
 
-@pytest.mark.parametrize("distribution", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("which", range(4))
 def test_unbiased_with_the_exact_error_law(which, distribution):
     """Over 200 kernels of 25 directions: the mean is K and the mean squared error is the closed form, by z-scores."""
@@ -68,7 +81,7 @@ def test_unbiased_with_the_exact_error_law(which, distribution):
     assert abs(z) < 4  # 12 comparisons; squared errors are skewed, so the bound is wide
     ratio = math.sqrt(squared.mean() / expected)
     assert 0.9 < ratio < 1.1, ratio
-    # the mean over all directions is one kernel of 5,000: its squared error is chi-square-like around the law
+    # the mean over all directions is one kernel of 5,000: its squared error is chi-square-like around the formula
     bias = (kernels.mean(0) - exact).square().sum() * REPLICATES / expected
     assert bias < 4
 
@@ -124,6 +137,27 @@ def test_finite_differences_converge_as_eps_squared():
     assert math.log10(errors[0] / errors[1]) == pytest.approx(2, abs=0.05)
 
 
+def test_the_default_kernel_is_what_training_with_seed_0_does_at_step_0():
+    """Its directions are those of MeZO's defaults, and a step of MeZO moves the logits by minus lr K_hat G."""
+    torch.manual_seed(0)
+    net, x_o, x_u, lr = mlp().double(), torch.randn(1, 5).double(), torch.randn(1, 5).double(), 1e-6
+    kernel = zo_entk(net, x_o, x_u, num_perturbations=3)
+    jac_o, jac_u = (jacobian(net, x)[0] for x in (x_o, x_u))
+    params = dict(net.named_parameters())
+    drawn = [zk.directions.Dense()(params, seed=0, step=0, index=p) for p in range(3)]
+    z_PD = torch.stack([torch.cat([part.flatten() for part in z.values()]) for z in drawn])
+    torch.testing.assert_close(kernel, jac_o @ z_PD.T @ z_PD @ jac_u.T / 3)
+    assert torch.equal(zo_entk_factors(net, x_o, x_u, num_perturbations=3).dense(), kernel)
+    for default in (error_curves, fidelity, project, zo_entk, zo_entk_factors, belief_change):
+        assert inspect.signature(default).parameters["distribution"].default == "rademacher"
+
+    G = torch.randn(3).double()
+    before = net(x_o)[0].detach()
+    zk.optim.MeZO(net, lr=lr, num_perturbations=3).step(lambda: G @ net(x_u)[0])
+    moved = (net(x_o)[0].detach() - before) / lr
+    torch.testing.assert_close(moved, -kernel @ G, rtol=1e-3, atol=1e-4)
+
+
 def test_finite_differences_are_what_the_optimizer_sees():
     """One MeZO step moves the weights by the same directions and scalars that the simulated kernel uses."""
     from zokernel.optim import MeZO
@@ -142,16 +176,21 @@ def test_finite_differences_are_what_the_optimizer_sees():
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**31), count=st.integers(1, 8), chunk=st.integers(1, 8), law=st.sampled_from(LAWS))
-def test_seeded_and_independent_of_chunks(seed, count, chunk, law):
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 8),
+    chunk=st.integers(1, 8),
+    distribution=st.sampled_from(DISTRIBUTIONS),
+)
+def test_seeded_and_independent_of_chunks(seed, count, chunk, distribution):
     torch.manual_seed(1)
     net, x = mlp().double(), torch.randn(2, 5).double()
     one, two = (
-        project(net, [x], num_perturbations=count, distribution=law, seed=seed, chunk_size=size)[0]
+        project(net, [x], num_perturbations=count, distribution=distribution, seed=seed, chunk_size=size)[0]
         for size in (chunk, 64)
     )
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
-    tail = project(net, [x], num_perturbations=1, distribution=law, seed=seed, first=count - 1)[0]
+    tail = project(net, [x], num_perturbations=1, distribution=distribution, seed=seed, first=count - 1)[0]
     torch.testing.assert_close(tail[..., 0], one[..., -1], rtol=1e-12, atol=1e-12)
 
 

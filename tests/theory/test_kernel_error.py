@@ -1,4 +1,4 @@
-"""The exact error laws against Monte Carlo on dense matrices, with bounds from the measured spread (z-scores)."""
+"""The exact errors against Monte Carlo on dense matrices, with bounds from the measured spread (z-scores)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_expected_squared_error(distribution, outputs, dim, count):
 
 
 def test_the_law_tells_distributions_apart():
-    """Using the Gaussian law for Rademacher directions would fail here: the check above can fail."""
+    """Using the Gaussian formula for Rademacher directions would fail here: the check above can fail."""
     jac = heavy_tailed(2, 6, 1)
     errors = squared_errors(jac, jac, sample("rademacher", (REPLICATES, 5, 6), np.random.default_rng(0)))
     assert abs(z_score(errors, theory.expected_squared_error(moments_of(jac, jac), 5, "gaussian"))) > 10

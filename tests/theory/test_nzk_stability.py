@@ -18,7 +18,7 @@ EIGENVALUES = np.array([1.0, 0.7, 0.5, 0.3, 0.2, 0.1])
 
 
 def published_equation(coupling, perturbations, dim, values):
-    """The three sums of theory B.4.2, solved for the learning rate."""
+    """The three sums of docs/theory.md, "Stability", solved for the learning rate."""
     k = (dim + 4) * (dim + 6) / (dim + 2) ** 2
     scale, weight, extra = {
         "zo_sgd": (1, 1, 1 + 1 / perturbations),
@@ -45,22 +45,22 @@ def test_first_order_and_many_perturbations():
     assert stability_limit(EIGENVALUES, 1) < stability_limit(EIGENVALUES, 2) < stability_limit(EIGENVALUES, 4)
 
 
-def growth(x, lr, perturbations, coupling, law):
+def growth(x, lr, perturbations, coupling, distribution):
     """Dominant growth factor of the exact second moment, by iterating the dense recursion on a random start."""
     left, values = reduced_features(x)
     state = np.eye(len(values))
-    moments = process_moments(law, x.shape[1], coupling)
+    moments = process_moments(distribution, x.shape[1], coupling)
     states = list(dense_path(state, values, left, lr, moments, perturbations, steps=3000))
     return (np.trace(states[-1]) / np.trace(states[-101])) ** 0.01
 
 
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "laplace", "sphere", "uniform", "student_t(12)"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "laplace", "sphere", "uniform", "student_t(12)"])
 @pytest.mark.parametrize("coupling", ["zo_sgd", "shared", "independent"])
-def test_limit_of_features_is_where_the_exact_second_moment_turns(law, coupling):
+def test_limit_of_features_is_where_the_exact_second_moment_turns(distribution, coupling):
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[:, 0] *= 2  # coordinates matter for laws with a diagonal term
-    limit = stability_limit_of_features(x, 2, coupling, distribution=law)
-    assert growth(x, 0.995 * limit, 2, coupling, law) < 1 < growth(x, 1.005 * limit, 2, coupling, law)
+    x[:, 0] *= 2  # coordinates matter for distributions with a diagonal term
+    limit = stability_limit_of_features(x, 2, coupling, distribution=distribution)
+    assert growth(x, 0.995 * limit, 2, coupling, distribution) < 1 < growth(x, 1.005 * limit, 2, coupling, distribution)
 
 
 def test_rademacher_is_at_least_as_stable_as_gaussian():
@@ -73,13 +73,13 @@ def test_rademacher_is_at_least_as_stable_as_gaussian():
 
 
 @pytest.mark.parametrize("coupling", ["zo_sgd", "shared", "independent"])
-@pytest.mark.parametrize("law", ["gaussian", "sphere"])
-def test_the_limit_separates_simulated_runs_within_5_percent(coupling, law):
+@pytest.mark.parametrize("distribution", ["gaussian", "sphere"])
+def test_the_limit_separates_simulated_runs_within_5_percent(coupling, distribution):
     """Mean simulated loss falls at 0.95 of the limit and grows at 1.05, each by more than 4 standard errors."""
     x = torch.randn(20, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y, f0 = x.sum(1), torch.zeros(20, dtype=torch.float64)
     perturbations = 16 if coupling == "independent" else 2  # two independent vectors have the heaviest tails
-    limit = stability_limit_of_features(x, perturbations, coupling, distribution=law)
+    limit = stability_limit_of_features(x, perturbations, coupling, distribution=distribution)
     for fraction, sign in ((0.95, -1), (1.05, 1)):
         run = simulate(
             x,
@@ -88,18 +88,18 @@ def test_the_limit_separates_simulated_runs_within_5_percent(coupling, law):
             fraction * limit,
             [8, 24],
             num_perturbations=perturbations,
-            distribution=law,
+            distribution=distribution,
             coupling=coupling,
             runs=12_000 if coupling != "independent" else 4_000,
             seed=5,
         )
         change = run.losses[1] - run.losses[0]
         z = float(change.mean() / (change.std() / math.sqrt(len(change))))
-        assert sign * z > 4, (coupling, law, fraction, z)
+        assert sign * z > 4, (coupling, distribution, fraction, z)
 
 
 def test_above_the_limit_the_mean_path_still_converges():
-    """What the paper plots converges where the expected loss of the algorithm diverges (theory B.2.10)."""
+    """What the paper plots converges where the expected loss of the algorithm diverges."""
     x = torch.randn(12, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     y, f0 = x.sum(1), torch.zeros(12, dtype=torch.float64)
     limit = stability_limit_of_features(x, 1, distribution="gaussian")

@@ -30,7 +30,7 @@ def as_vector(values: Tensor, what: str) -> Tensor:
     Raises:
         UsageError: If they are not finite or there is none.
     """
-    vector = torch.as_tensor(values).detach().to(torch.float64).reshape(-1)
+    vector = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1)
     if not len(vector) or not vector.isfinite().all():
         raise UsageError(f"The {what} must be finite numbers, at least one.")
     return vector
@@ -61,7 +61,7 @@ def as_kernel(kernel: Tensor, size: int) -> Tensor:
     Raises:
         UsageError: If its shape does not fit, it is not finite, or it is clearly not symmetric.
     """
-    matrix = torch.as_tensor(kernel).detach().to(torch.float64)
+    matrix = torch.as_tensor(kernel, dtype=torch.float64).detach()
     if matrix.numel() != size * size:
         raise UsageError(f"The kernel has shape {tuple(matrix.shape)}, which does not fit {size} predictions.")
     matrix = matrix.reshape(size, size)

@@ -203,7 +203,7 @@ def check_adjoint(model: FunctionalModel, example: Batch, *, forward: bool) -> N
     generator = torch.Generator().manual_seed(0)
 
     def random_like(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator).to(tensor)
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
 
     tangent = {name: random_like(tensor) for name, tensor in model.params.items()}
     logits, pullback, *_ = vjp(lambda params: model(params, example), model.params)
