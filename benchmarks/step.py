@@ -50,12 +50,11 @@ class AfterBareForwards(Perturb):
     """Takes a bare forward before every forward of a step, and keeps the time of the bare ones."""
 
     def __init__(self, inner: Perturb):
-        super().__init__()
         self.inner, self.name, self.together = inner, inner.name, isinstance(inner, Stacked)
         self.spent = (0.0, 0.0)
 
     @property
-    def weights(self) -> Restore:
+    def weights(self) -> Restore:  # type: ignore[override]
         """Those of ``inner``."""
         return self.inner.weights
 

@@ -75,20 +75,22 @@ class Update:
 
 
 class Rule(Update):
-    """The part that turns the estimate into a step."""
+    """The part that turns the estimate into a step.
+
+    Attributes:
+        dense_where: Setting of a parameter group that makes its step more than scalars times directions when it is
+            above zero; nothing if every group's step is.
+    """
 
     is_rule = True
+    dense_where: ClassVar[str | None] = None
 
     def group_defaults(self) -> dict[str, Any]:
         """Return settings that every parameter group may have its own value of."""
         return {}
 
-    def is_dense(self, group: Mapping[str, Any], trained: Trained) -> bool:
-        """Return whether a group's step is more than scalars times directions."""
-        return True
-
     def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
-        """Return the steps of some parameters with :meth:`is_dense`, and what all of them are to be divided by."""
+        """Return the steps of some parameters as tensors, and what all of them are to be divided by."""
         raise NotImplementedError
 
     def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
@@ -114,6 +116,7 @@ class SGD(Rule):
         Polyak (1964), Some methods of speeding up the convergence of iteration methods.
     """
 
+    dense_where = "momentum"
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
@@ -123,10 +126,6 @@ class SGD(Rule):
     def group_defaults(self) -> dict[str, Any]:
         """Return the momentum."""
         return {"momentum": self.momentum}
-
-    def is_dense(self, group: Mapping[str, Any], trained: Trained) -> bool:
-        """Return whether the group has momentum."""
-        return group["momentum"] > 0
 
     def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
         """Advance the momentum buffers and return them."""
@@ -147,10 +146,6 @@ class Sign(Rule):
     References:
         Liu et al. (2019), signSGD via Zeroth-Order Oracle, ICLR.
     """
-
-    def is_dense(self, group: Mapping[str, Any], trained: Trained) -> bool:
-        """Always: the sign of a sum of directions is no sum of directions."""
-        return True
 
     def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
         """Return the sign of the estimate."""

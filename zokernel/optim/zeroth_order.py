@@ -93,6 +93,8 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
         perturb, self.seed, weight_decay = shared_options(options, type(self).__name__)
         self.updates = make_updates(update)
+        self._transforms = [part for part in self.updates if type(part).transform is not Update.transform]
+        self._followers = [part for part in self.updates if type(part).after_move is not Update.after_move]
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.rule.group_defaults()}
         self.named_params: dict[str, Tensor] = {}
         torch.optim.Optimizer.__init__(self, trainable(params), defaults)
@@ -113,8 +115,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
 
     def _check_parts(self) -> None:
         averages = any(isinstance(part, IterateAverage) for part in self.updates)
-        dense = any(self.rule.is_dense(group, self) for group in self.param_groups)
-        if averages and (dense or not self.directions.seeded):
+        if averages and (any(map(self._is_dense, self.param_groups)) or not self.directions.seeded):
             raise UsageError(
                 "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
                 "average no momentum, no Adam, no sign of the estimate and no preconditioned directions."
@@ -161,8 +162,13 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
     @property
     def moves_along_directions(self) -> bool:
         """Whether every step is scalars times directions of that step."""
-        dense = any(self.rule.is_dense(group, self) for group in self.param_groups)
+        dense = any(map(self._is_dense, self.param_groups))
         return not dense and all(part.keeps_to_directions for part in self.updates)
+
+    def _is_dense(self, group: Mapping[str, Any]) -> bool:
+        """Return whether a group's step is more than scalars times directions."""
+        where = self.rule.dense_where
+        return where is None or group[where] > 0
 
     @property
     def forwards_per_step(self) -> int:
@@ -237,18 +243,18 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             self._check_numbers(numbers)
             estimate = self.estimator.combine(numbers, seed=self.seed, step=self.step_count)
             transformed = estimate
-            for part in self.updates:
+            for part in self._transforms:
                 transformed = part.transform(transformed, self)
         except BaseException:
-            self.perturb.restore()
+            self.perturb.weights.restore()
             raise
         self._record, self.last_estimate, self.last_factor = numbers, estimate, transformed.factor
         self.update(transformed)
         if not self.moves_along_directions:
-            self.perturb.resync()
+            self.perturb.weights.resync()
         self._note_versions()
         self.step_count += 1
-        return estimate.loss
+        return sum(estimate.losses) / len(estimate.losses)
 
     def _check_numbers(self, numbers: Sequence[float]) -> None:
         expected = self.estimator.numbers_at(self.step_count)
@@ -284,8 +290,8 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
 
     def update(self, estimate: Estimate) -> None:
         """Restore the weights and step along the estimate, after decoupled weight decay."""
-        dense = [self.rule.is_dense(group, self) for group in self.param_groups]
-        scaled = estimate.scaled
+        dense = [self._is_dense(group) for group in self.param_groups]
+        scaled = {index: c * estimate.factor for index, c in estimate.coefficients.items()}
         moves: Sequence[AffineMove] = self.move(
             [
                 {} if is_dense else {i: -group["lr"] * c for i, c in scaled.items()}
@@ -299,7 +305,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             step, divisor = self.rule.step(self, batch, estimate)
             own = {name: change for name, change in step.items() if name in rates}
             self.add(own, {name: rates[name] / divisor for name in own})
-        for part in self.updates:
+        for part in self._followers:
             moves = part.after_move(self, estimate, moves)
 
     def move(self, scales: Sequence[Mapping[int, float]]) -> list[AffineMove]:
@@ -320,7 +326,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             # One object per group: what tensors share is then looked at once.
             update |= dict.fromkeys(names, by_index)
             decay |= dict.fromkeys(names, factor)
-        self.perturb.commit(self.step_count, update, decay)
+        self.perturb.weights.commit(self.step_count, update, decay)
         return moves
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -358,7 +364,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             "seed": self.seed,
             "num_forwards": self.num_forwards,
             "last_factor": self.last_factor,
-            "perturb": self.perturb.state_dict(),
+            "perturb": self.perturb.weights.state_dict(),
             "directions": self.directions.state_dict(),
             "updates": [part.state_dict() for part in self.updates],
         }
@@ -371,7 +377,8 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         for part, saved in zip(self.updates, state["updates"], strict=True):
             part.load_state_dict(saved)
             part.attach(self)
-        self.perturb.load_state_dict(state["perturb"], seed=self.seed)
+        self.perturb.weights.seed = self.seed
+        self.perturb.weights.load_state_dict(state["perturb"])
         self._note_versions()
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,14 +31,14 @@ class Perturb(ABC):
         name: What users write: ``perturb="in_place"``.
         restore_mode: How the weights are restored: ``fold``, ``grid``, ``copy``, or ``unmoved`` when only updates
             change them.
+        weights: The weights, once attached: they can be moved along directions, restored and updated.
     """
 
     name: str
     restore_mode: str = "unmoved"
 
-    def __init__(self) -> None:
-        self._weights: Restore | None = None
-        self._parameters: Mapping[str, Tensor] | None = None
+    weights: Restore
+    _parameters: Mapping[str, Tensor] | None = None
 
     def attach(
         self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
@@ -56,19 +56,13 @@ class Perturb(ABC):
         """
         if self._parameters is not None and self._parameters is not parameters:
             raise UsageError(f"This {type(self).__name__} serves another optimizer already: make one for each.")
-        self._weights = make_restore(self.restore_mode, directions, parameters, seed=seed, reach=reach)
+        self.weights = make_restore(self.restore_mode, directions, parameters, seed=seed, reach=reach)
         self._parameters = parameters
 
-    @property
-    def weights(self) -> Restore:
-        """The weights, which can be moved along directions and restored.
-
-        Raises:
-            UsageError: If the object serves no optimizer yet.
-        """
-        if self._weights is None:
+    def __getattr__(self, name: str) -> Any:
+        if name == "weights":
             raise UsageError(f"This {type(self).__name__} serves no optimizer yet: pass it as perturb=... to one.")
-        return self._weights
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     @property
     def walks_points(self) -> bool:
@@ -84,40 +78,6 @@ class Perturb(ABC):
             points: Offset of each direction of the step, by index.
             step: Step of the run.
         """
-
-    def commit(
-        self, step: int, update: Mapping[str, Mapping[int, float]], decay: Mapping[str, float] | float = 1.0
-    ) -> None:
-        r"""Restore the weights and update them: :math:`\theta \leftarrow decay\,\theta + \sum_i update_i z_i`.
-
-        Args:
-            step: Step of the run.
-            update: For every parameter, the factor on each direction by index.
-            decay: Factor on the old weights, one for all or by name.
-        """
-        self.weights.commit(step, update, decay=decay)
-
-    def restore(self) -> None:
-        """Bring the weights back to where they were before the step, from any state."""
-        self.weights.restore()
-
-    def resync(self) -> None:
-        """Take the weights as they are for the unperturbed ones, after a change that was no move along directions."""
-        self.weights.load_state_dict(self.weights.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside the weights."""
-        return self.weights.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
-        """Continue from a checkpoint whose weights have been loaded.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            seed: Seed of the checkpoint's run.
-        """
-        self.weights.seed = seed
-        self.weights.load_state_dict(state)
 
 
 def loss_value(value: Tensor | float | None) -> float:

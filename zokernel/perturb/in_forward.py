@@ -65,7 +65,6 @@ class InForward(Perturb):
     name = "in_forward"
 
     def __init__(self) -> None:
-        super().__init__()
         self.schedule: CopySchedule | None = None
 
     def attach(

@@ -44,7 +44,6 @@ class InPlace(Perturb):
     def __init__(self, restore: str = "fold"):
         if restore not in RESTORE_MODES:
             raise UsageError(f"There is no restore mode {restore!r}: choose one of {', '.join(RESTORE_MODES)}.")
-        super().__init__()
         self.restore_mode = restore
         self.name = "in_place" if restore == "fold" else f"in_place:{restore}"
 

@@ -80,7 +80,6 @@ class Parallel(Perturb):
         group: Any = None,
         weight: Callable[[], float] | None = None,
     ):
-        super().__init__()
         if mode not in MODES:
             raise UsageError(f"There is no parallel mode {mode!r}: choose one of {', '.join(MODES)}.")
         if not dist.is_initialized():
@@ -108,7 +107,7 @@ class Parallel(Perturb):
         return self.inner.name
 
     @property
-    def weights(self) -> Restore:
+    def weights(self) -> Restore:  # type: ignore[override]
         """Those that ``inner`` moves."""
         return self.inner.weights
 

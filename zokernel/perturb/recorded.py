@@ -21,10 +21,9 @@ class Recorded(Perturb):
     """
 
     def __init__(self, inner: Perturb, numbers: Sequence[float]):
-        super().__init__()
         self.inner, self.name = inner, inner.name
         self.numbers = [float(number) for number in numbers]
-        self._weights = inner.weights
+        self.weights = inner.weights
 
     def attach(
         self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
@@ -48,7 +47,6 @@ class Replayed(Perturb):
     """
 
     def __init__(self, name: str):
-        super().__init__()
         self.name = name
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:

@@ -73,7 +73,6 @@ class Stacked(Perturb):
     name = "stacked"
 
     def __init__(self, losses: Callable[[int], Tensor], *, max_copies: int = 16, max_bytes: int = 1 << 28):
-        super().__init__()
         self.batched_losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
         self._buffers: dict[str, Tensor] = {}
 

@@ -102,6 +102,10 @@ class Restore(ABC):
         """Bring the weights back to theta, from any state (after a NaN loss, an exception or an interrupt)."""
         self.move_to(0, {})
 
+    def resync(self) -> None:
+        """Take the weights as they are for theta, after a change that was no move along directions."""
+        self.load_state_dict(self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the weights (taken at theta)."""
         return {}

@@ -166,7 +166,7 @@ class PrintedKerZOO(KerZOO):
 
     def _shift(self, part: ShiftedPoint, factor: float) -> None:
         part.shift(self, factor)
-        self.perturb.resync()
+        self.perturb.weights.resync()
         self._note_versions()
 
 
