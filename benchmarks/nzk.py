@@ -1,6 +1,6 @@
-"""How long the NZK takes: the public way (one vector at a time), vectorised sampling, and the closed form.
+"""How long the NZK takes: the published code (one vector at a time), vectorised sampling, and the closed form.
 
-Run: python benchmarks/nzk.py.  Each line is measured in this run; the public way is timed on a subset and scaled.
+Run: python benchmarks/nzk.py.  Each line is measured in this run; the published code is timed on a subset and scaled.
 """
 
 from __future__ import annotations

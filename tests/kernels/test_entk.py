@@ -114,6 +114,8 @@ def test_the_batch_encoding_of_a_tokenizer_is_a_mapping(tied):
     ask = {"num_perturbations": 2, "method": "finite_difference"}
     encoded = zo_entk(model, BatchEncoding(x_u), tokens([1, 2, 3]), **ask)
     assert torch.equal(encoded, zo_entk(model, x_u, tokens([1, 2, 3]), **ask))
+    changes = [belief_change(model, o, u, [1], 1e-3) for o, u in ((x_o, x_u), map(BatchEncoding, (x_o, x_u)))]
+    assert torch.equal(changes[0].actual_zeroth_order, changes[1].actual_zeroth_order)
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])

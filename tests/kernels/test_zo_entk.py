@@ -100,9 +100,25 @@ def test_error_falls_as_the_root_of_p():
 
 
 @pytest.mark.parametrize("method", ["jvp", "jacobian", "finite_difference"])
-@pytest.mark.parametrize("name", ["mlp, batches", "tied GPT-2", "bare function", "LoRA only", "keyword inputs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp, batches",
+        "tied weights",
+        "GRU",
+        "attention",
+        "residual conv",
+        "EmbeddingBag",
+        "tied GPT-2",
+        "bare function",
+        "LoRA only",
+        "keyword inputs",
+    ],
+)
 def test_projections_are_products_with_the_directions_of_training(name, method):
     case = build(name)
+    if (name, method) == ("EmbeddingBag", "jvp"):  # it has no forward mode: refused, see test_pitfalls.py
+        return
     model = FunctionalModel(case.model, params=case.params)
     z = torch.stack(
         [

@@ -126,7 +126,7 @@ def zo_entk_factors(
     """Return the zeroth-order kernel as factors; both inputs see the same perturbed weights.
 
     Args:
-        model: A module, ``f(params, x)`` with ``params``, or a :class:`FunctionalModel`.
+        model: A module, ``f(params, x)`` with ``params``, or a :class:`~zokernel.kernels.FunctionalModel`.
         x_o: Observed input.
         x_u: Updated input (the same object for a symmetric kernel: it is then evaluated once).
         num_perturbations: P.
@@ -180,7 +180,7 @@ def zo_entk(
     r"""Return the tangent kernel that zeroth-order training has, :math:`\hat K = J_o U U^T J_u^T`.
 
     Args:
-        model: A module, ``f(params, x) -> (N, V)`` with ``params``, or a :class:`FunctionalModel`.
+        model: A module, ``f(params, x) -> (N, V)`` with ``params``, or a :class:`~zokernel.kernels.FunctionalModel`.
         x_o: Observed input: a tensor, or a dict for Hugging Face models.
         x_u: Updated input.
         num_perturbations: P.
