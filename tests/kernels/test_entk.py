@@ -76,6 +76,9 @@ def test_shapes_cost_one_forward_at_most(method):
     net.forwards = 0
     entk(model, x_o, x_u, method=method, check=False)
     assert net.forwards == needed
+    net.forwards = 0
+    entk(net, x_o, x_u, method=method)  # the probe: alone, in company, one adjoint pair; the shapes follow from it
+    assert net.forwards <= needed + 5
 
 
 def test_shapes_of_projections_and_moments_cost_one_forward_at_most():

@@ -114,7 +114,7 @@ def query_budget(
         loss: Wanted expected loss.
         num_perturbations: The numbers P to compare.
         lr: One learning rate for all; when not given, the best of 24 fractions of each P's stability limit.
-        distribution: Distribution of the directions.
+        distribution: Distribution of the directions; Gaussian by default, the setting of the NZK paper.
         coupling: ``zo_sgd``, ``shared`` or ``independent``.
         features: Features, as for :func:`zokernel.dynamics.zo_descent`.
         dim: Number of parameters, as for :func:`zokernel.dynamics.zo_descent`.

@@ -67,7 +67,7 @@ def zo_sgd_run(
         lr: Learning rate.
         steps: A number T to record 0, 1, ..., T, or the step numbers to record.
         num_perturbations: Directions P per step, each costing two losses.
-        distribution: Distribution of the directions.
+        distribution: Distribution of the directions; Gaussian by default, the setting of the NZK paper.
         estimator: ``mean`` or ``best_of``.
         eps: Length of the finite difference (any value is exact for a quadratic loss).
         runs: Independent runs, computed together.

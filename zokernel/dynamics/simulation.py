@@ -77,7 +77,8 @@ def simulate(
         lr: Learning rate.
         steps: A number T to record 0, 1, ..., T, or the step numbers to record.
         num_perturbations: Directions P averaged per step.
-        distribution: Distribution of the directions, any that can be sampled (a mean and a covariance included).
+        distribution: Distribution of the directions, any that can be sampled (a mean and a covariance included);
+            Gaussian by default, the setting of the NZK paper.
         coupling: ``zo_sgd``, ``shared`` or ``independent``.
         runs: Number of independent runs.
         seed: Seed of the draws.

@@ -51,7 +51,7 @@ class ErrorCurves:
 
     def band(self, low: float = 0.05, high: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return two quantiles over seeds, each (N, P)."""
-        found = torch.quantile(self.errors_SNP, torch.tensor([low, high], dtype=self.errors_SNP.dtype), dim=0)
+        found = torch.quantile(self.errors_SNP, self.errors_SNP.new_tensor([low, high]), dim=0)
         return found[0], found[1]
 
 
@@ -133,7 +133,7 @@ def curves_from_projections(projections_PX: Tensor, kernels_NVV: Tensor, num_out
     """
     count = len(projections_PX)
     right_PV = projections_PX[:, -num_outputs:].double()
-    steps = torch.arange(1, count + 1, dtype=torch.float64)[:, None, None]
+    steps = torch.arange(1, count + 1, dtype=torch.float64, device=right_PV.device)[:, None, None]
     curves = []
     for n, kernel in enumerate(kernels_NVV):
         left_PV = projections_PX[:, n * num_outputs : (n + 1) * num_outputs].double()

@@ -148,7 +148,7 @@ def tabulate(
     errors: Tensor, counts: Sequence[int], moments: KernelMoments, num_outputs: int, distribution: str | Distribution
 ) -> Fidelity:
     """Return measured errors (replicates, len(P)) as a table with their predictions."""
-    bands = torch.quantile(errors, torch.tensor([0.05, 0.95], dtype=errors.dtype), dim=0)
+    bands = torch.quantile(errors, errors.new_tensor([0.05, 0.95]), dim=0)
     rows = []
     for i, count in enumerate(counts):
         bound = kernel_bound(moments.norm_o_sq**0.5, moments.norm_u_sq**0.5, num_outputs, count)

@@ -126,7 +126,7 @@ class HeadKernel:
 
     def dense(self, outputs: Tensor | None = None) -> Tensor:
         """Return K, or its rows and columns ``outputs``, as a matrix."""
-        outputs = torch.arange(len(self.weight_VH)) if outputs is None else outputs
+        outputs = torch.arange(len(self.weight_VH), device=self.weight_VH.device) if outputs is None else outputs
         weight = self.weight_VH[outputs]
         pick_u = (outputs[:, None] == self.tokens_u[None, :]).to(weight)
         pick_o = (outputs[:, None] == self.tokens_o[None, :]).to(weight)
@@ -196,7 +196,7 @@ def head_kernel(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: i
     compute = blocks.contract if fits else blocks.stream
     scale = torch.sum(hidden_o.double() * hidden_u.double()).item() if head.weight_name else 0.0
     weight = head.module.weight.detach()
-    none = torch.empty(0, dtype=torch.long), weight.new_zeros(0, head.hidden_size)
+    none = torch.empty(0, dtype=torch.long, device=weight.device), weight.new_zeros(0, head.hidden_size)
     tied = head.tied and head.weight_name is not None
     tokens_o, tied_o = _tied_rows(body, head, x_o, hidden_u[0]) if tied else none
     tokens_u, tied_u = _tied_rows(body, head, x_u, hidden_o[0]) if tied else none

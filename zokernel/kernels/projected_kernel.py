@@ -79,7 +79,7 @@ class ZOKernel:
         r"""Return :math:`\|\hat K_P\|_F^2 = \langle A^TA, B^TB\rangle / P^2` of the first P directions, for each P."""
         left, right = self.left.double(), self.right.double()
         cumulative = ((left.T @ left) * (right.T @ right)).cumsum(0).cumsum(1).diagonal()
-        steps = torch.tensor(counts)
+        steps = torch.tensor(counts, device=self.left_RVP.device)
         return cumulative[steps - 1] / steps.double().square()
 
     def relative_errors(self, exact: Tensor | HeadKernel, counts: Sequence[int]) -> Tensor:
@@ -103,7 +103,7 @@ class ZOKernel:
             matrix = exact.reshape(len(self.left), len(self.right)).double()
             inner = torch.sum(self.left.double() * (matrix @ self.right.double()), dim=0)
             kernel_sq = matrix.square().sum().item()
-        steps = torch.tensor(counts)
+        steps = torch.tensor(counts, device=self.left_RVP.device)
         squared = self.squared_norms(counts) - 2 * inner.cumsum(0)[steps - 1] / steps + kernel_sq
         return (squared.clamp_min(0) / kernel_sq).sqrt()
 
@@ -181,7 +181,7 @@ def zo_entk(
 
     Args:
         model: A module, ``f(params, x) -> (N, V)`` with ``params``, or a :class:`~zokernel.kernels.FunctionalModel`.
-        x_o: Observed input: a tensor, or a dict for Hugging Face models.
+        x_o: Observed input: a tensor, or tensors by name for Hugging Face models.
         x_u: Updated input.
         num_perturbations: P.
         distribution: ``gaussian``, ``rademacher``, ``uniform`` or ``sphere``.

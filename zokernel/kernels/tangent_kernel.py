@@ -48,13 +48,13 @@ def entk(
 
     Args:
         model: An ``nn.Module`` (plain, Hugging Face, PEFT), or ``f(params, x) -> (N, V)`` with ``params``.
-        x_o: Observed input: a tensor (N_o, ...), or a dict for Hugging Face models.
+        x_o: Observed input: a tensor (N_o, ...), or tensors by name for Hugging Face models.
         x_u: Updated input.
         outputs: Candidate outputs (classes, token ids) to keep on both sides.
         method: ``auto``, ``contraction``, ``ntk_vp`` or ``lm_head``.
         params: Parameters of a bare function.
         chunk_size: Rows in flight at once; by default as many as fit 512 MB.
-        check: Probe the model for silent pitfalls first (one extra pass forward and back on one example).
+        check: Probe the model for silent pitfalls first: a few passes over one example and its neighbours.
 
     Returns:
         K: (V, V) for one example on each side, else (N_o, V, N_u, V); rows of sequences count as examples.

@@ -1,5 +1,7 @@
 r"""Exact mean-square error of a zeroth-order kernel and of the learning dynamics it drives.
 
+Functions take Gaussian directions unless told otherwise, as the papers do: their error needs neither D nor d below.
+
 With Jacobians :math:`J_o, J_u` of the logits and P directions, :math:`\hat K = \frac1P \sum_p (J_o z_p)(J_u z_p)^T` is
 unbiased for :math:`K = J_o J_u^T`, and its error needs only four numbers:
 

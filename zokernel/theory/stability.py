@@ -105,7 +105,7 @@ def stability_limit(
         num_perturbations: Number P of directions averaged per step.
         coupling: ``zo_sgd`` (what zeroth-order SGD does), ``shared`` or ``independent`` (the two kernels of the NZK
             paper), or ``first_order`` for gradient descent: :math:`2 / l_{max}`.
-        distribution: Distribution of the directions.
+        distribution: Distribution of the directions; Gaussian by default, the setting of the NZK paper.
         dim: Number of parameters d; the number of eigenvalues when not given.  It matters for ``shared``,
             ``independent`` and the sphere, whose factors grow with d.
         zeta_distribution: Distribution of the second vector (``independent`` only).
