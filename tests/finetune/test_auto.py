@@ -13,39 +13,45 @@ from transformers import get_scheduler
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.settings.auto import POLYAK_SHARE, SCHEDULE, WALK, cooldown_steps, count_steps, learning_rate
+from zokernel.finetune.settings.auto import POLYAK_SHARE, SCHEDULE, WALK, cooldown_steps, learning_rate
+from zokernel.finetune.settings.resolve import count_steps, resolve
 from zokernel.journal import Journal
+
+
+def chosen(folder, **given):
+    """Return the arguments of a run on a hundred examples."""
+    return resolve(ZOConfig(output_dir=str(folder), **given), trained="full parameters", num_examples=100).arguments()
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
 def test_directions_grow_with_the_batch(tmp_path, batch, count):
-    config = ZOConfig(output_dir=str(tmp_path), method="auto", per_device_train_batch_size=batch)
+    config = chosen(tmp_path, method="auto", per_device_train_batch_size=batch)
     assert (config.method, config.lr_scheduler_type) == ("forward_difference", SCHEDULE)
     assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
 
 
 def test_what_the_user_says_stays(tmp_path):
     said = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
-    config = ZOConfig(output_dir=str(tmp_path), method="auto", **said)
+    config = chosen(tmp_path, method="auto", **said)
     assert {name: getattr(config, name) for name in said} == said
 
 
 def test_other_methods_keep_their_defaults(tmp_path):
-    config = ZOConfig(output_dir=str(tmp_path))
+    config = chosen(tmp_path)
     assert (config.per_device_train_batch_size, config.lr_scheduler_type) == (16, "constant")
-    assert (config.num_perturbations, config.auto) == (None, False)
+    assert (config.num_perturbations, config.method) == (1, "mezo")
 
 
 def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
-    options = {"output_dir": str(tmp_path), "method": "auto"}
-    chosen = ZOConfig(**options).method_options()
-    assert (chosen["normalize"], chosen["polyak_share"]) == (True, POLYAK_SHARE)
-    assert ZOConfig(**options, method_args=["polyak_share=inf"]).method_options()["polyak_share"] == math.inf
-    assert ZOConfig(**options, method_args=["beta=0.5"]).method_options()["beta"] == 0.5
+    options = chosen(tmp_path, method="auto").method_options()
+    assert (options["normalize"], options["polyak_share"]) == (True, POLYAK_SHARE)
+    found = chosen(tmp_path, method="auto", method_args=["polyak_share=inf"])
+    assert found.method_options()["polyak_share"] == math.inf
+    assert chosen(tmp_path, method="auto", method_args=["beta=0.5"]).method_options()["beta"] == 0.5
     said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
-    assert ZOConfig(**options, **said).method_options()["normalize"] is False
+    assert chosen(tmp_path, method="auto", **said).method_options()["normalize"] is False
     with pytest.raises(UsageError, match="give --learning_rate too"):
-        ZOConfig(**options, method_args=["normalize=false"])
+        chosen(tmp_path, method="auto", method_args=["normalize=false"])
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, "linear", "cosine", "constant"])
@@ -70,9 +76,11 @@ def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps, schedul
 
 
 def test_steps_are_counted_from_epochs_if_need_be(tmp_path):
-    options = {"output_dir": str(tmp_path), "method": "auto", "gradient_accumulation_steps": 2}
-    assert count_steps(ZOConfig(**options, max_steps=70), 1000) == 70
-    assert count_steps(ZOConfig(**options, max_steps=-1, num_train_epochs=3), 100) == math.ceil(300 / 8)
+    assert count_steps(70, 3, 8, 1000) == 70
+    assert count_steps(-1, 3, 8, 100) == math.ceil(300 / 8)
+    epochs = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    rate = learning_rate("full parameters", num_perturbations=2, steps=math.ceil(300 / 8))
+    assert chosen(tmp_path, method="auto", **epochs).learning_rate == pytest.approx(rate)
 
 
 def run(flags, *more):

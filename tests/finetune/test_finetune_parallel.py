@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import killing
 import psutil
@@ -18,10 +17,9 @@ import torch
 from ranks import spawn
 from safetensors.torch import load_file
 from trainers import load_parts, make_trainer
-from zokernel.finetune.trainer.evaluators import make_evaluator, make_parallel
 
 from zokernel.errors import UsageError
-from zokernel.perturb import InForward
+from zokernel.finetune.trainer.processes import make_parallel
 
 STEPS = 6
 
@@ -85,8 +83,8 @@ def test_perturbation_parallel_is_the_run_of_one_process(ranks, tmp_path, tiny_l
     torch.set_num_threads(threads)
     for weights, bytes_sent, wrapper, loss in (rank["perturbation"] for rank in ranks[1]):
         assert same_bits(weights, alone)
-        # P = 4 directions have 8 ends, of which each process sends the losses of 4.
-        assert bytes_sent == STEPS * 8 * 4
+        # P = 4 directions have 8 ends, of which each process sends the losses of 4, and the weight of its batch.
+        assert bytes_sent == STEPS * 8 * (4 + 1)
         assert wrapper == "LlamaForCausalLM"  # no gradient machinery around it
         assert loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
@@ -94,7 +92,7 @@ def test_perturbation_parallel_is_the_run_of_one_process(ranks, tmp_path, tiny_l
 def test_data_parallel_ranks_agree_and_see_a_batch_twice_as_large(ranks):
     first, second = (rank["data"] for rank in ranks[1])
     assert same_bits(first[0], second[0])
-    assert first[1] == STEPS * 8 * 8
+    assert first[1] == STEPS * 8 * (8 + 1)
     alone = ranks[1][0]["perturbation"][0]
     # The two halves make up the batch of the run with one batch of eight: the same step up to rounding.
     for name, weight in alone.items():
@@ -103,7 +101,7 @@ def test_data_parallel_ranks_agree_and_see_a_batch_twice_as_large(ranks):
 
 def test_the_log_counts_the_bytes(ranks):
     rows = [json.loads(line) for line in (ranks[0] / "data" / "steps.jsonl").read_text().splitlines()]
-    assert [row["bytes_sent"] for row in rows] == [8 * 8 * (step + 1) for step in range(STEPS)]
+    assert [row["bytes_sent"] for row in rows] == [8 * (8 + 1) * (step + 1) for step in range(STEPS)]
 
 
 def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_path, tiny_reviews_path, monkeypatch):
@@ -144,9 +142,5 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_
 
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="zo_parallel must be one of"):
-        make_parallel(SimpleNamespace(zo_parallel="model", zo_point_ranks=None))
-    assert make_parallel(SimpleNamespace(zo_parallel="data", zo_point_ranks=None)) is None
-    args = SimpleNamespace(perturb="in_forward", torch_compile=False)
-    trainer = SimpleNamespace(parallel=SimpleNamespace(inner=None), args=args)
-    assert make_evaluator(trainer) is trainer.parallel
-    assert isinstance(trainer.parallel.inner, InForward)
+        make_parallel("model", None, lambda: 1.0)
+    assert make_parallel("data", None, lambda: 1.0) is None

@@ -16,7 +16,8 @@ from zokernel.journal import Journal
 KILLS = 6
 RUNS = {
     "mezo, journal only, cosine schedule": [
-        *("--method", "mezo", "--save_strategy", "journal", "--lr_scheduler_type", "cosine", "--perturb", "in_place:grid"),
+        *("--method", "mezo", "--save_strategy", "journal", "--lr_scheduler_type", "cosine"),
+        *("--perturb", "in_place:grid"),
         *("--weight_decay", "0.1", "--momentum", "0.0"),
     ],
     "kerzoo with averaging, best checkpoints": [

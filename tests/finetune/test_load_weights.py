@@ -44,7 +44,7 @@ def test_another_models_weights_are_refused(tmp_path, name, shape):
     model = Odd()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     save_file({name: torch.ones(shape)}, tmp_path / "model.safetensors")
-    with pytest.raises(RunError, match=f"{name}.*which this model has not"):
+    with pytest.raises(RunError, match=f"{name}.*which this model does not have"):
         loading.load_weights_(model, tmp_path)
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
 

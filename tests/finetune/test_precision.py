@@ -9,7 +9,6 @@ from torch import nn
 
 from zokernel.directions import Dense
 from zokernel.optim import MeZO
-from zokernel.perturb import InForward
 
 STEPS, LR, EPS, DIRECTIONS = 120, 5e-4, 1e-2, 8
 SEEDS = range(3)
@@ -49,8 +48,6 @@ def train(digits, seed, *, dtype=torch.float32, autocast=False, lora=False, **se
     images, labels = digits
     model = Adapted(dtype) if lora else network().to(dtype)
     optimizer = MeZO(model, lr=LR, eps=EPS, num_perturbations=DIRECTIONS, seed=seed, **settings)
-    if settings.get("restore") == "still":
-        optimizer.evaluator = InForward()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         rows = torch.randint(len(images), (128,), generator=generator)
@@ -97,10 +94,10 @@ def reference(digits):
 
 CASES = {
     "bf16 autocast": {"autocast": True},
-    "bf16 autocast in the forward": {"autocast": True, "restore": "still"},
-    "bf16 weights": {"dtype": torch.bfloat16, "restore": "still"},
-    "bf16 weights from a copy": {"dtype": torch.bfloat16, "restore": "copy"},
-    "fp16 weights": {"dtype": torch.float16, "restore": "still"},
+    "bf16 autocast with in_forward": {"autocast": True, "perturb": "in_forward"},
+    "bf16 weights": {"dtype": torch.bfloat16, "perturb": "in_forward"},
+    "bf16 weights from a copy": {"dtype": torch.bfloat16, "perturb": "in_place:copy"},
+    "fp16 weights": {"dtype": torch.float16, "perturb": "in_forward"},
 }
 
 
