@@ -67,7 +67,7 @@ def test_every_page_is_self_contained(kind, pages):
             ["No gradient was computed", "held-out examples", "zokernel finetune", "Validation during training"],
         ),
         ("plan", ["no gradient was taken", "zokernel plan", "Predicted and measured with real gradients"]),
-        ("kernel", ["exact law", "rho", "zokernel kernel", "jl bound"]),
+        ("kernel", ["exact formula", "rho", "zokernel kernel", "jl bound"]),
         ("evolve", ["stable", "loss evaluations", "zokernel evolve", "simulated mean"]),
         ("reproduce", ["holds under conditions", "zokernel reproduce", "decide nothing", "Similar pairs|P x T"]),
     ],
