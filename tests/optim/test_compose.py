@@ -162,3 +162,15 @@ def test_options_of_a_method_include_the_shared_ones():
     assert (options["perturb"], options["seed"], options["weight_decay"]) == ("in_place", 0, 0.0)
     assert method_options("lozo_m")["momentum"] == 0.9
     assert "seed" not in method_options("adamw")
+
+
+def test_a_parameter_group_added_later_trains():
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = MeZO([("a", first)], lr=0.05, momentum=0.5)
+    loss = lambda: first.square().sum() + second.square().sum()  # noqa: E731
+    optimizer.step(loss)
+    optimizer.add_param_group({"params": [("b", second)], "lr": 0.05})
+    losses = [optimizer.step(loss) for _ in range(100)]
+    assert losses[-1] < 1e-2 < losses[0]
+    with pytest.raises(UsageError, match="make a new optimizer"):
+        HiZOO([("a", first)], lr=0.05).add_param_group({"params": [("b", second)]})

@@ -116,7 +116,10 @@ def test_momentum_of_one_group_follows_directions_over_both():
         torch.testing.assert_close(named[name], weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["mezo", "hizoo", "lozo_m", "subzero", "zo_adam", "sparse_mezo", "kerzoo", "fzoo"])
+METHODS = ["mezo", "hizoo", "lozo_m", "subzero", "zo_adam", "sparse_mezo", "kerzoo", "kerzoo_int8", "fzoo"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_default_dtype_of_torch_changes_nothing(method):
     """Buffers state their dtype: under float64 low-rank directions were infinite and HiZOO trained on wrong ones."""
     from zokernel.optim import get_method
@@ -126,12 +129,14 @@ def test_the_default_dtype_of_torch_changes_nothing(method):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
         inputs = torch.randn(8, 4)
-        optimizer = get_method(method)(net, lr=1e-3, eps=1e-2)
+        average = {"averaging": "int8"} if method == "kerzoo_int8" else {}
+        optimizer = get_method(method.split("_int8")[0])(net, lr=1e-3, eps=1e-2, **average)
         torch.set_default_dtype(default)
         try:
             for _ in range(4):
                 optimizer.step(lambda net=net, inputs=inputs: net(inputs).square().mean())
         finally:
             torch.set_default_dtype(torch.float32)
-        ends.append([p.detach().clone() for p in net.parameters()])
+        found = optimizer.averaged_weights() if average else dict(net.named_parameters())
+        ends.append([p.detach().clone() for p in found.values()])
     assert all(torch.equal(left, right) for left, right in zip(*ends))

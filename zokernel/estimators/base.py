@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from zokernel.errors import UsageError
 
@@ -55,9 +56,11 @@ class Estimator(ABC):
 
     Attributes:
         num_perturbations: How many directions one estimate uses at most.
+        numbers_per_point: How many numbers :meth:`combine` takes for each point: its loss, or a derivative besides.
     """
 
     num_perturbations: int
+    numbers_per_point: ClassVar[int] = 1
 
     @abstractmethod
     def points(self, *, seed: int, step: int) -> list[Offsets]:
@@ -70,10 +73,6 @@ class Estimator(ABC):
     def forwards_at(self, step: int) -> int:
         """Return how many losses the estimate of ``step`` needs."""
         return len(self.points(seed=0, step=step))
-
-    def numbers_at(self, step: int) -> int:
-        """Return how many numbers :meth:`combine` takes at ``step``: the losses, unless derivatives come with them."""
-        return self.forwards_at(step)
 
     def gain_at(self, step: int, last: Estimate | None = None) -> float:
         r"""Return :math:`C` of :math:`E[\hat g] = C \nabla L`, to leading order in the radius: one, if unbiased.

@@ -32,6 +32,7 @@ class ForwardDerivative(Estimator):
         Baydin et al. (2022), Gradients without Backpropagation, arXiv:2202.08587.
     """
 
+    numbers_per_point = 2
     num_perturbations: int = 1
 
     def __post_init__(self):
@@ -40,10 +41,6 @@ class ForwardDerivative(Estimator):
     def points(self, *, seed: int, step: int) -> list[Offsets]:
         """Return one unit offset per direction."""
         return [{index: 1.0} for index in range(self.num_perturbations)]
-
-    def numbers_at(self, step: int) -> int:
-        """Return two numbers per direction: its loss and its coefficient."""
-        return 2 * self.num_perturbations
 
     def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
         """Return the coefficients, which follow the losses."""

@@ -121,6 +121,23 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
                 "average no momentum, no Adam, no sign of the estimate and no preconditioned directions."
             )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters from the next step on.
+
+        Raises:
+            UsageError: If the optimizer keeps something that follows from the parameters it began with.
+        """
+        begun = bool(self.named_params)
+        if begun and (self.directions.couples_tensors or not self.directions.seeded or self._followers):
+            raise UsageError(
+                f"This {type(self).__name__} keeps state of the parameters it began with: make a new optimizer."
+            )
+        super().add_param_group(param_group)
+        if begun:
+            self.named_params |= name_parameters(self.param_groups)
+            self.directions.prepare(self.named_params)
+            self._attach()
+
     @property
     def rule(self) -> Rule:
         """The part of the update that turns the estimate into a step."""
@@ -149,6 +166,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             )
         eps = getattr(self.estimator, "eps", 0.01)
         self.perturb.attach(self.named_params, self.directions, seed=self.seed, reach=eps)
+        self._named_groups = self.groups()  # the same dictionaries, found by name once
         self._note_versions()
 
     def _note_versions(self) -> None:
@@ -240,7 +258,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         try:
             points = self.estimator.points(seed=self.seed, step=self.step_count)
             numbers = perturb.losses(closure, points, step=self.step_count)
-            self._check_numbers(numbers)
+            self._check_numbers(numbers, len(points))
             estimate = self.estimator.combine(numbers, seed=self.seed, step=self.step_count)
             transformed = estimate
             for part in self._transforms:
@@ -256,14 +274,14 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         self.step_count += 1
         return sum(estimate.losses) / len(estimate.losses)
 
-    def _check_numbers(self, numbers: Sequence[float]) -> None:
-        expected = self.estimator.numbers_at(self.step_count)
+    def _check_numbers(self, numbers: Sequence[float], num_points: int) -> None:
+        expected = num_points * self.estimator.numbers_per_point
         if len(numbers) != expected:
             raise RunError(
                 f"Step {self.step_count + 1} needs {expected} losses and the journal holds {len(numbers)}: "
                 "it was written with other settings."
             )
-        self.num_forwards += self.forwards_per_step
+        self.num_forwards += num_points
         for number in numbers:
             if not math.isfinite(number):
                 raise LossError(
@@ -299,9 +317,12 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             ]
         )
         rates = {
-            name: -group["lr"] for (group, names), is_dense in zip(self.groups(), dense) if is_dense for name in names
+            name: -group["lr"]
+            for (group, names), is_dense in zip(self._named_groups, dense)
+            if is_dense
+            for name in names
         }
-        for batch in self.batches(list(rates)):
+        for batch in self.batches(list(rates)) if rates else ():
             step, divisor = self.rule.step(self, batch, estimate)
             own = {name: change for name, change in step.items() if name in rates}
             self.add(own, {name: rates[name] / divisor for name in own})
@@ -320,7 +341,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         moves: list[AffineMove] = []
         update: dict[str, Mapping[int, float]] = {}
         decay: dict[str, float] = {}
-        for (group, names), by_index in zip(self.groups(), scales):
+        for (group, names), by_index in zip(self._named_groups, scales):
             factor = 1 - group["lr"] * group["weight_decay"]
             moves.append(AffineMove(self.step_count, dict(by_index), factor))
             # One object per group: what tensors share is then looked at once.
@@ -407,6 +428,7 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             )
         kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
         super().load_state_dict(kept | {"state": {}})
+        self._named_groups = self.groups()  # torch has made new dictionaries
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         saved_ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
         for identity, tensor in zip(saved_ids, tensors):

@@ -16,8 +16,9 @@ from torch import Tensor
 from zokernel.directions import Directions
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.perturb.base import Closure, loss_value
+from zokernel.perturb.base import Closure
 from zokernel.perturb.in_forward import InForward
+from zokernel.perturb.in_place import loss_value
 
 # How far both losses may differ, as a share of what the perturbation does to the loss.
 TOLERANCE = 1e-2

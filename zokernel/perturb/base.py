@@ -78,20 +78,3 @@ class Perturb(ABC):
             points: Offset of each direction of the step, by index.
             step: Step of the run.
         """
-
-
-def loss_value(value: Tensor | float | None) -> float:
-    """Return what a closure returned as a number.
-
-    Raises:
-        UsageError: If it is no scalar.
-
-    Example:
-        >>> loss_value(0.5)
-        0.5
-    """
-    if value is None:
-        raise UsageError("The closure returned None: end it with 'return loss'.")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise UsageError(f"The closure returned {tuple(value.shape)} losses: return their mean, a single number.")
-    return float(value)

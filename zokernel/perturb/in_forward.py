@@ -26,7 +26,8 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.perturb.base import Closure, Perturb, loss_value
+from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.in_place import loss_value
 from zokernel.perturb.intercept import Intercepted
 
 # Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy

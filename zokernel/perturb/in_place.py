@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.perturb.base import Closure, Perturb, loss_value
+from zokernel.perturb.base import Closure, Perturb
 
 RESTORE_MODES = ("fold", "grid", "copy")
 
@@ -54,3 +56,20 @@ class InPlace(Perturb):
             self.weights.move_to(step, offsets)
             found.append(loss_value(closure()))
         return found
+
+
+def loss_value(value: Tensor | float | None) -> float:
+    """Return what a closure returned as a number.
+
+    Raises:
+        UsageError: If it is no scalar.
+
+    Example:
+        >>> loss_value(0.5)
+        0.5
+    """
+    if value is None:
+        raise UsageError("The closure returned None: end it with 'return loss'.")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise UsageError(f"The closure returned {tuple(value.shape)} losses: return their mean, a single number.")
+    return float(value)

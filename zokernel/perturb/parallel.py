@@ -31,8 +31,8 @@ from torch import Tensor
 from zokernel.directions import Directions, Restore
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
-from zokernel.perturb.base import Closure, Perturb, loss_value
-from zokernel.perturb.in_place import InPlace
+from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.in_place import InPlace, loss_value
 
 logger = logging.getLogger(__name__)
 

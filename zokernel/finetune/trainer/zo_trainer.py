@@ -95,6 +95,7 @@ class ZOTrainer(ResumableTrainer):
                 "method, or --objective cross_entropy."
             )
         self._micro_batches = MicroBatches(self._loss, self._stacked_loss, self.loss_weight)
+        self._taking: Any = None  # the optimizer whose steps are taken, when it was made here
         kwargs.setdefault("compute_metrics", self.objective.metrics)
         super().__init__(settings, model=model, **kwargs)
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
@@ -156,7 +157,7 @@ class ZOTrainer(ResumableTrainer):
             if self.recorded and self.args.perturb == "auto":
                 self.decide("auto", perturb=self.recorded["perturb"].value)
             decayed = self.get_decay_parameter_names(model)
-            optimizer = make_optimizer(model, decayed, self.args)
+            optimizer = self._taking = make_optimizer(model, decayed, self.args)
             self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
             if self.zeroth_order:
                 self._stack_or_share()
@@ -271,7 +272,8 @@ class ZOTrainer(ResumableTrainer):
         self._micro_batches.add(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        optimizer, before = self.bare_optimizer, self.bare_optimizer.num_forwards
+        optimizer = self._taking or self.bare_optimizer
+        before = optimizer.num_forwards
         take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
         self.last_loss = take(self._micro_batches.loss)
         self._forwards = (optimizer.num_forwards - before) * len(self._micro_batches)

@@ -127,7 +127,8 @@ class Int8Average(StoredAverage):
         generator = torch.Generator(weight.device)
         generator.manual_seed(_rounding_seed(trained.seed, move.step, name))
         for row in range(0, shape[0], height):
-            piece = torch.zeros((min(height, shape[0] - row), *shape[1:]), device=weight.device)
+            height_here = (min(height, shape[0] - row), *shape[1:])
+            piece = torch.zeros(height_here, dtype=torch.float32, device=weight.device)
             begin, end = row * width, row * width + piece.numel()
             blocks = scales[begin // BLOCK : math.ceil(end / BLOCK)]
             if keep > 0.0:

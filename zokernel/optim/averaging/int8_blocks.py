@@ -32,7 +32,7 @@ def quantize_(codes: Tensor, scales: Tensor, values: Tensor, generator: torch.Ge
         scale = blocks.abs().amax(dim=1) / 127.0
         first = begin // BLOCK
         scales[first : first + len(scale)] = scale
-        noise = torch.rand(blocks.shape, generator=generator, device=values.device)
+        noise = torch.rand(blocks.shape, generator=generator, dtype=torch.float32, device=values.device)
         steps = blocks / torch.where(scale > 0, scale, 1.0)[:, None]
         # The largest magnitude sits on +-127 up to rounding, so the clamp never changes a value by more than an ulp.
         codes[begin:end] = torch.floor(steps + noise).clamp_(-127, 127).view(-1)[:length].to(torch.int8)

@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from zokernel.directions import Dense
-from zokernel.directions.families.preconditioned import Preconditioned, windows
+from zokernel.directions.families.preconditioned import Preconditioned
 from zokernel.errors import UsageError
 from zokernel.estimators import Estimate, TwoPointCurvature
 from zokernel.optim.affine_move import AffineMove
@@ -62,15 +61,7 @@ class RenewHessian(Update):
         assert estimate.curvature is not None
         if self.smooth == 0:
             return moves
-        count = len(estimate.curvature)
-        for name, hessian in self.directions.curvature.items():
-            flat = hessian.view(-1)
-            for begin, end in windows(flat):
-                growth = torch.full((end - begin,), 1 - self.smooth, dtype=torch.float32, device=flat.device)
-                for index, curvature in enumerate(estimate.curvature):
-                    z = self.directions.draw(name, begin, end, seed=trained.seed, step=trained.step_count, index=index)
-                    growth.add_(z.square_(), alpha=self.smooth * abs(curvature) / 2 / count)
-                flat[begin:end] *= growth
+        self.directions.learn(estimate.curvature, self.smooth, seed=trained.seed, step=trained.step_count)
         return moves
 
 

@@ -1,0 +1,48 @@
+"""One MeZO step in place goes through ten files, the ones that docs/one-step.md explains."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from trainers import make_trainer
+
+import zokernel
+
+PACKAGE = Path(zokernel.__file__).parent
+# The closure's own work (the forward, the loss and its micro-batches) and the record that is written afterwards.
+CLOSURE = {"finetune/trainer/micro_batches.py", "finetune/scoring/objective.py", "finetune/scoring/options.py"}
+RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}
+
+
+def table() -> set[str]:
+    page = (PACKAGE.parent / "docs" / "one-step.md").read_text(encoding="utf-8")
+    rows = page.split("## The step that runs")[1].split("A test counts them")[0]
+    return set(re.findall(r"^\| `([\w/]+\.py)` \|", rows, re.M))
+
+
+def test_a_step_crosses_the_ten_files_that_are_explained(parts, tmp_path):
+    trainer = make_trainer(parts, tmp_path, max_steps=5, save_strategy="journal", perturb="in_place")
+    taken, step = [], trainer.training_step
+
+    def watched(*args, **kwargs):
+        found = set()
+
+        def note(frame, event, argument):
+            path = Path(frame.f_code.co_filename)
+            if event == "call" and path.is_relative_to(PACKAGE):
+                found.add(path.relative_to(PACKAGE).as_posix())
+
+        sys.setprofile(note)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+            taken.append(found)
+
+    trainer.training_step = watched
+    trainer.train()
+    crossed = taken[-1] - CLOSURE - RECORD
+    assert crossed == table()
+    assert len(crossed) == 10
