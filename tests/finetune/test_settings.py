@@ -1,0 +1,192 @@
+"""A run is settled once: who decided what, what a continued run may change, and that nothing is written to what users
+said."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from trainers import make_trainer
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import ZOConfig
+from zokernel.finetune.settings.record import SOURCES, Setting, first_difference, read_settings
+from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.storage.run_folder import refuse_old_run
+from zokernel.perturb import InForward
+
+
+def settle(folder, *, trained="full parameters", command=(), low_precision="", **given):
+    config = ZOConfig(output_dir=str(folder), **given)
+    return resolve(config, trained=trained, num_examples=100, command=command, low_precision=low_precision)
+
+
+def source(settings, name):
+    return settings[name], settings.setting(name).source
+
+
+def test_every_setting_says_who_decided(tmp_path):
+    settings = settle(tmp_path, eps=1e-2, precision="fp32")
+    assert source(settings, "eps") == (1e-2, "user")
+    assert source(settings, "precision") == ("fp32", "user")
+    assert source(settings, "num_perturbations") == (1, "default")
+    assert source(settings, "learning_rate") == (1e-5, "auto")
+    assert source(settle(tmp_path, trained="LoRA"), "learning_rate") == (1e-3, "auto")
+    assert source(settle(tmp_path), "precision")[1] == "hardware"
+    assert source(settle(tmp_path, method="auto"), "method") == ("forward_difference", "auto")
+    assert {setting.source for setting in settings} <= set(SOURCES)
+
+
+def test_flags_are_told_from_recipes(tmp_path):
+    command = ["finetune", "--config", "mezo-opt-sst2", "--max-steps", "7", "--eps=1e-2"]
+    given = {"eps": 1e-2, "max_steps": 7, "learning_rate": 1e-6}
+    settings = settle(tmp_path, command=command, **given)
+    assert source(settings, "max_steps") == (7, "user")
+    assert source(settings, "eps") == (1e-2, "user")
+    assert source(settings, "learning_rate") == (1e-6, "recipe")
+    assert source(settings, "momentum") == (0.0, "default")
+
+
+def test_the_table_is_aligned_and_short(tmp_path):
+    lines = settle(tmp_path, weight_decay=0.1).table().splitlines()
+    assert len({line.rindex("  ") for line in lines}) <= 3
+    assert [line.split()[0] for line in lines][:4] == ["method", "learning_rate", "eps", "num_perturbations"]
+    assert any(line.split() == ["weight_decay", "0.1", "user"] for line in lines)
+    assert not any(line.startswith(("adam_beta1", "fsdp")) for line in lines)
+
+
+@pytest.mark.parametrize("settings", [{"method": "auto"}, {"auto_find_batch_size": True}, {"restore": "copy"}, {}])
+def test_nothing_writes_to_what_the_user_said(parts, tmp_path, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = make_trainer(parts, tmp_path, max_steps=2, learning_rate=None, save_strategy="journal", **settings)
+    said = trainer.settings.said
+    before = {name: repr(value) for name, value in vars(said).items()}
+    trainer.train()
+    assert {name: repr(value) for name, value in vars(said).items()} == before
+    assert trainer.args is not said
+    recorded = json.loads((tmp_path / "settings.json").read_text())["settings"]
+    assert {row["name"]: row["value"] for row in recorded} == trainer.settings.values()
+    assert "auto" not in (trainer.settings["perturb"], trainer.settings["method"])
+
+
+def test_late_decisions_make_new_records(tmp_path):
+    settings = settle(tmp_path)
+    late = settings.with_("hardware", per_device_train_batch_size=4)
+    assert (settings["per_device_train_batch_size"], late["per_device_train_batch_size"]) == (16, 4)
+    assert (late.arguments().per_device_train_batch_size, settings.said.per_device_train_batch_size) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate: 0.001 there, 0.002 asked for"),
+        ({"precision": "bf16"}, "precision: fp32 there, bf16 asked for"),
+        ({"perturb": "in_place:copy"}, "perturb: auto there, in_place:copy asked for"),
+        ({"max_grad_norm": 2.0}, "max_grad_norm: 1 there, 2 asked for"),
+        ({"max_steps": 9}, None),
+        ({"eval_steps": 9}, None),
+        ({"per_device_eval_batch_size": 9}, None),
+        ({"logging_steps": 9}, None),
+    ],
+)
+def test_what_a_continued_run_may_change(tmp_path, change, found):
+    given = {"learning_rate": 1e-3, "precision": "fp32", "max_steps": 5}
+    settle(tmp_path, **given).write(tmp_path)
+    difference = first_difference(read_settings(tmp_path), settle(tmp_path, **(given | change)))
+    if "precision" in change:
+        assert difference in (found, "bf16: false there, true asked for")
+    else:
+        assert difference == found
+
+
+def test_a_trainer_refuses_other_settings(parts, tmp_path):
+    settings = {"save_strategy": "journal", "perturb": "in_place"}
+    model = parts[0]
+    start = {name: w.clone() for name, w in model.state_dict().items()}
+    make_trainer(parts, tmp_path, max_steps=3, **settings).train()
+    model.load_state_dict(start)
+    other = make_trainer(parts, tmp_path, max_steps=5, **{**settings, "perturb": "in_forward"})
+    with pytest.raises(UsageError, match=r"other settings \(perturb: in_place there, in_forward asked for\)"):
+        other.train(resume_from_checkpoint=True)
+    model.load_state_dict(start)
+    longer = make_trainer(parts, tmp_path, max_steps=5, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 5
+
+
+def test_runs_of_versions_without_a_record_are_refused_by_name(parts, tmp_path):
+    trainer = make_trainer(parts, tmp_path / "python", max_steps=2, save_strategy="journal")
+    trainer.train()
+    (tmp_path / "python" / "settings.json").unlink()
+    again = make_trainer(parts, tmp_path / "python", max_steps=4, save_strategy="journal")
+    with pytest.raises(UsageError, match=r"holds a run of zokernel 0\.\d.*cannot continue.*zokernel replay"):
+        again.train(resume_from_checkpoint=True)
+    old = tmp_path / "command"
+    old.mkdir()
+    refuse_old_run(old)
+    (old / "run.json").write_text(json.dumps({"zokernel": "0.1.0", "settings": {}}))
+    with pytest.raises(UsageError, match=r"holds a run of zokernel 0\.1\.0"):
+        refuse_old_run(old)
+
+
+def test_the_command_refuses_an_old_folder_and_shows_its_settings(flags, tmp_path, capsys, caplog):
+    old = tmp_path / "run"
+    old.mkdir()
+    (old / "run.json").write_text(json.dumps({"zokernel": "0.1.0", "settings": {"method": "mezo"}}))
+    for more in ([], ["--resume_from_checkpoint", "last"]):
+        assert main(["finetune", *flags, *more]) == 2
+        assert "holds a run of zokernel 0.1.0" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        assert main(["finetune", *flags, "--overwrite_output_dir", "true"]) == 0
+    assert "Settings:\nmethod " in caplog.text
+    assert read_settings(old)["learning_rate"] == Setting("learning_rate", 1e-3, "user")
+
+
+def test_restore_is_deprecated(tmp_path):
+    with pytest.warns(FutureWarning, match=r"--restore grid is deprecated.*2027-06-01: use --perturb in_place:grid"):
+        config = ZOConfig(output_dir=str(tmp_path), restore="grid")
+    assert (config.perturb, config.restore) == ("in_place:grid", None)
+    with pytest.raises(UsageError, match="leave out --restore"):
+        ZOConfig(output_dir=str(tmp_path), restore="grid", perturb="in_forward")
+
+
+@pytest.mark.parametrize("perturb", ["auto", "in_place"])
+def test_weights_in_bf16_are_refused_before_a_model_is_loaded(tmp_path, perturb):
+    with pytest.raises(UsageError, match=r"bfloat16.*--perturb in_forward"):
+        settle(tmp_path, perturb=perturb, low_precision="torch.bfloat16")
+    assert settle(tmp_path, perturb="in_forward", low_precision="torch.bfloat16")["perturb"] == "in_forward"
+
+
+def test_auto_perturbs_in_forward_under_bf16_autocast(parts, tmp_path, caplog):
+    before = {name: w.clone() for name, w in parts[0].state_dict().items()}
+    trainer = make_trainer(parts, tmp_path, precision="bf16", use_cpu=True, eps=1e-1, max_steps=1, learning_rate=0.0)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert isinstance(trainer.bare_optimizer.perturb, InForward)
+    assert source(trainer.settings, "perturb") == ("in_forward", "auto")
+    assert "perturb: in_forward, which is faster on a CPU under bf16 autocast (the same perturbed loss" in caplog.text
+    # The check left the weights as they were.
+    assert all(torch.equal(before[name], w) for name, w in parts[0].state_dict().items())
+
+
+def test_auto_stays_in_place_where_the_losses_differ(parts, tmp_path, caplog):
+    model = parts[0]
+    hidden = model.get_output_embeddings().weight.detach()  # another name for the same memory
+    model.get_output_embeddings().forward = lambda x: x.to(hidden.dtype) @ hidden.T
+    trainer = make_trainer(parts, tmp_path, precision="bf16", use_cpu=True, eps=1e-1, max_steps=2)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert trainer.bare_optimizer.perturb.name == "in_place"
+    assert "perturb: in_place (the same perturbed loss" in caplog.text
+
+
+def test_a_composed_method_trains(flags, tmp_path):
+    parts = ["directions=low_rank(2)", "estimator=one_sided(1e-3, 8)", "update=adam"]
+    more = ["--method", "zeroth_order", "--save_strategy", "journal", "--method_args", *parts]
+    assert main(["finetune", *flags, *more]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["forwards_per_step"], metrics["forwards"]) == (9, 6 * 9)
