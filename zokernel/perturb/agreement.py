@@ -22,6 +22,8 @@ from zokernel.perturb.in_place import loss_value
 
 # How far both losses may differ, as a share of what the perturbation does to the loss.
 TOLERANCE = 1e-2
+# Elements compared at a time, which bounds the memory that a comparison takes.
+PIECE = 1 << 20
 
 
 def matches_in_place(
@@ -73,26 +75,46 @@ def moved_in_place(
     """Move weights along directions of step 0 for the length of a ``with`` block; they come back to the same bits.
 
     Adding and subtracting restores most float32 numbers exactly.  The others are found beforehand, tensor by tensor,
-    and kept.
+    and kept; while a tensor is searched, a copy of it is held.
     """
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def add(tensor: Tensor, name: str, sign: float) -> None:
+    def add(name: str, sign: float) -> None:
         scales = [sign * offset for offset in offsets.values()]
-        directions.add_({name: tensor}, scales, seed=seed, step=0, index=list(offsets))
+        directions.add_({name: parameters[name]}, scales, seed=seed, step=0, index=list(offsets))
+
+    def find_changed(name: str) -> list[tuple[Tensor, Tensor]]:
+        weights = parameters[name].detach()
+        before = weights.clone()
+        try:
+            add(name, 1.0)
+            add(name, -1.0)
+            pairs = zip(before.view(-1).split(PIECE), weights.view(-1).split(PIECE))
+            return [changed(old, new) for old, new in pairs]
+        finally:
+            weights.copy_(before)
 
     try:
-        for name, tensor in parameters.items():
-            before = tensor.detach().clone()
-            after = before.clone()
-            add(after, name, 1.0)
-            add(after, name, -1.0)
-            differs = (after != before) | (after.signbit() != before.signbit())  # zeros have a sign
-            changed = differs.reshape(-1).nonzero().squeeze(1)
-            kept[name] = changed, before.reshape(-1)[changed]
-            add(tensor, name, 1.0)
+        for name in parameters:
+            found = find_changed(name)
+            add(name, 1.0)
+            kept[name] = found
         yield
     finally:
-        for name, (changed, values) in kept.items():
-            add(parameters[name], name, -1.0)
-            parameters[name].detach().view(-1)[changed] = values
+        for name, pieces in kept.items():
+            add(name, -1.0)
+            weights = parameters[name].detach().view(-1)
+            for piece, (places, values) in zip(weights.split(PIECE), pieces):
+                piece[places] = values
+
+
+def changed(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the bits of two vectors differ, int32, and what was there in the old one.
+
+    Example:
+        >>> changed(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([-0.0, 1.0, 2.5]))
+        (tensor([0, 2], dtype=torch.int32), tensor([0., 2.]))
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[old.element_size()]
+    places = (old.view(bits) != new.view(bits)).nonzero().squeeze(1)
+    return places.int(), old[places]
