@@ -25,6 +25,10 @@ METHODS = {
 STEPS = 6
 
 
+def sharded_hizoo(p):
+    return HiZOO(p, lr=1e-3, num_perturbations=2, hessian_smooth=1e-2)
+
+
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
@@ -68,7 +72,8 @@ def run_rank(rank, folder):
     weighted = Parallel("data", weight=lambda: float(uneven.stop - uneven.start))
     found["uneven data"] = train(METHODS["mezo"], torch.float64, weighted, rows=uneven)
     found["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
-    found["sharded"] = train_sharded()
+    found["sharded"] = train_sharded(METHODS["mezo"])
+    found["sharded hizoo"] = train_sharded(sharded_hizoo)
     model = network()
     with torch.no_grad():
         model[0].weight[0, 0] += rank
@@ -87,7 +92,7 @@ def run_rank(rank, folder):
     torch.save(found, f"{folder}/{rank}.pt")
 
 
-def train_sharded():
+def train_sharded(make):
     """Each rank holds half of every parameter (FSDP2) and sees half of the batch."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -95,7 +100,7 @@ def train_sharded():
     model, (inputs, labels) = network(), batch()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
     half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-    optimizer = METHODS["mezo"](model)
+    optimizer = make(model)
     optimizer.perturb = Parallel("data")
     losses = [
         optimizer.step(lambda: nn.functional.cross_entropy(model(inputs[half]), labels[half])) for _ in range(STEPS)
@@ -168,6 +173,15 @@ def test_sharded_weights_train_like_whole_ones(ranks):
         found, found_losses = rank["sharded"]
         assert found_losses == pytest.approx(losses, rel=1e-12)
         assert_close(found, alone)
+
+
+def test_hizoo_learns_the_hessian_of_sharded_weights(ranks):
+    """H is sharded as the weights are: the steps, which depend on it from the second on, are those of whole weights."""
+    alone, losses = train(sharded_hizoo, torch.float64)
+    for rank in ranks:
+        found, found_losses = rank["sharded hizoo"]
+        assert found_losses == pytest.approx(losses, rel=1e-6)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-8)
 
 
 def test_processes_with_different_weights_are_refused(ranks):
