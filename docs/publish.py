@@ -120,7 +120,8 @@ def _claim_row(claim: Claim) -> str:
     if len(experiments) > 3:
         experiments = [*experiments[:2], f"and {len(experiments) - 2} more"]
     tests = [f"`{test.rpartition('::')[2]}`" for test in claim.tests]
-    errata = f" (erratum {', '.join(claim.errata)})" if claim.errata else ""
+    labels = [f"[{label}](../theory.md#{label[0].lower()}2-errata)" for label in claim.errata]
+    errata = f" (erratum {', '.join(labels)})" if labels else ""
     return (
         f"| {_cell(claim.claim)} <small>{_cell(claim.where)}{errata}; `{claim.id}`</small> | **{claim.verdict}** "
         f"| {_cell(claim.why)}{measured}<br><small>{', '.join([*experiments, *tests]) or 'not tested here'}</small> |"

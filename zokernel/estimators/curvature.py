@@ -1,6 +1,8 @@
 r"""The two-point estimator with one more forward pass, which also measures curvature along the direction.
 
 .. math:: \frac{L(\theta + \epsilon z) + L(\theta - \epsilon z) - 2 L(\theta)}{\epsilon^2} = z^T H z + O(\epsilon^2)
+
+HiZOO learns its diagonal Hessian from these differences: Zhao et al. (2024), arXiv:2402.15173.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ class TwoPointCurvature(Estimator):
 
     Args:
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions an estimate; each costs two forward passes, and one more is shared by all.
+        num_perturbations: Directions per estimate; each costs two forward passes, and one more is shared by all.
 
     Raises:
         UsageError: If a setting is out of range.

@@ -1,10 +1,13 @@
-r"""One-sided differences: one forward pass a direction and one for the unperturbed weights.
+r"""One-sided differences: one forward pass per direction and one for the unperturbed weights.
 
 .. math:: c_p = \frac{1}{P} \frac{L(\theta + \epsilon z_p) - L(\theta)}{s}
 
 with :math:`s = \epsilon` (a gradient estimate with bias of order :math:`\epsilon`) or, normalised as FZOO does,
 :math:`s = \sigma`, the standard deviation of the P perturbed losses.  Then :math:`\epsilon` cancels to leading order,
 and the step has the length of normalised gradient descent.
+
+References: Duchi et al. (2015), Optimal rates for zero-order convex optimization, arXiv:1312.2139; for the normalised
+form Dang et al. (2025), FZOO, arXiv:2506.09034.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class OneSided(Estimator):
 
     Args:
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions an estimate; each costs one forward pass.
+        num_perturbations: Directions per estimate; each costs one forward pass.
         normalize: Divide by the standard deviation of the perturbed losses instead of by ``eps``.
 
     Raises:
@@ -60,7 +63,7 @@ class OneSided(Estimator):
         return [{}, *({index: self.eps} for index in range(self.num_perturbations))]
 
     def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
-        """Return the differences from the centre, divided by ``eps`` or by their spread."""
+        """Return the differences from the centre, divided by ``eps`` or by the spread of the losses."""
         centre, *ends = losses
         if not self.normalize:
             scale, spread = self.eps, None

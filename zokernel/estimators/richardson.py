@@ -1,10 +1,13 @@
-r"""Richardson extrapolation along the same direction: KerZOO's order of bias without its variance (theory C.4).
+r"""Richardson extrapolation along the same direction: KerZOO's order of bias without its variance.
 
 .. math:: c_p = \frac{1}{P} \frac{4 D_p(\epsilon/2) - D_p(\epsilon)}{3}, \qquad
     D_p(h) = \frac{L(\theta + h z_p) - L(\theta - h z_p)}{2h}
 
 Both differences use the same direction, so the :math:`\epsilon^2` terms cancel exactly and not only on average: the
 bias is :math:`O(\epsilon^4)` and the second moment stays MeZO's.  Round-off in the losses has 65/9 times the variance.
+
+References: Richardson (1911), The approximate arithmetical solution by finite differences of physical problems,
+Philosophical Transactions A 210; section C.4 of docs/theory.md compares it with KerZOO's estimator.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ class Richardson(Estimator):
 
     Args:
         eps: The larger of the two radii, in units of the weights.
-        num_perturbations: Directions an estimate; each costs four forward passes.
+        num_perturbations: Directions per estimate; each costs four forward passes.
 
     Raises:
         UsageError: If a setting is out of range.

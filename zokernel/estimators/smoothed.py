@@ -1,11 +1,11 @@
-r"""KerZOO's estimator: two-point differences at random radii, weighed by a smoothing kernel (KerZOO eq. 14).
+r"""KerZOO's estimator: two-point differences at random radii, weighted by a smoothing kernel.
 
 .. math:: c_p = \frac{1}{P} \frac{L(\theta + \epsilon r_p z_p) - L(\theta - \epsilon r_p z_p)}{2\epsilon} K(r_p),
     \qquad r_p \sim U[-a_t, a_t]
 
 The paper lets the range :math:`a_t` shrink without saying how, and keeps :math:`K` as it is.  That breaks the moments
-that define :math:`K`: the third does not cancel any more and the gain becomes a hidden learning rate schedule
-(theory C.2.6).  So the range's schedule says what happens to the kernel:
+that define :math:`K`: the third no longer cancels, and the gain becomes a hidden learning-rate schedule (erratum 6 in
+section C.2 of docs/theory.md).  So the schedule of the range says what happens to the kernel:
 
 ``none``
     The range stays ``radius``.
@@ -16,6 +16,8 @@ that define :math:`K`: the third does not cancel any more and the gain becomes a
     the noise of the losses counts :math:`1/a^2` as much.  This is the same as shrinking :math:`\epsilon`.
 ``lr_compensated``
     The kernel stays and the estimate is divided by its gain, so that :math:`C` is the gain at every step.
+
+Reference: Mi et al. (2025), KerZOO, arXiv:2505.18886, eq. 14.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Smoothed(Estimator):
 
     Args:
         eps: Radius of the perturbation at r = 1, in units of the weights.
-        num_perturbations: Directions an estimate; each costs two forward passes.
+        num_perturbations: Directions per estimate; each costs two forward passes.
         order: Order of the smoothing kernel.
         constant: The kernel's constant C.
         paper_k5: Use the misprinted constant of the paper's kernel of order 5.

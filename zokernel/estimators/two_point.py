@@ -31,7 +31,7 @@ class TwoPoint(Estimator):
 
     Args:
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions an estimate; each costs two forward passes.
+        num_perturbations: Directions per estimate; each costs two forward passes.
         schedule: ``constant``, or ``linear``: the number of directions grows from 1 to ``num_perturbations``.
         total_steps: Length of the run, which the linear schedule needs.
 

@@ -49,7 +49,7 @@ def make_header(
         more: Anything else to keep.
 
     Returns:
-        The header, for :meth:`JournalWriter.create`.
+        The header, for :meth:`zokernel.journal.JournalWriter.create`.
 
     Raises:
         UsageError: If the method is not the optimizer's.

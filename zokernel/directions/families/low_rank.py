@@ -107,7 +107,10 @@ class LowRank(Factored):
         return self._rights.get_all([draw], self.draw)[0]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return factors for matrices, drawn together, and noise for vectors; see :meth:`Directions.terms`."""
+        """Return factors for matrices, drawn together, and noise for vectors.
+
+        See :meth:`zokernel.directions.Directions.terms`.
+        """
         matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
         lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
         self._lefts.get_all(lefts, self.draw)

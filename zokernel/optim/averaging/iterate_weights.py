@@ -1,7 +1,9 @@
 r"""The average of a run's iterates as an affine function of one of them and of the updates between them.
 
 An iterate's weight grows as the fifth power of its age, so the average sits at 6/7 of the run: it lags the iterate by a
-seventh of the steps taken (theory C.2.5).
+seventh of the steps taken (erratum 5 in section C.2 of docs/theory.md).
+
+Reference: Mi et al. (2025), KerZOO, arXiv:2505.18886, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -89,6 +89,9 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(100)]
         >>> losses[-1] < 1e-2 < losses[0]
         True
+
+    References:
+        Loshchilov and Hutter (2019), Decoupled weight decay regularization, arXiv:1711.05101.
     """
 
     memory_copies = 3.0
