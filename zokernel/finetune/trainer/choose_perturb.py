@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from zokernel.errors import UsageError
+from zokernel.finetune.settings.config import PERTURB, ZOConfig
+from zokernel.finetune.trainer.processes import on_all
 from zokernel.optim import ZerothOrder
-from zokernel.perturb import matches_in_place, stackable
+from zokernel.perturb import InForward, Stacked, make_perturb, matches_in_place, stackable
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.parallel import Parallel
 
@@ -18,6 +21,62 @@ logger = logging.getLogger(__name__)
 
 # At larger batches a forward is all multiplication, and stacking gains nothing (docs/results/speed.md).
 STACK_UP_TO = 4
+
+
+def stack_or_share(
+    optimizer: ZerothOrder,
+    model: nn.Module,
+    args: ZOConfig,
+    stacked: Callable[[int], Tensor] | None,
+    parallel: Parallel | None,
+) -> str:
+    """Stack the losses of a step if that was asked for or pays, and let the processes of a run share them.
+
+    Args:
+        optimizer: The optimizer of the run.
+        model: The model.
+        args: The settings of the run.
+        stacked: Returns the losses of several copies of the batch; None if its loss cannot be taken in this way.
+        parallel: How processes share losses; None if there is one process.
+
+    Returns:
+        How the run perturbs; ``auto`` if that is still open.
+
+    Raises:
+        UsageError: If losses are to be stacked that cannot be.
+    """
+    sizes = {"batch": args.per_device_train_batch_size, "eval_batch": args.per_device_eval_batch_size}
+    name, perturb = args.perturb, optimizer.perturb
+    if name == "auto" and not args.torch_compile:
+        pays = stacked is not None and stacking_pays(optimizer, model, **sizes)
+        name = "stacked" if on_all(pays, args.device) else name
+    if name == "stacked":
+        if stacked is None:
+            raise UsageError("Only the cross entropy of ZOTrainer's own loss can be stacked: leave out --perturb.")
+        perturb = Stacked(stacked, max_copies=max(2, max_copies(**sizes)))
+    if perturb is not optimizer.perturb or parallel is not None:
+        set_perturb(optimizer, perturb, parallel)
+    return name
+
+
+def settle(optimizer: ZerothOrder, args: ZOConfig, trial_loss: Closure, parallel: Parallel | None) -> str:
+    """Decide between ``in_forward`` and ``in_place``, now that the model is ready to run.
+
+    Args:
+        optimizer: The optimizer of the run, before its first step.
+        args: The settings of the run.
+        trial_loss: Returns the loss of a fixed batch.
+        parallel: How processes share losses; None if there is one process.
+
+    Returns:
+        How the run perturbs.
+    """
+    wanted = args.device.type == "cpu" and args.bf16 and not args.torch_compile
+    if wanted and perturbs_in_place(optimizer):
+        suits = in_forward_suits(optimizer, trial_loss, partial(on_all, device=args.device))
+        set_perturb(optimizer, InForward() if suits else make_perturb("in_place"), parallel)
+    name = optimizer.perturb.name
+    return name if name in PERTURB else "in_place"  # of tangents, which perturb nothing
 
 
 def max_copies(batch: int, eval_batch: int) -> int:
@@ -52,13 +111,13 @@ def stacking_pays(optimizer: ZerothOrder, model: nn.Module, *, batch: int, eval_
     return True
 
 
-def in_forward_suits(optimizer: ZerothOrder, closure: Closure, on_all: Callable[[bool], bool]) -> bool:
+def in_forward_suits(optimizer: ZerothOrder, closure: Closure, everywhere: Callable[[bool], bool]) -> bool:
     """Check with one loss taken both ways whether ``in_forward`` may replace ``in_place``, and log why.
 
     Args:
         optimizer: The optimizer of the run, before its first step.
         closure: Returns the loss of a fixed batch.
-        on_all: Returns whether something holds on every process.
+        everywhere: Returns whether something holds on every process.
     """
     try:
         points = optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count)
@@ -68,7 +127,7 @@ def in_forward_suits(optimizer: ZerothOrder, closure: Closure, on_all: Callable[
         )
     except (UsageError, StopIteration) as error:
         suits, reason = False, str(error)
-    if on_all(suits):
+    if everywhere(suits):
         logger.info("perturb: in_forward, which is faster on a CPU under bf16 autocast (%s).", reason)
         return True
     logger.info("perturb: in_place (%s).", reason if not suits else "in_forward does not suit another process")

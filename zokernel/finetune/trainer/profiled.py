@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from zokernel.finetune.monitor.profile import DATA, EVALUATION, FORWARDS, JOURNAL, LOGGING, PERTURBATION, UPDATE
+from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.trainer.choose_perturb import innermost
+
+
+def describe_step(args: ZOConfig, forwards: int) -> str:
+    """Return in words how a run takes a step."""
+    return (
+        f"{args.method}, {forwards} losses per step, perturb {args.perturb}; "
+        f"{args.precision}; batch {args.train_batch_size} x {args.gradient_accumulation_steps}"
+    )
 
 
 def parts_of_a_step(loop: Any, optimizer: Any, journal: Any, callbacks: Any) -> list[tuple[str, Any, str]]:

@@ -1,4 +1,4 @@
-"""The part of the trainer that survives kills: whole checkpoints, no pickles, a journal, one process per folder."""
+"""The part of the trainer that survives kills: it continues from checkpoint and journal, alone in its folder."""
 
 from __future__ import annotations
 
@@ -9,30 +9,24 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import UsageError
-from zokernel.files import write_json
 from zokernel.finetune.data.sampling import EpochSeededSampler
-from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
-from zokernel.finetune.storage.state_file import load_state, save_state
-from zokernel.finetune.trainer.loop_optimizer import bare
+from zokernel.finetune.trainer.checkpoints import CheckpointTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(CheckpointTrainer):
     """``transformers.Trainer`` whose runs can be killed at any instant and continued to the same bits.
 
     Checkpoints appear whole or not at all and hold safetensors and JSON only.  With a journal, steps after the last
@@ -43,54 +37,27 @@ class ResumableTrainer(Trainer):
         **kwargs: As for ``transformers.Trainer``, without ``args``.
 
     Attributes:
-        settings: What the run is going to do; decisions that are taken late replace it.
-        args: The settings in the form that the loop takes; this trainer's own copy.
         recorded: The settings of the run that is continued, by name.
-        journal: The run's journal while it trains, if it keeps one.
         continues: Whether an earlier process's run is continued.
         when_begun: Called when all checks are passed and the loop begins.
         final_step: The step whose weights the last call of ``train`` ended with.
     """
 
-    args: ZOConfig
     zeroth_order: bool
 
     def __init__(self, settings: RunSettings, **kwargs: Any):
-        self.settings = settings
-        super().__init__(args=loop_arguments(settings), **kwargs)
+        super().__init__(settings, **kwargs)
         self.recorded: dict[str, Setting] | None = None
-        self.journal: RunJournal | None = None
         self.final_step = 0
         self.continues = False
         self.when_begun: Callable[[], None] | None = None
-        self._loop_state: dict[str, Any] | None = None
         self._epoch_sampler: EpochSeededSampler | None = None
         self.add_callback(_AroundTheLoop(self))
-
-    def decide(self, source: str, **values: Any) -> None:
-        """Settle what was left open until now; ``source`` says who decided."""
-        self.settings = self.settings.with_(source, **values)
-        self.args = loop_arguments(self.settings)
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(str(self.args.output_dir))
 
     @property
     def data_ranks(self) -> int:
         """How many batches the processes of the run see in one step."""
         return self.args.world_size
-
-    @property
-    def bare_optimizer(self) -> Any:
-        """The optimizer itself, without wrappers."""
-        return bare(self.optimizer)
-
-    @property
-    def bare_model(self) -> Any:
-        """The model itself, without any wrapper of a distributed run."""
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def is_replaying(self) -> bool:
@@ -245,91 +212,6 @@ class ResumableTrainer(Trainer):
             self.state.best_global_step = self.state.global_step
         return is_best
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint that is there whole or not at all."""
-        if self.args.save_strategy == "journal":
-            return
-        self.store_flos()
-        if self.journal is not None:
-            self.journal.sync()
-        folder = Path(self._get_output_dir(trial))
-        target, best = folder / f"checkpoint-{self.state.global_step}", self.state.best_global_step
-        if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
-        stateful: Any = self.state.stateful_callbacks
-        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
-            stateful[type(callback).__name__] = callback.state()
-        with files.whole_folder(target) if self.args.should_save else nullcontext(_hidden(target)) as scratch:
-            self.accelerator.wait_for_everyone()
-            self.save_model(str(scratch), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(scratch))
-                self.accelerator.wait_for_everyone()
-                self._save_rng_state(str(scratch))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.state.save_to_json(str(scratch / files.TRAINER_STATE))
-        if self.args.should_save:
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(target))
-            files.rotate(folder, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as ``save_pretrained`` does, each file whole or not at all."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        if _internal_call or not self.args.should_save:
-            super().save_model(str(folder), _internal_call)
-            return
-        with explained_errors(folder), files.scratch_folder(folder) as scratch:
-            super().save_model(str(scratch), _internal_call)
-            files.move_files(scratch, folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write weights, configuration, tokenizer and arguments; the last as JSON, where transformers pickles them."""
-        folder, model = Path(output_dir or str(self.args.output_dir)), self.bare_model
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
-            model.save_pretrained(folder, state_dict=state_dict)
-        else:
-            safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", self.settings.arguments().to_dict())
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            loop = {
-                "tr_loss": self._tr_loss,
-                "total_loss": self._total_loss_scalar,
-                "last_logged": self._globalstep_last_logged,
-            }
-            files.save_training_state(
-                Path(output_dir), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler, extra=loop
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._loop_state = files.load_training_state(
-                Path(checkpoint), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler
-            )
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        path = Path(output_dir) / files.STATE_FOLDER / f"random-{self.args.process_index}.safetensors"
-        save_state(path, files.random_state(self.args.device))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / files.STATE_FOLDER / f"random-{self.args.process_index}.safetensors"
-        if not path.exists():
-            raise UsageError(f"{path} is missing: continue on as many processes as the checkpoint was written by.")
-        files.set_random_state(load_state(path), self.args.device)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        files.load_weights(self.bare_model if model is None else model, Path(resume_from_checkpoint))
-
     def begin_loop(self) -> None:
         """Bring settings, journal and running sums in line with the step the loop begins at."""
         self._check_settings()
@@ -379,14 +261,6 @@ class ResumableTrainer(Trainer):
         """Called after every step."""
 
 
-def loop_arguments(settings: RunSettings) -> ZOConfig:
-    """Return the settings as the loop of transformers takes them.
-
-    It would read the best checkpoint as a second copy of the model; here the weights come tensor by tensor.
-    """
-    return settings.with_("auto", load_best_model_at_end=False).arguments()
-
-
 class _AroundTheLoop(TrainerCallback):
     """Calls the trainer back where its loop has no method to override."""
 
@@ -409,7 +283,3 @@ class _AroundTheLoop(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.journal is not None:
             self._trainer.journal.end(self._trainer.bare_optimizer)
-
-
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".partial-{target.name}")

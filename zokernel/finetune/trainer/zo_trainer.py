@@ -38,11 +38,10 @@ from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.micro_batches import MicroBatches
-from zokernel.finetune.trainer.processes import make_parallel, on_all, share_batches, without_gradient_machinery
-from zokernel.finetune.trainer.profiled import parts_of_a_step
+from zokernel.finetune.trainer.processes import make_parallel, share_batches, without_gradient_machinery
+from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.resumable import ResumableTrainer
 from zokernel.optim import get_method
-from zokernel.perturb import InForward, Stacked, make_perturb
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class ZOTrainer(ResumableTrainer):
             check_profile(self.args.method, zeroth_order=self.zeroth_order, max_steps=self.args.max_steps)
             profile = Profile(
                 lambda: parts_of_a_step(self, self.bare_optimizer, self.journal, self.callback_handler),
-                self._describe_step,
+                lambda: describe_step(self.args, self.forwards_per_step),
                 self.folder,
                 writes=self.args.should_save,
             )
@@ -160,7 +159,15 @@ class ZOTrainer(ResumableTrainer):
             optimizer = self._taking = make_optimizer(model, decayed, self.args)
             self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
             if self.zeroth_order:
-                self._stack_or_share()
+                perturb = choose_perturb.stack_or_share(
+                    optimizer,
+                    self.bare_model,
+                    self.args,
+                    self._micro_batches.stacked if self.can_stack else None,
+                    self.parallel,
+                )
+                if perturb != self.args.perturb:
+                    self.decide("auto", perturb=perturb)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
                 "Method %s: lr %g, effective lr %g, %s.",
@@ -170,34 +177,6 @@ class ZOTrainer(ResumableTrainer):
                 f"{self.forwards_per_step} forwards per step" if self.zeroth_order else "gradients by backpropagation",
             )
         return self.optimizer
-
-    def _stack_or_share(self) -> None:
-        """Decide whether losses are stacked, and let the processes of a distributed run share them."""
-        optimizer, args = self.bare_optimizer, self.args
-        sizes = {"batch": args.per_device_train_batch_size, "eval_batch": args.per_device_eval_batch_size}
-        if args.perturb == "auto" and not args.torch_compile:
-            pays = self.can_stack and choose_perturb.stacking_pays(optimizer, self.bare_model, **sizes)
-            if on_all(pays, args.device):
-                self.decide("auto", perturb="stacked")
-        perturb = optimizer.perturb
-        if self.args.perturb == "stacked":
-            most = max(2, choose_perturb.max_copies(*sizes.values()))
-            perturb = Stacked(self._micro_batches.stacked, max_copies=most)
-        if perturb is not optimizer.perturb or self.parallel is not None:
-            choose_perturb.set_perturb(optimizer, perturb, self.parallel)
-
-    def _settle_perturb(self) -> None:
-        """Decide what ``perturb="auto"`` still leaves open, now that the model is ready to run."""
-        if self.args.perturb != "auto":
-            return
-        optimizer, args = self.bare_optimizer, self.args
-        wanted = args.device.type == "cpu" and args.bf16 and not args.torch_compile
-        if self.zeroth_order and wanted and choose_perturb.perturbs_in_place(optimizer):
-            suits = choose_perturb.in_forward_suits(optimizer, self._trial_loss, lambda flag: on_all(flag, args.device))
-            perturb = InForward() if suits else make_perturb("in_place")
-            choose_perturb.set_perturb(optimizer, perturb, self.parallel)
-        name = optimizer.perturb.name if self.zeroth_order else "in_place"
-        self.decide("auto", perturb="in_place" if name == "tangents" else name)
 
     def _trial_loss(self) -> Tensor:
         """Return the loss of the first examples."""
@@ -220,7 +199,9 @@ class ZOTrainer(ResumableTrainer):
 
     def begin_loop(self) -> None:
         """Settle the way of perturbing, then begin the journal and the log."""
-        self._settle_perturb()
+        if self.args.perturb == "auto" and self.zeroth_order:
+            perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
+            self.decide("auto", perturb=perturb)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
 
@@ -379,10 +360,3 @@ class ZOTrainer(ResumableTrainer):
                 values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward
         # The search of transformers would start over with weights half moved.
         self.decide("hardware", **values, auto_find_batch_size=False)
-
-    def _describe_step(self) -> str:
-        args = self.args
-        return (
-            f"{args.method}, {self.forwards_per_step} losses per step, perturb {self.settings['perturb']}; "
-            f"{args.precision}; batch {args.train_batch_size} x {args.gradient_accumulation_steps}"
-        )
