@@ -92,9 +92,9 @@ def claims_page(claims: list[Claim]) -> str:
         "",
         f"{len(claims)} claims of the three papers: "
         + ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items())
-        + ". Each names the experiment or the test that decides it; a test of the suite fails when a committed result "
-        "contradicts a verdict or a number on this page. `zokernel claims` prints the same in a terminal. Errata are "
-        "those of [the theory pages](../theory.md). Written by `python docs/publish.py`.",
+        + ". Each row names the experiment or the test that decides it. A test fails when a committed result contradicts "
+        "a verdict or a number on this page. `zokernel claims` prints the ledger in a terminal. The errata are on "
+        "[the theory page](../theory.md). Written by `python docs/publish.py`.",
         "",
     ]
     for paper in PAPERS:
@@ -143,9 +143,9 @@ def experiments_page() -> str:
     lines = [
         "# Every experiment",
         "",
-        f"What `zokernel reproduce all --scale cpu` left, in the words of the experiments themselves ({len(records)} "
+        f"The results of `zokernel reproduce all --scale cpu`, in the words of the experiments ({len(records)} "
         f"of {len(MODULES)} experiments, {duration(total)} in all on two cores, one thread). The numbers are in the "
-        "`result.json` next to the figures. Written by `python docs/publish.py`.",
+        "`result.json` beside the figures. Written by `python docs/publish.py`.",
         "",
     ]
     for name in MODULES:

@@ -33,9 +33,9 @@ class Variant:
 
     Attributes:
         label: How figures name it.
-        distribution: Law of z.
+        distribution: Distribution of z.
         coupling: ``shared`` or ``independent``.
-        zeta: Law of the second vector of ``independent``.
+        zeta: Distribution of the second vector of ``independent``.
     """
 
     label: str
