@@ -3,7 +3,7 @@
     python benchmarks/parallel.py                      # SmolLM2-135M with LoRA, P = 4, batch 4
     python benchmarks/parallel.py --full --steps 6
 
-Both runs take the same steps; the benchmark checks that the losses are the same numbers, then prints seconds a step,
+Both runs take the same steps; the benchmark checks that the losses are the same numbers, then prints seconds per step,
 the speed-up and the bytes that each process sends.
 """
 
@@ -88,7 +88,7 @@ def main() -> None:
     assert one_losses == two_losses, "the runs differ"
     what = "full" if options.full else "LoRA"
     print(f"{what}, P = {options.num_perturbations}, batch {options.batch}: {one:.3f} s a step with one process,")
-    print(f"{two:.3f} s with two: {one / two:.2f}x; each sends {sent} bytes a step (8 P); same losses to the bit")
+    print(f"{two:.3f} s with two: {one / two:.2f}x; each sends {sent} bytes per step (8 P); same losses to the bit")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Contender:
 
     Args:
         method: Name of the method.
-        batch: Examples a batch.
+        batch: Examples per batch.
         options: Settings of the method.
         factor: Its learning rates, relative to MeZO's; None for the one rate that ``--method auto`` chooses.
         schedule: ``constant``, ``linear`` (to zero) or that of ``--method auto``.

@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_same_bits(parts, tmp_path, tiny_lm_path, me
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(parts, tmp_path):
     model, _, _ = parts
     start = {name: w.clone() for name, w in model.state_dict().items()}
-    # The order of examples is random, not by length, so that both runs see the same sixteen examples a step.
+    # The order of examples is random, not by length, so that both runs see the same sixteen examples per step.
     settings = {"max_steps": 3, "train_sampling_strategy": "random"}
     make_trainer(parts, tmp_path / "a", per_device_train_batch_size=16, **settings).train()
     whole = {name: w.clone() for name, w in model.state_dict().items()}

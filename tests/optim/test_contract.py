@@ -186,7 +186,7 @@ def test_a_step_of_length_zero_gives_the_weights_back(case, perturb):
     for _ in range(3):
         optimizer.step(problem.loss)
     if perturb == "in_place":
-        # At most 10 sweeps a step, each of which rounds weights near one by half an ulp, 6e-8.
+        # At most 10 sweeps per step, each of which rounds weights near one by half an ulp, 6e-8.
         assert torch.allclose(problem.weights(), before, rtol=0, atol=3 * 10 * 6e-8)
     else:
         assert torch.equal(problem.weights(), before)

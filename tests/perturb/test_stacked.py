@@ -1,4 +1,4 @@
-"""All points of a step in one forward give the losses that one forward a point gives."""
+"""All points of a step in one forward give the losses that one forward per point gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal: everything a zeroth-order run did to the weights, in a few numbers a step.
+"""The journal: everything a zeroth-order run did to the weights, in a few numbers per step.
 
 Needs neither transformers nor the model: ``format`` is the bytes, ``reader`` and ``writer`` are the file, ``replay``
 turns base weights and a journal back into the weights of any step.

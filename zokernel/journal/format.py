@@ -1,4 +1,4 @@
-r"""The bytes of a journal: a header, then one chained record a step.
+r"""The bytes of a journal: a header, then one chained record per step.
 
 ======  =========================================================================================
 bytes   header
@@ -13,7 +13,7 @@ n       JSON: method, options, parameters, hash of the base weights, ... (:func:
 bytes   step record
 ======  =========================================================================================
 1       kind: 0xA8 if the losses take eight bytes each, 0xA4 if four hold them exactly
-1       number g of learning rates that follow: one, or one a parameter group when they differ
+1       number g of learning rates that follow: one, or one per parameter group when they differ
 2       number m of losses
 4       step, from zero
 8 g     learning rates
@@ -131,7 +131,7 @@ def encode(record: Record) -> bytes:
     if len(set(rates)) == 1:
         rates = rates[:1]
     if len(losses) > 0xFFFF or len(rates) > 0xFF:
-        raise UsageError("A journal holds up to 65535 losses and 255 learning rates a step: use fewer perturbations.")
+        raise UsageError("A journal holds up to 65535 losses and 255 learning rates per step: use fewer perturbations.")
     narrow = all(_fits_float32(loss) for loss in losses)
     head = _STEP_HEAD.pack(STEP_NARROW if narrow else STEP_WIDE, len(rates), len(losses), record.step)
     return head + struct.pack(f"<{len(rates)}d{len(losses)}{'f' if narrow else 'd'}", *rates, *losses)

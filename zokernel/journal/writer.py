@@ -1,4 +1,4 @@
-"""Writing a journal: one record a step, appended whole, durable against a kill at once and a power cut within a second.
+"""Writing a journal: one record per step, appended whole; it survives a kill at once and a power cut within a second.
 
 A record is handed to the operating system in a single write when its step is done, so killing the process loses
 nothing.  Forcing it to the disk as well would only matter if the machine itself went down; that is done at most once

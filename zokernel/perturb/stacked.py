@@ -9,7 +9,7 @@ directions), so that a layer costs
 and all copies share the one multiplication by W, its conversion to bf16 and everything else that a forward costs once.
 That pays when a forward is short: at large batches the multiplication itself takes the time.
 
-Shapes: K copies, B rows a copy (rows are copy-major: K*B), O and I outputs and inputs of a layer, R rank of a change.
+Shapes: K copies, B rows per copy (rows are copy-major: K*B), O and I outputs and inputs of a layer, R rank of a change.
 """
 
 from __future__ import annotations

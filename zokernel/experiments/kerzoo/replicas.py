@@ -5,7 +5,7 @@ Python; as one batch of matrix products they cost seconds.  The estimators are t
 arithmetic on ``evaluate(offsets)``); only directions and updates are written again, and a test compares them to the
 optimizers step by step.
 
-Shapes: R replicas, d parameters, B examples a batch, N training examples, F features, H hidden units, V classes.
+Shapes: R replicas, d parameters, B examples per batch, N training examples, F features, H hidden units, V classes.
 """
 
 from __future__ import annotations

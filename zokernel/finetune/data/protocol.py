@@ -1,4 +1,4 @@
-"""The published splits: 1000/500/1000 of the large-model experiments, and k examples a class of the masked ones.
+"""The published splits: 1000/500/1000 of the large-model experiments, and k examples per class of the masked ones.
 
 The sizes and the way of drawing are the published ones; the examples are those of our own seeded permutation.
 """
@@ -42,7 +42,7 @@ def published_splits(
         parts: Labelled rows of each split.
         task: Tells the classes apart.
         protocol: ``mezo-opt`` or ``mezo-roberta``.
-        k_shot: Examples a class.
+        k_shot: Examples per class.
         seed: Seed of the draw.
         limits: How many rows each split takes at most (``None``: all).
 

@@ -67,7 +67,7 @@ def draw_loss(
     """Draw loss and a metric against forward passes.
 
     Args:
-        rows: Training, one a step, with ``forwards`` and ``loss``.
+        rows: Training, one per step, with ``forwards`` and ``loss``.
         evaluations: Validation results with ``forwards``, ``loss`` and the metric.
         test: Test results before and after training, likewise.
         path: The PNG to write.

@@ -90,9 +90,9 @@ class DataArguments:
     )
     protocol: str | None = field(
         default=None,
-        metadata={"help": "Published splits: mezo-opt (1000/500/1000) or mezo-roberta (--k_shot examples a class)."},
+        metadata={"help": "Published splits: mezo-opt (1000/500/1000) or mezo-roberta (--k_shot examples per class)."},
     )
-    k_shot: int = field(default=16, metadata={"help": "Training (and validation) examples a class of mezo-roberta."})
+    k_shot: int = field(default=16, metadata={"help": "Training (and validation) examples per class of mezo-roberta."})
     num_demonstrations: int = field(
         default=0, metadata={"help": "Solved training examples before every prompt: in-context learning."}
     )
