@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.private_apis import standard_gamma
 
 NAMES = ("gaussian", "rademacher", "laplace", "student_t", "uniform", "sphere")
 _ALIASES = {"normal": "gaussian", "t": "student_t", "studentt": "student_t"}
@@ -259,7 +260,7 @@ class Distribution:
         if self.name == "student_t":
             assert self.df is not None
             half = torch.full(size, self.df / 2, dtype=dtype, device=generator.device)
-            chi_square = 2 * torch._standard_gamma(half, generator=generator)
+            chi_square = 2 * standard_gamma(half, generator)
             return normal * (chi_square / (self.df - 2)).rsqrt()
         return normal
 

@@ -154,7 +154,7 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
-def add_switch(parser: argparse._ActionsContainer, name: str, *, help: str) -> None:
+def add_switch(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Declare a flag that is false unless it is given: ``--json``, ``--json true`` or ``--json false``."""
     parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=help)
 
@@ -163,10 +163,12 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
     """Declare one flag for each field of dataclasses such as ``TrainingArguments``, as ``HfArgumentParser`` does."""
     from transformers import HfArgumentParser  # takes seconds to load
 
-    source = HfArgumentParser(classes, add_help=False)
-    for action in source._actions:  # the spelling with dashes is understood everywhere, and need not be listed
-        action.option_strings = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
-    parser._add_container_actions(source)
+    class Declares(HfArgumentParser):
+        def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+            # The spelling with dashes is understood everywhere, and need not be listed.
+            return parser.add_argument(*([name for name in names if "-" not in name[2:]] or names), **kwargs)
+
+    Declares(classes, add_help=False)
 
 
 def read_dataclasses(args: argparse.Namespace, *classes: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.private_apis import shard_offset
 
 logger = logging.getLogger(__name__)
 
@@ -218,14 +219,12 @@ def pieces(place: Placement, begin: int, end: int) -> list[Placement]:
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(tensor, DTensor)
     if any(placement.is_partial() for placement in tensor.placements):
         raise UsageError(f"DTensor {name!r} holds partial sums: redistribute it to Shard or Replicate first.")
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     shard: Tensor = cast(DTensor, tensor).to_local()
-    return shard, tuple(offset)
+    return shard, shard_offset(tensor)
 
 
 def _is_tied(this: Placement, sharing: list[Placement]) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps, as_steps, as_vector, check_learning_rate
 from zokernel.errors import UsageError
+from zokernel.private_apis import standard_gamma
 from zokernel.theory.nzk_moments import check_coupling
 from zokernel.theory.stability import check_num_perturbations
 
@@ -165,7 +166,7 @@ class _Sampler:
         elif self.unseen > 1:  # the cosine between two independent directions of a sphere in `unseen` dimensions
             pair = torch.empty(2, *inner_RP.shape, dtype=inner_RP.dtype, device=inner_RP.device)
             normal = pair[0].normal_(generator=self.generator)
-            rest = 2 * torch._standard_gamma(torch.full_like(pair[1], (self.unseen - 1) / 2), generator=self.generator)
+            rest = 2 * standard_gamma(torch.full_like(pair[1], (self.unseen - 1) / 2), self.generator)
             cosine = normal / (normal.square() + rest).sqrt()
             inner_RP = inner_RP + (unseen_RP * zeta_unseen_RP).sqrt() * cosine
         return torch.einsum("rp,rpd->rd", slope_RP * inner_RP, zeta_RPD)
@@ -178,7 +179,7 @@ class _Sampler:
             return draws, draws.new_zeros(shape)
         draws = torch.empty(*shape, rank, dtype=like.dtype, device=like.device).normal_(generator=self.generator)
         half = torch.full(shape, self.unseen / 2, dtype=like.dtype, device=like.device)
-        unseen = 2 * torch._standard_gamma(half, generator=self.generator)
+        unseen = 2 * standard_gamma(half, self.generator)
         scale = torch.full_like(unseen, distribution.scale)
         if distribution.is_sphere:
             scale = scale * math.sqrt(self.dim) / (draws.square().sum(-1) + unseen).sqrt()

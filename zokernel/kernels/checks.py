@@ -24,6 +24,11 @@ from zokernel.kernels.model import FunctionalModel, Params
 
 logger = logging.getLogger(__name__)
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_BATCH_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+)
 _UNFUSED = "run inside `with zokernel.kernels.forward_mode():`"
 _CAUSES = {  # part of torch's message: cause, and what makes forward mode work
     "scaled_dot_product": (
@@ -108,9 +113,9 @@ def check_modes(model: FunctionalModel) -> None:
     if model.module is None:
         return
     for name, module in model.module.named_modules():
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        if module.training and isinstance(module, _DROPOUTS) and module.p > 0:
             raise UsageError(f"Dropout {name!r} is in train mode, so the model is random: call model.eval() first.")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BATCH_NORMS):
             if module.training:
                 raise UsageError(
                     f"BatchNorm {name!r} is in train mode, so every output depends on the whole batch and the running "

@@ -36,6 +36,7 @@ from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Rule, Update
 from zokernel.perturb import Perturb, Recorded
 from zokernel.perturb.base import Closure
+from zokernel.private_apis import write_counts
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +171,12 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         self._note_versions()
 
     def _note_versions(self) -> None:
-        self._versions = [tensor._version for tensor in self.named_params.values()]
+        self._versions = write_counts(self.named_params.values())
 
     @property
     def changed_by_others(self) -> bool:
         """Whether anything but this optimizer has written to the weights since its last step."""
-        return [tensor._version for tensor in self.named_params.values()] != self._versions
+        return write_counts(self.named_params.values()) != self._versions
 
     @property
     def moves_along_directions(self) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernel.directions import Dense, Directions, LowRank, Subspace
 from zokernel.directions.placement import Placement, place_all
@@ -29,13 +28,16 @@ from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.in_place import loss_value
 from zokernel.perturb.intercept import Intercepted
+from zokernel.private_apis import flatten_and_unflatten
+
+_flatten, _unflatten = flatten_and_unflatten()
 
 # Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
 # takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
 STRETCH = 1 << 23
 # On a GPU a copy takes less time than starting it does, so there should be as few as this share of the weights allows.
 GPU_SHARE = 1 / 32
-# Vectors and small matrices of a model are copied once a loss.
+# Vectors and small matrices of a model are copied once per loss.
 SMALL = 1 << 14
 # Families whose directions on some rows do not depend on the other rows.
 BY_POSITION = (Dense, LowRank, Subspace)
@@ -238,12 +240,12 @@ class Perturbed(Intercepted):
         low, places = func in LOW_PRECISION, self.schedule.places
         # Parameters may be in lists, as a recurrent layer's are; mostly they are not.
         nested = bool(kwargs) or any(isinstance(value, (list, tuple, dict)) for value in args)
-        values, structure = tree_flatten((args, kwargs)) if nested else (list(args), None)
+        values, structure = _flatten((args, kwargs)) if nested else (list(args), None)
         large = [value for value in values if id(value) in places and id(value) not in self.fixed]
         # One stretch is held at a time, so operands that may be of several are set aside.
         aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
         read = [aside[id(value)] if id(value) in aside else self.copy(value, low) for value in values]
-        args, kwargs = (read, {}) if structure is None else tree_unflatten(read, structure)
+        args, kwargs = (read, {}) if structure is None else _unflatten(read, structure)
         result = func(*args, **kwargs)
         # A view of the scratch buffer would change under its holder's hands.
         return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result

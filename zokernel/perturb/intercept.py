@@ -52,7 +52,7 @@ class Intercepted:
 
     def _subclass(self, kind: type) -> type:
         def __torch_function__(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.DisableTorchFunctionSubclass():
                 if func.__name__ in _READS:
                     return func(*args, **(kwargs or {}))
                 return self._handler(func, args, kwargs or {})

@@ -29,6 +29,7 @@ from numba.extending import intrinsic
 
 from zokernel.directions.backends.gaussian_math import GROUP
 from zokernel.directions.backends.numba.math import cached, inlined, pointer_to
+from zokernel.private_apis import extension_file
 from zokernel.process_memory import release_code
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _torch_team() -> Any:
     """Return OpenMP's ``GOMP_parallel`` as torch itself calls it; ``None`` if torch is linked with no such function."""
     try:
         # Looked up among what torch is linked with: another copy of the library would start threads of its own.
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+        parallel = ctypes.CDLL(extension_file()).GOMP_parallel
     except (AttributeError, OSError):
         logger.info("torch's OpenMP threads cannot be called: directions use threads of their own.")
         return None

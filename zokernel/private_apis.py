@@ -1,0 +1,217 @@
+"""Every private API of torch, transformers and accelerate that this package uses, and why.
+
+What such an API does may change in any version, so nothing private is used anywhere else, and each of these has a test
+that fails when it is gone or behaves otherwise.  A public API is used wherever all allowed versions have one.
+
+Functions with a line "Private" in their docstring wrap a private function or attribute.  Methods of ``Trainer`` that
+are overridden cannot be wrapped: :data:`TRAINER_HOOKS` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from torch import Tensor, nn
+
+TRIED = {
+    "torch": ("2.13.0",),
+    "transformers": ("5.23.0",),
+    "accelerate": ("1.15.0",),
+    "peft": ("0.21.2",),
+}
+"""The versions that all of this was tried with."""
+
+
+class Hook(NamedTuple):
+    """A private method of ``transformers.Trainer`` that is overridden or called, or a private parameter of a method."""
+
+    parameters: tuple[str, ...]
+    """Its parameters, after ``self``."""
+    reason: str
+    """Why no public API will do."""
+
+
+TRAINER_HOOKS = {
+    "_get_train_sampler": Hook(
+        ("train_dataset",), "The order of examples must depend on seed and epoch alone; no callback can change it."
+    ),
+    "_determine_best_metric": Hook(
+        ("metrics", "trial"), "Without checkpoints, the best step is noted where the loop finds a better metric."
+    ),
+    "_save_checkpoint": Hook(
+        ("model", "trial"), "A checkpoint is written whole or not at all, and on_save comes after it was written."
+    ),
+    "_save": Hook(
+        ("output_dir", "state_dict"), "save_model calls it on each kind of model; it would pickle the arguments."
+    ),
+    "_save_optimizer_and_scheduler": Hook(("output_dir",), "torch.save would pickle; these are safetensors and JSON."),
+    "_load_optimizer_and_scheduler": Hook(("checkpoint",), "The counterpart: torch.load would unpickle."),
+    "_save_rng_state": Hook(("output_dir",), "torch.save would pickle the random states."),
+    "_load_rng_state": Hook(("checkpoint",), "The counterpart: torch.load would unpickle."),
+    "_load_from_checkpoint": Hook(
+        ("resume_from_checkpoint", "model"), "It would hold all weights twice; here they are read tensor by tensor."
+    ),
+    "_push_from_checkpoint": Hook(
+        ("checkpoint_folder",), "The replaced _save_checkpoint pushes to the hub as the original does."
+    ),
+    "_get_output_dir": Hook(("trial",), "In a search of hyperparameters, each trial has a folder of its own."),
+    "_prepare_inputs": Hook(
+        ("inputs",), "Losses of a batch are taken outside training_step, too, and need it on the device."
+    ),
+}
+"""Private methods of ``transformers.Trainer`` that are overridden or called."""
+
+SAVE_MODEL = Hook(
+    ("output_dir", "_internal_call"),
+    "The loop passes _internal_call when it saves a checkpoint, which is made whole by other means.",
+)
+"""``Trainer.save_model``, a public method that is called with a private parameter."""
+
+
+def loop_sums(trainer: Any) -> dict[str, Any]:
+    """Return the sums of losses that the loop of ``Trainer`` keeps between two log lines.
+
+    Private: ``Trainer._tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``.  The first log line after a
+    checkpoint is the mean over steps on both sides of it, so these belong to the checkpoint.
+    """
+    return {
+        "tr_loss": trainer._tr_loss,
+        "total_loss": trainer._total_loss_scalar,
+        "last_logged": trainer._globalstep_last_logged,
+    }
+
+
+def set_loop_sums(trainer: Any, sums: dict[str, Any]) -> None:
+    """Set the sums that :func:`loop_sums` returned; the loop zeroes them before ``on_train_begin``.
+
+    Private: the attributes named there.
+    """
+    trainer._tr_loss = sums["tr_loss"].to(trainer.args.device)
+    trainer._total_loss_scalar = sums["total_loss"]
+    trainer._globalstep_last_logged = sums["last_logged"]
+
+
+def set_train_batch_size(trainer: Any, size: int) -> None:
+    """Set how many examples each device reads in one micro-batch, before the loop begins.
+
+    Private: ``Trainer._train_batch_size``, which the loop reads.  It is copied from the arguments when the trainer is
+    made, and the largest batch that fits is found later.
+    """
+    trainer._train_batch_size = size
+
+
+def attention_implementation(model: Any) -> str | None:
+    """Return which attention a model of transformers runs, such as ``sdpa``; None of any other model.
+
+    Private: ``PreTrainedConfig._attn_implementation``.  There is a public setter, and nothing public that reads it.
+    """
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def repeated_blocks(model: nn.Module) -> set[str]:
+    """Return the names of the classes of the blocks that a model of transformers repeats.
+
+    Private: ``PreTrainedModel._no_split_modules``.  What transformers keeps in one piece when it spreads a model over
+    devices is what the model repeats, and nothing public names it.
+    """
+    return {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
+
+
+def compile_nothing(accelerator: Any) -> None:
+    """Keep accelerate from compiling the whole model, as ``--torch_compile`` makes it do.
+
+    Private: ``AcceleratorState.dynamo_plugin``.  transformers chooses the backend through the environment, before any
+    public method of the trainer can change it.
+    """
+    from accelerate.utils import DynamoBackend
+
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+
+
+def cache_no_casts(accelerator: Any) -> None:
+    """Keep autocast from caching the low-precision copies of weights.
+
+    Private: ``Accelerator.autocast_handler``.  It is a public argument of the accelerator, which transformers makes and
+    passes no such argument.
+    """
+    from accelerate.utils import AutocastKwargs
+
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+
+def synchronise_no_gradients(accelerator: Any) -> None:
+    """Keep accelerate from wrapping models in ``DistributedDataParallel``.
+
+    Private: that ``Accelerator.prepare`` calls ``prepare_model`` of the same object.  Its argument ``evaluation_mode``
+    is public, but transformers calls ``prepare`` with the optimizer as well, and then leaves it out.
+    """
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+
+
+def deal_batches(loader: Any, processes: int, rank: int) -> bool:
+    """Make a loader of accelerate read every ``processes``-th batch, beginning with number ``rank``.
+
+    Private: ``BatchSamplerShard.num_processes`` and ``process_index``.  accelerate deals batches to all processes, and
+    has no setting by which some of them read the same.
+
+    Returns:
+        Whether it is a loader whose batches are dealt; if not, it was left alone.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if not hasattr(sampler, "process_index"):
+        return False
+    sampler.num_processes, sampler.process_index = processes, rank
+    return True
+
+
+def write_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was written to in place, in any way that torch sees.
+
+    Private: ``Tensor._version``.  Autograd counts these writes, and a comparison of values would need a copy of all.
+    """
+    return [tensor._version for tensor in tensors]
+
+
+def standard_gamma(shape_parameters: Tensor, generator: Any) -> Tensor:
+    """Return draws of Gamma(k, 1) for each k in ``shape_parameters``, with a generator of one's own.
+
+    Private: ``torch._standard_gamma``.  ``torch.distributions.Gamma`` calls it with the global generator only.
+    """
+    import torch
+
+    return torch._standard_gamma(shape_parameters, generator=generator)
+
+
+def flatten_and_unflatten() -> tuple[Callable[[Any], tuple[list[Any], Any]], Callable[[list[Any], Any], Any]]:
+    """Return ``flatten(tree)``, the (leaves, structure) of nested containers, and ``unflatten(leaves, structure)``.
+
+    Private: ``torch.utils._pytree``.  These are the containers that torch's own functions take, named tuples included,
+    and torch has no public name for it.
+    """
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    return tree_flatten, tree_unflatten
+
+
+def shard_offset(tensor: Any) -> tuple[int, ...]:
+    """Return where the shard of this process begins in the whole of a ``DTensor``, in every dimension.
+
+    Private: ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.  A ``DTensor`` gives away its
+    mesh and placements only, from which uneven shards would have to be worked out again.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def extension_file() -> str:
+    """Return the file of torch's own extension module, through which the libraries it is linked with are found.
+
+    Private: ``torch._C``.  Another copy of OpenMP, found in any other way, would start threads of its own.
+    """
+    import torch
+
+    return torch._C.__file__
