@@ -92,9 +92,9 @@ def claims_page(claims: list[Claim]) -> str:
         "",
         f"{len(claims)} claims of the three papers: "
         + ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items())
-        + ". Each row names the experiment or the test that decides it. A test fails when a committed result contradicts "
-        "a verdict or a number on this page. `zokernel claims` prints the ledger in a terminal. The errata are on "
-        "[the theory page](../theory.md). Written by `python docs/publish.py`.",
+        + ". Each row names the experiment or the test that decides it. A test fails when a committed result "
+        "contradicts a verdict or a number on this page. `zokernel claims` prints the ledger in a terminal. The errata "
+        "are on [the theory page](../theory.md). Written by `python docs/publish.py`.",
         "",
     ]
     for paper in PAPERS:
