@@ -1,4 +1,4 @@
-"""Fine-tune a masked language model at the mask, on sixteen examples a class.
+"""Fine-tune a masked language model at the mask, on sixteen examples per class.
 
 python examples/masked_lm.py --model FacebookAI/roberta-base --steps 1000
 """

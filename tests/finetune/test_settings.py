@@ -1,5 +1,5 @@
 """A run is settled once: who decided what, what a continued run may change, and that nothing is written to what users
-said."""
+asked for."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def test_the_table_is_aligned_and_short(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"method": "auto"}, {"auto_find_batch_size": True}, {"restore": "copy"}, {}])
-def test_nothing_writes_to_what_the_user_said(parts, tmp_path, settings):
+def test_nothing_writes_to_what_the_user_asked_for(parts, tmp_path, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = make_trainer(parts, tmp_path, max_steps=2, learning_rate=None, save_strategy="journal", **settings)
-    said = trainer.settings.said
-    before = {name: repr(value) for name, value in vars(said).items()}
+    requested = trainer.settings.requested
+    before = {name: repr(value) for name, value in vars(requested).items()}
     trainer.train()
-    assert {name: repr(value) for name, value in vars(said).items()} == before
-    assert trainer.args is not said
+    assert {name: repr(value) for name, value in vars(requested).items()} == before
+    assert trainer.args is not requested
     recorded = json.loads((tmp_path / "settings.json").read_text())["settings"]
     assert {row["name"]: row["value"] for row in recorded} == trainer.settings.values()
     assert "auto" not in (trainer.settings["perturb"], trainer.settings["method"])
@@ -77,7 +77,7 @@ def test_late_decisions_make_new_records(tmp_path):
     settings = settle(tmp_path)
     late = settings.with_("hardware", per_device_train_batch_size=4)
     assert (settings["per_device_train_batch_size"], late["per_device_train_batch_size"]) == (16, 4)
-    assert (late.arguments().per_device_train_batch_size, settings.said.per_device_train_batch_size) == (4, None)
+    assert (late.arguments().per_device_train_batch_size, settings.requested.per_device_train_batch_size) == (4, None)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def finetune(
     Args:
         model_arguments: Which model.
         data_arguments: Which examples and how they are phrased.
-        config: What the user said about the run.
+        config: What the user asked for.
         command: The command line, for the report, and to tell flags from the settings of a recipe.
 
     Returns:

@@ -1,6 +1,6 @@
 """Batches of encoded examples: right padding, explicit scored positions, and shared prompts.
 
-Shapes: B examples, C options of the example that has most, R rows of the batch, T tokens, K scored positions a row.
+Shapes: B examples, C options of the example that has most, R rows of the batch, T tokens, K scored positions per row.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Collator:
 
 
 def _plain_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
-    """A row an option, behind a copy of the prompt."""
+    """One row per option, behind a copy of the prompt."""
     prompt = feature["input_ids"]
     return [
         _Row(

@@ -23,7 +23,7 @@ class EpochSeededSampler(LengthGroupedSampler):
     The batch with the longest example comes first, so that a lack of memory shows at once; the others are shuffled.
 
     Args:
-        batch_size: Examples an optimizer step, of one process.
+        batch_size: Examples per optimizer step of one process.
         seed: Seed of the run.
         processes: Processes that take batches in turn; theirs of one step stay together, and so of similar length.
         **kwargs: As for ``LengthGroupedSampler``.

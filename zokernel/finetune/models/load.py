@@ -96,14 +96,14 @@ def is_masked(architecture: Any, lm_type: str) -> bool:
     Raises:
         UsageError: If the model is neither, or not what was asked for.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if lm_type not in ("auto", "causal", "masked"):
         raise UsageError(f"lm_type must be auto, causal or masked, not {lm_type!r}.")
     kind = type(architecture)
     can = {
-        "causal": kind in AutoModelForCausalLM._model_mapping,
-        "masked": kind in AutoModelForMaskedLM._model_mapping,
+        "causal": kind in MODEL_FOR_CAUSAL_LM_MAPPING,
+        "masked": kind in MODEL_FOR_MASKED_LM_MAPPING,
     }
     if lm_type != "auto":
         if not can[lm_type]:

@@ -18,7 +18,7 @@ def table(metrics: dict[str, Any]) -> str:
         metrics: What ``metrics.json`` holds.
 
     Returns:
-        Text, one row a line.
+        Text, one row per line.
     """
     rows = summary_rows(metrics)
     width = max(len(name) for name, _ in rows)
@@ -175,7 +175,7 @@ The ± is the binomial standard error of {examples:,} examples.
 {metrics["command"]}
 ```
 
-Files: `metrics.json` (these numbers), `steps.jsonl` (one line a step), and the trained {metrics["saved"]}, which
+Files: `metrics.json` (these numbers), `steps.jsonl` (one line per step), and the trained {metrics["saved"]}, which
 plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
 """
     path.write_text(text, encoding="utf-8")

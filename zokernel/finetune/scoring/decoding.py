@@ -37,7 +37,7 @@ def greedy_answers(
         max_new_tokens: Longest answer in tokens.
 
     Returns:
-        One text a prompt, without surrounding spaces.
+        One text per prompt, without surrounding spaces.
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 

@@ -5,7 +5,7 @@ by the mean log-probability of its tokens, with the prompt computed once for all
 Either way the LM head runs only on the scored positions (and, if one token decides, only for the options' tokens),
 without a KV cache, and the loss is taken in fp32.
 
-Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions a row, V vocabulary, H hidden.
+Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions per row, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset
+from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
     seen = causal & (key != -1) & ((key == 0) | (key == query))
     # A padded position sees itself, so that no softmax is over nothing.
     seen = (seen | torch.eye(length, dtype=torch.bool, device=segments_RT.device))[:, None]
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa":
+    if attention_implementation(model) == "sdpa":
         return seen
     dtype = next(model.parameters()).dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
@@ -170,7 +171,7 @@ def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         where an example has fewer than C options.
     """
     if "cells" not in batch:
-        # One token an option: the normaliser of the softmax is common to all of them and cancels in the loss.
+        # One token per option: the normaliser of the softmax is common to all of them and cancels in the loss.
         return scored_logits(model, batch, batch["targets"])[:, 0].float()
     return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
 
@@ -185,7 +186,7 @@ def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset
     """Return the collator that shares prompts between options if the model gives the same scores that way.
 
     The claim is checked, not looked up: a few examples are scored in both layouts.  Models without explicit positions
-    or free attention masks (recurrent ones, ALiBi, some fused attention) differ or fail, and get a row an option.
+    or free attention masks (recurrent ones, ALiBi, some fused attention) differ or fail, and get one row per option.
 
     Args:
         model: The model to train.

@@ -55,7 +55,7 @@ class DataArguments:
         },
     )
     label_words: list[str] | None = field(
-        default=None, metadata={"help": "One word or phrase a class, in class order: terrible great."}
+        default=None, metadata={"help": "One word or phrase per class, in class order: terrible great."}
     )
     labels: list[str] | None = field(
         default=None,

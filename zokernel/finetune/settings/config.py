@@ -1,4 +1,4 @@
-"""What the user says about a run: transformers' ``TrainingArguments`` and what zeroth-order training adds to them.
+"""What the user asks of a run: transformers' ``TrainingArguments`` and what zeroth-order training adds to them.
 
 What is left open stays open here; :func:`zokernel.finetune.settings.resolve.resolve` fills it in.
 """

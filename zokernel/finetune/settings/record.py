@@ -57,7 +57,7 @@ class RunSettings:
     A decision that is taken late makes a new record: see :meth:`with_`.
 
     Attributes:
-        said: What the user said.
+        requested: What the user asked for.
         settings: The settings in the order of ``ZOConfig``'s fields.
 
     Example:
@@ -66,7 +66,7 @@ class RunSettings:
         ('in_forward', 'auto')
     """
 
-    said: ZOConfig
+    requested: ZOConfig
     settings: tuple[Setting, ...]
 
     def __iter__(self) -> Iterator[Setting]:
@@ -86,9 +86,9 @@ class RunSettings:
 
     def arguments(self) -> ZOConfig:
         """Return a new ``ZOConfig`` with everything filled in."""
-        filled = copy.copy(self.said)
-        said = self.said.to_dict()
-        changed = {setting.name: setting.value for setting in self.settings if setting.value != said[setting.name]}
+        filled = copy.copy(self.requested)
+        requested = self.requested.to_dict()
+        changed = {setting.name: setting.value for setting in self.settings if setting.value != requested[setting.name]}
         if "lr_scheduler_type" in changed:
             changed["lr_scheduler_type"] = SchedulerType(changed["lr_scheduler_type"])
         vars(filled).update(changed)

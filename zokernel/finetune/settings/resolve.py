@@ -1,7 +1,7 @@
 """What a run is going to do, settled once and before it begins.
 
-``ZOConfig`` is what the user said.  :func:`resolve` fills in what was left open, from the method's defaults, from rules
-about model and data, and from the hardware, and keeps for every setting who decided it.
+``ZOConfig`` is what the user asked for.  :func:`resolve` fills in what was left open, from the method's defaults, from
+rules about model and data, and from the hardware, and keeps for every setting who decided it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def resolve(
     ``perturb="auto"`` stays until the optimizer has been made.
 
     Args:
-        config: What the user said.
+        config: What the user asked for.
         trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
         num_examples: Training examples; None if their number is not known.
         low_precision: Types below fp32 in which trained weights are stored, for the message; empty if none are.
@@ -68,8 +68,8 @@ def resolve(
         >>> settings["eps"], settings.setting("eps").source
         (0.001, 'default')
     """
-    said, sources = config.to_dict(), given_sources(config, command)
-    choices = _Choices(said, sources)
+    requested, sources = config.to_dict(), given_sources(config, command)
+    choices = _Choices(requested, sources)
     chosen_by_auto = config.method == AUTO
     if chosen_by_auto:
         choices.decide("auto", method=auto.METHOD)
@@ -83,7 +83,7 @@ def resolve(
     choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
     decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
     choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
-    if config.save_strategy == "journal" and str(said["eval_strategy"]) == "no":
+    if config.save_strategy == "journal" and str(requested["eval_strategy"]) == "no":
         choices.decide("auto", load_best_model_at_end=False)
     if choices["learning_rate"] is None:
         choices.fill("auto", learning_rate=_learning_rate(choices, trained, num_examples, config.world_size))
@@ -103,7 +103,7 @@ def given_sources(config: ZOConfig, command: Sequence[str] = ()) -> dict[str, st
     """Return who gave the settings that were given: the user, or a recipe.
 
     Args:
-        config: What the user said.
+        config: What the user asked for.
         command: The command line, if it came from there.
 
     Returns:
@@ -185,9 +185,11 @@ def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, wo
 class _Choices:
     """Values and their sources while they are being decided."""
 
-    def __init__(self, said: Mapping[str, Any], given: Mapping[str, str]):
+    def __init__(self, requested: Mapping[str, Any], given: Mapping[str, str]):
         names = [f.name for f in dataclasses.fields(ZOConfig) if f.init and not f.name.startswith(COSMETIC)]
-        self.values = {name: json.loads(json.dumps(said[name], default=str)) for name in names if name != "restore"}
+        self.values = {
+            name: json.loads(json.dumps(requested[name], default=str)) for name in names if name != "restore"
+        }
         self.sources = {name: given.get(name, "default") for name in self.values}
 
     def __getitem__(self, name: str) -> Any:

@@ -174,7 +174,7 @@ def explained_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
-        # safetensors raises its own error, which only says in words what the system said.
+        # safetensors raises its own error, which only repeats the system's message in words.
         if not (unwritable or (isinstance(error, SafetensorError) and "os error" in str(error))):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)

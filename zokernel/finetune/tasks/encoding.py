@@ -42,7 +42,7 @@ def encode(
         only_answer: Encode the right option alone, which is all that a loss on the answer needs.
 
     Returns:
-        One :class:`Encoded` a row.
+        One :class:`Encoded` per row.
 
     Raises:
         UsageError: If the tokenizer gives no character offsets, or a label is none of the options.

@@ -19,7 +19,7 @@ class PromptTask(Task):
 
     Args:
         template: Text with columns in braces, such as ``{sentence} It was``.
-        label_words: One word or phrase a class, in class order, without the space before it.
+        label_words: One word or phrase per class, in class order, without the space before it.
         labels: What the label column holds for each class; ``0, 1, ...`` when empty.  ``a|b`` stands for either.
         masked_label_words: Label words for masked language models, where they differ.
 

@@ -20,6 +20,7 @@ from zokernel.finetune.storage.run_folder import explained_errors
 from zokernel.finetune.storage.run_journal import RunJournal
 from zokernel.finetune.storage.state_file import load_state, save_state
 from zokernel.finetune.trainer.loop_optimizer import bare
+from zokernel.private_apis import loop_sums
 
 
 class CheckpointTrainer(Trainer):
@@ -118,13 +119,8 @@ class CheckpointTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            loop = {
-                "tr_loss": self._tr_loss,
-                "total_loss": self._total_loss_scalar,
-                "last_logged": self._globalstep_last_logged,
-            }
             files.save_training_state(
-                Path(output_dir), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler, extra=loop
+                Path(output_dir), optimizer=self.bare_optimizer, scheduler=self.lr_scheduler, extra=loop_sums(self)
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import UsageError
+from zokernel.private_apis import repeated_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor", mode: str | N
         >>> compile_blocks(LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)), backend="eager")
         3
     """
-    # What transformers keeps in one piece when it spreads a model over devices is what the model repeats.
-    kinds = {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
+    kinds = repeated_blocks(model)
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
         raise UsageError(f"{type(model).__name__} names no repeated blocks to compile: leave out --torch_compile.")

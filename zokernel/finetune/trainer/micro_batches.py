@@ -77,3 +77,16 @@ def weighted_mean(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     # On the CPU, since some accelerators have no float64.
     return torch.tensordot(shares, together.cpu().double(), dims=1).to(together)
+
+
+def mean_weight(weights: Sequence[float], gather: Callable[[Tensor], Any], device: torch.device) -> Tensor | None:
+    """Return the mean weight of a step's micro-batches on all processes, or None if all weigh the same.
+
+    Args:
+        weights: Weights of this process's micro-batches.
+        gather: Concatenates a tensor of every process.
+        device: Where the processes exchange tensors.
+    """
+    own = torch.tensor([sum(weights) / len(weights), min(weights), max(weights)], device=device)
+    means, least, most = gather(own).view(-1, 3).T
+    return None if least.min() == most.max() else means.mean()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from zokernel.errors import UsageError
 from zokernel.perturb.parallel import MODES, Parallel
+from zokernel.private_apis import deal_batches
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,12 @@ def on_all(holds: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def without_gradient_machinery(accelerator: Any) -> None:
-    """Keep accelerate from wrapping models for gradient synchronisation: there are no gradients to synchronise."""
-    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
-
-
 def share_batches(loader: Any, parallel: Parallel) -> Any:
     """Make processes that share the points of a step read the same batches.
 
     Raises:
         UsageError: If the loader is not one whose batches are dealt out to processes.
     """
-    dealt = getattr(loader, "batch_sampler", None)
-    if dealt is None or not hasattr(dealt, "process_index"):
+    if not deal_batches(loader, parallel.data_ranks, parallel.data_rank):
         raise UsageError("Training data without a length cannot be shared between processes: use a map-style dataset.")
-    dealt.num_processes, dealt.process_index = parallel.data_ranks, parallel.data_rank
     return loader

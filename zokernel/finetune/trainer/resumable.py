@@ -22,6 +22,7 @@ from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
 from zokernel.finetune.trainer.checkpoints import CheckpointTrainer
+from zokernel.private_apis import set_loop_sums
 
 logger = logging.getLogger(__name__)
 
@@ -231,9 +232,7 @@ class ResumableTrainer(CheckpointTrainer):
             )
         if self._loop_state is not None:
             # The loop zeroes these; the mean loss of the next log line is over steps before the checkpoint, too.
-            self._tr_loss = self._loop_state["tr_loss"].to(self.args.device)
-            self._total_loss_scalar = self._loop_state["total_loss"]
-            self._globalstep_last_logged = self._loop_state["last_logged"]
+            set_loop_sums(self, self._loop_state)
             self._loop_state = None
         if self.when_begun is not None and self.args.should_save:
             self.when_begun()

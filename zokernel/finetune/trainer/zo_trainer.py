@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
@@ -37,11 +36,12 @@ from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
-from zokernel.finetune.trainer.micro_batches import MicroBatches
-from zokernel.finetune.trainer.processes import make_parallel, share_batches, without_gradient_machinery
+from zokernel.finetune.trainer.micro_batches import MicroBatches, mean_weight
+from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.resumable import ResumableTrainer
 from zokernel.optim import get_method
+from zokernel.private_apis import cache_no_casts, compile_nothing, set_train_batch_size, synchronise_no_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ZOTrainer(ResumableTrainer):
 
     Args:
         model: A language model of transformers, or a peft model, with at least one trainable parameter.
-        args: What the user said, or the settings that were made of it for this model.
+        args: What the user asked for, or the settings that were made of it for this model.
         objective: What is minimised and reported; cross entropy over the options when not given.
         **kwargs: As for ``transformers.Trainer``.  Batches are expected as ``zokernel.finetune.Collator`` makes them;
             override :meth:`compute_loss` for any other loss (and :meth:`loss_weight`, if it is a mean).
@@ -74,8 +74,8 @@ class ZOTrainer(ResumableTrainer):
     def __init__(
         self, model: nn.Module, args: ZOConfig | RunSettings, *, objective: Objective | None = None, **kwargs: Any
     ):
-        said = args.said if isinstance(args, RunSettings) else args
-        freeze_(model, layers=said.freeze_layers, vectors=said.freeze_vectors)
+        requested = args.requested if isinstance(args, RunSettings) else args
+        freeze_(model, layers=requested.freeze_layers, vectors=requested.freeze_vectors)
         check_trainable(model)
         low, data = low_precision(model), kwargs.get("train_dataset")
         if isinstance(args, RunSettings):
@@ -84,7 +84,7 @@ class ZOTrainer(ResumableTrainer):
             known = len(data) if data is not None and hasattr(data, "__len__") else None
             settings = resolve(args, trained=what_is_trained(model), num_examples=known)
         method = settings["method"]
-        self.objective = objective or Objective(said.objective)
+        self.objective = objective or Objective(requested.objective)
         self.zeroth_order = not getattr(get_method(method), "first_order", False)
         if low and self.zeroth_order:
             refuse_low_precision(low, settings["perturb"])
@@ -131,17 +131,17 @@ class ZOTrainer(ResumableTrainer):
         """Build the accelerator; under autocast, keep no second copy of the weights."""
         super().create_accelerator_and_postprocess()
         # Each weight is used once per forward, so caching its bf16 copy would only cost memory.
-        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        cache_no_casts(self.accelerator)
         if self.args.torch_compile:
             # Not the whole model: its head sees other positions in every batch, and each would be compiled anew.
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            compile_nothing(self.accelerator)
             backend = self.args.torch_compile_backend or "inductor"
             assert self.model is not None
             compile_blocks(self.model, backend=backend, mode=self.args.torch_compile_mode)
         arguments = (self.args.zo_parallel, self.args.zo_point_ranks)
         self.parallel = make_parallel(*arguments, self._micro_batches.weight) if self.zeroth_order else None
         if self.parallel is not None:
-            without_gradient_machinery(self.accelerator)
+            synchronise_no_gradients(self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of transformers; processes that share the points of a step read the same batches."""
@@ -266,11 +266,8 @@ class ZOTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if self.zeroth_order or not batches:
             return batches, None
-        weights = torch.tensor([self.loss_weight(batch) for batch in batches], dtype=torch.float64)
-        # The totals of all processes, whose gradients are averaged.
-        own = torch.stack([weights.mean(), weights.min(), -weights.max()]).float().to(self.args.device)
-        means, least, most = self.accelerator.gather(own).view(-1, 3).T
-        return batches, None if least.min() == -most.min() else means.mean()
+        weights = [self.loss_weight(batch) for batch in batches]
+        return batches, mean_weight(weights, self.accelerator.gather, self.args.device)
 
     def loss_weight(self, inputs: dict[str, Any]) -> float:
         """Return how many terms the loss of a batch is a mean over: 1 for a loss of one's own."""
@@ -354,7 +351,8 @@ class ZOTrainer(ResumableTrainer):
                 parts,
                 found,
             )
-            values["per_device_train_batch_size"] = self._train_batch_size = found
+            values["per_device_train_batch_size"] = found
+            set_train_batch_size(self, found)
             values["gradient_accumulation_steps"] = self.args.gradient_accumulation_steps * parts
             if self.args.perturb == "auto":
                 values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward
