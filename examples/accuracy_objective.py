@@ -1,4 +1,4 @@
-"""Maximise accuracy itself: a loss without gradient, which forward passes can descend all the same.
+"""Maximise accuracy itself: a loss without a gradient, which forward passes can still descend.
 
 Accuracy moves in steps of one over the batch, so batches are large and perturbations wide.
 
