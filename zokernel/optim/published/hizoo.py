@@ -83,6 +83,7 @@ class HiZOO(ZerothOrder):
         UsageError: If a setting is out of range, or the distribution cannot tell coordinates apart.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = HiZOO([weight], lr=0.05, hessian_smooth=1e-4)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(300)]
