@@ -25,7 +25,7 @@ demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes on
 	$(BIN)/zokernel demo --output_dir $(DEMO_DIR) --overwrite_output_dir
 
 test: install lint typecheck  ## lint, type-check and run the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-oldest:  ## the core of the suite with the lowest versions that pyproject.toml allows
 	scripts/test_versions.sh oldest

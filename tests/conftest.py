@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -19,7 +20,8 @@ from skips import pytest_sessionfinish  # noqa: F401, a hook
 # A suite started in the background inherits an ignored SIGINT; the tests of Ctrl-C need the usual one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // WORKERS))
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,7 @@ def movie_reviews_path() -> Path:
 
 
 class SmokeRun:
-    """Every experiment at smoke scale, run once a session, whichever test asks first.
+    """Every experiment at smoke scale, run once a session, whichever test in whichever process asks first.
 
     Attributes:
         folder: The output folder of ``zokernel reproduce``.
@@ -54,9 +56,11 @@ class SmokeRun:
         from zokernel.experiments.runner import run_all
         from zokernel.experiments.storage import load_record
 
-        if load_record(self.folder / name) is None:
-            (outcome,) = run_all([name], Config("smoke"), self.folder)
-            assert outcome.state == "finished", (self.folder / name / "error.txt").read_text()
+        with (self.folder / f".{name.replace('/', '-')}").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if load_record(self.folder / name) is None:
+                (outcome,) = run_all([name], Config("smoke"), self.folder)
+                assert outcome.state == "finished", (self.folder / name / "error.txt").read_text()
         record = load_record(self.folder / name)
         assert record is not None
         return record
@@ -65,7 +69,10 @@ class SmokeRun:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> SmokeRun:
     """The smoke-scale results that the tests of experiments, claims, reports and documentation share."""
-    return SmokeRun(tmp_path_factory.mktemp("smoke"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if WORKERS > 1 else folder) / "smoke"
+    folder.mkdir(exist_ok=True)
+    return SmokeRun(folder)
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,15 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    ("reason", "ci", "code"),
-    [("there is no GPU", "true", 0), ("no Chromium", "true", 1), ("no Chromium", "", 0)],
+    ("reason", "ci", "processes", "code"),
+    [
+        ("there is no GPU", "true", "0", 0),
+        ("no Chromium", "true", "0", 1),
+        ("no Chromium", "true", "2", 1),
+        ("no Chromium", "", "0", 0),
+    ],
 )
-def test_a_skipped_test_fails_on_ci(tmp_path, reason, ci, code):
+def test_a_skipped_test_fails_on_ci(tmp_path, reason, ci, processes, code):
     test = f"import pytest\ndef test_one():\n    pass\ndef test_two():\n    pytest.skip({reason!r})\n"
     (tmp_path / "test_it.py").write_text(test)
     finished = subprocess.run(
@@ -29,6 +34,8 @@ def test_a_skipped_test_fails_on_ci(tmp_path, reason, ci, code):
             "no:cacheprovider",
             "-p",
             "skips",
+            "-n",
+            processes,
             "--rootdir",
             tmp_path,
             tmp_path,
