@@ -9,8 +9,9 @@ are overridden cannot be wrapped: :data:`TRAINER_HOOKS` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # torch takes seconds to load
@@ -167,12 +168,11 @@ def deal_batches(loader: Any, processes: int, rank: int) -> bool:
     return True
 
 
-def write_counts(tensors: Iterable[Tensor]) -> list[int]:
-    """Return how often each tensor was written to in place, in any way that torch sees.
+write_count = attrgetter("_version")
+"""Returns how often a tensor was written to in place, in any way that torch sees.
 
-    Private: ``Tensor._version``.  Autograd counts these writes, and a comparison of values would need a copy of all.
-    """
-    return [tensor._version for tensor in tensors]
+Private: ``Tensor._version``.  Autograd counts these writes, and a comparison of values would need a copy of all.
+"""
 
 
 def standard_gamma(shape_parameters: Tensor, generator: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,8 +16,8 @@ from zokernel.optim.options import constructor_options
 OptimizerClass = TypeVar("OptimizerClass", bound=type[torch.optim.Optimizer])
 
 _METHODS: dict[str, type[torch.optim.Optimizer]] = {}
-# Methods that only reproduce a paper live beside its experiments, and are loaded when asked for by name.
-_BESIDE_EXPERIMENTS = {"kerzoo_printed": "zokernel.experiments.kerzoo.printed"}
+PLUGINS = "zokernel.methods"
+"""Entry points of this group are methods that live elsewhere, in other packages too; they are loaded when asked for."""
 
 
 def register(name: str) -> Callable[[OptimizerClass], OptimizerClass]:
@@ -30,7 +31,7 @@ def register(name: str) -> Callable[[OptimizerClass], OptimizerClass]:
 
 
 def methods() -> dict[str, type[torch.optim.Optimizer]]:
-    """Return every registered method by name, zeroth-order and first-order.
+    """Return every method of this package by name, zeroth-order and first-order.
 
     Example:
         >>> "mezo" in methods()
@@ -39,20 +40,19 @@ def methods() -> dict[str, type[torch.optim.Optimizer]]:
     package = importlib.import_module("zokernel.optim.published")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"zokernel.optim.published.{module.name}")
-    return {name: cls for name, cls in sorted(_METHODS.items()) if name not in _BESIDE_EXPERIMENTS}
+    return {name: cls for name, cls in sorted(_METHODS.items()) if cls.__module__.startswith("zokernel.optim.")}
 
 
 def get_method(name: str) -> type[torch.optim.Optimizer]:
-    """Look a method up by name.
+    """Look a method up by name: one of this package, or one that a plugin offers.
 
     Raises:
         UsageError: If there is no method of that name.
     """
-    if name in _BESIDE_EXPERIMENTS:
-        importlib.import_module(_BESIDE_EXPERIMENTS[name])
-        return _METHODS[name]
     known = methods()
     if name not in known:
+        for plugin in importlib.metadata.entry_points(group=PLUGINS, name=name):
+            return plugin.load()
         raise UsageError(f"There is no method {name!r}: choose one of {', '.join(known)}.")
     return known[name]
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -28,21 +27,21 @@ from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.averages import IterateAverage
+from zokernel.optim.checkpointed import Checkpointed
 from zokernel.optim.compose import make_directions, make_estimator, make_updates
 from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Params, name_parameters, trainable
 from zokernel.optim.registry import register
-from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Rule, Update
 from zokernel.perturb import Perturb, Recorded
 from zokernel.perturb.base import Closure
-from zokernel.private_apis import write_counts
+from zokernel.private_apis import write_count
 
 logger = logging.getLogger(__name__)
 
 
 @register("zeroth_order")
-class ZerothOrder(Trained, torch.optim.Optimizer):
+class ZerothOrder(Checkpointed):
     """Optimizer whose ``step(closure)`` only evaluates the loss, without gradients.
 
     Args:
@@ -171,12 +170,12 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
         self._note_versions()
 
     def _note_versions(self) -> None:
-        self._versions = write_counts(self.named_params.values())
+        self._versions = list(map(write_count, self.named_params.values()))
 
     @property
     def changed_by_others(self) -> bool:
         """Whether anything but this optimizer has written to the weights since its last step."""
-        return write_counts(self.named_params.values()) != self._versions
+        return list(map(write_count, self.named_params.values())) != self._versions
 
     @property
     def moves_along_directions(self) -> bool:
@@ -350,90 +349,3 @@ class ZerothOrder(Trained, torch.optim.Optimizer):
             decay |= dict.fromkeys(names, factor)
         self.perturb.weights.commit(self.step_count, update, decay)
         return moves
-
-    def averaged_weights(self) -> dict[str, Tensor]:
-        r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes.
-
-        Raises:
-            UsageError: If the update has no :class:`~zokernel.optim.averaging.averages.IterateAverage`.
-        """
-        for part in self.updates:
-            if isinstance(part, IterateAverage):
-                return part.averaged_weights(self)
-        raise UsageError("There is no averaged iterate: set averaging to 'fp32', 'int8' or 'journal'.")
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the averaged iterate into the model for the length of a ``with`` block, as for evaluation."""
-        values = self.averaged_weights()
-        self._swap(values)
-        try:
-            yield
-        finally:
-            self._swap(values)
-
-    @torch.no_grad()
-    def _swap(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self.named_params.items():
-            held = tensor.detach().clone()
-            tensor.copy_(values[name])
-            values[name] = held
-
-    def extra_state(self) -> dict[str, Any]:
-        """Return what must be saved beside torch's own state: counters, the seed, and the state of the parts."""
-        return {
-            "step": self.step_count,
-            "seed": self.seed,
-            "num_forwards": self.num_forwards,
-            "last_factor": self.last_factor,
-            "perturb": self.perturb.weights.state_dict(),
-            "directions": self.directions.state_dict(),
-            "updates": [part.state_dict() for part in self.updates],
-        }
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`extra_state` returned."""
-        self.step_count, self.num_forwards, self.seed = state["step"], state["num_forwards"], state["seed"]
-        self.last_factor = state["last_factor"]
-        self.directions.load_state_dict(state["directions"])
-        for part, saved in zip(self.updates, state["updates"], strict=True):
-            part.load_state_dict(saved)
-            part.attach(self)
-        self.perturb.weights.seed = self.seed
-        self.perturb.weights.load_state_dict(state["perturb"])
-        self._note_versions()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state: torch's own, and under ``zeroth_order`` what addresses the directions."""
-        return super().state_dict() | {"zeroth_order": self.extra_state()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``: the next step draws the directions that the saved run would have drawn.
-
-        State keeps the dtype it was saved with.  (torch casts it to the parameter's, which would round the fp32
-        momentum of bf16 weights.)
-
-        Raises:
-            UsageError: If the state was saved by another kind of optimizer, or by an earlier version of zokernel.
-        """
-        saved = state_dict.get("zeroth_order")
-        if saved is None:
-            raise UsageError(
-                f"This state was not saved by a zeroth-order optimizer; {type(self).__name__} cannot load it."
-            )
-        if "perturb" not in saved:
-            raise UsageError(
-                "This state was saved by zokernel 0.1, whose optimizers kept other state: continue with that version, "
-                "or start from its weights."
-            )
-        kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
-        super().load_state_dict(kept | {"state": {}})
-        self._named_groups = self.groups()  # torch has made new dictionaries
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        saved_ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
-        for identity, tensor in zip(saved_ids, tensors):
-            for key, value in state_dict["state"].get(identity, {}).items():
-                copied = value.detach().clone().to(tensor.device) if isinstance(value, Tensor) else value
-                self.state[tensor][key] = copied
-        self.load_extra_state(saved)

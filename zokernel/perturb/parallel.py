@@ -137,7 +137,7 @@ class Parallel(Perturb):
         for number in range(len(points)):
             row, share = divmod(number, self.point_ranks)
             column = [table[data_rank * self.point_ranks + share] for data_rank in range(self.data_ranks)]
-            if self.weight is None:
+            if self.weight is None or len({values[-1] for values in column}) == 1:
                 losses.append(sum(values[row] for values in column) / self.data_ranks)
             else:
                 total = sum(values[-1] for values in column)

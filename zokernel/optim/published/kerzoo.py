@@ -7,10 +7,9 @@ on a ball, gradients at a shifted point, lengthening steps, a misprinted constan
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
@@ -18,7 +17,7 @@ from zokernel.estimators import Smoothed
 from zokernel.optim.averaging.averages import iterate_average
 from zokernel.optim.options import REMOVAL_DATE, ZerothOrderOptions
 from zokernel.optim.parameters import Params
-from zokernel.optim.registry import register
+from zokernel.optim.registry import get_method, register
 from zokernel.optim.updates import SGD, Clip, Update
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.theory.smoothing import KernelFacts
@@ -87,7 +86,7 @@ class KerZOO(ZerothOrder):
                 FutureWarning,
                 stacklevel=2,
             )
-            cls = importlib.import_module("zokernel.experiments.kerzoo.printed").PrintedKerZOO
+            cls = cast(type[KerZOO], get_method("kerzoo_printed"))
         return super().__new__(cls)
 
     def __init__(

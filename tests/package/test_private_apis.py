@@ -1,0 +1,431 @@
+"""Every private API that the package relies on exists, does what is expected of it, and is used in one module only."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zokernel
+from zokernel import private_apis
+
+transformers = pytest.importorskip("transformers")
+
+PACKAGE = Path(zokernel.__file__).parent
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "private_apis.py")
+PUBLIC_OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+# The table of hooks
+
+
+def hooks() -> dict[str, private_apis.Hook]:
+    return private_apis.TRAINER_HOOKS | {"save_model": private_apis.SAVE_MODEL}
+
+
+@pytest.mark.parametrize("name", hooks())
+def test_trainer_has_the_hook(name):
+    method = getattr(transformers.Trainer, name, None)
+    version = transformers.__version__
+    assert method is not None, f"transformers {version} has no Trainer.{name}: {hooks()[name].reason}"
+    parameters = tuple(inspect.signature(method).parameters)[1:]
+    assert parameters == hooks()[name].parameters, f"Trainer.{name} of transformers {version} takes {parameters}"
+
+
+@pytest.mark.parametrize("name", hooks())
+def test_trainer_still_calls_the_hook(name):
+    if name in ("_get_train_sampler", "save_model"):
+        pattern = rf"self\.{name}\b"
+    else:
+        pattern = rf"self\.{name}\("
+    source = inspect.getsource(transformers.Trainer)
+    assert re.search(pattern, source), f"Trainer of transformers {transformers.__version__} no longer calls {name}"
+
+
+def our_trainers() -> list[type]:
+    from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+
+    return [kind for kind in ZOTrainer.__mro__ if kind.__module__.startswith("zokernel")]
+
+
+def test_our_overrides_take_the_same_parameters():
+    for kind in our_trainers():
+        for name in hooks().keys() & vars(kind).keys():
+            parameters = tuple(inspect.signature(vars(kind)[name]).parameters)[1:]
+            assert parameters == hooks()[name].parameters, f"{kind.__name__}.{name}"
+
+
+def test_every_hook_is_needed():
+    used = {name for kind in our_trainers() for name in private_names(ast.parse(source_of(kind)))}
+    unused = private_apis.TRAINER_HOOKS.keys() - used
+    assert not unused, f"not used any more: {unused}"
+
+
+# Nothing private anywhere else
+
+
+def source_of(kind: type) -> str:
+    return textwrap.dedent(inspect.getsource(kind))
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Return private names of attributes and methods."""
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    methods = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return set(filter(is_private, attributes | methods))
+
+
+def of_self(node: ast.Attribute) -> bool:
+    owner = node.value
+    if isinstance(owner, ast.Call):
+        return isinstance(owner.func, ast.Name) and owner.func.id == "super"
+    return isinstance(owner, ast.Name) and owner.id in ("self", "cls")
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Return the names that a file defines itself: its classes' attributes and fields, functions and variables."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+            names.add(node.attr)
+    return names
+
+
+def by_name(node: ast.AST) -> bool:
+    """Return whether a node is a call such as ``getattr(model, "_name")``."""
+    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    if called not in ("getattr", "setattr", "hasattr", "delattr") or not isinstance(node.args[1], ast.Constant):
+        return False
+    return is_private(node.args[1].value)
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """Return the dotted names that a file imports."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def names_of_imported_files(tree: ast.AST) -> set[str]:
+    """Return the names that files of this package define from which a file imports."""
+    own = {name.rpartition(".")[0] for name in imported(tree) if name.startswith("zokernel.")}
+    files = [PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py") for name in own]
+    return {name for file in files if file.is_file() for name in own_names(ast.parse(file.read_text("utf-8")))}
+
+
+def foreign_uses(tree: ast.AST) -> list[str]:
+    """Return what a file uses of others' private names, apart from what its classes inherit."""
+    allowed = own_names(tree) | PUBLIC_OF_NAMED_TUPLES | names_of_imported_files(tree)
+    uses = [
+        name for name in imported(tree) if not name.startswith("zokernel") and any(map(is_private, name.split(".")))
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not of_self(node):
+            name, text = node.attr, ast.unparse(node)
+        elif by_name(node):
+            name, text = node.args[1].value, ast.unparse(node)
+        elif (
+            isinstance(node, ast.Constant) and is_private(str(node.value)) and hasattr(transformers.Trainer, node.value)
+        ):
+            name, text = node.value, ast.unparse(node)
+        else:
+            continue
+        if name not in allowed and name not in private_apis.TRAINER_HOOKS:
+            uses.append(text)
+    return uses
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_uses_nothing_private_of_others(path):
+    uses = foreign_uses(ast.parse(path.read_text(encoding="utf-8")))
+    assert not uses, f"{path}: {uses} belong into zokernel/private_apis.py, with a reason and a test"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from torch.utils._pytree import tree_map",
+        "import torch._dynamo",
+        "torch._C._functions()",
+        "tensor._version",
+        "getattr(config, '_attn_implementation', None)",
+        "def f(trainer): trainer._tr_loss = 0",
+    ],
+)
+def test_the_check_of_files_finds(code):
+    assert foreign_uses(ast.parse(code))
+
+
+def classes() -> list[type]:
+    found: list[type] = []
+    for module in pkgutil.walk_packages(zokernel.__path__, "zokernel."):
+        if module.name.endswith("__main__"):
+            continue
+        try:
+            loaded = importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name == "triton":  # only on Linux
+                continue
+            raise
+        found += [kind for kind in vars(loaded).values() if inspect.isclass(kind) and kind.__module__ == module.name]
+    return found
+
+
+def inherited_private_names(kind: type) -> set[str]:
+    """Return the private names in a class that a class of another package, which it derives from, has as well."""
+    packages = {base: base.__module__.split(".")[0] for base in kind.__mro__}
+    foreign = [base for base, name in packages.items() if name != "zokernel" and name not in sys.stdlib_module_names]
+    theirs: set[str] = set()
+    for base in foreign:
+        theirs |= set(dir(base)) | own_names(ast.parse(source_of(base)))
+    return private_names(ast.parse(source_of(kind))) & theirs
+
+
+def test_classes_inherit_nothing_private_but_the_hooks():
+    found = {kind: inherited_private_names(kind) for kind in classes() if "<locals>" not in kind.__qualname__}
+    assert sum(issubclass(kind, torch.optim.Optimizer) for kind in found) > 5
+    for kind, names in found.items():
+        allowed = set(private_apis.TRAINER_HOOKS) if issubclass(kind, transformers.Trainer) else set()
+        assert names <= allowed, f"{kind.__name__} overrides or uses {names - allowed} of the class it derives from"
+
+
+def test_the_check_of_classes_finds():
+    class Overrides(torch.optim.SGD):
+        def _init_group(self, *args):
+            return super()._init_group(*args)
+
+    assert inherited_private_names(Overrides) == {"_init_group"}
+
+
+def test_every_function_says_what_is_private():
+    functions = [
+        f for f in vars(private_apis).values() if inspect.isfunction(f) and f.__module__ == private_apis.__name__
+    ]
+    assert len(functions) > 10
+    for function in functions:
+        assert "Private: " in (function.__doc__ or ""), function.__name__
+        assert f"private_apis.{function.__name__}(" in Path(__file__).read_text(), f"{function.__name__} has no test"
+
+
+# transformers
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return {"loss": (self.weight * x).square().mean()}
+
+
+def plain_trainer(folder, **arguments):
+    data = [{"x": torch.tensor([1.0 + n])} for n in range(8)]
+    options = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "save_strategy": "no", "use_cpu": True}
+    arguments = transformers.TrainingArguments(
+        folder, report_to=[], disable_tqdm=True, **(options | {"per_device_train_batch_size": 4} | arguments)
+    )
+    return transformers.Trainer(Squares(), arguments, train_dataset=data)
+
+
+class BeginsWith(transformers.TrainerCallback):
+    def __init__(self):
+        self.trainer, self.sums, self.seen = None, None, []
+
+    def on_train_begin(self, *args, **kwargs):
+        if self.sums is not None:
+            private_apis.set_loop_sums(self.trainer, self.sums)
+
+    def on_step_end(self, *args, **kwargs):
+        self.seen.append({name: float(value) for name, value in private_apis.loop_sums(self.trainer).items()})
+
+
+def logged_loss(folder, sums):
+    callback, trainer = BeginsWith(), plain_trainer(folder)
+    callback.trainer, callback.sums = trainer, sums
+    trainer.add_callback(callback)
+    mean = trainer.train().training_loss
+    return trainer.state.log_history[0]["loss"], mean, callback.seen
+
+
+def test_sums_of_the_loop_are_read_and_set(tmp_path):
+    plain, plain_mean, seen = logged_loss(tmp_path, None)
+    assert seen[1]["tr_loss"] == pytest.approx(2 * plain, rel=1e-3), "the loop no longer sums losses in _tr_loss"
+    assert seen[1]["total_loss"] == seen[1]["last_logged"] == 0
+    sums = {"tr_loss": torch.tensor(100.0), "total_loss": 30.0, "last_logged": 0}
+    loss, mean, _ = logged_loss(tmp_path, sums)
+    assert loss == pytest.approx(plain + 100 / 2, rel=1e-3), "the first log line ignores what was set"
+    assert mean == pytest.approx(plain_mean + (100 + 30) / 2, rel=1e-3), "the mean of the run ignores what was set"
+    sums = {"tr_loss": torch.tensor(0.0), "total_loss": 0.0, "last_logged": 1}
+    assert logged_loss(tmp_path, sums)[0] == pytest.approx(2 * plain, rel=1e-3), "the step of the last log is ignored"
+
+
+def test_the_size_of_micro_batches_can_be_set_before_the_loop(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    private_apis.set_train_batch_size(trainer, 2)
+    trainer.train()
+    assert trainer.model.sizes == [2, 2], "the loop no longer reads batches of Trainer._train_batch_size"
+
+
+def tiny_llama(**options):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes, **options))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_named(attention):
+    model = tiny_llama(attn_implementation=attention)
+    assert private_apis.attention_implementation(model) == attention
+    model.set_attn_implementation("eager")
+    assert private_apis.attention_implementation(model) == "eager"
+
+
+def test_other_models_name_no_attention():
+    assert private_apis.attention_implementation(nn.Linear(2, 2)) is None
+
+
+def test_repeated_blocks_are_named():
+    peft = pytest.importorskip("peft")
+    assert private_apis.repeated_blocks(tiny_llama()) == {"LlamaDecoderLayer"}
+    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert private_apis.repeated_blocks(adapted) == {"LlamaDecoderLayer"}
+    assert private_apis.repeated_blocks(nn.Linear(2, 2)) == set()
+
+
+# accelerate, whose state is one per process
+
+
+def fresh(code: str) -> dict:
+    """Return what a fresh process prints as JSON."""
+    code = "import json, torch\nfrom accelerate import Accelerator\nfrom zokernel import private_apis\n" + code
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_accelerate_compiles_nothing_and_wraps_nothing_and_caches_no_casts():
+    found = fresh("""
+accelerator = Accelerator(cpu=True, mixed_precision="bf16", dynamo_backend="eager")
+def compiled():
+    return type(accelerator.prepare_model(torch.nn.Linear(2, 2), evaluation_mode=True)).__name__ == "OptimizedModule"
+def caches():
+    with accelerator.autocast():
+        return torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+before = compiled(), caches()
+private_apis.compile_nothing(accelerator)
+private_apis.cache_no_casts(accelerator)
+after = compiled(), caches()
+calls = []
+accelerator.prepare_model = lambda model, device_placement=None, evaluation_mode=False: calls.append(evaluation_mode)
+private_apis.synchronise_no_gradients(accelerator)
+model = torch.nn.Linear(2, 2)
+accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+print(json.dumps({"before": before, "after": after, "calls": calls}))
+""")
+    assert found["before"] == [True, [True, True]]
+    assert found["after"][0] is False, "accelerate compiles in spite of state.dynamo_plugin"
+    assert found["after"][1] == [True, False], "accelerate ignores autocast_handler"
+    assert found["calls"] == [True], "prepare no longer calls prepare_model of the same object"
+
+
+def test_batches_are_dealt_anew():
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    plain = torch.utils.data.DataLoader(range(12), batch_size=2)
+    loader = data_loader.prepare_data_loader(plain, num_processes=4, process_index=3)
+    assert next(iter(loader)).tolist() == [6, 7]
+    assert private_apis.deal_batches(loader, 2, 1)
+    assert [batch.tolist() for batch in loader] == [[2, 3], [6, 7], [10, 11]], "accelerate deals by other attributes"
+    assert not private_apis.deal_batches(plain, 2, 1)
+
+
+# torch
+
+
+def test_writes_are_counted():
+    weight = nn.Parameter(torch.ones(3))
+    counts = [private_apis.write_count(weight)]
+    (weight * 2).sum().item()
+    assert private_apis.write_count(weight) == counts[0], "reading counts as writing"
+    with torch.no_grad():
+        for write in (lambda: weight.add_(1), lambda: weight.detach()[1:].zero_(), lambda: weight.copy_(weight + 1)):
+            write()
+            counts.append(private_apis.write_count(weight))
+    assert all(after[0] > before[0] for before, after in pairwise(counts)), f"writes are not counted: {counts}"
+
+
+def test_gamma_draws_from_the_given_generator():
+    shapes = torch.full((40_000,), 2.5, dtype=torch.float64)
+    state = torch.get_rng_state()
+    draws = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
+    again = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
+    assert torch.equal(draws, again)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    # Mean k; variance k, of which the estimate has variance (2 k^2 + 6 k) / n.  At z = 4.
+    assert abs(draws.mean() - 2.5) < 4 * (2.5 / 40_000) ** 0.5
+    assert abs(draws.var() - 2.5) < 4 * ((2 * 2.5**2 + 6 * 2.5) / 40_000) ** 0.5
+
+
+def test_containers_are_flattened_and_rebuilt():
+    flatten, unflatten = private_apis.flatten_and_unflatten()
+    pair = namedtuple("pair", "first second")
+    tensors = [torch.ones(n) for n in range(4)]
+    tree = ((tensors[0], [tensors[1], 2]), {"key": pair(tensors[2], None), "more": (tensors[3],)})
+    leaves, structure = flatten(tree)
+    assert [id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)] == [id(tensor) for tensor in tensors]
+    rebuilt = unflatten([n for n, _ in enumerate(leaves)], structure)
+    assert isinstance(rebuilt[1]["key"], pair)
+    assert rebuilt[0] == (0, [1, 2])
+    assert rebuilt[1]["more"] == (len(leaves) - 1,)
+
+
+def offsets(rank: int, folder: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    whole = torch.zeros(5, 3)
+    found = [
+        private_apis.shard_offset(distribute_tensor(whole, mesh, [kind])) for kind in (Shard(0), Shard(1), Replicate())
+    ]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_offsets_of_uneven_shards(tmp_path):
+    torch.multiprocessing.spawn(offsets, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [[[0, 0], [0, 0], [0, 0]], [[3, 0], [0, 2], [0, 0]]]
+
+
+def test_the_extension_of_torch_is_a_file_that_is_loaded():
+    file = Path(private_apis.extension_file())
+    assert file.is_file()
+    if sys.platform == "linux":
+        assert str(file.resolve()) in Path("/proc/self/maps").read_text(), "another file than the one that is loaded"
