@@ -18,10 +18,10 @@ if TYPE_CHECKING:  # torch takes seconds to load
     from torch import Tensor, nn
 
 TRIED = {
-    "torch": ("2.13.0",),
-    "transformers": ("5.23.0",),
-    "accelerate": ("1.15.0",),
-    "peft": ("0.21.2",),
+    "torch": ("2.11.0", "2.13.0"),
+    "transformers": ("5.6.2", "5.23.0"),
+    "accelerate": ("1.10.0", "1.15.0"),
+    "peft": ("0.18.0", "0.21.2"),
 }
 """The versions that all of this was tried with."""
 
