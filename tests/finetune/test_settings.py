@@ -190,3 +190,26 @@ def test_a_composed_method_trains(flags, tmp_path):
     assert main(["finetune", *flags, *more]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["forwards_per_step"], metrics["forwards"]) == (9, 6 * 9)
+
+
+def test_method_args_are_in_the_record(tmp_path):
+    """The record held the method's default where --method_args had set another value."""
+    config = ZOConfig(output_dir=str(tmp_path), method_args=["momentum=0.5", "eps=1e-2"])
+    settings = resolve(config, trained="LoRA", num_examples=100)
+    assert (settings["momentum"], settings["eps"]) == (0.5, 0.01)
+    assert settings.setting("eps").source == "user"
+    options = settings.arguments().method_options()
+    assert (options["momentum"], options["eps"]) == (0.5, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method_args": ["eps=1e-2"], "eps": 1e-3}, "eps is given twice"),
+        ({"method_args": ["seed=3"]}, "set --seed"),
+        ({"method_args": ["lr=0.5"]}, "set --learning_rate"),
+    ],
+)
+def test_a_setting_has_one_place(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(ZOConfig(output_dir=str(tmp_path), **options), trained="LoRA", num_examples=100)

@@ -10,7 +10,7 @@ from torch import nn
 
 from zokernel.directions import LowRank
 from zokernel.errors import UsageError
-from zokernel.estimators import OneSided, TwoPoint
+from zokernel.estimators import ForwardDerivative, OneSided, TwoPoint
 from zokernel.optim import (
     Adam,
     Clip,
@@ -25,7 +25,7 @@ from zokernel.optim import (
     method_options,
 )
 from zokernel.optim.updates import SGD
-from zokernel.perturb import InForward, InPlace
+from zokernel.perturb import InForward, InPlace, Tangents
 
 
 def run(steps=5, **parts):
@@ -110,6 +110,19 @@ def test_clip_limits_the_norm_of_the_estimate():
         ({"estimator": "one_sided(eps=-1)"}, "eps must be positive"),
         ({"update": Adam(), "perturb": "in_place:grid"}, "grid"),
         ({"perturb": "stacked"}, "Stacked"),
+        ({"update": "clip(0.1) + normalized"}, "would undo Clip"),
+        ({"update": [PolyakBound(0.1), Normalized()]}, "would undo PolyakBound"),
+        ({"update": "normalized + sign_of_projections"}, "would undo Normalized"),
+        ({"update": 5}, "no part of an update"),
+        ({"update": ["adam"]}, "no part of an update"),
+        ({"update": ""}, "not of the form"),
+        ({"directions": ""}, "not of the form"),
+        ({"directions": "low_rank(2.5)"}, "whole numbers"),
+        ({"estimator": "two_point(1e-3, 2.5)"}, "whole number"),
+        ({"estimator": "two_point(1e999)"}, "eps must be"),
+        ({"estimator": 5}, "no estimator"),
+        ({"estimator": ForwardDerivative(2)}, "belong together"),
+        ({"perturb": Tangents()}, "belong together"),
         ({"perturb": "in_situ"}, "choose one of in_place"),
         ({"perturb": "in_place:undo"}, "choose one of fold"),
         ({"update": Clip(1.0), "weight_decay": -1.0}, "weight_decay"),
@@ -174,3 +187,97 @@ def test_a_parameter_group_added_later_trains():
     assert losses[-1] < 1e-2 < losses[0]
     with pytest.raises(UsageError, match="make a new optimizer"):
         HiZOO([("a", first)], lr=0.05).add_param_group({"params": [("b", second)]})
+
+
+@pytest.mark.parametrize("perturb", ["in_place", "in_forward"])
+def test_an_added_group_is_perturbed_and_bounded(perturb):
+    """With in_forward it was moved by slopes that it had no part in."""
+    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = ZerothOrder([("a", first)], lr=0.1, perturb=perturb, estimator=TwoPoint(1e-3, 8))
+    loss = lambda: (first - 1).square().sum() + (second * 1.0 - 1).square().sum()  # noqa: E731
+    optimizer.step(loss)
+    optimizer.add_param_group({"params": [("b", second)]})
+    losses = [optimizer.step(loss) for _ in range(30)]
+    assert losses[-1] < 1e-2
+    bounded = ZerothOrder(
+        [("a", nn.Parameter(torch.ones(3)))], lr=1e-3, estimator=TwoPoint(1e-3, 64), update=PolyakBound(0.1)
+    )
+    bounded.step(lambda: bounded.named_params["a"].square().sum())
+    bounded.add_param_group({"params": [("b", nn.Parameter(torch.ones(3)))], "lr": 1.0})
+    bounded.step(lambda: sum(p.square().sum() for p in bounded.named_params.values()))
+    assert bounded.last_factor < 0.05  # L / |g|^2 is 1/4, and the largest rate 1
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = ZerothOrder([("a", weight)], lr=0.05, perturb="in_place:grid")
+    for group in (
+        {"params": [("a", nn.Parameter(torch.ones(2)))]},
+        {"params": [("b", nn.Parameter(torch.ones(2)))], "momentum": 0.9},
+        {"params": [("b", nn.Parameter(torch.ones(2)))], "lr": -1.0},
+    ):
+        with pytest.raises(UsageError):
+            optimizer.add_param_group(group)
+    assert math.isfinite(optimizer.step(lambda: weight.square().sum()))
+    assert len(optimizer.state_dict()["param_groups"]) == 1
+
+
+@pytest.mark.parametrize("setting", [{"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -1.0}, {"momentum": 1.5}])
+def test_settings_of_groups_are_checked(setting):
+    with pytest.raises(UsageError, match=next(iter(setting))):
+        MeZO([{"params": [nn.Parameter(torch.ones(2))], **setting}], lr=0.1)
+
+
+@pytest.mark.parametrize("disturb", ["a failed step", "an averaged model"])
+def test_weights_put_back_to_the_bit_keep_their_grid(disturb):
+    ends = []
+    for disturbed in (False, True):
+        weight = nn.Parameter(torch.linspace(-1, 1, 20))
+        optimizer = ZerothOrder([weight], lr=0.3, perturb="in_place:grid", update=iterate_average("journal"))
+        for step in range(5):
+            if disturbed and step == 2 and disturb == "a failed step":
+                with pytest.raises(RuntimeError):
+                    optimizer.step(lambda: torch.linalg.inv(torch.zeros(2, 2)).sum())
+            elif disturbed and step == 2:
+                with optimizer.averaged():
+                    pass
+            optimizer.step(lambda weight=weight: (weight - 3).square().sum())
+        ends.append(weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_states_of_other_parts_are_refused():
+    def make(**parts):
+        return ZerothOrder([nn.Parameter(torch.ones(3))], lr=0.1, **parts)
+
+    saved = make(update=Adam()).state_dict()
+    for parts, kind in (
+        ({"update": SGD(0.9)}, "update"),
+        ({"directions": "low_rank(2)", "update": Adam()}, "directions"),
+    ):
+        with pytest.raises(UsageError, match=f"saved with {kind}"):
+            make(**parts).load_state_dict(saved)
+    with pytest.raises(UsageError, match="grid"):
+        make(perturb="in_place:grid").load_state_dict(make().state_dict())
+
+
+def test_what_is_gone_says_what_takes_its_place():
+    optimizer = MeZO([nn.Parameter(torch.ones(2))])
+    with pytest.raises(UsageError, match=r"assign optimizer\.perturb"):
+        optimizer.evaluator = InForward()
+    with pytest.raises(UsageError, match="in_forward"):
+        MeZO([nn.Parameter(torch.ones(2))], restore="still")
+    part = Normalized()
+    ZerothOrder([nn.Parameter(torch.ones(2))], update=part)
+    with pytest.raises(UsageError, match="serves another optimizer"):
+        ZerothOrder([nn.Parameter(torch.ones(2))], update=part)
+    by_old_name = ZerothOrder([nn.Parameter(torch.ones(2, 2))], directions="frames(2)")
+    assert repr(by_old_name.directions) == "Orthogonal(size=2)"
+
+
+def test_objects_cannot_be_written_into_a_journal():
+    from zokernel.journal import make_header
+
+    optimizer = ZerothOrder([nn.Parameter(torch.ones(2))], update=Adam())
+    with pytest.raises(UsageError, match="spell parts as text"):
+        make_header(optimizer, "zeroth_order", {"update": Adam()}, base_sha256="")

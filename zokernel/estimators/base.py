@@ -8,6 +8,7 @@ are never materialised, and nothing here knows how they are made.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ def check_radius(eps: float, num_perturbations: int) -> None:
     Raises:
         UsageError: If one of them is not.
     """
-    if not eps > 0:
+    if not (math.isfinite(eps) and eps > 0):
         raise UsageError(f"eps must be positive, not {eps}: 1e-3 suits most models.")
-    if num_perturbations < 1:
-        raise UsageError(f"num_perturbations must be at least 1, not {num_perturbations}.")
+    if isinstance(num_perturbations, bool) or int(num_perturbations) != num_perturbations or num_perturbations < 1:
+        raise UsageError(f"num_perturbations must be a whole number of at least 1, not {num_perturbations}.")

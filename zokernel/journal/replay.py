@@ -8,6 +8,7 @@ HiZOO's Hessian, averages) along with the weights, and repeats every rounding.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -56,6 +57,13 @@ def make_header(
     """
     if type(optimizer) is not get_method(method):
         raise UsageError(f"A {type(optimizer).__name__} is not the method {method!r}: name the one it is.")
+    try:
+        json.dumps(dict(options))
+    except TypeError as error:
+        raise UsageError(
+            f"A journal holds options as text ({error}): spell parts as text, such as update='adam' or "
+            "directions='low_rank(2)'."
+        ) from error
     return {
         "zokernel": __version__,
         "torch": torch.__version__,

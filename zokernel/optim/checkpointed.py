@@ -36,6 +36,11 @@ class Checkpointed(Trained, torch.optim.Optimizer):
         """How the losses at perturbed weights are taken, and how the weights come back."""
         raise NotImplementedError
 
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights since its last step."""
+        raise NotImplementedError
+
     def _note_versions(self) -> None:
         raise NotImplementedError
 
@@ -53,12 +58,14 @@ class Checkpointed(Trained, torch.optim.Optimizer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged iterate into the model for the length of a ``with`` block, as for evaluation."""
-        values = self.averaged_weights()
+        values, untouched = self.averaged_weights(), not self.changed_by_others
         self._swap(values)
         try:
             yield
         finally:
             self._swap(values)
+            if untouched:
+                self._note_versions()
 
     @torch.no_grad()
     def _swap(self, values: dict[str, Tensor]) -> None:
@@ -75,8 +82,18 @@ class Checkpointed(Trained, torch.optim.Optimizer):
             "num_forwards": self.num_forwards,
             "last_factor": self.last_factor,
             "perturb": self.perturb.weights.state_dict(),
+            "parts": self._parts(),
             "directions": self.directions.state_dict(),
             "updates": [part.state_dict() for part in self.updates],
+        }
+
+    def _parts(self) -> dict[str, str]:
+        """Return what decides which state there is, for messages."""
+        on_grid = self.perturb.restore_mode == "grid"
+        return {
+            "update": " + ".join(type(part).__name__ for part in self.updates),
+            "directions": type(self.directions).__name__,
+            "perturb": "in_place:grid" if on_grid else "without a grid",
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -115,6 +132,12 @@ class Checkpointed(Trained, torch.optim.Optimizer):
                 "This state was saved by zokernel 0.1, whose optimizers kept other state: continue with that version, "
                 "or start from its weights."
             )
+        for kind, own in self._parts().items():
+            if saved["parts"][kind] != own:
+                raise UsageError(
+                    f"This state was saved with {kind} {saved['parts'][kind]!r}, and this optimizer has {own!r}: make "
+                    "the optimizer as it was."
+                )
         kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
         super().load_state_dict(kept | {"state": {}})
         self._named_groups = self.groups()  # torch has made new dictionaries

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from zokernel.directions import FAMILIES, Dense, Directions
+from zokernel.directions.registry import OLD_NAMES
 from zokernel.distributions import DIRECTION_DISTRIBUTIONS
 from zokernel.errors import UsageError
 from zokernel.estimators import ESTIMATORS, Estimator
@@ -81,7 +83,7 @@ def make_directions(directions: Directions | str) -> Directions:
         return directions
     if directions in DIRECTION_DISTRIBUTIONS:
         return Dense(directions)
-    return build(directions, FAMILIES, "family of directions")
+    return build(directions, FAMILIES | {old: FAMILIES[new] for old, new in OLD_NAMES.items()}, "family of directions")
 
 
 def make_estimator(estimator: Estimator | str) -> Estimator:
@@ -91,7 +93,11 @@ def make_estimator(estimator: Estimator | str) -> Estimator:
         >>> make_estimator("one_sided(1e-3, 8)").num_perturbations
         8
     """
-    return build(estimator, ESTIMATORS, "estimator") if isinstance(estimator, str) else estimator
+    if isinstance(estimator, str):
+        return build(estimator, ESTIMATORS, "estimator")
+    if not isinstance(estimator, Estimator):
+        raise UsageError(f"{estimator!r} is no estimator: pass one such as TwoPoint(), or its text.")
+    return estimator
 
 
 def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]:
@@ -108,10 +114,46 @@ def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]
         [Normalized(beta=0.5), Adam(beta1=0.9, beta2=0.999, delta=1e-08, amsgrad=False)]
     """
     if isinstance(update, str):
-        parts = [build(text, UPDATES, "update") for text in update.split("+") if text.strip()]
+        parts = [build(text, UPDATES, "update") for text in split_sum(update)]
     else:
-        parts = [update] if isinstance(update, Update) else list(update or ())
+        parts = list(update) if isinstance(update, Sequence) else [update] if update is not None else []
+    for part in parts:
+        if not isinstance(part, Update):
+            raise UsageError(f"{part!r} is no part of an update: pass objects such as Adam(), or one text.")
+    _check_order(parts)
     rules = [part for part in parts if isinstance(part, Rule)]
     if len(rules) > 1:
         raise UsageError(f"An update has one rule, not {len(rules)}: {', '.join(map(repr, rules))}.")
     return parts if rules else [*parts, SGD()]
+
+
+def split_sum(text: str) -> list[str]:
+    """Split ``normalized(0.9) + adam`` into its parts.
+
+    Raises:
+        UsageError: If the text is no such sum.
+
+    Example:
+        >>> split_sum("clip(1e+2) + adam")
+        ['clip(100.0)', 'adam']
+    """
+    try:
+        tree, parts = ast.parse(text.strip(), mode="eval").body, []
+    except SyntaxError as error:
+        raise UsageError(f"{text!r} is not of the form name or name(value, key=value), joined by +.") from error
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        parts.append(tree.right)
+        tree = tree.left
+    return [ast.unparse(part) for part in [tree, *reversed(parts)]]
+
+
+def _check_order(parts: Sequence[Update]) -> None:
+    """Refuse parts that would undo what an earlier part has done.
+
+    Raises:
+        UsageError: If one would.
+    """
+    scaling = [part for part in parts if isinstance(part, (Normalized, PolyakBound, Clip, SignOfProjections))]
+    for earlier, later in pairwise(scaling):
+        if isinstance(later, (Normalized, SignOfProjections)):
+            raise UsageError(f"{later!r} would undo {earlier!r}: put it first, or leave one of them out.")

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from zokernel.errors import UsageError
 from zokernel.perturb import Perturb, make_perturb
+from zokernel.perturb.in_place import RESTORE_MODES
 
 REMOVAL_DATE = "2027-06-01"
 
@@ -57,6 +58,11 @@ def shared_options(options: ZerothOrderOptions, owner: str) -> tuple[Perturb, in
         if "perturb" in options:
             raise UsageError("perturb= says how weights are restored: leave out restore=.")
         restore = options["restore"]
+        if restore not in RESTORE_MODES:
+            raise UsageError(
+                f"There is no restore={restore!r}: restore= is deprecated, pass perturb='in_place', 'in_place:grid', "
+                "'in_place:copy' or 'in_forward' (which was restore='still')."
+            )
         perturb = "in_place" if restore == "fold" else f"in_place:{restore}"
         warnings.warn(
             f"restore={restore!r} is deprecated and will be removed after {REMOVAL_DATE}: pass perturb={perturb!r}.",

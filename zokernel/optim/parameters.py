@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,21 @@ def trainable(params: Params) -> Any:
     if not params:
         raise UsageError("There is nothing to train: no parameter has requires_grad=True.")
     return params
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse settings of a parameter group that are out of range.
+
+    Raises:
+        UsageError: If one is.
+    """
+    lr, weight_decay, momentum = group["lr"], group["weight_decay"], group.get("momentum", 0.0)
+    if not (math.isfinite(lr) and lr >= 0):
+        raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
+    if not weight_decay >= 0:
+        raise UsageError(f"weight_decay must be >= 0, not {weight_decay}.")
+    if not 0 <= momentum < 1:
+        raise UsageError(f"momentum must be in [0, 1), not {momentum}.")
 
 
 def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -37,11 +37,13 @@ class Update:
         is_rule: Whether the part turns the estimate into a step; an update has exactly one such part.
         normalizes: Whether the first step's length is unknown before its losses are.
         keeps_to_directions: Whether the part changes the weights by nothing but multiples of directions.
+        trained: The optimizer that the part serves; it serves one only, since it may keep state.
     """
 
     is_rule: ClassVar[bool] = False
     normalizes: ClassVar[bool] = False
     keeps_to_directions: ClassVar[bool] = True
+    trained: Any = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -236,7 +238,8 @@ class Normalized(Update):
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the estimate with the factor :math:`1/s_t`."""
-        self._weighted_squares = self.beta * self._weighted_squares + (1 - self.beta) * mean_squared_slope(estimate)
+        square = mean_squared_slope(estimate)
+        self._weighted_squares = self.beta * self._weighted_squares + (1 - self.beta) * square
         if not self._weighted_squares:
             return replace(estimate, factor=0.0)  # equal losses so far say nothing about the gradient
         steps = trained.step_count + 1
@@ -281,7 +284,7 @@ class PolyakBound(Update):
 
     def attach(self, trained: Trained) -> None:
         """Note the largest rate that a schedule starts from."""
-        self._largest_lr = self._largest_lr or max(group["lr"] for group in trained.param_groups)
+        self._largest_lr = max(self._largest_lr, *(group["lr"] for group in trained.param_groups))
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the estimate with a factor that is no longer than the bound."""
@@ -320,7 +323,7 @@ class Clip(Update):
     radius: float
 
     def __post_init__(self) -> None:
-        if not self.radius > 0:
+        if not (math.isfinite(self.radius) and self.radius > 0):
             raise UsageError(f"The clip radius must be positive, not {self.radius}.")
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:

@@ -30,10 +30,10 @@ from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.checkpointed import Checkpointed
 from zokernel.optim.compose import make_directions, make_estimator, make_updates
 from zokernel.optim.options import ZerothOrderOptions, shared_options
-from zokernel.optim.parameters import Params, name_parameters, trainable
+from zokernel.optim.parameters import Params, check_group, name_parameters, trainable
 from zokernel.optim.registry import register
 from zokernel.optim.updates import Rule, Update
-from zokernel.perturb import Perturb, Recorded
+from zokernel.perturb import Perturb, Recorded, make_perturb
 from zokernel.perturb.base import Closure
 from zokernel.private_apis import write_count
 
@@ -98,8 +98,8 @@ class ZerothOrder(Checkpointed):
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.rule.group_defaults()}
         self.named_params: dict[str, Tensor] = {}
         torch.optim.Optimizer.__init__(self, trainable(params), defaults)
-        self.directions = make_directions(directions or Dense("rademacher"))
-        self.estimator = make_estimator(estimator or TwoPoint())
+        self.directions = make_directions(Dense("rademacher") if directions is None else directions)
+        self.estimator = make_estimator(TwoPoint() if estimator is None else estimator)
         self.step_count = self.num_forwards = 0
         self.last_estimate: Estimate | None = None
         self.last_factor = math.nan if any(part.normalizes for part in self.updates) else 1.0
@@ -113,7 +113,24 @@ class ZerothOrder(Checkpointed):
         for part in self.updates:
             part.attach(self)
 
+    @property
+    def evaluator(self) -> Any:
+        """Gone since 0.2.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError("There is no optimizer.evaluator since 0.2: see optimizer.perturb.")
+
+    @evaluator.setter
+    def evaluator(self, value: Any) -> None:
+        raise UsageError("There is no optimizer.evaluator since 0.2: assign optimizer.perturb instead.")
+
     def _check_parts(self) -> None:
+        for part in self.updates:
+            if part.trained not in (None, self):
+                raise UsageError(f"{part!r} serves another optimizer already: make one for each.")
+            part.trained = self
         averages = any(isinstance(part, IterateAverage) for part in self.updates)
         if averages and (any(map(self._is_dense, self.param_groups)) or not self.directions.seeded):
             raise UsageError(
@@ -127,16 +144,26 @@ class ZerothOrder(Checkpointed):
         Raises:
             UsageError: If the optimizer keeps something that follows from the parameters it began with.
         """
-        begun = bool(self.named_params)
+        begun, count = bool(self.named_params), len(self.param_groups)
         if begun and (self.directions.couples_tensors or not self.directions.seeded or self._followers):
             raise UsageError(
                 f"This {type(self).__name__} keeps state of the parameters it began with: make a new optimizer."
             )
         super().add_param_group(param_group)
-        if begun:
-            self.named_params |= name_parameters(self.param_groups)
-            self.directions.prepare(self.named_params)
-            self._attach()
+        try:
+            check_group(self.param_groups[-1])
+            if begun:
+                names = name_parameters(self.param_groups)
+                if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
+                    raise UsageError("A group with momentum would leave the grid: set its momentum to 0.")
+                self.named_params |= names
+                self.directions.prepare(self.named_params)
+                self._attach()
+                for part in self.updates:
+                    part.attach(self)
+        except UsageError:
+            del self.param_groups[count:]
+            raise
 
     @property
     def rule(self) -> Rule:
@@ -149,8 +176,8 @@ class ZerothOrder(Checkpointed):
         return self._perturb
 
     @perturb.setter
-    def perturb(self, perturb: Perturb) -> None:
-        previous, self._perturb = self._perturb, perturb
+    def perturb(self, perturb: Perturb | str) -> None:
+        previous, self._perturb = self._perturb, make_perturb(perturb)
         try:
             self._attach()
         except BaseException:
@@ -163,6 +190,10 @@ class ZerothOrder(Checkpointed):
             raise UsageError(
                 f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
                 "scalars times directions and would leave it: use 'in_place' or 'in_place:copy'."
+            )
+        if (self.estimator.numbers_per_point == 2) != (self.perturb.name == "tangents"):
+            raise UsageError(
+                "ForwardDerivative and Tangents belong together: one takes the derivatives that the other makes."
             )
         eps = getattr(self.estimator, "eps", 0.01)
         self.perturb.attach(self.named_params, self.directions, seed=self.seed, reach=eps)
@@ -265,6 +296,7 @@ class ZerothOrder(Checkpointed):
                 transformed = part.transform(transformed, self)
         except BaseException:
             self.perturb.weights.restore()
+            self._note_versions()
             raise
         self._record, self.last_estimate, self.last_factor = numbers, estimate, transformed.factor
         self.update(transformed)

@@ -81,7 +81,7 @@ class InForward(Perturb):
             )
         super().attach(parameters, directions, seed=seed, reach=reach)
         self._directions = directions
-        if self.schedule is None:
+        if self.schedule is None or self.schedule.places.keys() != set(map(id, parameters.values())):
             self.schedule = CopySchedule(parameters)
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:

@@ -33,8 +33,8 @@ class Factored(Directions):
     def __init__(self, rank: int, distribution: str | Distribution, refresh: int, most_square: bool, backend: str):
         super().__init__(backend)
         self.distribution = direction_distribution(distribution)
-        if rank < 1 or refresh < 1:
-            raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be at least 1.")
+        if not (isinstance(rank, int) and isinstance(refresh, int) and rank >= 1 and refresh >= 1):
+            raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be whole numbers of at least 1.")
         if not self.distribution.independent:
             raise UsageError(
                 f"Low-rank directions need independent entries, unlike {self.distribution.name!r}: use gaussian."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Options that most methods share and that have a flag of their own; the others go through --method_args.
 SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
+# Options of methods that are set by flags of other names, or that the trainer itself reads.
+HAVE_FLAGS = {"lr": "learning_rate", "seed": "seed", "weight_decay": "weight_decay", "perturb": "perturb"}
 PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
 AUTO = "auto"
 
@@ -214,6 +217,8 @@ class ZOConfig(TrainingArguments):
             name, equals, text = pair.partition("=")
             if not equals:
                 raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
+            if name in HAVE_FLAGS:
+                raise UsageError(f"{name} is no option for --method_args: set --{HAVE_FLAGS[name]}.")
             given[name] = _parse_value(name, text, defaults.get(name))
         for name in given:
             if name not in defaults or name == "perturb":
@@ -271,6 +276,21 @@ def check_reporting(names: str | list[str] | None) -> None:
     for name in [names] if isinstance(names, str) else names or []:
         if name in packages and name not in available:
             raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
+
+
+def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of ``--method_args`` by name, as the types of the options' defaults.
+
+    Args:
+        pairs: ``key=value`` texts.
+        defaults: The method's options.
+
+    Example:
+        >>> read_pairs(["eps=1e-2", "sign_of=projection"], {"eps": 1e-3, "sign_of": "estimate"})
+        {'eps': 0.01, 'sign_of': 'projection'}
+    """
+    found = (pair.partition("=") for pair in pairs)
+    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in found}
 
 
 def _parse_value(name: str, text: str, default: Any) -> Any:

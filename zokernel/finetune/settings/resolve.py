@@ -16,7 +16,7 @@ from typing import Any
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import read_yaml
-from zokernel.finetune.settings.config import AUTO, SHARED_OPTIONS, ZOConfig, default_eval_steps
+from zokernel.finetune.settings.config import AUTO, SHARED_OPTIONS, ZOConfig, default_eval_steps, read_pairs
 from zokernel.finetune.settings.record import RunSettings, Setting
 from zokernel.optim import method_options
 
@@ -88,7 +88,12 @@ def resolve(
     if choices["learning_rate"] is None:
         choices.fill("auto", learning_rate=_learning_rate(choices, trained, num_examples, config.world_size))
     options = method_options(choices["method"])
-    named = {pair.partition("=")[0] for pair in choices["method_args"] or []}
+    pairs = read_pairs(choices["method_args"] or [], options)
+    named = set(pairs) & set(SHARED_OPTIONS)
+    for name in sorted(named):
+        if requested[name] is not None:
+            raise UsageError(f"{name} is given twice, by --{name} and in --method_args: give it once.")
+    choices.decide(sources.get("method_args", "auto"), **{name: pairs[name] for name in named})
     for name in SHARED_OPTIONS:
         if options.get(name) is not None and name not in named:
             choices.fill("default", **{name: options[name]})
