@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(
+    package: str, exports: Mapping[str, str], gone: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the ``__getattr__`` and ``__dir__`` of a package that loads its public names on first use (PEP 562).
 
     Args:
         package: The package's ``__name__``.
         exports: For every public name, the module of the package that defines it.
+        gone: For every name that earlier versions had, what takes its place.
 
     Returns:
         ``__getattr__``, and a ``__dir__`` that lists ``__all__``; to be assigned to these names in the package.
@@ -26,6 +29,8 @@ def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable[[st
     def load(name: str) -> Any:
         if name in exports:
             return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+        if gone and name in gone:
+            raise AttributeError(f"There is no {package}.{name} since 0.2: use {gone[name]}.")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def listing() -> list[str]:

@@ -247,7 +247,7 @@ def test_bad_settings_are_refused(call):
 
 @pytest.mark.parametrize(("distribution", "kurtosis"), [("rademacher", 1.0), ("gaussian", 3.0)])
 def test_bias_of_the_two_point_estimator_depends_on_the_kurtosis(distribution, kurtosis):
-    """On a cubic the leading term is all of the bias; the mean over directions is exact, by enumeration or quadrature."""
+    """On a cubic the leading term is all of the bias; the mean over directions is exact, by enumeration."""
     from itertools import product
 
     import numpy as np

@@ -53,7 +53,7 @@ def test_flags_are_told_from_recipes(tmp_path):
 def test_the_table_is_aligned_and_short(tmp_path):
     lines = settle(tmp_path, weight_decay=0.1).table().splitlines()
     assert len({line.rindex("  ") for line in lines}) <= 3
-    assert [line.split()[0] for line in lines][:4] == ["method", "learning_rate", "eps", "num_perturbations"]
+    assert [line.split()[0] for line in lines][:5] == ["setting", "method", "learning_rate", "eps", "num_perturbations"]
     assert any(line.split() == ["weight_decay", "0.1", "user"] for line in lines)
     assert not any(line.startswith(("adam_beta1", "fsdp")) for line in lines)
 
@@ -142,7 +142,8 @@ def test_the_command_refuses_an_old_folder_and_shows_its_settings(flags, tmp_pat
         assert "holds a run of zokernel 0.1.0" in capsys.readouterr().err
     with caplog.at_level("INFO"):
         assert main(["finetune", *flags, "--overwrite_output_dir", "true"]) == 0
-    assert "Settings:\nmethod " in caplog.text
+    assert "Settings (all of them: settings.json):\nsetting  " in caplog.text
+    assert "\nmethod  " in caplog.text
     assert read_settings(old)["learning_rate"] == Setting("learning_rate", 1e-3, "user")
 
 
@@ -211,5 +212,25 @@ def test_method_args_are_in_the_record(tmp_path):
     ],
 )
 def test_a_setting_has_one_place(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(ZOConfig(output_dir=str(tmp_path), **options), trained="LoRA", num_examples=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, "lr must be"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"eps": 0.0}, "eps must be"),
+        ({"method_args": ["momentum=2"]}, "momentum must be"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be"),
+        ({"method": "zeroth_order", "method_args": ["directions=lowrnk(2)"]}, "choose one of"),
+        ({"method": "zeroth_order", "method_args": ["update=adam + sign"]}, "one rule"),
+        ({"method": "zo_adam", "perturb": "in_place:grid"}, "grid"),
+        ({"method": "forward_gradient", "perturb": "in_forward"}, "leave out perturb"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, message):
+    """A typo in a part was found after the zero-shot score, and locked the output folder."""
     with pytest.raises(UsageError, match=message):
         resolve(ZOConfig(output_dir=str(tmp_path), **options), trained="LoRA", num_examples=100)

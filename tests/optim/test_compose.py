@@ -134,7 +134,7 @@ def test_parts_that_do_not_go_together_are_refused(parts, message):
 
 
 def test_an_unknown_option_is_a_type_error():
-    with pytest.raises(TypeError, match="MeZO has no option 'learning_rate'"):
+    with pytest.raises(TypeError, match="MeZO has no option 'learning_rate': it has eps, num_pert"):
         MeZO(nn.Linear(2, 2), learning_rate=0.1)
 
 
@@ -281,3 +281,10 @@ def test_objects_cannot_be_written_into_a_journal():
     optimizer = ZerothOrder([nn.Parameter(torch.ones(2))], update=Adam())
     with pytest.raises(UsageError, match="spell parts as text"):
         make_header(optimizer, "zeroth_order", {"update": Adam()}, base_sha256="")
+
+
+def test_moved_names_say_where_they_are():
+    import zokernel
+
+    with pytest.raises(AttributeError, match=r"use zokernel\.perturb\.InForward"):
+        _ = zokernel.optim.InForward

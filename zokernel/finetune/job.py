@@ -93,7 +93,7 @@ def finetune(
             logger.info("%s holds this very run, finished: nothing is left to do.", folder)
             return read_json(folder / output.METRICS_FILE)
         if config.should_save:
-            logger.info("Settings:\n%s", settings.table())
+            logger.info("Settings (all of them: settings.json):\n%s", settings.table())
         if resume:
             logger.info("Continuing the run in %s.", folder)
         job = _Job(model_arguments, data_arguments, settings, command, task, splits, start)

@@ -42,4 +42,10 @@ _EXPORTS = {
 __all__ = ["get_method", "method_options", "methods", "register"]
 __all__ += sorted(_EXPORTS)
 
-__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+_GONE = {
+    "InForward": "zokernel.perturb.InForward",
+    "Parallel": "zokernel.perturb.Parallel",
+    "Stacked": "zokernel.perturb.Stacked",
+    "ZerothOrderOptimizer": "zokernel.optim.ZerothOrder",
+}
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS, _GONE)

@@ -1,4 +1,4 @@
-"""The part of an optimizer that outlives a step: its state in checkpoints, and the averaged iterate."""
+"""The part of an optimizer that outlives a step: parameter groups, state in checkpoints, and the averaged iterate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.optim.averaging.averages import IterateAverage
+from zokernel.optim.parameters import check_group, name_parameters
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Update
 from zokernel.perturb import Perturb
@@ -30,6 +31,7 @@ class Checkpointed(Trained, torch.optim.Optimizer):
     num_forwards: int
     last_factor: float
     _named_groups: list[tuple[dict[str, Any], list[str]]]
+    _followers: list[Update]
 
     @property
     def perturb(self) -> Perturb:
@@ -43,6 +45,54 @@ class Checkpointed(Trained, torch.optim.Optimizer):
 
     def _note_versions(self) -> None:
         raise NotImplementedError
+
+    def _attach(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def moves_along_directions(self) -> bool:
+        """Whether every step is scalars times directions of that step."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters from the next step on.
+
+        Raises:
+            UsageError: If the optimizer keeps something that follows from the parameters it began with.
+        """
+        begun, count = bool(self.named_params), len(self.param_groups)
+        if begun and (self.directions.couples_tensors or not self.directions.seeded or self._followers):
+            raise UsageError(
+                f"This {type(self).__name__} keeps state of the parameters it began with: make a new optimizer."
+            )
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            if begun:
+                names = name_parameters(self.param_groups)
+                if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
+                    raise UsageError("A group with momentum would leave the grid: set its momentum to 0.")
+                self.named_params |= names
+                self.directions.prepare(self.named_params)
+                self._attach()
+                for part in self.updates:
+                    part.attach(self)
+        except UsageError:
+            del self.param_groups[count:]
+            raise
+
+    @property
+    def evaluator(self) -> Any:
+        """Gone since 0.2.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError("There is no optimizer.evaluator since 0.2: see optimizer.perturb.")
+
+    @evaluator.setter
+    def evaluator(self, value: Any) -> None:
+        raise UsageError("There is no optimizer.evaluator since 0.2: assign optimizer.perturb instead.")
 
     def averaged_weights(self) -> dict[str, Tensor]:
         r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes.

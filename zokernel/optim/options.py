@@ -36,12 +36,12 @@ class ZerothOrderOptions(TypedDict, total=False):
 SHARED_DEFAULTS: dict[str, Any] = {"perturb": "in_place", "seed": 0, "weight_decay": 0.0}
 
 
-def shared_options(options: ZerothOrderOptions, owner: str) -> tuple[Perturb, int, float]:
+def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, int, float]:
     """Return the shared options of a method, checked.
 
     Args:
         options: What its constructor was given beyond its own options.
-        owner: Name of the method, for messages.
+        owner: The method's class.
 
     Returns:
         How to perturb, the seed and the weight decay.
@@ -52,7 +52,8 @@ def shared_options(options: ZerothOrderOptions, owner: str) -> tuple[Perturb, in
     """
     unknown = sorted(set(options) - set(SHARED_DEFAULTS) - {"restore"})
     if unknown:
-        raise TypeError(f"{owner} has no option {unknown[0]!r}.")
+        known = ", ".join(name for name in constructor_options(owner) if name != "lr")
+        raise TypeError(f"{owner.__name__} has no option {unknown[0]!r}: it has {known}.")
     perturb = options.get("perturb", SHARED_DEFAULTS["perturb"])
     if "restore" in options:
         if "perturb" in options:

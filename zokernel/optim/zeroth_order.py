@@ -30,7 +30,7 @@ from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.checkpointed import Checkpointed
 from zokernel.optim.compose import make_directions, make_estimator, make_updates
 from zokernel.optim.options import ZerothOrderOptions, shared_options
-from zokernel.optim.parameters import Params, check_group, name_parameters, trainable
+from zokernel.optim.parameters import Params, name_parameters, trainable
 from zokernel.optim.registry import register
 from zokernel.optim.updates import Rule, Update
 from zokernel.perturb import Perturb, Recorded, make_perturb
@@ -91,7 +91,7 @@ class ZerothOrder(Checkpointed):
     ):
         if not (math.isfinite(lr) and lr >= 0):
             raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
-        perturb, self.seed, weight_decay = shared_options(options, type(self).__name__)
+        perturb, self.seed, weight_decay = shared_options(options, type(self))
         self.updates = make_updates(update)
         self._transforms = [part for part in self.updates if type(part).transform is not Update.transform]
         self._followers = [part for part in self.updates if type(part).after_move is not Update.after_move]
@@ -113,19 +113,6 @@ class ZerothOrder(Checkpointed):
         for part in self.updates:
             part.attach(self)
 
-    @property
-    def evaluator(self) -> Any:
-        """Gone since 0.2.
-
-        Raises:
-            AttributeError: Always.
-        """
-        raise AttributeError("There is no optimizer.evaluator since 0.2: see optimizer.perturb.")
-
-    @evaluator.setter
-    def evaluator(self, value: Any) -> None:
-        raise UsageError("There is no optimizer.evaluator since 0.2: assign optimizer.perturb instead.")
-
     def _check_parts(self) -> None:
         for part in self.updates:
             if part.trained not in (None, self):
@@ -137,33 +124,6 @@ class ZerothOrder(Checkpointed):
                 "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
                 "average no momentum, no Adam, no sign of the estimate and no preconditioned directions."
             )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters from the next step on.
-
-        Raises:
-            UsageError: If the optimizer keeps something that follows from the parameters it began with.
-        """
-        begun, count = bool(self.named_params), len(self.param_groups)
-        if begun and (self.directions.couples_tensors or not self.directions.seeded or self._followers):
-            raise UsageError(
-                f"This {type(self).__name__} keeps state of the parameters it began with: make a new optimizer."
-            )
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-            if begun:
-                names = name_parameters(self.param_groups)
-                if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
-                    raise UsageError("A group with momentum would leave the grid: set its momentum to 0.")
-                self.named_params |= names
-                self.directions.prepare(self.named_params)
-                self._attach()
-                for part in self.updates:
-                    part.attach(self)
-        except UsageError:
-            del self.param_groups[count:]
-            raise
 
     @property
     def rule(self) -> Rule:

@@ -78,7 +78,10 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
-        "Model %s: %s parameters, %s of them trained.", arguments.model_name_or_path, f"{total:,}", f"{trained:,}"
+        "Model %s: %s parameters, %s trained.",
+        arguments.model_name_or_path,
+        f"{total:,}",
+        "all" if trained == total else f"{trained:,}",
     )
     return model, tokenizer
 

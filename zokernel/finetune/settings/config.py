@@ -152,6 +152,13 @@ class ZOConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off, because batches carry what scoring needs."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "last: continue the run in output_dir with a longer --max_steps, other evaluations or other "
+            "logging; or a checkpoint folder.  A killed run continues by itself when its command is repeated."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
     )
@@ -339,8 +346,8 @@ def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bo
         units = torch.cpu.get_capabilities()
         supported, where = bool(units.get("avx512_bf16") or units.get("amx_bf16")), "this CPU"
     logger.info(
-        "Precision: %s (%s %s bf16 units; --precision decides otherwise).",
-        "bf16 autocast over fp32 weights" if supported else "fp32",
+        "Precision: %s (%s %s bf16 units; override with --precision).",
+        "forwards under bf16 autocast" if supported else "fp32",
         where,
         "has" if supported else "lacks",
     )

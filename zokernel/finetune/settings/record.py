@@ -106,6 +106,7 @@ class RunSettings:
             if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
         ]
         rows.sort(key=lambda row: IMPORTANT.index(row[0]) if row[0] in IMPORTANT else len(IMPORTANT))
+        rows.insert(0, ("setting", "value", "decided by"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import read_yaml
 from zokernel.finetune.settings.config import AUTO, SHARED_OPTIONS, ZOConfig, default_eval_steps, read_pairs
 from zokernel.finetune.settings.record import RunSettings, Setting
-from zokernel.optim import method_options
+from zokernel.optim import get_method, method_options
 
 BATCH, SCHEDULE = 16, "constant"
 LEARNING_RATES = {
@@ -80,6 +83,9 @@ def resolve(
         if trained == "LoRA":
             choices.fill("auto", eps=auto.LORA_EPS)
     choices.fill("default", per_device_train_batch_size=BATCH, lr_scheduler_type=SCHEDULE)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if choices[name] < 1:
+            raise UsageError(f"--{name} must be at least 1, not {choices[name]}.")
     choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
     decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
     choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
@@ -100,8 +106,27 @@ def resolve(
     if low_precision:
         refuse_low_precision(low_precision, choices["perturb"])
     settings = RunSettings(config, choices.settings())
-    settings.arguments().method_options()  # refuses what the method does not have
+    try_method(settings.arguments())
     return settings
+
+
+def try_method(arguments: ZOConfig) -> None:
+    """Make the method's optimizer on a few numbers, so that wrong options are refused before a model is loaded.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or options do not go together.
+    """
+    options, perturb = arguments.method_options(), arguments.perturb
+    if perturb.startswith("in_") and "perturb" in method_options(arguments.method):
+        options["perturb"] = perturb
+    small = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32))
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
+    try:
+        make: Any = get_method(arguments.method)
+        make([("small", small)], lr=arguments.learning_rate, **options)
+    finally:
+        logging.disable(disabled)
 
 
 def given_sources(config: ZOConfig, command: Sequence[str] = ()) -> dict[str, str]:
@@ -168,8 +193,8 @@ def refuse_low_precision(stored: str, perturb: str) -> None:
     if perturb not in _EXACT:
         raise UsageError(
             f"Trainable weights are stored in {stored}, where perturbing in place does not restore them exactly: "
-            "set --perturb in_forward, which leaves them in place, or load them with --dtype float32 (forwards may "
-            "still run in bf16)."
+            "set --perturb in_forward (no copy) or in_place:copy (one copy), or load them with --dtype float32 "
+            "(forwards may still run in bf16)."
         )
 
 

@@ -106,7 +106,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         raise UsageError(
             f"{folder} already holds another run{'' if finished else ', unfinished'} ({different}): "
             + ("" if finished else "repeat its settings to continue it, ")
-            + "choose another --output_dir, --resume_from_checkpoint last, or --overwrite_output_dir true."
+            + "choose another --output_dir, or start over with --overwrite_output_dir true (a longer --max_steps, "
+            "other evaluations and other logging only need --resume_from_checkpoint last)."
         )
     if not ours:
         raise UsageError(

@@ -6,6 +6,7 @@ Everything around the step (logging, schedules, evaluation, checkpoints, hub, pr
 from __future__ import annotations
 
 import logging
+import math
 import time
 from functools import partial
 from typing import Any
@@ -170,10 +171,10 @@ class ZOTrainer(ResumableTrainer):
                     self.decide("auto", perturb=perturb)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
-                "Method %s: lr %g, effective lr %g, %s.",
+                "Method %s: lr %g, effective lr %s, %s.",
                 self.args.method,
                 self.args.learning_rate,
-                self.effective_lr,
+                "known after the first step" if math.isnan(self.effective_lr) else f"{self.effective_lr:g}",
                 f"{self.forwards_per_step} forwards per step" if self.zeroth_order else "gradients by backpropagation",
             )
         return self.optimizer
