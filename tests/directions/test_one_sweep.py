@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from crossed_files import files_of
 
-import zokernel
 from zokernel.directions import Dense, make_restore
 
-PACKAGE = Path(zokernel.__file__).parent
 PATH = {
     "directions/weights/restore.py",
     "directions/base.py",
@@ -18,23 +14,6 @@ PATH = {
     "directions/backends/numba/signs.py",
     "directions/backends/numba/threads.py",
 }
-
-
-def files_of(action):
-    """Return the files of the package whose functions run while ``action`` does."""
-    found = set()
-
-    def note(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(PACKAGE):
-            found.add(path.relative_to(PACKAGE).as_posix())
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return found
 
 
 def test_a_repeated_move_runs_through_five_files():

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
+from crossed_files import PACKAGE, files_of
 from trainers import make_trainer
 
-import zokernel
-
-PACKAGE = Path(zokernel.__file__).parent
 # The closure's own work (the forward, the loss and its micro-batches) and the record that is written afterwards.
 CLOSURE = {"finetune/trainer/micro_batches.py", "finetune/scoring/objective.py", "finetune/scoring/options.py"}
 RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}
@@ -27,19 +23,9 @@ def test_a_step_crosses_the_ten_files_that_are_explained(parts, tmp_path):
     taken, step = [], trainer.training_step
 
     def watched(*args, **kwargs):
-        found = set()
-
-        def note(frame, event, argument):
-            path = Path(frame.f_code.co_filename)
-            if event == "call" and path.is_relative_to(PACKAGE):
-                found.add(path.relative_to(PACKAGE).as_posix())
-
-        sys.setprofile(note)
-        try:
-            return step(*args, **kwargs)
-        finally:
-            sys.setprofile(None)
-            taken.append(found)
+        results = []
+        taken.append(files_of(lambda: results.append(step(*args, **kwargs))))
+        return results[0]
 
     trainer.training_step = watched
     trainer.train()

@@ -34,13 +34,11 @@ class Update:
     """One part of an update.  Every hook does nothing by default.
 
     Attributes:
-        is_rule: Whether the part turns the estimate into a step; an update has exactly one such part.
         normalizes: Whether the first step's length is unknown before its losses are.
         keeps_to_directions: Whether the part changes the weights by nothing but multiples of directions.
         trained: The optimizer that the part serves; it serves one only, since it may keep state.
     """
 
-    is_rule: ClassVar[bool] = False
     normalizes: ClassVar[bool] = False
     keeps_to_directions: ClassVar[bool] = True
     trained: Any = None
@@ -84,7 +82,6 @@ class Rule(Update):
             above zero; nothing if every group's step is.
     """
 
-    is_rule = True
     dense_where: ClassVar[str | None] = None
 
     def group_defaults(self) -> dict[str, Any]:

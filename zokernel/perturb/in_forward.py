@@ -80,7 +80,6 @@ class InForward(Perturb):
                 "tensors at a time: use perturb='in_place'."
             )
         super().attach(parameters, directions, seed=seed, reach=reach)
-        self._directions = directions
         if self.schedule is None or self.schedule.places.keys() != set(map(id, parameters.values())):
             self.schedule = CopySchedule(parameters)
 
@@ -89,14 +88,14 @@ class InForward(Perturb):
         seed, schedule = self.weights.seed, self.schedule
         assert schedule is not None
         if not schedule.learned:
-            schedule.prepare(self._directions, seed=seed)
+            schedule.prepare(self.weights.directions, seed=seed)
         found = []
         for offsets in points:
-            with Perturbed(schedule, self._directions, Point(offsets, seed, step)):
+            with Perturbed(schedule, self.weights.directions, Point(offsets, seed, step)):
                 found.append(loss_value(closure()))
             if not schedule.learned:
                 schedule.finish()
-                schedule.prepare(self._directions, seed=seed)
+                schedule.prepare(self.weights.directions, seed=seed)
         return found
 
 

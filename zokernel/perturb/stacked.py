@@ -76,20 +76,13 @@ class Stacked(Perturb):
         self.batched_losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
         self._buffers: dict[str, Tensor] = {}
 
-    def attach(
-        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
-    ) -> None:
-        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
-        super().attach(parameters, directions, seed=seed, reach=reach)
-        self._directions = directions
-
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``; ``closure`` is not called."""
         parameters, found = self.weights.tensors, []
         draw = {"seed": self.weights.seed, "step": step}
         for begin in range(0, len(points), self.max_copies):
             chunk = points[begin : begin + self.max_copies]
-            changes = stack(parameters, self._directions, chunk, self.max_bytes, self._buffers, **draw)
+            changes = stack(parameters, self.weights.directions, chunk, self.max_bytes, self._buffers, **draw)
             with StackedParameters(parameters.values(), changes, len(chunk)):
                 losses = self.batched_losses(len(chunk))
             if losses.shape != (len(chunk),):

@@ -8,7 +8,6 @@ from typing import cast
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from zokernel.directions import Directions
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
@@ -29,19 +28,12 @@ class Tangents(Perturb):
 
     name = "tangents"
 
-    def attach(
-        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
-    ) -> None:
-        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
-        super().attach(parameters, directions, seed=seed, reach=reach)
-        self._directions = directions
-
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses, then the derivatives over their number."""
         found, slopes = [], []
         for offsets in points:
             (index,) = offsets
-            tangents = self._directions(self.weights.tensors, seed=self.weights.seed, step=step, index=index)
+            tangents = self.weights.directions(self.weights.tensors, seed=self.weights.seed, step=step, index=index)
             loss, slope = _differentiate(closure, self.weights.tensors, tangents)
             found.append(loss)
             slopes.append(slope / len(points))
