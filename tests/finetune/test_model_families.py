@@ -14,7 +14,7 @@ from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, PromptTask, ZOConfig, encode, finetune, get_task, option_scores
 from zokernel.finetune.models.adapters import attach_adapter
-from zokernel.finetune.models.load import is_masked, load_model
+from zokernel.finetune.models.load import load_model
 from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -201,18 +201,6 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, famil
                 break
         expected = tokenizer.decode(text[len(prompt) :], skip_special_tokens=True).lstrip().split("\n", 1)[0].strip()
         assert found == expected
-
-
-def test_the_kind_of_model_is_read_off_its_configuration(folders):
-    from transformers import AutoConfig
-
-    kinds = {family: AutoConfig.from_pretrained(folder) for family, folder in folders.items()}
-    assert {family for family, config in kinds.items() if is_masked(config, "auto")} == set(MASKED)
-    assert not is_masked(kinds["roberta"], "causal")
-    with pytest.raises(UsageError, match="no masked language model of type 'llama'"):
-        is_masked(kinds["llama"], "masked")
-    with pytest.raises(UsageError, match="lm_type must be"):
-        is_masked(kinds["llama"], "both")
 
 
 WAYS = [

@@ -119,7 +119,8 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     """
     from zokernel.finetune.data.datasets import load_splits
     from zokernel.finetune.data.datasets import load_task as load_prompt_task
-    from zokernel.finetune.models.load import fills_masks, load_model
+    from zokernel.finetune.models.kind import fills_masks
+    from zokernel.finetune.models.load import load_model
     from zokernel.finetune.scoring.options import Collator, EncodedDataset, option_scores
     from zokernel.finetune.settings.config import ZOConfig
     from zokernel.finetune.tasks import encode

@@ -19,7 +19,8 @@ from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
 from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.models.adapters import trained_by, virtual_tokens
-from zokernel.finetune.models.load import DTYPES, fills_masks, load_model, longest_input
+from zokernel.finetune.models.kind import fills_masks
+from zokernel.finetune.models.load import DTYPES, load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.report.card import write_card

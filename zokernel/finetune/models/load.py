@@ -12,6 +12,7 @@ from torch import nn
 from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
+from zokernel.finetune.models.kind import Kind, auto_class, language_model_kind
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
@@ -59,11 +60,16 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         )
     dtype = DTYPES[arguments.dtype]
     adapter = wants_adapter(arguments)
-    masked = is_masked(architecture, arguments.lm_type)
-    check_memory(architecture, dtype, config, adapter=adapter, masked=masked, skip=arguments.skip_memory_check)
+    kind = language_model_kind(architecture, arguments.lm_type)
+    if kind == "seq2seq":
+        raise UsageError(
+            f"{arguments.model_name_or_path} is a sequence-to-sequence model ({architecture.model_type}), which prompt "
+            "tasks cannot train yet: use a causal or masked model, or zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
+        )
+    check_memory(architecture, dtype, config, adapter=adapter, kind=kind, skip=arguments.skip_memory_check)
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     try:
-        model: nn.Module = _auto_class(masked).from_pretrained(
+        model: nn.Module = auto_class(kind).from_pretrained(
             path, revision=arguments.model_revision, dtype=dtype, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
@@ -74,7 +80,7 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
     if adapter:
-        model = attach_adapter(model, arguments, masked=masked, seed=config.seed)
+        model = attach_adapter(model, arguments, masked=kind == "masked", seed=config.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
@@ -84,55 +90,6 @@ def load_model(arguments: ModelArguments, config: ZOConfig) -> tuple[nn.Module, 
         "all" if trained == total else f"{trained:,}",
     )
     return model, tokenizer
-
-
-def is_masked(architecture: Any, lm_type: str) -> bool:
-    """Decide whether a model fills masks or continues text.
-
-    Args:
-        architecture: The model's configuration.
-        lm_type: ``causal``, ``masked`` or ``auto``: what the configuration's own class is.
-
-    Returns:
-        Whether it is a masked language model.
-
-    Raises:
-        UsageError: If the model is neither, or not what was asked for.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    if lm_type not in ("auto", "causal", "masked"):
-        raise UsageError(f"lm_type must be auto, causal or masked, not {lm_type!r}.")
-    kind = type(architecture)
-    can = {
-        "causal": kind in MODEL_FOR_CAUSAL_LM_MAPPING,
-        "masked": kind in MODEL_FOR_MASKED_LM_MAPPING,
-    }
-    if lm_type != "auto":
-        if not can[lm_type]:
-            raise UsageError(f"transformers has no {lm_type} language model of type {architecture.model_type!r}.")
-        return lm_type == "masked"
-    if not any(can.values()):
-        raise UsageError(
-            f"Models of type {architecture.model_type!r} are neither causal nor masked language models: train them "
-            "with zokernel.optim in a loop of your own."
-        )
-    saved_as = " ".join(getattr(architecture, "architectures", None) or [])
-    if all(can.values()):  # encoders that transformers also lets decode
-        return "ForCausalLM" not in saved_as and not getattr(architecture, "is_decoder", False)
-    return can["masked"]
-
-
-def fills_masks(model: Any) -> bool:
-    """Return whether a model, or the model inside an adapter, is a masked language model."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return type(inner).__name__.endswith("ForMaskedLM")
-
-
-def _auto_class(masked: bool) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
 
 
 def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reserved: int = 0) -> int:
@@ -198,7 +155,7 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
 
 
 def estimate_memory(
-    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, masked: bool = False
+    architecture: Any, dtype: torch.dtype, config: ZOConfig, *, adapter: bool = False, kind: Kind = "causal"
 ) -> dict[str, int]:
     """Estimate the peak memory of training, in bytes, without allocating the model.
 
@@ -211,7 +168,7 @@ def estimate_memory(
         dtype: Storage type of the weights.
         config: The run's settings.
         adapter: Whether only an adapter is trained, whose own copies are too small to count.
-        masked: Whether it is a masked language model.
+        kind: Which kind of language model it is.
 
     Returns:
         Bytes by part, with their ``total``.
@@ -219,7 +176,7 @@ def estimate_memory(
     from zokernel.optim import get_method
 
     with torch.device("meta"):
-        model = _auto_class(masked).from_config(architecture)
+        model = auto_class(kind).from_config(architecture)
     count = sum(p.numel() for p in model.parameters())
     copies = 0.0
     if not adapter:
@@ -238,7 +195,7 @@ def check_memory(
     config: ZOConfig,
     *,
     adapter: bool = False,
-    masked: bool = False,
+    kind: Kind = "causal",
     skip: bool = False,
 ) -> None:
     """Log the memory estimate, and stop before loading a model that will not fit.
@@ -248,7 +205,7 @@ def check_memory(
     """
     import psutil
 
-    parts = estimate_memory(architecture, dtype, config, adapter=adapter, masked=masked)
+    parts = estimate_memory(architecture, dtype, config, adapter=adapter, kind=kind)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total" and size)

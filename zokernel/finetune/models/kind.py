@@ -1,0 +1,99 @@
+"""Which kind of language model a configuration or a model is: causal, masked, or sequence to sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from zokernel.errors import UsageError
+
+Kind = Literal["causal", "masked", "seq2seq"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def language_model_kind(architecture: Any, lm_type: str = "auto") -> Kind:
+    """Return which kind of language model a configuration is loaded as.
+
+    The class that the model was saved as decides.  Where that class is of several kinds (``XLMWithLMHeadModel``), or is
+    no language model, the configuration says whether it encodes and decodes, decodes, or fills masks.
+
+    Args:
+        architecture: The model's configuration.
+        lm_type: ``causal``, ``masked``, ``seq2seq`` or ``auto``.
+
+    Returns:
+        ``causal``, ``masked`` or ``seq2seq``.
+
+    Raises:
+        UsageError: If the model is none of these, or not what was asked for.
+
+    Example:
+        >>> from transformers import BartConfig, XLMConfig
+        >>> [language_model_kind(config) for config in (BartConfig(), XLMConfig(), XLMConfig(causal=True))]
+        ['seq2seq', 'masked', 'causal']
+    """
+    if lm_type not in ("auto", *KINDS):
+        raise UsageError(f"lm_type must be auto, causal, masked or seq2seq, not {lm_type!r}.")
+    classes = _classes(architecture)
+    if lm_type != "auto":
+        if lm_type not in classes:
+            raise UsageError(f"transformers has no {lm_type} language model of type {architecture.model_type!r}.")
+        return lm_type
+    kind = _kind(architecture, classes, getattr(architecture, "architectures", None) or ())
+    if kind is None:
+        raise UsageError(
+            f"Models of type {architecture.model_type!r} are not language models that transformers can load as causal, "
+            "masked or seq2seq: train them with zokernel.finetune.zeroth_order(Trainer), or zokernel.optim in a loop."
+        )
+    return kind
+
+
+def kind_of_model(model: Any) -> Kind:
+    """Return which kind of language model a model is, or the model inside an adapter; ``causal`` if nothing says so."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    architecture = getattr(inner, "config", None)
+    names = [base.__name__ for base in type(inner).__mro__]
+    return _kind(architecture, _classes(architecture), names) or "causal"
+
+
+def fills_masks(model: nn.Module) -> bool:
+    """Return whether a model, or the model inside an adapter, is a masked language model."""
+    return kind_of_model(model) == "masked"
+
+
+def auto_class(kind: Kind) -> Any:
+    """Return the ``AutoModel`` class of transformers that loads models of a kind."""
+    import transformers
+
+    name = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM"}[kind]
+    return getattr(transformers, f"AutoModelFor{name}")
+
+
+def _classes(architecture: Any) -> dict[Kind, set[str]]:
+    """Return the names of the classes that load a configuration, by the kinds it may be."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    found: dict[Kind, set[str]] = {}
+    for kind, mapping in zip(KINDS, mappings):
+        if type(architecture) in mapping:
+            classes: Any = mapping[type(architecture)]
+            found[kind] = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+    # Models of speech are listed as seq2seq, too; some of them continue text after an encoded sound.
+    if not getattr(architecture, "is_encoder_decoder", False):
+        found.pop("seq2seq", None)
+    return found
+
+
+def _kind(architecture: Any, classes: dict[Kind, set[str]], names: Iterable[str]) -> Kind | None:
+    named = {kind for kind, own in classes.items() if own & set(names)}
+    possible = named or set(classes)
+    decodes = getattr(architecture, "is_decoder", False) or getattr(architecture, "causal", False)
+    order: tuple[Kind, ...] = ("seq2seq", "causal", "masked") if decodes is True else ("seq2seq", "masked", "causal")
+    return next((kind for kind in order if kind in possible), None)
