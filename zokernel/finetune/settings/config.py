@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -17,21 +16,17 @@ from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.elastic import rejoin
-from zokernel.optim import get_method, method_options
+from zokernel.finetune.settings.unsupported import refuse_unsupported
+from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
 from zokernel.optim.options import REMOVAL_DATE
 
 logger = logging.getLogger(__name__)
 
-# Options that most methods share and that have a flag of their own; the others go through --method_args.
-SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
-# Options of methods that are set by flags of other names, or that the trainer itself reads.
-HAVE_FLAGS = {"lr": "learning_rate", "seed": "seed", "weight_decay": "weight_decay", "perturb": "perturb"}
-PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
-AUTO = "auto"
+DEFAULT_STEPS = 1000
 
 
 @dataclass
-class ZOConfig(TrainingArguments):
+class ZOConfig(ZOArguments, TrainingArguments):
     """``TrainingArguments`` for zeroth-order (and baseline first-order) training.
 
     Every flag of ``TrainingArguments`` works as documented by transformers.  Some defaults differ, because a
@@ -53,57 +48,14 @@ class ZOConfig(TrainingArguments):
         ('auto', None, ['method', 'output_dir'])
     """
 
-    method: str = field(
-        default="mezo",
-        metadata={
-            "help": "Optimizer: a zeroth-order method; auto, which also chooses batch, directions and schedule; or "
-            "sgd/adamw as the first-order baseline."
-        },
-    )
-    eps: float | None = field(
-        default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
-    )
-    num_perturbations: int | None = field(
-        default=None, metadata={"help": "Directions per step, each costing two forwards (default: the method's own)."}
-    )
-    distribution: str | None = field(
-        default=None, metadata={"help": "Distribution of the directions: rademacher, gaussian, uniform or sphere."}
-    )
-    momentum: float | None = field(default=None, metadata={"help": "Momentum, where the method has it."})
-    perturb: str = field(
-        default="auto",
-        metadata={
-            "help": "in_place, in_place:grid or in_place:copy (the weights are moved, and restored up to rounding or "
-            "exactly); in_forward (layers read perturbed copies, made as they are needed); stacked (all losses of a "
-            "step in one forward, for adapters and low-rank directions); auto: stacked where it pays, in_forward on a "
-            "CPU under bf16 autocast, else in_place."
-        },
-    )
-    zo_parallel: str | None = field(
-        default=None,
-        metadata={
-            "help": "What several processes (torchrun) share: data (each its own batch, the default), perturbation "
-            "(the losses of one batch) or hybrid."
-        },
-    )
-    zo_point_ranks: int | None = field(
-        default=None, metadata={"help": "Processes that share one batch, for --zo_parallel hybrid."}
-    )
     restore: str | None = field(
         default=None,
         metadata={"help": f"Deprecated, removed after {REMOVAL_DATE}: --perturb in_place:grid or in_place:copy."},
-    )
-    method_args: list[str] | None = field(
-        default=None, metadata={"help": "Further options of the method, as key=value pairs: kernel_order=3 radius=0.5."}
     )
     objective: str = field(
         default="cross_entropy",
         metadata={"help": "What is minimised: cross_entropy, or 1 - accuracy or 1 - f1, which need no gradient."},
     )
-    freeze_layers: float = field(
-        default=0.0, metadata={"help": "Share of the layers, from the first on, that are not trained."}
-    )
-    freeze_vectors: bool = field(default=False, metadata={"help": "Do not train scales of norms, and biases."})
     precision: str = field(
         default="auto",
         metadata={"help": "fp32, bf16 (autocast over fp32 weights), or auto: bf16 where the hardware has bf16 units."},
@@ -120,7 +72,12 @@ class ZOConfig(TrainingArguments):
         default=None, metadata={"help": "Examples per batch and device (default: 16; 4 with --method auto)."}
     )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Examples per evaluation batch and device."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1 counts epochs instead."})
+    max_steps: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Optimizer steps (default: 1000, or what --num_train_epochs comes to)."}
+    )
+    num_train_epochs: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Passes over the training examples, instead of --max_steps."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate on the validation split."})
     eval_steps: float | None = field(
@@ -141,10 +98,6 @@ class ZOConfig(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one (default: never)."}
     )
-    profile: bool = field(
-        default=False,
-        metadata={"help": "Write where the time of a step goes: profile.md, and profile.json for a trace viewer."},
-    )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length wastes no compute on padding; or random."}
@@ -159,9 +112,6 @@ class ZOConfig(TrainingArguments):
             "logging; or a checkpoint folder.  A killed run continues by itself when its command is repeated."
         },
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
-    )
 
     given: ClassVar[frozenset[str]]
 
@@ -174,12 +124,14 @@ class ZOConfig(TrainingArguments):
     def __post_init__(self):
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
-        if self.method != AUTO:
-            get_method(self.method)
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
-        if self.perturb not in PERTURB:
-            raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
+        self.check_method()
+        if self.max_steps is None:
+            self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # as transformers
+        refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
         # transformers allows bf16 on a CPU only when the CPU was asked for.
@@ -210,37 +162,6 @@ class ZOConfig(TrainingArguments):
             # Of the strategies that transformers knows, the one with the same checks.
             "save_strategy": "best" if journal else None,
         }
-
-    def method_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for the method: the flags that were set, and ``method_args``.
-
-        Raises:
-            UsageError: If the method has no such option, or a value is not of the option's type.
-        """
-        given: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
-        given = {name: value for name, value in given.items() if value is not None}
-        defaults = method_options(self.method)
-        for pair in self.method_args or []:
-            name, equals, text = pair.partition("=")
-            if not equals:
-                raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
-            if name in HAVE_FLAGS:
-                raise UsageError(f"{name} is no option for --method_args: set --{HAVE_FLAGS[name]}.")
-            given[name] = _parse_value(name, text, defaults.get(name))
-        for name in given:
-            if name not in defaults or name == "perturb":
-                hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
-                allowed = ", ".join(option for option in defaults if option not in hidden)
-                raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}.")
-        if "weight_decay" in defaults:
-            given["weight_decay"] = self.weight_decay
-        if "seed" in defaults:
-            given.setdefault("seed", self.seed)
-        # Without a schedule the length of the run changes nothing, so that it may be extended.
-        scheduled = any(name.endswith("_schedule") for name in given)
-        if scheduled and "total_steps" in defaults and self.max_steps > 0:
-            given.setdefault("total_steps", self.max_steps)
-        return given
 
 
 def default_eval_steps(max_steps: int) -> int:
@@ -283,41 +204,6 @@ def check_reporting(names: str | list[str] | None) -> None:
     for name in [names] if isinstance(names, str) else names or []:
         if name in packages and name not in available:
             raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
-
-
-def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``--method_args`` by name, as the types of the options' defaults.
-
-    Args:
-        pairs: ``key=value`` texts.
-        defaults: The method's options.
-
-    Example:
-        >>> read_pairs(["eps=1e-2", "sign_of=projection"], {"eps": 1e-3, "sign_of": "estimate"})
-        {'eps': 0.01, 'sign_of': 'projection'}
-    """
-    found = (pair.partition("=") for pair in pairs)
-    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in found}
-
-
-def _parse_value(name: str, text: str, default: Any) -> Any:
-    """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
-    if text.lower() == "none" and not isinstance(default, str):
-        return None
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise UsageError(f"Option {name} is true or false, not {text!r}.")
-        return text.lower() == "true"
-    if isinstance(default, str):
-        return text
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    if isinstance(default, (int, float)):
-        raise UsageError(f"Option {name} is a number, not {text!r}.")
-    return text
 
 
 def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bool:

@@ -19,8 +19,9 @@ import torch
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import read_yaml
-from zokernel.finetune.settings.config import AUTO, SHARED_OPTIONS, ZOConfig, default_eval_steps, read_pairs
+from zokernel.finetune.settings.config import ZOConfig, default_eval_steps
 from zokernel.finetune.settings.record import RunSettings, Setting
+from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import get_method, method_options
 
 BATCH, SCHEDULE = 16, "constant"

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.config import PERTURB, ZOConfig
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.settings.zo_arguments import PERTURB
 from zokernel.finetune.trainer.processes import on_all
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward, Stacked, make_perturb, matches_in_place, stackable

@@ -1,0 +1,66 @@
+"""Settings of ``TrainingArguments`` that a zeroth-order step cannot honour: refused by name, never ignored."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.zo_arguments import AUTO
+from zokernel.optim import get_method
+
+_OPTIMIZER = "the optimizer is chosen by method; its options are method_args"
+_BACKWARD = "there is no backward pass"
+_WHOLE = "every process holds the whole model; several processes share the losses of a step (zo_parallel)"
+
+ALWAYS = {
+    **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), _OPTIMIZER),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _OPTIMIZER),
+    "fp16": "use bf16",
+    "bf16_full_eval": "it would convert the weights that are trained; bf16 alone runs evaluations under autocast",
+    "fp16_full_eval": "it would convert the weights that are trained; use bf16",
+    "ignore_data_skip": "a resumed run would see other examples than the run it continues",
+}
+"""Why each setting is refused, whatever the method."""
+
+ZEROTH_ORDER = {
+    "max_grad_norm": "there is no gradient to clip",
+    "neftune_noise_alpha": "the losses of a step would see different noise",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _WHOLE),
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), _BACKWARD),
+    "ddp_static_graph": _BACKWARD,
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "its kernels replace what a forward perturbs"),
+}
+"""Why each setting is refused with a zeroth-order method."""
+
+SCORED = {
+    "label_smoothing_factor": "the loss is the task's own",
+    "prediction_loss_only": "the report needs predictions",
+    "batch_eval_metrics": "metrics are taken over the whole split",
+    "eval_do_concat_batches": "metrics are taken over the whole split",
+    "label_names": "batches are the task's own",
+    "remove_unused_columns": "batches carry what scoring needs",
+    "do_predict": "the test split is always evaluated; 'zokernel predict' answers other rows",
+}
+"""Why each setting is refused where zokernel scores the examples itself: in the job, and in ``ZOTrainer``."""
+
+
+def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
+    """Refuse settings that would be ignored.
+
+    Args:
+        args: ``TrainingArguments`` with the fields of ``ZOArguments``.
+        scored: Whether zokernel's own objective scores the examples.
+
+    Raises:
+        UsageError: If one is set.
+    """
+    first_order = args.method != AUTO and getattr(get_method(args.method), "first_order", False)
+    refused = ALWAYS | ({} if first_order else ZEROTH_ORDER) | (SCORED if scored else {})
+    for f in fields(args):
+        if f.name not in refused:
+            continue
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = getattr(args, f.name)
+        if value != default and (value or default is True):
+            raise UsageError(f"{f.name}={value!r} has no effect here ({refused[f.name]}): leave it out.")

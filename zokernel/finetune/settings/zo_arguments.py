@@ -1,0 +1,154 @@
+"""The settings that zeroth-order training adds to transformers' ``TrainingArguments``, whatever the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zokernel.errors import UsageError
+from zokernel.optim import get_method, method_options
+
+# Options that most methods share and that have a flag of their own; the others go through --method_args.
+SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
+# Options of methods that are set by flags of other names, or that the trainer itself reads.
+HAVE_FLAGS = {"lr": "learning_rate", "seed": "seed", "weight_decay": "weight_decay", "perturb": "perturb"}
+PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
+AUTO = "auto"
+
+
+@dataclass
+class ZOArguments:
+    """Which zeroth-order method trains, and how it takes its losses.
+
+    Beside these fields, a subclass has those of some ``TrainingArguments``.
+    """
+
+    method: str = field(
+        default="mezo",
+        metadata={
+            "help": "Optimizer: a zeroth-order method; auto, which also chooses batch, directions and schedule; or "
+            "sgd/adamw as the first-order baseline."
+        },
+    )
+    eps: float | None = field(
+        default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
+    )
+    num_perturbations: int | None = field(
+        default=None, metadata={"help": "Directions per step, each costing two forwards (default: the method's own)."}
+    )
+    distribution: str | None = field(
+        default=None, metadata={"help": "Distribution of the directions: rademacher, gaussian, uniform or sphere."}
+    )
+    momentum: float | None = field(default=None, metadata={"help": "Momentum, where the method has it."})
+    perturb: str = field(
+        default="auto",
+        metadata={
+            "help": "in_place, in_place:grid or in_place:copy (the weights are moved, and restored up to rounding or "
+            "exactly); in_forward (layers read perturbed copies, made as they are needed); stacked (all losses of a "
+            "step in one forward, for adapters and low-rank directions); auto: stacked where it pays, in_forward on a "
+            "CPU under bf16 autocast, else in_place."
+        },
+    )
+    zo_parallel: str | None = field(
+        default=None,
+        metadata={
+            "help": "What several processes (torchrun) share: data (each its own batch, the default), perturbation "
+            "(the losses of one batch) or hybrid."
+        },
+    )
+    zo_point_ranks: int | None = field(
+        default=None, metadata={"help": "Processes that share one batch, for --zo_parallel hybrid."}
+    )
+    method_args: list[str] | None = field(
+        default=None, metadata={"help": "Further options of the method, as key=value pairs: kernel_order=3 radius=0.5."}
+    )
+    freeze_layers: float = field(
+        default=0.0, metadata={"help": "Share of the layers, from the first on, that are not trained."}
+    )
+    freeze_vectors: bool = field(default=False, metadata={"help": "Do not train scales of norms, and biases."})
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Write where the time of a step goes: profile.md, and profile.json for a trace viewer."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
+    )
+
+    def check_method(self) -> None:
+        """Check that the method exists, and the way of perturbing.
+
+        Raises:
+            UsageError: If one does not.
+        """
+        if self.method != AUTO:
+            get_method(self.method)
+        if self.perturb not in PERTURB:
+            raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for the method: the flags that were set, and ``method_args``.
+
+        Raises:
+            UsageError: If the method has no such option, or a value is not of the option's type.
+        """
+        rest: Any = self  # the fields of TrainingArguments
+        given: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
+        given = {name: value for name, value in given.items() if value is not None}
+        defaults = method_options(self.method)
+        for pair in self.method_args or []:
+            name, equals, text = pair.partition("=")
+            if not equals:
+                raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
+            if name in HAVE_FLAGS:
+                raise UsageError(f"{name} is no option for --method_args: set --{HAVE_FLAGS[name]}.")
+            given[name] = _parse_value(name, text, defaults.get(name))
+        for name in given:
+            if name not in defaults or name == "perturb":
+                hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
+                allowed = ", ".join(option for option in defaults if option not in hidden)
+                raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}.")
+        if "weight_decay" in defaults:
+            given["weight_decay"] = rest.weight_decay
+        if "seed" in defaults:
+            given.setdefault("seed", rest.seed)
+        # Without a schedule the length of the run changes nothing, so that it may be extended.
+        scheduled = any(name.endswith("_schedule") for name in given)
+        if scheduled and "total_steps" in defaults and rest.max_steps > 0:
+            given.setdefault("total_steps", rest.max_steps)
+        return given
+
+
+def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of ``--method_args`` by name, as the types of the options' defaults.
+
+    Args:
+        pairs: ``key=value`` texts.
+        defaults: The method's options.
+
+    Example:
+        >>> read_pairs(["eps=1e-2", "sign_of=projection"], {"eps": 1e-3, "sign_of": "estimate"})
+        {'eps': 0.01, 'sign_of': 'projection'}
+    """
+    found = (pair.partition("=") for pair in pairs)
+    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in found}
+
+
+def _parse_value(name: str, text: str, default: Any) -> Any:
+    """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
+    if text.lower() == "none" and not isinstance(default, str):
+        return None
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"Option {name} is true or false, not {text!r}.")
+        return text.lower() == "true"
+    if isinstance(default, str):
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if isinstance(default, (int, float)):
+        raise UsageError(f"Option {name} is a number, not {text!r}.")
+    return text
