@@ -86,7 +86,7 @@ def test_late_decisions_make_new_records(tmp_path):
         ({"learning_rate": 2e-3}, "learning_rate: 0.001 there, 0.002 asked for"),
         ({"precision": "bf16"}, "precision: fp32 there, bf16 asked for"),
         ({"perturb": "in_place:copy"}, "perturb: auto there, in_place:copy asked for"),
-        ({"max_grad_norm": 2.0}, "max_grad_norm: 1 there, 2 asked for"),
+        ({"weight_decay": 2.0}, "weight_decay: 0 there, 2 asked for"),
         ({"max_steps": 9}, None),
         ({"eval_steps": 9}, None),
         ({"per_device_eval_batch_size": 9}, None),
@@ -155,11 +155,41 @@ def test_restore_is_deprecated(tmp_path):
         ZOConfig(output_dir=str(tmp_path), restore="grid", perturb="in_forward")
 
 
-@pytest.mark.parametrize("perturb", ["auto", "in_place"])
-def test_weights_in_bf16_are_refused_before_a_model_is_loaded(tmp_path, perturb):
+def test_weights_in_bf16_are_perturbed_exactly_or_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UsageError, match=r"bfloat16.*--perturb in_forward"):
-        settle(tmp_path, perturb=perturb, low_precision="torch.bfloat16")
-    assert settle(tmp_path, perturb="in_forward", low_precision="torch.bfloat16")["perturb"] == "in_forward"
+        settle(tmp_path, perturb="in_place", low_precision="torch.bfloat16")
+    for perturb in ("auto", "in_forward"):
+        assert settle(tmp_path, perturb=perturb, low_precision="torch.bfloat16")["perturb"] == "in_forward"
+
+
+UNSUPPORTED = {
+    **{"optim": "sgd", "optim_args": "a=1", "optim_target_modules": "all-linear", "adam_beta1": 0.5, "adam_beta2": 0.5},
+    **{"adam_epsilon": 1e-3, "fp16": True, "bf16_full_eval": True, "fp16_full_eval": True, "ignore_data_skip": True},
+    **{"max_grad_norm": 0.5, "neftune_noise_alpha": 5.0, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1},
+    **{"ddp_broadcast_buffers": True, "ddp_static_graph": True, "use_liger_kernel": True},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_settings_that_would_be_ignored_are_refused_by_name(name, tmp_path):
+    with pytest.raises(UsageError, match=rf"^{name}=.* has no effect here"):
+        ZOConfig(output_dir=str(tmp_path), **{name: UNSUPPORTED[name]})
+
+
+def test_a_first_order_run_honours_what_concerns_gradients(tmp_path):
+    config = ZOConfig(output_dir=str(tmp_path), method="adamw", max_grad_norm=0.5, neftune_noise_alpha=5.0)
+    assert (config.max_grad_norm, config.neftune_noise_alpha) == (0.5, 5.0)
+    with pytest.raises(UsageError, match="adam_beta1"):
+        ZOConfig(output_dir=str(tmp_path), method="adamw", adam_beta1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "epochs"),
+    [({}, 1000, 3), ({"num_train_epochs": 1}, -1, 1), ({"num_train_epochs": 2, "max_steps": 7}, 7, 2)],
+)
+def test_epochs_alone_count_epochs(settings, steps, epochs, tmp_path):
+    config = ZOConfig(output_dir=str(tmp_path), **settings)
+    assert (config.max_steps, config.num_train_epochs) == (steps, epochs)
 
 
 def test_auto_perturbs_in_forward_under_bf16_autocast(parts, tmp_path, caplog):

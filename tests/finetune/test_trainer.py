@@ -179,7 +179,18 @@ def test_models_that_cannot_be_trained_are_refused(parts, tmp_path):
         parameter.requires_grad_(True)
     half = model.to(torch.bfloat16)
     with pytest.raises(UsageError, match=r"bfloat16.*--dtype float32"):
-        make_trainer((half, tokenizer, data), tmp_path)
+        make_trainer((half, tokenizer, data), tmp_path, perturb="in_place")
+
+
+def test_weights_stored_in_bf16_are_perturbed_exactly_unless_told_otherwise(parts, tmp_path):
+    model, tokenizer, data = parts
+    trainer = make_trainer((model.to(torch.bfloat16), tokenizer, data), tmp_path, max_steps=2, learning_rate=0.0)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    trainer.train()
+    assert trainer.settings.setting("perturb").value == "in_forward"
+    assert trainer.settings.setting("perturb").source == "auto"
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, before[name]), name
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ _EXPORTS = {
     "get_task": "tasks.registry",
     "option_scores": "scoring.options",
     "replay": "storage.replay",
+    "zeroth_order": "trainer.zeroth_order",
 }
 
 __all__ = sorted(_EXPORTS)

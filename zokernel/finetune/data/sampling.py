@@ -7,11 +7,14 @@ fifty batches each is shorter than the one before, so that a short run would see
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 ORDER_VERSION = 2  # raised whenever the same settings come to mean another order, so that no run continues with it
@@ -53,3 +56,52 @@ class EpochSeededSampler(LengthGroupedSampler):
         # The first has the longest example, and only the last can be smaller.
         order = [0, *(1 + torch.randperm(max(0, len(steps) - 2), generator=generator)).tolist(), len(steps) - 1]
         return itertools.chain.from_iterable(steps[number] for number in dict.fromkeys(order))
+
+
+class ReseedingSampler(torch.utils.data.Sampler):
+    """Another sampler's order, with the random state set anew for each example by seed, epoch and example.
+
+    A data set that augments its examples, or a collator that masks tokens, draws from the global random state when a
+    batch is made.  With this sampler, what it draws depends on nothing but the seed, the epoch and the batch, so that a
+    resumed run sees the batches that the run it continues would have seen.  Workers of a loader (``num_workers``) have
+    random states of their own, which are not set.
+
+    Args:
+        sampler: Whose order it is; a random one is made to depend on seed and epoch alone.
+        seed: Seed of the run.
+
+    Example:
+        >>> sampler = ReseedingSampler(torch.utils.data.RandomSampler(range(5)), seed=3)
+        >>> draws = [(index, torch.rand(1).item()) for index in sampler]
+        >>> draws == [(index, torch.rand(1).item()) for index in sampler]
+        True
+        >>> sampler.set_epoch(1)
+        >>> draws == [(index, torch.rand(1).item()) for index in sampler]
+        False
+    """
+
+    def __init__(self, sampler: Any, *, seed: int):
+        if type(sampler) is torch.utils.data.RandomSampler:
+            sampler = SeedableRandomSampler(
+                sampler.data_source,
+                replacement=sampler.replacement,
+                num_samples=sampler.num_samples,
+                generator=torch.Generator(),
+                data_seed=seed,
+            )
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the coming iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(self.epoch)
+        for index in self.sampler:
+            digest = hashlib.blake2b(f"{self.seed} {self.epoch} {index}".encode(), digest_size=4).digest()
+            set_seed(int.from_bytes(digest, "little"))
+            yield index

@@ -13,7 +13,6 @@ from transformers.trainer_utils import SchedulerType
 
 from zokernel._version import __version__
 from zokernel.files import read_json, write_json
-from zokernel.finetune.settings.config import ZOConfig
 
 SETTINGS_FILE = "settings.json"
 SOURCES = ("user", "recipe", "default", "auto", "hardware")
@@ -61,12 +60,13 @@ class RunSettings:
         settings: The settings in the order of ``ZOConfig``'s fields.
 
     Example:
+        >>> from zokernel.finetune import ZOConfig
         >>> settings = RunSettings(ZOConfig(output_dir="runs/mine"), (Setting("perturb", "auto", "default"),))
         >>> settings.with_("hardware", perturb="in_forward")["perturb"], settings["perturb"]
         ('in_forward', 'auto')
     """
 
-    requested: ZOConfig
+    requested: Any  # a ZOConfig, or other TrainingArguments with the fields of ZOArguments
     settings: tuple[Setting, ...]
 
     def __iter__(self) -> Iterator[Setting]:
@@ -84,10 +84,10 @@ class RunSettings:
         decided = {name: Setting(name, value, source) for name, value in values.items()}
         return replace(self, settings=tuple(decided.get(setting.name, setting) for setting in self.settings))
 
-    def arguments(self) -> ZOConfig:
-        """Return a new ``ZOConfig`` with everything filled in."""
+    def arguments(self) -> Any:
+        """Return a copy of what was asked for, with everything filled in."""
         filled = copy.copy(self.requested)
-        requested = self.requested.to_dict()
+        requested = as_json(self.requested.to_dict())
         changed = {setting.name: setting.value for setting in self.settings if setting.value != requested[setting.name]}
         if "lr_scheduler_type" in changed:
             changed["lr_scheduler_type"] = SchedulerType(changed["lr_scheduler_type"])
@@ -114,6 +114,11 @@ class RunSettings:
         """Write ``settings.json``."""
         rows = [{"name": s.name, "value": s.value, "source": s.source} for s in self.settings]
         write_json(folder / SETTINGS_FILE, {"zokernel": __version__, "settings": rows})
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON has them; what it cannot hold becomes text."""
+    return json.loads(json.dumps(dict(values), default=str))
 
 
 def read_settings(folder: Path) -> dict[str, Setting] | None:

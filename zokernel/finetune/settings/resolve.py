@@ -7,7 +7,6 @@ rules about model and data, and from the hardware, and keeps for every setting w
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ import torch
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import read_yaml
-from zokernel.finetune.settings.config import ZOConfig, default_eval_steps
-from zokernel.finetune.settings.record import RunSettings, Setting
+from zokernel.finetune.settings.config import default_eval_steps
+from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import get_method, method_options
 
@@ -41,7 +40,7 @@ _EXACT = ("in_place:grid", "in_place:copy", "in_forward", "stacked")
 
 
 def resolve(
-    config: ZOConfig,
+    config: Any,
     *,
     trained: str,
     num_examples: int | None,
@@ -53,7 +52,7 @@ def resolve(
     ``perturb="auto"`` stays until the optimizer has been made.
 
     Args:
-        config: What the user asked for.
+        config: What the user asked for: a ``ZOConfig``, or other arguments with the fields of ``ZOArguments``.
         trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
         num_examples: Training examples; None if their number is not known.
         low_precision: Types below fp32 in which trained weights are stored, for the message; empty if none are.
@@ -66,6 +65,7 @@ def resolve(
         UsageError: If the settings do not fit each other or the model.
 
     Example:
+        >>> from zokernel.finetune import ZOConfig
         >>> settings = resolve(ZOConfig(output_dir="runs/mine"), trained="LoRA", num_examples=100)
         >>> settings["learning_rate"], settings.setting("learning_rate").source
         (0.001, 'auto')
@@ -73,7 +73,7 @@ def resolve(
         (0.001, 'default')
     """
     requested, sources = config.to_dict(), given_sources(config, command)
-    choices = _Choices(requested, sources)
+    choices = _Choices(requested, sources, [f.name for f in dataclasses.fields(config) if f.init])
     chosen_by_auto = config.method == AUTO
     if chosen_by_auto:
         choices.decide("auto", method=auto.METHOD)
@@ -88,8 +88,9 @@ def resolve(
         if choices[name] < 1:
             raise UsageError(f"--{name} must be at least 1, not {choices[name]}.")
     choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
-    decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
-    choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
+    if "precision" in choices.values:
+        decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
+        choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
     if config.save_strategy == "journal" and str(requested["eval_strategy"]) == "no":
         choices.decide("auto", load_best_model_at_end=False)
     if choices["learning_rate"] is None:
@@ -104,6 +105,8 @@ def resolve(
     for name in SHARED_OPTIONS:
         if options.get(name) is not None and name not in named:
             choices.fill("default", **{name: options[name]})
+    if low_precision and choices["perturb"] == AUTO:
+        choices.decide("auto", perturb="in_forward")  # exact, without a copy of the weights
     if low_precision:
         refuse_low_precision(low_precision, choices["perturb"])
     settings = RunSettings(config, choices.settings())
@@ -111,7 +114,7 @@ def resolve(
     return settings
 
 
-def try_method(arguments: ZOConfig) -> None:
+def try_method(arguments: Any) -> None:
     """Make the method's optimizer on a few numbers, so that wrong options are refused before a model is loaded.
 
     Raises:
@@ -130,7 +133,7 @@ def try_method(arguments: ZOConfig) -> None:
         logging.disable(disabled)
 
 
-def given_sources(config: ZOConfig, command: Sequence[str] = ()) -> dict[str, str]:
+def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
     """Return who gave the settings that were given: the user, or a recipe.
 
     Args:
@@ -142,6 +145,7 @@ def given_sources(config: ZOConfig, command: Sequence[str] = ()) -> dict[str, st
 
     Example:
         >>> command = ["finetune", "--config", "mezo-opt-sst2", "--max-steps=10"]
+        >>> from zokernel.finetune import ZOConfig
         >>> sources = given_sources(ZOConfig(output_dir="runs/mine"), command)
         >>> sources["max_steps"], sources["eps"]
         ('user', 'recipe')
@@ -216,11 +220,9 @@ def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, wo
 class _Choices:
     """Values and their sources while they are being decided."""
 
-    def __init__(self, requested: Mapping[str, Any], given: Mapping[str, str]):
-        names = [f.name for f in dataclasses.fields(ZOConfig) if f.init and not f.name.startswith(COSMETIC)]
-        self.values = {
-            name: json.loads(json.dumps(requested[name], default=str)) for name in names if name != "restore"
-        }
+    def __init__(self, requested: Mapping[str, Any], given: Mapping[str, str], names: Sequence[str]):
+        kept = [name for name in names if not name.startswith(COSMETIC) and name != "restore"]
+        self.values = as_json({name: requested[name] for name in kept})
         self.sources = {name: given.get(name, "default") for name in self.values}
 
     def __getitem__(self, name: str) -> Any:

@@ -13,7 +13,6 @@ from transformers.trainer_callback import ExportableState
 
 from zokernel.errors import UsageError
 from zokernel.files import write_json
-from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.run_folder import explained_errors
@@ -36,7 +35,7 @@ class CheckpointTrainer(Trainer):
         journal: The run's journal while it trains, if it keeps one.
     """
 
-    args: ZOConfig
+    args: Any
 
     def __init__(self, settings: RunSettings, **kwargs: Any):
         self.settings = settings
@@ -47,7 +46,7 @@ class CheckpointTrainer(Trainer):
     def decide(self, source: str, **values: Any) -> None:
         """Settle what was left open until now; ``source`` says who decided."""
         self.settings = self.settings.with_(source, **values)
-        self.args = loop_arguments(self.settings)
+        vars(self.args).update(vars(loop_arguments(self.settings)))
 
     @property
     def folder(self) -> Path:
@@ -145,7 +144,7 @@ class CheckpointTrainer(Trainer):
         files.load_weights(self.bare_model if model is None else model, Path(resume_from_checkpoint))
 
 
-def loop_arguments(settings: RunSettings) -> ZOConfig:
+def loop_arguments(settings: RunSettings) -> Any:
     """Return the settings as the loop of transformers takes them.
 
     It would read the best checkpoint as a second copy of the model; here the weights come tensor by tensor.

@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import UsageError
-from zokernel.finetune.data.sampling import EpochSeededSampler
+from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
+from zokernel.finetune.storage.replay import restore_base_
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
 from zokernel.finetune.trainer.checkpoints import CheckpointTrainer
 from zokernel.private_apis import set_loop_sums
 
 logger = logging.getLogger(__name__)
+
+_REPEATABLE = (RandomSampler, SequentialSampler, EpochSeededSampler)
 
 
 class ResumableTrainer(CheckpointTrainer):
@@ -45,6 +49,8 @@ class ResumableTrainer(CheckpointTrainer):
     """
 
     zeroth_order: bool
+    draws_examples = True
+    """Whether making a batch may draw random numbers."""
 
     def __init__(self, settings: RunSettings, **kwargs: Any):
         super().__init__(settings, **kwargs)
@@ -52,7 +58,7 @@ class ResumableTrainer(CheckpointTrainer):
         self.final_step = 0
         self.continues = False
         self.when_begun: Callable[[], None] | None = None
-        self._epoch_sampler: EpochSeededSampler | None = None
+        self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
         self.add_callback(_AroundTheLoop(self))
 
     @property
@@ -116,8 +122,7 @@ class ResumableTrainer(CheckpointTrainer):
         if not self.zeroth_order or self.args.save_strategy == "no":
             return None
         model = self.bare_model
-        comes_back = hasattr(model, "peft_config") or Path(str(getattr(model, "name_or_path", "") or "?")).exists()
-        if only and wants_best and not comes_back:
+        if only and wants_best and not self.comes_back:
             raise UsageError(
                 "To end with the best step, save_strategy 'journal' must be able to load the base again: load the "
                 "model by from_pretrained from a folder, or set load_best_model_at_end False."
@@ -129,6 +134,14 @@ class ResumableTrainer(CheckpointTrainer):
             overwrite=self.args.overwrite_output_dir,
             writes=self.args.should_save,
         )
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the weights before training can be loaded again."""
+        model = self.bare_model
+        if hasattr(model, "peft_config"):
+            return self.journal is not None  # beside which the new adapter is kept
+        return Path(str(getattr(model, "name_or_path", "") or "?")).exists()
 
     def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
         if isinstance(asked, str):
@@ -161,24 +174,33 @@ class ResumableTrainer(CheckpointTrainer):
     def _take_best(self) -> None:
         """Give the model the weights of the best evaluation."""
         best = self.state.best_global_step
-        if self.args.save_strategy == "journal":
-            if best and best != self.state.global_step:
-                assert self.journal is not None
-                self.journal.replay_to(best)
-            self.final_step = best or self.final_step
-        elif self.state.best_model_checkpoint:
-            path = Path(self.state.best_model_checkpoint)
-            files.load_weights(self.bare_model, path)
-            self.final_step = files.step_of(path)
+        if best is None or best == self.state.global_step:
+            return
+        checkpoint = self.folder / f"checkpoint-{best}"
+        if best == 0:
+            logger.warning(
+                "No evaluation was better than that before training (%s %.4g): the weights are those of the start.",
+                self.args.metric_for_best_model,
+                self.state.best_metric,
+            )
+        if checkpoint.is_dir():
+            files.load_weights(self.bare_model, checkpoint)
+        elif self.journal is not None:
+            self.journal.replay_to(best)
+        else:
+            restore_base_(self.bare_model, self.folder)
+        self.final_step = best
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler of transformers, with an order that depends on seed and epoch alone."""
         sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if type(sampler) is LengthGroupedSampler:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = self._epoch_sampler = EpochSeededSampler(
                 sampler.batch_size, seed=seed, processes=self.data_ranks, lengths=sampler.lengths
             )
+        if self.zeroth_order and self.draws_examples and type(sampler) in _REPEATABLE:
+            sampler = self._epoch_sampler = ReseedingSampler(sampler, seed=seed)
         return sampler
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,6 +258,15 @@ class ResumableTrainer(CheckpointTrainer):
             self._loop_state = None
         if self.when_begun is not None and self.args.should_save:
             self.when_begun()
+        if self.state.global_step == 0 and self.settings["load_best_model_at_end"]:
+            self._enter_start()
+
+    def _enter_start(self) -> None:
+        """Evaluate the weights before the first step: they are a candidate for the best, too."""
+        if self._determine_best_metric(self.evaluate(), None):
+            self.state.best_global_step = 0
+        if not self.comes_back:
+            self._save_checkpoint(self.bare_model, None)
 
     def _check_settings(self) -> None:
         """Compare the settings with those of the run that is continued, and write them down."""

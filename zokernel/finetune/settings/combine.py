@@ -1,0 +1,108 @@
+"""Any trainer's arguments, with the settings of zeroth-order training added to them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.unsupported import refuse_unsupported
+from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
+from zokernel.optim import get_method
+
+logger = logging.getLogger(__name__)
+
+# Settings of TrainingArguments that may be given here, too: a rate for zeroth-order steps, and a strategy of our own.
+OWN = ("learning_rate", "save_strategy")
+
+
+def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
+    """Return a copy of a trainer's arguments that has the fields of :class:`ZOArguments`, too.
+
+    The copy is of a class derived from that of ``args``, so that a trainer finds what it expects.
+
+    Args:
+        args: The arguments of a trainer, such as ``SFTConfig``.
+        given: Settings of ``ZOArguments`` by name, and those in :data:`OWN`.
+
+    Returns:
+        The copy, with the names of all settings that are not defaults in ``given``.
+
+    Raises:
+        UsageError: If there is no such setting, or one cannot be honoured by a zeroth-order step.
+
+    Example:
+        >>> args = add_zeroth_order(TrainingArguments("runs/mine", learning_rate=1e-4), {"method": "kerzoo"})
+        >>> args.method, args.learning_rate, isinstance(args, TrainingArguments), sorted(args.given)
+        ('kerzoo', 0.0001, True, ['learning_rate', 'method', 'output_dir'])
+    """
+    if isinstance(args, ZOArguments):
+        if given:
+            raise UsageError(f"{type(args).__name__} holds {', '.join(given)} itself: set it there, not twice.")
+        return args
+    names = [f.name for f in fields(ZOArguments)]
+    for name in given:
+        if name not in names and name not in OWN:
+            close = difflib.get_close_matches(name, [*names, *OWN], n=1)
+            raise UsageError(
+                f"zeroth_order has no setting {name!r}"
+                + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join([*names, *OWN])}.")
+            )
+    kind: Any = type(args)
+    combined: Any = object.__new__(_combined(kind))
+    vars(combined).update(vars(args))
+    vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
+    combined.check_method()
+    changed = {f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)}
+    combined.given = frozenset(changed | given.keys())
+    _rate(combined, type(args).__name__)
+    first_order = is_first_order(combined.method)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if not first_order and getattr(combined, name, None):
+            logger.info("%s is off: without a backward pass, no activation is kept.", name)
+            setattr(combined, name, False)
+    if not first_order and combined.max_grad_norm == 1.0:
+        combined.max_grad_norm = 0.0
+    refuse_unsupported(combined)
+    return combined
+
+
+def is_first_order(method: str) -> bool:
+    """Return whether a method takes gradients.
+
+    Example:
+        >>> is_first_order("adamw"), is_first_order("auto")
+        (True, False)
+    """
+    return method != AUTO and getattr(get_method(method), "first_order", False)
+
+
+def _rate(combined: Any, name: str) -> None:
+    """Leave the rate of ``auto`` open, and warn of a rate that was made for gradients."""
+    if "learning_rate" in combined.given:
+        return
+    if combined.method == AUTO:
+        combined.learning_rate = None
+    elif not is_first_order(combined.method):
+        logger.warning(
+            "learning_rate is %g, the default of %s, which is meant for gradients: zeroth-order methods usually need "
+            "about 1e-5 for all weights and 1e-3 for LoRA.",
+            combined.learning_rate,
+            name,
+        )
+
+
+@cache
+def _combined(kind: type) -> type:
+    """Return a dataclass with the fields of ``ZOArguments`` and of ``kind``."""
+    return dataclass(type(f"ZO{kind.__name__}", (ZOArguments, kind), {"__doc__": kind.__doc__, "given": frozenset()}))
+
+
+def _default(f: Any) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()

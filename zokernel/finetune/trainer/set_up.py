@@ -1,0 +1,204 @@
+"""The part of a trainer that is made before its loop begins: settings, model, accelerator, optimizer and schedule."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from zokernel.errors import UsageError
+from zokernel.finetune.models.freezing import freeze_
+from zokernel.finetune.models.trained import check_trainable, low_precision, what_is_trained
+from zokernel.finetune.settings.auto import cooldown_steps
+from zokernel.finetune.settings.combine import add_zeroth_order, is_first_order
+from zokernel.finetune.settings.record import RunSettings
+from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.trainer import choose_perturb
+from zokernel.finetune.trainer.compile_blocks import compile_blocks
+from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
+from zokernel.finetune.trainer.make_optimizer import make_optimizer
+from zokernel.finetune.trainer.micro_batches import MicroBatches
+from zokernel.finetune.trainer.processes import make_parallel, share_batches
+from zokernel.finetune.trainer.resumable import ResumableTrainer
+from zokernel.optim import ZerothOrder
+from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients
+
+logger = logging.getLogger(__name__)
+
+
+class SetUpTrainer(ResumableTrainer):
+    """A trainer whose optimizer is a method of zokernel on the trainable parameters of its model.
+
+    Args:
+        micro_batches: Collects the micro-batches of a step, and takes their losses.
+        model: The model; None if ``model_init`` makes it.
+        args: What the user asked for, or the settings that were made of it for this model.
+        optimizers: An optimizer of zokernel or None, and a schedule or None.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Attributes:
+        settings: Every setting of the run, with who decided it.
+        taking: The optimizer whose steps are taken, once it is known.
+
+    Raises:
+        UsageError: If the model cannot be trained, or a setting cannot be honoured.
+    """
+
+    zo_settings: ClassVar[Mapping[str, Any]] = {}
+    """What :func:`~zokernel.finetune.trainer.zeroth_order.zeroth_order` was given."""
+    def __init__(
+        self,
+        micro_batches: MicroBatches,
+        *,
+        model: nn.Module | None,
+        args: TrainingArguments | RunSettings | None,
+        optimizers: tuple[Any, Any],
+        **kwargs: Any,
+    ):
+        self.taking, schedule = optimizers
+        if kwargs.pop("optimizer_cls_and_kwargs", None) is not None or not isinstance(self.taking, ZerothOrder | None):
+            raise UsageError(
+                "The optimizer takes no gradients: name a method of zokernel, or pass one of its optimizers."
+            )
+        self.micro_batches = micro_batches
+        if not isinstance(args, RunSettings):
+            args = copy.copy(add_zeroth_order(args or TrainingArguments("tmp_trainer"), self.zo_settings))
+            _without_evaluation(args, kwargs.get("eval_dataset"))
+        requested: Any = args.requested if isinstance(args, RunSettings) else args
+        self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
+        if model is not None:
+            self._prepare_model(model)
+        settings = args if isinstance(args, RunSettings) else _resolve(args, model, kwargs.get("train_dataset"))
+        self.zeroth_order = not is_first_order(settings["method"])
+        super().__init__(settings, model=model, optimizers=(None, schedule), **kwargs)
+        self.model: Any
+        if model is None and what_is_trained(self.model) != "full parameters":
+            self.settings = _resolve(requested, self.model, self.train_dataset)
+            self.decide("default")
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether the losses of a step can be taken in one forward."""
+        return False
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        freeze_(model, **self._freezing)
+        check_trainable(model)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make the model by ``model_init``."""
+        model = super().call_model_init(trial)
+        self._prepare_model(model)
+        return model
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build the accelerator; under autocast, keep no second copy of the weights."""
+        super().create_accelerator_and_postprocess()
+        # Each weight is used once per forward, so caching its bf16 copy would only cost memory.
+        cache_no_casts(self.accelerator)
+        if self.args.torch_compile:
+            # Not the whole model: its head sees other positions in every batch, and each would be compiled anew.
+            compile_nothing(self.accelerator)
+            backend = self.args.torch_compile_backend or "inductor"
+            assert self.model is not None
+            compile_blocks(self.model, backend=backend, mode=self.args.torch_compile_mode)
+        arguments = (self.args.zo_parallel, self.args.zo_point_ranks)
+        self.parallel = make_parallel(*arguments, self.micro_batches.weight) if self.zeroth_order else None
+        if self.parallel is not None:
+            synchronise_no_gradients(self.accelerator)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the trainer; processes that share the points of a step read the same batches."""
+        loader = super().get_train_dataloader()
+        return loader if self.parallel is None else share_batches(loader, self.parallel)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer of ``args.method`` on the trainable parameters, keyed by their names."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            assert model is not None
+            if self.recorded and self.args.perturb == "auto":
+                self.decide("auto", perturb=self.recorded["perturb"].value)
+            if self.taking is None:
+                self.taking = make_optimizer(model, self.get_decay_parameter_names(model), self.args)
+            optimizer = self.taking
+            self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
+            if self.zeroth_order:
+                perturb = choose_perturb.stack_or_share(
+                    optimizer,
+                    self.bare_model,
+                    self.args,
+                    self.micro_batches.stacked if self.can_stack else None,
+                    self.parallel,
+                )
+                if perturb != self.args.perturb:
+                    self.decide("auto", perturb=perturb)
+            self.effective_lr = optimizer.effective_lr()  # before any schedule
+            logger.info(
+                "Method %s: lr %g, effective lr %s, %s.",
+                self.args.method,
+                self.args.learning_rate,
+                "known after the first step" if math.isnan(self.effective_lr) else f"{self.effective_lr:g}",
+                f"{self.forwards_per_step} forwards per step" if self.zeroth_order else "gradients by backpropagation",
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Build the schedule of transformers; a rate that stays and then falls does so over the run's last part."""
+        kwargs = self.args.lr_scheduler_kwargs  # a string only until transformers has parsed it
+        given = kwargs if isinstance(kwargs, dict) else {}
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given:
+            cooldown = {"num_decay_steps": cooldown_steps(num_training_steps), "decay_type": "linear"}
+            self.decide("auto", lr_scheduler_kwargs=cooldown | given)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @contextmanager
+    def model_made(self) -> Iterator[None]:
+        """Make the model anew if there is a ``model_init``, before the journal looks at it; the loop does not again."""
+        make: Any = self.model_init
+        if make is not None:
+            set_seed(self.args.seed)
+            self.model = self.model_wrapped = self.call_model_init()
+            self.optimizer = self.lr_scheduler = self.taking = None
+            if self.place_model_on_device:
+                self.model.to(self.args.device)
+        self.model_init: Any = None
+        try:
+            yield
+        finally:
+            self.model_init = make
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Forward passes of one optimizer step (a first-order step counts as one)."""
+        return self.bare_optimizer.forwards_per_step if self.zeroth_order else 1
+
+    @property
+    def data_ranks(self) -> int:
+        """How many batches the processes of the run see in one step."""
+        return self.parallel.data_ranks if self.parallel is not None else super().data_ranks
+
+
+def _resolve(args: Any, model: Any, dataset: Any) -> RunSettings:
+    known = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
+    trained = "full parameters" if model is None else what_is_trained(model)
+    low = "" if model is None or is_first_order(args.method) else low_precision(model)
+    return resolve(args, trained=trained, num_examples=known, low_precision=low)
+
+
+def _without_evaluation(args: Any, dataset: Any) -> None:
+    """Evaluate nothing if there is nothing to evaluate and nobody asked for it."""
+    if dataset is None and args.eval_strategy != IntervalStrategy.NO and "eval_strategy" not in args.given:
+        logger.info("There is no eval_dataset: the run is not evaluated, and ends with its last weights.")
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        if args.save_strategy == SaveStrategy.BEST:
+            args.save_strategy = SaveStrategy.STEPS

@@ -1,0 +1,44 @@
+"""Trainers whose steps cannot be taken with forward passes only, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zokernel.errors import UsageError
+
+# Trainers of trl that sample within a step; experimental ones have the names only.
+_SAMPLING_METHODS = ("_generate_and_score_completions", "_generate_single_turn")
+_SAMPLING = ("PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "GKDTrainer", "GOLDTrainer")
+_OWN_LOOP = ("create_optimizer", "train")
+
+
+def refuse_unsuitable(trainer: type) -> None:
+    """Refuse a trainer whose losses at several weights would not compare.
+
+    Raises:
+        UsageError: If it is one.
+    """
+    names = [kind.__name__ for kind in trainer.__mro__]
+    samples = any(hasattr(trainer, name) for name in _SAMPLING_METHODS) or any(name in names for name in _SAMPLING)
+    if samples:
+        raise UsageError(
+            f"{trainer.__name__} samples new completions within a step, so losses at perturbed weights would differ by "
+            "the samples, not by the weights: use a trainer whose loss is a function of weights and batch."
+        )
+
+
+def refuse_skipped_step(trainer: Any, steps: int, taken: int) -> None:
+    """Refuse a ``training_step`` that does not call that of its base class.
+
+    Args:
+        trainer: The trainer.
+        steps: Steps of the loop.
+        taken: Steps of the optimizer.
+
+    Raises:
+        UsageError: If the optimizer took fewer steps.
+    """
+    if taken < steps:
+        raise UsageError(
+            f"{type(trainer).__name__}.training_step took no zeroth-order step: let it call super().training_step."
+        )

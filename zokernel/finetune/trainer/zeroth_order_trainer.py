@@ -1,0 +1,250 @@
+"""Any trainer of transformers, with steps that only run forwards.
+
+Everything around the step (data, loss, metrics, logging, schedules, evaluation, checkpoints, hub, progress) stays the
+trainer's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from zokernel.errors import LossError, RunError, UsageError
+from zokernel.finetune.monitor.divergence import WarnOfDivergence
+from zokernel.finetune.monitor.interrupt import StopOnInterrupt
+from zokernel.finetune.monitor.profile import Profile, check_profile
+from zokernel.finetune.monitor.progress import ForwardLines, ForwardProgress
+from zokernel.finetune.monitor.run_log import RunLog
+from zokernel.finetune.monitor.step_record import Consumer, StepRecord, projected_gradient
+from zokernel.finetune.settings.record import RunSettings
+from zokernel.finetune.trainer import choose_perturb
+from zokernel.finetune.trainer.batch_size import largest_batch
+from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
+from zokernel.finetune.trainer.first_batch import copy_batch, first_batch, refuse_random_loss
+from zokernel.finetune.trainer.micro_batches import MicroBatches
+from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
+from zokernel.finetune.trainer.set_up import SetUpTrainer
+from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
+from zokernel.optim import ZerothOrder
+from zokernel.private_apis import set_train_batch_size
+
+logger = logging.getLogger(__name__)
+
+
+class ZerothOrderTrainer(SetUpTrainer):
+    """The part of a trainer that takes zeroth-order steps; it stands between a trainer and ``transformers.Trainer``.
+
+    With gradient accumulation, the closure combines the losses of the micro-batches as the trainer itself would, so the
+    scalars are those of the whole batch.
+
+    Args:
+        model: A model with at least one trainable parameter; None with ``model_init``.
+        args: What the user asked for, or the settings that were made of it for this model.
+        *others: As for ``transformers.Trainer``.
+        optimizers: As for ``transformers.Trainer``; the optimizer may be one of ``zokernel.optim``.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Attributes:
+        settings: Every setting of the run, with who decided it.
+        run_log: One row per step.
+
+    Raises:
+        UsageError: If the model has no trainable parameter or is quantized, or a setting cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | RunSettings | None = None,
+        *others: Any,
+        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
+    ):
+        kwargs |= dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], others))
+        micro_batches = MicroBatches(self._loss, self._stacked_loss, self.loss_weight)
+        self._num_items: Any = None
+        super().__init__(micro_batches, model=model, args=args, optimizers=optimizers, **kwargs)
+        self._layers = EvaluationLayers(self.bare_model)
+        self.last_loss = self.effective_lr = float("nan")
+        self._begun_at = self._rate = 0.0
+        self._forwards = 0
+        self._tried = False
+        self.run_log = RunLog(self.folder, writes=self.args.should_save)
+        self._consumers: list[Consumer] = [self.run_log]
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(self.run_log)
+        self.add_callback(WarnOfDivergence(self.run_log.rows))
+        self.add_callback(StopOnInterrupt())
+        if self.args.profile:
+            check_profile(self.args.method, zeroth_order=self.zeroth_order, max_steps=self.args.max_steps)
+            profile = Profile(
+                lambda: parts_of_a_step(self, self.bare_optimizer, self.journal, self.callback_handler),
+                lambda: describe_step(self.args, self.forwards_per_step),
+                self.folder,
+                writes=self.args.should_save,
+            )
+            self.add_callback(profile)
+            self._consumers.append(profile)
+        self.pop_callback(PrinterCallback)
+        has_bar = self.pop_callback(ProgressCallback) is not None
+        self.add_callback(ForwardProgress(self.run_log) if has_bar else ForwardLines(self.run_log))
+
+    def _trial_loss(self) -> Tensor:
+        """Return the loss of the first batch."""
+        sampler = self._epoch_sampler  # of the loader that the loop reads
+        loader = self.get_train_dataloader()
+        self._epoch_sampler = sampler
+        return self._loss(self._prepare_inputs(first_batch(loader)))
+
+    def begin_loop(self) -> None:
+        """Settle the way of perturbing, then begin the journal and the log."""
+        if self.zeroth_order and not isinstance(self.bare_optimizer, ZerothOrder):
+            raise UsageError(f"{type(self).__name__} makes an optimizer of its own: let zokernel's method make it.")
+        self._layers = EvaluationLayers(self.bare_model)
+        self._tried = False
+        if self.args.perturb == "auto" and self.zeroth_order:
+            self.bare_model.eval()
+            perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
+            self.decide("auto", perturb=perturb)
+        super().begin_loop()
+        self.run_log.begin(self.state.global_step, continues=self.continues)
+
+    def begin_step(self) -> None:
+        """Start the clock; evaluation between steps is not counted."""
+        self._begun_at = time.perf_counter()
+        self._rate = self.bare_optimizer.param_groups[0]["lr"]
+        self._forwards = 0
+        self.last_loss = 0.0
+
+    def end_step(self) -> None:
+        """Hand the record of the step to everything that looks at it."""
+        optimizer = self.bare_optimizer
+        if self.zeroth_order:
+            refuse_skipped_step(self, self.state.global_step, optimizer.step_count)
+        estimate = getattr(optimizer, "last_estimate", None)
+        record = StepRecord(
+            step=self.state.global_step,
+            loss=self.last_loss,
+            losses=tuple(optimizer.record()) if estimate is not None else (),
+            projected_gradient=None if estimate is None else projected_gradient(estimate.coefficients),
+            forwards=self._forwards,
+            seconds=time.perf_counter() - self._begun_at,
+            learning_rate=self._rate,
+            replayed=self.is_replaying,
+            bytes_sent=None if self.parallel is None else self.parallel.bytes_sent,
+        )
+        for consumer in self._consumers:
+            consumer.on_record(record)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take one zeroth-order step (after the last micro-batch of an accumulation) and return its loss."""
+        if not self.zeroth_order:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.last_loss += loss.item()  # its share of the batch's
+            self._forwards += 1
+            return loss
+        self._layers.begin_step()
+        self._num_items = num_items_in_batch
+        self.micro_batches.add(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        optimizer = self.taking or self.bare_optimizer
+        if not self._tried and (self.journal is None or optimizer.step_count >= self.journal.num_steps):
+            self.check_loss()
+            self._tried = True
+        before = optimizer.num_forwards
+        take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
+        self.last_loss = take(self._step_loss)
+        self._forwards = (optimizer.num_forwards - before) * len(self.micro_batches)
+        self.micro_batches.clear()
+        return torch.tensor(self.last_loss, device=self.args.device)
+
+    def check_loss(self) -> None:
+        """Refuse a loss that cannot be compared between two evaluations of the first batch."""
+        refuse_random_loss(self._step_loss)
+
+    def _step_loss(self) -> Tensor:
+        """Return the loss of the batch of a step as the trainer's own step would."""
+        loss = self.micro_batches.loss()
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and self._num_items is not None
+            )
+        # Scaled losses are parts of the whole; the others are means over their micro-batches.
+        return loss * len(self.micro_batches) if scaled else loss
+
+    def loss_weight(self, inputs: dict[str, Any]) -> float:
+        """Return the weight of a micro-batch's loss in that of the batch: the same for all."""
+        return 1.0
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=self._num_items)
+        return loss
+
+    def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
+        raise UsageError("The losses of this trainer cannot be taken in one forward: leave out perturb='stacked'.")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as :meth:`ResumableTrainer.train` does; if the loss is not finite, save the last good weights."""
+        if self.args.auto_find_batch_size and self.zeroth_order:
+            self._fit_batch()
+        try:
+            with self.model_made():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        except LossError as error:
+            folder = self.folder / "last-good"
+            self.save_model(str(folder))
+            raise RunError(f"{error} The last good weights are in {folder}.") from error
+        finally:
+            self._layers.remove()
+
+    def _fit_batch(self) -> None:
+        """Split the batch into micro-batches that fit on every process."""
+        wanted = self.args.per_device_train_batch_size
+        assert self.model is not None
+        self.model.eval()
+        found = largest_batch(lambda size: self._loss(self._longest(size)), wanted)
+        everywhere: Any = self.accelerator.gather(torch.tensor([found], device=self.args.device))
+        found = int(everywhere.min())
+        values: dict[str, Any] = {}
+        if found < wanted:
+            parts = wanted // found
+            logger.info(
+                "Batches of %d do not fit; each is split into %d of %d, whose losses are averaged.",
+                wanted,
+                parts,
+                found,
+            )
+            values["per_device_train_batch_size"] = found
+            set_train_batch_size(self, found)
+            values["gradient_accumulation_steps"] = self.args.gradient_accumulation_steps * parts
+            if self.args.perturb == "auto":
+                values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward
+        # The search of transformers would start over with weights half moved.
+        self.decide("hardware", **values, auto_find_batch_size=False)
+
+    def _longest(self, size: int) -> dict[str, Any]:
+        """Return a batch of so many examples, of the longest there are."""
+        dataset: Any = self.train_dataset
+        longest = dataset.longest(self.args.per_device_train_batch_size) if hasattr(dataset, "longest") else dataset
+        return self._collated(longest, size)
+
+    def _collated(self, dataset: Any, count: int) -> dict[str, Any]:
+        if not hasattr(dataset, "__len__"):
+            raise UsageError("The training data has no length, so no batch was tried.")
+        assert self.data_collator is not None
+        return self._prepare_inputs(self.data_collator([dataset[n] for n in range(min(count, len(dataset)))]))
