@@ -121,6 +121,25 @@ def repeated_blocks(model: nn.Module) -> set[str]:
     return {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
 
 
+def converts_weights(model: Any) -> bool:
+    """Return whether transformers saves a model's weights under other names, or in other shapes, than its modules have.
+
+    Private: ``PreTrainedModel._weight_conversions``, and the module ``transformers.conversion_mapping``, which is not
+    documented.  ``save_pretrained`` and
+    ``from_pretrained`` convert weights, and nothing public says whether they do.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return False
+    found: Any = getattr(model, "_weight_conversions", None)
+    if found is None:  # of a model that was not loaded, save_pretrained asks this
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        found = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(found)
+
+
 def compile_nothing(accelerator: Any) -> None:
     """Keep accelerate from compiling the whole model, as ``--torch_compile`` makes it do.
 

@@ -3,11 +3,14 @@
 import pytest
 import safetensors
 import torch
+import transformers as tf
+import transformers.modeling_utils  # it takes safe_open now, before a test replaces it
 from safetensors.torch import save_file
 from torch import nn
 
 from zokernel.errors import RunError
-from zokernel.finetune.models import load as loading
+from zokernel.finetune.models import weights as loading
+from zokernel.private_apis import converts_weights
 
 
 class Odd(nn.Module):
@@ -52,3 +55,47 @@ def test_another_models_weights_are_refused(tmp_path, name, shape):
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(RunError, match="holds no"):
         loading.load_weights_(Odd(), tmp_path)
+
+
+MOE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+RENAMED = {
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**MOE, num_key_value_heads=2, num_local_experts=3)),
+    "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(**MOE, num_key_value_heads=2, num_experts=3, moe_intermediate_size=8, num_experts_per_tok=2)
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**MOE)),
+    "granitemoe": lambda: tf.GraniteMoeForCausalLM(
+        tf.GraniteMoeConfig(**MOE, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)
+    ),
+    "olmoe": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**MOE, num_key_value_heads=2, num_experts=3)),
+    "esm": lambda: tf.EsmForMaskedLM(tf.EsmConfig(**MOE, pad_token_id=1, mask_token_id=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", RENAMED)
+def test_weights_under_other_names_in_files_are_loaded_bit_for_bit(tmp_path, family, dtype):
+    """transformers stacks experts and renames heads when it loads, and undoes that when it saves."""
+    torch.manual_seed(0)
+    model = RENAMED[family]().to(dtype)
+    assert converts_weights(model)
+    model.save_pretrained(tmp_path)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as archive:
+        assert not set(archive.keys()) <= set(saved)
+    for reloaded in (False, True):
+        if reloaded:
+            model = type(model).from_pretrained(tmp_path, dtype=dtype)
+        addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        loading.load_weights_(model, tmp_path)
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+        assert addresses == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+
+def test_another_models_weights_are_refused_where_names_differ(tmp_path):
+    RENAMED["mixtral"]().save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="could not be read as the weights of this OlmoeForCausalLM"):
+        loading.load_weights_(RENAMED["olmoe"](), tmp_path)

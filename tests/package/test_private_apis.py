@@ -319,6 +319,17 @@ def test_repeated_blocks_are_named():
     assert private_apis.repeated_blocks(nn.Linear(2, 2)) == set()
 
 
+def test_conversions_of_weights_are_known(tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    for kind, converted in (("Llama", False), ("GPTNeoX", True)):
+        model_class = getattr(transformers, f"{kind}ForCausalLM")
+        model = model_class(getattr(transformers, f"{kind}Config")(**sizes))
+        model.save_pretrained(tmp_path / kind)
+        for found in (model, model_class.from_pretrained(tmp_path / kind)):
+            assert private_apis.converts_weights(found) is converted
+    assert not private_apis.converts_weights(nn.Linear(1, 1))
+
+
 # accelerate, whose state is one per process
 
 

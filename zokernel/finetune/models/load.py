@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from zokernel.finetune.settings.config import ZOConfig
 
 logger = logging.getLogger(__name__)
 
-LOADED_AT_ONCE = 1 << 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,42 +114,6 @@ def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reser
     if wanted and min(limits) < wanted:
         logger.info("max_length: %d tokens, the most that this model takes.", min(limits))
     return min(limits)
-
-
-@torch.no_grad()
-def load_weights_(model: nn.Module, folder: Path) -> None:
-    """Copy saved weights into a model in place, holding :data:`LOADED_AT_ONCE` bytes at a time beside it.
-
-    Args:
-        model: The model that was saved.
-        folder: A checkpoint folder with ``.safetensors`` files.
-
-    Raises:
-        RunError: If the folder holds no weights, or they are another model's.
-    """
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
-    targets = model.state_dict()
-    for file in files:
-        with safe_open(file, "pt") as archive:
-            names = list(archive.keys())
-            shapes = {name: tuple(archive.get_slice(name).get_shape()) for name in names}
-        for name, shape in shapes.items():
-            if name not in targets or tuple(targets[name].shape) != shape:
-                raise RunError(
-                    f"{file} holds {name!r} of shape {shape}, which this model does not have: it is another "
-                    "model's checkpoint."
-                )
-            target = targets[name] if shape else targets[name].view(1)
-            length = max(1, LOADED_AT_ONCE * len(target) // max(1, target.nbytes))
-            for begin in range(0, len(target), length):
-                # Opened anew each time: pages of the file that were read count as memory until it is closed.
-                with safe_open(file, "pt") as archive:
-                    rows = archive.get_slice(name)[begin : begin + length] if shape else archive.get_tensor(name)
-                    target[begin : begin + length].copy_(rows)
 
 
 def estimate_memory(

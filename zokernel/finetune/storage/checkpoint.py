@@ -20,8 +20,8 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.files import read_json, sync
 from zokernel.finetune.models.adapters import virtual_tokens
-from zokernel.finetune.models.load import load_weights_
 from zokernel.finetune.models.pickles import PICKLES
+from zokernel.finetune.models.weights import load_weights_
 from zokernel.finetune.storage.state_file import load_state, save_state
 
 STATE_FOLDER = "training_state"
