@@ -50,7 +50,7 @@ def test_parquet_and_headerless_csv(tmp_path):
     ("name", "content", "match"),
     [
         ("missing.csv", None, "There is no file"),
-        ("a.txt", b"x", "is none of"),
+        ("a.doc", b"x", "is none of"),
         ("a.csv", b"", "has no rows"),
         ("a.jsonl", b"", "has no rows"),
         ("b.csv", b"sentence,label\n", "has no rows"),

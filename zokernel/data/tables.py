@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
+import io
+import logging
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from zokernel.data.decode import decode, read_bytes, without_surrogates
+from zokernel.data.delimited import csv_rows, refuse_repeated, tsv_rows
+from zokernel.data.json_rows import json_rows
 from zokernel.data.sources import SOURCES, fetch
 from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz")
+WORKBOOKS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+logger = logging.getLogger(__name__)
 
 
-def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -> list[Row]:
-    """Read a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file.
+class Table(list[Row]):
+    """Rows of a file: a list of dictionaries that knows on which line each of them begins.
 
-    Tab-separated files are read without quoting, as SST-2 and its kin are written.
+    Attributes:
+        lines: One line number per row; empty where there are none (``.parquet``).
+    """
+
+    def __init__(self, rows: Iterable[Row], lines: Sequence[int] = ()):
+        super().__init__(rows)
+        self.lines = list(lines)
+
+
+def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -> Table:
+    """Read a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.txt`` or ``.parquet`` file.
+
+    Endings may be in upper case, and followed by ``.gz``, ``.bz2`` or ``.xz`` if the file is compressed.  Text is
+    UTF-8, with or without a byte order mark, or UTF-16 with one.  A JSON file may hold one object per line or a list of
+    them, whichever its ending promises.  A ``.csv`` file may be separated by semicolons or tabs.  A ``.tsv`` file is
+    read with quotes if it was written with them, and without otherwise, as SST-2 and its kin are written.  Every line
+    of a ``.txt`` file that is not blank is a row with the one column ``text``.
 
     Args:
         path: The file.
         column_names: Names of the columns of a ``.csv`` or ``.tsv`` file that has no header line.
 
     Returns:
-        One dictionary a row.
+        One dictionary per row.
 
     Raises:
-        UsageError: If the file is missing, empty, of another kind, or cannot be parsed.
+        UsageError: If the file is missing, empty, of another kind, or cannot be parsed; if a column is there twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"There is no file {path}: check the path (it is relative to {Path.cwd()}).")
-    if path.suffix not in SUFFIXES:
+    path = Path(path).expanduser()
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    data = read_bytes(path)
+    if suffix in WORKBOOKS:
+        raise UsageError(f"{path} is a workbook: save the sheet with the examples as 'CSV UTF-8' and give that file.")
+    if suffix not in SUFFIXES:
         raise UsageError(f"{path} is none of {', '.join(SUFFIXES)}: convert it, or rename it to what it is.")
-    try:
-        rows = _READERS[path.suffix](path, column_names)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8.") from error
+    if column_names and suffix not in (".csv", ".tsv"):
+        raise UsageError(f"--column_names is for .csv and .tsv files without a header line, which {path} is not.")
+    lines: Sequence[int] = ()
+    if suffix in (".csv", ".tsv"):
+        read = csv_rows if suffix == ".csv" else tsv_rows
+        rows, lines = read(decode(data, path), path, column_names)
+    elif suffix == ".parquet":
+        rows = _read_parquet(data, path)
+    elif suffix == ".txt":
+        rows, lines = _read_text(data, path)
+    else:
+        rows, lines = _read_json(data, path, per_line=suffix != ".json")
     if not rows:
         raise UsageError(f"{path} has no rows: training needs at least one example.")
-    return rows
+    return Table(rows, lines)
 
 
 def load_rows(name: str, split: str, *, config: str | None = None, revision: str | None = None) -> list[Row]:
@@ -80,77 +118,42 @@ def load_rows(name: str, split: str, *, config: str | None = None, revision: str
         ) from error
 
 
-def _read_jsonl(path: Path, column_names: Sequence[str] | None) -> list[Row]:
-    rows = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(
-                    f"Line {number} of {path} is not JSON ({error.msg}): write one object a line."
-                ) from error
-            if not isinstance(row, dict):
-                raise UsageError(f"Line {number} of {path} is not a JSON object: write one object a line.")
-            rows.append(row)
-    return rows
+def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], list[int]]:
+    text = decode(data, path)
+    rows, lines = json_rows(text, path, per_line=per_line)
+    if _ESCAPED_SURROGATE.search(text):
+        whole = [without_surrogates(row) for row in rows]
+        changed = sum(new != old for new, old in zip(whole, rows))
+        if changed:
+            logger.warning(
+                "%s: %d rows have half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",
+                path,
+                changed,
+            )
+        rows = whole
+    return rows, lines
 
 
-def _read_json(path: Path, column_names: Sequence[str] | None) -> list[Row]:
+def _read_text(data: bytes, path: Path) -> tuple[list[Row], list[int]]:
+    lines = enumerate(io.StringIO(decode(data, path), newline=None), start=1)
+    kept = [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
+    return [{"text": line} for _, line in kept], [number for number, _ in kept]
+
+
+def _read_parquet(data: bytes, path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8") or "[]")
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON (line {error.lineno}: {error.msg}).") from error
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]  # as SQuAD is published
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{path} must hold a list of JSON objects.")
-    return rows
-
-
-def _read_delimited(path: Path, column_names: Sequence[str] | None, *, delimiter: str, quoting: int) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="") as stream:
-        lines = csv.reader(stream, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
-        header = list(column_names) if column_names else next(lines, [])
-        rows = []
-        for line in lines:
-            if not line:
-                continue
-            if len(line) != len(header):
-                raise UsageError(
-                    f"Line {lines.line_num} of {path} has {len(line)} columns where {len(header)} were expected "
-                    f"({', '.join(header)}): fix it, or name the columns with --column_names."
-                )
-            rows.append(dict(zip(header, line)))
-    return rows
-
-
-def _read_csv(path: Path, column_names: Sequence[str] | None) -> list[Row]:
-    return _read_delimited(path, column_names, delimiter=",", quoting=csv.QUOTE_MINIMAL)
-
-
-def _read_tsv(path: Path, column_names: Sequence[str] | None) -> list[Row]:
-    return _read_delimited(path, column_names, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_parquet(path: Path, column_names: Sequence[str] | None) -> list[Row]:
-    try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError("pyarrow", "finetune", f"Reading {path}") from error
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(
+            f"{path} is not a whole Parquet file ({first_line(error)}): download or write it again."
+        ) from error
+    refuse_repeated(table.column_names, path)
+    return table.to_pylist()
 
 
 def resolve_model_path(name_or_path: str) -> str:
@@ -167,4 +170,4 @@ def resolve_model_path(name_or_path: str) -> str:
     return name_or_path
 
 
-__all__ = ["Row", "load_rows", "load_table", "resolve_model_path"]
+__all__ = ["Row", "Table", "load_rows", "load_table", "resolve_model_path"]
