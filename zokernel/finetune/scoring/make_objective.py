@@ -40,7 +40,7 @@ def make_objective(
         if not isinstance(task, PromptTask):
             raise UsageError("--calibrate compares the same label words in every example: it is for classification.")
         blank: dict[str, Any] = dict.fromkeys(task.required_columns(), "")
-        blank[task.label_column] = (task.labels or ("0",))[0]
+        blank[task.label_column] = (task.labels or task.label_words)[0]
         calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, masked=masked))[0]])
     return Objective(
         objective,

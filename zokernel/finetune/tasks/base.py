@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from zokernel.data.tables import Row
@@ -42,7 +44,8 @@ class Task:
         label_column: Column that says what is right.
         masked_template: Wording for masked language models, with ``{mask}`` where the option goes; the template
             followed by the mask when not given.
-        aliases: Other names under which published files carry a column.
+        aliases: Other names under which published files carry a column; a name that the template uses is never
+            renamed.
         prepare: Turns a row as published into one or more rows with the template's columns.
         source: Where the published data are.
         metric: The number that is reported: ``accuracy``, ``f1`` or ``em``.
@@ -118,11 +121,10 @@ class Task:
 
     def required_columns(self) -> tuple[str, ...]:
         """Return the columns that every row must have."""
-        masked = parse(self.masked_template) if self.masked_template else ()
-        return tuple(dict.fromkeys((*self.columns, *masked, self.label_column)))
+        return tuple(dict.fromkeys((*self.text_columns(), self.label_column)))
 
     def read(self, rows: Sequence[Row], *, where: str) -> list[Row]:
-        """Turn rows as published into rows with the task's columns, dropping those without a label.
+        """Turn rows as published into rows with the task's columns; those without a label or text are left out.
 
         Args:
             rows: The table as it was read.
@@ -132,39 +134,89 @@ class Task:
             Rows that :meth:`prompt` and :meth:`correct` take.
 
         Raises:
-            UsageError: If a column is missing, nothing is left, or a label is none of the options.
+            UsageError: If a column is missing, nothing is left, or a label is none of the options (its line is named).
         """
-        if self.prepare is not None:
-            try:
-                rows = [prepared for row in rows for prepared in self.prepare(row)]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UsageError(
-                    f"{where} is not in a published format of this task ({type(error).__name__}: {error}): its columns "
-                    f"are {', '.join(map(str, rows[0]))}."
-                ) from error
-        present = rows[0] if rows else {}
-        renamed = {
-            other: column
-            for column, others in self.aliases.items()
-            if column not in present
-            for other in others
-            if other in present
-        }
+        numbered = self._prepared(rows, where)
+        renamed = self._renamed(numbered)
         if renamed:
-            rows = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
-        self.check_columns(rows, where=where)
-        labelled = [row for row in rows if not self.unlabelled(row)]
-        if len(labelled) < len(rows):
-            logger.info("%s: %d rows without a label are left out.", where, len(rows) - len(labelled))
+            numbered = [(n, {renamed.get(name, name): value for name, value in row.items()}) for n, row in numbered]
+        self.check_columns([row for _, row in numbered], where=where)
+        place = partial(_place, getattr(rows, "lines", ()))
+        labelled = [(n, row) for n, row in numbered if not self.unlabelled(row)]
+        _say_left_out(where, "a label", numbered, labelled, place)
         if not labelled:
             raise UsageError(f"{where} has no labelled row.")
-        for row in labelled:
-            self.correct(row)
-        return labelled
+        kept = [(n, row) for n, row in labelled if self._has_text(row, where, place(n))]
+        _say_left_out(where, f"text ({', '.join(self.text_columns())})", labelled, kept, place)
+        if not kept:
+            raise UsageError(f"{where} has no row with text in {', '.join(self.text_columns())}.")
+        for n, row in kept:
+            try:
+                self.correct(row)
+            except UsageError as error:
+                raise UsageError(f"{where}, {place(n)}: {error}") from error
+        return [row for _, row in kept]
+
+    def _prepared(self, rows: Sequence[Row], where: str) -> list[tuple[int, Row]]:
+        """Return the rows with the template's columns, each with the number of the row that it comes from."""
+        if self.prepare is None:
+            return list(enumerate(rows))
+        needed = set(self.required_columns())
+        try:
+            return [
+                (n, prepared)
+                for n, row in enumerate(rows)
+                for prepared in ([row] if needed <= row.keys() else self.prepare(row))
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{where} is not in a published format of this task ({type(error).__name__}: {error}): its columns "
+                f"are {', '.join(map(str, rows[0]))}."
+            ) from error
+
+    def _renamed(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, str]:
+        """Return the task's name of each column that the table carries under another; a name in use stays as it is."""
+        present = dict.fromkeys(name for _, row in numbered for name in row)
+        wanted = self.required_columns()
+        return {
+            other: column
+            for column, others in self.aliases.items()
+            if column in wanted and column not in present
+            for other in others
+            if other in present and other not in wanted
+        }
 
     def unlabelled(self, row: Row) -> bool:
-        """Whether the row's label is hidden, as public benchmarks hide those of their test sets: -1."""
-        return str(row[self.label_column]).strip() in ("-1", "-1.0", "-", "None")
+        """Whether the row has no label, or one that is hidden, as public benchmarks hide those of their test sets: -1.
+
+        A value such as ``-1`` or ``None`` that is one of the task's labels is a label.
+        """
+        value = row.get(self.label_column)
+        if is_missing(value):
+            return True
+        if str(value).strip() not in ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null"):
+            return False
+        try:
+            self.correct(row)
+        except UsageError:
+            return True
+        return False
+
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the columns whose text stands in the prompt."""
+        masked = parse(self.masked_template) if self.masked_template else ()
+        return tuple(name for name in dict.fromkeys((*self.columns, *masked)) if name != self.label_column)
+
+    def _has_text(self, row: Row, where: str, place: str) -> bool:
+        """Whether every column of the prompt has a value, and some of them text."""
+        values = [row.get(name) for name in self.text_columns()]
+        for name, value in zip(self.text_columns(), values):
+            if isinstance(value, (list, tuple, Mapping, bytes)):
+                raise UsageError(
+                    f"{where}, {place}: column {name!r} holds a {type(value).__name__}, not a text: join its parts "
+                    "into one text first, or name another column in the template."
+                )
+        return not any(map(is_missing, values)) and (not values or any(str(value).strip() for value in values))
 
     def check_columns(self, rows: Sequence[Row], *, where: str) -> None:
         """Check that a table has every column the task uses.
@@ -172,9 +224,35 @@ class Task:
         Raises:
             UsageError: If one is missing; the message lists those there are.
         """
+        present = dict.fromkeys(name for row in rows for name in row)
         for column in self.required_columns():
-            if rows and column not in rows[0]:
+            if rows and column not in present:
                 raise UsageError(
-                    f"{where} has no column {column!r} (it has {', '.join(map(str, rows[0]))}): "
+                    f"{where} has no column {column!r} (it has {', '.join(map(str, present))}): "
                     "change --template or --label_column, or name the columns with --column_names."
                 )
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell holds nothing: ``None``, or the NaN that tables write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _place(lines: Sequence[int], number: int) -> str:
+    """Return how a row is found in its file."""
+    return f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
+
+
+def _say_left_out(
+    where: str,
+    what: str,
+    before: Sequence[tuple[int, Row]],
+    after: Sequence[tuple[int, Row]],
+    place: Callable[[int], str],
+) -> None:
+    if len(after) < len(before):
+        kept = {id(row) for _, row in after}
+        first = next(n for n, row in before if id(row) not in kept)
+        logger.info(
+            "%s: %d rows without %s are left out (the first: %s).", where, len(before) - len(after), what, place(first)
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,8 @@ from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import fill, parse
+
+_POSITION = re.compile(r"\d+(\.0*)?")  # tables with empty cells write 1 as 1.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,13 @@ class ChoiceTask(Task):
 
     def required_columns(self) -> tuple[str, ...]:
         """Return the columns that every row must have."""
-        more = (self.choices_column,) if self.choices_column else tuple(c for t in self.choices for c in parse(t))
+        more = (self.choices_column,) if self.choices_column else ()
         return tuple(dict.fromkeys((*super().required_columns(), *more)))
+
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the columns whose text stands in the prompt or an option."""
+        options = (column for choice in self.choices for column in parse(choice))
+        return tuple(dict.fromkeys((*super().text_columns(), *options)))
 
     def fillers(self, row: Row) -> tuple[str, ...]:
         """Return the options as they stand in the row."""
@@ -71,8 +79,8 @@ class ChoiceTask(Task):
         if isinstance(value, (list, tuple)):
             wanted = {str(text).strip() for text in value}
             found = tuple(number for number, text in enumerate(texts) if text in wanted)
-        elif str(value).strip().isdigit() and int(value) < len(texts):
-            found = (int(value),)
+        elif _POSITION.fullmatch(str(value).strip()) and int(float(value)) < len(texts):
+            found = (int(float(value)),)
         else:
             found = tuple(number for number, text in enumerate(texts) if text == str(value).strip())
         if not found:

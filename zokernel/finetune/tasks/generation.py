@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.base import Task, is_missing
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class GenerationTask(Task):
         value = row[self.label_column]
         if isinstance(value, Mapping):  # a list of answers as published: {"text": [...], ...} or {"spans": [...], ...}
             value = value.get("text", value.get("spans"))
-        answers = [str(answer).strip() for answer in (value if isinstance(value, (list, tuple)) else [value])]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        answers = [str(answer).strip() for answer in values if not is_missing(answer)]
         answers = [answer for answer in answers if answer]
         if not answers:
             raise UsageError(f"Column {self.label_column!r} holds no answer in the row {dict(row)!r:.200}.")
@@ -69,7 +70,8 @@ class GenerationTask(Task):
 
     def unlabelled(self, row: Row) -> bool:
         """Whether the row has no answer."""
-        value = row[self.label_column]
+        value = row.get(self.label_column)
         if isinstance(value, Mapping):
             value = value.get("text", value.get("spans"))
-        return value is None or (isinstance(value, (list, tuple)) and not value) or value == ""
+        answers = value if isinstance(value, (list, tuple)) else [value]
+        return all(is_missing(answer) or not str(answer).strip() for answer in answers)

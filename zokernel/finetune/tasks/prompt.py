@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,7 +22,9 @@ class PromptTask(Task):
     Args:
         template: Text with columns in braces, such as ``{sentence} It was``.
         label_words: One word or phrase per class, in class order, without the space before it.
-        labels: What the label column holds for each class; ``0, 1, ...`` when empty.  ``a|b`` stands for either.
+        labels: What the label column holds for each class; ``0, 1, ...`` when empty (or the label words, if those are
+            numbers).  ``a|b`` stands for either.  The label words themselves, 1.0 for 1, true for 1 and another case
+            are understood, too.
         masked_label_words: Label words for masked language models, where they differ.
 
     Raises:
@@ -38,17 +42,41 @@ class PromptTask(Task):
     label_words: tuple[str, ...]
     labels: tuple[str, ...] = ()
     masked_label_words: tuple[str, ...] = field(default=(), kw_only=True)
+    _classes: dict[str, int] = field(init=False, repr=False, compare=False)
+    _classes_in_any_case: dict[str, int | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
-        if len(set(self.label_words)) < 2 or len(set(self.label_words)) != len(self.label_words):
+        words = {word.strip() for word in self.label_words} - {""}
+        if len(words) < 2 or len(words) != len(self.label_words):
             raise UsageError(f"label_words must be two or more distinct words, not {list(self.label_words)}.")
         if self.labels and len(self.labels) != len(self.label_words):
             raise UsageError(f"There are {len(self.labels)} labels for {len(self.label_words)} label words.")
+        object.__setattr__(self, "_classes", self._lookup())
+        folded: dict[str, int | None] = {}
+        for name, choice in self._classes.items():
+            # Names that differ in case alone are told apart by it.
+            folded[name.casefold()] = choice if folded.get(name.casefold(), choice) == choice else None
+        object.__setattr__(self, "_classes_in_any_case", folded)
         if self.masked_label_words and len(self.masked_label_words) != len(self.label_words):
             raise UsageError(
                 f"There are {len(self.masked_label_words)} masked label words for {len(self.label_words)} label words."
             )
+
+    def _lookup(self) -> dict[str, int]:
+        """Return the class of every text that the label column may hold."""
+        found: dict[str, int] = {}
+        for choice, name in enumerate(self._names()):
+            for alternative in dict.fromkeys(map(_spelled, (name, *name.split("|")))):
+                if alternative in found:
+                    raise UsageError(f"The label {alternative!r} stands for two classes: give each class its own.")
+                found[alternative] = choice
+        for choice, word in enumerate(self.label_words):
+            found.setdefault(_spelled(word), choice)
+        for text, number in (("True", "1"), ("False", "0")):
+            if self.num_classes == 2 and number in found and not {text, text.lower()} & found.keys():
+                found[text] = found[number]
+        return found
 
     @property
     def num_classes(self) -> int:
@@ -69,14 +97,49 @@ class PromptTask(Task):
         Raises:
             UsageError: If the label is none of the classes.
         """
-        value = str(row[self.label_column]).strip()
-        names = self.labels or tuple(str(number) for number in range(self.num_classes))
-        for choice, name in enumerate(names):
-            if value == name or value in name.split("|"):
-                return (choice,)
-        if value in self.label_words:
-            return (self.label_words.index(value),)
+        value = row[self.label_column]
+        if isinstance(value, (list, tuple, Mapping)):
+            raise UsageError(
+                f"Column {self.label_column!r} holds a {type(value).__name__} ({value!r:.80}), where a label is one "
+                "value: choose another --label_column."
+            )
+        found = self._classes.get(_spelled(value))
+        if found is None:
+            found = self._classes_in_any_case.get(_spelled(value).casefold())
+        if found is not None:
+            return (found,)
+        if _on_a_scale(value) and not any(map(_on_a_scale, self.labels)):
+            raise UsageError(
+                f"Label {value!r} in column {self.label_column!r} is a number on a scale, not a class: divide the "
+                "scale into classes first, such as 0 and 1."
+            )
         raise UsageError(
-            f"Label {value!r} in column {self.label_column!r} is none of {', '.join(names)}, for the label words "
-            f"{', '.join(self.label_words)}: add the missing word, or map values with --labels."
+            f"Label {str(value).strip()!r} in column {self.label_column!r} is none of {', '.join(self._names())}, for "
+            f"the label words {', '.join(self.label_words)}: add the missing word, or map values with --labels."
         )
+
+    def _names(self) -> tuple[str, ...]:
+        """What the label column may hold: ``labels``; else the positions, or the words if those are numbers."""
+        if self.labels:
+            return self.labels
+        if any(_NUMBER.fullmatch(word) for word in self.label_words):
+            return self.label_words
+        return tuple(str(number) for number in range(self.num_classes))
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+_WHOLE = re.compile(r"([+-]?\d+)\.0*")
+
+
+def _spelled(value: object) -> str:
+    """Return a label as text; 1.0 is 1, since tables with empty cells write whole numbers so."""
+    text = str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _on_a_scale(value: object) -> bool:
+    try:
+        return not float(str(value)).is_integer()
+    except (ValueError, OverflowError):
+        return False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
@@ -33,13 +33,35 @@ WORDINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+# A doubled brace is a brace; between single ones stands a column's name, of any characters but braces.
+_PART = re.compile(r"(?P<double>\{\{|\}\})|\{(?P<name>[^{}]*)\}|(?P<text>[^{}]+)|(?P<stray>.)", re.DOTALL)
+
+
+def _parts(template: str) -> Iterator[tuple[str, str | None, str]]:
+    """Yield the template's pieces as (literal text, column or ``None``, wording)."""
+    for match in _PART.finditer(template):
+        if match["stray"]:
+            raise UsageError(
+                f"The template {template!r} is malformed (a single {match['stray']!r}): write columns as {{name}}, and "
+                "a brace of the text twice."
+            )
+        if match["name"] is None:
+            yield match["text"] or match["double"][0], None, ""
+            continue
+        name, colon, wording = match["name"].rpartition(":")
+        if not colon or (wording not in WORDINGS and not wording.isidentifier()):
+            name, wording = match["name"], ""
+        yield "", name, wording
+
+
 def parse(template: str) -> tuple[str, ...]:
     """Return the columns that a template names, each once, in order; ``{mask}`` is not one of them.
 
     Args:
-        template: Text such as ``{sentence} It was``.  ``{column:wording}`` changes the column's text: ``lower`` (all
-            letters), ``decap`` (the first letter, unless the word is I), ``open`` (no final punctuation), ``question``
-            (capitalised, ending in a question mark).
+        template: Text such as ``{sentence} It was``; a column may have any name: ``{Review Text}``.
+            ``{column:wording}`` changes the column's text: ``lower`` (all letters), ``decap`` (the first letter, unless
+            the word is I), ``open`` (no final punctuation), ``question`` (capitalised, ending in a question mark).  A
+            column that is itself called ``a:b`` is written ``{a:b:}``.
 
     Returns:
         Names of columns.
@@ -48,35 +70,61 @@ def parse(template: str) -> tuple[str, ...]:
         UsageError: If the template is malformed, names no column or an unknown wording.
 
     Example:
-        >>> parse("{sentence1:open}? {mask}, {sentence2:decap}")
-        ('sentence1', 'sentence2')
+        >>> parse("{sentence1:open}? {mask}, {sentence2:decap}"), parse("{Review Text} It was")
+        (('sentence1', 'sentence2'), ('Review Text',))
     """
-    try:
-        fields = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UsageError(f"The template {template!r} is malformed ({error}): write columns as {{name}}.") from error
+    fields = [(name, wording) for _, name, wording in _parts(template) if name is not None]
     columns = [name for name, _ in fields if name != MASK]
-    if not columns or not all(name.isidentifier() for name in columns):
+    if not columns or not all(name.strip() for name in columns):
         raise UsageError(f"The template {template!r} must name columns in braces, such as '{{sentence}} It was'.")
-    for name, spec in fields:
-        if spec and spec not in WORDINGS:
+    for name, wording in fields:
+        if wording not in WORDINGS:
             known = ", ".join(filter(None, WORDINGS))
-            raise UsageError(f"The template has {{{name}:{spec}}}, but {spec!r} is no wording: choose one of {known}.")
+            raise UsageError(
+                f"The template has {{{name}:{wording}}}, but {wording!r} is no wording: choose one of {known}, or "
+                f"write {{{name}:{wording}:}} if the column is called that."
+            )
     if sum(name == MASK for name, _ in fields) > 1:
         raise UsageError(f"The template {template!r} has more than one {{mask}}: one place is scored.")
     return tuple(dict.fromkeys(columns))
 
 
+def literals(template: str) -> str:
+    """Return the template's own text, without its columns.
+
+    Example:
+        >>> literals("{{{premise:open}}} so")
+        '{} so'
+    """
+    return "".join(text for text, _, _ in _parts(template))
+
+
 def fill(template: str, row: Row) -> str:
     """Return the template with the columns of ``row``, stripped and worded; ``row`` supplies ``mask`` too if used.
+
+    Raises:
+        UsageError: If a column holds nothing (``None``).
 
     Example:
         >>> fill("{premise:open} so", {"premise": "It rained. "})
         'It rained so'
     """
     parts = []
-    for literal, name, spec, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
-            parts.append(WORDINGS[spec or ""](str(row[name]).strip()))
+    for text, name, wording in _parts(template):
+        parts.append(text)
+        if name is None:
+            continue
+        if row[name] is None:
+            raise UsageError(f"Column {name!r} holds no text in the row {dict(row)!r:.200}: leave the row out.")
+        parts.append(WORDINGS[wording](str(row[name]).strip()))
     return "".join(parts)
+
+
+def column_in_braces(name: str) -> str:
+    """Return how a template writes a column.
+
+    Example:
+        >>> column_in_braces("Review Text"), column_in_braces("dc:title")
+        ('{Review Text}', '{dc:title:}')
+    """
+    return f"{{{name}:}}" if ":" in name else f"{{{name}}}"

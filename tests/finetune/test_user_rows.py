@@ -1,0 +1,175 @@
+"""Rows as people bring them: what is read, what is left out and counted, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+
+from zokernel.data import load_table
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks import ChoiceTask, GenerationTask, PromptTask, get_task
+
+OWN = PromptTask("{text} It was", ("bad", "good"))
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "row"),
+    [
+        ("sst2", "{text} It was", {"text": "a joy", "label": 1}),
+        ("mnli", "{premise} so {hypothesis}", {"premise": "a", "hypothesis": "joy", "label": 1}),
+        ("trec", "Is {text} a", {"text": "a joy", "label": 1}),
+        ("trec", "{question} {text}", {"question": "x", "text": "a joy", "label": 1}),
+        ("copa", "{premise} so", {"premise": "a joy", "choice1": "A", "choice2": "B", "label": 1}),
+    ],
+)
+def test_a_name_in_the_users_template_is_never_renamed(name, template, row):
+    task = get_task(name, template=template)
+    assert task.read([row], where="train") == [row]
+    assert task.prompt(task.read([row], where="train")[0]) == template.format(**row)
+
+
+def test_a_label_column_of_ones_own_is_never_renamed():
+    task = get_task("trec", label_column="coarse_label")
+    assert task.read([{"text": "who", "coarse_label": 2}], where="train") == [{"question": "who", "coarse_label": 2}]
+
+
+@pytest.mark.parametrize(
+    "column", ["Review Text", "Überschrift", "a.b", "a[0]", "0", "what?!", "a-b", "dc:title", "$ %"]
+)
+def test_a_column_may_have_any_name(column):
+    inside = f"{column}:" if ":" in column else column
+    task = PromptTask(f"Q: {{{{x}}}} {{{inside}}} It was", ("bad", "good"))
+    assert task.columns == (column,)
+    assert task.prompt({column: " A joy. "}) == "Q: {x} A joy. It was"
+    worded = PromptTask(f"{{{column}:lower}} {{mask}}", ("bad", "good"))
+    assert worded.cloze({column: "A Joy"}) == ("a joy", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{} It was", "must name columns"),
+        ("{ } so", "must name columns"),
+        ("{a} }", "single '}'"),
+        ("{a{b}}", "single '{'"),
+    ],
+)
+def test_templates_that_cannot_be(template, match):
+    with pytest.raises(UsageError, match=match):
+        PromptTask(template, ("a", "b"))
+
+
+NOTHING = [None, math.nan, "", "  "]
+
+
+@pytest.mark.parametrize("nothing", [*NOTHING, "absent"])
+def test_rows_without_a_label_are_left_out_and_counted(nothing, caplog):
+    rows = [{"text": f"row {n}", "label": n % 2} for n in range(6)]
+    for n in (2, 5):
+        rows[n] = {"text": "x"} if nothing == "absent" else {"text": "x", "label": nothing}
+    with caplog.at_level(logging.INFO):
+        assert OWN.read(rows, where="Train") == [rows[n] for n in (0, 1, 3, 4)]
+    assert "Train: 2 rows without a label are left out (the first: row 3)." in caplog.text
+
+
+@pytest.mark.parametrize("nothing", [*NOTHING, "absent"])
+def test_rows_without_text_are_left_out_and_counted(nothing, caplog, tmp_path):
+    rows = [{"label": n % 2, "text": f"row {n}"} for n in range(6)]
+    rows[3] = {"label": 1} if nothing == "absent" else {"label": 1, "text": nothing}
+    (tmp_path / "a.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO):
+        assert OWN.read(load_table(tmp_path / "a.jsonl"), where="Train") == [rows[n] for n in (0, 1, 2, 4, 5)]
+    assert "Train: 1 rows without text (text) are left out (the first: line 5)." in caplog.text
+
+
+def test_one_empty_column_of_several_is_text_but_a_missing_one_is_not():
+    task = PromptTask("{title} {body} It was", ("bad", "good"))
+    rows = [
+        {"title": "", "body": "b", "label": 0},
+        {"title": None, "body": "b", "label": 0},
+        {"title": "", "body": " ", "label": 0},
+    ]
+    assert task.read(rows, where="train") == rows[:1]
+    choice = ChoiceTask("{q}", ("{a}", "{b}"))
+    rows = [{"q": "?", "a": "x", "b": None, "label": 0}, {"q": "?", "a": "x", "b": "y", "label": 1.0}]
+    assert choice.read(rows, where="train") == rows[1:]
+    assert choice.correct(rows[1]) == (1,)
+    answer = GenerationTask("{q}", label_column="a")
+    rows = [{"q": "?", "a": value} for value in ("x", None, math.nan, " ", [], ["", None], [None, "y"])]
+    assert [answer.references(row) for row in answer.read(rows, where="train")] == [("x",), ("y",)]
+
+
+def test_nothing_is_left():
+    with pytest.raises(UsageError, match="has no row with text in text"):
+        OWN.read([{"text": None, "label": 0}], where="train")
+    with pytest.raises(UsageError, match="has no labelled row"):
+        OWN.read([{"text": "a", "label": None}], where="train")
+
+
+def test_a_prompt_never_says_none():
+    with pytest.raises(UsageError, match="holds no text"):
+        OWN.prompt({"text": None})
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "values", "classes"),
+    [
+        ("bad good", (), [0, 1, 0.0, 1.0, "0.0", "1.0", " 1 ", "1."], [0, 1, 0, 1, 0, 1, 1, 1]),
+        ("bad good", (), [True, False, "true", "False", "TRUE"], [1, 0, 1, 0, 1]),
+        ("bad good", (), ["bad", "Good", "GOOD"], [0, 1, 1]),
+        ("no yes", ("low", "High|urgent"), ["low", "LOW", "high", "Urgent", "yes"], [0, 0, 1, 1, 1]),
+        ("no yes", ("0.0", "1.0"), [0, "1", 1.0], [0, 1, 1]),
+        ("no yes", ("true", "false"), [True, "False"], [0, 1]),
+        ("low mid high", ("-1", "0", "1"), [-1, "0", 1.0, "-1.0"], [0, 1, 2, 0]),
+        ("1 2 3 4 5", (), [1, "2", 3.0, "5"], [0, 1, 2, 4]),
+        ("1 0", (), [1, 0], [0, 1]),
+        ("None mild", (), ["None", "none", "mild"], [0, 0, 1]),
+        ("us US", (), ["us", "US"], [0, 1]),
+        ("bad good", ("0.5", "1.5"), [0.5, "1.5"], [0, 1]),
+    ],
+)
+def test_labels_are_understood_as_tables_write_them(words, labels, values, classes):
+    task = PromptTask("{text}", tuple(words.split()), labels)
+    rows = [{"text": "x", "label": value} for value in values]
+    assert [task.label(row) for row in task.read(rows, where="train")] == classes
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "match"),
+    [
+        ("bad good", 2, r"line 3: Label '2' in column 'label' is none of 0, 1, .* add the missing word"),
+        ("bad good", "positive", r"line 3: Label 'positive' in column 'label' is none of 0, 1"),
+        ("bad good", 0.37, r"line 3: Label 0.37 in column 'label' is a number on a scale"),
+        ("bad good", "0.37", "is a number on a scale"),
+        ("bad good", [1], r"holds a list \(\[1\]\), where a label is one value"),
+        ("1 2 3", 0, "is none of 1, 2, 3"),
+        ("us US", "Us", "is none of"),
+        ("a b c", True, "Label 'True'"),
+    ],
+)
+def test_an_unknown_label_is_refused_with_its_line(words, value, match, tmp_path):
+    rows = [{"text": "x", "label": words.split()[0]}, {"text": "x", "label": value}]
+    (tmp_path / "a.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=match):
+        PromptTask("{text}", tuple(words.split())).read(load_table(tmp_path / "a.jsonl"), where="Train")
+
+
+def test_a_column_of_lists_is_no_text():
+    with pytest.raises(UsageError, match=r"row 1: column 'text' holds a list, not a text"):
+        OWN.read([{"text": ["a", "b"], "label": 0}], where="train")
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "match"),
+    [
+        (("a", " "), (), "two or more distinct"),
+        (("a", "a "), (), "two or more"),
+        (("a", "b"), ("1", "0|1.0"), "two classes"),
+    ],
+)
+def test_words_and_labels_are_distinct(words, labels, match):
+    with pytest.raises(UsageError, match=match):
+        PromptTask("{text}", words, labels)
