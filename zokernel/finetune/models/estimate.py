@@ -1,0 +1,126 @@
+"""How much memory a run will take at least, told before the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernel.errors import RunError, UsageError, first_line
+from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
+from zokernel.finetune.settings.config import ZOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def estimate_memory(
+    architecture: Any,
+    dtype: torch.dtype,
+    config: ZOConfig,
+    *,
+    adapter: bool = False,
+    kind: Kind = "causal",
+    stored: int | None = None,
+) -> dict[str, int]:
+    """Estimate the peak memory of training, in bytes, without allocating the model.
+
+    Weights as they will be held; the copies that the method keeps (gradients and moments for first-order methods); and
+    under autocast, the largest weight in bf16 while its layer runs.  Activations are left out: they depend on the
+    batch, and forward-only training keeps one layer's at a time.
+
+    Args:
+        architecture: The model's configuration.
+        dtype: Type in which the weights are held.
+        config: The run's settings.
+        adapter: Whether only an adapter is trained, whose own copies are too small to count.
+        kind: Which kind of language model it is.
+        stored: Bytes of a quantized model's weights, which stay as they are stored.
+
+    Returns:
+        Bytes by part, with their ``total``.
+
+    Raises:
+        UsageError: If the configuration describes no model that can be built.
+    """
+    from zokernel.optim import get_method
+
+    try:
+        with torch.device("meta"):
+            model = auto_class(kind).from_config(architecture)
+    except Exception as error:  # sizes that do not fit fail in any way
+        raise UsageError(
+            f"The configuration of this {architecture.model_type} describes no model that can be built "
+            f"({first_line(error)}): compare its config.json with that of the model it was made from."
+        ) from error
+    count = sum(p.numel() for p in model.parameters())
+    copies = 0.0
+    if not adapter:
+        copies = getattr(get_method(config.method), "memory_copies", 0.0)
+        copies += bool(config.momentum) + (config.perturb == "in_place:copy")
+        copies += {"fp32": 1.0, "int8": 0.28}.get(config.method_options().get("averaging", "none"), 0.0)
+    weights = count * dtype.itemsize if stored is None else stored
+    parts = {"weights": weights, "method": int(copies * count * 4)}
+    if config.bf16:
+        parts["autocast"] = 2 * max(p.numel() for p in model.parameters())
+    return {**parts, "total": sum(parts.values())}
+
+
+def check_memory(
+    architecture: Any,
+    dtype: torch.dtype,
+    config: ZOConfig,
+    *,
+    adapter: bool = False,
+    kind: Kind = "causal",
+    stored: int | None = None,
+    skip: bool = False,
+) -> None:
+    """Log the memory estimate, and stop before loading a model that will not fit.
+
+    Raises:
+        RunError: If the estimate exceeds the memory that is free.
+    """
+    import psutil
+
+    parts = estimate_memory(architecture, dtype, config, adapter=adapter, kind=kind, stored=stored)
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if name != "total" and size)
+    logger.info("Memory: %.2f GiB (%s) and activations; %.2f GiB free.", parts["total"] / 2**30, listing, free / 2**30)
+    if parts["total"] > free and not skip:
+        raise RunError(
+            f"The run needs at least {parts['total'] / 2**30:.2f} GiB ({listing}) and {free / 2**30:.2f} GiB are free: "
+            "use a smaller model, --dtype bfloat16 with --lora true, or --skip_memory_check true."
+        )
+
+
+def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revision: str = "main") -> int | None:
+    """Return the bytes of a quantized model's weights, from the headers of its files.
+
+    Args:
+        path: The model's folder or hub id.
+        architecture: Its configuration.
+        dtype: Type of the weights that are not quantized.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        Bytes; None if the model is not quantized.  If its files say nothing yet, 0, which is logged.
+    """
+    if getattr(architecture, "quantization_config", None) is None:
+        return None
+    try:
+        if Path(path).is_dir():
+            return stored_bytes(tensor_types(weight_files(Path(path))), dtype.itemsize)
+        from huggingface_hub import HfApi
+
+        found = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata.values()
+        tensors = [(str(t.dtype), tuple(t.shape)) for file in found for t in file.tensors.values()]
+        return stored_bytes(tensors, dtype.itemsize)
+    except Exception as error:  # the hub may be out of reach while its files are cached
+        logger.info(
+            "The memory estimate leaves out the quantized weights, whose size is unknown: %s.", first_line(error)
+        )
+        return 0

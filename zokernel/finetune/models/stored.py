@@ -1,0 +1,153 @@
+"""What a model's folder holds: whether its files are whole, and how many bytes its weights take."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from zokernel.errors import UsageError, first_line
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_folder(folder: Path) -> None:
+    """Check a local model's configuration and files before anything is read from them.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        UsageError: If it is a file, holds no model, or its files are pointers, cut off or missing.
+    """
+    if folder.is_file():
+        hint = "a GGUF file is not read" if folder.suffix == ".gguf" else "it stays beside its config.json"
+        raise UsageError(f"{folder} is a file: give the folder that holds the model ({hint}).")
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and is_pointer(file):
+            raise UsageError(
+                f"{file} is a git-lfs pointer, not the file itself: run 'git lfs install' and 'git lfs pull' there."
+            )
+    config = folder / CONFIG
+    if not config.exists():
+        raise UsageError(f"{folder} {_what_is_there(folder)}: give a folder written by save_pretrained, or a hub id.")
+    settings = _read_json(config)
+    if not isinstance(settings, dict) or not settings.get("model_type"):
+        raise UsageError(f"{config} names no model_type, so it is not a model of transformers.")
+    for file in weight_files(folder):
+        check_weights(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a model's weights.
+
+    Args:
+        folder: A folder with a model.
+
+    Raises:
+        UsageError: If there are none, or the index names one that is missing.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        index = _read_json(folder / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise UsageError(f"{folder / INDEX} does not say which file holds which weights: download it again.")
+        files = [folder / name for name in sorted(set(names.values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise UsageError(
+                f"{folder} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} files are "
+                "missing): download them."
+            )
+        return files
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise UsageError(
+        f"{folder} holds no {WEIGHTS}"
+        + (f", only {', '.join(others[:3])}" if others else ", so no weights")
+        + ": download them, or write the model again with save_pretrained."
+    )
+
+
+def check_weights(file: Path) -> None:
+    """Check that a ``.safetensors`` file is whole.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"{file}, {file.stat().st_size:,} bytes long, is damaged or cut off ({first_line(error)}): download it "
+            "again."
+        ) from error
+
+
+def is_pointer(file: Path) -> bool:
+    """Return whether git-lfs left a few lines of text in place of a file."""
+    with file.open("rb") as opened:
+        return opened.read(len(_POINTER)) == _POINTER
+
+
+def tensor_types(files: Iterable[Path]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return type and shape of every tensor in ``.safetensors`` files, as their headers give them."""
+    from safetensors import safe_open
+
+    found = []
+    for file in files:
+        with safe_open(file, "pt") as archive:
+            for name in archive.keys():  # noqa: SIM118 (not a dictionary)
+                part = archive.get_slice(name)
+                found.append((str(part.get_dtype()), tuple(part.get_shape())))
+    return found
+
+
+def stored_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> int:
+    """Return how many bytes stored tensors take when loaded.
+
+    Args:
+        tensors: Type and shape of each.
+        itemsize: Bytes of a number of those that are not quantized, whose type is chosen when they are loaded.
+
+    Example:
+        >>> stored_bytes([("U8", (100, 1)), ("BF16", (10,))], itemsize=4)
+        140
+    """
+    total = 0
+    for kind, shape in tensors:
+        count = 1
+        for length in shape:
+            count *= length
+        bits = int(re.search(r"\d+", kind + " 8").group())  # type: ignore[union-attr]
+        chosen = kind in ("F64", "F32", "F16", "BF16")
+        total += count * (itemsize if chosen else -(-bits // 8))
+    return total
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON ({first_line(error)}): download it again.") from error
+
+
+def _what_is_there(folder: Path) -> str:
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if not names:
+        return "is an empty folder"
+    checkpoints = sorted((n for n in names if re.fullmatch(r"checkpoint-\d+", n)), key=lambda n: int(n[11:]))
+    if checkpoints:
+        return f"holds no {CONFIG}, but checkpoints of a run ({folder / checkpoints[-1]} is the last)"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"holds weights, but no {CONFIG}"
+    if any(name.startswith("tokenizer") for name in names):
+        return "holds a tokenizer, but no model"
+    return f"holds no model (no {CONFIG})"
