@@ -20,6 +20,7 @@ from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.models.trained import check_trainable, low_precision, what_is_trained
 from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order, is_first_order
+from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.trainer import choose_perturb
@@ -29,7 +30,6 @@ from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.micro_batches import MicroBatches
 from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.resumable import ResumableTrainer
-from zokernel.optim import ZerothOrder
 from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class SetUpTrainer(ResumableTrainer):
         micro_batches: Collects the micro-batches of a step, and takes their losses.
         model: The model; None if ``model_init`` makes it.
         args: What the user asked for, or the settings that were made of it for this model.
-        optimizers: An optimizer of zokernel or None, and a schedule or None.
+        optimizers: None, and a schedule or None.
         **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
@@ -55,6 +55,7 @@ class SetUpTrainer(ResumableTrainer):
 
     zo_settings: ClassVar[Mapping[str, Any]] = {}
     """What :func:`~zokernel.finetune.trainer.zeroth_order.zeroth_order` was given."""
+
     def __init__(
         self,
         micro_batches: MicroBatches,
@@ -64,15 +65,19 @@ class SetUpTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any],
         **kwargs: Any,
     ):
-        self.taking, schedule = optimizers
-        if kwargs.pop("optimizer_cls_and_kwargs", None) is not None or not isinstance(self.taking, ZerothOrder | None):
+        given, schedule = optimizers
+        if kwargs.pop("optimizer_cls_and_kwargs", None) is not None or given is not None:
             raise UsageError(
-                "The optimizer takes no gradients: name a method of zokernel, or pass one of its optimizers."
+                "The trainer makes the optimizer: name its method, as in zeroth_order(Trainer, method='kerzoo'), and "
+                "leave the optimizer out."
             )
+        self.taking: Any = None
         self.micro_batches = micro_batches
         if not isinstance(args, RunSettings):
             args = copy.copy(add_zeroth_order(args or TrainingArguments("tmp_trainer"), self.zo_settings))
             _without_evaluation(args, kwargs.get("eval_dataset"))
+            if isinstance(args, ZOConfig) and self.draws_examples:
+                _as_transformers(args)
         requested: Any = args.requested if isinstance(args, RunSettings) else args
         self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
         if model is not None:
@@ -193,6 +198,13 @@ def _resolve(args: Any, model: Any, dataset: Any) -> RunSettings:
     trained = "full parameters" if model is None else what_is_trained(model)
     low = "" if model is None or is_first_order(args.method) else low_precision(model)
     return resolve(args, trained=trained, num_examples=known, low_precision=low)
+
+
+def _as_transformers(args: ZOConfig) -> None:
+    """Take transformers' defaults where those of ``ZOConfig`` fit zokernel's own examples only."""
+    for name, value in (("train_sampling_strategy", "random"), ("remove_unused_columns", True)):
+        if name not in args.given:
+            setattr(args, name, value)
 
 
 def _without_evaluation(args: Any, dataset: Any) -> None:

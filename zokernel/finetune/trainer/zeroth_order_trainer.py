@@ -49,7 +49,7 @@ class ZerothOrderTrainer(SetUpTrainer):
         model: A model with at least one trainable parameter; None with ``model_init``.
         args: What the user asked for, or the settings that were made of it for this model.
         *others: As for ``transformers.Trainer``.
-        optimizers: As for ``transformers.Trainer``; the optimizer may be one of ``zokernel.optim``.
+        optimizers: None, and a schedule or None; the optimizer is made here.
         **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
