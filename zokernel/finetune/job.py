@@ -93,7 +93,7 @@ def finetune(
             low_precision=_stored_low(model_arguments, model),
             command=command,
         )
-        deciding = output.run_settings(model_arguments, data_arguments, settings.arguments())
+        deciding = output.run_settings(model_arguments, data_arguments, settings.arguments()) | splits.fingerprint
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
             logger.info("%s holds this very run, finished: nothing is left to do.", folder)

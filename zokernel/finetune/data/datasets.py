@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from zokernel.data import load_rows, load_table
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, Table
 from zokernel.errors import UsageError
+from zokernel.finetune.data.choose_task import classification, task_of_data_set
+from zokernel.finetune.data.formats import recognise
 from zokernel.finetune.data.protocol import published_splits
+from zokernel.finetune.data.report_splits import report_splits
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.finetune.tasks import PromptTask, Task, get_task, read_task
+from zokernel.finetune.tasks import TASKS, PromptTask, Task, get_task, read_task
 from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.registry import customize
 
 logger = logging.getLogger(__name__)
 
 DEV_SIZE = 500
+_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_test_samples"}
 
 
 @dataclass(frozen=True)
@@ -30,31 +39,117 @@ class Splits:
     test: list[Row]
     test_is_validation: bool = False
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Number and SHA-256 of the rows of each split: what tells whether a run has other data than before."""
+        return {
+            f"{split}_rows": f"{len(rows)} rows, sha256 {_digest(rows)}"
+            for split, rows in (("train", self.train), ("validation", self.validation), ("test", self.test))
+        }
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
 
 def load_task(arguments: DataArguments) -> Task:
-    """Return the task that the flags describe.
+    """Return the task that the flags describe; without a named one, the task that fits the columns of the data.
 
     Raises:
-        UsageError: If there is no such task, or a part of it is wrong.
+        UsageError: If there is no such task, a part of it is wrong, or neither flags nor data tell what it is.
     """
+    _check(arguments)
     own: dict[str, Any] = {
         "template": arguments.template,
         "label_words": arguments.label_words,
         "labels": arguments.labels,
         "label_column": arguments.label_column,
     }
+    name = arguments.task or task_of_data_set(arguments)
     if arguments.task_file:
-        return customize(read_task(arguments.task_file), **own)
-    task = get_task(arguments.task, **own)
-    if isinstance(task, PromptTask) and task.source and _uses_source(arguments, task) and not arguments.labels:
-        task = replace(task, labels=task.source.labels or task.labels)
+        task = customize(read_task(arguments.task_file), **own)
+    elif name:
+        task = get_task(name, **own)
+        if isinstance(task, PromptTask) and task.source and _uses_source(arguments, task) and not arguments.labels:
+            task = replace(task, labels=task.source.labels or task.labels)
+        if not arguments.task:
+            logger.info("The data set %s brings its task: %s.", arguments.dataset_name, name)
+    else:
+        task = _task_of_rows(arguments)
+    if task.label_column in task.columns:
+        logger.warning(
+            "The template names the label column %r: the answer stands in the prompt, and accuracy says nothing.",
+            task.label_column,
+        )
     return task
+
+
+def _task_of_rows(arguments: DataArguments) -> Task:
+    if arguments.train_file:
+        rows: Sequence[Row] = _training_file(arguments)
+    elif arguments.dataset_name:
+        rows = load_rows(arguments.dataset_name, "train", config=arguments.dataset_config)
+    else:
+        raise UsageError(
+            "Name the data: --train_file for a file of your own, --dataset_name for a data set of the hub, or --task "
+            f"for a published task ({', '.join(list(TASKS)[:3])}, ...)."
+        )
+    if not (arguments.template or arguments.label_words or arguments.labels):
+        task = recognise(rows, arguments)
+        if task is not None:
+            return task
+    return classification(rows, arguments)
+
+
+def task_name(arguments: DataArguments) -> str:
+    """Return what reports call the task: its name, or that of its file or of the data.
+
+    Example:
+        >>> task_name(DataArguments(train_file="data/tickets.csv"))
+        'tickets.csv'
+    """
+    file = arguments.task_file or arguments.train_file
+    named = arguments.task or task_of_data_set(arguments)
+    return named or (Path(file).name if file else str(arguments.dataset_name))
+
+
+def _check(arguments: DataArguments) -> None:
+    """Refuse flags that contradict each other, or that would be ignored."""
+    if arguments.task and arguments.task_file:
+        raise UsageError("Name the task with either --task or --task_file (one of them, not both).")
+    if arguments.dataset_name and arguments.train_file:
+        raise UsageError("Name the data with either --dataset_name or --train_file (one of them, not both).")
+    if not arguments.train_file:
+        for flag in ("validation_file", "test_file", "column_names"):
+            if getattr(arguments, flag):
+                raise UsageError(
+                    f"--{flag} needs --train_file beside it: a data set of the hub brings its own splits and columns."
+                )
+    if arguments.dataset_config and not arguments.dataset_name:
+        raise UsageError("--dataset_config needs --dataset_name: it is a configuration of a data set of the hub.")
 
 
 def _uses_source(arguments: DataArguments, task: Task) -> bool:
     if task.source is None or arguments.train_file:
         return False
-    return arguments.dataset_name in (None, task.source.dataset) and not arguments.dataset_config
+    return arguments.dataset_name in (None, task.source.dataset) and arguments.dataset_config in (
+        None,
+        task.source.config,
+    )
+
+
+def _training_file(arguments: DataArguments) -> Table:
+    path = Path(str(arguments.train_file)).expanduser()
+    stat = path.stat() if path.exists() else None
+    return _read_once(path, tuple(arguments.column_names or ()), (stat.st_mtime_ns, stat.st_size) if stat else ())
+
+
+@lru_cache(maxsize=1)  # the file that the task was chosen by is not read again for its rows
+def _read_once(path: Path, column_names: tuple[str, ...], state: tuple[int, ...]) -> Table:
+    return load_table(path, column_names=column_names)
 
 
 def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
@@ -76,6 +171,7 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         UsageError: If no data are named, or a file, column or label is wrong.
     """
     parts = read_parts(arguments, task)
+    _read_once.cache_clear()
     limits = {
         "train": _limit(arguments.max_train_samples),
         "validation": _limit(arguments.max_eval_samples, DEV_SIZE),
@@ -87,7 +183,14 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         drawn = published_splits(
             parts, task, protocol=arguments.protocol, k_shot=arguments.k_shot, seed=seed, limits=limits
         )
-        return Splits(drawn["train"], drawn["validation"], drawn["test"])
+        splits = Splits(drawn["train"], drawn["validation"], drawn["test"])
+    else:
+        splits = _draw(parts, limits, seed)
+    report_splits(task, splits.train, splits.validation, None if splits.test_is_validation else splits.test)
+    return splits
+
+
+def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed: int) -> Splits:
     generator = random.Random(seed)
     parts = {split: generator.sample(rows, len(rows)) for split, rows in parts.items()}
     if "validation" not in parts:
@@ -98,6 +201,15 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         parts["validation"], parts["train"] = parts["train"][:held_out], parts["train"][held_out:]
         logger.info("Validation: %d examples held out from the training examples.", held_out)
     drawn = {split: rows[: limits[split]] for split, rows in parts.items()}
+    for split, flag in _LIMITS.items():
+        if split in drawn and len(drawn[split]) < len(parts[split]):
+            logger.info(
+                "%s: %s of %s rows are drawn (--%s -1 takes all).",
+                split.capitalize(),
+                f"{len(drawn[split]):,}",
+                f"{len(parts[split]):,}",
+                flag,
+            )
     if "test" not in drawn:
         drawn["test"] = parts["validation"][: limits["test"]]
         logger.info("Test: the validation examples (no test split was given; they also choose the best checkpoint).")
@@ -110,15 +222,13 @@ def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
     Raises:
         UsageError: If no data are named, or a file, column or label is wrong.
     """
-    if arguments.dataset_name and arguments.train_file:
-        raise UsageError("Name the data with either --dataset_name or --train_file (one of them, not both).")
+    _check(arguments)
     if arguments.train_file:
-        files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-        return {
-            split: task.read(load_table(path, column_names=arguments.column_names), where=f"The {split} split")
-            for split, path in files.items()
-            if path
-        }
+        tables = {"train": _training_file(arguments)}
+        for split, path in (("validation", arguments.validation_file), ("test", arguments.test_file)):
+            if path:
+                tables[split] = load_table(path, column_names=arguments.column_names)
+        return {split: task.read(table, where=f"The {split} split") for split, table in tables.items()}
     source = task.source
     if source is None or not _uses_source(arguments, task):
         if not arguments.dataset_name:

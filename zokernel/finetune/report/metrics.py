@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zokernel._version import __version__
+from zokernel.finetune.data.datasets import task_name
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
@@ -42,7 +43,7 @@ def model_facts(model: Any, name: str, *, masked: bool) -> dict[str, Any]:
 def task_facts(task: Task, data: DataArguments, *, masked: bool) -> dict[str, Any]:
     """Return what a report shows about the task."""
     return {
-        "task": data.task_file or data.task,
+        "task": task_name(data),
         "protocol": data.protocol,
         **wording(task, masked=masked),
         "metric": task.metric,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class DataArguments:
 
     task: str | None = field(
         default=None,
-        metadata={"help": "A published task: template, label words and columns (default: what fits the data's columns)."},
+        metadata={"help": "A published task: template, label words and columns (default: what the columns say)."},
     )
     task_file: str | None = field(
         default=None, metadata={"help": "A task of your own as YAML: template, label_words, labels, label_column, ..."}
@@ -79,7 +79,7 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of a hub data set, such as sst2."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .txt .parquet, or one of them as .gz."}
+        default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .txt .parquet, also .gz."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "Validation examples (default: held out from the training examples)."}
@@ -145,13 +145,42 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _below:
         raise UsageError(f"{path} extends itself: break the circle.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        values, written = yaml.safe_load(text), yaml.load(text, Loader=_as_written(yaml))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must be a mapping of flags to values, such as 'learning_rate: 1e-5'.")
+    for group in (ModelArguments, DataArguments):
+        for flag in fields(group):
+            if values.get(flag.name) is not None and str(flag.type).startswith(("str", "list[str]")):
+                values[flag.name] = _words(written[flag.name], path, flag)
     base = values.pop("extends", None)
     if base is not None:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
         return {**read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path)), **values}
     return values
+
+
+def _as_written(yaml: Any) -> Any:
+    """Return a loader that leaves ``0``, ``No`` and ``1.0`` the texts that they are on the command line."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    resolvers = yaml.SafeLoader.yaml_implicit_resolvers
+    Loader.yaml_implicit_resolvers = {"<": resolvers["<"]}  # merge keys, as in YAML
+    return Loader
+
+
+def _words(value: Any, path: Path, flag: Any) -> str | list[str]:
+    """Return the value of a flag that takes text, as the command line would give it."""
+    several = "list[str]" in flag.type
+    words = value if isinstance(value, list) else [value]
+    if not all(isinstance(word, str) for word in words) or (isinstance(value, list) and not several):
+        raise UsageError(
+            f"{path} sets {flag.name!r} to {value!r:.80}: write {'a list of texts' if several else 'one text'}."
+        )
+    return words if flag.type.startswith("list[str]") else value

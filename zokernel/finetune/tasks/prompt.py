@@ -67,12 +67,12 @@ class PromptTask(Task):
         """Return the class of every text that the label column may hold."""
         found: dict[str, int] = {}
         for choice, name in enumerate(self._names()):
-            for alternative in dict.fromkeys(map(_spelled, (name, *name.split("|")))):
+            for alternative in dict.fromkeys(map(spelled, (name, *name.split("|")))):
                 if alternative in found:
                     raise UsageError(f"The label {alternative!r} stands for two classes: give each class its own.")
                 found[alternative] = choice
         for choice, word in enumerate(self.label_words):
-            found.setdefault(_spelled(word), choice)
+            found.setdefault(spelled(word), choice)
         for text, number in (("True", "1"), ("False", "0")):
             if self.num_classes == 2 and number in found and not {text, text.lower()} & found.keys():
                 found[text] = found[number]
@@ -103,12 +103,12 @@ class PromptTask(Task):
                 f"Column {self.label_column!r} holds a {type(value).__name__} ({value!r:.80}), where a label is one "
                 "value: choose another --label_column."
             )
-        found = self._classes.get(_spelled(value))
+        found = self._classes.get(spelled(value))
         if found is None:
-            found = self._classes_in_any_case.get(_spelled(value).casefold())
+            found = self._classes_in_any_case.get(spelled(value).casefold())
         if found is not None:
             return (found,)
-        if _on_a_scale(value) and not any(map(_on_a_scale, self.labels)):
+        if on_a_scale(value) and not any(map(on_a_scale, self.labels)):
             raise UsageError(
                 f"Label {value!r} in column {self.label_column!r} is a number on a scale, not a class: divide the "
                 "scale into classes first, such as 0 and 1."
@@ -131,14 +131,15 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
 
 
-def _spelled(value: object) -> str:
+def spelled(value: object) -> str:
     """Return a label as text; 1.0 is 1, since tables with empty cells write whole numbers so."""
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text
 
 
-def _on_a_scale(value: object) -> bool:
+def on_a_scale(value: object) -> bool:
+    """Whether a label is a number between the whole ones."""
     try:
         return not float(str(value)).is_integer()
     except (ValueError, OverflowError):

@@ -1,0 +1,123 @@
+"""The task of data for which none was named: chosen by the columns, and said in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.tasks import TASKS, PromptTask, Task
+from zokernel.finetune.tasks.base import is_missing
+from zokernel.finetune.tasks.prompt import on_a_scale, spelled
+from zokernel.finetune.tasks.registry import customize
+from zokernel.finetune.tasks.template import column_in_braces
+
+logger = logging.getLogger(__name__)
+
+MANY = 20  # values that a label column has at most if they are classes
+TEXT_COLUMNS = ("text", "sentence")
+ANSWER = "\nAnswer:"  # what follows the text if there is no template
+
+
+def task_of_data_set(arguments: DataArguments) -> str | None:
+    """Return the name of the one published task whose data ``--dataset_name`` and ``--dataset_config`` name."""
+    asked = arguments.dataset_name, arguments.dataset_config
+    names = [name for name, task in TASKS.items() if task.source and (task.source.dataset, task.source.config) == asked]
+    return names[0] if len(names) == 1 and arguments.dataset_name else None
+
+
+def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
+    """Return the task of rows with a label, in which the words of published tasks play no part.
+
+    Without a template, the text column is the prompt: ``text`` or ``sentence``, or the only column of text beside the
+    label.  Without label words, ``labels`` or the few values of the label column are the words.
+
+    Args:
+        rows: Rows to train on, as they were read.
+        arguments: What the user said about them.
+
+    Returns:
+        A classification task.
+
+    Raises:
+        UsageError: If the data do not tell what the prompt or the answers are.
+    """
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    label = arguments.label_column or "label"
+    if label not in columns:
+        raise UsageError(
+            f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels with "
+            "--label_column, or what kind of task this is with --task or --task_file."
+        )
+    words = arguments.label_words or arguments.labels
+    if not words:
+        words = label_values(rows, label)
+        logger.info("No --label_words were given: they are the values of column %r: %s.", label, ", ".join(words))
+    template = arguments.template
+    if not template:
+        column = text_column(rows, label)
+        template = column_in_braces(column) + ANSWER
+        logger.info("No --template was given: the prompt is column %r, then %r.", column, ANSWER)
+    task = PromptTask("{text}", tuple(words))
+    return customize(task, template=template, labels=arguments.labels, label_column=arguments.label_column)
+
+
+def label_values(rows: Sequence[Row], label: str) -> list[str]:
+    """Return the values of the label column in order, if they are few enough to be classes.
+
+    Raises:
+        UsageError: If there are more than twenty, or nearly as many as rows; if they are lists or on a scale.
+
+    Example:
+        >>> label_values([{"label": value} for value in (1.0, 0, None, "1", 0)], "label")
+        ['0', '1']
+    """
+    values = [row.get(label) for row in rows]
+    present = [spelled(value) for value in values if not is_missing(value) and str(value).strip()]
+    words = list(dict.fromkeys(present))
+    structured = any(isinstance(value, (list, dict)) for value in values)
+    if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(on_a_scale, words)):
+        shown = f"{', '.join(f'{word:.30}' for word in words[:4])}{', ...' if words[4:] else ''}"
+        raise UsageError(
+            f"Column {label!r} holds {len(words)} different values ({shown}), which are not taken for classes: give "
+            "--label_words, or describe the task in a --task_file (answers that are written out, for example)."
+        )
+    return sorted(words, key=lambda word: (0, int(word), word) if word.lstrip("+-").isdigit() else (1, 0, word))
+
+
+def text_column(rows: Sequence[Row], label: str) -> str:
+    """Return the column that holds the text.
+
+    Raises:
+        UsageError: If several might, or none.
+
+    Example:
+        >>> text_column([{"id": "17", "message": "Where is it?", "team": "billing"}], "team")
+        'message'
+    """
+    texts = [name for name in dict.fromkeys(name for row in rows for name in row) if name != label]
+    texts = [name for name in texts if _holds_text([row.get(name) for row in rows])]
+    for name in TEXT_COLUMNS:
+        if name in texts:
+            return name
+    if len(texts) == 1:
+        return texts[0]
+    found = f"the columns {', '.join(texts)} might be it" if texts else "no column holds text"
+    example = column_in_braces(texts[0]) if texts else "{column}"
+    raise UsageError(f"Say what the prompt is ({found}): --template '{example} It was'.")
+
+
+def _holds_text(values: Sequence[object]) -> bool:
+    """Whether a column is text rather than numbers, empty cells apart."""
+    present = [value for value in values if not is_missing(value) and value != ""]
+    return bool(present) and all(isinstance(value, str) for value in present) and not all(map(_is_number, present))
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""What a reader of the log should know about the rows that were drawn: their classes, and rows in two splits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from zokernel.data.tables import Row
+from zokernel.finetune.tasks import PromptTask, Task
+
+logger = logging.getLogger(__name__)
+
+MANY = 20  # classes that are still listed one by one
+
+
+def report_splits(task: Task, train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row] | None) -> None:
+    """Log the classes of the training rows, and how many rows of the other splits are training rows, too.
+
+    Args:
+        task: Tells the classes and the prompt's columns.
+        train: Rows to train on.
+        validation: Rows that choose the best step.
+        test: Rows to report; ``None`` if they are the validation rows.
+    """
+    if isinstance(task, PromptTask):
+        _report_classes(task, train)
+    seen = {_key(task, row) for row in train}
+    for split, rows in (("validation", validation), ("test", test or ())):
+        shared = sum(_key(task, row) in seen for row in rows)
+        if shared:
+            logger.warning(
+                "%d of %d %s examples are also training examples: their score says less about new ones.",
+                shared,
+                len(rows),
+                split,
+            )
+
+
+def _report_classes(task: PromptTask, train: Sequence[Row]) -> None:
+    counts = Counter(task.label(row) for row in train)
+    found = [f"{counts[choice]:,} {word}" for choice, word in enumerate(task.label_words) if counts[choice]]
+    absent = [repr(word) for choice, word in enumerate(task.label_words) if not counts[choice]]
+    if len(found) == 1:
+        logger.warning(
+            "All %s training examples have one label (%s): there is nothing to tell apart.",
+            f"{len(train):,}",
+            task.label_words[next(iter(counts))],
+        )
+        return
+    logger.info("Training labels: %s%s.", ", ".join(found[:MANY]), ", ..." if found[MANY:] else "")
+    if absent:
+        logger.warning("No training example has the label %s.", ", ".join(absent[:MANY]))
+
+
+def _key(task: Task, row: Row) -> str:
+    columns = [name for name in task.required_columns() if name != task.label_column]
+    return json.dumps([row.get(name) for name in columns or sorted(row)], default=str)
