@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return _combined(tensors, _sha256)
 
 
+def stored_bits(tensor: Tensor) -> Iterator[Any]:
+    """Return the bytes of a tensor, as buffers: one, or several of a quantized tensor (its integers, its scales).
+
+    Args:
+        tensor: A tensor of any type, on any device, not sharded.
+    """
+    return map(_bits, _plain(tensor))
+
+
 def sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the same over the beginning and the end of each tensor only: tells models apart, at no cost.
 
@@ -45,8 +55,8 @@ def sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
     def ends(tensor: Tensor) -> bytes:
         if hasattr(tensor, "full_tensor"):
             return b"sharded"
-        flat = tensor.detach().reshape(-1)
-        return _sha256(torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]))
+        parts = _plain(tensor)
+        return hashlib.sha256(b"".join(_bits(end) for p in parts for end in (p[:SAMPLE], p[-SAMPLE:]))).digest()
 
     return _combined(tensors, ends)
 
@@ -67,5 +77,20 @@ def _combined(tensors: Mapping[str, Tensor], hashed: Callable[[Tensor], bytes]) 
 def _sha256(tensor: Tensor) -> bytes:
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
+    total = hashlib.sha256()
+    for bits in stored_bits(tensor):
+        total.update(bits)
+    return total.digest()
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors, flattened, that hold a tensor: several for one that is quantized."""
+    tensor = tensor.detach()
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.reshape(-1)]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
+
+
+def _bits(flat: Tensor) -> Any:
+    return flat.cpu().contiguous().view(torch.uint8).numpy().data

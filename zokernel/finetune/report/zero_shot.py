@@ -14,6 +14,7 @@ from torch import nn
 from zokernel.data.cache import cache_home
 from zokernel.files import read_json, write_json
 from zokernel.finetune.scoring.options import EncodedDataset
+from zokernel.journal.hashes import stored_bits
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ def fingerprint(model: nn.Module, dataset: EncodedDataset, settings: str) -> str
     digest.update(str(config.to_json_string() if config is not None else "").encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        for bits in stored_bits(tensor):
+            digest.update(bits)
     for example in dataset.examples:
         digest.update(json.dumps(astuple(example)).encode())
     return digest.hexdigest()
