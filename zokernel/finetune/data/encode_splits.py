@@ -9,7 +9,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.tasks import Task, demonstrations, encode
-from zokernel.finetune.tasks.encoding import report_label_words
+from zokernel.finetune.tasks.encoding import report_cut, report_label_words
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def encode_splits(
             only_answer=only_answer and split == "train",
         )
     everything = [example for examples in encoded.values() for example in examples]
+    report_cut(everything, max_length)
     if task.kind == "generation":
         how = "answers are generated"
     else:

@@ -20,6 +20,7 @@ class Encoded:
         mask_id: The mask token, for masked language models.
         correct: Every right option, when several are.
         references: Right answers as text, for generation.
+        lost: Tokens that were cut off to keep the maximum length.
     """
 
     prompt_ids: list[int]
@@ -29,6 +30,7 @@ class Encoded:
     mask_id: int | None = None
     correct: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
+    lost: int = 0
 
 
 def choices_and_answers(

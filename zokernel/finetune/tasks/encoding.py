@@ -11,6 +11,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end
 from zokernel.finetune.tasks.masked import encode_masked
+from zokernel.finetune.tasks.typed import ControlTokens
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,19 @@ def encode(
     if masked:
         return encode_masked(task, rows, tokenizer, max_length, context, only_answer)
     prompts = [context + task.prompt(row) for row in rows]
-    options, correct = choices_and_answers(
-        [task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer
-    )
+    right_ones = [task.correct(row) for row in rows]
+    options, correct = choices_and_answers([task.options(row) for row in rows], right_ones, only_answer)
     texts = [prompt + option for prompt, choices in zip(prompts, options) for option in choices]
-    batch = tokenizer(texts, return_offsets_mapping=True)
+    controls = ControlTokens(tokenizer)
+    hidden, start = controls.shadows(rows), controls.shadow_of_context(context, task)
+    hidden_options, _ = choices_and_answers([task.options(row) for row in hidden], right_ones, only_answer)
+    shadows = [start + task.prompt(row) + option for row, choices in zip(hidden, hidden_options) for option in choices]
+    all_ids, all_offsets = controls(texts, shadows)
     examples, position = [], 0
     for row, prompt, choices, right in zip(rows, prompts, options, correct):
         splits = []
         for _ in choices:
-            ids, offsets = batch["input_ids"][position], batch["offset_mapping"][position]
+            ids, offsets = all_ids[position], all_offsets[position]
             splits.append(_split(ids, offsets, len(prompt)))
             position += 1
         prompt_ids = splits[0][0]
@@ -69,10 +73,13 @@ def encode(
         # is then what all of them have in common.
         common = min(_common_prefix(prompt_ids, other) for other, _ in splits)
         option_ids = [head[common:] + tail for head, tail in splits]
-        prompt_ids = keep_end(prompt_ids[:common], max_length - max(map(len, option_ids)), tokenizer)
+        whole = prompt_ids[:common]
+        prompt_ids = keep_end(whole, max_length - max(map(len, option_ids)), tokenizer)
         if not prompt_ids:
             raise UsageError(f"The prompt {prompt!r} has no token before its options: begin the template with text.")
-        examples.append(Encoded(prompt_ids, option_ids, right[0], correct=right, references=task.references(row)))
+        lost = len(whole) - len(prompt_ids)
+        references = task.references(row)
+        examples.append(Encoded(prompt_ids, option_ids, right[0], correct=right, references=references, lost=lost))
     return examples
 
 
@@ -116,7 +123,12 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 
 def report_label_words(examples: Sequence[Encoded], task: Any) -> bool:
-    """Log which label words are more than one token, and return whether all options are single tokens."""
+    """Log which label words are more than one token, and return whether all options are single tokens.
+
+    Raises:
+        UsageError: If two label words are the same tokens, as ``good`` and ``Good`` are to an uncased model.
+    """
+    _refuse_equal_words(examples, task)
     single = all(len(option) == 1 for example in examples for option in example.option_ids)
     if not single and task.fixed_options:
         for choice, word in enumerate(task.label_words):
@@ -126,4 +138,29 @@ def report_label_words(examples: Sequence[Encoded], task: Any) -> bool:
     return single
 
 
-__all__ = ["Encoded", "demonstrations", "encode", "report_label_words"]
+def _refuse_equal_words(examples: Sequence[Encoded], task: Any) -> None:
+    first = next((example for example in examples if task.fixed_options and len(example.option_ids) > 1), None)
+    words: dict[tuple[int, ...], str] = {}
+    for word, ids in zip(task.label_words, first.option_ids) if first else ():
+        same = words.setdefault(tuple(ids), word)
+        if same != word:
+            raise UsageError(
+                f"The label words {same!r} and {word!r} are one word to this model (its tokenizer gives both the same "
+                "tokens): choose words that differ in more than their spelling, or another model."
+            )
+
+
+def report_cut(examples: Sequence[Encoded], max_length: int) -> None:
+    """Log how many prompts lost tokens because they are longer than the model or ``--max_length`` allows."""
+    lost = [example.lost for example in examples if example.lost]
+    if lost:
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens and lost up to %d of them (--max_length sets the limit).",
+            len(lost),
+            len(examples),
+            max_length,
+            max(lost),
+        )
+
+
+__all__ = ["Encoded", "demonstrations", "encode", "report_cut", "report_label_words"]

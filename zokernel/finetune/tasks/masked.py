@@ -9,6 +9,7 @@ from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, keep_start
+from zokernel.finetune.tasks.typed import ControlTokens
 
 
 def encode_masked(
@@ -37,16 +38,25 @@ def encode_masked(
     options, correct = choices_and_answers(
         [task.fillers(row) for row in rows], [task.correct(row) for row in rows], only_answer
     )
-    batch = tokenizer([f"{b}{tokenizer.mask_token}{a}" for b, a in clozes], return_offsets_mapping=True)
+    controls = ControlTokens(tokenizer)
+    hidden, start = map(task.cloze, controls.shadows(rows)), controls.shadow_of_context(context, task)
+    mask = tokenizer.mask_token
+    all_ids, all_offsets = controls(
+        [f"{before}{mask}{after}" for before, after in clozes],
+        [f"{start}{before}{mask}{after}" for before, after in hidden],
+    )
     known: dict[str, list[int]] = {}
     examples = []
     for number, (choices, right) in enumerate(zip(options, correct)):
-        ids, offsets = batch["input_ids"][number], batch["offset_mapping"][number]
+        ids, offsets = all_ids[number], all_offsets[number]
         boundary = len(clozes[number][0])
         at = next(i for i, token in enumerate(ids) if token == mask_id and offsets[i][1] > boundary)
         for text in choices:
             if text not in known:
-                known[text] = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+                # Label words are the user's own; an option from a column stays text.
+                known[text] = tokenizer(
+                    f" {text}", add_special_tokens=False, split_special_tokens=not task.fixed_options
+                )["input_ids"]
         option_ids = [known[text] for text in choices]
         room = max_length - max(map(len, option_ids))
         prompt_ids, suffix_ids = ids[:at], ids[at + 1 :]
@@ -55,5 +65,6 @@ def encode_masked(
             suffix_ids = keep_start(suffix_ids, room - len(prompt_ids), tokenizer)
         else:
             prompt_ids = keep_end(prompt_ids, room - len(suffix_ids), tokenizer)
-        examples.append(Encoded(prompt_ids, option_ids, right[0], tuple(suffix_ids), mask_id, right))
+        lost = len(ids) - 1 - len(prompt_ids) - len(suffix_ids)
+        examples.append(Encoded(prompt_ids, option_ids, right[0], tuple(suffix_ids), mask_id, right, lost=lost))
     return examples
