@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +14,6 @@ from zokernel.errors import UsageError
 
 # Losses of the same batch at the same weights differ by rounding on some GPUs, and by more if something is drawn.
 TOLERANCE = 1e-3
-
-
-def copy_batch(batch: Any) -> Any:
-    """Return a batch from which ``compute_loss`` may remove entries; its tensors are shared."""
-    kind: Any = type(batch)
-    return kind(dict(batch)) if isinstance(batch, Mapping) else batch
 
 
 def first_batch(loader: DataLoader) -> Any:

@@ -8,7 +8,7 @@ numbers :math:`w_m`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ class MicroBatches:
     def weight(self) -> float:
         """Return how many terms the loss of all micro-batches together is a mean over."""
         return sum(self._weights)
+
+
+def copy_batch(batch: Any) -> Any:
+    """Return a batch from which ``compute_loss`` may remove entries; its tensors are shared."""
+    kind: Any = type(batch)
+    return kind(dict(batch)) if isinstance(batch, Mapping) else batch
 
 
 def weighted_mean(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -28,8 +28,8 @@ from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
-from zokernel.finetune.trainer.first_batch import copy_batch, first_batch, refuse_random_loss
-from zokernel.finetune.trainer.micro_batches import MicroBatches
+from zokernel.finetune.trainer.first_batch import first_batch, refuse_random_loss
+from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
@@ -120,7 +120,9 @@ class ZerothOrderTrainer(SetUpTrainer):
         self.run_log.begin(self.state.global_step, continues=self.continues)
 
     def begin_step(self) -> None:
-        """Start the clock; evaluation between steps is not counted."""
+        """Start the clock, which evaluations between steps do not count for, and turn dropout off again."""
+        if self.zeroth_order:
+            self._layers.begin_step()
         self._begun_at = time.perf_counter()
         self._rate = self.bare_optimizer.param_groups[0]["lr"]
         self._forwards = 0
@@ -155,7 +157,6 @@ class ZerothOrderTrainer(SetUpTrainer):
             self.last_loss += loss.item()  # its share of the batch's
             self._forwards += 1
             return loss
-        self._layers.begin_step()
         self._num_items = num_items_in_batch
         self.micro_batches.add(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
@@ -199,7 +200,17 @@ class ZerothOrderTrainer(SetUpTrainer):
         raise UsageError("The losses of this trainer cannot be taken in one forward: leave out perturb='stacked'.")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as :meth:`ResumableTrainer.train` does; if the loss is not finite, save the last good weights."""
+        """Train; if the loss is not finite, save the last good weights.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for whatever is in the output folder.
+            *args: As for ``transformers.Trainer.train``.
+            **kwargs: As for ``transformers.Trainer.train``.
+
+        Raises:
+            RunError: If the loss is not finite, or the output cannot be written.
+            UsageError: If what is there cannot be continued this way.
+        """
         if self.args.auto_find_batch_size and self.zeroth_order:
             self._fit_batch()
         try:
