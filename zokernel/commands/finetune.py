@@ -1,10 +1,9 @@
-"""Fine-tune a language model with forward passes only, score it before and after, and save what was trained.
+"""Fine-tune a language model with forward passes only, score it before and after, and save the result.
 
-zokernel finetune --model_name_or_path smollm2 --dataset_name movie-reviews --task movie-reviews --output_dir runs/mine
 zokernel finetune --train_file train.tsv --label_words terrible great --output_dir runs/mine
 zokernel finetune --config mezo-opt-sst2 --output_dir runs/sst2
 
-The flags of transformers' TrainingArguments work here, too; the ones of zokernel are listed first.
+The flags of transformers' TrainingArguments work here, too.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import argparse
 import logging
 import shlex
 
-import transformers
-
+from zokernel.commands.messages import is_replica, quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.job import Interrupted, finetune
@@ -35,11 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the job and print its table."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading weights; the training bar is ours
+    quiet_transformers()
+    if not args.output_dir:  # transformers would take trainer_output/
+        raise UsageError("Say where the results go: --output_dir runs/NAME.")
     model_arguments, data_arguments, config = read_dataclasses(args, *GROUPS)
-    if config.output_dir is None:
-        raise UsageError("Say where the result goes: --output_dir runs/NAME.")
     command = shlex.split(args.command_line)[1:]
     try:
         metrics = finetune(model_arguments, data_arguments, config, command=command)
@@ -47,6 +44,8 @@ def main(args: argparse.Namespace) -> int:
         logger.warning("%s", stop)
         return 130
     leave()
+    if is_replica():
+        return 0
     print(f"\n{table(metrics)}")
     trained = f", loss.png, README.md and the {metrics['saved']}" if metrics["steps"] else ""
     print(f"\nSaved in {config.output_dir}: report.md, metrics.json{trained}.")

@@ -1,7 +1,8 @@
-"""Compare the zeroth-order kernel with the first-order one for a pair of inputs: heatmaps and error curves.
+r"""Compare the zeroth-order kernel with the first-order one for a pair of inputs: heatmaps and curves.
 
 zokernel kernel --model lenet --x_o 9 --x_u 4
-zokernel kernel --model_name_or_path smollm2 --x_o "a joy . It was" --x_u "a bore . It was" --label_words terrible great
+zokernel kernel --model_name_or_path smollm2 --x_o "a joy . It was" --x_u "a bore . It was" \
+    --label_words terrible great
 zokernel kernel --model my_nets.py:build --x_o observed.npy --x_u updated.npy --outputs 0 1 2
 """
 
@@ -120,17 +121,16 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Batch, Batch, list[int] |
 
 
 def _language_model(args: argparse.Namespace):
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from zokernel.commands.messages import quiet_transformers
     from zokernel.data import resolve_model_path
 
     if bool(args.outputs) == bool(args.label_words):
         raise UsageError(
             "Name the candidate outputs of a language model with --label_words or --outputs (one of them)."
         )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     path = resolve_model_path(args.model_name_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

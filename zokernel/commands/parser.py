@@ -15,14 +15,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from zokernel.commands.help_text import WIDTH, short_help, with_default
+from zokernel.commands.shown_flags import SHOWN
 from zokernel.errors import UsageError
+from zokernel.secrets import hide_in_words
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+_OTHERS = "transformers' TrainingArguments"
 BOOLEANS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
 
 
 class Command(Protocol):
-    """What every subcommand's module provides; its docstring is the description in ``--help``."""
+    """What every subcommand's module provides; its docstring is the description in ``--help``.
+
+    The docstring says in one or two lines what the command does, then shows it in use.  The groups of flags are in
+    :mod:`zokernel.commands.shown_flags`.
+    """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the flags."""
@@ -31,13 +39,29 @@ class Command(Protocol):
         """Run the command and return the exit code; ``args.command_line`` is what the user typed."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keep the line breaks of a description, and show a default wherever there is one."""
 
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=WIDTH)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
+        text = with_default(action, (action.help or "").replace("%%", "%"))
+        if action.choices and action.metavar is None:
+            text += f" [{', '.join(map(str, action.choices))}]"
+        return text.replace("%", "%%")
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        shown = action.metavar or (action.dest.upper() if action.choices else default_metavar)
+        return lambda size: shown if isinstance(shown, tuple) else (shown,) * size
+
+
+class _HelpAll(argparse.Action):
+    """``--help-all``: print all flags and stop."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(parser.format_all(), end="")
+        parser.exit()
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -60,11 +84,25 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, name: str, description: str | None = None):
         super().__init__(
-            prog=f"zokernel {name}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+            prog=f"zokernel {name}",
+            usage=f"zokernel {name} [flags]",
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
         )
+        self.shown = SHOWN.get(name)
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help="list all flags and stop")
         self.add_argument(
             "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line overrides it"
         )
+
+    def format_help(self) -> str:
+        """Return the flags that matter, in groups."""
+        return self.format_all() if self.shown is None else short_help(self, self.shown)
+
+    def format_all(self) -> str:
+        """Return all flags."""
+        return super().format_help()
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse the command line on top of the file named by ``--config``.
@@ -73,7 +111,7 @@ class CommandParser(argparse.ArgumentParser):
             argv: Arguments after the name of the subcommand.
 
         Returns:
-            The flags by name, and ``command_line``.
+            The flags by name, and ``command_line``, in which secrets are left out.
 
         Raises:
             UsageError: If a flag or a key of the file is unknown, or a value is not of its type.
@@ -89,7 +127,7 @@ class CommandParser(argparse.ArgumentParser):
                 f"There is no flag {flag!r}" if flag.startswith("-") else f"The argument {flag!r} has no meaning here"
             )
             raise UsageError(f"{what}{self._suggest(flag.lstrip('-'), prefix='--')}.")
-        args.command_line = shlex.join([*self.prog.split(), *argv])
+        args.command_line = shlex.join([*self.prog.split(), *hide_in_words(argv)])
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -131,7 +169,7 @@ class CommandParser(argparse.ArgumentParser):
                 action.required = False
 
     def _names(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
+        return [action.dest for action in self._actions if action.dest not in ("help", "help_all", "config")]
 
     def _suggest(self, name: str, prefix: str = "") -> str:
         close = difflib.get_close_matches(name, self._names(), n=1)
@@ -160,15 +198,32 @@ def add_switch(parser: argparse.ArgumentParser, name: str, *, help: str) -> None
 
 
 def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
-    """Declare one flag for each field of dataclasses such as ``TrainingArguments``, as ``HfArgumentParser`` does."""
+    """Declare one flag for each field of dataclasses such as ``TrainingArguments``, as ``HfArgumentParser`` does.
+
+    ``--help-all`` lists zokernel's own flags by class, and those of transformers after them.
+    """
     from transformers import HfArgumentParser  # takes seconds to load
+
+    headings = {name: f"zokernel's {cls.__name__}" for cls in classes for name in _declared_here(cls)}
+    groups = {title: parser.add_argument_group(title) for title in [*dict.fromkeys(headings.values()), _OTHERS]}
 
     class Declares(HfArgumentParser):
         def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+            title = headings.get(names[0].removeprefix("--").removeprefix("no_"), _OTHERS)
             # The spelling with dashes is understood everywhere, and need not be listed.
-            return parser.add_argument(*([name for name in names if "-" not in name[2:]] or names), **kwargs)
+            return groups[title].add_argument(*([name for name in names if "-" not in name[2:]] or names), **kwargs)
 
     Declares(classes, add_help=False)
+
+
+def _declared_here(cls: Any) -> list[str]:
+    """Return the fields of a dataclass that one of zokernel's own classes declares."""
+    return [
+        name
+        for base in reversed(cls.__mro__)
+        if base.__module__.startswith("zokernel.")
+        for name in getattr(base, "__annotations__", {})
+    ]
 
 
 def read_dataclasses(args: argparse.Namespace, *classes: Any) -> Any:

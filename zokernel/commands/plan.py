@@ -1,4 +1,4 @@
-"""Plan a zeroth-order run from forward passes only: how many perturbations, which eps, learning rate and batch size.
+"""Plan a zeroth-order run from forward passes only: perturbations, eps, learning rate and batch size.
 
 zokernel plan --dataset_name movie-reviews
 zokernel plan --train_file train.tsv --template "{sentence} It was" --label_words terrible great
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Probe, print the plan and, if asked for, write it."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
     if arguments.update_examples < 2 or arguments.observe_examples < 1:
         raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")

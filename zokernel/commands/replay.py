@@ -1,4 +1,4 @@
-"""Rebuild the weights of any step of a run from its base and its journal, and save them as a model or an adapter.
+"""Rebuild the weights of any step of a run from base and journal; save them as a model or an adapter.
 
 zokernel replay --base smollm2 --journal runs/mine --output_dir rebuilt
 zokernel replay --base smollm2 --journal runs/mine --output_dir rebuilt --step 500
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Carry out ``zokernel replay`` and return the exit code."""
     # transformers takes seconds to load, and --help needs none of it.
-    import transformers
+    from transformers import AutoTokenizer
 
+    from zokernel.commands.messages import quiet_transformers
     from zokernel.data import resolve_model_path
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
     from zokernel.finetune.storage.replay import load_base
     from zokernel.finetune.storage.run_folder import explained_errors
     from zokernel.journal import Journal, replay_
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     journal, folder = Journal.read(args.journal), args.output_dir
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model_path(args.base))
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(args.base))
             tokenizer.save_pretrained(scratch)
             move_files(scratch, folder)
     what = "adapter" if hasattr(model, "peft_config") else "model"

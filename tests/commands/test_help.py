@@ -1,0 +1,133 @@
+"""``--help`` of every command: short, true, and in groups; ``--help-all`` for the rest."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from zokernel.cli import COMMANDS, load, main
+from zokernel.commands.help_text import WIDTH, Group, short_help
+from zokernel.commands.parser import CommandParser
+from zokernel.commands.shown_flags import SHOWN
+
+LONGEST = {"finetune": 90, "demo": 90, "plan": 60}
+
+
+@pytest.fixture(scope="module")
+def helps():
+    return {name: load(name)[1].format_help().splitlines() for name in COMMANDS}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_the_screen(helps, name):
+    lines = helps[name]
+    assert len(lines) <= LONGEST.get(name, 45)
+    assert max(map(len, lines)) <= WIDTH == 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_it_does_in_two_lines_and_shows_it_in_use(helps, name):
+    lines = helps[name]
+    assert 1 <= lines.index("") <= 2
+    assert lines[lines.index("") + 1].startswith(f"zokernel {name}")
+    titles = [group.title for group in SHOWN[name]]
+    assert [line.partition(":")[0] for line in lines if line.partition(":")[0] in titles] == titles
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_flag_that_is_shown_exists_and_takes_its_example(name):
+    parser = load(name)[1]
+    flags = [(flag, value) for group in SHOWN[name] for flag, (value, _) in group.flags.items()]
+    assert len(dict(flags)) == len(flags)
+    alone = [value for flag, value in flags if not _action(parser, flag).option_strings]
+    for action in parser._actions:
+        action.required = False
+    for flag, value in flags:
+        option = f"--{flag}" if flag != "options" else "--set"
+        if _action(parser, flag).option_strings:
+            args = parser.parse([*alone, option, *shlex.split(value)])
+            assert getattr(args, flag) not in (None, [])
+
+
+def _action(parser, flag):
+    (action,) = [a for a in parser._actions if a.dest == flag and a.option_strings[:1] != [f"--no_{flag}"]]
+    return action
+
+
+def test_the_examples_of_groups_use_flags_that_exist():
+    parser = load("finetune")[1]
+    for group in SHOWN["finetune"]:
+        assert group.example.startswith("--")
+        assert parser.parse(shlex.split(group.example)).command_line
+
+
+def test_finetune_shows_about_forty_of_its_flags(capsys):
+    shown = [flag for group in SHOWN["finetune"] for flag in group.flags]
+    assert len(shown) == len(set(shown))
+    assert 36 <= len(shown) <= 46
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--num_perturbations 8 " in out
+    assert "--do_train false " in out
+    assert "--adam_beta1" not in out
+
+
+@pytest.mark.parametrize("flag", ["--help-all", "--help_all"])
+def test_help_all_lists_every_flag_and_whose_it_is(flag, capsys):
+    parser = load("finetune")[1]
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", flag])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    missing = [option for option in parser._option_string_actions if option.startswith("--") and option not in out]
+    assert not missing
+    ours, theirs = out.split("transformers' TrainingArguments:")
+    assert "--method METHOD" in ours
+    assert "--learning_rate LEARNING_RATE" in ours  # its default is zokernel's
+    assert "--hub_token HUB_TOKEN" in theirs
+    assert "--weight_decay WEIGHT_DECAY" in theirs
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_defaults_are_the_parsers_own():
+    parser = CommandParser("test", "Do it.")
+    parser.add_argument("--seed", type=int, default=0, help="seed of 5 %% of it")
+    parser.add_argument("--rate", type=float, help="rate (default: what fits)")
+    parser.add_argument("--words", nargs="+", default=[" a", " b"], help="words.")
+    text = short_help(parser, [Group("all", {"seed": ("1", ""), "rate": ("2", ""), "words": ("a b", "")})])
+    assert text.splitlines()[2:6] == [
+        "all",
+        "  --seed 1                            seed of 5 % of it (default: 0)",
+        "  --rate 2                            rate (default: what fits)",
+        "  --words a b                         words (default: a b)",
+    ]
+
+
+def test_without_a_command_all_are_listed(capsys):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 45
+    assert max(map(len, out.splitlines())) <= WIDTH
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert listed == list(COMMANDS)
+    assert "zokernel finetune --train_file" in out
+
+
+def test_help_of_a_command_by_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["help", "claims"])
+    assert capsys.readouterr().out.startswith("The claims of the three papers")
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("finetun", "did you mean finetune?"), ("jurnal", "did you mean journal?"), ("xyzzy", "choose one of finetune")],
+)
+def test_an_unknown_command_gets_a_suggestion(typed, hint, capsys):
+    assert main([typed]) == 2
+    message = capsys.readouterr().err
+    assert f"There is no command {typed!r}" in message
+    assert hint in message

@@ -1,0 +1,43 @@
+"""What reaches the screen: zokernel's own log lines, once, and none of the remarks of the libraries below it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_logger = logging.getLogger("zokernel")
+
+
+def is_replica() -> bool:
+    """Return whether torchrun started this process beside another one on this machine, which speaks for both."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def set_up_messages(*, debug: bool) -> None:
+    """Show the log of zokernel on standard error, as plain sentences.
+
+    Args:
+        debug: Show everything: details, and what the libraries say.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
+    _logger.setLevel(logging.DEBUG if debug else logging.ERROR if is_replica() else logging.INFO)
+    if not (debug or sys.warnoptions):
+        # What a library warns of is for its programmers; a warning of zokernel is a sentence for its user.
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("default", module=r"zokernel(\.|$)")
+        warnings.formatwarning = lambda message, *rest, **more: f"{message}\n"
+
+
+def quiet_transformers() -> None:
+    """Turn off the notices of transformers, and its bar of loading weights; the hub's bar of a download stays."""
+    import huggingface_hub.utils
+    import transformers
+
+    shown = not huggingface_hub.utils.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # the hub's bars, too
+    if shown:
+        huggingface_hub.utils.enable_progress_bars()
