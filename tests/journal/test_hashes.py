@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from zokernel.journal.hashes import SAMPLE, sampled_sha256, stored_bits, weights_sha256
+from zokernel.journal.hashes import SAMPLE, frozen_sha256, sampled_sha256, stored_bits, weights_sha256
 
 
 class Quantized(torch.Tensor):
@@ -61,3 +61,18 @@ def test_tensors_of_every_type_are_hashed(hashed, dtype):
     changed = tensor.clone()
     changed.view(torch.uint8)[-1] ^= 1
     assert hashed({"w": tensor}) == hashed({"w": tensor.clone()}) != hashed({"w": changed})
+
+
+def test_the_frozen_hash_leaves_out_trained_weights_and_what_a_forward_repacks():
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    Params4bit.__module__ = "bitsandbytes.nn.modules"
+    norm, trained = torch.ones(4), torch.zeros(4)
+    packed = Params4bit(torch.arange(8, dtype=torch.uint8), requires_grad=False)
+    weights = {"norm": norm, "trained": trained, "packed": packed}
+    found = frozen_sha256(weights, ["trained"])
+    assert found == sampled_sha256({"norm": norm})
+    repacked = Params4bit(torch.arange(8, dtype=torch.uint8).flip(0).reshape(2, 4), requires_grad=False)
+    assert found == frozen_sha256({**weights, "trained": trained + 1, "packed": repacked}, ["trained"])
+    assert found != frozen_sha256({**weights, "norm": 2 * norm}, ["trained"])

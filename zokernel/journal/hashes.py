@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,6 +59,28 @@ def sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
         return hashlib.sha256(b"".join(_bits(end) for p in parts for end in (p[:SAMPLE], p[-SAMPLE:]))).digest()
 
     return _combined(tensors, ends)
+
+
+def frozen_sha256(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str:
+    """Return the :func:`sampled_sha256` of the parameters that are not trained: which base an adapter belongs to.
+
+    The quantized weights of bitsandbytes are left out.  It packs them anew for the device in the first forward, so
+    their bits say when they were looked at; embeddings and norms beside them tell bases apart.
+
+    Args:
+        parameters: All parameters by name.
+        trained: Names of those that are trained.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return sampled_sha256(
+        {
+            name: p
+            for name, p in parameters.items()
+            if name not in trained and not type(p).__module__.startswith("bitsandbytes")
+        }
+    )
 
 
 def _combined(tensors: Mapping[str, Tensor], hashed: Callable[[Tensor], bytes]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.storage.checkpoint import load_adapter_
 from zokernel.journal import Journal, replay_
-from zokernel.journal.hashes import sampled_sha256
+from zokernel.journal.hashes import frozen_sha256
 
 BASE_ADAPTER = "base-adapter"
 
@@ -99,9 +99,7 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
         if not (folder / "adapter_model.safetensors").exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
         model = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
-    names = journal.header["parameters"]
-    frozen = {name: p for name, p in model.named_parameters() if name not in names}
-    if sampled_sha256(frozen) != journal.header["frozen_sha256"]:
+    if frozen_sha256(dict(model.named_parameters()), journal.header["parameters"]) != journal.header["frozen_sha256"]:
         raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
     if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():
         model.cuda()  # where the same roundings are repeated

@@ -20,7 +20,7 @@ from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.storage.checkpoint import whole_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
-from zokernel.journal.hashes import sampled_sha256
+from zokernel.journal.hashes import frozen_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
@@ -67,8 +67,7 @@ class RunJournal:
             )
         parameters = dict(model.named_parameters())
         trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        frozen = {name: tensor for name, tensor in parameters.items() if not tensor.requires_grad}
-        self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": sampled_sha256(frozen)}
+        self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": frozen_sha256(parameters, trained)}
         self._evaluations: dict[tuple[int, str], dict[str, float]] = {}
         for event in self.found.events if self.found else ():
             if event["event"] == "evaluation":

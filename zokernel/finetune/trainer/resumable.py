@@ -140,7 +140,8 @@ class ResumableTrainer(CheckpointTrainer):
         """Whether the weights before training can be loaded again."""
         model = self.bare_model
         if hasattr(model, "peft_config"):
-            return self.journal is not None  # beside which the new adapter is kept
+            # The new adapter is kept beside the journal, if there is or will be one.
+            return self.journal is not None or self.args.save_strategy == "journal"
         return Path(str(getattr(model, "name_or_path", "") or "?")).exists()
 
     def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
