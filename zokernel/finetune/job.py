@@ -83,8 +83,8 @@ def finetune(
     folder = Path(str(config.output_dir))
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
-        task = load_task(data_arguments)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
+        task = load_task(data_arguments)
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         settings = resolve(
             config,
