@@ -45,6 +45,8 @@ def test_dashes_are_underscores_and_values_keep_theirs(parser):
     args = parser.parse(["--rate=1e-3", "--output-dir", "my-run", "--output_dir=other-run"])
     assert (args.output_dir, args.rate) == ("other-run", 1e-3)
     assert parser.parse(["--rate", "-1", "--output-dir=my-run"]).output_dir == "my-run"
+    assert parser.parse(["--rate", "-1e-3"]).rate == -1e-3
+    assert parser.parse(["--rate", "-.5", "--steps", "2"]).steps == [2]
 
 
 def test_the_command_line_is_kept_as_it_was_typed(parser):

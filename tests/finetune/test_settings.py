@@ -249,7 +249,7 @@ def test_a_setting_has_one_place(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": -1.0}, "lr must be"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"eps": 0.0}, "eps must be"),
         ({"method_args": ["momentum=2"]}, "momentum must be"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,6 +23,7 @@ from zokernel.secrets import hide_in_words
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 _OTHERS = "transformers' TrainingArguments"
+_NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+|inf|nan)(?:e[-+]?\d+)?", re.IGNORECASE)
 BOOLEANS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
 
 
@@ -145,6 +147,9 @@ class CommandParser(argparse.ArgumentParser):
             bare = not equals and argv[n + 1 : n + 2] and argv[n + 1].lower() not in BOOLEANS
             # Without its value, a switch would take the next argument: report --serve runs/mine.
             words.append(f"{name}=true" if bare and _is_switch(action) else name + equals + value)
+            before = self._option_string_actions.get(words[-2]) if len(words) > 1 else None
+            if before is not None and before.nargs is None and _NEGATIVE.fullmatch(word):
+                words[-2:] = [f"{words[-2]}={word}"]  # which argparse takes for a flag: --learning_rate -1e-3
         return words
 
     @staticmethod
@@ -237,5 +242,5 @@ def read_dataclasses(args: argparse.Namespace, *classes: Any) -> Any:
         return [cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in classes]
     except UsageError:
         raise
-    except ValueError as error:  # what TrainingArguments refuses
+    except (ValueError, TypeError, OSError, ImportError) as error:  # what TrainingArguments refuses
         raise UsageError(" ".join(str(error).split())) from error

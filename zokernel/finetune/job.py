@@ -29,6 +29,7 @@ from zokernel.finetune.models.vocabulary import check_token_ids
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
+    MEASURED,
     evaluations,
     measures,
     model_facts,
@@ -41,6 +42,7 @@ from zokernel.finetune.report.zero_shot import fingerprint, remembered
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.check import check_metric, check_values
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
@@ -83,8 +85,11 @@ def finetune(
     folder = Path(str(config.output_dir))
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
+        check_values(model_arguments)
+        check_values(data_arguments)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
         task = load_task(data_arguments)
+        check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         settings = resolve(
             config,

@@ -15,6 +15,15 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
 
 
+MEASURED = {
+    "classification": ("accuracy", "f1"),
+    "choice": ("accuracy",),
+    "generation": ("f1", "em"),
+    "text": ("perplexity",),
+}
+"""What an evaluation measures beside the loss, by the kind of the task."""
+
+
 def settings_of(config: ZOConfig) -> dict[str, Any]:
     """Return the settings of a run that its report shows."""
     return {

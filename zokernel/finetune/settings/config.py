@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
+from zokernel.finetune.settings.check import check_values
 from zokernel.finetune.settings.elastic import rejoin
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
@@ -127,6 +128,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
+        check_values(self)
         if self.max_steps is None:
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:

@@ -7,21 +7,19 @@ rules about model and data, and from the hardware, and keeps for every setting w
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import read_yaml
+from zokernel.finetune.settings.check import try_method
 from zokernel.finetune.settings.config import default_eval_steps
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
-from zokernel.optim import get_method, method_options
+from zokernel.optim import method_options
 
 BATCH, SCHEDULE = 16, "constant"
 LEARNING_RATES = {
@@ -84,9 +82,6 @@ def resolve(
         if trained == "LoRA":
             choices.fill("auto", eps=auto.LORA_EPS)
     choices.fill("default", per_device_train_batch_size=BATCH, lr_scheduler_type=SCHEDULE)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if choices[name] < 1:
-            raise UsageError(f"--{name} must be at least 1, not {choices[name]}.")
     choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
     if "precision" in choices.values:
         decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
@@ -112,25 +107,6 @@ def resolve(
     settings = RunSettings(config, choices.settings())
     try_method(settings.arguments())
     return settings
-
-
-def try_method(arguments: Any) -> None:
-    """Make the method's optimizer on a few numbers, so that wrong options are refused before a model is loaded.
-
-    Raises:
-        UsageError: If an option is unknown or out of range, or options do not go together.
-    """
-    options, perturb = arguments.method_options(), arguments.perturb
-    if perturb.startswith("in_") and "perturb" in method_options(arguments.method):
-        options["perturb"] = perturb
-    small = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32))
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
-    try:
-        make: Any = get_method(arguments.method)
-        make([("small", small)], lr=arguments.learning_rate, **options)
-    finally:
-        logging.disable(disabled)
 
 
 def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:

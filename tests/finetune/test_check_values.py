@@ -1,0 +1,134 @@
+"""Values that no run can work with are named before data are read and before a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import ZOConfig
+from zokernel.finetune.settings.check import RULES, check_metric, check_values
+from zokernel.finetune.settings.resolve import resolve
+
+WRONG = [
+    ("--eps", "0", "eps must be positive, not 0.0."),
+    ("--eps", "-1e-3", "eps must be positive, not -0.001."),
+    ("--eps", "nan", "eps must be positive, not nan."),
+    ("--learning_rate", "-1", "learning_rate must be a number from 0 on, not -1.0."),
+    ("--learning_rate", "nan", "learning_rate must be a number from 0 on, not nan."),
+    ("--learning_rate", "inf", "learning_rate must be a number from 0 on, not inf."),
+    ("--num_perturbations", "0", "num_perturbations must be at least 1, not 0."),
+    ("--momentum", "1", "momentum must be at least 0 and below 1, not 1.0."),
+    ("--weight_decay", "-0.1", "weight_decay must be a number from 0 on, not -0.1."),
+    ("--max_steps", "0", "max_steps must be at least 1, or -1 for whole epochs, not 0."),
+    ("--max_steps", "-5", "max_steps must be at least 1, or -1 for whole epochs, not -5."),
+    ("--num_train_epochs", "0", "num_train_epochs must be positive, not 0.0."),
+    ("--per_device_train_batch_size", "0", "per_device_train_batch_size must be at least 1, not 0."),
+    ("--per_device_eval_batch_size", "-2", "per_device_eval_batch_size must be at least 1, not -2."),
+    ("--gradient_accumulation_steps", "0", "gradient_accumulation_steps must be at least 1, not 0."),
+    ("--warmup_steps", "-1", "warmup_steps must be a number from 0 on, not -1"),
+    ("--warmup_steps", "7", "warmup_steps 7 is longer than the run of 6 steps"),
+    ("--warmup_steps", "2", "warmup_steps has no effect with a constant learning rate"),
+    ("--lr_scheduler_type", "wavy", "lr_scheduler_type must be one of linear, cosine"),
+    ("--seed", "-1", "seed must be a whole number from 0 to 4294967295, not -1."),
+    ("--data_seed", "4294967296", "data_seed must be a whole number from 0 to 4294967295, not 4294967296."),
+    ("--freeze_layers", "1.5", "freeze_layers must be at least 0 and below 1, not 1.5."),
+    ("--zo_parallel", "tensor", "zo_parallel must be one of"),
+    ("--objective", "bleu", "objective must be one of cross_entropy, accuracy, f1, not 'bleu'."),
+    ("--logging_steps", "0", "logging_steps must be a number of steps from 1 on, or a share of the run below 1, not 0"),
+    ("--eval_steps", "0", "eval_steps must be a number of steps from 1 on"),
+    ("--eval_steps", "2.5", "eval_steps must be a number of steps from 1 on"),
+    ("--eval_strategy", "often", "eval_strategy must be one of no, steps, epoch, not 'often'."),
+    ("--save_strategy", "never", "save_strategy must be one of no, steps, epoch, best, journal, not 'never'."),
+    ("--save_total_limit", "0", "save_total_limit must be at least 1, not 0."),
+    ("--early_stopping_patience", "0", "early_stopping_patience must be at least 1, not 0."),
+    ("--dataloader_num_workers", "-1", "dataloader_num_workers must be a whole number from 0 on, not -1."),
+    ("--dataloader_prefetch_factor", "2", "dataloader_prefetch_factor is for data that other processes load"),
+    ("--report_to", "wandb", "--report_to wandb needs a login"),
+    ("--method_args", "eps=0", "eps must be positive"),
+    ("--distribution", "cauchy", "no distribution 'cauchy' of directions"),
+    ("--metric_for_best_model", "nonsense", "metric_for_best_model must be one of loss, accuracy, f1, not 'nonsense'."),
+    ("--lora_r", "0", "lora_r must be at least 1, not 0."),
+    ("--max_length", "0", "max_length must be at least 1, not 0."),
+    ("--max_train_samples", "0", "max_train_samples must be at least 1, or -1 for all, not 0."),
+    ("--num_demonstrations", "-1", "num_demonstrations must be a whole number from 0 on, not -1."),
+    ("--max_new_tokens", "0", "max_new_tokens must be at least 1, not 0."),
+    ("--lr_scheduler_kwargs", "{half", "lr_scheduler_kwargs is not valid JSON (Expecting property name"),
+]
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """Fail if data are read, or a model is looked at, before the mistake is named."""
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("too late")
+
+    for name in ("load_splits", "load_model"):
+        monkeypatch.setattr(f"zokernel.finetune.job.{name}", too_late)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), WRONG)
+def test_a_wrong_value_is_named_before_anything_is_read(flag, value, words, flags, nothing_is_read, tmp_path, capsys):
+    assert main(["finetune", *flags, flag, value]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_rule_is_of_a_setting():
+    from dataclasses import fields
+
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+
+    known = {f.name for cls in (ZOConfig, ModelArguments, DataArguments) for f in fields(cls)}
+    assert set(RULES) - known <= {"lora_dropout"}
+
+
+def test_defaults_and_sensible_values_pass(tmp_path):
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+
+    check_values(DataArguments())
+    check_values(ModelArguments())
+    for values in (
+        {},
+        {"eval_steps": 0.1, "logging_steps": 0.5},
+        {"warmup_steps": 0.1, "lr_scheduler_type": "linear"},
+        {"warmup_steps": 3, "method": "auto"},
+        {"max_steps": -1, "num_train_epochs": 0.5},
+        {"learning_rate": 0.0},
+        {"save_strategy": "journal", "eval_strategy": "no", "eval_steps": 0},
+    ):
+        config = ZOConfig(output_dir=str(tmp_path), **values)
+        assert resolve(config, trained="full parameters", num_examples=10)
+
+
+def test_a_login_lets_wandb_through(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UsageError, match="needs a login"):
+        ZOConfig(output_dir=str(tmp_path), report_to="wandb")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert ZOConfig(output_dir=str(tmp_path), report_to="wandb").report_to == ["wandb"]
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(UsageError, match="needs a login"):
+        ZOConfig(output_dir=str(tmp_path), report_to="wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert ZOConfig(output_dir=str(tmp_path), report_to=["wandb"]).report_to == ["wandb"]
+
+
+def test_the_measures_of_a_task_may_choose_the_best_step():
+    for name in ("loss", "eval_loss", "accuracy", "eval_f1", None):
+        check_metric(name, ["accuracy", "f1"])
+    with pytest.raises(UsageError, match="must be one of loss, f1, em, not 'accuracy'"):
+        check_metric("accuracy", ["f1", "em"])

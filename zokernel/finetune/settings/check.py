@@ -1,0 +1,242 @@
+"""Values that no run can work with, named before data are read and before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.zo_arguments import AUTO
+from zokernel.optim import get_method, method_options
+from zokernel.perturb.parallel import MODES
+
+OBJECTIVES = ("cross_entropy", "accuracy", "f1")
+MAX_SEED = 2**32 - 1  # numpy's
+_CONSTANT = (None, SchedulerType.CONSTANT)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Attributes:
+        holds: Whether a value is one.
+        must_be: How it is said.
+    """
+
+    holds: Callable[[Any], bool]
+    must_be: str
+
+
+def _one_of(names: Sequence[Any]) -> Rule:
+    words = [str(getattr(name, "value", name)) for name in names]
+    return Rule(lambda value: str(getattr(value, "value", value)) in words, f"one of {', '.join(words)}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and value == int(value)
+
+
+POSITIVE = Rule(lambda value: _number(value) and value > 0, "positive")
+NOT_NEGATIVE = Rule(lambda value: _number(value) and value >= 0, "a number from 0 on")
+COUNT = Rule(lambda value: _whole(value) and value >= 1, "at least 1")
+COUNT_OR_NONE = Rule(lambda value: _whole(value) and value >= 0, "a whole number from 0 on")
+COUNT_OR_ALL = Rule(lambda value: _whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for all")
+SHARE = Rule(lambda value: _number(value) and 0 <= value < 1, "at least 0 and below 1")
+INTERVAL = Rule(
+    lambda value: _number(value) and value > 0 and (value < 1 or _whole(value)),
+    "a number of steps from 1 on, or a share of the run below 1",
+)
+SEED = Rule(lambda value: _whole(value) and 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
+
+RULES: dict[str, Rule] = {
+    "eps": POSITIVE,
+    "learning_rate": NOT_NEGATIVE,
+    "num_perturbations": COUNT,
+    "momentum": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_steps": Rule(
+        lambda value: _whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for whole epochs"
+    ),
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "warmup_steps": NOT_NEGATIVE,
+    "lr_scheduler_type": _one_of(list(SchedulerType)),
+    "seed": SEED,
+    "data_seed": SEED,
+    "freeze_layers": SHARE,
+    "zo_parallel": _one_of(MODES),
+    "zo_point_ranks": COUNT,
+    "objective": _one_of(OBJECTIVES),
+    "logging_strategy": _one_of(list(IntervalStrategy)),
+    "eval_strategy": _one_of(list(IntervalStrategy)),
+    "save_strategy": _one_of([*SaveStrategy, "journal"]),
+    "save_total_limit": COUNT,
+    "early_stopping_patience": COUNT,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_accumulation_steps": COUNT,
+    "torch_empty_cache_steps": COUNT,
+    "dataloader_num_workers": COUNT_OR_NONE,
+    "dataloader_prefetch_factor": COUNT,
+    "ddp_timeout": POSITIVE,
+    "train_sampling_strategy": _one_of(("random", "sequential", "group_by_length")),
+    # Of ModelArguments and DataArguments.
+    "lora_r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "num_virtual_tokens": COUNT,
+    "lm_type": _one_of(("auto", "causal", "masked", "seq2seq")),
+    "max_train_samples": COUNT_OR_ALL,
+    "max_eval_samples": COUNT_OR_ALL,
+    "max_test_samples": COUNT_OR_ALL,
+    "max_length": COUNT,
+    "k_shot": COUNT,
+    "num_demonstrations": COUNT_OR_NONE,
+    "max_new_tokens": COUNT,
+}
+"""What settings must be, by name; a setting without a value is not looked at."""
+
+INTERVALS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
+"""Steps that count only under the strategy ``steps``."""
+
+
+def check_values(settings: Any) -> None:
+    """Refuse values that no run can work with.
+
+    Args:
+        settings: A dataclass of settings: ``ZOConfig``, ``ModelArguments`` or ``DataArguments``.
+
+    Raises:
+        UsageError: If there is one.
+
+    Example:
+        >>> from zokernel.finetune.settings.arguments import DataArguments
+        >>> check_values(DataArguments(max_length=0))
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: max_length must be at least 1, not 0.
+    """
+    values = {f.name: getattr(settings, f.name, None) for f in fields(settings)}
+    rules = dict(RULES)
+    rules |= {name: INTERVAL for name, strategy in INTERVALS.items() if values.get(strategy) == "steps"}
+    for name, value in values.items():
+        rule = rules.get(name)
+        if rule is not None and value is not None and not rule.holds(value):
+            raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
+    for f in fields(settings):
+        if "dict" in str(f.type) and str(values[f.name]).startswith("{"):
+            _check_json(f.name, values[f.name])
+    if "warmup_steps" in values:
+        _check_warmup(values)
+    if values.get("dataloader_prefetch_factor") is not None and not values["dataloader_num_workers"]:
+        raise UsageError(
+            "dataloader_prefetch_factor is for data that other processes load: set dataloader_num_workers."
+        )
+    check_login(values.get("report_to"))
+    if values.get("method", AUTO) != AUTO:
+        try_method(settings)
+
+
+def try_method(arguments: Any) -> None:
+    """Make the method's optimizer on a few numbers, so that wrong options are refused before a model is loaded.
+
+    Raises:
+        UsageError: If an option is unknown or out of range, or options do not go together.
+    """
+    options, perturb, rate = arguments.method_options(), arguments.perturb, arguments.learning_rate
+    if perturb.startswith("in_") and "perturb" in method_options(arguments.method):
+        options["perturb"] = perturb
+    small = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32))
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
+    try:
+        make: Any = get_method(arguments.method)
+        make([("small", small)], lr=1e-5 if rate is None else rate, **options)
+    finally:
+        logging.disable(disabled)
+
+
+def _check_json(name: str, value: Any) -> None:
+    try:
+        json.loads(value) if isinstance(value, str) else None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{name} is not valid JSON ({error}): write it as '{{\"key\": 1}}'.") from error
+
+
+def _check_warmup(values: dict[str, Any]) -> None:
+    warmup, steps = values["warmup_steps"] or 0, values["max_steps"] or -1
+    if warmup >= 1 and 0 < steps < warmup:
+        raise UsageError(
+            f"warmup_steps {warmup:g} is longer than the run of {steps} steps: lower it, or give a share below 1."
+        )
+    if warmup and values.get("method") != AUTO and values["lr_scheduler_type"] in _CONSTANT:
+        raise UsageError(
+            "warmup_steps has no effect with a constant learning rate: set lr_scheduler_type constant_with_warmup, "
+            "linear or cosine."
+        )
+
+
+def check_metric(name: str | None, known: Sequence[str]) -> None:
+    """Refuse to choose the best step by a measure that the evaluations do not have.
+
+    Args:
+        name: ``metric_for_best_model``.
+        known: What the evaluations measure beside the loss.
+
+    Raises:
+        UsageError: If it is none of them.
+
+    Example:
+        >>> check_metric("eval_accuracy", ["accuracy", "f1"])
+        >>> check_metric("bleu", ["accuracy", "f1"])
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: metric_for_best_model must be one of loss, accuracy, f1, not 'bleu'.
+    """
+    names = list(dict.fromkeys(["loss", *known]))
+    if name is not None and name.removeprefix("eval_") not in names:
+        raise UsageError(f"metric_for_best_model must be one of {', '.join(names)}, not {name!r}.")
+
+
+def check_login(report_to: str | Sequence[str] | None) -> None:
+    """Refuse to report to Weights & Biases without a login: it would ask for one in the middle of the run.
+
+    Raises:
+        UsageError: If nobody is logged in.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
+    if "wandb" not in names or offline or os.environ.get("WANDB_API_KEY") or _has_login():
+        return
+    raise UsageError(
+        "--report_to wandb needs a login: run 'wandb login' or set WANDB_API_KEY (WANDB_MODE=offline keeps the log "
+        "on this machine)."
+    )
+
+
+def _has_login() -> bool:
+    """Return whether ``wandb login`` has left a key in the netrc file."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
+    given = os.environ.get("NETRC")
+    for path in [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if netrc.netrc(path).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
