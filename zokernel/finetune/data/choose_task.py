@@ -97,11 +97,11 @@ def text_column(rows: Sequence[Row], label: str) -> str:
         >>> text_column([{"id": "17", "message": "Where is it?", "team": "billing"}], "team")
         'message'
     """
-    texts = [name for name in dict.fromkeys(name for row in rows for name in row) if name != label]
-    texts = [name for name in texts if _holds_text([row.get(name) for row in rows])]
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name != label]
     for name in TEXT_COLUMNS:
-        if name in texts:
+        if name in columns:
             return name
+    texts = [name for name in columns if _holds_text([row.get(name) for row in rows])]
     if len(texts) == 1:
         return texts[0]
     found = f"the columns {', '.join(texts)} might be it" if texts else "no column holds text"

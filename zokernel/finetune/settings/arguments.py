@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from zokernel.errors import UsageError
 
@@ -153,10 +153,10 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must be a mapping of flags to values, such as 'learning_rate: 1e-5'.")
-    for group in (ModelArguments, DataArguments):
-        for flag in fields(group):
-            if values.get(flag.name) is not None and str(flag.type).startswith(("str", "list[str]")):
-                values[flag.name] = _words(written[flag.name], path, flag)
+    for name, kind in {**get_type_hints(ModelArguments), **get_type_hints(DataArguments)}.items():
+        kinds = {*get_args(kind), kind}
+        if values.get(name) is not None and kinds & {str, list[str]}:
+            values[name] = _words(written[name], f"{path} sets {name!r}", kinds)
     base = values.pop("extends", None)
     if base is not None:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
@@ -175,12 +175,9 @@ def _as_written(yaml: Any) -> Any:
     return Loader
 
 
-def _words(value: Any, path: Path, flag: Any) -> str | list[str]:
+def _words(value: Any, where: str, kinds: set[Any]) -> str | list[str]:
     """Return the value of a flag that takes text, as the command line would give it."""
-    several = "list[str]" in flag.type
     words = value if isinstance(value, list) else [value]
-    if not all(isinstance(word, str) for word in words) or (isinstance(value, list) and not several):
-        raise UsageError(
-            f"{path} sets {flag.name!r} to {value!r:.80}: write {'a list of texts' if several else 'one text'}."
-        )
-    return words if flag.type.startswith("list[str]") else value
+    if not all(isinstance(word, str) for word in words) or (isinstance(value, list) and list[str] not in kinds):
+        raise UsageError(f"{where} to {value!r:.80}: write {'a list of texts' if list[str] in kinds else 'one text'}.")
+    return value if str in kinds else words
