@@ -65,6 +65,8 @@ def test_what_is_asked_for_is_loaded_if_there_is_such_a_class():
         language_model_kind(LlamaConfig(), "masked")
     with pytest.raises(UsageError, match="no causal language model of type 't5'"):
         language_model_kind(T5Config(), "causal")
+    with pytest.raises(UsageError, match="no masked language model of type 'bart'"):  # transformers lists it as one
+        language_model_kind(BartConfig(), "masked")
     with pytest.raises(UsageError, match="lm_type must be auto, causal, masked or seq2seq, not 'both'"):
         language_model_kind(LlamaConfig(), "both")
     with pytest.raises(UsageError, match="type 'vit' are not language models"):

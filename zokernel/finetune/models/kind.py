@@ -85,9 +85,9 @@ def _classes(architecture: Any) -> dict[Kind, set[str]]:
         if type(architecture) in mapping:
             classes: Any = mapping[type(architecture)]
             found[kind] = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
-    # Models of speech are listed as seq2seq, too; some of them continue text after an encoded sound.
-    if not getattr(architecture, "is_encoder_decoder", False):
-        found.pop("seq2seq", None)
+    # Models of speech are listed as seq2seq, too; some of them continue text after an encoded sound.  BART is listed as
+    # masked, but writes the text anew in its decoder.
+    found.pop("masked" if getattr(architecture, "is_encoder_decoder", False) else "seq2seq", None)
     return found
 
 
