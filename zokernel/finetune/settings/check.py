@@ -139,9 +139,8 @@ def check_values(settings: Any) -> None:
         rule = rules.get(name)
         if rule is not None and value is not None and not rule.holds(value):
             raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
-    for f in fields(settings):
-        if "dict" in str(f.type) and str(values[f.name]).startswith("{"):
-            _check_json(f.name, values[f.name])
+        if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
+            _check_json(name, value)
     if "warmup_steps" in values:
         _check_warmup(values)
     if values.get("dataloader_prefetch_factor") is not None and not values["dataloader_num_workers"]:
@@ -172,9 +171,9 @@ def try_method(arguments: Any) -> None:
         logging.disable(disabled)
 
 
-def _check_json(name: str, value: Any) -> None:
+def _check_json(name: str, value: str) -> None:
     try:
-        json.loads(value) if isinstance(value, str) else None
+        json.loads(value)
     except json.JSONDecodeError as error:
         raise UsageError(f"{name} is not valid JSON ({error}): write it as '{{\"key\": 1}}'.") from error
 
