@@ -83,6 +83,10 @@ def test_json_columns_and_published_data(tmp_path):
     columns = {"text": {"0": "a", "5": "b"}, "label": {"0": 1, "5": 0}}  # DataFrame.to_json() after a filter
     assert table(tmp_path / "a.json", json.dumps(columns)) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     assert table(tmp_path / "b.json", json.dumps({"version": "1", "data": ROWS})) == ROWS
+    lists = {"text": ["a", "b"], "label": [1, 0]}  # Dataset.to_dict()
+    assert table(tmp_path / "d.json", json.dumps(lists)) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    with pytest.raises(UsageError, match="must hold a list"):
+        table(tmp_path / "e.json", json.dumps({"text": ["a", "b"], "label": [1]}))
     only = {"messages": [{"role": "user", "content": "hi"}]}
     assert table(tmp_path / "c.jsonl", json.dumps(only)) == [only]
 
@@ -165,6 +169,7 @@ def test_csv_of_other_places(tmp_path):
     rows = [{"text": "a, b", "label": "1"}, {"text": "c", "label": "0"}]
     assert table(tmp_path / "a.csv", "text;label\na, b;1\nc;0\n") == rows
     assert table(tmp_path / "b.csv", "text\tlabel\na, b\t1\nc\t0\n") == rows
+    assert table(tmp_path / "f.csv", "text|label\na, b|1\nc|0\n") == rows
     assert table(tmp_path / "c.csv", 'sep=;\r\ntext;label\r\n"a, b";1\r\nc;0\r\n') == rows
     assert table(tmp_path / "d.csv", ',text, label,\n0,"a, b",1,\n1,c,0,\n,,,\n') == rows  # pandas' index; Excel's ends
     assert table(tmp_path / "e.csv", "text\na; b\nc\td\n") == [{"text": "a; b"}, {"text": "c\td"}]

@@ -55,6 +55,7 @@ def test_a_column_may_have_any_name(column):
         ("{ } so", "must name columns"),
         ("{a} }", "single '}'"),
         ("{a{b}}", "single '{'"),
+        ("{a} \udce9", "not valid UTF-8"),
     ],
 )
 def test_templates_that_cannot_be(template, match):
@@ -157,6 +158,12 @@ def test_an_unknown_label_is_refused_with_its_line(words, value, match, tmp_path
         PromptTask("{text}", tuple(words.split())).read(load_table(tmp_path / "a.jsonl"), where="Train")
 
 
+def test_the_values_of_the_label_column_are_listed():
+    rows = [{"text": "x", "label": label} for label in (1, 2, 3)]
+    with pytest.raises(UsageError, match=r"row 2: Label '2' .* ; the column holds 1, 2, 3\."):
+        OWN.read(rows, where="train")
+
+
 def test_a_column_of_lists_is_no_text():
     with pytest.raises(UsageError, match=r"row 1: column 'text' holds a list, not a text"):
         OWN.read([{"text": ["a", "b"], "label": 0}], where="train")
@@ -168,6 +175,7 @@ def test_a_column_of_lists_is_no_text():
         (("a", " "), (), "two or more distinct"),
         (("a", "a "), (), "two or more"),
         (("a", "b"), ("1", "0|1.0"), "two classes"),
+        (("a", "b\ud83d"), (), "not valid UTF-8"),
     ],
 )
 def test_words_and_labels_are_distinct(words, labels, match):

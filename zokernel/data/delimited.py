@@ -19,7 +19,7 @@ _END = "\0the end\0"
 
 
 def csv_rows(text: str, path: Path, column_names: Sequence[str] | None) -> tuple[list[dict[str, Any]], list[int]]:
-    """Read a ``.csv`` file: quotes as in RFC 4180, and the delimiter of its header line (a comma, semicolon or tab).
+    """Read a ``.csv`` file: quotes as in RFC 4180, and the delimiter of its header line (comma, semicolon, tab or bar).
 
     Args:
         text: The file's text.
@@ -114,7 +114,7 @@ def _delimiter(text: str, width: int | None) -> tuple[str, str]:
     if len(first.rstrip("\r")) == 5 and first.lower().startswith("sep="):
         return "\n" + rest, first[4]  # the blank line keeps the count of lines right
     bare = "".join(first.split('"')[::2])  # what is not quoted
-    for sign in "," if "," in bare else ";\t":
+    for sign in "," if "," in bare else ";\t|":
         if sign in bare and width in (None, bare.count(sign) + 1):
             return text, sign
     return text, ","

@@ -33,7 +33,7 @@ def json_rows(text: str, path: Path, *, per_line: bool) -> tuple[list[dict[str, 
 
     Objects may follow each other, one per line or indented over several.  A single value may be a list of objects, as
     ``json.dump`` writes a list of rows; an object with such a list under ``data``, as SQuAD is published; or an object
-    of columns, as ``DataFrame.to_json`` writes it.
+    of columns, as ``DataFrame.to_json`` and ``Dataset.to_dict`` give it.
 
     Args:
         text: The file's text.
@@ -102,4 +102,7 @@ def _from_columns(value: dict[str, Any]) -> list[dict[str, Any]] | None:
         keys = list(columns[0])
         if all(key.isdigit() for key in keys) and all(list(column) == keys for column in columns):
             return [{name: value[name][key] for name in value} for key in keys]
+    lists = len(columns) > 1 and all(isinstance(column, list) for column in columns)
+    if lists and len({len(column) for column in columns}) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*columns)]
     return None

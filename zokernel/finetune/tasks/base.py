@@ -15,6 +15,8 @@ from zokernel.finetune.tasks.template import MASK, fill, parse
 
 logger = logging.getLogger(__name__)
 
+MANY = 20  # values that are still listed one by one
+
 
 @dataclass(frozen=True)
 class Source:
@@ -154,7 +156,9 @@ class Task:
             try:
                 self.correct(row)
             except UsageError as error:
-                raise UsageError(f"{where}, {place(n)}: {error}") from error
+                held = list(dict.fromkeys(str(row[self.label_column]) for _, row in kept)) if self.fixed_options else []
+                listed = f"; the column holds {', '.join(held)}." if 1 < len(held) <= MANY else "."
+                raise UsageError(f"{where}, {place(n)}: {str(error).removesuffix('.')}{listed}") from error
         return [row for _, row in kept]
 
     def _prepared(self, rows: Sequence[Row], where: str) -> list[tuple[int, Row]]:

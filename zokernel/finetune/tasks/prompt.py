@@ -10,6 +10,7 @@ from typing import ClassVar
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.template import refuse_broken
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PromptTask(Task):
 
     def __post_init__(self):
         super().__post_init__()
+        for word in self.label_words:
+            refuse_broken(word, "The label word")
         words = {word.strip() for word in self.label_words} - {""}
         if len(words) < 2 or len(words) != len(self.label_words):
             raise UsageError(f"label_words must be two or more distinct words, not {list(self.label_words)}.")

@@ -73,6 +73,7 @@ def parse(template: str) -> tuple[str, ...]:
         >>> parse("{sentence1:open}? {mask}, {sentence2:decap}"), parse("{Review Text} It was")
         (('sentence1', 'sentence2'), ('Review Text',))
     """
+    refuse_broken(template, "The template")
     fields = [(name, wording) for _, name, wording in _parts(template) if name is not None]
     columns = [name for name, _ in fields if name != MASK]
     if not columns or not all(name.strip() for name in columns):
@@ -87,6 +88,18 @@ def parse(template: str) -> tuple[str, ...]:
     if sum(name == MASK for name, _ in fields) > 1:
         raise UsageError(f"The template {template!r} has more than one {{mask}}: one place is scored.")
     return tuple(dict.fromkeys(columns))
+
+
+def refuse_broken(text: str, what: str) -> None:
+    """Refuse text that no encoding takes: a command line whose bytes were not UTF-8.
+
+    Raises:
+        UsageError: If there are halves of surrogate pairs in it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} {text!r} is not valid UTF-8 text: type it again in a UTF-8 terminal.") from error
 
 
 def literals(template: str) -> str:
