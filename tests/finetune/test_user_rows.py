@@ -160,7 +160,7 @@ def test_an_unknown_label_is_refused_with_its_line(words, value, match, tmp_path
 
 def test_the_values_of_the_label_column_are_listed():
     rows = [{"text": "x", "label": label} for label in (1, 2, 3)]
-    with pytest.raises(UsageError, match=r"row 2: Label '2' .* ; the column holds 1, 2, 3\."):
+    with pytest.raises(UsageError, match=r"row 2: Label '2' .*; the column holds 1, 2, 3\."):
         OWN.read(rows, where="train")
 
 
