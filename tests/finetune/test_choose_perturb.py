@@ -38,6 +38,26 @@ def test_adapters_are_stacked_and_train_the_same(parts, tmp_path, accumulation):
     assert found["auto"] == pytest.approx(found["in_place"], rel=1e-5)
 
 
+def test_adapters_of_stacked_experts_take_one_loss_after_the_other(parts, tmp_path, caplog):
+    """peft multiplies the factors of such an adapter outside any layer, which several copies have no form for."""
+    import transformers as tf
+
+    _, tokenizer, data = parts
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
+    model = get_peft_model(tf.MixtralForCausalLM(config), lora).eval()
+    with caplog.at_level("INFO"):
+        trainer, losses = train((model, tokenizer, data), tmp_path, per_device_train_batch_size=4, perturb="auto")
+    assert trainer.bare_optimizer.perturb.name == "in_place"
+    assert "one loss after the other, since they cannot be stacked here. The model passes" in caplog.text
+    assert len(losses) == 3
+    assert len(set(losses)) == 3
+    with pytest.raises(UsageError, match="has no form for several copies"):
+        train((model, tokenizer, data), tmp_path / "asked", per_device_train_batch_size=4, perturb="stacked")
+
+
 def test_whole_models_are_not_stacked_unless_asked(parts, tmp_path):
     trainer, _ = train(parts, tmp_path / "dense")
     assert trainer.bare_optimizer.perturb.name == "in_place"

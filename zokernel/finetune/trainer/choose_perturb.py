@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
@@ -30,6 +32,7 @@ def stack_or_share(
     args: ZOConfig,
     stacked: Callable[[int], Tensor] | None,
     parallel: Parallel | None,
+    trial: Callable[[int], Tensor] | None = None,
 ) -> str:
     """Stack the losses of a step if that was asked for or pays, and let the processes of a run share them.
 
@@ -39,6 +42,7 @@ def stack_or_share(
         args: The settings of the run.
         stacked: Returns the losses of several copies of the batch; None if its loss cannot be taken in this way.
         parallel: How processes share losses; None if there is one process.
+        trial: Returns the losses of several copies of a fixed batch, to see whether the model's layers can be stacked.
 
     Returns:
         How the run perturbs; ``auto`` if that is still open.
@@ -49,7 +53,7 @@ def stack_or_share(
     sizes = {"batch": args.per_device_train_batch_size, "eval_batch": args.per_device_eval_batch_size}
     name, perturb = args.perturb, optimizer.perturb
     if name == "auto" and not args.torch_compile:
-        pays = stacked is not None and stacking_pays(optimizer, model, **sizes)
+        pays = stacked is not None and stacking_pays(optimizer, model, trial, **sizes)
         name = "stacked" if on_all(pays, args.device) else name
     if name == "stacked":
         if stacked is None:
@@ -90,12 +94,20 @@ def max_copies(batch: int, eval_batch: int) -> int:
     return max(1, eval_batch // batch)
 
 
-def stacking_pays(optimizer: ZerothOrder, model: nn.Module, *, batch: int, eval_batch: int) -> bool:
+def stacking_pays(
+    optimizer: ZerothOrder,
+    model: nn.Module,
+    trial: Callable[[int], Tensor] | None = None,
+    *,
+    batch: int,
+    eval_batch: int,
+) -> bool:
     """Return whether several losses should be taken in one forward: of adapters, at small batches.
 
     Args:
         optimizer: The optimizer of the run.
         model: The model.
+        trial: Returns the losses of several copies of a fixed batch; it is taken once, for two points.
         batch: Examples per micro-batch.
         eval_batch: Examples per evaluation batch, which fits in memory.
     """
@@ -104,6 +116,16 @@ def stacking_pays(optimizer: ZerothOrder, model: nn.Module, *, batch: int, eval_
         return False
     if not stackable(optimizer.named_params, optimizer.directions, copies):
         return False
+    if trial is not None:
+        try:
+            perturb = Stacked(trial)
+            perturb.attach(optimizer.named_params, optimizer.directions, seed=optimizer.seed)
+            points = list(islice(optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count), 2))
+            with torch.no_grad():
+                perturb.losses(lambda: trial(1).sum(), points, step=optimizer.step_count)
+        except UsageError as error:
+            logger.info("perturb: one loss after the other, since they cannot be stacked here. %s", error)
+            return False
     logger.info(
         "perturb: stacked, since an adapter is trained on small batches: up to %d losses per forward "
         "(--perturb in_place takes one after the other).",

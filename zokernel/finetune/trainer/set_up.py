@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -95,6 +95,10 @@ class SetUpTrainer(ResumableTrainer):
         """Whether the losses of a step can be taken in one forward."""
         return False
 
+    def trial_stacked(self, copies: int) -> Tensor:
+        """Return the losses of several copies of a fixed batch; only where :attr:`can_stack` is true."""
+        raise NotImplementedError
+
     def _prepare_model(self, model: nn.Module) -> None:
         freeze_(model, **self._freezing)
         check_trainable(model)
@@ -144,6 +148,7 @@ class SetUpTrainer(ResumableTrainer):
                     self.args,
                     self.micro_batches.stacked if self.can_stack else None,
                     self.parallel,
+                    self.trial_stacked if self.can_stack else None,
                 )
                 if perturb != self.args.perturb:
                     self.decide("auto", perturb=perturb)

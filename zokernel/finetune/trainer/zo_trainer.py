@@ -88,6 +88,11 @@ class ZOTrainer(ZerothOrderTrainer):
         with self.compute_loss_context_manager():
             return self.objective.stacked(self.model_wrapped, repeat_batch(batch, copies), copies)
 
+    def trial_stacked(self, copies: int) -> Tensor:
+        """Return the losses of several copies of the first examples."""
+        self.bare_model.eval()
+        return self._stacked_loss(self._collated(self.train_dataset, self.args.per_device_train_batch_size), copies)
+
     def check_loss(self) -> None:
         """Check a loss of one's own; zokernel's are functions of weights and batch."""
         if self.has_own_loss:
