@@ -26,6 +26,7 @@ from zokernel.finetune.models.kind import fills_masks
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.vocabulary import check_token_ids
+from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
@@ -38,6 +39,7 @@ from zokernel.finetune.report.metrics import (
     task_facts,
 )
 from zokernel.finetune.report.run_report import draw_loss, write_report
+from zokernel.finetune.report.told import number
 from zokernel.finetune.report.zero_shot import fingerprint, remembered
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import choose_collator
@@ -47,9 +49,11 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.storage import run_folder as output
+from zokernel.finetune.storage.checkpoint import remove_checkpoints
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+from zokernel.journal.reader import FILE_NAME
 from zokernel.process_memory import release_heap
 
 logger = logging.getLogger(__name__)
@@ -103,7 +107,7 @@ def finetune(
         if there == "finished":
             logger.info("%s holds this very run, finished: nothing is left to do.", folder)
             return read_json(folder / output.METRICS_FILE)
-        if config.should_save:
+        if config.should_save and config.do_train:
             logger.info("Settings (all of them: settings.json):\n%s", settings.table())
         if resume:
             logger.info("Continuing the run in %s.", folder)
@@ -174,14 +178,36 @@ class _Job:
         if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
             if main:
                 trainer.run_log.save()
+                seconds = self._seconds(trainer, run)
+                write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else run["before"]
         if config.do_train:
             trainer.save_model(str(folder))
+            if main and self._journal_suffices(trainer, folder):
+                remove_checkpoints(folder)
         metrics = self._metrics(trainer, run, after, training.peak_bytes)
         if main:
+            seconds = metrics["total_seconds"]
+            write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
             self._write(folder, trainer, metrics)
         return metrics
+
+    def _seconds(self, trainer: ZOTrainer, run: dict[str, Any]) -> float:
+        """Return the seconds of the run so far, those of earlier processes included."""
+        earlier = max(run.get("seconds", 0.0), trainer.run_log.earlier_seconds)
+        return round(earlier + time.perf_counter() - self.start, 2)
+
+    def _journal_suffices(self, trainer: ZOTrainer, folder: Path) -> bool:
+        """Return whether the journal makes the checkpoints superfluous: nobody asked to keep them."""
+        asked = {name: trainer.settings.setting(name) for name in ("save_strategy", "save_total_limit")}
+        periodic = asked["save_strategy"].value in ("steps", "epoch") and asked["save_strategy"].source != "default"
+        return (
+            trainer.zeroth_order
+            and (folder / FILE_NAME).exists()
+            and not periodic
+            and asked["save_total_limit"].source == "default"
+        )
 
     def _make_trainer(self, tokenizer: Any) -> ZOTrainer:
         data, task, config = self.data_arguments, self.task, self.config
@@ -242,7 +268,7 @@ class _Job:
         return {
             **model_facts(self.model, self.model_arguments.model_name_or_path, masked=self.masked),
             **task_facts(self.task, self.data_arguments, masked=self.masked),
-            **settings_of(trainer.settings.arguments()),
+            **settings_of(trainer.settings.arguments(), self.settings.requested),
             "num_train": len(self.encoded["train"]),
             "num_test": len(self.splits.test),
             "test_is_validation": self.splits.test_is_validation,
@@ -253,10 +279,11 @@ class _Job:
             "forwards": log.forwards,
             "forwards_per_step": trainer.forwards_per_step if stepped else None,
             "train_seconds": round(log.seconds, 2),
-            "total_seconds": round(time.perf_counter() - self.start, 2),
+            "total_seconds": self._seconds(trainer, run),
             "peak_memory_inference": run["peak_memory_inference"],
             "peak_memory_training": peak_memory,
-            "effective_lr": trainer.effective_lr if self.config.do_train else None,
+            "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
+            "went_wrong": went_wrong(log.rows),
             "evaluations": evaluations(trainer.state.log_history, log.forwards_at),
             **repeat_facts(self.command),
         }

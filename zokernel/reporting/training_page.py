@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from zokernel.figures import PALETTE
+from zokernel.finetune.report.told import examples_told, weights_told
 from zokernel.reporting.page import Page, Picture, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
 from zokernel.reporting.svg import draw
@@ -78,7 +79,7 @@ def summary(run: TrainingRun) -> list[str]:
     paragraphs = []
     if not metrics["steps"]:
         found = ", ".join(f"{words(name)} {100 * value:.1f}%" for name, value in after.items() if name != "loss")
-        return [f"No step was taken. On {count:,} held-out examples: {found}, loss {after['loss']:.4g}."]
+        return [f"No step was taken. On {examples_told(metrics)}: {found}, loss {after['loss']:.4g}."]
     if metrics.get("forwards_per_step"):
         paragraphs.append(
             f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different "
@@ -90,12 +91,13 @@ def summary(run: TrainingRun) -> list[str]:
     scores = [name for name in after if name != "loss" and isinstance(after[name], (int, float)) and name in before]
     for name in scores:
         gain = 100 * (after[name] - before[name])
-        text = f"{words(name).capitalize()} on {count:,} held-out examples went from {100 * before[name]:.1f}% to "
+        text = f"{words(name).capitalize()} on {examples_told(metrics)} went from {100 * before[name]:.1f}% to "
         text += f"{100 * after[name]:.1f}%: {gain:+.1f} points"
         if name == "accuracy":
             error = 100 * math.sqrt(sum(s * (1 - s) for s in (before[name], after[name])) / count)
             text += f", with a standard error of at most {error:.1f}"
         paragraphs.append(text + ".")
+    paragraphs.append(weights_told(metrics))
     if metrics.get("test_is_validation"):
         paragraphs.append("These examples also chose the checkpoint, so the second number is somewhat optimistic.")
     return paragraphs

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
+OUTLIER = 30.0  # times the first losses: what no single batch reaches by chance
 
 
 def trouble(rows: Sequence[dict[str, float]]) -> str | None:
@@ -48,6 +49,42 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
         return (
             f"The loss has risen from {start:.3g} to {now:.3g}: training diverges, so start again with a lower "
             "--learning_rate."
+        )
+    return None
+
+
+def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
+    """Return that a finished run diverged or came to a standstill, or None.
+
+    Its last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.
+
+    Args:
+        rows: All steps, as in ``steps.jsonl``.
+
+    Returns:
+        One sentence, or None.
+
+    Example:
+        >>> rows = [{"loss": 1.4}] * 10 + [{"loss": 2e4}] * 10 + [{"loss": 1.1}] * 10
+        >>> went_wrong(rows)
+        'Training diverged: the loss of its batches rose from 1.4 to 2e+04 (a lower --learning_rate is needed).'
+        >>> went_wrong([{"loss": 1.4}] * 20 + [{"loss": 0.7}] * 10) is None
+        True
+    """
+    if len(rows) < WINDOW:
+        return None
+    start = statistics.median(row["loss"] for row in rows[:3])
+    losses = [row["loss"] for row in rows]
+    lasting = max(statistics.median(losses[n : n + WINDOW]) for n in range(len(losses) - WINDOW + 1))
+    if start > 0 and (lasting > RISE * start or max(losses) > OUTLIER * max(start, 0.1)):
+        return (
+            f"Training diverged: the loss of its batches rose from {start:.3g} to {max(losses):.3g} (a lower "
+            "--learning_rate is needed)."
+        )
+    if all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:]):
+        return (
+            f"Training came to a standstill: all losses of a step were equal in the last {WINDOW} steps, as they are "
+            "when the model's scores have collapsed (lower --learning_rate) or --eps is too small."
         )
     return None
 

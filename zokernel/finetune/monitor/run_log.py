@@ -27,6 +27,7 @@ class RunLog(TrainerCallback):
         seconds: Seconds of all steps, without evaluations between them.
         forwards: Forward passes of all steps.
         replayed: Whether the last step was taken from the journal.
+        earlier_seconds: Seconds of steps that earlier processes of the run took.
     """
 
     def __init__(self, folder: Path, *, writes: bool):
@@ -35,6 +36,7 @@ class RunLog(TrainerCallback):
         self.seconds = 0.0
         self.forwards = 0
         self.replayed = False
+        self.earlier_seconds = 0.0
         self._seconds_at: dict[int, float] = {}
         self._file: TextIO | None = None
 
@@ -47,6 +49,7 @@ class RunLog(TrainerCallback):
         """
         kept = read_rows(self._folder / STEPS_FILE) if continues else []
         self._seconds_at = {int(row["step"]): row["seconds"] for row in kept}
+        self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self.rows[:] = [row for row in kept if row["step"] <= step]
         self.forwards = int(self.rows[-1]["forwards"]) if self.rows else 0
         self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.finetune.report.run_report import summary_rows
+from zokernel.finetune.report.told import examples_told, method_told, rate_told, weights_told
 
 
 def write_card(metrics: dict[str, Any], path: Path) -> None:
@@ -40,7 +41,7 @@ tags:
 - {metrics["method"]}
 ---
 
-# {metrics["model"]} fine-tuned with {metrics["method"]}
+# {metrics["model"]} fine-tuned with {method_told(metrics)}
 
 Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,} examples, phrased as
 `{metrics["template"]!r}`. {scored}
@@ -48,12 +49,14 @@ Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,
 | | |
 |---|---|
 {rows}
-| learning rate | {metrics["learning_rate"]:g} (effective {metrics["effective_lr"]:.3g}) |
+| learning rate | {rate_told(metrics)} |
 | method's options | {options} |
 | precision, seed | {metrics["precision"]}, {metrics["seed"]} |
 
-The ± is the standard error of the {metrics["num_test"]:,} test examples, from one data set and one template; nothing
-else was evaluated.
+{weights_told(metrics)}
+
+The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing else was
+evaluated.
 
 ```python
 from transformers import {auto}{extra}

@@ -24,10 +24,11 @@ MEASURED = {
 """What an evaluation measures beside the loss, by the kind of the task."""
 
 
-def settings_of(config: ZOConfig) -> dict[str, Any]:
-    """Return the settings of a run that its report shows."""
+def settings_of(config: ZOConfig, requested: ZOConfig) -> dict[str, Any]:
+    """Return the settings of a run that its report shows: ``config`` is what became of ``requested``."""
     return {
         "method": config.method,
+        "requested_method": requested.method,
         "objective": config.objective,
         "selected_by": config.metric_for_best_model or "loss",
         "learning_rate": config.learning_rate,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from zokernel.figures import PALETTE, figures
+from zokernel.finetune.report.told import examples_told, loss_told, method_told, rate_told, weights_told
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -33,15 +34,15 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     shots = metrics["num_demonstrations"]
     start = f"{shots}-shot in-context" if shots else "zero-shot"
     model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
-    zero_shot = (f"{start} {metric}", f"{_share(before[metric], examples)} on {examples:,} held-out examples")
+    zero_shot = (f"{start} {metric}", f"{_share(before[metric], examples)} on {examples_told(metrics)}")
     if not metrics["steps"]:
         return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
         model,
-        ("trained", f"{metrics['num_trained']:,} parameters with {metrics['method']}"),
+        ("trained", f"{metrics['num_trained']:,} parameters with {method_told(metrics)}"),
         zero_shot,
         (f"{metric} after training", f"{_share(after[metric], examples)} ({gain:+.1f} points)"),
-        ("loss before -> after", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
+        ("loss before -> after", loss_told(metrics)),
         ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
         ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
@@ -146,22 +147,21 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     words = ", ".join(metrics["label_words"])
     asked = f"complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
-    text = f"""# Fine-tuning {metrics["model"]} with {metrics["method"]}
+    text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
 
 ## In plain words
 
 {how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
 The model was asked to {asked}
-Before training it answered from what it had read; that is the zero-shot row. The weights reported are those with the
-best validation {metrics["selected_by"]}, found at step {metrics["best_step"]} of {metrics["steps"]}.
+Before training it answered from what it had read; that is the zero-shot row. {weights_told(metrics)}
 
 ## Numbers
 
 | | |
 |---|---|
 {table_lines}
-| effective learning rate | {metrics["effective_lr"]:.3g} |
+| learning rate | {rate_told(metrics)} |
 | precision | {metrics["precision"]} |
 
 ![loss](loss.png)

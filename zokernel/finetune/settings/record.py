@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 
 from zokernel._version import __version__
 from zokernel.files import read_json, write_json
+from zokernel.secrets import hide_in_values
 
 SETTINGS_FILE = "settings.json"
 SOURCES = ("user", "recipe", "default", "auto", "hardware")
@@ -30,6 +31,7 @@ _FREE = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "zo_parallel", "zo_point_ranks"),
     *("do_train", "do_eval", "do_predict", "use_cpu", "restore"),
 }
+_OPEN = ("perturb", "decided when the model is loaded", "auto")
 _FREE_PREFIXES = ("eval_", "save_", "torch_empty_cache")
 
 
@@ -101,7 +103,7 @@ class RunSettings:
     def table(self) -> str:
         """Return the settings that matter most, and those that are no plain defaults, as an aligned table."""
         rows = [
-            (s.name, _text(s.value), s.source)
+            (s.name, _text(s.value), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN
             for s in self.settings
             if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
         ]
@@ -112,7 +114,8 @@ class RunSettings:
 
     def write(self, folder: Path) -> None:
         """Write ``settings.json``."""
-        rows = [{"name": s.name, "value": s.value, "source": s.source} for s in self.settings]
+        values = hide_in_values(self.values())
+        rows = [{"name": s.name, "value": values[s.name], "source": s.source} for s in self.settings]
         write_json(folder / SETTINGS_FILE, {"zokernel": __version__, "settings": rows})
 
 

@@ -119,6 +119,14 @@ def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:
         remove_folder(path)
 
 
+def remove_checkpoints(folder: Path) -> int:
+    """Remove all checkpoints of a run, and return how many there were."""
+    found = checkpoints(folder)
+    for path in found:
+        remove_folder(path)
+    return len(found)
+
+
 def check_checkpoint(folder: Path) -> None:
     """Refuse a checkpoint that cannot be resumed from without loading a pickle.
 

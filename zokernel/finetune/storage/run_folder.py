@@ -21,6 +21,7 @@ from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
 from zokernel.journal import Journal
 from zokernel.journal.reader import FILE_NAME
+from zokernel.secrets import hide_in_values
 
 RUN_FILE = "run.json"
 RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
@@ -154,7 +155,7 @@ def run_settings(*groups: Any) -> dict[str, Any]:
     for group in groups:
         values |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
     kept = {key: value for key, value in values.items() if not key.startswith(COSMETIC)}
-    return json.loads(json.dumps(kept, default=str))
+    return json.loads(json.dumps(hide_in_values(kept), default=str))
 
 
 def _differences(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:

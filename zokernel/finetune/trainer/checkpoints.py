@@ -20,6 +20,7 @@ from zokernel.finetune.storage.run_journal import RunJournal
 from zokernel.finetune.storage.state_file import load_state, save_state
 from zokernel.finetune.trainer.loop_optimizer import bare
 from zokernel.private_apis import loop_sums
+from zokernel.secrets import hide_in_values
 
 
 class CheckpointTrainer(Trainer):
@@ -114,7 +115,7 @@ class CheckpointTrainer(Trainer):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", self.settings.arguments().to_dict())
+        write_json(folder / "training_args.json", hide_in_values(self.settings.arguments().to_dict()))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

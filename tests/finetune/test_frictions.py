@@ -1,0 +1,192 @@
+"""What a newcomer meets: what is on the screen, what is on the disk at the end, and what a report says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zokernel.cli import main
+from zokernel.finetune.report.told import loss_told, method_told, rate_told, weights_told
+
+
+def weights_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_without_an_output_dir_nothing_is_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    at = flags.index("--output_dir")
+    for rest in ([], ["--output_dir", ""]):
+        assert main(["finetune", *flags[:at], *flags[at + 2 :], *rest]) == 2
+        assert "Say where the results go: --output_dir runs/NAME." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_copy_of_the_weights_is_left_and_the_run_can_be_lengthened(flags, tmp_path):
+    assert main(["finetune", *flags, "--eval_steps", "2"]) == 0
+    folder = tmp_path / "run"
+    assert weights_in(folder) == ["model.safetensors"]
+    assert not list(folder.glob("checkpoint-*"))
+    longer = ["--max_steps", "9", "--eval_steps", "2"]
+    assert main(["finetune", *flags, *longer, "--resume_from_checkpoint", "last"]) == 0
+    assert weights_in(folder) == ["model.safetensors"]
+    metrics = metrics_of(folder)
+    assert (metrics["steps"], metrics["forwards"]) == (9, 18)
+    assert main(["finetune", *flags, *longer, "--output_dir", str(tmp_path / "whole")]) == 0
+    found, whole = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in (folder, tmp_path / "whole")
+    )
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert metrics["best_step"] == metrics_of(tmp_path / "whole")["best_step"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (["--save_total_limit", "1"], True),
+        (["--save_strategy", "steps", "--save_steps", "3", "--eval_steps", "3"], True),
+        (["--save_strategy", "best", "--eval_steps", "1"], False),
+        (["--save_strategy", "journal"], False),
+        (["--method", "adamw", "--learning_rate", "1e-3", "--eval_steps", "3"], True),  # which no journal rebuilds
+    ],
+)
+def test_checkpoints_that_were_asked_for_stay(asked, kept, flags, tmp_path):
+    assert main(["finetune", *flags, "--eval_steps", "2", *asked]) == 0
+    assert bool(list((tmp_path / "run").glob("checkpoint-*"))) is kept
+
+
+def test_the_same_command_again_says_so_in_one_line_and_prints_the_table(flags, tmp_path, capsys, caplog):
+    assert main(["finetune", *flags]) == 0
+    table = capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
+    caplog.clear()
+    assert main(["finetune", *flags]) == 0
+    assert capsys.readouterr().out == table
+    assert caplog.messages[-1].endswith("holds this very run, finished: nothing is left to do.")
+    assert "setting  " not in caplog.text
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_evaluation_says_nothing_about_training(flags, tmp_path, capsys, caplog):
+    assert main(["finetune", *flags, "--do_train", "false"]) == 0
+    told = caplog.text + capsys.readouterr().out
+    for word in ("learning_rate", "max_steps", "forwards per step", "perturb", "training loss", "journal"):
+        assert word not in told
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "Nothing was trained." in report
+    assert metrics_of(tmp_path / "run")["effective_lr"] is None
+    assert weights_in(tmp_path / "run") == []
+
+
+def test_the_report_of_auto_says_what_was_asked_for_and_what_it_became(flags, tmp_path, capsys, caplog):
+    at = flags.index("--learning_rate")
+    own = ["--template", "{sentence} It was", "--method", "auto"]
+    assert main(["finetune", *flags[:at], *flags[at + 2 :], *own]) == 0
+    folder = tmp_path / "run"
+    metrics = metrics_of(folder)  # valid JSON: no NaN
+    assert (metrics["requested_method"], metrics["method"]) == ("auto", "forward_difference")
+    assert "parameters with auto (forward_difference)" in capsys.readouterr().out
+    for name in ("report.md", "README.md"):
+        text = (folder / name).read_text()
+        assert "with auto (forward_difference)" in text
+        assert not re.search(r"\bnan\b", text)
+        assert "sst2" not in text
+    assert metrics["task"] != "sst2"
+    (table,) = [message for message in caplog.messages if message.startswith("Settings (")]
+    assert re.search(r"perturb +decided when the model is loaded +auto\n", table)
+
+
+@pytest.mark.parametrize("selected_by", ["loss", "accuracy"])
+def test_a_run_that_diverged_is_reported_as_that(selected_by, flags, tmp_path, capsys):
+    """Its weights give all words the same score: a loss of ln 2, which is below that of the untrained model."""
+    wild = ["--learning_rate", "3", "--max_steps", "30", "--eval_steps", "10", "--metric_for_best_model", selected_by]
+    assert main(["finetune", *flags, *wild]) == 0
+    metrics = metrics_of(tmp_path / "run")
+    assert re.match(r"Training diverged: the loss of its batches rose from 0\.\d+ to \S+e\+0\d ", metrics["went_wrong"])
+    table = capsys.readouterr().out
+    assert "(the run diverged)" in table
+    texts = [(tmp_path / "run" / name).read_text() for name in ("report.md", "README.md")]
+    assert all("Training diverged: the loss" in text for text in texts)
+    if selected_by == "accuracy":  # no evaluation beat that before training
+        assert metrics["best_step"] == 0
+        assert metrics["after"] == pytest.approx(metrics["before"])
+        assert "(the untrained weights were the best)" in table
+        assert all("so the weights are the untrained ones" in text for text in texts)
+
+
+def test_validation_examples_are_called_that(flags, tmp_path, capsys):
+    at = flags.index("--test_file")
+    assert main(["finetune", *flags[:at], *flags[at + 2 :], "--max_steps", "2"]) == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "on 24 validation examples" in capsys.readouterr().out
+    assert "held-out" not in report
+
+
+def test_what_is_told_of_a_run():
+    run = {"method": "mezo", "learning_rate": 1e-3, "effective_lr": float("nan"), "steps": 100, "selected_by": "loss"}
+    run |= {
+        "before": {"loss": 1.4222},
+        "after": {"loss": 1.0986},
+        "evaluations": [1],
+        "went_wrong": None,
+        "best_step": 60,
+    }
+    assert method_told(run) == "mezo"
+    assert rate_told(run) == "0.001"
+    assert loss_told(run) == "1.4222 -> 1.0986"
+    assert weights_told(run) == "The weights are those with the best validation loss, of step 60 of 100."
+    assert weights_told(run | {"evaluations": [], "best_step": 100}) == "The weights are those of the last step, 100."
+    assert loss_told(run | {"went_wrong": "Training diverged."}) == "1.4222 -> 1.0986 (the run diverged)"
+
+
+SCREEN = """
+import sys, warnings
+from zokernel.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def screen(*words, home, **environment):
+    """Run a command in a process of its own, as a terminal would, and return what it wrote and its exit code."""
+    variables = {**os.environ, "ZOKERNEL_HOME": str(home), "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", SCREEN, *words], capture_output=True, text=True, env=variables, cwd=home, check=False
+    )
+    return done.stdout, done.stderr, done.returncode
+
+
+def test_a_run_shows_its_own_lines_once_and_none_of_the_libraries(flags, tmp_path):
+    out, err, code = screen("finetune", *flags, home=tmp_path)
+    assert code == 0
+    lines = [line for line in err.splitlines() if line and not line.startswith("step ")]
+    assert len(lines) == len(set(lines))
+    noise = ("Warning", "warn", "Loading weights", "Writing model shards", "it/s", ".py:", "transformers", "torch.")
+    assert [line for line in err.splitlines() if any(word in line for word in noise)] == []
+    assert "Saved in" in out
+    assert not (tmp_path / "trainer_output").exists()
+
+
+@pytest.mark.parametrize("words", [["claims"], ["reproduce", "--list"], ["finetune", "--help-all"], ["--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
+    command = f"'{sys.executable}' -m zokernel {' '.join(words)}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -c 1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)

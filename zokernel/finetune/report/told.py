@@ -1,0 +1,88 @@
+"""How a report says what was asked for, what it became, and whether the run went well."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def method_told(metrics: dict[str, Any]) -> str:
+    """Return the method as the user asked for it, and what that became.
+
+    Example:
+        >>> method_told({"method": "forward_difference", "requested_method": "auto"})
+        'auto (forward_difference)'
+        >>> method_told({"method": "mezo", "requested_method": "mezo"})
+        'mezo'
+    """
+    asked, method = metrics.get("requested_method", metrics["method"]), metrics["method"]
+    return str(method) if asked == method else f"{asked} ({method})"
+
+
+def examples_told(metrics: dict[str, Any]) -> str:
+    """Return the examples of the scores before and after: of a test split, or those that chose the best step.
+
+    Example:
+        >>> examples_told({"num_test": 1000, "test_is_validation": False})
+        '1,000 test examples'
+    """
+    return f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
+
+
+def rate_told(metrics: dict[str, Any]) -> str:
+    """Return the learning rate and, where it is a number of its own, the effective one.
+
+    Example:
+        >>> rate_told({"learning_rate": 0.1, "effective_lr": None})
+        '0.1'
+        >>> rate_told({"learning_rate": 1e-5, "effective_lr": 4e-5})
+        '1e-05 (effective 4e-05)'
+    """
+    rate, effective = metrics["learning_rate"], number(metrics.get("effective_lr"))
+    same = effective is None or math.isclose(rate, effective, rel_tol=1e-3)
+    return f"{rate:.3g}" if same else f"{rate:.3g} (effective {effective:.3g})"
+
+
+def number(value: float | None) -> float | None:
+    """Return a number that JSON has: None for NaN and infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def weights_told(metrics: dict[str, Any]) -> str:
+    """Return which weights are reported, and whether the run went wrong.
+
+    Example:
+        >>> weights_told({"best_step": 40, "steps": 100, "selected_by": "loss", "evaluations": [{}]})
+        'The weights are those with the best validation loss, of step 40 of 100.'
+    """
+    best, steps, wrong = metrics["best_step"], metrics["steps"], metrics.get("went_wrong")
+    if not metrics.get("evaluations"):
+        told = f"The weights are those of the last step, {best:,}."
+    elif best == 0:
+        told = (
+            f"No evaluation in {steps:,} steps had a better validation {metrics['selected_by']} than the model had "
+            "before training, so the weights are the untrained ones."
+        )
+    elif best == steps:
+        told = f"The weights are those of the last step, {best:,}."
+    else:
+        told = (
+            f"The weights are those with the best validation {metrics['selected_by']}, of step {best:,} of {steps:,}."
+        )
+    return f"{wrong} {told}" if wrong else told
+
+
+def loss_told(metrics: dict[str, Any]) -> str:
+    """Return the loss before and after; of a run that diverged or got nowhere it is said.
+
+    Example:
+        >>> loss_told({"before": {"loss": 1.4}, "after": {"loss": 1.1}, "best_step": 9})
+        '1.4000 -> 1.1000'
+    """
+    text = f"{metrics['before']['loss']:.4f} -> {metrics['after']['loss']:.4f}"
+    if metrics["best_step"] == 0:
+        text += " (the untrained weights were the best)"
+    wrong = metrics.get("went_wrong")
+    if wrong:
+        text += f" (the run {'diverged' if wrong.startswith('Training diverged') else 'came to a standstill'})"
+    return text
