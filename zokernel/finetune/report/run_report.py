@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from zokernel.figures import PALETTE, figures
+from zokernel.finetune.report.samples import samples_section
 from zokernel.finetune.report.told import examples_told, loss_told, method_told, rate_told, weights_told
+
+PERPLEXITY = "perplexity"  # the one metric that is no share
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -30,18 +33,18 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the summary: what was measured, with its uncertainty."""
     before, after, metric = metrics["before"], metrics["after"], metrics["metric"]
     examples = metrics["num_test"]
-    gain = 100 * (after[metric] - before[metric])
     shots = metrics["num_demonstrations"]
     start = f"{shots}-shot in-context" if shots else "zero-shot"
     model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
-    zero_shot = (f"{start} {metric}", f"{_share(before[metric], examples)} on {examples_told(metrics)}")
+    first, last = (_measured(metric, found[metric], examples) for found in (before, after))
+    zero_shot = (f"{start} {metric}", f"{first} on {examples_told(metrics)}")
     if not metrics["steps"]:
         return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
         model,
         ("trained", f"{metrics['num_trained']:,} parameters with {method_told(metrics)}"),
         zero_shot,
-        (f"{metric} after training", f"{_share(after[metric], examples)} ({gain:+.1f} points)"),
+        (f"{metric} after training", f"{last} ({_change(metric, before, after)})"),
         ("loss before -> after", loss_told(metrics)),
         ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
@@ -49,6 +52,18 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak memory, inference", f"{metrics['peak_memory_inference'] / 2**20:,.0f} MiB"),
         ("training / inference", f"{metrics['peak_memory_training'] / metrics['peak_memory_inference']:.2f} x"),
     ]
+
+
+def _measured(metric: str, value: float, examples: int) -> str:
+    """Format a metric: a perplexity as it is, a share with its standard error."""
+    return f"{value:.3f}" if metric == PERPLEXITY else _share(value, examples)
+
+
+def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> str:
+    """Format how a metric changed: a perplexity by its ratio, a share in points."""
+    if metric == PERPLEXITY:
+        return f"{100 * (after[metric] / before[metric] - 1):+.1f} %"
+    return f"{100 * (after[metric] - before[metric]):+.1f} points"
 
 
 def _share(share: float, examples: int) -> str:
@@ -87,9 +102,12 @@ def draw_loss(
         ):
             where = [row["forwards"] for row in points]
             upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
-            lower.plot(where, [100 * row[metric] for row in points], style, color=color, label=label)
+            scale = 1 if metric == PERPLEXITY else 100
+            lower.plot(where, [scale * row[metric] for row in points], style, color=color, label=label)
         upper.set(ylabel="loss (nats)", ylim=(0, None))
-        lower.set(xlabel="forward passes", ylabel=f"{metric} (%)", ylim=(0, 100))
+        lower.set(xlabel="forward passes", ylabel=metric)
+        if metric != PERPLEXITY:
+            lower.set(ylabel=f"{metric} (%)", ylim=(0, 100))
         upper.legend(loc="upper right")
         lower.legend(loc="lower right")
         figure.savefig(path, dpi=130)
@@ -125,9 +143,6 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         path.write_text(_evaluation_report(metrics), encoding="utf-8")
         return
     before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
-    gain = 100 * (after[metric] - before[metric])
-    variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
-    error = 100 * math.sqrt(variance)
     ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
     forward_only = metrics["forwards_per_step"] is not None
     how = (
@@ -137,23 +152,21 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         if forward_only
         else "Each step computed the gradient by backpropagation (a first-order baseline)."
     )
-    outcome = (
-        f"{metric.capitalize()} on {examples:,} examples the run never trained on went from "
-        f"{100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {gain:+.1f} points, "
-        f"with a standard error of at most {error:.1f}."
-    )
+    outcome = _outcome(metric, before, after, examples)
     if metrics["test_is_validation"]:
         outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     words = ", ".join(metrics["label_words"])
-    asked = f"complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
+    asked = f"The model was asked to complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
+    if metric == PERPLEXITY:
+        asked = "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
     text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
 
 ## In plain words
 
 {how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
-The model was asked to {asked}
+{asked}
 Before training it answered from what it had read; that is the zero-shot row. {weights_told(metrics)}
 
 ## Numbers
@@ -167,8 +180,9 @@ Before training it answered from what it had read; that is the zero-shot row. {w
 ![loss](loss.png)
 
 Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
-The ± is the binomial standard error of {examples:,} examples.
+{"" if metric == PERPLEXITY else f"The ± is the binomial standard error of {examples:,} examples."}
 
+{samples_section(metrics.get("samples", []), trained=True)}
 ## Repeat it
 
 ```
@@ -181,17 +195,38 @@ plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from t
     path.write_text(text, encoding="utf-8")
 
 
+def _outcome(metric: str, before: dict[str, float], after: dict[str, float], examples: int) -> str:
+    """Return one sentence on what the metric was before and after."""
+    where = f"{metric.capitalize()} on {examples:,} examples the run never trained on went from"
+    if metric == PERPLEXITY:
+        return (
+            f"{where} {before[metric]:.3f} to {after[metric]:.3f}, the loss from {before['loss']:.4f} to "
+            f"{after['loss']:.4f}."
+        )
+    variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
+    return (
+        f"{where} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {_change(metric, before, after)}, "
+        f"with a standard error of at most {100 * math.sqrt(variance):.1f}."
+    )
+
+
 def _evaluation_report(metrics: dict[str, Any]) -> str:
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     return f"""# Evaluation of {metrics["model"]}
 
-Nothing was trained. The template was `{metrics["template"]!r}`.
+{_untrained(metrics)}
 
 | | |
 |---|---|
 {table_lines}
 
+{samples_section(metrics.get("samples", []), trained=False)}
 ```
 {metrics["command"]}
 ```
 """
+
+
+def _untrained(metrics: dict[str, Any]) -> str:
+    template = f" The template was `{metrics['template']!r}`." if metrics["template"] else ""
+    return f"Nothing was trained.{template}"

@@ -1,0 +1,79 @@
+"""Whether a task of text fits the model, the tokenizer and the flags: before the weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks.chat_template import choose_chat_template, has_chat_template
+from zokernel.finetune.tasks.encode_text import TextEncoder
+from zokernel.finetune.tasks.text import TextTask
+
+_ONLY_TEXT = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
+_ONLY_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
+
+
+def check_text(
+    task: Task, rows: Sequence[Row], tokenizer: Any, arguments: DataArguments, *, kind: str, objective: str
+) -> None:
+    """Check the flags of a task of text, and let the tokenizer use the chat template that was asked for.
+
+    Args:
+        task: The task; of another kind, only that no flag of texts was given.
+        rows: Rows to train on, of which the first is tokenized.
+        tokenizer: The tokenizer, whose template is set.
+        arguments: What the user said about the data.
+        kind: ``causal``, ``masked`` or ``seq2seq``.
+        objective: What a step minimises.
+
+    Raises:
+        UsageError: If something does not fit, naming the flag.
+    """
+    if not isinstance(task, TextTask):
+        for flag in _ONLY_TEXT:
+            if getattr(arguments, flag) not in (None, False):
+                raise UsageError(f"--{flag} is for chats, instructions and texts, and this is a {task.kind} task.")
+        return
+    if kind != "causal":
+        raise UsageError(
+            f"Chats, instructions and texts train causal language models, and this model is {kind}: choose another, or "
+            "name a task with --task."
+        )
+    if objective != "cross_entropy":
+        raise UsageError(f"--objective {objective} needs answers to compare, which texts do not have: leave it out.")
+    for flag, what in _ONLY_OPTIONS.items():
+        if getattr(arguments, flag):
+            raise UsageError(f"--{flag} {what}, which texts do not have: leave it out.")
+    choose_chat_template(tokenizer, arguments.chat_template)
+    chats = _are_chats(task, rows[0], tokenizer)
+    unfit = {
+        "chat_template": not chats,
+        "assistant_only_loss": not chats,
+        "completion_only_loss": task.form not in ("prompt-completion", "instruction"),
+    }
+    for flag, wrong in unfit.items():
+        if wrong and getattr(arguments, flag) is not None:
+            raise UsageError(f"--{flag} does not apply to rows of the form {task.form!r}: leave it out.")
+    text_encoder(task, tokenizer, arguments, max_length=arguments.max_length or 2048).tokens(rows[0])
+
+
+def text_encoder(task: TextTask, tokenizer: Any, arguments: DataArguments, *, max_length: int) -> TextEncoder:
+    """Return what tokenizes the rows of a task, with trl's defaults where the user said nothing."""
+    assistant, completion = arguments.assistant_only_loss, arguments.completion_only_loss
+    return TextEncoder(
+        tokenizer,
+        task.form,
+        assistant_only_loss=task.form == "messages" if assistant is None else assistant,
+        completion_only_loss=completion is None or completion,
+        max_length=max_length,
+    )
+
+
+def _are_chats(task: TextTask, row: Row, tokenizer: Any) -> bool:
+    if task.form == "instruction":
+        return has_chat_template(tokenizer)
+    return task.form == "messages" or (task.form == "prompt-completion" and not isinstance(row["prompt"], str))

@@ -1,0 +1,149 @@
+"""The losses of tokens, with no more logits in memory than those of a few hundred of them.
+
+Logits are the largest activation of a language model: those of 4,096 tokens of SmolLM2 take 805 MB, more than all its
+weights.  So the backbone runs once, and what follows it (the head, and scaling or soft-capping, as each model has it)
+runs on the hidden states of one block of scored positions after the other.  It is the model's own code that runs: it is
+called once per block, with a backbone that answers from what it found in the first call.
+
+Shapes: R rows, T tokens of a row, C copies of the rows, N scored tokens of a copy, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokernel.errors import UsageError
+from zokernel.finetune.scoring.options import packed_mask, scored_logits
+from zokernel.finetune.scoring.wide_head import WideHead
+
+BLOCK = 512  # scored positions whose logits are in memory at a time
+
+
+def token_losses(
+    model: nn.Module, batch: dict[str, Any], *, copies: int = 1, block: int = BLOCK, whole: bool = False
+) -> Tensor:
+    """Return the cross entropy of every scored token.
+
+    Args:
+        model: A causal language model of transformers, or a wrapper with the same call.
+        batch: What :class:`TextCollator` returns.
+        copies: How many times the batch holds the same rows, copy after copy.
+        block: Scored positions whose logits are computed at a time.
+        whole: Compute the logits of all scored positions at once, where the backbone is not known.
+
+    Returns:
+        (C, N) losses in fp32, row after row.
+
+    Raises:
+        UsageError: If the model has no backbone that can be told from its head, and ``whole`` is false.
+    """
+    real_RK = batch["targets"] >= 0
+    targets_CN = batch["targets"][real_RK].view(copies, -1)
+    if whole:
+        logits_RKV = scored_logits(model, batch)
+        return F.cross_entropy(logits_RKV[real_RK].float(), targets_CN.flatten(), reduction="none").view(copies, -1)
+    bare = getattr(model, "module", model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "segments" in batch:
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(bare, batch["segments"])}
+    places = real_RK.nonzero()[:, 0], batch["positions"][real_RK]
+    found, step = [], max(1, block // copies)
+    length = batch["input_ids"].shape[1]
+    with WideHead(bare), _RunsOnce(_backbones(bare), *places, copies, length=length) as backbone:
+        for begin in range(0, targets_CN.shape[1], step):
+            backbone.block = slice(begin, begin + step)
+            targets_CB = targets_CN[:, backbone.block]
+            logits_XV = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+            found.append(F.cross_entropy(logits_XV, targets_CB.flatten(), reduction="none").view(copies, -1))
+    return torch.cat(found, 1)
+
+
+def blocks_agree(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Return whether the losses of a batch are the same block by block as with all logits at once."""
+    try:
+        found = token_losses(model, batch, block=max(1, int((batch["targets"] >= 0).sum()) // 2))
+    except (UsageError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    expected = token_losses(model, batch, whole=True)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of which one computes the hidden states that the head sees, with an adapter or without.
+
+    Most models call the module of their ``base_model_prefix``; some, such as OPT, the decoder within it.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    found = [getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)]
+    if hasattr(inner, "get_decoder"):
+        found.append(inner.get_decoder())
+    modules = {id(module): module for module in found if isinstance(module, nn.Module) and module is not inner}
+    if not modules:
+        raise UsageError(f"{type(inner).__name__} has no backbone that can be told from its head.")
+    return list(modules.values())
+
+
+class _RunsOnce:
+    """Context in which a backbone runs in the first call, and later answers with the block's hidden states.
+
+    Args:
+        candidates: Modules of which the model calls one; the first to return is the backbone.
+        rows: The row of each scored position: (C * N,).
+        positions: Where in its row it is: (C * N,).
+        copies: C.
+        length: T; virtual tokens that prompt tuning puts in front are counted off.
+
+    Attributes:
+        block: Which of the N scored positions of each copy the next answer is for.
+    """
+
+    def __init__(self, candidates: list[nn.Module], rows: Tensor, positions: Tensor, copies: int, *, length: int):
+        self._candidates = candidates
+        self._backbone: Any = None
+        self._rows, self._positions, self._copies, self._length = rows, positions, copies, length
+        self._hidden_CNH: Tensor | None = None
+        self.block = slice(0, 0)
+
+    def __enter__(self) -> _RunsOnce:
+        self._handles = [module.register_forward_hook(self._keep) for module in self._candidates]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._remove_hooks()
+        if self._backbone is not None:
+            self._backbone.forward = self._forward
+            if not self._patched:
+                del self._backbone.forward
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._remove_hooks()
+        hidden_RTH = output[0]
+        in_front = hidden_RTH.shape[1] - self._length
+        picked = hidden_RTH[self._rows, self._positions + in_front]
+        self._hidden_CNH = picked.view(self._copies, -1, picked.shape[-1])
+        self._output = _with_hidden(output, picked)
+        self._backbone, self._patched, self._forward = module, "forward" in vars(module), module.forward
+        self._backbone.forward = self._answer
+        return self._answer()
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._hidden_CNH is not None
+        block = self._hidden_CNH[:, self.block]
+        # Rows of one token each, copy after copy, as the layers of stacked losses expect.
+        return _with_hidden(self._output, block.reshape(-1, 1, block.shape[-1]))
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """Return a backbone's output with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})

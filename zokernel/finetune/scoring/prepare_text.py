@@ -1,0 +1,157 @@
+"""Chats, instructions and texts made ready for a model: batches of tokens, and the loss that suits its head."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.errors import UsageError
+from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
+from zokernel.finetune.data.datasets import Splits
+from zokernel.finetune.scoring.language import LanguageObjective
+from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
+from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
+
+logger = logging.getLogger(__name__)
+
+TRIED = 256  # tokens of each row that is tried, so that trying costs less than a step
+SAMPLES = 3  # prompts that are continued for the report
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, and the answer in its row."""
+
+    prompt_ids: list[int]
+    prompt: str
+    answer: str
+
+
+def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict[str, TextDataset]:
+    """Tokenize the splits, and say how many tokens there are.
+
+    Rows to evaluate on are sorted by length, which wastes no compute on padding; only rows to train on are packed.
+
+    Args:
+        encoder: Tokenizes rows.
+        splits: The rows.
+        packing: Whether training rows hold several documents.
+
+    Returns:
+        ``train``, ``validation`` and ``test``.
+    """
+    found: dict[str, list[EncodedText]] = {}
+    for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        # The same rows are not tokenized, and reported, twice.
+        same = split == "test" and rows == splits.validation
+        found[split] = found["validation"] if same else encoder.encode(rows, where=split.capitalize())
+    for split in ("validation", "test"):
+        found[split] = sorted(found[split], key=lambda example: len(example.input_ids))
+    logger.info(
+        "Data: %s.",
+        "; ".join(
+            f"{len(rows):,} {split} rows of {sum(len(e.input_ids) for e in rows):,} tokens, "
+            f"{sum(len(e.scored) for e in rows):,} of them learned"
+            if split == "train"
+            else f"{len(rows):,} {split} rows, {sum(len(e.scored) for e in rows):,} tokens scored"
+            for split, rows in found.items()
+        ),
+    )
+    if packing:
+        packed = pack(found["train"], encoder.max_length)
+        logger.info(
+            "Packing: %s texts in %s rows of up to %d tokens, none of which sees another.",
+            f"{len(found['train']):,}",
+            f"{len(packed):,}",
+            encoder.max_length,
+        )
+        found["train"] = packed
+    return {split: TextDataset(rows) for split, rows in found.items()}
+
+
+def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sample]:
+    """Return the first held-out prompts that leave room for an answer."""
+    found: list[Sample] = []
+    for row in splits.test:
+        ids, answer = encoder.prompt(row)
+        if ids and len(ids) <= room:
+            found.append(Sample(ids, encoder.tokenizer.decode(ids), answer))
+        if len(found) == SAMPLES:
+            break
+    return found
+
+
+def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
+    """Return the control tokens with which the learned part of a row ends, such as the end of a turn."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special & {example.input_ids[example.scored[-1]] for example in dataset.examples})
+
+
+@torch.no_grad()
+def language_objective(model: nn.Module, collator: TextCollator, dataset: TextDataset) -> LanguageObjective:
+    """Return the loss of texts, after a trial of whether this model's head runs block by block.
+
+    Args:
+        model: The model to train.
+        collator: Batches rows.
+        dataset: Rows to train on, of which the beginnings of two are tried.
+
+    Raises:
+        UsageError: If rows are packed, and the model cannot keep their documents apart.
+    """
+    device = next(model.parameters()).device
+    documents = _beginnings(dataset)
+    batch = _moved(collator([vars(e) for e in documents]), device)
+    objective = LanguageObjective(whole=not blocks_agree(model, batch))
+    if objective.whole:
+        logger.warning(
+            "%s cannot compute its logits in blocks: those of all scored tokens of a batch are in memory together.",
+            type(model).__name__,
+        )
+    if any(len(e.lengths) > 1 for e in dataset.examples):
+        whole = pack(documents, sum(len(e.input_ids) for e in documents))
+        _check_packing(model, batch, _moved(collator([vars(e) for e in whole]), device), objective)
+    return objective
+
+
+def _check_packing(
+    model: nn.Module, apart: dict[str, Tensor], together: dict[str, Tensor], objective: LanguageObjective
+) -> None:
+    """Check that packed documents have the losses that they have alone."""
+    expected = token_losses(model, apart, whole=objective.whole).sum()
+    try:
+        found = token_losses(model, together, whole=objective.whole).sum()
+        reason = f"their loss would differ by {(found / expected - 1).abs().item():.2g} of itself"
+        tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
+        agrees = bool((found - expected).abs() <= tolerance * expected.abs())
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        agrees, reason = False, type(error).__name__
+    if not agrees:
+        raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing.")
+
+
+def _beginnings(dataset: TextDataset) -> list[EncodedText]:
+    """Return the beginnings of the first documents that have a scored token there: two if there are two."""
+    found: list[EncodedText] = []
+    for example in dataset.examples:
+        begin = 0
+        for length in example.lengths:
+            end = begin + min(length, TRIED)
+            scored = [place - begin for place in example.scored if begin < place < end]
+            if scored:
+                found.append(EncodedText(example.input_ids[begin:end], scored, [end - begin]))
+            begin += length
+            if len(found) == 2:
+                return found
+    if not found:  # all that counts lies behind long prompts
+        example, end = dataset.examples[0], dataset.examples[0].scored[0] + 1
+        found.append(EncodedText(example.input_ids[:end], [end - 1], [end]))
+    return found
+
+
+def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,174 @@
+"""Chats, completions, instructions and texts as tokens, with those that count for the loss, as trl 1.16 has them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks.chat_template import assistant_tokens, has_chat_template, render
+from zokernel.finetune.tasks.text import TextTask, alpaca_messages, alpaca_prompt, messages_of
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 32  # tokens of a text that its continuation is shown for
+
+
+_ANSWER = [{"role": "assistant", "content": "."}]  # in the place of one that is not known
+_REQUESTS = {"messages": "prompt", "prompt-completion": "prompt", "instruction": "instruction", "text": "text"}
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One row of tokens.
+
+    Attributes:
+        input_ids: Its tokens.
+        scored: Places of the tokens that count for the loss, in order; never the first of a document.
+        lengths: Tokens of each document in the row: several if they are packed.
+    """
+
+    input_ids: list[int]
+    scored: list[int]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Turns rows of a :class:`TextTask` into tokens.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        form: The form of the rows.
+        assistant_only_loss: Whether only what the assistant wrote counts.
+        completion_only_loss: Whether only the completion counts.
+        max_length: Longest row; longer ones lose their end.
+    """
+
+    tokenizer: Any
+    form: str
+    assistant_only_loss: bool
+    completion_only_loss: bool
+    max_length: int
+
+    def encode(self, rows: Sequence[Row], *, where: str) -> list[EncodedText]:
+        """Return the rows that have a token to learn; the others are left out and counted.
+
+        Raises:
+            UsageError: If none is left, or a chat cannot be rendered.
+        """
+        found, cut, empty = [], 0, 0
+        for row in rows:
+            ids, marks = self.tokens(row)
+            cut += len(ids) > self.max_length
+            ids, marks = ids[: self.max_length], marks[: self.max_length]
+            scored = [place for place, mark in enumerate(marks) if mark and place]
+            if scored:
+                found.append(EncodedText(ids, scored, [len(ids)]))
+            else:
+                empty += 1
+        if cut:
+            logger.info("%s: %d of %d rows lose their end at %d tokens.", where, cut, len(rows), self.max_length)
+        if empty:
+            logger.info("%s: %d of %d rows have no token to learn and are left out.", where, empty, len(rows))
+        if not found:
+            raise UsageError(
+                f"{where}: no row has a token to learn within {self.max_length} tokens: raise --max_length, or look "
+                "whether the chats have an assistant's turn."
+            )
+        return found
+
+    def tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a row, and which of them count."""
+        if self.form == "text":
+            ids = self._plain(self._ended(row["text"]))
+            return ids, [True] * len(ids)
+        options = self._options(row)
+        if self.form == "messages":
+            ids = self._chat(row["messages"], **options)
+            if not self.assistant_only_loss:
+                return ids, [True] * len(ids)
+            return ids, assistant_tokens(self.tokenizer, row["messages"], **options)
+        prompt, completion = self._parts(row)
+        if isinstance(prompt, str):
+            before, ids = self._plain(prompt), self._plain(prompt + self._ended(completion))
+            marks = [True] * len(ids)
+        else:
+            before = self._chat(prompt, add_generation_prompt=True, **options)
+            ids = self._chat([*prompt, *completion], **options)
+            only = self.assistant_only_loss
+            marks = assistant_tokens(self.tokenizer, [*prompt, *completion], **options) if only else [True] * len(ids)
+        if self.completion_only_loss:
+            # Tokens may merge across the boundary: the completion begins where the two diverge.
+            begin = next((n for n, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
+            marks = [False] * begin + marks[begin:]
+        return ids, marks
+
+    def prompt(self, row: Row) -> tuple[list[int], str]:
+        """Return what a model would be asked with, and the answer in the row.
+
+        Of a chat, everything before the assistant's last message; of a text, its first half, up to 32 tokens.
+        """
+        if self.form == "text":
+            ids = self._plain(row["text"])
+            half = max(1, min(SHOWN, len(ids) // 2))
+            return ids[:half], self.tokenizer.decode(ids[half : half + 4 * SHOWN])
+        options = self._options(row)
+        if self.form == "messages":
+            messages = row["messages"]
+            last = max((n for n, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+            prompt, completion = messages[:last], messages[last : last + 1]
+        else:
+            prompt, completion = self._parts(row)
+        if isinstance(prompt, str):
+            return self._plain(prompt), str(completion)
+        ids = self._chat(prompt, add_generation_prompt=True, **options) if prompt else self._plain("")
+        return ids, "\n".join(str(message.get("content", "")) for message in completion)
+
+    def request(self, row: Mapping[str, Any] | str) -> list[int]:
+        """Return the tokens after which the model answers; the row needs no answer.
+
+        Args:
+            row: A row in the form of the task, with or without its answer; or what the user says, as a text.
+
+        Raises:
+            UsageError: If the row is in another form.
+        """
+        row = {_REQUESTS[self.form]: row} if isinstance(row, str) else dict(row)
+        if self.form == "text":
+            return self._plain(str(row.get("text", "")))
+        if self.form == "messages":
+            column = "conversations" if "conversations" in row else "messages"
+            said = row.get(column) or [{"role": "user", "content": row.get("prompt", "")}]
+            messages = messages_of(said, column)
+            answered = bool(messages) and messages[-1]["role"] == "assistant"
+            row[column] = messages if answered or not messages else [*messages, *_ANSWER]
+        elif self.form == "prompt-completion":
+            row.setdefault("completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
+        else:
+            row.setdefault("output", ".")
+        return self.prompt(TextTask(form=self.form).read([row], where="It")[0])[0]
+
+    def _parts(self, row: Row) -> tuple[Any, Any]:
+        if self.form == "prompt-completion":
+            return row["prompt"], row["completion"]
+        if has_chat_template(self.tokenizer):
+            return alpaca_messages(row)
+        return alpaca_prompt(row), row["output"]
+
+    def _options(self, row: Row) -> dict[str, Any]:
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        return {**tools, **row.get("chat_template_kwargs", {})}
+
+    def _chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
+        return list(render(self.tokenizer, messages, tokenize=True, **options))
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _ended(self, text: str) -> str:
+        end = self.tokenizer.eos_token or ""
+        return text if text.endswith(end) else text + end

@@ -1,0 +1,279 @@
+"""Text that is learned as it stands: chats, prompts with completions, instructions, and documents."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks.base import Task, is_missing
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+
+# ShareGPT's names of the speakers, and those of the chat templates.
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+}
+# The wording of the Stanford Alpaca project (Taori et al., 2023).
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """Language modelling: the loss is that of the tokens that count, and nothing is chosen among.
+
+    Rows are read into one of four forms, whose columns are trl's where trl has them: ``messages``; ``prompt`` and
+    ``completion``, each a text or messages; ``instruction``, ``input`` and ``output`` (Alpaca); or ``text``.
+
+    Args:
+        template: Empty; the text of a row needs none.
+        form: ``messages``, ``prompt-completion``, ``instruction`` or ``text``.
+
+    Example:
+        >>> rows = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+        >>> TextTask(form="messages").read(rows, where="train")[0]["messages"][1]
+        {'role': 'assistant', 'content': 'Hello'}
+    """
+
+    kind: ClassVar[str] = "text"
+
+    template: str = ""
+    form: str = "text"
+    label_column: str = ""
+    metric: str = "perplexity"
+    loss: str = "answer"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", ())
+
+    def read(self, rows: Sequence[Row], *, where: str) -> list[Row]:
+        """Return the rows in the task's form; those without text are left out and counted.
+
+        Raises:
+            UsageError: If a row is in another form (its line is named), or nothing is left.
+        """
+        lines, form = getattr(rows, "lines", ()), _FORMS[self.form]
+        kept: list[Row] = []
+        empty: list[str] = []
+        for number, row in enumerate(rows):
+            place = f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
+            try:
+                found = form(row)
+            except UsageError as error:
+                raise UsageError(f"{where}, {place}: {error}") from error
+            if found is None:
+                empty.append(place)
+            else:
+                kept.append(found)
+        if not kept:
+            raise UsageError(f"{where} has no row with text to learn ({self.form}).")
+        if empty:
+            logger.info("%s: %d rows without text are left out (the first: %s).", where, len(empty), empty[0])
+        return kept
+
+    def required_columns(self) -> tuple[str, ...]:
+        """Return no column: :meth:`read` knows what a row must have."""
+        return ()
+
+    def options(self, row: Row) -> tuple[str, ...]:
+        """Refuse: there is nothing to choose among.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError("Chats, instructions and texts have no options: they are scored by the loss of their tokens.")
+
+    fillers = options
+
+    def correct(self, row: Row) -> tuple[int, ...]:
+        """Return the one text there is."""
+        return (0,)
+
+
+def _messages_row(row: Row) -> Row | None:
+    """Return ``messages`` and what goes with them, whatever their column and keys are called."""
+    column = "messages" if not is_missing(row.get("messages")) else "conversations"
+    messages = messages_of(row.get(column), column)
+    if not messages:
+        return None
+    return {"messages": _with_system(messages, row.get("system")), **_extras(row)}
+
+
+def _prompt_row(row: Row) -> Row | None:
+    """Return ``prompt`` and ``completion``, both texts or both messages."""
+    parts = [row.get("prompt"), row.get("completion")]
+    if any(map(is_missing, parts)):
+        return None
+    chats = [_is_chat(part) for part in parts]
+    if all(chats):
+        found = [messages_of(part, name) for part, name in zip(parts, ("prompt", "completion"))]
+        if not all(found):
+            return None
+        return {"prompt": _with_system(found[0], row.get("system")), "completion": found[1], **_extras(row)}
+    if any(chats):
+        raise UsageError("'prompt' and 'completion' must both be texts, or both be lists of messages.")
+    prompt, completion = (_text(part, name) for part, name in zip(parts, ("prompt", "completion")))
+    return {"prompt": prompt, "completion": completion} if completion.strip() else None
+
+
+def _instruction_row(row: Row) -> Row | None:
+    """Return Alpaca's columns (``system`` and ``history`` as LLaMA-Factory has them)."""
+    if is_missing(row.get("instruction")) or is_missing(row.get("output")):
+        return None
+    found = {name: _text(row[name], name) for name in ("instruction", "output")}
+    if not found["instruction"].strip() or not found["output"].strip():
+        return None
+    for name in ("input", "system"):
+        value = row.get(name)
+        found[name] = "" if is_missing(value) else _text(value, name)
+    history = row.get("history")
+    turns = [] if is_missing(history) or not history else history
+    if not isinstance(turns, (list, tuple)) or any(not isinstance(t, (list, tuple)) or len(t) != 2 for t in turns):
+        raise UsageError("'history' must be a list of [instruction, answer] pairs.")
+    return {**found, "history": [[str(asked), str(said)] for asked, said in turns]}
+
+
+def _text_row(row: Row) -> Row | None:
+    value = row.get("text")
+    if is_missing(value):
+        return None
+    text = _text(value, "text")
+    return {"text": text} if text.strip() else None
+
+
+_FORMS: dict[str, Callable[[Row], Row | None]] = {
+    "messages": _messages_row,
+    "prompt-completion": _prompt_row,
+    "instruction": _instruction_row,
+    "text": _text_row,
+}
+
+
+def messages_of(value: object, column: str) -> Messages:
+    """Return the messages in a cell as templates take them; none if one of them is empty.
+
+    Args:
+        value: A list of ``role``/``content`` or ``from``/``value`` mappings, or JSON of one.
+        column: Its name, for messages.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    if is_missing(value):
+        return []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{column!r} holds a text that is no JSON list of messages.") from error
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"{column!r} must hold a list of messages, each with a role and a content.")
+    found = [_message(message, column) for message in value]
+    return [message for message in found if message is not None] if all(m is not None for m in found) else []
+
+
+def _message(value: object, column: str) -> dict[str, Any] | None:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"A message in {column!r} is {value!r:.60}, not a mapping with 'role' and 'content'.")
+    names = {"from": "role", "value": "content"} if "role" not in value else {}
+    # Tables give every message every key, empty where it had none.
+    message = {names.get(str(key), str(key)): part for key, part in value.items() if part is not None}
+    if "role" not in message:
+        raise UsageError(f"A message in {column!r} has no 'role' (it has {', '.join(map(str, value))}).")
+    message["role"] = ROLES.get(str(message["role"]), str(message["role"]))
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = message["content"] = _joined(content)
+    if content is None or (isinstance(content, str) and not content.strip()):
+        if message.get("tool_calls"):
+            return {**message, "content": content or ""}
+        # Some chats begin with an empty system message; another message without text is no turn.
+        return {**message, "content": ""} if message["role"] == "system" else None
+    if not isinstance(content, str):
+        raise UsageError(f"The content of a message in {column!r} is a {type(content).__name__}, not a text.")
+    return message
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    """Return the text of a content that is given in parts."""
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UsageError(f"A message holds a part of type {kind!r}: only text is trained on.")
+    return "".join(str(part.get("text") or "") for part in parts)
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(part, Mapping) for part in value)
+
+
+def _text(value: object, column: str) -> str:
+    if isinstance(value, (list, tuple, Mapping, bytes)):
+        raise UsageError(f"Column {column!r} holds a {type(value).__name__}, not a text.")
+    return str(value)
+
+
+def _with_system(messages: Messages, system: object) -> Messages:
+    """Put the text of a ``system`` column in front, if there is one and the messages have none."""
+    if is_missing(system) or not str(system).strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": str(system)}, *messages]
+
+
+def _extras(row: Row) -> dict[str, Any]:
+    """Return ``tools`` and ``chat_template_kwargs``, which are handed to the template."""
+    found: dict[str, Any] = {}
+    for name in ("tools", "chat_template_kwargs"):
+        value = row.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.strip() else None
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{name!r} holds a text that is no JSON.") from error
+        if not is_missing(value) and value:
+            found[name] = value
+    return found
+
+
+def alpaca_prompt(row: Row) -> str:
+    r"""Return the prompt of an instruction in Alpaca's words, for a tokenizer without a chat template.
+
+    Example:
+        >>> row = {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "", "history": []}
+        >>> alpaca_prompt(row).splitlines()[2:]
+        ['### Instruction:', 'Add.', '', '### Input:', '1 + 1', '', '### Response:']
+    """
+    preamble = row["system"] or (ALPACA_WITH_INPUT if row["input"].strip() else ALPACA_WITHOUT_INPUT)
+    told = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{said}\n\n" for asked, said in row["history"])
+    more = f"### Input:\n{row['input']}\n\n" if row["input"].strip() else ""
+    return f"{preamble}\n\n{told}### Instruction:\n{row['instruction']}\n\n{more}### Response:\n"
+
+
+def alpaca_messages(row: Row) -> tuple[Messages, Messages]:
+    """Return an instruction as a chat, as LLaMA-Factory reads it: the messages before the answer, and the answer."""
+    before: Messages = [{"role": "system", "content": row["system"]}] if row["system"].strip() else []
+    for asked, said in row["history"]:
+        before += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    question = f"{row['instruction']}\n{row['input']}" if row["input"].strip() else row["instruction"]
+    before.append({"role": "user", "content": question})
+    return before, [{"role": "assistant", "content": row["output"]}]
