@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from zokernel._version import __version__
+from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
-from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
-from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.models.adapters import trained_by, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel, check_model
-from zokernel.finetune.models.kind import fills_masks
+from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
-from zokernel.finetune.models.vocabulary import check_token_ids
+from zokernel.finetune.models.merge import save_merged
 from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
+from zokernel.finetune.predict import write_predictor
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
     MEASURED,
@@ -39,10 +40,11 @@ from zokernel.finetune.report.metrics import (
     task_facts,
 )
 from zokernel.finetune.report.run_report import draw_loss, write_report
+from zokernel.finetune.report.samples import shown_samples
 from zokernel.finetune.report.told import number
 from zokernel.finetune.report.zero_shot import fingerprint, remembered
-from zokernel.finetune.scoring.make_objective import make_objective
-from zokernel.finetune.scoring.options import choose_collator
+from zokernel.finetune.scoring.continuations import continuations
+from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.check import check_metric, check_values
 from zokernel.finetune.settings.config import ZOConfig
@@ -51,7 +53,8 @@ from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
 from zokernel.finetune.storage.lock import exclusive
-from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks import Task, demonstrations
+from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
 from zokernel.process_memory import release_heap
@@ -92,9 +95,14 @@ def finetune(
         check_values(model_arguments)
         check_values(data_arguments)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
+        model_arguments = model.arguments
+        if model_arguments.merge_adapter and not config.do_train:
+            raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
         task = load_task(data_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
+        config = _lower_is_better(config)
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
+        check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         settings = resolve(
             config,
             trained=trained_by(model_arguments),
@@ -143,6 +151,7 @@ class _Job:
         self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
         self.command, self.task, self.splits, self.start = list(command), task, splits, start
         self.config = settings.arguments()
+        self.max_length = 0
 
     def run(self, folder: Path, deciding: dict[str, Any], resume: str | bool) -> dict[str, Any]:
         """Train and write the results."""
@@ -164,7 +173,9 @@ class _Job:
         shown = self.data_arguments.num_demonstrations
         how = f"{shown}-shot in-context" if shown else "Zero-shot"
         metric = self.task.metric
-        logger.info("%s %s on %d test examples: %.3f.", how, metric, len(self.splits.test), run["before"][metric])
+        where = "validation" if self.splits.test_is_validation else "test"
+        score = run["before"][metric]
+        logger.info("%s %s on %d %s examples: %.3f.", how, metric, len(self.splits.test), where, score)
 
         def begun() -> None:
             # Only now is it certain that the run there is continued, perhaps with a longer --max_steps.
@@ -182,14 +193,19 @@ class _Job:
                 write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else run["before"]
+        written = self._written() if config.do_train else run["written"]
         if config.do_train:
             trainer.save_model(str(folder))
             if main and self._journal_suffices(trainer, folder):
                 remove_checkpoints(folder)
         metrics = self._metrics(trainer, run, after, training.peak_bytes)
+        metrics["samples"] = shown_samples(self.prepared.samples, run["written"], written)
         if main:
             seconds = metrics["total_seconds"]
             write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
+            if config.do_train and self.model_arguments.merge_adapter:
+                save_merged(trainer.bare_model, folder)
+                metrics["saved"] = "model"
             self._write(folder, trainer, metrics)
         return metrics
 
@@ -210,47 +226,27 @@ class _Job:
         )
 
     def _make_trainer(self, tokenizer: Any) -> ZOTrainer:
-        data, task, config = self.data_arguments, self.task, self.config
-        reserved = virtual_tokens(self.model) + (data.max_new_tokens if task.kind == "generation" else 0)
-        self.encoded = encode_splits(
-            task,
-            self.splits,
-            tokenizer,
-            max_length=longest_input(self.model, tokenizer, data.max_length, reserved=reserved),
-            masked=self.masked,
-            num_demonstrations=data.num_demonstrations,
-            # A loss on the answer's tokens needs no other option, but accuracy does.
-            only_answer=task.loss == "answer" and config.objective == "cross_entropy",
-        )
-        everything = EncodedDataset([example for dataset in self.encoded.values() for example in dataset.examples])
-        parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
-        check_token_ids(self.model, tokenizer, chain.from_iterable(parts))
-        collator = choose_collator(self.model, tokenizer.pad_token_id, everything)
-        self.objective = make_objective(
-            task,
-            tokenizer,
-            collator,
-            objective=config.objective,
-            masked=self.masked,
-            calibrate=data.calibrate,
-            max_new_tokens=data.max_new_tokens,
-        )
+        data, task = self.data_arguments, self.task
+        writes = data.max_new_tokens if task.kind == "generation" else 0
+        reserved = virtual_tokens(self.model) + writes
+        max_length = self.max_length = longest_input(self.model, tokenizer, data.max_length, reserved=reserved)
+        arguments = (task, self.splits, self.model, tokenizer, data)
+        self.prepared = prepare(*arguments, max_length=max_length, objective=self.config.objective)
+        self.encoded, self.objective = self.prepared.encoded, self.prepared.objective
         return ZOTrainer(
             self.model,
             self.settings,
             objective=self.objective,
             train_dataset=self.encoded["train"],
             eval_dataset=self.encoded["validation"],
-            data_collator=collator,
+            data_collator=self.prepared.collator,
             processing_class=tokenizer,
         )
 
     def _score_before(self, trainer: ZOTrainer, run: dict[str, Any]) -> None:
         config, objective, test = self.config, self.objective, self.encoded["test"]
-        scoring = (
-            f"{config.precision} {objective.objective} {self.data_arguments.calibrate} {objective.max_new_tokens} "
-            f"loss per example"
-        )
+        data = self.data_arguments
+        scoring = f"{config.precision} {objective.objective} {data.calibrate} {data.max_new_tokens} loss per example"
         key = fingerprint(self.model, test, scoring)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
@@ -259,14 +255,21 @@ class _Job:
             score = partial(evaluate, trainer, test)
             run["before"] = remembered(key, score) if config.world_size == 1 else score()
         run["peak_memory_inference"] = inference.peak_bytes
+        run["written"] = self._written()
         release_heap()  # training loads a compiler next, for which the activations' room is enough
+
+    def _written(self) -> list[str]:
+        """Return what the model writes now after the held-out prompts that are shown."""
+        prompts = [sample.prompt_ids for sample in self.prepared.samples]
+        length, ends = self.data_arguments.max_new_tokens, self.prepared.ends
+        return continuations(self.model, self.checked.tokenizer, prompts, max_new_tokens=length, ends=ends)
 
     def _metrics(
         self, trainer: ZOTrainer, run: dict[str, Any], after: dict[str, float], peak_memory: int
     ) -> dict[str, Any]:
         log, stepped = trainer.run_log, trainer.zeroth_order and trainer.optimizer is not None
         return {
-            **model_facts(self.model, self.model_arguments.model_name_or_path, masked=self.masked),
+            **model_facts(self.model, self.model_arguments.model_name_or_path),
             **task_facts(self.task, self.data_arguments, masked=self.masked),
             **settings_of(trainer.settings.arguments(), self.settings.requested),
             "num_train": len(self.encoded["train"]),
@@ -296,7 +299,40 @@ class _Job:
             draw_loss(log.rows, metrics["evaluations"], test, folder / "loss.png", metric=self.task.metric)
             write_card(metrics, folder / "README.md")
         write_report(metrics, folder / "report.md")
+        if log.rows:
+            self._write_predictor(folder)
         write_json(folder / output.METRICS_FILE, metrics)  # last: it says that the run is finished
+
+    def _write_predictor(self, folder: Path) -> None:
+        """Write how the trained weights answer new rows."""
+        data, task, kind = self.data_arguments, self.task, kind_of_model(self.model)
+        context, ends = "", []
+        if isinstance(task, TextTask):
+            ends = self.prepared.ends
+        else:
+            shown = self.splits.train[: data.num_demonstrations]
+            context = demonstrations(task, shown, masked=self.masked, seq2seq=kind == "seq2seq")
+        write_predictor(
+            folder,
+            task,
+            kind=kind,
+            max_length=self.max_length,
+            precision=self.config.precision,
+            dtype=self.model_arguments.dtype,
+            context=context,
+            calibrate=data.calibrate,
+            max_new_tokens=data.max_new_tokens,
+            ends=ends,
+        )
+
+
+def _lower_is_better(config: ZOConfig) -> ZOConfig:
+    """Return the settings for a run whose best step has the lowest perplexity, which transformers takes for a score."""
+    if str(config.metric_for_best_model).removeprefix("eval_") != "perplexity":
+        return config
+    config = copy.copy(config)
+    config.greater_is_better = False
+    return config
 
 
 def from_main(value: Any) -> Any:
@@ -306,7 +342,7 @@ def from_main(value: Any) -> Any:
     return shared[0]
 
 
-def evaluate(trainer: ZOTrainer, dataset: EncodedDataset) -> dict[str, float]:
+def evaluate(trainer: ZOTrainer, dataset: Any) -> dict[str, float]:
     """Return loss and metrics on a data set."""
     return measures(trainer.predict(dataset, metric_key_prefix="test").metrics or {}, "test")
 

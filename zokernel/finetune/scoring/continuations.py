@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from zokernel.finetune.data.collate_text import TextDataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, and the answer in its row."""
+
+    prompt_ids: list[int]
+    prompt: str
+    answer: str
+
+
+def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
+    """Return the control tokens with which the learned part of a row ends, such as the end of a turn."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special & {example.input_ids[example.scored[-1]] for example in dataset.examples})
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
 from zokernel.finetune.data.datasets import Splits
+from zokernel.finetune.scoring.continuations import Sample
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
@@ -20,15 +19,6 @@ logger = logging.getLogger(__name__)
 
 TRIED = 256  # tokens of each row that is tried, so that trying costs less than a step
 SAMPLES = 3  # prompts that are continued for the report
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out prompt, and the answer in its row."""
-
-    prompt_ids: list[int]
-    prompt: str
-    answer: str
 
 
 def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict[str, TextDataset]:
@@ -83,12 +73,6 @@ def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sampl
         if len(found) == SAMPLES:
             break
     return found
-
-
-def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
-    """Return the control tokens with which the learned part of a row ends, such as the end of a turn."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(special & {example.input_ids[example.scored[-1]] for example in dataset.examples})
 
 
 @torch.no_grad()

@@ -29,20 +29,40 @@ class ModelArguments:
         default=None, metadata={"help": "Attention: sdpa, eager, flash_attention_2."}
     )
     lora: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the full parameters."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter: alpha / r."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter (default: 8)."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter: alpha / r (default: 16)."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt (default: peft's choice for the architecture)."}
+        default=None,
+        metadata={
+            "help": "Modules to adapt: names, one pattern, or all-linear (default: peft's choice for the architecture, "
+            "else all-linear)."
+        },
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt that are no module, such as mlp.experts.gate_up_proj."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full beside LoRA, and saved with the adapter."}
+    )
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: train the magnitudes of LoRA's weights, too."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the adapter by alpha / sqrt(r)."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the adapter: stored with it, and off in a zeroth-order step."}
     )
     prefix_tuning: bool = field(
         default=False, metadata={"help": "Train keys and values of virtual tokens before every layer's own."}
     )
     prompt_tuning: bool = field(default=False, metadata={"help": "Train embeddings of virtual tokens."})
-    num_virtual_tokens: int = field(default=5, metadata={"help": "Virtual tokens of prefix or prompt tuning."})
+    num_virtual_tokens: int | None = field(
+        default=None, metadata={"help": "Virtual tokens of prefix or prompt tuning (default: 5)."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Save the base with the trained adapter merged into it, not the adapter."}
+    )
     lm_type: str = field(
         default="auto", metadata={"help": "causal, masked, seq2seq, or auto: what the model says it is."}
     )
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue training this saved adapter."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue with this saved adapter."})
     skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
 
 
@@ -109,6 +129,22 @@ class DataArguments:
         default=False, metadata={"help": "Evaluate with each option's score in an empty prompt subtracted."}
     )
     max_new_tokens: int = field(default=50, metadata={"help": "Longest generated answer in tokens."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Chats: a template file, its name, or the template itself (default: the tokenizer's)."},
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Chats: learn only what the assistant wrote (default: true for messages)."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Prompts with completions, instructions: learn only the completion (default: true)."},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Texts: several of them in each training row of --max_length tokens, kept apart."},
+    )
 
 
 RECIPES = Path(__file__).parent / "recipes"

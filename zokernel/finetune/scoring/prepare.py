@@ -1,0 +1,119 @@
+"""The examples of a run made ready for its model: tokens, what batches them, and what is minimised on a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from zokernel.finetune.data.check_text import text_encoder
+from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.data.collate_text import TextCollator
+from zokernel.finetune.data.datasets import Splits
+from zokernel.finetune.data.encode_splits import encode_splits
+from zokernel.finetune.models.kind import fills_masks, kind_of_model
+from zokernel.finetune.models.vocabulary import check_token_ids
+from zokernel.finetune.scoring.continuations import Sample, turn_ends
+from zokernel.finetune.scoring.make_objective import make_objective
+from zokernel.finetune.scoring.options import choose_collator
+from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
+from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks.seq2seq import decoder_of
+from zokernel.finetune.tasks.text import TextTask
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trainer needs of the examples.
+
+    Attributes:
+        encoded: The data sets ``train``, ``validation`` and ``test``.
+        collator: Batches examples.
+        objective: Loss and metrics of a batch.
+        samples: Held-out prompts that are continued for the report.
+        ends: Tokens that end a continuation.
+    """
+
+    encoded: dict[str, Any]
+    collator: Any
+    objective: Any
+    samples: list[Sample] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+
+def prepare(
+    task: Task,
+    splits: Splits,
+    model: nn.Module,
+    tokenizer: Any,
+    data: DataArguments,
+    *,
+    max_length: int,
+    objective: str = "cross_entropy",
+) -> Prepared:
+    """Tokenize the examples of a run for its model.
+
+    Args:
+        task: What the rows are.
+        splits: The rows.
+        model: The model, on which is tried in which layout batches may be.
+        tokenizer: Its tokenizer.
+        data: What the user said about the data.
+        max_length: Longest sequence.
+        objective: What a step minimises.
+
+    Returns:
+        The data sets, and what belongs to them.
+
+    Raises:
+        UsageError: If the examples do not fit the model.
+    """
+    if isinstance(task, TextTask):
+        return _texts(task, splits, model, tokenizer, data, max_length)
+    masked, kind = fills_masks(model), kind_of_model(model)
+    decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
+    encoded = encode_splits(
+        task,
+        splits,
+        tokenizer,
+        max_length=max_length,
+        masked=masked,
+        decoder=decoder,
+        num_demonstrations=data.num_demonstrations,
+        # A loss on the answer's tokens needs no other option, but accuracy does.
+        only_answer=task.loss == "answer" and objective == "cross_entropy",
+    )
+    everything = EncodedDataset([example for dataset in encoded.values() for example in dataset.examples])
+    parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
+    check_token_ids(model, tokenizer, chain.from_iterable(parts))
+    collator = choose_collator(model, tokenizer.pad_token_id, everything)
+    found = make_objective(
+        task,
+        tokenizer,
+        collator,
+        objective=objective,
+        masked=masked,
+        decoder=decoder,
+        calibrate=data.calibrate,
+        max_new_tokens=data.max_new_tokens,
+    )
+    return Prepared(encoded, collator, found)
+
+
+def _texts(
+    task: TextTask, splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
+) -> Prepared:
+    encoder = text_encoder(task, tokenizer, data, max_length=max_length)
+    encoded = encode_texts(encoder, splits, packing=data.packing)
+    check_token_ids(model, tokenizer, (e.input_ids for dataset in encoded.values() for e in dataset.examples))
+    collator = TextCollator(tokenizer.pad_token_id)
+    return Prepared(
+        encoded,
+        collator,
+        language_objective(model, collator, encoded["train"]),
+        samples_of(encoder, splits, room=max_length - data.max_new_tokens),
+        turn_ends(encoded["train"], tokenizer),
+    )
