@@ -15,6 +15,7 @@ _EXPORTS = {
     "encode": "tasks.encoding",
     "finetune": "job",
     "get_task": "tasks.registry",
+    "load_predictor": "predict",
     "option_scores": "scoring.options",
     "replay": "storage.replay",
     "zeroth_order": "trainer.zeroth_order",

@@ -1,0 +1,120 @@
+"""zokernel predict: a finished run answers new rows as it scored its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+
+from zokernel.cli import main
+from zokernel.data import load_table
+from zokernel.errors import UsageError
+from zokernel.finetune import load_predictor
+
+RUN = ["--max_steps", "2", "--precision", "fp32", "--eval_strategy", "no", "--save_strategy", "journal"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
+    folder = tmp_path_factory.mktemp("predict") / "run"
+    files = [f for split in ("train", "test") for f in (f"--{split}_file", str(tiny_reviews_path / f"{split}.jsonl"))]
+    words = ["--template", "{sentence} It was", "--label_words", "bad", "good"]
+    model = ["--model_name_or_path", str(tiny_lm_path)]
+    assert main(["finetune", *model, *files, *words, *RUN, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_the_accuracy_of_the_predictions_is_that_of_the_run(run, tiny_reviews_path):
+    rows = load_table(tiny_reviews_path / "test.jsonl")
+    answers = load_predictor(run)(rows, batch_size=7)
+    right = [answer["prediction"] == str(row["label"]) for row, answer in zip(rows, answers)]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
+    for answer in answers:
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-6)
+        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["prediction"]]
+        assert answer["word"] == {"0": "bad", "1": "good"}[answer["prediction"]]
+
+
+def test_texts_rows_and_batches_give_the_same_scores(run):
+    texts = ["It was good and I liked every part of it", "bad", "It was right"]
+    predictor = load_predictor(run)
+    one = predictor(texts)
+    rows = predictor([{"sentence": text, "other": 1} for text in texts], batch_size=1)
+    for left, right in zip(one, rows):
+        assert left["scores"] == pytest.approx(right["scores"], abs=1e-6)
+
+
+def test_the_loss_of_its_scores_is_that_of_plain_transformers(run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    ids = tokenizer("a joy It was", return_tensors="pt")
+    words = [tokenizer(f"a joy It was {word}")["input_ids"][-1] for word in ("bad", "good")]
+    with torch.no_grad():
+        shares = model(**ids).logits[0, -1, words].softmax(-1).tolist()
+    assert list(load_predictor(run)(["a joy"])[0]["scores"].values()) == pytest.approx(shares, abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_files_hold_the_rows_and_their_answers(run, suffix, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text('id,sentence\n7,"good, very"\n8,bad\n')
+    output = tmp_path / f"answers{suffix}"
+    assert (
+        main(["predict", "--model", str(run), "--file", str(tmp_path / "new.csv"), "--output_file", str(output)]) == 0
+    )
+    assert f"2 answers in {output}." in capsys.readouterr().out
+    rows = load_table(output)
+    assert [(row["id"], row["sentence"]) for row in rows] == [("7", "good, very"), ("8", "bad")]
+    expected = load_predictor(run)(["good, very", "bad"])
+    assert [row["prediction"] for row in rows] == [answer["prediction"] for answer in expected]
+    scores = [float(row["score:1"]) if suffix != ".jsonl" else row["scores"]["1"] for row in rows]
+    assert scores == pytest.approx([answer["scores"]["1"] for answer in expected], abs=1e-6)
+
+
+def test_lines_of_text_and_json_come_from_standard_input(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO('good\n\n{"sentence": "bad", "id": 3}\n'))
+    assert main(["predict", "--model", str(run)]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == "good"
+    assert (second["sentence"], second["id"]) == ("bad", 3)
+
+
+def test_chats_are_continued(tmp_path, tiny_lm_path):
+    rows = [{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad"}]}] * 12
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    flags = ["--train_file", str(tmp_path / "chat.jsonl"), "--chat_template", template, "--max_new_tokens", "5"]
+    folder = tmp_path / "run"
+    model = ["--model_name_or_path", str(tiny_lm_path)]
+    assert main(["finetune", *model, *flags, *RUN, "--output_dir", str(folder)]) == 0
+    predictor = load_predictor(folder)
+    asked = [{"messages": rows[0]["messages"][:1]}, rows[0], "good"]
+    answers = predictor(asked)
+    assert answers[0] == answers[1] == answers[2]
+    assert isinstance(answers[0]["prediction"], str)
+    samples = json.loads((folder / "metrics.json").read_text())["samples"]
+    assert samples[0]["after"] == answers[0]["prediction"]
+
+
+def test_mistakes_are_named(run, tmp_path):
+    predictor = load_predictor(run)
+    with pytest.raises(UsageError, match=r"Row 2 has no 'sentence' \(it has text\)"):
+        predictor(["good", {"text": "bad"}])
+    with pytest.raises(UsageError, match=r"has no predictor\.json"):
+        load_predictor(tmp_path)
+    assert main(["predict", "--model", str(run), "--output_file", "answers.pdf"]) == 2
+    assert main(["predict", "--model", str(tmp_path / "nowhere"), "--file", "-"]) == 2
+
+
+def test_the_table_of_a_csv_is_whole(run, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"sentence": "line\\nbreak", "score:0": "taken"}\n')
+    output = tmp_path / "answers.csv"
+    main(["predict", "--model", str(run), "--file", str(tmp_path / "new.jsonl"), "--output_file", str(output)])
+    (row,) = csv.DictReader(output.open(newline=""))
+    assert row["sentence"] == "line\nbreak"
+    assert float(row["score:0"]) + float(row["score:1"]) == pytest.approx(1, abs=1e-6)

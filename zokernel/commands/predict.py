@@ -1,0 +1,118 @@
+"""Answer new rows with a finished run: labels with scores, or texts.
+
+zokernel predict --model runs/mine --file new.csv --output_file answers.csv
+cut -f2 new.tsv | zokernel predict --model runs/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from zokernel.errors import UsageError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel predict``."""
+    parser.add_argument("--model", required=True, type=Path, help="the output_dir of a finished run")
+    parser.add_argument(
+        "--file", default="-", help="rows to answer, in any format of --train_file; - reads lines of text or JSON"
+    )
+    parser.add_argument("--column_names", nargs="+", help="columns of a .csv or .tsv file without a header line")
+    parser.add_argument(
+        "--output_file", type=Path, help="rows with answers: .csv, .tsv or .jsonl (default: JSON lines, printed)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer the rows and return the exit code."""
+    from zokernel.commands.messages import quiet_transformers
+    from zokernel.finetune.predict import load_predictor, read_record
+
+    quiet_transformers()
+    output = args.output_file
+    if output is not None and output.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--output_file {output} is none of {', '.join(SUFFIXES)}: choose one of these endings.")
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
+    read_record(args.model)
+    rows = read_rows(args.file, args.column_names)
+    answers = load_predictor(args.model)(rows, batch_size=args.batch_size)
+    if output is None:
+        for row, answer in zip(rows, answers):
+            print(json.dumps(_joined(row, answer), ensure_ascii=False))
+        return 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", encoding="utf-8", newline="") as stream:
+        write_rows(stream, rows, answers, output.suffix.lower())
+    print(f"{len(answers):,} answers in {output}.")
+    return 0
+
+
+def read_rows(file: str, column_names: Sequence[str] | None) -> list[Any]:
+    """Return the rows of a file, or those on standard input: JSON objects, or lines of text.
+
+    Raises:
+        UsageError: If there are none, or the file cannot be read.
+    """
+    from zokernel.data import load_table
+
+    if file != "-":
+        return list(load_table(file, column_names=column_names))
+    if sys.stdin.isatty():
+        print("Type one row per line; end with Ctrl-D.", file=sys.stderr)
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    rows = [_row(line) for line in lines if line.strip()]
+    if not rows:
+        raise UsageError("There are no rows on standard input: give --file, or write one row per line.")
+    return rows
+
+
+def _row(line: str) -> Any:
+    if line.lstrip().startswith("{"):
+        try:
+            return json.loads(line)
+        except ValueError:
+            return line  # a text may begin with a brace
+    return line
+
+
+def write_rows(stream: TextIO, rows: Sequence[Any], answers: Sequence[dict[str, Any]], suffix: str) -> None:
+    """Write each row with its answer.
+
+    Args:
+        stream: Where to.
+        rows: The rows.
+        answers: What a predictor returned for them.
+        suffix: ``.csv``, ``.tsv`` or ``.jsonl``.  In a table, the score of each label has a column ``score:LABEL``.
+
+    Example:
+        >>> write_rows(sys.stdout, [{"text": "a joy"}], [{"prediction": "1", "scores": {"0": 0.1, "1": 0.9}}], ".csv")
+        text,prediction,score:0,score:1
+        a joy,1,0.1,0.9
+    """
+    joined = [_joined(row, answer) for row, answer in zip(rows, answers)]
+    if suffix == ".jsonl":
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in joined)
+        return
+    flat = []
+    for row in joined:
+        scores = row.pop("scores", {})
+        flat.append({**row, **{f"score:{label}": share for label, share in scores.items()}})
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    table = csv.DictWriter(stream, names, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+
+
+def _joined(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+    given = {"text": row} if isinstance(row, str) else dict(row)
+    return {**given, **answer}

@@ -1,0 +1,241 @@
+"""A finished run answers new rows: labels with scores, or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokernel.errors import UsageError
+from zokernel.files import read_json, write_json
+from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.models.load import load_model
+from zokernel.finetune.scoring.continuations import continuations
+from zokernel.finetune.scoring.make_objective import make_objective
+from zokernel.finetune.scoring.options import choose_collator
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.tasks import Task, encode
+from zokernel.finetune.tasks.encode_text import TextEncoder
+from zokernel.finetune.tasks.saved import task_of_values, task_values
+from zokernel.finetune.tasks.seq2seq import decoder_of
+from zokernel.finetune.tasks.text import TextTask
+
+FILE = "predictor.json"
+
+
+def write_predictor(
+    folder: Path,
+    task: Task,
+    *,
+    kind: str,
+    max_length: int,
+    precision: str,
+    dtype: str,
+    context: str = "",
+    calibrate: bool = False,
+    max_new_tokens: int = 50,
+    ends: Sequence[int] = (),
+) -> None:
+    """Write how new examples are phrased and scored beside a run's weights.
+
+    Args:
+        folder: The folder of the run.
+        task: Template and options.
+        kind: Kind of the language model: ``causal``, ``masked`` or ``seq2seq``.
+        max_length: Longest sequence in tokens.
+        precision: ``fp32`` or ``bf16`` of the forwards.
+        dtype: Storage of the weights.
+        context: Solved examples before every prompt.
+        calibrate: Whether the scores in an empty prompt are subtracted.
+        max_new_tokens: Longest generated answer.
+        ends: Tokens that end a turn of a chat, beside those that the model says.
+    """
+    values = {
+        "task": task_values(task),
+        "language_model": kind,
+        "max_length": max_length,
+        "precision": precision,
+        "dtype": dtype,
+        "context": context,
+        "calibrate": calibrate,
+        "max_new_tokens": max_new_tokens,
+        "ends": list(ends),
+    }
+    write_json(folder / FILE, values)
+
+
+class Predictor:
+    """Answers rows as the run that it was loaded from scored its own.
+
+    Args:
+        model: The trained model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        record: What :func:`write_predictor` wrote.
+
+    Attributes:
+        task: Template and options.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, record: Mapping[str, Any]):
+        self.model, self.tokenizer, self.record = model, tokenizer, record
+        self.task: Any = task_of_values(record["task"])
+        kind = record["language_model"]
+        self._decoder = decoder_of(model, tokenizer) if kind == "seq2seq" and self.task.kind != "text" else None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row must have; none are named for chats, instructions and texts."""
+        return tuple(name for name in self.task.required_columns() if name != self.task.label_column)
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Mapping[str, Any] | str], *, batch_size: int = 32) -> list[dict[str, Any]]:
+        """Return an answer for each row, in order.
+
+        Args:
+            rows: Rows with the columns of the template; or texts, if it has one column.  After training on chats or
+                instructions, a text is what the user says.
+            batch_size: Rows per forward.
+
+        Returns:
+            For classification ``prediction`` (a label as the training data had it), ``word``, ``score`` (its share of
+            the softmax over the options' scores) and ``scores`` by label; for multiple choice ``prediction`` (the text
+            of the option), ``position``, ``score`` and ``scores`` by position; for what is written ``prediction``.
+
+        Raises:
+            UsageError: If a row lacks a column.
+        """
+        precision = torch.bfloat16 if self.record["precision"] == "bf16" else torch.float32
+        with torch.autocast(self._device.type, precision, enabled=precision == torch.bfloat16):
+            if isinstance(self.task, TextTask):
+                return [self._continue(row, number) for number, row in enumerate(rows, start=1)]
+            return self._answers(rows, batch_size)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _continue(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
+        """Return what the model writes after a chat, an instruction or a text."""
+        record = self.record
+        encoder = TextEncoder(self.tokenizer, self.task.form, False, True, record["max_length"])
+        try:
+            ids = encoder.request(row)
+        except UsageError as error:
+            raise UsageError(f"Row {number}: {error}") from error
+        room = record["max_length"] - record["max_new_tokens"]
+        if len(ids) > room:
+            raise UsageError(f"Row {number} has {len(ids)} tokens, and {room} leave room for an answer: shorten it.")
+        settings = {"max_new_tokens": record["max_new_tokens"], "ends": record["ends"]}
+        return {"prediction": continuations(self.model, self.tokenizer, [ids], **settings)[0]}
+
+    def _answers(self, rows: Sequence[Mapping[str, Any] | str], batch_size: int) -> list[dict[str, Any]]:
+        """Return which option each row gets, or the answer that is written."""
+        record, task, masked = self.record, self.task, self.record["language_model"] == "masked"
+        prepared = [self._row(row, number) for number, row in enumerate(rows, start=1)]
+        if not prepared:
+            return []
+        examples = encode(
+            task,
+            prepared,
+            self.tokenizer,
+            max_length=record["max_length"],
+            masked=masked,
+            decoder=self._decoder,
+            context=record["context"],
+        )
+        dataset = EncodedDataset(examples)
+        collator = choose_collator(self.model, self.tokenizer.pad_token_id, dataset)
+        objective = make_objective(
+            task,
+            self.tokenizer,
+            collator,
+            objective="cross_entropy",
+            masked=masked,
+            decoder=self._decoder,
+            calibrate=record["calibrate"],
+            max_new_tokens=record["max_new_tokens"],
+        )
+        found: list[dict[str, Any]] = []
+        for begin in range(0, len(prepared), batch_size):
+            part = prepared[begin : begin + batch_size]
+            items = collator([dataset[n] for n in range(begin, begin + len(part))])
+            batch = {
+                name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in items.items()
+            }
+            if task.kind == "generation":
+                found += [{"prediction": text} for text in objective.generate(self.model, batch)]
+            else:
+                scores = objective.evaluate(self.model, batch)[1]["logits"].float().softmax(-1).tolist()
+                found += [self._chosen(row, shares) for row, shares in zip(part, scores)]
+        return found
+
+    def _row(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
+        if isinstance(row, str):
+            if len(self.columns) != 1:
+                raise UsageError(f"Row {number} is a text, but the template has the columns {', '.join(self.columns)}.")
+            row = {self.columns[0]: row}
+        missing = [name for name in self.columns if row.get(name) is None]
+        if missing:
+            raise UsageError(
+                f"Row {number} has no {missing[0]!r} (it has {', '.join(map(str, row))}); the template is "
+                f"{self.task.template!r}."
+            )
+        # Tasks phrase an example with its label; any will do, since it is not read here.
+        return {**row, self.task.label_column: self._any_label(row)}
+
+    def _any_label(self, row: Mapping[str, Any]) -> Any:
+        return (getattr(self.task, "labels", ()) or ("0",))[0].split("|")[0]
+
+    def _chosen(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
+        best = max(range(len(shares)), key=shares.__getitem__)
+        if self.task.kind == "choice":
+            options = self.task.fillers(row)
+            scores = {str(position): share for position, share in enumerate(shares[: len(options)])}
+            return {"prediction": options[best], "position": best, "score": shares[best], "scores": scores}
+        words: Any = self.task.fillers(row)
+        names = [name.split("|")[0] for name in getattr(self.task, "labels", ()) or map(str, range(len(words)))]
+        scores = dict(zip(names, shares))
+        return {"prediction": names[best], "word": words[best], "score": shares[best], "scores": scores}
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return what :func:`write_predictor` wrote.
+
+    Raises:
+        UsageError: If the folder holds no finished run.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {FILE}: give the folder of a finished run of 'zokernel finetune'.")
+    return read_json(path)
+
+
+def load_predictor(folder: str | Path, *, device: str | torch.device | None = None) -> Predictor:
+    """Load a finished run of ``zokernel finetune`` to answer new rows.
+
+    Args:
+        folder: The output folder of the run.
+        device: Where to run; the GPU if there is one.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        UsageError: If the folder holds no finished run, or its base model cannot be loaded.
+
+    Example:
+        ```python
+        predictor = load_predictor("runs/mine")
+        predictor(["A joy from start to end."])[0]["prediction"]  # '1'
+        ```
+    """
+    record = read_record(folder)
+    arguments = ModelArguments(model_name_or_path=str(folder), dtype=record["dtype"], lm_type=record["language_model"])
+    config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none")
+    model, tokenizer = load_model(arguments, config)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(model.to(where).eval(), tokenizer, record)
