@@ -22,9 +22,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**WIDE, "num_key_value_heads": 2, "head_dim": 8}),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", WIDE),
     "bert": ("BertConfig", "BertForMaskedLM", WIDE),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {**SIZES, "d_kv": 8, "intermediate_size": 48}),
+    "bart": ("BartConfig", "BartForConditionalGeneration", {**SIZES, "decoder_layers": 2, "encoder_ffn_dim": 48}),
 }
 CAUSAL = ("llama", "opt", "gpt2", "qwen2", "qwen3")
 MASKED = ("roberta", "bert")
+SEQ2SEQ = ("t5", "bart")
 # What each family calls a common size.
 OWN_NAMES = {
     "gpt2": {
@@ -35,8 +38,20 @@ OWN_NAMES = {
         "max_position_embeddings": "n_positions",
     },
     "opt": {"intermediate_size": "ffn_dim"},
+    "t5": {
+        "hidden_size": "d_model",
+        "intermediate_size": "d_ff",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+    },
+    "bart": {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+        "num_attention_heads": "encoder_attention_heads",
+    },
 }
 WORDS = ["terrible", "great", "bad", "good", "Yes", "No", "Maybe", "right", "wrong", "It was", "Rome", "Oslo"]
+FRAMES = {"t5": "$A </s>", "bart": "<s> $A </s>"}  # what a tokenizer puts around a text
 # Positions scaled as Llama 3.1 scales them.
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,14 +73,14 @@ def build(family: str, **settings: Any) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**chosen))
 
 
-def save_tokenizer(folder: Path, *, masked: bool = False):
+def save_tokenizer(folder: Path, *, masked: bool = False, frame: str = ""):
     """Train and save a byte-level BPE with a BOS that it puts first, as most published tokenizers do."""
     from tokenizers import processors
 
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}
     fast = tiny_tokenizer(WORDS, special, masked=masked)
-    ends = [("<s>", 0), ("</s>", 2)] if masked else [("<s>", 0)]
-    single = "<s> $A </s>" if masked else "<s> $A"
+    single = frame or ("<s> $A </s>" if masked else "<s> $A")
+    ends = [(token, fast.convert_tokens_to_ids(token)) for token in single.split() if token != "$A"]
     fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     fast.save_pretrained(folder)
     return fast
@@ -73,9 +88,11 @@ def save_tokenizer(folder: Path, *, masked: bool = False):
 
 def save_model(folder: Path, family: str) -> Path:
     """Save a two-layer model of ``family`` with its tokenizer, and return the folder."""
-    fast = save_tokenizer(folder, masked=family in MASKED)
+    fast = save_tokenizer(folder, masked=family in MASKED, frame=FRAMES.get(family, ""))
     ids = {"pad_token_id": fast.pad_token_id, "bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
     more = {"num_key_value_heads": 2, "rope_parameters": LLAMA3} if family == "llama" else {}
+    if family in SEQ2SEQ:
+        more = {"decoder_start_token_id": fast.pad_token_id if family == "t5" else fast.eos_token_id}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(family, vocab_size=len(fast), **ids, **more)

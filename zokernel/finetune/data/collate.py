@@ -36,6 +36,8 @@ class EncodedDataset(torch.utils.data.Dataset):
         item = {"input_ids": example.prompt_ids, "option_ids": example.option_ids, "label": example.label}
         if example.mask_id is not None:
             item |= {"suffix_ids": example.suffix_ids, "mask_id": example.mask_id}
+        if example.decoder_start:
+            item |= {"decoder_start": example.decoder_start, "forced": example.forced}
         if len(example.correct) > 1:
             item["correct"] = example.correct
         if example.references:
@@ -64,13 +66,15 @@ class Collator:
     ``shared_prompt``, all options of an example in one row behind one prompt, kept apart by the attention mask and each
     with the positions it would have had on its own.
 
+    For a sequence-to-sequence model, all this happens in the decoder; the encoder's batch has one row per example.
+
     Args:
-        pad_token_id: Any valid token; padded positions are masked and never scored.
+        pad_token_id: Any token that has an embedding (None: the first); padded positions are masked and never scored.
         shared_prompt: Whether options share their prompt.  Needs a model that takes such masks: see
             :func:`zokernel.finetune.scoring.options.choose_collator`.
     """
 
-    pad_token_id: int
+    pad_token_id: int | None
     shared_prompt: bool = False
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +86,32 @@ class Collator:
         position counts for (-1: none), and ``option_mask`` (B, C) which options there are.  Shared prompts add
         ``position_ids`` and ``segments`` (R, T); masked language models add ``masked``; generation adds ``prompts``,
         left-padded, and ``references``.
+
+        For sequence-to-sequence models, ``input_ids`` and ``attention_mask`` (B, S) are the encoder's, and
+        ``decoder_input_ids`` (R, T) what the decoder reads; ``decoder_prompt`` (B, D) is what generated answers begin
+        with.
         """
+        if "decoder_start" not in features[0]:
+            return self._batch(features)
+        decoded = [{**feature, "input_ids": list(feature["decoder_start"])} for feature in features]
+        batch = self._batch(decoded)
+        prompts = [feature["input_ids"] for feature in features]
+        length = max(map(len, prompts))
+        batch |= {
+            "decoder_input_ids": batch["input_ids"],
+            "input_ids": _right(prompts, length, self._padding),
+            "attention_mask": _right([[1] * len(prompt) for prompt in prompts], length, 0),
+        }
+        if "references" in batch:
+            batch |= {"prompts": batch["input_ids"], "prompts_mask": batch["attention_mask"]}
+            batch["decoder_prompt"] = torch.tensor([[*f["decoder_start"], *f["forced"]] for f in features])
+        return batch
+
+    @property
+    def _padding(self) -> int:
+        return self.pad_token_id or 0
+
+    def _batch(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         counts = [len(feature["option_ids"]) for feature in features]
         batch: dict[str, Any] = {"labels": torch.tensor([feature["label"] for feature in features])}
         if "mask_id" in features[0]:
@@ -118,7 +147,7 @@ class Collator:
         length = max(len(row.tokens) for row in rows)
         width = max(len(row.positions) for row in rows)
         padded = {
-            "input_ids": _right(([row.tokens for row in rows]), length, self.pad_token_id),
+            "input_ids": _right(([row.tokens for row in rows]), length, self._padding),
             "attention_mask": _right([[1] * len(row.tokens) for row in rows], length, 0),
             "positions": _right([row.positions for row in rows], width, 0),
         }
@@ -132,7 +161,7 @@ class Collator:
         prompts = [feature["input_ids"] for feature in features]
         length = max(map(len, prompts))
         return {
-            "prompts": torch.tensor([[self.pad_token_id] * (length - len(p)) + p for p in prompts]),
+            "prompts": torch.tensor([[self._padding] * (length - len(p)) + p for p in prompts]),
             "prompts_mask": torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts]),
             "references": [feature["references"] for feature in features],
         }

@@ -10,6 +10,7 @@ from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.tasks import Task, demonstrations, encode
 from zokernel.finetune.tasks.encoding import report_cut, report_label_words
+from zokernel.finetune.tasks.seq2seq import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def encode_splits(
     *,
     max_length: int,
     masked: bool,
+    decoder: Decoder | None = None,
     num_demonstrations: int = 0,
     only_answer: bool = False,
 ) -> dict[str, EncodedDataset]:
@@ -34,6 +36,7 @@ def encode_splits(
         tokenizer: The model's tokenizer.
         max_length: Longest sequence.
         masked: Whether the model fills masks.
+        decoder: How a sequence-to-sequence model frames the texts that it writes.
         num_demonstrations: Solved examples before every prompt.
         only_answer: Whether training needs the right option alone.
 
@@ -48,7 +51,7 @@ def encode_splits(
             f"There are {len(splits.train)} training examples, too few for {num_demonstrations} demonstrations."
         )
     shown, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
-    context = demonstrations(task, shown, masked=masked)
+    context = demonstrations(task, shown, masked=masked, seq2seq=decoder is not None)
     encoded = {}
     for split, rows in (("train", train), ("validation", splits.validation), ("test", splits.test)):
         encoded[split] = encode(
@@ -57,6 +60,7 @@ def encode_splits(
             tokenizer,
             max_length=max_length,
             masked=masked,
+            decoder=decoder,
             context=context,
             only_answer=only_answer and split == "train",
         )

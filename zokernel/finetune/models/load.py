@@ -40,11 +40,6 @@ def load_model(
     """
     checked = checked or check_model(arguments)
     name, kind, adapter = arguments.model_name_or_path, checked.kind, wants_adapter(arguments)
-    if kind == "seq2seq":
-        raise UsageError(
-            f"{name} is a sequence-to-sequence model ({checked.architecture.model_type}), which prompt "
-            "tasks cannot train yet: use a causal or masked model, or zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
-        )
     check_memory(
         checked.architecture,
         checked.dtype,

@@ -17,12 +17,15 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
         path: The ``README.md`` beside the saved weights.
     """
     adapter = metrics["saved"] == "adapter"
-    masked = metrics["language_model"] == "masked"
-    pipeline = "fill-mask" if masked else "text-generation"
+    pipeline, head = {
+        "causal": ("text-generation", "CausalLM"),
+        "masked": ("fill-mask", "MaskedLM"),
+        "seq2seq": ("text2text-generation", "Seq2SeqLM"),
+    }[metrics["language_model"]]
     words = ", ".join(repr(word) for word in metrics["label_words"])
     scored = f"The words that were compared: {words}." if words else "Each example brings its own options or answers."
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
-    auto = "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    auto = f"AutoModelFor{head}"
     load = (
         f'base = {auto}.from_pretrained("{metrics["model"]}")\nmodel = PeftModel.from_pretrained(base, "{path.parent}")'
         if adapter

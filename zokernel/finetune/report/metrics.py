@@ -10,10 +10,10 @@ import torch
 
 from zokernel._version import __version__
 from zokernel.finetune.data.datasets import task_name
+from zokernel.finetune.models.kind import kind_of_model
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
-
 
 MEASURED = {
     "classification": ("accuracy", "f1"),
@@ -39,14 +39,14 @@ def settings_of(config: ZOConfig, requested: ZOConfig) -> dict[str, Any]:
     }
 
 
-def model_facts(model: Any, name: str, *, masked: bool) -> dict[str, Any]:
+def model_facts(model: Any, name: str) -> dict[str, Any]:
     """Return what a report shows about the model."""
     return {
         "model": name,
         "saved": "adapter" if hasattr(model, "peft_config") else "model",
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "language_model": "masked" if masked else "causal",
+        "language_model": kind_of_model(model),
     }
 
 
@@ -83,8 +83,9 @@ def evaluations(history: Sequence[dict[str, Any]], forwards_at: Callable[[float]
 
 
 def measures(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Pick loss and metrics, as ``loss``, ``accuracy``, ``f1`` and ``em``, from what the Trainer reports."""
-    names = [name for name in ("loss", "accuracy", "f1", "em") if f"{prefix}_{name}" in row]
+    """Pick loss and metrics, as ``loss``, ``accuracy`` and so on, from what the Trainer reports."""
+    known = dict.fromkeys(("loss", *(name for names in MEASURED.values() for name in names)))
+    names = [name for name in known if f"{prefix}_{name}" in row]
     return {name: row[f"{prefix}_{name}"] for name in names}
 
 

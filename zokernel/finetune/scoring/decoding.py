@@ -25,15 +25,22 @@ class _AtLineBreak:
 
 @torch.no_grad()
 def greedy_answers(
-    model: nn.Module, tokenizer: Any, prompts: Tensor, prompts_mask: Tensor, *, max_new_tokens: int = 50
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Tensor,
+    prompts_mask: Tensor,
+    *,
+    decoder_prompt: Tensor | None = None,
+    max_new_tokens: int = 50,
 ) -> list[str]:
     """Return what the model writes after each prompt, up to the first line break.
 
     Args:
-        model: A causal language model of transformers, or a peft wrapper of one.
+        model: A causal or sequence-to-sequence language model of transformers, or a peft wrapper of one.
         tokenizer: Its tokenizer.
-        prompts: (B, T) token ids, padded on the left.
+        prompts: (B, T) token ids, padded on the left (on the right for an encoder).
         prompts_mask: (B, T) ones where there is a token.
+        decoder_prompt: (B, D) what the decoder of a sequence-to-sequence model begins with.
         max_new_tokens: Longest answer in tokens.
 
     Returns:
@@ -49,7 +56,22 @@ def greedy_answers(
         eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        # What a model was published with for summaries (beams, a least length) is not greedy.
+        num_beams=1,
+        min_length=0,
+        no_repeat_ngram_size=0,
     )
+    stop = StoppingCriteriaList([_AtLineBreak(tokenizer)])
+    if decoder_prompt is not None:
+        settings.decoder_start_token_id = int(decoder_prompt[0, 0])
+        written = base.generate(
+            input_ids=prompts,
+            attention_mask=prompts_mask,
+            decoder_input_ids=decoder_prompt,
+            generation_config=settings,
+            stopping_criteria=stop,
+        )
+        return _texts(tokenizer, written[:, decoder_prompt.shape[1] :])
     answers = [""] * len(prompts)
     for rows, length in _batches(base, prompts_mask):
         start = prompts.shape[1] - length
@@ -57,12 +79,16 @@ def greedy_answers(
             input_ids=prompts[rows, start:],
             attention_mask=prompts_mask[rows, start:],
             generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_AtLineBreak(tokenizer)]),
+            stopping_criteria=stop,
         )
-        texts = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
-        for row, text in zip(rows, texts):
-            answers[row] = text.lstrip().split("\n", 1)[0].strip()
+        for row, text in zip(rows, _texts(tokenizer, written[:, length:])):
+            answers[row] = text
     return answers
+
+
+def _texts(tokenizer: Any, written: Tensor) -> list[str]:
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [text.lstrip().split("\n", 1)[0].strip() for text in texts]
 
 
 def _batches(model: Any, prompts_mask: Tensor) -> list[tuple[list[int], int]]:

@@ -9,6 +9,7 @@ from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.tasks import Task, encode
 from zokernel.finetune.tasks.prompt import PromptTask
+from zokernel.finetune.tasks.seq2seq import Decoder
 
 
 def make_objective(
@@ -18,6 +19,7 @@ def make_objective(
     *,
     objective: str,
     masked: bool,
+    decoder: Decoder | None = None,
     calibrate: bool = False,
     max_new_tokens: int = 50,
 ) -> Objective:
@@ -29,6 +31,7 @@ def make_objective(
         collator: Batches examples.
         objective: ``cross_entropy``, ``accuracy`` or ``f1``.
         masked: Whether the model fills masks.
+        decoder: How a sequence-to-sequence model frames the texts that it writes.
         calibrate: Whether the scores in an empty prompt are subtracted in evaluations.
         max_new_tokens: Longest generated answer.
 
@@ -41,7 +44,7 @@ def make_objective(
             raise UsageError("--calibrate compares the same label words in every example: it is for classification.")
         blank: dict[str, Any] = dict.fromkeys(task.required_columns(), "")
         blank[task.label_column] = (task.labels or task.label_words)[0]
-        calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, masked=masked))[0]])
+        calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, masked=masked, decoder=decoder))[0]])
     return Objective(
         objective,
         loss=task.loss,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import classification_loss, mean_scores, option_logprobs, option_scores
+from zokernel.finetune.scoring.shared_encoder import refuse_trained_embeddings
 from zokernel.finetune.tasks.metrics import exact_match, macro_f1, token_f1
 
 OBJECTIVES = ("cross_entropy", "accuracy", "f1")
@@ -137,6 +138,8 @@ class Objective:
         """
         if not self.can_stack:
             raise UsageError(f"--objective {self.objective} takes one forward per loss: leave out --perturb stacked.")
+        if "decoder_input_ids" in batch:
+            refuse_trained_embeddings(model)
         labels = batch["labels"]
         if self.loss == "options":
             losses = F.cross_entropy(option_scores(model, batch).float(), labels, reduction="none")
@@ -166,10 +169,19 @@ class Objective:
             return torch.tensor(1 - macro_f1(predicted, batch["labels"]), device=scores_BC.device)
         return 1 - _right(predicted, batch).float().mean()
 
-    def _generated(self, model: nn.Module, batch: dict[str, Any]) -> list[tuple[float, float]]:
-        answers = greedy_answers(
-            model, self.tokenizer, batch["prompts"], batch["prompts_mask"], max_new_tokens=self.max_new_tokens
+    def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
+        """Return the answers that greedy decoding writes, one per example."""
+        return greedy_answers(
+            model,
+            self.tokenizer,
+            batch["prompts"],
+            batch["prompts_mask"],
+            decoder_prompt=batch.get("decoder_prompt"),
+            max_new_tokens=self.max_new_tokens,
         )
+
+    def _generated(self, model: nn.Module, batch: dict[str, Any]) -> list[tuple[float, float]]:
+        answers = self.generate(model, batch)
         return [(token_f1(a, refs), exact_match(a, refs)) for a, refs in zip(answers, batch["references"])]
 
 

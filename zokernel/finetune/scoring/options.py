@@ -11,6 +11,8 @@ Shapes: B examples, C options, R rows of the batch, T tokens, K scored positions
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset
+from zokernel.finetune.models.vocabulary import embedding_rows
+from zokernel.finetune.scoring.shared_encoder import SharedEncoder
 from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -109,6 +113,8 @@ def _is_plain_matrix(head: nn.Module) -> bool:
 def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
     """Run the model once and return the logits at the scored positions: (R, K, V), or (R, K, C) of some tokens."""
     base = getattr(model, "module", model)
+    if "decoder_input_ids" in batch:
+        return decoder_logits(model, batch, tokens_RC)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
@@ -116,6 +122,32 @@ def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | N
         inputs["use_cache"] = False
     with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], tokens_RC):
         return model(**inputs).logits
+
+
+def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
+    """Return the logits at the scored positions of a decoder: (R, K, V), or (R, K, C) of some tokens.
+
+    The encoder runs once per example, however many rows of options the decoder has for it.
+    """
+    base = getattr(model, "module", model)
+    examples: Any = slice(None)
+    encoder: AbstractContextManager[None] = nullcontext()
+    if "cells" in batch:
+        examples = batch["cells"][:, 0] // batch["option_mask"].shape[1]
+        if len(examples) > len(batch["input_ids"]):
+            encoder = SharedEncoder(base, examples)
+    decoded = batch["decoder_input_ids"]
+    with encoder, ScoredPositions(base, batch["positions"], decoded.shape[1]):
+        logits_RKV = model(
+            input_ids=batch["input_ids"][examples],
+            attention_mask=batch["attention_mask"][examples],
+            decoder_input_ids=decoded,
+            use_cache=False,
+        ).logits
+    if tokens_RC is None:
+        return logits_RKV
+    # Not from their rows of the head alone: BART adds a bias to its logits afterwards.
+    return logits_RKV.gather(-1, tokens_RC[:, None].expand(-1, logits_RKV.shape[1], -1))
 
 
 def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
@@ -182,7 +214,7 @@ def classification_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset) -> Collator:
+def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: EncodedDataset) -> Collator:
     """Return the collator that shares prompts between options if the model gives the same scores that way.
 
     The claim is checked, not looked up: a few examples are scored in both layouts.  Models without explicit positions
@@ -190,14 +222,23 @@ def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset
 
     Args:
         model: The model to train.
-        pad_token_id: Padding token.
+        pad_token_id: Padding token; one without an embedding is replaced.
         dataset: Encoded examples, of which the two with the shortest and longest prompts are tried.
 
     Returns:
         A :class:`Collator`.
+
+    Raises:
+        UsageError: If the decoder of a sequence-to-sequence model cannot be scored.
     """
+    rows = embedding_rows(model)
+    if pad_token_id is None or (rows is not None and pad_token_id >= rows):
+        pad_token_id = 0  # padding is masked, but looked up all the same
     plain, packed = Collator(pad_token_id), Collator(pad_token_id, shared_prompt=True)
     items = [dataset[i] for i in range(len(dataset))]
+    if items and "decoder_start" in items[0]:
+        check_decoder(model, plain, items)
+        return plain
     several = [i for i in items if len(i["option_ids"]) > 1 and max(map(len, i["option_ids"])) > 1]
     if not several or "mask_id" in several[0]:
         return plain
@@ -207,18 +248,15 @@ def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset
     if config and any(c.is_prompt_learning for c in config.values()):
         reason = "virtual tokens in front allow no packed attention mask"
     else:
-        device = next(model.parameters()).device
-        move = lambda batch: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}  # noqa: E731
-        expected = option_scores(model, move(plain(trial)))
+        expected = option_scores(model, _moved(plain(trial), model))
         try:
-            found = option_scores(model, move(packed(trial)))
+            found = option_scores(model, _moved(packed(trial), model))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             finite = expected.isfinite()
             error_found = (found - expected)[finite].abs().max().item()
-            tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-            if error_found <= tolerance:
+            if error_found <= _tolerance(model):
                 logger.info("Options of several tokens share their prompt's computation.")
                 return packed
             reason = f"the scores would differ by {error_found:.2g}"
@@ -228,6 +266,55 @@ def choose_collator(model: nn.Module, pad_token_id: int, dataset: EncodedDataset
         reason,
     )
     return plain
+
+
+def _moved(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _tolerance(model: nn.Module) -> float:
+    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+
+
+def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str, Any]]) -> None:
+    """Check that a decoder gives the same scores here as in the model's own plain forward.
+
+    Args:
+        model: A sequence-to-sequence model.
+        collator: Batches examples.
+        items: Encoded examples, of which the one with the longest prompt is tried.
+
+    Raises:
+        UsageError: If the scores differ, or cannot be computed.
+    """
+    item = max(items, key=lambda item: len(item["input_ids"]))
+    start, device = list(item["decoder_start"]), next(model.parameters()).device
+    name = type(model).__name__
+    try:
+        expected = []
+        for option in item["option_ids"]:
+            logits = model(
+                input_ids=torch.tensor([item["input_ids"]], device=device),
+                attention_mask=torch.ones(1, len(item["input_ids"]), dtype=torch.long, device=device),
+                decoder_input_ids=torch.tensor([[*start, *option[:-1]]], device=device),
+                use_cache=False,
+            ).logits[0, len(start) - 1 :]
+            losses = F.cross_entropy(logits.float(), torch.tensor(option, device=device), reduction="none")
+            expected.append(-losses.mean())
+        sums, counts = option_logprobs(model, _moved(collator([item]), model))
+        found = sums / counts
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise UsageError(
+            f"The decoder of {name} cannot score options ({type(error).__name__}: {first_line(error)}): train it with "
+            "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
+        ) from error
+    error_found = (found[0] - torch.stack(expected)).abs().max().item()
+    if not error_found <= _tolerance(model):
+        raise UsageError(
+            f"The scores of {name} would differ by {error_found:.2g} from those of its own forward: train it with "
+            "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
+        )
 
 
 __all__ = [

@@ -21,6 +21,9 @@ class Encoded:
         correct: Every right option, when several are.
         references: Right answers as text, for generation.
         lost: Tokens that were cut off to keep the maximum length.
+        decoder_start: What a decoder reads before the options, for sequence-to-sequence models; the prompt is then what
+            their encoder reads.
+        forced: Tokens that every answer begins with, which decoding therefore does not choose.
     """
 
     prompt_ids: list[int]
@@ -31,6 +34,8 @@ class Encoded:
     correct: tuple[int, ...] = ()
     references: tuple[str, ...] = ()
     lost: int = 0
+    decoder_start: tuple[int, ...] = ()
+    forced: tuple[int, ...] = ()
 
 
 def choices_and_answers(

@@ -1,4 +1,4 @@
-"""Examples as tokens: prompt and options split by character position, for causal and masked language models."""
+"""Examples as tokens: prompt and options split by character position."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end
 from zokernel.finetune.tasks.masked import encode_masked
+from zokernel.finetune.tasks.seq2seq import Decoder, encode_seq2seq, filled_in
 from zokernel.finetune.tasks.typed import ControlTokens
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def encode(
     *,
     max_length: int = 2048,
     masked: bool = False,
+    decoder: Decoder | None = None,
     context: str = "",
     only_answer: bool = False,
 ) -> list[Encoded]:
@@ -39,6 +41,7 @@ def encode(
         tokenizer: A fast tokenizer of transformers.
         max_length: Longest sequence; longer prompts lose tokens at the front (a leading special token is kept).
         masked: Whether the options stand in place of a mask.
+        decoder: How a sequence-to-sequence model frames the texts that it writes: what :func:`decoder_of` returns.
         context: Text put before every prompt, such as :func:`demonstrations`.
         only_answer: Encode the right option alone, which is all that a loss on the answer needs.
 
@@ -52,6 +55,8 @@ def encode(
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
     if masked:
         return encode_masked(task, rows, tokenizer, max_length, context, only_answer)
+    if decoder is not None:
+        return encode_seq2seq(task, rows, tokenizer, decoder, max_length, context, only_answer)
     prompts = [context + task.prompt(row) for row in rows]
     right_ones = [task.correct(row) for row in rows]
     options, correct = choices_and_answers([task.options(row) for row in rows], right_ones, only_answer)
@@ -83,13 +88,14 @@ def encode(
     return examples
 
 
-def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False) -> str:
+def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False, seq2seq: bool = False) -> str:
     r"""Return solved examples as the text to put before a prompt (in-context learning).
 
     Args:
         task: Template and options.
         rows: The examples to show.
         masked: Whether to use the wording for masked language models.
+        seq2seq: Whether the answer goes in place of T5's ``<extra_id_0>``, if the template has one.
 
     Returns:
         The examples with their right answers, each followed by an empty line; empty if there are none.
@@ -105,8 +111,9 @@ def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False) -> 
             before, after = task.cloze(row)
             space = "" if not before or before[-1].isspace() else " "
             shown.append(before + space + task.fillers(row)[task.label(row)] + after)
-        else:
-            shown.append(task.prompt(row) + task.options(row)[task.label(row)].rstrip("\n"))
+            continue
+        answer = task.options(row)[task.label(row)].rstrip("\n")
+        shown.append(filled_in(task, row, answer) if seq2seq else task.prompt(row) + answer)
     return "".join(text + SEPARATOR for text in shown)
 
 

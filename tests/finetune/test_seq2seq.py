@@ -1,0 +1,283 @@
+"""Sequence-to-sequence models in prompt tasks: tokens, losses, the shared encoder, and decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import SEQ2SEQ, build, save_model
+from tokenizers import processors
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.scoring.options import Collator, choose_collator, option_scores
+from zokernel.finetune.scoring.seq2seq import seq2seq_batch, seq2seq_token_losses
+from zokernel.finetune.tasks import ChoiceTask, GenerationTask, PromptTask, demonstrations, encode
+from zokernel.finetune.tasks.seq2seq import Decoder, decoder_of
+
+WORDS = PromptTask("{text} It was", ("terrible", "great"))
+LETTERS = PromptTask("{text} It was", ("b", "g"))
+CHOICE = ChoiceTask("{q} Which?", choices_column="options")
+ANSWER = GenerationTask("{q} Where?", label_column="answer")
+REVIEWS: list[Row] = [{"text": "a good movie", "label": 1}, {"text": "bad", "label": 0}]
+QUESTIONS: list[Row] = [
+    {
+        "q": "the capital of Norway",
+        "answer": ["Oslo", "Oslo town"],
+        "options": ["Oslo", "Rome", "right here"],
+        "label": 0,
+    },
+    {"q": "Rome", "answer": "It was Rome", "options": ["great", "wrong"], "label": 1},
+]
+
+
+@pytest.fixture(scope="module", params=SEQ2SEQ)
+def parts(request, tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp(request.param), request.param)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if request.param == "bart":
+        model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape))
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def encoded(task, rows, model, tokenizer, **settings):
+    return EncodedDataset(encode(task, rows, tokenizer, decoder=decoder_of(model, tokenizer), **settings))
+
+
+def batched(dataset, tokenizer):
+    return Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
+
+
+def plain_scores(model, example):
+    """Mean log-probability of every option, one at a time, from the model's own forward."""
+    found = []
+    for option in example.option_ids:
+        decoded = torch.tensor([[*example.decoder_start, *option[:-1]]])
+        logits = model(input_ids=torch.tensor([example.prompt_ids]), decoder_input_ids=decoded).logits[0]
+        picked = logits[len(example.decoder_start) - 1 :].log_softmax(-1)
+        found.append(picked.gather(1, torch.tensor(option)[:, None]).mean())
+    return torch.stack(found)
+
+
+def test_tokens_of_prompt_and_options(parts):
+    model, tokenizer = parts
+    bos, pad, eos = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    t5 = model.config.model_type == "t5"
+    start = (pad,) if t5 else (eos, bos)
+    example = encoded(WORDS, REVIEWS, model, tokenizer).examples[0]
+    text = tokenizer("a good movie It was", add_special_tokens=False)["input_ids"]
+    assert example.prompt_ids == [*text, eos] if t5 else [bos, *text, eos]
+    assert example.decoder_start == start
+    assert example.option_ids == [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS.label_words]
+    answer = encoded(ANSWER, QUESTIONS, model, tokenizer).examples[0]
+    oslo = tokenizer("Oslo", add_special_tokens=False)["input_ids"]
+    assert answer.option_ids == [[*oslo, eos]] if t5 else [[bos, *oslo, eos]]
+    assert (answer.decoder_start, answer.forced) == ((start[0],), start[1:])
+
+
+@pytest.mark.parametrize("name", ["words", "letters", "choice", "answer"])
+@torch.no_grad()
+def test_scores_are_those_of_one_option_at_a_time(parts, name):
+    model, tokenizer = parts
+    task = {"words": WORDS, "letters": LETTERS, "choice": CHOICE, "answer": ANSWER}[name]
+    dataset = encoded(task, REVIEWS if task in (WORDS, LETTERS) else QUESTIONS, model, tokenizer)
+    scores = option_scores(model, batched(dataset, tokenizer))
+    assert scores.dtype == torch.float32
+    for example, row in zip(dataset.examples, scores):
+        expected, found = plain_scores(model, example), row[: len(example.option_ids)]
+        # Single tokens are compared by their logits: equal up to a constant of the example.
+        torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
+        if name != "letters":
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert row[len(example.option_ids) :].isneginf().all()
+
+
+@torch.no_grad()
+def test_the_loss_of_answers_is_the_models_own(parts):
+    model, tokenizer = parts
+    dataset = encoded(ANSWER, QUESTIONS, model, tokenizer)
+    objective = Objective(kind="generation", loss="answer", tokenizer=tokenizer)
+    features = [
+        {
+            "input_ids": tokenizer(ANSWER.prompt(row))["input_ids"],
+            "labels": tokenizer(text_target=ANSWER.references(row)[0])["input_ids"],
+        }
+        for row in QUESTIONS
+    ]
+    collate = DataCollatorForSeq2Seq(tokenizer, model=model)
+    for rows in ([0], [1], [0, 1]):
+        found = objective(model, Collator(tokenizer.pad_token_id)([dataset[n] for n in rows]))
+        plain = model(**collate([features[n] for n in rows])).loss
+        assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_losses_of_instructions_are_the_models_own(parts):
+    model, tokenizer = parts
+    decoder = decoder_of(model, tokenizer)
+    prompts = [tokenizer(text)["input_ids"] for text in ("a good movie It was", "bad")]
+    targets = [tokenizer(text_target=text)["input_ids"] for text in ("great", "It was Rome")]
+    batch = seq2seq_batch(prompts, targets, start=decoder.start, pad_token_id=tokenizer.pad_token_id)
+    losses = seq2seq_token_losses(model, batch)
+    collate = DataCollatorForSeq2Seq(tokenizer, model=model)
+    plain = model(**collate([{"input_ids": p, "labels": t} for p, t in zip(prompts, targets)])).loss
+    assert losses.shape == (sum(map(len, targets)),)
+    assert losses.mean().item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_the_encoder_runs_once_per_example_and_the_head_on_scored_positions(parts):
+    model, tokenizer = parts
+    seen: dict[str, tuple[int, ...]] = {}
+    dataset = encoded(CHOICE, QUESTIONS, model, tokenizer)
+    batch = batched(dataset, tokenizer)
+    handles = [
+        model.get_encoder().register_forward_hook(lambda m, a, out: seen.update(encoder=tuple(out[0].shape))),
+        model.get_decoder().register_forward_hook(lambda m, a, out: seen.update(decoder=tuple(out[0].shape))),
+        model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.update(head=tuple(out.shape))),
+    ]
+    option_scores(model, batch)
+    for handle in handles:
+        handle.remove()
+    longest = max(len(option) for example in dataset.examples for option in example.option_ids)
+    lengths = [len(example.prompt_ids) for example in dataset.examples]
+    # The hook of the test sees the encoder's own output before it is repeated, or after: both are rows of examples.
+    assert seen["encoder"][1] == max(lengths)
+    assert seen["decoder"][0] == 5
+    assert seen["head"] == (5, longest, len(tokenizer))
+    assert not model.get_encoder()._forward_hooks
+    assert not model.get_encoder()._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_rows_of_the_encoder(parts):
+    model, tokenizer = parts
+    rows = []
+    layer = next(module for module in model.get_encoder().modules() if isinstance(module, torch.nn.Linear))
+    handle = layer.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    option_scores(model, batched(encoded(CHOICE, QUESTIONS, model, tokenizer), tokenizer))
+    handle.remove()
+    assert rows == [2]
+
+
+@torch.no_grad()
+def test_answers_are_decoded_greedily(parts):
+    model, tokenizer = parts
+    dataset = encoded(ANSWER, QUESTIONS, model, tokenizer)
+    batch = batched(dataset, tokenizer)
+    prompt = batch["decoder_prompt"][0].tolist()
+    model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 3, 2
+    seen = []
+    generate = model.generate
+    model.generate = lambda **settings: seen.append(generate(**settings)) or seen[-1]
+    try:
+        objective = Objective(kind="generation", loss="answer", tokenizer=tokenizer, max_new_tokens=6)
+        objective.evaluate(model, batch)
+    finally:
+        del model.generate
+        model.generation_config.num_beams = model.generation_config.no_repeat_ngram_size = None
+    for example, row in zip(dataset.examples, seen[0].tolist()):
+        assert row[: len(prompt)] == prompt
+        ids = list(prompt)
+        for written in row[len(prompt) : -1]:  # BART ends an answer that is cut off
+            logits = model(input_ids=torch.tensor([example.prompt_ids]), decoder_input_ids=torch.tensor([ids])).logits
+            ids.append(int(logits[0, -1].argmax()))
+            assert ids[-1] == written
+            if written == tokenizer.eos_token_id or "\n" in tokenizer.decode([written]):
+                break
+
+
+def test_a_sentinel_in_the_template_starts_the_decoder(parts):
+    model, tokenizer = parts
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_id_0>"]})
+    sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    decoder = decoder_of(model, tokenizer)
+    task = PromptTask("{text} It was <extra_id_0> .", ("bad", "good"))
+    typed = [{"text": "a <extra_id_0> movie", "label": 1}]
+    shown = demonstrations(task, typed, seq2seq=True)
+    assert shown == "a <extra_id_0> movie It was good .\n\n"
+    (example,) = encode(task, typed, tokenizer, decoder=decoder)
+    assert example.decoder_start == (decoder.start, sentinel)
+    assert example.prompt_ids.count(sentinel) == 1
+    (example,) = encode(WORDS, typed, tokenizer, decoder=decoder)
+    assert example.decoder_start == decoder.prompt
+    assert example.prompt_ids.count(sentinel) == 0
+    assert tokenizer.decode(example.prompt_ids, skip_special_tokens=True) == "a <extra_id_0> movie It was"
+
+
+@torch.no_grad()
+def test_copies_of_a_batch_have_the_loss_of_the_batch(parts):
+    model, tokenizer = parts
+    for task, rows in ((WORDS, REVIEWS), (LETTERS, REVIEWS), (CHOICE, QUESTIONS)):
+        batch = batched(encoded(task, rows, model, tokenizer), tokenizer)
+        for loss in ("options", "answer"):
+            objective = Objective(loss=loss, kind=task.kind)
+            model.requires_grad_(False)
+            losses = objective.stacked(model, repeat_batch(batch, 3), 3)
+            model.requires_grad_(True)
+            torch.testing.assert_close(losses, objective(model, batch).expand(3), atol=1e-6, rtol=1e-6)
+
+
+def test_trained_embeddings_are_not_stacked(parts):
+    model, tokenizer = parts
+    batch = batched(encoded(WORDS, REVIEWS, model, tokenizer), tokenizer)
+    with pytest.raises(UsageError, match=r"stacked.*adapter"):
+        Objective().stacked(model, repeat_batch(batch, 2), 2)
+
+
+def test_long_prompts_lose_tokens_at_the_front_and_long_options_are_refused(parts):
+    model, tokenizer = parts
+    whole = encoded(WORDS, [{"text": "bad " * 40, "label": 0}], model, tokenizer).examples[0]
+    cut = encoded(WORDS, [{"text": "bad " * 40, "label": 0}], model, tokenizer, max_length=20).examples[0]
+    assert len(cut.prompt_ids) == 20
+    assert cut.lost == len(whole.prompt_ids) - 20
+    assert cut.prompt_ids[-18:] == whole.prompt_ids[-18:]
+    with pytest.raises(UsageError, match="max_length"):
+        encoded(WORDS, REVIEWS, model, tokenizer, max_length=3)
+    with pytest.raises(UsageError, match="no token"):
+        encoded(CHOICE, [{"q": "x", "options": ["", "b"], "label": 1}], model, tokenizer)
+
+
+def test_the_language_is_forced_where_the_family_needs_it(tmp_path):
+    """M2M100 writes it after the start token; mBART's first input is the language that ends its labels."""
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path, "bart"))
+    bos, pad, eos = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": pad, "eos_token_id": eos, "decoder_start_token_id": eos}
+    m2m = build("bart", **ids)
+    frame = lambda single: processors.TemplateProcessing(single=single, special_tokens=[("<s>", bos), ("</s>", eos)])  # noqa: E731
+    tokenizer.backend_tokenizer.post_processor = frame("<s> $A </s>")  # <s> stands for a language
+    assert decoder_of(m2m, tokenizer) == Decoder(eos, (bos,), (eos,))
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    mbart = MBartForConditionalGeneration(MBartConfig(**sizes, **heads, **ids)).eval()
+    tokenizer.backend_tokenizer.post_processor = frame("$A </s> <s>")
+    decoder = decoder_of(mbart, tokenizer)
+    assert decoder == Decoder(bos, (), (eos, bos))
+    (example,) = encode(ANSWER, QUESTIONS[1:], tokenizer, decoder=decoder)
+    labels = tokenizer(text_target="It was Rome")["input_ids"]
+    assert (example.decoder_start, example.option_ids) == ((bos,), [labels])
+    loss = Objective(kind="generation", loss="answer")(mbart, batched(EncodedDataset([example]), tokenizer))
+    plain = mbart(input_ids=torch.tensor([example.prompt_ids]), labels=torch.tensor([labels])).loss
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_a_model_that_does_not_score_here_is_refused_before_training(parts):
+    model, tokenizer = parts
+    dataset = encoded(WORDS, REVIEWS, model, tokenizer)
+    assert choose_collator(model, tokenizer.pad_token_id, dataset) == Collator(tokenizer.pad_token_id)
+
+    def in_company(module, args, output):  # states that depend on how many rows there are
+        output[0].data.mul_(len(output[0]))
+
+    other = model.get_decoder().register_forward_hook(in_company)
+    try:
+        with pytest.raises(UsageError, match=r"would differ by .*Seq2SeqTrainer"):
+            choose_collator(model, tokenizer.pad_token_id, dataset)
+    finally:
+        other.remove()
