@@ -190,3 +190,104 @@ def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
     )
     assert done.stderr == ""
     assert done.returncode in (0, 141)
+
+
+def test_two_processes_speak_once(flags, tmp_path):
+    """Every line, the table and an error come from one process."""
+    words = [*flags, "--max_steps", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "zokernel", "finetune"]
+    variables = {**os.environ, "ZOKERNEL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*more):
+        return subprocess.run([*launch, *words, *more], capture_output=True, text=True, env=variables, check=False)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("zero-shot accuracy") == done.stdout.count("Saved in") == 1
+    for line in ("Settings (all of them", "Data: 64 train", "Method mezo: lr", "step 2: validation loss"):
+        assert done.stderr.count(line) == 1
+    assert "Warning" not in done.stderr
+    again = run()
+    assert again.stdout == done.stdout
+    assert again.stderr.count("nothing is left to do") == 1
+    assert run("--eps", "0").stderr.count("zokernel: error: eps must be positive, not 0.0.") == 1
+
+
+def test_times_of_a_continued_run_add_up(flags, tmp_path, monkeypatch):
+    from zokernel.finetune.monitor.interrupt import StopOnInterrupt
+
+    def stop_after_three(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.interrupted = control.should_save = control.should_training_stop = True
+        return control
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnInterrupt, "on_step_end", stop_after_three)
+        assert main(["finetune", *flags]) == 130
+    folder = tmp_path / "run"
+    run = json.loads((folder / "run.json").read_text())
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert run["seconds"] >= steps[-1]["seconds"]
+    # An earlier process that took 49 s for three steps, and 55 s in all.
+    for row in steps:
+        row["seconds"] = 49.0 * row["step"] / 3
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (folder / "run.json").write_text(json.dumps(run | {"seconds": 55.0}))
+    assert main(["finetune", *flags]) == 0
+    metrics = metrics_of(folder)
+    assert 49 <= metrics["train_seconds"] < 55 <= metrics["total_seconds"]
+    first = metrics["total_seconds"]
+    # One that was killed leaves no time but that of its steps.
+    (folder / "metrics.json").unlink()
+    (folder / "run.json").write_text(json.dumps({key: value for key, value in run.items() if key != "seconds"}))
+    assert main(["finetune", *flags]) == 0
+    metrics = metrics_of(folder)
+    assert 49 <= metrics["train_seconds"] <= metrics["total_seconds"] <= first + 30
+
+
+def test_the_hubs_bar_of_a_download_stays():
+    import huggingface_hub.utils
+    import transformers
+
+    from zokernel.commands.messages import quiet_transformers
+
+    for shown in (True, False):
+        (huggingface_hub.utils.enable_progress_bars if shown else huggingface_hub.utils.disable_progress_bars)()
+        quiet_transformers()
+        assert huggingface_hub.utils.are_progress_bars_disabled() is not shown
+        assert not transformers.logging.is_progress_bar_enabled()
+    huggingface_hub.utils.enable_progress_bars()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--num_probes", "8", "--update_examples", "4", "--observe_examples", "2"],
+        ["evolve", "--max_examples", "4", "--label_words", " bad", " good"],
+        [
+            "kernel",
+            "--x_o",
+            "a movie",
+            "--x_u",
+            "the movie",
+            "--label_words",
+            "bad",
+            "good",
+            "--num_perturbations",
+            "1",
+        ],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_commands_show_none_of_the_libraries_remarks(words, tiny_lm_path, tiny_reviews_path, tmp_path):
+    data = ["--train_file", str(tiny_reviews_path / "train.jsonl")] if words[0] != "kernel" else []
+    words_of_labels = ["--label_words", "bad", "good"] if words[0] == "plan" else []
+    output = ["--output_dir", str(tmp_path / "out")] if words[0] != "plan" else []
+    out, err, code = screen(
+        *words, "--model_name_or_path", str(tiny_lm_path), *data, *words_of_labels, *output, home=tmp_path
+    )
+    assert code == 0, err
+    assert out
+    lines = err.splitlines()
+    assert len(lines) == len(set(lines))
+    assert [line for line in lines if re.search(r"Warning|it/s|Loading weights|\.py:|transformers", line)] == []

@@ -237,8 +237,10 @@ def from_language_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError("transformers", "finetune", "Loading a language model") from error
+    from zokernel.commands.messages import quiet_transformers
     from zokernel.data import load_table, resolve_model_path
 
+    quiet_transformers()
     texts, y = _texts(load_table(path)[:max_examples], task, path)
     location = resolve_model_path(name)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 
@@ -29,6 +30,21 @@ def set_up_messages(*, debug: bool) -> None:
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=r"zokernel(\.|$)")
         warnings.formatwarning = lambda message, *rest, **more: f"{message}\n"
+
+
+class EachOnce(logging.Filter):
+    """Lets a line through once, whatever the numbers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether nothing like it has been said yet."""
+        said = re.sub(r"[\d.]+ ?[KMG]?B?", "", record.getMessage())
+        new = said not in self._said
+        self._said.add(said)
+        return new
 
 
 def quiet_transformers() -> None:

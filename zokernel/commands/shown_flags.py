@@ -206,6 +206,14 @@ SHOWN: dict[str, tuple[Group, ...]] = {
         Group("which", {"base": ("smollm2", ""), "journal": ("runs/mine", ""), "step": ("500", "")}),
         Group("output", {"output_dir": ("rebuilt", ""), "allow_other_backend": ("", "")}),
     ),
+    "predict": (
+        Group("which", {"model": ("runs/mine", ""), "file": ("new.csv", ""), "column_names": ("id text", "")}),
+        Group("output", {"output_file": ("answers.csv", ""), "batch_size": ("32", "")}),
+    ),
+    "merge": (
+        Group("which", {"model": ("runs/lora", ""), "base": ("models/mine", "")}),
+        Group("output", {"output_dir": ("merged", ""), "dtype": ("bfloat16", "")}),
+    ),
     "journal": (
         Group("which", {"action": ("show", "show, verify or truncate"), "journal": ("runs/mine", "")}),
         Group("how", {"step": ("500", ""), "base": ("smollm2", ""), "damaged": ("", "")}),
