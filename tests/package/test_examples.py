@@ -37,8 +37,24 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_every_example_is_tested():
-    tested = {"pytorch_loop", "trainer_api", "lora", "masked_lm", "accuracy_objective"}
+    tested = {"accuracy_objective", "any_trainer", "lora", "masked_lm", "pytorch_loop", "trainer_api", "trl_trainers"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_any_trainer(tiny_lm_path, reviews, tmp_path):
+    found = load("any_trainer")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert 0 <= found["eval_accuracy"] <= 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("job", ["sft", "dpo", "kto", "reward"])
+def test_trl_trainers(job, tiny_lm_path, tmp_path):
+    pytest.importorskip("trl")
+    rows = [{"prompt": f"It was {n} ", "chosen": "good", "rejected": "bad"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = load("trl_trainers")(job, str(tmp_path / "rows.jsonl"), str(tiny_lm_path), 2, str(tmp_path / "run"))
+    assert losses[0] != losses[1]
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_trainer_api(tiny_lm_path, reviews, tmp_path):
