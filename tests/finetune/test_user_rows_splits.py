@@ -97,6 +97,7 @@ def test_labels_without_words_are_the_words(tmp_path):
         ([{"text": "x", "label": f"an answer {n}"} for n in range(9)], {}, "holds 9 different values"),
         ([{"text": "x", "label": [0]}, {"text": "x", "label": [1]}], {}, "not taken for classes"),
         ([{"text": "x", "label": 1}] * 4, {}, "holds 1 different values"),
+        ([{"instruction": "x", "output": "y"}], {"label_words": WORDS}, "form 'instruction'.*leave out --label_words"),
         (rows_of(4), {"task": "sst2", "task_file": "x.yaml"}, "either --task or --task_file"),
         (rows_of(4), {"dataset_config": "x"}, "--dataset_config needs --dataset_name"),
     ],

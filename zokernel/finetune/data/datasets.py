@@ -16,7 +16,7 @@ from zokernel.data import load_rows, load_table
 from zokernel.data.tables import Row, Table
 from zokernel.errors import UsageError
 from zokernel.finetune.data.choose_task import classification, task_of_data_set
-from zokernel.finetune.data.formats import recognise
+from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.data.protocol import published_splits
 from zokernel.finetune.data.report_splits import report_splits
 from zokernel.finetune.settings.arguments import DataArguments
@@ -101,6 +101,13 @@ def _task_of_rows(arguments: DataArguments) -> Task:
         task = recognise(rows, arguments)
         if task is not None:
             return task
+    elif not (arguments.template or arguments.label_column):
+        form = form_of(rows)
+        if form not in (None, "text") and not any("label" in row for row in rows):
+            raise UsageError(
+                f"The columns are of the form {form!r}, which is trained on without label words: leave out "
+                "--label_words and --labels, or name --template and --label_column to classify."
+            )
     return classification(rows, arguments)
 
 
