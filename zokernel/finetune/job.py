@@ -261,6 +261,8 @@ class _Job:
     def _written(self) -> list[str]:
         """Return what the model writes now after the held-out prompts that are shown."""
         prompts = [sample.prompt_ids for sample in self.prepared.samples]
+        if not prompts:
+            return []
         length, ends = self.data_arguments.max_new_tokens, self.prepared.ends
         return continuations(self.model, self.checked.tokenizer, prompts, max_new_tokens=length, ends=ends)
 
