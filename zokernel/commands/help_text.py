@@ -48,7 +48,7 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> str:
     """
     # A switch that is on by default has a second action, --no_NAME.
     actions = {action.dest: action for action in reversed(parser._actions)}
-    blocks = [(parser.description or "").strip()]
+    blocks = [(parser.description or "").strip().replace("``", "'")]
     for group in groups:
         head = group.title + (f": {group.example}" if group.example else "")
         rows = [_row(actions[name], *shown) for name, shown in group.flags.items()]
