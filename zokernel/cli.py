@@ -10,9 +10,13 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from zokernel._version import __version__
 from zokernel.commands.messages import is_replica, set_up_messages
@@ -100,8 +104,28 @@ def load(name: str) -> tuple[Command, CommandParser]:
 
 def dispatch(name: str, argv: Sequence[str]) -> int:
     """Run the subcommand ``name`` on the arguments after it, and return its exit code."""
-    command, parser = load(name)
+    with _ending_at_once():
+        command, parser = load(name)
     return command.main(parser.parse(argv))
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process while libraries load: one that is cut off half-way fails later, in other words."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: Any) -> None:
+    os.write(2, b"zokernel: interrupted.\n")
+    os._exit(130)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -131,3 +135,15 @@ def test_an_unknown_command_gets_a_suggestion(typed, hint, capsys):
     message = capsys.readouterr().err
     assert f"There is no command {typed!r}" in message
     assert hint in message
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0])
+def test_ctrl_c_while_libraries_load_is_one_line(seconds):
+    code = "import sys; from zokernel.cli import main; print('here', flush=True); sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "finetune", "--help-all"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    time.sleep(seconds / 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "zokernel: interrupted.\n")
