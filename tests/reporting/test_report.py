@@ -64,7 +64,7 @@ def test_every_page_is_self_contained(kind, pages):
     [
         (
             "finetune",
-            ["No gradient was computed", "held-out examples", "zokernel finetune", "Validation during training"],
+            ["No gradient was computed", "24 test examples", "zokernel finetune", "Validation during training"],
         ),
         ("plan", ["no gradient was taken", "zokernel plan", "Predicted and measured with real gradients"]),
         ("kernel", ["exact formula", "rho", "zokernel kernel", "jl bound"]),
@@ -98,7 +98,7 @@ def test_an_unfinished_run_is_read_from_its_journal(run_folders, tmp_path):
     for early, late in zip(going.rows, whole.rows, strict=True):
         assert early["loss"] == pytest.approx(late["loss"], rel=1e-5)
         assert early["projected_gradient"] == pytest.approx(late["projected_gradient"], rel=1e-4)
-    assert [e["step"] for e in going.evaluations] == [20, 40]
+    assert [e["step"] for e in going.evaluations] == [0, 20, 40]
     assert "40 steps so far" in " ".join(read(folder).summary)
     # half a record at the end: the write that a crash cut off
     data = (folder / "journal.zkj").read_bytes()
@@ -112,7 +112,7 @@ def test_a_run_without_steps_shows_scores_only(run_folders, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     page = read(tmp_path)
     assert page.title.endswith("as it is")
-    assert page.summary[0].startswith("No step was taken. On 24 held-out examples: accuracy")
+    assert page.summary[0].startswith("No step was taken. On 24 test examples: accuracy")
     assert "backpropagation" not in render(page)
 
 
