@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "report": "one HTML page of any run; --serve shows a live one",
         "journal": "show, verify or truncate the journal of a run",
         "replay": "rebuild the weights of any step from base and journal",
+        "merge": "add a trained adapter to the weights of its base",
     },
     "the three papers": {
         "reproduce": "reproduce their figures and tables",

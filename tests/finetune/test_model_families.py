@@ -152,7 +152,7 @@ def test_masked_models_score_options_of_any_length_at_the_mask(load, family):
 @pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
 def test_scored_positions_count_virtual_tokens(load, family, kind):
     model, tokenizer = load(family)
-    adapted = attach_adapter(model, ModelArguments(**{kind: True}, num_virtual_tokens=3), masked=False)
+    adapted = attach_adapter(model, ModelArguments(**{kind: True}, num_virtual_tokens=3))
     examples = unequal_examples(tokenizer)
     dataset = EncodedDataset(examples)
     collator = choose_collator(adapted, tokenizer.pad_token_id, dataset)
@@ -169,7 +169,7 @@ def test_a_prefix_starts_from_real_activations(load, family):
     """With the activations of a text as prefix, the model continues as if that text stood before the input."""
     model, tokenizer = load(family)
     reference = copy.deepcopy(model)
-    adapted = attach_adapter(model, ModelArguments(prefix_tuning=True, num_virtual_tokens=4), masked=False, seed=7)
+    adapted = attach_adapter(model, ModelArguments(prefix_tuning=True, num_virtual_tokens=4), seed=7)
     vocabulary = reference.get_input_embeddings().num_embeddings
     text = torch.randint(vocabulary, (1, 4), generator=torch.Generator().manual_seed(7))
     ids = torch.tensor([tokenizer("It was good")["input_ids"]])
@@ -184,7 +184,7 @@ def test_a_prefix_starts_from_real_activations(load, family):
 def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, family, adapter):
     model, tokenizer = load(family)
     if adapter != "none":
-        model = attach_adapter(model, ModelArguments(**{adapter: True}, num_virtual_tokens=3), masked=False)
+        model = attach_adapter(model, ModelArguments(**{adapter: True}, num_virtual_tokens=3))
     prompts = ["It was", "Rome Rome Rome is a good", "x"]
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest = max(map(len, ids))
@@ -223,6 +223,7 @@ def test_a_saved_result_scores_the_same_in_plain_transformers_and_peft(folders, 
         max_steps=6,
         learning_rate=1e-2 if adapter else 1e-3,
         eval_steps=2,
+        load_best_model_at_end=False,  # after six steps the start may be the best
         per_device_train_batch_size=4,
         precision="fp32",
         disable_tqdm=True,
@@ -256,9 +257,9 @@ def test_a_saved_result_scores_the_same_in_plain_transformers_and_peft(folders, 
 def test_masked_models_refuse_prefixes_and_generation(folders, load, tmp_path):
     model, tokenizer = load("roberta")
     with pytest.raises(UsageError, match="take no prefix"):
-        attach_adapter(model, ModelArguments(prefix_tuning=True), masked=True)
+        attach_adapter(model, ModelArguments(prefix_tuning=True))
     with pytest.raises(UsageError, match="One adapter"):
-        attach_adapter(model, ModelArguments(lora=True, prompt_tuning=True), masked=True)
+        attach_adapter(model, ModelArguments(lora=True, prompt_tuning=True))
     task = get_task("squad")
     with pytest.raises(UsageError, match="use a causal language model"):
         encode(task, toy_rows("squad", task, size=1), tokenizer, masked=True)

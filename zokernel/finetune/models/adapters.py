@@ -1,17 +1,32 @@
-"""Adapters of peft: LoRA, prefix tuning and prompt tuning, for causal and masked language models."""
+"""Adapters of peft: LoRA and its variants, prefix and prompt tuning; new ones and saved ones."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from zokernel.errors import MissingDependencyError, UsageError, first_line
+from zokernel.finetune.models.kind import Kind, kind_of_model
+from zokernel.finetune.models.lora import attach_lora
+from zokernel.finetune.models.saved_adapter import adapter_config, load_saved, name_base_
+from zokernel.finetune.models.virtual_tokens import attach_prefix, attach_prompt
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("lora", "prefix_tuning", "prompt_tuning")
+LORA_OPTIONS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "target_parameters",
+    "modules_to_save",
+    "use_dora",
+    "use_rslora",
+)
 
 
 def wants_adapter(arguments: ModelArguments) -> bool:
@@ -20,71 +35,84 @@ def wants_adapter(arguments: ModelArguments) -> bool:
 
 
 def trained_by(arguments: ModelArguments) -> str:
-    """Return what is trained: ``virtual tokens``, ``LoRA`` or ``full parameters``.
+    """Return what is trained: ``virtual tokens``, ``LoRA`` or ``full parameters``; of a saved adapter, what it is.
 
-    A saved adapter counts as LoRA until it has been loaded.
+    Raises:
+        UsageError: If there is no such adapter.
     """
+    if arguments.adapter_name_or_path:
+        return "virtual tokens" if adapter_config(arguments.adapter_name_or_path).is_prompt_learning else "LoRA"
     if arguments.prefix_tuning or arguments.prompt_tuning:
         return "virtual tokens"
-    return "LoRA" if wants_adapter(arguments) else "full parameters"
+    return "LoRA" if arguments.lora else "full parameters"
 
 
-def attach_adapter(model: nn.Module, arguments: ModelArguments, *, masked: bool, seed: int = 0) -> nn.Module:
+def check_adapter(arguments: ModelArguments) -> None:
+    """Refuse options that no adapter would use, and kinds that do not go together.
+
+    Raises:
+        UsageError: If there are any.
+
+    Example:
+        >>> check_adapter(ModelArguments(use_dora=True))
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: --use_dora is an option of LoRA: add --lora true.
+    """
+    kinds = [name for name in KINDS if getattr(arguments, name)]
+    if len(kinds) > 1:
+        raise UsageError(f"One adapter is trained at a time: choose one of {', '.join(f'--{k}' for k in kinds)}.")
+    given = {name: getattr(arguments, name) for name in LORA_OPTIONS}
+    lora = [name for name, value in given.items() if value is not None and value is not False]
+    tokens = ["num_virtual_tokens"] if arguments.num_virtual_tokens is not None else []
+    if arguments.adapter_name_or_path:
+        _check_saved(arguments, kinds, lora + tokens)
+        return
+    if lora and not arguments.lora:
+        raise UsageError(f"--{lora[0]} is an option of LoRA: add --lora true.")
+    if tokens and not (arguments.prefix_tuning or arguments.prompt_tuning):
+        raise UsageError(
+            "--num_virtual_tokens is an option of virtual tokens: add --prompt_tuning true or --prefix_tuning true."
+        )
+    if arguments.target_parameters:
+        for name in ("use_dora", "lora_dropout"):
+            if getattr(arguments, name):
+                raise UsageError(f"--target_parameters does not go together with --{name} in peft: leave one out.")
+
+
+def attach_adapter(model: nn.Module, arguments: ModelArguments, *, seed: int = 0, first_order: bool = False) -> Any:
     """Wrap a model with a new adapter, or with a saved one to continue.
 
     Args:
         model: A language model of transformers.
         arguments: Which adapter.
-        masked: Whether it is a masked language model.
-        seed: Seed of the adapter's start.
+        seed: Seed of the virtual tokens' start.
+        first_order: Whether gradients are taken, in which dropout is on.
 
     Returns:
         The peft model, in evaluation mode.
 
     Raises:
-        UsageError: If the adapter or its target modules do not exist, or more than one kind is asked for.
+        UsageError: If the adapter or its target modules do not exist, or options do not go together.
         MissingDependencyError: If peft is not installed.
     """
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("peft", "finetune", "An adapter") from error
-    kinds = [name for name in ("lora", "prefix_tuning", "prompt_tuning") if getattr(arguments, name)]
-    if len(kinds) > 1:
-        raise UsageError(f"One adapter is trained at a time: choose one of {', '.join(f'--{k}' for k in kinds)}.")
-    if masked and arguments.prefix_tuning:
-        raise UsageError("Masked language models take no prefix of keys and values: use --prompt_tuning or --lora.")
-    # peft has no masked-LM task: virtual tokens need a class that prepends them, LoRA works inside any model.
-    task_type: Any = "CAUSAL_LM" if not masked else "FEATURE_EXTRACTION" if arguments.prompt_tuning else None
-    configuration: Any
-    try:
-        if arguments.adapter_name_or_path:
-            return peft.PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True).eval()
-        if arguments.lora:
-            configuration = peft.LoraConfig(
-                r=arguments.lora_r,
-                lora_alpha=arguments.lora_alpha,
-                target_modules=arguments.lora_target_modules,
-                task_type=task_type,
-            )
-        elif arguments.prefix_tuning:
-            configuration = peft.PrefixTuningConfig(
-                num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type, prefix_projection=False
-            )
-        else:
-            configuration = peft.PromptTuningConfig(
-                num_virtual_tokens=arguments.num_virtual_tokens, task_type=task_type
-            )
-        start = _activations(model, arguments.num_virtual_tokens, seed) if arguments.prefix_tuning else None
-        adapted: Any = peft.get_peft_model(model, configuration).eval()
-    except (ValueError, OSError) as error:
-        name = "LoRA adapter" if arguments.lora or arguments.adapter_name_or_path else "adapter"
-        raise UsageError(f"The {name} could not be attached: {first_line(error)}") from error
-    if start is not None:
-        _start_prefix(adapted, start)
-    elif arguments.prompt_tuning:
-        _start_prompt(adapted, model, arguments.num_virtual_tokens, seed)
-    return adapted
+    check_adapter(arguments)
+    if arguments.adapter_name_or_path:
+        adapted = load_saved(model, arguments.adapter_name_or_path)
+    else:
+        try:
+            adapted = _new_adapter(model, arguments, kind_of_model(model), seed)
+        except (ValueError, OSError) as error:
+            name = "LoRA adapter" if arguments.lora else "adapter"
+            raise UsageError(f"The {name} could not be attached: {first_line(error)}") from error
+    name_base_(adapted, arguments.model_name_or_path)
+    dropout = max(getattr(c, "lora_dropout", 0.0) or 0.0 for c in adapted.peft_config.values())
+    if dropout and not first_order:
+        logger.info("lora_dropout %g is stored with the adapter, and is off: a zeroth-order step has none.", dropout)
+    return adapted.eval()
 
 
 def virtual_tokens(model: Any) -> int:
@@ -94,41 +122,24 @@ def virtual_tokens(model: Any) -> int:
     return sum(getattr(c, "num_virtual_tokens", 0) or 0 for c in model.peft_config.values())
 
 
-def _random_tokens(model: nn.Module, count: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return torch.randint(vocabulary, (1, count), generator=generator)
+def _new_adapter(model: nn.Module, arguments: ModelArguments, kind: Kind, seed: int) -> Any:
+    # peft has no masked-LM task: virtual tokens need a class that prepends them, LoRA works inside any model.
+    tasks: dict[Kind, Any] = {"causal": "CAUSAL_LM", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
+    if arguments.lora:
+        return attach_lora(model, arguments, tasks[kind])
+    count = arguments.num_virtual_tokens or 5
+    if kind == "seq2seq":
+        raise UsageError("Virtual tokens are for causal and masked models: train this one with --lora true.")
+    if arguments.prompt_tuning:
+        return attach_prompt(model, count, tasks[kind] or "FEATURE_EXTRACTION", seed=seed)
+    if kind == "masked":
+        raise UsageError("Masked language models take no prefix of keys and values: use --prompt_tuning or --lora.")
+    return attach_prefix(model, count, tasks[kind], seed=seed)
 
 
-@torch.no_grad()
-def _activations(model: nn.Module, count: int, seed: int) -> torch.Tensor:
-    """Return keys and values of ``count`` random tokens in peft's layout: (count, 2 * layers * width).
-
-    Prefixes that start from real activations train far better than random ones (MeZO, appendix E.5).
-    """
-    tokens = _random_tokens(model, count, seed).to(next(model.parameters()).device)
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
-    # One layer after the other, keys before values; each (1, heads, count, head width).
-    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return torch.stack(pairs)[:, 0].permute(2, 0, 1, 3).reshape(count, -1)
-
-
-@torch.no_grad()
-def _start_prefix(adapted: Any, start: torch.Tensor) -> None:
-    weight = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
-    if weight.shape != start.shape:
-        logger.warning(
-            "The prefix starts at random: peft holds %s numbers for it where the model's activations are %s.",
-            tuple(weight.shape),
-            tuple(start.shape),
-        )
-        return
-    weight.copy_(start)
-
-
-@torch.no_grad()
-def _start_prompt(adapted: Any, model: nn.Module, count: int, seed: int) -> None:
-    """Start virtual tokens from the embeddings of random real ones."""
-    tokens = _random_tokens(model, count, seed)
-    embeddings = model.get_input_embeddings().weight[tokens[0]]  # type: ignore[operator]
-    adapted.prompt_encoder[adapted.active_adapter].embedding.weight.copy_(embeddings)
+def _check_saved(arguments: ModelArguments, kinds: list[str], options: list[str]) -> None:
+    name = arguments.adapter_name_or_path
+    if options:
+        raise UsageError(f"The saved adapter {name} has its own {options[0]}: leave out --{options[0]}.")
+    if kinds and (kinds[0] == "lora") != (trained_by(arguments) == "LoRA"):
+        raise UsageError(f"The saved adapter {name} is of another kind: leave out --{kinds[0]}.")

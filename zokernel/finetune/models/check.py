@@ -10,9 +10,11 @@ import torch
 
 from zokernel.data import resolve_model_path
 from zokernel.errors import UsageError
-from zokernel.finetune.models.adapters import wants_adapter
+from zokernel.finetune.models.adapters import check_adapter, trained_by, wants_adapter
 from zokernel.finetune.models.kind import Kind, language_model_kind
+from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
+from zokernel.finetune.models.saved_adapter import adapter_config, with_base
 from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.settings.arguments import ModelArguments
 
@@ -29,6 +31,7 @@ class CheckedModel:
         tokenizer: Its tokenizer.
         kind: Which kind of language model it is.
         dtype: In which type its weights will be held.
+        arguments: Which model and adapter: of an adapter's folder, its base and itself.
     """
 
     path: str
@@ -36,6 +39,7 @@ class CheckedModel:
     tokenizer: Any
     kind: Kind
     dtype: torch.dtype
+    arguments: ModelArguments
 
 
 def check_model(arguments: ModelArguments) -> CheckedModel:
@@ -52,6 +56,8 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    arguments = with_base(arguments)
+    check_adapter(arguments)
     name = arguments.model_name_or_path
     if arguments.dtype not in (*DTYPES, "auto"):
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
@@ -62,7 +68,7 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path:
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
-        refuse_pickles(arguments.adapter_name_or_path, what="adapter")
+        adapter_config(arguments.adapter_name_or_path)
     options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
@@ -73,12 +79,15 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
             f"{name} is quantized, so its weights cannot be perturbed: dequantize it, or train an adapter with --lora "
             "true."
         )
+    if arguments.merge_adapter:
+        check_mergeable(trained_by(arguments), architecture)
     kind = language_model_kind(architecture, arguments.lm_type)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
         raise not_loaded(name, error, what="tokenizer") from error
-    return CheckedModel(path, architecture, tokenizer, kind, DTYPES.get(arguments.dtype) or _stored_dtype(architecture))
+    dtype = DTYPES.get(arguments.dtype) or _stored_dtype(architecture)
+    return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
 
 
 def not_loaded(name: str, error: Exception, *, what: str = "model") -> UsageError:

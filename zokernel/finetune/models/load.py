@@ -16,6 +16,7 @@ from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.combine import is_first_order
 from zokernel.finetune.settings.config import ZOConfig
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def load_model(
         RunError: If it will not fit in memory.
     """
     checked = checked or check_model(arguments)
+    arguments = checked.arguments
     name, kind, adapter = arguments.model_name_or_path, checked.kind, wants_adapter(arguments)
     check_memory(
         checked.architecture,
@@ -53,7 +55,7 @@ def load_model(
     tokenizer = checked.tokenizer
     choose_pad_token(model, tokenizer)
     if adapter:
-        model = attach_adapter(model, arguments, masked=kind == "masked", seed=config.seed)
+        model = attach_adapter(model, arguments, seed=config.seed, first_order=is_first_order(config.method))
     check_finite(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

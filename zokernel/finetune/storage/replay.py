@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.saved_adapter import load_saved, name_base_
 from zokernel.finetune.storage.checkpoint import load_adapter_
 from zokernel.journal import Journal, replay_
 from zokernel.journal.hashes import frozen_sha256
@@ -93,12 +94,11 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).") from error
     if described["adapter"]:
-        from peft import PeftModel
-
         folder = journal.path.parent / BASE_ADAPTER
         if not (folder / "adapter_model.safetensors").exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+        model = load_saved(model, str(folder))
+        name_base_(model, name_or_path)
     if frozen_sha256(dict(model.named_parameters()), journal.header["parameters"]) != journal.header["frozen_sha256"]:
         raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
     if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():

@@ -1,0 +1,307 @@
+"""Adapters of every kind: what is adapted, that they reload to the same bits, and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from models import save_model
+from transformers import AutoModelForCausalLM
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune.models.adapters import attach_adapter, check_adapter, trained_by
+from zokernel.finetune.models.lora import adapted_modules
+from zokernel.finetune.models.saved_adapter import load_saved, name_base_, with_base
+from zokernel.finetune.settings.arguments import ModelArguments
+
+KINDS = {
+    "lora": ["--lora", "true"],
+    "dora": ["--lora", "true", "--use_dora", "true", "--lora_dropout", "0.1"],
+    "rslora": ["--lora", "true", "--use_rslora", "true", "--lora_target_modules", "all-linear"],
+    "saved": ["--lora", "true", "--modules_to_save", "norm", "lm_head"],
+    "experts": ["--lora", "true", "--target_parameters", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "prompt": ["--prompt_tuning", "true", "--num_virtual_tokens", "3"],
+    "prefix": ["--prefix_tuning", "true", "--num_virtual_tokens", "3"],
+}
+SHAPE = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+WIDE = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def mixtral(**more):
+    config = transformers.MixtralConfig(**{**WIDE, **more}, num_local_experts=3, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    found = {"llama": save_model(root / "llama", "llama"), "mixtral": save_model(root / "mixtral", "llama")}
+    words = len(transformers.AutoTokenizer.from_pretrained(found["mixtral"]))
+    mixtral(vocab_size=words, pad_token_id=1).save_pretrained(found["mixtral"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = ["Rome is right", "Oslo is wrong", "It was", "Maybe not", "No Yes No", "great Rome", "terrible", "x"]
+    path.write_text("".join(json.dumps({"sentence": t, "label": n % 2}) + "\n" for n, t in enumerate(texts)))
+    return path
+
+
+def arguments(model, rows, folder, *flags, steps):
+    words = ["--model_name_or_path", str(model), "--template", "{sentence} It was", "--label_words", "bad", "good"]
+    for split in ("train", "validation", "test"):
+        words += [f"--{split}_file", str(rows)]
+    words += [
+        "--method",
+        "mezo",
+        "--learning_rate",
+        "1e-2",
+        "--eps",
+        "1e-2",
+        "--precision",
+        "fp32",
+        "--use_cpu",
+        "true",
+    ]
+    words += ["--per_device_train_batch_size", "4", "--max_steps", str(steps), "--eval_strategy", "no"]
+    words += ["--load_best_model_at_end", "false", "--output_dir", str(folder), *flags]
+    return ["finetune", *words]
+
+
+def finetune(model, rows, folder, *flags, steps=1):
+    assert main(arguments(model, rows, folder, *flags, steps=steps)) == 0
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def saved_weights(folder):
+    return peft.utils.load_peft_weights(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(bases, rows, tmp_path_factory):
+    """Return base, folder and metrics of a run of four steps with one kind of adapter; each is trained once."""
+    kept = {}
+
+    def get(kind):
+        if kind not in kept:
+            base = bases["mixtral" if kind == "experts" else "llama"]
+            folder = tmp_path_factory.mktemp(kind) / "run"
+            flags = [*KINDS[kind], "--save_strategy", "journal", "--perturb", "in_place"]
+            kept[kind] = base, folder, finetune(base, rows, folder, *flags, steps=4)
+        return kept[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_adapter_scores_the_same_when_it_is_loaded_again(kind, trained, rows, tmp_path, capsys):
+    base, run, metrics = trained(kind)
+    assert metrics["after"]["loss"] != metrics["before"]["loss"]
+    scored = finetune(base, rows, tmp_path / "score", "--adapter_name_or_path", str(run), "--do_train", "false")
+    assert scored["before"] == metrics["after"]
+    more = finetune(run, rows, tmp_path / "more", steps=1)  # the folder of the adapter as the model
+    assert more["model"] == str(base)
+    assert more["before"] == metrics["after"]
+    assert more["after"]["loss"] != more["before"]["loss"]
+    old, new = saved_weights(run), saved_weights(tmp_path / "more")
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old)
+    # What was saved is a plain adapter of peft, of the same values.
+    config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = peft.PeftModel.from_pretrained(bare, tmp_path / "more")
+    found = peft.get_peft_model_state_dict(plain, save_embedding_layers=False)
+    assert all(torch.equal(found[name], new[name]) for name in new)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_and_resume_come_to_the_same_bits(kind, trained, rows, tmp_path, capsys):
+    base, whole, metrics = trained(kind)
+    flags = [*KINDS[kind], "--save_strategy", "journal", "--perturb", "in_place"]
+    finetune(base, rows, tmp_path / "part", *flags, steps=2)
+    resumed = finetune(base, rows, tmp_path / "part", *flags, "--resume_from_checkpoint", "last", steps=4)
+    assert resumed["after"] == metrics["after"]
+    assert main(["replay", "--base", str(base), "--journal", str(whole), "--output_dir", str(tmp_path / "again")]) == 0
+    wanted = saved_weights(whole)
+    for folder in ("part", "again"):
+        found = saved_weights(tmp_path / folder)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "experts"])
+@pytest.mark.parametrize("perturb", ["in_forward", "stacked", "auto"])
+def test_every_way_to_perturb_takes_the_same_losses_or_is_refused(kind, perturb, trained, rows, tmp_path, capsys):
+    base, _, metrics = trained(kind)
+    argv = arguments(base, rows, tmp_path / perturb, *KINDS[kind], "--perturb", perturb, steps=4)
+    if perturb == "stacked" and kind in ("dora", "experts"):
+        assert main(argv) != 0
+        told = capsys.readouterr().err
+        assert "has no form for several copies of the weights: use perturb='in_place'" in told
+        assert "Traceback" not in told
+        return
+    assert main(argv) == 0
+    after = json.loads((tmp_path / perturb / "metrics.json").read_text())["after"]
+    assert after["loss"] == pytest.approx(metrics["after"]["loss"], abs=1e-5)
+
+
+ARCHITECTURES = {
+    "phi3": ("Phi3", {**WIDE, "pad_token_id": 1}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "granite": ("Granite", WIDE, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    "mamba": (
+        "Mamba",
+        {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+        {"in_proj", "x_proj", "dt_proj"},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {**WIDE, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 1},
+        {"q_proj", "k_proj", "v_proj", "o_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_linear_layers_but_the_head_where_peft_has_no_choice(name, caplog):
+    prefix, shape, wanted = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**shape)).eval()
+    caplog.set_level("INFO")
+    adapted = attach_adapter(model, ModelArguments(lora=True))
+    assert {found.rpartition(".")[2] for found in adapted_modules(adapted)} == wanted
+    if name not in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        assert "all linear layers but the head" in caplog.text
+
+
+def test_modules_by_name_by_pattern_and_by_parameter():
+    def ends(model, **asked):
+        return sorted(adapted_modules(attach_adapter(model, ModelArguments(lora=True, **asked))))
+
+    attention = "model.layers.0.self_attn"
+    assert ends(mixtral(), lora_target_modules=["q_proj"]) == [f"{attention}.q_proj"]
+    assert ends(mixtral(), lora_target_modules=[r".*\.[qk]_proj"]) == [f"{attention}.k_proj", f"{attention}.q_proj"]
+    found = ends(mixtral(), lora_target_modules=["v_proj"], target_parameters=["experts.down_proj"])
+    assert found == ["model.layers.0.mlp.experts.down_proj", f"{attention}.v_proj"]
+    everything = ends(mixtral(), lora_target_modules=["all-linear"])
+    assert {name for name in everything if "self_attn" in name} == {f"{attention}.{name}_proj" for name in "kqvo"}
+    assert not any("lm_head" in name for name in everything)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {"lora_target_modules": ["q_proj", "nope"]},
+            "no module 'nope' to adapt: its modules are embed_tokens, q_proj",
+        ),
+        ({"lora_target_modules": [".*nope"]}, "no module that matches '.*nope'"),
+        ({"lora_target_modules": ["(q_proj"]}, "is no valid pattern"),
+        ({"modules_to_save": ["score"]}, r"no module 'score' to train in full"),
+        (
+            {"target_parameters": ["experts.up"]},
+            "stacked parameters are mlp.experts.gate_up_proj, mlp.experts.down_proj",
+        ),
+    ],
+)
+def test_a_wrong_name_is_told_with_the_names_there_are(asked, told):
+    with pytest.raises(UsageError) as error:
+        attach_adapter(mixtral(), ModelArguments(lora=True, **asked))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"use_dora": True}, "--use_dora is an option of LoRA"),
+        ({"use_rslora": True}, "--use_rslora is an option of LoRA"),
+        ({"lora_r": 8}, "--lora_r is an option of LoRA"),
+        ({"lora_alpha": 1}, "--lora_alpha is an option of LoRA"),
+        ({"lora_dropout": 0.0, "prompt_tuning": True}, "--lora_dropout is an option of LoRA"),
+        ({"lora_target_modules": ["q"]}, "--lora_target_modules is an option of LoRA"),
+        ({"modules_to_save": ["q"]}, "--modules_to_save is an option of LoRA"),
+        ({"target_parameters": ["q"]}, "--target_parameters is an option of LoRA"),
+        ({"num_virtual_tokens": 5}, "--num_virtual_tokens is an option of virtual tokens"),
+        ({"num_virtual_tokens": 5, "lora": True}, "--num_virtual_tokens is an option of virtual tokens"),
+        ({"lora": True, "target_parameters": ["q"], "use_dora": True}, "does not go together with --use_dora"),
+        ({"lora": True, "prompt_tuning": True}, "One adapter is trained at a time"),
+        ({"adapter_name_or_path": "x", "lora_r": 4}, "has its own lora_r"),
+        ({"adapter_name_or_path": "x", "num_virtual_tokens": 4}, "has its own num_virtual_tokens"),
+    ],
+)
+def test_options_that_nothing_would_use_are_refused(asked, told):
+    with pytest.raises(UsageError, match=told):
+        check_adapter(ModelArguments(**asked))
+
+
+def test_saved_adapters_are_told_by_their_own_configuration(bases, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "elsewhere")
+    arguments = ModelArguments(str(bases["llama"]), adapter_name_or_path=str(tmp_path / "elsewhere"))
+    assert trained_by(arguments) == "virtual tokens"
+    with pytest.raises(UsageError, match="is of another kind: leave out --lora"):
+        check_adapter(ModelArguments(adapter_name_or_path=str(tmp_path / "elsewhere"), lora=True))
+    named = with_base(ModelArguments(str(tmp_path / "elsewhere")))
+    assert (named.model_name_or_path, named.adapter_name_or_path) == (str(bases["llama"]), str(tmp_path / "elsewhere"))
+    loaded = load_saved(AutoModelForCausalLM.from_pretrained(bases["llama"]), str(tmp_path / "elsewhere"))
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
+        "prompt_encoder.default.embedding.weight"
+    ]
+
+
+def test_an_adapter_of_another_model_and_a_missing_base_are_one_sentence(bases, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    with pytest.raises(UsageError, match="size mismatch"):
+        load_saved(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**WIDE, "hidden_size": 16})), str(tmp_path / "a")
+        )
+    deeper = transformers.LlamaConfig.from_pretrained(bases["llama"], num_hidden_layers=3, layer_types=None)
+    with pytest.raises(UsageError, match=r"does not fit LlamaForCausalLM: it lacks .*layers\.2"):
+        load_saved(transformers.LlamaForCausalLM(deeper), str(tmp_path / "a"))
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for base, told in ((str(tmp_path / "gone"), "is not at .*gone any more"), (None, "does not say what its base is")):
+        file.write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        with pytest.raises(UsageError, match=told):
+            with_base(ModelArguments(str(tmp_path / "a")))
+    with pytest.raises(UsageError, match=r"holds no adapter_config\.json"):
+        trained_by(ModelArguments(adapter_name_or_path=str(bases["llama"])))
+    with pytest.raises(UsageError, match="There is no adapter folder"):
+        trained_by(ModelArguments(adapter_name_or_path=str(tmp_path / "nothing")))
+
+
+def test_the_base_is_named_by_what_means_something_elsewhere(bases, monkeypatch, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    monkeypatch.chdir(bases["llama"].parent)
+    for named, told in (
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("org/model", "org/model"),
+        ("llama", str(bases["llama"])),
+    ):
+        name_base_(adapted, named)
+        adapted.save_pretrained(tmp_path / "a")
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == told
+
+
+def test_dropout_is_stored_and_off(caplog, capsys):
+    caplog.set_level("INFO")
+    adapted = attach_adapter(mixtral(), ModelArguments(lora=True, lora_dropout=0.5, lora_r=2))
+    assert caplog.text.count("lora_dropout 0.5 is stored with the adapter, and is off") == 1
+    assert adapted.peft_config["default"].lora_dropout == 0.5
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        ids = torch.tensor([[1, 2, 3]])
+        assert torch.equal(adapted(input_ids=ids).logits, adapted(input_ids=ids).logits)

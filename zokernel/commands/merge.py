@@ -1,0 +1,63 @@
+"""Merge a trained adapter into its base, and save a plain model of transformers.
+
+zokernel merge --model runs/lora --output_dir merged
+zokernel merge --model runs/lora --base models/mine --output_dir merged
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zokernel.errors import UsageError
+from zokernel.files import read_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``zokernel merge``."""
+    parser.add_argument("--model", required=True, help="the adapter: the output_dir of a run, or any folder of peft")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the merged model goes")
+    parser.add_argument("--base", help="the model it was trained on (default: what the adapter names)")
+    parser.add_argument("--dtype", help="storage of the merged weights (default: the run's, else float32)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Carry out ``zokernel merge`` and return the exit code."""
+    # transformers takes seconds to load, and --help needs none of it.
+    from zokernel.commands.messages import quiet_transformers
+    from zokernel.finetune.models.adapters import attach_adapter
+    from zokernel.finetune.models.check import check_model
+    from zokernel.finetune.models.load import load_pretrained
+    from zokernel.finetune.models.merge import merge
+    from zokernel.finetune.models.saved_adapter import is_adapter
+    from zokernel.finetune.settings.arguments import ModelArguments
+    from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
+    from zokernel.finetune.storage.run_folder import explained_errors
+
+    quiet_transformers()
+    folder, dtype = args.output_dir, args.dtype or _dtype_of_run(Path(args.model))
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} already holds files: choose another --output_dir.")
+    if args.base is not None:
+        named = {"model_name_or_path": args.base, "adapter_name_or_path": args.model}
+    elif Path(args.model).is_dir() and not is_adapter(args.model):
+        raise UsageError(f"{args.model} holds no adapter: give the folder of a run with --lora true.")
+    else:
+        named = {"model_name_or_path": args.model}
+    checked = check_model(ModelArguments(**named, dtype=dtype, merge_adapter=True))
+    adapted = attach_adapter(load_pretrained(checked, checked.arguments), checked.arguments)
+    model = merge(adapted)
+    with explained_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder) as scratch:
+            model.save_pretrained(scratch)
+            checked.tokenizer.save_pretrained(scratch)
+            move_files(scratch, folder)
+    print(f"Saved in {folder}: {checked.arguments.model_name_or_path} with {args.model} merged into it.")
+    return 0
+
+
+def _dtype_of_run(folder: Path) -> str:
+    """Return in which type a run held the base."""
+    run = folder / "run.json"
+    return str((read_json(run).get("settings") or {}).get("dtype", "float32")) if run.is_file() else "float32"

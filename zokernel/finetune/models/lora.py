@@ -1,0 +1,175 @@
+"""LoRA and its variants: which modules are adapted, said and checked before peft sees them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+# The kinds of modules that peft adapts.
+_ADAPTABLE = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding")
+# peft refuses to adapt the last projection of these mixers, whose weight their fused kernels read directly.
+_FUSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> Any:
+    """Attach a new LoRA adapter, and say to which modules.
+
+    Args:
+        model: A language model of transformers.
+        arguments: Rank, modules and variant.
+        task_type: peft's name for the kind of model, or None.
+
+    Returns:
+        The peft model.
+
+    Raises:
+        UsageError: If a module or parameter that was named does not exist.
+        ValueError: If peft cannot adapt one.
+    """
+    import peft
+
+    targets = target_modules(model, arguments.lora_target_modules)
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    fused = targets == ALL_LINEAR and model_type in _FUSED
+    _check_saved(model, arguments.modules_to_save or [])
+    _check_parameters(model, arguments.target_parameters or [])
+    rank = arguments.lora_r or 8
+    configuration = peft.LoraConfig(
+        r=rank,
+        lora_alpha=arguments.lora_alpha or 16,
+        lora_dropout=arguments.lora_dropout or 0.0,
+        target_modules=targets,
+        exclude_modules=["out_proj"] if fused else None,
+        target_parameters=arguments.target_parameters,
+        modules_to_save=arguments.modules_to_save,
+        use_dora=arguments.use_dora,
+        use_rslora=arguments.use_rslora,
+        task_type=task_type,
+    )
+    adapted = peft.get_peft_model(model, configuration)
+    found = adapted_modules(adapted)
+    logger.info(
+        "%s of rank %d on %d modules: %s%s.",
+        "DoRA" if arguments.use_dora else "LoRA",
+        rank,
+        len(found),
+        ", ".join(_short(found)),
+        " (not out_proj, whose weight the fused kernels read)" if fused else "",
+    )
+    if arguments.modules_to_save:
+        logger.info("Trained in full and saved with the adapter: %s.", ", ".join(arguments.modules_to_save))
+    return adapted
+
+
+def target_modules(model: nn.Module, asked: list[str] | None) -> str | list[str]:
+    """Return the modules to adapt as peft takes them: names, a pattern, or ``all-linear``.
+
+    Args:
+        model: The model.
+        asked: What the user named: nothing, ``all-linear``, names of modules or their ends, or one pattern that matches
+            whole names.
+
+    Returns:
+        peft's ``target_modules``.
+
+    Raises:
+        UsageError: If something that was asked for matches no module.
+
+    Example:
+        >>> net = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "v_proj": nn.Linear(2, 2)})
+        >>> target_modules(net, ["q_proj"]), target_modules(net, ["[qv]_proj"]), target_modules(net, None)
+        (['q_proj'], '[qv]_proj', 'all-linear')
+        >>> target_modules(net, ["q_proj", "o_proj"])
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: The model has no module 'o_proj' to adapt: its modules are q_proj, v_proj.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if asked is None:
+        return _default_modules(model, names)
+    if [word.lower() for word in asked] == [ALL_LINEAR]:
+        return ALL_LINEAR
+    unknown = [word for word in asked if not any(_ends_with(name, word) for name in names)]
+    if len(asked) == 1 and unknown and _matches(unknown[0], names):
+        return unknown[0]
+    if unknown:
+        own = _short(name for name, module in model.named_modules() if type(module).__name__.startswith(_ADAPTABLE))
+        pattern = len(asked) == 1 and not unknown[0].isidentifier()
+        raise UsageError(
+            f"The model has no module {'that matches ' if pattern else ''}{unknown[0]!r} to adapt: its modules are "
+            f"{', '.join(own)}."
+        )
+    return list(asked)
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that LoRA adapts, as the base model calls them; parameters by their own name."""
+    from peft.tuners.lora import LoraLayer
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", None)
+            found.append(f"{own}.{parameter}" if parameter else own)
+    return found
+
+
+def _default_modules(model: nn.Module, names: list[str]) -> str | list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    chosen: Any = DEFAULTS.get(model_type)
+    if isinstance(chosen, str) and (chosen == ALL_LINEAR or _matches(chosen, names)):
+        return chosen
+    if chosen and not isinstance(chosen, str) and any(_ends_with(name, word) for name in names for word in chosen):
+        return list(chosen)
+    if model_type:
+        logger.info("lora_target_modules: all linear layers but the head; peft has no choice for %s.", model_type)
+    return ALL_LINEAR
+
+
+def _check_saved(model: nn.Module, asked: list[str]) -> None:
+    own = [(name, module) for name, module in model.named_modules() if name]
+    for word in asked:
+        if not any(_ends_with(name, word) for name, _ in own):
+            known = _short(name for name, module in own if any(True for _ in module.parameters(recurse=False)))
+            raise UsageError(
+                f"The model has no module {word!r} to train in full (modules_to_save): its modules are "
+                f"{', '.join(known)}."
+            )
+
+
+def _check_parameters(model: nn.Module, asked: list[str]) -> None:
+    own = dict(model.named_parameters())
+    for word in asked:
+        if not any(_ends_with(name, word) for name in own):
+            stacked = _short((name for name, p in own.items() if p.ndim == 3), parts=3)
+            known = f"its stacked parameters are {', '.join(stacked)}" if stacked else "it has no stacked experts"
+            raise UsageError(f"The model has no parameter {word!r} to adapt (target_parameters): {known}.")
+
+
+def _ends_with(name: str, word: str) -> bool:
+    return name == word or name.endswith(f".{word}")
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is no valid pattern ({error}): name modules, or give all-linear.") from error
+
+
+def _short(names: Iterable[str], *, parts: int = 1) -> list[str]:
+    """Return the last parts of names, each once, without the numbers of layers."""
+    ends = (".".join([part for part in name.split(".") if not part.isdigit()][-parts:]) for name in names)
+    return list(dict.fromkeys(end for end in ends if end))

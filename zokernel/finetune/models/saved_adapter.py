@@ -1,0 +1,184 @@
+"""Adapters that were saved, by a run or by peft elsewhere: their base, their kind, and how they are loaded."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zokernel.data import SOURCES
+from zokernel.errors import UsageError
+from zokernel.files import read_json
+from zokernel.finetune.models.pickles import refuse_pickles
+from zokernel.finetune.settings.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+RUN_FILE = "run.json"
+# Models from a package registry, and what they are called on the hub.
+ON_THE_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a local folder holds an adapter and no model.
+
+    Example:
+        >>> is_adapter("smollm2")
+        False
+    """
+    folder = Path(name).expanduser()
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
+
+
+def with_base(arguments: ModelArguments) -> ModelArguments:
+    """Return arguments that name base and adapter, where ``model_name_or_path`` is the folder of an adapter.
+
+    Args:
+        arguments: What the user named.
+
+    Returns:
+        The same arguments if that is no adapter.
+
+    Raises:
+        UsageError: If the base cannot be told, or is no longer where it was.
+    """
+    name = arguments.model_name_or_path
+    if not is_adapter(name):
+        return arguments
+    if arguments.adapter_name_or_path:
+        raise UsageError(
+            f"{name} is an adapter, and --adapter_name_or_path names another: give its base as --model_name_or_path."
+        )
+    base = _base_of(Path(name).expanduser())
+    logger.info("%s is an adapter: its base is %s.", name, base)
+    return replace(arguments, model_name_or_path=base, adapter_name_or_path=name)
+
+
+def adapter_config(name: str) -> Any:
+    """Return the configuration of a saved adapter.
+
+    Args:
+        name: A local folder or a hub id.
+
+    Returns:
+        A ``PeftConfig``.
+
+    Raises:
+        UsageError: If there is no such adapter, or its file is damaged.
+    """
+    import peft
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        refuse_pickles(folder, what="adapter")
+        if not (folder / CONFIG_FILE).is_file():
+            raise UsageError(f"{name} holds no {CONFIG_FILE}: give the folder of an adapter that peft or a run saved.")
+    elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UsageError(f"There is no adapter folder {name}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.PeftConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:  # a configuration may be wrong in any way
+        raise _not_loaded(name, error) from error
+
+
+def load_saved(model: nn.Module, name: str) -> Any:
+    """Attach a saved adapter so that it can be trained on.
+
+    peft loads virtual tokens to be used only.  What they are made of, the embedding, is trained here.
+
+    Args:
+        model: The base.
+        name: A local folder or a hub id.
+
+    Returns:
+        The peft model, in evaluation mode.
+
+    Raises:
+        UsageError: If the adapter does not exist, or was trained on another kind of model.
+    """
+    import peft
+
+    configuration = adapter_config(name)
+    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    tokens = configuration.is_prompt_learning
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing weights, which are named below
+            adapted: Any = peft.PeftModel.from_pretrained(model, path, is_trainable=not tokens)
+            found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=not tokens)
+    except Exception as error:  # shapes, names, files: each fails in its own way
+        raise _not_loaded(name, error) from error
+    unexpected = [key for key in found.unexpected_keys if key != "prompt_embeddings"]
+    lacking = [] if tokens else list(found.missing_keys)
+    if lacking or unexpected:
+        what = f"lacks {lacking[0]}" if lacking else f"holds {unexpected[0]}, which is not in this model"
+        raise UsageError(
+            f"The adapter {name} does not fit {type(model).__name__}: it {what}; give the base it was trained on "
+            f"({configuration.base_model_name_or_path}) as --model_name_or_path."
+        )
+    if tokens:
+        adapted.prompt_encoder[adapted.active_adapter].embedding.weight.requires_grad_(True)
+    return adapted.eval()
+
+
+def name_base_(adapted: Any, name: str) -> None:
+    """Let ``adapter_config.json`` name the base by what means something elsewhere, and never by a path in a cache.
+
+    Args:
+        adapted: The peft model.
+        name: What the user named as the model.
+    """
+    told = ON_THE_HUB.get(name, name)
+    folder = Path(name).expanduser()
+    if name in ON_THE_HUB:
+        logger.info("%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, told, name)
+    elif folder.is_dir() and name not in SOURCES:
+        told = str(folder.resolve())
+        logger.info("%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, told)
+    for configuration in adapted.peft_config.values():
+        configuration.base_model_name_or_path = told
+    # Embeddings never change their size here; to find that out, peft would ask the hub at every save.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+
+
+def _base_of(folder: Path) -> str:
+    """Return what a saved adapter's run, or its configuration, calls the base."""
+    stored = adapter_config(str(folder)).base_model_name_or_path
+    for place in (folder, folder.parent):
+        if (place / RUN_FILE).is_file():
+            named = (read_json(place / RUN_FILE).get("settings") or {}).get("model_name_or_path")
+            if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
+                return str(named)
+    hint = f"give it: --model_name_or_path BASE --adapter_name_or_path {folder}"
+    if not stored:
+        raise UsageError(f"The adapter {folder} does not say what its base is: {hint}.")
+    base = str(stored)
+    if not Path(base).is_dir() and (base.startswith(("/", ".", "~")) or base.count("/") > 1):
+        raise UsageError(f"The base of the adapter {folder} is not at {base} any more: {hint}.")
+    fetched = {there: here for here, there in ON_THE_HUB.items()}.get(base)
+    return fetched if fetched and _only_fetched(fetched, base) else base
+
+
+def _only_fetched(name: str, on_hub: str) -> bool:
+    """Return whether a model is here as it was fetched from a package registry, and not as it is on the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from zokernel.data.cache import cache_home, is_complete
+
+    return is_complete(cache_home() / name) and not isinstance(try_to_load_from_cache(on_hub, "config.json"), str)
+
+
+def _not_loaded(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return UsageError(
+        f"The adapter {name!r} could not be attached ({reason}): give a folder that peft or a run saved, and the base "
+        "it was trained on as --model_name_or_path."
+    )
