@@ -33,6 +33,16 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
     )
     extra = "\nfrom peft import PeftModel" if adapter else ""
     options = ", ".join(f"{name}={value}" for name, value in metrics["method_options"].items())
+    phrased = f", phrased as\n`{metrics['template']!r}`. {scored}"
+    uncertain = (
+        f"The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing "
+        "else was\nevaluated."
+    )
+    if metrics["metric"] == "perplexity":
+        phrased = ": chats, instructions or texts,\nby the loss of the tokens that count."
+        uncertain = (
+            f"Perplexity is that of the {examples_told(metrics)}, from one data set; nothing else was evaluated."
+        )
     path.write_text(
         f"""---
 base_model: "{metrics["model"]}"
@@ -46,8 +56,7 @@ tags:
 
 # {metrics["model"]} fine-tuned with {method_told(metrics)}
 
-Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,} examples, phrased as
-`{metrics["template"]!r}`. {scored}
+Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,} examples{phrased}
 
 | | |
 |---|---|
@@ -58,8 +67,7 @@ Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,
 
 {weights_told(metrics)}
 
-The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing else was
-evaluated.
+{uncertain}
 
 ```python
 from transformers import {auto}{extra}
