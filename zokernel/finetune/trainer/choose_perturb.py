@@ -33,6 +33,8 @@ def stack_or_share(
     stacked: Callable[[int], Tensor] | None,
     parallel: Parallel | None,
     trial: Callable[[int], Tensor] | None = None,
+    *,
+    short_rows: bool = True,
 ) -> str:
     """Stack the losses of a step if that was asked for or pays, and let the processes of a run share them.
 
@@ -43,6 +45,7 @@ def stack_or_share(
         stacked: Returns the losses of several copies of the batch; None if its loss cannot be taken in this way.
         parallel: How processes share losses; None if there is one process.
         trial: Returns the losses of several copies of a fixed batch, to see whether the model's layers can be stacked.
+        short_rows: Whether few examples make a short forward; ``auto`` stacks no other.
 
     Returns:
         How the run perturbs; ``auto`` if that is still open.
@@ -53,7 +56,7 @@ def stack_or_share(
     sizes = {"batch": args.per_device_train_batch_size, "eval_batch": args.per_device_eval_batch_size}
     name, perturb = args.perturb, optimizer.perturb
     if name == "auto" and not args.torch_compile:
-        pays = stacked is not None and stacking_pays(optimizer, model, trial, **sizes)
+        pays = stacked is not None and short_rows and stacking_pays(optimizer, model, trial, **sizes)
         name = "stacked" if on_all(pays, args.device) else name
     if name == "stacked":
         if stacked is None:

@@ -95,6 +95,11 @@ class SetUpTrainer(ResumableTrainer):
         """Whether the losses of a step can be taken in one forward."""
         return False
 
+    @property
+    def short_rows(self) -> bool:
+        """Whether few examples make a short forward, of which several in one may pay."""
+        return True
+
     def trial_stacked(self, copies: int) -> Tensor:
         """Return the losses of several copies of a fixed batch; only where :attr:`can_stack` is true."""
         raise NotImplementedError
@@ -149,6 +154,7 @@ class SetUpTrainer(ResumableTrainer):
                     self.micro_batches.stacked if self.can_stack else None,
                     self.parallel,
                     self.trial_stacked if self.can_stack else None,
+                    short_rows=self.short_rows,
                 )
                 if perturb != self.args.perturb:
                     self.decide("auto", perturb=perturb)

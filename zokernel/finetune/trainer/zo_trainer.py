@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
@@ -83,6 +84,11 @@ class ZOTrainer(ZerothOrderTrainer):
     def can_stack(self) -> bool:
         """Whether the losses of a step can be taken in one forward: not with a loss of one's own."""
         return self.objective.can_stack and not self.has_own_loss
+
+    @property
+    def short_rows(self) -> bool:
+        """Whether few examples make a short forward: prompts do, whole chats and texts do not."""
+        return not isinstance(self.objective, LanguageObjective)
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         with self.compute_loss_context_manager():
