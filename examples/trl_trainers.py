@@ -7,6 +7,7 @@ import argparse
 
 import datasets
 import peft
+import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -56,6 +57,7 @@ def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_d
             per_device_train_batch_size=4,
             max_length=256,
             save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),  # which trl's default of bf16 needs to be told
             report_to="none",
         ),
         train_dataset=datasets.Dataset.from_list(prepare(rows[held_out:])),

@@ -120,8 +120,8 @@ def test_a_yaml_file_gives_defaults_that_flags_override(flags, tmp_path):
         (["--method_args", "colour=red"], "has no option 'colour'"),
         (["--eps", "-1"], "eps must be positive"),
         (["--resume_from_checkpoint", "last"], "holds no run to resume"),
-        (["--lora", "true", "--lora_target_modules", "nowhere"], "LoRA adapter could not be attached"),
-        (["--dtype", "bfloat16"], "--dtype float32"),
+        (["--lora", "true", "--lora_target_modules", "nowhere"], "no module 'nowhere' to adapt: its modules are"),
+        (["--dtype", "bfloat16", "--perturb", "in_place"], "--dtype float32"),
         (["--adapter_name_or_path", "missing-adapter"], "LoRA adapter could not be attached"),
     ],
 )

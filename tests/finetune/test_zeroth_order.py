@@ -262,6 +262,16 @@ def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, cap
         assert torch.equal(tensor, before[key]), key
 
 
+def test_a_run_that_is_too_short_to_be_evaluated_ends_with_its_last_weights(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 50, "save_steps": 50, "load_best_model_at_end": True}
+    trainer = make("text_classification", tmp_path, eval_delay=50, **best)
+    before = weights(trainer)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [0]
+    assert trainer.final_step == 6
+    assert any(not torch.equal(before[key], value) for key, value in weights(trainer).items())
+
+
 def test_positional_arguments_are_those_of_the_trainer(tmp_path):
     _, kwargs = CASES["token_classification"](tmp_path)
     parts = [kwargs[name] for name in ("model", "args", "data_collator", "train_dataset", "eval_dataset")]

@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 # Settings of TrainingArguments that may be given here, too: a rate for zeroth-order steps, and a strategy of our own.
 OWN = ("learning_rate", "save_strategy")
+# What the constructor of TrainingArguments fills in by itself.
+FILLED_IN = (
+    *("accelerator_config", "activation_checkpointing", "gradient_checkpointing", "debug", "disable_tqdm", "report_to"),
+    *("logging_dir", "use_cpu"),
+)
 
 
 def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
@@ -59,7 +64,8 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     vars(combined).update(vars(args))
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
     combined.check_method()
-    changed = {f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)}
+    names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)]
+    changed = {name for name in names if name not in FILLED_IN}
     combined.given = frozenset(changed | given.keys())
     _rate(combined, type(args).__name__)
     first_order = is_first_order(combined.method)

@@ -175,8 +175,9 @@ class ResumableTrainer(CheckpointTrainer):
     def _take_best(self) -> None:
         """Give the model the weights of the best evaluation."""
         best = self.state.best_global_step
-        if best is None or best == self.state.global_step:
-            return
+        evaluated = [row["step"] for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
+        if best is None or best == self.state.global_step or not any(evaluated):
+            return  # the start alone has nothing to be compared with
         checkpoint = self.folder / f"checkpoint-{best}"
         if best == 0:
             logger.warning(
