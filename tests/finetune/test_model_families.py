@@ -250,7 +250,8 @@ def test_a_saved_result_scores_the_same_in_plain_transformers_and_peft(folders, 
     assert sum(losses) / len(losses) == pytest.approx(metrics["after"]["loss"], abs=2e-5)
     assert metrics["after"]["loss"] != pytest.approx(metrics["before"]["loss"], abs=1e-6)
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f'base_model: "{folders[family]}"' in card
+    assert "base_model" not in card  # a folder here means nothing elsewhere
+    assert f"# {folders[family].name} fine-tuned with mezo" in card
     assert "zeroth-order" in card
 
 

@@ -1,12 +1,21 @@
-"""The model card: a ``README.md`` with the front matter that the hub reads and the run's own numbers."""
+"""The model card: a ``README.md`` that says what was trained, how well it does, and how to use it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.report.run_report import summary_rows
+from zokernel.finetune.models.saved_adapter import ON_THE_HUB
+from zokernel.finetune.report.run_report import PERPLEXITY, summary_rows
 from zokernel.finetune.report.told import examples_told, method_told, rate_told, weights_told
+from zokernel.finetune.tasks.template import parse
+
+KINDS = {
+    "causal": ("text-generation", "AutoModelForCausalLM"),
+    "masked": ("fill-mask", "AutoModelForMaskedLM"),
+    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+}
+HERE = "."  # the card lies beside the weights, wherever they are copied
 
 
 def write_card(metrics: dict[str, Any], path: Path) -> None:
@@ -16,37 +25,14 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
         metrics: What ``metrics.json`` holds.
         path: The ``README.md`` beside the saved weights.
     """
-    adapter = metrics["saved"] == "adapter"
-    pipeline, head = {
-        "causal": ("text-generation", "CausalLM"),
-        "masked": ("fill-mask", "MaskedLM"),
-        "seq2seq": ("text2text-generation", "Seq2SeqLM"),
-    }[metrics["language_model"]]
-    words = ", ".join(repr(word) for word in metrics["label_words"])
-    scored = f"The words that were compared: {words}." if words else "Each example brings its own options or answers."
-    rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
-    auto = f"AutoModelFor{head}"
-    load = (
-        f'base = {auto}.from_pretrained("{metrics["model"]}")\nmodel = PeftModel.from_pretrained(base, "{path.parent}")'
-        if adapter
-        else f'model = {auto}.from_pretrained("{path.parent}")'
-    )
-    extra = "\nfrom peft import PeftModel" if adapter else ""
+    base, name = base_of(metrics["model"])
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics | {"model": name}))
     options = ", ".join(f"{name}={value}" for name, value in metrics["method_options"].items())
-    phrased = f", phrased as\n`{metrics['template']!r}`. {scored}"
-    uncertain = (
-        f"The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing "
-        "else was\nevaluated."
-    )
-    if metrics["metric"] == "perplexity":
-        phrased = ": chats, instructions or texts,\nby the loss of the tokens that count."
-        uncertain = (
-            f"Perplexity is that of the {examples_told(metrics)}, from one data set; nothing else was evaluated."
-        )
+    pipeline, _ = KINDS[metrics["language_model"]]
+    known = f'base_model: "{base}"\n' if base else ""  # the hub takes no paths
     path.write_text(
         f"""---
-base_model: "{metrics["model"]}"
-library_name: {"peft" if adapter else "transformers"}
+{known}library_name: {"peft" if metrics["saved"] == "adapter" else "transformers"}
 pipeline_tag: {pipeline}
 tags:
 - zokernel
@@ -54,9 +40,15 @@ tags:
 - {metrics["method"]}
 ---
 
-# {metrics["model"]} fine-tuned with {method_told(metrics)}
+# {name} fine-tuned with {method_told(metrics)}
 
-Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,} examples{phrased}
+Trained by zokernel {metrics["versions"]["zokernel"]} with forward passes only, on {metrics["num_train"]:,} examples.
+
+## Use it
+
+{_usage(metrics, base)}
+
+## How well it does
 
 | | |
 |---|---|
@@ -67,13 +59,7 @@ Trained by zokernel {metrics["versions"]["zokernel"]} on {metrics["num_train"]:,
 
 {weights_told(metrics)}
 
-{uncertain}
-
-```python
-from transformers import {auto}{extra}
-
-{load}
-```
+{_uncertainty(metrics)}
 
 Trained with:
 
@@ -82,4 +68,59 @@ Trained with:
 ```
 """,
         encoding="utf-8",
+    )
+
+
+def base_of(model: str) -> tuple[str | None, str]:
+    """Return the hub id of a base, if it has one, and a name that means something on other machines.
+
+    Example:
+        >>> base_of("smollm2"), base_of("org/model"), base_of("/home/me/models/mine")
+        (('HuggingFaceTB/SmolLM2-135M-Instruct', 'SmolLM2-135M-Instruct'), ('org/model', 'model'), (None, 'mine'))
+    """
+    hub = ON_THE_HUB.get(model, model)
+    name = Path(hub).name or hub
+    return (None, name) if Path(model).exists() or hub.count("/") > 1 or hub.startswith(".") else (hub, name)
+
+
+def _usage(metrics: dict[str, Any], base: str | None) -> str:
+    """Return how the weights answer new rows, with zokernel and with plain libraries."""
+    _, auto = KINDS[metrics["language_model"]]
+    if metrics["metric"] == PERPLEXITY:
+        example, phrased = '"What is the capital of France?"', "Chats are phrased by the tokenizer's chat template."
+    else:
+        columns = ", ".join(f'"{column}": "..."' for column in parse(metrics["template"]))
+        example, words = f"{{{columns}}}", ", ".join(f"`{word}`" for word in metrics["label_words"])
+        phrased = f"The prompt is `{metrics['template']!r}`; " + (
+            f"the answer is the one of {words} with the largest mean log-probability of its tokens."
+            if words
+            else "each example brings its own options, or its answer is written."
+        )
+    load = f'model = {auto}.from_pretrained("{HERE}")'
+    if metrics["saved"] == "adapter":
+        note = "" if base else "  # where the base was for training"
+        load = f'base = {auto}.from_pretrained("{base or metrics["model"]}"){note}\n'
+        load += f'model = PeftModel.from_pretrained(base, "{HERE}")'
+    extra = "from peft import PeftModel\n" if metrics["saved"] == "adapter" else ""
+    return f"""```python
+from zokernel.finetune import load_predictor
+
+load_predictor("{HERE}")([{example}])  # "{HERE}" is the folder of this card, or its copy
+```
+
+{phrased} The weights load without zokernel, too:
+
+```python
+{extra}from transformers import {auto}
+
+{load}
+```"""
+
+
+def _uncertainty(metrics: dict[str, Any]) -> str:
+    if metrics["metric"] == PERPLEXITY:
+        return f"Perplexity is that of the {examples_told(metrics)}, from one data set; nothing else was evaluated."
+    return (
+        f"The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing "
+        "else was evaluated."
     )
