@@ -262,6 +262,23 @@ def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, cap
         assert torch.equal(tensor, before[key]), key
 
 
+@pytest.mark.parametrize("rate", [0.5, 1e-3])
+def test_a_new_head_comes_back_too(rate, tmp_path):
+    """Half of the model is in the folder that it was loaded from; its head is in no file."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
+    trainer, kwargs = CASES["text_classification"](tmp_path, learning_rate=rate, **best)
+    kwargs["model"].bert.save_pretrained(tmp_path / "body")
+    torch.manual_seed(3)
+    kwargs["model"] = type(kwargs["model"]).from_pretrained(tmp_path / "body", num_labels=2)
+    trainer = zeroth_order(trainer)(**kwargs)
+    before = weights(trainer)
+    trainer.train()
+    same = all(torch.equal(before[key], value) for key, value in weights(trainer).items())
+    assert same == (trainer.final_step == 0)
+    assert (tmp_path / "run" / "checkpoint-0").exists() == same
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
 def test_a_run_that_is_too_short_to_be_evaluated_ends_with_its_last_weights(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 50, "save_steps": 50, "load_best_model_at_end": True}
     trainer = make("text_classification", tmp_path, eval_delay=50, **best)

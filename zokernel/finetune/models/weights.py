@@ -39,6 +39,33 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         _load_file_(model, file)
 
 
+def begins_as_saved(model: nn.Module, folder: Path) -> bool:
+    """Return whether the trained weights seem to be those in a folder, as far as the first row of each shows.
+
+    A head that is new, or weights that were changed after they were loaded, are in no file.
+
+    Args:
+        model: The model, before its first step.
+        folder: Where it was loaded from.
+    """
+    from safetensors import safe_open
+
+    if converts_weights(model):
+        return folder.is_dir()  # other names and shapes; transformers knows them
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    found = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as archive:
+            for name in trained.keys() & set(archive.keys()):
+                saved, target = archive.get_slice(name), trained[name]
+                if tuple(saved.get_shape()) != tuple(target.shape):
+                    return False
+                row = saved[:1] if target.ndim else archive.get_tensor(name)
+                if torch.equal(row.to(target.dtype), target[:1].cpu() if target.ndim else target.cpu()):
+                    found.add(name)
+    return found == trained.keys()
+
+
 def _load_file_(model: nn.Module, file: Path) -> None:
     from safetensors import safe_open
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
+from zokernel.finetune.models.weights import begins_as_saved
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
@@ -56,6 +57,7 @@ class ResumableTrainer(CheckpointTrainer):
         super().__init__(settings, **kwargs)
         self.recorded: dict[str, Setting] | None = None
         self.final_step = 0
+        self._from_files = False
         self.continues = False
         self.when_begun: Callable[[], None] | None = None
         self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
@@ -88,6 +90,8 @@ class ResumableTrainer(CheckpointTrainer):
             RunError: If the output cannot be written, or another process is writing it.
         """
         folder, main = self.folder, self.args.should_save
+        base = Path(str(getattr(self.bare_model, "name_or_path", "") or "?"))
+        self._from_files = base.is_dir() and begins_as_saved(self.bare_model, base)
         self.continues = bool(resume_from_checkpoint)
         wants_best = self.settings["load_best_model_at_end"]
         with exclusive(folder) if main else nullcontext(), explained_errors(folder):
@@ -142,7 +146,7 @@ class ResumableTrainer(CheckpointTrainer):
         if hasattr(model, "peft_config"):
             # The new adapter is kept beside the journal, if there is or will be one.
             return self.journal is not None or self.args.save_strategy == "journal"
-        return Path(str(getattr(model, "name_or_path", "") or "?")).exists()
+        return self._from_files
 
     def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
         if isinstance(asked, str):
@@ -233,6 +237,8 @@ class ResumableTrainer(CheckpointTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.state.global_step and self.args.should_save:
+            files.remove_folder(self.folder / "checkpoint-0")  # the start was the best until now
         if is_best and self.args.save_strategy == "journal":
             self.state.best_global_step = self.state.global_step
         return is_best
