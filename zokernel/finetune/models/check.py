@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from zokernel.data import resolve_model_path
-from zokernel.errors import UsageError
+from zokernel.data import hub, resolve_model_path
+from zokernel.data.hub_requests import bounded_requests
+from zokernel.errors import UsageError, ZokernelError
 from zokernel.finetune.models.adapters import check_adapter, trained_by, wants_adapter
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
@@ -42,6 +43,7 @@ class CheckedModel:
     arguments: ModelArguments
 
 
+@bounded_requests()
 def check_model(arguments: ModelArguments) -> CheckedModel:
     """Find a model and check what can be checked without its weights.
 
@@ -73,7 +75,7 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # a configuration may be wrong in any way
-        raise not_loaded(name, error) from error
+        raise not_loaded(name, error, revision=arguments.model_revision) from error
     if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
         raise UsageError(
             f"{name} is quantized, so its weights cannot be perturbed: dequantize it, or train an adapter with --lora "
@@ -85,17 +87,21 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise not_loaded(name, error, what="tokenizer") from error
+        raise not_loaded(name, error, what="tokenizer", revision=arguments.model_revision) from error
     dtype = DTYPES.get(arguments.dtype) or _stored_dtype(architecture)
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
 
 
-def not_loaded(name: str, error: Exception, *, what: str = "model") -> UsageError:
+def not_loaded(name: str, error: Exception, *, what: str = "model", revision: str | None = None) -> ZokernelError:
     """Return the error that tells in one sentence why a model, or its tokenizer, could not be loaded."""
     if "trust_remote_code" in str(error):
         return UsageError(
             f"{name} brings code of its own, which is not run: read it, and pass --trust_remote_code true if it may be."
         )
+    if not Path(name).is_dir():
+        explained = hub.explain(error, name, revision=revision)
+        if explained is not None:
+            return explained
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     told = f"{'Model' if what == 'model' else 'The tokenizer of'} {name!r} could not be loaded ({reason})"
     if not Path(name).is_dir():

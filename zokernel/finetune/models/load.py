@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zokernel.errors import UsageError
+from zokernel.data.hub_requests import bounded_requests
 from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.models.check import CheckedModel, check_model, not_loaded
 from zokernel.finetune.models.estimate import check_memory, quantized_bytes
@@ -65,6 +65,7 @@ def load_model(
     return model, tokenizer
 
 
+@bounded_requests()
 def load_pretrained(checked: CheckedModel, arguments: ModelArguments) -> nn.Module:
     """Load a model whose weights are all in its files, in evaluation mode.
 
@@ -88,7 +89,7 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments) -> nn.Modu
             **options,
         )
     except Exception as error:  # files may be wrong in any way
-        raise not_loaded(name, error) from error
+        raise not_loaded(name, error, revision=arguments.model_revision) from error
     finally:
         library.set_verbosity(verbosity)
     check_complete(model, found, name)

@@ -98,6 +98,9 @@ class DataArguments:
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub data set, such as sst2."}
     )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub data set, such as refs/convert/parquet."}
+    )
     train_file: str | None = field(
         default=None, metadata={"help": "Training examples: .jsonl .json .csv .tsv .txt .parquet, also .gz."}
     )

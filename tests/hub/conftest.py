@@ -1,0 +1,52 @@
+"""A hub on this machine, and child processes that use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub
+
+CHILD = Path(__file__).with_name("hub_child.py")
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub without repositories."""
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run commands (lists of words) or load tasks (their names), in one child process that uses a hub."""
+
+    def run_(endpoint: str, *cases: Any, **environment: str) -> list[dict[str, Any]]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_OFF"))}
+        clean |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "ZOKERNEL_HOME": str(tmp_path / "zk"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        clean |= {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        child = subprocess.run(
+            [sys.executable, str(CHILD)],
+            input=json.dumps(cases),
+            env=clean | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=tmp_path,
+        )
+        assert child.returncode == 0, child.stderr[-3000:]
+        return json.loads(child.stdout.splitlines()[-1])
+
+    return run_

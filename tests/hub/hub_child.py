@@ -1,0 +1,47 @@
+"""What a child process of the hub's tests runs: the libraries read their environment when they are imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+import time
+from typing import Any
+
+
+def command(arguments: list[str]) -> dict[str, Any]:
+    """Run the command line, and return its exit code, what it said, and how long it took."""
+    from zokernel.cli import main
+
+    told, start = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = left.code
+    return {"code": code or 0, "told": told.getvalue(), "seconds": time.perf_counter() - start}
+
+
+def task_rows(name: str) -> dict[str, Any]:
+    """Return how many rows each split of a task has, and which answer goes with the label that a row's text names."""
+    from zokernel.finetune.data.datasets import load_task, read_parts
+    from zokernel.finetune.settings.arguments import DataArguments
+
+    arguments = DataArguments(task=name)
+    task = load_task(arguments)
+    parts = read_parts(arguments, task)
+    answers: dict[str, str] = {}
+    for row in parts["train"]:
+        label = re.search(r"says (\d)", " ".join(str(value) for value in row.values()))
+        right = task.references(row) if task.kind == "generation" else [task.options(row)[i] for i in task.correct(row)]
+        answers[label[1] if label else ""] = " / ".join(right).strip()
+    prompt = task.prompt(parts["train"][0])
+    return {"counts": {split: len(rows) for split, rows in parts.items()}, "answers": answers, "prompt": prompt}
+
+
+if __name__ == "__main__":
+    cases = json.load(sys.stdin)
+    results = [command(case) if isinstance(case, list) else task_rows(case) for case in cases]
+    print("\n" + json.dumps(results))
