@@ -105,8 +105,14 @@ def test_packing_and_adapters_train_too(run, tmp_path):
     assert stacked["after"]["loss"] == pytest.approx(place["after"]["loss"], abs=1e-3)
 
 
+def test_auto_never_takes_the_memory_of_several_copies_of_whole_chats(run, tmp_path):
+    assert run("chat.jsonl", "--lora", "true", "--max_steps", "2", "--perturb", "auto") == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert [s["value"] for s in settings if s["name"] == "perturb"] == ["in_place"]
+
+
 def test_a_run_that_went_on_ends_with_the_same_bits_and_then_nothing_is_left(run, tmp_path, capsys):
-    plan = ("--save_strategy", "steps", "--save_steps", "3", "--lr_scheduler_type", "constant")
+    plan = ("--save_strategy", "steps", "--save_steps", "3", "--eval_steps", "3")
     assert run("chat.jsonl", *plan, out="whole") == 0
     assert run("chat.jsonl", *plan, "--max_steps", "6", out="parts") == 0
     assert run("chat.jsonl", *plan, "--resume_from_checkpoint", "last", out="parts") == 0
