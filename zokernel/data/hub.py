@@ -125,7 +125,7 @@ def _answer(
         private = "your token may not read it" if authorized else "it is private (log in with 'hf auth login')"
         return UsageError(f"The hub has no {what[0].lower()}{what[1:]}{hint}, or {private}.")
     if status == 403:
-        return RunError(f"Your access token does not allow this with {what}{said}: see {page}.")
+        return RunError(f"Your access token does not allow this with {what[0].lower()}{what[1:]}{said}: see {page}.")
     if status == 429:
         seconds = seconds_to_wait(answer.response)
         pause = f"{seconds} s" if seconds else "a few minutes"

@@ -53,6 +53,7 @@ from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
 from zokernel.finetune.storage.lock import exclusive
+from zokernel.finetune.storage.push import check_push, open_repository, push_finished, pushed_by_nobody_else
 from zokernel.finetune.tasks import Task, demonstrations
 from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
@@ -94,6 +95,7 @@ def finetune(
         start = time.perf_counter()
         check_values(model_arguments)
         check_values(data_arguments)
+        check_push(config)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:
@@ -104,7 +106,7 @@ def finetune(
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         settings = resolve(
-            config,
+            pushed_by_nobody_else(config),
             trained=trained_by(model_arguments),
             num_examples=len(splits.train) - data_arguments.num_demonstrations,
             low_precision=_stored_low(model_arguments, model),
@@ -114,13 +116,17 @@ def finetune(
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
             logger.info("%s holds this very run, finished: nothing is left to do.", folder)
+            push_finished(folder, config)
             return read_json(folder / output.METRICS_FILE)
         if config.should_save and config.do_train:
             logger.info("Settings (all of them: settings.json):\n%s", settings.table())
+        open_repository(config)
         if resume:
             logger.info("Continuing the run in %s.", folder)
         job = _Job(model, model_arguments, data_arguments, settings, command, task, splits, start)
-        return job.run(folder, deciding, resume)
+        metrics = job.run(folder, deciding, resume)
+        push_finished(folder, config)
+        return metrics
 
 
 def _look(folder: Path, config: ZOConfig, deciding: dict[str, Any], held: ExitStack) -> tuple[str, str | bool]:

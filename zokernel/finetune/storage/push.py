@@ -1,0 +1,158 @@
+"""Uploading a run to the hub: the finished folder, once, at the end."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+from zokernel.data import hub
+from zokernel.data.hub_requests import bounded_requests
+from zokernel.errors import RunError, UsageError, ZokernelError
+from zokernel.finetune.settings.config import ZOConfig
+
+logger = logging.getLogger(__name__)
+
+# What belongs to the running of a run: checkpoints, logs of other programs, locks, halves, and anything pickled.
+LEFT_OUT = (
+    *("checkpoint-*", "checkpoint-*/**", "last-good", "last-good/**", "runs/**", ".*", ".*/**", "*/.*"),
+    *("*.partial", "*.lock", "*.tmp", "journal.zkj.*", "__pycache__/**"),
+    *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
+)
+_NEEDS_PUSH = ("hub_model_id", "hub_private_repo", "hub_revision")
+
+
+def check_push(config: ZOConfig) -> None:
+    """Check the flags of ``--push_to_hub`` and the access token, before anything is read.
+
+    Args:
+        config: The run's settings.
+
+    Raises:
+        UsageError: If a flag has no effect here.
+        RunError: If there is no access token, or the hub does not accept it for writing.
+    """
+    if not config.push_to_hub:
+        for flag in _NEEDS_PUSH:
+            if getattr(config, flag, None) is not None:
+                raise UsageError(f"--{flag} has no effect without --push_to_hub true: add it, or leave both out.")
+        return
+    strategy = str(getattr(config.hub_strategy, "value", config.hub_strategy))
+    if strategy in ("checkpoint", "all_checkpoints"):
+        raise UsageError(
+            f"--hub_strategy {strategy} uploads checkpoints, which stay here: the finished folder is uploaded at the "
+            "end (leave the flag out, or give 'end')."
+        )
+    if config.hub_always_push:
+        raise UsageError("--hub_always_push has no effect: there is one upload, at the end of the run.")
+    if not config.do_train:
+        raise UsageError("--push_to_hub uploads what was trained, and --do_train false trains nothing.")
+    if not config.should_save:
+        return
+    import huggingface_hub
+
+    if huggingface_hub.is_offline_mode():
+        raise UsageError("--push_to_hub needs the hub, and HF_HUB_OFFLINE=1 keeps from asking it: unset one of them.")
+    if not (config.hub_token or huggingface_hub.get_token()):
+        raise RunError(
+            "--push_to_hub needs an access token that may write: log in with 'hf auth login', or set HF_TOKEN."
+        )
+    with _Explained(config):
+        who = _api(config).whoami()
+    role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise RunError(
+            "Your access token may read and not write, so --push_to_hub cannot upload: make one that may at "
+            f"{huggingface_hub.constants.ENDPOINT}/settings/tokens, and log in with it."
+        )
+
+
+def pushed_by_nobody_else(config: ZOConfig) -> ZOConfig:
+    """Return settings with which ``transformers.Trainer`` does not upload: it would at every save, and all there is."""
+    config = copy.copy(config)
+    config.push_to_hub = False
+    return config
+
+
+def open_repository(config: ZOConfig) -> str:
+    """Make the repository if there is none, and check that it can be written, before the expensive part.
+
+    Args:
+        config: The run's settings.
+
+    Returns:
+        Its id; nothing if nothing is to be uploaded, or another process does.
+
+    Raises:
+        RunError: If it cannot be made or written.
+    """
+    if not (config.push_to_hub and config.should_save):
+        return ""
+    with _Explained(config):
+        api = _api(config)
+        name = str(api.create_repo(_name(config), private=config.hub_private_repo, exist_ok=True).repo_id)
+        api.auth_check(name, write=True)
+    return name
+
+
+def push_finished(folder: Path, config: ZOConfig) -> str:
+    """Upload a finished run: model, card, report and measurements; no checkpoint, lock or pickle.
+
+    Args:
+        folder: The output folder.
+        config: The run's settings.
+
+    Returns:
+        The address of the repository; nothing if nothing is to be uploaded.
+
+    Raises:
+        RunError: If the hub refuses it or cannot be reached; the folder stays as it is.
+    """
+    name = open_repository(config)
+    if not name:
+        return ""
+    with _Explained(config, f"the finished run is in {folder}, and the same command uploads it"):
+        api = _api(config)
+        if config.hub_revision:
+            api.create_branch(name, branch=config.hub_revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Fine-tuned with zokernel",
+            revision=config.hub_revision,
+            ignore_patterns=list(LEFT_OUT),
+        )
+    address = f"{api.endpoint}/{name}"
+    logger.info("Uploaded to %s.", address)
+    return address
+
+
+def _name(config: ZOConfig) -> str:
+    return config.hub_model_id or Path(str(config.output_dir)).absolute().name
+
+
+def _api(config: ZOConfig) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=config.hub_token)
+
+
+class _Explained:
+    """Turns what the hub answers within the block into one sentence."""
+
+    def __init__(self, config: ZOConfig, then: str = ""):
+        self.name, self.given, self.then = _name(config), config.hub_token, then
+        self.requests = bounded_requests()
+
+    def __enter__(self) -> None:
+        self.requests.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.requests.__exit__(None, None, None)
+        if not isinstance(error, Exception):
+            return
+        told: ZokernelError | None = hub.explain(error, self.name, token_from="--hub_token" if self.given else "")
+        if told is None:
+            return
+        raise type(told)(str(told).rstrip(".") + (f" ({self.then})." if self.then else ".")) from error
