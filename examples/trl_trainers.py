@@ -47,7 +47,7 @@ def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_d
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in load_table(file)]
     held_out = max(1, len(rows) // 6)
 
-    trainer = zeroth_order(trainer_class, method="mezo", num_perturbations=4, eps=1e-2)(
+    trainer = zeroth_order(trainer_class, method="mezo", num_perturbations=2, eps=1e-2)(
         model=network,
         args=config(
             output_dir=output_dir,
@@ -55,7 +55,7 @@ def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_d
             lr_scheduler_type="constant",
             max_steps=steps,
             per_device_train_batch_size=4,
-            max_length=256,
+            max_length=128,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),  # which trl's default of bf16 needs to be told
             report_to="none",

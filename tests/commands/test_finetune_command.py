@@ -114,7 +114,7 @@ def test_a_yaml_file_gives_defaults_that_flags_override(flags, tmp_path):
         (["--label_column", "stars"], "has no column 'stars'"),
         (["--labels", "neg", "pos"], "Label '1'"),
         (["--label_words", "bad"], "two or more distinct"),
-        (["--model_name_or_path", "missing/model"], "Model 'missing/model' could not be loaded"),
+        (["--model_name_or_path", "missing/model"], "Model 'missing/model' is not in the cache"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--config", "missing.yaml"], "There is no config file"),
         (["--method_args", "colour=red"], "has no option 'colour'"),
@@ -122,7 +122,7 @@ def test_a_yaml_file_gives_defaults_that_flags_override(flags, tmp_path):
         (["--resume_from_checkpoint", "last"], "holds no run to resume"),
         (["--lora", "true", "--lora_target_modules", "nowhere"], "no module 'nowhere' to adapt: its modules are"),
         (["--dtype", "bfloat16", "--perturb", "in_place"], "--dtype float32"),
-        (["--adapter_name_or_path", "missing-adapter"], "LoRA adapter could not be attached"),
+        (["--adapter_name_or_path", "missing-adapter"], "There is no adapter folder missing-adapter"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(flags, changes, words, capsys, monkeypatch):
