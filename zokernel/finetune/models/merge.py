@@ -91,7 +91,8 @@ def _separate_head(model: Any) -> None:
     shared = [model.get_output_embeddings(), model.get_input_embeddings()]
     if None in shared or not any(isinstance(module, BaseTunerLayer) for module in shared):
         return
-    head, embeddings = (m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in shared)
+    bare: list[Any] = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in shared]
+    head, embeddings = bare
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(embeddings.weight.clone(), requires_grad=False)
 
