@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "fetch": "download a model or data set that installs from a package registry",
     },
     "after training": {
+        "predict": "answer new rows with a finished run",
         "report": "one HTML page of any run; --serve shows a live one",
         "journal": "show, verify or truncate the journal of a run",
         "replay": "rebuild the weights of any step from base and journal",

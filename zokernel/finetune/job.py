@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ from zokernel.finetune.report.zero_shot import fingerprint, remembered
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.check import check_metric, check_values
+from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
@@ -102,7 +101,7 @@ def finetune(
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
         task = load_task(data_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
-        config = _lower_is_better(config)
+        config = lower_is_better(config)
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         settings = resolve(
@@ -332,15 +331,6 @@ class _Job:
             max_new_tokens=data.max_new_tokens,
             ends=ends,
         )
-
-
-def _lower_is_better(config: ZOConfig) -> ZOConfig:
-    """Return the settings for a run whose best step has the lowest perplexity, which transformers takes for a score."""
-    if str(config.metric_for_best_model).removeprefix("eval_") != "perplexity":
-        return config
-    config = copy.copy(config)
-    config.greater_is_better = False
-    return config
 
 
 def from_main(value: Any) -> Any:

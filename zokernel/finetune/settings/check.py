@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -239,3 +240,12 @@ def _has_login() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def lower_is_better(config: Any) -> Any:
+    """Return the settings for a run whose best step has the lowest perplexity, which transformers takes for a score."""
+    if str(config.metric_for_best_model).removeprefix("eval_") != "perplexity":
+        return config
+    config = copy.copy(config)
+    config.greater_is_better = False
+    return config

@@ -49,6 +49,7 @@ _ARTEFACTS = (
     "report.html",
     "profile.md",
     "profile.json",
+    "predictor.json",
     "training_args.json",
     "base-adapter",
     "journal.zkj*",
