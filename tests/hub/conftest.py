@@ -26,7 +26,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run commands (lists of words) or load tasks (their names), in one child process that uses a hub."""
+    """Run commands (lists of words) or load tasks (names) in one child process; dictionaries change its environment."""
 
     def run_(endpoint: str, *cases: Any, **environment: str) -> list[dict[str, Any]]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_OFF"))}

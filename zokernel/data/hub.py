@@ -164,6 +164,10 @@ def _contents(
         found = re.search(r"appear to have (?:a file|files) named \(?'?([^\s,']+?)'?\)?[.,] ", text)
         if found and not Path(name).exists():
             return UsageError(f"{what} holds no {found[1]} on the hub{_weights_there(name, revision)}.")
+        if "Can't load the model for" in text and not Path(name).exists():
+            weights = _weights_there(name, revision)
+            if weights:
+                return UsageError(f"{what} holds no safetensors on the hub{weights}.")
     return None
 
 
@@ -261,7 +265,7 @@ def _close_names(name: str, kind: str) -> list[str]:
             found |= {repository.id for repository in listing(author=owner, limit=200)}
     except Exception:  # the hint is not worth another error
         return []
-    return difflib.get_close_matches(name, sorted(found - {name}), n=3, cutoff=0.6)
+    return difflib.get_close_matches(name, sorted(found - {name}), n=3, cutoff=0.75)
 
 
 def _weights_there(name: str, revision: str | None) -> str:
@@ -272,7 +276,9 @@ def _weights_there(name: str, revision: str | None) -> str:
         files = HfApi().list_repo_files(name, revision=revision)
     except Exception:  # the hint is not worth another error
         return ""
+    if any(file.endswith(".safetensors") for file in files):
+        return ""
     weights = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt"))]
     if not weights:
         return ""
-    return f", only {_listed(weights[:3])}: convert it with save_pretrained, whose files are safetensors"
+    return f", only {_listed(weights[:3])}: load it with transformers and write it again with save_pretrained"

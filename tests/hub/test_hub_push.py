@@ -1,0 +1,72 @@
+"""``--push_to_hub`` uploads the finished folder once, and what stands in its way is said before the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import Run
+from hub_data import tiny_model
+from hub_server import Hub
+from test_hub_errors import READER, ROWS, one_sentence
+
+WRITER = "hf_writerwriterwriter"
+FINISHED = {
+    *("README.md", "report.md", "metrics.json", "loss.png", "steps.jsonl", "settings.json", "run.json"),
+    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("predictor.json", "training_args.json", "journal.zkj"),
+}
+
+
+def test_the_finished_folder_is_uploaded(hub: Hub, run: Run, tmp_path: Path):
+    hub.users = {READER: ("ada", "read"), WRITER: ("bob", "write")}
+    hub.add("models", "org/tiny", tiny_model(tmp_path / "model"))
+    hub.add("models", "org/theirs", {}, owner="org")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def command(name: str, *flags: str) -> list[str]:
+        words = ["finetune", "--output_dir", str(tmp_path / name), "--use_cpu", "true", "--max_steps", "2"]
+        words += ["--template", "{sentence} It was", "--label_words", "bad", "good", "--precision", "fp32"]
+        return [*words, "--train_file", str(rows), "--model_name_or_path", "org/tiny", *flags]
+
+    push, token = ("--push_to_hub", "true"), ("--hub_token", WRITER)
+    wrong = {
+        push: ("--push_to_hub needs an access token", "'hf auth login'"),
+        (*push, "--hub_token", READER): ("may read and not write",),
+        (*push, "--hub_token", "hf_wrongwrongwrong"): ("does not accept your access token (--hub_token)",),
+        (*push, *token, "--hub_model_id", "org/theirs"): ("does not allow this", "rights to write"),
+        (*push, *token, "--hub_model_id", "org/new"): ("does not allow this", "rights to write"),
+        (*push, *token, "--hub_strategy", "checkpoint"): ("--hub_strategy checkpoint", "finished folder"),
+        (*push, *token, "--hub_always_push", "true"): ("--hub_always_push",),
+        (*push, *token, "--do_train", "false"): ("--do_train false",),
+        ("--hub_model_id", "bob/new"): ("--hub_model_id has no effect without --push_to_hub",),
+    }
+    steps = (
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--hub_model_id",
+        "bob/mine",
+        "--hub_private_repo",
+        "true",
+    )
+    cases = [command("mine", *push, *token, *steps), command("later"), command("later", *push, *token)]
+    results = run(hub.endpoint, *[command("wrong", *flags) for flags in wrong], *cases)
+    for result, expected in zip(results, wrong.values()):
+        one_sentence(result, *expected)
+    assert [result["code"] for result in results[len(wrong) :]] == [0, 0, 0], results[len(wrong) :]
+
+    mine, later = hub.repos["models", "bob/mine"], hub.repos["models", "bob/later"]
+    assert sorted(mine.uploads) == sorted(FINISHED), "each file once"
+    assert mine.private
+    assert not later.private
+    assert sorted(later.uploads) == sorted(FINISHED), "a finished run is uploaded by the same command"
+    for name, repository in (("mine", mine), ("later", later)):
+        for path in FINISHED:
+            assert repository.files[path] == (tmp_path / name / path).read_bytes()
+            assert WRITER.encode() not in repository.files[path]
+    assert (tmp_path / "mine" / "checkpoint-2").is_dir(), "checkpoints stay"
+    assert not any(WRITER in result["told"] for result in results)
+    assert ("models", "org/new") not in hub.repos
