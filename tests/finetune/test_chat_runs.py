@@ -111,15 +111,16 @@ def test_auto_never_takes_the_memory_of_several_copies_of_whole_chats(run, tmp_p
     assert [s["value"] for s in settings if s["name"] == "perturb"] == ["in_place"]
 
 
-def test_a_run_that_went_on_ends_with_the_same_bits_and_then_nothing_is_left(run, tmp_path, capsys):
+def test_a_run_that_went_on_ends_with_the_same_bits_and_then_nothing_is_left(run, tmp_path, caplog):
     plan = ("--save_strategy", "steps", "--save_steps", "3", "--eval_steps", "3")
     assert run("chat.jsonl", *plan, out="whole") == 0
     assert run("chat.jsonl", *plan, "--max_steps", "6", out="parts") == 0
     assert run("chat.jsonl", *plan, "--resume_from_checkpoint", "last", out="parts") == 0
     whole, parts = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    caplog.clear()
     assert run("chat.jsonl", *plan, out="whole") == 0
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert "nothing is left to do" in caplog.text
 
 
 def test_an_evaluation_alone_says_nothing_about_training(run, tmp_path):
