@@ -232,8 +232,7 @@ class _Job:
 
     def _make_trainer(self, tokenizer: Any) -> ZOTrainer:
         data, task = self.data_arguments, self.task
-        writes = data.max_new_tokens if task.kind == "generation" else 0
-        reserved = virtual_tokens(self.model) + writes
+        reserved = virtual_tokens(self.model) + (data.max_new_tokens if task.kind == "generation" else 0)
         max_length = self.max_length = longest_input(self.model, tokenizer, data.max_length, reserved=reserved)
         arguments = (task, self.splits, self.model, tokenizer, data)
         self.prepared = prepare(*arguments, max_length=max_length, objective=self.config.objective)
