@@ -78,6 +78,7 @@ def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: P
         ("org/fine", "--model_revision", "v9"): ("has no revision 'v9': there are main.",),
         ("org/busy",): ("too many requests", "120 s"),
         ("org/down",): ("503 Service Unavailable (The server is tired)", "HF_HUB_OFFLINE=1"),
+        ("org/fine", "--adapter_name_or_path", "org/gated"): ("Model 'org/gated' is gated",),
         ("org/pickled",): ("org/pickled", "pytorch_model.bin", "safetensors"),
     }
     rows = {
@@ -95,6 +96,9 @@ def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: P
     }
     cases: list[Any] = [command(tmp_path, model, fine, *flags) for model, *flags in models]
     cases += [command(tmp_path, "org/fine", name, *flags) for name, *flags in rows]
+    words = ["--x_o", "a", "--x_u", "b", "--label_words", "bad", "good"]
+    cases.append(["kernel", "--model_name_or_path", "org/down", *words, "--output_dir", str(tmp_path / "kernel")])
+    other_command = ("503 Service Unavailable",)
     token, without = command(tmp_path, "org/fine", fine), len(cases)
     cases += [{"HF_TOKEN": "hf_wrongwrongwrongwrong"}, token, {"HF_TOKEN": READER}]
     cases += [command(tmp_path, "org/gated", fine), command(tmp_path, "org/fine", "org/gated-rows")]
@@ -106,7 +110,7 @@ def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: P
     ]
     results = run(filled.endpoint, *cases)
     assert len(results) == without + len(with_token)
-    for result, expected in zip(results, [*models.values(), *rows.values(), *with_token]):
+    for result, expected in zip(results, [*models.values(), *rows.values(), other_command, *with_token]):
         one_sentence(result, *expected)
         assert READER not in result["told"]
         assert "hf_wrong" not in result["told"]

@@ -238,17 +238,19 @@ def from_language_model(
     except ImportError as error:
         raise MissingDependencyError("transformers", "finetune", "Loading a language model") from error
     from zokernel.commands.messages import quiet_transformers
-    from zokernel.data import load_table, resolve_model_path
+    from zokernel.data import hub, load_table, resolve_model_path
+    from zokernel.data.hub_requests import bounded_requests
 
     quiet_transformers()
     texts, y = _texts(load_table(path)[:max_examples], task, path)
     location = resolve_model_path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
+        with bounded_requests():
+            tokenizer = AutoTokenizer.from_pretrained(location)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         first_line = (str(error).strip().splitlines() or ["unknown reason"])[0]
-        raise RunError(f"The model {name!r} could not be loaded: {first_line}") from error
+        raise hub.explained(error, name, RunError(f"The model {name!r} could not be loaded: {first_line}")) from error
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in task.words]
     for word, tokens in zip(task.words, ids):
         if not tokens:

@@ -127,7 +127,8 @@ def _language_model(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zokernel.commands.messages import quiet_transformers
-    from zokernel.data import resolve_model_path
+    from zokernel.data import hub, resolve_model_path
+    from zokernel.data.hub_requests import bounded_requests
 
     if bool(args.outputs) == bool(args.label_words):
         raise UsageError(
@@ -136,11 +137,15 @@ def _language_model(args: argparse.Namespace):
     quiet_transformers()
     path = resolve_model_path(args.model_name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with bounded_requests():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"Model {args.model_name_or_path!r} could not be loaded: give 'smollm2', a folder written by "
-                         "save_pretrained, or a hub id that can be reached.") from error  # fmt: skip
+        told = UsageError(
+            f"Model {args.model_name_or_path!r} could not be loaded: give 'smollm2', a folder written by "
+            "save_pretrained, or a hub id that can be reached."
+        )
+        raise hub.explained(error, args.model_name_or_path, told) from error
     outputs, names = args.outputs, None if args.outputs is None else [str(k) for k in args.outputs]
     if args.label_words:
         tokens = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in args.label_words]

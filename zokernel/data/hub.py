@@ -51,6 +51,11 @@ def explain(
     return None
 
 
+def explained(error: BaseException, name: str, otherwise: ZokernelError) -> ZokernelError:
+    """Return what went wrong with a model of the hub; ``otherwise`` for a local one, or if the hub is not to blame."""
+    return (None if Path(name).expanduser().exists() else explain(error, name)) or otherwise
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, what caused it, and what they were raised from."""
     seen: list[BaseException] = []

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from zokernel.data import SOURCES
-from zokernel.errors import UsageError
+from zokernel.data import SOURCES, hub
+from zokernel.data.hub_requests import bounded_requests
+from zokernel.errors import UsageError, ZokernelError
 from zokernel.files import read_json
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.settings.arguments import ModelArguments
@@ -89,6 +90,7 @@ def adapter_config(name: str) -> Any:
         raise _not_loaded(name, error) from error
 
 
+@bounded_requests()
 def load_saved(model: nn.Module, name: str) -> Any:
     """Attach a saved adapter so that it can be trained on.
 
@@ -176,9 +178,10 @@ def _only_fetched(name: str, on_hub: str) -> bool:
     return is_complete(cache_home() / name) and not isinstance(try_to_load_from_cache(on_hub, "config.json"), str)
 
 
-def _not_loaded(name: str, error: Exception) -> UsageError:
+def _not_loaded(name: str, error: Exception) -> ZokernelError:
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    return UsageError(
+    told = UsageError(
         f"The adapter {name!r} could not be attached ({reason}): give a folder that peft or a run saved, and the base "
         "it was trained on as --model_name_or_path."
     )
+    return hub.explained(error, name, told)

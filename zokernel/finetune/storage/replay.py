@@ -77,7 +77,8 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
     """
     import transformers
 
-    from zokernel.data import resolve_model_path
+    from zokernel.data import hub, resolve_model_path
+    from zokernel.data.hub_requests import bounded_requests
 
     described = journal.header.get("model") or {}
     model_class: Any = getattr(transformers, str(described.get("class")), None)
@@ -87,12 +88,14 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
             "weights themselves to zokernel.finetune.replay."
         )
     try:
-        model = model_class.from_pretrained(
-            resolve_model_path(name_or_path), dtype=getattr(torch, described["dtype"]), use_safetensors=True
-        ).eval()
+        with bounded_requests():
+            model = model_class.from_pretrained(
+                resolve_model_path(name_or_path), dtype=getattr(torch, described["dtype"]), use_safetensors=True
+            ).eval()
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).") from error
+        told = UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).")
+        raise hub.explained(error, name_or_path, told) from error
     if described["adapter"]:
         folder = journal.path.parent / BASE_ADAPTER
         if not (folder / "adapter_model.safetensors").exists():
