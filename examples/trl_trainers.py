@@ -47,7 +47,9 @@ def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_d
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in load_table(file)]
     held_out = max(1, len(rows) // 6)
 
-    trainer = zeroth_order(trainer_class, method="mezo", num_perturbations=2, eps=1e-2)(
+    trainer = zeroth_order(
+        trainer_class, method="mezo", num_perturbations=2, eps=1e-2
+    )(
         model=network,
         args=config(
             output_dir=output_dir,

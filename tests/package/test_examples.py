@@ -37,7 +37,16 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_every_example_is_tested():
-    tested = {"accuracy_objective", "any_trainer", "lora", "masked_lm", "pytorch_loop", "trainer_api", "trl_trainers"}
+    tested = {
+        "accuracy_objective",
+        "any_trainer",
+        "image_classifier",
+        "lora",
+        "masked_lm",
+        "pytorch_loop",
+        "trainer_api",
+        "trl_trainers",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -55,6 +64,25 @@ def test_trl_trainers(job, tiny_lm_path, tmp_path):
     losses = load("trl_trainers")(job, str(tmp_path / "rows.jsonl"), str(tiny_lm_path), 2, str(tmp_path / "run"))
     assert losses[0] != losses[1]
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_image_classifier(tmp_path, monkeypatch):
+    import numpy as np
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    generator = np.random.default_rng(0)
+    labels = np.tile(np.arange(10, dtype=np.uint8), 52)
+    images = generator.integers(0, 255, (520, 28, 28)).astype(np.float32)
+    main = load("image_classifier")
+    monkeypatch.setitem(main.__globals__, "load_mnist", lambda: (images, labels, images[:20], labels[:20]))
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "net")
+    found = main(str(tmp_path / "net"), 2, 32, 20, str(tmp_path / "run"))
+    assert 0 <= found["after"]["eval_accuracy"] <= 1
+    assert found["before"]["eval_loss"] != found["after"]["eval_loss"]
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_trainer_api(tiny_lm_path, reviews, tmp_path):

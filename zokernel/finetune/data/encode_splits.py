@@ -11,6 +11,7 @@ from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.tasks import Task, demonstrations, encode
 from zokernel.finetune.tasks.encoding import report_cut, report_label_words
 from zokernel.finetune.tasks.seq2seq import Decoder
+from zokernel.finetune.tasks.typed import ControlTokens
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def encode_splits(
             f"There are {len(splits.train)} training examples, too few for {num_demonstrations} demonstrations."
         )
     shown, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
-    context = demonstrations(task, shown, masked=masked, seq2seq=decoder is not None)
+    hidden, seq2seq = ControlTokens(tokenizer).shadows(shown), decoder is not None
+    context = demonstrations(task, shown, masked=masked, seq2seq=seq2seq)
+    context_shadow = demonstrations(task, shown, shadows=hidden, masked=masked, seq2seq=seq2seq)
     encoded = {}
     for split, rows in (("train", train), ("validation", splits.validation), ("test", splits.test)):
         encoded[split] = encode(
@@ -62,6 +65,7 @@ def encode_splits(
             masked=masked,
             decoder=decoder,
             context=context,
+            context_shadow=context_shadow,
             only_answer=only_answer and split == "train",
         )
     everything = [example for examples in encoded.values() for example in examples]

@@ -232,7 +232,7 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
         UsageError: If the decoder of a sequence-to-sequence model cannot be scored.
     """
     rows = embedding_rows(model)
-    if pad_token_id is None or (rows is not None and pad_token_id >= rows):
+    if pad_token_id is None or pad_token_id < 0 or (rows is not None and pad_token_id >= rows):
         pad_token_id = 0  # padding is masked, but looked up all the same
     plain, packed = Collator(pad_token_id), Collator(pad_token_id, shared_prompt=True)
     items = [dataset[i] for i in range(len(dataset))]

@@ -28,6 +28,7 @@ def encode(
     masked: bool = False,
     decoder: Decoder | None = None,
     context: str = "",
+    context_shadow: str | None = None,
     only_answer: bool = False,
 ) -> list[Encoded]:
     """Tokenize every example with every option, splitting prompt from option by character position.
@@ -43,6 +44,8 @@ def encode(
         masked: Whether the options stand in place of a mask.
         decoder: How a sequence-to-sequence model frames the texts that it writes: what :func:`decoder_of` returns.
         context: Text put before every prompt, such as :func:`demonstrations`.
+        context_shadow: The same text from rows whose control tokens are hidden, to tell them from the template's own;
+            without it, all of them stay text unless the template has some.
         only_answer: Encode the right option alone, which is all that a loss on the answer needs.
 
     Returns:
@@ -53,16 +56,17 @@ def encode(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
+    controls = ControlTokens(tokenizer)
+    start = controls.shadow_of_context(context, task) if context_shadow is None else context_shadow
     if masked:
-        return encode_masked(task, rows, tokenizer, max_length, context, only_answer)
+        return encode_masked(task, rows, tokenizer, max_length, (context, start), only_answer)
     if decoder is not None:
-        return encode_seq2seq(task, rows, tokenizer, decoder, max_length, context, only_answer)
+        return encode_seq2seq(task, rows, tokenizer, decoder, max_length, (context, start), only_answer)
     prompts = [context + task.prompt(row) for row in rows]
     right_ones = [task.correct(row) for row in rows]
     options, correct = choices_and_answers([task.options(row) for row in rows], right_ones, only_answer)
     texts = [prompt + option for prompt, choices in zip(prompts, options) for option in choices]
-    controls = ControlTokens(tokenizer)
-    hidden, start = controls.shadows(rows), controls.shadow_of_context(context, task)
+    hidden = controls.shadows(rows)
     hidden_options, _ = choices_and_answers([task.options(row) for row in hidden], right_ones, only_answer)
     shadows = [start + task.prompt(row) + option for row, choices in zip(hidden, hidden_options) for option in choices]
     all_ids, all_offsets = controls(texts, shadows)
@@ -88,7 +92,14 @@ def encode(
     return examples
 
 
-def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False, seq2seq: bool = False) -> str:
+def demonstrations(
+    task: Task,
+    rows: Sequence[Row],
+    *,
+    masked: bool = False,
+    seq2seq: bool = False,
+    shadows: Sequence[Row] | None = None,
+) -> str:
     r"""Return solved examples as the text to put before a prompt (in-context learning).
 
     Args:
@@ -96,6 +107,7 @@ def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False, seq
         rows: The examples to show.
         masked: Whether to use the wording for masked language models.
         seq2seq: Whether the answer goes in place of T5's ``<extra_id_0>``, if the template has one.
+        shadows: The same rows with other text, which is what is shown; the answers stay those of ``rows``.
 
     Returns:
         The examples with their right answers, each followed by an empty line; empty if there are none.
@@ -106,14 +118,14 @@ def demonstrations(task: Task, rows: Sequence[Row], *, masked: bool = False, seq
         'A joy . It was great\n\n'
     """
     shown = []
-    for row in rows:
+    for row, told in zip(rows, shadows or rows):
         if masked:
-            before, after = task.cloze(row)
+            before, after = task.cloze(told)
             space = "" if not before or before[-1].isspace() else " "
-            shown.append(before + space + task.fillers(row)[task.label(row)] + after)
+            shown.append(before + space + task.fillers(told)[task.label(row)] + after)
             continue
-        answer = task.options(row)[task.label(row)].rstrip("\n")
-        shown.append(filled_in(task, row, answer) if seq2seq else task.prompt(row) + answer)
+        answer = task.options(told)[task.label(row)].rstrip("\n")
+        shown.append(filled_in(task, told, answer) if seq2seq else task.prompt(told) + answer)
     return "".join(text + SEPARATOR for text in shown)
 
 

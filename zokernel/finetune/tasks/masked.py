@@ -13,7 +13,7 @@ from zokernel.finetune.tasks.typed import ControlTokens
 
 
 def encode_masked(
-    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, context: str, only_answer: bool
+    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, context: tuple[str, str], only_answer: bool
 ) -> list[Encoded]:
     """Tokenize the text with one mask, and every option on its own as it would stand after a space.
 
@@ -22,7 +22,7 @@ def encode_masked(
         rows: The table.
         tokenizer: A fast tokenizer with a mask token.
         max_length: Longest sequence; the longer side of the mask loses tokens at its far end.
-        context: Text put before every example.
+        context: Text put before every example, and its shadow.
         only_answer: Encode the right option alone.
 
     Returns:
@@ -34,16 +34,16 @@ def encode_masked(
     mask_id = tokenizer.mask_token_id
     if mask_id is None:
         raise UsageError("The tokenizer has no mask token: use a masked language model, or a template without {mask}.")
-    clozes = [(context + before, after) for before, after in map(task.cloze, rows)]
+    clozes = [(context[0] + before, after) for before, after in map(task.cloze, rows)]
     options, correct = choices_and_answers(
         [task.fillers(row) for row in rows], [task.correct(row) for row in rows], only_answer
     )
     controls = ControlTokens(tokenizer)
-    hidden, start = map(task.cloze, controls.shadows(rows)), controls.shadow_of_context(context, task)
+    hidden = map(task.cloze, controls.shadows(rows))
     mask = tokenizer.mask_token
     all_ids, all_offsets = controls(
         [f"{before}{mask}{after}" for before, after in clozes],
-        [f"{start}{before}{mask}{after}" for before, after in hidden],
+        [f"{context[1]}{before}{mask}{after}" for before, after in hidden],
     )
     known: dict[str, list[int]] = {}
     examples = []

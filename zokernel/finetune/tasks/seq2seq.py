@@ -87,7 +87,13 @@ def _first_input(model: Any, labels: list[int]) -> int:
 
 
 def encode_seq2seq(
-    task: Task, rows: Sequence[Row], tokenizer: Any, decoder: Decoder, max_length: int, context: str, only_answer: bool
+    task: Task,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    decoder: Decoder,
+    max_length: int,
+    context: tuple[str, str],
+    only_answer: bool,
 ) -> list[Encoded]:
     """Tokenize the prompt for the encoder and every option for the decoder.
 
@@ -103,7 +109,7 @@ def encode_seq2seq(
         tokenizer: A fast tokenizer.
         decoder: How the model frames texts.
         max_length: Longest sequence of either side; a longer prompt loses tokens at the front.
-        context: Text put before every prompt.
+        context: Text put before every prompt, and its shadow.
         only_answer: Encode the right option alone.
 
     Returns:
@@ -113,8 +119,10 @@ def encode_seq2seq(
         UsageError: If an option has no token, or is longer than ``max_length``.
     """
     controls = ControlTokens(tokenizer)
-    hidden, start = controls.shadows(rows), controls.shadow_of_context(context, task)
-    all_ids, _ = controls([context + task.prompt(row) for row in rows], [start + task.prompt(row) for row in hidden])
+    before, shadow = context
+    all_ids, _ = controls(
+        [before + task.prompt(row) for row in rows], [shadow + task.prompt(row) for row in controls.shadows(rows)]
+    )
     options, correct = choices_and_answers(
         [task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer
     )
