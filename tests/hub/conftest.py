@@ -6,15 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_runs import Run
 from hub_server import Hub
 
 CHILD = Path(__file__).with_name("hub_child.py")
-Run = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture

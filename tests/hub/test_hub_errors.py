@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import Run
 from hub_data import tiny_model
+from hub_runs import Run
 from hub_server import Hub
 
 READER = "hf_readerreaderreader"

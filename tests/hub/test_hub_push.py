@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import Run
 from hub_data import tiny_model
+from hub_runs import Run
 from hub_server import Hub
 from test_hub_errors import READER, ROWS, one_sentence
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Run
 from hub_data import LAYOUT, add_tasks
+from hub_runs import Run
 from hub_server import Hub
 
 from zokernel.finetune.tasks import TASKS
