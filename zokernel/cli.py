@@ -22,6 +22,7 @@ from zokernel._version import __version__
 from zokernel.commands.messages import is_replica, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import UsageError, ZokernelError
+from zokernel.private_apis import exit_at_once
 
 SECTIONS: dict[str, dict[str, str]] = {
     "train": {
@@ -127,7 +128,7 @@ def _ending_at_once() -> Iterator[None]:
 
 def _end(number: int, frame: Any) -> None:
     os.write(2, b"zokernel: interrupted.\n")
-    os._exit(130)
+    exit_at_once(130)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

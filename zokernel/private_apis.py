@@ -104,6 +104,25 @@ def set_train_batch_size(trainer: Any, size: int) -> None:
     trainer._train_batch_size = size
 
 
+def exit_at_once(code: int) -> None:
+    """End the process without running what is left to run.
+
+    Private: ``os._exit``.  It is documented in spite of its name: after Ctrl-C in the middle of an import, everything
+    else would raise errors of half-loaded libraries.
+    """
+    import os
+
+    os._exit(code)
+
+
+def flags_of(parser: Any) -> list[Any]:
+    """Return the flags of a parser of argparse.
+
+    Private: ``ArgumentParser._actions``.  argparse lists them in no public way.
+    """
+    return list(parser._actions)
+
+
 def attention_implementation(model: Any) -> str | None:
     """Return which attention a model of transformers runs, such as ``sdpa``; None of any other model.
 

@@ -100,7 +100,8 @@ def test_tools_and_further_arguments_reach_the_template():
     encoder = encoder_of("messages", chat_tokenizer(template))
     row = {"messages": turns("Hi", "Yo"), "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "calm"}}
     runs, whole = learned(encoder, row)
-    assert whole.startswith('[{"name": "f"}]calm<|im_start|>user') and runs == ["Yo<|im_end|>"]
+    assert whole.startswith('[{"name": "f"}]calm<|im_start|>user')
+    assert runs == ["Yo<|im_end|>"]
 
 
 def test_long_rows_lose_their_end_and_those_with_nothing_left_are_left_out(caplog):
@@ -126,7 +127,8 @@ def test_the_prompt_that_is_shown_ends_where_the_answer_begins():
     assert answer == "Bye"
     assert tokenizer.decode(ids).endswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
     ids, answer = encoder_of("text", tokenizer).prompt({"text": "good bad good bad"})
-    assert tokenizer.decode(ids) + answer == "good bad good bad" and answer
+    assert tokenizer.decode(ids) + answer == "good bad good bad"
+    assert answer
 
 
 def test_templates_are_named_read_or_given(tmp_path):
@@ -140,7 +142,7 @@ def test_templates_are_named_read_or_given(tmp_path):
     assert tokenizer.chat_template == PLAIN
     choose_chat_template(tokenizer := chat_tokenizer(None), "chatml")
     assert learned(encoder_of("messages", tokenizer), {"messages": CHATS[1][0]})[0] == CHATS[1][1]
-    with pytest.raises(UsageError, match="no chat template 'nonsense'.*chatml"):
+    with pytest.raises(UsageError, match=r"no chat template 'nonsense'.*chatml"):
         choose_chat_template(tokenizer, "nonsense")
 
 

@@ -166,7 +166,8 @@ def test_files_are_recognised_and_the_log_says_why(tmp_path, caplog, name, conte
     arguments = DataArguments(train_file=str(tmp_path / name))
     with caplog.at_level(logging.INFO):
         task = load_task(arguments)
-    assert isinstance(task, TextTask) and task.form == form
+    assert isinstance(task, TextTask)
+    assert task.form == form
     assert any(message.startswith("The columns (") for message in caplog.messages)
     splits = load_splits(arguments, task, seed=0)
     assert len(splits.train) + len(splits.validation) == rows

@@ -138,6 +138,33 @@ def test_the_logged_metrics_of_trl_are_those_of_training(tmp_path):
     assert sum("eval_mean_token_accuracy" in row for row in trainer.state.log_history) == 2
 
 
+def test_trl_counts_a_batch_once_and_no_loss_that_is_only_tried(tmp_path):
+    trl = pytest.importorskip("trl")
+    _, kwargs = CASES["supervised_finetuning"](tmp_path / "plain", max_steps=2, optim="sgd", learning_rate=0.0)
+    plain = trl.SFTTrainer(**kwargs)
+    plain.train()
+    trainer = make("supervised_finetuning", tmp_path / "zo", max_steps=2, learning_rate=0.0)
+    trainer.train()
+    for name in ("num_tokens", "mean_token_accuracy", "entropy", "loss"):
+        expected, found = ([row[name] for row in t.state.log_history if "loss" in row] for t in (plain, trainer))
+        # Averages over perturbed points, whose radius is 1e-3.
+        assert found == pytest.approx(expected, rel=0 if name == "num_tokens" else 2e-3), name
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["forwards"] for row in rows] == [4, 8]
+    assert all("grad_norm" not in row and "projected_gradient" in row for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["Trainer", None, dict, 3])
+def test_what_is_no_trainer_class_is_refused(wrong):
+    with pytest.raises(UsageError, match="takes a class"):
+        zeroth_order(wrong)
+
+
+def test_wrapping_twice_keeps_the_settings():
+    twice = zeroth_order(zeroth_order(Trainer, method="kerzoo"), eps=1e-2)
+    assert twice.zo_settings == {"method": "kerzoo", "eps": 1e-2}
+
+
 def test_dropout_and_batch_statistics_are_off_in_a_step_and_the_flag_is_kept(tmp_path):
     trainer = make("image_classification", tmp_path)
     statistics = {key: tensor.clone() for key, tensor in trainer.model.named_buffers()}

@@ -185,8 +185,9 @@ def test_a_parameter_group_added_later_trains():
     optimizer.add_param_group({"params": [("b", second)], "lr": 0.05})
     losses = [optimizer.step(loss) for _ in range(100)]
     assert losses[-1] < 1e-2 < losses[0]
-    with pytest.raises(UsageError, match="make a new optimizer"):
-        HiZOO([("a", first)], lr=0.05).add_param_group({"params": [("b", second)]})
+    renewed = HiZOO([("a", first)], lr=0.05)
+    renewed.add_param_group({"params": [("b", second)]})
+    assert renewed.curvature["b"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_forward"])

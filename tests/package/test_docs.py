@@ -82,7 +82,7 @@ def is_shell(block: Block) -> bool:
 
 
 def test_no_block_is_of_an_unknown_kind():
-    known = {"python", "bash", "yaml", ""}
+    known = {"python", "bash", "yaml", "diff", ""}
     assert [str(block) for block in BLOCKS if block.language not in known] == []
     assert len(PYTHON_PAGES) >= 10
     assert len(BASH_PAGES) >= 6

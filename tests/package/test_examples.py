@@ -38,14 +38,8 @@ def elsewhere(monkeypatch, tmp_path):
 
 def test_every_example_is_tested():
     tested = {
-        "accuracy_objective",
-        "any_trainer",
-        "image_classifier",
-        "lora",
-        "masked_lm",
-        "pytorch_loop",
-        "trainer_api",
-        "trl_trainers",
+        *("accuracy_objective", "any_trainer", "image_classifier", "lora", "masked_lm"),
+        *("pytorch_loop", "trainer_api", "trl_trainers"),
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -121,7 +115,8 @@ def test_the_fine_tuning_page_names_every_task_and_only_real_flags():
 
     page = (EXAMPLES.parent / "docs" / "finetune.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in TASKS)
-    flags = {field.name for group in (ModelArguments, DataArguments, ZOConfig) for field in fields(group)} | {"config"}
+    flags = {field.name for group in (ModelArguments, DataArguments, ZOConfig) for field in fields(group)}
+    flags |= {"config", "help", "help_all"}
     assert set(re.findall(r"--(\w+)", page)) <= flags
 
 

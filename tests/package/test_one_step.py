@@ -7,7 +7,7 @@ import re
 from crossed_files import PACKAGE, files_of
 from trainers import make_trainer
 
-# The closure's own work (the forward without dropout, the loss and its micro-batches) and the record written afterwards.
+# The closure's own work (a forward without dropout, the loss, its micro-batches) and the record written afterwards.
 LOSS = {"finetune/trainer/zo_trainer.py", "finetune/scoring/objective.py", "finetune/scoring/options.py"}
 CLOSURE = {"finetune/trainer/micro_batches.py", "finetune/trainer/evaluation_mode.py", *LOSS}
 RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}

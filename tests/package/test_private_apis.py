@@ -435,6 +435,23 @@ def test_offsets_of_uneven_shards(tmp_path):
     assert found == [[[0, 0], [0, 0], [0, 0]], [[3, 0], [0, 2], [0, 0]]]
 
 
+def test_the_flags_of_a_parser_are_listed():
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--one")
+    parser.add_argument("two")
+    assert [flag.dest for flag in private_apis.flags_of(parser)] == ["one", "two"]
+
+
+def test_a_process_ends_at_once_without_its_handlers():
+    import subprocess
+
+    code = "import atexit; from zokernel import private_apis; atexit.register(print, 1); private_apis.exit_at_once(7)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (7, "")
+
+
 def test_the_extension_of_torch_is_a_file_that_is_loaded():
     file = Path(private_apis.extension_file())
     assert file.is_file()

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from zokernel.private_apis import flags_of
+
 WIDTH = 100
 _LEFT = 38
 
@@ -47,14 +49,14 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> str:
           --start 5                           what to begin with (default: 0)
     """
     # A switch that is on by default has a second action, --no_NAME.
-    actions = {action.dest: action for action in reversed(parser._actions)}
+    actions = {action.dest: action for action in reversed(flags_of(parser))}
     blocks = [(parser.description or "").strip().replace("``", "'")]
     for group in groups:
         head = group.title + (f": {group.example}" if group.example else "")
         rows = [_row(actions[name], *shown) for name, shown in group.flags.items()]
         blocks.append("\n".join([head, *rows]))
     listed = {name for group in groups for name in group.flags} | {"help", "help_all", "config"}
-    rest = [action for action in parser._actions if action.dest not in listed]
+    rest = [action for action in flags_of(parser) if action.dest not in listed]
     if rest:
         blocks.append(
             f"'{parser.prog} --help-all' lists {len(rest)} more flags. --config FILE reads flags from a YAML file."

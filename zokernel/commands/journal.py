@@ -81,6 +81,9 @@ def describe(journal: Any) -> list[str]:
             shown = {k: v for k, v in event["metrics"].items() if not k.endswith(("runtime", "per_second", "epoch"))}
             found = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
             lines.append(f"evaluation  after step {event['step']}: {found}")
+        elif event["event"] == "conditions":
+            frozen = f", {len(event['frozen'])} parameters frozen" if event["frozen"] else ""
+            lines.append(f"conditions  from step {event['step'] + 1} on: perturb {event['perturb']}{frozen}")
         elif event["event"] == "end":
             lines.append(f"end         after step {event['step']}: weights sha256 {event['weights_sha256']}")
     if journal.torn_bytes:

@@ -21,9 +21,10 @@ bytes   step record
 8       checksum
 ======  =========================================================================================
 
-An event record is 0xAE, three zero bytes, four bytes of length, JSON and a checksum: an evaluation or the end of the
-run.  Every checksum is BLAKE2b, cut to eight bytes, of the previous checksum and the record before it, so that records
-can be neither changed nor left out, repeated, reordered or moved to another journal without being noticed.
+An event record is 0xAE, three zero bytes, four bytes of length, JSON and a checksum: an evaluation, the end of the run,
+or, before a step, that other parameters are frozen or the weights perturbed otherwise than in the steps before.  Every
+checksum is BLAKE2b, cut to eight bytes, of the previous checksum and the record before it, so that records can be
+neither changed nor left out, repeated, reordered or moved to another journal without being noticed.
 
 With one learning rate a two-point step with P directions takes 24 + 16 P bytes; 24 + 8 P when its losses are fp32.
 """
@@ -33,8 +34,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from zokernel.errors import RunError, UsageError
@@ -47,6 +48,36 @@ _STEP_HEAD = struct.Struct("<BBHI")
 _EVENT_HEAD = struct.Struct("<BxxxI")
 _LENGTH = struct.Struct("<I")
 LONGEST_HEADER = 1 << 30
+CONDITIONS = "conditions"
+"""Name of the event that tells what holds from the next step on."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What may change between steps and decides what they do.
+
+    Attributes:
+        perturb: How the weights are perturbed and restored; nothing if unknown.
+        frozen: Names of the parameters that are left alone.
+        groups: Number of parameter groups; nothing if unknown.
+    """
+
+    perturb: str | None = None
+    frozen: tuple[str, ...] = ()
+    groups: int | None = None
+
+    @classmethod
+    def of_header(cls, header: Mapping[str, Any]) -> Conditions:
+        """Return those with which a run begins."""
+        groups = header.get("groups")
+        return cls(header.get("perturb"), (), len(groups) if isinstance(groups, list) else None)
+
+    def same_steps(self, other: Conditions) -> bool:
+        """Return whether steps come out alike: all ways of perturbing that leave the weights in place do."""
+        ways = [
+            name if name.startswith("in_place") else "" for name in (self.perturb, other.perturb) if name is not None
+        ]
+        return self.frozen == other.frozen and len(set(ways)) < 2
 
 
 @dataclass(frozen=True)
@@ -57,11 +88,13 @@ class Step:
         step: Which step, from zero.
         learning_rates: One for all parameter groups, or one each.
         losses: Every loss the estimator asked for, in its order (forward gradients: losses, then derivatives).
+        conditions: What held during the step, as far as it is known.
     """
 
     step: int
     learning_rates: tuple[float, ...]
     losses: tuple[float, ...]
+    conditions: Conditions | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 from zokernel.errors import RunError, UsageError
 from zokernel.journal.format import (
     CHECKSUM_BYTES,
+    CONDITIONS,
     EVENT,
     STEP_NARROW,
     STEP_WIDE,
+    Conditions,
     Event,
     Record,
     Step,
@@ -95,7 +97,7 @@ class Journal:
             raise RunError(f"The journal {path} cannot be read ({error.strerror}).") from error
         try:
             header, offset = decode_header(data)
-            records, ends = [], []
+            records, ends, conditions = [], [], Conditions.of_header(header)
             previous, steps = data[offset - CHECKSUM_BYTES : offset], 0
             while (end := record_end(data, offset, previous)) is not None:
                 record = decode(data, offset)
@@ -103,6 +105,11 @@ class Journal:
                     if record.step != steps:
                         raise RunError(f"Step {steps} is followed by a record of step {record.step}.")
                     steps += 1
+                    record = replace(record, conditions=conditions)
+                elif record.content.get("event") == CONDITIONS:
+                    conditions = replace(
+                        conditions, perturb=record.content["perturb"], frozen=tuple(record.content["frozen"])
+                    )
                 records.append(record)
                 ends.append(end)
                 previous, offset = data[end - CHECKSUM_BYTES : end], end

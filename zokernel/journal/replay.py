@@ -20,7 +20,7 @@ from zokernel._version import __version__
 from zokernel.directions.backends.dispatch import choose_backend
 from zokernel.errors import RunError, UsageError
 from zokernel.journal.compat import upgraded
-from zokernel.journal.format import Step
+from zokernel.journal.format import Conditions, Step
 from zokernel.journal.hashes import weights_sha256
 from zokernel.journal.reader import Journal
 from zokernel.optim.registry import get_method
@@ -219,7 +219,10 @@ def replay_steps(optimizer: ZerothOrder, steps: Iterable[Step]) -> None:
         if record.step != optimizer.step_count:
             raise RunError(f"The optimizer is at step {optimizer.step_count}, the journal at {record.step}.")
         set_learning_rates(optimizer, record.learning_rates)
-        optimizer.replay(record.losses)
+        then, now = record.conditions or Conditions(), Conditions(optimizer.perturb.name)
+        if then.perturb is not None and not Conditions(then.perturb).same_steps(now):
+            optimizer.perturb = perturb_for_replay(then.perturb)
+        optimizer.replay(record.losses, frozen=None if record.conditions is None else then.frozen)
 
 
 def set_learning_rates(optimizer: ZerothOrder, rates: Sequence[float]) -> None:
@@ -232,4 +235,5 @@ def set_learning_rates(optimizer: ZerothOrder, rates: Sequence[float]) -> None:
 def record_of(optimizer: ZerothOrder) -> Step:
     """Return the record of the optimizer's last step; learning rates must not have been changed since."""
     rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
-    return Step(optimizer.step_count - 1, rates, tuple(optimizer.record()))
+    conditions = Conditions(optimizer.perturb.name, optimizer.frozen, len(optimizer.param_groups))
+    return Step(optimizer.step_count - 1, rates, tuple(optimizer.record()), conditions)

@@ -13,9 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zokernel.errors import RunError
+from zokernel.errors import RunError, UsageError
 from zokernel.files import whole_file
-from zokernel.journal.format import CHECKSUM_BYTES, Record, checksum, encode, encode_header
+from zokernel.journal.format import (
+    CHECKSUM_BYTES,
+    CONDITIONS,
+    Conditions,
+    Event,
+    Record,
+    Step,
+    checksum,
+    encode,
+    encode_header,
+)
 from zokernel.journal.reader import Journal
 
 SECONDS_BETWEEN_SYNCS = 1.0
@@ -41,8 +51,9 @@ class JournalWriter:
         [Step(step=0, learning_rates=(1e-06,), losses=(0.5, 0.25))]
     """
 
-    def __init__(self, path: Path, size: int, previous: bytes):
+    def __init__(self, path: Path, size: int, previous: bytes, conditions: Conditions | None = None):
         self.path, self.size = path, size
+        self._conditions = conditions or Conditions()
         self._previous = previous
         self._synced = time.monotonic()
         try:
@@ -63,7 +74,7 @@ class JournalWriter:
                 partial.write_bytes(data)
         except OSError as error:
             raise RunError(f"The journal {path} cannot be written ({error.strerror}).") from error
-        return cls(path, len(data), data[-CHECKSUM_BYTES:])
+        return cls(path, len(data), data[-CHECKSUM_BYTES:], Conditions.of_header(header))
 
     @classmethod
     def append_to(cls, journal: Journal) -> JournalWriter:
@@ -75,16 +86,20 @@ class JournalWriter:
         with journal.path.open("rb") as file:
             file.seek(journal.size - CHECKSUM_BYTES)
             previous = file.read(CHECKSUM_BYTES)
-        writer = cls(journal.path, journal.size, previous)
+        last = journal.steps[-1].conditions if journal.steps else Conditions.of_header(journal.header)
+        writer = cls(journal.path, journal.size, previous, last)
         os.ftruncate(writer._file, journal.size)
         return writer
 
     def append(self, record: Record) -> None:
-        """Write a record.
+        """Write a record; before a step that was taken under other conditions than the one before it, these.
 
         Raises:
+            UsageError: If the step moved parameter groups that the journal does not know.
             RunError: If it cannot be written whole; the journal then ends with the record before it.
         """
+        if isinstance(record, Step) and record.conditions is not None:
+            self._note(record.step, record.conditions)
         body = encode(record)
         digest = checksum(self._previous, body)
         data = body + digest
@@ -102,6 +117,17 @@ class JournalWriter:
             ) from error
         self._previous = digest
         self.size += len(data)
+
+    def _note(self, step: int, now: Conditions) -> None:
+        known = self._conditions
+        if None not in (known.groups, now.groups) and known.groups != now.groups:
+            raise UsageError(
+                f"The journal {self.path} began with {known.groups} parameter groups, and the optimizer has "
+                f"{now.groups}: begin another one after add_param_group."
+            )
+        if not now.same_steps(known):
+            self.append(Event({"event": CONDITIONS, "step": step, "perturb": now.perturb, "frozen": list(now.frozen)}))
+        self._conditions = now
 
     def sync(self) -> None:
         """Force what was written to the disk."""

@@ -26,7 +26,7 @@ _EXPORTS = {
     "ZOAdaMM": "published.adam",
     "Richardson": "published.richardson",
     "ForwardGradient": "published.forward_gradient",
-    "Adam": "updates",
+    "Adam": "adam_rule",
     "Clip": "updates",
     "IterateAverage": "averaging.averages",
     "Normalized": "updates",

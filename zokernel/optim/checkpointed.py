@@ -11,13 +11,14 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.optim.averaging.averages import IterateAverage
-from zokernel.optim.parameters import check_group, name_parameters
+from zokernel.optim.copies import Copied
+from zokernel.optim.parameters import check_group, name_parameters, trainable_group
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Update
 from zokernel.perturb import Perturb
 
 
-class Checkpointed(Trained, torch.optim.Optimizer):
+class Checkpointed(Trained, Copied):
     """An optimizer of torch whose state addresses directions, beside what torch keeps.
 
     Attributes:
@@ -29,6 +30,7 @@ class Checkpointed(Trained, torch.optim.Optimizer):
 
     updates: list[Update]
     num_forwards: int
+    _versions: list[int]
     last_factor: float
     _named_groups: list[tuple[dict[str, Any], list[str]]]
     _followers: list[Update]
@@ -38,15 +40,24 @@ class Checkpointed(Trained, torch.optim.Optimizer):
         """How the losses at perturbed weights are taken, and how the weights come back."""
         raise NotImplementedError
 
-    @property
-    def changed_by_others(self) -> bool:
-        """Whether anything but this optimizer has written to the weights since its last step."""
+    def _attach(self) -> None:
         raise NotImplementedError
+
+    def _take_stock(self) -> None:
+        """Before a step, take note of weights that someone else wrote to, and of parameters frozen or not any more."""
+        changed = self.changed_by_others
+        if self._settle():
+            self.perturb.release()
+            changed = True
+        if changed:
+            self._attach()
 
     def _note_versions(self) -> None:
         raise NotImplementedError
 
-    def _attach(self) -> None:
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights since its last step."""
         raise NotImplementedError
 
     @property
@@ -57,15 +68,15 @@ class Checkpointed(Trained, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters from the next step on.
 
+        Args:
+            param_group: ``params`` (a module, a tensor, or an iterable of tensors or ``(name, tensor)`` pairs) and
+                settings of its own.  To an average of the iterates they count as constant up to now.
+
         Raises:
-            UsageError: If the optimizer keeps something that follows from the parameters it began with.
+            UsageError: If the group does not fit the others.
         """
         begun, count = bool(self.named_params), len(self.param_groups)
-        if begun and (self.directions.couples_tensors or not self.directions.seeded or self._followers):
-            raise UsageError(
-                f"This {type(self).__name__} keeps state of the parameters it began with: make a new optimizer."
-            )
-        super().add_param_group(param_group)
+        super().add_param_group(trainable_group(param_group, self.param_groups))
         try:
             check_group(self.param_groups[-1])
             if begun:
@@ -73,6 +84,8 @@ class Checkpointed(Trained, torch.optim.Optimizer):
                 if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
                     raise UsageError("A group with momentum would leave the grid: set its momentum to 0.")
                 self.named_params |= names
+                self._settle()
+                self.perturb.release()
                 self.directions.prepare(self.named_params)
                 self._attach()
                 for part in self.updates:
@@ -80,6 +93,10 @@ class Checkpointed(Trained, torch.optim.Optimizer):
         except UsageError:
             del self.param_groups[count:]
             raise
+
+    def _after_copy(self) -> None:
+        self._note_versions()
+        self._named_groups = self.moving_groups()
 
     @property
     def evaluator(self) -> Any:
@@ -154,6 +171,7 @@ class Checkpointed(Trained, torch.optim.Optimizer):
         for part, saved in zip(self.updates, state["updates"], strict=True):
             part.load_state_dict(saved)
             part.attach(self)
+        self._take_stock()
         self.perturb.weights.seed = self.seed
         self.perturb.weights.load_state_dict(state["perturb"])
         self._note_versions()
@@ -190,7 +208,7 @@ class Checkpointed(Trained, torch.optim.Optimizer):
                 )
         kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
         super().load_state_dict(kept | {"state": {}})
-        self._named_groups = self.groups()  # torch has made new dictionaries
+        self._named_groups = self.moving_groups()  # torch has made new dictionaries
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         saved_ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
         for identity, tensor in zip(saved_ids, tensors):

@@ -12,8 +12,9 @@ from zokernel.directions.registry import OLD_NAMES
 from zokernel.distributions import DIRECTION_DISTRIBUTIONS
 from zokernel.errors import UsageError
 from zokernel.estimators import ESTIMATORS, Estimator
+from zokernel.optim.adam_rule import Adam
 from zokernel.optim.averaging.averages import iterate_average
-from zokernel.optim.updates import SGD, Adam, Clip, Normalized, PolyakBound, Rule, Sign, SignOfProjections, Update
+from zokernel.optim.updates import SGD, Clip, Normalized, PolyakBound, Rule, Sign, SignOfProjections, Update
 
 UPDATES: dict[str, Callable[..., Update]] = {
     "sgd": SGD,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,36 @@ def trainable(params: Params) -> Any:
     if not params:
         raise UsageError("There is nothing to train: no parameter has requires_grad=True.")
     return params
+
+
+def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a parameter group in a form that ``torch.optim.Optimizer`` takes, named as the groups before it are.
+
+    Args:
+        group: Its ``params`` may be a module.
+        others: The groups that the optimizer has already.
+
+    Raises:
+        UsageError: If it holds nothing to train, only some or other tensors have names, or one is trained already.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise UsageError("A parameter group is a dictionary with 'params', as in {'params': layer, 'lr': 1e-5}.")
+    params = group["params"]
+    module, members = isinstance(params, nn.Module), trainable([params] if isinstance(params, Tensor) else params)
+    named = [isinstance(member, tuple) for member in members]
+    if module and others and "param_names" not in others[0]:
+        members, named = [tensor for _, tensor in members], []
+    for tensor in (member[1] if isinstance(member, tuple) else member for member in members):
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise UsageError(f"params must be tensors, (name, tensor) pairs or a module, and one is a {kind}.")
+        if any(tensor is known for other in others for known in other["params"]):
+            raise UsageError(
+                "A tensor of this parameter group is trained already, in another group: leave it out of one."
+            )
+    if (any(named) and not all(named)) or (others and any(named) != ("param_names" in others[0])):
+        raise UsageError("Some parameters have names and others none: give (name, tensor) pairs for all or for none.")
+    return group | {"params": members}
 
 
 def check_group(group: dict[str, Any]) -> None:

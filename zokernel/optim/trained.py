@@ -5,7 +5,7 @@ Updates and averages work on this part of an optimizer alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from zokernel.directions import Directions
 from zokernel.directions.families.fixed import Fixed
 from zokernel.directions.terms import Factors, Values
+from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -24,6 +25,8 @@ class Trained:
 
     Attributes:
         named_params: Every parameter by name.
+        active: Those that the coming step perturbs and moves: all but the frozen ones.
+        frozen: Names of the parameters that it leaves alone.
         directions: The family of random directions.
         seed: Seed of all directions of the run.
         step_count: Steps taken; the coming step's directions are those of this number.
@@ -32,11 +35,39 @@ class Trained:
     """
 
     named_params: dict[str, Tensor]
+    active: dict[str, Tensor]
+    frozen: tuple[str, ...] = ()
     directions: Directions
     seed: int
     step_count: int
     param_groups: list[dict[str, Any]]
     state: Any
+    _wanted: set[str]
+    _held: Collection[str] | None = None
+
+    def _settle(self) -> bool:
+        """Choose which parameters the coming step moves; return whether they are others than before.
+
+        A parameter that has required gradients and no longer does is frozen.  Plain tensors never required any and are
+        trained.
+        """
+        self._wanted |= {name for name, tensor in self.named_params.items() if tensor.requires_grad}
+        if self._held is None:
+            resting = {name for name in self._wanted if not self.named_params[name].requires_grad}
+        else:
+            resting = set(self._held)
+        if resting == self.named_params.keys() - self.active.keys():
+            return False
+        moving = {name: tensor for name, tensor in self.named_params.items() if name not in resting}
+        if not moving:
+            raise UsageError("There is nothing to train: no parameter has requires_grad=True any more.")
+        self.active = moving if resting else self.named_params
+        self.frozen = tuple(name for name in self.named_params if name in resting)
+        return True
+
+    def moving_groups(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Return every parameter group with the names of those of its parameters that are not frozen."""
+        return [(group, [name for name in names if name in self.active]) for group, names in self.groups()]
 
     def groups(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Return every parameter group with the names of its parameters."""
@@ -47,11 +78,11 @@ class Trained:
         """Split names into those whose directions must be made together.
 
         Temporaries are made for one parameter at a time.  A direction on one tensor may depend on which other tensors
-        there are; then all parameters are taken at once, whichever were asked for.
+        there are; then all that move are taken at once, whichever were asked for.
         """
         if not names:
             return []
-        return [list(self.named_params)] if self.directions.couples_tensors else [[name] for name in names]
+        return [list(self.active)] if self.directions.couples_tensors else [[name] for name in names]
 
     def buffers(self, key: str, names: Sequence[str]) -> dict[str, Tensor]:
         """Return one state tensor per parameter, in fp32 or wider and zero when new."""
@@ -69,7 +100,7 @@ class Trained:
     ) -> None:
         r"""Compute :math:`t \leftarrow decay\,t + \hat g` for tensors shaped like the parameters of their names.
 
-        Where directions couple tensors, ``tensors`` must hold one for every parameter.
+        Where directions couple tensors, ``tensors`` must hold one for every parameter that moves.
         """
         scaled = estimate.scaled
         self.directions.add_(

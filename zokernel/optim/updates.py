@@ -2,7 +2,7 @@ r"""Parts of an update: what happens between the gradient estimate and the weigh
 
 An update is a list of parts.  Some change the coefficients of the estimate (:class:`Normalized`,
 :class:`PolyakBound`, :class:`Clip`, :class:`SignOfProjections`).  One, the rule, turns the estimate into a step
-(:class:`SGD`, :class:`Sign`, :class:`Adam`).  Others look at what has moved
+(:class:`SGD`, :class:`Sign`, :class:`~zokernel.optim.adam_rule.Adam`).  Others look at what has moved
 (:class:`~zokernel.optim.averaging.averages.IterateAverage`).
 
 With coefficients only, the step stays :math:`\theta \leftarrow \theta - \eta \sum_p c_p z_p` and is made in the sweep
@@ -88,8 +88,8 @@ class Rule(Update):
         """Return settings that every parameter group may have its own value of."""
         return {}
 
-    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
-        """Return the steps of some parameters as tensors, and what all of them are to be divided by."""
+    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float | dict[str, float]]:
+        """Return the steps of some parameters as tensors, and what they are to be divided by: all, or by name."""
         raise NotImplementedError
 
     def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
@@ -166,51 +166,6 @@ class SignOfProjections(Update):
         count = len(estimate.coefficients)
         signs = {i: math.copysign(1.0, c) / count if c else 0.0 for i, c in estimate.coefficients.items()}
         return replace(estimate, coefficients=signs, factor=1.0)
-
-
-@dataclass
-class Adam(Rule):
-    r"""Adam on the estimate, with :math:`\bar v = v`, or its running maximum for AMSGrad.
-
-    .. math:: m \leftarrow \beta_1 m + (1-\beta_1)\hat g,\quad v \leftarrow \beta_2 v + (1-\beta_2)\hat g^2,\quad
-        \theta \leftarrow \theta - \eta\, \frac{m/(1-\beta_1^t)}{\sqrt{\bar v/(1-\beta_2^t)} + \delta}
-
-    Args:
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        delta: Added to the root of the second moment (Adam's own epsilon).
-        amsgrad: Divide by the running maximum of the second moment; one more copy of the parameters.
-
-    References:
-        Kingma and Ba (2015), arXiv:1412.6980; Chen et al. (2019), ZO-AdaMM, arXiv:1910.06513.
-    """
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    delta: float = 1e-8
-    amsgrad: bool = False
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.delta > 0):
-            raise UsageError(
-                f"beta1 and beta2 must be in [0, 1) and delta positive, not {self.beta1}, {self.beta2}, {self.delta}."
-            )
-
-    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
-        """Advance the moments, which are fp32, and return their ratio."""
-        steps = trained.step_count + 1
-        first_bias, second_bias = 1 - self.beta1**steps, 1 - self.beta2**steps
-        gradients = trained.dense_estimate(names, estimate)
-        firsts, seconds = trained.buffers("exp_avg", names), trained.buffers("exp_avg_sq", names)
-        maxima = trained.buffers("max_exp_avg_sq", names) if self.amsgrad else seconds
-        for name, gradient in gradients.items():
-            firsts[name].lerp_(gradient.to(firsts[name].dtype), 1 - self.beta1)
-            seconds[name].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-            if self.amsgrad:
-                torch.maximum(maxima[name], seconds[name], out=maxima[name])
-            root = torch.div(maxima[name], second_bias, out=gradient).sqrt_().add_(self.delta)
-            torch.div(firsts[name], root, out=gradient)
-        return gradients, first_bias
 
 
 @dataclass
@@ -326,7 +281,7 @@ class Clip(Update):
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the estimate with a factor that keeps its norm within the radius."""
         squared = 0.0
-        for batch in trained.batches(list(trained.named_params)):
+        for batch in trained.batches(list(trained.active)):
             squared += total_norm(trained.dense_estimate(batch, estimate)) ** 2
         limit = min(1.0, self.radius / squared**0.5) if squared > 0 else 1.0
         return replace(estimate, factor=estimate.factor * limit)

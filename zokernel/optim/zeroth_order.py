@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -29,6 +29,7 @@ from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.checkpointed import Checkpointed
 from zokernel.optim.compose import make_directions, make_estimator, make_updates
+from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Params, name_parameters, trainable
 from zokernel.optim.registry import register
@@ -78,6 +79,7 @@ class ZerothOrder(Checkpointed):
 
     first_order: ClassVar[bool] = False
     memory_copies: ClassVar[float] = 0.0  # fp32 copies of the trained parameters that the method always keeps
+    watches_loss = True  # warn of losses that cannot be compared; a trainer that checks this itself sets it False
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class ZerothOrder(Checkpointed):
         self._followers = [part for part in self.updates if type(part).after_move is not Update.after_move]
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.rule.group_defaults()}
         self.named_params: dict[str, Tensor] = {}
+        self.active, self._wanted = self.named_params, set()
         torch.optim.Optimizer.__init__(self, trainable(params), defaults)
         self.directions = make_directions(Dense("rademacher") if directions is None else directions)
         self.estimator = make_estimator(TwoPoint() if estimator is None else estimator)
@@ -105,13 +108,25 @@ class ZerothOrder(Checkpointed):
         self.last_factor = math.nan if any(part.normalizes for part in self.updates) else 1.0
         self._record: list[float] = []
         self._versions: list[int] = []
-        self._perturb = perturb
+        self._perturb, self._watch = perturb, LossWatch(params)
         self.named_params |= name_parameters(self.param_groups)
+        self._settle()
         self.directions.prepare(self.named_params)
         self._check_parts()
         self._attach()
         for part in self.updates:
             part.attach(self)
+
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights since its last step."""
+        return self._versions_now()[::2] != self._versions[::2]
+
+    def _versions_now(self) -> list[int]:  # writes to each parameter, and whether it requires gradients
+        return [number for p in self.named_params.values() for number in (write_count(p), p.requires_grad)]
+
+    def _note_versions(self) -> None:
+        self._versions = self._versions_now()
 
     def _check_parts(self) -> None:
         for part in self.updates:
@@ -156,17 +171,9 @@ class ZerothOrder(Checkpointed):
                 "ForwardDerivative and Tangents belong together: one takes the derivatives that the other makes."
             )
         eps = getattr(self.estimator, "eps", 0.01)
-        self.perturb.attach(self.named_params, self.directions, seed=self.seed, reach=eps)
-        self._named_groups = self.groups()  # the same dictionaries, found by name once
+        self.perturb.attach(self.active, self.directions, seed=self.seed, reach=eps)
+        self._named_groups = self.moving_groups()  # the same dictionaries, found by name once
         self._note_versions()
-
-    def _note_versions(self) -> None:
-        self._versions = list(map(write_count, self.named_params.values()))
-
-    @property
-    def changed_by_others(self) -> bool:
-        """Whether anything but this optimizer has written to the weights since its last step."""
-        return list(map(write_count, self.named_params.values())) != self._versions
 
     @property
     def moves_along_directions(self) -> bool:
@@ -202,7 +209,7 @@ class ZerothOrder(Checkpointed):
         Args:
             closure: Returns the loss (a scalar) on one fixed batch.  It is called ``forwards_per_step`` times under
                 ``no_grad`` with perturbed weights, so it must not draw a new batch and the model must be deterministic
-                (``model.eval()``).
+                (``model.eval()``).  A warning says so once; the first step may take one loss again to see.
 
         Returns:
             Mean of the losses evaluated.
@@ -218,12 +225,13 @@ class ZerothOrder(Checkpointed):
         return self._step(self.perturb, closure)
 
     @torch.no_grad()
-    def replay(self, record: Sequence[float]) -> float:
+    def replay(self, record: Sequence[float], *, frozen: Collection[str] | None = None) -> float:
         """Repeat the step that recorded numbers led to: the same update, state and bits, without a forward pass.
 
         Args:
             record: What :meth:`record` returned after the step.  The optimizer must be where that step began, with its
                 learning rates.
+            frozen: Names of the parameters that the step left alone; those without ``requires_grad`` when not given.
 
         Returns:
             The step's loss.
@@ -241,14 +249,20 @@ class ZerothOrder(Checkpointed):
             >>> replayed.replay(optimizer.record()) == loss and torch.equal(weight, again)
             True
         """
-        return self._step(Recorded(self.perturb, record), lambda: math.nan)
+        self._held = frozen
+        try:
+            self._take_stock()
+            return self._step(Recorded(self.perturb, record), lambda: math.nan)
+        finally:
+            self._held = None
 
     def _step(self, perturb: Perturb, closure: Closure) -> float:
-        if self.changed_by_others:
-            self._attach()
+        if self._versions != self._versions_now():
+            self._take_stock()
         try:
             points = self.estimator.points(seed=self.seed, step=self.step_count)
-            numbers = perturb.losses(closure, points, step=self.step_count)
+            take = self._watch.around(perturb, self.active) if self.watches_loss else perturb.losses
+            numbers = take(closure, points, step=self.step_count)
             self._check_numbers(numbers, len(points))
             estimate = self.estimator.combine(numbers, seed=self.seed, step=self.step_count)
             transformed = estimate
@@ -308,16 +322,13 @@ class ZerothOrder(Checkpointed):
                 for group, is_dense in zip(self.param_groups, dense)
             ]
         )
-        rates = {
-            name: -group["lr"]
-            for (group, names), is_dense in zip(self._named_groups, dense)
-            if is_dense
-            for name in names
-        }
+        dense_groups = [found for found, is_dense in zip(self._named_groups, dense) if is_dense]
+        rates = {name: -group["lr"] for group, names in dense_groups for name in names}
         for batch in self.batches(list(rates)) if rates else ():
             step, divisor = self.rule.step(self, batch, estimate)
             own = {name: change for name, change in step.items() if name in rates}
-            self.add(own, {name: rates[name] / divisor for name in own})
+            by_name = divisor if isinstance(divisor, dict) else dict.fromkeys(own, divisor)
+            self.add(own, {name: rates[name] / by_name[name] for name in own})
         for part in self._followers:
             moves = part.after_move(self, estimate, moves)
 
@@ -335,7 +346,7 @@ class ZerothOrder(Checkpointed):
         decay: dict[str, float] = {}
         for (group, names), by_index in zip(self._named_groups, scales):
             factor = 1 - group["lr"] * group["weight_decay"]
-            moves.append(AffineMove(self.step_count, dict(by_index), factor))
+            moves.append(AffineMove(self.step_count, dict(by_index), factor, frozen=self.frozen))
             # One object per group: what tensors share is then looked at once.
             update |= dict.fromkeys(names, by_index)
             decay |= dict.fromkeys(names, factor)

@@ -59,6 +59,10 @@ class Perturb(ABC):
         self.weights = make_restore(self.restore_mode, directions, parameters, seed=seed, reach=reach)
         self._parameters = parameters
 
+    def release(self) -> None:
+        """Serve no optimizer any more, so that another one, or other weights, can be attached."""
+        self._parameters = None
+
     def __getattr__(self, name: str) -> Any:
         if name == "weights":
             raise UsageError(f"This {type(self).__name__} serves no optimizer yet: pass it as perturb=... to one.")

@@ -70,6 +70,13 @@ class InForward(Perturb):
     def __init__(self) -> None:
         self.schedule: CopySchedule | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"schedule": None}  # it knows the weights by identity
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.schedule = None if self._parameters is None else CopySchedule(self._parameters)
+
     def attach(
         self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
     ) -> None:

@@ -13,8 +13,12 @@ All of them restore the weights in the sweep that updates them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from zokernel.errors import UsageError
@@ -58,11 +62,11 @@ class InPlace(Perturb):
         return found
 
 
-def loss_value(value: Tensor | float | None) -> float:
+def loss_value(value: Any) -> float:
     """Return what a closure returned as a number.
 
     Raises:
-        UsageError: If it is no scalar.
+        UsageError: If it is no real number and no tensor or array of one.
 
     Example:
         >>> loss_value(0.5)
@@ -70,6 +74,13 @@ def loss_value(value: Tensor | float | None) -> float:
     """
     if value is None:
         raise UsageError("The closure returned None: end it with 'return loss'.")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise UsageError(f"The closure returned {tuple(value.shape)} losses: return their mean, a single number.")
-    return float(value)
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        raise UsageError(f"The closure returned {tuple(shape)} losses: return their mean, a single number.")
+    real = not value.is_complex() if isinstance(value, Tensor) else isinstance(value, (Real, np.ndarray))
+    if not real:
+        kind = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UsageError(f"The closure returned {kind}, which is no loss: return a tensor of one element, or a number.")
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -117,6 +117,10 @@ class Parallel(Perturb):
         """Attach ``inner``; see :meth:`Perturb.attach`."""
         self.inner.attach(parameters, directions, seed=seed, reach=reach)
 
+    def release(self) -> None:
+        """Release ``inner``; see :meth:`Perturb.release`."""
+        self.inner.release()
+
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``, each averaged over the data ranks; the same on every process.
 

@@ -76,6 +76,9 @@ class Stacked(Perturb):
         self.batched_losses, self.max_copies, self.max_bytes = losses, max_copies, max_bytes
         self._buffers: dict[str, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_buffers": {}}
+
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``; ``closure`` is not called."""
         parameters, found = self.weights.tensors, []

@@ -11,6 +11,7 @@ from torch import Tensor
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.in_place import loss_value
 
 
 class Tangents(Perturb):
@@ -54,9 +55,10 @@ def _differentiate(
                 "The model uses an operation without a forward derivative: load it with "
                 "attn_implementation='eager', or use a method that only takes differences, such as mezo."
             ) from error
+        loss_value(loss)
         if not isinstance(loss, Tensor):
             raise UsageError("forward_gradient needs a closure that returns the loss as a tensor, not a number.")
-        primal, tangent = forward_ad.unpack_dual(loss)
+        primal, tangent = forward_ad.unpack_dual(loss.squeeze() if loss.ndim else loss)
         if tangent is None:
             raise RunError(
                 "The loss does not depend on the parameters in a way that forward differentiation sees: compute it "

@@ -57,6 +57,10 @@ class Dense(Directions):
         # Recent prepared sweeps, by weights, seed and number of directions.
         self._prepared: deque[tuple[object, Fingerprint, Any]] = deque(maxlen=SWEEPS_KEPT)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Prepared sweeps hold the addresses of weights, and a copy may serve others.
+        return vars(self) | {"_gains": {}, "_prepared": deque(maxlen=SWEEPS_KEPT)}
+
     def __repr__(self) -> str:
         return f"Dense({self.distribution.name!r})"
 

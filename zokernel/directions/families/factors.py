@@ -101,6 +101,9 @@ class Recent(Generic[K, T]):
         self.size = size
         self._kept: OrderedDict[K, T] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"size": self.size, "_kept": OrderedDict()}  # a copy makes its own
+
     def get(self, key: K, make: Callable[[], T]) -> T:
         """Return the result kept under ``key``, or make and keep it.
 

@@ -81,7 +81,9 @@ class Preconditioned(Directions):
         total = sum(float(_whole(h.reciprocal().sum(dtype=torch.float64))) for h in self.curvature.values())
         return total / sum(h.numel() for h in self.curvature.values()) if self.curvature else 1.0
 
-    def learn(self, curvatures: Sequence[float], smooth: float, *, seed: int, step: int) -> None:
+    def learn(
+        self, curvatures: Sequence[float], smooth: float, *, seed: int, step: int, names: Sequence[str] | None = None
+    ) -> None:
         r"""Move H towards the curvature that a step has measured along each of its directions.
 
         .. math:: H \leftarrow (1-\alpha) H + \frac{\alpha}{2P} \sum_i |c_i|\, H z_i^2
@@ -91,8 +93,10 @@ class Preconditioned(Directions):
             smooth: :math:`\alpha`, the weight of the new curvature, in [0, 1).
             seed: Seed of the run.
             step: Step of the run.
+            names: Tensors that moved in the step; all when not given.
         """
-        for name, curvature in self.curvature.items():
+        for name in self.curvature if names is None else names:
+            curvature = self.curvature[name]
             here = place(name, curvature)
             for begin, end in windows(here):
                 parts = pieces(here, begin, end)

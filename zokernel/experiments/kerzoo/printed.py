@@ -155,8 +155,7 @@ class PrintedKerZOO(KerZOO):
         shifts = [part for part in self.updates if isinstance(part, ShiftedPoint)]
         if not shifts:
             return super()._step(perturb, closure)
-        if self.changed_by_others:
-            self._attach()
+        self._take_stock()
         self._shift(shifts[0], 1.0)
         try:
             return super()._step(perturb, closure)
@@ -195,14 +194,14 @@ class ShiftedPoint(Update):
     def shift(self, trained: Trained, factor: float | dict[str, float]) -> None:
         """Move the weights by a multiple of the way to the shifted point, the same for all or by name."""
         share = 1.0 - average_weight(trained.step_count)
-        for batch in trained.batches(list(trained.named_params)) if share > 0 else ():
+        for batch in trained.batches(list(trained.active)) if share > 0 else ():
             for name, offset in self.average.offset(trained, batch).items():
                 alpha = factor[name] if isinstance(factor, dict) else factor
                 trained.named_params[name].add_(offset, alpha=alpha * share)
 
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         r"""Take the shift off again: the step made :math:`d\,\theta^{md} + u` instead of :math:`d\,\theta + u`."""
-        self.shift(trained, {name: -m.decay for m, (_, names) in zip(moves, trained.groups()) for name in names})
+        self.shift(trained, {name: -m.decay for m, (_, names) in zip(moves, trained.moving_groups()) for name in names})
         return moves
 
 
@@ -229,11 +228,11 @@ class Projection(Update):
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Project, and return the moves that end where the weights are now."""
         squared = 0.0
-        for name, tensor in trained.named_params.items():
+        for name, tensor in trained.active.items():
             moved = tensor - trained.state[tensor]["initial"] if self.around_initial else tensor
             squared += total_norm({name: moved}) ** 2
         shrink = 1.0 if squared <= self.radius**2 else self.radius / squared**0.5
-        for tensor in trained.named_params.values() if shrink < 1.0 else ():
+        for tensor in trained.active.values() if shrink < 1.0 else ():
             if self.around_initial:
                 tensor.lerp_(trained.state[tensor]["initial"], 1.0 - shrink)
             else:

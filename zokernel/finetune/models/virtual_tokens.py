@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def attach_prefix(model: nn.Module, count: int, task_type: Any, *, seed: int) -> Any:
     """Put trained keys and values before those of every layer.
 
-    They start as the keys and values of random tokens, which trains far better than random numbers do (Malladi et al.,
-    2023, arXiv 2305.17333, appendix E.5).
+    They start as the keys and values of random tokens, which trains far better than random numbers do (Malladi
+    et al. (2023), arXiv:2305.17333, appendix E.5).
 
     Args:
         model: A causal language model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from transformers import TrainerCallback
 
@@ -101,16 +101,16 @@ class RunLog(TrainerCallback):
             self._file = None
         write_text(self._folder / STEPS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Add forwards and the projected gradient to what the Trainer logs (progress bar, TensorBoard, W&B, ...)."""
-        if logs is None or "loss" not in logs or not self.rows:
+    def annotate(self, logs: dict[str, float]) -> None:
+        """Add forwards and the projected gradient to what the Trainer is about to log, for the gradient's norm."""
+        if "loss" not in logs or not self.rows:
             return
         recent = [row["projected_gradient"] for row in self.rows[-10:] if "projected_gradient" in row]
         if recent:
             logs["projected_gradient"] = sum(recent) / len(recent)
+            logs.pop("grad_norm", None)
         logs["forwards"] = self.forwards
         logs["forwards_per_second"] = round(self.forwards_per_second(), 2)
-        logs.pop("grad_norm", None)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -30,7 +30,7 @@ def token_losses(
 
     Args:
         model: A causal language model of transformers, or a wrapper with the same call.
-        batch: What :class:`TextCollator` returns.
+        batch: What ``TextCollator`` returns.
         copies: How many times the batch holds the same rows, copy after copy.
         block: Scored positions whose logits are computed at a time.
         whole: Compute the logits of all scored positions at once, where the backbone is not known.

@@ -146,6 +146,8 @@ def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None
         known = old.get(setting.name)
         if known is None or known.value == setting.value or setting.name in _FREE:
             continue
+        if setting.name.endswith("_token"):  # transformers writes no token down, not even one of a tokenizer
+            continue
         # How a schedule ends follows from the run's length; the journal compares the rates.
         derived = known.source == setting.source == "auto" and setting.name == "lr_scheduler_kwargs"
         if not derived and not setting.name.startswith(_FREE_PREFIXES):

@@ -63,4 +63,5 @@ def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = getattr(args, f.name)
         if value != default and (value or default is True):
+            value = getattr(value, "value", value)  # of an enumeration
             raise UsageError(f"{f.name}={value!r} has no effect here ({refused[f.name]}): leave it out.")

@@ -42,7 +42,7 @@ def encode(
         tokenizer: A fast tokenizer of transformers.
         max_length: Longest sequence; longer prompts lose tokens at the front (a leading special token is kept).
         masked: Whether the options stand in place of a mask.
-        decoder: How a sequence-to-sequence model frames the texts that it writes: what :func:`decoder_of` returns.
+        decoder: How a sequence-to-sequence model frames the texts that it writes: what ``decoder_of`` returns.
         context: Text put before every prompt, such as :func:`demonstrations`.
         context_shadow: The same text from rows whose control tokens are hidden, to tell them from the template's own;
             without it, all of them stay text unless the template has some.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.optim import get_method, method_options
+from zokernel.optim import ZerothOrder, get_method, method_options
 
 
 def make_optimizer(model: nn.Module, decayed: Sequence[str], args: ZOConfig) -> Any:
@@ -33,4 +33,6 @@ def make_optimizer(model: nn.Module, decayed: Sequence[str], args: ZOConfig) -> 
     optimizer: torch.optim.Optimizer = method(
         [group for group in groups if group["params"]], lr=args.learning_rate, **options
     )
+    if isinstance(optimizer, ZerothOrder):
+        optimizer.watches_loss = False  # the trainer takes the first loss twice
     return optimizer

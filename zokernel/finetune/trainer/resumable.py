@@ -104,6 +104,8 @@ class ResumableTrainer(CheckpointTrainer):
                 self.accelerator.wait_for_everyone()
                 self.journal = self._open_journal(wants_best)
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
+                if self.continues and checkpoint is None and (self.journal is None or not self.journal.num_steps):
+                    logger.info("%s holds no step to continue from: the run begins anew.", folder)
                 # No process may write before all have read.
                 self.accelerator.wait_for_everyone()
                 if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Trainer
+
 from zokernel.errors import UsageError
 
 # Trainers of trl that sample within a step; experimental ones have the names only.
 _SAMPLING_METHODS = ("_generate_and_score_completions", "_generate_single_turn")
 _SAMPLING = ("PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "GKDTrainer", "GOLDTrainer")
-_OWN_LOOP = ("create_optimizer", "train")
 
 
-def refuse_unsuitable(trainer: type) -> None:
+def refuse_unsuitable(trainer: Any) -> None:
     """Refuse a trainer whose losses at several weights would not compare.
 
     Raises:
         UsageError: If it is one.
     """
+    if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
+        raise UsageError(f"zeroth_order takes a class, transformers' Trainer or one derived from it, not {trainer!r}.")
     names = [kind.__name__ for kind in trainer.__mro__]
     samples = any(hasattr(trainer, name) for name in _SAMPLING_METHODS) or any(name in names for name in _SAMPLING)
     if samples:

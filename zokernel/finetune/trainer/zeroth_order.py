@@ -40,6 +40,7 @@ def zeroth_order(trainer: type[Trainer], **settings: Any) -> Any:
         Malladi et al. (2023), arXiv:2305.17333, algorithm 1.
     """
     refuse_unsuitable(trainer)
+    settings = {**getattr(trainer, "zo_settings", {}), **settings}
     add_zeroth_order(TrainingArguments("unused", max_grad_norm=0.0), {"learning_rate": 0.0} | settings)
     bases = (trainer,) if issubclass(trainer, ZerothOrderTrainer) else (trainer, ZerothOrderTrainer)
     bases = (ZerothOrderTrainer,) if trainer is Trainer else bases

@@ -6,9 +6,12 @@ trainer's own.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,6 +40,8 @@ from zokernel.optim import ZerothOrder
 from zokernel.private_apis import set_train_batch_size
 
 logger = logging.getLogger(__name__)
+
+_NOTED = ("_metrics", "_total_train_tokens")  # of trl's trainers, by each call of compute_loss
 
 
 class ZerothOrderTrainer(SetUpTrainer):
@@ -114,7 +119,8 @@ class ZerothOrderTrainer(SetUpTrainer):
         self._tried = False
         if self.args.perturb == "auto" and self.zeroth_order:
             self.bare_model.eval()
-            perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
+            with self._uncounted():
+                perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
             self.decide("auto", perturb=perturb)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
@@ -163,14 +169,37 @@ class ZerothOrderTrainer(SetUpTrainer):
             return torch.zeros((), device=self.args.device)
         optimizer = self.taking or self.bare_optimizer
         if not self._tried and (self.journal is None or optimizer.step_count >= self.journal.num_steps):
-            self.check_loss()
+            with self._uncounted():
+                self.check_loss()
             self._tried = True
-        before = optimizer.num_forwards
+        before, tokens = optimizer.num_forwards, vars(self).get("_total_train_tokens", 0)
         take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
         self.last_loss = take(self._step_loss)
         self._forwards = (optimizer.num_forwards - before) * len(self.micro_batches)
         self.micro_batches.clear()
+        self._count_once(tokens, optimizer.num_forwards - before)
         return torch.tensor(self.last_loss, device=self.args.device)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Keep losses that are only tried out of what trainers of trl note of every loss."""
+        kept = copy.deepcopy({name: vars(self)[name] for name in _NOTED if name in vars(self)})
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
+
+    def _count_once(self, tokens: int, losses: int) -> None:
+        """Count the tokens of a batch once, of which each of a step's losses was counted by trainers of trl."""
+        noted: Any = vars(self)
+        if "_total_train_tokens" in noted and losses:
+            noted["_total_train_tokens"] = tokens + (noted["_total_train_tokens"] - tokens) // losses
+            noted["_metrics"]["train"]["num_tokens"] = [noted["_total_train_tokens"]]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the forwards and the projected gradient."""
+        self.run_log.annotate(logs)
+        super().log(logs, start_time)
 
     def check_loss(self) -> None:
         """Refuse a loss that cannot be compared between two evaluations of the first batch."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class IterateAverage(Update):
         r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes."""
         result = {}
         with torch.no_grad():
-            for batch in trained.batches(list(trained.named_params)):
+            names = list(trained.named_params)
+            for batch in [names] if trained.directions.couples_tensors else [[name] for name in names]:
                 for name, offset in self.offset(trained, batch).items():
                     weight = trained.named_params[name].detach()
                     result[name] = (weight + offset).to(weight.dtype)
@@ -65,18 +67,25 @@ class StoredAverage(IterateAverage):
 
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Advance every offset by one step."""
-        by_name = {name: move for move, (_, names) in zip(moves, trained.groups()) for name in names}
+        by_name = {name: move for move, (_, names) in zip(moves, trained.moving_groups()) for name in names}
         for batch in trained.batches(list(by_name)):
-            offsets = self.offset(trained, batch)
-            self._advance(trained, offsets, by_name)
-            self._store(trained, offsets, moves[0].step)
+            self._advance_batch(trained, batch, by_name)
+        for name in trained.frozen:
+            resting = self.offset(trained, [name])
+            resting[name].mul_(1.0 - average_weight(moves[0].step))
+            self._store(trained, resting, moves[0].step)
         return moves
+
+    def _advance_batch(self, trained: Trained, batch: list[str], by_name: Mapping[str, AffineMove]) -> None:
+        offsets = self.offset(trained, batch)
+        self._advance(trained, offsets, by_name)
+        self._store(trained, offsets, next(iter(by_name.values())).step)
 
     def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the stored offsets themselves."""
         return trained.buffers("average_offset", names)
 
-    def _advance(self, trained: Trained, offsets: dict[str, Tensor], by_name: dict[str, AffineMove]) -> None:
+    def _advance(self, trained: Trained, offsets: dict[str, Tensor], by_name: Mapping[str, AffineMove]) -> None:
         step = next(iter(by_name.values())).step
         keep = 1.0 - average_weight(step)
         if keep == 0.0:
@@ -104,17 +113,12 @@ class Int8Average(StoredAverage):
     instead of freezing small changes.
     """
 
-    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
-        """Advance every offset by one step, some rows of a tensor at a time."""
-        by_name = {name: move for move, (_, names) in zip(moves, trained.groups()) for name in names}
-        for batch in trained.batches(list(by_name)):
-            if trained.directions.couples_tensors or trained.named_params[batch[0]].ndim == 0:
-                offsets = self.offset(trained, batch)
-                self._advance(trained, offsets, by_name)
-                self._store(trained, offsets, moves[0].step)
-            else:
-                self._advance_rows(trained, batch[0], by_name[batch[0]])
-        return moves
+    def _advance_batch(self, trained: Trained, batch: list[str], by_name: Mapping[str, AffineMove]) -> None:
+        """Advance offsets by one step, some rows of a tensor at a time."""
+        if trained.directions.couples_tensors or trained.named_params[batch[0]].ndim == 0:
+            super()._advance_batch(trained, batch, by_name)
+        else:
+            self._advance_rows(trained, batch[0], by_name[batch[0]])
 
     def _advance_rows(self, trained: Trained, name: str, move: AffineMove) -> None:
         weight = trained.named_params[name]
@@ -178,8 +182,8 @@ class JournalAverage(IterateAverage):
 
     def __init__(self) -> None:
         self.moves: list[list[AffineMove]] = []
-        # Coefficients by parameter group, for a journal of the length they were computed at.
-        self._known: tuple[int, dict[int, tuple[float, list[float]]]] = (0, {})
+        # Coefficients by parameter group and the steps it rested, for a journal of the length they were computed at.
+        self._known: tuple[int, dict[tuple[int, tuple[int, ...]], tuple[float, list[float]]]] = (0, {})
 
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Write the step down."""
@@ -194,33 +198,55 @@ class JournalAverage(IterateAverage):
             for name in set(group_names) & set(names):
                 weight = trained.named_params[name]
                 initial = trained.state[weight].get("initial")
-                end, scales[name] = self._coefficients(number, from_first=initial is not None)
+                rested = tuple(k for k, moves in enumerate(self.moves) if not _moved(moves, number, name))
+                end, scales[name] = self._coefficients(number, rested, from_first=initial is not None)
                 if initial is None:
                     offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(end - 1.0)
                 else:
                     offsets[name] = initial.to(_wide(weight), copy=True).mul_(end).sub_(weight)
         terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
-        for begin in range(0, len(terms), TERMS_PER_SWEEP):
-            part = slice(begin, begin + TERMS_PER_SWEEP)
-            steps, indices = map(list, zip(*terms[part]))
-            some = {name: values[part] for name, values in scales.items()}
-            trained.directions.add_(offsets, some, seed=trained.seed, step=steps, index=indices)
+        groups = [(number, set(names) & set(members)) for number, (_, members) in enumerate(trained.groups())]
+
+        def moving(moves: list[AffineMove]) -> list[str]:
+            return [name for number, members in groups for name in members if _moved(moves, number, name)]
+
+        begin = 0
+        # Where directions couple tensors, those of a step are made for the tensors that it moved.
+        for together, stretch in groupby(self.moves, moving):
+            end = begin + sum(len(moves[0].scales) for moves in stretch)
+            some = {name: offsets[name] for name in together}
+            for start in range(begin, end if some else begin, TERMS_PER_SWEEP):
+                part = slice(start, min(start + TERMS_PER_SWEEP, end))
+                steps, indices = map(list, zip(*terms[part]))
+                by_name = {name: scales[name][part] for name in some}
+                trained.directions.add_(some, by_name, seed=trained.seed, step=steps, index=indices)
+            begin = end
         return offsets
 
-    def _coefficients(self, group: int, *, from_first: bool) -> tuple[float, list[float]]:
-        """Factor on the last or the initial weights, and one on every direction of the run, for a parameter group."""
+    def _coefficients(self, group: int, rested: tuple[int, ...], *, from_first: bool) -> tuple[float, list[float]]:
+        """Factor on the last or the initial weights, and one on every direction of the run.
+
+        Args:
+            group: Number of the parameter group.
+            rested: Which moves of the run left the parameter alone.
+            from_first: Whether the average is expressed by the initial weights.
+        """
         if self._known[0] != len(self.moves):
             self._known = len(self.moves), {}
-        if group not in self._known[1]:
-            run = [moves[group] for moves in self.moves]
+        if (group, rested) not in self._known[1]:
+            still = set(rested)
+            run = [
+                AffineMove(moves[0].step, dict.fromkeys(moves[0].scales, 0.0), 1.0) if k in still else moves[group]
+                for k, moves in enumerate(self.moves)
+            ]
             end, updates = coefficients_from_first(run) if from_first else coefficients_from_last(run)
             flat = [factor * scale for move, factor in zip(run, updates) for scale in move.scales.values()]
-            self._known[1][group] = end, flat
-        return self._known[1][group]
+            self._known[1][group, rested] = end, flat
+        return self._known[1][group, rested]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the journal as plain numbers."""
-        return {"moves": [[(m.step, dict(m.scales), m.decay, m.anchor) for m in moves] for moves in self.moves]}
+        return {"moves": [[_fields(move) for move in moves] for moves in self.moves]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved journal over."""
@@ -243,6 +269,16 @@ def iterate_average(storage: str = "journal") -> IterateAverage:
     if storage not in STORAGES:
         raise UsageError(f"There is no averaging {storage!r}: choose one of none, {', '.join(STORAGES)}.")
     return STORAGES[storage]()
+
+
+def _moved(moves: Sequence[AffineMove], group: int, name: str) -> bool:
+    """Return whether a step moved a parameter: its group was there, and it was not frozen."""
+    return group < len(moves) and name not in moves[group].frozen
+
+
+def _fields(move: AffineMove) -> tuple[Any, ...]:
+    fields = (move.step, dict(move.scales), move.decay, move.anchor)
+    return (*fields, move.frozen) if move.frozen else fields
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

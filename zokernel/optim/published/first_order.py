@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
-from zokernel.optim.parameters import Params, name_parameters, trainable
+from zokernel.optim.copies import Copied
+from zokernel.optim.parameters import Params, name_parameters, trainable, trainable_group
 from zokernel.optim.registry import register
+from zokernel.perturb.in_place import loss_value
 
 
-class FirstOrder(torch.optim.Optimizer):
+class FirstOrder(Copied):
     """What torch's optimizers lack to stand in for zeroth-order ones: names, and a closure that only evaluates."""
 
     first_order = True
@@ -23,6 +25,22 @@ class FirstOrder(torch.optim.Optimizer):
         self.named_params = name_parameters(self.param_groups)
         self.num_forwards = 0
         self.step_count = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters from the next step on: a module, tensors or ``(name, tensor)`` pairs.
+
+        Raises:
+            UsageError: If the group does not fit the others.
+        """
+        count = len(self.param_groups)
+        super().add_param_group(trainable_group(param_group, self.param_groups))
+        try:
+            names = name_parameters(self.param_groups)
+        except UsageError:
+            del self.param_groups[count:]
+            raise
+        if hasattr(self, "named_params"):
+            self.named_params = names
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -37,12 +55,13 @@ class FirstOrder(torch.optim.Optimizer):
         Raises:
             UsageError: If the loss cannot be differentiated.
         """
-        self.step_count += 1
         if closure is None:
+            self.step_count += 1
             return super().step()
         self.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = closure()
+            value = loss_value(loss)
             if all(tensor.grad is None for tensor in self.named_params.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise UsageError(
@@ -51,8 +70,9 @@ class FirstOrder(torch.optim.Optimizer):
                     )
                 loss.backward()
         self.num_forwards += 1
+        self.step_count += 1
         super().step()
-        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        return value
 
 
 @register("sgd")

@@ -61,7 +61,8 @@ class RenewHessian(Update):
         assert estimate.curvature is not None
         if self.smooth == 0:
             return moves
-        self.directions.learn(estimate.curvature, self.smooth, seed=trained.seed, step=trained.step_count)
+        where = {"seed": trained.seed, "step": trained.step_count}
+        self.directions.learn(estimate.curvature, self.smooth, names=list(trained.active), **where)
         return moves
 
 

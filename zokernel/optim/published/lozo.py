@@ -46,7 +46,7 @@ class FactoredMomentum(SGD):
         momenta = {name: group["momentum"] for group, members in trained.groups() for name in members}
         result: dict[str, Tensor | Factors] = {}
         for name in names:
-            if trained.named_params[name].ndim < 2:
+            if trained.named_params[name].ndim < 2 or not trained.named_params[name].numel():
                 fresh = trained.dense_estimate([name], estimate)[name]
                 result[name] = _average(trained, name, fresh, momenta[name])
             else:
@@ -70,9 +70,11 @@ class FactoredMomentum(SGD):
             fresh = term if fresh is None else fresh.add_(term)
         assert fresh is not None
         state = trained.state[weight]
-        if "average" in state and step % self.directions.refresh == 0:
-            old, new = self._right(trained, name, step - 1), self._right(trained, name, step)
+        last, refresh = state.get("average_step", step - 1), self.directions.refresh  # it may have rested since
+        if "average" in state and step // refresh != last // refresh:
+            old, new = self._right(trained, name, last), self._right(trained, name, step)
             state["average"] = state["average"] @ (old @ new.T) / new.shape[1]
+        state["average_step"] = step
         return _average(trained, name, fresh, beta)
 
 

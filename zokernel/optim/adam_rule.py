@@ -1,0 +1,66 @@
+"""Adam and AMSGrad as the rule of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Estimate
+from zokernel.optim.trained import Trained
+from zokernel.optim.updates import Rule, Step
+
+
+@dataclass
+class Adam(Rule):
+    r"""Adam on the estimate, with :math:`\bar v = v`, or its running maximum for AMSGrad.
+
+    .. math:: m \leftarrow \beta_1 m + (1-\beta_1)\hat g,\quad v \leftarrow \beta_2 v + (1-\beta_2)\hat g^2,\quad
+        \theta \leftarrow \theta - \eta\, \frac{m/(1-\beta_1^t)}{\sqrt{\bar v/(1-\beta_2^t)} + \delta}
+
+    Args:
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        delta: Added to the root of the second moment (Adam's own epsilon).
+        amsgrad: Divide by the running maximum of the second moment; one more copy of the parameters.
+
+    References:
+        Kingma and Ba (2015), arXiv:1412.6980; Chen et al. (2019), ZO-AdaMM, arXiv:1910.06513.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    delta: float = 1e-8
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.delta > 0):
+            raise UsageError(
+                f"beta1 and beta2 must be in [0, 1) and delta positive, not {self.beta1}, {self.beta2}, {self.delta}."
+            )
+
+    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, dict[str, float]]:
+        """Advance the moments, which are fp32, and return their ratio."""
+        steps_of = {name: self._count(trained, name) for name in names}
+        first_bias: dict[str, float] = {}
+        gradients = trained.dense_estimate(names, estimate)
+        firsts, seconds = trained.buffers("exp_avg", names), trained.buffers("exp_avg_sq", names)
+        maxima = trained.buffers("max_exp_avg_sq", names) if self.amsgrad else seconds
+        for name, gradient in gradients.items():
+            first_bias[name] = 1 - self.beta1 ** steps_of[name]
+            second_bias = 1 - self.beta2 ** steps_of[name]
+            firsts[name].lerp_(gradient.to(firsts[name].dtype), 1 - self.beta1)
+            seconds[name].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+            if self.amsgrad:
+                torch.maximum(maxima[name], seconds[name], out=maxima[name])
+            root = torch.div(maxima[name], second_bias, out=gradient).sqrt_().add_(self.delta)
+            torch.div(firsts[name], root, out=gradient)
+        return gradients, first_bias
+
+    def _count(self, trained: Trained, name: str) -> int:
+        """Count and return the steps of one parameter, which may have been added later or rested."""
+        state = trained.state[trained.named_params[name]]
+        state["steps"] = state.get("steps", trained.step_count if "exp_avg" in state else 0) + 1
+        return state["steps"]
