@@ -262,11 +262,13 @@ def test_copies_go_on_as_the_original(case, how):
     assert (twin.step_count, twin.num_forwards) == (optimizer.step_count, optimizer.num_forwards)
 
 
-@pytest.mark.parametrize("perturb", ["in_place:copy", "in_place:grid", "in_forward"])
-@pytest.mark.parametrize("directions", [Dense("sphere"), "low_rank(1)", "sparse(0.5)"])
+WAYS = [(p, d) for p in ("in_place:copy", "in_place:grid", "in_forward") for d in ("low_rank(1)", "sparse(0.5)")]
+# A sphere perturbs all tensors together, and in_forward a few at a time.
+WAYS += [(p, Dense("sphere")) for p in ("in_place:copy", "in_place:grid")]
+
+
+@pytest.mark.parametrize(("perturb", "directions"), WAYS)
 def test_copies_perturb_their_own_weights(perturb, directions):
-    if perturb == "in_forward" and not isinstance(directions, str):
-        pytest.skip("in_forward perturbs a few tensors at a time, a sphere all together")
     weight = nn.Parameter(torch.ones(6, 5))
     optimizer = ZerothOrder([weight], lr=0.01, directions=directions, perturb=perturb)
     loss = lambda w: (1.0 * w).square().sum()  # noqa: E731
