@@ -3,7 +3,7 @@
 python examples/image_classifier.py --model facebook/dinov2-small --steps 300
 
 Zeroth-order steps refine a classifier that already knows something.  A new head knows nothing, so it starts from the
-mean features of each class, which take forward passes only, too.
+features of 500 images, which take forward passes only, too.
 """
 
 import argparse
@@ -35,17 +35,20 @@ class Digits(Dataset):
 
 
 @torch.no_grad()
-def start_head(model, examples: Dataset, sharpness: float = 0.05) -> None:
-    """Let the head choose the class whose mean feature is nearest: x . m - |m|^2 / 2, as a linear layer."""
+def start_head(model, examples: Dataset) -> None:
+    """Set the head by linear discriminant analysis of its inputs: weights S^-1 m, with S shrunk to the identity."""
     head = next(module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear))
-    features, labels = [], torch.tensor([example["labels"] for example in examples])
-    hook = head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    found, labels = [], torch.tensor([example["labels"] for example in examples])
+    hook = head.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     for n in range(0, len(examples), 50):
         model(pixel_values=torch.stack([examples[k]["pixel_values"] for k in range(n, min(n + 50, len(examples)))]))
     hook.remove()
-    means = torch.stack([torch.cat(features)[labels == label].mean(0) for label in range(model.config.num_labels)])
-    head.weight.copy_(sharpness * means)
-    head.bias.copy_(-sharpness * means.square().sum(1) / 2)
+    features = torch.cat(found) - torch.cat(found).mean(0)
+    means = torch.stack([features[labels == label].mean(0) for label in range(model.config.num_labels)])
+    spread = torch.cov((features - means[labels]).T)
+    spread = spread + spread.diagonal().mean() * torch.eye(len(spread))
+    head.weight.copy_(torch.linalg.solve(spread, means.T).T)
+    head.bias.copy_(-(head.weight * (means / 2 + torch.cat(found).mean(0))).sum(1))
 
 
 def main(

@@ -6,7 +6,13 @@ import pytest
 import torch
 from models import SEQ2SEQ, build, save_model
 from tokenizers import processors
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
@@ -281,3 +287,22 @@ def test_a_model_that_does_not_score_here_is_refused_before_training(parts):
             choose_collator(model, tokenizer.pad_token_id, dataset)
     finally:
         other.remove()
+
+
+@torch.no_grad()
+def test_the_loss_keeps_its_digits_at_32128_words():
+    """A softmax summed across strides is off by 1e-5 here."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32128}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model.lm_head.weight.data.normal_(std=0.5)
+    prompts, labels = torch.randint(2, 32128, (2, 9)).tolist(), torch.randint(2, 32128, (2, 6)).tolist()
+    features = [
+        {"input_ids": prompt, "option_ids": [text], "label": 0, "decoder_start": (0,), "forced": ()}
+        for prompt, text in zip(prompts, labels)
+    ]
+    found = Objective(loss="answer")(model, Collator(0)(features)).item()
+    own = model(input_ids=torch.tensor(prompts), labels=torch.tensor(labels))
+    exact = torch.nn.functional.cross_entropy(own.logits.double().flatten(0, 1), torch.tensor(labels).flatten()).item()
+    assert found == pytest.approx(own.loss.item(), rel=1e-6)
+    assert found == pytest.approx(exact, rel=1e-6)

@@ -178,7 +178,9 @@ def option_logprobs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
         logprobs_BC = logits_RKV[:, 0].float().log_softmax(-1).gather(1, targets_RK)
         return logprobs_BC, torch.ones_like(targets_RK)
     cells_RK = batch["cells"]
-    logprobs_RK = -F.cross_entropy(logits_RKV.float().transpose(1, 2), targets_RK, ignore_index=-100, reduction="none")
+    # Row by row: a softmax across strides loses two digits at 32,128 words.
+    logits_NV, targets_N = logits_RKV.flatten(0, 1).float(), targets_RK.flatten()
+    logprobs_RK = -F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="none").view_as(targets_RK)
     shape = batch["option_mask"].shape
     real = cells_RK >= 0
     sums = logprobs_RK.new_zeros(shape.numel()).index_add_(0, cells_RK[real], logprobs_RK[real])
