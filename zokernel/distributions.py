@@ -35,7 +35,7 @@ class Distribution:
         name: ``gaussian``, ``rademacher``, ``laplace``, ``student_t``, ``uniform`` or ``sphere`` (of radius
             :math:`\sqrt d` times the scale).
         scale: Standard deviation of one coordinate.
-        df: Degrees of freedom :math:`\nu` of ``student_t``.
+        df: Degrees of freedom :math:`\nu` of ``student_t``; infinity is the Gaussian.
         mean: Mean :math:`\mu`: nothing (zero), or d numbers.
         covariance: Covariance of :math:`z` as (d, d) rows; replaces ``scale``.  Coordinates are mixed by its Cholesky
             factor :math:`A`, which matters for every distribution but the Gaussian and the sphere.
@@ -102,7 +102,7 @@ class Distribution:
         if name == "student_t":
             if not value > 2:
                 raise UsageError(f"Student-t with {value:g} degrees of freedom has no variance: it needs more than 2.")
-            return cls(name, scale=math.sqrt(value / (value - 2)), df=value)
+            return cls(name, scale=1.0 if math.isinf(value) else math.sqrt(value / (value - 2)), df=value)
         if name == "laplace":
             return cls(name, scale=math.sqrt(2.0) * value)
         return cls(name, scale=value)
@@ -137,7 +137,7 @@ class Distribution:
         return 3.0 if self.is_sphere else self._standard_moment(4)
 
     def moment(self, order: int) -> float:
-        r"""Return the even moment :math:`E z_k^{order}` of one coordinate, without mean and covariance.
+        r"""Return the even moment :math:`E z_k^{order}` of one coordinate.
 
         Args:
             order: 2, 4, 6 or 8.
@@ -146,13 +146,17 @@ class Distribution:
             The moment.
 
         Raises:
-            UsageError: If it does not exist (Student-t has moments below its degrees of freedom only), or depends on
-                the dimension (the sphere's fourth and higher moments).
+            UsageError: If it does not exist (Student-t has moments below its degrees of freedom only), depends on the
+                dimension (the sphere's fourth and higher moments), or on the coordinate (a mean or a covariance).
 
         Example:
             >>> round(Distribution.parse("laplace(0.5)").moment(4), 6)
             1.5
         """
+        if not self.is_isotropic:
+            raise UsageError(
+                "Coordinates with a mean or a covariance of their own have different moments: use second_moment_matrix."
+            )
         if self.is_sphere and order > 2:
             raise UsageError("Moments of the sphere above the second depend on the dimension.")
         return self._standard_moment(order) * self.scale**order
@@ -167,7 +171,7 @@ class Distribution:
             return math.factorial(order) / 2.0**half
         if self.name == "uniform":
             return 3.0**half / (order + 1)
-        if self.name == "gaussian":
+        if self.name == "gaussian" or self.df == math.inf:
             return float(math.prod(range(1, order, 2)))
         df = self.df
         assert df is not None
@@ -257,7 +261,7 @@ class Distribution:
         normal = empty.normal_(generator=generator)
         if self.name == "sphere":
             return normal * (math.sqrt(size[-1]) / normal.norm(dim=-1, keepdim=True))
-        if self.name == "student_t":
+        if self.name == "student_t" and self.df != math.inf:
             assert self.df is not None
             half = torch.full(size, self.df / 2, dtype=dtype, device=generator.device)
             chi_square = 2 * standard_gamma(half, generator)

@@ -3,7 +3,7 @@ r"""Everything that would make a kernel wrong or fail late, found first and repo
 Faults without an error message matter most.  ``torch.no_grad()`` inside a forward pass makes reverse mode return zeros,
 while forward mode still sees the parameters: an adjoint probe, :math:`\langle Jv, w\rangle = \langle v, J^Tw\rangle`
 for one random pair, tells them apart.  A random model, or one that couples the examples of a batch, has no kernel of
-examples at all: one example evaluated alone and in company tells.
+examples at all: whether a forward pass draws random numbers, and one example evaluated alone and in company, tell.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zokernel.errors import RunError, UsageError
 from zokernel.kernels.batches import Batch, concatenate, num_examples, slice_batch
 from zokernel.kernels.model import FunctionalModel, Params
+from zokernel.optim.random_state import random_state, same_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +85,20 @@ def validate(model: FunctionalModel, *batches: Batch, forward: bool = False, rev
         reverse: Reverse-mode derivatives (vjp) will be taken.
 
     Raises:
-        UsageError: If the model is in train mode with dropout or batch norm, is random, lets examples of a batch change
-            each other's output, uses a fused kernel without forward mode, or if reverse mode disagrees with the model.
+        UsageError: If a batch is empty, or if the model is in train mode with dropout or batch norm, is random, lets
+            examples of a batch change each other's output, or uses a fused kernel without forward mode, or if reverse
+            mode disagrees with the model.
         RunError: If the logits are not finite.
     """
     check_modes(model)
-    example = slice_batch(batches[0], 0, 1)
-    logits = model.logits(example)
+    for batch in batches:
+        check_not_empty(batch)
+    logits = check_examples(model, batches)
     if not bool(torch.isfinite(logits).all()):
         raise RunError(
             "The model's logits are NaN or infinite at the current weights: load it in float32 or retrain it."
         )
-    check_independence(model, example, logits, batches)
-    check_derivatives(model, example, forward=forward, reverse=reverse)
+    check_derivatives(model, batches[0], forward=forward, reverse=reverse)
 
 
 def check_derivatives(model: FunctionalModel, batch: Batch, *, forward: bool, reverse: bool) -> None:
@@ -131,28 +133,51 @@ def check_modes(model: FunctionalModel) -> None:
         )
 
 
-def check_independence(model: FunctionalModel, example: Batch, logits: Tensor, batches: Sequence[Batch]) -> None:
-    """Compare the logits of an example alone with its logits in company (or a second time, where it has none).
+def check_not_empty(batch: Batch) -> None:
+    """Refuse a batch without examples.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if num_examples(batch) == 0:
+        raise UsageError("A batch has no examples, so there is no kernel: pass at least one.")
+
+
+def check_examples(model: FunctionalModel, batches: Sequence[Batch]) -> Tensor:
+    """Evaluate one example alone and in company.
 
     Args:
         model: The model.
-        example: One example.
-        logits: Its logits, alone.
-        batches: Where the example comes from; it is the first of the first batch.
+        batches: Its inputs; the example is the first of the first.
+
+    Returns:
+        The logits of the example.
 
     Raises:
-        UsageError: If they differ: the model is random, or couples the examples of a batch.
+        UsageError: If the model is random, couples the examples of a batch, or cannot take an example alone.
     """
-    company = _company(batches)
-    together = model.logits(company)[: len(logits)]
+    company, example = _company(batches), slice_batch(batches[0], 0, 1)
+    before = random_state()
+    together = model.logits(company)
+    # Dropout that happens to drop nothing in these few examples has drawn its numbers all the same.
+    random = not same_random_state(before, random_state())
+    try:
+        logits = model.logits(example)
+    except (ValueError, RuntimeError) as error:
+        if num_examples(company) < 2:
+            raise
+        raise UsageError(f"The model takes no example alone ({str(error).splitlines()[0]}): {_COUPLED}.") from error
     eps = torch.finfo(logits.dtype).eps
-    if _differ(together, logits, max(1e-3, 4 * eps)):
-        if _differ(model.logits(example), logits, 100 * eps):
-            raise UsageError(
-                "The model is random (two forward passes of the same example differ), so it has no kernel: switch off "
-                "its dropout or sampling, for example with F.dropout(x, training=self.training) and model.eval()."
-            )
+    differ = _differ(together[: len(logits)], logits, max(1e-3, 4 * eps))
+    if random or (differ and _differ(model.logits(example), logits, 100 * eps)):
+        raise UsageError(
+            "The model is random (it draws random numbers, or two forward passes of the same example differ), so it "
+            "has no kernel: switch off its dropout or sampling, for example with F.dropout(x, training=self.training) "
+            "and model.eval()."
+        )
+    if differ:
         raise UsageError(f"The output of one example changes with its neighbours in the batch: {_COUPLED}.")
+    return logits
 
 
 def _company(batches: Sequence[Batch]) -> Batch:

@@ -91,6 +91,7 @@ def jacobian_features(
         [[3.0, 4.0, 1.0]]
     """
     model = wrap(model, params=params)
+    checks.check_not_empty(x)
     if check:
         checks.check_modes(model)
     weights = model.params

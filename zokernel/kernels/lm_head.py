@@ -166,7 +166,9 @@ def body_model(model: FunctionalModel, head: Head) -> FunctionalModel:
     return FunctionalModel(hidden, params=model.params)
 
 
-def head_kernel(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: int | None = None) -> HeadKernel:
+def head_kernel(
+    model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: int | None = None, check: bool = True
+) -> HeadKernel:
     """Return the kernel between two single rows in factored form, over the whole vocabulary or the model's ``outputs``.
 
     Args:
@@ -174,16 +176,20 @@ def head_kernel(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: i
         x_o: One observed example.
         x_u: One updated example.
         chunk_size: Rows of the hidden state's Jacobian in flight at once.
+        check: Probe the model first (see :func:`zokernel.kernels.checks.validate`).
 
     Returns:
         The factors.
 
     Raises:
-        UsageError: If the model has no plain linear head, or transforms the logits after it.
+        UsageError: If the model is random or couples examples, has no plain linear head, or transforms the logits
+            after it.
     """
     head = find_head(model)
     if head is None:
         raise UsageError("No plain linear head was found: use method='ntk_vp', or 'contraction' with outputs=.")
+    if check:
+        checks.validate(model, x_u, x_o, reverse=True)
     body = body_model(model, head)
     hidden_o, hidden_u = body.logits(x_o), body.logits(x_u)
     if len(hidden_o) != 1 or len(hidden_u) != 1:
@@ -215,8 +221,8 @@ def head_kernel(model: FunctionalModel, x_o: Batch, x_u: Batch, *, chunk_size: i
 def head_moments(model: FunctionalModel, x_o: Batch, x_u: Batch) -> tuple[HeadKernel, KernelMoments]:
     """Return the factored kernel of a pair and its exact moments (without D), over the whole vocabulary."""
     kernel = head_kernel(model, x_o, x_u)
-    norm_o = head_kernel(model, x_o, x_o).trace()
-    norm_u = head_kernel(model, x_u, x_u).trace()
+    norm_o = head_kernel(model, x_o, x_o, check=False).trace()
+    norm_u = head_kernel(model, x_u, x_u, check=False).trace()
     return kernel, KernelMoments(norm_o, norm_u, kernel.squared_norm(), dim=model.dim)
 
 

@@ -135,6 +135,8 @@ class FunctionalModel:
             >>> FunctionalModel(nn.Linear(3, 2)).output_shape(torch.zeros(1000, 3))
             torch.Size([1000, 2])
         """
+        if num_examples(batch) == 0:
+            raise UsageError("A batch has no examples, so there is no kernel: pass at least one.")
         kind = self._kind(batch)
         if kind not in self._shapes:
             self.logits(slice_batch(batch, 0, 1))

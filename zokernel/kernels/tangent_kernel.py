@@ -87,7 +87,7 @@ def entk(
         "and products need no V x V matrix",
     )
     if method == "lm_head":
-        kernel = _pairwise(lambda o, u: head_kernel(model, o, u, chunk_size=chunk_size).dense(), x_o, x_u)
+        kernel = _pairwise(lambda o, u: head_kernel(model, o, u, chunk_size=chunk_size, check=False).dense(), x_o, x_u)
     else:
         compute = blocks.contract if method == "contraction" else blocks.stream
         kernel = compute(model, x_o, x_u, chunk_size=chunk_size)

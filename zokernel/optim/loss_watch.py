@@ -5,18 +5,16 @@ Differences of such losses say little about the weights, and nothing else would 
 
 from __future__ import annotations
 
-import random
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zokernel.estimators.base import Offsets
+from zokernel.optim.random_state import random_state, same_random_state
 from zokernel.perturb import Perturb, Recorded
 from zokernel.perturb.base import Closure
 
@@ -76,14 +74,14 @@ class LossWatch:
         def watched() -> Tensor | float:
             loss = closure()
             if len(ends) < 2:
-                ends.append(_random_state())
+                ends.append(random_state())
             return loss
 
-        before = [] if self._warned else [_random_state()]
+        before = [] if self._warned else [random_state()]
         found = perturb.losses(closure if self._warned else watched, points, step=step)
         # A closure that seeds itself ends every call in the same state.
-        ends = ends or ([*before, _random_state()] if before else [])
-        if len(ends) == 2 and not _same(*ends):
+        ends = ends or ([*before, random_state()] if before else [])
+        if len(ends) == 2 and not same_random_state(*ends):
             self._warn(
                 "The loss draws random numbers (dropout in train mode, noise or a new batch), so the losses of one "
                 "step differ by more than the weights: call model.eval(), and draw the batch before optimizer.step."
@@ -123,29 +121,6 @@ class LossWatch:
         if not self._warned:
             warnings.warn(message, UserWarning, stacklevel=7 + depth)
         self._warned = True
-
-
-def _random_state() -> list[Any]:
-    """Return the states of the usual generators of random numbers."""
-    states: list[Any] = [torch.get_rng_state(), random.getstate()]
-    if "numpy" in sys.modules:
-        states.append(sys.modules["numpy"].random.get_state()[1:3])
-    if torch.cuda.is_available() and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def _same(first: list[Any], second: list[Any]) -> bool:
-    for one, other in zip(first, second):
-        if isinstance(one, Tensor):
-            if not torch.equal(one, other):
-                return False
-        elif len(one) == 2:  # NumPy: the numbers of the generator and the place among them
-            if one[1] != other[1] or (one[0] != other[0]).any():
-                return False
-        elif one != other:
-            return False
-    return True
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
