@@ -105,6 +105,16 @@ def test_mistakes_are_named(run, tmp_path):
     predictor = load_predictor(run)
     with pytest.raises(UsageError, match=r"Row 2 has no 'sentence' \(it has text\)"):
         predictor(["good", {"text": "bad"}])
+    with pytest.raises(UsageError, match="Row 1 has nothing in 'sentence'"):
+        predictor([{"sentence": None}])
+    with pytest.raises(UsageError, match="Row 2 is None, neither"):
+        predictor(["good", None])
+    with pytest.raises(UsageError, match="in brackets"):
+        predictor("good")
+    (tmp_path / "new.csv").write_text("sentence\ngood\n")
+    same = ["--file", str(tmp_path / "new.csv"), "--output_file", str(tmp_path / "new.csv")]
+    assert main(["predict", "--model", str(run), *same]) == 2
+    assert (tmp_path / "new.csv").read_text() == "sentence\ngood\n"
     with pytest.raises(UsageError, match=r"has no predictor\.json"):
         load_predictor(tmp_path)
     assert main(["predict", "--model", str(run), "--output_file", "answers.pdf"]) == 2

@@ -264,3 +264,9 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, m
     """A typo in a part was found after the zero-shot score, and locked the output folder."""
     with pytest.raises(UsageError, match=message):
         resolve(ZOConfig(output_dir=str(tmp_path), **options), trained="LoRA", num_examples=100)
+
+
+@pytest.mark.parametrize("name", ["tensorbord", "", ["none", "nowhere"]])
+def test_trackers_that_do_not_exist_are_named(name, tmp_path):
+    with pytest.raises(UsageError, match="--report_to knows no"):
+        ZOConfig(output_dir=str(tmp_path), report_to=name)

@@ -41,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
     output = args.output_file
     if output is not None and output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--output_file {output} is none of {', '.join(SUFFIXES)}: choose one of these endings.")
+    if output is not None and args.file != "-" and output.exists() and output.samefile(args.file):
+        raise UsageError(f"--output_file {output} is the file that is read: name another.")
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)

@@ -108,6 +108,11 @@ class Predictor:
         Raises:
             UsageError: If a row lacks a column.
         """
+        if isinstance(rows, (str, Mapping)):
+            raise UsageError("A predictor takes a list of rows: put the one row in brackets.")
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, (str, Mapping)):
+                raise UsageError(f"Row {number} is {row!r:.40}, neither a text nor a row with columns: leave it out.")
         precision = torch.bfloat16 if self.record["precision"] == "bf16" else torch.float32
         with torch.autocast(self._device.type, precision, enabled=precision == torch.bfloat16):
             if isinstance(self.task, TextTask):
@@ -181,8 +186,8 @@ class Predictor:
         missing = [name for name in self.columns if row.get(name) is None]
         if missing:
             raise UsageError(
-                f"Row {number} has no {missing[0]!r} (it has {', '.join(map(str, row))}); the template is "
-                f"{self.task.template!r}."
+                f"Row {number} has {'nothing in' if missing[0] in row else 'no'} {missing[0]!r} (it has "
+                f"{', '.join(map(str, row))}); the template is {self.task.template!r}."
             )
         # Tasks phrase an example with its label; any will do, since it is not read here.
         return {**row, self.task.label_column: self._any_label(row)}

@@ -194,16 +194,19 @@ def perturb_of_restore(restore: str, perturb: str) -> str:
 
 
 def check_reporting(names: str | list[str] | None) -> None:
-    """Check that the packages behind ``--report_to`` are installed, before anything is loaded.
+    """Check that what ``--report_to`` names exists and is installed, before anything is loaded.
 
     Raises:
-        UsageError: If one is not.
+        UsageError: If something does not, or is not.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
     packages = ("tensorboard", "wandb", "trackio", "mlflow")
     available = get_available_reporting_integrations()
     for name in [names] if isinstance(names, str) else names or []:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UsageError(f"--report_to knows no {name!r}: name one of {known}, or none.")
         if name in packages and name not in available:
             raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
 
