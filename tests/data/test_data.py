@@ -136,7 +136,7 @@ def test_unknown_names(home, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="cannot be fetched"):
         sources.fetch("gpt5")
-    with pytest.raises(RunError, match="could not be loaded"):
+    with pytest.raises(UsageError, match="is not in the cache, or not wholly"):
         load_rows("no-such-owner/no-such-data", "train")
     assert resolve_model_path("some/model") == "some/model"
 

@@ -128,11 +128,11 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
-        check_values(self)
         if self.max_steps is None:
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
+        check_values(self)
         refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
