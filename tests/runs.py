@@ -22,7 +22,7 @@ def finetune(folder: Path, model: Path, data: Path, *flags: str) -> Path:
 
 def plan(folder: Path, model: Path, data: Path) -> Path:
     """Plan for the tiny model, verified by real gradients."""
-    words = ["--model_name_or_path", str(model), "--train_file", str(data / "train.jsonl"), "--num_probes", "12"]
+    words = ["--model_name_or_path", str(model), "--train_file", str(data / "train.jsonl"), "--num_probes", "64"]
     words += ["--update_examples", "4", "--observe_examples", "2", "--verify", "true", "--verify_draws", "20"]
     assert main(["plan", *words, "--output_file", str(folder / "plan.json")]) == 0
     return folder

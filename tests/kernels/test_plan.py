@@ -11,12 +11,16 @@ import torch.nn.functional as F
 from cases import mlp
 
 from zokernel.cli import main
+from zokernel.commands.plan import PlanArguments, describe, load_task, what_is_trained
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.auto import WALK
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
 from zokernel.kernels.prober import ProbedTask, Prober
 from zokernel.kernels.probes import (
+    Measurement,
     Slopes,
     belief_moments,
     fisher_moments,
@@ -25,6 +29,7 @@ from zokernel.kernels.probes import (
     single_draw_variance,
     subset_error,
 )
+from zokernel.optim import MeZO
 
 
 def small_task(classes=2, update=6, observe=3, seed=0) -> ProbedTask:
@@ -209,6 +214,97 @@ def test_refusals():
         make_plan(small_task(update=1))
 
 
+def nearly_unrelated_task() -> ProbedTask:
+    """A linear model whose observed inputs share little with those it is trained on: rho is small."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(30, 2).double())
+    x = torch.zeros(8, 30).double()
+    x[:6, :10] = torch.randn(6, 10, generator=generator).double()
+    x[6:, 10:] = torch.randn(2, 20, generator=generator).double()
+    x[6:] += 0.7 * x[:2]
+    return ProbedTask({"w": weights}, lambda inputs: inputs @ weights, x, torch.tensor([0, 1] * 4), 6, 8)
+
+
+def test_few_probes_give_no_number_that_they_do_not_carry():
+    """With 8 probes rho is lost in their noise; with as many as it takes it is known, and right."""
+    task, unknown = nearly_unrelated_task(), 0
+    for seed in range(10):
+        plan = make_plan(task, num_probes=8, seed=seed, tolerances=(0.1,))
+        shown, text = plan.as_dict(), describe(plan, task, 1.0)
+        for name in ("rho", "relative_error_one", "curvature_ratio", "noise_scale", "trace_hessian", "eps"):
+            value = getattr(plan, name)
+            carried = math.isfinite(value.error) and value.error <= abs(value.value)
+            assert (shown[name] is not None) == carried, name
+        json.dumps(shown, allow_nan=False)
+        assert "inf" not in text
+        assert "nan" not in text
+        if shown["relative_error_one"] is None:
+            unknown += 1
+            assert plan.probes_needed()["relative_error_one"] >= 4 * 8
+            assert "relative error of one step      not known from 8 probes; about" in text
+            assert " gives a relative error" not in text
+    assert unknown >= 3
+    rho = exact_moments(gradients(task)).rho
+    found = make_plan(task, num_probes=800).rho
+    assert found.known
+    assert abs(found.value - rho) < 4 * found.error
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "known", "needed"),
+    [
+        (1.17, 0.2, True, 64),
+        (1.17, math.inf, False, 64),
+        (math.inf, math.inf, False, 64),
+        (-2.0, 3.0, False, 150),
+        (0.0, 0.1, False, 64),
+        (6.11, 6.12, False, 65),
+    ],
+)
+def test_what_counts_as_known(value, error, known, needed):
+    """An error of 1.5 times the estimate is half of it with (2 * 1.5)^2 times the 16 probes: 144."""
+    found = Measurement(value, error)
+    assert (found.known, found.probes_needed(16)) == (known, needed)
+
+
+def test_the_rate_for_a_run_is_the_smaller_of_two_bounds():
+    task = small_task(update=8, observe=2)
+    plan = make_plan(task, num_probes=200, counts=(1, 4), num_steps=400, walk=1e-3)
+    for count, rate in plan.run_rate.items():
+        walked = 1e-3 * math.sqrt(count / 400) / plan.gradient_norm.value
+        assert rate.value == pytest.approx(min(walked, plan.learning_rate[count].value), rel=1e-6)
+    free = make_plan(task, num_probes=200, counts=(1, 4), num_steps=400)
+    assert all(free.run_rate[p].value <= plan.learning_rate[p].value for p in (1, 4))
+    assert plan.run_rate[1].value < free.run_rate[1].value
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_advice_can_be_followed(lora, tiny_lm_path, tiny_reviews_path):
+    """Training with the advised rate lowers the loss of all examples; the rate for one step is many times larger."""
+    model = ModelArguments(model_name_or_path=str(tiny_lm_path), lora=lora)
+    data = DataArguments(
+        train_file=str(tiny_reviews_path / "train.jsonl"), template="{sentence} It was", label_words=["bad", "good"]
+    )
+    task, _ = load_task(model, data, PlanArguments(update_examples=24, observe_examples=4, precision="fp32"))
+    eps, steps = 1e-2 if lora else 1e-3, 60
+    walk = WALK[what_is_trained(model)]
+    plan = make_plan(task, num_probes=48, eps=eps, counts=(1,), num_steps=steps, walk=walk)
+    rate = plan.run_rate[1]
+    assert rate.known
+    assert rate.value < plan.learning_rate[1].value / 3
+
+    def loss(rows=slice(24)):
+        return F.cross_entropy(task.score({k: v[rows] for k, v in task.batch.items()}), task.labels[rows])
+
+    with torch.no_grad():
+        before = loss().item()
+        optimizer = MeZO(list(task.params.items()), lr=rate.value, eps=eps, perturb="in_place:copy")
+        for step in range(steps):
+            rows = torch.randperm(24, generator=torch.Generator().manual_seed(step))[:8]
+            optimizer.step(lambda: loss(rows))  # noqa: B023
+        assert loss().item() < before
+
+
 def test_command(tiny_lm_path, tiny_reviews_path, tmp_path, capsys):
     out = tmp_path / "plan.json"
     flags = ["--model_name_or_path", str(tiny_lm_path), "--train_file", str(tiny_reviews_path / "train.jsonl")]
@@ -219,6 +315,11 @@ def test_command(tiny_lm_path, tiny_reviews_path, tmp_path, capsys):
     assert "Against real gradients" in text
     record = json.loads(out.read_text())
     assert record["plan"]["num_probes"] == 12
+    assert record["plan"]["num_steps"] == 1000
+    assert "Infinity" not in out.read_text()
+    assert "NaN" not in out.read_text()
+    assert main(["plan", *flags, "--max_steps", "0"]) == 2
+    assert "--max_steps must be at least 1" in capsys.readouterr().err
     assert any(row["quantity"] == "rho" for row in record["verify"])
     assert main(["plan", "--num_probe", "3"]) == 2
     assert "There is no flag" in capsys.readouterr().err

@@ -21,8 +21,10 @@ from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.kernels.plan import Plan, make_plan
+from zokernel.finetune.settings.auto import WALK
+from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
+from zokernel.kernels.probes import Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ class PlanArguments:
     """What to probe and what to print."""
 
     num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
+    curvature_probes: int = field(
+        default=8, metadata={"help": "Directions for second and third derivatives; each costs four forward passes."}
+    )
+    max_steps: int = field(default=1000, metadata={"help": "Steps of the run that the learning rate is for."})
     update_examples: int = field(default=8, metadata={"help": "Examples in the batch a step is taken on."})
     observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are predicted."})
     eps: float = field(default=1e-3, metadata={"help": "Perturbation size of the probes."})
@@ -65,6 +71,9 @@ def main(args: argparse.Namespace) -> int:
     model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
     if arguments.update_examples < 2 or arguments.observe_examples < 1:
         raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
+    for name in ("max_steps", "curvature_probes"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
     task, exact = load_task(model_arguments, data_arguments, arguments)
     start = time.perf_counter()
     plan = make_plan(
@@ -75,6 +84,9 @@ def main(args: argparse.Namespace) -> int:
         seed=arguments.seed,
         counts=arguments.num_perturbations,
         tolerances=arguments.tolerances,
+        num_steps=arguments.max_steps,
+        walk=WALK[what_is_trained(model_arguments)],
+        curvature_probes=arguments.curvature_probes,
     )
     seconds = time.perf_counter() - start
     print(describe(plan, task, seconds))
@@ -97,9 +109,16 @@ def main(args: argparse.Namespace) -> int:
     if arguments.output_file:
         path = Path(arguments.output_file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
         print(f"\nWritten to {path}.")
     return 0
+
+
+def what_is_trained(arguments: ModelArguments) -> str:
+    """Return what the flags train, as :data:`~zokernel.finetune.settings.auto.WALK` calls it."""
+    if arguments.prompt_tuning:
+        return "virtual tokens"
+    return "LoRA" if arguments.lora or arguments.adapter_name_or_path else "full parameters"
 
 
 def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[ProbedTask, ProbedTask]:
@@ -160,34 +179,71 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
 
 def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
     """Return the plan in words and a small table."""
+    shown = {name: said(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
     lines = [
         f"Probed {plan.num_probes} directions of {plan.num_parameters:,} parameters: {plan.forwards} forward passes, "
         f"{plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
         "",
-        f"  similarity rho                  {plan.rho}",
-        f"  relative error of one step      {plan.relative_error_one} / sqrt(P)",
-        f"  gradient norm                   {plan.gradient_norm}",
-        f"  batch size (noise scale)        {plan.noise_scale}",
-        f"  trace of the Hessian            {plan.trace_hessian}",
-        f"  trace of the Fisher matrix      {plan.trace_fisher}",
-        f"  curvature ratio r               {plan.curvature_ratio}",
-        f"  loss noise, third derivative    {plan.loss_noise:.2g}, {plan.third_derivative}",
-        f"  best eps                        {plan.eps}  (probed {plan.eps_probed:g}; there a projected gradient is "
-        f"off by {100 * plan.finite_difference_error:.2g}%)",
+        f"  similarity rho                  {shown['rho']}",
+        f"  relative error of one step      {shown['relative_error_one']}"
+        f"{' / sqrt(P)' if plan.relative_error_one.known else ''}",
+        f"  gradient norm                   {shown['gradient_norm']}",
+        f"  batch where noise equals signal {shown['noise_scale']}",
+        f"  trace of the Hessian            {shown['trace_hessian']}",
+        f"  trace of the Fisher matrix      {shown['trace_fisher']}",
+        f"  curvature ratio r               {shown['curvature_ratio']}",
+        f"  rounding noise of the loss      {plan.loss_noise:.2g}",
+        f"  third derivative                {shown['third_derivative']}",
+        f"  best eps                        {best_eps(plan)}",
         "",
-        f"  {'P':>6}  {'relative error':>18}  {'eta_zo/eta_fo':>18}  {'best eta_zo':>18}  {'forwards per step':>17}  "
-        f"{'tokens per step':>13}",
+        f"  {'P':>6}  {'relative error':>18}  {'rate / gradient':>18}  {'best for one step':>18}  "
+        f"{f'for {plan.num_steps:,} steps':>18}  {'forwards per step':>17}  {'tokens per step':>15}",
     ]
     for count, error in plan.predicted_error.items():
-        ratio, rate = plan.learning_rate_ratio[count], plan.learning_rate[count]
+        cells = (error, plan.learning_rate_ratio[count], plan.learning_rate[count], plan.run_rate[count])
+        columns = "  ".join(f"{str(cell) if cell.known else 'not known':>18}" for cell in cells)
         lines.append(
-            f"  {count:>6}  {error!s:>18}  {ratio!s:>18}  {rate!s:>18}  {2 * count:>17}  "
-            f"{2 * count * task.num_tokens * task.num_update // len(task.labels):>13,}"
+            f"  {count:>6}  {columns}  "
+            f"{2 * count:>17}  {2 * count * task.num_tokens * task.num_update // len(task.labels):>15,}"
         )
     lines.append("")
     lines += [
-        f"  P = {count} for a relative error of {tolerance:g}" if count > 0 else "  P is not resolved by these probes"
+        f"  P = {count} gives a relative error of {tolerance:g} in one step"
         for tolerance, count in plan.required.items()
+        if count is not None
     ]
-    lines += [f"  note: {note}" for note in plan.notes]
+    lines += [f"  {advice(plan)}", *(f"  note: {note}" for note in plan.notes)]
     return "\n".join(lines)
+
+
+def said(plan: Plan, name: str) -> str:
+    """Return a quantity with its standard error, or how many probes would carry it."""
+    value, used = getattr(plan, name), plan.probes_used(name)
+    if value.known:
+        return str(value)
+    return f"not known from {used} probes; about {value.probes_needed(used):,} would be needed"
+
+
+def best_eps(plan: Plan) -> str:
+    """Return the perturbation size to use, and how good the probed one is."""
+    off = f"{100 * plan.finite_difference_error:.2g}%"
+    if not plan.eps.known:
+        return f"not known from {plan.num_curvature_probes} probes: keep {plan.eps_probed:g}"
+    return f"{plan.eps}  (probed {plan.eps_probed:g}; at the best a projected gradient is off by {off})"
+
+
+def advice(plan: Plan) -> str:
+    """Return the learning rate to train with, in a sentence; none if the probes do not carry one."""
+    count = min(plan.run_rate)
+    rate = plan.run_rate[count]
+    if not rate.known:
+        needed = rate.probes_needed(plan.num_probes)
+        return (
+            f"No learning rate is advised: the curvature is not known from {plan.num_probes} probes; about {needed:,} "
+            f"would be needed (--num_probes {needed})."
+        )
+    return (
+        f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} --learning_rate "
+        f"{rate.value:.1e}, kept constant. The best rate for one step is no rate for a run: most of a step is noise, "
+        "which adds up."
+    )

@@ -62,14 +62,17 @@ class Plan:
         eps_probed: The size the probes used.
         eps_derivatives: The size at which second and third derivatives were measured.
         finite_difference_error: Relative rms error of a projected gradient at ``eps``.
-        required: P needed for each target error.
+        required: P needed for each target error; nothing where the probes do not tell.
         predicted_error: Relative error for each P.
         learning_rate_ratio: :math:`\eta_{zo}/\eta_{fo}` for each P.
-        learning_rate: Step size that decreases the Gauss-Newton model of the loss fastest, for each P.
+        learning_rate: Step size that decreases the Gauss-Newton model of the loss fastest in one step, for each P.
+        run_rate: Learning rate of a run of ``num_steps`` steps, for each P: see :func:`make_plan`.
+        num_steps: Steps of the run.
         loss: Loss at the current weights.
         forwards: Forward passes used.
         tokens: Tokens forwarded.
         num_probes: Probes used.
+        num_curvature_probes: Probes used for second and third derivatives.
         num_parameters: d.
         notes: Caveats, one sentence each.
     """
@@ -87,20 +90,46 @@ class Plan:
     eps_probed: float
     eps_derivatives: float
     finite_difference_error: float
-    required: dict[float, int]
+    required: dict[float, int | None]
     predicted_error: dict[int, Measurement]
     learning_rate_ratio: dict[int, Measurement]
     learning_rate: dict[int, Measurement]
+    run_rate: dict[int, Measurement]
+    num_steps: int
     loss: float
     forwards: int
     tokens: int
     num_probes: int
+    num_curvature_probes: int
     num_parameters: int
     notes: list[str]
 
+    def probes_used(self, name: str) -> int:
+        """Return how many probes are behind a quantity."""
+        return self.num_curvature_probes if name in ("trace_hessian", "third_derivative", "eps") else self.num_probes
+
+    def probes_needed(self) -> dict[str, int]:
+        """Return about how many probes each quantity would need that the probes do not carry."""
+        return {
+            name: value.probes_needed(self.probes_used(name))
+            for name, value in vars(self).items()
+            if isinstance(value, Measurement) and not value.known
+        }
+
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers for a JSON file."""
-        return asdict(self)
+        """Return plain numbers for a JSON file; what the probes do not carry is null."""
+        return {name: plain(value) for name, value in vars(self).items()} | {"probes_needed": self.probes_needed()}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: null for what the probes do not carry, and for what is no finite number."""
+    if isinstance(value, Measurement):
+        return asdict(value) if value.known else None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_plan(
@@ -112,8 +141,16 @@ def make_plan(
     seed: int = 0,
     counts: Sequence[int] = (1, 10, 100),
     tolerances: Sequence[float] = (0.1, 0.3, 1.0),
+    num_steps: int = 1000,
+    walk: float | None = None,
+    curvature_probes: int = CURVATURE_PROBES,
 ) -> Plan:
-    """Probe a task and return the plan.
+    r"""Probe a task and return the plan.
+
+    The rate of a run is the least of two.  One is the step that decreases the loss fastest, with the larger of the
+    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is the
+    rate at which the random walk of all steps takes every weight the distance ``walk``: most of a step is noise, and
+    the quadratic model of one step knows nothing of the steps after it.
 
     Args:
         task: Model and examples.
@@ -123,6 +160,9 @@ def make_plan(
         seed: Seed of the directions.
         counts: Values of P to predict for.
         tolerances: Relative errors to reach.
+        num_steps: Steps of the run that the rate is for.
+        walk: How far noise may take each weight in a run; not bounded when not given.
+        curvature_probes: Directions for second and third derivatives.
 
     Returns:
         The plan.
@@ -142,11 +182,12 @@ def make_plan(
         # Slopes bear a larger eps than higher derivatives do: a rough third one first says how close to look for those.
         rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
-        second, third = derivatives(prober, range(min(CURVATURE_PROBES, num_probes)), close)
+        second, third = derivatives(prober, range(min(curvature_probes, num_probes)), close)
     logger.info("Second and third derivatives were measured at eps = %.2g.", close)
     measured = _Derivatives(second, third, close)
     loss = center.losses_B.mean().item()
-    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances)
+    run = _Run(num_steps, walk, task.num_update)
+    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances, run)
 
 
 @dataclass(frozen=True)
@@ -156,6 +197,36 @@ class _Derivatives:
     second: Tensor
     third: Tensor
     eps: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a rate is for: a number of steps, the distance that noise may take a weight, and the batch of the probes."""
+
+    num_steps: int
+    walk: float | None
+    batch: int
+
+    def rate(self, slopes: Slopes, count: int, hessian_trace: float, noise_scale: Measurement) -> float:
+        """Return the learning rate that suits the run; infinite when the probes do not resolve the curvature."""
+        moments = fisher_moments(slopes)
+        if moments.product_sq <= 0:
+            return math.inf
+        step = theory.optimal_learning_rate(
+            count,
+            gradient_sq=moments.gradient_sq,
+            trace_hessian=max(moments.rows_sq, hessian_trace),
+            gradient_curvature=moments.product_sq,
+        )
+        if noise_scale.known:
+            step /= 1 + max(0.0, noise_scale.value) / self.batch
+        if self.walk is None:
+            return step
+        norm = math.sqrt(moments.gradient_sq)
+        walked = theory.random_walk_rate(
+            self.walk, gradient_norm=norm, num_perturbations=count, num_steps=self.num_steps
+        )
+        return min(step, walked)
 
 
 def _summarize(
@@ -168,20 +239,17 @@ def _summarize(
     forwards: int,
     counts: Sequence[int],
     tolerances: Sequence[float],
+    run: _Run,
 ) -> Plan:
     notes = []
     variance = jackknife(slopes, single_draw_variance)
-    if not math.isfinite(variance.error):
-        notes.append("The probes do not resolve the error: use more of them (--num_probes).")
     one = jackknife(slopes, lambda part: math.sqrt(single_draw_variance(part)))
-    rho = jackknife(slopes, lambda part: (single_draw_variance(part) - 1) ** -0.5)
+    rho = jackknife(slopes, _similarity)
     gradient_sq = belief_moments(slopes).gradient_sq
     norm = jackknife(slopes, lambda part: math.sqrt(belief_moments(part).gradient_sq))
     noise_scale = jackknife(slopes, _noise_scale)
-    if not math.isfinite(noise_scale.error):
-        notes.append(
-            "The batch's mean gradient is lost in the spread of its examples: the noise scale is a lower bound."
-        )
+    if not noise_scale.known:
+        notes.append("The batch's mean gradient is lost in the spread of its examples: use a larger batch, if you can.")
     rms_third_value = rms_third(measured.third, noise, measured.eps)
     third_error = rms_third_value / math.sqrt(2 * len(measured.third))
     if rms_third_value > 0 and noise > 0:
@@ -192,14 +260,14 @@ def _summarize(
         notes.append("Bias or rounding noise of the loss is below what the probes resolve: keep the probed eps.")
         eps_best, miss = Measurement(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
     ratio = jackknife(slopes, fisher_ratio)
-    if not math.isfinite(ratio.error):
-        notes.append("The curvature along the gradient is not resolved: use more probes for the learning-rate ratio.")
     hessian, fisher = mean_estimate(measured.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
     if abs(hessian.value - fisher.value) > 2 * math.hypot(hessian.error, fisher.error):
         notes.append(
             "The Hessian's trace is not the Fisher matrix's: curvature of the network itself matters, so take the "
-            "learning rates as upper limits."
+            "rates as upper limits."
         )
+    # Two standard errors above the estimate: too little curvature is what wrecks a run.
+    top = hessian.value + 2 * hessian.error if math.isfinite(hessian.error) else hessian.value
     return Plan(
         relative_error_one=one,
         rho=rho,
@@ -214,17 +282,27 @@ def _summarize(
         eps_probed=eps,
         eps_derivatives=measured.eps,
         finite_difference_error=miss,
-        required={t: math.ceil(variance.value / t**2) if math.isfinite(variance.value) else -1 for t in tolerances},
+        required={t: math.ceil(variance.value / t**2) if variance.known else None for t in tolerances},
         predicted_error={p: Measurement(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
         learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
         learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
+        run_rate={
+            p: jackknife(slopes, partial(run.rate, count=p, hessian_trace=top, noise_scale=noise_scale)) for p in counts
+        },
+        num_steps=run.num_steps,
         loss=loss,
         forwards=forwards,
         tokens=forwards * task.num_tokens,
         num_probes=slopes.count,
+        num_curvature_probes=len(measured.second),
         num_parameters=sum(tensor.numel() for tensor in task.params.values()),
         notes=notes,
     )
+
+
+def _similarity(slopes: Slopes) -> float:
+    variance = single_draw_variance(slopes)
+    return (variance - 1) ** -0.5 if math.isfinite(variance) else math.nan  # not zero: it is lost in the noise
 
 
 def _noise_scale(slopes: Slopes) -> float:

@@ -37,6 +37,34 @@ class Measurement:
     def __str__(self) -> str:
         return f"{self.value:.3g} ± {self.error:.1g}"
 
+    @property
+    def known(self) -> bool:
+        """Whether the estimate says anything: its standard error is finite and no larger than itself.
+
+        Example:
+            >>> Measurement(1.17, 0.3).known, Measurement(1.17, 1.3).known, Measurement(1.17, math.inf).known
+            (True, False, False)
+        """
+        return math.isfinite(self.value) and math.isfinite(self.error) and self.error <= abs(self.value)
+
+    def probes_needed(self, used: int) -> int:
+        """Return about how many probes would bring the error down to half of the estimate.
+
+        Errors fall with the root of the number of probes.  Where the error is infinite only the least is known: four
+        times as many, which halves it.
+
+        Args:
+            used: Probes behind the estimate.
+
+        Example:
+            >>> Measurement(1.0, 1.5).probes_needed(16), Measurement(1.0, math.inf).probes_needed(16)
+            (150, 64)
+        """
+        finite = math.isfinite(self.value) and math.isfinite(self.error) and self.value != 0
+        needed = used * max(4.0, (2 * self.error / abs(self.value)) ** 2 if finite else 0.0)
+        unit = 10 ** max(0, math.floor(math.log10(needed)) - 1)  # two digits say as much as is known
+        return math.ceil(needed / unit) * unit
+
 
 @dataclass(frozen=True)
 class Slopes:

@@ -27,12 +27,19 @@ def read_plan(record: dict[str, Any]) -> Page:
         f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
         f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
         "that gradient descent would make; with P directions by that over the root of P."
-        if math.isfinite(plan["relative_error_one"]["value"])
-        else "How far one step along a single direction would be off, these probes cannot tell: use more of them.",
+        if _known(plan["relative_error_one"])
+        else "How far one step along a single direction would be off is not known from these probes; about "
+        f"{_needed(plan, 'relative_error_one')} would be needed.",
         f"The best perturbation size is {_estimate(plan['eps'])}; the batch size at which noise equals signal is "
         f"{_estimate(plan['noise_scale'])}.",
     ]
-    if best is not None and best[1] > 0:
+    rates = [(count, rate) for count, rate in plan.get("run_rate", {}).items() if _known(rate)]
+    if rates:
+        summary.append(
+            f"For a run of {plan['num_steps']:,} steps along {rates[0][0]} direction(s) per step, the learning rate "
+            f"{rates[0][1]['value']:.2g} is advised."
+        )
+    if best is not None and best[1] is not None and best[1] > 0:
         summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions per step.")
     return Page(
         title="Plan of a zeroth-order run",
@@ -58,13 +65,14 @@ def plan_section(record: dict[str, Any]) -> Section:
             "P": int(count),
             "relative error": _estimate(error),
             "rate over gradient descent's": _estimate(plan["learning_rate_ratio"][count]),
-            "best learning rate": _estimate(plan["learning_rate"][count]),
+            "best rate for one step": _estimate(plan["learning_rate"][count]),
+            "rate for the run": _estimate(plan.get("run_rate", {}).get(count)),
             "forward passes per step": 2 * int(count),
         }
         for count, error in plan["predicted_error"].items()
     ]
     quantities = [
-        {"quantity": words(name), "estimate": _estimate(value) if isinstance(value, dict) else value}
+        {"quantity": words(name), "estimate": value if isinstance(value, (int, float)) else _estimate(value)}
         for name, value in plan.items()
         if not isinstance(value, (list, dict)) or (isinstance(value, dict) and "value" in value)
     ]
@@ -79,7 +87,7 @@ def plan_section(record: dict[str, Any]) -> Section:
     if record.get("verify"):
         verified = [{"quantity": row["quantity"], **row} for row in record["verify"]]
         tables.insert(0, table_of_rows("Predicted and measured with real gradients", verified))
-    resolved = math.isfinite(plan["relative_error_one"]["value"])
+    resolved = _known(plan["relative_error_one"])
     pictures = [_plan_picture(plan, record.get("verify") or [])] if resolved else []
     return Section("Plan", "plan", pictures=pictures, tables=tables)
 
@@ -90,8 +98,7 @@ def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Pictu
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        error = one["error"] if math.isfinite(one["error"]) else 0.0
-        low, high = ((one["value"] + sign * 2 * error) / np.sqrt(counts) for sign in (-1, 1))
+        low, high = ((one["value"] + sign * 2 * one["error"]) / np.sqrt(counts) for sign in (-1, 1))
         axes.fill_between(counts, np.maximum(low, 1e-6), high, color=PALETTE[0], alpha=0.2, linewidth=0)
         axes.plot(counts, one["value"] / np.sqrt(counts), color=PALETTE[0], label="predicted (band: 2 standard errors)")
         measured = [
@@ -108,16 +115,22 @@ def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Pictu
     return draw(paint, "plan-error", title="Error of one step", alt=alt)
 
 
-def _estimate(value: dict[str, float]) -> str:
-    if not math.isfinite(value["value"]):
-        return "not resolved"
-    if not math.isfinite(value["error"]):
-        return f"{value['value']:.3g} (not resolved)"
-    return f"{value['value']:.3g} ± {value['error']:.1g}"
+def _known(value: dict[str, float] | None) -> bool:
+    """Return whether probes carry an estimate; older plans wrote what they do not carry as infinite."""
+    return value is not None and math.isfinite(value["error"]) and value["error"] <= abs(value["value"])
 
 
-def _count(count: int) -> str:
-    return f"{count:,}" if count > 0 else "more than these probes can tell"
+def _estimate(value: dict[str, float] | None) -> str:
+    return f"{value['value']:.3g} ± {value['error']:.1g}" if value is not None and _known(value) else "not known"
+
+
+def _needed(plan: dict[str, Any], name: str) -> str:
+    needed = plan.get("probes_needed", {}).get(name)
+    return f"{needed:,}" if needed else f"{4 * plan['num_probes']:,}"
+
+
+def _count(count: int | None) -> str:
+    return f"{count:,}" if count is not None and count > 0 else "not known"
 
 
 def read_kernel(record: dict[str, Any]) -> Page:

@@ -24,6 +24,7 @@ _EXPORTS = {
     "curvature_ratio": "perturbation_budget",
     "learning_rate_ratio": "perturbation_budget",
     "optimal_learning_rate": "perturbation_budget",
+    "random_walk_rate": "perturbation_budget",
     "trajectory_relative_error": "perturbation_budget",
     "allocate_blocks": "perturbation_budget",
     "finite_difference_error": "finite_difference",

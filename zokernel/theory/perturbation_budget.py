@@ -167,6 +167,28 @@ def optimal_learning_rate(
     return gradient_sq / curvature
 
 
+def random_walk_rate(walk: float, *, gradient_norm: float, num_perturbations: int, num_steps: int) -> float:
+    r"""Return the learning rate at which the noise of a run takes every weight a given distance from its start.
+
+    A step along P directions of variance one moves each weight by :math:`\eta \|g\| / \sqrt P` (rms), most of it noise
+    that is new in every step: :math:`D = \eta \|g\| \sqrt{T/P}` after T steps.
+
+    Args:
+        walk: D, in units of the weights.
+        gradient_norm: :math:`\|g\|` of a batch.
+        num_perturbations: P.
+        num_steps: T.
+
+    Returns:
+        The learning rate :math:`D \sqrt{P/T} / \|g\|`.
+
+    Example:
+        >>> random_walk_rate(0.01, gradient_norm=5.0, num_perturbations=4, num_steps=400)
+        0.0002
+    """
+    return walk * math.sqrt(num_perturbations / num_steps) / gradient_norm
+
+
 def trajectory_relative_error(rho: float, num_perturbations: int, num_steps: int) -> float:
     r"""Return :math:`\sqrt{v / (P T)}`: independent draws of T small steps average like more directions in one.
 
