@@ -277,6 +277,8 @@ def test_a_model_that_does_not_score_here_is_refused_before_training(parts):
     model, tokenizer = parts
     dataset = encoded(WORDS, REVIEWS, model, tokenizer)
     assert choose_collator(model, tokenizer.pad_token_id, dataset) == Collator(tokenizer.pad_token_id)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose_collator(model, tokenizer.pad_token_id, dataset) == Collator(tokenizer.pad_token_id)
 
     def in_company(module, args, output):  # states that depend on how many rows there are
         output[0].data.mul_(len(output[0]))

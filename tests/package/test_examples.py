@@ -61,22 +61,38 @@ def test_trl_trainers(job, tiny_lm_path, tmp_path):
 
 
 def test_image_classifier(tmp_path, monkeypatch):
+    """The head starts well, is all that moves, and is saved so that it needs nothing else."""
     import numpy as np
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
 
     generator = np.random.default_rng(0)
-    labels = np.tile(np.arange(10, dtype=np.uint8), 52)
-    images = generator.integers(0, 255, (520, 28, 28)).astype(np.float32)
+    labels = np.tile(np.arange(10, dtype=np.uint8), 60)
+    images = generator.normal(0, 20, (600, 28, 28)).astype(np.float32)
+    images[np.arange(600), labels * 2 + 2] += 25  # a line, in a row of its own for each class
     main = load("image_classifier")
-    monkeypatch.setitem(main.__globals__, "load_mnist", lambda: (images, labels, images[:20], labels[:20]))
+    held_out = images[500:], labels[500:]
+    monkeypatch.setitem(main.__globals__, "load_mnist", lambda: (images[:500], labels[:500], *held_out))
     torch.manual_seed(0)
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "net")
-    found = main(str(tmp_path / "net"), 2, 32, 20, str(tmp_path / "run"))
-    assert 0 <= found["after"]["eval_accuracy"] <= 1
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
+    start = ResNetForImageClassification(ResNetConfig(**sizes))
+    start.save_pretrained(tmp_path / "net")
+    found = main(str(tmp_path / "net"), 4, 32, 100, str(tmp_path / "run"))
+    assert found["before"]["eval_accuracy"] > 0.3  # of ten classes
     assert found["before"]["eval_loss"] != found["after"]["eval_loss"]
-    assert (tmp_path / "run" / "model.safetensors").exists()
+
+    saved = ResNetForImageClassification.from_pretrained(tmp_path / "run").eval()
+    digits = main.__globals__["Digits"](*held_out, 32)
+    with torch.no_grad():
+        logits = saved(pixel_values=torch.stack([digits[n]["pixel_values"] for n in range(100)])).logits
+    targets = torch.tensor([digits[n]["labels"] for n in range(100)])
+    assert torch.nn.functional.cross_entropy(logits, targets).item() == pytest.approx(
+        found["after"]["eval_loss"], rel=1e-4
+    )
+    accuracy = (logits.argmax(-1) == targets).float().mean().item()
+    assert accuracy == pytest.approx(found["after"]["eval_accuracy"], abs=1e-6)
+    for name, tensor in start.state_dict().items():  # the statistics of batch norm among them
+        assert torch.equal(tensor, saved.state_dict()[name]) == (not name.startswith("classifier")), name
 
 
 def test_trainer_api(tiny_lm_path, reviews, tmp_path):

@@ -294,24 +294,27 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
     start, device = list(item["decoder_start"]), next(model.parameters()).device
     name = type(model).__name__
     try:
-        expected = []
-        for option in item["option_ids"]:
-            logits = model(
-                input_ids=torch.tensor([item["input_ids"]], device=device),
-                attention_mask=torch.ones(1, len(item["input_ids"]), dtype=torch.long, device=device),
-                decoder_input_ids=torch.tensor([[*start, *option[:-1]]], device=device),
-                use_cache=False,
-            ).logits[0, len(start) - 1 :]
-            losses = F.cross_entropy(logits.float(), torch.tensor(option, device=device), reduction="none")
-            expected.append(-losses.mean())
-        sums, counts = option_logprobs(model, _moved(collator([item]), model))
-        found = sums / counts
+        # Outside of autocast, which would round the head of the plain forward.
+        with torch.autocast(device.type, enabled=False):
+            expected = []
+            for option in item["option_ids"]:
+                logits = model(
+                    input_ids=torch.tensor([item["input_ids"]], device=device),
+                    attention_mask=torch.ones(1, len(item["input_ids"]), dtype=torch.long, device=device),
+                    decoder_input_ids=torch.tensor([[*start, *option[:-1]]], device=device),
+                    use_cache=False,
+                ).logits[0, len(start) - 1 :]
+                losses = F.cross_entropy(logits.float(), torch.tensor(option, device=device), reduction="none")
+                expected.append(-losses.mean())
+            sums, counts = option_logprobs(model, _moved(collator([item]), model))
+            found = sums / counts
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UsageError(
             f"The decoder of {name} cannot score options ({type(error).__name__}: {first_line(error)}): train it with "
             "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
         ) from error
-    error_found = (found[0] - torch.stack(expected)).abs().max().item()
+    wanted = torch.stack(expected)
+    error_found = ((found[0] - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
     if not error_found <= _tolerance(model):
         raise UsageError(
             f"The scores of {name} would differ by {error_found:.2g} from those of its own forward: train it with "
