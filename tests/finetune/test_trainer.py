@@ -169,6 +169,25 @@ def test_an_interrupt_finishes_the_step_and_saves(parts, tmp_path):
     assert stopper.interrupted
 
 
+def test_training_that_fails_gives_ctrl_c_back(parts, tmp_path):
+    """Whoever catches the error, a notebook say, needs Ctrl-C again; it would have been noted and then ignored."""
+    import signal
+
+    trainer = make_trainer(parts, tmp_path, max_steps=5)
+    model = parts[0]
+    previous = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def fails_in_the_second_step(module, args, output):
+        if trainer.state.global_step == 1:
+            raise ZeroDivisionError("in the model")
+
+    handle = model.register_forward_hook(fails_in_the_second_step)
+    with pytest.raises(ZeroDivisionError, match="in the model"):
+        trainer.train()
+    handle.remove()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == previous
+
+
 def test_models_that_cannot_be_trained_are_refused(parts, tmp_path):
     model, tokenizer, data = parts
     for parameter in model.parameters():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zokernel.commands.messages import EachOnce
+from zokernel.commands.messages import each_line_once
 from zokernel.errors import UsageError
 from zokernel.files import write_json
 from zokernel.kernels.batches import Batch
@@ -57,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Compute, draw and print."""
-    for name in ("checks", "tangent_kernel"):  # which say what they need for every number of perturbations
-        logging.getLogger(f"zokernel.kernels.{name}").addFilter(EachOnce())
+    # These say what they need for every number of perturbations.
+    with each_line_once("zokernel.kernels.checks", "zokernel.kernels.tangent_kernel"):
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
     model, x_o, x_u, outputs, names = load(args)
     dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Exact kernels may need forward mode; training's own kernels (fused attention) are used for finite differences.

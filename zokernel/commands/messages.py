@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _logger = logging.getLogger("zokernel")
 
@@ -32,9 +34,24 @@ def set_up_messages(*, debug: bool) -> None:
         warnings.formatwarning = lambda message, *rest, **more: f"{message}\n"
 
 
-class EachOnce(logging.Filter):
-    """Lets a line through once, whatever the numbers in it."""
+@contextmanager
+def each_line_once(*names: str) -> Iterator[None]:
+    """Let a line of these loggers through once, whatever the numbers in it.
 
+    Args:
+        names: Names of loggers.
+    """
+    said = _EachOnce()
+    for name in names:
+        logging.getLogger(name).addFilter(said)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(said)
+
+
+class _EachOnce(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()

@@ -25,6 +25,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the signals during training."""
+        self.interrupted = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -45,6 +46,10 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Give the signals back to whoever had them before training; done also where training ends with an error."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

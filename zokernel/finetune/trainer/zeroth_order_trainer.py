@@ -89,7 +89,8 @@ class ZerothOrderTrainer(SetUpTrainer):
     def _add_callbacks(self) -> None:
         self.add_callback(self.run_log)
         self.add_callback(WarnOfDivergence(self.run_log.rows))
-        self.add_callback(StopOnInterrupt())
+        self._signals = StopOnInterrupt()
+        self.add_callback(self._signals)
         if self.args.profile:
             check_profile(self.args.method, zeroth_order=self.zeroth_order, max_steps=self.args.max_steps)
             profile = Profile(
@@ -250,6 +251,7 @@ class ZerothOrderTrainer(SetUpTrainer):
             self.save_model(str(folder))
             raise RunError(f"{error} The last good weights are in {folder}.") from error
         finally:
+            self._signals.give_back()
             self._layers.remove()
 
     def _fit_batch(self) -> None:
