@@ -57,11 +57,12 @@ class Estimator(ABC):
 
     Attributes:
         num_perturbations: How many directions one estimate uses at most.
-        numbers_per_point: How many numbers :meth:`combine` takes for each point: its loss, or a derivative besides.
+        numbers_per_point: How many numbers :meth:`combine` takes for each point: its loss, or a derivative besides;
+            None if one for every example.
     """
 
     num_perturbations: int
-    numbers_per_point: ClassVar[int] = 1
+    numbers_per_point: ClassVar[int | None] = 1
 
     @abstractmethod
     def points(self, *, seed: int, step: int) -> list[Offsets]:

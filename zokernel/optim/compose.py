@@ -14,13 +14,16 @@ from zokernel.errors import UsageError
 from zokernel.estimators import ESTIMATORS, Estimator
 from zokernel.optim.adam_rule import Adam
 from zokernel.optim.averaging.averages import iterate_average
+from zokernel.optim.curvature_weights import CurvatureWeights
 from zokernel.optim.updates import SGD, Clip, Normalized, PolyakBound, Rule, Sign, SignOfProjections, Update
+from zokernel.perturb import Perturb
 
 UPDATES: dict[str, Callable[..., Update]] = {
     "sgd": SGD,
     "sign": Sign,
     "sign_of_projections": SignOfProjections,
     "adam": Adam,
+    "curvature_weights": CurvatureWeights,
     "normalized": Normalized,
     "polyak_bound": PolyakBound,
     "clip": Clip,
@@ -99,6 +102,23 @@ def make_estimator(estimator: Estimator | str) -> Estimator:
     if not isinstance(estimator, Estimator):
         raise UsageError(f"{estimator!r} is no estimator: pass one such as TwoPoint(), or its text.")
     return estimator
+
+
+def check_together(estimator: Estimator, perturb: Perturb) -> None:
+    """Refuse a way of perturbing that does not give the numbers that an estimator takes.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    if (estimator.numbers_per_point == 2) != (perturb.name == "tangents"):
+        raise UsageError(
+            "ForwardDerivative and Tangents belong together: one takes the derivatives that the other makes."
+        )
+    if (estimator.numbers_per_point is None) != (perturb.name == "per_example"):
+        raise UsageError(
+            "PerExample and perturb='per_example' belong together: the losses of all examples are taken at weights "
+            "perturbed for each."
+        )
 
 
 def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]:

@@ -26,9 +26,9 @@ from zokernel.directions import Dense, Directions
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
+from zokernel.optim.ask_tell import AskTell
 from zokernel.optim.averaging.averages import IterateAverage
-from zokernel.optim.checkpointed import Checkpointed
-from zokernel.optim.compose import make_directions, make_estimator, make_updates
+from zokernel.optim.compose import check_together, make_directions, make_estimator, make_updates
 from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Params, name_parameters, trainable
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @register("zeroth_order")
-class ZerothOrder(Checkpointed):
+class ZerothOrder(AskTell):
     """Optimizer whose ``step(closure)`` only evaluates the loss, without gradients.
 
     Args:
@@ -166,10 +166,7 @@ class ZerothOrder(Checkpointed):
                 f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
                 "scalars times directions and would leave it: use 'in_place' or 'in_place:copy'."
             )
-        if (self.estimator.numbers_per_point == 2) != (self.perturb.name == "tangents"):
-            raise UsageError(
-                "ForwardDerivative and Tangents belong together: one takes the derivatives that the other makes."
-            )
+        check_together(self.estimator, self.perturb)
         eps = getattr(self.estimator, "eps", 0.01)
         self.perturb.attach(self.active, self.directions, seed=self.seed, reach=eps)
         self._named_groups = self.moving_groups()  # the same dictionaries, found by name once
@@ -281,7 +278,8 @@ class ZerothOrder(Checkpointed):
         return sum(estimate.losses) / len(estimate.losses)
 
     def _check_numbers(self, numbers: Sequence[float], num_points: int) -> None:
-        expected = num_points * self.estimator.numbers_per_point
+        per_point = self.estimator.numbers_per_point
+        expected = num_points * (per_point or max(1, len(numbers) // num_points))
         if len(numbers) != expected:
             raise RunError(
                 f"Step {self.step_count + 1} needs {expected} losses and the journal holds {len(numbers)}: "

@@ -8,6 +8,7 @@ from zokernel._lazy import lazy_exports
 _EXPORTS = {
     "InForward": "in_forward",
     "InPlace": "in_place",
+    "PerExampleRows": "per_example",
     "Perturb": "base",
     "Recorded": "recorded",
     "Tangents": "tangents",

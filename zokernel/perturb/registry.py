@@ -6,16 +6,17 @@ from zokernel.errors import UsageError
 from zokernel.perturb.base import Perturb
 from zokernel.perturb.in_forward import InForward
 from zokernel.perturb.in_place import InPlace
+from zokernel.perturb.per_example import PerExampleRows
 from zokernel.perturb.recorded import Replayed
 
-NAMES = ("in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
+NAMES = ("in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked", "per_example")
 
 
 def make_perturb(perturb: str | Perturb) -> Perturb:
     """Return a way of perturbing, given an object or its name.
 
     Args:
-        perturb: ``in_place``, ``in_place:grid``, ``in_place:copy``, ``in_forward``, or an object.
+        perturb: ``in_place``, ``in_place:grid``, ``in_place:copy``, ``in_forward``, ``per_example``, or an object.
 
     Returns:
         The object.
@@ -37,6 +38,8 @@ def make_perturb(perturb: str | Perturb) -> Perturb:
         return InForward()
     if perturb == "in_place" or perturb.startswith("in_place:"):
         return InPlace(perturb.partition(":")[2] or "fold")
+    if perturb == "per_example":
+        return PerExampleRows()
     if perturb == "stacked":
         raise UsageError("'stacked' needs a function that takes several losses at once: perturb=Stacked(losses).")
     raise UsageError(f"There is no perturb {perturb!r}: choose one of {', '.join(NAMES)}.")

@@ -14,6 +14,7 @@ Shapes: K copies, B rows per copy (rows are copy-major: K*B), O and I outputs an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernel.directions import Directions
-from zokernel.directions.placement import place_all
+from zokernel.directions import Directions, LowRank
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.intercept import Intercepted
+from zokernel.private_apis import flatten_and_unflatten
+
+_flatten, _unflatten = flatten_and_unflatten()
 
 # A copy of a tensor with fewer elements is cheaper than looking for its factors.
 SMALL = 1 << 16
@@ -47,6 +51,18 @@ class Thin:
 
     left: Tensor
     right: Tensor
+
+
+class RowsError(UsageError):
+    """The rows that a layer sees are not those of as many copies, or examples, as there are perturbed weights.
+
+    Attributes:
+        examples: How many examples the batch has, if that is known.
+    """
+
+    def __init__(self, message: str, examples: int = 0):
+        super().__init__(message)
+        self.examples = examples
 
 
 class Stacked(Perturb):
@@ -156,6 +172,8 @@ def _thin(
     if not large or directions.couples_tensors:
         return {}
     places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
+    if isinstance(directions, LowRank) and directions.refresh == 0 and all(len(offsets) == 1 for offsets in points):
+        return _own_changes(places, directions, points, seed=seed, step=step)
     drawn: dict[int, dict[str, Factors]] = {}
     for index in sorted({index for offsets in points for index in offsets}):
         terms = directions.terms(places, seed=seed, step=step, index=index)
@@ -170,6 +188,26 @@ def _thin(
         name: _changes([terms[name] for terms in drawn.values()], list(drawn), points, large[name].dtype)
         for name in names
     }
+
+
+def _own_changes(
+    places: Sequence[Placement], directions: LowRank, points: Sequence[Offsets], *, seed: int, step: int
+) -> dict[str, Thin]:
+    """Return changes of which each is along one direction of its own; the factors are those of all points of a step."""
+    places = [place for place in places if directions.shape(place.shape)[:2] == place.shape]
+    if not places:
+        return {}
+    device, stored = places[0].local.device, places[0].local.dtype
+    low = stored == torch.float32 and torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if low else stored
+    indices, offsets = zip(*(next(iter(point.items())) for point in points))
+    blocks = directions.blocks(places, seed=seed, step=step, indices=indices, dtype=dtype)
+    scales = torch.tensor(offsets, device=device)
+    found = {}
+    for name, (left, right) in blocks.items():
+        own = scales / math.sqrt(left.shape[2])
+        found[name] = Thin(left * own.to(dtype)[:, None, None], right)
+    return found
 
 
 def _changes(factors: list[Factors], indices: list[int], points: Sequence[Offsets], dtype: torch.dtype) -> Thin:
@@ -203,12 +241,21 @@ class StackedParameters(Intercepted):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation that involves a perturbed parameter."""
+        values, structure = _flatten((args, kwargs))
+        if self.copies == 1 and not any(isinstance(self.changes.get(id(value)), Thin) for value in values):
+            args, kwargs = _unflatten([self._only(value) for value in values], structure)
+            return func(*args, **kwargs)
         if func not in _LAYERS:
             raise UsageError(
                 f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "
                 "weights: use perturb='in_place'."
             )
         return _LAYERS[func](self, *args, **kwargs)
+
+    def _only(self, value: Any) -> Any:
+        """Return the one perturbed copy of a parameter, anything else as it is."""
+        change = self.changes.get(id(value))
+        return change.copies[0] if isinstance(change, Held) else value
 
     def spread(self, value: Tensor, like: Tensor) -> Tensor:
         """Return a vector (or its copies) so that it broadcasts over rows of ``like``, (K*B, ..., H)."""
@@ -226,7 +273,7 @@ class StackedParameters(Intercepted):
             UsageError: If they are not copies of a batch.
         """
         if rows.shape[0] % self.copies:
-            raise UsageError(
+            raise RowsError(
                 f"A layer got {rows.shape[0]} rows for {self.copies} copies of the batch: use perturb='in_place'."
             )
         self.rows = self.rows or rows.shape[0]
@@ -237,14 +284,22 @@ class StackedParameters(Intercepted):
         change = self.changes.get(id(weight))
         if change is None:
             return x @ (weight if transposed else weight.T)
+        if isinstance(change, Thin) and x.dtype != change.left.dtype:
+            x = x.to(change.left.dtype)  # as autocast would, but once
         rows = self.grouped(x)
         if isinstance(change, Held):
             result = torch.bmm(rows, change.copies if transposed else change.copies.mT)
             return result.view(*x.shape[:-1], -1)
         first, second = (change.left, change.right) if transposed else (change.right.mT, change.left.mT)
-        moved = torch.bmm(torch.bmm(rows, first), second)
         base = x @ weight if transposed else F.linear(x, weight)
-        return base + moved.view(base.shape)
+        # In place, into what nobody else has seen yet: one more read and write of the result, whatever the rank.
+        together = base.view(self.copies, -1, base.shape[-1])
+        inner = torch.bmm(rows, first).to(base.dtype)
+        if inner.shape[-1] == 1:
+            together.addcmul_(inner, second.to(base.dtype))
+        else:
+            together.baddbmm_(inner, second.to(base.dtype))
+        return base
 
 
 def _linear(mode: StackedParameters, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -265,8 +320,8 @@ def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: An
     if isinstance(change, Held):
         found = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
     else:
-        moved = [left[rows] @ right for left, right, rows in zip(change.left, change.right, ids)]
-        found = F.embedding(ids, weight, *args, **kwargs) + torch.stack(moved)
+        looked_up = change.left.gather(1, ids.unsqueeze(-1).expand(-1, -1, change.left.shape[-1]))
+        found = torch.baddbmm(F.embedding(ids, weight, *args, **kwargs), looked_up, change.right)
     return found.view(*input.shape, -1)
 
 

@@ -54,6 +54,7 @@ class Draw(NamedTuple):
         step: Third counter word.
         number: Fourth counter word.
         device: Where to draw it.
+        first: Rows of the stream that come before it.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class Draw(NamedTuple):
     step: int
     number: int
     device: torch.device
+    first: int = 0
 
 
 def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
@@ -84,7 +86,7 @@ def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
         shape, numel = (draw.rows, draw.columns), draw.rows * draw.columns
         matrix, free[draw.device] = free[draw.device][:numel].view(shape), free[draw.device][size:]
         noise = Noise(draw.distribution, draw.key, draw.step, draw.number)
-        jobs.append(Job(Placement("", matrix, matrix, shape, (0, 0)), (noise,), (1.0,)))
+        jobs.append(Job(Placement("", matrix, matrix, shape, (draw.first, 0)), (noise,), (1.0,)))
         matrices.append(matrix)
     dispatch.sweep(jobs, backend)
     return matrices

@@ -3,31 +3,38 @@ r"""Low-rank directions with a lazily redrawn factor (LOZO)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from zokernel.directions.backends import dispatch
+from zokernel.directions.base import NO_ROUNDING, Sweep, by_name, scales_of
+from zokernel.directions.families.factor_blocks import Blocks, FactorBlocks
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Factors, Term
+from zokernel.directions.terms import Factors, Job, Rule, Term
 from zokernel.distributions import Distribution
+
+# With refresh=0, so many consecutive directions of a step are consecutive rows of one stream.
+SHARED = 1 << 16
 
 
 class LowRank(Factored):
     r"""Directions :math:`z = U V^T / \sqrt r` for every m x n matrix; dense for vectors and scalars.
 
     The entries of :math:`U` (m x r) and :math:`V` (n x r) are independent with variance one.  U is new in every
-    direction; V has its own seed and stays for ``refresh`` steps, so either can be drawn without the other.  The factor
+    direction; V has its own seed and stays for ``refresh`` steps, so either can be drawn without the other.  With
+    ``refresh=0`` V is new in every direction, too, as many directions of one step that are added need it.  The factor
     makes :math:`E|z|^2 = m n` and :math:`E[(g \cdot z) z] = g`; the published :math:`U V^T` is larger by
     :math:`\sqrt r` and its estimate by r.
 
     Args:
         rank: r; at most the smaller side of a matrix is used.
         distribution: Distribution of the entries and of the vectors: ``gaussian``, ``rademacher`` or ``uniform``.
-        refresh: Steps for which V stays.
+        refresh: Steps for which V stays; 0 if it is new in every direction.
         most_square: Refold thin matrices (adapters) into the most square ones.
         backend: ``auto``, ``numba``, ``triton`` or ``torch``.
 
@@ -53,9 +60,11 @@ class LowRank(Factored):
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(rank, distribution, refresh, most_square, backend)
+        super().__init__(rank, distribution, 1 if refresh == 0 else refresh, most_square, backend)
+        self.refresh = refresh
         self._lefts: Recent[Draw, Tensor] = Recent(1024)
         self._rights: Recent[Draw, Tensor] = Recent(4096)
+        self._blocks = FactorBlocks(self._sides)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Return the rows, columns and rank that a tensor of this shape is given.
@@ -89,21 +98,29 @@ class LowRank(Factored):
         return self._lefts.get_all([draw], self.draw)[0]
 
     def right(
-        self, name: str, shape: Sequence[int], *, seed: int, step: int, device: torch.device | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        seed: int,
+        step: int,
+        index: int = 0,
+        device: torch.device | None = None,
     ) -> Tensor:
-        """Return the transpose of the V that serves ``step``.
+        """Return the transpose of the V that serves a direction.
 
         Args:
             name: The tensor's name.
             shape: Its shape.
             seed: Seed of the run.
             step: Any step of the epoch.
+            index: Which direction of that step; any, where V stays for several steps.
             device: Where to put it; the CPU when not given.
 
         Returns:
             (r, n) float32.
         """
-        draw = self._right(name, shape, seed, step, device or torch.device("cpu"))
+        draw = self._right(name, shape, seed, step, index, device or torch.device("cpu"))
         return self._rights.get_all([draw], self.draw)[0]
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
@@ -114,22 +131,93 @@ class LowRank(Factored):
         matrices = [(p.name, p.shape, p.local.device) for p in places if len(p.shape) >= 2 and p.numel]
         lefts = [self._left(name, shape, seed, step, index, device) for name, shape, device in matrices]
         self._lefts.get_all(lefts, self.draw)
-        rights = [self._right(name, shape, seed, step, device) for name, shape, device in matrices]
+        rights = [self._right(name, shape, seed, step, index, device) for name, shape, device in matrices]
         self._rights.get_all(rights, self.draw)
         return super().terms(places, seed=seed, step=step, index=index)
+
+    def blocks(
+        self,
+        places: Sequence[Placement],
+        *,
+        seed: int,
+        step: int,
+        indices: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Blocks]:
+        r"""Return the factors of several directions of a step on some matrices; only with ``refresh=0``.
+
+        Args:
+            places: The matrices, all on one device.
+            seed: Seed of the run.
+            step: Step of the run.
+            indices: Which directions of that step, K of them.
+            dtype: Type of the factors.
+
+        Returns:
+            By name, U (K, m, r) and the transpose of V (K, r, n), without the factor :math:`1/\sqrt r`.  They stay as
+            they are until those of another step, or of other directions, are asked for.
+        """
+        return self._blocks(places, self.backend, seed=seed, step=step, indices=indices, dtype=dtype)
+
+    def _sweep_places(self, places: Sequence[Placement], sweep: Sweep) -> dict[str, float]:
+        """Add many directions of one step as one product of wide factors; see :meth:`Directions.sweep_`."""
+        steps = {step for step, _ in sweep.draws}
+        rules = set(sweep.rule.values()) if isinstance(sweep.rule, Mapping) else {sweep.rule}
+        matrices = [p for p in places if len(p.shape) >= 2 and p.numel]
+        devices = {p.local.device for p in matrices}
+        together = self.refresh == 0 and len(sweep.draws) > 1 and len(steps) == len(devices) == 1
+        if not together or sweep.old_scale is not None or not rules <= {Rule.NEAREST, Rule.STOCHASTIC}:
+            return super()._sweep_places(places, sweep)
+        blocks = self.blocks(matrices, seed=sweep.seed, step=steps.pop(), indices=[index for _, index in sweep.draws])
+        jobs = []
+        for place in matrices:
+            left, right = blocks[place.name]
+            scales = scales_of(sweep.scale, place.name, len(sweep.draws))
+            weights = torch.tensor(scales, dtype=torch.float32, device=left.device) / math.sqrt(left.shape[2])
+            wide = (left * weights[:, None, None]).permute(1, 0, 2).reshape(left.shape[1], -1).contiguous()
+            rule = sweep.rule[place.name] if isinstance(sweep.rule, Mapping) else sweep.rule
+            jobs.append(
+                Job(
+                    place,
+                    (Factors(wide, right.reshape(-1, right.shape[2])),),
+                    (1.0,),
+                    rule,
+                    sweep.decay if isinstance(sweep.decay, float) else by_name(sweep.decay, place.name, "decay"),
+                    rounding=(*stream_key(sweep.seed, place.name, "rounding"), *sweep.rounding)
+                    if rule
+                    else NO_ROUNDING,
+                )
+            )
+        peaks: dict[str, float] = {}
+        for place, peak in zip(matrices, dispatch.sweep(jobs, self.backend)):
+            peaks[place.name] = max(peak, peaks.get(place.name, 0.0))
+        vectors = [p for p in places if len(p.shape) < 2 or not p.numel]
+        return peaks | (super()._sweep_places(vectors, sweep) if vectors else {})
+
+    def _sides(self, place: Placement, seed: int, step: int, index: int) -> tuple[Draw, Draw]:
+        device = place.local.device
+        left = self._left(place.name, place.shape, seed, step, index, device)
+        return left, self._right(place.name, place.shape, seed, step, index, device)
 
     def factors(self, place: Placement, *, seed: int, step: int, index: int) -> Factors:
         """Return U, V and the scale of one direction; see :meth:`Factored.factors`."""
         device = place.local.device
         left = self.left(place.name, place.shape, seed=seed, step=step, index=index, device=device)
-        right = self.right(place.name, place.shape, seed=seed, step=step, device=device)
+        right = self.right(place.name, place.shape, seed=seed, step=step, index=index, device=device)
         return Factors(left, right, 1.0 / math.sqrt(right.shape[0]))
 
     def _left(self, name: str, shape: Sequence[int], seed: int, step: int, index: int, device: torch.device) -> Draw:
         rows, _, rank = self.shape(shape)
-        return Draw(rows, rank, self.distribution.name, stream_key(seed, name, "lowrank-left"), step, index, device)
+        key = stream_key(seed, name, "lowrank-left")
+        if self.refresh == 0:
+            return Draw(rows, rank, self.distribution.name, key, step, index // SHARED, device, index % SHARED * rows)
+        return Draw(rows, rank, self.distribution.name, key, step, index, device)
 
-    def _right(self, name: str, shape: Sequence[int], seed: int, step: int, device: torch.device) -> Draw:
+    def _right(self, name: str, shape: Sequence[int], seed: int, step: int, index: int, device: torch.device) -> Draw:
         _, columns, rank = self.shape(shape)
         key = stream_key(seed, name, "lowrank-right")
+        if self.refresh == 0:
+            return Draw(
+                rank, columns, self.distribution.name, key, step, index // SHARED, device, index % SHARED * rank
+            )
         return Draw(rank, columns, self.distribution.name, key, step // self.refresh, 0, device)

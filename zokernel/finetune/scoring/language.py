@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernel.finetune.scoring.language_head import token_losses
+from zokernel.finetune.scoring.language_head import row_losses, token_losses
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class LanguageObjective:
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Return the perplexity over a data set."""
         return {"perplexity": perplexity(self.total_loss(prediction))}
+
+    def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return each row's sum of losses, and how many tokens that is over: (R, 2)."""
+        sums_R = row_losses(model, batch, whole=self.whole)
+        return torch.stack([sums_R, batch["labels"].to(sums_R)], 1)
 
     def stacked(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
         """Return the loss of every copy of a batch that has been repeated, copy after copy: (copies,)."""

@@ -42,15 +42,51 @@ def token_losses(
         UsageError: If the model has no backbone that can be told from its head, and ``whole`` is false.
     """
     real_RK = batch["targets"] >= 0
-    targets_CN = batch["targets"][real_RK].view(copies, -1)
     if whole:
-        logits_RKV = scored_logits(model, batch)
-        return F.cross_entropy(logits_RKV[real_RK].float(), targets_CN.flatten(), reduction="none").view(copies, -1)
+        targets_X = batch["targets"][real_RK]
+        logits_XV = scored_logits(model, batch)[real_RK]
+        return F.cross_entropy(logits_XV.float(), targets_X, reduction="none").view(copies, -1)
+    places = real_RK.nonzero()[:, 0], batch["positions"][real_RK]
+    return _by_blocks(model, batch, batch["targets"][real_RK].view(copies, -1), places, block)
+
+
+def row_losses(model: nn.Module, batch: dict[str, Any], *, block: int = BLOCK, whole: bool = False) -> Tensor:
+    """Return the cross entropy of every row, summed over its scored tokens.
+
+    Every layer sees as many positions of one row as of another, so that each row may have weights of its own; those of
+    the padding are computed and left out.
+
+    Args:
+        model: As for :func:`token_losses`.
+        batch: As for :func:`token_losses`.
+        block: Positions whose logits are computed at a time.
+        whole: As for :func:`token_losses`.
+
+    Returns:
+        (R,) sums in fp32.
+
+    Raises:
+        UsageError: As for :func:`token_losses`.
+    """
+    targets_RK = batch["targets"]
+    if whole:
+        logits_XV = scored_logits(model, batch).flatten(0, 1).float()
+        losses_X = F.cross_entropy(logits_XV, targets_RK.flatten(), reduction="none", ignore_index=-100)
+        return losses_X.view(targets_RK.shape).sum(1)
+    R, K = targets_RK.shape
+    rows_X = torch.arange(R, device=targets_RK.device).repeat_interleave(K)
+    return _by_blocks(model, batch, targets_RK, (rows_X, batch["positions"].flatten()), block).sum(1)
+
+
+def _by_blocks(
+    model: nn.Module, batch: dict[str, Any], targets_CN: Tensor, places: tuple[Tensor, Tensor], block: int
+) -> Tensor:
+    """Return the cross entropy at N positions of each of C copies, or rows: (C, N)."""
+    copies = len(targets_CN)
     bare = getattr(model, "module", model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(bare, batch["segments"])}
-    places = real_RK.nonzero()[:, 0], batch["positions"][real_RK]
     found, step = [], max(1, block // copies)
     length = batch["input_ids"].shape[1]
     with WideHead(bare), _RunsOnce(_backbones(bare), *places, copies, length=length) as backbone:
@@ -58,7 +94,8 @@ def token_losses(
             backbone.block = slice(begin, begin + step)
             targets_CB = targets_CN[:, backbone.block]
             logits_XV = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-            found.append(F.cross_entropy(logits_XV, targets_CB.flatten(), reduction="none").view(copies, -1))
+            losses_X = F.cross_entropy(logits_XV, targets_CB.flatten(), reduction="none", ignore_index=-100)
+            found.append(losses_X.view(copies, -1))
     return torch.cat(found, 1)
 
 

@@ -53,9 +53,9 @@ class Objective:
         if self.objective not in OBJECTIVES:
             raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}.")
         if self.kind == "generation" and self.objective == "accuracy":
-            raise UsageError("Generated answers are scored by f1: use --objective f1 or cross_entropy.")
+            raise UsageError("Generated answers are scored by f1: use objective f1 or cross_entropy.")
         if self.kind == "choice" and self.objective == "f1":
-            raise UsageError("F1 over options that differ between examples means nothing: use --objective accuracy.")
+            raise UsageError("F1 over options that differ between examples means nothing: use objective accuracy.")
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
@@ -137,7 +137,7 @@ class Objective:
             UsageError: If the objective needs more than one forward, or is not a mean over examples.
         """
         if not self.can_stack:
-            raise UsageError(f"--objective {self.objective} takes one forward per loss: leave out --perturb stacked.")
+            raise UsageError(f"objective {self.objective} takes one forward per loss: leave out perturb stacked.")
         if "decoder_input_ids" in batch:
             refuse_trained_embeddings(model)
         labels = batch["labels"]
@@ -147,6 +147,19 @@ class Objective:
         right = labels[:, None]
         sums, counts = (found.gather(1, right).view(copies, -1).sum(1) for found in option_logprobs(model, batch))
         return -sums / counts
+
+    def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return each example's part of the cross entropy: its sum, and how many terms that is over, (B, 2).
+
+        Raises:
+            UsageError: If the objective is no mean over examples.
+        """
+        if not self.can_stack:
+            raise UsageError(
+                f"objective {self.objective} is no mean over losses of examples, so examples cannot have directions of "
+                "their own: use objective cross_entropy, or a method whose directions they share."
+            )
+        return self._scored(model, batch)[2]
 
     def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cross entropy, the options' scores, and each example's part of the cross entropy: (B, 2)."""

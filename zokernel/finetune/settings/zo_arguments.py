@@ -13,7 +13,7 @@ from zokernel.optim import get_method, method_options
 SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
 # Options of methods that are set by flags of other names, or that the trainer itself reads.
 HAVE_FLAGS = {"lr": "learning_rate", "seed": "seed", "weight_decay": "weight_decay", "perturb": "perturb"}
-PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked")
+PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked", "per_example")
 AUTO = "auto"
 
 
@@ -46,7 +46,8 @@ class ZOArguments:
         metadata={
             "help": "in_place, in_place:grid or in_place:copy (the weights are moved, and restored up to rounding or "
             "exactly); in_forward (layers read perturbed copies, made as they are needed); stacked (all losses of a "
-            "step in one forward, for adapters and low-rank directions); auto: stacked where it pays, in_forward on a "
+            "step in one forward, for adapters and low-rank directions); per_example (the rows of each example see "
+            "weights of their own, as grzo needs); auto: stacked where it pays, in_forward on a "
             "CPU under bf16 autocast, else in_place."
         },
     )
@@ -99,9 +100,9 @@ class ZOArguments:
         for pair in self.method_args or []:
             name, equals, text = pair.partition("=")
             if not equals:
-                raise UsageError(f"--method_args takes key=value pairs, not {pair!r}.")
+                raise UsageError(f"method_args takes key=value pairs, not {pair!r}.")
             if name in HAVE_FLAGS:
-                raise UsageError(f"{name} is no option for --method_args: set --{HAVE_FLAGS[name]}.")
+                raise UsageError(f"{name} is no option for method_args: set {HAVE_FLAGS[name]}.")
             given[name] = _parse_value(name, text, defaults.get(name))
         for name in given:
             if name not in defaults or name == "perturb":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,9 +16,10 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.zo_arguments import PERTURB
 from zokernel.finetune.trainer.processes import on_all
 from zokernel.optim import ZerothOrder
-from zokernel.perturb import InForward, Stacked, make_perturb, matches_in_place, stackable
+from zokernel.perturb import InForward, PerExampleRows, Stacked, make_perturb, matches_in_place, stackable
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.parallel import Parallel
+from zokernel.perturb.per_example import Examples
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def stack_or_share(
     parallel: Parallel | None,
     trial: Callable[[int], Tensor] | None = None,
     *,
+    examples: Callable[[], Sequence[Examples]] | None = None,
     short_rows: bool = True,
 ) -> str:
     """Stack the losses of a step if that was asked for or pays, and let the processes of a run share them.
@@ -45,6 +47,7 @@ def stack_or_share(
         stacked: Returns the losses of several copies of the batch; None if its loss cannot be taken in this way.
         parallel: How processes share losses; None if there is one process.
         trial: Returns the losses of several copies of a fixed batch, to see whether the model's layers can be stacked.
+        examples: Returns the batch by example; None if its losses are not known that way.
         short_rows: Whether few examples make a short forward; ``auto`` stacks no other.
 
     Returns:
@@ -55,12 +58,22 @@ def stack_or_share(
     """
     sizes = {"batch": args.per_device_train_batch_size, "eval_batch": args.per_device_eval_batch_size}
     name, perturb = args.perturb, optimizer.perturb
+    if perturb.name == "per_example":
+        if examples is None:
+            raise UsageError(
+                f"Method {args.method} needs the loss of every example, which only the cross entropy of ZOTrainer's "
+                "own loss gives: choose a method whose directions all examples share."
+            )
+        set_perturb(optimizer, PerExampleRows(examples), parallel)
+        return perturb.name
     if name == "auto" and not args.torch_compile:
         pays = stacked is not None and short_rows and stacking_pays(optimizer, model, trial, **sizes)
         name = "stacked" if on_all(pays, args.device) else name
     if name == "stacked":
         if stacked is None:
-            raise UsageError("Only the cross entropy of ZOTrainer's own loss can be stacked: leave out --perturb.")
+            raise UsageError(
+                "Only the cross entropy of ZOTrainer's own loss can be stacked: leave out perturb 'stacked'."
+            )
         perturb = Stacked(stacked, max_copies=max(2, max_copies(**sizes)))
     if perturb is not optimizer.perturb or parallel is not None:
         set_perturb(optimizer, perturb, parallel)
@@ -131,7 +144,7 @@ def stacking_pays(
             return False
     logger.info(
         "perturb: stacked, since an adapter is trained on small batches: up to %d losses per forward "
-        "(--perturb in_place takes one after the other).",
+        "(perturb in_place takes one after the other).",
         copies,
     )
     return True

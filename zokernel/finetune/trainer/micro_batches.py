@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernel.perturb.per_example import Examples
+
 Batch = dict[str, Any]
 
 
@@ -24,6 +26,7 @@ class MicroBatches:
         loss: Returns the loss of a micro-batch, a scalar.
         stacked: ``stacked(batch, copies)`` returns the losses of copies of a micro-batch in one forward: (copies,).
         weight: Returns how many terms the loss of a micro-batch is a mean over.
+        example_terms: Returns each example's sum of losses, and how many terms that is over: (B, 2).
 
     Example:
         >>> batches = MicroBatches(lambda batch: batch["x"].mean(), None, lambda batch: len(batch["x"]))
@@ -38,8 +41,9 @@ class MicroBatches:
         loss: Callable[[Batch], Tensor],
         stacked: Callable[[Batch, int], Tensor] | None,
         weight: Callable[[Batch], float],
+        example_terms: Callable[[Batch], Tensor] | None = None,
     ):
-        self._loss, self._stacked, self._weight = loss, stacked, weight
+        self._loss, self._stacked, self._weight, self._example_terms = loss, stacked, weight, example_terms
         self._batches: list[Batch] = []
         self._weights: list[float] = []
 
@@ -64,9 +68,29 @@ class MicroBatches:
         assert self._stacked is not None
         return weighted_mean([self._stacked(batch, copies) for batch in self._batches], self._weights)
 
+    def examples(self) -> list[Examples]:
+        """Return the micro-batches by example: the mean of all examples' losses is the loss of the whole batch."""
+        terms_of, terms = self._example_terms, self.weight()
+        assert terms_of is not None
+        total = sum(len(batch["labels"]) for batch in self._batches)
+
+        def losses_of(batch: Batch) -> Callable[[], Tensor]:
+            return lambda: terms_of(batch)[:, 0] * (total / terms)
+
+        return [Examples(len(batch["labels"]), losses_of(batch), rows_of(batch)) for batch in self._batches]
+
     def weight(self) -> float:
         """Return how many terms the loss of all micro-batches together is a mean over."""
         return sum(self._weights)
+
+
+def rows_of(batch: Batch) -> list[int] | None:
+    """Return the example of every row, where options have rows of their own and not equally many of each example."""
+    if "cells" not in batch or len(batch["cells"]) == len(batch["labels"]):
+        return None
+    examples = batch["cells"][:, 0] // batch["option_mask"].shape[1]
+    counts = torch.bincount(examples)
+    return None if bool((counts == counts[0]).all()) else examples.tolist()
 
 
 def copy_batch(batch: Any) -> Any:

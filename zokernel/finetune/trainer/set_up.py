@@ -19,10 +19,11 @@ from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.models.trained import check_trainable, low_precision, what_is_trained
 from zokernel.finetune.settings.auto import cooldown_steps
-from zokernel.finetune.settings.combine import add_zeroth_order, is_first_order
+from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.settings.unsupported import is_first_order
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
@@ -135,6 +136,24 @@ class SetUpTrainer(ResumableTrainer):
         loader = super().get_train_dataloader()
         return loader if self.parallel is None else share_batches(loader, self.parallel)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return the trainer's loader of every row: ``dataloader_drop_last`` is for training."""
+        with self._every_row():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Return the trainer's loader of every row: ``dataloader_drop_last`` is for training."""
+        with self._every_row():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _every_row(self) -> Iterator[None]:
+        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = asked
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of ``args.method`` on the trainable parameters, keyed by their names."""
         if self.optimizer is None:
@@ -154,6 +173,7 @@ class SetUpTrainer(ResumableTrainer):
                     self.micro_batches.stacked if self.can_stack else None,
                     self.parallel,
                     self.trial_stacked if self.can_stack else None,
+                    examples=self.micro_batches.examples if self.can_stack else None,
                     short_rows=self.short_rows,
                 )
                 if perturb != self.args.perturb:

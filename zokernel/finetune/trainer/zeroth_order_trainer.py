@@ -21,6 +21,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import LossError, RunError, UsageError
+from zokernel.finetune.monitor.course import Course, change_of, held_out
+from zokernel.finetune.monitor.diagnosis import FAILED, NOT_LEARNED, Diagnosis, diagnose, verdict
 from zokernel.finetune.monitor.divergence import WarnOfDivergence
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.profile import Profile, check_profile
@@ -33,6 +35,7 @@ from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import first_batch, refuse_random_loss
 from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch
+from zokernel.finetune.trainer.probe import evaluating, look_at_options, slope_and_rate, surroundings
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
@@ -60,6 +63,7 @@ class ZerothOrderTrainer(SetUpTrainer):
     Attributes:
         settings: Every setting of the run, with who decided it.
         run_log: One row per step.
+        diagnosis: Whether the last call of ``train`` lowered the loss and, if not, why; None before.
 
     Raises:
         UsageError: If the model has no trainable parameter or is quantized, or a setting cannot be honoured.
@@ -74,7 +78,7 @@ class ZerothOrderTrainer(SetUpTrainer):
         **kwargs: Any,
     ):
         kwargs |= dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], others))
-        micro_batches = MicroBatches(self._loss, self._stacked_loss, self.loss_weight)
+        micro_batches = MicroBatches(self._loss, self._stacked_loss, self.loss_weight, self._example_terms)
         self._num_items: Any = None
         super().__init__(micro_batches, model=model, args=args, optimizers=optimizers, **kwargs)
         self._layers = EvaluationLayers(self.bare_model)
@@ -83,7 +87,9 @@ class ZerothOrderTrainer(SetUpTrainer):
         self._forwards = 0
         self._tried = False
         self.run_log = RunLog(self.folder, writes=self.args.should_save)
-        self._consumers: list[Consumer] = [self.run_log]
+        self._course = Course()
+        self.diagnosis: Diagnosis | None = None
+        self._consumers: list[Consumer] = [self.run_log, self._course]
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
@@ -125,6 +131,7 @@ class ZerothOrderTrainer(SetUpTrainer):
             self.decide("auto", perturb=perturb)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
+        self._course.clear()
 
     def begin_step(self) -> None:
         """Start the clock, which evaluations between steps do not count for, and turn dropout off again."""
@@ -141,16 +148,21 @@ class ZerothOrderTrainer(SetUpTrainer):
         if self.zeroth_order:
             refuse_skipped_step(self, self.state.global_step, optimizer.step_count)
         estimate = getattr(optimizer, "last_estimate", None)
+        projected = None if estimate is None else projected_gradient(estimate.coefficients)
+        slope, rate = (None, None) if projected is None else slope_and_rate(optimizer, projected)
         record = StepRecord(
             step=self.state.global_step,
             loss=self.last_loss,
             losses=tuple(optimizer.record()) if estimate is not None else (),
-            projected_gradient=None if estimate is None else projected_gradient(estimate.coefficients),
+            projected_gradient=projected,
             forwards=self._forwards,
             seconds=time.perf_counter() - self._begun_at,
             learning_rate=self._rate,
             replayed=self.is_replaying,
             bytes_sent=None if self.parallel is None else self.parallel.bytes_sent,
+            slope=slope,
+            plain_rate=rate,
+            directions=1 if estimate is None else max(1, len(estimate.coefficients)),
         )
         for consumer in self._consumers:
             consumer.on_record(record)
@@ -229,6 +241,11 @@ class ZerothOrderTrainer(SetUpTrainer):
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         raise UsageError("The losses of this trainer cannot be taken in one forward: leave out perturb='stacked'.")
 
+    def _example_terms(self, batch: dict[str, Any]) -> Tensor:
+        raise UsageError(
+            "The losses of this trainer are not known by example: use a method whose directions all examples share."
+        )
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; if the loss is not finite, save the last good weights.
 
@@ -245,7 +262,9 @@ class ZerothOrderTrainer(SetUpTrainer):
             self._fit_batch()
         try:
             with self.model_made():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                self.diagnosis = None if self._signals.interrupted else self._diagnose()
+                return result
         except LossError as error:
             folder = self.folder / "last-good"
             self.save_model(str(folder))
@@ -253,6 +272,35 @@ class ZerothOrderTrainer(SetUpTrainer):
         finally:
             self._signals.give_back()
             self._layers.remove()
+
+    def _diagnose(self) -> Diagnosis:
+        """Say whether the loss fell; if not, measure why at the weights that the run ended with, and log it."""
+        change = change_of(self._course)
+        logged = [{"step": row["step"], **_evaluated(row)} for row in self.state.log_history if "eval_loss" in row]
+        dataset: Any = self.eval_dataset
+        evaluated = held_out(logged, len(dataset) if hasattr(dataset, "__len__") else 0)
+        around = options = None
+        said, _ = verdict(change, evaluated)
+        if said in FAILED and self.args.world_size == 1:
+            model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
+            assert collate is not None
+            with evaluating(model), self._uncounted():
+                if said == NOT_LEARNED and self.zeroth_order and not self.args.torch_compile:
+                    around = surroundings(self.bare_optimizer, self._trial_loss)
+                options = look_at_options(
+                    model,
+                    self.train_dataset,
+                    vars(self).get("objective"),
+                    lambda features: self._prepare_inputs(collate(features)),
+                    batch=batch if said == NOT_LEARNED else 0,
+                )
+        directions = self._course.directions
+        found = diagnose(change, evaluated, directions=directions, options=options, around=around)
+        if found.reasons and self.args.should_save:
+            told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
+            cost = f"(Found with {found.forwards} more forward passes.)"
+            logger.warning("%s", "\n".join([*told, cost]))
+        return found
 
     def _fit_batch(self) -> None:
         """Split the batch into micro-batches that fit on every process."""
@@ -290,3 +338,8 @@ class ZerothOrderTrainer(SetUpTrainer):
             raise UsageError("The training data has no length, so no batch was tried.")
         assert self.data_collator is not None
         return self._prepare_inputs(self.data_collator([dataset[n] for n in range(min(count, len(dataset)))]))
+
+
+def _evaluated(row: dict[str, float]) -> dict[str, float]:
+    """Return the loss and the scores of an evaluation by their bare names."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}

@@ -55,7 +55,7 @@ class ZOTrainer(ZerothOrderTrainer):
         if not self.zeroth_order and not self.objective.can_stack:
             raise UsageError(
                 f"{self.objective.objective} has no gradient for {self.args.method} to follow: choose a zeroth-order "
-                "method, or --objective cross_entropy."
+                "method, or objective cross_entropy."
             )
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
         # model's own forward could.
@@ -93,6 +93,10 @@ class ZOTrainer(ZerothOrderTrainer):
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         with self.compute_loss_context_manager():
             return self.objective.stacked(self.model_wrapped, repeat_batch(batch, copies), copies)
+
+    def _example_terms(self, batch: dict[str, Any]) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.objective.example_terms(self.model_wrapped, batch)
 
     def trial_stacked(self, copies: int) -> Tensor:
         """Return the losses of several copies of the first examples."""

@@ -1,0 +1,116 @@
+"""The factors of many directions of one step, drawn together: a direction for every example takes hundreds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zokernel.directions.backends import dispatch
+from zokernel.directions.families.factors import APART, Draw
+from zokernel.directions.placement import Placement
+from zokernel.directions.terms import Job, Noise
+
+
+class Blocks(NamedTuple):
+    """Factors of K directions on one matrix: (K, m, r) and (K, r, n)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class FactorBlocks:
+    """Draws the factors of K directions of all matrices in one sweep, into memory that is used again in the next step.
+
+    Args:
+        sides: Returns the draws of U and V of one direction on a matrix; those of consecutive indices are consecutive
+            rows of one stream.
+    """
+
+    def __init__(self, sides: Callable[[Placement, int, int, int], tuple[Draw, Draw]]):
+        self._sides = sides
+        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._kept: dict[torch.dtype, dict[str, Blocks]] = {}
+        self._key: tuple[object, ...] = ()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_sides": self._sides, "_flat": {}, "_kept": {}, "_key": ()}
+
+    def __call__(
+        self,
+        places: Sequence[Placement],
+        backend: str,
+        *,
+        seed: int,
+        step: int,
+        indices: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Blocks]:
+        """Return the factors of some directions on some matrices, which stay until the next step's are drawn.
+
+        Args:
+            places: The matrices, all on one device.
+            backend: Which backend draws.
+            seed: Seed of the run.
+            step: Step of the run.
+            indices: Which directions of that step, K of them.
+            dtype: Type of the factors, which are drawn in float32.
+
+        Returns:
+            The factors by name.
+        """
+        key = (seed, step, tuple(indices), *((place.name, place.shape, place.local.device) for place in places))
+        if key != self._key:
+            self._key, self._kept = key, {torch.float32: self._drawn(places, backend, seed, step, indices)}
+        if dtype not in self._kept:
+            self._kept[dtype] = self._cast(dtype)
+        return self._kept[dtype]
+
+    def _drawn(
+        self, places: Sequence[Placement], backend: str, seed: int, step: int, indices: Sequence[int]
+    ) -> dict[str, Blocks]:
+        # Runs of consecutive indices, each one piece of a stream.
+        runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+        sides = [draw for place in places for draw in self._sides(place, seed, step, indices[0])]
+        sizes = [-(-len(indices) * draw.rows * draw.columns // APART) * APART for draw in sides]
+        room = self._room(sides[0].device, torch.float32, sum(sizes))
+        blocks, jobs = [], []
+        for number, (draw, piece) in enumerate(zip(sides, room.split(sizes))):
+            place, side = places[number // 2], number % 2
+            block = piece[: len(indices) * draw.rows * draw.columns].view(len(indices), draw.rows, draw.columns)
+            begin = 0
+            for run in runs:
+                own = self._sides(place, seed, step, run[0])[side]
+                rows = block[begin : begin + len(run)].view(-1, draw.columns)
+                noise = Noise(own.distribution, own.key, own.step, own.number)
+                jobs.append(
+                    Job(Placement("", rows, rows, tuple(rows.shape), (own.first, 0)), (noise,), (1.0,), decay=0.0)
+                )
+                begin += len(run)
+            blocks.append(block)
+        dispatch.sweep(jobs, backend)
+        return {place.name: Blocks(*blocks[2 * i : 2 * i + 2]) for i, place in enumerate(places)}
+
+    def _cast(self, dtype: torch.dtype) -> dict[str, Blocks]:
+        """Return the drawn factors in another type, all converted at once."""
+        drawn = self._kept[torch.float32]
+        first = next(iter(drawn.values())).left
+        wide = self._flat[first.device, torch.float32]
+        narrow = self._room(first.device, dtype, wide.numel())
+        narrow.copy_(wide)
+
+        def same(block: Tensor) -> Tensor:
+            offset = block.storage_offset()
+            return narrow[offset : offset + block.numel()].view(block.shape)
+
+        return {name: Blocks(same(found.left), same(found.right)) for name, found in drawn.items()}
+
+    def _room(self, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+        """Return memory for all factors: sweeps over the same memory are prepared only once."""
+        found = self._flat.get((device, dtype))
+        if found is None or found.numel() != size:
+            found = self._flat[device, dtype] = torch.zeros(size, dtype=dtype, device=device)
+        return found

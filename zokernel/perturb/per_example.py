@@ -1,0 +1,150 @@
+r"""Every example's loss at perturbed weights of its own, in one forward over the batch.
+
+Row i of the batch passes through :math:`\theta + \Delta_i`, with a change of its own in every layer; see
+:mod:`zokernel.perturb.stacked` for how a layer does that.  A step takes as many forwards of the batch as an estimator
+of a single loss takes losses, and keeps no more rows in memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokernel.directions import Directions
+from zokernel.errors import UsageError
+from zokernel.estimators.base import Offsets
+from zokernel.estimators.per_example import offsets_of
+from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.stacked import RowsError, StackedParameters, stack
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A micro-batch whose examples have losses of their own.
+
+    Attributes:
+        count: How many examples it holds, B.
+        losses: Returns their losses, (B,), at the weights as they are.
+        rows: The example that each row of the batch belongs to, in their order; equally many rows of each, one after
+            the other, when not given.
+    """
+
+    count: int
+    losses: Closure
+    rows: Sequence[int] | None = None
+
+
+class PerExampleRows(Perturb):
+    r"""Take the losses of all examples of a batch, each at weights perturbed along directions of its own.
+
+    The closure returns the loss of every example, (B,), as with ``reduction="none"``; all that the model computes for
+    an example must be in the rows of that example.  One number is the loss of one example, which a warning says.
+
+    Args:
+        batches: Returns the micro-batches of the step.  Without it, the batch is what the closure of the step
+            evaluates; the number of its examples is seen from one more forward when it changes.
+        max_bytes: Bound on the perturbed copies of one forward.
+
+    Raises:
+        UsageError: When losses are taken, if there is not one loss per example, the trained tensors do not fit, or a
+            layer uses one in an unknown way.
+
+    Example:
+        >>> import torch, zokernel
+        >>> from zokernel.estimators import PerExample, TwoPoint
+        >>> layer, inputs = torch.nn.Linear(3, 1), torch.randn(4, 3)
+        >>> optimizer = zokernel.optim.ZerothOrder(
+        ...     layer, lr=0.01, estimator=PerExample(TwoPoint()), perturb=PerExampleRows())
+        >>> loss = optimizer.step(lambda: layer(inputs).square().mean(1))
+        >>> len(optimizer.last_estimate.coefficients)
+        4
+    """
+
+    name = "per_example"
+
+    def __init__(self, batches: Callable[[], Sequence[Examples]] | None = None, *, max_bytes: int = 1 << 30):
+        self.batches, self.max_bytes = batches, max_bytes
+        self._buffers: dict[str, Tensor] = {}
+        self._examples, self._warned = 1, batches is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_buffers": {}}
+
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
+        if directions.couples_tensors:
+            raise UsageError(f"{directions!r} couples the tensors, which examples cannot do each for itself.")
+        super().attach(parameters, directions, seed=seed, reach=reach)
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Return the losses of all examples at the first point, then those at the second, and so on."""
+        if self.batches is not None:
+            found = self._losses(self.batches(), points, step)
+        else:
+            found = self._losses_of(closure, points, step)
+        return [loss for at_point in found for loss in at_point]
+
+    def _losses(self, batches: Sequence[Examples], points: Sequence[Offsets], step: int) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in points]
+        begin = 0
+        for batch in batches:
+            for at_point, point in zip(found, points, strict=True):
+                at_point += self._at(batch, point, begin, step)
+            begin += batch.count
+        return found
+
+    def _losses_of(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[list[float]]:
+        """Return the losses of one batch, of as many examples as the last unless it turns out to have others."""
+        try:
+            return self._losses([Examples(self._examples, closure)], points, step)
+        except RowsError as error:
+            self._examples = error.examples or len(example_losses(closure()))
+        return self._losses([Examples(self._examples, closure)], points, step)
+
+    def _at(self, batch: Examples, point: Offsets, begin: int, step: int) -> list[float]:
+        """Return the losses of a micro-batch, whose first example is number ``begin`` of the step."""
+        parameters, weights = self.weights.tensors, self.weights
+        if point:
+            rows = range(batch.count) if batch.rows is None else batch.rows
+            own = [offsets_of(point, begin + row) for row in rows]
+            changes = stack(
+                parameters, weights.directions, own, self.max_bytes, self._buffers, seed=weights.seed, step=step
+            )
+            with StackedParameters(parameters.values(), changes, len(own)):
+                losses = example_losses(batch.losses())
+        else:
+            losses = example_losses(batch.losses())
+        if len(losses) != batch.count:
+            raise RowsError(f"The closure returned {len(losses)} losses for {batch.count} examples.", len(losses))
+        if len(losses) == 1 and not self._warned:
+            warnings.warn(
+                "The closure returns one loss, so the batch counts as one example with one direction: return the loss "
+                'of every example, (B,), as reduction="none" gives them.',
+                UserWarning,
+                stacklevel=8,
+            )
+            self._warned = True
+        found: list[float] = losses.tolist()
+        return found
+
+
+def example_losses(found: Tensor | float) -> Tensor:
+    """Return the losses of a batch's examples, (B,), as a closure returned them; one number is that of one example.
+
+    Raises:
+        UsageError: If it returned anything else.
+    """
+    losses = torch.as_tensor(found).detach()
+    if losses.ndim > 1:
+        raise UsageError(
+            f"Directions per example need the loss of every example, (B,), and the closure returned "
+            f"{tuple(losses.shape)}: take the mean over everything but the examples."
+        )
+    return losses.view(-1)
