@@ -26,8 +26,11 @@ NOT_ON_A_GRID = [
         "low_rank_one_sided_adam",
         "mezo_momentum",
         "normalized_momentum",
+        "subzero_plus",
+        "r_adazo",
         "zo_adam",
         "zo_adamm",
+        "zo_muon",
         "zo_sign",
     ),
 ]

@@ -11,6 +11,7 @@ import pytest
 from zokernel.errors import UsageError
 from zokernel.estimators import smoothed
 from zokernel.estimators.curvature import TwoPointCurvature
+from zokernel.estimators.leave_one_out import LeaveOneOut
 from zokernel.estimators.one_sided import OneSided
 from zokernel.estimators.richardson import Richardson
 from zokernel.estimators.smoothed import Smoothed, signed_uniform
@@ -238,6 +239,8 @@ def test_normalised_estimates_do_not_depend_on_the_scale_of_the_loss():
         lambda: Smoothed(order=0),
         lambda: Smoothed(paper_k5=True),
         lambda: OneSided(num_perturbations=1, normalize=True),
+        lambda: LeaveOneOut(num_perturbations=1),
+        lambda: LeaveOneOut(eps=0.0),
     ],
 )
 def test_bad_settings_are_refused(call):
@@ -276,3 +279,78 @@ def test_bias_of_the_two_point_estimator_depends_on_the_kurtosis(distribution, k
     bias = eps**2 / 2 * trace + eps**2 / 6 * (kurtosis - 3) * own
     assert np.abs(mean - gradient - bias).max() < 1e-12
     assert np.abs(bias).max() > 1e-3
+
+
+def quadratic_problem(dim=12):
+    generator = np.random.default_rng(3)
+    square = generator.normal(size=(dim, dim))
+    return square @ square.T / dim + 2 * np.eye(dim), generator.normal(size=dim)
+
+
+def estimates(estimator, gradient, hessian, draws, law):
+    """Return (n, d) estimates at the origin of a quadratic, with directions of the given law."""
+    generator = np.random.default_rng(7)
+    found = np.empty((draws, len(gradient)))
+    for k in range(draws):
+        shape = (estimator.num_perturbations, len(gradient))
+        z = generator.normal(size=shape) if law == "gaussian" else generator.choice([-1.0, 1.0], size=shape)
+
+        def evaluate(offsets, z=z):
+            w = sum((o * z[i] for i, o in offsets.items()), np.zeros(len(gradient)))
+            return float(5.0 + gradient @ w + w @ hessian @ w / 2)
+
+        found[k] = sum(c * z[i] for i, c in estimator(evaluate, seed=0, step=k).coefficients.items())
+    return found
+
+
+def second_moment(make, eps, count, gradient, hessian):
+    """The exact E|g^|^2 of Rademacher directions on a quadratic."""
+    dim, squared = len(gradient), float(gradient @ gradient)
+    variance = 2 * ((hessian**2).sum() - (np.diag(hessian) ** 2).sum())
+    s2 = squared + eps**2 * variance / 4
+    if make is LeaveOneOut:
+        return dim * s2 / (count - 1) + ((count - 1) ** 2 + 1) / (count * (count - 1)) * squared
+    if make is OneSided:
+        return dim / count * (s2 + eps**2 * np.trace(hessian) ** 2 / 4) + (count - 1) / count * squared
+    return (dim + count - 1) / count * squared
+
+
+@pytest.mark.parametrize("make", [LeaveOneOut, OneSided, TwoPoint])
+@pytest.mark.parametrize("count", [2, 5])
+def test_mean_and_second_moment_on_a_quadratic_are_exact(make, count):
+    """Over 6,000 draws with a curvature that matters (eps tr H / 2 = 1.6 |g|): |z| < 4.5, 13 scores."""
+    hessian, gradient = quadratic_problem()
+    eps = 0.3
+    found = estimates(make(eps, count), gradient, hessian, 6000, "rademacher")
+    scores = (found.mean(0) - gradient) / (found.std(0) / math.sqrt(len(found)))
+    assert np.abs(scores).max() < 4.5
+    squares = (found**2).sum(1)
+    exact = second_moment(make, eps, count, gradient, hessian)
+    assert abs(squares.mean() - exact) < 4.5 * squares.std() / math.sqrt(len(squares))
+
+
+@pytest.mark.parametrize(("law", "kurtosis"), [("rademacher", 1), ("gaussian", 3)])
+def test_leave_one_out_on_a_linear_loss(law, kurtosis):
+    _, gradient = quadratic_problem()
+    dim, count, flat = len(gradient), 3, np.zeros((12, 12))
+    found = estimates(LeaveOneOut(0.1, count), gradient, flat, 6000, law)
+    exact = ((dim + kurtosis + count - 2) / count + (dim + 1) / (count * (count - 1))) * (gradient @ gradient)
+    squares = (found**2).sum(1)
+    assert abs(squares.mean() - exact) < 4.5 * squares.std() / math.sqrt(len(squares))
+
+
+def test_at_equal_forwards_leaving_one_out_costs_a_direction_and_ignores_the_trace():
+    hessian, gradient = quadratic_problem()
+    flat = np.zeros_like(hessian)
+    for forwards in (2, 4, 16):
+        left = second_moment(LeaveOneOut, 0.3, forwards, gradient, flat)
+        base = second_moment(OneSided, 0.3, forwards - 1, gradient, flat)
+        assert left - base == pytest.approx(2 / (forwards * (forwards - 1)) * (gradient @ gradient), rel=1e-9)
+    # One-sided differences pay d eps^2 (tr H)^2 / 4 besides, which all losses of leave one out share.
+    curved = second_moment(LeaveOneOut, 0.3, 16, gradient, hessian)
+    assert curved < 0.5 * second_moment(OneSided, 0.3, 15, gradient, hessian)
+    same = LeaveOneOut(0.1, 4).combine([1.0, 2.0, 4.0, 1.0], seed=0, step=0).coefficients
+    raised = LeaveOneOut(0.1, 4).combine([101.0, 102.0, 104.0, 101.0], seed=0, step=0).coefficients
+    assert raised == pytest.approx(same)
+    assert same == pytest.approx({0: -1 / 0.3, 1: 0.0, 2: 2 / 0.3, 3: -1 / 0.3})
+    assert LeaveOneOut(0.1, 4).forwards_at(0) == 4

@@ -272,6 +272,7 @@ def test_mean_estimate_is_the_gain_times_the_gradient(case):
     slope = {"a": torch.linspace(-1, 1, 6).reshape(3, 2), "b": torch.linspace(0.5, 2, 4)}
     problem = Problem()
     options = {"refresh": 1} if "refresh" in CASES[case][1][2] else {}
+    options |= {"angle": math.pi / 2} if "angle" in CASES[case][1][2] else {}  # a cone that is the whole space
     optimizer = problem.optimizer(case, lr=0.0, **options)
     fresh = {name: torch.zeros_like(p) for name, p in problem.params.items()}
 

@@ -10,7 +10,7 @@ from torch import nn
 from zokernel.directions import Blockwise, Dense, Orthogonal
 from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.errors import RunError, UsageError
-from zokernel.optim import LOZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero, ZerothOrder
+from zokernel.optim import LOZO, ConMeZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero, ZerothOrder
 from zokernel.perturb import in_forward as module
 from zokernel.perturb.in_forward import InForward
 
@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "subzero": lambda p: SubZero(p, lr=1e-3, perturb="in_place:copy"),
     "sparse": lambda p: SparseMeZO(p, lr=1e-3, perturb="in_place:copy"),
     "hizoo": lambda p: HiZOO(p, lr=1e-3, perturb="in_place:copy"),
+    "conmezo": lambda p: ConMeZO(p, lr=1e-3, perturb="in_place:copy"),
 }
 
 

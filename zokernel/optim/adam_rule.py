@@ -25,15 +25,18 @@ class Adam(Rule):
         beta2: Decay of the second moment.
         delta: Added to the root of the second moment (Adam's own epsilon).
         amsgrad: Divide by the running maximum of the second moment; one more copy of the parameters.
+        of_momentum: Take the second moment of :math:`m/(1-\beta_1^t)` instead of :math:`\hat g`, as R-AdaZO does.
 
     References:
-        Kingma and Ba (2015), arXiv:1412.6980; Chen et al. (2019), ZO-AdaMM, arXiv:1910.06513.
+        Kingma and Ba (2015), arXiv:1412.6980; Chen et al. (2019), ZO-AdaMM, arXiv:1910.06513; Shu et al. (2025),
+        R-AdaZO, arXiv:2502.01014.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
     delta: float = 1e-8
     amsgrad: bool = False
+    of_momentum: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.delta > 0):
@@ -52,6 +55,8 @@ class Adam(Rule):
             first_bias[name] = 1 - self.beta1 ** steps_of[name]
             second_bias = 1 - self.beta2 ** steps_of[name]
             firsts[name].lerp_(gradient.to(firsts[name].dtype), 1 - self.beta1)
+            if self.of_momentum:
+                torch.div(firsts[name], first_bias[name], out=gradient)
             seconds[name].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
             if self.amsgrad:
                 torch.maximum(maxima[name], seconds[name], out=maxima[name])

@@ -1,7 +1,8 @@
 r"""Parts of an update: what happens between the gradient estimate and the weights.
 
 An update is a list of parts.  Some change the coefficients of the estimate (:class:`Normalized`,
-:class:`PolyakBound`, :class:`Clip`, :class:`SignOfProjections`).  One, the rule, turns the estimate into a step
+:class:`PolyakBound`, :class:`Clip`, :class:`SignOfProjections`,
+:class:`~zokernel.optim.curvature_weights.CurvatureWeights`).  One, the rule, turns the estimate into a step
 (:class:`SGD`, :class:`Sign`, :class:`~zokernel.optim.adam_rule.Adam`).  Others look at what has moved
 (:class:`~zokernel.optim.averaging.averages.IterateAverage`).
 
