@@ -29,6 +29,7 @@ FAMILIES: dict[str, Directions] = {
     "sparse": Sparse(0.5),
     "sparse-gaussian": Sparse(0.25, distribution="gaussian"),
     "subspace": Subspace(rank=3, refresh=1),
+    "subspace-left": Subspace(rank=3, refresh=1, sides="left"),
     "low_rank": LowRank(rank=2, refresh=1),
     "low_rank-square": LowRank(1, distribution="rademacher", refresh=1, most_square=True),
     "blockwise": Blockwise(Dense("uniform"), every=10**6),

@@ -117,6 +117,7 @@ def test_momentum_of_one_group_follows_directions_over_both():
 
 
 METHODS = ["mezo", "hizoo", "lozo_m", "subzero", "zo_adam", "sparse_mezo", "kerzoo", "kerzoo_int8", "fzoo"]
+METHODS += ["zo_muon", "subzero_plus"]
 
 
 @pytest.mark.parametrize("method", METHODS)

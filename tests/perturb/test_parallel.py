@@ -9,7 +9,7 @@ from ranks import spawn
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
-from zokernel.optim import FZOO, HiZOO, KerZOO, MeZO, Richardson, ZOAdam
+from zokernel.optim import FZOO, HiZOO, KerZOO, MeZO, Richardson, SubZeroPlus, ZOAdam, ZOMuon
 from zokernel.perturb import InForward, InPlace, Parallel
 
 METHODS = {
@@ -21,7 +21,10 @@ METHODS = {
     "hizoo": lambda p: HiZOO(p, lr=1e-3),
     "zo_adam": lambda p: ZOAdam(p, lr=1e-3),
     "richardson": lambda p: Richardson(p, lr=1e-3),
+    "zo_muon": lambda p: ZOMuon(p, lr=1e-2, rank=4, refresh=4),
+    "subzero_plus": lambda p: SubZeroPlus(p, lr=1e-3, rank=2, refresh=4, num_perturbations=5),
 }
+IN_SUBSPACES = ["zo_muon", "subzero_plus"]
 STEPS = 6
 
 
@@ -74,6 +77,8 @@ def run_rank(rank, folder):
     found["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
     found["sharded"] = train_sharded(METHODS["mezo"])
     found["sharded hizoo"] = train_sharded(sharded_hizoo)
+    for name in IN_SUBSPACES:
+        found[f"sharded {name}"] = train_sharded(METHODS[name])
     model = network()
     with torch.no_grad():
         model[0].weight[0, 0] += rank
@@ -181,6 +186,16 @@ def test_hizoo_learns_the_hessian_of_sharded_weights(ranks):
     for rank in ranks:
         found, found_losses = rank["sharded hizoo"]
         assert found_losses == pytest.approx(losses, rel=1e-6)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", IN_SUBSPACES)
+def test_steps_in_subspaces_reach_sharded_weights(ranks, name):
+    """The last digits of a loss, divided by eps, change the slopes in the tenth digit, and the steps with them."""
+    alone, losses = train(METHODS[name], torch.float64)
+    for rank in ranks:
+        found, found_losses = rank[f"sharded {name}"]
+        assert found_losses == pytest.approx(losses, rel=1e-8)
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-8)
 
 
