@@ -22,6 +22,9 @@ class StepRecord:
         learning_rate: Its learning rate (of the first parameter group).
         replayed: Whether it was taken from the journal.
         bytes_sent: Bytes that this process has sent so far; None in a run of one process.
+        slope: Root mean square of the slopes along the directions, without any factor of the method; None if unknown.
+        plain_rate: Rate at which the step is one of plain descent along these slopes; None if it is no such step.
+        directions: Directions of the step.
     """
 
     step: int
@@ -33,6 +36,9 @@ class StepRecord:
     learning_rate: float
     replayed: bool = False
     bytes_sent: int | None = None
+    slope: float | None = None
+    plain_rate: float | None = None
+    directions: int = 1
 
 
 class Consumer(Protocol):

@@ -286,7 +286,8 @@ class ZerothOrderTrainer(SetUpTrainer):
             assert collate is not None
             with evaluating(model), self._uncounted():
                 if said == NOT_LEARNED and self.zeroth_order and not self.args.torch_compile:
-                    around = surroundings(self.bare_optimizer, self._trial_loss)
+                    dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+                    around = surroundings(self.bare_optimizer, self._trial_loss, dtype=dtype)
                 options = look_at_options(
                     model,
                     self.train_dataset,

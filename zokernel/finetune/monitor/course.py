@@ -1,0 +1,197 @@
+r"""How the loss of a run went: the change over its steps with its error, and the change that its slopes promised.
+
+A plain step along slopes :math:`s` with the rate :math:`\eta` lowers the loss of its own batch by :math:`\eta s^2`, and
+curvature takes :math:`\frac{1}{2P} \eta^2 s^2\, z^T H z` of it back.  Only the part of :math:`s^2` that batches have in
+common lowers the loss of the data, so the sum of the first terms bounds what a run can reach.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from zokernel.finetune.monitor.step_record import StepRecord
+
+FEW_STEPS = 20  # a run of fewer tells nothing
+FELL = 0.005  # share of the loss by which it must fall at least
+IMPROVED = 0.02  # share of the held-out loss by which the best of several evaluations is better by more than chance
+SCORES = ("accuracy", "f1", "em")
+
+
+@dataclass
+class Course:
+    """Collects what is needed of every step.
+
+    Attributes:
+        losses: Mean loss of each step.
+        slopes: Root mean square of each step's slopes.
+        rates: Rate of each step as that of plain descent; NaN where the update is none.
+        directions: Directions per step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    directions: int = 1
+
+    def on_record(self, record: StepRecord) -> None:
+        """Note a step."""
+        self.losses.append(record.loss)
+        self.slopes.append(math.nan if record.slope is None else record.slope)
+        self.rates.append(math.nan if record.plain_rate is None else record.plain_rate)
+        self.directions = record.directions
+
+    def clear(self) -> None:
+        """Forget all steps: a run begins."""
+        for values in (self.losses, self.slopes, self.rates):
+            values.clear()
+
+
+@dataclass(frozen=True)
+class Change:
+    r"""What the loss of training batches did between the first and the last third of the steps.
+
+    Attributes:
+        steps: Steps of the run.
+        first: Mean loss of the first third.
+        last: Mean loss of the last third.
+        error: Standard error of their difference.
+        fell: Whether the loss fell, by more than two errors and half a percent.
+        promised: Sum of :math:`\eta s^2` between the middles of the thirds; None if the update is not plain descent.
+        squared: Sum of :math:`\eta^2 s^2 / 2P` likewise: times :math:`z^T H z` it is what curvature takes back.
+        total: Sum of :math:`\eta s^2` over all steps.
+        rate: Mean of :math:`\eta`.
+        slope: Root mean square of the slopes; None without slopes.
+        still: Share of the steps whose losses were all equal.
+    """
+
+    steps: int
+    first: float
+    last: float
+    error: float
+    fell: bool
+    promised: float | None = None
+    squared: float | None = None
+    total: float | None = None
+    rate: float | None = None
+    slope: float | None = None
+    still: float = 0.0
+
+    @property
+    def change(self) -> float:
+        """The change of the loss."""
+        return self.last - self.first
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss rose, by more than two errors and half a percent."""
+        return self.change > max(2 * self.error, FELL * abs(self.first))
+
+
+def change_of(course: Course) -> Change | None:
+    """Return how the loss changed; None for fewer than 20 steps.
+
+    Example:
+        >>> change = change_of(Course([0.7, 0.6, 0.5] * 3 + [0.4] * 12, [1.0] * 21, [0.01] * 21))
+        >>> change.fell, round(change.first, 2), change.last, round(change.promised, 2)
+        (True, 0.6, 0.4, 0.14)
+    """
+    losses, steps = course.losses, len(course.losses)
+    if steps < FEW_STEPS or not all(map(math.isfinite, losses)):
+        return None
+    third = steps // 3
+    first, last = losses[:third], losses[-third:]
+    error = _error(first, last)
+    # A run that learns in its first steps and then no more has learned, too.
+    early, rest = losses[: max(5, steps // 10)], losses[steps // 2 :]
+    fell = any(
+        statistics.fmean(a) - statistics.fmean(b) > max(2 * _error(a, b), FELL * abs(statistics.fmean(a)))
+        for a, b in ((first, last), (early, rest))
+    )
+    found = Change(steps, statistics.fmean(first), statistics.fmean(last), error, fell)
+    slopes = [slope for slope in course.slopes if math.isfinite(slope)]
+    if not slopes:
+        return found
+    facts = {
+        "slope": math.sqrt(statistics.fmean(slope**2 for slope in slopes)),
+        "still": sum(slope == 0 for slope in slopes) / len(slopes),
+    }
+    if all(map(math.isfinite, (*course.rates, *course.slopes))):
+        falls = [rate * slope**2 for rate, slope in zip(course.rates, course.slopes)]
+        squares = [fall * rate / (2 * course.directions) for fall, rate in zip(falls, course.rates)]
+        facts |= {
+            "promised": _between_thirds(falls, third),
+            "squared": _between_thirds(squares, third),
+            "total": sum(falls),
+            "rate": statistics.fmean(course.rates),
+        }
+    return Change(**{**vars(found), **facts})
+
+
+def _error(first: Sequence[float], last: Sequence[float]) -> float:
+    """Return the standard error of the difference of two means."""
+    return math.sqrt(sum(statistics.variance(part) / len(part) for part in (first, last)))
+
+
+def _between_thirds(parts: Sequence[float], third: int) -> float:
+    """Return the mean running sum of the last third less that of the first."""
+    sums, total = [], 0.0
+    for part in parts:
+        sums.append(total)
+        total += part
+    return statistics.fmean(sums[-third:]) - statistics.fmean(sums[:third])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the evaluations during training say.
+
+    Attributes:
+        start: Loss at the first evaluation.
+        best: Lowest loss of the later ones.
+        last: Loss at the last one.
+        from_start: Whether the first one was before the first step.
+        fell: Whether the loss fell by half a percent, and stayed there.
+        improved: Whether it fell by two percent, or a score rose by three errors while the loss did not double.
+        moved: Largest relative change of the loss.
+        scores_moved: Whether any score changed.
+    """
+
+    start: float
+    best: float
+    last: float
+    from_start: bool
+    fell: bool
+    improved: bool
+    moved: float
+    scores_moved: bool
+
+
+def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
+    """Return what the evaluations say; None if there are not two.
+
+    Args:
+        evaluations: Each with ``step``, ``loss`` and scores, in the order of steps.
+        examples: How many examples were evaluated.
+
+    Example:
+        >>> held_out([{"step": 0, "loss": 0.7}, {"step": 9, "loss": 0.5}, {"step": 18, "loss": 0.6}], 100).improved
+        True
+    """
+    if len(evaluations) < 2 or not all(math.isfinite(row["loss"]) for row in evaluations):
+        return None
+    first, *later = evaluations
+    start, best = first["loss"], min(row["loss"] for row in later)
+    improved, scores_moved = start - best > IMPROVED * abs(start), False
+    sound = [row for row in later if row["loss"] < 2 * abs(start)]
+    for name in SCORES:
+        if name in first:
+            share = min(max(first[name], 0.0), 1.0)
+            noise = max(0.02, 3 * math.sqrt(share * (1 - share) / max(examples, 1)))
+            improved |= any(row[name] > first[name] + noise for row in sound)
+            scores_moved |= any(row[name] != first[name] for row in later)
+    moved = max(abs(row["loss"] - start) for row in later) / max(abs(start), 1e-12)
+    fell = start - later[-1]["loss"] > FELL * abs(start)
+    return HeldOut(start, best, later[-1]["loss"], first["step"] == 0, fell, improved, moved, scores_moved)

@@ -1,0 +1,159 @@
+"""What a trainer measures once, at the weights that a run ended with, if the loss did not fall."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.errors import RunError, UsageError
+from zokernel.estimators import OneSided, Richardson, TwoPoint, TwoPointCurvature
+from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.monitor.findings import FARTHER, PROBED, Options, Surroundings
+from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.scoring.options import option_scores
+from zokernel.optim.updates import SGD, Normalized, PolyakBound
+from zokernel.perturb import InForward
+from zokernel.perturb.base import Closure
+
+logger = logging.getLogger(__name__)
+
+SCORED = 64  # examples
+SLOPES = (TwoPoint, OneSided, Richardson, TwoPointCurvature)  # whose coefficients are slopes, up to a gain
+PLAIN = (SGD, Normalized, PolyakBound)
+
+
+def slope_and_rate(optimizer: Any, projected_gradient: float) -> tuple[float | None, float | None]:
+    """Return the root mean square of the last step's slopes, and the rate at which they were followed.
+
+    Args:
+        optimizer: A zeroth-order optimizer after a step.
+        projected_gradient: Root mean square of the step's projected gradients.
+
+    Returns:
+        The slope without the estimator's gain, and the rate of plain descent; None where they are unknown.
+    """
+    estimator = optimizer.estimator
+    if type(estimator) not in SLOPES:
+        return None, None
+    gain = estimator.gain_at(optimizer.step_count - 1, optimizer.last_estimate)
+    slope = projected_gradient / gain if gain else 0.0
+    if any(type(part) not in PLAIN for part in optimizer.updates):
+        return slope, None
+    group = optimizer.param_groups[0]
+    return slope, group["lr"] * optimizer.last_factor * gain / (1 - group.get("momentum", 0.0))
+
+
+@torch.no_grad()
+def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype | None = None) -> Surroundings | None:
+    """Take the losses of one batch around the weights, which stay where they are: 17 forward passes.
+
+    Args:
+        optimizer: The optimizer of the run, whose directions and eps are used.
+        loss: Returns the loss of a fixed batch.
+        dtype: What the model computes in, if not in the type of its weights.
+
+    Returns:
+        The losses; None if they cannot be taken without moving the weights.
+    """
+    eps = getattr(optimizer.estimator, "eps", None)
+    if eps is None or optimizer.estimator.numbers_per_point != 1:
+        return None
+    offsets = [sign * times * eps for times in (1.0, FARTHER) for sign in (1.0, -1.0)]
+    points = [{}, *({index: offset} for index in range(PROBED) for offset in offsets)]
+    perturb = InForward()
+    try:
+        perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
+        centre, *losses = perturb.losses(loss, points, step=optimizer.step_count)
+    except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
+        logger.debug("The losses around the weights were not taken: %s", error)
+        return None
+    if not all(map(torch.isfinite, map(torch.tensor, (centre, *losses)))):
+        return None
+    fours = [losses[n : n + 4] for n in range(0, len(losses), 4)]
+    dtype = dtype or min((p.dtype for p in optimizer.active.values()), key=lambda kind: kind.itemsize)
+    near, far = [(a, b) for a, b, _, _ in fours], [(c, d) for _, _, c, d in fours]
+    return Surroundings(eps, centre, near, far, torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def look_at_options(
+    model: nn.Module,
+    dataset: Any,
+    objective: Any,
+    collate: Callable[[list[Any]], Any],
+    *,
+    batch: int,
+) -> Options | None:
+    """Return what is known of options that all examples share; None for any other task.
+
+    Args:
+        model: The model, in evaluation mode.
+        dataset: The training examples.
+        objective: What the run minimises.
+        collate: Makes a batch of examples, on the model's device.
+        batch: Examples per forward pass; 0 to score none.
+    """
+    classes = isinstance(objective, Objective) and objective.kind == "classification"
+    if not classes or not isinstance(dataset, EncodedDataset) or not len(dataset):
+        return None
+    examples = dataset.examples
+    words = examples[0].option_ids
+    if any(example.option_ids != words for example in examples):
+        return None
+    counts = Counter(example.label for example in examples)
+    known: dict[str, Any] = {
+        "words": [tuple(word) for word in words],
+        "labels": [counts[choice] for choice in range(len(words))],
+        "prompts": len({(tuple(e.prompt_ids), e.suffix_ids) for e in examples}),
+        "cut": sum(example.lost > 0 for example in examples),
+    }
+    if not batch:
+        return Options(**known)
+    chosen = range(0, len(dataset), -(-len(dataset) // SCORED))
+    starts = range(0, len(chosen), batch)
+    try:
+        scores_NC = torch.cat(
+            [option_scores(model, collate([dataset[n] for n in chosen[s : s + batch]])).cpu() for s in starts]
+        )
+    except (UsageError, RuntimeError) as error:
+        logger.debug("No example was scored: %s", error)
+        return Options(**known)
+    labels_N = torch.tensor([examples[n].label for n in chosen])
+    answers_N = scores_NC.argmax(1)
+    differences_NC = scores_NC - scores_NC.mean(1, keepdim=True)
+    return Options(
+        **known,
+        scored=len(chosen),
+        right=int((answers_N == labels_N).sum()),
+        spread=_spread(differences_NC),
+        answers=torch.bincount(answers_N, minlength=len(words)).tolist(),
+        forwards=len(starts),
+    )
+
+
+def _spread(differences_NC: Tensor) -> float:
+    """Return the standard deviation over examples of a difference between two options' scores."""
+    if len(differences_NC) < 2:
+        return 0.0
+    # Two scores that vary on their own differ by sqrt(2) times as much as each from their mean, for many options.
+    count = differences_NC.shape[1]
+    variance = differences_NC.double().var(0).sum() * 2 / max(count - 1, 1)
+    return float(variance.sqrt())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep all layers in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
