@@ -135,6 +135,29 @@ class PerExampleRows(Perturb):
         return found
 
 
+def per_example_perturb(given: str | Perturb | None, method: str) -> Perturb:
+    """Return the way of perturbing of a method whose examples see weights of their own.
+
+    Args:
+        given: What the user asked for.  The weights stay, so every way of restoring them comes to the same, and
+            ``in_place`` is what generic code passes.
+        method: The method's name, for the message.
+
+    Raises:
+        UsageError: If another way was asked for.
+
+    Example:
+        >>> per_example_perturb("in_place", "grzo").name
+        'per_example'
+    """
+    name = "in_place" if given is None else given if isinstance(given, str) else given.name
+    if isinstance(given, Perturb) and name == "per_example":
+        return given
+    if name != "per_example" and not name.startswith("in_place"):
+        raise UsageError(f"Every example sees weights of its own with {method}: leave out perturb.")
+    return PerExampleRows()
+
+
 def example_losses(found: Tensor | float) -> Tensor:
     """Return the losses of a batch's examples, (B,), as a closure returned them; one number is that of one example.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
-from zokernel.directions import Dense
-from zokernel.estimators import OneSided
+from zokernel.directions import Dense, LowRank
+from zokernel.estimators import Estimator, OneSided, PerExample
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.updates import SGD, Normalized, PolyakBound, Update, check_beta
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.perturb.per_example import per_example_perturb
 
 
 @register("forward_difference")
@@ -41,11 +42,17 @@ class ForwardDifference(ZerothOrder):
     both of which a schedule lowers.  Along P directions the step that descends fastest is a share
     :math:`P / (P + 1 + r)` of gradient descent's, with r an effective rank of the curvature.
 
+    With ``per_example`` every example of the batch has directions of its own
+    (see :class:`~zokernel.estimators.PerExample`), and the closure returns the loss of every example, (B,).
+
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions per step; each costs one forward pass, and one more is shared by all.
+        num_perturbations: Directions per step, or per example; each costs one forward pass, and one more is shared by
+            all.
+        per_example: Give every example directions of its own.
+        rank: Rank of the directions of matrices; 0 for dense ones.
         distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
         normalize: Divide slopes by their running root mean square.
@@ -75,6 +82,8 @@ class ForwardDifference(ZerothOrder):
         *,
         eps: float = 1e-3,
         num_perturbations: int = 2,
+        per_example: bool = False,
+        rank: int = 0,
         distribution: str = "rademacher",
         momentum: float = 0.0,
         normalize: bool = False,
@@ -87,11 +96,16 @@ class ForwardDifference(ZerothOrder):
         bound = PolyakBound(polyak_share, beta)
         if normalize and math.isfinite(polyak_share):
             update.append(bound)
+        estimator: Estimator = OneSided(eps, num_perturbations)
+        if per_example:
+            estimator = PerExample(estimator)
+            options["perturb"] = per_example_perturb(options.get("perturb"), "forward_difference")
+            options.pop("restore", None)
         super().__init__(
             params,
             lr,
-            directions=Dense(distribution),
-            estimator=OneSided(eps, num_perturbations),
+            directions=LowRank(rank, distribution=distribution, refresh=0) if rank else Dense(distribution),
+            estimator=estimator,
             update=[*update, SGD(momentum)],
             **options,
         )

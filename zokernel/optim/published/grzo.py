@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Unpack
 
 from zokernel.directions import LowRank
-from zokernel.errors import UsageError
 from zokernel.estimators import OneSided, PerExample, TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.updates import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.perturb.per_example import per_example_perturb
 
 
 @register("grzo")
@@ -72,12 +72,7 @@ class GRZO(ZerothOrder):
         momentum: float = 0.0,
         **options: Unpack[ZerothOrderOptions],
     ):
-        # The weights stay, so every way of restoring them comes to the same; in_place is what generic code passes.
-        given = options.get("perturb", "in_place")
-        name = given if isinstance(given, str) else given.name
-        if name != "per_example" and not name.startswith("in_place"):
-            raise UsageError("Every example of grzo sees weights of its own: leave out perturb.")
-        options["perturb"] = "per_example" if isinstance(given, str) or name != "per_example" else given
+        options["perturb"] = per_example_perturb(options.get("perturb"), "grzo")
         options.pop("restore", None)
         inner = OneSided(eps, num_perturbations) if one_sided else TwoPoint(eps, num_perturbations)
         super().__init__(
