@@ -47,6 +47,19 @@ _EXPORTS = {
     "matching_scale": "nzk_moments",
     "stability_limit": "stability",
     "stability_limit_of_features": "stability",
+    "sampling_share": "per_example",
+    "per_example_gain": "per_example",
+    "gradient_square": "per_example",
+    "gradient_outer_product": "per_example",
+    "kernel_product": "per_example",
+    "low_rank_excess": "low_rank",
+    "low_rank_outer_product": "low_rank",
+    "residual_noise": "batch_stability",
+    "batch_stability_limit": "batch_stability",
+    "curvature_factor": "step_budget",
+    "StepChoice": "step_budget",
+    "step_choices": "step_budget",
+    "best_step": "step_budget",
 }
 
 __all__ = sorted(_EXPORTS)
