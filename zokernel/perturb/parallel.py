@@ -33,6 +33,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.in_place import InPlace, loss_value
+from zokernel.perturb.per_example import PerExampleRows
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ class Parallel(Perturb):
         if not self._checked:
             self.check_same_weights(self.weights.tensors)
             self._checked = True
+        if isinstance(self.inner, PerExampleRows):
+            return self._of_examples(self.inner, closure, points, step)
         mine = points[self.point_rank :: self.point_ranks]
         if self.walks_points:
             own = self._along_the_path(closure, points, step)
@@ -146,6 +149,27 @@ class Parallel(Perturb):
             else:
                 total = sum(values[-1] for values in column)
                 losses.append(sum(values[row] * values[-1] for values in column) / total)
+        return losses
+
+    def _of_examples(
+        self, inner: PerExampleRows, closure: Closure, points: Sequence[Offsets], step: int
+    ) -> list[float]:
+        """Return the losses of all processes' examples at the first point, then those at the second, and so on."""
+        count = inner.num_examples()
+        sizes = self._gather([count, *(self._own_weight() or [count])])[:: self.point_ranks]
+        counts, weights = [int(size[0]) for size in sizes], [size[1] for size in sizes]
+        inner.first = sum(counts[: self.data_rank])
+        mine = points[self.point_rank :: self.point_ranks]
+        found = inner.losses(closure, mine, step=step) if mine else []
+        # The mean of a process's own losses is that of its batch; the mean of all is to be that of all batches.
+        share = weights[self.data_rank] / count * sum(counts) / sum(weights)
+        room = math.ceil(len(points) / self.point_ranks) * max(counts)
+        table = self._gather([*(loss * share for loss in found), *[math.nan] * (room - len(found))])
+        losses = []
+        for number in range(len(points)):
+            row, point_rank = divmod(number, self.point_ranks)
+            for data_rank, size in enumerate(counts):
+                losses += table[data_rank * self.point_ranks + point_rank][row * size : (row + 1) * size]
         return losses
 
     def _own_weight(self) -> list[float]:

@@ -50,6 +50,9 @@ class PerExampleRows(Perturb):
             evaluates; the number of its examples is seen from one more forward when it changes.
         max_bytes: Bound on the perturbed copies of one forward.
 
+    Attributes:
+        first: Number of the first example in the whole batch, of which other processes may have the examples before it.
+
     Raises:
         UsageError: When losses are taken, if there is not one loss per example, the trained tensors do not fit, or a
             layer uses one in an unknown way.
@@ -71,6 +74,7 @@ class PerExampleRows(Perturb):
         self.batches, self.max_bytes = batches, max_bytes
         self._buffers: dict[str, Tensor] = {}
         self._examples, self._warned = 1, batches is not None
+        self.first = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_buffers": {}}
@@ -91,9 +95,22 @@ class PerExampleRows(Perturb):
             found = self._losses_of(closure, points, step)
         return [loss for at_point in found for loss in at_point]
 
+    def num_examples(self) -> int:
+        """Return how many examples the coming step has.
+
+        Raises:
+            UsageError: If that is not known before.
+        """
+        if self.batches is None:
+            raise UsageError(
+                "Processes number the examples of a step together: give PerExampleRows the micro-batches, "
+                "PerExampleRows(lambda: [Examples(count, losses)])."
+            )
+        return sum(batch.count for batch in self.batches())
+
     def _losses(self, batches: Sequence[Examples], points: Sequence[Offsets], step: int) -> list[list[float]]:
         found: list[list[float]] = [[] for _ in points]
-        begin = 0
+        begin = self.first
         for batch in batches:
             for at_point, point in zip(found, points, strict=True):
                 at_point += self._at(batch, point, begin, step)

@@ -9,12 +9,13 @@ import math
 import netrc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from zokernel.errors import UsageError
@@ -138,6 +139,8 @@ def check_values(settings: Any) -> None:
     rules |= {name: INTERVAL for name, strategy in INTERVALS.items() if values.get(strategy) == "steps"}
     for name, value in values.items():
         rule = rules.get(name)
+        if value in ("", []) and value != _default(settings, name) and name != "output_dir":
+            raise UsageError(f"{name} is empty: give it a value, or leave it out.")
         if rule is not None and value is not None and not rule.holds(value):
             raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
         if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
@@ -151,6 +154,11 @@ def check_values(settings: Any) -> None:
     check_login(values.get("report_to"))
     if values.get("method", AUTO) != AUTO:
         try_method(settings)
+
+
+def _default(settings: Any, name: str) -> Any:
+    f = next(f for f in fields(settings) if f.name == name)
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def try_method(arguments: Any) -> None:
@@ -167,9 +175,15 @@ def try_method(arguments: Any) -> None:
     logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
     try:
         make: Any = get_method(arguments.method)
-        make([("small", small)], lr=1e-5 if rate is None else rate, **options)
+        optimizer = make([("small", small)], lr=1e-5 if rate is None else rate, **options)
     finally:
         logging.disable(disabled)
+    by_example = getattr(getattr(optimizer, "perturb", None), "name", None) == "per_example"
+    if by_example and getattr(arguments, "objective", "cross_entropy") != "cross_entropy":
+        raise UsageError(
+            f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
+            "is no mean over losses of examples: choose objective cross_entropy, or another method."
+        )
 
 
 def _check_json(name: str, value: str) -> None:
@@ -221,10 +235,11 @@ def check_login(report_to: str | Sequence[str] | None) -> None:
     """
     names = [report_to] if isinstance(report_to, str) else report_to or []
     offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if "wandb" not in names or offline or os.environ.get("WANDB_API_KEY") or _has_login():
+    wanted = "wandb" in names or ("all" in names and "wandb" in get_available_reporting_integrations())
+    if not wanted or offline or os.environ.get("WANDB_API_KEY") or _has_login():
         return
     raise UsageError(
-        "--report_to wandb needs a login: run 'wandb login' or set WANDB_API_KEY (WANDB_MODE=offline keeps the log "
+        "report_to wandb needs a login: run 'wandb login' or set WANDB_API_KEY (WANDB_MODE=offline keeps the log "
         "on this machine)."
     )
 
