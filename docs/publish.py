@@ -90,7 +90,7 @@ def claims_page(claims: list[Claim]) -> str:
     lines = [
         "# The claims ledger",
         "",
-        f"{len(claims)} claims of the three papers: "
+        f"{len(claims)} claims of {len(PAPERS)} papers: "
         + ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items())
         + ". Each row names the experiment or the test that decides it. A test fails when a committed result "
         "contradicts a verdict or a number on this page. `zokernel claims` prints the ledger in a terminal. The errata "

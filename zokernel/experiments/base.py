@@ -151,6 +151,7 @@ MODULES: dict[str, str] = {
     "kerzoo/memory_and_time": "zokernel.experiments.kerzoo.costs",
     "kerzoo/language_model": "zokernel.experiments.kerzoo.language_model",
     "kerzoo/accuracy": "zokernel.experiments.kerzoo.accuracy",
+    "multi_query/budget": "zokernel.experiments.multi_query.budget",
 }
 _REGISTRY: dict[str, tuple[str, Experiment]] = {}
 

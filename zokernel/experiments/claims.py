@@ -18,10 +18,10 @@ from zokernel.experiments.base import MODULES, VERDICTS
 from zokernel.experiments.storage import load_record
 
 LEDGER = Path(__file__).with_name("claims.yaml")
-PAPERS = ("ZO-eNTK", "NZK", "KerZOO")
+PAPERS = ("ZO-eNTK", "NZK", "KerZOO", "Multi-query")
 STATISTICS = ("value", "interval", "mean", "max", "min")
 _HEADER = """\
-# The claims of the three papers, how each is tested here, and what came out. Written by people; the numbers under
+# The claims of the papers, how each is tested here, and what came out. Written by people; the numbers under
 # "measured", commit and scale are filled in from committed results by: zokernel claims --update docs/results
 # at: experiment#/path/in/numbers (a * takes every value, key=value picks a row); above/below: what a verdict rests on.
 """
