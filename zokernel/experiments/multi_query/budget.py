@@ -189,9 +189,10 @@ def draw_figure(rows: list[dict[str, Any]]):
                 naive = [row["equal_rate"][0] for row in chosen]
                 axis.plot(directions, naive, ":", color=color)
             axis.axhline(1.0, color="0.6", linewidth=0.8)
-            axis.set(xscale="log", xlabel="directions per step", title=scheme)
+            axis.set(xscale="log", ylim=(0, 2.5), xlabel="directions per step", title=scheme)
             axis.set_xticks(directions, [str(count) for count in directions])
             axis.tick_params(axis="x", which="minor", bottom=False)
         figure.get_axes()[0].set_ylabel("progress over that of one direction")
-        figure.get_axes()[0].legend(fontsize=7, title="each at its best rate (dotted: at one rate)", title_fontsize=7)
+        title = "each at its best rate (dotted: all at one rate)"
+        figure.get_axes()[0].legend(fontsize=7, title=title, title_fontsize=7, loc="upper left")
     return figure
