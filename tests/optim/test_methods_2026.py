@@ -222,6 +222,29 @@ def _draws(cone, like, count):
     return (cone(like, seed=5, step=step, index=0) for step in range(count))
 
 
+def test_at_one_rate_conmezo_moves_farther_along_the_gradient_than_mezo():
+    """On a linear loss the mean of slope^2 / |g|^2 is the gain: one for MeZO, more in a cone; 8 seeds, 150 steps."""
+
+    def gains(method, **options):
+        found = []
+        for seed in range(8):
+            w = nn.Parameter(torch.zeros(500))
+            optimizer = method([("w", w)], lr=0.0, seed=seed, perturb="in_place:copy", **options)
+            slopes = []
+            for _ in range(200):
+                optimizer.step(lambda w=w: float(w.detach().sum(dtype=torch.float64)))
+                slopes.append(optimizer.last_estimate.coefficients[0])
+            found.append(sum(c**2 for c in slopes[50:]) / 150 / 500)
+        gain = torch.tensor(found, dtype=torch.float64)
+        return float(gain.mean()), float(gain.std()) / math.sqrt(8)
+
+    mean, error = gains(MeZO)
+    assert abs(mean - 1) < 4.5 * error
+    mean, error = gains(ConMeZO, beta=0.9)
+    assert mean - 1 > 4.5 * error
+    assert mean == pytest.approx(1.87, abs=4.5 * error)  # simulated: 1.8 to 1.9 in 1,000 to 4,000 dimensions
+
+
 def test_sweeps_of_a_cone_add_the_directions_that_it_returns():
     like = {"a": torch.zeros(7, 3), "b": torch.zeros(5)}
     cone = Cone(Dense("gaussian"), 0.9)
