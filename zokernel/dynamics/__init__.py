@@ -11,6 +11,7 @@ _EXPORTS = {
     "gradient_descent": "descent",
     "zo_descent": "descent",
     "ZoDescent": "descent",
+    "batch_descent": "minibatch",
     "spectral_path": "recursion",
     "dense_path": "recursion",
     "simulate": "simulation",
