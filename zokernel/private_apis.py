@@ -213,6 +213,14 @@ Private: ``Tensor._version``.  Autograd counts these writes, and a comparison of
 """
 
 
+def note_step(optimizer: Any) -> None:
+    """Let a learning rate schedule know that its optimizer took a step other than by ``step``.
+
+    Private: ``Optimizer._opt_called``.  A schedule warns of steps that it has not seen, and watches ``step`` alone.
+    """
+    optimizer._opt_called = True
+
+
 def standard_gamma(shape_parameters: Tensor, generator: Any) -> Tensor:
     """Return draws of Gamma(k, 1) for each k in ``shape_parameters``, with a generator of one's own.
 

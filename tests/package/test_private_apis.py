@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -389,6 +390,18 @@ def test_writes_are_counted():
             write()
             counts.append(private_apis.write_count(weight))
     assert all(after > before for before, after in pairwise(counts)), f"writes are not counted: {counts}"
+
+
+def test_a_schedule_sees_steps_that_are_taken_otherwise():
+    for noted in (True, False):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        if noted:
+            private_apis.note_step(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            schedule.step()
+        assert bool(caught) == (not noted)
 
 
 def test_gamma_draws_from_the_given_generator():

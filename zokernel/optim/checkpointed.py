@@ -125,7 +125,13 @@ class Checkpointed(Trained, Copied):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averaged iterate into the model for the length of a ``with`` block, as for evaluation."""
-        values, untouched = self.averaged_weights(), not self.changed_by_others
+        with self._holding(self.averaged_weights()):
+            yield
+
+    @contextmanager
+    def _holding(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Hold other values for the length of a ``with`` block, as if nobody had changed the weights."""
+        untouched = not self.changed_by_others
         self._swap(values)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from zokernel.directions.base import Directions
 from zokernel.directions.placement import place_all
 from zokernel.directions.terms import Rule
-from zokernel.directions.weights.restore import Draw, Restore, step_and_index, union_of_draws
+from zokernel.directions.weights.restore import Draw, Restore, Update, step_and_index, union_of_draws
 from zokernel.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,14 @@ class Grid(Restore):
         """
         super().load_state_dict(state)
         self.grid = dict(state["grid"])
+
+    def copies_at(self, step: int, offsets: Update) -> dict[str, Tensor]:
+        """Return copies of the weights at a point, rounded to the grid; see :meth:`Restore.copies_at`."""
+        copies = super().copies_at(step, {})
+        moved = copy.copy(self)
+        moved.tensors = copies
+        moved.move_to(step, offsets)
+        return copies
 
     def _move(self, target: dict[Draw, float]) -> None:
         draws = sorted(target | self._offsets)

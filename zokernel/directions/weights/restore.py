@@ -79,6 +79,23 @@ class Restore(ABC):
                 self._move(target)
                 self._offsets = target
 
+    def copies_at(self, step: int, offsets: Update) -> dict[str, Tensor]:
+        r"""Return copies of the weights at :math:`\theta + \sum_i offsets_i z_i`; the weights themselves stay at theta.
+
+        Args:
+            step: Step whose directions the indices name.
+            offsets: Coefficient by index.
+
+        Raises:
+            UsageError: If the weights are perturbed at the moment.
+        """
+        if self._offsets:
+            raise UsageError("The weights are perturbed at the moment: make copies of them between two steps.")
+        copies, draws = clones(self.tensors), as_draws(step, offsets)
+        if draws:
+            self.directions.add_(copies, list(draws.values()), seed=self.seed, **step_and_index(list(draws)))
+        return copies
+
     def commit(
         self,
         step: int,
@@ -212,6 +229,13 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if pending and callable(previous):
             previous(*pending[0])
+
+
+def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors; two names of the same memory (tied weights) get one copy."""
+    keys = {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in tensors.items()}
+    made = {keys[name]: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: made[keys[name]] for name in tensors}
 
 
 def as_draws(step: int, coefficients: Update) -> dict[Draw, float]:

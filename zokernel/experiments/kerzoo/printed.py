@@ -150,6 +150,10 @@ class PrintedKerZOO(KerZOO):
         factor = self.step_count + 1.0 if lengthens else 1.0
         return self.param_groups[0]["lr"] * self.estimator.gain_at(self.step_count) * factor
 
+    def _why_not(self) -> str | None:
+        shifted = "grad_at='md' takes its losses around another point than the weights"
+        return shifted if self.grad_at == "md" else super()._why_not()
+
     def _step(self, perturb: Perturb, closure: Closure) -> float:
         """Take a step whose losses are evaluated around the shifted point, if there is one."""
         shifts = [part for part in self.updates if isinstance(part, ShiftedPoint)]

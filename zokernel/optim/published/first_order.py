@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +41,18 @@ class FirstOrder(Copied):
             raise
         if hasattr(self, "named_params"):
             self.named_params = names
+
+    def ask(self, *_: Any) -> NoReturn:
+        """Refuse: this method takes gradients, which losses do not give.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            f"{type(self).__name__} takes gradients, so it has no ask and tell: use a zeroth-order method such as mezo."
+        )
+
+    weights_at = at = tell = ask
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
