@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from cases import mlp
 
 from zokernel.cli import main
-from zokernel.commands.plan import PlanArguments, describe, load_task, what_is_trained
+from zokernel.commands.plan import PlanArguments, describe, load_task
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.auto import WALK
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
+from zokernel.kernels.plan_walk import measure_growth, reach, walk_rate
 from zokernel.kernels.prober import ProbedTask, Prober
 from zokernel.kernels.probes import (
     Measurement,
@@ -137,8 +137,10 @@ def test_plan_against_real_gradients():
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
     assert "relative error at P = 10, exact formula" in table(list(found.values()))
-    # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre
-    assert plan.forwards == 2 * 300 + 8 + 4 * 11 + 1
+    # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre, the rest for eight walks
+    distances, rest = divmod(plan.forwards - (2 * 300 + 8 + 4 * 11 + 1), 2 * 8)
+    assert rest == 0
+    assert 2 <= distances <= 12
     assert plan.tokens == plan.forwards * task.num_tokens
 
 
@@ -267,31 +269,109 @@ def test_what_counts_as_known(value, error, known, needed):
     assert (found.known, found.probes_needed(16)) == (known, needed)
 
 
-def test_the_rate_for_a_run_is_the_smaller_of_two_bounds():
+def task_of_loss(loss, dim: int) -> ProbedTask:
+    """Examples that all have a given loss, a function of the weights: the softplus of a score is exactly that."""
+    weights = torch.nn.Parameter(torch.zeros(dim).double())
+
+    def score(inputs):
+        value = torch.log(torch.expm1(loss(weights)))
+        return torch.stack([torch.zeros(len(inputs)).double(), value.expand(len(inputs))], 1)
+
+    return ProbedTask({"w": weights}, score, torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), 3, 4)
+
+
+def test_reach_and_rate_on_a_quadratic():
+    """Slopes have mean square |g|^2 + R^2 |H|_F^2: four times that of the start at R = sqrt(3) |g| / |H|_F.
+
+    They do not grow exponentially: measured at up to sqrt(2) of this distance, it seems up to a fifth farther.
+    """
+    generator = torch.Generator().manual_seed(0)
+    h = 0.5 + torch.rand(400, generator=generator).double()
+    g = 0.05 * torch.randn(400, generator=generator).double()
+    task = task_of_loss(lambda w: 8 + g @ w + 0.5 * h @ w.square(), 400)
+    expected = math.sqrt(3) * (g.norm() / h.norm()).item()
+    # Long runs are bounded by the walk, short ones by the curvature: tr H for directions of signs has no spread.
+    long = make_plan(task, num_probes=400, eps=1e-3, counts=(1, 4), num_steps=10_000, curvature_probes=100)
+    assert expected - 4 * long.reach.error < long.reach.value < 1.2 * expected + 4 * long.reach.error
+    assert long.reach.error < 0.15 * expected
+    for count, rate in long.run_rate.items():
+        analytic = expected * math.sqrt(count / (4 * 10_000 * math.log(4))) / g.norm().item()
+        assert analytic - 4 * rate.error < rate.value < 1.2 * analytic + 4 * rate.error
+        assert rate.error < 0.2 * analytic
+    short = make_plan(task, num_probes=400, eps=1e-3, counts=(1,), num_steps=20, curvature_probes=100)
+    assert short.run_rate[1].value == pytest.approx(1 / h.sum().item(), rel=0.05)
+    assert short.reach == long.reach
+
+
+@pytest.mark.parametrize("first", [1e-3, 1e-2, 1.0])
+def test_reach_is_found_from_either_side(first):
+    """Slopes of exactly exp(R^2 / 2 * 50): they double at sqrt(ln 4 / 50), whatever distance is tried first."""
+
+    class Radial:
+        def loss(self, scales, indices):
+            return scales[1] * math.exp(25 * scales[0] ** 2)
+
+    growth = measure_growth(Radial(), 1.0, first / 4, 3)
+    assert reach(growth) == pytest.approx(math.sqrt(math.log(4) / 50), rel=1e-9)
+    assert jackknife(growth, reach).error == pytest.approx(0, abs=1e-12)
+
+
+def test_the_advised_walk_keeps_its_distance_from_growth_without_bound():
+    """A walk of slopes s^2 = s_0^2 exp(a R^2): s grows by sqrt(4/3) at the advised rate, without bound at twice."""
+    start, growth, steps = 3.0, 700.0, 2000
+    distance = Measurement(math.sqrt(math.log(4) / growth), 0.0)
+    rate = walk_rate(distance, Measurement(start, 0.0), num_perturbations=1, num_steps=steps).value
+
+    def final_slope(rate):
+        square = 0.0
+        for _ in range(steps):
+            if growth * square > 100:
+                return math.inf
+            square += (rate * start) ** 2 * math.exp(growth * square)
+        return math.exp(growth * square / 2)
+
+    assert final_slope(rate) == pytest.approx(math.sqrt(4 / 3), rel=1e-3)
+    assert final_slope(1.9 * rate) < 4
+    assert final_slope(2.1 * rate) == math.inf
+    four = walk_rate(distance, Measurement(start, 0.0), num_perturbations=4, num_steps=4 * steps).value
+    assert four == pytest.approx(rate)
+
+
+def test_slopes_that_do_not_grow_leave_the_rate_of_one_step():
+    g = torch.linspace(0.01, 0.02, 50).double()
+    plan = make_plan(task_of_loss(lambda w: 8 + g @ w, 50), num_probes=64, counts=(1,))
+    assert math.isinf(plan.reach.value)
+    assert plan.run_rate[1].value == pytest.approx(plan.learning_rate[1].value) or not plan.run_rate[1].known
+    text = describe(plan, small_task(), 1.0)
+    assert "distance where slopes double    they do not" in text
+    assert "inf" not in text
+
+
+def test_one_walk_gives_no_rate_but_says_how_many_would():
     task = small_task(update=8, observe=2)
-    plan = make_plan(task, num_probes=200, counts=(1, 4), num_steps=400, walk=1e-3)
-    for count, rate in plan.run_rate.items():
-        walked = 1e-3 * math.sqrt(count / 400) / plan.gradient_norm.value
-        assert rate.value == pytest.approx(min(walked, plan.learning_rate[count].value), rel=1e-6)
-    free = make_plan(task, num_probes=200, counts=(1, 4), num_steps=400)
-    assert all(free.run_rate[p].value <= plan.learning_rate[p].value for p in (1, 4))
-    assert plan.run_rate[1].value < free.run_rate[1].value
+    plan = make_plan(task, num_probes=64, counts=(1,), curvature_probes=1, num_steps=10**6)
+    assert math.isfinite(plan.reach.value)
+    assert not plan.run_rate[1].known
+    assert plan.as_dict()["run_rate"][1] is None
+    assert (
+        "No learning rate is advised: how far noise may take the weights is not known from 1 probes; about 4 would be "
+        "needed (--curvature_probes 4)."
+    ) in describe(plan, task, 1.0)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_advice_can_be_followed(lora, tiny_lm_path, tiny_reviews_path):
-    """Training with the advised rate lowers the loss of all examples; the rate for one step is many times larger."""
+    """Training with the advised rate lowers the loss of all examples."""
     model = ModelArguments(model_name_or_path=str(tiny_lm_path), lora=lora)
     data = DataArguments(
         train_file=str(tiny_reviews_path / "train.jsonl"), template="{sentence} It was", label_words=["bad", "good"]
     )
     task, _ = load_task(model, data, PlanArguments(update_examples=24, observe_examples=4, precision="fp32"))
     eps, steps = 1e-2 if lora else 1e-3, 60
-    walk = WALK[what_is_trained(model)]
-    plan = make_plan(task, num_probes=48, eps=eps, counts=(1,), num_steps=steps, walk=walk)
+    plan = make_plan(task, num_probes=48, eps=eps, counts=(1,), num_steps=steps)
     rate = plan.run_rate[1]
     assert rate.known
-    assert rate.value < plan.learning_rate[1].value / 3
+    assert lora or rate.value < plan.learning_rate[1].value / 3  # slopes of this adapter do not grow
 
     def loss(rows=slice(24)):
         return F.cross_entropy(task.score({k: v[rows] for k, v in task.batch.items()}), task.labels[rows])
@@ -321,5 +401,7 @@ def test_command(tiny_lm_path, tiny_reviews_path, tmp_path, capsys):
     assert main(["plan", *flags, "--max_steps", "0"]) == 2
     assert "--max_steps must be at least 1" in capsys.readouterr().err
     assert any(row["quantity"] == "rho" for row in record["verify"])
+    assert main(["plan", *flags, "--eps", "-1"]) == 2
+    assert "--eps must be above 0" in capsys.readouterr().err
     assert main(["plan", "--num_probe", "3"]) == 2
     assert "There is no flag" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.auto import WALK
 from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
 
 logger = logging.getLogger(__name__)
+
+EPS = {"LoRA": 1e-2, "others": 1e-3}  # the defaults of training
 
 
 @dataclass
@@ -35,12 +37,20 @@ class PlanArguments:
 
     num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
     curvature_probes: int = field(
-        default=8, metadata={"help": "Directions for second and third derivatives; each costs four forward passes."}
+        default=8,
+        metadata={
+            "help": "Directions for second and third derivatives, and random walks that say how far noise may take the "
+            "weights; each costs about twelve forward passes."
+        },
     )
     max_steps: int = field(default=1000, metadata={"help": "Steps of the run that the learning rate is for."})
-    update_examples: int = field(default=8, metadata={"help": "Examples in the batch a step is taken on."})
+    update_examples: int = field(
+        default=16, metadata={"help": "Examples in the batch a step is taken on: the batch of the run."}
+    )
     observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are predicted."})
-    eps: float = field(default=1e-3, metadata={"help": "Perturbation size of the probes."})
+    eps: float | None = field(
+        default=None, metadata={"help": "Perturbation size of the probes (default: that of training, 1e-3; LoRA 1e-2)."}
+    )
     distribution: str = field(default="rademacher", metadata={"help": "Distribution of the directions."})
     num_perturbations: list[int] = field(
         default_factory=lambda: [1, 10, 100], metadata={"help": "Values of P to predict for."}
@@ -74,20 +84,11 @@ def main(args: argparse.Namespace) -> int:
     for name in ("max_steps", "curvature_probes"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
-    task, exact = load_task(model_arguments, data_arguments, arguments)
+    if arguments.eps is not None and not arguments.eps > 0:
+        raise UsageError(f"--eps must be above 0, not {arguments.eps:g}.")
     start = time.perf_counter()
-    plan = make_plan(
-        task,
-        num_probes=arguments.num_probes,
-        eps=arguments.eps,
-        distribution=arguments.distribution,
-        seed=arguments.seed,
-        counts=arguments.num_perturbations,
-        tolerances=arguments.tolerances,
-        num_steps=arguments.max_steps,
-        walk=WALK[what_is_trained(model_arguments)],
-        curvature_probes=arguments.curvature_probes,
-    )
+    found = plan_for(model_arguments, data_arguments, arguments)
+    plan, task = found.plan, found.task
     seconds = time.perf_counter() - start
     print(describe(plan, task, seconds))
     record: dict[str, Any] = {"plan": plan.as_dict(), "seconds": round(seconds, 2)}
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
 
         start = time.perf_counter()
         comparisons = verify(
-            exact,
+            found.exact,
             plan,
             as_trained=task,
             distribution=arguments.distribution,
@@ -114,11 +115,41 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def what_is_trained(arguments: ModelArguments) -> str:
-    """Return what the flags train, as :data:`~zokernel.finetune.settings.auto.WALK` calls it."""
-    if arguments.prompt_tuning:
-        return "virtual tokens"
-    return "LoRA" if arguments.lora or arguments.adapter_name_or_path else "full parameters"
+@dataclass(frozen=True)
+class Planned:
+    """A plan, its task in the precision of training, and the same task without autocast (for gradients)."""
+
+    plan: Plan
+    task: ProbedTask
+    exact: ProbedTask
+
+
+def plan_for(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments) -> Planned:
+    """Load model and examples, and make the plan.
+
+    Args:
+        model_arguments: Which model.
+        data_arguments: Which examples and how they are phrased.
+        arguments: What to probe.
+
+    Raises:
+        UsageError: If there are too few examples or probes, or a flag is wrong.
+        RunError: If a score is not finite.
+    """
+    task, exact = load_task(model_arguments, data_arguments, arguments)
+    lora = model_arguments.lora or model_arguments.adapter_name_or_path is not None
+    plan = make_plan(
+        task,
+        num_probes=arguments.num_probes,
+        eps=arguments.eps or EPS["LoRA" if lora else "others"],
+        distribution=arguments.distribution,
+        seed=arguments.seed,
+        counts=arguments.num_perturbations,
+        tolerances=arguments.tolerances,
+        num_steps=arguments.max_steps,
+        curvature_probes=arguments.curvature_probes,
+    )
+    return Planned(plan, task, exact)
 
 
 def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArguments) -> tuple[ProbedTask, ProbedTask]:
@@ -195,6 +226,7 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
         f"  rounding noise of the loss      {plan.loss_noise:.2g}",
         f"  third derivative                {shown['third_derivative']}",
         f"  best eps                        {best_eps(plan)}",
+        f"  distance where slopes double    {shown['reach']}",
         "",
         f"  {'P':>6}  {'relative error':>18}  {'rate / gradient':>18}  {'best for one step':>18}  "
         f"{f'for {plan.num_steps:,} steps':>18}  {'forwards per step':>17}  {'tokens per step':>15}",
@@ -212,13 +244,15 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
         for tolerance, count in plan.required.items()
         if count is not None
     ]
-    lines += [f"  {advice(plan)}", *(f"  note: {note}" for note in plan.notes)]
+    lines += [f"  {advice(plan, task.num_update)}", *(f"  note: {note}" for note in plan.notes)]
     return "\n".join(lines)
 
 
 def said(plan: Plan, name: str) -> str:
     """Return a quantity with its standard error, or how many probes would carry it."""
     value, used = getattr(plan, name), plan.probes_used(name)
+    if name == "reach" and math.isinf(value.value):
+        return "they do not"
     if value.known:
         return str(value)
     return f"not known from {used} probes; about {value.probes_needed(used):,} would be needed"
@@ -232,18 +266,24 @@ def best_eps(plan: Plan) -> str:
     return f"{plan.eps}  (probed {plan.eps_probed:g}; at the best a projected gradient is off by {off})"
 
 
-def advice(plan: Plan) -> str:
+def advice(plan: Plan, batch: int) -> str:
     """Return the learning rate to train with, in a sentence; none if the probes do not carry one."""
     count = min(plan.run_rate)
     rate = plan.run_rate[count]
     if not rate.known:
-        needed = rate.probes_needed(plan.num_probes)
+        if math.isfinite(plan.reach.value) and not plan.reach.known:
+            name, flag = "how far noise may take the weights", "curvature_probes"
+            used, needed = plan.num_curvature_probes, plan.reach.probes_needed(plan.num_curvature_probes)
+        else:
+            name, flag = "the curvature", "num_probes"
+            used, needed = plan.num_probes, rate.probes_needed(plan.num_probes)
         return (
-            f"No learning rate is advised: the curvature is not known from {plan.num_probes} probes; about {needed:,} "
-            f"would be needed (--num_probes {needed})."
+            f"No learning rate is advised: {name} is not known from {used} probes; about {needed:,} would be needed "
+            f"(--{flag} {needed})."
         )
     return (
-        f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} --learning_rate "
-        f"{rate.value:.1e}, kept constant. The best rate for one step is no rate for a run: most of a step is noise, "
-        "which adds up."
+        f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} "
+        f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
+        "constant. The best rate for one step is no rate for a run: most of a step is noise, which adds up, and slopes "
+        "grow along the way."
     )

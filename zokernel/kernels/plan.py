@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zokernel import theory
 from zokernel.errors import UsageError
+from zokernel.kernels.plan_walk import Growth, measure_growth, reach, walk_rate
 from zokernel.kernels.prober import (
     ProbedTask,
     Prober,
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 CURVATURE_PROBES = 8
 FEWEST_PROBES = 8
 ROUGH_PROBES = 3
+FROM_CURVATURE_PROBES = ("trace_hessian", "third_derivative", "eps", "reach")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Plan:
         required: P needed for each target error; nothing where the probes do not tell.
         predicted_error: Relative error for each P.
         learning_rate_ratio: :math:`\eta_{zo}/\eta_{fo}` for each P.
+        reach: How far noise takes every weight before the slopes that it meets have doubled; infinite if they do not
+            grow.
         learning_rate: Step size that decreases the Gauss-Newton model of the loss fastest in one step, for each P.
         run_rate: Learning rate of a run of ``num_steps`` steps, for each P: see :func:`make_plan`.
         num_steps: Steps of the run.
@@ -72,7 +76,7 @@ class Plan:
         forwards: Forward passes used.
         tokens: Tokens forwarded.
         num_probes: Probes used.
-        num_curvature_probes: Probes used for second and third derivatives.
+        num_curvature_probes: Probes used for second and third derivatives, and walks used for the reach.
         num_parameters: d.
         notes: Caveats, one sentence each.
     """
@@ -93,6 +97,7 @@ class Plan:
     required: dict[float, int | None]
     predicted_error: dict[int, Measurement]
     learning_rate_ratio: dict[int, Measurement]
+    reach: Measurement
     learning_rate: dict[int, Measurement]
     run_rate: dict[int, Measurement]
     num_steps: int
@@ -106,7 +111,7 @@ class Plan:
 
     def probes_used(self, name: str) -> int:
         """Return how many probes are behind a quantity."""
-        return self.num_curvature_probes if name in ("trace_hessian", "third_derivative", "eps") else self.num_probes
+        return self.num_curvature_probes if name in FROM_CURVATURE_PROBES else self.num_probes
 
     def probes_needed(self) -> dict[str, int]:
         """Return about how many probes each quantity would need that the probes do not carry."""
@@ -142,15 +147,15 @@ def make_plan(
     counts: Sequence[int] = (1, 10, 100),
     tolerances: Sequence[float] = (0.1, 0.3, 1.0),
     num_steps: int = 1000,
-    walk: float | None = None,
     curvature_probes: int = CURVATURE_PROBES,
 ) -> Plan:
     r"""Probe a task and return the plan.
 
     The rate of a run is the least of two.  One is the step that decreases the loss fastest, with the larger of the
-    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is the
-    rate at which the random walk of all steps takes every weight the distance ``walk``: most of a step is noise, and
-    the quadratic model of one step knows nothing of the steps after it.
+    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is half
+    of the rate at which slopes grow without bound along the random walk of all steps (see
+    :mod:`zokernel.kernels.plan_walk`): most of a step is noise, and models of the loss at the start know nothing of
+    what it meets.
 
     Args:
         task: Model and examples.
@@ -161,8 +166,7 @@ def make_plan(
         counts: Values of P to predict for.
         tolerances: Relative errors to reach.
         num_steps: Steps of the run that the rate is for.
-        walk: How far noise may take each weight in a run; not bounded when not given.
-        curvature_probes: Directions for second and third derivatives.
+        curvature_probes: Directions for second and third derivatives, and walks for the reach.
 
     Returns:
         The plan.
@@ -183,50 +187,22 @@ def make_plan(
         rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
         second, third = derivatives(prober, range(min(curvature_probes, num_probes)), close)
+        start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
+        growth = measure_growth(prober, start_sq, eps, curvature_probes)
     logger.info("Second and third derivatives were measured at eps = %.2g.", close)
-    measured = _Derivatives(second, third, close)
+    measured = _Derivatives(second, third, close, growth)
     loss = center.losses_B.mean().item()
-    run = _Run(num_steps, walk, task.num_update)
-    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances, run)
+    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances, num_steps)
 
 
 @dataclass(frozen=True)
 class _Derivatives:
-    """Second and third derivatives along probes, and the size they were measured at."""
+    """Second and third derivatives along probes, the size they were measured at, and slopes far from the start."""
 
     second: Tensor
     third: Tensor
     eps: float
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a rate is for: a number of steps, the distance that noise may take a weight, and the batch of the probes."""
-
-    num_steps: int
-    walk: float | None
-    batch: int
-
-    def rate(self, slopes: Slopes, count: int, hessian_trace: float, noise_scale: Measurement) -> float:
-        """Return the learning rate that suits the run; infinite when the probes do not resolve the curvature."""
-        moments = fisher_moments(slopes)
-        if moments.product_sq <= 0:
-            return math.inf
-        step = theory.optimal_learning_rate(
-            count,
-            gradient_sq=moments.gradient_sq,
-            trace_hessian=max(moments.rows_sq, hessian_trace),
-            gradient_curvature=moments.product_sq,
-        )
-        if noise_scale.known:
-            step /= 1 + max(0.0, noise_scale.value) / self.batch
-        if self.walk is None:
-            return step
-        norm = math.sqrt(moments.gradient_sq)
-        walked = theory.random_walk_rate(
-            self.walk, gradient_norm=norm, num_perturbations=count, num_steps=self.num_steps
-        )
-        return min(step, walked)
+    growth: Growth
 
 
 def _summarize(
@@ -239,7 +215,7 @@ def _summarize(
     forwards: int,
     counts: Sequence[int],
     tolerances: Sequence[float],
-    run: _Run,
+    num_steps: int,
 ) -> Plan:
     notes = []
     variance = jackknife(slopes, single_draw_variance)
@@ -264,10 +240,14 @@ def _summarize(
     if abs(hessian.value - fisher.value) > 2 * math.hypot(hessian.error, fisher.error):
         notes.append(
             "The Hessian's trace is not the Fisher matrix's: curvature of the network itself matters, so take the "
-            "rates as upper limits."
+            "rates for one step as upper limits."
         )
+    far = jackknife(measured.growth, reach)
+    if math.isinf(far.value):
+        notes.append("Slopes do not grow far from the start: the rate of a run is the best for one step.")
     # Two standard errors above the estimate: too little curvature is what wrecks a run.
-    top = hessian.value + 2 * hessian.error if math.isfinite(hessian.error) else hessian.value
+    top = hessian.value + 2 * hessian.error if hessian.known else 0.0
+    damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0
     return Plan(
         relative_error_one=one,
         rho=rho,
@@ -286,10 +266,15 @@ def _summarize(
         predicted_error={p: Measurement(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
         learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
         learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
+        reach=far,
         run_rate={
-            p: jackknife(slopes, partial(run.rate, count=p, hessian_trace=top, noise_scale=noise_scale)) for p in counts
+            p: _run_rate(
+                jackknife(slopes, partial(_rate, count=p, hessian_trace=top, damping=damping)),
+                walk_rate(far, norm, num_perturbations=p, num_steps=num_steps),
+            )
+            for p in counts
         },
-        num_steps=run.num_steps,
+        num_steps=num_steps,
         loss=loss,
         forwards=forwards,
         tokens=forwards * task.num_tokens,
@@ -318,14 +303,22 @@ def _rate_ratio(count: int, ratio: Measurement) -> Measurement:
     return Measurement(part, part * ratio.error / (count + 1 + ratio.value))
 
 
-def _rate(slopes: Slopes, count: int) -> float:
+def _rate(slopes: Slopes, count: int, hessian_trace: float = 0.0, damping: float = 1.0) -> float:
     """Return the step size that decreases the Gauss-Newton model of the loss fastest."""
     moments = fisher_moments(slopes)
     if moments.product_sq <= 0:
         return math.inf
-    return theory.optimal_learning_rate(
+    step = theory.optimal_learning_rate(
         count,
         gradient_sq=moments.gradient_sq,
-        trace_hessian=moments.rows_sq,
+        trace_hessian=max(moments.rows_sq, hessian_trace),
         gradient_curvature=moments.product_sq,
     )
+    return step / damping
+
+
+def _run_rate(one_step: Measurement, walked: Measurement) -> Measurement:
+    """Return the smaller of two rates; one that nothing bounds does not count, one that is not known does."""
+    if math.isinf(walked.value):
+        return one_step
+    return walked if not walked.known or not one_step.known or walked.value < one_step.value else one_step

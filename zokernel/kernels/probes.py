@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -170,7 +171,21 @@ def gradient_noise(slopes: Slopes) -> tuple[float, float]:
     return spread, losses.mean(1).square().mean().item() - spread / losses.shape[1]
 
 
-def jackknife(slopes: Slopes, statistic: Callable[[Slopes], float]) -> Measurement:
+class Sample(Protocol):
+    """Independent draws of which some can be left out."""
+
+    @property
+    def count(self) -> int:
+        """Number of draws."""
+
+    def keep(self: Drawn, index: Tensor) -> Drawn:
+        """Return some of the draws."""
+
+
+Drawn = TypeVar("Drawn", bound=Sample)
+
+
+def jackknife(slopes: Drawn, statistic: Callable[[Drawn], float]) -> Measurement:
     """Return a statistic of the probes with its jackknife standard error.
 
     Args:

@@ -1,0 +1,298 @@
+"""Does training with the rate that ``zokernel plan`` advises go well?  Each plan is followed, beside a sweep of five.
+
+Six tasks, all weights and LoRA, three seeds: the plan is made with a run's seed, then MeZO trains at the advised rate
+and at the five rates of the sweep, with the same batches and directions and the command's settings (constant rate,
+one direction per step, its default eps).  Losses are those of the same 64 training examples before and after.  Finished
+plans and runs are kept in a file, so that a stopped benchmark goes on.
+
+    python benchmarks/plan_followed.py --data_folder DIR --headlines samples.jsonl --runs plan_followed.jsonl
+    python benchmarks/plan_followed.py --runs plan_followed.jsonl --train_nothing    # the table of what is there
+
+``DIR`` holds {sst2,rte}/train.tsv and trec/train.csv; ``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of
+the package evals 3.0.1.post1.  The tickets are made up here; movie-reviews comes with the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paired
+import torch
+from directions import table
+
+TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
+SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+EPS = {"full": 1e-3, "lora": 1e-2}
+MEASURED = 64  # training examples whose loss is followed
+ROWS = 1000
+DIVERGED = 1.2  # a loss at the end of so many times that of the start
+
+MESSAGES = {
+    "billing": (
+        "I was charged twice for order {n}.",
+        "The refund for order {n} has not arrived.",
+        "Why is there a fee of {n} cents on my invoice?",
+        "My card was declined although it is valid.",
+        "Please send the receipt for {n}.",
+    ),
+    "account": (
+        "Please close my account number {n}.",
+        "I cannot log in since Monday.",
+        "How do I change the address of account {n}?",
+        "The password mail never comes.",
+        "Someone else uses my user name.",
+    ),
+    "technical": (
+        "The app crashes when I open page {n}.",
+        "Error {n} appears during the upload.",
+        "Search has found nothing since the update.",
+        "The export file is empty.",
+        "Video stops after {n} seconds.",
+    ),
+}
+ENDINGS = ("", " It is urgent.", " This is the third time I write.", " No answer so far.", " Thank you.")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where data are: the folder of the published sets, the file of headlines, and a folder for files made here."""
+
+    data: Path
+    headlines: Path
+    made: Path
+
+    def arguments(self, task: str) -> dict[str, Any]:
+        """Return the data flags of a task."""
+        if task == "tickets":
+            return {
+                "train_file": str(self._tickets()),
+                "template": "{message} This ticket is about",
+                "label_words": list(MESSAGES),
+                "labels": list(MESSAGES),
+                "label_column": "team",
+            }
+        if task == "headlines":
+            return {
+                "train_file": str(self._headlines()),
+                "template": "Headline: {headline}\nThis headline is",
+                "label_words": ["news", "satire"],
+                "labels": ["0", "1"],
+                "label_column": "kind",
+            }
+        if task == "movie-reviews":
+            return {"dataset_name": task}
+        columns = {"column_names": ["label", "question"]} if task == "trec" else {}
+        return {"task": task, "train_file": str(self.data / task / f"train.{'csv' if columns else 'tsv'}"), **columns}
+
+    def _tickets(self) -> Path:
+        path, draw = self.made / "tickets.csv", random.Random(0)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["message", "team"])
+            for _ in range(200):
+                team = draw.choice(list(MESSAGES))
+                text = draw.choice(MESSAGES[team]).format(n=draw.randrange(1000, 9999)) + draw.choice(ENDINGS)
+                writer.writerow([text, team])
+        return path
+
+    def _headlines(self) -> Path:
+        path = self.made / "headlines.jsonl"
+        lines = itertools.islice(self.headlines.read_text(encoding="utf-8").splitlines(), 3000)
+        rows = [json.loads(line) for line in lines]
+        pairs = [{"headline": row["input"][1]["content"], "kind": row["ideal"]} for row in rows]
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        return path
+
+
+class Course:
+    """A model, a task's examples, and the weights that every run starts from.
+
+    Args:
+        data: Data flags of the task.
+        lora: Train a LoRA adapter, not all weights.
+    """
+
+    def __init__(self, data: dict[str, Any], *, lora: bool):
+        from transformers import AutoTokenizer
+
+        from zokernel.data import resolve_model_path
+        from zokernel.finetune.data.collate import Collator, EncodedDataset
+        from zokernel.finetune.data.datasets import load_splits, load_task
+        from zokernel.finetune.settings.arguments import DataArguments
+        from zokernel.finetune.tasks import encode
+
+        arguments = DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data)
+        wording = load_task(arguments)
+        rows = load_splits(arguments, wording, seed=0).train
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("smollm2"))
+        encoded = EncodedDataset(encode(wording, rows, tokenizer))
+        self.examples = [encoded[n] for n in range(len(encoded))]
+        self.collate = Collator(pad_token_id=tokenizer.pad_token_id or 0)
+        self.model = paired.load(lora=lora, untrained=True)
+        self.start = {name: p.detach().clone() for name, p in paired.trained(self.model)}
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Return the mean loss of the measured examples."""
+        items = sorted(self.examples[:MEASURED], key=lambda item: len(item["input_ids"]))
+        total = 0.0
+        for first in range(0, len(items), 32):
+            batch = self.collate(items[first : first + 32])
+            total += float(paired.make_closure(self.model, batch, bf16=True)()) * len(batch["labels"])
+        return total / len(items)
+
+    def run(self, lr: float, *, eps: float, seed: int, steps: int, batch: int) -> dict[str, float]:
+        """Train from the start; return the loss before, after, and the highest that a step saw."""
+        from zokernel.errors import LossError
+        from zokernel.optim import MeZO
+
+        weights = paired.trained(self.model)
+        with torch.no_grad():
+            for name, p in weights:
+                p.copy_(self.start[name])
+        before, highest = self.loss(), 0.0
+        optimizer = MeZO(weights, lr=lr, eps=eps, seed=seed, perturb="in_forward")
+        draw = random.Random(seed)
+        for _ in range(steps):
+            items = self.collate(draw.sample(self.examples, batch))
+            try:
+                highest = max(highest, float(optimizer.step(paired.make_closure(self.model, items, bf16=True))))
+            except LossError:
+                return {"before": before, "after": math.inf, "highest": math.inf}
+        return {"before": before, "after": self.loss(), "highest": highest}
+
+
+def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and what it rests on."""
+    from zokernel.commands.plan import PlanArguments, plan_for
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+
+    plan = plan_for(
+        ModelArguments(lora=lora),
+        DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data),
+        PlanArguments(seed=seed, max_steps=steps, update_examples=batch),
+    ).plan
+    rate = plan.run_rate[min(plan.run_rate)]
+    found = plan.as_dict()
+    return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
+
+
+class Records:
+    """Finished plans and runs, one JSON line each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """Return the row with these values."""
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> None:
+    """Make every plan and run that is not there yet."""
+    fixed = {"steps": settings.steps, "batch": settings.batch}
+    for seed, task, train in itertools.product(settings.seeds, settings.tasks, settings.train):
+        place = {"task": task, "train": train, "seed": seed, **fixed}
+        data, course = sources.arguments(task), None
+        planned = None if settings.no_plan else records.find(kind="plan", **place)
+        if planned is None and not settings.no_plan:
+            begun = time.perf_counter()
+            planned = {"kind": "plan", **place, **advised(data, lora=train == "lora", seed=seed, **fixed)}
+            records.add(planned | {"seconds": round(time.perf_counter() - begun)})
+        rates = [planned["lr"]] if planned and planned["lr"] is not None else []
+        for lr in [*rates, *(() if settings.no_sweep else SWEEP[train])]:
+            if records.find(kind="run", lr=lr, **place) is None:
+                course = course or Course(data, lora=train == "lora")
+                begun = time.perf_counter()
+                found = course.run(lr, eps=EPS[train], seed=seed, **fixed)
+                row = {"kind": "run", **place, "lr": lr, **{name: round(value, 4) for name, value in found.items()}}
+                records.add(row | {"seconds": round(time.perf_counter() - begun)})
+                print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
+
+
+def summary(records: Records, settings: argparse.Namespace) -> str:
+    """Return the table: for each task and what is trained, the advised rate beside the best of the sweep."""
+    fixed = {"steps": settings.steps, "batch": settings.batch}
+    lines, followed, diverged = [], 0, 0
+    for task, train in itertools.product(settings.tasks, settings.train):
+        rates, own, before = [], {}, math.nan
+        for seed in settings.seeds:
+            place = {"task": task, "train": train, "seed": seed, **fixed}
+            plan = records.find(kind="plan", **place)
+            run = records.find(kind="run", lr=plan["lr"], **place) if plan else None
+            if plan and run:
+                rates.append(f"{plan['lr']:.1e}")
+                own[seed], before = run["after"], run["before"]
+                diverged += not run["after"] <= DIVERGED * before
+        swept = {
+            lr: {
+                seed: row["after"]
+                for seed in settings.seeds
+                if (row := records.find(kind="run", lr=lr, task=task, train=train, seed=seed, **fixed))
+            }
+            for lr in SWEEP[train]
+        }
+        followed += len(own)
+        whole = {lr: losses for lr, losses in swept.items() if losses.keys() >= own.keys() and own}
+        if not whole:
+            continue
+        best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in own))
+        apart = [own[seed] - whole[best][seed] for seed in own]
+        spread = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+        row = {"task": task, "trained": train, "start": f"{before:.3f}", "advised rates": " ".join(rates)}
+        row |= {"ends at": " ".join(f"{loss:.3f}" for loss in own.values())}
+        row |= {f"rate {n}": shown(swept[lr], lr) for n, lr in enumerate(SWEEP[train], 1)}
+        lines.append(row | {"advised - best": f"{statistics.fmean(apart):.3f} ± {spread:.3f}"})
+    if not lines:
+        return "Nothing yet."
+    printed = table(list(lines[0]), [list(line.values()) for line in lines])
+    return f"{printed}\n\n{followed} plans followed, {diverged} of the runs diverged."
+
+
+def shown(losses: dict[int, float], lr: float) -> str:
+    """Return a rate of the sweep with the mean of its losses at the end."""
+    return f"{lr:g}: {statistics.fmean(losses.values()):.3f}" if losses else f"{lr:g}:"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_folder", type=Path, default=Path("data"))
+    parser.add_argument("--headlines", type=Path, default=Path("samples.jsonl"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/plan_followed.jsonl"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--train", nargs="+", choices=list(SWEEP), default=list(SWEEP))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--no_sweep", action="store_true", help="only plans and the runs that follow them")
+    parser.add_argument("--no_plan", action="store_true", help="only the sweep")
+    parser.add_argument("--train_nothing", action="store_true", help="only the table of what is there")
+    settings = parser.parse_args()
+    records = Records(settings.runs)
+    if not settings.train_nothing:
+        with tempfile.TemporaryDirectory() as made:
+            follow(records, Sources(settings.data_folder, settings.headlines, Path(made)), settings)
+    print(summary(records, settings))
+
+
+if __name__ == "__main__":
+    main()
