@@ -6,7 +6,7 @@ one direction per step, its default eps).  Losses are those of the same 64 train
 plans and runs are kept in a file, so that a stopped benchmark goes on.
 
     python benchmarks/plan_followed.py --data_folder DIR --headlines samples.jsonl --runs plan_followed.jsonl
-    python benchmarks/plan_followed.py --runs plan_followed.jsonl --train_nothing    # the table of what is there
+    python benchmarks/plan_followed.py --runs plan_followed.jsonl     # trains nothing: the table of what is there
 
 ``DIR`` holds {sst2,rte}/train.tsv and trec/train.csv; ``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of
 the package evals 3.0.1.post1.  The tickets are made up here; movie-reviews comes with the library.
@@ -173,7 +173,7 @@ class Course:
         return {"before": before, "after": self.loss(), "highest": highest}
 
 
-def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int) -> dict[str, Any]:
+def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int, num_probes: int) -> dict[str, Any]:
     """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and what it rests on."""
     from zokernel.commands.plan import PlanArguments, plan_for
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -181,7 +181,7 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
     plan = plan_for(
         ModelArguments(lora=lora),
         DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data),
-        PlanArguments(seed=seed, max_steps=steps, update_examples=batch),
+        PlanArguments(seed=seed, max_steps=steps, update_examples=batch, num_probes=num_probes, num_perturbations=[1]),
     ).plan
     rate = plan.run_rate[min(plan.run_rate)]
     found = plan.as_dict()
@@ -216,15 +216,17 @@ def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> 
         planned = None if settings.no_plan else records.find(kind="plan", **place)
         if planned is None and not settings.no_plan:
             begun = time.perf_counter()
-            planned = {"kind": "plan", **place, **advised(data, lora=train == "lora", seed=seed, **fixed)}
-            records.add(planned | {"seconds": round(time.perf_counter() - begun)})
+            found = advised(data, lora=train == "lora", seed=seed, num_probes=settings.num_probes, **fixed)
+            planned = {"kind": "plan", **place, **found, "seconds": round(time.perf_counter() - begun)}
+            records.add(planned)
+            print(f"{task} {train} seed {seed}: advised {planned['lr']}", flush=True)
         rates = [planned["lr"]] if planned and planned["lr"] is not None else []
         for lr in [*rates, *(() if settings.no_sweep else SWEEP[train])]:
             if records.find(kind="run", lr=lr, **place) is None:
                 course = course or Course(data, lora=train == "lora")
                 begun = time.perf_counter()
-                found = course.run(lr, eps=EPS[train], seed=seed, **fixed)
-                row = {"kind": "run", **place, "lr": lr, **{name: round(value, 4) for name, value in found.items()}}
+                losses = course.run(lr, eps=EPS[train], seed=seed, **fixed)
+                row = {"kind": "run", **place, "lr": lr, **{name: round(loss, 4) for name, loss in losses.items()}}
                 records.add(row | {"seconds": round(time.perf_counter() - begun)})
                 print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
 
@@ -275,7 +277,7 @@ def shown(losses: dict[int, float], lr: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_folder", type=Path, default=Path("data"))
+    parser.add_argument("--data_folder", type=Path, help="without it nothing is trained")
     parser.add_argument("--headlines", type=Path, default=Path("samples.jsonl"))
     parser.add_argument("--runs", type=Path, default=Path("runs/plan_followed.jsonl"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -283,12 +285,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--num_probes", type=int, default=32, help="probes of a plan")
     parser.add_argument("--no_sweep", action="store_true", help="only plans and the runs that follow them")
     parser.add_argument("--no_plan", action="store_true", help="only the sweep")
-    parser.add_argument("--train_nothing", action="store_true", help="only the table of what is there")
     settings = parser.parse_args()
     records = Records(settings.runs)
-    if not settings.train_nothing:
+    if settings.data_folder is not None:
         with tempfile.TemporaryDirectory() as made:
             follow(records, Sources(settings.data_folder, settings.headlines, Path(made)), settings)
     print(summary(records, settings))

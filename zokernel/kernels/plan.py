@@ -118,7 +118,7 @@ class Plan:
         return {
             name: value.probes_needed(self.probes_used(name))
             for name, value in vars(self).items()
-            if isinstance(value, Measurement) and not value.known
+            if isinstance(value, Measurement) and not value.known and not (name == "reach" and math.isinf(value.value))
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -38,6 +38,12 @@ def read_plan(record: dict[str, Any]) -> Page:
         summary.append(
             f"For a run of {plan['num_steps']:,} steps along {rates[0][0]} direction(s) per step, the learning rate "
             f"{rates[0][1]['value']:.2g} is advised."
+            + (
+                f" Slopes double once noise has taken every weight {plan['reach']['value']:.2g} from its start; such a "
+                "run stays well below that."
+                if _known(plan.get("reach"))
+                else ""
+            )
         )
     if best is not None and best[1] is not None and best[1] > 0:
         summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions per step.")
