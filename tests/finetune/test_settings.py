@@ -148,15 +148,15 @@ def test_the_command_refuses_an_old_folder_and_shows_its_settings(flags, tmp_pat
 
 
 def test_restore_is_deprecated(tmp_path):
-    with pytest.warns(FutureWarning, match=r"--restore grid is deprecated.*2027-06-01: use --perturb in_place:grid"):
+    with pytest.warns(FutureWarning, match=r"restore grid is deprecated.*2027-06-01: use perturb in_place:grid"):
         config = ZOConfig(output_dir=str(tmp_path), restore="grid")
     assert (config.perturb, config.restore) == ("in_place:grid", None)
-    with pytest.raises(UsageError, match="leave out --restore"):
+    with pytest.raises(UsageError, match="leave out restore"):
         ZOConfig(output_dir=str(tmp_path), restore="grid", perturb="in_forward")
 
 
 def test_weights_in_bf16_are_perturbed_exactly_or_refused_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(UsageError, match=r"bfloat16.*--perturb in_forward"):
+    with pytest.raises(UsageError, match=r"bfloat16.*set perturb to in_forward"):
         settle(tmp_path, perturb="in_place", low_precision="torch.bfloat16")
     for perturb in ("auto", "in_forward"):
         assert settle(tmp_path, perturb=perturb, low_precision="torch.bfloat16")["perturb"] == "in_forward"
@@ -185,7 +185,7 @@ def test_a_first_order_run_honours_what_concerns_gradients(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "steps", "epochs"),
-    [({}, 1000, 3), ({"num_train_epochs": 1}, -1, 1), ({"num_train_epochs": 2, "max_steps": 7}, 7, 2)],
+    [({}, 1000, 3), ({"num_train_epochs": 1}, -1, 1), ({"num_train_epochs": 2, "max_steps": -1}, -1, 2)],
 )
 def test_epochs_alone_count_epochs(settings, steps, epochs, tmp_path):
     config = ZOConfig(output_dir=str(tmp_path), **settings)
@@ -237,8 +237,8 @@ def test_method_args_are_in_the_record(tmp_path):
     ("options", "message"),
     [
         ({"method_args": ["eps=1e-2"], "eps": 1e-3}, "eps is given twice"),
-        ({"method_args": ["seed=3"]}, "set --seed"),
-        ({"method_args": ["lr=0.5"]}, "set --learning_rate"),
+        ({"method_args": ["seed=3"]}, "set seed"),
+        ({"method_args": ["lr=0.5"]}, "set learning_rate"),
     ],
 )
 def test_a_setting_has_one_place(tmp_path, options, message):
@@ -268,5 +268,5 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, m
 
 @pytest.mark.parametrize("name", ["tensorbord", "", ["none", "nowhere"]])
 def test_trackers_that_do_not_exist_are_named(name, tmp_path):
-    with pytest.raises(UsageError, match="--report_to knows no"):
+    with pytest.raises(UsageError, match="report_to (knows no|is empty)"):
         ZOConfig(output_dir=str(tmp_path), report_to=name)

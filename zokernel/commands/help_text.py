@@ -72,7 +72,7 @@ def with_default(action: argparse.Action, text: str | None) -> str:
         return text
     values = default if isinstance(default, (list, tuple)) else [default]
     shown = " ".join(str(value).lower() if isinstance(value, bool) else str(value).strip() for value in values)
-    return f"{text.rstrip('.')} (default: {shown})"
+    return f"{text.rstrip(' .,;:')} (default: {shown})"
 
 
 def _row(action: argparse.Action, example: str, text: str) -> str:

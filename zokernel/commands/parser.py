@@ -124,11 +124,13 @@ class CommandParser(argparse.ArgumentParser):
             self._read(config)
         args, unknown = self.parse_known_args(words)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            what = (
-                f"There is no flag {flag!r}" if flag.startswith("-") else f"The argument {flag!r} has no meaning here"
-            )
-            raise UsageError(f"{what}{self._suggest(flag.lstrip('-'), prefix='--')}.")
+            word = unknown[0]
+            flag, place = word.partition("=")[0], list(argv).index(word) if word in argv else 0
+            if flag.startswith("-"):
+                raise UsageError(f"There is no flag {flag!r}{self._suggest(flag.lstrip('-'), prefix='--')}.")
+            flags = [before.partition("=")[0] for before in argv[:place] if before.startswith("--")]
+            after = f" after {flags[-1]}" if flags else ""
+            raise UsageError(f"The argument {word!r}{after} has no meaning here: '{self.prog} --help' shows how.")
         args.command_line = shlex.join([*self.prog.split(), *hide_in_words(argv)])
         return args
 
@@ -146,11 +148,17 @@ class CommandParser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             bare = not equals and argv[n + 1 : n + 2] and argv[n + 1].lower() not in BOOLEANS
             # Without its value, a switch would take the next argument: report --serve runs/mine.
+            bare = bare and (self._takes_words or argv[n + 1].startswith("-"))
             words.append(f"{name}=true" if bare and _is_switch(action) else name + equals + value)
             before = self._option_string_actions.get(words[-2]) if len(words) > 1 else None
             if before is not None and before.nargs is None and _NEGATIVE.fullmatch(word):
                 words[-2:] = [f"{words[-2]}={word}"]  # which argparse takes for a flag: --learning_rate -1e-3
         return words
+
+    @property
+    def _takes_words(self) -> bool:
+        """Whether there are arguments that belong to no flag."""
+        return any(not action.option_strings for action in self._actions)
 
     @staticmethod
     def _config_of(words: Sequence[str]) -> Path | None:
@@ -197,6 +205,11 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+def boolean_or_text(text: str) -> bool | str:
+    """Read a boolean where it is one."""
+    return BOOLEANS.get(text.lower(), text)
+
+
 def add_switch(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Declare a flag that is false unless it is given: ``--json``, ``--json true`` or ``--json false``."""
     parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=help)
@@ -207,14 +220,21 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
 
     ``--help-all`` lists zokernel's own flags by class, and those of transformers after them.
     """
-    from transformers import HfArgumentParser  # takes seconds to load
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool  # takes seconds to load
 
+    from zokernel.finetune.settings.unsupported import ALWAYS, SCORED, ZEROTH_ORDER
+
+    refused = ALWAYS | ZEROTH_ORDER | SCORED
     headings = {name: f"zokernel's {cls.__name__}" for cls in classes for name in _declared_here(cls)}
     groups = {title: parser.add_argument_group(title) for title in [*dict.fromkeys(headings.values()), _OTHERS]}
 
     class Declares(HfArgumentParser):
         def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
             title = headings.get(names[0].removeprefix("--").removeprefix("no_"), _OTHERS)
+            if kwargs.get("type") is string_to_bool:
+                kwargs["type"] = boolean
+            if names[0].removeprefix("--") in refused and kwargs.get("nargs") == "?":
+                kwargs["type"] = boolean_or_text  # whatever it is, the reason why it is refused is said
             # The spelling with dashes is understood everywhere, and need not be listed.
             return groups[title].add_argument(*([name for name in names if "-" not in name[2:]] or names), **kwargs)
 

@@ -10,21 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from zokernel._version import __version__
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
+from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
-from zokernel.finetune.models.adapters import trained_by, virtual_tokens
+from zokernel.finetune.models.adapters import say_base, trained_by, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel, check_model
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.merge import save_merged
+from zokernel.finetune.monitor.diagnosis import diagnosed
 from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.predict import write_predictor
@@ -40,15 +41,16 @@ from zokernel.finetune.report.metrics import (
 )
 from zokernel.finetune.report.run_report import draw_loss, write_report
 from zokernel.finetune.report.samples import shown_samples
-from zokernel.finetune.report.told import number
+from zokernel.finetune.report.told import number, start_told
 from zokernel.finetune.report.zero_shot import fingerprint, remembered
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.record import RunSettings
+from zokernel.finetune.settings.record import RunSettings, keep_recorded
 from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
 from zokernel.finetune.storage.lock import exclusive
@@ -92,14 +94,15 @@ def finetune(
     folder = Path(str(config.output_dir))
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
-        check_values(model_arguments)
         check_values(data_arguments)
+        refuse_unsupported(config, scored=True)
         check_push(config)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
         task = load_task(data_arguments)
+        check_flags(task, data_arguments, model_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
         config = lower_is_better(config)
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
@@ -108,9 +111,11 @@ def finetune(
             pushed_by_nobody_else(config),
             trained=trained_by(model_arguments),
             num_examples=len(splits.train) - data_arguments.num_demonstrations,
-            low_precision=_stored_low(model_arguments, model),
+            low_precision=model.trained_low,
             command=command,
         )
+        if not config.overwrite_output_dir:
+            settings = keep_recorded(settings, folder)
         deciding = output.run_settings(model_arguments, data_arguments, settings.arguments()) | splits.fingerprint
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
@@ -175,12 +180,11 @@ class _Job:
             self._score_before(trainer, run)
             if main:
                 write_json(folder / output.RUN_FILE, run)
-        shown = self.data_arguments.num_demonstrations
-        how = f"{shown}-shot in-context" if shown else "Zero-shot"
+        how = start_told(self.data_arguments.num_demonstrations, trained=self.checked.is_trained)
         metric = self.task.metric
         where = "validation" if self.splits.test_is_validation else "test"
-        score = run["before"][metric]
-        logger.info("%s %s on %d %s examples: %.3f.", how, metric, len(self.splits.test), where, score)
+        told = (how.capitalize(), metric, len(self.splits.test), where, run["before"][metric])
+        logger.info("%s %s on %d %s examples: %.3f.", *told)
 
         def begun() -> None:
             # Only now is it certain that the run there is continued, perhaps with a longer --max_steps.
@@ -211,6 +215,8 @@ class _Job:
             if config.do_train and self.model_arguments.merge_adapter:
                 save_merged(trainer.bare_model, folder)
                 metrics["saved"] = "model"
+            elif config.do_train:
+                say_base(self.model, self.model_arguments.model_name_or_path)
             self._write(folder, trainer, metrics)
         return metrics
 
@@ -248,9 +254,8 @@ class _Job:
         )
 
     def _score_before(self, trainer: ZOTrainer, run: dict[str, Any]) -> None:
-        config, objective, test = self.config, self.objective, self.encoded["test"]
-        data = self.data_arguments
-        scoring = f"{config.precision} {objective.objective} {data.calibrate} {data.max_new_tokens} loss per example"
+        config, data, test = self.config, self.data_arguments, self.encoded["test"]
+        scoring = f"{config.precision} {config.objective} {data.calibrate} {data.max_new_tokens} loss per example"
         key = fingerprint(self.model, test, scoring)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
@@ -275,7 +280,7 @@ class _Job:
     ) -> dict[str, Any]:
         log, stepped = trainer.run_log, trainer.zeroth_order and trainer.optimizer is not None
         return {
-            **model_facts(self.model, self.model_arguments.model_name_or_path),
+            **model_facts(self.model, self.model_arguments.model_name_or_path, trained=self.checked.is_trained),
             **task_facts(self.task, self.data_arguments, masked=self.masked),
             **settings_of(trainer.settings.arguments(), self.settings.requested),
             "num_train": len(self.encoded["train"]),
@@ -293,6 +298,7 @@ class _Job:
             "peak_memory_training": peak_memory,
             "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
             "went_wrong": went_wrong(log.rows),
+            "diagnosis": diagnosed(trainer.diagnosis, run["before"], after, kept=self.config.load_best_model_at_end),
             "evaluations": evaluations(trainer.state.log_history, log.forwards_at),
             **repeat_facts(self.command),
         }
@@ -342,9 +348,3 @@ def from_main(value: Any) -> Any:
 def evaluate(trainer: ZOTrainer, dataset: Any) -> dict[str, float]:
     """Return loss and metrics on a data set."""
     return measures(trainer.predict(dataset, metric_key_prefix="test").metrics or {}, "test")
-
-
-def _stored_low(arguments: ModelArguments, model: CheckedModel) -> str:
-    """Return the type in which all weights are stored and trained, if it is below fp32."""
-    whole = trained_by(arguments) == "full parameters"
-    return str(model.dtype) if whole and model.dtype in (torch.bfloat16, torch.float16) else ""

@@ -13,9 +13,6 @@ from zokernel.finetune.tasks.chat_template import choose_chat_template, has_chat
 from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.text import TextTask
 
-_ONLY_TEXT = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
-_ONLY_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
-
 
 def check_text(
     task: Task, rows: Sequence[Row], tokenizer: Any, arguments: DataArguments, *, kind: str, objective: str
@@ -23,7 +20,7 @@ def check_text(
     """Check the flags of a task of text, and let the tokenizer use the chat template that was asked for.
 
     Args:
-        task: The task; of another kind, only that no flag of texts was given.
+        task: The task; nothing is checked of another kind.
         rows: Rows to train on, of which the first is tokenized.
         tokenizer: The tokenizer, whose template is set.
         arguments: What the user said about the data.
@@ -34,9 +31,8 @@ def check_text(
         UsageError: If something does not fit, naming the flag.
     """
     if not isinstance(task, TextTask):
-        for flag in _ONLY_TEXT:
-            if getattr(arguments, flag) not in (None, False):
-                raise UsageError(f"--{flag} is for chats, instructions and texts, and this is a {task.kind} task.")
+        if kind == "causal" and "{mask}" in task.template:
+            raise UsageError(f"The template {task.template!r} has a {{mask}}: it needs a masked language model.")
         return
     if kind != "causal":
         raise UsageError(
@@ -45,9 +41,6 @@ def check_text(
         )
     if objective != "cross_entropy":
         raise UsageError(f"--objective {objective} needs answers to compare, which texts do not have: leave it out.")
-    for flag, what in _ONLY_OPTIONS.items():
-        if getattr(arguments, flag):
-            raise UsageError(f"--{flag} {what}, which texts do not have: leave it out.")
     choose_chat_template(tokenizer, arguments.chat_template)
     chats = _are_chats(task, rows[0], tokenizer)
     unfit = {

@@ -46,6 +46,11 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
     """
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     label = arguments.label_column or "label"
+    if label not in columns and _no_header(columns):
+        raise UsageError(
+            f"The first line of the training file ({', '.join(columns)[:80]}) reads like a row, not like names of "
+            "columns: name them with --column_names text label, in their order."
+        )
     if label not in columns:
         raise UsageError(
             f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels with "
@@ -64,6 +69,11 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
     return customize(task, template=template, labels=arguments.labels, label_column=arguments.label_column)
 
 
+def _no_header(columns: Sequence[str]) -> bool:
+    """Whether what should be names of columns seems to be a row: a number, a long text, or one with a full stop."""
+    return any(_is_number(name) or len(name.split()) > 4 or name.rstrip().endswith((".", "!", "?")) for name in columns)
+
+
 def label_values(rows: Sequence[Row], label: str) -> list[str]:
     """Return the values of the label column in order, if they are few enough to be classes.
 
@@ -80,6 +90,10 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
     structured = any(isinstance(value, (list, dict)) for value in values)
     if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(on_a_scale, words)):
         shown = f"{', '.join(f'{word:.30}' for word in words[:4])}{', ...' if words[4:] else ''}"
+        numbers = [word for word in words if word.isdigit()]
+        if words and len(numbers) == len(words) and len(set(map(int, words))) == max(map(int, words)) + 1:
+            named = f"--label_words sport art ... (one word for each of 0 to {len(words) - 1}, in order)"
+            raise UsageError(f"Column {label!r} holds {len(words)} classes by number: name them with {named}.")
         raise UsageError(
             f"Column {label!r} holds {len(words)} different values ({shown}), which are not taken for classes: give "
             "--label_words, or describe the task in a --task_file (answers that are written out, for example)."

@@ -74,6 +74,11 @@ def form_of(rows: Sequence[Row], label_column: str | None = None) -> str | None:
     for column in ("messages", "conversations"):
         if _hold_chats([row.get(column) for row in rows]):
             return "messages"
+        if column in columns and not {"label", "text", "prompt", "instruction"} & set(columns):
+            raise UsageError(
+                f"Column {column!r} holds no messages: write each row's as a list of mappings with 'role' and "
+                "'content', or name --template and --label_column to classify."
+            )
     if {"prompt", "completion"} <= set(columns):
         if _hold_verdicts([row.get("label") for row in rows]):
             raise UsageError(
@@ -96,7 +101,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 def _hold_chats(values: Sequence[object]) -> bool:
     present = [value for value in values if not is_missing(value) and value != ""]
     # In a table of text, a list is written out as JSON.
-    return bool(present) and all(
+    return any(
         isinstance(value, (list, tuple)) or (isinstance(value, str) and value.lstrip().startswith("["))
         for value in present
     )

@@ -10,9 +10,11 @@ from torch import nn
 from zokernel.errors import MissingDependencyError, UsageError, first_line
 from zokernel.finetune.models.kind import Kind, kind_of_model
 from zokernel.finetune.models.lora import attach_lora
-from zokernel.finetune.models.saved_adapter import adapter_config, load_saved, name_base_
+from zokernel.finetune.models.saved_adapter import adapter_config, load_saved, name_base_, say_base
 from zokernel.finetune.models.virtual_tokens import attach_prefix, attach_prompt
 from zokernel.finetune.settings.arguments import ModelArguments
+
+__all__ = ["attach_adapter", "check_adapter", "say_base", "trained_by", "virtual_tokens", "wants_adapter"]
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from zokernel.finetune.models.adapters import check_adapter, trained_by, wants_a
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
-from zokernel.finetune.models.saved_adapter import adapter_config, with_base
+from zokernel.finetune.models.saved_adapter import RUN_FILE, adapter_config, with_base
 from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.check import check_values
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +43,19 @@ class CheckedModel:
     dtype: torch.dtype
     arguments: ModelArguments
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a saved adapter, or what a run of zokernel left."""
+        folder = Path(self.path)
+        places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+        return self.arguments.adapter_name_or_path is not None or any((p / RUN_FILE).is_file() for p in places)
+
+    @property
+    def trained_low(self) -> str:
+        """The type in which all weights are stored and trained, if it is below fp32."""
+        whole = trained_by(self.arguments) == "full parameters"
+        return str(self.dtype) if whole and self.dtype in (torch.bfloat16, torch.float16) else ""
+
 
 @bounded_requests()
 def check_model(arguments: ModelArguments) -> CheckedModel:
@@ -58,6 +72,7 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    check_values(arguments)
     arguments = with_base(arguments)
     check_adapter(arguments)
     name = arguments.model_name_or_path
@@ -88,6 +103,11 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
         raise not_loaded(name, error, what="tokenizer", revision=arguments.model_revision) from error
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise UsageError(
+            f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "
+            "its folder, or choose another model."
+        )
     dtype = DTYPES.get(arguments.dtype) or _stored_dtype(architecture)
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
 

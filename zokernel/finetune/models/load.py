@@ -13,11 +13,11 @@ from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.models.check import CheckedModel, check_model, not_loaded
 from zokernel.finetune.models.estimate import check_memory, quantized_bytes
 from zokernel.finetune.models.kind import auto_class
-from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_
+from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
-from zokernel.finetune.settings.combine import is_first_order
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.settings.unsupported import is_first_order
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def load_model(
     if adapter:
         model = attach_adapter(model, arguments, seed=config.seed, first_order=is_first_order(config.method))
     check_finite(model, name)
+    warn_of_zeros(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(

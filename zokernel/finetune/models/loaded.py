@@ -17,6 +17,11 @@ from zokernel.private_apis import converts_weights
 
 logger = logging.getLogger(__name__)
 
+# What old checkpoints hold, and models compute by themselves.
+_COMPUTED = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", ".attention.bias")
+# Starts of adapters, and what is drawn or learned from zero on.
+_MAY_BE_ZERO = ("lora_B", "lora_embedding_B", "lora_magnitude", "bias", "prompt_encoder", "cls_token", "pos_embed")
+
 
 def check_complete(model: Any, found: Mapping[str, Any], name: str) -> None:
     """Refuse a model some of whose weights are not in its files, and say what of the files was left out.
@@ -44,9 +49,28 @@ def check_complete(model: Any, found: Mapping[str, Any], name: str) -> None:
             f"{name} lacks weights of {kind}, which would start at random ({_some(new)}){was}: choose a checkpoint "
             "that holds them, such as the language model it was made from."
         )
-    unexpected = sorted(found["unexpected_keys"])
-    if 20 * len(unexpected) > len(parameters):
-        logger.info("%s holds weights that %s does not have, which are left out: %s.", name, kind, _some(unexpected))
+    unexpected = sorted(key for key in found["unexpected_keys"] if not key.endswith(_COMPUTED))
+    if unexpected:
+        logger.warning("%s holds weights that %s does not have, which are left out: %s.", name, kind, _some(unexpected))
+
+
+def warn_of_zeros(model: nn.Module, name: str) -> None:
+    """Warn of weights that are all zero: a file that was never filled, or a layer that passes nothing on.
+
+    Biases and other vectors may be, and one of LoRA's two matrices begins so.
+    """
+    zero = [
+        key
+        for key, parameter in model.named_parameters()
+        if parameter.ndim > 1
+        and parameter.is_floating_point()
+        and not hasattr(parameter, "__tensor_flatten__")
+        and not any(part in key for part in _MAY_BE_ZERO)
+        and not parameter.detach().any()
+    ]
+    if zero:
+        told = "Weights of %s are all zero (%s): if they should not be, its files are damaged."
+        logger.warning(told, name, _some(zero))
 
 
 def check_finite(model: nn.Module, name: str) -> None:

@@ -138,17 +138,34 @@ def name_base_(adapted: Any, name: str) -> None:
         adapted: The peft model.
         name: What the user named as the model.
     """
-    told = ON_THE_HUB.get(name, name)
-    folder = Path(name).expanduser()
-    if name in ON_THE_HUB:
-        logger.info("%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, told, name)
-    elif folder.is_dir() and name not in SOURCES:
-        told = str(folder.resolve())
-        logger.info("%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, told)
     for configuration in adapted.peft_config.values():
-        configuration.base_model_name_or_path = told
+        configuration.base_model_name_or_path = _base_told(name)
     # Embeddings never change their size here; to find that out, peft would ask the hub at every save.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+
+
+def say_base(model: Any, name: str) -> None:
+    """Log once, when an adapter was saved, what ``adapter_config.json`` calls its base where that is no hub id.
+
+    Args:
+        model: The model that was saved; nothing is logged if it has no adapter.
+        name: What the user named as the model.
+    """
+    if not hasattr(model, "peft_config"):
+        return
+    told = _base_told(name)
+    if name in ON_THE_HUB:
+        logger.info("%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, told, name)
+    elif told != name or Path(name).is_dir():
+        logger.info("%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, told)
+
+
+def _base_told(name: str) -> str:
+    """Return what a saved adapter calls its base: a hub id, or an absolute path."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and name not in SOURCES:
+        return str(folder.resolve())
+    return ON_THE_HUB.get(name, name)
 
 
 def _base_of(folder: Path) -> str:

@@ -49,9 +49,7 @@ def check_trainable(model: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise UsageError(
                 f"{name} is quantized ({parameter.dtype}) and cannot be perturbed: load the model dequantized, "
-                "or train a LoRA adapter on it (--lora)."
+                "or train a LoRA adapter on it."
             )
     if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
-        raise UsageError(
-            "The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it (--lora)."
-        )
+        raise UsageError("The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it.")

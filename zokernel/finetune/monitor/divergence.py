@@ -40,15 +40,15 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
     recent = rows[-WINDOW:]
     if all(row.get("projected_gradient") == 0 for row in recent):
         return (
-            f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise --eps, "
-            "or, if the loss had risen before, start again with a lower --learning_rate."
+            f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise eps, "
+            "or, if the loss had risen before, start again with a lower learning_rate."
         )
     start = statistics.median(row["loss"] for row in rows[:3])
     now = statistics.median(row["loss"] for row in recent)
     if start > 0 and now > RISE * start:
         return (
             f"The loss has risen from {start:.3g} to {now:.3g}: training diverges, so start again with a lower "
-            "--learning_rate."
+            "learning_rate."
         )
     return None
 
@@ -67,7 +67,7 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
     Example:
         >>> rows = [{"loss": 1.4}] * 10 + [{"loss": 2e4}] * 10 + [{"loss": 1.1}] * 10
         >>> went_wrong(rows)
-        'Training diverged: the loss of its batches rose from 1.4 to 2e+04 (a lower --learning_rate is needed).'
+        'Training diverged: the loss of its batches rose from 1.4 to 2e+04 (a lower learning_rate is needed).'
         >>> went_wrong([{"loss": 1.4}] * 20 + [{"loss": 0.7}] * 10) is None
         True
     """
@@ -79,12 +79,12 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
     if start > 0 and (lasting > RISE * start or max(losses) > OUTLIER * max(start, 0.1)):
         return (
             f"Training diverged: the loss of its batches rose from {start:.3g} to {max(losses):.3g} (a lower "
-            "--learning_rate is needed)."
+            "learning_rate is needed)."
         )
     if all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:]):
         return (
             f"Training came to a standstill: all losses of a step were equal in the last {WINDOW} steps, as they are "
-            "when the model's scores have collapsed (lower --learning_rate) or --eps is too small."
+            "when the model's scores have collapsed (lower learning_rate) or eps is too small."
         )
     return None
 

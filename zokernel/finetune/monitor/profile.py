@@ -110,9 +110,9 @@ def check_profile(method: str, *, zeroth_order: bool, max_steps: int) -> None:
     """
     needed = WARM_UP + TIMED + TRACED
     if 0 < max_steps < needed:
-        raise UsageError(f"--profile takes {needed} steps: set --max_steps {needed} or more.")
+        raise UsageError(f"profile takes {needed} steps: set max_steps {needed} or more.")
     if not zeroth_order:
-        raise UsageError(f"--profile knows the parts of zeroth-order steps, not those of {method}.")
+        raise UsageError(f"profile knows the parts of zeroth-order steps, not those of {method}.")
 
 
 class Profile(TrainerCallback):

@@ -39,10 +39,11 @@ def settings_of(config: ZOConfig, requested: ZOConfig) -> dict[str, Any]:
     }
 
 
-def model_facts(model: Any, name: str) -> dict[str, Any]:
+def model_facts(model: Any, name: str, *, trained: bool = False) -> dict[str, Any]:
     """Return what a report shows about the model."""
     return {
         "model": name,
+        "trained_before": trained,
         "saved": "adapter" if hasattr(model, "peft_config") else "model",
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

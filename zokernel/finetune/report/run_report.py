@@ -10,7 +10,15 @@ import numpy as np
 
 from zokernel.figures import PALETTE, figures
 from zokernel.finetune.report.samples import samples_section
-from zokernel.finetune.report.told import examples_told, loss_told, method_told, rate_told, weights_told
+from zokernel.finetune.report.told import (
+    diagnosis_told,
+    examples_told,
+    loss_told,
+    method_told,
+    rate_told,
+    start_told,
+    weights_told,
+)
 
 PERPLEXITY = "perplexity"  # the one metric that is no share
 
@@ -34,7 +42,7 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     before, after, metric = metrics["before"], metrics["after"], metrics["metric"]
     examples = metrics["num_test"]
     shots = metrics["num_demonstrations"]
-    start = f"{shots}-shot in-context" if shots else "zero-shot"
+    start = start_told(shots, trained=metrics.get("trained_before", False))
     model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
     first, last = (_measured(metric, found[metric], examples) for found in (before, after))
     zero_shot = (f"{start} {metric}", f"{first} on {examples_told(metrics)}")
@@ -167,8 +175,8 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
 {how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
 {asked}
-Before training it answered from what it had read; that is the zero-shot row. {weights_told(metrics)}
-
+{_before(metrics)} {weights_told(metrics)}
+{_not_learned(metrics)}
 ## Numbers
 
 | | |
@@ -193,6 +201,24 @@ Files: `metrics.json` (these numbers), `steps.jsonl` (one line per step), and th
 plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
 """
     path.write_text(text, encoding="utf-8")
+
+
+def _before(metrics: dict[str, Any]) -> str:
+    """Return what the first row of scores is."""
+    start = start_told(metrics["num_demonstrations"], trained=metrics.get("trained_before", False))
+    if metrics.get("trained_before"):
+        return f"It had been trained before this run; the {start} row is its score then."
+    return f"Before training it answered from what it had read; that is the {start} row."
+
+
+def _not_learned(metrics: dict[str, Any]) -> str:
+    """Return the section on a loss that did not fall; empty if it fell."""
+    told, reasons = diagnosis_told(metrics), metrics.get("diagnosis", {}).get("reasons", [])
+    if not told:
+        return ""
+    listed = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
+    title = "Why the loss did not fall" if reasons else "Whether the loss fell"
+    return f"\n## {title}\n\n{told}\n" + (f"\n{listed}" if listed else "")
 
 
 def _outcome(metric: str, before: dict[str, float], after: dict[str, float], examples: int) -> str:

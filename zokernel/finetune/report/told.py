@@ -29,6 +29,20 @@ def examples_told(metrics: dict[str, Any]) -> str:
     return f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
 
 
+def start_told(shots: int, *, trained: bool) -> str:
+    """Return how a model answered before this run trained it.
+
+    Args:
+        shots: Solved examples before every prompt.
+        trained: Whether it had been trained before.
+
+    Example:
+        >>> start_told(0, trained=False), start_told(4, trained=False), start_told(0, trained=True)
+        ('zero-shot', '4-shot in-context', 'already-trained')
+    """
+    return f"{shots}-shot in-context" if shots else "already-trained" if trained else "zero-shot"
+
+
 def rate_told(metrics: dict[str, Any]) -> str:
     """Return the learning rate and, where it is a number of its own, the effective one.
 
@@ -86,3 +100,19 @@ def loss_told(metrics: dict[str, Any]) -> str:
     if wrong:
         text += f" (the run {'diverged' if wrong.startswith('Training diverged') else 'came to a standstill'})"
     return text
+
+
+def diagnosis_told(metrics: dict[str, Any]) -> str:
+    """Return that the loss did not fall, or that the run does not tell; empty if it fell.
+
+    Example:
+        >>> diagnosis_told({"diagnosis": {"outcome": "The loss did not fall.", "reasons": ["..."], "forwards": 17}})
+        'The loss did not fall. The reasons below took 17 more forward passes.'
+        >>> diagnosis_told({})
+        ''
+    """
+    found = metrics.get("diagnosis") or {}
+    parts = [found.get("outcome", ""), found.get("worse", "")]
+    if found.get("forwards"):
+        parts.append(f"The reasons below took {found['forwards']} more forward passes.")
+    return " ".join(part for part in parts if part)

@@ -54,7 +54,7 @@ def remembered(key: str, score: Callable[[], dict[str, float]]) -> dict[str, flo
     """
     kept = cache_home() / "zero-shot" / f"{key}.json"
     if kept.exists():
-        logger.info("Zero-shot: the score of these weights on these examples is known from %s.", kept)
+        logger.info("The score of these weights on these examples is known from %s.", kept)
         return read_json(kept)
     found = score()
     kept.parent.mkdir(parents=True, exist_ok=True)

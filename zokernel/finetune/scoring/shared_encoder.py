@@ -21,7 +21,7 @@ def refuse_trained_embeddings(model: nn.Module) -> None:
     if any(isinstance(module, nn.Embedding) and module.weight.requires_grad for module in model.modules()):
         raise UsageError(
             "The losses of a sequence-to-sequence model cannot be stacked while its embeddings are trained: train an "
-            "adapter, or leave out --perturb stacked."
+            "adapter, or leave out perturb stacked."
         )
 
 

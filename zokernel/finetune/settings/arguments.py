@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from zokernel.data.yaml_mapping import read_mapping
 from zokernel.errors import UsageError
 
 
@@ -172,8 +173,6 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
     """
-    import yaml
-
     packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
     if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
         path = packaged
@@ -183,35 +182,30 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"There is no config file {path}: {hint}.")
     if path in _below:
         raise UsageError(f"{path} extends itself: break the circle.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        values, written = yaml.safe_load(text), yaml.load(text, Loader=_as_written(yaml))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must be a mapping of flags to values, such as 'learning_rate: 1e-5'.")
+    values, written = read_mapping(path), read_mapping(path, as_written=True)
     for name, kind in {**get_type_hints(ModelArguments), **get_type_hints(DataArguments)}.items():
         kinds = {*get_args(kind), kind}
         if values.get(name) is not None and kinds & {str, list[str]}:
             values[name] = _words(written[name], f"{path} sets {name!r}", kinds)
-    base = values.pop("extends", None)
+    base, below = values.pop("extends", None), {}
     if base is not None:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
-        return {**read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path)), **values}
-    return values
+        below = read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path))
+    for name, value in values.items():
+        taken_back = value is None and (name in below or name in _none_means_something())
+        if value in ("", [], {}) or (value is None and not taken_back):
+            raise UsageError(f"{path} leaves {name!r} empty: give it a value, or take the line out.")
+    return {**below, **values}
 
 
-def _as_written(yaml: Any) -> Any:
-    """Return a loader that leaves ``0``, ``No`` and ``1.0`` the texts that they are on the command line."""
+def _none_means_something() -> set[str]:
+    """Return the settings that may be None and by default are not, such as ``max_train_samples``."""
+    from zokernel.finetune.settings.config import ZOConfig
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    resolvers = yaml.SafeLoader.yaml_implicit_resolvers
-    Loader.yaml_implicit_resolvers = {"<": resolvers["<"]}  # merge keys, as in YAML
-    return Loader
+    groups: tuple[Any, ...] = (ModelArguments, DataArguments, ZOConfig)
+    defaults = {f.name: f.default for group in groups for f in fields(group)}
+    kinds = {name: kind for group in groups for name, kind in get_type_hints(group).items()}
+    return {name for name, default in defaults.items() if default is not None and type(None) in get_args(kinds[name])}
 
 
 def _words(value: Any, where: str, kinds: set[Any]) -> str | list[str]:

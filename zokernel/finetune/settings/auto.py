@@ -51,9 +51,7 @@ def method_args(given: Sequence[str], *, learning_rate: float | None) -> list[st
     """
     if any(pair.startswith("normalize=") for pair in given):
         if learning_rate is None:
-            raise UsageError(
-                "The rate that method auto chooses is one for normalised slopes: give --learning_rate too."
-            )
+            raise UsageError("The rate that method auto chooses is one for normalised slopes: give learning_rate too.")
         return list(given)
     bound = [] if any(pair.startswith("polyak_share=") for pair in given) else [f"polyak_share={POLYAK_SHARE}"]
     return [*given, "normalize=true", *bound]

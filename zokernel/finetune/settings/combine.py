@@ -12,9 +12,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.unsupported import refuse_unsupported
+from zokernel.finetune.settings.unsupported import is_first_order, keep_no_activations, refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
-from zokernel.optim import get_method
 
 logger = logging.getLogger(__name__)
 
@@ -68,25 +67,12 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     changed = {name for name in names if name not in FILLED_IN}
     combined.given = frozenset(changed | given.keys())
     _rate(combined, type(args).__name__)
-    first_order = is_first_order(combined.method)
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if not first_order and getattr(combined, name, None):
-            logger.info("%s is off: without a backward pass, no activation is kept.", name)
-            setattr(combined, name, False)
-    if not first_order and combined.max_grad_norm == 1.0:
-        combined.max_grad_norm = 0.0
+    if not is_first_order(combined.method):
+        keep_no_activations(combined)
+        if combined.max_grad_norm == 1.0:
+            combined.max_grad_norm = 0.0
     refuse_unsupported(combined)
     return combined
-
-
-def is_first_order(method: str) -> bool:
-    """Return whether a method takes gradients.
-
-    Example:
-        >>> is_first_order("adamw"), is_first_order("auto")
-        (True, False)
-    """
-    return method != AUTO and getattr(get_method(method), "first_order", False)
 
 
 def _rate(combined: Any, name: str) -> None:

@@ -128,6 +128,11 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
+        if None not in (self.max_steps, self.num_train_epochs) and self.max_steps > 0:
+            raise UsageError(
+                f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs:g} both say how long the run "
+                "is: give one of them (max_steps -1 counts epochs)."
+            )
         if self.max_steps is None:
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
@@ -135,7 +140,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
         check_values(self)
         refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise UsageError("--early_stopping_patience counts evaluations: set --eval_strategy steps.")
+            raise UsageError("early_stopping_patience counts evaluations: set eval_strategy steps.")
         # transformers allows bf16 on a CPU only when the CPU was asked for.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:
@@ -150,8 +155,8 @@ class ZOConfig(ZOArguments, TrainingArguments):
         vars(self).update(left)
         if self.torch_compile and self.perturb in ("in_forward", "stacked"):
             raise UsageError(
-                f"--perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
-                "show: use --perturb in_place, or leave out --torch_compile."
+                f"perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
+                "show: use perturb in_place, or leave out torch_compile."
             )
         check_reporting(self.report_to)
 
@@ -183,10 +188,10 @@ def perturb_of_restore(restore: str, perturb: str) -> str:
         UsageError: If both are given.
     """
     if perturb != AUTO:
-        raise UsageError(f"--perturb {perturb} says how weights are restored: leave out --restore {restore}.")
+        raise UsageError(f"perturb {perturb} says how weights are restored: leave out restore {restore}.")
     replacement = "in_place" if restore == "fold" else f"in_place:{restore}"
     warnings.warn(
-        f"--restore {restore} is deprecated and will be removed after {REMOVAL_DATE}: use --perturb {replacement}.",
+        f"restore {restore} is deprecated and will be removed after {REMOVAL_DATE}: use perturb {replacement}.",
         FutureWarning,
         stacklevel=5,
     )
@@ -203,12 +208,14 @@ def check_reporting(names: str | list[str] | None) -> None:
 
     packages = ("tensorboard", "wandb", "trackio", "mlflow")
     available = get_available_reporting_integrations()
+    if names in ("all", ["all"]):
+        logger.info("report_to all: %s.", ", ".join(available) or "none of the loggers is installed")
     for name in [names] if isinstance(names, str) else names or []:
         if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UsageError(f"--report_to knows no {name!r}: name one of {known}, or none.")
+            raise UsageError(f"report_to knows no {name!r}: name one of {known}, or none.")
         if name in packages and name not in available:
-            raise UsageError(f"--report_to {name} needs {name}, which is not installed: pip install {name}.")
+            raise UsageError(f"report_to {name} needs {name}, which is not installed: pip install {name}.")
 
 
 def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bool:
@@ -226,7 +233,7 @@ def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bo
         UsageError: If the flags contradict each other.
     """
     if precision == "fp32" and requested:
-        raise UsageError("--bf16 and --precision fp32 contradict each other: give one of them.")
+        raise UsageError("bf16 and precision fp32 contradict each other: give one of them.")
     if precision != "auto":
         return precision == "bf16"
     if requested:
@@ -237,7 +244,7 @@ def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bo
         units = torch.cpu.get_capabilities()
         supported, where = bool(units.get("avx512_bf16") or units.get("amx_bf16")), "this CPU"
     logger.info(
-        "Precision: %s (%s %s bf16 units; override with --precision).",
+        "Precision: %s (%s %s bf16 units; override with precision).",
         "forwards under bf16 autocast" if supported else "fp32",
         where,
         "has" if supported else "lacks",

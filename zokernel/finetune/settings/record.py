@@ -132,6 +132,19 @@ def read_settings(folder: Path) -> dict[str, Setting] | None:
     return {row["name"]: Setting(**row) for row in read_json(path)["settings"]}
 
 
+def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:
+    """Return the settings with the ``eps`` that a run in a folder began with, if nobody chose it then or now.
+
+    Args:
+        new: The settings that were resolved.
+        folder: The output folder, which may hold a run of a version with another default.
+    """
+    known = (read_settings(folder) or {}).get("eps")
+    if known is None or known.source != "default" or new.setting("eps").source != "default":
+        return new
+    return new.with_("default", eps=known.value)
+
+
 def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None:
     """Return the first setting that gives a continued run other numbers, with the old and the new value.
 

@@ -7,6 +7,7 @@ rules about model and data, and from the hardware, and keeps for every setting w
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,11 @@ from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import method_options
 
+logger = logging.getLogger(__name__)
+
 BATCH, SCHEDULE = 16, "constant"
+# One of the two matrices of LoRA starts at zero: 1e-2 is published for it (Malladi et al., 2023, arXiv:2305.17333).
+PLAIN_EPS, LORA_EPS = 1e-3, 1e-2
 LEARNING_RATES = {
     "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "": 1e-5},
     "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "": 1e-3},
@@ -68,7 +73,7 @@ def resolve(
         >>> settings["learning_rate"], settings.setting("learning_rate").source
         (0.001, 'auto')
         >>> settings["eps"], settings.setting("eps").source
-        (0.001, 'default')
+        (0.01, 'default')
     """
     requested, sources = config.to_dict(), given_sources(config, command)
     choices = _Choices(requested, sources, [f.name for f in dataclasses.fields(config) if f.init])
@@ -95,8 +100,11 @@ def resolve(
     named = set(pairs) & set(SHARED_OPTIONS)
     for name in sorted(named):
         if requested[name] is not None:
-            raise UsageError(f"{name} is given twice, by --{name} and in --method_args: give it once.")
+            raise UsageError(f"{name} is given twice, by itself and in method_args: give it once.")
     choices.decide(sources.get("method_args", "auto"), **{name: pairs[name] for name in named})
+    if trained == "LoRA" and options.get("eps") == PLAIN_EPS and choices["eps"] is None:
+        choices.fill("default", eps=LORA_EPS)
+        logger.info("eps: %g, the default for LoRA.", LORA_EPS)
     for name in SHARED_OPTIONS:
         if options.get(name) is not None and name not in named:
             choices.fill("default", **{name: options[name]})
@@ -104,6 +112,12 @@ def resolve(
         choices.decide("auto", perturb="in_forward")  # exact, without a copy of the weights
     if low_precision:
         refuse_low_precision(low_precision, choices["perturb"])
+    batch = choices["per_device_train_batch_size"]
+    if config.dataloader_drop_last and num_examples is not None and num_examples < batch:
+        raise UsageError(
+            f"dataloader_drop_last leaves no batch to train on: {num_examples} training examples are fewer than a "
+            f"batch of {batch}."
+        )
     settings = RunSettings(config, choices.settings())
     try_method(settings.arguments())
     return settings
@@ -161,7 +175,7 @@ def count_steps(max_steps: int, epochs: float, batch: int, examples: int | None)
     if max_steps > 0:
         return max_steps
     if examples is None:
-        raise UsageError("The number of training examples is not known, so epochs cannot be counted: set --max_steps.")
+        raise UsageError("The number of training examples is not known, so epochs cannot be counted: set max_steps.")
     return max(1, math.ceil(epochs * examples / batch))
 
 
@@ -174,7 +188,7 @@ def refuse_low_precision(stored: str, perturb: str) -> None:
     if perturb not in _EXACT:
         raise UsageError(
             f"Trainable weights are stored in {stored}, where perturbing in place does not restore them exactly: "
-            "set --perturb in_forward (no copy) or in_place:copy (one copy), or load them with --dtype float32 "
+            "set perturb to in_forward (no copy) or in_place:copy (one copy), or load them with dtype float32 "
             "(forwards may still run in bf16)."
         )
 

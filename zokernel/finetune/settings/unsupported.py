@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -9,8 +10,12 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.optim import get_method
 
+logger = logging.getLogger(__name__)
+
 _OPTIMIZER = "the optimizer is chosen by method; its options are method_args"
 _BACKWARD = "there is no backward pass"
+_ACTIVATIONS = "without a backward pass, no activation is kept"
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 _WHOLE = "every process holds the whole model; several processes share the losses of a step (zo_parallel)"
 
 ALWAYS = {
@@ -29,6 +34,7 @@ ZEROTH_ORDER = {
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _WHOLE),
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), _BACKWARD),
     "ddp_static_graph": _BACKWARD,
+    **dict.fromkeys((*_CHECKPOINTING, *(f"{name}_kwargs" for name in _CHECKPOINTING)), _ACTIVATIONS),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "its kernels replace what a forward perturbs"),
 }
 """Why each setting is refused with a zeroth-order method."""
@@ -45,6 +51,26 @@ SCORED = {
 """Why each setting is refused where zokernel scores the examples itself: in the job, and in ``ZOTrainer``."""
 
 
+def is_first_order(method: str) -> bool:
+    """Return whether a method takes gradients.
+
+    Example:
+        >>> is_first_order("adamw"), is_first_order("auto")
+        (True, False)
+    """
+    return method != AUTO and getattr(get_method(method), "first_order", False)
+
+
+def keep_no_activations(args: Any) -> None:
+    """Turn off in somebody's arguments for gradients what saves memory of a backward pass, and say so."""
+    for name in _CHECKPOINTING:
+        if getattr(args, name, None):
+            logger.info("%s is off: %s.", name, _ACTIVATIONS)
+            setattr(args, name, False)
+        if getattr(args, f"{name}_kwargs", None):
+            setattr(args, f"{name}_kwargs", None)
+
+
 def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
     """Refuse settings that would be ignored.
 
@@ -55,8 +81,7 @@ def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
     Raises:
         UsageError: If one is set.
     """
-    first_order = args.method != AUTO and getattr(get_method(args.method), "first_order", False)
-    refused = ALWAYS | ({} if first_order else ZEROTH_ORDER) | (SCORED if scored else {})
+    refused = ALWAYS | ({} if is_first_order(args.method) else ZEROTH_ORDER) | (SCORED if scored else {})
     for f in fields(args):
         if f.name not in refused:
             continue

@@ -134,7 +134,10 @@ def check_checkpoint(folder: Path) -> None:
         UsageError: If it is no checkpoint of zokernel.
     """
     if not folder.is_dir():
-        raise UsageError(f"There is no checkpoint folder {folder}: give 'last' or a checkpoint-N folder.")
+        raise UsageError(
+            f"There is no checkpoint folder {folder}: name one called checkpoint-N, or let the run find the "
+            "last one (resume_from_checkpoint: last on the command line, True in Python)."
+        )
     missing = [
         name for name in (TRAINER_STATE, f"{STATE_FOLDER}/optimizer.safetensors") if not (folder / name).exists()
     ]

@@ -44,7 +44,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise RunError(
-                f"Another process ({owner}) is working in {folder}: wait for it to end, or choose another --output_dir."
+                f"Another process ({owner}) is working in {folder}: wait for it to end, or choose another output_dir."
             ) from error
         _held.add(key)
         file.truncate(0)

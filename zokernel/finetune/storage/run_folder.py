@@ -163,7 +163,18 @@ def _differences(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
     if old is None or new is None:
         return "with settings that are not known"
     names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return ", ".join(f"{name}: {old.get(name)} there, {new.get(name)} asked for" for name in names)
+    rows = [name for name in names if str(old.get(name)).count(" rows, sha256 ") == 1]
+    data = [_data_difference(name.removesuffix("_rows"), str(old[name]), str(new.get(name))) for name in rows]
+    others = [f"{name}: {old.get(name)} there, {new.get(name)} asked for" for name in names if name not in rows]
+    return ", ".join([*others, *data])
+
+
+def _data_difference(split: str, old: str, new: str) -> str:
+    """Return how the rows of a split differ, of which each text gives number and SHA-256."""
+    before, now = old.partition(" rows")[0], new.partition(" rows")[0]
+    if before != now:
+        return f"the {split} split: {before} rows there, {now} now"
+    return f"the {split} split: other rows, or in another order, than its {before} there"
 
 
 @contextmanager

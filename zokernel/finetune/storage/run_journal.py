@@ -102,7 +102,7 @@ class RunJournal:
         if self._taken > step:
             raise RunError(
                 f"The batch no longer fits in memory after {self._taken} steps, and a journal cannot begin again "
-                "half-way: give a smaller --per_device_train_batch_size and --overwrite_output_dir true."
+                "half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
             )
         header = make_header(
             optimizer,
@@ -197,7 +197,7 @@ class RunJournal:
         if recorded and recorded[-1]["weights_sha256"] != digest:
             raise RunError(
                 f"The replay of {self.path} ended with other weights than the run had at step {step}: the machine, "
-                "torch or zokernel has changed since; start anew with --overwrite_output_dir true."
+                "torch or zokernel has changed since; start anew with overwrite_output_dir true."
             )
         if not recorded and step >= self.num_steps:
             self._append(Event({"event": "end", "step": step, "weights_sha256": digest}))

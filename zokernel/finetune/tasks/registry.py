@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from zokernel.data.yaml_mapping import read_mapping
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Source, Task
 from zokernel.finetune.tasks.catalogue import TASKS
@@ -98,16 +99,14 @@ def read_task(path: str | Path) -> Task:
     Raises:
         UsageError: If the file is missing, malformed, or has a key that tasks do not have.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"There is no task file {path}: check the path.")
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict) or "template" not in values:
+    values = read_mapping(path)
+    empty = next((name for name, value in values.items() if value in (None, "", [], {})), None)
+    if empty is not None:
+        raise UsageError(f"{path} leaves {empty!r} empty: give it a value, or take the line out.")
+    if "template" not in values:
         raise UsageError(f"{path} must be a mapping with at least a template, such as 'template: \"{{text}} It was\"'.")
     return make_task(values, where=str(path))
 

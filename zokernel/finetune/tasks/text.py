@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ ROLES = {
     "function_response": "tool",
     "function": "tool",
 }
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 # The wording of the Stanford Alpaca project (Taori et al., 2023).
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -75,20 +77,31 @@ class TextTask(Task):
         lines, form = getattr(rows, "lines", ()), _FORMS[self.form]
         kept: list[Row] = []
         empty: list[str] = []
+        strange: dict[str, str] = {}
         for number, row in enumerate(rows):
             place = f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
             try:
                 found = form(row)
             except UsageError as error:
                 raise UsageError(f"{where}, {place}: {error}") from error
+            if found is None and (other := _other_form(row, self.form)):
+                raise UsageError(
+                    f"{where}, {place}: this row is of the form {other!r}, and those before it are {self.form!r}: put "
+                    "the two forms in files of their own."
+                )
             if found is None:
                 empty.append(place)
             else:
                 kept.append(found)
+                for role in _roles(found) - set(KNOWN_ROLES):
+                    strange.setdefault(role, place)
+        for role, place in strange.items():
+            logger.warning("%s, %s: %r is no usual role; it is for the chat template to know.", where, place, role)
         if not kept:
             raise UsageError(f"{where} has no row with text to learn ({self.form}).")
         if empty:
-            logger.info("%s: %d rows without text are left out (the first: %s).", where, len(empty), empty[0])
+            told, verb = count_rows(len(empty)), "is" if len(empty) == 1 else "are"
+            logger.info("%s: %s without text %s left out (the first: %s).", where, told, verb, empty[0])
         return kept
 
     def required_columns(self) -> tuple[str, ...]:
@@ -108,6 +121,16 @@ class TextTask(Task):
     def correct(self, row: Row) -> tuple[int, ...]:
         """Return the one text there is."""
         return (0,)
+
+
+def count_rows(number: int) -> str:
+    """Return a number of rows in words.
+
+    Example:
+        >>> count_rows(1), count_rows(2000)
+        ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {'row' if number == 1 else 'rows'}"
 
 
 def _messages_row(row: Row) -> Row | None:
@@ -161,6 +184,18 @@ def _text_row(row: Row) -> Row | None:
     return {"text": text} if text.strip() else None
 
 
+def _other_form(row: Row, form: str) -> str | None:
+    """Return another form that a row without text in this one has, if it has one."""
+    for other, read in _FORMS.items():
+        if other != form:
+            try:
+                if read(row) is not None:
+                    return other
+            except UsageError:
+                continue
+    return None
+
+
 _FORMS: dict[str, Callable[[Row], Row | None]] = {
     "messages": _messages_row,
     "prompt-completion": _prompt_row,
@@ -200,7 +235,10 @@ def _message(value: object, column: str) -> dict[str, Any] | None:
     message = {names.get(str(key), str(key)): part for key, part in value.items() if part is not None}
     if "role" not in message:
         raise UsageError(f"A message in {column!r} has no 'role' (it has {', '.join(map(str, value))}).")
-    message["role"] = ROLES.get(str(message["role"]), str(message["role"]))
+    role = message["role"] = ROLES.get(str(message["role"]), str(message["role"]))
+    close = difflib.get_close_matches(role.lower(), KNOWN_ROLES, n=1, cutoff=0.75)
+    if role not in KNOWN_ROLES and close:
+        raise UsageError(f"A message in {column!r} has the role {role!r}: did you mean {close[0]!r}?")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         content = message["content"] = _joined(content)
@@ -221,6 +259,12 @@ def _joined(parts: Sequence[Any]) -> str:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise UsageError(f"A message holds a part of type {kind!r}: only text is trained on.")
     return "".join(str(part.get("text") or "") for part in parts)
+
+
+def _roles(row: Row) -> set[str]:
+    """Return the roles in a row that was read."""
+    parts = [row[name] for name in ("messages", "prompt", "completion") if isinstance(row.get(name), list)]
+    return {str(message["role"]) for part in parts for message in part}
 
 
 def _is_chat(value: object) -> bool:

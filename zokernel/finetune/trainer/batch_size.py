@@ -53,5 +53,5 @@ def largest_batch(forward: Callable[[int], object], wanted: int) -> int:
         if "reached zero" not in str(error):
             raise
         raise RunError(
-            "Not even one example fits in memory: lower --max_length, use a smaller model, or --dtype bfloat16."
+            "Not even one example fits in memory: lower max_length, use a smaller model, or dtype bfloat16."
         ) from error

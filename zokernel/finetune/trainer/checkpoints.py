@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,26 @@ def loop_arguments(settings: RunSettings) -> Any:
     It would read the best checkpoint as a second copy of the model; here the weights come tensor by tensor.
     """
     return settings.with_("auto", load_best_model_at_end=False).arguments()
+
+
+@contextmanager
+def best_is_taken(settings: RunSettings) -> Iterator[None]:
+    """Keep ``EarlyStoppingCallback`` from saying that a run does not end with its best weights, if it does.
+
+    It looks at what :func:`loop_arguments` changed.
+    """
+    callbacks = logging.getLogger("transformers.trainer_callback")
+    silent = _NoFalseWarning() if settings["load_best_model_at_end"] else logging.Filter()
+    callbacks.addFilter(silent)
+    try:
+        yield
+    finally:
+        callbacks.removeFilter(silent)
+
+
+class _NoFalseWarning(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "without load_best_model_at_end" not in record.getMessage()
 
 
 def _hidden(target: Path) -> Path:

@@ -43,7 +43,7 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor", mode: str | N
     kinds = repeated_blocks(model)
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
-        raise UsageError(f"{type(model).__name__} names no repeated blocks to compile: leave out --torch_compile.")
+        raise UsageError(f"{type(model).__name__} names no repeated blocks to compile: leave out torch_compile.")
     for block in blocks:
         block.compile(backend=backend, mode=mode)
     if mode is not None:

@@ -18,13 +18,13 @@ from transformers.trainer_utils import TrainOutput
 from zokernel.errors import UsageError
 from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
 from zokernel.finetune.models.weights import begins_as_saved
-from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, read_settings
+from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, keep_recorded, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.replay import restore_base_
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
-from zokernel.finetune.trainer.checkpoints import CheckpointTrainer
+from zokernel.finetune.trainer.checkpoints import CheckpointTrainer, best_is_taken
 from zokernel.private_apis import set_loop_sums
 
 logger = logging.getLogger(__name__)
@@ -94,13 +94,16 @@ class ResumableTrainer(CheckpointTrainer):
         self._from_files = base.is_dir() and begins_as_saved(self.bare_model, base)
         self.continues = bool(resume_from_checkpoint)
         wants_best = self.settings["load_best_model_at_end"]
-        with exclusive(folder) if main else nullcontext(), explained_errors(folder):
+        with exclusive(folder) if main else nullcontext(), explained_errors(folder), best_is_taken(self.settings):
             try:
                 if main:
                     files.remove_leftovers(folder)
                 if self.continues:
                     refuse_old_run(folder)
                     self.recorded = read_settings(folder)
+                    kept = keep_recorded(self.settings, folder)["eps"]
+                    if kept != self.settings["eps"]:
+                        self.decide("default", eps=kept)
                 self.accelerator.wait_for_everyone()
                 self.journal = self._open_journal(wants_best)
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
@@ -170,7 +173,7 @@ class ResumableTrainer(CheckpointTrainer):
     def _nothing_left(self, checkpoint: str) -> TrainOutput:
         """Finish a run that was killed between its last checkpoint and its end: the loop would take one more step."""
         if self.journal is not None:
-            raise UsageError(f"{checkpoint} is already at --max_steps {self.args.max_steps}: ask for more steps.")
+            raise UsageError(f"{checkpoint} is already at max_steps {self.args.max_steps}: ask for more steps.")
         self.create_optimizer()
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / files.TRAINER_STATE))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from zokernel.errors import UsageError
+from zokernel.finetune.settings.zo_arguments import ZOArguments
 
 # Trainers of trl that sample within a step; experimental ones have the names only.
 _SAMPLING_METHODS = ("_generate_and_score_completions", "_generate_single_turn")
@@ -28,6 +32,32 @@ def refuse_unsuitable(trainer: Any) -> None:
             f"{trainer.__name__} samples new completions within a step, so losses at perturbed weights would differ by "
             "the samples, not by the weights: use a trainer whose loss is a function of weights and batch."
         )
+
+
+def refuse_other_arguments(trainer: type[Trainer], args: Any) -> None:
+    """Refuse a ``ZOConfig`` where a trainer needs arguments of its own, such as ``SFTConfig``.
+
+    Args:
+        trainer: The class that ``zeroth_order`` was given.
+        args: Its arguments.
+
+    Raises:
+        UsageError: If they are not of the class that its constructor names.
+    """
+    if not isinstance(args, ZOArguments):
+        return
+    parameter = inspect.signature(trainer.__init__).parameters.get("args")
+    named = re.findall(r"\w+", str(parameter and parameter.annotation))
+    classes = {name: getattr(sys.modules[trainer.__init__.__module__], name, None) for name in named}
+    if issubclass(trainer, Seq2SeqTrainer):  # which names TrainingArguments, and needs more
+        classes["Seq2SeqTrainingArguments"] = Seq2SeqTrainingArguments
+    for name, wanted in classes.items():
+        own = isinstance(wanted, type) and issubclass(wanted, TrainingArguments) and wanted is not TrainingArguments
+        if own and not isinstance(args, wanted):
+            raise UsageError(
+                f"{trainer.__name__} takes a {name}, not a {type(args).__name__}: give it {name}(...), and "
+                f"zeroth_order({trainer.__name__}, method=...) the settings of zeroth-order training."
+            )
 
 
 def refuse_skipped_step(trainer: Any, steps: int, taken: int) -> None:

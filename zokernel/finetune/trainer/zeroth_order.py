@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from zokernel.finetune.settings.combine import add_zeroth_order
-from zokernel.finetune.trainer.unsuitable import refuse_unsuitable
+from zokernel.finetune.trainer.unsuitable import refuse_other_arguments, refuse_unsuitable
 from zokernel.finetune.trainer.zeroth_order_trainer import ZerothOrderTrainer
 
 
@@ -45,4 +46,12 @@ def zeroth_order(trainer: type[Trainer], **settings: Any) -> Any:
     bases = (trainer,) if issubclass(trainer, ZerothOrderTrainer) else (trainer, ZerothOrderTrainer)
     bases = (ZerothOrderTrainer,) if trainer is Trainer else bases
     name = f"ZerothOrder{trainer.__name__}"
-    return type(name, bases, {"zo_settings": settings, "__doc__": trainer.__doc__, "__module__": trainer.__module__})
+
+    @wraps(trainer.__init__)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_other_arguments(trainer, kwargs.get("args", args[1] if len(args) > 1 else None))
+        super(made, self).__init__(*args, **kwargs)
+
+    namespace = {"zo_settings": settings, "__doc__": trainer.__doc__, "__module__": trainer.__module__}
+    made: Any = type(name, bases, {**namespace, "__init__": checked})
+    return made

@@ -1,0 +1,70 @@
+"""Flags about data that the task, or the way its examples are drawn, would ignore: refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from zokernel.data import SOURCES
+from zokernel.errors import UsageError
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks.text import TextTask
+
+_OF_TEXTS = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
+_OF_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
+
+
+def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
+    """Refuse flags that would change nothing.
+
+    Args:
+        task: What the rows are.
+        data: What the user said about the data.
+        model: Which model.
+
+    Raises:
+        UsageError: If there is one, naming it and what it is for.
+
+    Example:
+        >>> from zokernel.finetune.tasks import get_task
+        >>> check_flags(get_task("sst2"), DataArguments(k_shot=8), ModelArguments())
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: --k_shot is for --protocol mezo-roberta: add it, or leave both out.
+    """
+    given = _given(data)
+    for flag in _OF_TEXTS if not isinstance(task, TextTask) else ():
+        if flag in given:
+            raise UsageError(
+                f"--{flag} is for chats, instructions and texts, and this is a {task.kind} task: leave it out."
+            )
+    for flag, what in _OF_OPTIONS.items() if isinstance(task, TextTask) else ():
+        if flag in given:
+            raise UsageError(f"--{flag} {what}, which texts do not have: leave it out.")
+    if "max_new_tokens" in given and task.kind in ("classification", "choice"):
+        raise UsageError(
+            f"--max_new_tokens is for answers that are written, and a {task.kind} task chooses among options: leave it "
+            "out."
+        )
+    by_class = data.protocol == "mezo-roberta"
+    if "k_shot" in given and not by_class:
+        raise UsageError("--k_shot is for --protocol mezo-roberta: add it, or leave both out.")
+    for flag in ("max_train_samples", "max_eval_samples"):
+        if by_class and flag in given:
+            raise UsageError(f"--{flag} has no effect with --protocol mezo-roberta: --k_shot says how many are drawn.")
+    if data.protocol and data.validation_file and data.test_file:
+        raise UsageError(
+            f"--protocol {data.protocol} takes its validation examples from the training file: leave out "
+            "--validation_file."
+        )
+    for flag in ("dataset_config", "dataset_revision"):
+        if flag in given and data.dataset_name in SOURCES:
+            raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
+    name = model.model_name_or_path
+    if model.model_revision != "main" and (name in SOURCES or Path(name).expanduser().exists()):
+        raise UsageError(f"--model_revision is for models of the hub, which {name} is not: leave it out.")
+
+
+def _given(data: DataArguments) -> set[str]:
+    """Return the flags that were given something else than their defaults."""
+    return {f.name for f in fields(data) if getattr(data, f.name) != f.default}
