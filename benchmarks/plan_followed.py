@@ -254,11 +254,13 @@ def summary(records: Records, settings: argparse.Namespace) -> str:
             for lr in SWEEP[train]
         }
         followed += len(own)
-        whole = {lr: losses for lr, losses in swept.items() if losses.keys() >= own.keys() and own}
-        if not whole:
+        if not any((own, *swept.values())):
             continue
-        best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in own))
-        apart = [own[seed] - whole[best][seed] for seed in own]
+        whole = {lr: losses for lr, losses in swept.items() if own and losses.keys() >= own.keys()}
+        apart = [math.nan]
+        if whole:
+            best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in own))
+            apart = [own[seed] - whole[best][seed] for seed in own]
         spread = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
         row = {"task": task, "trained": train, "start": f"{before:.3f}", "advised rates": " ".join(rates)}
         row |= {"ends at": " ".join(f"{loss:.3f}" for loss in own.values())}
