@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from models import save_model
 
+from zokernel.journal import Journal
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -39,7 +41,7 @@ def elsewhere(monkeypatch, tmp_path):
 def test_every_example_is_tested():
     tested = {
         *("accuracy_objective", "any_trainer", "image_classifier", "lora", "masked_lm"),
-        *("pytorch_loop", "trainer_api", "trl_trainers"),
+        *("onnx_engine", "pytorch_loop", "trainer_api", "trl_trainers", "worker_pool"),
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -116,6 +118,25 @@ def test_masked_lm(reviews, tmp_path):
 def test_accuracy_objective(tiny_lm_path, reviews, tmp_path):
     metrics = load("accuracy_objective")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
     assert metrics["after"]["loss"] == pytest.approx(1 - metrics["after"]["accuracy"])
+
+
+def test_worker_pool(tmp_path):
+    """One worker of two is killed over a point; another takes its place, and no bit differs from one process."""
+    found = load("worker_pool")(2, 6, str(tmp_path))
+    assert found["lost"] == [(3, 1)]
+    assert (found["started"], found["equal"]) == (3, True)
+    assert found["loss"][1] < found["loss"][0]
+    assert Journal.read(tmp_path).num_steps == 6
+
+
+def test_onnx_engine(tiny_lm_path, reviews, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    found = load("onnx_engine")(str(tiny_lm_path), reviews, 3, 4, str(tmp_path / "run"))
+    assert found["gap"] < 1e-4
+    assert len(set(found["losses"])) == 3
+    assert found["saved"] == pytest.approx(found["last"], abs=1e-4)  # peft loads what the engine trained
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_pytorch_loop():
