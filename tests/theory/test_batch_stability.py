@@ -88,7 +88,7 @@ def test_the_limit_is_where_the_second_moment_turns(scheme, batch):
     limit = batch_stability_limit(kernel, batch, 2, scheme, features=x)
 
     def growth(lr):
-        losses = batch_descent(f0, y, kernel, lr, batch, 1500, 2, scheme, features=x).expected_loss
+        losses = batch_descent(f0, y, kernel, lr, batch, 800, 2, scheme, features=x).expected_loss
         return float(losses[-1] / losses[-101])
 
     assert growth(0.99 * limit) < 1 < growth(1.01 * limit)

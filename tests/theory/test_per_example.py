@@ -264,7 +264,9 @@ def test_the_best_step_is_the_best_of_the_grid():
                 noise, rank, best.batch_size, best.num_perturbations, best.scheme
             )
     inside = best_step(5.5, 100.0, forward_rows=4.0)
-    assert (inside.scheme, inside.batch_size) == ("per_example", 16)
+    ideal = math.sqrt(4.0 * (5.5 + 6.5 * (1 + 100.0) / inside.num_perturbations))  # 26: the grid has 16 and 32
+    assert (inside.scheme, inside.batch_size) == ("per_example", 2 ** round(math.log2(ideal)))
+    assert inside.batch_size == 32
 
 
 def test_choices_know_their_reference_and_their_cost():

@@ -79,7 +79,7 @@ def batch_descent(
             outputs=outputs,
         )
         drift = matrix @ state / population
-        state = state - lr * (drift + drift.T) + lr**2 * noise
+        state = state - lr * (drift + drift.T) + lr**2 * (noise + noise.T) / 2  # rounding must not break its symmetry
         mean = mean - lr * matrix @ mean / population
         means.append(mean)
         squares.append(state.diagonal())
