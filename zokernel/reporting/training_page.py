@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from zokernel.figures import PALETTE
-from zokernel.finetune.report.told import examples_told, weights_told
+from zokernel.finetune.report.told import diagnosis_told, examples_told, weights_told
 from zokernel.reporting.page import Page, Picture, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
 from zokernel.reporting.svg import draw
@@ -98,6 +98,8 @@ def summary(run: TrainingRun) -> list[str]:
             text += f", with a standard error of at most {error:.1f}"
         paragraphs.append(text + ".")
     paragraphs.append(weights_told(metrics))
+    reasons = (metrics.get("diagnosis") or {}).get("reasons", [])
+    paragraphs += [told for told in (diagnosis_told(metrics), *reasons) if told]
     if metrics.get("test_is_validation"):
         paragraphs.append("These examples also chose the checkpoint, so the second number is somewhat optimistic.")
     return paragraphs
@@ -128,7 +130,7 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
 
 
 def _numbers(metrics: dict[str, Any]) -> Table:
-    hidden = {"evaluations", "command", "versions", "before", "after"}
+    hidden = {"evaluations", "command", "versions", "before", "after", "diagnosis"}
     rows = [{"quantity": words(key), "value": value} for key, value in metrics.items() if key not in hidden]
     rows += [
         {"quantity": f"{words(name)} {when} training", "value": value}
