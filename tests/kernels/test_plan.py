@@ -316,6 +316,18 @@ def test_reach_is_found_from_either_side(first):
     assert jackknife(growth, reach).error == pytest.approx(0, abs=1e-12)
 
 
+def test_a_loss_that_is_not_finite_far_away_bounds_the_reach():
+    """Slopes stay as they are up to 0.2; beyond, scores overflow."""
+
+    class Cliff:
+        def loss(self, scales, indices):
+            if scales[0] > 0.2:
+                raise RunError("A score is NaN or infinite.")
+            return scales[1]
+
+    assert 0.14 < reach(measure_growth(Cliff(), 1.0, 1e-2, 3)) <= 0.2
+
+
 def test_the_advised_walk_keeps_its_distance_from_growth_without_bound():
     """A walk of slopes s^2 = s_0^2 exp(a R^2): s grows by sqrt(4/3) at the advised rate, without bound at twice."""
     start, growth, steps = 3.0, 700.0, 2000

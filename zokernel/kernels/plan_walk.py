@@ -103,12 +103,15 @@ def _slope_at(prober: Prober, distance: float, eps: float, walk: int) -> float:
 def reach(growth: Growth) -> float:
     r"""Return the distance at which slopes have doubled, by :math:`s^2(R) = s_0^2 e^{aR^2}`; infinite if there is none.
 
+    At the distance tried before, less by :math:`\sqrt 2`, they had not: it is the least that is returned.
+
     Example:
-        >>> round(reach(Growth(4.0, 0.3, 2 * torch.tensor([2.25], dtype=torch.float64).exp())), 4)  # a = 50
+        >>> round(reach(Growth(4.0, 0.2, 2 * torch.tensor([1.0], dtype=torch.float64).exp())), 4)  # a = 50
         0.1665
     """
     log = math.log(growth.ratio) if growth.ratio > 0 else 0.0
-    return growth.distance * math.sqrt(2 * math.log(GROWTH) / log) if log > 0 else math.inf
+    doubled = 2 * math.log(GROWTH)
+    return growth.distance * math.sqrt(doubled / min(log, 2 * doubled)) if log > 0 else math.inf
 
 
 def walk_rate(distance: Measurement, slope: Measurement, *, num_perturbations: int, num_steps: int) -> Measurement:
