@@ -47,7 +47,7 @@ WRONG = [
     ("--early_stopping_patience", "0", "early_stopping_patience must be at least 1, not 0."),
     ("--dataloader_num_workers", "-1", "dataloader_num_workers must be a whole number from 0 on, not -1."),
     ("--dataloader_prefetch_factor", "2", "dataloader_prefetch_factor is for data that other processes load"),
-    ("--report_to", "wandb", "--report_to wandb needs a login"),
+    ("--report_to", "wandb", "report_to wandb needs a login"),
     ("--method_args", "eps=0", "eps must be positive"),
     ("--distribution", "cauchy", "no distribution 'cauchy' of directions"),
     ("--metric_for_best_model", "nonsense", "metric_for_best_model must be one of loss, accuracy, f1, not 'nonsense'."),

@@ -36,7 +36,9 @@ def test_equal_losses_are_told_whatever_the_loss():
     assert trouble([*still, *rows([0.693], slope=1e-9)]) is None
 
 
-@pytest.mark.parametrize(("settings", "warning"), [({"learning_rate": 0.03}, "diverges"), ({"eps": 1e-30}, "--eps")])
+@pytest.mark.parametrize(
+    ("settings", "warning"), [({"learning_rate": 0.03}, "diverges"), ({"eps": 1e-30}, "raise eps")]
+)
 def test_a_run_warns_once(parts, tmp_path, caplog, settings, warning):
     trainer = make_trainer(parts, tmp_path, max_steps=40, **settings)
     with caplog.at_level(logging.WARNING, logger="zokernel.finetune.monitor.divergence"):

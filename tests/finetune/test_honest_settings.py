@@ -43,11 +43,8 @@ def test_what_cannot_be_honoured_is_refused_before_a_model_is_loaded(words, told
     [
         ("seed: 1\nmethod: mezo\nseed: 2\n", "sets 'seed' twice, on lines 1 and 3"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "sets 'a' twice, on lines 1 and 1"),
-        ("eps:\n", "leaves 'eps' empty"),
-        ("eps: null\n", "leaves 'eps' empty"),
         ("template: ''\n", "leaves 'template' empty"),
         ("label_words: []\n", "leaves 'label_words' empty"),
-        ("seed: ~\n", "leaves 'seed' empty"),
     ],
 )
 def test_a_file_of_flags_with_a_key_twice_or_empty_is_refused(text, told, tmp_path):
@@ -121,3 +118,78 @@ def test_a_run_that_began_with_another_default_keeps_its_eps(flags, tmp_path):
     assert (metrics["steps"], metrics["method_options"]["eps"]) == (8, 0.001)
     assert main(["finetune", *lora, "--overwrite_output_dir", "true"]) == 0
     assert json.loads((folder / "metrics.json").read_text())["method_options"]["eps"] == 0.01
+
+
+def test_null_in_a_file_is_said_and_leaves_the_default(flags, tmp_path, caplog):
+    (tmp_path / "run.yaml").write_text("eps:\nseed: ~\n")
+    with caplog.at_level(logging.INFO):
+        assert main(["finetune", *flags, "--config", str(tmp_path / "run.yaml")]) == 0
+    for name in ("eps", "seed"):
+        assert f"{tmp_path / 'run.yaml'} leaves {name} open (null): its default counts." in caplog.messages
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["seed"], metrics["method_options"]["eps"]) == (42, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--assistant_only_loss", "false"], "--assistant_only_loss is for chats"),
+        (["--completion_only_loss", "false"], "--completion_only_loss is for chats"),
+        (["--max_new_tokens", "7"], "--max_new_tokens is for answers that are written"),
+        (["--k_shot", "8"], "--k_shot is for --protocol mezo-roberta"),
+        (["--max_train_samples", "8", "--protocol", "mezo-roberta"], "--max_train_samples has no effect with"),
+        (["--model_revision", "v2"], "--model_revision is for models of the hub"),
+        (["--template", "{sentence} It was {mask}"], "it needs a masked language model"),
+    ],
+)
+def test_flags_that_a_prompt_task_would_ignore_are_refused(words, told, flags, capsys, monkeypatch):
+    monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["finetune", *flags, *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"messages": "hello"}] * 9, "Column 'messages' holds no messages"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 9
+            + [{"messages": [{"role": "usr", "content": "a"}]}],
+            "line 10: A message in 'messages' has the role 'usr': did you mean 'user'?",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"text": "c"}],
+            "line 2: this row is of the form 'text'",
+        ),
+        ([{"text": str(n), "label": n % 25} for n in range(100)], "holds 25 classes by number: name them with --label"),
+    ],
+)
+def test_rows_that_are_not_what_they_seem_are_named(rows, told, flags, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at = flags.index("--label_words")
+    words = ["--train_file", str(tmp_path / "rows.jsonl"), "--chat_template", "chatml"]
+    words = words[: 4 if "messages" in rows[0] else 2]
+    first = flags[: flags.index("--train_file")]
+    assert main(["finetune", *first, *words, *flags[at + 3 :]]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_table_without_a_header_is_told_from_one_without_a_label(flags, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("a very long and tiring film,0\nbright,1\ndull,0\n")
+    first, at = flags[: flags.index("--train_file")], flags.index("--label_words")
+    assert main(["finetune", *first, "--train_file", str(tmp_path / "rows.csv"), *flags[at:]]) == 2
+    assert "name them with --column_names text label" in capsys.readouterr().err
+
+
+def test_a_trained_run_is_not_called_zero_shot_and_its_adapter_names_the_base_once(flags, tmp_path, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        assert main(["finetune", *flags, "--lora", "true"]) == 0
+    assert "Zero-shot accuracy on 24 test examples" in caplog.text
+    assert caplog.text.count("names the base by its local folder") == 1
+    caplog.clear()
+    model = ["--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "scored")]
+    with caplog.at_level(logging.INFO):
+        assert main(["finetune", *flags, *model, "--do_train", "false"]) == 0
+    assert "Already-trained accuracy on 24 test examples" in caplog.text
+    assert "ero-shot" not in caplog.text + capsys.readouterr().out.split("already-trained")[-1]
+    assert "names the base" not in caplog.text

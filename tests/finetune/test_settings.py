@@ -268,5 +268,5 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, m
 
 @pytest.mark.parametrize("name", ["tensorbord", "", ["none", "nowhere"]])
 def test_trackers_that_do_not_exist_are_named(name, tmp_path):
-    with pytest.raises(UsageError, match="report_to (knows no|is empty)"):
+    with pytest.raises(UsageError, match=r"report_to (knows no|is empty)"):
         ZOConfig(output_dir=str(tmp_path), report_to=name)

@@ -109,7 +109,7 @@ def test_rows_without_text_are_left_out_and_counted(form, row, caplog):
     full = {"text": "a", "messages": HI, "prompt": "a", "completion": "b", "instruction": "a", "output": "b"}
     with caplog.at_level(logging.INFO):
         assert len(TextTask(form=form).read([full, row, full], where="The train split")) == 2
-    assert "The train split: 1 rows without text are left out (the first: row 2)." in caplog.messages
+    assert "The train split: 1 row without text is left out (the first: row 2)." in caplog.messages
     with pytest.raises(UsageError, match="no row with text"):
         TextTask(form=form).read([row], where="train")
 

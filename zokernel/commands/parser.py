@@ -170,12 +170,14 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
     def _read(self, config: Path) -> None:
-        from zokernel.finetune.settings.arguments import read_yaml  # takes seconds to load
+        from zokernel.finetune.settings.arguments import none_means_something, read_yaml  # takes seconds to load
 
         values = read_yaml(config)
         for key in values:
             if key not in self._names():
                 raise UsageError(f"{config} sets {key!r}, which is no flag{self._suggest(key)}.")
+        nullable = none_means_something()
+        values = {key: value for key, value in values.items() if value is not None or key in nullable}
         self.set_defaults(**values)
         for action in self._actions:
             if action.dest in values:

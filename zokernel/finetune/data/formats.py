@@ -39,6 +39,14 @@ def recognise(rows: Sequence[Row], arguments: DataArguments) -> Task | None:
     """
     form = form_of(rows, arguments.label_column)
     if form is None:
+        columns = set(_columns(rows))
+        for column in (
+            {"messages", "conversations"} & columns if not {"label", arguments.label_column} & columns else ()
+        ):
+            raise UsageError(
+                f"Column {column!r} holds no messages: write each row's as a list of mappings with 'role' and "
+                "'content', or name --template and --label_column to classify."
+            )
         return None
     logger.info("The columns (%s) are %s.", ", ".join(_columns(rows)), _SAID[form])
     return TextTask(form=form)
@@ -74,11 +82,6 @@ def form_of(rows: Sequence[Row], label_column: str | None = None) -> str | None:
     for column in ("messages", "conversations"):
         if _hold_chats([row.get(column) for row in rows]):
             return "messages"
-        if column in columns and not {"label", "text", "prompt", "instruction"} & set(columns):
-            raise UsageError(
-                f"Column {column!r} holds no messages: write each row's as a list of mappings with 'role' and "
-                "'content', or name --template and --label_column to classify."
-            )
     if {"prompt", "completion"} <= set(columns):
         if _hold_verdicts([row.get("label") for row in rows]):
             raise UsageError(

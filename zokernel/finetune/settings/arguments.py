@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from zokernel.data.yaml_mapping import read_mapping
 from zokernel.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -192,13 +195,15 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
         below = read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path))
     for name, value in values.items():
-        taken_back = value is None and (name in below or name in _none_means_something())
-        if value in ("", [], {}) or (value is None and not taken_back):
+        taken_back = value is None and (name in below or name in none_means_something())
+        if value in ("", [], {}):
             raise UsageError(f"{path} leaves {name!r} empty: give it a value, or take the line out.")
+        if value is None and not taken_back:
+            logger.info("%s leaves %s open (null): its default counts.", path, name)
     return {**below, **values}
 
 
-def _none_means_something() -> set[str]:
+def none_means_something() -> set[str]:
     """Return the settings that may be None and by default are not, such as ``max_train_samples``."""
     from zokernel.finetune.settings.config import ZOConfig
 

@@ -128,16 +128,18 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
-        if None not in (self.max_steps, self.num_train_epochs) and self.max_steps > 0:
-            raise UsageError(
-                f"max_steps {self.max_steps} and num_train_epochs {self.num_train_epochs:g} both say how long the run "
-                "is: give one of them (max_steps -1 counts epochs)."
-            )
+        epochs = self.num_train_epochs
         if self.max_steps is None:
-            self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
+            self.max_steps = DEFAULT_STEPS if epochs is None else -1
+            epochs = None
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
         check_values(self)
+        if epochs is not None and self.max_steps > 0:
+            raise UsageError(
+                f"max_steps {self.max_steps} and num_train_epochs {epochs:g} both say how long the run "
+                "is: give one of them (max_steps -1 counts epochs)."
+            )
         refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("early_stopping_patience counts evaluations: set eval_strategy steps.")

@@ -48,7 +48,7 @@ def refuse_other_arguments(trainer: type[Trainer], args: Any) -> None:
         return
     parameter = inspect.signature(trainer.__init__).parameters.get("args")
     named = re.findall(r"\w+", str(parameter and parameter.annotation))
-    classes = {name: getattr(sys.modules[trainer.__init__.__module__], name, None) for name in named}
+    classes: dict[str, Any] = {name: getattr(sys.modules[trainer.__init__.__module__], name, None) for name in named}
     if issubclass(trainer, Seq2SeqTrainer):  # which names TrainingArguments, and needs more
         classes["Seq2SeqTrainingArguments"] = Seq2SeqTrainingArguments
     for name, wanted in classes.items():
