@@ -96,7 +96,7 @@ def change_of(course: Course) -> Change | None:
     Example:
         >>> change = change_of(Course([0.7, 0.6, 0.5] * 3 + [0.4] * 12, [1.0] * 21, [0.01] * 21))
         >>> change.fell, round(change.first, 2), change.last, round(change.promised, 2)
-        (True, 0.6, 0.4, 0.14)
+        (True, 0.61, 0.4, 0.14)
     """
     losses, steps = course.losses, len(course.losses)
     if steps < FEW_STEPS or not all(map(math.isfinite, losses)):

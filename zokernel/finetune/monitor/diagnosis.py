@@ -210,6 +210,12 @@ def _of_rate(change: Change, evaluated: HeldOut | None, directions: int, around:
 def _of_words(options: Options) -> Iterator[str]:
     """Yield what is wrong with prompt and label words."""
     words, count = options.words, len(options.words)
+    if options.shared_start > 1:
+        which = "All" if options.shared_start == count else f"{options.shared_start} of {count}"
+        yield (
+            f"{which} label words begin with the same token, so the prompt's end does not tell them apart: choose "
+            "label_words that differ in their first token."
+        )
     if options.scored and options.spread < UNUSED and options.prompts > 1:
         chance = 1 / count
         noise = 2 * math.sqrt(chance * (1 - chance) / options.scored)
@@ -220,12 +226,6 @@ def _of_words(options: Options) -> Iterator[str]:
                 f"examples, and {100 * share:.0f} % of {options.scored} answers are right (chance: {100 * chance:.0f} "
                 "%); try another template and label words, or num_demonstrations."
             )
-    if options.shared_start > 1:
-        which = "All" if options.shared_start == count else f"{options.shared_start} of {count}"
-        yield (
-            f"{which} label words begin with the same token, so the prompt's end does not tell them apart: choose "
-            "label_words that differ in their first token."
-        )
     lengths = [len(word) for word in words]
     if options.scored and min(lengths) < max(lengths):
         longest = sum(given for given, length in zip(options.answers, lengths) if length == max(lengths))
