@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
@@ -193,3 +196,20 @@ def test_a_trained_run_is_not_called_zero_shot_and_its_adapter_names_the_base_on
     assert "Already-trained accuracy on 24 test examples" in caplog.text
     assert "ero-shot" not in caplog.text + capsys.readouterr().out.split("already-trained")[-1]
     assert "names the base" not in caplog.text
+
+
+def test_weights_that_are_all_zero_or_belong_to_no_layer_are_said(flags, tiny_lm_path, tmp_path, caplog):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_lm_path, broken)
+    weights = load_file(broken / "model.safetensors")
+    zero = "model.layers.0.mlp.up_proj.weight"
+    weights |= {zero: torch.zeros_like(weights[zero]), "model.layers.0.extra.weight": torch.ones(2, 2)}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for model, said in ((broken, 1), (tiny_lm_path, 0)):
+        caplog.clear()
+        words = ["--model_name_or_path", str(model), "--lora", "true", "--max_steps", "1"]
+        with caplog.at_level(logging.WARNING):
+            assert main(["finetune", *flags, *words, "--output_dir", str(tmp_path / f"run-{said}")]) == 0
+        assert caplog.text.count("are all zero (") == said
+        assert caplog.text.count("which are left out: model.layers.0.extra.weight") == said
+        assert "lora_B" not in caplog.text
