@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from zokernel.directions import Blockwise, Dense, Directions, LowRank, Orthogonal, Sparse, Subspace, get_directions
+from zokernel.directions import (
+    Blockwise,
+    Dense,
+    Directions,
+    Flipout,
+    LowRank,
+    Orthogonal,
+    Sparse,
+    Subspace,
+    get_directions,
+)
 from zokernel.errors import UsageError
 
 SHAPES = {"layers.0.weight": (12, 10), "layers.0.bias": (7,), "layers.1.weight": (6, 3, 2)}
@@ -24,6 +34,8 @@ def flat(tensors):
 
 # Every family with the coordinates that it moves, given the weights at step 0.
 FAMILIES: dict[str, Directions] = {
+    "flipout": Flipout(),
+    "low_rank_new_in_every_direction": LowRank(2, refresh=0),
     "dense": Dense("rademacher"),
     "sphere": Dense("sphere"),
     "sparse": Sparse(0.5),
@@ -80,6 +92,21 @@ def test_add_agrees_with_the_direction_itself(name):
     for key, old in tensors.items():
         expected = 0.75 * old + scale[key][0] * z[0][key] + scale[key][1] * z[1][key]
         torch.testing.assert_close(moved[key], expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["flipout", "low_rank_new_in_every_direction"])
+def test_many_directions_added_as_one_product_are_their_sum(name):
+    """To float32's rounding: 33 terms of up to 10, in sums of up to 50."""
+    family, tensors = FAMILIES[name], weights()
+    indices = [*range(3, 20), 1 << 16, *range(40, 55)]
+    scales = [1.0 - 0.05 * n for n in range(len(indices))]
+    expected = {key: 0.5 * value.double() for key, value in tensors.items()}
+    for index, scale in zip(indices, scales, strict=True):
+        for key, z in family(tensors, seed=5, step=3, index=index).items():
+            expected[key] += scale * z.double()
+    family.add_(tensors, scales, seed=5, step=3, index=indices, decay=0.5)
+    for key, value in tensors.items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=33 * 50 * 2**-24)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zokernel.directions import Dense, LowRank
+from zokernel.directions import Dense, Flipout, LowRank
 from zokernel.errors import UsageError
 from zokernel.estimators import OneSided, PerExample, TwoPoint
 from zokernel.estimators.per_example import MAX_EXAMPLES, index_of
@@ -57,6 +57,7 @@ FAMILIES = {
     "rank1": LowRank(1, refresh=0),
     "rank2": LowRank(2, refresh=0),
     "shared-factor": LowRank(2),
+    "flipout": Flipout(),
     "dense": Dense("rademacher"),
 }
 INNER = {"two-point": TwoPoint(1e-3), "one-sided": OneSided(1e-3, 2)}
@@ -89,8 +90,7 @@ def test_losses_and_update_are_those_of_one_example_at_a_time(net, family, inner
     for index, coefficient in optimizer.last_estimate.coefficients.items():
         weights = moved(weights, directions(base, seed=3, step=0, index=index), -1e-2 * coefficient)
     for name, p in net.named_parameters():
-        # Ten terms of up to 1 are added in float32, whose spacing there is 1.2e-7.
-        torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=1e-12)
 
 
 def test_coefficients_are_slopes_over_the_number_of_directions(net):

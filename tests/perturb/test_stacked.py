@@ -9,7 +9,7 @@ from torch import nn
 
 from zokernel.errors import UsageError
 from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SubZero
-from zokernel.perturb.stacked import Stacked, stackable
+from zokernel.perturb import Stacked, stackable
 
 # Large enough that low-rank factors are kept as factors.
 SIZES = {"vocab_size": 300, "hidden_size": 288}

@@ -6,13 +6,14 @@ A direction is a pure function of (seed, step, index, tensor name, element posit
 * ``terms`` describes what is added to one tensor;
 * ``backends`` (numba, Triton, torch) add :math:`\sum_i scale_i z_i` to weights in one read and one write;
 * ``base`` and ``families`` say which coordinates are random (:class:`Dense`, :class:`Sparse`, :class:`Subspace`,
-  :class:`LowRank`, :class:`Blockwise`, :class:`Orthogonal`);
+  :class:`LowRank`, :class:`Flipout`, :class:`Blockwise`, :class:`Orthogonal`);
 * ``weights`` moves weights along directions and restores them.
 """
 
 from zokernel.directions.base import Directions, Scale
 from zokernel.directions.families.blockwise import Blockwise
 from zokernel.directions.families.dense import Dense
+from zokernel.directions.families.flipout import Flipout
 from zokernel.directions.families.low_rank import LowRank
 from zokernel.directions.families.orthogonal import Orthogonal
 from zokernel.directions.families.sparse import Sparse
@@ -29,6 +30,7 @@ __all__ = [
     "Copy",
     "Dense",
     "Directions",
+    "Flipout",
     "Fold",
     "Grid",
     "LowRank",

@@ -8,6 +8,7 @@ from typing import Any
 from zokernel.directions.base import Directions
 from zokernel.directions.families.blockwise import Blockwise
 from zokernel.directions.families.dense import Dense
+from zokernel.directions.families.flipout import Flipout
 from zokernel.directions.families.low_rank import LowRank
 from zokernel.directions.families.orthogonal import Orthogonal
 from zokernel.directions.families.sparse import Sparse
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Callable[..., Directions]] = {
     "low_rank": LowRank,
     "blockwise": _blockwise,
     "orthogonal": Orthogonal,
+    "flipout": Flipout,
 }
 OLD_NAMES = {"lowrank": "low_rank", "frames": "orthogonal"}
 
@@ -35,7 +37,8 @@ def get_directions(spec: str | Directions, **options: Any) -> Directions:
     """Return a family of directions.
 
     Args:
-        spec: A family (``dense``, ``sparse``, ``subspace``, ``low_rank``, ``blockwise``, ``orthogonal``); a
+        spec: A family (``dense``, ``sparse``, ``subspace``, ``low_rank``, ``blockwise``, ``orthogonal``,
+            ``flipout``); a
             distribution (``rademacher``, ...), for dense directions drawn from it; or a family object, returned as it
             is.
         options: Passed to the family.

@@ -15,7 +15,7 @@ _EXPORTS = {
     "make_perturb": "registry",
     "matches_in_place": "agreement",
     "perturb_for_replay": "registry",
-    "stackable": "stacked",
+    "stackable": "changes",
     "Parallel": "parallel",
     "Stacked": "stacked",
 }

@@ -20,7 +20,8 @@ from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.estimators.per_example import offsets_of
 from zokernel.perturb.base import Closure, Perturb
-from zokernel.perturb.stacked import RowsError, StackedParameters, stack
+from zokernel.perturb.changes import stack
+from zokernel.perturb.stacked import RowsError, StackedParameters
 
 
 @dataclass(frozen=True)

@@ -14,43 +14,21 @@ Shapes: K copies, B rows per copy (rows are copy-major: K*B), O and I outputs an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zokernel.directions import Directions, LowRank
-from zokernel.directions.placement import Placement, place_all
-from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.changes import Change, Flipped, Held, Thin, stack
 from zokernel.perturb.intercept import Intercepted
 from zokernel.private_apis import flatten_and_unflatten
 
 _flatten, _unflatten = flatten_and_unflatten()
-
-# A copy of a tensor with fewer elements is cheaper than looking for its factors.
-SMALL = 1 << 16
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor's perturbed copies, (K, ...)."""
-
-    copies: Tensor
-
-
-@dataclass(frozen=True)
-class Thin:
-    """A matrix and its changes ``left @ right``, (K, O, R) and (K, R, I)."""
-
-    left: Tensor
-    right: Tensor
 
 
 class RowsError(UsageError):
@@ -112,119 +90,6 @@ class Stacked(Perturb):
         return found
 
 
-def stackable(parameters: Mapping[str, Tensor], directions: Directions, copies: int, max_bytes: int = 1 << 28) -> bool:
-    """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
-    try:
-        stack(parameters, directions, [{0: 0.0}], max_bytes // copies, {}, seed=0, step=0)
-    except UsageError:
-        return False
-    return True
-
-
-def stack(
-    parameters: Mapping[str, Tensor],
-    directions: Directions,
-    points: Sequence[Offsets],
-    max_bytes: int,
-    buffers: dict[str, Tensor],
-    *,
-    seed: int,
-    step: int,
-) -> dict[int, Held | Thin]:
-    """Return the perturbed copies of every trained tensor, by its identity.
-
-    ``buffers`` hold the copies from step to step: sweeps over the same memory are prepared only once.
-
-    Raises:
-        UsageError: If they would take more than ``max_bytes``.
-    """
-    thin = _thin(parameters, directions, points, seed=seed, step=step)
-    held = {name: tensor for name, tensor in parameters.items() if name not in thin}
-    size = len(points) * sum(tensor.nbytes for tensor in held.values())
-    size += sum(change.left.nbytes + change.right.nbytes for change in thin.values())
-    if size > max_bytes:
-        raise UsageError(
-            f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
-            "adapter, use low-rank directions (lozo, subzero), or perturb='in_place'."
-        )
-    copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
-    for k, offsets in enumerate(points):
-        at_k = {name: tensor[k] for name, tensor in copies.items()}
-        if offsets and at_k:
-            directions.add_(at_k, list(offsets.values()), seed=seed, step=step, index=list(offsets))
-    by_name: dict[str, Held | Thin] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
-    return {id(tensor): by_name[name] for name, tensor in parameters.items()}
-
-
-def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:
-    buffer = buffers.get(name)
-    kind = (tensor.shape, tensor.dtype, tensor.device)
-    if buffer is None or len(buffer) < count or (buffer.shape[1:], buffer.dtype, buffer.device) != kind:
-        buffer = buffers[name] = tensor.new_empty(count, *tensor.shape)
-    return buffer[:count].copy_(tensor.detach())
-
-
-def _thin(
-    parameters: Mapping[str, Tensor], directions: Directions, points: Sequence[Offsets], *, seed: int, step: int
-) -> dict[str, Thin]:
-    """Return the changes of large matrices whose directions are low-rank, by name."""
-    large = {name: t for name, t in parameters.items() if t.ndim == 2 and t.numel() > SMALL}
-    if not large or directions.couples_tensors:
-        return {}
-    places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
-    if isinstance(directions, LowRank) and directions.refresh == 0 and all(len(offsets) == 1 for offsets in points):
-        return _own_changes(places, directions, points, seed=seed, step=step)
-    drawn: dict[int, dict[str, Factors]] = {}
-    for index in sorted({index for offsets in points for index in offsets}):
-        terms = directions.terms(places, seed=seed, step=step, index=index)
-        drawn[index] = {
-            place.name: term
-            for place, term in zip(places, terms)
-            # Refolded factors are those of another matrix.
-            if isinstance(term, Factors) and (term.left.shape[0], term.right.shape[1]) == place.shape
-        }
-    names = set.intersection(*(set(terms) for terms in drawn.values())) if drawn else set()
-    return {
-        name: _changes([terms[name] for terms in drawn.values()], list(drawn), points, large[name].dtype)
-        for name in names
-    }
-
-
-def _own_changes(
-    places: Sequence[Placement], directions: LowRank, points: Sequence[Offsets], *, seed: int, step: int
-) -> dict[str, Thin]:
-    """Return changes of which each is along one direction of its own; the factors are those of all points of a step."""
-    places = [place for place in places if directions.shape(place.shape)[:2] == place.shape]
-    if not places:
-        return {}
-    device, stored = places[0].local.device, places[0].local.dtype
-    low = stored == torch.float32 and torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if low else stored
-    indices, offsets = zip(*(next(iter(point.items())) for point in points))
-    blocks = directions.blocks(places, seed=seed, step=step, indices=indices, dtype=dtype)
-    scales = torch.tensor(offsets, device=device)
-    found = {}
-    for name, (left, right) in blocks.items():
-        own = scales / math.sqrt(left.shape[2])
-        found[name] = Thin(left * own.to(dtype)[:, None, None], right)
-    return found
-
-
-def _changes(factors: list[Factors], indices: list[int], points: Sequence[Offsets], dtype: torch.dtype) -> Thin:
-    # The most directions that one point combines decide the rank; usually that is one.
-    width = max(1, *(len(offsets) for offsets in points))
-    rank = factors[0].left.shape[1]
-    left = factors[0].left.new_zeros(len(points), factors[0].left.shape[0], width * rank)
-    right = factors[0].right.new_zeros(len(points), width * rank, factors[0].right.shape[1])
-    for k, offsets in enumerate(points):
-        for slot, (index, offset) in enumerate(offsets.items()):
-            term = factors[indices.index(index)]
-            columns = slice(slot * rank, (slot + 1) * rank)
-            torch.mul(term.left, offset * term.gain, out=left[k, :, columns])
-            right[k, columns] = term.right
-    return Thin(left.to(dtype), right.to(dtype))
-
-
 class StackedParameters(Intercepted):
     """Context in which layers apply to each copy of the rows its own weights.
 
@@ -234,7 +99,7 @@ class StackedParameters(Intercepted):
         copies: K.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], changes: Mapping[int, Held | Thin], copies: int):
+    def __init__(self, parameters: Iterable[Tensor], changes: Mapping[int, Change], copies: int):
         super().__init__([tensor for tensor in parameters if id(tensor) in changes], self.run)
         self.changes, self.copies = changes, copies
         self.rows: int | None = None  # K*B, once a layer has seen the batch
@@ -242,7 +107,7 @@ class StackedParameters(Intercepted):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation that involves a perturbed parameter."""
         values, structure = _flatten((args, kwargs))
-        if self.copies == 1 and not any(isinstance(self.changes.get(id(value)), Thin) for value in values):
+        if self.copies == 1 and not any(isinstance(self.changes.get(id(value)), (Thin, Flipped)) for value in values):
             args, kwargs = _unflatten([self._only(value) for value in values], structure)
             return func(*args, **kwargs)
         if func not in _LAYERS:
@@ -284,16 +149,29 @@ class StackedParameters(Intercepted):
         change = self.changes.get(id(weight))
         if change is None:
             return x @ (weight if transposed else weight.T)
-        if isinstance(change, Thin) and x.dtype != change.left.dtype:
-            x = x.to(change.left.dtype)  # as autocast would, but once
+        low = (
+            change.left.dtype
+            if isinstance(change, Thin)
+            else change.rows.dtype
+            if isinstance(change, Flipped)
+            else None
+        )
+        if low is not None and x.dtype != low:
+            x = x.to(low)  # as autocast would, but once
         rows = self.grouped(x)
         if isinstance(change, Held):
             result = torch.bmm(rows, change.copies if transposed else change.copies.mT)
             return result.view(*x.shape[:-1], -1)
-        first, second = (change.left, change.right) if transposed else (change.right.mT, change.left.mT)
         base = x @ weight if transposed else F.linear(x, weight)
         # In place, into what nobody else has seen yet: one more read and write of the result, whatever the rank.
         together = base.view(self.copies, -1, base.shape[-1])
+        if isinstance(change, Flipped):
+            before, after = (change.rows.mT, change.columns) if transposed else (change.columns, change.rows.mT)
+            matrix = change.shared()
+            product = F.linear(rows * before, matrix.mT if transposed else matrix)
+            together.addcmul_(product.to(base.dtype), after.to(base.dtype))
+            return base
+        first, second = (change.left, change.right) if transposed else (change.right.mT, change.left.mT)
         inner = torch.bmm(rows, first).to(base.dtype)
         if inner.shape[-1] == 1:
             together.addcmul_(inner, second.to(base.dtype))
@@ -319,6 +197,9 @@ def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: An
     ids = mode.grouped(input.unsqueeze(-1)).squeeze(-1)
     if isinstance(change, Held):
         found = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
+    elif isinstance(change, Flipped):
+        flips = change.rows.gather(1, ids.unsqueeze(-1)) * F.embedding(ids, change.shared()) * change.columns
+        found = F.embedding(ids, weight, *args, **kwargs) + flips
     else:
         looked_up = change.left.gather(1, ids.unsqueeze(-1).expand(-1, -1, change.left.shape[-1]))
         found = torch.baddbmm(F.embedding(ids, weight, *args, **kwargs), looked_up, change.right)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.backends import dispatch
+from zokernel.directions.base import Directions, Sweep
 from zokernel.directions.families.factors import APART, Draw
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Job, Noise
+from zokernel.directions.terms import Job, Noise, Rule, Term
 
 
 class Blocks(NamedTuple):
@@ -114,3 +115,33 @@ class FactorBlocks:
         if found is None or found.numel() != size:
             found = self._flat[device, dtype] = torch.zeros(size, dtype=dtype, device=device)
         return found
+
+
+def adds_in_float32(places: Sequence[Placement], sweep: Sweep) -> bool:
+    """Return whether several directions of one step may be summed in float32 before they are added to some tensors."""
+    rules = set(sweep.rule.values()) if isinstance(sweep.rule, Mapping) else {sweep.rule}
+    steps, devices = {step for step, _ in sweep.draws}, {place.local.device for place in places}
+    narrow = all(place.local.dtype != torch.float64 for place in places)
+    several = len(sweep.draws) > 1 and len(steps) == len(devices) == 1
+    return narrow and several and sweep.old_scale is None and rules == {Rule.NEAREST}
+
+
+class Given(Directions):
+    """Adds terms that have been summed already.
+
+    Args:
+        sums: One term for each tensor, by name.
+        backend: Which backend adds them.
+    """
+
+    def __init__(self, sums: Mapping[str, Term], backend: str):
+        super().__init__(backend)
+        self.sums = sums
+
+    def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
+        """Return the sums; see :meth:`Directions.terms`."""
+        return [self.sums[place.name] for place in places]
+
+    def sweep_once(self, places: Sequence[Placement], sweep: Sweep) -> dict[str, float]:
+        """Carry out a sweep of several directions whose scaled sum is known."""
+        return self._sweep_places(places, sweep._replace(scale=1.0, draws=sweep.draws[:1]))

@@ -3,19 +3,18 @@ r"""Low-rank directions with a lazily redrawn factor (LOZO)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from zokernel.directions.backends import dispatch
-from zokernel.directions.base import NO_ROUNDING, Sweep, by_name, scales_of
-from zokernel.directions.families.factor_blocks import Blocks, FactorBlocks
+from zokernel.directions.base import Sweep, scales_of
+from zokernel.directions.families.factor_blocks import Blocks, FactorBlocks, Given, adds_in_float32
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
 from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Factors, Job, Rule, Term
+from zokernel.directions.terms import Factors, Term
 from zokernel.distributions import Distribution
 
 # With refresh=0, so many consecutive directions of a step are consecutive rows of one stream.
@@ -161,36 +160,18 @@ class LowRank(Factored):
 
     def _sweep_places(self, places: Sequence[Placement], sweep: Sweep) -> dict[str, float]:
         """Add many directions of one step as one product of wide factors; see :meth:`Directions.sweep_`."""
-        steps = {step for step, _ in sweep.draws}
-        rules = set(sweep.rule.values()) if isinstance(sweep.rule, Mapping) else {sweep.rule}
         matrices = [p for p in places if len(p.shape) >= 2 and p.numel]
-        devices = {p.local.device for p in matrices}
-        together = self.refresh == 0 and len(sweep.draws) > 1 and len(steps) == len(devices) == 1
-        if not together or sweep.old_scale is not None or not rules <= {Rule.NEAREST, Rule.STOCHASTIC}:
+        if self.refresh or not adds_in_float32(matrices, sweep):
             return super()._sweep_places(places, sweep)
-        blocks = self.blocks(matrices, seed=sweep.seed, step=steps.pop(), indices=[index for _, index in sweep.draws])
-        jobs = []
+        (step,) = {step for step, _ in sweep.draws}
+        blocks = self.blocks(matrices, seed=sweep.seed, step=step, indices=[index for _, index in sweep.draws])
+        sums: dict[str, Term] = {}
         for place in matrices:
             left, right = blocks[place.name]
-            scales = scales_of(sweep.scale, place.name, len(sweep.draws))
-            weights = torch.tensor(scales, dtype=torch.float32, device=left.device) / math.sqrt(left.shape[2])
-            wide = (left * weights[:, None, None]).permute(1, 0, 2).reshape(left.shape[1], -1).contiguous()
-            rule = sweep.rule[place.name] if isinstance(sweep.rule, Mapping) else sweep.rule
-            jobs.append(
-                Job(
-                    place,
-                    (Factors(wide, right.reshape(-1, right.shape[2])),),
-                    (1.0,),
-                    rule,
-                    sweep.decay if isinstance(sweep.decay, float) else by_name(sweep.decay, place.name, "decay"),
-                    rounding=(*stream_key(sweep.seed, place.name, "rounding"), *sweep.rounding)
-                    if rule
-                    else NO_ROUNDING,
-                )
-            )
-        peaks: dict[str, float] = {}
-        for place, peak in zip(matrices, dispatch.sweep(jobs, self.backend)):
-            peaks[place.name] = max(peak, peaks.get(place.name, 0.0))
+            scales = torch.tensor(scales_of(sweep.scale, place.name, len(sweep.draws)), device=left.device)
+            wide = (left * (scales / math.sqrt(left.shape[2]))[:, None, None]).permute(1, 0, 2)
+            sums[place.name] = Factors(wide.reshape(left.shape[1], -1), right.reshape(-1, right.shape[2]))
+        peaks = Given(sums, self.backend).sweep_once(matrices, sweep)
         vectors = [p for p in places if len(p.shape) < 2 or not p.numel]
         return peaks | (super()._sweep_places(vectors, sweep) if vectors else {})
 
