@@ -76,6 +76,20 @@ def test_asking_and_telling_is_the_step_to_the_bit(case, perturb):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("case", ["mezo", "lozo", "hizoo", "sparse_mezo", "zo_adam"])
+def test_weights_perturbed_in_the_forward_are_those_of_the_points(case):
+    def loss(weights):
+        flat = torch.cat([nn.functional.linear(torch.eye(2), weights["a"]).reshape(-1), weights["b"] * 1.0])
+        return 0.5 * (SCALES * flat.square()).sum()
+
+    stepped, told = base(), base()
+    one = make(case, stepped, perturb="in_forward")
+    other = make(case, told, perturb="in_forward")
+    losses = [one.step(lambda: loss(stepped)) for _ in range(3)]
+    assert tell_one_by_one(other, lambda weights: loss(weights).item(), steps=3) == losses
+    assert same(told, stepped)
+
+
 @pytest.mark.parametrize("case", TOLD)
 def test_recorded_losses_told_backwards_repeat_the_step(case):
     """In the default way of perturbing, too, whose weights carry roundings of the points that were visited."""
@@ -187,6 +201,9 @@ def test_other_precisions(dtype):
         ({Point(1, 0): 1.0}, "no point of step 0"),
         ({Point(0, 2): 1.0}, "step 0 has 2"),
         ({Point(0, -1): 1.0}, "step 0 has 2"),
+        ({0: 1.0}, "0 is no point"),
+        ({Point(0, 0.5): 1.0}, "two integers"),
+        ([0.5, 0.25], "0.5 is no point with its loss"),
         ({Point(0, 0): None}, "return loss"),
         ({Point(0, 0): torch.ones(2)}, "2"),
         ({Point(0, 1): 0.5, Point(0, 0): float("nan")}, "nan"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -93,7 +94,8 @@ class AskTell(Checkpointed):
             (True, 200)
         """
         self._look_at_weights()
-        return [point for point in self._points() if point not in self._told]
+        points = [Point(self.step_count, index) for index in range(self._count())]
+        return [point for point in points if point not in self._told]
 
     @torch.no_grad()
     def weights_at(self, point: Sequence[int]) -> dict[str, Tensor]:
@@ -113,7 +115,7 @@ class AskTell(Checkpointed):
             UsageError: If the point is not one of the coming step, or the method needs more than losses.
         """
         self._look_at_weights()
-        self._check_step(point := Point(*point))
+        self._check(point := _point(point), self._count())
         offsets = self.estimator.points(seed=self.seed, step=point.step)[point.index]
         copies = self.perturb.weights.copies_at(point.step, offsets)
         return {name: copies[name] if name in copies else p.detach().clone() for name, p in self.named_params.items()}
@@ -149,14 +151,12 @@ class AskTell(Checkpointed):
             LossError: If a loss is NaN or infinite; nothing of the call is kept.
         """
         self._look_at_weights()
-        points = self._points()
-        told = dict(self._told)
-        for point, loss in losses.items() if isinstance(losses, Mapping) else losses:
-            point = Point(*point)
+        count, told = self._count(), dict(self._told)
+        for point, loss in _pairs(losses):
             if point.step < self.step_count or point in told:
                 logger.info("The loss at %s is known already: the first one counts.", point)
                 continue
-            self._check_step(point)
+            self._check(point, count)
             told[point] = loss_value(loss)
             if not math.isfinite(told[point]):
                 raise LossError(
@@ -164,11 +164,11 @@ class AskTell(Checkpointed):
                     "eps, or evaluate in fp32."
                 )
         self._told = told
-        if len(told) < len(points):
+        if len(told) < count:
             return None
         self._told = {}
         note_step(self)
-        return self.replay([told[point] for point in points])
+        return self.replay([told[point] for point in sorted(told)])
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned; losses told before belong to other weights."""
@@ -181,23 +181,23 @@ class AskTell(Checkpointed):
             return None
         return f"{type(self.estimator).__name__} takes more than one loss at each point"
 
-    def _points(self) -> list[Point]:
+    def _count(self) -> int:
+        """Return the number of points of the coming step."""
         if reason := self._why_not():
             raise UsageError(
                 f"This {type(self).__name__} has no ask and tell, because {reason}: call step(closure), or use a "
                 "method such as mezo."
             )
-        return [Point(self.step_count, index) for index in range(self.estimator.forwards_at(self.step_count))]
+        return self.estimator.forwards_at(self.step_count)
 
-    def _check_step(self, point: Point) -> None:
-        points = self._points()
+    def _check(self, point: Point, count: int) -> None:
         if point.step != self.step_count:
             raise UsageError(
                 f"{point} is no point of step {self.step_count}, which comes next here: bring both sides to the same "
                 "step, as by replaying the journal."
             )
-        if point not in points:
-            raise UsageError(f"{point} is no point: step {point.step} has {len(points)}, counted from 0.")
+        if point.index not in range(count):
+            raise UsageError(f"{point} is no point: step {point.step} has {count}, counted from 0.")
 
     def _look_at_weights(self) -> None:
         """Forget told losses of weights that are not those of the coming step."""
@@ -210,3 +210,20 @@ class AskTell(Checkpointed):
         if self._told and (changed or next(iter(self._told)).step != self.step_count):
             logger.warning("The weights have changed since losses were told: all of step %d are due.", self.step_count)
             self._told = {}
+
+
+def _point(value: Any) -> Point:
+    try:
+        step, index = map(operator.index, value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{value!r} is no point: pass what ask() returned, or its two integers.") from error
+    return Point(step, index)
+
+
+def _pairs(losses: Any) -> Iterator[tuple[Point, Any]]:
+    for pair in losses.items() if isinstance(losses, Mapping) else losses:
+        try:
+            point, loss = pair
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{pair!r} is no point with its loss: tell a dictionary of both, or pairs.") from error
+        yield _point(point), loss
