@@ -36,6 +36,7 @@ def flat(tensors):
 FAMILIES: dict[str, Directions] = {
     "flipout": Flipout(),
     "low_rank_new_in_every_direction": LowRank(2, refresh=0),
+    "rank_one_new_in_every_direction": LowRank(1, distribution="rademacher", refresh=0),
     "dense": Dense("rademacher"),
     "sphere": Dense("sphere"),
     "sparse": Sparse(0.5),
@@ -94,7 +95,7 @@ def test_add_agrees_with_the_direction_itself(name):
         torch.testing.assert_close(moved[key], expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["flipout", "low_rank_new_in_every_direction"])
+@pytest.mark.parametrize("name", ["flipout", "low_rank_new_in_every_direction", "rank_one_new_in_every_direction"])
 def test_many_directions_added_as_one_product_are_their_sum(name):
     """To float32's rounding: 33 terms of up to 10, in sums of up to 50."""
     family, tensors = FAMILIES[name], weights()

@@ -169,8 +169,9 @@ class LowRank(Factored):
         for place in matrices:
             left, right = blocks[place.name]
             scales = torch.tensor(scales_of(sweep.scale, place.name, len(sweep.draws)), device=left.device)
-            wide = (left * (scales / math.sqrt(left.shape[2]))[:, None, None]).permute(1, 0, 2)
-            sums[place.name] = Factors(wide.reshape(left.shape[1], -1), right.reshape(-1, right.shape[2]))
+            weighted = left * (scales / math.sqrt(left.shape[2]))[:, None, None]
+            wide = weighted.permute(1, 0, 2).reshape(left.shape[1], -1).contiguous()
+            sums[place.name] = Factors(wide, right.reshape(-1, right.shape[2]))
         peaks = Given(sums, self.backend).sweep_once(matrices, sweep)
         vectors = [p for p in places if len(p.shape) < 2 or not p.numel]
         return peaks | (super()._sweep_places(vectors, sweep) if vectors else {})
