@@ -111,9 +111,9 @@ class SubZeroPlus(ZerothOrder):
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(6, 5))
-        >>> optimizer = SubZeroPlus([weight], lr=0.02, rank=2, refresh=10, num_perturbations=8)
+        >>> optimizer = SubZeroPlus([weight], lr=0.05, rank=2, refresh=10, num_perturbations=8)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
-        >>> losses[-1] < 0.5 < losses[0]
+        >>> losses[-1] < 0.1 * losses[0]
         True
 
     References:

@@ -122,7 +122,7 @@ class ZOMuon(ZerothOrder):
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(6, 5))
-        >>> optimizer = ZOMuon([weight], lr=0.05, rank=4, refresh=10)
+        >>> optimizer = ZOMuon([weight], lr=0.1, rank=4, refresh=10)
         >>> losses = [optimizer.step(lambda: weight.square().sum()) for _ in range(200)]
         >>> losses[-1] < 0.5 < losses[0]
         True
