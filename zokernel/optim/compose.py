@@ -132,7 +132,7 @@ def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]
 
     Example:
         >>> make_updates("normalized(0.5) + adam")
-        [Normalized(beta=0.5), Adam(beta1=0.9, beta2=0.999, delta=1e-08, amsgrad=False)]
+        [Normalized(beta=0.5), Adam(beta1=0.9, beta2=0.999, delta=1e-08, amsgrad=False, of_momentum=False)]
     """
     if isinstance(update, str):
         parts = [build(text, UPDATES, "update") for text in split_sum(update)]

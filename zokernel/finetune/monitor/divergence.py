@@ -31,7 +31,7 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
 
     Example:
         >>> trouble([{"loss": 0.7}] * 10 + [{"loss": 30.0}] * 10)
-        'The loss has risen from 0.7 to 30: training diverges, so start again with a lower --learning_rate.'
+        'The loss has risen from 0.7 to 30: training diverges, so start again with a lower learning_rate.'
         >>> trouble([{"loss": 0.7}] * 20) is None
         True
     """
