@@ -1,0 +1,196 @@
+"""Reward functions: found, called as trl's GRPO calls them, and refused in one sentence that names the row."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from zokernel.errors import RunError, UsageError
+from zokernel.finetune.rewards.functions import Reward, load_reward, load_rewards
+
+ROWS = [{"prompt": "Capital of Norway?", "answer": "Oslo"}, {"prompt": "And of Italy?", "answer": ["Rome", "Roma"]}]
+PROMPTS = [row["prompt"] for row in ROWS]
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("reward", "completions", "expected"),
+    [
+        ("exact_match", [" Oslo\n", "Roma"], [1.0, 1.0]),
+        ("exact_match", ["Oslo.", "rome"], [0.0, 0.0]),
+        ("exact_match:prompt2", ["a", "b"], [1.0, 0.0]),
+        ("json", ['{"a": 1}', "[1, 2"], [1.0, 0.0]),
+        ("json", [" 3 ", "NaN"], [1.0, 0.0]),
+        ("json:name, age", ['{"age": 1, "name": 2, "more": 3}', '["name", "age"]'], [1.0, 0.0]),
+        ("json:name", ['{"name": null}', "[" * 100_000], [1.0, 0.0]),
+        (r"regex:^\d+:\d+$", ["12:30", "12.30"], [1.0, 0.0]),
+        ("regex:b", ["abc", "ac"], [1.0, 0.0]),
+        ("length:10", ["x" * 10, "x" * 13], [1.0, 0.7]),
+        ("length:10", ["", "x" * 25], [0.0, 0.0]),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_built_in_rewards(reward, completions, expected, chat):
+    rows = [row | {"prompt2": "a"} for row in ROWS]
+    written = [said(text) for text in completions] if chat else completions
+    assert load_reward(reward)(PROMPTS, written, rows) == pytest.approx(expected)
+
+
+FILE = """
+from helper import BONUS
+def by_keywords(prompts, completions, answer, **kwargs):
+    assert sorted(kwargs) == ["completion_ids", "level"], kwargs
+    return [len(p) + len(c) + len(a) + BONUS for p, c, a in zip(prompts, completions, answer)]
+def only_completions(completions):
+    return [float(len(c)) for c in completions]
+async def later(completions, **kwargs):
+    return [0.5 for _ in completions]
+def tokens(completions, completion_ids):
+    return [len(ids) for ids in completion_ids]
+def no_completions(prompts):
+    return [0.0 for _ in prompts]
+class Judge:
+    def __call__(self, completions, **kwargs):
+        return [2.0] * len(completions)
+judge = Judge()
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "helper.py").write_text("BONUS = 100\n")
+    (tmp_path / "mine.py").write_text(FILE)
+    return tmp_path / "mine.py"
+
+
+def test_functions_of_a_file_are_called_as_trl_calls_them(file):
+    rows = [{"prompt": "ab", "answer": "c", "level": 1}, {"prompt": "a", "answer": "def"}]
+    arguments = (["ab", "a"], ["xy", ""], rows, [[5, 6], []])
+    assert load_reward(f"{file}:by_keywords")(*arguments) == [2 + 2 + 1 + 100, 1 + 0 + 3 + 100]
+    assert load_reward(f"{file}:only_completions")(*arguments) == [2.0, 0.0]
+    assert load_reward(f"{file}:later")(*arguments) == [0.5, 0.5]
+    assert load_reward(f"{file}:tokens")(*arguments) == [2.0, 0.0]
+    assert load_reward(f"{file}:judge")(*arguments) == [2.0, 2.0]
+    assert str(file.parent) not in sys.path
+
+
+def test_several_rewards_are_weighted_and_known_by_what_they_say(file):
+    rewards = load_rewards([f"{file}:only_completions", "json"], [0.5, -2.0])
+    assert rewards(PROMPTS, ["abc", "{}"], ROWS) == [[3.0, 0.0], [2.0, 1.0]]
+    assert rewards.total([2.0, 1.0]) == -1.0
+    before = rewards.fingerprint
+    assert load_rewards([f"{file}:only_completions", "json"]).fingerprint == before
+    file.write_text(FILE.replace("float(len(c))", "2.0 * len(c)"))
+    again = load_rewards([f"{file}:only_completions", "json"], [0.5, -2.0])
+    assert again.fingerprint != before
+    assert again(PROMPTS, ["abc", "{}"], ROWS)[0] == [6.0, 0.0]
+
+
+JUDGE = """
+import json, sys
+for line in sys.stdin:
+    row = json.loads(line)
+    if row["completion"] == "crash":
+        sys.exit("no such thing")
+    print(len(row["prompt"]) + 0.5 * (row["completion"] == row["answer"]))
+"""
+
+
+def test_a_command_reads_json_lines_and_answers_with_numbers(tmp_path):
+    script = tmp_path / "judge.py"
+    script.write_text(JUDGE)
+    reward = load_reward(f"command:{sys.executable} {script}")
+    rows = [{"prompt": "abc", "answer": "Ærø\n1"}, {"prompt": "a", "answer": "b"}]
+    assert reward(["abc", "a"], ["Ærø\n1", "c"], rows) == [3.5, 1.0]
+    with pytest.raises(RunError, match=r"exit code 1: no such thing.*on a completion of the row .*\"b\""):
+        reward(["abc", "a"], ["x", "crash"], rows)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([0.0, None], "returned None for a completion of the row .*Italy"),
+        ([0.0, float("nan")], "returned nan for a completion of the row .*Italy"),
+        ([float("inf"), 0.0], "returned inf for a completion of the row .*Norway"),
+        ([0.0, "1"], "returned '1' for a completion of the row .*Italy"),
+        ([0.0], "returned 1 numbers for 2 completions.*Norway"),
+        ([0.0] * 3, "returned 3 numbers for 2 completions"),
+        (0.5, "returned a float: let it return a list"),
+        (None, "returned a NoneType"),
+    ],
+)
+def test_what_is_no_number_for_each_completion_is_refused_with_its_row(returned, message):
+    with pytest.raises(RunError, match=message) as caught:
+        Reward("mine", lambda completions: returned)(PROMPTS, ["a", "b"], ROWS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("returned", [np.array([1, 2]), torch.tensor([1.0, 2.0]), (True, 2), [np.float32(1), 2]])
+def test_numbers_of_any_kind_are_taken(returned):
+    assert Reward("mine", lambda completions: returned)(PROMPTS, ["a", "b"], ROWS) == [1.0, 2.0]
+
+
+def test_the_row_on_which_a_reward_raises_is_found():
+    def picky(completions, answer):
+        return [1.0 / len(a) for a in answer if a != ["Rome", "Roma"] or 1 / 0]
+
+    with pytest.raises(RunError, match=r"mine raised ZeroDivisionError \(division by zero\) .*Italy"):
+        Reward("mine", picky)(PROMPTS, ["a", "b"], ROWS)
+
+    def only_together(completions):
+        if len(completions) > 1:
+            raise ValueError("two")
+        return [1.0]
+
+    with pytest.raises(RunError, match=r"on 2 completions together, and on none of them alone.*Norway"):
+        Reward("mine", only_together)(PROMPTS, ["a", "b"], ROWS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mine.py:f", "no file mine.py"),
+        ("{file}:missing", r"has no function 'missing' \(it has by_keywords, .*tokens"),
+        ("{file}:Judge", "has no function 'Judge'"),
+        ("{file}:no_completions", "takes no completions"),
+        ("{file}", "There is no reward .*: write file.py:name"),
+        ("jsn", "There is no reward 'jsn': .* exact_match, json, regex, length, command"),
+        ("regex", "needs a pattern"),
+        ("regex:(", "does not read"),
+        ("length", "needs a number of characters"),
+        ("length:0", "needs a number of characters"),
+        ("command:", "no program ''"),
+        ("command:no-such-program --x", "no program 'no-such-program'"),
+        ('command:"', "is no command"),
+    ],
+)
+def test_rewards_that_do_not_exist_are_refused(text, message, file):
+    with pytest.raises(UsageError, match=message):
+        load_reward(text.format(file=file))
+
+
+def test_a_file_that_cannot_be_loaded_and_weights_that_do_not_fit(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    with pytest.raises(UsageError, match=r"broken.py could not be loaded: SyntaxError"):
+        load_reward(f"{broken}:f")
+    with pytest.raises(UsageError, match="2 reward functions and 1 --reward_weights"):
+        load_rewards(["json", "json:a"], [1.0])
+    with pytest.raises(UsageError, match="finite"):
+        load_rewards(["json"], [float("nan")])
+    with pytest.raises(UsageError, match="needs a --reward_function"):
+        load_rewards([])
+
+
+def test_columns_that_a_reward_reads_are_looked_for(file):
+    with pytest.raises(UsageError, match=r"by_keywords reads the column 'answer', and the rows have prompt, level"):
+        load_rewards([f"{file}:by_keywords"]).check_columns([{"prompt": "a", "level": 1}])
+    with pytest.raises(UsageError, match=r"exact_match:gold reads the column 'gold'"):
+        load_rewards(["exact_match:gold"]).check_columns(ROWS)
+    load_rewards([f"{file}:by_keywords", "exact_match", f"{file}:tokens"]).check_columns(ROWS)
