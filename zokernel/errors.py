@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zokernel.secrets import hide_in_text
+
 
 class ZokernelError(Exception):
     """Base class of every error that zokernel raises on purpose.
@@ -10,6 +12,10 @@ class ZokernelError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message without the passwords and tokens that it repeats, such as those of an address."""
+        return hide_in_text(super().__str__())
 
 
 class UsageError(ZokernelError, ValueError):

@@ -10,8 +10,9 @@ _NAME = r"(?:token|secret|password|passwd|passphrase|api_?key|access_?key|privat
 # hub_token, wandb-api-key, password; not max_new_tokens or special_tokens_map.
 _SECRET_NAME = re.compile(rf"(?:^|.*[_-]){_NAME}$".replace("_?", "[_-]?"), re.IGNORECASE)
 # Where a value holds a name and its secret: token=..., "api_key": "...".
-_PAIR = re.compile(rf"""((?:^|[\s,;&?{{]|['"])[\w-]*{_NAME}['"]?\s*[=:]\s*['"]?)([^\s'"&,;}}]+)""", re.IGNORECASE)
-_LOGIN = re.compile(r"(\w+://)[^/@\s]+@")
+_PAIR = re.compile(rf"""((?:^|[\s,;&?{{]|['"])[\w-]*{_NAME}['"]?\s*[=:]\s*['"]?)((?!{{)[^\s'"&,;}}]+)""", re.IGNORECASE)
+# A login up to the last @ before the path, since a password may hold one; pathlib makes one slash of two.
+_LOGIN = re.compile(r"""(\w{2,}:/{1,2})[^/\s"']+@""")
 # Tokens that can be told by their beginning: Hugging Face, OpenAI, GitHub, GitLab, Slack, Amazon.
 _SHAPES = re.compile(r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA)[\w-]{12,}")
 

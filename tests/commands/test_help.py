@@ -11,7 +11,7 @@ import time
 import pytest
 
 from zokernel.cli import COMMANDS, load, main
-from zokernel.commands.help_text import WIDTH, Group, short_help
+from zokernel.commands.help_text import WIDTH, Group, short_help, with_default
 from zokernel.commands.parser import CommandParser
 from zokernel.commands.shown_flags import SHOWN
 
@@ -147,3 +147,11 @@ def test_ctrl_c_while_libraries_load_is_one_line(seconds):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "zokernel: interrupted.\n")
+
+
+@pytest.mark.parametrize("end", ["", ".", ",", ";", ": ", " ,"])
+def test_a_default_follows_a_text_that_ends_in_anything(end):
+    parser = CommandParser("x", "")
+    action = parser.add_argument("--steps", default=3)
+    assert with_default(action, f"how many{end}") == "how many (default: 3)"
+    assert with_default(parser.add_argument("--off", default=False), "or not,") == "or not,"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.cli import main
+from zokernel.finetune.models.same_base import other_base
 
 KINDS = {
     "lora": ["--lora", "true"],
@@ -41,6 +44,63 @@ def test_a_merged_model_scores_as_its_adapter(kind, flags, tmp_path, tiny_lm_pat
     assert (plain - untrained).abs().max() > 1e-4
     assert main(["merge", "--model", str(run), "--output_dir", str(merged)]) == 2
     assert "already holds files" in capsys.readouterr().err
+    again = ["--model_name_or_path", str(merged), "--do_train", "false", "--output_dir", str(tmp_path / "score")]
+    assert main(["finetune", *flags, *again]) == 0
+    told = capsys.readouterr()
+    assert "already-trained accuracy" in told.out
+    assert "ero-shot" not in told.out + told.err + (tmp_path / "score" / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def other_bases(tmp_path_factory, tiny_lm_path):
+    """Models with the shapes of the tiny one: of another class, with other weights, and the same elsewhere."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name in ("mistral", "retrained", "copy"):
+        shutil.copytree(tiny_lm_path, folder / name)
+    config = json.loads((folder / "mistral" / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "mistral" / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "retrained" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1e-3
+    save_file(weights, folder / "retrained" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("record", ["run.json", "journal.zkj"])
+def test_a_base_that_the_adapter_was_not_trained_on_is_refused(record, flags, tmp_path, other_bases, caplog, capsys):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    assert main(["finetune", *flags, *RUN, "--lora", "true"]) == 0
+    if record == "journal.zkj":  # as an older version left it
+        values = json.loads((run / "run.json").read_text())
+        assert values.pop("base").keys() == {"class", "dtype", "frozen_sha256"}
+        (run / "run.json").write_text(json.dumps(values))
+    else:
+        (run / "journal.zkj").unlink()
+    told = {"mistral": "that was a LlamaForCausalLM, and this is a MistralForCausalLM", "retrained": "its weights were"}
+    for name, difference in told.items():
+        base = str(other_bases / name)
+        assert main(["merge", "--model", str(run), "--base", base, "--output_dir", str(merged)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{base} is not the model that the adapter {run} was trained on ({difference}" in error
+        assert not merged.exists()
+    caplog.clear()
+    again = ["--model_name_or_path", str(other_bases / "retrained"), "--adapter_name_or_path", str(run)]
+    assert main(["finetune", *flags, *again, "--do_train", "false", "--output_dir", str(tmp_path / "score")]) == 0
+    assert caplog.text.count(f"was trained on: {told['retrained']} others.") == 1
+    copy = ["--base", str(other_bases / "copy")]
+    assert main(["merge", "--model", str(run), *copy, "--output_dir", str(merged)]) == 0
+    low = ["--dtype", "bfloat16", "--output_dir", str(tmp_path / "low")]
+    assert main(["merge", "--model", str(run), *copy, *low]) == 0, "other bits of the same weights"
+
+
+def test_an_adapter_from_elsewhere_knows_its_base_by_name(tmp_path, tiny_lm_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm_path), config)
+    adapted.peft_config["default"].base_model_name_or_path = "org/base"
+    adapted.save_pretrained(tmp_path)
+    assert other_base(adapted, str(tmp_path), "org/base-instruct") == "that was org/base"
+    assert other_base(adapted, str(tmp_path), "org/base") == ""
+    assert other_base(adapted, str(tmp_path), str(tiny_lm_path)) == "", "a folder may hold anything"
 
 
 def test_a_finished_run_with_merge_adapter_holds_the_merged_model(flags, tmp_path, capsys):

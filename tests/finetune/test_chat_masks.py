@@ -112,7 +112,7 @@ def test_long_rows_lose_their_end_and_those_with_nothing_left_are_left_out(caplo
         found = encoder_of("messages", tokenizer, max_length=length).encode(rows, where="Train")
     assert caplog.messages == [
         f"Train: 2 of 3 rows lose their end at {length} tokens.",
-        "Train: 1 of 3 rows have no token to learn and are left out.",
+        "Train: 1 of 3 rows has no token to learn and is left out.",
     ]
     ids, marks = encoder_of("messages", tokenizer).tokens(rows[2])
     assert found[1].input_ids == ids[:length]

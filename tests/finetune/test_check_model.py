@@ -198,3 +198,15 @@ def test_dtype_auto_is_what_was_saved(whole, tmp_path):
     assert {p.dtype for p in load(tmp_path)[0].parameters()} == {torch.float32}
     with pytest.raises(UsageError, match="dtype must be one of float32, bfloat16, float16 or auto, not 'int8'"):
         load(tmp_path, dtype="int8")
+
+
+def test_a_model_that_fills_masks_needs_a_mask_token(tmp_path):
+    folder = save_model(tmp_path / "bert", "bert")
+    assert check_model(ModelArguments(model_name_or_path=str(folder))).kind == "masked"
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text())
+            settings.pop("mask_token", None)
+            (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match=r"fills masks, and its tokenizer has no mask token: save the tokenizer"):
+        check_model(ModelArguments(model_name_or_path=str(folder)))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
+
 import pytest
 import torch
 from models import save_model, save_tokenizer
@@ -11,8 +15,12 @@ from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.scoring.options import choose_collator, option_scores
+from zokernel.finetune.scoring.prepare_text import encode_texts
 from zokernel.finetune.tasks import PromptTask, encode
+from zokernel.finetune.tasks.chat_template import CHATML
+from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.seq2seq import Decoder
+from zokernel.finetune.tasks.typed import report_typed
 
 TYPED = "</s><mask>"
 
@@ -99,3 +107,36 @@ def test_padding_without_an_embedding_never_reaches_the_model(tmp_path):
         assert 0 <= int(batch["input_ids"].min()) <= int(batch["input_ids"].max()) < len(tokenizer)
         torch.testing.assert_close(option_scores(model, batch), expected)
     assert int(Collator(None)(items)["input_ids"].min()) == 0
+
+
+def test_control_tokens_in_messages_are_said_once_with_their_number_and_the_first(causal, caplog):
+    def chat(asked, said):
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+
+    clean, first, second = chat("Hi", "Yo"), chat("Hi", "so</s> it goes"), chat("<s></s>Hi", "</s>")
+    with caplog.at_level(logging.WARNING):
+        report_typed([clean, first, second, clean], causal)
+        report_typed([{"prompt": clean["messages"][:1], "completion": second["messages"][1:]}], causal)
+        report_typed([{"instruction": "Add", "input": "1</s>", "output": "2", "system": "", "history": []}], causal)
+        report_typed([clean, {"prompt": "<s>Hi", "completion": "Yo</s>"}, {"text": "<s>Hi</s>"}], causal)
+    numbers = [re.match(r"(\d+ of \d+ rows? ha(?:s|ve)) control tokens", line)[1] for line in caplog.messages]
+    assert numbers == ["2 of 4 rows have", "1 of 1 row has", "1 of 1 row has"]
+    assert caplog.messages[0].endswith("(the first: 'so</s> it goes').")
+
+
+def test_a_run_on_chats_says_it_once(tmp_path, caplog, causal):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "a</s>b"}]}
+        for n in (1, 2)
+    ]
+    tokenizer = copy.deepcopy(causal)
+    tokenizer.chat_template = CHATML
+    encoder = TextEncoder(tokenizer, "messages", False, False, 512)
+    with caplog.at_level(logging.WARNING):
+        encode_texts(encoder, Splits(rows, rows[1:], rows[1:]), packing=False)
+    assert [line for line in caplog.messages if "control tokens" in line] == [
+        "3 of 3 rows have control tokens typed into a message, which end it or open another's turn, as in trl: take "
+        "them out if that is not meant (the first: 'a</s>b')."
+    ]
+    ids, _ = encoder.tokens(rows[0])
+    assert ids.count(tokenizer.eos_token_id) == 1, "as trl's tokenization has it"

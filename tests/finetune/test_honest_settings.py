@@ -28,7 +28,6 @@ from zokernel.finetune.settings.resolve import resolve
         (["--do_predict", "true"], "do_predict=True has no effect here"),
         (["--gradient_checkpointing", "true"], "gradient_checkpointing=True has no effect here"),
         (["--activation_checkpointing", "true"], "activation_checkpointing=True has no effect here"),
-        (["--num_train_epochs", "2"], "max_steps 6 and num_train_epochs 2 both say how long the run is"),
         (["--seed", "3", "4"], "The argument '4' after --seed has no meaning here"),
         (["--lora", "maybe"], "argument --lora: 'maybe' is not true or false"),
         (["--template", ""], "template is empty"),
@@ -89,6 +88,15 @@ def test_report_to_all_says_what_it_chose(caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         check_reporting("all")
     assert caplog.messages == ["report_to all: tensorboard, mlflow."]
+
+
+def test_max_steps_counts_before_epochs_as_in_transformers_and_it_is_said_once(flags, tmp_path, caplog):
+    for n, (words, said) in enumerate([(["--num_train_epochs", "0.1"], 1), ([], 0)]):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert main(["finetune", *flags, *words, "--output_dir", str(tmp_path / str(n))]) == 0
+        assert caplog.text.count("num_train_epochs 0.1 does not count") == said
+        assert json.loads((tmp_path / str(n) / "metrics.json").read_text())["steps"] == 6
 
 
 def eps(trained, **given):

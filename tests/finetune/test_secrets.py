@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 
 import pytest
 
 from zokernel.cli import load, main
+from zokernel.commands.messages import new_handler
+from zokernel.errors import MissingDependencyError, UsageError
+from zokernel.finetune import load_predictor
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words, is_secret
 
 SECRET = "Marker-of-a-secret-7351"
@@ -88,3 +92,76 @@ def test_settings_without_secrets():
     hidden = {"hub_token": "<hub_token>", "data": {"password": "<password>", "rows": ["token=<secret>", 3]}}
     assert hide_in_values(values) == hidden | {"lr": 1e-3, "key": None}
     assert hide_in_text("see github_pat_" + "a1" * 12) == "see <token>"
+
+
+TOKEN = "hf_" + "Ab1" * 12
+
+
+@pytest.mark.parametrize("kind", ["prompt", "lora", "chat"])
+def test_a_token_within_a_setting_reaches_no_file_and_no_line(kind, flags, tmp_path, capsys, caplog):
+    words, address = list(flags), f"https://me:{SECRET}@x@host/run"
+    if kind == "chat":
+        path, at = tmp_path / "chats.jsonl", words.index("--train_file")
+        row = [{"role": "user", "content": f"Say {TOKEN}"}, {"role": "assistant", "content": f"{TOKEN}."}]
+        path.write_text((json.dumps({"messages": row}) + "\n") * 20)
+        words[at : words.index("--output_dir")] = ["--train_file", str(path)]
+        template = f"{{# {TOKEN} #}}{{% for m in messages %}}{TOKEN} {{{{ m['content'] }}}} {{% endfor %}}"
+        words += ["--chat_template", template, "--assistant_only_loss", "false", "--max_new_tokens", "3"]
+    else:
+        words += ["--template", f"{TOKEN} {address} {{sentence}} It was", "--lora", str(kind == "lora").lower()]
+        words += ["--num_demonstrations", "1"]
+    words += ["--run_name", f"{address} {TOKEN}", "--hub_token", TOKEN, "--save_strategy", "steps", "--save_steps", "2"]
+    assert main(["finetune", *words, "--max_steps", "2", "--load_best_model_at_end", "false"]) == 0
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.rglob("*")}
+    assert names > {"settings.json", "run.json", "journal.zkj", "README.md", "report.md", "training_args.json"}
+    assert files_with(folder, SECRET) == files_with(folder, TOKEN) == []
+    out = capsys.readouterr()
+    told = out.out + out.err + caplog.text
+    assert (SECRET in told, TOKEN in told) == (False, False)
+    assert caplog.text.count("a placeholder takes its place, in training and in every file") == 1
+    placed = "chat_template.jinja" if kind == "chat" else "predictor.json"
+    assert "<token>" in (folder / placed).read_text()
+    row = "Hi" if kind == "chat" else {"sentence": "a good movie"}
+    assert len(load_predictor(folder)([row])) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--train_file", f"https://me:{SECRET}@host/rows.csv"],
+        ["--model_name_or_path", f"https://me:{SECRET}@host/model"],
+        ["--dataset_name", f"https://me:{SECRET}@host/rows"],
+        ["--adapter_name_or_path", f"https://me:{SECRET}@host/adapter"],
+        ["--task_file", f"https://me:{SECRET}@host/task.yaml"],
+        ["--config", f"https://me:{SECRET}@host/run.yaml"],
+        ["--chat_template", f"https://me:{SECRET}@host/x.jinja"],
+        ["--method", f"https://me:{SECRET}@host/method"],
+        ["--hub_token", "x", SECRET],
+    ],
+)
+def test_no_error_repeats_a_password(words, flags, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kept = flags
+    if words[0] in ("--dataset_name", "--chat_template"):
+        at = flags.index("--train_file")
+        kept = flags[:at] + flags[at + 6 :] if words[0] == "--dataset_name" else flags
+    assert main(["finetune", *kept, *words]) in (1, 2)
+    told = capsys.readouterr()
+    assert SECRET not in told.out + told.err
+    assert "<login>@host" in told.err or words[0] in ("--hub_token", "--chat_template")
+
+
+def test_errors_and_log_lines_hide_what_they_repeat(capsys):
+    assert (
+        str(UsageError(f"There is no file https://me:{SECRET}@host/a.")) == "There is no file https://<login>@host/a."
+    )
+    assert str(MissingDependencyError("x", "y", TOKEN)).startswith("<token> needs x")
+    formatter = new_handler().formatter
+    record = logging.LogRecord("zokernel", logging.INFO, "", 0, "from %s", (f"https://me:{SECRET}@host",), None)
+    assert formatter.format(record) == "from https://<login>@host"
+
+
+def test_columns_of_a_template_are_no_secrets():
+    assert hide_in_values({"template": "token={word}"}) == {"template": "token={word}"}
+    assert hide_in_text("ftp://me:a@b@host/x") == "ftp://<login>@host/x"

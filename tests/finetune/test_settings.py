@@ -185,7 +185,12 @@ def test_a_first_order_run_honours_what_concerns_gradients(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "steps", "epochs"),
-    [({}, 1000, 3), ({"num_train_epochs": 1}, -1, 1), ({"num_train_epochs": 2, "max_steps": -1}, -1, 2)],
+    [
+        ({}, 1000, 3),
+        ({"num_train_epochs": 1}, -1, 1),
+        ({"num_train_epochs": 2, "max_steps": 7}, 7, 2),
+        ({"num_train_epochs": 2, "max_steps": -1}, -1, 2),
+    ],
 )
 def test_epochs_alone_count_epochs(settings, steps, epochs, tmp_path):
     config = ZOConfig(output_dir=str(tmp_path), **settings)

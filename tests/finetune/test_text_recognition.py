@@ -178,3 +178,10 @@ def test_text_with_label_words_stays_a_classification(tmp_path):
     arguments = DataArguments(train_file=str(tmp_path / "a.jsonl"), label_words=["bad", "good"])
     assert load_task(arguments).kind == "classification"
     assert load_task(DataArguments(train_file=str(tmp_path / "a.jsonl"))).kind == "classification"
+
+
+def test_a_role_that_is_not_usual_is_said_once_with_its_place(caplog):
+    rows = [{"messages": HI}, *[{"messages": [{"role": "narrator", "content": "Once"}, *HI]}] * 2]
+    with caplog.at_level(logging.WARNING):
+        assert len(TextTask(form="messages").read(rows, where="Train")) == 3
+    assert caplog.messages == ["Train, row 2: 'narrator' is no usual role; it is for the chat template to know."]

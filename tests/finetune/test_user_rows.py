@@ -83,7 +83,7 @@ def test_rows_without_text_are_left_out_and_counted(nothing, caplog, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.INFO):
         assert OWN.read(load_table(tmp_path / "a.jsonl"), where="Train") == [rows[n] for n in (0, 1, 2, 4, 5)]
-    assert "Train: 1 rows without text (text) are left out (the first: line 5)." in caplog.text
+    assert "Train: 1 row without text (text) is left out (the first: line 5)." in caplog.text
 
 
 def test_one_empty_column_of_several_is_text_but_a_missing_one_is_not():

@@ -42,6 +42,8 @@ class Repo:
     cuts: int = 0
     owner: str = ""
     uploads: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    commits: int = 0
 
     def __post_init__(self):
         self.sha = self.sha or sha1(repr(sorted(self.files)).encode())
@@ -120,7 +122,11 @@ class Writing:
                 repo.files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 repo.files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del repo.files[value["path"]]
+                repo.deleted.append(value["path"])
             if item["key"] in ("file", "lfsFile"):
                 repo.uploads.append(value["path"])
+        repo.commits += 1
         repo.sha = sha1(repr(sorted(repo.files.items())).encode())
         self._json({"commitUrl": f"{self.hub.endpoint}/{parts['id']}/commit/{repo.sha}", "commitOid": repo.sha})

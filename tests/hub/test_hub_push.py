@@ -70,3 +70,43 @@ def test_the_finished_folder_is_uploaded(hub: Hub, run: Run, tmp_path: Path):
     assert (tmp_path / "mine" / "checkpoint-2").is_dir(), "checkpoints stay"
     assert not any(WRITER in result["told"] for result in results)
     assert ("models", "org/new") not in hub.repos
+
+
+def test_files_of_an_earlier_run_go_in_the_commit_of_the_next(hub: Hub, run: Run, tmp_path: Path):
+    hub.users = {WRITER: ("bob", "write")}
+    hub.add("models", "org/tiny", tiny_model(tmp_path / "model"))
+    mine = {"notes.md": "mine", "eval/model.safetensors": "theirs", ".gitattributes": ""}
+    older = {
+        "model.safetensors": "old",
+        "config.json": "{}",
+        "run.json": "{}",
+        "model-00001-of-00002.safetensors": "old",
+    }
+    hub.add("models", "bob/ours", mine | older, owner="bob")
+    hub.add("models", "bob/theirs", mine | {"model.safetensors": "theirs", "config.json": "{}"}, owner="bob")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def command(name: str, *flags: str) -> list[str]:
+        words = ["finetune", "--output_dir", str(tmp_path / name), "--use_cpu", "true", "--max_steps", "2"]
+        words += ["--template", "{sentence} It was", "--label_words", "bad", "good", "--precision", "fp32"]
+        words += ["--train_file", str(rows), "--model_name_or_path", "org/tiny", "--push_to_hub", "true"]
+        return [*words, "--hub_token", WRITER, "--hub_model_id", f"bob/{name}", *flags]
+
+    lora = ("--lora", "true", "--lora_target_modules", "all-linear")
+    ours, theirs, again = run(hub.endpoint, command("ours", *lora), command("theirs", *lora), command("ours", *lora))
+    assert [result["code"] for result in (ours, theirs, again)] == [0, 0, 0], (ours, theirs, again)
+    gone = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"]
+    repository = hub.repos["models", "bob/ours"]
+    assert sorted(repository.deleted) == gone
+    assert repository.commits == 2, "the deletion is part of the upload; the same run again deletes nothing"
+    assert mine.keys() <= repository.files.keys()
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= repository.files.keys()
+    assert "deleted with the upload, since they are of an earlier run: " in ours["told"]
+    assert "of an earlier run" not in again["told"]
+    other = hub.repos["models", "bob/theirs"]
+    assert other.deleted == []
+    assert other.files["model.safetensors"] == b"theirs"
+    assert (
+        "no run of zokernel wrote, and they stay beside the new ones: config.json, model.safetensors." in theirs["told"]
+    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from zokernel._version import __version__
 from zokernel.errors import UsageError
-from zokernel.files import read_json
+from zokernel.files import read_json, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,8 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.check import check_model
     from zokernel.finetune.models.load import load_pretrained
     from zokernel.finetune.models.merge import merge
-    from zokernel.finetune.models.saved_adapter import is_adapter
+    from zokernel.finetune.models.same_base import other_base
+    from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter
     from zokernel.finetune.settings.arguments import ModelArguments
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
     from zokernel.finetune.storage.run_folder import explained_errors
@@ -46,14 +48,22 @@ def main(args: argparse.Namespace) -> int:
         named = {"model_name_or_path": args.model}
     checked = check_model(ModelArguments(**named, dtype=dtype, merge_adapter=True))
     adapted = attach_adapter(load_pretrained(checked, checked.arguments), checked.arguments)
+    arguments = checked.arguments
+    base, adapter = arguments.model_name_or_path, str(arguments.adapter_name_or_path)
+    if difference := other_base(adapted, adapter, base):
+        raise UsageError(
+            f"{base} is not the model that the adapter {adapter} was trained on ({difference}): give that one as "
+            "--base."
+        )
     model = merge(adapted)
     with explained_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)
             checked.tokenizer.save_pretrained(scratch)
+            write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_told(base)})
             move_files(scratch, folder)
-    print(f"Saved in {folder}: {checked.arguments.model_name_or_path} with {args.model} merged into it.")
+    print(f"Saved in {folder}: {base} with {args.model} merged into it.")
     return 0
 
 

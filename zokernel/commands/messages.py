@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from zokernel.secrets import hide_in_text
+
 _logger = logging.getLogger("zokernel")
 
 
@@ -24,14 +26,27 @@ def set_up_messages(*, debug: bool) -> None:
     Args:
         debug: Show everything: details, and what the libraries say.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(handlers=[new_handler()])
     logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
     _logger.setLevel(logging.DEBUG if debug else logging.ERROR if is_replica() else logging.INFO)
     if not (debug or sys.warnoptions):
         # What a library warns of is for its programmers; a warning of zokernel is a sentence for its user.
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=r"zokernel(\.|$)")
-        warnings.formatwarning = lambda message, *rest, **more: f"{message}\n"
+        warnings.formatwarning = lambda message, *rest, **more: hide_in_text(f"{message}\n")
+
+
+def new_handler() -> logging.Handler:
+    """Return what writes log lines to standard error, without passwords and tokens."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    return handler
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line without passwords and tokens."""
+        return hide_in_text(super().format(record))
 
 
 @contextmanager

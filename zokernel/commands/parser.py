@@ -130,6 +130,7 @@ class CommandParser(argparse.ArgumentParser):
                 raise UsageError(f"There is no flag {flag!r}{self._suggest(flag.lstrip('-'), prefix='--')}.")
             flags = [before.partition("=")[0] for before in argv[:place] if before.startswith("--")]
             after = f" after {flags[-1]}" if flags else ""
+            word = hide_in_words([*flags[-1:], word])[-1]
             raise UsageError(f"The argument {word!r}{after} has no meaning here: '{self.prog} --help' shows how.")
         args.command_line = shlex.join([*self.prog.split(), *hide_in_words(argv)])
         return args

@@ -39,6 +39,16 @@ class Table(list[Row]):
         self.lines = list(lines)
 
 
+def count_rows(number: int) -> str:
+    """Return a number of rows in words.
+
+    Example:
+        >>> count_rows(1), count_rows(2000)
+        ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {'row' if number == 1 else 'rows'}"
+
+
 def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -> Table:
     """Read a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, ``.txt`` or ``.parquet`` file.
 
@@ -144,9 +154,10 @@ def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], l
         changed = sum(new != old for new, old in zip(whole, rows))
         if changed:
             logger.warning(
-                "%s: %d rows have half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",
+                "%s: %s %s half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",
                 path,
-                changed,
+                count_rows(changed),
+                "has" if changed == 1 else "have",
             )
         rows = whole
     return rows, lines

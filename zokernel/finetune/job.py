@@ -13,7 +13,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from zokernel._version import __version__
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_flags import check_flags
@@ -25,6 +24,7 @@ from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.merge import save_merged
+from zokernel.finetune.models.same_base import base_facts
 from zokernel.finetune.monitor.diagnosis import diagnosed
 from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
@@ -60,6 +60,7 @@ from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
 from zokernel.process_memory import release_heap
+from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class _Job:
     ):
         self.checked = checked
         self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
-        self.command, self.task, self.splits, self.start = list(command), task, splits, start
+        self.command, self.task, self.splits, self.start = hide_in_words(command), task, splits, start
         self.config = settings.arguments()
         self.max_length = 0
 
@@ -170,7 +171,7 @@ class _Job:
         self.model, tokenizer = load_model(self.model_arguments, config, self.checked)
         self.masked = fills_masks(self.model)
         trainer = self._make_trainer(tokenizer)
-        run = {"zokernel": __version__, "record": output.RECORD, "command": self.command, "settings": deciding}
+        run = output.new_record(self.command, deciding, base_facts(self.model))
         if main and resume:
             run = read_json(folder / output.RUN_FILE)
         elif main:
@@ -181,8 +182,7 @@ class _Job:
             if main:
                 write_json(folder / output.RUN_FILE, run)
         how = start_told(self.data_arguments.num_demonstrations, trained=self.checked.is_trained)
-        metric = self.task.metric
-        where = "validation" if self.splits.test_is_validation else "test"
+        metric, where = self.task.metric, "validation" if self.splits.test_is_validation else "test"
         told = (how.capitalize(), metric, len(self.splits.test), where, run["before"][metric])
         logger.info("%s %s on %d %s examples: %.3f.", *told)
 
@@ -207,11 +207,10 @@ class _Job:
             trainer.save_model(str(folder))
             if main and self._journal_suffices(trainer, folder):
                 remove_checkpoints(folder)
-        metrics = self._metrics(trainer, run, after, training.peak_bytes)
-        metrics["samples"] = shown_samples(self.prepared.samples, run["written"], written)
+        samples = {"samples": shown_samples(self.prepared.samples, run["written"], written)}
+        metrics = hide_in_values(self._metrics(trainer, run, after, training.peak_bytes) | samples)
         if main:
-            seconds = metrics["total_seconds"]
-            write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
+            write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": metrics["total_seconds"]})
             if config.do_train and self.model_arguments.merge_adapter:
                 save_merged(trainer.bare_model, folder)
                 metrics["saved"] = "model"
@@ -273,7 +272,8 @@ class _Job:
         if not prompts:
             return []
         length, ends = self.data_arguments.max_new_tokens, self.prepared.ends
-        return continuations(self.model, self.checked.tokenizer, prompts, max_new_tokens=length, ends=ends)
+        written = continuations(self.model, self.checked.tokenizer, prompts, max_new_tokens=length, ends=ends)
+        return [hide_in_text(text) for text in written]
 
     def _metrics(
         self, trainer: ZOTrainer, run: dict[str, Any], after: dict[str, float], peak_memory: int

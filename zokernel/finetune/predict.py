@@ -23,6 +23,7 @@ from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.saved import task_of_values, task_values
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
+from zokernel.secrets import hide_in_text
 
 FILE = "predictor.json"
 
@@ -60,7 +61,7 @@ def write_predictor(
         "max_length": max_length,
         "precision": precision,
         "dtype": dtype,
-        "context": context,
+        "context": hide_in_text(context),
         "calibrate": calibrate,
         "max_new_tokens": max_new_tokens,
         "ends": list(ends),

@@ -23,6 +23,7 @@ from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task, get_task, read_task
 from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.registry import customize
+from zokernel.finetune.tasks.template import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ def load_task(arguments: DataArguments) -> Task:
             logger.info("The data set %s brings its task: %s.", arguments.dataset_name, name)
     else:
         task = _task_of_rows(arguments)
+    wording = {name: text for name in ("template", "masked_template") if (text := getattr(task, name))}
+    told: dict[str, Any] = {n: shown for n, text in wording.items() if (shown := without_secrets(text, n)) != text}
+    task = replace(task, **told) if told else task
     if task.label_column in task.columns:
         logger.warning(
             "The template names the label column %r: the answer stands in the prompt, and accuracy says nothing.",

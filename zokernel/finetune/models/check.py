@@ -15,7 +15,7 @@ from zokernel.finetune.models.adapters import check_adapter, trained_by, wants_a
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
-from zokernel.finetune.models.saved_adapter import RUN_FILE, adapter_config, with_base
+from zokernel.finetune.models.saved_adapter import MERGED_FILE, RUN_FILE, adapter_config, with_base, with_base_on_hub
 from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_values
@@ -45,10 +45,12 @@ class CheckedModel:
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is a saved adapter, or what a run of zokernel left."""
+        """Whether it is a saved adapter, or what a run of zokernel or ``zokernel merge`` left."""
         folder = Path(self.path)
         places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-        return self.arguments.adapter_name_or_path is not None or any((p / RUN_FILE).is_file() for p in places)
+        return self.arguments.adapter_name_or_path is not None or any(
+            (place / file).is_file() for place in places for file in (RUN_FILE, MERGED_FILE)
+        )
 
     @property
     def trained_low(self) -> str:
@@ -90,6 +92,9 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # a configuration may be wrong in any way
+        both = with_base_on_hub(arguments, error)
+        if both is not None:
+            return check_model(both)
         raise not_loaded(name, error, revision=arguments.model_revision) from error
     if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
         raise UsageError(

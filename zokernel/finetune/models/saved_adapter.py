@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 RUN_FILE = "run.json"
+MERGED_FILE = "merged.json"  # beside a model that an adapter was merged into
 # Models from a package registry, and what they are called on the hub.
 ON_THE_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -50,13 +51,49 @@ def with_base(arguments: ModelArguments) -> ModelArguments:
         UsageError: If the base cannot be told, or is no longer where it was.
     """
     name = arguments.model_name_or_path
-    if not is_adapter(name):
-        return arguments
+    return _naming_both(arguments, _base_of(Path(name).expanduser())) if is_adapter(name) else arguments
+
+
+def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelArguments | None:
+    """Return arguments that name base and adapter, where ``model_name_or_path`` is the hub id of an adapter.
+
+    Args:
+        arguments: What the user named.
+        error: Why no configuration of a model could be read; only where there is none, the hub is asked for another.
+
+    Returns:
+        None if it is no adapter.
+
+    Raises:
+        UsageError: If its base cannot be told, or another revision of the adapter is asked for.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name = arguments.model_name_or_path
+    if Path(name).expanduser().exists() or "config.json" not in str(error):
+        return None
+    try:
+        hf_hub_download(name, CONFIG_FILE, revision=arguments.model_revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    if arguments.model_revision != "main":
+        raise UsageError(
+            f"{name} is an adapter, of which the newest revision is used: leave out --model_revision, or name the base "
+            "as --model_name_or_path with it."
+        )
+    base = adapter_config(name).base_model_name_or_path
+    if not base:
+        raise UsageError(f"The adapter {name} does not say what its base is: {_hint(name)}.")
+    return _naming_both(arguments, _found(str(base), name))
+
+
+def _naming_both(arguments: ModelArguments, base: str) -> ModelArguments:
+    name = arguments.model_name_or_path
     if arguments.adapter_name_or_path:
         raise UsageError(
             f"{name} is an adapter, and --adapter_name_or_path names another: give its base as --model_name_or_path."
         )
-    base = _base_of(Path(name).expanduser())
     logger.info("%s is an adapter: its base is %s.", name, base)
     return replace(arguments, model_name_or_path=base, adapter_name_or_path=name)
 
@@ -139,7 +176,7 @@ def name_base_(adapted: Any, name: str) -> None:
         name: What the user named as the model.
     """
     for configuration in adapted.peft_config.values():
-        configuration.base_model_name_or_path = _base_told(name)
+        configuration.base_model_name_or_path = base_told(name)
     # Embeddings never change their size here; to find that out, peft would ask the hub at every save.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
 
@@ -153,15 +190,26 @@ def say_base(model: Any, name: str) -> None:
     """
     if not hasattr(model, "peft_config"):
         return
-    told = _base_told(name)
+    told = base_told(name)
     if name in ON_THE_HUB:
         logger.info("%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, told, name)
     elif told != name or Path(name).is_dir():
         logger.info("%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, told)
 
 
-def _base_told(name: str) -> str:
-    """Return what a saved adapter calls its base: a hub id, or an absolute path."""
+def base_told(name: str) -> str:
+    """Return what a saved adapter calls its base.
+
+    Args:
+        name: What the user named as the model.
+
+    Returns:
+        A hub id, or the absolute path of a local folder.
+
+    Example:
+        >>> base_told("smollm2")
+        'HuggingFaceTB/SmolLM2-135M-Instruct'
+    """
     folder = Path(name).expanduser()
     if folder.is_dir() and name not in SOURCES:
         return str(folder.resolve())
@@ -176,14 +224,21 @@ def _base_of(folder: Path) -> str:
             named = (read_json(place / RUN_FILE).get("settings") or {}).get("model_name_or_path")
             if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
                 return str(named)
-    hint = f"give it: --model_name_or_path BASE --adapter_name_or_path {folder}"
     if not stored:
-        raise UsageError(f"The adapter {folder} does not say what its base is: {hint}.")
-    base = str(stored)
+        raise UsageError(f"The adapter {folder} does not say what its base is: {_hint(str(folder))}.")
+    return _found(str(stored), str(folder))
+
+
+def _found(base: str, adapter: str) -> str:
+    """Return what an adapter calls its base if it can be loaded by that: a hub id, or a folder that is there."""
     if not Path(base).is_dir() and (base.startswith(("/", ".", "~")) or base.count("/") > 1):
-        raise UsageError(f"The base of the adapter {folder} is not at {base} any more: {hint}.")
+        raise UsageError(f"The base of the adapter {adapter} is not at {base} any more: {_hint(adapter)}.")
     fetched = {there: here for here, there in ON_THE_HUB.items()}.get(base)
     return fetched if fetched and _only_fetched(fetched, base) else base
+
+
+def _hint(adapter: str) -> str:
+    return f"give it: --model_name_or_path BASE --adapter_name_or_path {adapter}"
 
 
 def _only_fetched(name: str, on_hub: str) -> bool:

@@ -14,6 +14,7 @@ from zokernel.finetune.scoring.continuations import Sample
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
+from zokernel.finetune.tasks.typed import report_typed
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
     Returns:
         ``train``, ``validation`` and ``test``.
     """
+    held_out = splits.validation if splits.test == splits.validation else [*splits.validation, *splits.test]
+    report_typed([*splits.train, *held_out], encoder.tokenizer)
     found: dict[str, list[EncodedText]] = {}
     for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         # The same rows are not tokenized, and reported, twice.

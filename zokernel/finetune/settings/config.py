@@ -128,17 +128,17 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
-        epochs = self.num_train_epochs
+        both = self.max_steps is not None and self.num_train_epochs is not None
         if self.max_steps is None:
-            self.max_steps = DEFAULT_STEPS if epochs is None else -1
-            epochs = None
+            self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
         check_values(self)
-        if epochs is not None and self.max_steps > 0:
-            raise UsageError(
-                f"max_steps {self.max_steps} and num_train_epochs {epochs:g} both say how long the run "
-                "is: give one of them (max_steps -1 counts epochs)."
+        if both and self.max_steps > 0:
+            logger.info(
+                "max_steps %d says how long the run is; num_train_epochs %g does not count, as in transformers.",
+                self.max_steps,
+                self.num_train_epochs,
             )
         refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":

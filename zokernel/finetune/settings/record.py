@@ -102,8 +102,9 @@ class RunSettings:
 
     def table(self) -> str:
         """Return the settings that matter most, and those that are no plain defaults, as an aligned table."""
+        values = hide_in_values(self.values())
         rows = [
-            (s.name, _text(s.value), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN
+            (s.name, _text(values[s.name]), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN
             for s in self.settings
             if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
         ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import glob
 import logging
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from zokernel.data import hub
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError, ZokernelError
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.storage.run_folder import ARTEFACTS, RUN_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -116,16 +119,50 @@ def push_finished(folder: Path, config: ZOConfig) -> str:
         api = _api(config)
         if config.hub_revision:
             api.create_branch(name, branch=config.hub_revision, exist_ok=True)
+        stale = _left_from_before(api.list_repo_files(name, revision=config.hub_revision), folder, name)
         api.upload_folder(
             repo_id=name,
             folder_path=folder,
             commit_message="Fine-tuned with zokernel",
             revision=config.hub_revision,
             ignore_patterns=list(LEFT_OUT),
+            delete_patterns=[glob.escape(path) for path in stale] or None,
         )
     address = f"{api.endpoint}/{name}"
     logger.info("Uploaded to %s.", address)
     return address
+
+
+def _left_from_before(there: list[str], folder: Path, name: str) -> list[str]:
+    """Return the files of an earlier run that the upload does not replace, such as a whole model beside an adapter.
+
+    They are deleted in the commit of the upload, and the history of the repository keeps them.  Where no run of
+    zokernel was uploaded before, files are somebody else's: they stay, and are named.
+
+    Args:
+        there: Paths in the repository.
+        folder: The finished run.
+        name: Id of the repository.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    local = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    coming = set(filter_repo_objects(local, ignore_patterns=list(LEFT_OUT)))
+    stale = [
+        path
+        for path in filter_repo_objects(sorted(there), ignore_patterns=list(LEFT_OUT))
+        if path not in coming and any(fnmatch(path.split("/")[0], pattern) for pattern in ARTEFACTS)
+    ]
+    if stale and RUN_FILE not in there:
+        logger.warning(
+            "%s holds files that no run of zokernel wrote, and they stay beside the new ones: %s.",
+            name,
+            ", ".join(stale),
+        )
+        return []
+    if stale:
+        logger.info("%s: deleted with the upload, since they are of an earlier run: %s.", name, ", ".join(stale))
+    return stale
 
 
 def _name(config: ZOConfig) -> str:

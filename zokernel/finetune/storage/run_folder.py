@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
 from zokernel.journal import Journal
 from zokernel.journal.reader import FILE_NAME
-from zokernel.secrets import hide_in_values
+from zokernel.secrets import hide_in_values, hide_in_words
 
 RUN_FILE = "run.json"
 RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
 METRICS_FILE = "metrics.json"
-_ARTEFACTS = (
+ARTEFACTS = (
     "checkpoint-*",
     "last-good",
     "runs",
@@ -116,7 +116,7 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
             f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."
         )
     # The file that says whose folder this is goes last, so that a kill half-way leaves it ours.
-    for pattern in _ARTEFACTS:
+    for pattern in ARTEFACTS:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return "new"
@@ -157,6 +157,18 @@ def run_settings(*groups: Any) -> dict[str, Any]:
         values |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
     kept = {key: value for key, value in values.items() if not key.startswith(COSMETIC)}
     return json.loads(json.dumps(hide_in_values(kept), default=str))
+
+
+def new_record(command: Sequence[str], settings: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
+    """Return what ``run.json`` holds when a run begins.
+
+    Args:
+        command: The command line.
+        settings: What decides the run's result: see :func:`run_settings`.
+        base: What tells the base of an adapter from others.
+    """
+    words = hide_in_words(command)
+    return {"zokernel": __version__, "record": RECORD, "command": words, "settings": dict(settings), "base": dict(base)}
 
 
 def _differences(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:

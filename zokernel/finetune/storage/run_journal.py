@@ -25,6 +25,7 @@ from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.base import Closure
+from zokernel.secrets import hide_in_text
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,7 @@ class RunJournal:
         Raises:
             RunError: If a replayed run ended with other weights than the run itself.
         """
+        optimizer.perturb.weights.restore()  # weights in files may have updates to make
         digest, step = weights_sha256(optimizer.named_params), optimizer.step_count
         recorded = [e for e in (self.found.events if self.found else ()) if e["event"] == "end" and e["step"] == step]
         if recorded and recorded[-1]["weights_sha256"] != digest:
@@ -266,7 +268,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "class": type(bare).__name__,
         "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
         "adapter": adapter,
-        "name_or_path": getattr(bare, "name_or_path", ""),
+        "name_or_path": hide_in_text(getattr(bare, "name_or_path", "")),
     }
 
 

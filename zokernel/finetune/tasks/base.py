@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.template import MASK, fill, parse
 
@@ -258,5 +258,10 @@ def _say_left_out(
         kept = {id(row) for _, row in after}
         first = next(n for n, row in before if id(row) not in kept)
         logger.info(
-            "%s: %d rows without %s are left out (the first: %s).", where, len(before) - len(after), what, place(first)
+            "%s: %s without %s %s left out (the first: %s).",
+            where,
+            count_rows(len(before) - len(after)),
+            what,
+            "is" if len(before) - len(after) == 1 else "are",
+            place(first),
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import UsageError, first_line
+from zokernel.finetune.tasks.template import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def choose_chat_template(tokenizer: Any, wanted: str | None) -> None:
             f"There is no chat template {wanted!r}: give --chat_template a file, the template itself, or one of the "
             f"names {names}."
         )
+    tokenizer.chat_template = without_secrets(tokenizer.chat_template, "chat template")
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.chat_template import assistant_tokens, has_chat_template, render
 from zokernel.finetune.tasks.text import TextTask, alpaca_messages, alpaca_prompt, messages_of
@@ -71,9 +71,12 @@ class TextEncoder:
             else:
                 empty += 1
         if cut:
-            logger.info("%s: %d of %d rows lose their end at %d tokens.", where, cut, len(rows), self.max_length)
+            verb = "loses its end" if cut == 1 else "lose their end"
+            logger.info("%s: %d of %s %s at %d tokens.", where, cut, count_rows(len(rows)), verb, self.max_length)
         if empty:
-            logger.info("%s: %d of %d rows have no token to learn and are left out.", where, empty, len(rows))
+            verbs = ("has", "is") if empty == 1 else ("have", "are")
+            told = "%s: %d of %s %s no token to learn and %s left out."
+            logger.info(told, where, empty, count_rows(len(rows)), *verbs)
         if not found:
             raise UsageError(
                 f"{where}: no row has a token to learn within {self.max_length} tokens: raise --max_length, or look "

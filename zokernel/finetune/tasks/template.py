@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
+from zokernel.secrets import hide_in_text
+
+logger = logging.getLogger(__name__)
 
 MASK = "mask"
 
@@ -131,6 +135,29 @@ def fill(template: str, row: Row) -> str:
             raise UsageError(f"Column {name!r} holds no text in the row {dict(row)!r:.200}: leave the row out.")
         parts.append(WORDINGS[wording](str(row[name]).strip()))
     return "".join(parts)
+
+
+def without_secrets(text: str, what: str) -> str:
+    """Return a template in which no access token or password stands, since templates are saved with what is trained.
+
+    Args:
+        text: The template; its columns stay.
+        what: What it is called in the log.
+
+    Returns:
+        The template that is trained with, and saved.
+
+    Example:
+        >>> without_secrets("https://me:secret@host {sentence} It was", "template")
+        'https://<login>@host {sentence} It was'
+    """
+    hidden = "".join(map(hide_in_text, re.split(r"(\{[^{}]*\})", text)))
+    if hidden != text:
+        logger.warning(
+            "The %s holds an access token or a password: a placeholder takes its place, in training and in every file.",
+            what,
+        )
+    return hidden
 
 
 def column_in_braces(name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task, is_missing
 
@@ -121,16 +121,6 @@ class TextTask(Task):
     def correct(self, row: Row) -> tuple[int, ...]:
         """Return the one text there is."""
         return (0,)
-
-
-def count_rows(number: int) -> str:
-    """Return a number of rows in words.
-
-    Example:
-        >>> count_rows(1), count_rows(2000)
-        ('1 row', '2,000 rows')
-    """
-    return f"{number:,} {'row' if number == 1 else 'rows'}"
 
 
 def _messages_row(row: Row) -> Row | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, count_rows
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import literals
 
+logger = logging.getLogger(__name__)
+
+_AROUND = 30  # characters that are shown before and after a control token
 _HIDDEN = "\ue000"  # a private character, which is no part of any control token
 
 
@@ -94,3 +98,41 @@ class ControlTokens:
         whole, bare = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
         start = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]
+
+
+def report_typed(rows: Sequence[Row], tokenizer: Any) -> None:
+    """Warn once of chats and instructions in which somebody typed control tokens.
+
+    The tokenizer takes them for its own, as it does under trl.  Prompts and documents that are plain texts are not
+    looked at: those are often rendered already.
+
+    Args:
+        rows: The rows of all splits, as their task read them.
+        tokenizer: The tokenizer of the model.
+    """
+    pattern = ControlTokens(tokenizer).pattern
+    found = [(n, text, match) for n, row in enumerate(rows) for text in _said(row) if (match := pattern.search(text))]
+    if not found:
+        return
+    _, text, match = found[0]
+    begin, end = max(0, match.start() - _AROUND), match.end() + _AROUND
+    count = len({n for n, _, _ in found})
+    logger.warning(
+        "%d of %s %s control tokens typed into a message, which end it or open another's turn, as in trl: take them "
+        "out if that is not meant (the first: %r).",
+        count,
+        count_rows(len(rows)),
+        "has" if count == 1 else "have",
+        text[begin:end],
+    )
+
+
+def _said(row: Row) -> Iterator[str]:
+    """Yield the texts of a row that a template puts between control tokens."""
+    for name in ("messages", "prompt", "completion"):
+        for message in row[name] if isinstance(row.get(name), list) else ():
+            if isinstance(message.get("content"), str):
+                yield message["content"]
+    if "instruction" in row:
+        yield from (row[name] for name in ("instruction", "input", "output", "system"))
+        yield from (text for turn in row["history"] for text in turn)

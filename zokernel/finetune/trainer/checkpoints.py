@@ -22,7 +22,7 @@ from zokernel.finetune.storage.run_journal import RunJournal
 from zokernel.finetune.storage.state_file import load_state, save_state
 from zokernel.finetune.trainer.loop_optimizer import bare
 from zokernel.private_apis import loop_sums
-from zokernel.secrets import hide_in_values
+from zokernel.secrets import hide_in_text, hide_in_values
 
 
 class CheckpointTrainer(Trainer):
@@ -152,7 +152,9 @@ def loop_arguments(settings: RunSettings) -> Any:
 
     It would read the best checkpoint as a second copy of the model; here the weights come tensor by tensor.
     """
-    return settings.with_("auto", load_best_model_at_end=False).arguments()
+    filled = settings.with_("auto", load_best_model_at_end=False).arguments()
+    filled.run_name = filled.run_name and hide_in_text(filled.run_name)  # loggers write it to their files
+    return filled
 
 
 @contextmanager

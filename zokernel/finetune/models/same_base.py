@@ -1,0 +1,68 @@
+"""Whether a saved adapter is put on the base that it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zokernel.files import read_json
+from zokernel.finetune.models.saved_adapter import RUN_FILE, adapter_config, base_told
+from zokernel.journal import Journal
+from zokernel.journal.hashes import frozen_sha256
+from zokernel.journal.reader import FILE_NAME
+
+
+def base_facts(adapted: Any) -> dict[str, str]:
+    """Return what tells the base of an adapter from others, for the record of a run.
+
+    Args:
+        adapted: The model.
+
+    Returns:
+        Class of the base, type of its weights, and a hash over samples of each of them; empty without an adapter.
+    """
+    if not hasattr(adapted, "peft_config"):
+        return {}
+    base = adapted.get_base_model()
+    parameters = dict(adapted.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+    return {"class": type(base).__name__, "dtype": dtype, "frozen_sha256": frozen_sha256(parameters, trained)}
+
+
+def other_base(adapted: Any, name: str, base: str) -> str:
+    """Return how a base differs from the one that a saved adapter was trained on.
+
+    A run recorded class and weights of its base.  Of an adapter from elsewhere only the name of its base is known.
+
+    Args:
+        adapted: The peft model, made of both.
+        name: The adapter's folder or hub id.
+        base: What the user named as the base.
+
+    Returns:
+        What differs; empty if nothing is known to.
+    """
+    found, recorded = base_facts(adapted), _recorded(Path(name).expanduser())
+    if recorded:
+        if recorded["class"] != found["class"]:
+            return f"that was a {recorded['class']}, and this is a {found['class']}"
+        if recorded["dtype"] == found["dtype"] and recorded["frozen_sha256"] != found["frozen_sha256"]:
+            return "its weights were others"
+        return ""
+    told, here = str(adapter_config(name).base_model_name_or_path or ""), base_told(base)
+    if told and told != here and not any(Path(place).is_absolute() for place in (told, here)):
+        return f"that was {told}"
+    return ""
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    """Return the :func:`base_facts` of the run that an adapter is from; those of its journal if it is an older one."""
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (place / RUN_FILE).is_file() and (facts := read_json(place / RUN_FILE).get("base")):
+            return dict(facts)
+        if (place / FILE_NAME).is_file():
+            header = Journal.read(place / FILE_NAME).header
+            described = header["model"]
+            return {name: described[name] for name in ("class", "dtype")} | {"frozen_sha256": header["frozen_sha256"]}
+    return {}
