@@ -1,0 +1,201 @@
+"""What a population writes in one batched generate, against the weights moved member after member."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from chats import chat_tokenizer
+from models import build
+from test_text_losses import loud
+
+from zokernel.directions import Dense, LowRank
+from zokernel.estimators import Population
+from zokernel.finetune.rewards.functions import Reward, Rewards
+from zokernel.finetune.rewards.generate import Sampling, generate, gumbel_noise
+from zokernel.finetune.rewards.objective import RewardObjective
+from zokernel.finetune.rewards.prompts import EncodedPrompt, PromptCollator
+from zokernel.perturb import InPlace, PerExampleRows, Stacked
+from zokernel.perturb.per_example import Examples
+
+EPS, SAMPLES, LENGTH = 0.05, 3, 12
+
+
+def tiny(family, *, lora):
+    torch.manual_seed(0)
+    model = loud(build(family, vocab_size=400, hidden_size=160)).eval()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def batch_of(tokenizer, texts=("good", "a bad film, is it", "the user")):
+    prompts = [EncodedPrompt(tokenizer(text)["input_ids"], 7 * n, {"prompt": text}) for n, text in enumerate(texts)]
+    return PromptCollator(tokenizer.pad_token_id)([vars(prompt) for prompt in prompts])
+
+
+def objective_of(tokenizer, temperature, seen):
+    def judge(prompts, completions, completion_ids):
+        seen.extend(zip(prompts, completions))
+        return [float(sum(ids)) + 0.001 * len(p) for p, ids in zip(prompts, completion_ids)]
+
+    samples = SAMPLES if temperature else 1
+    found = RewardObjective(
+        Rewards((Reward("sum", judge),), (0.01,)),
+        tokenizer,
+        LENGTH,
+        samples=samples,
+        temperature=temperature,
+        ends=[tokenizer.eos_token_id],
+    )
+    found.seed, found.step = 5, 2
+    return found
+
+
+def losses(perturb, model, directions, objective, batch, points):
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    perturb.attach(trained, directions, seed=5)
+    with torch.no_grad():
+        found = perturb.losses(lambda: objective(model, batch), points, step=2)
+        perturb.weights.restore()
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("family", "lora"), [("llama", False), ("llama", True), ("qwen2", False), ("opt", True)])
+def test_a_population_writes_what_its_members_write_one_after_the_other(family, lora, temperature):
+    tokenizer, model = chat_tokenizer(), tiny(family, lora=lora)
+    directions = Dense("gaussian") if lora else LowRank(1, refresh=0)
+    batch, points = batch_of(tokenizer), [{}, *Population(EPS, 3).points(seed=0, step=0)]
+    texts, numbers = {}, {}
+    for copies in (7, 3, 1):
+        seen = []
+        objective = objective_of(tokenizer, temperature, seen)
+        stacked = Stacked(lambda k, o=objective: o.stacked(model, batch, k), max_copies=copies, max_bytes=1 << 30)
+        if not lora:  # points without an offset have no factors of their own
+            numbers[copies] = losses(stacked, model, directions, objective, batch, points[1:])
+        else:
+            numbers[copies] = losses(stacked, model, directions, objective, batch, points)
+        texts[copies] = list(seen)
+    seen = []
+    objective = objective_of(tokenizer, temperature, seen)
+    alone = losses(InPlace("copy"), model, directions, objective, batch, points if lora else points[1:])
+    assert texts[7] == texts[3] == texts[1] == seen
+    assert numbers[7] == pytest.approx(alone, abs=1e-9)
+    assert len(set(alone)) > 3, "members do not all write the same"
+    if temperature:
+        first = [text for _, text in seen[:SAMPLES]]
+        assert len(set(first)) == SAMPLES, "samples of a prompt differ"
+
+
+def test_rows_are_bounded_and_results_do_not_depend_on_the_bound():
+    tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
+    batch = batch_of(tokenizer)
+    most, found = [], []
+    inner = model.generate
+    model.generate = lambda **kwargs: most.append(len(kwargs["input_ids"])) or inner(**kwargs)
+    for bound in (100, 6, 1):
+        seen = []
+        objective = objective_of(tokenizer, 1.0, seen)
+        objective.max_rows = bound
+        found.append((float(objective(model, batch)), list(seen)))
+    assert found[0] == found[1] == found[2]
+    assert most == [9, 6, 3, 3, 3, 3]
+
+
+def test_directions_per_prompt():
+    """Each prompt's answers at weights of its own, against the weights moved for one prompt after another."""
+    tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
+    batch, directions, seen = batch_of(tokenizer), LowRank(1, refresh=0), []
+    objective = objective_of(tokenizer, 1.0, seen)
+    rows = PerExampleRows(lambda: [Examples(3, lambda: objective.example_terms(model, batch)[:, 0])])
+    found = losses(rows, model, directions, objective, batch, [{0: EPS}])
+    together = [text for _, text in seen]
+    expected, texts = [], []
+    named = dict(model.named_parameters())
+    for prompt in range(3):
+        seen.clear()
+        base = {name: p.detach().clone() for name, p in named.items()}
+        with torch.no_grad():
+            directions.add_(named, EPS, seed=5, step=2, index=prompt)
+            expected.append(float(objective.example_terms(model, batch)[prompt, 0]))
+            texts += [text for _, text in seen[prompt * SAMPLES : (prompt + 1) * SAMPLES]]
+            for name, p in named.items():
+                p.copy_(base[name])
+    assert together == texts
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_noise_is_a_function_of_seed_step_row_and_position():
+    base = Sampling(1.0, seed=1, step=3)
+    noise = gumbel_noise([4, 9], 2, 50, base)
+    assert noise.shape == (2, 50)
+    assert torch.equal(noise[:, :33], gumbel_noise([4, 9], 2, 33, base))
+    for other in (
+        gumbel_noise([5, 9], 2, 50, base)[0],
+        gumbel_noise([4, 9], 3, 50, base)[0],
+        gumbel_noise([4, 9], 2, 50, Sampling(1.0, seed=2, step=3))[0],
+        gumbel_noise([4, 9], 2, 50, Sampling(1.0, seed=1, step=4))[0],
+        noise[1],
+    ):
+        assert not torch.isclose(noise[0], other).any()
+
+
+def test_noise_has_the_gumbel_distribution():
+    """Mean 0.5772 and variance pi^2 / 6 of 400,000 draws, within four standard errors; finite throughout."""
+    noise = gumbel_noise(range(40), 0, 10_000, Sampling(1.0)).double()
+    count = noise.numel()
+    assert noise.isfinite().all()
+    assert float(noise.mean()) == pytest.approx(0.57722, abs=4 * math.pi / math.sqrt(6 * count))
+    # The fourth central moment of the distribution is 27/5 of the squared variance.
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=4 * math.sqrt(4.4 / count))
+
+
+def test_sampled_tokens_have_the_probabilities_of_the_model():
+    """First tokens of 3,000 samples against the softmax at temperature 1.5: chi-squared below its mean plus 5 sigma."""
+    tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
+    ids = torch.tensor([tokenizer("good film")["input_ids"]])
+    count, temperature = 3000, 1.5
+    with torch.no_grad():
+        expected = count * (model(ids).logits[0, -1].double() / temperature).softmax(-1)
+    answers = generate(
+        model,
+        ids.repeat(count, 1),
+        torch.ones_like(ids).repeat(count, 1),
+        rows=range(count),
+        max_new_tokens=1,
+        ends=[],
+        pad_token_id=0,
+        sampling=Sampling(temperature),
+    )
+    found = torch.bincount(torch.tensor([answer[0] for answer in answers]), minlength=len(expected)).double()
+    often = expected >= 5
+    assert often.sum() > 5
+    groups = [(found[often], expected[often]), (found[~often].sum()[None], expected[~often].sum()[None])]
+    chi2 = sum(float(((f - e) ** 2 / e).sum()) for f, e in groups)
+    freedom = int(often.sum())
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_evaluations_decode_greedily_and_report_error_and_pass_rate():
+    tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
+    batch, seen = batch_of(tokenizer), []
+    objective = objective_of(tokenizer, 1.0, seen)
+    loss, outputs = objective.evaluate(model, batch)
+    greedy = objective_of(tokenizer, 0.0, [])
+    assert float(loss) == pytest.approx(float(greedy(model, batch)), rel=1e-6)
+    assert [text for _, text in seen] == greedy.generate(model, batch)
+    prediction = type("P", (), {"predictions": outputs["terms"].numpy()})
+    assert "pass_rate" not in objective.metrics(prediction)
+    assert objective.total_loss(prediction) == pytest.approx(float(loss), rel=1e-6)
+    passed = type("P", (), {"predictions": torch.tensor([[2.0, 1, 1], [1, 0, 1], [2, 1, 1], [0, 0, 0]]).numpy()})
+    found = objective.metrics(passed)
+    assert found["reward"] == 1.25
+    assert found["pass_rate"] == 0.5
+    assert found["reward_error"] == pytest.approx(math.sqrt(11 / 12) / 2)

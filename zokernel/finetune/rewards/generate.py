@@ -1,0 +1,140 @@
+r"""What a population of perturbed models writes, all members, prompts and samples in one batched ``generate``.
+
+Row r of the batch is a sample of a prompt.  The token at position t of its answer is
+
+.. math:: \arg\max_v \; \ell_v / T + G(seed, step, r, t, v)
+
+with the logits :math:`\ell`, the temperature T and Gumbel noise :math:`G`, which is a draw from the softmax at
+temperature T (Gumbel, 1954).  The noise is a function of its five arguments: it depends on no batch and no chunk, and a
+run that is continued draws the same.
+
+All members of a step see the same noise.  So an antithetic pair differs by its weights alone, and so do a member and
+the mean of the others, or the loss at the unperturbed weights: noise of its own for every member would add its whole
+variance, divided by eps squared, to every estimate.
+
+Shapes: K members (copies of the batch), R rows of one copy (prompts times samples), T tokens, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.directions.philox import philox4x32, stream_key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: T; 0 takes the most likely token.
+        seed: Seed of the run.
+        step: Step of the run.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    step: int = 0
+
+
+def gumbel_noise(rows: Sequence[int], position: int, vocabulary: int, sampling: Sampling, device: Any = None) -> Tensor:
+    """Return the noise of some rows at one position of their answers, (R, V) float32.
+
+    Args:
+        rows: Number of each row in the data set, times the samples of a prompt, plus the number of the sample.
+        position: Position in the answer, from 0.
+        vocabulary: V.
+        sampling: Seed and step.
+        device: Where to put it.
+
+    Example:
+        >>> both = gumbel_noise([3, 8], 0, 10, Sampling(1.0))
+        >>> torch.equal(both[1:], gumbel_noise([8], 0, 10, Sampling(1.0)))
+        True
+    """
+    key = stream_key(sampling.seed, "samples", "generation")
+    blocks = torch.arange(-(-vocabulary // 4), device=device)[None]
+    row = torch.tensor(list(rows), device=device)[:, None]
+    blocks, row = torch.broadcast_tensors(blocks, row)
+    words = philox4x32((blocks, torch.full_like(row, position), row, torch.full_like(row, sampling.step)), key)
+    uniform = (torch.stack(words, -1).view(len(rows), -1)[:, :vocabulary].double() + 0.5) / 2**32
+    return -torch.log(-torch.log(uniform)).float()
+
+
+class _Choose:
+    """Logits processor: adds the noise of each row, the same for every copy of the batch."""
+
+    def __init__(self, rows: Sequence[int], prompt_length: int, sampling: Sampling):
+        self._rows, self._prompt_length, self._sampling = rows, prompt_length, sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position, width = input_ids.shape[1] - self._prompt_length, scores.shape[-1]
+        noise = gumbel_noise(self._rows, position, width, self._sampling, scores.device)
+        scaled = scores.float().view(-1, len(self._rows), width) / self._sampling.temperature
+        return (scaled + noise).view(scores.shape)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Tensor,
+    prompts_mask: Tensor,
+    *,
+    rows: Sequence[int],
+    copies: int = 1,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    pad_token_id: int | None,
+    sampling: Sampling,
+) -> list[list[int]]:
+    """Return the tokens that a causal model writes after each prompt, without the one that ends them.
+
+    Args:
+        model: A causal language model of transformers, or a peft wrapper of one.  Within a
+            :class:`~zokernel.perturb.stacked.StackedParameters`, each copy of the rows has weights of its own.
+        prompts: (R, T) token ids, padded on the left.
+        prompts_mask: (R, T) ones where there is a token.
+        rows: Number of each row, which its noise depends on.
+        copies: How often the rows are repeated, copy after copy.
+        max_new_tokens: Longest answer.
+        ends: Tokens that end an answer.
+        pad_token_id: Any token.
+        sampling: How tokens are chosen.
+
+    Returns:
+        K R answers, copy after copy.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    bare: Any = getattr(model, "module", model)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(set(ends)) or None,
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        # What a model was published with changes no reward here.
+        num_beams=1,
+        min_length=0,
+        no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
+    )
+    length = prompts.shape[1]
+    choose = [_Choose(rows, length, sampling)] if sampling.temperature > 0 else []
+    written = bare.generate(
+        input_ids=prompts.repeat(copies, 1),
+        attention_mask=prompts_mask.repeat(copies, 1),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList(choose),
+    )
+    stops = set(ends)
+    answers = []
+    for tokens in written[:, length:].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        answers.append(tokens[:end])
+    return answers

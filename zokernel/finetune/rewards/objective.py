@@ -1,0 +1,157 @@
+r"""The negative mean reward as the loss of a batch of prompts.
+
+.. math:: L(\theta) = -\frac{1}{B S} \sum_{b=1}^{B} \sum_{s=1}^{S} \sum_f w_f\, r_f(y_{bs}), \qquad
+    y_{bs} \sim \pi_\theta(\cdot \mid x_b)
+
+for B prompts with S samples each.  It has no gradient to follow, and needs none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.data.tables import Row
+from zokernel.finetune.rewards.functions import Rewards
+from zokernel.finetune.rewards.generate import Sampling, generate
+
+TRIED = 2  # tokens of an answer with which is tried whether layers take several copies of the weights
+
+
+@dataclass
+class RewardObjective:
+    """Loss and metrics of prompts; see :class:`zokernel.finetune.scoring.objective.Objective` for the methods.
+
+    Args:
+        rewards: The reward functions and their weights.
+        tokenizer: The model's tokenizer.
+        max_new_tokens: Longest answer.
+        samples: S, answers to each prompt of a step.
+        temperature: Of the answers of a step; evaluations take the most likely tokens.
+        ends: Tokens that end an answer.
+        max_rows: Bound on the rows of one ``generate``, where the weights are the same for all of them.
+
+    Attributes:
+        seed: Seed of the run, which the sampled answers depend on.
+        step: Step of the run, likewise.
+    """
+
+    rewards: Rewards
+    tokenizer: Any
+    max_new_tokens: int = 50
+    samples: int = 1
+    temperature: float = 0.0
+    ends: Sequence[int] = ()
+    max_rows: int = 1 << 30
+    seed: int = field(default=0, init=False)
+    step: int = field(default=0, init=False)
+
+    objective = "reward"
+    can_stack = False  # there is no gradient, which first-order methods ask here
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch at the weights as they are, a scalar."""
+        return -self._totals(self._scored(model, batch)).mean()
+
+    def stacked(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
+        """Return the loss of the batch for every copy of the weights, (copies,); ``batch`` is not repeated."""
+        return -self._totals(self._scored(model, batch, copies=copies, whole=True)).view(copies, -1).mean(1)
+
+    def weight(self, batch: dict[str, Any]) -> float:
+        """Return how many prompts the loss of a batch is a mean over."""
+        return float(len(batch["labels"]))
+
+    def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Return each prompt's loss and the number 1: (B, 2)."""
+        losses = -self._totals(self._scored(model, batch, whole=True)).view(-1, self.samples).mean(1)
+        return torch.stack([losses, torch.ones_like(losses)], 1)
+
+    def try_copies(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
+        """Write the first tokens of as many copies of a batch, and return zeros: (copies,)."""
+        self._written(model, batch, range(len(batch["labels"])), 1, Sampling(), copies=copies, max_new_tokens=TRIED)
+        return torch.zeros(copies)
+
+    def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of greedy answers, and as ``terms`` each prompt's reward and those it is made of."""
+        values = self._scored(model, batch, greedy=True)
+        terms = torch.cat([self._totals(values)[:, None], values], 1).float().to(batch["labels"].device)
+        return -terms[:, 0].mean(), {"terms": terms}
+
+    def total_loss(self, prediction: Any) -> float:
+        """Return the loss over a data set from the ``terms`` of its prompts."""
+        return -float(torch.as_tensor(prediction.predictions).double()[:, 0].mean())
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """Return the mean reward with its standard error, and the pass rate where all rewards are 0 or 1."""
+        terms = torch.as_tensor(prediction.predictions).double()
+        total, values = terms[:, 0], terms[:, 1:]
+        error = float(total.std()) / math.sqrt(len(total)) if len(total) > 1 else 0.0
+        found = {"reward": float(total.mean()), "reward_error": error}
+        if bool(((values == 0) | (values == 1)).all()):
+            found["pass_rate"] = float((values == 1).all(1).double().mean())
+        return found
+
+    def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
+        """Return the greedy answers, one per prompt."""
+        answers = self._written(model, batch, range(len(batch["labels"])), 1, Sampling())
+        return [self._text(answer) for answer in answers]
+
+    def _totals(self, values: Tensor) -> Tensor:
+        return torch.tensor([self.rewards.total(row) for row in values.tolist()], dtype=torch.float64)
+
+    def _scored(
+        self, model: nn.Module, batch: dict[str, Any], *, copies: int = 1, whole: bool = False, greedy: bool = False
+    ) -> Tensor:
+        """Return the rewards of all answers by function, copy after copy, prompt after prompt: (K B S, F) float64."""
+        samples = 1 if greedy else self.samples
+        sampling = Sampling() if greedy else Sampling(self.temperature, self.seed, self.step)
+        count, answers = len(batch["labels"]), []
+        at_once = count if whole else max(1, self.max_rows // samples)
+        for begin in range(0, count, at_once):
+            places = range(begin, min(count, begin + at_once))
+            answers += self._written(model, batch, places, samples, sampling, copies=copies)
+        rows: list[Row] = [row for row in batch["rows"] for _ in range(samples)] * copies
+        prompts = [row["prompt"] for row in rows]
+        texts: list[Any] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, map(self._text, answers))
+        ]
+        return torch.tensor(self.rewards(prompts, texts, rows, answers), dtype=torch.float64)
+
+    def _written(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        places: range,
+        samples: int,
+        sampling: Sampling,
+        *,
+        copies: int = 1,
+        max_new_tokens: int | None = None,
+    ) -> list[list[int]]:
+        """Return the answers to some prompts of a batch, copy after copy, prompt after prompt."""
+        mask = batch["prompts_mask"][places.start : places.stop]
+        longest = int(mask.sum(1).max())
+        begin = mask.shape[1] - longest
+        prompts = batch["prompts"][places.start : places.stop, begin:]
+        numbers = [int(number) * samples for number in batch["labels"][places.start : places.stop]]
+        return generate(
+            model,
+            prompts.repeat_interleave(samples, 0),
+            mask[:, begin:].repeat_interleave(samples, 0),
+            rows=[number + sample for number in numbers for sample in range(samples)],
+            copies=copies,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
+            ends=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+            sampling=sampling,
+        )
+
+    def _text(self, answer: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(answer), skip_special_tokens=True)
+        return text

@@ -1,0 +1,100 @@
+"""Prompts whose answers are judged by a reward: rows need a prompt and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.tasks.base import Task, is_missing
+from zokernel.finetune.tasks.text import count_rows, messages_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardTask(Task):
+    """Prompts, each a text or a list of messages, and columns for the reward functions.
+
+    Args:
+        template: Empty; the prompt of a row needs none.
+
+    Example:
+        >>> rows = [{"prompt": [{"role": "user", "content": "Hi"}], "answer": "Hello"}, {"prompt": "1 + 1 ="}]
+        >>> [row["prompt"] for row in RewardTask().read(rows, where="train")]
+        [[{'role': 'user', 'content': 'Hi'}], '1 + 1 =']
+    """
+
+    kind: ClassVar[str] = "reward"
+
+    template: str = ""
+    label_column: str = ""
+    metric: str = "reward"
+
+    def read(self, rows: Sequence[Row], *, where: str) -> list[Row]:
+        """Return the rows that have a prompt, with all their columns; the others are left out and counted.
+
+        Raises:
+            UsageError: If a prompt is neither a text nor messages (its line is named), or nothing is left.
+        """
+        lines = getattr(rows, "lines", ())
+        kept: list[Row] = []
+        empty: list[str] = []
+        for number, row in enumerate(rows):
+            place = f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
+            try:
+                prompt = prompt_of(row.get("prompt"))
+            except UsageError as error:
+                raise UsageError(f"{where}, {place}: {error}") from error
+            if prompt:
+                kept.append({**row, "prompt": prompt})
+            else:
+                empty.append(place)
+        if not kept:
+            columns = ", ".join(dict.fromkeys(str(name) for row in rows for name in row))
+            raise UsageError(
+                f"{where} has no row with a prompt (its columns are {columns}): --objective reward needs a column "
+                "'prompt' of texts or messages."
+            )
+        if empty:
+            verb = "is" if len(empty) == 1 else "are"
+            logger.info(
+                "%s: %s without a prompt %s left out (the first: %s).", where, count_rows(len(empty)), verb, empty[0]
+            )
+        return kept
+
+    def required_columns(self) -> tuple[str, ...]:
+        """Return the column of prompts."""
+        return ("prompt",)
+
+
+def prompt_of(value: object) -> str | list[dict[str, Any]]:
+    """Return a prompt as a text or as messages; empty if there is none.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return messages_of(value, "prompt") if _holds_messages(value) else value if value.strip() else ""
+    return messages_of(value, "prompt")
+
+
+def _holds_messages(text: str) -> bool:
+    """Whether a text is messages as a table of text holds them: written out as JSON."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value)
+    )
