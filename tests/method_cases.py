@@ -6,6 +6,8 @@ from __future__ import annotations
 SETTINGS = {
     "adamw": (0.03, 0.03, {}),
     "conmezo": (0.04, 0.4, {"num_perturbations": 2, "angle": 1.35, "beta": 0.9}),
+    "eggroll": (0.04, 0.05, {"num_perturbations": 4}),
+    "es": (0.04, 0.05, {"num_perturbations": 4}),
     "fzoo": (0.05, 0.05, {"eps": 1e-3}),
     "forward_difference": (0.05, 0.5, {"num_perturbations": 2}),
     "forward_gradient": (0.05, 0.5, {"num_perturbations": 2}),
@@ -41,6 +43,8 @@ VARIANTS = {
         "forward_difference",
         (0.02, 0.1, {"num_perturbations": 2, "normalize": True, "polyak_share": 0.5}),
     ),
+    "es_leave_one_out": ("es", (0.05, 0.5, {"num_perturbations": 4, "shaping": "leave_one_out", "antithetic": False})),
+    "es_ranks": ("es", (0.14, 0.1, {"num_perturbations": 4, "shaping": "centred_ranks"})),
     "kerzoo_md_int8": ("kerzoo_printed", (0.005, 0.1, {"averaging": "int8", "grad_at": "md"})),
     "kerzoo_clip": ("kerzoo_printed", (0.008, 0.1, {"averaging": "fp32", "clip": "param_init", "clip_radius": 50.0})),
     "low_rank_one_sided_adam": (

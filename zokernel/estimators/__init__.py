@@ -6,6 +6,7 @@ from zokernel.estimators.forward_derivative import ForwardDerivative
 from zokernel.estimators.leave_one_out import LeaveOneOut
 from zokernel.estimators.one_sided import OneSided
 from zokernel.estimators.per_example import PerExample
+from zokernel.estimators.population import Population
 from zokernel.estimators.registry import ESTIMATORS
 from zokernel.estimators.richardson import Richardson
 from zokernel.estimators.smoothed import Smoothed
@@ -21,6 +22,7 @@ __all__ = [
     "Offsets",
     "OneSided",
     "PerExample",
+    "Population",
     "Richardson",
     "Smoothed",
     "TwoPoint",

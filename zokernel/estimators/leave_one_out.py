@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.estimators.shaping import leave_one_out
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,5 @@ class LeaveOneOut(Estimator):
 
     def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
         """Return the differences from the means of the other losses."""
-        # l_p minus the mean of the others is P / (P - 1) times l_p minus the mean of all.
-        mean = sum(losses) / len(losses)
-        scale = self.eps * (len(losses) - 1)
-        return Estimate({index: (loss - mean) / scale for index, loss in enumerate(losses)}, list(losses))
+        scale = self.eps * len(losses)
+        return Estimate({index: c / scale for index, c in enumerate(leave_one_out(losses))}, list(losses))

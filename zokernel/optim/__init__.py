@@ -33,6 +33,8 @@ _EXPORTS = {
     "RLOO": "published.rloo",
     "RAdaZO": "published.r_adazo",
     "ConMeZO": "published.conmezo",
+    "ES": "published.es",
+    "EGGROLL": "published.es",
     "Point": "ask_tell",
     "Adam": "adam_rule",
     "Clip": "updates",
