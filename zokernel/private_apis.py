@@ -9,7 +9,7 @@ are overridden cannot be wrapped: :data:`TRAINER_HOOKS` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -261,3 +261,44 @@ def extension_file() -> str:
     import torch
 
     return torch._C.__file__
+
+
+class ModuleState:
+    """The hooks, the replaced ``forward`` and the training flag of modules, as they are now.
+
+    Private: the dictionaries of a module's hooks.  Forwards that take turns each add and remove hooks of their own, and
+    nothing public exchanges them.
+
+    Args:
+        modules: The modules.
+    """
+
+    _HOOKS = (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    )
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        # The dictionaries themselves: who added a hook removes it from the one it was added to.
+        kept = (*self._HOOKS, "training", "forward")
+        self._states = [
+            (vars(module), {key: vars(module)[key] for key in kept if key in vars(module)}) for module in modules
+        ]
+
+    def own(self) -> ModuleState:
+        """Return the same state with hooks that can be added and removed without changing this one."""
+        state = ModuleState(())
+        state._states = [
+            (module, {key: value.copy() if key in self._HOOKS else value for key, value in kept.items()})
+            for module, kept in self._states
+        ]
+        return state
+
+    def install(self) -> None:
+        """Give the modules this state."""
+        for module, kept in self._states:
+            module.pop("forward", None)
+            module.update(kept)

@@ -470,3 +470,26 @@ def test_the_extension_of_torch_is_a_file_that_is_loaded():
     assert file.is_file()
     if sys.platform == "linux":
         assert str(file.resolve()) in Path("/proc/self/maps").read_text(), "another file than the one that is loaded"
+
+
+def test_the_state_of_modules_is_exchanged():
+    layer = nn.Linear(2, 2)
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("first"))
+    base = private_apis.ModuleState([layer])
+    own = base.own()
+    own.install()
+    handle = layer.register_forward_hook(lambda *_: seen.append("own"), always_call=True)
+    layer.forward = lambda x: -x
+    layer.training = False
+    own = private_apis.ModuleState([layer])
+    base.install()
+    x = torch.ones(1, 2)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert (seen, layer.training) == (["first"], True)
+    own.install()
+    assert torch.equal(layer(x), -x)
+    assert (seen, layer.training) == (["first", "first", "own"], False)
+    handle.remove()
+    layer(x)
+    assert seen == ["first", "first", "own", "first"]

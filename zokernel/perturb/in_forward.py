@@ -141,6 +141,7 @@ class CopySchedule:
         self.stretch_of: dict[int, int] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.touched = False
+        self.apart: dict[int, str] = {}  # parameters of different groups are not copied together
         self.copy_small = Copier([self.places[key] for key in self.small])
         self._copiers: dict[tuple[int, ...], Copier] = {}
         self._pieces: dict[tuple[int, int], list[Copier]] = {}
@@ -176,7 +177,8 @@ class CopySchedule:
         for key, dtype in dict(self.used).items():
             size = self.places[key].numel
             last = self.stretches[-1] if self.stretches else []
-            if not last or self.dtypes[last[0]] != dtype or sizes[-1] + size > self.stretch:
+            other = not last or self.dtypes[last[0]] != dtype or self.apart.get(last[0]) != self.apart.get(key)
+            if other or sizes[-1] + size > self.stretch:
                 self.stretches.append([])
                 sizes.append(0)
             self.stretches[-1].append(key)

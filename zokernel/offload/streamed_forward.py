@@ -1,0 +1,161 @@
+r"""``in_forward`` for weights that are streamed: all points of a step share one pass over the blocks.
+
+The losses at the points :math:`\theta + \sum_i offsets_i z_i` are taken by forwards that walk through the model
+together (:mod:`zokernel.offload.lockstep`).  When a block is there, each forward runs it with perturbed copies of its
+weights, made as :class:`~zokernel.perturb.InForward` makes them, so the losses are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zokernel.directions import Directions
+from zokernel.directions.weights.copy import Unmoved
+from zokernel.directions.weights.copy_perturbed import Copier
+from zokernel.directions.weights.restore import Draw
+from zokernel.estimators.base import Offsets
+from zokernel.offload.blocks import Blocks, Stop, Unit, check_visited, outside
+from zokernel.offload.lockstep import Lockstep
+from zokernel.offload.working_copy import WorkingCopy
+from zokernel.perturb.base import Closure
+from zokernel.perturb.in_forward import InForward, Perturbed, Point
+from zokernel.perturb.in_place import loss_value
+from zokernel.perturb.intercept import Intercepted
+
+
+class StreamedForward(InForward):
+    r"""Take the losses of a step in one pass over streamed weights.
+
+    Args:
+        blocks: The blocks of the model.
+        model: The model as it is called, with the adapter around it if there is one.
+        working_copy: Where the trained weights are, if they are streamed themselves; None if an adapter is trained.
+        max_together: Points that share a pass; their activations at the border of a block are held together.
+
+    Raises:
+        UsageError: When attached, if the directions or the weights cannot be perturbed in the forward.
+    """
+
+    def __init__(
+        self, blocks: Blocks, model: nn.Module, working_copy: WorkingCopy | None = None, *, max_together: int = 64
+    ):
+        super().__init__()
+        self._outside = outside(model, blocks)
+        self.blocks, self.working_copy, self.max_together = blocks, working_copy, max_together
+
+    def attach(
+        self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
+    ) -> None:
+        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
+        super().attach(parameters, directions, seed=seed, reach=reach)
+        assert self.schedule is not None
+        unit_of = {id(tensor): unit for unit in self.blocks.units for tensor in unit.tensors.values()}
+        keys = [key for key in self.schedule.places if key in unit_of]
+        self.schedule.apart = {key: unit_of[key].name for key in keys}
+        # Vectors of a unit are copied when the unit is there.
+        small = [key for key in self.schedule.small if key in unit_of]
+        self.schedule.small = [key for key in self.schedule.small if key not in unit_of]
+        self.schedule.copy_small = Copier([self.schedule.places[key] for key in self.schedule.small])
+        self._small = {unit.name: [key for key in small if unit_of[key] is unit] for unit in self.blocks.units}
+        self._copiers = {
+            name: Copier([self.schedule.places[key] for key in members]) for name, members in self._small.items()
+        }
+        if self.working_copy is not None:
+            self.weights = StreamedWeights(
+                directions, parameters, seed=seed, blocks=self.blocks, copy=self.working_copy
+            )
+
+    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
+        """Evaluate the closure at all points together."""
+        found: list[float] = []
+        for begin in range(0, len(points), self.max_together):
+            found += self._together(closure, points[begin : begin + self.max_together], step)
+        return found
+
+    def _together(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
+        schedule, directions, seed, blocks = self.schedule, self.weights.directions, self.weights.seed, self.blocks
+        assert schedule is not None
+        if not schedule.learned:
+            schedule.prepare(directions, seed=seed)
+        forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for offsets in points]
+        for unit in blocks.units:
+            if not unit.is_block:  # a few weights that anything may use at any time
+                blocks.settle(unit)
+                for forward in forwards:
+                    forward.fixed |= self._small_copies(forward, unit)
+        fixed = [forward.fixed for forward in forwards]
+        running = forwards[0]
+
+        def turn(number: int, stop: Stop | None) -> None:
+            nonlocal running
+            running = forwards[number]
+            running.copies = {}  # the buffer holds those of another point
+            own = self._small_copies(running, stop.unit) if stop is not None and stop.unit.is_block else {}
+            running.fixed = fixed[number] | own
+
+        def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return running.run(func, args, kwargs)
+
+        lockstep: Lockstep[float, Stop] = Lockstep(blocks.visit, turn, self._outside)
+
+        def pause(stop: Stop) -> bool:
+            if lockstep.active:
+                lockstep.pause(stop)
+            return lockstep.active
+
+        with Intercepted(schedule.parameters.values(), run):
+            before, blocks.pause = blocks.pause, pause
+            try:
+                losses = lockstep.run([lambda: loss_value(closure())] * len(points))
+            finally:
+                blocks.pause = before
+        if self.working_copy is not None:
+            check_visited(blocks)
+        if not schedule.learned:
+            schedule.finish()
+            schedule.prepare(directions, seed=seed)
+        return losses
+
+    def _small_copies(self, forward: Perturbed, unit: Unit) -> dict[int, Tensor]:
+        keys, copier = self._small[unit.name], self._copiers[unit.name]
+        targets = [torch.empty_like(place.local) for place in copier.places]
+        if targets:
+            point = forward.point
+            copier(forward.directions, targets, point.offsets, seed=point.seed, step=point.step)
+        return dict(zip(keys, targets))
+
+
+class StreamedWeights(Unmoved):
+    """Weights in files, whose updates are made when they are read next.
+
+    Args:
+        directions: Random directions.
+        tensors: Weights by name.
+        seed: Seed of the run.
+        blocks: The blocks of the model.
+        copy: The files.
+    """
+
+    def __init__(
+        self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, blocks: Blocks, copy: WorkingCopy
+    ):
+        super().__init__(directions, tensors, seed=seed)
+        self._copy, self._blocks = copy, blocks
+        copy.train(directions, self.tensors, seed=seed, units=blocks.units)
+        blocks.settle = copy.settle
+
+    def restore(self) -> None:
+        """Make every update that waits, so that the tensors are the weights."""
+        self._blocks.settle_all()
+
+    def copies_at(self, step: int, offsets: Any) -> dict[str, Tensor]:
+        """Return copies of the weights at a point, in memory."""
+        self._blocks.settle_all()
+        return super().copies_at(step, offsets)
+
+    def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
+        self._copy.note(step, update, decay)
