@@ -174,6 +174,8 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     from zokernel.finetune.settings.config import ZOConfig
     from zokernel.finetune.tasks import encode
 
+    if model_arguments.offload or model_arguments.offload_dir:
+        raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
     prompt = load_prompt_task(data_arguments)
     if prompt.kind != "classification":
         raise UsageError(f"A plan is made for classification, not for a {prompt.kind} task: choose another --task.")

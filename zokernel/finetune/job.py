@@ -24,6 +24,7 @@ from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.merge import save_merged
+from zokernel.finetune.models.offload import offloaded
 from zokernel.finetune.models.same_base import base_facts
 from zokernel.finetune.monitor.diagnosis import diagnosed
 from zokernel.finetune.monitor.divergence import went_wrong
@@ -105,7 +106,7 @@ def finetune(
         task = load_task(data_arguments)
         check_flags(task, data_arguments, model_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
-        config = lower_is_better(config)
+        config = lower_is_better(offloaded(model_arguments, config, command))
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         settings = resolve(
@@ -340,8 +341,7 @@ class _Job:
 
 def from_main(value: Any) -> Any:
     """Return what the main process passed, on every process."""
-    shared = [value]
-    broadcast_object_list(shared)
+    shared: list[Any] = broadcast_object_list([value])
     return shared[0]
 
 

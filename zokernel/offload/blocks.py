@@ -114,6 +114,7 @@ class Blocks:
         unit = stop.unit
         previous, self._current = self._current, unit
         if previous is unit:
+            self.settle(unit)
             return
         ahead, self._ahead = self._ahead, None
         if ahead is not None:

@@ -14,6 +14,7 @@ from zokernel.finetune.models.check import CheckedModel, check_model, not_loaded
 from zokernel.finetune.models.estimate import check_memory, quantized_bytes
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
+from zokernel.finetune.models.offload import load_offloaded
 from zokernel.finetune.models.same_base import other_base
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
@@ -43,6 +44,7 @@ def load_model(
     checked = checked or check_model(arguments)
     arguments = checked.arguments
     name, kind, adapter = arguments.model_name_or_path, checked.kind, wants_adapter(arguments)
+    streams = arguments.offload is not None
     check_memory(
         checked.architecture,
         checked.dtype,
@@ -50,9 +52,9 @@ def load_model(
         adapter=adapter,
         kind=kind,
         stored=quantized_bytes(checked.path, checked.architecture, checked.dtype, revision=arguments.model_revision),
-        skip=arguments.skip_memory_check,
+        skip=arguments.skip_memory_check or streams,
     )
-    model = load_pretrained(checked, arguments)
+    model = load_offloaded(checked, arguments, config) if streams else load_pretrained(checked, arguments)
     tokenizer = checked.tokenizer
     choose_pad_token(model, tokenizer)
     if adapter:

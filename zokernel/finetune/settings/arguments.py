@@ -67,6 +67,14 @@ class ModelArguments:
         default="auto", metadata={"help": "causal, masked, seq2seq, or auto: what the model says it is."}
     )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue with this saved adapter."})
+    offload: str | None = field(
+        default=None,
+        metadata={"help": "disk: leave the weights in their files, and read each block just before it runs."},
+    )
+    offload_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where --offload disk keeps trained or converted weights (default: offload in the output)."},
+    )
     skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
 
 

@@ -66,9 +66,11 @@ def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype | None = N
         return None
     offsets = [sign * times * eps for times in (1.0, FARTHER) for sign in (1.0, -1.0)]
     points = [{}, *({index: offset} for index in range(PROBED) for offset in offsets)]
-    perturb = InForward()
+    perturb = optimizer.perturb
     try:
-        perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
+        if not isinstance(perturb, InForward):  # which may take all of them in one pass over streamed weights
+            perturb = InForward()
+            perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
         centre, *losses = perturb.losses(loss, points, step=optimizer.step_count)
     except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
         logger.debug("The losses around the weights were not taken: %s", error)

@@ -31,6 +31,7 @@ from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.micro_batches import MicroBatches
 from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.resumable import ResumableTrainer
+from zokernel.finetune.trainer.stream_points import stream_points
 from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class SetUpTrainer(ResumableTrainer):
             optimizer = self.taking
             self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
             if self.zeroth_order:
-                perturb = choose_perturb.stack_or_share(
+                perturb = stream_points(optimizer, self.bare_model) or choose_perturb.stack_or_share(
                     optimizer,
                     self.bare_model,
                     self.args,

@@ -1,0 +1,121 @@
+"""``--offload disk`` on the command line: the same run as in memory, also when it is killed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import killing
+import pytest
+from safetensors import safe_open
+
+from zokernel.cli import main
+from zokernel.finetune.models.offload import offloaded
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.journal import Journal
+
+KILLS = int(os.environ.get("ZOKERNEL_KILLS", "20")) // 10
+
+
+def finetune(flags: list[str], folder: Path, *more: str) -> Path:
+    assert main(["finetune", *flags, "--output_dir", str(folder), "--method", "mezo", *more]) == 0
+    return folder
+
+
+def stored(folder: Path, name: str) -> dict[str, bytes]:
+    with safe_open(folder / name, "np") as archive:
+        return {key: archive.get_tensor(key).tobytes() for key in archive.keys()}  # noqa: SIM118
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    evaluations = [{k: v for k, v in row.items() if "second" not in k} for row in metrics["evaluations"]]
+    return [metrics["before"], metrics["after"], *evaluations]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_parameters_end_at_the_same_bits(flags, tmp_path, precision, caplog):
+    more = ["--save_strategy", "journal", "--load_best_model_at_end", "false", "--precision", precision]
+    flags = [*flags, "--eval_steps", "2", "--learning_rate", "1e-2"]
+    expected = finetune(flags, tmp_path / "memory", "--perturb", "in_forward", *more)
+    found = finetune(flags, tmp_path / "disk", "--offload", "disk", "--precision", precision)
+    assert stored(found, "model.safetensors") == stored(expected, "model.safetensors")
+    assert Journal.read(found / "journal.zkj").steps == Journal.read(expected / "journal.zkj").steps
+    assert measured(found) == measured(expected)
+    assert "Offload disk" in caplog.text
+    base = flags[flags.index("--model_name_or_path") + 1]
+    assert main(["replay", "--base", base, "--journal", str(found), "--output_dir", str(tmp_path / "again")]) == 0
+    assert stored(tmp_path / "again", "model.safetensors") == stored(found, "model.safetensors")
+
+
+def test_adapters_end_at_the_same_bits(flags, tmp_path):
+    more = ["--lora", "true", "--load_best_model_at_end", "true"]
+    expected = finetune(flags, tmp_path / "memory", "--perturb", "in_forward", *more)
+    found = finetune(flags, tmp_path / "disk", "--offload", "disk", *more)
+    assert stored(found, "adapter_model.safetensors") == stored(expected, "adapter_model.safetensors")
+    assert measured(found) == measured(expected)
+    stacked = finetune(flags, tmp_path / "stacked", "--offload", "disk", *more, "--perturb", "stacked")
+    assert measured(stacked)[0] == measured(expected)[0]
+
+
+def test_a_killed_run_goes_on_with_its_files(flags, tmp_path):
+    argv = ["finetune", *flags, "--method", "mezo", "--max_steps", "8", "--offload", "disk", "--eval_steps", "4"]
+    argv += ["--offload_dir", str(tmp_path / "files")]
+    log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+    begun = time.perf_counter()
+    process = killing.start([*argv, "--output_dir", str(whole)], log)
+    process.join()
+    duration = time.perf_counter() - begun
+    assert process.exitcode == 0, log.read_text()
+    instants, kills = random.Random(0), 0
+    while True:
+        at_write = instants.randrange(1, 120) if kills % 2 and kills < KILLS else None
+        process = killing.start([*argv, "--output_dir", str(killed)], log, die_at_write=at_write)
+        if at_write is None and kills < KILLS:
+            process.join(instants.uniform(0.3, 1) * duration)
+            process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert process.exitcode == 0, log.read_text()
+        assert stored(killed, "model.safetensors") == stored(whole, "model.safetensors")
+        assert Journal.read(killed / "journal.zkj").steps == Journal.read(whole / "journal.zkj").steps
+        if kills >= KILLS:
+            break
+        shutil.rmtree(killed)  # the files of the weights stay: the next run must not be led astray by them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "told"),
+    [
+        ({"offload": "cpu"}, {}, "computes on the CPU"),
+        ({"offload": "gpu"}, {}, "must be disk or cpu"),
+        ({"offload_dir": "x"}, {}, "add --offload disk"),
+        ({"offload": "disk"}, {"method": "adamw"}, "takes gradients"),
+        ({"offload": "disk"}, {"perturb": "in_place"}, "once for every loss"),
+        ({"offload": "disk"}, {"perturb": "stacked"}, "hold copies"),
+        ({"offload": "disk"}, {"save_strategy": "best"}, "use journal"),
+        ({"offload": "disk"}, {"load_best_model_at_end": True}, "not kept"),
+        ({"offload": "disk", "lora": True, "merge_adapter": True}, {}, "zokernel merge"),
+    ],
+)
+def test_runs_that_cannot_stream_are_refused(arguments, settings, told, tmp_path):
+    from zokernel.errors import UsageError
+
+    config = ZOConfig(output_dir=str(tmp_path), **({"method": "mezo"} | settings))
+    with pytest.raises(UsageError, match=told):
+        offloaded(ModelArguments(**arguments), config)
+
+
+@pytest.mark.parametrize("method", ["zo_adam", "hizoo"])
+def test_methods_that_keep_more_are_refused(flags, tmp_path, method, capsys):
+    code = main(["finetune", *flags, "--output_dir", str(tmp_path / "run"), "--method", method, "--offload", "disk"])
+    assert code == 2
+    assert "scalars times directions" in capsys.readouterr().err
