@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,27 @@ def test_plan_against_real_gradients():
     assert rest == 0
     assert 2 <= distances <= 12
     assert plan.tokens == plan.forwards * task.num_tokens
+
+
+def test_the_best_step_follows_from_noise_and_curvature_or_is_not_known():
+    task = small_task(update=8, observe=4)
+    plan = make_plan(task, num_probes=100, eps=1e-3)
+    known = replace(plan, noise_scale=Measurement(5.5, 0.5), curvature_ratio=Measurement(50.0, 5.0))
+    found = known.best_step(16)
+    # Decrease per forward: 1/Q with Q = 1 + s nu + (1 + nu) (1 + r) / (B P) and s = 1/16, over that of MeZO.
+    share = 1 + 5.5 / 16
+    reference = 2 * (2 * share + 50 * share)
+    gains = {p: reference / ((1 + p) * (share + (6.5 + 50 * 6.5) / (16 * p))) for p in (1, 2, 4, 8, 16, 32)}
+    best = max(gains, key=gains.get)
+    assert (found.scheme, found.num_perturbations, found.one_sided) == ("per_example", best, True)
+    assert found.gain == pytest.approx(gains[best])
+    assert f"at batch 16: {best} directions per example, one-sided, {best + 1} forwards" in describe(known, task, 1.0)
+    assert known.as_dict()["best_step"][16]["gain"] == pytest.approx(gains[best])
+    for lost in ({"noise_scale": Measurement(5.5, math.inf)}, {"curvature_ratio": Measurement(-3.0, 4.0)}):
+        unknown = replace(known, **lost)
+        assert unknown.best_step(16) is None
+        assert unknown.as_dict()["best_step"][16] is None
+        assert "The best step at batch 16 is not known" in describe(unknown, task, 1.0)
 
 
 def test_curvature_and_learning_rates_on_a_quadratic():

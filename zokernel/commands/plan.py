@@ -22,7 +22,7 @@ from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.kernels.plan import Plan, make_plan, plain
+from zokernel.kernels.plan import STEP_BATCHES, Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
 
@@ -246,8 +246,22 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
         for tolerance, count in plan.required.items()
         if count is not None
     ]
+    lines += [f"  {best_step(plan, size)}" for size in STEP_BATCHES]
     lines += [f"  {advice(plan, task.num_update)}", *(f"  note: {note}" for note in plan.notes)]
     return "\n".join(lines)
+
+
+def best_step(plan: Plan, batch_size: int) -> str:
+    """Return the directions of a step with the most decrease per forward at a batch size, in words."""
+    found = plan.best_step(batch_size)
+    if found is None:
+        return f"The best step at batch {batch_size} is not known: it needs the noise scale and the curvature ratio."
+    each = "per example" if found.scheme == "per_example" else "for the batch"
+    sides = "one-sided" if found.one_sided else "two-sided"
+    return (
+        f"Most decrease per forward at batch {batch_size}: {found.num_perturbations} directions {each}, {sides}, "
+        f"{found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
+    )
 
 
 def said(plan: Plan, name: str) -> str:

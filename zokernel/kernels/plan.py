@@ -44,6 +44,7 @@ CURVATURE_PROBES = 8
 FEWEST_PROBES = 8
 ROUGH_PROBES = 3
 FROM_CURVATURE_PROBES = ("trace_hessian", "third_derivative", "eps", "reach")
+STEP_BATCHES = (4, 16)  # batch sizes whose best step is reported
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,29 @@ class Plan:
             if isinstance(value, Measurement) and not value.known and not (name == "reach" and math.isinf(value.value))
         }
 
+    def best_step(self, batch_size: int) -> theory.StepChoice | None:
+        r"""Return the directions of a step with the most decrease per forward at a batch size, by :math:`\nu` and r.
+
+        Args:
+            batch_size: Examples per batch.
+
+        Returns:
+            The choice, with its predicted gain over MeZO's step at that batch; None if the probes do not carry
+            :math:`\nu` and r.
+        """
+        if not (self.noise_scale.known and self.curvature_ratio.known) or self.curvature_ratio.value <= 0:
+            return None
+        noise = max(0.0, self.noise_scale.value)
+        options: Any = {"per": "forward", "batches": [batch_size], "reference_batch": batch_size}
+        return theory.best_step(noise, self.curvature_ratio.value, **options)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for a JSON file; what the probes do not carry is null."""
-        return {name: plain(value) for name, value in vars(self).items()} | {"probes_needed": self.probes_needed()}
+        steps = {size: self.best_step(size) for size in STEP_BATCHES}
+        return {name: plain(value) for name, value in vars(self).items()} | {
+            "probes_needed": self.probes_needed(),
+            "best_step": {size: None if step is None else asdict(step) for size, step in steps.items()},
+        }
 
 
 def plain(value: Any) -> Any:
