@@ -175,13 +175,18 @@ def find_units(model: nn.Module) -> list[Unit]:
             continue
         shared = {id(owner[id(p)]): owner[id(p)] for _, p in held if id(p) in owner}
         if shared:
-            (unit, *others) = shared.values()
-            if others or is_block or unit.is_block:
+            unit, *others = shared.values()
+            if is_block or any(other.is_block for other in shared.values()):
                 raise UsageError(
                     f"{name} shares weights with {unit.name}, so they cannot be read block by block: leave out "
                     "--offload."
                 )
             unit.modules.append(module)
+            for other in others:  # a head that is tied to the embeddings by its matrix, and to its parent by its bias
+                unit.modules += other.modules
+                unit.names += other.names
+                units.remove(other)
+                owner |= {key: unit for key, held_by in owner.items() if held_by is other}
         else:
             unit = Unit(name, [module], [], is_block)
             units.append(unit)

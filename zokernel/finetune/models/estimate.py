@@ -93,7 +93,8 @@ def check_memory(
     if parts["total"] > free and not skip:
         raise RunError(
             f"The run needs at least {parts['total'] / 2**30:.2f} GiB ({listing}) and {free / 2**30:.2f} GiB are free: "
-            "use a smaller model, --dtype bfloat16 with --lora true, or --skip_memory_check true."
+            "use a smaller model, --dtype bfloat16 with --lora true, --offload disk (which leaves the weights in their "
+            "files), or --skip_memory_check true."
         )
 
 

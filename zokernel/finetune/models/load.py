@@ -45,15 +45,18 @@ def load_model(
     arguments = checked.arguments
     name, kind, adapter = arguments.model_name_or_path, checked.kind, wants_adapter(arguments)
     streams = arguments.offload is not None
-    check_memory(
-        checked.architecture,
-        checked.dtype,
-        config,
-        adapter=adapter,
-        kind=kind,
-        stored=quantized_bytes(checked.path, checked.architecture, checked.dtype, revision=arguments.model_revision),
-        skip=arguments.skip_memory_check or streams,
-    )
+    if not streams:
+        check_memory(
+            checked.architecture,
+            checked.dtype,
+            config,
+            adapter=adapter,
+            kind=kind,
+            stored=quantized_bytes(
+                checked.path, checked.architecture, checked.dtype, revision=arguments.model_revision
+            ),
+            skip=arguments.skip_memory_check,
+        )
     model = load_offloaded(checked, arguments, config) if streams else load_pretrained(checked, arguments)
     tokenizer = checked.tokenizer
     choose_pad_token(model, tokenizer)

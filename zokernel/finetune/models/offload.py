@@ -18,6 +18,7 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
 from zokernel.finetune.settings.unsupported import is_first_order
 from zokernel.offload.blocks import Blocks, streamed_blocks
+from zokernel.perturb.in_forward import STRETCH
 
 logger = logging.getLogger(__name__)
 
@@ -138,5 +139,14 @@ def _told(blocks: Blocks, folder: Path, *, written: bool) -> str:
         f"{max(sizes) / 2**20:.0f} MiB; every step reads {gigabytes:.2f} GiB"
     )
     if written:
-        return f"{told} and writes as much (beside it, {gigabytes:.2f} GiB of the first weights are kept)."
-    return f"{told}, once for all its losses."
+        return (
+            f"{told} and writes as much (beside it, {gigabytes:.2f} GiB of the first weights are kept).  Memory: "
+            f"{_copies(blocks):.0f} MiB of perturbed copies, and activations."
+        )
+    return f"{told}, once for all its losses.  Memory: the adapter and activations."
+
+
+def _copies(blocks: Blocks) -> float:
+    """Return the MiB of perturbed copies that are held at a time."""
+    sizes = [(sum(p.numel() for p in unit.tensors.values()), unit.nbytes) for unit in blocks.units]
+    return max(min(count, STRETCH) * size / max(count, 1) for count, size in sizes) / 2**20

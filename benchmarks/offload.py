@@ -1,0 +1,120 @@
+"""Train a random Llama whose weights stay on the disk; print anonymous memory, bytes and seconds per step.
+
+python benchmarks/offload.py --gigabytes 4 --folder /tmp/large --train lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from zokernel.finetune.models.streamed import load_streamed
+from zokernel.offload import StreamedForward, streamed_blocks
+from zokernel.optim import ZerothOrder
+
+HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
+
+
+def anonymous() -> int:
+    """Return the anonymous memory of this process in bytes, by the kernel's count."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def save(folder: Path, gigabytes: float) -> None:
+    """Write a random Llama in bfloat16, a tensor at a time."""
+    per_layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+    layers = max(1, round(gigabytes * 2**30 / per_layer))
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "model.safetensors").exists():
+        return
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        size = 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.partial").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for parameter in model.parameters():
+            numbers = torch.randn(parameter.shape) * 0.02 if parameter.ndim > 1 else torch.ones(parameter.shape)
+            file.write(numbers.bfloat16().view(torch.uint8).numpy().tobytes())
+    (folder / "model.partial").replace(folder / "model.safetensors")
+    config.save_pretrained(folder)
+
+
+def main() -> None:
+    """Run some steps and print what they took."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--train", choices=["lora", "full"], default="lora")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--directions", type=int, default=2)
+    args = parser.parse_args()
+    save(args.folder / "model", args.gigabytes)
+    config = transformers.AutoConfig.from_pretrained(args.folder / "model")
+    peak, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_streamed(
+        config,
+        args.folder / "model",
+        torch.bfloat16,
+        kind="causal",
+        offload_dir=args.folder / "copy",
+        trains_weights=args.train == "full",
+        name="random",
+    )
+    copy = model.working_copy
+    if args.train == "lora":
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).eval()
+    blocks = streamed_blocks(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = ZerothOrder(
+        trained,
+        lr=1e-6,
+        estimator=f"two_point(1e-3, {args.directions})",
+        perturb=StreamedForward(blocks, model, copy),
+    )
+    ids = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    print(f"{blocks.nbytes / 2**30:.2f} GiB of weights in {len(blocks.units)} units; {2 * args.directions} losses")
+    for step in range(args.steps):
+        read, written, begun = blocks.bytes_read, copy.bytes_written if copy else 0, time.perf_counter()
+        loss = optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+        seconds, read = time.perf_counter() - begun, (blocks.bytes_read - read) / 2**30
+        written = ((copy.bytes_written if copy else 0) - written) / 2**30
+        print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {seconds:.1f} s")
+    done.set()
+    watcher.join()
+    print(f"peak of anonymous memory: {peak[0] / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
