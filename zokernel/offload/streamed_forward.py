@@ -145,6 +145,7 @@ class StreamedWeights(Unmoved):
     ):
         super().__init__(directions, tensors, seed=seed)
         self._copy, self._blocks = copy, blocks
+        blocks.settle_all()  # what waits is for the tensors that were trained until now
         copy.train(directions, self.tensors, seed=seed, units=blocks.units)
         blocks.settle = copy.settle
 
