@@ -22,6 +22,7 @@ from zokernel.errors import UsageError
 from zokernel.secrets import hide_in_words
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+REPEATABLE = ("reward_function", "reward_weights")
 _OTHERS = "transformers' TrainingArguments"
 _NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+|inf|nan)(?:e[-+]?\d+)?", re.IGNORECASE)
 BOOLEANS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
@@ -64,6 +65,16 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         print(parser.format_all(), end="")
         parser.exit()
+
+
+class _Repeatable(argparse.Action):
+    """A flag of several values that may also be given several times; a configuration file's values give way."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        seen = vars(namespace).setdefault("repeated", set())
+        before = getattr(namespace, self.dest) or [] if self.dest in seen else []
+        setattr(namespace, self.dest, [*before, *values])
+        seen.add(self.dest)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -238,6 +249,8 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
                 kwargs["type"] = boolean
             if names[0].removeprefix("--") in refused and kwargs.get("nargs") == "?":
                 kwargs["type"] = boolean_or_text  # whatever it is, the reason why it is refused is said
+            if names[0].removeprefix("--") in REPEATABLE:
+                kwargs["action"] = _Repeatable
             # The spelling with dashes is understood everywhere, and need not be listed.
             return groups[title].add_argument(*([name for name in names if "-" not in name[2:]] or names), **kwargs)
 

@@ -58,6 +58,7 @@ from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.push import check_push, open_repository, push_finished, pushed_by_nobody_else
 from zokernel.finetune.tasks import Task, demonstrations
 from zokernel.finetune.tasks.text import TextTask
+from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
 from zokernel.process_memory import release_heap
@@ -103,7 +104,7 @@ def finetune(
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
-        task = load_task(data_arguments)
+        task = load_task(data_arguments, objective=config.objective)
         check_flags(task, data_arguments, model_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
         config = lower_is_better(offloaded(model_arguments, config, command))
@@ -238,12 +239,12 @@ class _Job:
 
     def _make_trainer(self, tokenizer: Any) -> ZOTrainer:
         data, task = self.data_arguments, self.task
-        reserved = virtual_tokens(self.model) + (data.max_new_tokens if task.kind == "generation" else 0)
+        reserved = virtual_tokens(self.model) + (data.max_new_tokens if task.kind in ("generation", "reward") else 0)
         max_length = self.max_length = longest_input(self.model, tokenizer, data.max_length, reserved=reserved)
         arguments = (task, self.splits, self.model, tokenizer, data)
         self.prepared = prepare(*arguments, max_length=max_length, objective=self.config.objective)
         self.encoded, self.objective = self.prepared.encoded, self.prepared.objective
-        return ZOTrainer(
+        return (RewardTrainer if task.kind == "reward" else ZOTrainer)(
             self.model,
             self.settings,
             objective=self.objective,
@@ -256,13 +257,13 @@ class _Job:
     def _score_before(self, trainer: ZOTrainer, run: dict[str, Any]) -> None:
         config, data, test = self.config, self.data_arguments, self.encoded["test"]
         scoring = f"{config.precision} {config.objective} {data.calibrate} {data.max_new_tokens} loss per example"
-        key = fingerprint(self.model, test, scoring)
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
             evaluate(trainer, test.longest(2 * config.per_device_eval_batch_size))
-            # Several processes score together, and not each of them may remember.
+            # Several processes score together, and not each of them may remember; nobody knows what a reward reads.
+            shared = config.world_size > 1 or self.task.kind == "reward"
             score = partial(evaluate, trainer, test)
-            run["before"] = remembered(key, score) if config.world_size == 1 else score()
+            run["before"] = score() if shared else remembered(fingerprint(self.model, test, scoring), score)
         run["peak_memory_inference"] = inference.peak_bytes
         run["written"] = self._written()
         release_heap()  # training loads a compiler next, for which the activations' room is enough
@@ -318,11 +319,9 @@ class _Job:
 
     def _write_predictor(self, folder: Path) -> None:
         """Write how the trained weights answer new rows."""
-        data, task, kind = self.data_arguments, self.task, kind_of_model(self.model)
-        context, ends = "", []
-        if isinstance(task, TextTask):
-            ends = self.prepared.ends
-        else:
+        data, kind, context = self.data_arguments, kind_of_model(self.model), ""
+        task = TextTask(form="prompt-completion") if self.task.kind == "reward" else self.task
+        if not isinstance(task, TextTask):
             shown = self.splits.train[: data.num_demonstrations]
             context = demonstrations(task, shown, masked=self.masked, seq2seq=kind == "seq2seq")
         write_predictor(
@@ -335,7 +334,7 @@ class _Job:
             context=context,
             calibrate=data.calibrate,
             max_new_tokens=data.max_new_tokens,
-            ends=ends,
+            ends=self.prepared.ends,
         )
 
 

@@ -12,6 +12,7 @@ from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
 
 _OF_TEXTS = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
+_OF_REWARDS = ("reward_function", "reward_weights", "num_generations", "temperature")
 _OF_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
 
 
@@ -33,14 +34,23 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
         zokernel.errors.UsageError: --k_shot is for --protocol mezo-roberta: add it, or leave both out.
     """
     given = _given(data)
-    for flag in _OF_TEXTS if not isinstance(task, TextTask) else ():
+    rewarded = task.kind == "reward"
+    for flag in _OF_REWARDS if not rewarded else ():
         if flag in given:
+            raise UsageError(f"--{flag} is for --objective reward: add it, or leave both out.")
+    if rewarded and model.prompt_tuning:
+        raise UsageError(
+            "--prompt_tuning puts virtual tokens before prompts that are padded on the left: train --lora or "
+            "--prefix_tuning on rewards."
+        )
+    for flag in _OF_TEXTS if not isinstance(task, TextTask) else ():
+        if flag in given and not (rewarded and flag == "chat_template"):
             raise UsageError(
                 f"--{flag} is for chats, instructions and texts, and this is a {task.kind} task: leave it out."
             )
-    for flag, what in _OF_OPTIONS.items() if isinstance(task, TextTask) else ():
+    for flag, what in _OF_OPTIONS.items() if rewarded or isinstance(task, TextTask) else ():
         if flag in given:
-            raise UsageError(f"--{flag} {what}, which texts do not have: leave it out.")
+            raise UsageError(f"--{flag} {what}, which {'rewards' if rewarded else 'texts'} do not have: leave it out.")
     if "max_new_tokens" in given and task.kind in ("classification", "choice"):
         raise UsageError(
             f"--max_new_tokens is for answers that are written, and a {task.kind} task chooses among options: leave it "

@@ -7,10 +7,12 @@ from typing import Any
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
+from zokernel.finetune.rewards.prompts import check_prompts
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.chat_template import choose_chat_template, has_chat_template
 from zokernel.finetune.tasks.encode_text import TextEncoder
+from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.text import TextTask
 
 
@@ -30,6 +32,9 @@ def check_text(
     Raises:
         UsageError: If something does not fit, naming the flag.
     """
+    if isinstance(task, RewardTask):
+        check_prompts(rows, tokenizer, arguments, kind=kind)
+        return
     if not isinstance(task, TextTask):
         if kind == "causal" and "{mask}" in task.template:
             raise UsageError(f"The template {task.template!r} has a {{mask}}: it needs a masked language model.")

@@ -23,6 +23,7 @@ from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task, get_task, read_task
 from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.registry import customize
+from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.template import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,15 @@ def _digest(rows: Sequence[Row]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_task(arguments: DataArguments) -> Task:
+def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> Task:
     """Return the task that the flags describe; without a named one, the task that fits the columns of the data.
 
     Raises:
         UsageError: If there is no such task, a part of it is wrong, or neither flags nor data tell what it is.
     """
     _check(arguments)
+    if objective == "reward":
+        return reward_task(arguments)
     own: dict[str, Any] = {
         "template": arguments.template,
         "label_words": arguments.label_words,
@@ -89,6 +92,20 @@ def load_task(arguments: DataArguments) -> Task:
             task.label_column,
         )
     return task
+
+
+def reward_task(arguments: DataArguments) -> RewardTask:
+    """Return the task of prompts, which no flag changes.
+
+    Raises:
+        UsageError: If one is to.
+    """
+    for flag in ("task", "task_file", "template", "label_words", "labels", "label_column", "protocol"):
+        if getattr(arguments, flag):
+            raise UsageError(
+                f"--{flag} does not go with --objective reward, whose rows have a column 'prompt': leave it out."
+            )
+    return RewardTask()
 
 
 def _task_of_rows(arguments: DataArguments) -> Task:

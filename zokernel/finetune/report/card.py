@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.finetune.models.saved_adapter import ON_THE_HUB
-from zokernel.finetune.report.run_report import PERPLEXITY, summary_rows
+from zokernel.finetune.report.run_report import PERPLEXITY, REWARD, summary_rows
 from zokernel.finetune.report.told import examples_told, method_told, rate_told, weights_told
 from zokernel.finetune.tasks.template import parse
 
@@ -86,7 +86,7 @@ def base_of(model: str) -> tuple[str | None, str]:
 def _usage(metrics: dict[str, Any], base: str | None) -> str:
     """Return how the weights answer new rows, with zokernel and with plain libraries."""
     _, auto = KINDS[metrics["language_model"]]
-    if metrics["metric"] == PERPLEXITY:
+    if metrics["metric"] in (PERPLEXITY, REWARD):
         example, phrased = '"What is the capital of France?"', "Chats are phrased by the tokenizer's chat template."
     else:
         columns = ", ".join(f'"{column}": "..."' for column in parse(metrics["template"]))
@@ -120,6 +120,8 @@ load_predictor("{HERE}")([{example}])  # "{HERE}" is the folder of this card, or
 def _uncertainty(metrics: dict[str, Any]) -> str:
     if metrics["metric"] == PERPLEXITY:
         return f"Perplexity is that of the {examples_told(metrics)}, from one data set; nothing else was evaluated."
+    if metrics["metric"] == REWARD:
+        return f"The ± is the standard error of the {examples_told(metrics)}, answered greedily, and of nothing else."
     return (
         f"The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing "
         "else was evaluated."

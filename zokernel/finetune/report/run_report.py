@@ -20,7 +20,7 @@ from zokernel.finetune.report.told import (
     weights_told,
 )
 
-PERPLEXITY = "perplexity"  # the one metric that is no share
+PERPLEXITY, REWARD = "perplexity", "reward"  # the metrics that are no shares
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -44,7 +44,7 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     shots = metrics["num_demonstrations"]
     start = start_told(shots, trained=metrics.get("trained_before", False))
     model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
-    first, last = (_measured(metric, found[metric], examples) for found in (before, after))
+    first, last = (_measured(metric, found, examples) for found in (before, after))
     zero_shot = (f"{start} {metric}", f"{first} on {examples_told(metrics)}")
     if not metrics["steps"]:
         return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
@@ -62,8 +62,12 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _measured(metric: str, value: float, examples: int) -> str:
-    """Format a metric: a perplexity as it is, a share with its standard error."""
+def _measured(metric: str, found: dict[str, float], examples: int) -> str:
+    """Format a metric: a perplexity as it is, the others with their standard error."""
+    value = found[metric]
+    if metric == REWARD:
+        passed = f", {100 * found['pass_rate']:.1f} % pass" if "pass_rate" in found else ""
+        return f"{value:.3f} (± {found.get('reward_error', math.nan):.3f}){passed}"
     return f"{value:.3f}" if metric == PERPLEXITY else _share(value, examples)
 
 
@@ -71,6 +75,8 @@ def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> s
     """Format how a metric changed: a perplexity by its ratio, a share in points."""
     if metric == PERPLEXITY:
         return f"{100 * (after[metric] / before[metric] - 1):+.1f} %"
+    if metric == REWARD:
+        return f"{after[metric] - before[metric]:+.3f}"
     return f"{100 * (after[metric] - before[metric]):+.1f} points"
 
 
@@ -110,11 +116,14 @@ def draw_loss(
         ):
             where = [row["forwards"] for row in points]
             upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
-            scale = 1 if metric == PERPLEXITY else 100
+            scale = 1 if metric in (PERPLEXITY, REWARD) else 100
             lower.plot(where, [scale * row[metric] for row in points], style, color=color, label=label)
-        upper.set(ylabel="loss (nats)", ylim=(0, None))
+        if metric == REWARD:
+            upper.set(ylabel="loss (negative reward)")
+        else:
+            upper.set(ylabel="loss (nats)", ylim=(0, None))
         lower.set(xlabel="forward passes", ylabel=metric)
-        if metric != PERPLEXITY:
+        if metric not in (PERPLEXITY, REWARD):
             lower.set(ylabel=f"{metric} (%)", ylim=(0, 100))
         upper.legend(loc="upper right")
         lower.legend(loc="lower right")
@@ -168,6 +177,10 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
     asked = f"The model was asked to complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
     if metric == PERPLEXITY:
         asked = "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
+    if metric == REWARD:
+        asked = "The model answered prompts, which reward functions judged; the loss is their negative mean."
+    errors = f"The ± is the binomial standard error of {examples:,} examples."
+    errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {examples:,} prompts."}.get(metric, errors)
     text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
 
 ## In plain words
@@ -188,7 +201,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
 ![loss](loss.png)
 
 Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
-{"" if metric == PERPLEXITY else f"The ± is the binomial standard error of {examples:,} examples."}
+{errors}
 
 {samples_section(metrics.get("samples", []), trained=True)}
 ## Repeat it
@@ -229,6 +242,8 @@ def _outcome(metric: str, before: dict[str, float], after: dict[str, float], exa
             f"{where} {before[metric]:.3f} to {after[metric]:.3f}, the loss from {before['loss']:.4f} to "
             f"{after['loss']:.4f}."
         )
+    if metric == REWARD:
+        return f"{where} {_measured(metric, before, examples)} to {_measured(metric, after, examples)}."
     variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
     return (
         f"{where} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {_change(metric, before, after)}, "

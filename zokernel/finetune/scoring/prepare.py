@@ -15,12 +15,15 @@ from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.vocabulary import check_token_ids
+from zokernel.finetune.rewards.prompts import PromptCollator
 from zokernel.finetune.scoring.continuations import Sample, turn_ends
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import choose_collator
+from zokernel.finetune.scoring.prepare_rewards import prompt_datasets, reward_objective, reward_samples
 from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
 
@@ -71,6 +74,8 @@ def prepare(
     Raises:
         UsageError: If the examples do not fit the model.
     """
+    if isinstance(task, RewardTask):
+        return _rewards(splits, model, tokenizer, data, max_length)
     if isinstance(task, TextTask):
         return _texts(task, splits, model, tokenizer, data, max_length)
     masked, kind = fills_masks(model), kind_of_model(model)
@@ -117,3 +122,11 @@ def _texts(
         samples_of(encoder, splits, room=max_length - data.max_new_tokens),
         turn_ends(encoded["train"], tokenizer),
     )
+
+
+def _rewards(splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int) -> Prepared:
+    encoded = prompt_datasets(splits, tokenizer, max_length=max_length)
+    check_token_ids(model, tokenizer, (e.input_ids for dataset in encoded.values() for e in dataset.examples))
+    objective = reward_objective(model, tokenizer, splits, data)
+    collator = PromptCollator(tokenizer.pad_token_id)
+    return Prepared(encoded, collator, objective, reward_samples(encoded, tokenizer), list(objective.ends))

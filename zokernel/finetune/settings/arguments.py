@@ -156,6 +156,25 @@ class DataArguments:
         default=None,
         metadata={"help": "Prompts with completions, instructions: learn only the completion (default: true)."},
     )
+    reward_function: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "--objective reward: file.py:name (as for trl's GRPO), exact_match, exact_match:column, json, "
+            "json:key,key, regex:pattern, length:characters, or 'command:program' that reads JSON lines; repeatable."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One number per --reward_function (default: all 1)."}
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "--objective reward: answers to each prompt per loss, at a --temperature above 0."}
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "--objective reward: of the answers in training; 0 takes the likeliest tokens, as evaluations do."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Texts: several of them in each training row of --max_length tokens, kept apart."},

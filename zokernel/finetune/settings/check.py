@@ -23,7 +23,7 @@ from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
 
-OBJECTIVES = ("cross_entropy", "accuracy", "f1")
+OBJECTIVES = ("cross_entropy", "accuracy", "f1", "reward")
 MAX_SEED = 2**32 - 1  # numpy's
 _CONSTANT = (None, SchedulerType.CONSTANT)
 
@@ -112,6 +112,8 @@ RULES: dict[str, Rule] = {
     "k_shot": COUNT,
     "num_demonstrations": COUNT_OR_NONE,
     "max_new_tokens": COUNT,
+    "num_generations": COUNT,
+    "temperature": NOT_NEGATIVE,
 }
 """What settings must be, by name; a setting without a value is not looked at."""
 
@@ -179,7 +181,7 @@ def try_method(arguments: Any) -> None:
     finally:
         logging.disable(disabled)
     by_example = getattr(getattr(optimizer, "perturb", None), "name", None) == "per_example"
-    if by_example and getattr(arguments, "objective", "cross_entropy") != "cross_entropy":
+    if by_example and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
         raise UsageError(
             f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
             "is no mean over losses of examples: choose objective cross_entropy, or another method."

@@ -55,7 +55,10 @@ class ZOConfig(ZOArguments, TrainingArguments):
     )
     objective: str = field(
         default="cross_entropy",
-        metadata={"help": "What is minimised: cross_entropy, or 1 - accuracy or 1 - f1, which need no gradient."},
+        metadata={
+            "help": "What is minimised: cross_entropy, or, without a gradient, 1 - accuracy, 1 - f1 or the negative "
+            "reward of what the model writes (reward, see --reward_function)."
+        },
     )
     precision: str = field(
         default="auto",

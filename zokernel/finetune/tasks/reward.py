@@ -35,6 +35,9 @@ class RewardTask(Task):
     label_column: str = ""
     metric: str = "reward"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", ())
+
     def read(self, rows: Sequence[Row], *, where: str) -> list[Row]:
         """Return the rows that have a prompt, with all their columns; the others are left out and counted.
 

@@ -30,7 +30,8 @@ def refuse_unsuitable(trainer: Any) -> None:
     if samples:
         raise UsageError(
             f"{trainer.__name__} samples new completions within a step, so losses at perturbed weights would differ by "
-            "the samples, not by the weights: use a trainer whose loss is a function of weights and batch."
+            "the samples, not by the weights: use a trainer whose loss is a function of weights and batch, or train on "
+            "rewards with 'zokernel finetune --objective reward --reward_function file.py:name'."
         )
 
 

@@ -1,0 +1,52 @@
+"""Prompts and rewards made ready for a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from torch import nn
+
+from zokernel.finetune.data.datasets import Splits
+from zokernel.finetune.rewards.objective import RewardObjective
+from zokernel.finetune.rewards.prompts import PromptDataset, encode_prompts, ends_of, rewards_of
+from zokernel.finetune.scoring.continuations import Sample
+from zokernel.finetune.settings.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 3  # prompts whose answers the report shows
+
+
+def prompt_datasets(splits: Splits, tokenizer: Any, *, max_length: int) -> dict[str, PromptDataset]:
+    """Tokenize the prompts of the splits; those to evaluate on are sorted by length, which wastes less on padding."""
+    found = {}
+    for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        found[split] = encode_prompts(rows, tokenizer, max_length=max_length, where=split.capitalize())
+        if split != "train":
+            found[split] = found[split].longest(len(rows))
+    logger.info("Data: %s.", ", ".join(f"{len(prompts):,} {split} prompts" for split, prompts in found.items()))
+    return found
+
+
+def reward_objective(model: nn.Module, tokenizer: Any, splits: Splits, data: DataArguments) -> RewardObjective:
+    """Return the loss of prompts: the negative mean reward."""
+    return RewardObjective(
+        rewards_of(data),
+        tokenizer,
+        data.max_new_tokens,
+        samples=data.num_generations,
+        temperature=data.temperature,
+        ends=ends_of(model, tokenizer, splits.train),
+    )
+
+
+def reward_samples(datasets: dict[str, PromptDataset], tokenizer: Any) -> list[Sample]:
+    """Return the first held-out prompts; in the place of an answer, the other columns of their rows."""
+    found = []
+    for example in datasets["test"].examples[:SAMPLES]:
+        rest = {name: value for name, value in example.row.items() if name != "prompt"}
+        told = json.dumps(rest, ensure_ascii=False, default=str) if rest else ""
+        found.append(Sample(example.input_ids, tokenizer.decode(example.input_ids), told))
+    return found
