@@ -121,7 +121,7 @@ def test_a_yaml_file_gives_defaults_that_flags_override(flags, tmp_path):
         (["--eps", "-1"], "eps must be positive"),
         (["--resume_from_checkpoint", "last"], "holds no run to resume"),
         (["--lora", "true", "--lora_target_modules", "nowhere"], "no module 'nowhere' to adapt: its modules are"),
-        (["--dtype", "bfloat16", "--perturb", "in_place"], "--dtype float32"),
+        (["--dtype", "bfloat16", "--perturb", "in_place"], "load them with dtype float32"),
         (["--adapter_name_or_path", "missing-adapter"], "There is no adapter folder missing-adapter"),
     ],
 )

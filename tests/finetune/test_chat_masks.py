@@ -8,8 +8,9 @@ import pytest
 from chats import MARKED, PLAIN, chat_tokenizer, turns
 
 from zokernel.errors import UsageError
+from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text, text_encoder
-from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks.chat_template import choose_chat_template
 from zokernel.finetune.tasks.text import TextTask
 
@@ -159,9 +160,14 @@ def test_templates_are_named_read_or_given(tmp_path):
     ],
 )
 def test_flags_that_do_not_fit_are_refused_before_a_model_is_loaded(form, row, flags, match):
-    task = TextTask(form=form)
+    task, arguments = TextTask(form=form), DataArguments(**flags)
+
+    def check():
+        check_flags(task, arguments, ModelArguments())
+        check_text(task, [row], chat_tokenizer(None), arguments, kind="causal", objective="cross_entropy")
+
     with pytest.raises(UsageError, match=match):
-        check_text(task, [row], chat_tokenizer(None), DataArguments(**flags), kind="causal", objective="cross_entropy")
+        check()
 
 
 @pytest.mark.parametrize(("kind", "objective"), [("masked", "cross_entropy"), ("causal", "accuracy")])

@@ -164,6 +164,7 @@ HEADLESS = {
 def test_a_checkpoint_without_its_head_is_refused(whole, tmp_path, name, adapter):
     config, words = HEADLESS[name]
     tokenizer = tf.AutoTokenizer.from_pretrained(whole)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
     tokenizer.save_pretrained(tmp_path)
     sizes = {**BERT, "vocab_size": len(tokenizer), "pad_token_id": 1}
     getattr(tf, name)(config(**sizes)).save_pretrained(tmp_path)
@@ -176,6 +177,7 @@ def test_tied_heads_and_what_is_left_out_are_not_refused(whole, tmp_path, caplog
     load(whole)
     assert "left out" not in caplog.text
     tokenizer = tf.AutoTokenizer.from_pretrained(whole)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
     tokenizer.save_pretrained(tmp_path)
     config = tf.BertConfig(**BERT, vocab_size=len(tokenizer))
     saved = tf.BertForPreTraining(config)
