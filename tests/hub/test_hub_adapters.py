@@ -61,7 +61,7 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         return json.loads((tmp_path / name / "metrics.json").read_text())["before"]
 
     assert before("trained") == before("scored") == before("here")
-    assert "Already-trained" in scored["told"]
+    assert "already-trained accuracy" in scored["told"]
     assert (
         json.loads((tmp_path / "trained" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
     )
