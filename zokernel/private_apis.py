@@ -159,6 +159,17 @@ def converts_weights(model: Any) -> bool:
     return bool(found)
 
 
+def offloaded_parameter(model: Any, name: str) -> Tensor:
+    """Return one parameter of a model that was loaded with ``device_map={"": "disk"}``, in the form it computes with.
+
+    Private: ``transformers.integrations.accelerate``, which is not documented.  Nothing public reads a single weight
+    through the conversions of a checkpoint.
+    """
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)
+
+
 def compile_nothing(accelerator: Any) -> None:
     """Keep accelerate from compiling the whole model, as ``--torch_compile`` makes it do.
 

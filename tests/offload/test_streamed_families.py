@@ -63,7 +63,7 @@ def test_a_family_streams_to_the_same_bits(family: str, tmp_path: Path) -> None:
     assert [name for name in own if not torch.equal(own[name], weights[name])] == []
 
 
-def test_weights_in_another_form_are_refused(tmp_path: Path) -> None:
+def test_experts_that_are_stored_one_by_one_stream_to_the_same_bits(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         vocab_size=50,
         hidden_size=16,
@@ -74,8 +74,17 @@ def test_weights_in_another_form_are_refused(tmp_path: Path) -> None:
         num_local_experts=2,
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(UsageError, match="in another form"):
-        streamed(tmp_path / "model", "causal")
+    resident = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "model").eval()
+    losses, weights = train(resident, InForward())
+    model = streamed(tmp_path / "model", "causal")
+    found, own = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
+    assert found == losses
+    assert own.keys() == weights.keys()
+    assert [name for name in own if not torch.equal(own[name], weights[name])] == []
+    model.save_pretrained(tmp_path / "trained")
+    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "trained")
+    assert [name for name, tensor in again.state_dict().items() if not torch.equal(own[name], tensor)] == []
+    assert not (tmp_path / "copy" / "converted").exists()
 
 
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:

@@ -493,3 +493,17 @@ def test_the_state_of_modules_is_exchanged():
     handle.remove()
     layer(x)
     assert seen == ["first", "first", "own", "first"]
+
+
+def test_a_single_weight_is_read_through_conversions(tmp_path):
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 40}
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, **sizes
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    expected = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    on_disk = transformers.MixtralForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=str(tmp_path / "scratch")
+    )
+    for name, tensor in expected.items():
+        assert torch.equal(private_apis.offloaded_parameter(on_disk, name), tensor), name

@@ -67,15 +67,21 @@ class WorkingCopy:
         self._renamed: dict[str, Future[None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def place(self, unit: Unit, sources: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def place(
+        self,
+        unit: Unit,
+        shapes: Mapping[str, tuple[int, ...]],
+        load: Callable[[str], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
         """Give a unit a file with its first version, and tensors in it.
 
         Args:
             unit: The unit.
-            sources: The weights by name.
+            shapes: Shapes of its weights by name.
+            load: Returns one of them; not called if the file is there already.
             dtype: Type in which they are held.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in sources.items()}
         header, offsets, size = _layout(shapes, dtype, self._about(0))
         path = self._path(unit, "base")
         if not (path.exists() and path.stat().st_size == size and _read(path, len(header)) == header):
@@ -83,15 +89,15 @@ class WorkingCopy:
             self._reserve(partial, size)
             target = MappedFile(partial, writable=True)
             ctypes.memmove(target.address, header, len(header))
-            for name, tensor in sources.items():
-                flat, into = tensor.reshape(-1), target.tensor(offsets[name], shapes[name], dtype).view(-1)
+            for name in shapes:
+                flat, into = load(name).reshape(-1), target.tensor(offsets[name], shapes[name], dtype).view(-1)
                 for begin in range(0, flat.numel(), _CHUNK):
                     into[begin : begin + _CHUNK].copy_(flat[begin : begin + _CHUNK])
             target.close()
             partial.replace(path)
         file = self._files[unit.name] = MappedFile(path)
         self._offsets[unit.name], self._versions[unit.name] = offsets, 0
-        unit.tensors = {name: file.tensor(offsets[name], shapes[name], dtype) for name in sources}
+        unit.tensors = {name: file.tensor(offsets[name], shapes[name], dtype) for name in shapes}
         unit.parts = [(file, len(header), size)]
 
     def train(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, units: list[Unit]) -> None:

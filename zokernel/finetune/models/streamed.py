@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from zokernel.finetune.models.stored import weight_files
 from zokernel.offload.blocks import Blocks, Unit, find_units
 from zokernel.offload.mapping import MappedFile
 from zokernel.offload.working_copy import WorkingCopy
-from zokernel.private_apis import converts_weights
+from zokernel.private_apis import converts_weights, offloaded_parameter
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -66,6 +67,42 @@ class Stored:
         return _DTYPES.get(self.entries[key][2]["dtype"]) == dtype and (file.address + begin) % dtype.itemsize == 0
 
 
+class Converted:
+    """Weights that transformers stores in another form than it computes with: the experts of Mixtral, one by one.
+
+    It converts them a few at a time, into files of their own, when the first one is asked for.
+
+    Args:
+        kind: Class of the model.
+        folder: Where its files are.
+        dtype: Type of the weights.
+        scratch: Where the files may be for a while.
+    """
+
+    def __init__(self, kind: Any, folder: Path, dtype: torch.dtype, scratch: Path):
+        self._kind, self._folder, self._dtype, self._scratch = kind, folder, dtype, scratch / "converted"
+        self._model: Any = None
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a weight by its name in the model."""
+        if self._model is None:
+            self._model = self._kind.from_pretrained(
+                self._folder,
+                dtype=self._dtype,
+                device_map={"": "disk"},
+                offload_folder=str(self._scratch),
+                use_safetensors=True,
+            )
+        return offloaded_parameter(self._model, name)
+
+    def __enter__(self) -> Converted:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._model = None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
 def load_streamed(
     architecture: Any,
     folder: Path,
@@ -107,22 +144,20 @@ def load_streamed(
     model.tie_weights()
     if getattr(architecture, "quantization_config", None) is not None:
         raise UsageError(f"{name} is quantized, and quantized weights are not streamed: leave out --offload.")
-    if converts_weights(model):
-        raise UsageError(
-            f"transformers stores the weights of {type(model).__name__} in another form than it computes with, and "
-            "only weights that are used as they are stored are streamed: leave out --offload."
-        )
     stored = Stored(folder)
-    keys = _stored_names(model, stored, name)
     units = find_units(model)
-    direct = not trains_weights and all(stored.fits(key, dtype) for key in keys.values())
+    converts = converts_weights(model)
+    keys = {} if converts else _stored_names(model, stored, name)
+    direct = not (converts or trains_weights) and all(stored.fits(key, dtype) for key in keys.values())
     copy = None if direct else WorkingCopy(offload_dir, f"{stored.identity} {dtype} {type(model).__name__}")
-    for unit in units:
-        if copy is None:
-            unit.tensors = {own: stored.tensor(keys[own]) for own in unit.names}
-            unit.parts = _merged([stored.span(keys[own]) for own in unit.names])
-        else:
-            copy.place(unit, {own: stored.tensor(keys[own]) for own in unit.names}, dtype)
+    with Converted(type(model), folder, dtype, offload_dir) as converted:
+        for unit in units:
+            if copy is None:
+                unit.tensors = {own: stored.tensor(keys[own]) for own in unit.names}
+                unit.parts = _merged([stored.span(keys[own]) for own in unit.names])
+            else:
+                shapes = {own: tuple(model.get_parameter(own).shape) for own in unit.names}
+                copy.place(unit, shapes, converted if converts else lambda own: stored.tensor(keys[own]), dtype)
     _assign(model, units)
     for key, buffer in model.named_buffers():
         if key in stored.entries:
