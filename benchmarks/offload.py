@@ -17,6 +17,7 @@ import transformers
 from zokernel.finetune.models.streamed import load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
+from zokernel.perturb import InForward
 
 HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--train", choices=["lora", "full"], default="lora")
+    parser.add_argument("--where", choices=["disk", "memory"], default="disk")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--directions", type=int, default=2)
     args = parser.parse_args()
@@ -81,16 +83,20 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = load_streamed(
-        config,
-        args.folder / "model",
-        torch.bfloat16,
-        kind="causal",
-        offload_dir=args.folder / "copy",
-        trains_weights=args.train == "full",
-        name="random",
-    )
-    copy = model.working_copy
+    if args.where == "memory":
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.folder / "model", dtype=torch.bfloat16).eval()
+        copy = None
+    else:
+        model = load_streamed(
+            config,
+            args.folder / "model",
+            torch.bfloat16,
+            kind="causal",
+            offload_dir=args.folder / "copy",
+            trains_weights=args.train == "full",
+            name="random",
+        )
+        copy = model.working_copy
     if args.train == "lora":
         import peft
 
@@ -101,14 +107,17 @@ def main() -> None:
         trained,
         lr=1e-6,
         estimator=f"two_point(1e-3, {args.directions})",
-        perturb=StreamedForward(blocks, model, copy),
+        perturb=InForward() if blocks is None else StreamedForward(blocks, model, copy),
     )
     ids = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
-    print(f"{blocks.nbytes / 2**30:.2f} GiB of weights in {len(blocks.units)} units; {2 * args.directions} losses")
+    if blocks is not None:
+        print(f"{blocks.nbytes / 2**30:.2f} GiB of weights in {len(blocks.units)} units; {2 * args.directions} losses")
     for step in range(args.steps):
-        read, written, begun = blocks.bytes_read, copy.bytes_written if copy else 0, time.perf_counter()
+        read = blocks.bytes_read if blocks else 0
+        written, begun = copy.bytes_written if copy else 0, time.perf_counter()
         loss = optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
-        seconds, read = time.perf_counter() - begun, (blocks.bytes_read - read) / 2**30
+        seconds = time.perf_counter() - begun
+        read = ((blocks.bytes_read if blocks else 0) - read) / 2**30
         written = ((copy.bytes_written if copy else 0) - written) / 2**30
         print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {seconds:.1f} s")
     done.set()
