@@ -30,6 +30,38 @@ def test_directions_grow_with_the_batch(tmp_path, batch, count):
     assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
 
 
+def test_lora_draws_directions_for_every_example(tmp_path):
+    """The rate is that of a walk along as many directions as the batch has examples."""
+    by_example = {"trained": "LoRA", "num_examples": 100, "by_example": True}
+    steps = {"method": "auto", "max_steps": 50, "gradient_accumulation_steps": 2}
+    config = resolve(ZOConfig(output_dir=str(tmp_path), **steps), **by_example).arguments()
+    assert (config.num_perturbations, config.method_options()["per_example"]) == (1, True)
+    assert config.learning_rate == pytest.approx(learning_rate("LoRA", num_perturbations=8, steps=50))
+    shared = [
+        {**by_example, "by_example": False},
+        {**by_example, "trained": "full parameters"},
+    ]
+    for case in shared:
+        config = resolve(ZOConfig(output_dir=str(tmp_path), **steps), **case).arguments()
+        assert (config.num_perturbations, config.method_options().get("per_example", False)) == (2, False)
+    said = ZOConfig(output_dir=str(tmp_path), **steps, method_args=["per_example=false"])
+    config = resolve(said, **by_example).arguments()
+    assert (config.num_perturbations, config.method_options()["per_example"]) == (2, False)
+
+
+def test_a_run_with_lora_takes_two_forwards_per_step(flags, tmp_path):
+    assert main(["finetune", *flags, "--method", "auto", "--lora", "true"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["forwards_per_step"], metrics["forwards"]) == (2, 12)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert next(row["value"] for row in settings if row["name"] == "perturb") == "per_example"
+
+
+def test_adapters_of_other_kinds_share_directions(flags, tmp_path):
+    assert main(["finetune", *flags, "--method", "auto", "--lora", "true", "--use_dora", "true"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["forwards_per_step"] == 3
+
+
 def test_what_the_user_says_stays(tmp_path):
     said = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
     config = chosen(tmp_path, method="auto", **said)
@@ -50,7 +82,7 @@ def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
     assert chosen(tmp_path, method="auto", method_args=["beta=0.5"]).method_options()["beta"] == 0.5
     said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
     assert chosen(tmp_path, method="auto", **said).method_options()["normalize"] is False
-    with pytest.raises(UsageError, match="give --learning_rate too"):
+    with pytest.raises(UsageError, match="give learning_rate too"):
         chosen(tmp_path, method="auto", method_args=["normalize=false"])
 
 

@@ -67,6 +67,13 @@ from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 logger = logging.getLogger(__name__)
 
 
+def _by_example(kind: str, model_arguments: Any, config: Any) -> bool:
+    """Return whether examples may have directions of their own: with plain LoRA and a loss that is a mean over them."""
+    plain = not (model_arguments.use_dora or model_arguments.modules_to_save or model_arguments.target_parameters)
+    whole = not (model_arguments.offload or config.torch_compile or model_arguments.adapter_name_or_path)
+    return plain and whole and kind != "seq2seq" and config.objective == "cross_entropy"
+
+
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal after a checkpoint was saved."""
 
@@ -114,6 +121,7 @@ def finetune(
             pushed_by_nobody_else(config),
             trained=trained_by(model_arguments),
             num_examples=len(splits.train) - data_arguments.num_demonstrations,
+            by_example=_by_example(model.kind, model_arguments, config),
             low_precision=model.trained_low,
             command=command,
         )

@@ -47,6 +47,7 @@ def resolve(
     *,
     trained: str,
     num_examples: int | None,
+    by_example: bool = False,
     low_precision: str = "",
     command: Sequence[str] = (),
 ) -> RunSettings:
@@ -58,6 +59,8 @@ def resolve(
         config: What the user asked for: a ``ZOConfig``, or other arguments with the fields of ``ZOArguments``.
         trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
         num_examples: Training examples; None if their number is not known.
+        by_example: Whether the loss of every example is known, and adapters are plain LoRA, so that ``auto`` may draw
+            directions for every example.
         low_precision: Types below fp32 in which trained weights are stored, for the message; empty if none are.
         command: The command line, which tells flags from the settings of a recipe.
 
@@ -81,9 +84,11 @@ def resolve(
     if chosen_by_auto:
         choices.decide("auto", method=auto.METHOD)
         given, rate = config.method_args or [], config.learning_rate
-        choices.decide("auto", method_args=auto.method_args(given, learning_rate=rate))
+        own = by_example and trained == "LoRA" and not auto.says_how_to_draw(given)
+        choices.decide("auto", method_args=auto.method_args(given, learning_rate=rate, per_example=own))
         choices.fill("auto", per_device_train_batch_size=auto.BATCH, lr_scheduler_type=auto.SCHEDULE)
-        choices.fill("auto", num_perturbations=auto.num_perturbations(choices["per_device_train_batch_size"]))
+        batch = choices["per_device_train_batch_size"]
+        choices.fill("auto", num_perturbations=1 if own else auto.num_perturbations(batch))
         if trained == "LoRA":
             choices.fill("auto", eps=auto.LORA_EPS)
     choices.fill("default", per_device_train_batch_size=BATCH, lr_scheduler_type=SCHEDULE)
@@ -199,9 +204,10 @@ def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, wo
         return rates.get(choices["method"], rates[""])
     batch = choices["per_device_train_batch_size"] * choices["gradient_accumulation_steps"] * world_size
     steps = count_steps(choices["max_steps"], choices["num_train_epochs"], batch, num_examples)
+    per_example = "per_example=true" in (choices["method_args"] or [])
     return auto.learning_rate(
         trained,
-        num_perturbations=choices["num_perturbations"],
+        num_perturbations=choices["num_perturbations"] * (batch if per_example else 1),
         steps=steps,
         schedule=str(choices["lr_scheduler_type"]),
     )

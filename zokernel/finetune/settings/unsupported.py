@@ -87,6 +87,7 @@ def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
             continue
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = getattr(args, f.name)
-        if value != default and (value or default is True):
+        off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
+        if value != default and (value or off):
             value = getattr(value, "value", value)  # of an enumeration
             raise UsageError(f"{f.name}={value!r} has no effect here ({refused[f.name]}): leave it out.")

@@ -84,12 +84,14 @@ class SetUpTrainer(ResumableTrainer):
         self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
         if model is not None:
             self._prepare_model(model)
-        settings = args if isinstance(args, RunSettings) else _resolve(args, model, kwargs.get("train_dataset"))
+        if not isinstance(args, RunSettings):
+            args = _resolve(args, model, kwargs.get("train_dataset"), by_example=self.can_stack)
+        settings = args
         self.zeroth_order = not is_first_order(settings["method"])
         super().__init__(settings, model=model, optimizers=(None, schedule), **kwargs)
         self.model: Any
         if model is None and what_is_trained(self.model) != "full parameters":
-            self.settings = _resolve(requested, self.model, self.train_dataset)
+            self.settings = _resolve(requested, self.model, self.train_dataset, by_example=self.can_stack)
             self.decide("default")
 
     @property
@@ -225,11 +227,12 @@ class SetUpTrainer(ResumableTrainer):
         return self.parallel.data_ranks if self.parallel is not None else super().data_ranks
 
 
-def _resolve(args: Any, model: Any, dataset: Any) -> RunSettings:
+def _resolve(args: Any, model: Any, dataset: Any, *, by_example: bool) -> RunSettings:
     known = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
     trained = "full parameters" if model is None else what_is_trained(model)
     low = "" if model is None or is_first_order(args.method) else low_precision(model)
-    return resolve(args, trained=trained, num_examples=known, low_precision=low)
+    own = by_example and model is not None and choose_perturb.only_trains_lora(model) and not args.torch_compile
+    return resolve(args, trained=trained, num_examples=known, by_example=own, low_precision=low)
 
 
 def _as_transformers(args: ZOConfig) -> None:
