@@ -42,7 +42,7 @@ def elsewhere(monkeypatch, tmp_path):
 def test_every_example_is_tested():
     tested = {
         *("accuracy_objective", "any_trainer", "image_classifier", "lora", "masked_lm"),
-        *("onnx_engine", "pytorch_loop", "trainer_api", "trl_trainers", "worker_pool"),
+        *("onnx_engine", "pytorch_loop", "rewards", "trainer_api", "trl_trainers", "worker_pool"),
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -171,3 +171,19 @@ def test_own_data(tiny_lm_path, tmp_path):
     finished = subprocess.run(script, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["label_words"] == ["routine", "urgent"]
+
+
+def test_rewards(tmp_path):
+    from chats import MARKED, chat_tokenizer
+    from models import build
+
+    tokenizer = chat_tokenizer(MARKED)
+    tokenizer.save_pretrained(tmp_path / "model")
+    build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    metrics = load("rewards")(str(tmp_path / "model"), 2, str(tmp_path / "run"))
+    assert metrics["forwards"] == 2 * 16
+    assert metrics["before"]["reward"] == 0.0, "random weights write no JSON"
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    score = load("rewards").__globals__["score"]
+    texts = ['{"name": "Ada", "age": 1} and more', ' {"a": 1}', "[1]", "no"]
+    assert score([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.5, 0.0, 0.0]

@@ -66,7 +66,6 @@ _FINETUNE = (
             "objective": ("reward", "cross_entropy, accuracy, f1, or reward: what judges the answers to a 'prompt'"),
             "reward_function": ("judge.py:score", "a function as for trl's GRPO, json:key,key, regex:..., exact_match"),
             "num_generations": ("4", "answers to each prompt per loss, at a --temperature above 0"),
-            "max_new_tokens": ("50", "longest answer in tokens"),
         },
         "--objective reward --reward_function judge.py:score --method es --lora true",
     ),
