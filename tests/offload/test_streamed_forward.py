@@ -28,6 +28,10 @@ FAMILIES: dict[str, Any] = {
     "untied": transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
     ),
+    # Wide enough for torch to share operations among threads.
+    "wide": transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4
+    ),
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64),
 }
 
