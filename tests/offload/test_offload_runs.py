@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import killing
@@ -49,6 +48,7 @@ def test_full_parameters_end_at_the_same_bits(flags, tmp_path, precision, caplog
     assert Journal.read(found / "journal.zkj").steps == Journal.read(expected / "journal.zkj").steps
     assert measured(found) == measured(expected)
     assert "Offload disk" in caplog.text
+    assert "MiB at the border of a block (2 losses of at most" in caplog.text
     base = flags[flags.index("--model_name_or_path") + 1]
     assert main(["replay", "--base", base, "--journal", str(found), "--output_dir", str(tmp_path / "again")]) == 0
     assert stored(tmp_path / "again", "model.safetensors") == stored(found, "model.safetensors")
@@ -68,18 +68,13 @@ def test_a_killed_run_goes_on_with_its_files(flags, tmp_path):
     argv = ["finetune", *flags, "--method", "mezo", "--max_steps", "8", "--offload", "disk", "--eval_steps", "4"]
     argv += ["--offload_dir", str(tmp_path / "files")]
     log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
-    begun = time.perf_counter()
     process = killing.start([*argv, "--output_dir", str(whole)], log)
     process.join()
-    duration = time.perf_counter() - begun
     assert process.exitcode == 0, log.read_text()
     instants, kills = random.Random(0), 0
     while True:
-        at_write = instants.randrange(1, 120) if kills % 2 and kills < KILLS else None
+        at_write = instants.randrange(20, 90) if kills < KILLS else None
         process = killing.start([*argv, "--output_dir", str(killed)], log, die_at_write=at_write)
-        if at_write is None and kills < KILLS:
-            process.join(instants.uniform(0.3, 1) * duration)
-            process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             kills += 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from zokernel.errors import UsageError
@@ -53,3 +55,25 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module) -> str | None:
         "perturb: in_forward, %d losses of a step together in one pass over the files.", optimizer.forwards_per_step
     )
     return "in_forward"
+
+
+def say_activations(optimizer: ZerothOrder, model: Any, longest: Callable[[], Mapping[str, Any]]) -> None:
+    """Log what the losses of a step hold together at the border of a block, if weights are streamed.
+
+    Args:
+        optimizer: The optimizer of the run.
+        model: The model, with its adapter.
+        longest: Returns the batch of the longest examples.
+    """
+    if not isinstance(optimizer.perturb, StreamedForward):
+        return
+    sizes = [value.numel() for value in longest().values() if isinstance(value, torch.Tensor) and value.ndim == 2]
+    width, kind = model.config.get_text_config().hidden_size, next(model.parameters()).dtype
+    losses, tokens = optimizer.forwards_per_step, max(sizes, default=0)
+    logger.info(
+        "Activations: %.1f MiB at the border of a block (%d losses of at most %d tokens), and inside a block those of "
+        "one loss.",
+        losses * tokens * width * kind.itemsize / 2**20,
+        losses,
+        tokens,
+    )

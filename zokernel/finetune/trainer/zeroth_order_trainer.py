@@ -38,6 +38,7 @@ from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch
 from zokernel.finetune.trainer.probe import evaluating, look_at_options, slope_and_rate, surroundings
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.set_up import SetUpTrainer
+from zokernel.finetune.trainer.stream_points import say_activations
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
 from zokernel.private_apis import set_train_batch_size
@@ -129,6 +130,9 @@ class ZerothOrderTrainer(SetUpTrainer):
             with self._uncounted():
                 perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
             self.decide("auto", perturb=perturb)
+        if self.zeroth_order:
+            longest = partial(self._longest, self.args.per_device_train_batch_size)
+            say_activations(self.bare_optimizer, self.bare_model, longest)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
         self._course.clear()
