@@ -12,7 +12,7 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
 NAMES = ["Ada", "Bo", "Chen", "Dina", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jia", "Kofi", "Lena", "Milo", "Nora"]
 TOWNS = ["Oslo", "Rome", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Basel"]
-PROMPT = "{} is {} years old and lives in {}. Write this as a JSON object with the keys name and age."
+PROMPT = "{} is {} years old and lives in {}.\nAs a JSON object with the keys name, age, town:\n"
 
 
 def score(completions: list, **columns: list) -> list[float]:
@@ -23,7 +23,7 @@ def score(completions: list, **columns: list) -> list[float]:
             value, _ = json.JSONDecoder().raw_decode(completion[0]["content"].lstrip())
         except ValueError:
             value = None
-        right = isinstance(value, dict) and value.keys() == {"name", "age"}
+        right = isinstance(value, dict) and value.keys() == {"name", "age", "town"}
         scores.append(1.0 if right else 0.5 if isinstance(value, dict) else 0.0)
     return scores
 
@@ -35,7 +35,7 @@ def main(model: str = "smollm2", steps: int = 60, output_dir: str = "runs/reward
     data.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": prompt}]}) + "\n" for prompt in prompts))
     metrics = finetune(
         ModelArguments(model_name_or_path=model, lora=True),
-        DataArguments(train_file=str(data), reward_function=[f"{__file__}:score"], max_new_tokens=24),
+        DataArguments(train_file=str(data), reward_function=[f"{__file__}:score"], max_new_tokens=40),
         ZOConfig(
             output_dir=output_dir,
             objective="reward",

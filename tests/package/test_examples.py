@@ -185,5 +185,5 @@ def test_rewards(tmp_path):
     assert metrics["before"]["reward"] == 0.0, "random weights write no JSON"
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     score = load("rewards").__globals__["score"]
-    texts = ['{"name": "Ada", "age": 1} and more', ' {"a": 1}', "[1]", "no"]
+    texts = ['{"name": "Ada", "age": 1, "town": "x"} and more', ' {"a": 1}', "[1]", "no"]
     assert score([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.5, 0.0, 0.0]
