@@ -1,6 +1,6 @@
 """Teach a model to answer in JSON by a reward function, without any answers, and with forward passes only.
 
-python examples/rewards.py --model smollm2 --steps 60
+python examples/rewards.py --model smollm2 --steps 20
 """
 
 import argparse
@@ -28,7 +28,7 @@ def score(completions: list, **columns: list) -> list[float]:
     return scores
 
 
-def main(model: str = "smollm2", steps: int = 60, output_dir: str = "runs/rewards", method: str = "es") -> dict:
+def main(model: str = "smollm2", steps: int = 20, output_dir: str = "runs/rewards", method: str = "es") -> dict:
     prompts = [PROMPT.format(name, 20 + n, town) for n, name in enumerate(NAMES) for town in TOWNS]
     data = Path(f"{output_dir}-prompts.jsonl")
     data.parent.mkdir(parents=True, exist_ok=True)
@@ -40,12 +40,12 @@ def main(model: str = "smollm2", steps: int = 60, output_dir: str = "runs/reward
             output_dir=output_dir,
             objective="reward",
             method=method,
-            num_perturbations=8,  # 16 members, which answer the prompts of a step in one generate
-            eps=2e-2,
-            learning_rate=2e-2,
+            num_perturbations=4,  # 8 members, which answer the prompts of a step in one generate
+            eps=3e-2,
+            learning_rate=5e-2,
             max_steps=steps,
-            per_device_train_batch_size=4,
-            per_device_eval_batch_size=64,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=16,
         ),
     )
     print(f"reward {metrics['before']['reward']:.3f} -> {metrics['after']['reward']:.3f}")
@@ -54,6 +54,6 @@ def main(model: str = "smollm2", steps: int = 60, output_dir: str = "runs/reward
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for flag, default in {"model": "smollm2", "steps": 60, "output_dir": "runs/rewards", "method": "es"}.items():
+    for flag, default in {"model": "smollm2", "steps": 20, "output_dir": "runs/rewards", "method": "es"}.items():
         parser.add_argument(f"--{flag}", default=default, type=type(default))
     main(**vars(parser.parse_args()))

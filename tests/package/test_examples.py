@@ -181,7 +181,7 @@ def test_rewards(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     metrics = load("rewards")(str(tmp_path / "model"), 2, str(tmp_path / "run"))
-    assert metrics["forwards"] == 2 * 16
+    assert metrics["forwards"] == 2 * 8
     assert metrics["before"]["reward"] == 0.0, "random weights write no JSON"
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     score = load("rewards").__globals__["score"]
