@@ -92,7 +92,7 @@ def test_steps_from_the_journal_are_not_profiled(flags, tmp_path):
 
 
 def test_too_few_steps_and_gradients_are_refused(parts, tmp_path):
-    with pytest.raises(UsageError, match="--profile takes 9 steps"):
+    with pytest.raises(UsageError, match="profile takes 9 steps"):
         make_trainer(parts, tmp_path / "short", profile=True, max_steps=8)
     with pytest.raises(UsageError, match="not those of sgd"):
         make_trainer(parts, tmp_path / "first", profile=True, method="sgd")

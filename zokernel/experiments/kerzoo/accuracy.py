@@ -261,7 +261,8 @@ def run_row(row: Row, config: Config) -> dict[str, Any]:
             else:
                 tiny, job_data = tiny_setup(Path(temporary), data, masked=row.masked)
                 job_model = model | tiny
-                job_data["k_shot"] = 4
+                if row.masked:
+                    job_data["k_shot"] = 4
                 job_settings = settings | {"eval_strategy": "no", "load_best_model_at_end": False}
                 job_settings |= {"per_device_train_batch_size": 4}
             seeds = {"seed": config.seed, "data_seed": seed}

@@ -110,14 +110,18 @@ def tiny_setup(folder: Path, data: dict[str, Any], *, masked: bool = False) -> t
         key: data[key] for key in ("template", "label_words", "labels", "label_column") if key in data
     }
     name = data.get("task", "sst2")
-    files = toy_files(folder / "data", name, get_task(name, **wording), size=32)
+    task = get_task(name, **wording)
+    files = toy_files(folder / "data", name, task, size=32)
+    if "protocol" in data:  # which takes validation examples from the training file
+        files.pop("validation_file", None)
+    by_class = data.get("protocol") == "mezo-roberta"  # which draws k_shot of each class
+    limits = {} if by_class else {"max_train_samples": 32, "max_eval_samples": 16}
     return {"model_name_or_path": str(tiny_model(folder / "model", masked=masked))}, {
         "task": name,
         **wording,
         **files,
         **({key: data[key] for key in ("protocol", "k_shot") if key in data}),
-        "max_train_samples": 32,
-        "max_eval_samples": 16,
+        **limits,
         "max_test_samples": 16,
-        "max_new_tokens": 5,
+        **({"max_new_tokens": 5} if task.kind == "generation" else {}),
     }

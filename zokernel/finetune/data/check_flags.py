@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zokernel.data import SOURCES
 from zokernel.errors import UsageError
+from zokernel.finetune.data.protocol import check_protocol
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
@@ -62,6 +63,8 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
     for flag in ("max_train_samples", "max_eval_samples"):
         if by_class and flag in given:
             raise UsageError(f"--{flag} has no effect with --protocol mezo-roberta: --k_shot says how many are drawn.")
+    if data.protocol:
+        check_protocol(data.protocol)
     if data.protocol and data.validation_file and data.test_file:
         raise UsageError(
             f"--protocol {data.protocol} takes its validation examples from the training file: leave out "

@@ -20,6 +20,16 @@ PROTOCOLS = ("mezo-opt", "mezo-roberta")
 SEEDS = (13, 21, 42, 87, 100)  # of the five few-shot draws
 
 
+def check_protocol(protocol: str) -> None:
+    """Refuse a protocol that is not known.
+
+    Raises:
+        UsageError: If there is none of this name.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}.")
+
+
 def published_splits(
     parts: Mapping[str, Sequence[Row]],
     task: Task,
@@ -52,8 +62,7 @@ def published_splits(
     Raises:
         UsageError: If there is no such protocol, or there are too few rows for it.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}.")
+    check_protocol(protocol)
     held_out = parts.get("test") or parts.get("validation")
     if not held_out:
         raise UsageError("A published protocol needs test examples: give --test_file or --validation_file.")
