@@ -47,6 +47,7 @@ from zokernel.finetune.report.zero_shot import fingerprint, remembered
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.auto import suits_examples
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings, keep_recorded
@@ -65,13 +66,6 @@ from zokernel.process_memory import release_heap
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 
 logger = logging.getLogger(__name__)
-
-
-def _by_example(kind: str, model_arguments: Any, config: Any) -> bool:
-    """Return whether examples may have directions of their own: with plain LoRA and a loss that is a mean over them."""
-    plain = not (model_arguments.use_dora or model_arguments.modules_to_save or model_arguments.target_parameters)
-    whole = not (model_arguments.offload or config.torch_compile or model_arguments.adapter_name_or_path)
-    return plain and whole and kind != "seq2seq" and config.objective == "cross_entropy"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -121,12 +115,11 @@ def finetune(
             pushed_by_nobody_else(config),
             trained=trained_by(model_arguments),
             num_examples=len(splits.train) - data_arguments.num_demonstrations,
-            by_example=_by_example(model.kind, model_arguments, config),
+            by_example=suits_examples(model.kind, model_arguments, config),
             low_precision=model.trained_low,
             command=command,
         )
-        if not config.overwrite_output_dir:
-            settings = keep_recorded(settings, folder)
+        settings = settings if config.overwrite_output_dir else keep_recorded(settings, folder)
         deciding = output.run_settings(model_arguments, data_arguments, settings.arguments()) | splits.fingerprint
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
@@ -208,8 +201,8 @@ class _Job:
         if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
             if main:
                 trainer.run_log.save()
-                seconds = self._seconds(trainer, run)
-                write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": seconds})
+                noted = {"settings": deciding, "seconds": self._seconds(trainer, run)}
+                write_json(folder / output.RUN_FILE, run | noted)
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else run["before"]
         written = self._written() if config.do_train else run["written"]
@@ -217,8 +210,8 @@ class _Job:
             trainer.save_model(str(folder))
             if main and self._journal_suffices(trainer, folder):
                 remove_checkpoints(folder)
-        samples = {"samples": shown_samples(self.prepared.samples, run["written"], written)}
-        metrics = hide_in_values(self._metrics(trainer, run, after, training.peak_bytes) | samples)
+        samples = shown_samples(self.prepared.samples, run["written"], written)
+        metrics = hide_in_values(self._metrics(trainer, run, after, training.peak_bytes) | {"samples": samples})
         if main:
             write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": metrics["total_seconds"]})
             if config.do_train and self.model_arguments.merge_adapter:

@@ -278,20 +278,19 @@ class ZerothOrder(AskTell):
         return sum(estimate.losses) / len(estimate.losses)
 
     def _check_numbers(self, numbers: Sequence[float], num_points: int) -> None:
-        per_point = self.estimator.numbers_per_point
-        expected = num_points * (per_point or max(1, len(numbers) // num_points))
+        expected = num_points * (self.estimator.numbers_per_point or max(1, len(numbers) // num_points))
         if len(numbers) != expected:
             raise RunError(
                 f"Step {self.step_count + 1} needs {expected} losses and the journal holds {len(numbers)}: "
                 "it was written with other settings."
             )
         self.num_forwards += num_points
-        for number in numbers:
-            if not math.isfinite(number):
-                raise LossError(
-                    f"The loss is {number} at step {self.step_count + 1}: the weights were put back to before this "
-                    "step; lower the learning rate or eps, or train in fp32."
-                )
+        bad = [number for number in numbers if not math.isfinite(number)]
+        if bad:
+            raise LossError(
+                f"The loss is {bad[0]} at step {self.step_count + 1}: the weights were put back to before this step; "
+                "lower the learning rate or eps, or train in fp32."
+            )
         if self.step_count == 0 and len(set(numbers)) == 1 < len(numbers):
             logger.warning(
                 "All %d losses of the first step are equal (%g): the closure may not see the weights being perturbed, "
@@ -314,13 +313,12 @@ class ZerothOrder(AskTell):
         """Restore the weights and step along the estimate, after decoupled weight decay."""
         dense = [self._is_dense(group) for group in self.param_groups]
         scaled = {index: c * estimate.factor for index, c in estimate.coefficients.items()}
-        moves: Sequence[AffineMove] = self.move(
-            [
-                {} if is_dense else {i: -group["lr"] * c for i, c in scaled.items()}
-                for group, is_dense in zip(self.param_groups, dense)
-            ]
-        )
-        dense_groups = [found for found, is_dense in zip(self._named_groups, dense) if is_dense]
+        scales = [
+            {} if is_dense else {i: -group["lr"] * c for i, c in scaled.items()}
+            for group, is_dense in zip(self.param_groups, dense)
+        ]
+        moves: Sequence[AffineMove] = self.move(scales)
+        dense_groups = (found for found, is_dense in zip(self._named_groups, dense) if is_dense)
         rates = {name: -group["lr"] for group, names in dense_groups for name in names}
         for batch in self.batches(list(rates)) if rates else ():
             step, divisor = self.rule.step(self, batch, estimate)

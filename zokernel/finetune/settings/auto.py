@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from zokernel.errors import UsageError
 
@@ -40,6 +41,19 @@ SCHEDULE = "warmup_stable_decay"
 COOLDOWN = 0.4  # share of the steps over which the rate falls
 # Mean squares of schedules, relative to the rate they start at; others count as constant.
 MEAN_SQUARE = {SCHEDULE: 1 - 2 / 3 * COOLDOWN, "linear": 1 / 3, "cosine": 3 / 8}
+
+
+def suits_examples(kind: str, model: Any, config: Any) -> bool:
+    """Return whether examples may have directions of their own: with plain LoRA and a loss that is a mean over them.
+
+    Args:
+        kind: Which kind of language model is trained.
+        model: ``ModelArguments``.
+        config: What the user asked for.
+    """
+    plain = not (model.use_dora or model.modules_to_save or model.target_parameters or model.adapter_name_or_path)
+    whole = not (model.offload or config.torch_compile)
+    return plain and whole and kind != "seq2seq" and config.objective == "cross_entropy"
 
 
 def says_how_to_draw(given: Sequence[str]) -> bool:
