@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from test_text_losses import documents, loud
 
 from zokernel.cli import main
-from zokernel.directions import LowRank
 from zokernel.estimators.per_example import offsets_of
 from zokernel.finetune import Collator, EncodedDataset, encode
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset
@@ -95,7 +94,6 @@ def test_each_example_sees_its_own_weights(kind, model_and_tokenizer):
     )
     for batch in batches:
         together.add(batch)
-    directions = LowRank(1, refresh=0)
     optimizer = GRZO(model, lr=0.0, eps=1e-2, whiten=False, perturb=PerExampleRows(together.examples))
     optimizer.step(lambda: 0.0)
     named = dict(model.named_parameters())
@@ -105,7 +103,7 @@ def test_each_example_sees_its_own_weights(kind, model_and_tokenizer):
             for example in range(5):
                 base = {name: p.clone() for name, p in named.items()}
                 for index, scale in offsets_of({0: offset}, example).items():
-                    directions.add_(named, scale, seed=0, step=0, index=index)
+                    optimizer.directions.add_(named, scale, seed=0, step=0, index=index)
                 expected.append(float(torch.cat([part.losses() for part in together.examples()])[example]))
                 for name, p in named.items():
                     p.copy_(base[name])

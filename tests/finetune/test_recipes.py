@@ -39,13 +39,15 @@ def test_every_recipe_runs(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "draw_loss", lambda *args, **kwargs: None)  # the slowest part, tested elsewhere
     folders, data_flags = tiny
     wanted_model, wanted_data, wanted = parse(["--config", f"recipes/{name}.yaml"])
+    by_class = wanted_data.protocol == "mezo-roberta"
     model, data, config = parse(
         [
             *("--config", name),
             *("--model_name_or_path", str(folders["roberta" if wanted_model.lm_type == "masked" else "llama"])),
             *data_flags(wanted_data.task),
-            *("--max_steps", "2", "--per_device_train_batch_size", "2", "--k_shot", "2", "--max_new_tokens", "2"),
-            *("--max_eval_samples", "4", "--max_test_samples", "4"),
+            *("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_test_samples", "4"),
+            *(("--k_shot", "2") if by_class else ("--max_eval_samples", "4")),
+            *(("--max_new_tokens", "2") if get_task(wanted_data.task).kind == "generation" else ()),
             *("--num_demonstrations", "2" if wanted_data.num_demonstrations else "0"),
             *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
             *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")),

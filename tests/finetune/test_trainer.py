@@ -197,7 +197,7 @@ def test_models_that_cannot_be_trained_are_refused(parts, tmp_path):
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     half = model.to(torch.bfloat16)
-    with pytest.raises(UsageError, match=r"bfloat16.*--dtype float32"):
+    with pytest.raises(UsageError, match=r"bfloat16.*dtype float32"):
         make_trainer((half, tokenizer, data), tmp_path, perturb="in_place")
 
 

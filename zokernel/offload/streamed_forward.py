@@ -50,7 +50,7 @@ class StreamedForward(InForward):
     def attach(
         self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
     ) -> None:
-        """Take these weights, as they are, for the unperturbed ones; see :meth:`Perturb.attach`."""
+        """Take these weights, as they are, for the unperturbed ones; see :meth:`zokernel.perturb.Perturb.attach`."""
         super().attach(parameters, directions, seed=seed, reach=reach)
         assert self.schedule is not None
         unit_of = {id(tensor): unit for unit in self.blocks.units for tensor in unit.tensors.values()}

@@ -4,7 +4,7 @@ A step asks for the losses at a few points :math:`\theta + \sum_i offsets_i z_i`
 the step and its place among the step's points, so two integers name it.  Whoever has the weights before the step (a
 copy, or the base and the journal) can make the weights at the point and take the loss there: another process, another
 machine, or an engine that has no gradients.  Once all losses of the step are told, the step is the one that
-:meth:`ZerothOrder.replay` makes of them.
+:meth:`zokernel.optim.ZerothOrder.replay` makes of them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from zokernel.optim.updates import Update
 class CurvatureWeights(Update):
     r"""Weight every coefficient by :math:`1 / \max(1, |c_p|^a)`, with the curvature :math:`c_p` along its direction.
 
-    The mean weight becomes the factor of the estimate, so that :meth:`effective_lr` counts it.
+    The mean weight becomes the factor of the estimate, so that ``effective_lr()`` counts it.
 
     Args:
         power: a, in [0, 1].

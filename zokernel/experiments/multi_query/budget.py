@@ -1,4 +1,4 @@
-"""The "multi-query paradox" (arXiv 2509.15552): directions per step at a fixed number of forward passes."""
+"""The "multi-query paradox" (arXiv:2509.15552): directions per step at a fixed number of forward passes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from zokernel.figures import PALETTE, figures
 MULTIPLES = [2.0 ** (k / 2) for k in range(-5, 3)]
 """Rates of the sweep per direction, times the trace of the Hessian: a step along P directions takes P times as much."""
 SCHEMES = ("two-point", "one-sided", "aligned")
-AVERAGE = "For the average, more than one query per step is always query-inefficient (arXiv 2509.15552, abstract)."
-ALIGN = "Projection alignment performs better with more queries per step (arXiv 2509.15552, abstract)."
+AVERAGE = "For the average, more than one query per step is always query-inefficient (arXiv:2509.15552, abstract)."
+ALIGN = "Projection alignment performs better with more queries per step (arXiv:2509.15552, abstract)."
 
 
 @experiment("multi_query/budget", "The multi-query paradox: directions per step at a fixed number of forward passes")
