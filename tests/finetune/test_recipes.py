@@ -19,10 +19,12 @@ def tiny(tmp_path_factory):
     folders = {f: save_model(tmp_path_factory.mktemp(f), f) for f in ("llama", "roberta")}
     kept = {}
 
-    def flags(task):
+    def flags(task, protocol):
         if task not in kept:
             kept[task] = toy_files(tmp_path_factory.mktemp(task), task, get_task(task), size=12)
-        return [word for name, path in kept[task].items() for word in (f"--{name}", path)]
+        # A published protocol takes validation examples from the training file.
+        files = {name: path for name, path in kept[task].items() if name != "validation_file" or not protocol}
+        return [word for name, path in files.items() for word in (f"--{name}", path)]
 
     return folders, flags
 
@@ -44,7 +46,7 @@ def test_every_recipe_runs(name, tiny, tmp_path, monkeypatch):
         [
             *("--config", name),
             *("--model_name_or_path", str(folders["roberta" if wanted_model.lm_type == "masked" else "llama"])),
-            *data_flags(wanted_data.task),
+            *data_flags(wanted_data.task, wanted_data.protocol),
             *("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_test_samples", "4"),
             *(("--k_shot", "2") if by_class else ("--max_eval_samples", "4")),
             *(("--max_new_tokens", "2") if get_task(wanted_data.task).kind == "generation" else ()),
