@@ -159,7 +159,7 @@ class LowRank(Factored):
         return self._blocks(places, self.backend, seed=seed, step=step, indices=indices, dtype=dtype)
 
     def _sweep_places(self, places: Sequence[Placement], sweep: Sweep) -> dict[str, float]:
-        """Add many directions of one step as a product of wide factors; see :meth:`zokernel.directions.Directions.add_`."""
+        """Add many directions of one step as a product of wide factors; see :class:`zokernel.directions.Directions`."""
         matrices = [p for p in places if len(p.shape) >= 2 and p.numel]
         if self.refresh or not adds_in_float32(matrices, sweep):
             return super()._sweep_places(places, sweep)
