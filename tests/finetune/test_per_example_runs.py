@@ -51,6 +51,19 @@ def objective_and_batches(kind, tokenizer):
     return Objective(loss=loss), prompt_batches(tokenizer, words, shared=kind == "shared prompt")
 
 
+def micro_batches(kind, model, tokenizer):
+    objective, batches = objective_and_batches(kind, tokenizer)
+    together = MicroBatches(
+        lambda batch: objective(model, batch),
+        None,
+        objective.weight,
+        lambda batch: objective.example_terms(model, batch),
+    )
+    for batch in batches:
+        together.add(batch)
+    return together
+
+
 KINDS = ("one token", "several tokens", "shared prompt", "answers", "chat", "chat, whole head")
 
 
@@ -66,15 +79,7 @@ def model_and_tokenizer(tiny_lm_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_of_examples_make_up_the_loss_of_the_batch(kind, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    objective, batches = objective_and_batches(kind, tokenizer)
-    together = MicroBatches(
-        lambda batch: objective(model, batch),
-        None,
-        objective.weight,
-        lambda batch: objective.example_terms(model, batch),
-    )
-    for batch in batches:
-        together.add(batch)
+    together = micro_batches(kind, model, tokenizer)
     with torch.no_grad():
         found = torch.cat([part.losses() for part in together.examples()])
         assert len(found) == 5
@@ -85,15 +90,7 @@ def test_losses_of_examples_make_up_the_loss_of_the_batch(kind, model_and_tokeni
 def test_each_example_sees_its_own_weights(kind, model_and_tokenizer):
     """Against the weights moved for one example after another: fp32, differences of losses to 1e-5."""
     model, tokenizer = model_and_tokenizer
-    objective, batches = objective_and_batches(kind, tokenizer)
-    together = MicroBatches(
-        lambda batch: objective(model, batch),
-        None,
-        objective.weight,
-        lambda batch: objective.example_terms(model, batch),
-    )
-    for batch in batches:
-        together.add(batch)
+    together = micro_batches(kind, model, tokenizer)
     optimizer = GRZO(model, lr=0.0, eps=1e-2, whiten=False, perturb=PerExampleRows(together.examples))
     optimizer.step(lambda: 0.0)
     named = dict(model.named_parameters())

@@ -45,6 +45,11 @@ class Thin:
         """Type in which a layer computes with it."""
         return self.left.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the changes take."""
+        return self.left.nbytes + self.right.nbytes
+
 
 @dataclass(frozen=True)
 class Flipped:
@@ -62,6 +67,11 @@ class Flipped:
     def dtype(self) -> torch.dtype:
         """Type in which a layer computes with it."""
         return self.rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the changes take, without the matrix that they share."""
+        return self.rows.nbytes + self.columns.nbytes
 
 
 Change = Held | Thin | Flipped
@@ -96,9 +106,7 @@ def stack(
     thin = _thin(parameters, directions, points, seed=seed, step=step)
     held = {name: tensor for name, tensor in parameters.items() if name not in thin}
     size = len(points) * sum(tensor.nbytes for tensor in held.values())
-    for change in thin.values():
-        parts = (change.left, change.right) if isinstance(change, Thin) else (change.rows, change.columns)
-        size += sum(part.nbytes for part in parts)
+    size += sum(change.nbytes for change in thin.values())
     if size > max_bytes:
         raise UsageError(
             f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
