@@ -75,16 +75,17 @@ class FactorBlocks:
     ) -> dict[str, Blocks]:
         # Runs of consecutive indices, each one piece of a stream.
         runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
-        sides = [draw for place in places for draw in self._sides(place, seed, step, indices[0])]
+        starts = [[self._sides(place, seed, step, run[0]) for run in runs] for place in places]
+        sides = [draw for own in starts for draw in own[0]]
         sizes = [-(-len(indices) * draw.rows * draw.columns // APART) * APART for draw in sides]
         room = self._room(sides[0].device, torch.float32, sum(sizes))
         blocks, jobs = [], []
         for number, (draw, piece) in enumerate(zip(sides, room.split(sizes))):
-            place, side = places[number // 2], number % 2
+            which, side = divmod(number, 2)
             block = piece[: len(indices) * draw.rows * draw.columns].view(len(indices), draw.rows, draw.columns)
             begin = 0
-            for run in runs:
-                own = self._sides(place, seed, step, run[0])[side]
+            for run, drawn in zip(runs, starts[which], strict=True):
+                own = drawn[side]
                 rows = block[begin : begin + len(run)].view(-1, draw.columns)
                 noise = Noise(own.distribution, own.key, own.step, own.number)
                 jobs.append(
