@@ -6,7 +6,7 @@ one direction per step, its default eps).  Losses are those of the same 64 train
 plans and runs are kept in a file, so that a stopped benchmark goes on.
 
     python benchmarks/plan_followed.py --data_folder DIR --headlines samples.jsonl --runs plan_followed.jsonl
-    python benchmarks/plan_followed.py --runs plan_followed.jsonl     # trains nothing: the table of what is there
+    python benchmarks/plan_followed.py --runs plan_followed.jsonl     # only prints the table of finished runs
 
 ``DIR`` holds {sst2,rte}/train.tsv and trec/train.csv; ``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of
 the package evals 3.0.1.post1.  The tickets are made up here; movie-reviews comes with the library.

@@ -37,7 +37,7 @@ class StreamedForward(InForward):
         max_together: Points that share a pass; their activations at the border of a block are held together.
 
     Raises:
-        UsageError: When attached, if the directions or the weights cannot be perturbed in the forward.
+        UsageError: When attached, if the directions or the weights do not suit in_forward.
     """
 
     def __init__(

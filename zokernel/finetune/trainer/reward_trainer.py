@@ -67,7 +67,7 @@ class RewardTrainer(ZOTrainer):
     def _perturb(self, copies: int) -> str:
         """Return ``stacked`` if the model's layers and the directions allow it, else what ``auto`` had chosen."""
         optimizer, chosen = self.taking, self.args.perturb
-        # Perturbing in the forward draws all directions anew for every token.
+        # With in_forward, all directions would be drawn anew for every token.
         unstacked = {"auto": "in_place", "in_forward": "in_place:copy"}.get(chosen, chosen)
         reason = (
             "" if stackable(optimizer.named_params, optimizer.directions, copies) else "dense directions of all weights"
