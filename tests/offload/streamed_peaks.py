@@ -1,4 +1,7 @@
-"""Print the peaks of anonymous memory of streamed runs of two depths, as JSON.  A script: other tests' heaps would blur them."""
+"""Print the peaks of anonymous memory of streamed runs of two depths, as JSON.
+
+A script, since the heaps that other tests leave would blur them.
+"""
 
 from __future__ import annotations
 
