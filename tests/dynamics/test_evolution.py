@@ -16,10 +16,11 @@ from zokernel.dynamics import (
     steps_to_reach,
     zo_descent,
 )
-from zokernel.dynamics.checks import as_kernel, as_vector
+from zokernel.dynamics.checks import as_vector
 from zokernel.errors import UsageError
 from zokernel.experiments.nzk.problems import linear_problem
 from zokernel.theory import expected_nzk, process_moments, stability_limit_of_features
+from zokernel.theory.checks import as_kernel
 from zokernel.theory.nzk_moments import ProcessMoments
 
 # The runs of the public code of Zhang et al. (2026), arXiv:2603.21169: loss at t = 0, 100, 1000, 4000, last, eta = 1e-3

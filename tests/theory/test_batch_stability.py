@@ -141,6 +141,8 @@ def test_several_outputs_share_the_directions_of_their_example():
     [
         (lambda: batch_stability_limit(torch.ones(2, 3), 1), "square matrix"),
         (lambda: batch_stability_limit(-torch.eye(2), 1), "negative eigenvalue"),
+        (lambda: batch_stability_limit(torch.tensor([[2.0, 1.0], [0.0, 2.0]]), 1), "must be symmetric"),
+        (lambda: batch_stability_limit(torch.tensor([[float("nan")]]), 1), "must be finite"),
         (lambda: batch_stability_limit(torch.eye(2), 3), "without replacement"),
         (lambda: batch_stability_limit(torch.eye(2), 1, 0), "positive whole number"),
         (lambda: batch_stability_limit(torch.eye(2), 1, distribution="rademacher"), "features="),

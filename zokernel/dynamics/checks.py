@@ -1,4 +1,4 @@
-"""What dynamics accepts: learning rates, vectors of numbers, step numbers and kernels, or one clear sentence."""
+"""What dynamics accepts: learning rates, vectors of numbers and step numbers, or one clear sentence."""
 
 from __future__ import annotations
 
@@ -46,28 +46,3 @@ def as_steps(steps: Steps, like: Tensor) -> Tensor:
     if not len(wanted) or (wanted < 0).any() or not (wanted == wanted.round()).all():
         raise UsageError("Steps must be whole numbers, zero or more, at least one.")
     return wanted
-
-
-def as_kernel(kernel: Tensor, size: int) -> Tensor:
-    """Return a kernel as a symmetric float64 matrix.
-
-    Args:
-        kernel: Kernel of ``size`` predictions, as a matrix or with an axis for several outputs.
-        size: Number of predictions.
-
-    Returns:
-        The kernel, (size, size).
-
-    Raises:
-        UsageError: If its shape does not fit, it is not finite, or it is clearly not symmetric.
-    """
-    matrix = torch.as_tensor(kernel, dtype=torch.float64).detach()
-    if matrix.numel() != size * size:
-        raise UsageError(f"The kernel has shape {tuple(matrix.shape)}, which does not fit {size} predictions.")
-    matrix = matrix.reshape(size, size)
-    if not matrix.isfinite().all():
-        raise UsageError("The kernel must be finite: check the features for NaN and infinity.")
-    scale = matrix.abs().max()
-    if (matrix - matrix.T).abs().max() > 1e-5 * scale:
-        raise UsageError("The kernel must be symmetric: pass K = X X^T of one set of points.")
-    return (matrix + matrix.T) / 2

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zokernel.dynamics.checks import Steps, as_kernel, as_steps, as_vector, check_learning_rate
+from zokernel.dynamics.checks import Steps, as_steps, as_vector, check_learning_rate
 from zokernel.dynamics.recursion import dense_path
 from zokernel.errors import UsageError
+from zokernel.theory.checks import as_kernel
 from zokernel.theory.nzk_moments import ProcessMoments
 from zokernel.theory.stability import clean_eigenvalues, limit_from_moments, noise_coefficients
 

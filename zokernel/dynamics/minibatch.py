@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from zokernel.distributions import Distribution
-from zokernel.dynamics.checks import as_kernel, as_vector, check_learning_rate
+from zokernel.dynamics.checks import as_vector, check_learning_rate
 from zokernel.dynamics.descent import ZoDescent
 from zokernel.theory.batch_stability import residual_noise
+from zokernel.theory.checks import as_kernel
 
 
 def batch_descent(

@@ -17,7 +17,7 @@ from torch import Tensor
 from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps, as_steps, check_learning_rate
 from zokernel.errors import RunError, UsageError
-from zokernel.theory.stability import check_num_perturbations
+from zokernel.theory.checks import check_num_perturbations
 
 # Shape suffixes: R runs, P directions per step, D parameters, T recorded steps.
 

@@ -21,8 +21,8 @@ from zokernel.distributions import Distribution
 from zokernel.dynamics.checks import Steps, as_steps, as_vector, check_learning_rate
 from zokernel.errors import UsageError
 from zokernel.private_apis import standard_gamma
+from zokernel.theory.checks import check_num_perturbations
 from zokernel.theory.nzk_moments import check_coupling
-from zokernel.theory.stability import check_num_perturbations
 
 # Shape suffixes: R runs, P directions per step, D coordinates, N predictions, T recorded steps.
 

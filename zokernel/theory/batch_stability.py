@@ -17,15 +17,13 @@ and :math:`E \hat g \hat g^T` is that of :mod:`zokernel.theory.per_example` with
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from zokernel.distributions import Distribution
-from zokernel.errors import RunError, UsageError
+from zokernel.theory.checks import as_kernel
 from zokernel.theory.per_example import example_blocks, sampling_share, step_second_moment
-from zokernel.theory.stability import clean_eigenvalues
+from zokernel.theory.stability import clean_eigenvalues, spectral_radius
 
 
 def residual_noise(
@@ -126,17 +124,14 @@ def batch_stability_limit(
         >>> [round(batch_stability_limit(kernel, 2, scheme=scheme), 3) for scheme in schemes]
         [1.333, 0.423, 0.481]
     """
-    kernel = kernel.detach().cpu().double()
-    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not kernel.isfinite().all():
-        raise UsageError(f"A kernel must be a square matrix of finite numbers, not of shape {tuple(kernel.shape)}.")
+    kernel = as_kernel(kernel).cpu()
     found, vectors = torch.linalg.eigh(kernel)
     values = torch.as_tensor(clean_eigenvalues(found))
     keep = values > 0
     values, vectors = values[keep], vectors[:, keep]
     pairs = (values[:, None] + values) / (len(kernel) // outputs)
-    state = torch.eye(len(values), dtype=torch.float64)
-    radius = math.inf
-    for _ in range(max_iterations):
+
+    def advance(state: Tensor) -> Tensor:
         noise = residual_noise(
             kernel,
             vectors @ state @ vectors.T,
@@ -148,9 +143,7 @@ def batch_stability_limit(
             features=features,
             outputs=outputs,
         )
-        state = vectors.T @ noise @ vectors / pairs
-        previous, radius = radius, float(state.norm())
-        state /= radius
-        if abs(radius - previous) <= tolerance * radius:
-            return 1.0 / radius
-    raise RunError(f"The stability limit has not settled in {max_iterations} iterations: raise max_iterations.")
+        return vectors.T @ noise @ vectors / pairs
+
+    state = torch.eye(len(values), dtype=torch.float64)
+    return 1.0 / spectral_radius(advance, state, tolerance, max_iterations)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_noise_ratio, check_num_perturbations
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
-from zokernel.theory.stability import check_num_perturbations
 
 SCHEMES = ("first_order", "shared", "per_example", "flipout")
 
@@ -82,7 +82,7 @@ def per_example_gain(noise_ratio: float, batch_size: int, population: int | None
         >>> [round(per_example_gain(5.5, size), 2) for size in (4, 16, 64)]
         [1.46, 3.31, 10.69]
     """
-    _check_noise(noise_ratio)
+    check_noise_ratio(noise_ratio)
     return batch_size * (1 + sampling_share(batch_size, population) * noise_ratio) / (1 + noise_ratio)
 
 
@@ -129,7 +129,7 @@ def gradient_square(
         >>> gradient_square(5.5, 16, 1, 1000, "shared"), gradient_square(5.5, 16, 1, 1000)
         (1346.4375, 408.0)
     """
-    _check_noise(noise_ratio)
+    check_noise_ratio(noise_ratio)
     count = check_num_perturbations(num_perturbations)
     moments = scheme_moments(scheme, distribution, dim)
     batch = 1 + sampling_share(batch_size, population) * noise_ratio
@@ -302,8 +302,3 @@ def scheme_moments(scheme: str, distribution: str | Distribution, dim: int) -> P
 def flipout_excess(scheme: str, distribution: str | Distribution) -> float:
     r"""Return :math:`\kappa - 1`, the factor of :math:`diag(\bar g \bar g^T)` that flipout's shared U adds, or 0."""
     return direction_distribution(distribution).kurtosis - 1.0 if scheme == "flipout" else 0.0
-
-
-def _check_noise(noise_ratio: float) -> None:
-    if not 0.0 <= noise_ratio < float("inf"):
-        raise UsageError(f"The noise of the examples' gradients must be at least 0 and finite, not {noise_ratio}.")

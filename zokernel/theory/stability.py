@@ -15,7 +15,8 @@ the equation of docs/theory.md, "Stability", :math:`\sum_i (trace/P)\, \eta l_i 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from zokernel.distributions import Distribution
 from zokernel.errors import RunError, UsageError
+from zokernel.theory.checks import check_num_perturbations
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
 
 
@@ -55,17 +57,6 @@ def clean_eigenvalues(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> np.
     if not values.any():
         raise UsageError("All eigenvalues are zero: no step changes any prediction.")
     return values
-
-
-def check_num_perturbations(num_perturbations: int) -> int:
-    """Return the number of perturbations if it is a positive whole number.
-
-    Raises:
-        UsageError: If it is not.
-    """
-    if int(num_perturbations) != num_perturbations or num_perturbations < 1:
-        raise UsageError(f"The number of perturbations must be a positive whole number, not {num_perturbations}.")
-    return int(num_perturbations)
 
 
 def noise_coefficients(moments: ProcessMoments, num_perturbations: int) -> tuple[float, float, float]:
@@ -199,15 +190,37 @@ def stability_limit_of_features(
     kappa, trace, diagonal = noise_coefficients(moments, num_perturbations)
     outer = np.outer(values, values)
     pairs = np.add.outer(values, values)
-    state, radius = np.eye(values.size), math.inf
-    for _ in range(max_iterations):
+
+    def advance(state: np.ndarray) -> np.ndarray:
         noise = kappa * outer * state + trace * (values @ state.diagonal()) * np.diag(values)
-        noise += diagonal * diagonal_noise(left, state)
-        state = noise / pairs
-        previous, radius = radius, float(np.linalg.norm(state))
-        state /= radius
+        return (noise + diagonal * diagonal_noise(left, state)) / pairs
+
+    return moments.mean / spectral_radius(advance, np.eye(values.size), tolerance, max_iterations)
+
+
+def spectral_radius(advance: Callable[[Any], Any], state: Any, tolerance: float, max_iterations: int) -> float:
+    """Return the largest eigenvalue of a linear map that keeps matrices positive, by power iteration.
+
+    Args:
+        advance: The map, of arrays or of tensors.
+        state: A positive definite matrix to begin with.
+        tolerance: Relative change of the eigenvalue at which the iteration stops.
+        max_iterations: Iterations before giving up.
+
+    Raises:
+        RunError: If the iteration has not settled.
+
+    Example:
+        >>> spectral_radius(lambda state: 2.0 * state, np.eye(4), 1e-9, 10)
+        2.0
+    """
+    state, radius = state / float((state**2).sum()) ** 0.5, math.inf
+    for _ in range(max_iterations):
+        state = advance(state)
+        previous, radius = radius, float((state**2).sum()) ** 0.5
+        state = state / radius
         if abs(radius - previous) <= tolerance * radius:
-            return moments.mean / radius
+            return radius
     raise RunError(f"The stability limit has not settled in {max_iterations} iterations: raise max_iterations.")
 
 

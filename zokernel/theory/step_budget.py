@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_noise_ratio, check_num_perturbations
 from zokernel.theory.per_example import sampling_share
-from zokernel.theory.stability import check_num_perturbations
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 DRAWS = (1, 2, 4, 8, 16, 32)
@@ -68,8 +69,7 @@ def curvature_factor(
         >>> curvature_factor(0.0, 89.0, batch_size=10)  # without noise, B directions
         10.0
     """
-    if not 0.0 <= noise_ratio < math.inf:
-        raise UsageError(f"The noise of the examples' gradients must be at least 0 and finite, not {noise_ratio}.")
+    check_noise_ratio(noise_ratio)
     for name, value in (("r", ratio), ("r_noise", noise_rank)):
         if value is not None and not 0.0 < value < math.inf:
             raise UsageError(f"The effective rank {name} must be positive and finite, not {value}.")
@@ -182,37 +182,16 @@ def step_choices(
     return sorted(scaled, key=lambda one: -round(one.gain, 9))
 
 
-def best_step(
-    noise_ratio: float,
-    ratio: float,
-    *,
-    per: str = "token",
-    batches: Sequence[int] = BATCHES,
-    draws: Sequence[int] = DRAWS,
-    schemes: Sequence[str] = ("shared", "per_example"),
-    noise_rank: float | None = None,
-    population: int | None = None,
-    per_example_cost: float = 1.0,
-    forward_rows: float = 0.0,
-    reference_batch: int = 16,
-) -> StepChoice:
+def best_step(noise_ratio: float, ratio: float, **grid: Any) -> StepChoice:
     r"""Return the batch, the number of directions and the scheme with the largest decrease per token or per forward.
 
     Args:
         noise_ratio: :math:`\nu`.
         ratio: r.
-        per: ``token`` or ``forward``.
-        batches: Batch sizes B to try.
-        draws: Directions P to try.
-        schemes: ``shared``, ``per_example`` or both.
-        noise_rank: :math:`r_{noise}`, as for :func:`curvature_factor`.
-        population: N for batches without replacement.
-        per_example_cost: Time of a forward with one direction per example over that of a plain one.
-        forward_rows: Cost of a forward that does not depend on the batch, in rows (``token`` only).
-        reference_batch: B of the reference, MeZO.
+        **grid: What to choose from, as for :func:`step_choices`.
 
     Returns:
-        The best choice of :func:`step_choices`, with its predicted gain over MeZO.
+        The first of :func:`step_choices`, with its predicted gain over MeZO.
 
     Raises:
         UsageError: If an argument is out of range.
@@ -222,16 +201,4 @@ def best_step(
         >>> best.scheme, best.num_perturbations, best.one_sided, round(best.gain, 2)
         ('per_example', 4, True, 4.28)
     """
-    return step_choices(
-        noise_ratio,
-        ratio,
-        per=per,
-        batches=batches,
-        draws=draws,
-        schemes=schemes,
-        noise_rank=noise_rank,
-        population=population,
-        per_example_cost=per_example_cost,
-        forward_rows=forward_rows,
-        reference_batch=reference_batch,
-    )[0]
+    return step_choices(noise_ratio, ratio, **grid)[0]
