@@ -54,6 +54,21 @@ def test_only_what_the_assistant_wrote_is_learned(template, messages, expected):
     assert whole == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
 
+@pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "plain"])
+def test_messages_of_weight_0_are_not_learned(template):
+    messages = turns("Hi", "Hello ", "And?", "Bye")
+    messages[1]["weight"] = 0
+    runs, whole = learned(encoder_of("messages", chat_tokenizer(template)), {"messages": messages})
+    assert runs == ["Bye<|im_end|>"]
+    assert "Hello " in whole
+    row = {"prompt": messages[:1], "completion": messages[1:]}
+    encoder = encoder_of("prompt-completion", chat_tokenizer(template), assistant_only_loss=True)
+    assert learned(encoder, row)[0] == ["Bye<|im_end|>"]
+    for form, other in (("messages", {"messages": messages}), ("prompt-completion", row)):
+        with pytest.raises(UsageError, match="weight 0"):
+            encoder_of(form, chat_tokenizer(template), assistant_only_loss=False).tokens(other)
+
+
 def test_the_whole_chat_is_learned_if_asked_for():
     encoder = encoder_of("messages", chat_tokenizer(PLAIN), assistant_only_loss=False)
     ids, marks = encoder.tokens({"messages": turns("Hi", "Hello")})

@@ -170,7 +170,7 @@ def test_flags_that_a_prompt_task_would_ignore_are_refused(words, told, flags, c
         ),
         (
             [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {"text": "c"}],
-            "line 2: this row is of the form 'text'",
+            "line 2: this row has 'text', and those before it have",
         ),
         ([{"text": str(n), "label": n % 25} for n in range(100)], "holds 25 classes by number: name them with --label"),
     ],

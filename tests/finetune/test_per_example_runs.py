@@ -164,5 +164,5 @@ def test_trainers_with_a_loss_of_their_own_are_refused(tmp_path, parts):
     trainer = zeroth_order(Trainer, method="grzo", learning_rate=1e-4)(
         model, TrainingArguments(str(tmp_path), max_steps=2, report_to="none", save_strategy="no"), train_dataset=rows
     )
-    with pytest.raises(UsageError, match="needs the loss of every example"):
+    with pytest.raises(UsageError, match="grzo needs the loss of each example"):
         trainer.train()

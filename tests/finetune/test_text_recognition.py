@@ -9,7 +9,7 @@ import pytest
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.datasets import load_splits, load_task
-from zokernel.finetune.data.formats import form_of
+from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks.text import TextTask, alpaca_messages, alpaca_prompt
 
@@ -121,10 +121,10 @@ def test_rows_without_text_are_left_out_and_counted(form, row, caplog):
         ("messages", {"messages": ["a"]}, "not a mapping"),
         ("messages", {"messages": "{"}, "no JSON list"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text is trained on"),
-        ("messages", {"messages": [{"role": "user", "content": 3}]}, "is a int, not a text"),
+        ("messages", {"messages": [{"role": "user", "content": 3}]}, "is 3, not a text"),
         ("messages", {"messages": HI, "tools": "{"}, "'tools' holds a text that is no JSON"),
         ("prompt-completion", {"prompt": "a", "completion": HI}, "must both be texts"),
-        ("text", {"text": ["a"]}, "holds a list, not a text"),
+        ("text", {"text": ["a"]}, "holds .'a'., not a text"),
         ("instruction", {"instruction": "a", "output": "b", "history": ["c"]}, "pairs"),
     ],
 )
@@ -168,9 +168,31 @@ def test_files_are_recognised_and_the_log_says_why(tmp_path, caplog, name, conte
         task = load_task(arguments)
     assert isinstance(task, TextTask)
     assert task.form == form
-    assert any(message.startswith("The columns (") for message in caplog.messages)
+    assert any(message.startswith("The rows are ") for message in caplog.messages)
     splits = load_splits(arguments, task, seed=0)
     assert len(splits.train) + len(splits.validation) == rows
+
+
+def test_only_columns_that_are_read_are_named_as_read(caplog):
+    with caplog.at_level(logging.INFO):
+        recognise([{"id": 1, "conversations": HI, "source": "a"}], DataArguments())
+    assert caplog.messages[0].endswith("Columns: conversations; id, source left out.")
+
+
+def test_columns_of_other_names_are_told_which_are_recognised(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1 + 1", "response": "2"}\n' * 8)
+    with pytest.raises(UsageError, match="recognised by the columns messages; prompt and completion; instruction"):
+        load_task(DataArguments(train_file=str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("weight", 0.0), ("train", False)])
+def test_messages_that_are_not_to_be_learned_have_weight_0(key, value):
+    row = {"messages": [HI[0], {**HI[1], key: value}]}
+    assert TextTask(form="messages").read([row], where="train")[0]["messages"][1] == {**HI[1], "weight": 0}
+    row = {"messages": [HI[0], {**HI[1], key: 1}]}
+    assert TextTask(form="messages").read([row], where="train")[0]["messages"][1] == HI[1]
+    with pytest.raises(UsageError, match=r"has the weight 0\.5"):
+        TextTask(form="messages").read([{"messages": [HI[0], {**HI[1], key: 0.5}]}], where="train")
 
 
 def test_text_with_label_words_stays_a_classification(tmp_path):

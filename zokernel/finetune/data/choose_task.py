@@ -13,6 +13,7 @@ from zokernel.finetune.tasks.base import is_missing
 from zokernel.finetune.tasks.prompt import on_a_scale, spelled
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.template import column_in_braces
+from zokernel.finetune.tasks.text import COLUMNS_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
     if label not in columns:
         raise UsageError(
             f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels with "
-            "--label_column, or what kind of task this is with --task or --task_file."
+            "--label_column, or what kind of task this is with --task or --task_file. Chats, instructions and texts "
+            f"are recognised by the columns {COLUMNS_OF_TEXT}: rename yours if that is what they are."
         )
     words = arguments.label_words or arguments.labels
     if not words:

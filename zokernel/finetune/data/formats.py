@@ -10,7 +10,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.base import is_missing
-from zokernel.finetune.tasks.text import TextTask
+from zokernel.finetune.tasks.text import READ, TextTask
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ def recognise(rows: Sequence[Row], arguments: DataArguments) -> Task | None:
                 "'content', or name --template and --label_column to classify."
             )
         return None
-    logger.info("The columns (%s) are %s.", ", ".join(_columns(rows)), _SAID[form])
+    read, columns = READ[form], _columns(rows)
+    used, left = [name for name in columns if name in read], [name for name in columns if name not in read]
+    aside = f"; {', '.join(left)} left out" if left else ""
+    logger.info("The rows are %s. Columns: %s%s.", _SAID[form], ", ".join(used), aside)
     return TextTask(form=form)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
 
 from transformers import TrainerCallback
 
@@ -38,7 +37,7 @@ class RunLog(TrainerCallback):
         self.replayed = False
         self.earlier_seconds = 0.0
         self._seconds_at: dict[int, float] = {}
-        self._file: TextIO | None = None
+        self._saved = False
 
     def begin(self, step: int, *, continues: bool) -> None:
         """Keep the rows of the steps already taken.
@@ -53,7 +52,7 @@ class RunLog(TrainerCallback):
         self.rows[:] = [row for row in kept if row["step"] <= step]
         self.forwards = int(self.rows[-1]["forwards"]) if self.rows else 0
         self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-        self._file = None
+        self._saved = False
 
     def on_record(self, record: StepRecord) -> None:
         """Append a row."""
@@ -78,13 +77,13 @@ class RunLog(TrainerCallback):
             self._write(row)
 
     def _write(self, row: Row) -> None:
-        if self._file is None:
+        if not self._saved:
             # What an earlier process wrote after the last whole step is replaced.
             self.save()
-            self._file = (self._folder / STEPS_FILE).open("a", encoding="utf-8")
-        else:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._saved = True
+            return
+        with (self._folder / STEPS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def forwards_at(self, step: float) -> int:
         """Return how many forwards had been used after ``step`` steps."""
@@ -96,9 +95,6 @@ class RunLog(TrainerCallback):
 
     def save(self) -> None:
         """Write all rows to ``steps.jsonl``."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
         write_text(self._folder / STEPS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def annotate(self, logs: dict[str, float]) -> None:

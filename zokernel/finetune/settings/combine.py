@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -63,6 +64,9 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     vars(combined).update(vars(args))
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
     combined.check_method()
+    rate = combined.learning_rate
+    if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
+        raise UsageError(f"learning_rate must be a finite number >= 0, not {rate!r}.")
     names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)]
     changed = {name for name in names if name not in FILLED_IN}
     combined.given = frozenset(changed | given.keys())

@@ -86,6 +86,8 @@ class ZOArguments:
             get_method(self.method)
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
+        if isinstance(self.method_args, str):
+            raise UsageError(f'method_args is a list of key=value texts: write ["{self.method_args}"].')
 
     def method_options(self) -> dict[str, Any]:
         """Return the keyword arguments for the method: the flags that were set, and ``method_args``.

@@ -93,7 +93,7 @@ def assistant_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **op
 
     A template with ``{% generation %}`` says so itself.  Otherwise the chat is rendered up to each of the assistant's
     messages, with the prompt for it, and up to its end; what lies between is the assistant's, without white space at
-    the end.
+    the end.  Messages of weight 0 are not counted.
 
     Args:
         tokenizer: The tokenizer.
@@ -106,12 +106,12 @@ def assistant_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **op
     Raises:
         UsageError: If the template renders the beginning of a chat otherwise when more follows.
     """
-    if _MARKED.search(str(tokenizer.chat_template)):
+    if _MARKED.search(str(tokenizer.chat_template)) and all(message.get("weight", 1) for message in messages):
         return [bool(mark) for mark in _marked(tokenizer, messages, options)["assistant_masks"]]
     whole = render(tokenizer, messages, **options)
     spans = []
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("weight", 1):
             continue
         until = render(tokenizer, messages[: number + 1], **options)
         if number:

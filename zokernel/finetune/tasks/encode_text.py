@@ -92,9 +92,7 @@ class TextEncoder:
         options = self._options(row)
         if self.form == "messages":
             ids = self._chat(row["messages"], **options)
-            if not self.assistant_only_loss:
-                return ids, [True] * len(ids)
-            return ids, assistant_tokens(self.tokenizer, row["messages"], **options)
+            return ids, self._learned(row["messages"], ids, options)
         prompt, completion = self._parts(row)
         if isinstance(prompt, str):
             before, ids = self._plain(prompt), self._plain(prompt + self._ended(completion))
@@ -102,13 +100,24 @@ class TextEncoder:
         else:
             before = self._chat(prompt, add_generation_prompt=True, **options)
             ids = self._chat([*prompt, *completion], **options)
-            only = self.assistant_only_loss
-            marks = assistant_tokens(self.tokenizer, [*prompt, *completion], **options) if only else [True] * len(ids)
+            marks = self._learned([*prompt, *completion], ids, options)
         if self.completion_only_loss:
             # Tokens may merge across the boundary: the completion begins where the two diverge.
             begin = next((n for n, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
             marks = [False] * begin + marks[begin:]
         return ids, marks
+
+    def _learned(
+        self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int], options: Mapping[str, Any]
+    ) -> list[bool]:
+        if self.assistant_only_loss:
+            return assistant_tokens(self.tokenizer, messages, **options)
+        if not all(message.get("weight", 1) for message in messages):
+            raise UsageError(
+                "Messages of weight 0 are left out of the loss of the assistant's tokens alone: set "
+                "--assistant_only_loss true, or take the weights out of the chats."
+            )
+        return [True] * len(ids)
 
     def prompt(self, row: Row) -> tuple[list[int], str]:
         """Return what a model would be asked with, and the answer in the row.

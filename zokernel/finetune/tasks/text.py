@@ -30,6 +30,15 @@ ROLES = {
     "function": "tool",
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+_EXTRAS = ("tools", "chat_template_kwargs")
+# What each form reads; the first names are those of the form, the others may be absent.
+READ = {
+    "messages": ("messages", "conversations", "system", *_EXTRAS),
+    "prompt-completion": ("prompt", "completion", "system", *_EXTRAS),
+    "instruction": ("instruction", "output", "input", "system", "history"),
+    "text": ("text",),
+}
+COLUMNS_OF_TEXT = "messages; prompt and completion; instruction, input and output; or text"
 # The wording of the Stanford Alpaca project (Taori et al., 2023).
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -86,8 +95,8 @@ class TextTask(Task):
                 raise UsageError(f"{where}, {place}: {error}") from error
             if found is None and (other := _other_form(row, self.form)):
                 raise UsageError(
-                    f"{where}, {place}: this row is of the form {other!r}, and those before it are {self.form!r}: put "
-                    "the two forms in files of their own."
+                    f"{where}, {place}: this row has {_named(other)}, and those before it have {_named(self.form)}: "
+                    "put the two kinds in files of their own."
                 )
             if found is None:
                 empty.append(place)
@@ -98,7 +107,7 @@ class TextTask(Task):
         for role, place in strange.items():
             logger.warning("%s, %s: %r is no usual role; it is for the chat template to know.", where, place, role)
         if not kept:
-            raise UsageError(f"{where} has no row with text to learn ({self.form}).")
+            raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}.")
         if empty:
             told, verb = count_rows(len(empty)), "is" if len(empty) == 1 else "are"
             logger.info("%s: %s without text %s left out (the first: %s).", where, told, verb, empty[0])
@@ -121,6 +130,12 @@ class TextTask(Task):
     def correct(self, row: Row) -> tuple[int, ...]:
         """Return the one text there is."""
         return (0,)
+
+
+def _named(form: str) -> str:
+    """Return the columns of a form in words."""
+    first, *more = [repr(name) for name in READ[form][: 1 if form in ("messages", "text") else 2]]
+    return " and ".join([first, *more])
 
 
 def _messages_row(row: Row) -> Row | None:
@@ -238,8 +253,19 @@ def _message(value: object, column: str) -> dict[str, Any] | None:
         # Some chats begin with an empty system message; another message without text is no turn.
         return {**message, "content": ""} if message["role"] == "system" else None
     if not isinstance(content, str):
-        raise UsageError(f"The content of a message in {column!r} is a {type(content).__name__}, not a text.")
+        raise UsageError(f"The content of a message in {column!r} is {content!r:.60}, not a text.")
+    _check_weight(message, column)
     return message
+
+
+def _check_weight(message: dict[str, Any], column: str) -> None:
+    """Keep ``weight`` 0 of a message that is not to be learned (OpenAI's key; Axolotl's is ``train``: false)."""
+    said = [message.pop(key) for key in ("weight", "train") if key in message]
+    for value in said:
+        if value not in (0, 1):
+            raise UsageError(f"A message in {column!r} has the weight {value!r:.40}: it is learned (1) or not (0).")
+    if not all(said):
+        message["weight"] = 0
 
 
 def _joined(parts: Sequence[Any]) -> str:
@@ -263,7 +289,7 @@ def _is_chat(value: object) -> bool:
 
 def _text(value: object, column: str) -> str:
     if isinstance(value, (list, tuple, Mapping, bytes)):
-        raise UsageError(f"Column {column!r} holds a {type(value).__name__}, not a text.")
+        raise UsageError(f"Column {column!r} holds {value!r:.60}, not a text.")
     return str(value)
 
 
@@ -277,7 +303,7 @@ def _with_system(messages: Messages, system: object) -> Messages:
 def _extras(row: Row) -> dict[str, Any]:
     """Return ``tools`` and ``chat_template_kwargs``, which are handed to the template."""
     found: dict[str, Any] = {}
-    for name in ("tools", "chat_template_kwargs"):
+    for name in _EXTRAS:
         value = row.get(name)
         if isinstance(value, str):
             try:

@@ -61,8 +61,8 @@ def stack_or_share(
     if perturb.name == "per_example":
         if examples is None:
             raise UsageError(
-                f"Method {args.method} needs the loss of every example, which only the cross entropy of ZOTrainer's "
-                "own loss gives: choose a method whose directions all examples share."
+                f"Method {args.method} needs the loss of each example, and this trainer's loss is one number for the "
+                "batch: use the command line or ZOTrainer with their cross entropy, or another method."
             )
         set_perturb(optimizer, PerExampleRows(examples), parallel)
         return perturb.name
@@ -72,7 +72,8 @@ def stack_or_share(
     if name == "stacked":
         if stacked is None:
             raise UsageError(
-                "Only the cross entropy of ZOTrainer's own loss can be stacked: leave out perturb 'stacked'."
+                "perturb='stacked' needs the loss of each example, and this trainer's loss is one number for the "
+                "batch: leave it out."
             )
         perturb = Stacked(stacked, max_copies=max(2, max_copies(**sizes)))
     if perturb is not optimizer.perturb or parallel is not None:
