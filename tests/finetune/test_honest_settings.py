@@ -22,12 +22,12 @@ from zokernel.finetune.settings.resolve import resolve
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--fsdp", "full_shard"], "fsdp='full_shard' has no effect here"),
-        (["--deepspeed", "ds.json"], "deepspeed='ds.json' has no effect here"),
-        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1 has no effect here (the loss is"),
-        (["--do_predict", "true"], "do_predict=True has no effect here"),
-        (["--gradient_checkpointing", "true"], "gradient_checkpointing=True has no effect here"),
-        (["--activation_checkpointing", "true"], "activation_checkpointing=True has no effect here"),
+        (["--fsdp", "full_shard"], "fsdp='full_shard' cannot be honoured here"),
+        (["--deepspeed", "ds.json"], "deepspeed='ds.json' cannot be honoured here"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1 cannot be honoured here (the loss is"),
+        (["--do_predict", "true"], "do_predict=True cannot be honoured here"),
+        (["--gradient_checkpointing", "true"], "gradient_checkpointing=True cannot be honoured here"),
+        (["--activation_checkpointing", "true"], "activation_checkpointing=True cannot be honoured here"),
         (["--seed", "3", "4"], "The argument '4' after --seed has no meaning here"),
         (["--lora", "maybe"], "argument --lora: 'maybe' is not true or false"),
         (["--template", ""], "template is empty"),

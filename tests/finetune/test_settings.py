@@ -172,7 +172,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_settings_that_would_be_ignored_are_refused_by_name(name, tmp_path):
-    with pytest.raises(UsageError, match=rf"^{name}=.* has no effect here"):
+    with pytest.raises(UsageError, match=rf"^{name}=.* cannot be honoured here"):
         ZOConfig(output_dir=str(tmp_path), **{name: UNSUPPORTED[name]})
 
 

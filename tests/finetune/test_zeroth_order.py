@@ -154,6 +154,14 @@ def test_trl_counts_a_batch_once_and_no_loss_that_is_only_tried(tmp_path):
     assert all("grad_norm" not in row and "projected_gradient" in row for row in rows)
 
 
+def test_memory_that_only_a_backward_pass_needs_is_not_saved(tmp_path, caplog):
+    pytest.importorskip("trl")
+    with caplog.at_level("INFO"):
+        make("supervised_finetuning", tmp_path, activation_offloading=True, gradient_checkpointing=True).train()
+    for name in ("activation_offloading", "gradient_checkpointing"):
+        assert f"{name} is off: without a backward pass, no activation is kept." in caplog.messages
+
+
 @pytest.mark.parametrize("wrong", ["Trainer", None, dict, 3])
 def test_what_is_no_trainer_class_is_refused(wrong):
     with pytest.raises(UsageError, match="takes a class"):
@@ -163,6 +171,7 @@ def test_what_is_no_trainer_class_is_refused(wrong):
 def test_wrapping_twice_keeps_the_settings():
     twice = zeroth_order(zeroth_order(Trainer, method="kerzoo"), eps=1e-2)
     assert twice.zo_settings == {"method": "kerzoo", "eps": 1e-2}
+    assert twice.__name__ == "ZerothOrderTrainer"
 
 
 def test_dropout_and_batch_statistics_are_off_in_a_step_and_the_flag_is_kept(tmp_path):
@@ -227,6 +236,9 @@ def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
         ({"methods": "mezo"}, r"no setting 'methods' \(did you mean method\?\)"),
         ({"method": "mezzo"}, "There is no method 'mezzo'"),
         ({"perturb": "sideways"}, "perturb must be one of"),
+        ({"save_strategy": "sometimes"}, "save_strategy must be one of no, .*, journal, not 'sometimes'"),
+        ({"method_args": "kernel_order=3"}, r'write \["kernel_order=3"\]'),
+        *(({"learning_rate": rate}, "learning_rate must be a finite") for rate in (-1.0, float("nan"), "1e-3")),
     ],
 )
 def test_wrong_settings_are_refused_when_the_class_is_made(settings, match):
@@ -236,7 +248,7 @@ def test_wrong_settings_are_refused_when_the_class_is_made(settings, match):
 
 def test_arguments_that_a_step_cannot_honour_are_refused(tmp_path):
     _, kwargs = CASES["text_classification"](tmp_path, neftune_noise_alpha=5.0)
-    with pytest.raises(UsageError, match=r"neftune_noise_alpha=5\.0 has no effect"):
+    with pytest.raises(UsageError, match=r"neftune_noise_alpha=5\.0 cannot be honoured"):
         zeroth_order(Trainer)(**kwargs)
     _, kwargs = CASES["text_classification"](tmp_path)
     with pytest.raises(UsageError, match="stacked"):

@@ -63,7 +63,7 @@ def is_first_order(method: str) -> bool:
 
 def keep_no_activations(args: Any) -> None:
     """Turn off in somebody's arguments for gradients what saves memory of a backward pass, and say so."""
-    for name in _CHECKPOINTING:
+    for name in (*_CHECKPOINTING, "activation_offloading"):
         if getattr(args, name, None):
             logger.info("%s is off: %s.", name, _ACTIVATIONS)
             setattr(args, name, False)
@@ -90,4 +90,4 @@ def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
         off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
         if value != default and (value or off):
             value = getattr(value, "value", value)  # of an enumeration
-            raise UsageError(f"{f.name}={value!r} has no effect here ({refused[f.name]}): leave it out.")
+            raise UsageError(f"{f.name}={value!r} cannot be honoured here ({refused[f.name]}): leave it out.")

@@ -45,7 +45,7 @@ def zeroth_order(trainer: type[Trainer], **settings: Any) -> Any:
     add_zeroth_order(TrainingArguments("unused", max_grad_norm=0.0), {"learning_rate": 0.0} | settings)
     bases = (trainer,) if issubclass(trainer, ZerothOrderTrainer) else (trainer, ZerothOrderTrainer)
     bases = (ZerothOrderTrainer,) if trainer is Trainer else bases
-    name = f"ZerothOrder{trainer.__name__}"
+    name = trainer.__name__ if hasattr(trainer, "zo_settings") else f"ZerothOrder{trainer.__name__}"
 
     @wraps(trainer.__init__)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
