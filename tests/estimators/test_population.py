@@ -66,7 +66,13 @@ def test_antithetic_leave_one_out_is_the_two_point_estimate_and_one_sided_that_o
     both = Population(0.1, 3, "leave_one_out").combine(LOSSES, seed=0, step=0)
     assert both.coefficients == pytest.approx(TwoPoint(0.1, 3).combine(LOSSES, seed=0, step=0).coefficients)
     one = Population(0.1, 6, "leave_one_out", antithetic=False).combine(LOSSES, seed=0, step=0)
-    assert one.coefficients == pytest.approx(LeaveOneOut(0.1, 6).combine(LOSSES, seed=0, step=0).coefficients)
+    rloo = LeaveOneOut(0.1, 6)
+    assert rloo.combine(LOSSES, seed=0, step=0) == one
+    assert rloo.points(seed=0, step=0) == [{index: 0.1} for index in range(6)]
+    assert repr(rloo) == "LeaveOneOut(eps=0.1, num_perturbations=6)"
+    others = [statistics.mean(LOSSES[:n] + LOSSES[n + 1 :]) for n in range(6)]
+    expected = [(loss - other) / 0.6 for loss, other in zip(LOSSES, others)]
+    assert list(one.coefficients.values()) == pytest.approx(expected, rel=1e-12)
     assert both.loss_std is None
 
 

@@ -28,17 +28,18 @@ arXiv:2511.07971, which uses it on its own directions.  The second moments are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
-from zokernel.estimators.shaping import leave_one_out
+from zokernel.estimators.base import check_radius
+from zokernel.estimators.population import Population
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Estimator):
+class LeaveOneOut(Population):
     """Average of the differences of every perturbed loss from the mean of the others.
+
+    That is a one-sided :class:`~zokernel.estimators.population.Population` shaped as ``leave_one_out``.
 
     Args:
         eps: Radius of the perturbation, in units of the weights.
@@ -54,8 +55,9 @@ class LeaveOneOut(Estimator):
         {0: 2.0, 1: -2.0}
     """
 
-    eps: float = 1e-3
     num_perturbations: int = 8
+    shaping: str = field(default="leave_one_out", init=False, repr=False)
+    antithetic: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
@@ -63,12 +65,3 @@ class LeaveOneOut(Estimator):
             raise UsageError(
                 "Leaving one loss out needs the loss of another: set num_perturbations to at least 2; 8 is usual."
             )
-
-    def points(self, *, seed: int, step: int) -> list[Offsets]:
-        """Return one end of every direction."""
-        return [{index: self.eps} for index in range(self.num_perturbations)]
-
-    def combine(self, losses: Sequence[float], *, seed: int, step: int) -> Estimate:
-        """Return the differences from the means of the other losses."""
-        scale = self.eps * len(losses)
-        return Estimate({index: c / scale for index, c in enumerate(leave_one_out(losses))}, list(losses))
