@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig, zeroth_order
 from zokernel.finetune.data.sampling import ReseedingSampler
+from zokernel.finetune.trainer import empty_cache
 from zokernel.journal import Journal
 
 WITH_TRL = [name for name in CASES if name not in list(CASES)[:8]]
@@ -256,6 +257,14 @@ def test_arguments_that_a_step_cannot_honour_are_refused(tmp_path):
     optimizer = torch.optim.SGD(kwargs["model"].parameters(), lr=0.1)
     with pytest.raises(UsageError, match=r"zeroth_order\(Trainer, method='kerzoo'\)"):
         zeroth_order(Trainer)(**kwargs, optimizers=(optimizer, None))
+
+
+def test_the_cache_is_emptied_after_every_so_many_steps(tmp_path, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(empty_cache, "clear_device_cache", lambda: emptied.append(trainer.state.global_step))
+    trainer = make("text_classification", tmp_path, torch_empty_cache_steps=4)
+    trainer.train()
+    assert emptied == [4]
 
 
 def test_label_smoothing_is_honoured_by_a_plain_trainer(tmp_path):

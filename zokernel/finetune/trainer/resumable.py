@@ -62,6 +62,8 @@ class ResumableTrainer(CheckpointTrainer):
         self.when_begun: Callable[[], None] | None = None
         self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
         self.add_callback(_AroundTheLoop(self))
+        if self.zeroth_order:
+            self.add_callback(EmptyCache())
 
     @property
     def data_ranks(self) -> int:
