@@ -25,6 +25,7 @@ from zokernel.finetune.storage.replay import restore_base_
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
 from zokernel.finetune.trainer.checkpoints import CheckpointTrainer, best_is_taken
+from zokernel.finetune.trainer.empty_cache import EmptyCache
 from zokernel.private_apis import set_loop_sums
 
 logger = logging.getLogger(__name__)
