@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from zokernel.finetune.monitor.paired import CHANGE, ERROR
 from zokernel.finetune.monitor.step_record import StepRecord
 
 FEW_STEPS = 20  # a run of fewer tells nothing
 FELL = 0.005  # share of the loss by which it must fall at least
 IMPROVED = 0.02  # share of the held-out loss by which the best of several evaluations is better by more than chance
+NOTICED = 1e-3  # share of the held-out loss that a change must have at least, however certain it is
+CERTAIN = 2.0  # standard errors of one paired difference
 SCORES = ("accuracy", "f1", "em")
 
 
@@ -153,10 +156,15 @@ class HeldOut:
         best: Lowest loss of the later ones.
         last: Loss at the last one.
         from_start: Whether the first one was before the first step.
-        fell: Whether the loss fell by half a percent, and stayed there.
-        improved: Whether it fell by two percent, or a score rose by three errors while the loss did not double.
+        fell: Whether the loss fell, and stayed there: by two errors of the paired differences of the examples and a
+            thousandth; by half a percent where these are not known.
+        improved: Whether the best evaluation fell by more than the best of so many does by chance (by two percent where
+            paired differences are not known), or a score rose by three errors while the loss did not double.
         moved: Largest relative change of the loss.
         scores_moved: Whether any score changed.
+        change: Mean paired difference of the examples' losses between the start and the last evaluation; None where
+            they are not known.
+        error: Its standard error.
     """
 
     start: float
@@ -167,13 +175,28 @@ class HeldOut:
     improved: bool
     moved: float
     scores_moved: bool
+    change: float | None = None
+    error: float = math.inf
+
+    @property
+    def may_have_fallen(self) -> float:
+        """By how much the loss may have fallen at most: by two paired errors more than was seen; 0 where unknown."""
+        return 0.0 if self.change is None else max(CERTAIN * self.error - self.change, 0.0)
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss rose: by two paired errors and a thousandth, or half a percent where they are unknown."""
+        if self.change is None:
+            return self.last - self.start > FELL * abs(self.start)
+        return self.change > max(CERTAIN * self.error, NOTICED * abs(self.start))
 
 
 def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
     """Return what the evaluations say; None if there are not two.
 
     Args:
-        evaluations: Each with ``step``, ``loss`` and scores, in the order of steps.
+        evaluations: Each with ``step``, ``loss`` and scores, in the order of steps; later ones with ``loss_change`` and
+            ``loss_change_error`` (see :mod:`zokernel.finetune.monitor.paired`) where they are known.
         examples: How many examples were evaluated.
 
     Example:
@@ -184,7 +207,14 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
         return None
     first, *later = evaluations
     start, best = first["loss"], min(row["loss"] for row in later)
-    improved, scores_moved = start - best > IMPROVED * abs(start), False
+    paired = all(CHANGE in row for row in later)
+    scores_moved = False
+    if paired:
+        # The best of k evaluations is as far down by chance as one is at a k-th of the probability.
+        certain = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
+        improved = any(_fell(row, start, certain) for row in later)
+    else:
+        improved = start - best > IMPROVED * abs(start)
     sound = [row for row in later if row["loss"] < 2 * abs(start)]
     for name in SCORES:
         if name in first:
@@ -193,5 +223,12 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
             improved |= any(row[name] > first[name] + noise for row in sound)
             scores_moved |= any(row[name] != first[name] for row in later)
     moved = max(abs(row["loss"] - start) for row in later) / max(abs(start), 1e-12)
-    fell = start - later[-1]["loss"] > FELL * abs(start)
-    return HeldOut(start, best, later[-1]["loss"], first["step"] == 0, fell, improved, moved, scores_moved)
+    last = later[-1]
+    fell = _fell(last, start, CERTAIN) if paired else start - last["loss"] > FELL * abs(start)
+    found = HeldOut(start, best, last["loss"], first["step"] == 0, fell, improved, moved, scores_moved)
+    return replace(found, change=last[CHANGE], error=last[ERROR]) if paired else found
+
+
+def _fell(row: Mapping[str, float], start: float, certain: float) -> bool:
+    """Return whether an evaluation's paired difference is below zero by so many errors, and by a thousandth."""
+    return -row[CHANGE] > max(certain * row[ERROR], NOTICED * abs(start))

@@ -61,13 +61,17 @@ def verdict(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]
         >>> verdict(None, None)
         ('too short to tell', 'Fewer than 20 steps are too few to tell whether the loss falls.')
     """
-    if evaluated is not None and evaluated.improved:
+    paired = evaluated is not None and evaluated.change is not None
+    if evaluated is not None and (evaluated.improved or (paired and evaluated.fell)):
         return LEARNED, ""
     known = evaluated is not None and evaluated.from_start and not evaluated.fell
-    if change is not None and change.fell and known and evaluated is not None:
+    # Few held-out examples may hide a fall that is worth having.
+    hidden = evaluated is not None and not evaluated.rose and evaluated.may_have_fallen > UNSEEN * abs(evaluated.start)
+    if change is not None and change.fell and known and not hidden and evaluated is not None:
         return ONLY_TRAINING, (
             f"The loss of training batches fell from {change.first:.4g} to {change.last:.4g}, but the held-out loss "
-            f"was {evaluated.start:.4g} at the start and {evaluated.best:.4g} at best afterwards."
+            f"was {evaluated.start:.4g} at the start and {evaluated.best:.4g} at best afterwards"
+            f"{_difference(evaluated)}."
         )
     if change is not None and change.fell:
         return LEARNED, ""
@@ -77,13 +81,26 @@ def verdict(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]
     batches += f" (± {change.error:.2g})"
     may_have_fallen = 2 * change.error - change.change > UNSEEN * abs(change.first)
     could_not = change.still >= STILL or (change.total is not None and change.total < SMALL * abs(change.first))
+    if may_have_fallen and hidden and evaluated is not None and not (change.rose or could_not):
+        return TOO_SHORT, (
+            f"The losses vary too much to tell whether they fell: {batches}; held out {evaluated.start:.4g} at the "
+            f"start and {evaluated.last:.4g} at the end{_difference(evaluated)}."
+        )
     if may_have_fallen and not (change.rose or could_not or known):
         return TOO_SHORT, f"The losses of batches vary too much to tell whether they fell: {batches}."
     told = f"The loss did not fall: {batches}"
     if evaluated is not None:
         when = "at the start" if evaluated.from_start else "at the first evaluation"
         told += f"; held out {evaluated.start:.4g} {when} and {evaluated.best:.4g} at best afterwards"
+        told += _difference(evaluated)
     return NOT_LEARNED, told + "."
+
+
+def _difference(evaluated: HeldOut) -> str:
+    """Return the paired difference of the held-out examples' losses in words; empty where it is not known."""
+    if evaluated.change is None:
+        return ""
+    return f" (the same examples, at the end: {evaluated.change:+.2g} ± {evaluated.error:.2g})"
 
 
 def diagnose(

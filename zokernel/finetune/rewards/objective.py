@@ -84,7 +84,12 @@ class RewardObjective:
 
     def total_loss(self, prediction: Any) -> float:
         """Return the loss over a data set from the ``terms`` of its prompts."""
-        return -float(torch.as_tensor(prediction.predictions).double()[:, 0].mean())
+        return float(self.terms(prediction)[:, 0].mean())
+
+    def terms(self, prediction: Any) -> Tensor:
+        """Return each prompt's loss and the number 1: (N, 2) float64."""
+        losses = -torch.as_tensor(prediction.predictions).double()[:, 0]
+        return torch.stack([losses, torch.ones_like(losses)], 1)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Return the mean reward with its standard error, and the pass rate where all rewards are 0 or 1."""

@@ -48,8 +48,12 @@ class LanguageObjective:
 
     def total_loss(self, prediction: Any) -> float:
         """Return the loss over a data set from the ``terms`` of its rows."""
-        total, count = torch.as_tensor(prediction.predictions).double().sum(0).tolist()
+        total, count = self.terms(prediction).sum(0).tolist()
         return total / count
+
+    def terms(self, prediction: Any) -> Tensor:
+        """Return each row's sum of losses and its number of tokens: (R, 2) float64."""
+        return torch.as_tensor(prediction.predictions).double()
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Return the perplexity over a data set."""

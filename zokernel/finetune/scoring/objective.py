@@ -108,11 +108,18 @@ class Objective:
         Args:
             prediction: ``predictions`` (the four arrays) and ``label_ids``, as ``transformers.Trainer`` gathers them.
         """
-        terms_N2 = torch.as_tensor(prediction.predictions[3])
-        if self.objective == "f1" and self.kind == "classification":
-            return 1 - macro_f1(terms_N2[:, 0].long(), torch.as_tensor(prediction.label_ids))
-        total, count = terms_N2.double().sum(0).tolist()
+        terms_N2 = self.terms(prediction)
+        if terms_N2 is None:
+            predicted = torch.as_tensor(prediction.predictions[3])[:, 0].long()
+            return 1 - macro_f1(predicted, torch.as_tensor(prediction.label_ids))
+        total, count = terms_N2.sum(0).tolist()
         return total / count
+
+    def terms(self, prediction: Any) -> Tensor | None:
+        """Return each example's sum of losses and the number of its terms, (N, 2) float64; None if there are none."""
+        if self.objective == "f1" and self.kind == "classification":
+            return None
+        return torch.as_tensor(prediction.predictions[3]).double()
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         """Return the metrics over a data set, as ``transformers.Trainer`` asks for them."""

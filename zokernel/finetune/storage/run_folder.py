@@ -44,6 +44,7 @@ ARTEFACTS = (
     "trainer_state.json",
     "README.md",
     "steps.jsonl",
+    "held-out-start.json",
     "loss.png",
     "report.md",
     "report.html",

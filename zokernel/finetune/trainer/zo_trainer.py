@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.finetune.monitor.paired import StartLosses
+from zokernel.finetune.monitor.stop import StopWhenWorse
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.unsupported import refuse_unsupported
+from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer.micro_batches import mean_weight
 from zokernel.finetune.trainer.zeroth_order_trainer import ZerothOrderTrainer
 
@@ -60,8 +65,11 @@ class ZOTrainer(ZerothOrderTrainer):
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
         # model's own forward could.
         self.model_accepts_loss_kwargs = False
+        self._start_losses = StartLosses(self.folder, writes=self.args.should_save)
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        elif requested.method == AUTO:
+            self.add_callback(StopWhenWorse())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the micro-batches of a step and, if their losses do not weigh the same, their mean weight."""
@@ -142,4 +150,23 @@ class ZOTrainer(ZerothOrderTrainer):
         if output.predictions is not None and output.metrics is not None and not self.has_own_loss:
             # transformers repeats the mean of each batch as often as a full batch has examples.
             output.metrics[f"{metric_key_prefix}_loss"] = self.objective.total_loss(output)
+            if self.is_in_train and metric_key_prefix == "eval" and dataloader.dataset is self.eval_dataset:
+                output.metrics.update(self._since_start(self.objective.terms(output)))
         return output
+
+    def _since_start(self, terms_N2: Tensor | None) -> dict[str, float]:
+        """Return the change of the held-out loss since before training, by example; keep the losses of the start."""
+        if terms_N2 is None:
+            return {}
+        if self.state.global_step == 0:
+            self._start_losses.keep(terms_N2)
+            return {}
+        changes = self._start_losses.change(terms_N2, continues=self.continues)
+        return {f"eval_{name}": value for name, value in changes.items()}
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return the sampler of transformers, whose batches are the same in every evaluation: examples are paired."""
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(0)
+        return sampler
