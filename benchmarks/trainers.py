@@ -3,7 +3,7 @@
     python benchmarks/trainers.py dpo token --seeds 1 --results trainers.jsonl
     python benchmarks/trainers.py --results trainers.jsonl --table
 
-Every job takes the best of three rates, by the loss of rows that neither train nor report, after a third of the steps.
+Every job takes the best of two or three rates, by the loss of rows that neither train nor report, after a third of the steps.
 Finished runs are lines of the results and are not repeated.  `t5` and `bert` are folders of models, given by flags.
 """
 
@@ -30,7 +30,7 @@ from zokernel.data import load_rows, resolve_model_path
 from zokernel.finetune import zeroth_order
 
 WORDS = ("negative", "positive")
-TRAIN, CHOOSE, HELD_OUT = slice(0, 1000), slice(0, 64), slice(64, 264)
+TRAIN, CHOOSE, HELD_OUT = slice(0, 1000), slice(0, 64), slice(64, 184)
 Row = dict[str, Any]
 
 
@@ -90,7 +90,7 @@ class Job:
     head: type
     rows: Callable[..., Row | None]
     rates: tuple[float, ...]
-    steps: int = 60
+    steps: int = 45
     collator: Callable[[Any], Any] | None = None
     options: dict[str, Any] | None = None
     lora: str | None = None
@@ -101,10 +101,10 @@ def plain(model: str, head: type, rows: Callable[..., Row | None], collator: Any
     return Job(transformers.Trainer, transformers.TrainingArguments, model, head, rows, collator=collator, **more)
 
 
-T, LORA = transformers, (1e-2, 2e-2, 4e-2)
+T, LORA = transformers, (1e-2, 3e-2)
 JOBS = {
     "classification": plain(
-        "smollm2", T.AutoModelForSequenceClassification, classified, T.DataCollatorWithPadding, rates=(1e-4, 3e-4, 1e-3)
+        "smollm2", T.AutoModelForSequenceClassification, classified, T.DataCollatorWithPadding, rates=(2e-4, 6e-4)
     ),
     "token": plain(
         "bert",
@@ -130,7 +130,7 @@ JOBS = {
         T.AutoModelForCausalLM,
         causal,
         lambda tokenizer: T.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        rates=(1e-4, 3e-4, 1e-3),
+        rates=(2e-4, 6e-4),
     ),
     "masked": plain(
         "bert",
@@ -138,8 +138,8 @@ JOBS = {
         causal,
         T.DataCollatorForLanguageModeling,
         rates=(1e-3, 3e-3, 1e-2),
-        steps=1000,
-        batch=16,
+        steps=240,
+        batch=8,
     ),
     "seq2seq": Job(
         T.Seq2SeqTrainer,
@@ -147,7 +147,7 @@ JOBS = {
         "t5",
         T.AutoModelForSeq2SeqLM,
         review_type,
-        rates=(1e-4, 3e-4, 1e-3),
+        rates=(2e-4, 6e-4),
         collator=T.DataCollatorForSeq2Seq,
     ),
     "sft": Job(trl.SFTTrainer, trl.SFTConfig, "smollm2", T.AutoModelForCausalLM, completion, LORA, lora="CAUSAL_LM"),

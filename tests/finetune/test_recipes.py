@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import runpy
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from models import save_model
 
-from zokernel.cli import load
+from zokernel.cli import load, main
 from zokernel.commands.parser import read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune import finetune, get_task, job
@@ -102,3 +109,32 @@ def test_files_extend_each_other_but_not_in_circles(tmp_path):
         read_yaml(tmp_path / "a.yaml")
     with pytest.raises(UsageError, match="nearest name is mezo-opt-sst2"):
         read_yaml(tmp_path / "mezo-opt-sst.yaml")
+
+
+def test_recipes_are_run_in_full_by_one_command(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(job, "draw_loss", lambda *args, **kwargs: None)
+    folders, data_flags = tiny
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "recipes.py"))["main"]
+    flags = [
+        *("--model_name_or_path", str(folders["llama"]), *data_flags("sst2", "mezo-opt"), "--max_steps", "2"),
+        *("--per_device_train_batch_size", "2", "--max_test_samples", "4", "--max_eval_samples", "4"),
+        *("--report_to", "none", "--disable_tqdm", "true"),
+    ]
+
+    def called(words, **kwargs):
+        return SimpleNamespace(returncode=main(words[3:]))
+
+    monkeypatch.setattr(subprocess, "run", called)
+    words = ["mezo-opt-sst2", "--seeds", "1", "2", "--output_dir", str(tmp_path / "runs"), "--", *flags]
+    with caplog.at_level(logging.INFO):
+        assert script(words) == 0
+    assert any("nobody ran it in full" in message for message in caplog.messages)
+    lines = (tmp_path / "runs" / "results.md").read_text().splitlines()[2:]
+    metrics = json.loads((tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").read_text())
+    assert [line.split(" | ")[2:4] for line in lines] == [["1", "2"], ["2", "2"]]
+    assert lines[1].split(" | ")[5] == f"{100 * metrics['after']['accuracy']:.1f} of 4"
+    written = (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns
+    assert script([*words[:3], *words[4:]]) == 0  # finished runs are read
+    assert (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit):
+        script(["mezo-opt-sst"])

@@ -67,9 +67,34 @@ class ModelArguments:
         default="auto", metadata={"help": "causal, masked, seq2seq, or auto: what the model says it is."}
     )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue with this saved adapter."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantize the base to 4 bits while it is loaded (bitsandbytes nf4)."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantize the base to 8 bits while it is loaded (bitsandbytes)."}
+    )
+    quantization: str | None = field(
+        default=None, metadata={"help": "Quantize the base while it is loaded: torchao:int8 or torchao:int4."}
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the model's folder or repository; it is unpacked as it is read."}
+    )
+    train: str | None = field(
+        default=None, metadata={"help": "scales: train the scales of a model quantized by torchao, and nothing else."}
+    )
     offload: str | None = field(
         default=None,
-        metadata={"help": "disk: leave the weights in their files, and read each block just before it runs."},
+        metadata={
+            "help": "disk: leave the weights in their files, and read each block just before it runs. cpu: leave the "
+            "weights in host memory, and copy each block to the GPU just before it runs."
+        },
+    )
+    offload_updates: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of all weights trained with --offload disk: disk (default) writes a copy of the weights in every "
+            "step, journal writes none and repeats all updates so far on each read."
+        },
     )
     offload_dir: str | None = field(
         default=None,
@@ -160,7 +185,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "--objective reward: file.py:name (as for trl's GRPO), exact_match, exact_match:column, json, "
-            "json:key,key, regex:pattern, length:characters, or 'command:program' that reads JSON lines; repeatable."
+            "json:key,key, regex:pattern, length:characters, reasoning_gym:task (which brings prompts), or "
+            "'command:program' that reads JSON lines; repeatable."
         },
     )
     reward_weights: list[float] | None = field(
@@ -173,6 +199,13 @@ class DataArguments:
         default=0.0,
         metadata={
             "help": "--objective reward: of the answers in training; 0 takes the likeliest tokens, as evaluations do."
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "--objective reward: weight of the KL divergence of the answers from the starting weights, per "
+            "token, in the loss, as in trl's GRPO (default: none)."
         },
     )
     packing: bool = field(
@@ -212,6 +245,10 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"There is no config file {path}: {hint}.")
     if path in _below:
         raise UsageError(f"{path} extends itself: break the circle.")
+    if path == packaged and not _below:
+        logger.info(
+            "Recipe %s holds published settings; tests take two steps with it, nobody ran it in full.", path.stem
+        )
     values, written = read_mapping(path), read_mapping(path, as_written=True)
     for name, kind in {**get_type_hints(ModelArguments), **get_type_hints(DataArguments)}.items():
         kinds = {*get_args(kind), kind}
