@@ -15,6 +15,9 @@ Each choice has its reason, and each can be overridden by its own flag.
 - *Rate.*  Most of a step is noise, a random walk that takes every weight :math:`\eta \sqrt{m T / P}` from its start in
   T steps, with m the mean square of the schedule.  How far it may go without harm is a property of the weights, so the
   rate follows from it, P and T.  It was nearly the same for two and for eight directions.
+- *Distance.*  Chats bear a shorter walk than prompts with one word for an answer.  Before its first step a run takes
+  three losses of a few batches (:mod:`zokernel.kernels.walk_rise`) and lowers its rate where the loss rises at that
+  distance by more than its slopes can make up for; a noise scale of 10 stands for that of the task.
 - *Bound.*  Where the loss is low, a share of Polyak's step is shorter: :math:`P / (P + 1 + r)` of it descends fastest,
   and about a third was best for eight directions on both tasks (r = 15 or so).
 - *Schedule.*  For equal walks a constant rate goes furthest along the gradient, and a rate that falls at the end gets
@@ -30,11 +33,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.kernels.walk_rise import Rise, walk_worth
 
 METHOD = "forward_difference"
 BATCH = 4
 # How far the random walk of a run takes each weight, by what is trained.  Not measured for virtual tokens.
 WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "virtual tokens": 6.5e-2}
+LEAST_WALK = 0.1  # share of the walk that is left at least
+NOISE_SCALE = 10.0  # of SST-2 and TREC at the start: 6 to 14
 POLYAK_SHARE = 0.35
 LORA_EPS = 2e-2
 SCHEDULE = "warmup_stable_decay"
@@ -114,3 +120,25 @@ def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule:
         '0.00071'
     """
     return WALK[trained] * math.sqrt(num_perturbations / (steps * MEAN_SQUARE.get(schedule, 1.0)))
+
+
+def shorter_walk(found: Rise, *, directions: int, batch: int, per_example: bool) -> float:
+    r"""Return the share of its walk that a run should take, by the rise of the loss over the whole of it.
+
+    Args:
+        found: The rise of the loss of batches of ``batch`` examples.
+        directions: Directions of all steps; those of all examples with directions of their own.
+        batch: Examples per batch, b.
+        per_example: Whether examples have directions of their own.
+
+    Returns:
+        1 if nothing speaks against the walk, else less, and :data:`LEAST_WALK` at least.
+
+    Example:
+        >>> run = {"directions": 256, "batch": 10, "per_example": False}
+        >>> shorter_walk(Rise(0.125, 1.0, 0.5, 0.01, 0.5, 24), **run)  # kappa = sqrt(256) / 4
+        0.5
+    """
+    batch_noise = 1 + NOISE_SCALE / batch
+    noise = math.sqrt(batch_noise * (1 + NOISE_SCALE)) if per_example else batch_noise
+    return max(LEAST_WALK, walk_worth(found, directions=directions, noise=noise) / found.distance)

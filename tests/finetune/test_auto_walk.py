@@ -1,0 +1,143 @@
+"""``--method auto`` asks how far it may walk before its first step, and lowers its rate if that is less."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from trainers import load_parts, make_trainer
+
+from zokernel.cli import main
+from zokernel.finetune.settings.auto import LEAST_WALK, WALK, learning_rate, shorter_walk
+from zokernel.finetune.trainer import zo_trainer
+from zokernel.finetune.trainer.measure_rise import batches_to_try, measure_rise
+from zokernel.journal import Journal
+from zokernel.kernels.plan_walk import FIRST_WALK
+from zokernel.kernels.walk_rise import Rise
+
+STEPS = 36  # of three forwards: a quarter of them measures eight batches and one more
+RUN = {"method": "auto", "learning_rate": None, "max_steps": STEPS, "eval_strategy": "no", "save_strategy": "no"}
+RUN |= {"load_best_model_at_end": False, "per_device_train_batch_size": 4}
+DEFAULT = learning_rate("full parameters", num_perturbations=2, steps=STEPS)
+
+
+@pytest.fixture
+def trainer(tiny_lm_path, tiny_reviews_path, tmp_path):
+    def make(**settings):
+        return make_trainer(load_parts(tiny_lm_path, tiny_reviews_path), tmp_path / "run", **RUN | settings)
+
+    return make
+
+
+def steep(monkeypatch, *, rise=0.9, error=0.01):
+    """Let the loss rise by so much at the end of the walk; return what was measured with."""
+    asked = []
+
+    def measured(optimizer, batches, loss, distance):
+        asked.append((len(batches), distance, float(loss(batches[0]).detach())))
+        return Rise(distance, 0.7, rise, error, 1.0, 3 * len(batches))
+
+    monkeypatch.setattr(zo_trainer, "measure_rise", measured)
+    return asked
+
+
+def test_losses_are_taken_at_both_ends_of_walks_of_their_own_and_the_weights_stay(trainer):
+    made = trainer()
+    made.create_optimizer()
+    optimizer, model = made.bare_optimizer, made.model
+    batches = [made._batch_of([4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3]) for n in range(3)]
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = measure_rise(optimizer, batches, made._loss, 0.05)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+    even = []
+    for number, batch in enumerate(batches):
+        losses = []
+        for offset in (0.0, 0.05, -0.05):
+            moved = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
+            optimizer.directions.add_(moved, offset, seed=optimizer.seed, step=0, index=FIRST_WALK + number)
+            with torch.no_grad():
+                kept = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
+                for name, tensor in optimizer.named_params.items():
+                    tensor.copy_(moved[name])
+                losses.append(float(made._loss(batch)))
+                for name, tensor in optimizer.named_params.items():
+                    tensor.copy_(kept[name])
+        even.append((losses[1] + losses[2]) / 2 - losses[0])
+    assert found.rise == pytest.approx(sum(even) / 3, abs=1e-5)
+    assert found.forwards == 9
+
+
+def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
+    asked = steep(monkeypatch)
+    made = trainer()
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+        made.train()
+    assert [(count, distance) for count, distance, _ in asked] == [(8, WALK["full parameters"])]
+    share = shorter_walk(Rise(WALK["full parameters"], 0.7, 0.9, 0.01, 1.0, 24), directions=2 * STEPS, batch=4,
+                         per_example=False)  # fmt: skip
+    assert share == LEAST_WALK
+    rate = made.settings.setting("learning_rate")
+    assert (rate.value, rate.source) == (pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3), "auto")
+    assert made.bare_optimizer.param_groups[0]["initial_lr"] == rate.value
+    assert (
+        f"learning_rate {rate.value:.3g} instead of {DEFAULT:.3g}: a random walk of 0.0135 raises the loss"
+        in caplog.text
+    )
+    assert "(from 0.7; 24 forwards)" in caplog.text
+
+
+def test_a_walk_without_harm_stays(trainer, caplog):
+    made = trainer()
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+        made.train()
+    assert made.args.learning_rate == pytest.approx(DEFAULT)
+    assert f"learning_rate {DEFAULT:.3g}: a random walk of 0.0135 raises the loss of training batches by" in caplog.text
+
+
+def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
+    made = trainer()
+    loss = made._loss
+    made._loss = lambda batch: loss(batch) + float("inf")
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+        made._choose_rate(made.model, DEFAULT)
+    assert made.args.learning_rate == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
+    assert "leads to losses that are not finite (24 forwards), so the run walks 0.0014." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"learning_rate": 1e-3}, ""), ({"max_steps": 6}, "too short to measure"), ({"method": "mezo"}, "")],
+)
+def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, monkeypatch, caplog, settings, told):
+    asked = steep(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+        trainer(**settings).train()
+    assert asked == []
+    assert told in caplog.text
+    assert [batches_to_try(n) for n in (0, 47, 48, 95, 96, 9999)] == [0, 0, 4, 7, 8, 8]
+
+
+def test_a_resumed_run_keeps_the_rate_and_its_bits(flags, tmp_path, monkeypatch):
+    place = flags.index("--learning_rate")
+    flags = [*flags[:place], *flags[place + 2 :]]
+    where = flags.index("--max_steps")
+    flags[where + 1] = str(STEPS)
+    command = ["finetune", *flags, "--method", "auto", "--save_strategy", "journal"]
+    asked = steep(monkeypatch)
+    assert main(command) == 0
+    whole = Journal.read(tmp_path / "run").steps
+    assert len(asked) == 1
+    assert whole[0].learning_rates[0] == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
+
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert next(row for row in settings if row["name"] == "learning_rate")["value"] == whole[0].learning_rates[0]
+    # A kill after some steps: the end of the journal and all results are lost.
+    (tmp_path / "run" / "metrics.json").unlink()
+    journal = tmp_path / "run" / "journal.zkj"
+    journal.write_bytes(journal.read_bytes()[: journal.stat().st_size * 2 // 3])
+    assert main(command) == 0
+    assert len(asked) == 1, "the recorded rate is taken, nothing is measured again"
+    again = Journal.read(tmp_path / "run").steps
+    assert [(s.losses, s.learning_rates) for s in again] == [(s.losses, s.learning_rates) for s in whole]

@@ -1,0 +1,94 @@
+"""How far a run of ``--method auto`` may walk, asked of the model before its first step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zokernel.errors import LossError, RunError, UsageError
+from zokernel.kernels.plan_walk import FIRST_WALK
+from zokernel.kernels.walk_rise import Rise, rise_of
+from zokernel.perturb import InForward
+
+logger = logging.getLogger(__name__)
+
+MOST_BATCHES, FEWEST_BATCHES = 8, 4  # each of them takes three forwards
+SHARE = 4  # the run takes so many times the forwards of the measurement, at least
+
+
+def batches_to_try(forwards: int) -> int:
+    """Return on how many batches the rise is measured before a run of so many forwards; 0 if it is too short.
+
+    Example:
+        >>> batches_to_try(1000), batches_to_try(60), batches_to_try(40)
+        (8, 5, 0)
+    """
+    count = min(MOST_BATCHES, forwards // (3 * SHARE))
+    return count if count >= FEWEST_BATCHES else 0
+
+
+@torch.no_grad()
+def measure_rise(optimizer: Any, batches: Sequence[Any], loss: Callable[[Any], Tensor], distance: float) -> Rise | None:
+    """Return what random walks of a distance do to the loss, at the weights as they are, which stay there.
+
+    Args:
+        optimizer: A zeroth-order optimizer, whose weights and directions are taken.
+        batches: Batches of the run, one for each walk.
+        loss: Returns the loss of a batch.
+        distance: How far every weight is moved.
+
+    Returns:
+        The rise; None if these losses cannot be taken without moving the weights.
+    """
+    found = []
+    try:
+        perturb = InForward()
+        perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
+        for number, batch in enumerate(batches):
+            index = FIRST_WALK + number
+            points = [{}, {index: distance}, {index: -distance}]
+            try:
+                centre, plus, minus = perturb.losses(lambda batch=batch: loss(batch), points, step=0)
+            except LossError:
+                centre, plus, minus = math.nan, math.inf, math.inf
+            found.append((centre, plus, minus))
+    except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
+        logger.debug("The loss around the weights was not taken: %s", error)
+        return None
+    return rise_of(distance, found)
+
+
+def walk_told(found: Rise | None, walk: float, share: float, before: float, after: float) -> str:
+    """Return in a sentence which rate a run takes, and why.
+
+    Args:
+        found: The rise of the loss; None if it could not be measured.
+        walk: How far the run walks by default.
+        share: The share of it that the run walks.
+        before: Its rate by default.
+        after: Its rate.
+
+    Example:
+        >>> print(walk_told(Rise(0.065, 1.86, 0.21, 0.03, 0.4, 24), 0.065, 0.2, 0.0076, 0.0015))
+        learning_rate 0.0015 instead of 0.0076: a random walk of 0.065 raises the loss of training batches by
+        0.21 ± 0.03 (from 1.86; 24 forwards), more than slopes of 0.4 make up for, so the run walks 0.013.
+    """
+    if found is None:
+        return f"learning_rate {before:.3g}: for a random walk of {walk:.3g}, whose losses cannot be taken here."
+    changes = f"a random walk of {walk:.3g} "
+    if math.isinf(found.rise):
+        changes += f"leads to losses that are not finite ({found.forwards} forwards)"
+    else:
+        changes += (
+            f"raises the loss of training batches by {found.rise:.2g} ± {found.error:.1g} (from {found.loss:.3g}; "
+            f"{found.forwards} forwards)"
+        )
+    if share == 1:
+        return f"learning_rate {before:.3g}: {changes}, no more than slopes of {found.slope:.2g} may make up for."
+    slopes = "" if math.isinf(found.rise) else f", more than slopes of {found.slope:.2g} make up for"
+    return f"learning_rate {after:.3g} instead of {before:.3g}: {changes}{slopes}, so the run walks {walk * share:.2g}."
