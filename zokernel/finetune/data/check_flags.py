@@ -13,7 +13,7 @@ from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
 
 _OF_TEXTS = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
-_OF_REWARDS = ("reward_function", "reward_weights", "num_generations", "temperature")
+_OF_REWARDS = ("reward_function", "reward_weights", "num_generations", "temperature", "beta")
 _OF_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
 
 

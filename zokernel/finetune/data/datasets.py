@@ -19,6 +19,7 @@ from zokernel.finetune.data.choose_task import classification, task_of_data_set
 from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.data.protocol import published_splits
 from zokernel.finetune.data.report_splits import report_splits
+from zokernel.finetune.rewards.reasoning import make_prompts, task_among
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task, get_task, read_task
 from zokernel.finetune.tasks.base import Source
@@ -143,7 +144,8 @@ def task_name(arguments: DataArguments) -> str:
     """
     file = arguments.task_file or arguments.train_file
     named = arguments.task or task_of_data_set(arguments)
-    return named or (Path(file).name if file else str(arguments.dataset_name))
+    made = next(iter(arguments.reward_function or []), None)
+    return named or (Path(file).name if file else str(arguments.dataset_name or made))
 
 
 def _check(arguments: DataArguments) -> None:
@@ -261,6 +263,11 @@ def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
             if path:
                 tables[split] = load_table(path, column_names=arguments.column_names)
         return {split: task.read(table, where=f"The {split} split") for split, table in tables.items()}
+    if task.kind == "reward" and not arguments.dataset_name and (made := task_among(arguments.reward_function or [])):
+        # A thousand answers are too many to write where nobody asked for them.
+        test = None if arguments.max_test_samples == DataArguments.max_test_samples else arguments.max_test_samples
+        limits = (arguments.max_train_samples, arguments.max_eval_samples, test)
+        return make_prompts(made, **dict(zip(("train", "validation", "test"), map(_limit, limits))))
     source = task.source
     if source is None or not _uses_source(arguments, task):
         if not arguments.dataset_name:

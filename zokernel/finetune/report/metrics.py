@@ -20,7 +20,7 @@ MEASURED = {
     "choice": ("accuracy",),
     "generation": ("f1", "em"),
     "text": ("perplexity",),
-    "reward": ("reward", "pass_rate", "reward_error"),
+    "reward": ("reward", "pass_rate", "reward_error", "kl"),
 }
 """What an evaluation measures beside the loss, by the kind of the task."""
 

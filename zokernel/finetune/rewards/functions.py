@@ -24,8 +24,11 @@ from typing import Any
 
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.rewards.built_in import BUILT_IN
+from zokernel.finetune.rewards.reasoning import KIND as REASONING
+from zokernel.finetune.rewards.reasoning import scorer
 
 COMMAND = "command"
+_MAKERS = BUILT_IN | {REASONING: scorer}
 _RESERVED = ("prompts", "completions", "completion_ids")
 
 
@@ -197,7 +200,8 @@ def load_rewards(texts: Sequence[str], weights: Sequence[float] | None = None) -
     """Return the rewards that ``--reward_function`` names.
 
     Args:
-        texts: ``file.py:name``; a built-in one with its setting, such as ``json:name,age``; or ``command:...``.
+        texts: ``file.py:name``; a built-in one with its setting, such as ``json:name,age``; ``reasoning_gym:task``; or
+            ``command:...``.
         weights: One number for each; all 1 when not given.
 
     Raises:
@@ -222,13 +226,13 @@ def load_reward(text: str) -> Reward:
         'regex:^Yes'
     """
     kind, _, rest = text.partition(":")
-    if kind in BUILT_IN:
-        return Reward(text, BUILT_IN[kind](rest), text)
+    if kind in _MAKERS:
+        return Reward(text, _MAKERS[kind](rest), text)
     if kind == COMMAND:
         return Reward(text, _command(rest), text)
     path, _, name = text.rpartition(":")
     if text.endswith(".py") or not path.endswith(".py"):
-        names = ", ".join([*BUILT_IN, f"{COMMAND}:..."])
+        names = ", ".join([*BUILT_IN, f"{REASONING}:task", f"{COMMAND}:..."])
         raise UsageError(f"There is no reward {text!r}: write file.py:name, or one of {names}.")
     return _from_file(Path(path).expanduser(), name)
 

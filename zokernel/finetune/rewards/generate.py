@@ -42,6 +42,21 @@ class Sampling:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        tokens: Its tokens, without the one that ends it.
+        end: The token that ended it, if one did: no or one token.
+        log_probabilities: Of tokens and end at the weights that wrote them; empty unless they were asked for.
+    """
+
+    tokens: list[int]
+    end: list[int]
+    log_probabilities: list[float]
+
+
 def gumbel_noise(rows: Sequence[int], position: int, vocabulary: int, sampling: Sampling, device: Any = None) -> Tensor:
     """Return the noise of some rows at one position of their answers, (R, V) float32.
 
@@ -67,16 +82,33 @@ def gumbel_noise(rows: Sequence[int], position: int, vocabulary: int, sampling: 
 
 
 class _Choose:
-    """Logits processor: adds the noise of each row, the same for every copy of the batch."""
+    """Logits processor: adds the noise of each row, the same for every copy of the batch.
 
-    def __init__(self, rows: Sequence[int], prompt_length: int, sampling: Sampling):
-        self._rows, self._prompt_length, self._sampling = rows, prompt_length, sampling
+    Args:
+        rows: Number of each row.
+        prompt_length: Tokens of the prompts, padding included.
+        sampling: How tokens are chosen.
+        notes: Whether the log-probabilities of the chosen tokens are noted.
+
+    Attributes:
+        noted: One tensor per position, (K R,).
+    """
+
+    def __init__(self, rows: Sequence[int], prompt_length: int, sampling: Sampling, *, notes: bool):
+        self._rows, self._prompt_length, self._sampling, self._notes = rows, prompt_length, sampling, notes
+        self.noted: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position, width = input_ids.shape[1] - self._prompt_length, scores.shape[-1]
-        noise = gumbel_noise(self._rows, position, width, self._sampling, scores.device)
-        scaled = scores.float().view(-1, len(self._rows), width) / self._sampling.temperature
-        return (scaled + noise).view(scores.shape)
+        scaled, chosen = scores.float(), scores
+        if self._sampling.temperature > 0:
+            position, width = input_ids.shape[1] - self._prompt_length, scores.shape[-1]
+            noise = gumbel_noise(self._rows, position, width, self._sampling, scores.device)
+            scaled = scaled / self._sampling.temperature
+            chosen = (scaled.view(-1, len(self._rows), width) + noise).view(scores.shape)
+        if self._notes:
+            picked = scaled.gather(-1, chosen.argmax(-1, keepdim=True)).squeeze(-1)
+            self.noted.append(picked - scaled.logsumexp(-1))
+        return chosen
 
 
 @torch.no_grad()
@@ -91,8 +123,9 @@ def generate(
     ends: Sequence[int],
     pad_token_id: int | None,
     sampling: Sampling,
-) -> list[list[int]]:
-    """Return the tokens that a causal model writes after each prompt, without the one that ends them.
+    log_probabilities: bool = False,
+) -> list[Answer]:
+    """Return what a causal model writes after each prompt.
 
     Args:
         model: A causal language model of transformers, or a peft wrapper of one.  Within a
@@ -105,6 +138,8 @@ def generate(
         ends: Tokens that end an answer.
         pad_token_id: Any token.
         sampling: How tokens are chosen.
+        log_probabilities: Whether those of the tokens are wanted: of the softmax at the temperature, or at temperature
+            1 where the most likely token is taken.
 
     Returns:
         K R answers, copy after copy.
@@ -125,16 +160,17 @@ def generate(
         repetition_penalty=1.0,
     )
     length = prompts.shape[1]
-    choose = [_Choose(rows, length, sampling)] if sampling.temperature > 0 else []
+    choose = _Choose(rows, length, sampling, notes=log_probabilities)
     written = bare.generate(
         input_ids=prompts.repeat(copies, 1),
         attention_mask=prompts_mask.repeat(copies, 1),
         generation_config=settings,
-        logits_processor=LogitsProcessorList(choose),
+        logits_processor=LogitsProcessorList([choose] if log_probabilities or sampling.temperature > 0 else []),
     )
     stops = set(ends)
+    noted = torch.stack(choose.noted, 1).tolist() if choose.noted else [[] for _ in written]
     answers = []
-    for tokens in written[:, length:].tolist():
+    for tokens, values in zip(written[:, length:].tolist(), noted):
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-        answers.append(tokens[:end])
+        answers.append(Answer(tokens[:end], tokens[end : end + 1], values[: end + 1]))
     return answers

@@ -1,9 +1,10 @@
-r"""The negative mean reward as the loss of a batch of prompts.
+r"""The negative mean reward as the loss of a batch of prompts, if asked for with a penalty on leaving the start.
 
-.. math:: L(\theta) = -\frac{1}{B S} \sum_{b=1}^{B} \sum_{s=1}^{S} \sum_f w_f\, r_f(y_{bs}), \qquad
-    y_{bs} \sim \pi_\theta(\cdot \mid x_b)
+.. math:: L(\theta) = -\frac{1}{B S} \sum_{b=1}^{B} \sum_{s=1}^{S}
+    \Big( \sum_f w_f\, r_f(y_{bs}) - \beta\, d(y_{bs}) \Big), \qquad y_{bs} \sim \pi_\theta(\cdot \mid x_b)
 
-for B prompts with S samples each.  It has no gradient to follow, and needs none.
+for B prompts with S samples each, and the divergence d from the starting weights of
+:mod:`zokernel.finetune.rewards.start`.  It has no gradient to follow, and needs none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from zokernel.data.tables import Row
 from zokernel.finetune.rewards.functions import Rewards
-from zokernel.finetune.rewards.generate import Sampling, generate
+from zokernel.finetune.rewards.generate import Answer, Sampling, generate
+from zokernel.finetune.rewards.start import Start, divergence, tokens_of
 
 TRIED = 2  # tokens of an answer with which is tried whether layers take several copies of the weights
 
@@ -35,6 +37,8 @@ class RewardObjective:
         temperature: Of the answers of a step; evaluations take the most likely tokens.
         ends: Tokens that end an answer.
         max_rows: Bound on the rows of one ``generate``, where the weights are the same for all of them.
+        beta: Weight of the divergence from the starting weights.
+        start: The starting weights; None if ``beta`` is 0.
 
     Attributes:
         seed: Seed of the run, which the sampled answers depend on.
@@ -48,6 +52,8 @@ class RewardObjective:
     temperature: float = 0.0
     ends: Sequence[int] = ()
     max_rows: int = 1 << 30
+    beta: float = 0.0
+    start: Start | None = None
     seed: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
 
@@ -77,7 +83,7 @@ class RewardObjective:
         return torch.zeros(copies)
 
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of greedy answers, and as ``terms`` each prompt's reward and those it is made of."""
+        """Return the loss of greedy answers, and as ``terms`` each prompt's negative loss, rewards and divergence."""
         values = self._scored(model, batch, greedy=True)
         terms = torch.cat([self._totals(values)[:, None], values], 1).float().to(batch["labels"].device)
         return -terms[:, 0].mean(), {"terms": terms}
@@ -92,13 +98,19 @@ class RewardObjective:
         return torch.stack([losses, torch.ones_like(losses)], 1)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Return the mean reward with its standard error, and the pass rate where all rewards are 0 or 1."""
+        """Return the mean reward with its standard error, the pass rate where all rewards are 0 or 1, and ``kl``.
+
+        That is the mean divergence from the starting weights, if it is penalised.
+        """
         terms = torch.as_tensor(prediction.predictions).double()
-        total, values = terms[:, 0], terms[:, 1:]
+        values = terms[:, 1 : 1 + len(self.rewards.functions)]
+        total = self._rewards(values)
         error = float(total.std()) / math.sqrt(len(total)) if len(total) > 1 else 0.0
         found = {"reward": float(total.mean()), "reward_error": error}
         if bool(((values == 0) | (values == 1)).all()):
             found["pass_rate"] = float((values == 1).all(1).double().mean())
+        if self.start is not None:
+            found["kl"] = float(terms[:, -1].mean())
         return found
 
     def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
@@ -106,16 +118,26 @@ class RewardObjective:
         answers = self._written(model, batch, range(len(batch["labels"])), 1, Sampling())
         return [self._text(answer) for answer in answers]
 
-    def _totals(self, values: Tensor) -> Tensor:
+    def _rewards(self, values: Tensor) -> Tensor:
+        """Return the weighted sums of the rewards of answers: (N, F) to (N,) float64."""
         return torch.tensor([self.rewards.total(row) for row in values.tolist()], dtype=torch.float64)
+
+    def _totals(self, values: Tensor) -> Tensor:
+        """Return the negative losses of answers from what :meth:`_scored` returns."""
+        rewards = self._rewards(values[:, : len(self.rewards.functions)])
+        return rewards if self.start is None else rewards - self.beta * values[:, -1]
 
     def _scored(
         self, model: nn.Module, batch: dict[str, Any], *, copies: int = 1, whole: bool = False, greedy: bool = False
     ) -> Tensor:
-        """Return the rewards of all answers by function, copy after copy, prompt after prompt: (K B S, F) float64."""
+        """Return the rewards of all answers, and their divergences if penalised, copy after copy, prompt after prompt.
+
+        One column for each function, and one more for the divergence: (K B S, F) or (K B S, F + 1) float64.
+        """
         samples = 1 if greedy else self.samples
         sampling = Sampling() if greedy else Sampling(self.temperature, self.seed, self.step)
-        count, answers = len(batch["labels"]), []
+        count = len(batch["labels"])
+        answers: list[Answer] = []
         at_once = count if whole else max(1, self.max_rows // samples)
         for begin in range(0, count, at_once):
             places = range(begin, min(count, begin + at_once))
@@ -126,7 +148,26 @@ class RewardObjective:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, map(self._text, answers))
         ]
-        return torch.tensor(self.rewards(prompts, texts, rows, answers), dtype=torch.float64)
+        values = self.rewards(prompts, texts, rows, [answer.tokens for answer in answers])
+        if self.start is not None:
+            ids = [ids for ids in tokens_of(batch["prompts"], batch["prompts_mask"]) for _ in range(samples)] * copies
+            divergences = self._divergences(model, ids, answers, sampling.temperature)
+            values = [[*row, divergence] for row, divergence in zip(values, divergences)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _divergences(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], temperature: float
+    ) -> list[float]:
+        """Return how far each answer is from the starting weights."""
+        assert self.start is not None
+        at_start = self.start.log_probabilities(
+            model,
+            prompts,
+            [[*answer.tokens, *answer.end] for answer in answers],
+            temperature=temperature or 1.0,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return [divergence(answer.log_probabilities, before) for answer, before in zip(answers, at_start)]
 
     def _written(
         self,
@@ -138,7 +179,7 @@ class RewardObjective:
         *,
         copies: int = 1,
         max_new_tokens: int | None = None,
-    ) -> list[list[int]]:
+    ) -> list[Answer]:
         """Return the answers to some prompts of a batch, copy after copy, prompt after prompt."""
         mask = batch["prompts_mask"][places.start : places.stop]
         longest = int(mask.sum(1).max())
@@ -155,8 +196,9 @@ class RewardObjective:
             ends=self.ends,
             pad_token_id=self.tokenizer.pad_token_id,
             sampling=sampling,
+            log_probabilities=self.start is not None,
         )
 
-    def _text(self, answer: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(answer), skip_special_tokens=True)
+    def _text(self, answer: Answer) -> str:
+        text: str = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         return text

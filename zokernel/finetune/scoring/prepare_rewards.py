@@ -11,6 +11,7 @@ from torch import nn
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.rewards.objective import RewardObjective
 from zokernel.finetune.rewards.prompts import PromptDataset, encode_prompts, ends_of, rewards_of
+from zokernel.finetune.rewards.start import Start
 from zokernel.finetune.scoring.continuations import Sample
 from zokernel.finetune.settings.arguments import DataArguments
 
@@ -31,7 +32,7 @@ def prompt_datasets(splits: Splits, tokenizer: Any, *, max_length: int) -> dict[
 
 
 def reward_objective(model: nn.Module, tokenizer: Any, splits: Splits, data: DataArguments) -> RewardObjective:
-    """Return the loss of prompts: the negative mean reward."""
+    """Return the loss of prompts: the negative mean reward, and the penalty on leaving the weights as they are now."""
     return RewardObjective(
         rewards_of(data),
         tokenizer,
@@ -39,6 +40,8 @@ def reward_objective(model: nn.Module, tokenizer: Any, splits: Splits, data: Dat
         samples=data.num_generations,
         temperature=data.temperature,
         ends=ends_of(model, tokenizer, splits.train),
+        beta=data.beta,
+        start=Start(model) if data.beta else None,
     )
 
 

@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
     "max_new_tokens": COUNT,
     "num_generations": COUNT,
     "temperature": NOT_NEGATIVE,
+    "beta": NOT_NEGATIVE,
 }
 """What settings must be, by name; a setting without a value is not looked at."""
 

@@ -1,0 +1,127 @@
+r"""How far a model has moved from the weights that a run began with, by the answers that it writes.
+
+For the tokens :math:`y_1 \dots y_T` of an answer to x, its end included,
+
+.. math:: d(y) = \frac{1}{T} \sum_t \Big( e^{\delta_t} - \delta_t - 1 \Big), \qquad
+    \delta_t = \log \pi_0(y_t \mid x, y_{<t}) - \log \pi_\theta(y_t \mid x, y_{<t})
+
+with the starting weights :math:`\pi_0`.  No term is negative, and for tokens drawn from :math:`\pi_\theta` the mean of
+each is the Kullback-Leibler divergence :math:`KL(\pi_\theta \| \pi_0)` of that token (Schulman, 2020, "Approximating KL
+Divergence", estimator k3), as in trl's GRPO.  Greedy answers are no draws: there d is a penalty with the same zero.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGITS = 1 << 24  # numbers held at once, 64 MiB in float32
+
+
+class Start:
+    """The trained tensors as they are when this is made; every other tensor is the model's own.
+
+    Args:
+        model: A causal language model of transformers, or a peft wrapper of one.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        mebibytes = sum(tensor.nbytes for tensor in self._tensors.values()) / 2**20
+        logger.info("beta: a copy of the starting weights is kept for the divergence from them: %.1f MiB.", mebibytes)
+
+    @torch.no_grad()
+    def log_probabilities(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+        pad_token_id: int | None = None,
+    ) -> list[list[float]]:
+        """Return the log-probability of every token of some answers under the starting weights.
+
+        Args:
+            model: The model; its weights may be perturbed, which changes nothing here.
+            prompts: Tokens before each answer.
+            answers: Tokens of each answer, its end included.
+            temperature: What the logits are divided by.
+            pad_token_id: Any token.
+        """
+        wanted = list(dict.fromkeys((tuple(p), tuple(a)) for p, a in zip(prompts, answers)))
+        wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        bare: Any = getattr(model, "module", model)
+        words = bare.get_input_embeddings().weight.shape[0]
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+        rows = max(1, MAX_LOGITS // (words * max(1, max(len(answer) for _, answer in wanted))))
+        for begin in range(0, len(wanted), rows):
+            chunk = wanted[begin : begin + rows]
+            values = self._of_rows(bare, chunk, temperature, pad_token_id or 0)
+            found |= dict(zip(chunk, values))
+        return [found[tuple(p), tuple(a)] for p, a in zip(prompts, answers)]
+
+    def _of_rows(
+        self, bare: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float, pad: int
+    ) -> list[list[float]]:
+        """Return what a forward over prompts with their answers, padded on the left, says of the answers."""
+        device = next(bare.parameters()).device
+        length, most = max(len(p) + len(a) for p, a in pairs), max(len(a) for _, a in pairs)
+        gaps = [length - len(p) - len(a) for p, a in pairs]
+        ids = torch.tensor([[pad] * gap + [*p, *a] for gap, (p, a) in zip(gaps, pairs)], device=device)
+        mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps], device=device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+        accepted = inspect.signature(base.forward).parameters
+        if "position_ids" in accepted and not _has_virtual_tokens(bare):
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = most + 1
+        self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        logits = torch.func.functional_call(bare, self._tensors, (), inputs).logits[:, -most - 1 : -1]
+        scores = logits.float() / temperature
+        chosen = scores.gather(-1, ids[:, -most:, None]).squeeze(-1) - scores.logsumexp(-1)
+        return [row[most - len(answer) :] for row, (_, answer) in zip(chosen.tolist(), pairs)]
+
+
+def _has_virtual_tokens(bare: Any) -> bool:
+    return any(getattr(config, "is_prompt_learning", False) for config in getattr(bare, "peft_config", {}).values())
+
+
+def divergence(log_probabilities: Sequence[float], start: Sequence[float]) -> float:
+    r"""Return d of one answer: the mean of :math:`e^{\delta_t} - \delta_t - 1`.
+
+    Args:
+        log_probabilities: Of its tokens under the weights that wrote it.
+        start: Of its tokens under the starting weights.
+
+    Example:
+        >>> divergence([-1.0, -2.0], [-1.0, -2.0]), round(divergence([-1.0], [-2.0]), 6)
+        (0.0, 0.367879)
+    """
+    if not log_probabilities:
+        return 0.0
+    # What is never reached by a token that was chosen keeps the exponential within a float.
+    deltas = [min(before - now, 700.0) for now, before in zip(log_probabilities, start)]
+    return sum(math.expm1(delta) - delta for delta in deltas) / len(deltas)
+
+
+def tokens_of(prompts: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the tokens of rows that are padded on the left: (R, T) and ones where there is a token.
+
+    Example:
+        >>> tokens_of(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]]))
+        [[5], [6, 7]]
+    """
+    return [
+        [token for token, there in zip(row, there_of) if there]
+        for row, there_of in zip(prompts.tolist(), mask.tolist())
+    ]
