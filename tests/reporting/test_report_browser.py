@@ -201,3 +201,30 @@ def test_a_live_run_appears_as_it_goes(open_page, tmp_path):
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_live_run_on_rewards_shows_the_spread_of_its_population(open_page, run_folders, tmp_path):
+    folder = tmp_path / "rewarded"
+    shutil.copytree(run_folders["finetune"], folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"] = {**run["settings"], "objective": "reward"}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "metrics.json").unlink()
+    with make_server(folder, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            for width in (1280, 390):
+                page = open_page(f"http://127.0.0.1:{server.server_address[1]}/", width=width)
+                page.wait_for_selector("#rewards svg")
+                assert page.locator("#rewards polygon").count() == 2
+                assert len(page.locator("#rewards polygon").first.get_attribute("points").split()) == 2 * 40
+                assert "median of the members" in page.locator("#rewards .legend").inner_text()
+                assert page.locator("#score").inner_text() == "reward"
+                assert "negative reward" in page.locator("#loss").inner_text()
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                assert page.complaints == []
+                page.close()
+        finally:
+            server.shutdown()
+            thread.join()

@@ -15,8 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 from zokernel.errors import RunError, UsageError
 from zokernel.reporting.html import read_asset, render, render_template, script_of
 from zokernel.reporting.page import Page
+from zokernel.reporting.rewards import is_rewarded
 from zokernel.reporting.run_page import read_run
-from zokernel.reporting.training import is_training, read_training
+from zokernel.reporting.training import TrainingRun, is_training, read_training
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,18 @@ def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
         "finished": run.finished,
         "method": run.method or run.metrics.get("method", ""),
         "steps": int(run.rows[-1]["step"]) if run.rows else 0,
-        "rows": [_finite(row) for row in rows[::-keep][::-1]],
+        "rewarded": is_rewarded(run.metrics, run.run),
+        "rows": [_finite(row) | _rewards(run, row) for row in rows[::-keep][::-1]],
         "evaluations": [_finite(row) for row in run.evaluations],
         "prediction": run.prediction,
         "gradient_norm": run.gradient_norm,
     }
+
+
+def _rewards(run: TrainingRun, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the quantiles of the members' rewards of a step, if they are known."""
+    found = run.rewards.get(int(row["step"]))
+    return {} if found is None else {"rewards": found}
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from zokernel.errors import RunError
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
 from zokernel.journal.reader import Journal
+from zokernel.reporting.rewards import Band, band, is_rewarded
 
 METRICS, STEPS, RUN = "metrics.json", "steps.jsonl", "run.json"
 EVOLUTION = "evolution.json"
@@ -32,6 +33,7 @@ class TrainingRun:
         method: Name of the method, if the journal says it.
         prediction: Predicted losses by step, if ``evolution.json`` is there.
         gradient_norm: Predicted |g| and its error, if a plan is there.
+        rewards: Quantiles of the members' rewards by step, if the run is one on rewards and its journal is there.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class TrainingRun:
     method: str = ""
     prediction: dict[str, list[float | None]] = field(default_factory=dict)
     gradient_norm: tuple[float, float] | None = None
+    rewards: dict[int, Band] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -84,6 +87,8 @@ def _add_journal(found: TrainingRun) -> None:
         journal = Journal.read(found.folder, up_to_damage=True)
     except RunError:  # its header is still being written
         return
+    if is_rewarded(found.metrics, found.run):
+        found.rewards = {record.step + 1: band(record.losses) for record in journal.steps if record.losses}
     header = journal.header
     found.method = str(header.get("method", ""))
     two_point = re.search(r"TwoPoint\(eps=([0-9.e+-]+)", str(header.get("estimator", "")))

@@ -12,6 +12,7 @@ from zokernel.figures import PALETTE
 from zokernel.finetune.report.told import diagnosis_told, examples_told, weights_told
 from zokernel.reporting.page import Page, Picture, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
+from zokernel.reporting.rewards import is_rewarded, reward_picture, rewards_told
 from zokernel.reporting.svg import draw
 from zokernel.reporting.training import TrainingRun, find_plan, read_training
 
@@ -78,7 +79,9 @@ def summary(run: TrainingRun) -> list[str]:
     before, after, count = metrics["before"], metrics["after"], metrics["num_test"]
     paragraphs = []
     if not metrics["steps"]:
-        found = ", ".join(f"{words(name)} {100 * value:.1f}%" for name, value in after.items() if name != "loss")
+        rewarded = metrics.get("metric") == "reward"
+        scores = {words(name): value for name, value in after.items() if name != "loss"}
+        found = ", ".join(f"{n} {v:.3f}" if rewarded else f"{n} {100 * v:.1f}%" for n, v in scores.items())
         return [f"No step was taken. On {examples_told(metrics)}: {found}, loss {after['loss']:.4g}."]
     if metrics.get("forwards_per_step"):
         paragraphs.append(
@@ -88,7 +91,11 @@ def summary(run: TrainingRun) -> list[str]:
         )
     else:
         paragraphs.append("Each step computed the gradient by backpropagation (a first-order baseline).")
-    scores = [name for name in after if name != "loss" and isinstance(after[name], (int, float)) and name in before]
+    if metrics.get("metric") == "reward":
+        paragraphs.append(rewards_told(metrics, examples_told(metrics)))
+        scores = []
+    else:
+        scores = [name for name in after if name != "loss" and isinstance(after[name], (int, float)) and name in before]
     for name in scores:
         gain = 100 * (after[name] - before[name])
         text = f"{words(name).capitalize()} on {examples_told(metrics)} went from {100 * before[name]:.1f}% to "
@@ -120,6 +127,9 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         ("forward passes", f"{metrics['forwards']:,}"),
         ("training time", f"{metrics['train_seconds']:.0f} s"),
     ]
+    if metrics.get("metric") == "reward":
+        before, after = metrics["before"]["reward"], metrics["after"]["reward"]
+        found.insert(0, ("reward", f"{before:.3f} → {after:.3f}"))
     if "accuracy" in metrics["after"]:
         before, after = metrics["before"]["accuracy"], metrics["after"]["accuracy"]
         found.insert(0, ("accuracy", f"{100 * before:.1f} → {100 * after:.1f}%"))
@@ -156,12 +166,26 @@ def pictures(run: TrainingRun) -> list[Picture]:
     rows = [row for row in run.rows if axis in row]
     loss = np.array([row["loss"] for row in rows], dtype=float)
     label = "forward passes" if forwards else "step"
-    found = [_loss_picture(run, x, loss, label, axis)]
+    found = [_reward_picture(run, label, axis)] if run.rewards else []
+    found.append(_loss_picture(run, x, loss, label, axis))
     if any("accuracy" in row and axis in row for row in run.evaluations):
         found.append(_accuracy_picture(run, label, axis))
     if any("projected_gradient" in row for row in rows):
         found.append(_gradient_picture(run, rows, x, label))
     return found
+
+
+def _reward_picture(run: TrainingRun, label: str, axis: str) -> Picture:
+    steps = [row for row in run.rows if axis in row and int(row["step"]) in run.rewards]
+    last = run.rows[-1][axis]
+    test = [(at, run.metrics[when]["reward"]) for at, when in ((0, "before"), (last, "after")) if run.metrics]
+    return reward_picture(
+        [row[axis] for row in steps],
+        [run.rewards[int(row["step"])] for row in steps],
+        label=label,
+        validation=[(row[axis], row["reward"]) for row in run.evaluations if "reward" in row and axis in row],
+        test=test,
+    )
 
 
 def _loss_picture(run: TrainingRun, x: np.ndarray, loss: np.ndarray, label: str, axis: str) -> Picture:
@@ -187,7 +211,8 @@ def _loss_picture(run: TrainingRun, x: np.ndarray, loss: np.ndarray, label: str,
             at = steps[chosen] * scale
             axes.fill_between(at, values["band_low"], values["band_high"], color=PALETTE[3], alpha=0.2, linewidth=0)
             axes.plot(at, values["expected_loss"], "--", color=PALETTE[3], label="predicted (zokernel evolve)")
-        axes.set(xlabel=label, ylabel="loss (nats)")
+        rewarded = is_rewarded(run.metrics, run.run)
+        axes.set(xlabel=label, ylabel="loss (negative reward)" if rewarded else "loss (nats)")
         if np.nanmin(loss) < 0.5 * np.nanmax(loss):  # near enough to zero to show it
             axes.set_ylim(bottom=min(0.0, float(np.nanmin(loss))))
         axes.legend()

@@ -28,12 +28,12 @@
     });
   };
   const chart = (holder, lines, { log = false, name, unit }) => {
-    const known = lines.map((line) => ({ ...line, points: line.points.filter((p) => p[1] !== null && (!log || p[1] > 0)) })).filter((line) => line.points.length);
+    const known = lines.map((line) => ({ ...line, points: line.points.filter((p) => p[1] !== null && p[2] !== null && (!log || p[1] > 0)) })).filter((line) => line.points.length);
     holder.replaceChildren();
     if (!known.length) return;
     const W = Math.max(320, Math.min(1040, holder.clientWidth));
     const value = (y) => log ? Math.log10(y) : y;
-    const xs = known.flatMap((line) => line.points.map((p) => p[0])), ys = known.flatMap((line) => line.points.map((p) => value(p[1])));
+    const xs = known.flatMap((line) => line.points.map((p) => p[0])), ys = known.flatMap((line) => line.points.flatMap((p) => p.slice(1).map(value)));
     const x0 = Math.min(0, ...xs), x1 = Math.max(1, ...xs);
     let y0 = Math.min(...ys), y1 = Math.max(...ys);
     const margin = 0.05 * (y1 - y0) || 0.5;
@@ -48,7 +48,8 @@
     }
     svg.append(make("text", { x: (W + PAD.left) / 2, y: H - 6, "text-anchor": "middle" }, "step"), make("text", { x: 14, y: H / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${H / 2})` }, unit));
     for (const line of known) {
-      if (line.dots) for (const [x, y] of line.points) svg.append(make("circle", { cx: X(x), cy: Y(y), r: line.dots, fill: line.color, opacity: line.opacity ?? 1 }));
+      if (line.band) svg.append(make("polygon", { points: [...line.points.map(([x, low]) => [x, low]), ...line.points.map(([x, , high]) => [x, high]).reverse()].map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" "), fill: line.color, opacity: line.opacity }));
+      else if (line.dots) for (const [x, y] of line.points) svg.append(make("circle", { cx: X(x), cy: Y(y), r: line.dots, fill: line.color, opacity: line.opacity ?? 1 }));
       else svg.append(make("polyline", { points: line.points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" "), stroke: line.color, "stroke-width": line.width ?? 2, "stroke-dasharray": line.dash ?? "none", opacity: line.opacity ?? 1, "stroke-linejoin": "round" }));
     }
     const legend = document.createElement("div");
@@ -56,6 +57,7 @@
     for (const line of known.filter((one) => one.name)) {
       const item = document.createElement("span"), swatch = document.createElement("i");
       swatch.style.background = line.color;
+      if (line.band) { swatch.style.height = "10px"; swatch.style.opacity = line.opacity; }
       item.append(swatch, line.name);
       legend.append(item);
     }
@@ -83,16 +85,25 @@
       const upTo = (key) => data.prediction.step.map((s, i) => [s, data.prediction[key][i]]).filter((p) => p[0] <= data.steps);
       lines.push({ name: "predicted", color: "#b0609a", points: upTo("expected_loss"), dash: "6 4" }, { name: "90% of runs, predicted", color: "#b0609a", points: upTo("band_low"), width: 1, dash: "2 3" }, { name: "", color: "#b0609a", points: upTo("band_high"), width: 1, dash: "2 3" });
     }
-    chart(document.getElementById("loss"), lines, { name: "Loss", unit: "loss (nats)" });
+    chart(document.getElementById("loss"), lines, { name: "Loss", unit: data.rewarded ? "loss (negative reward)" : "loss (nats)" });
+    const judged = rows.filter((r) => r.rewards);
+    document.getElementById("rewards-section").hidden = !judged.length;
+    chart(document.getElementById("rewards"), judged.length ? [
+      { name: "median of the members", color: "#3f8fd2", points: judged.map((r) => [r.step, r.rewards.median]) },
+      { name: "all members", color: "#3f8fd2", band: true, opacity: 0.18, points: judged.map((r) => [r.step, r.rewards.least, r.rewards.most]) },
+      { name: "half of them", color: "#3f8fd2", band: true, opacity: 0.4, points: judged.map((r) => [r.step, r.rewards.lower, r.rewards.upper]) },
+      { name: "validation", color: "#d55e00", points: data.evaluations.map((e) => [e.step, e.reward ?? null]), dots: 4 },
+    ] : [], { name: "Rewards of the population", unit: "reward" });
     const squares = smooth(scalars.map(([x, y]) => [x, y * y])).map(([x, y]) => [x, Math.sqrt(y)]);
     const gradient = [{ name: "moving rms", color: "#3f8fd2", points: squares }, { name: "each step", color: "#3f8fd2", points: scalars, dots: 1.6, opacity: 0.4 }];
     if (data.gradient_norm && scalars.length) gradient.push({ name: "gradient norm, predicted by the plan", color: "#d55e00", dash: "6 4", points: [[0, data.gradient_norm[0]], [data.steps, data.gradient_norm[0]]] });
     chart(document.getElementById("gradient"), gradient, { log: true, name: "Projected gradient", unit: "projected gradient" });
     const end = rows.at(-1);
     facts([["method", data.method || "unknown"], ["step", data.steps.toLocaleString()], ["loss", losses.length ? losses.at(-1)[1].toPrecision(4) : ""], ["forward passes", end.forwards ? end.forwards.toLocaleString() : ""]].filter((pair) => pair[1]));
+    document.getElementById("score").textContent = data.rewarded ? "reward" : "accuracy";
     document.getElementById("evaluations").replaceChildren(...data.evaluations.map((e) => {
       const row = document.createElement("tr");
-      for (const value of [e.step, e.loss, e.accuracy]) {
+      for (const value of [e.step, e.loss, data.rewarded ? e.reward : e.accuracy]) {
         const cell = document.createElement("td");
         cell.className = "number"; cell.textContent = value === undefined || value === null ? "" : Number(value.toPrecision(4)).toLocaleString(undefined, { maximumFractionDigits: 6 });
         row.append(cell);

@@ -1,0 +1,104 @@
+"""The rewards of a population, step by step: quantiles of its members, and their picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zokernel.figures import PALETTE
+from zokernel.reporting.page import Picture
+from zokernel.reporting.svg import draw
+
+QUANTILES = {"least": 0.0, "lower": 0.25, "median": 0.5, "upper": 0.75, "most": 1.0}
+Band = dict[str, float | None]
+
+
+def band(losses: Sequence[float]) -> Band:
+    """Return the least, the quartiles and the most of the rewards of a step's members; each is minus a loss.
+
+    Args:
+        losses: Of every member; those that are not finite are left out.
+
+    Example:
+        >>> band([-1.0, -0.0, -0.5])
+        {'least': 0.0, 'lower': 0.25, 'median': 0.5, 'upper': 0.75, 'most': 1.0}
+    """
+    rewards = [0.0 - loss for loss in losses if math.isfinite(loss)]
+    return {name: float(np.quantile(rewards, at)) if rewards else None for name, at in QUANTILES.items()}
+
+
+def is_rewarded(metrics: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Say whether a run is one on rewards, from its ``metrics.json`` or, before that is there, its ``run.json``."""
+    settings = run.get("settings")
+    noted = settings.get("objective") if isinstance(settings, dict) else None
+    return (metrics.get("objective") or noted) == "reward"
+
+
+def reward_picture(
+    x: Sequence[float],
+    bands: Sequence[Band],
+    *,
+    label: str,
+    validation: Sequence[tuple[float, float]],
+    test: Sequence[tuple[float, float]],
+) -> Picture:
+    """Draw the spread of the members' rewards over a run.
+
+    Args:
+        x: Where each step is: its number, or the forward passes so far.
+        bands: Quantiles of each step.
+        label: What ``x`` is.
+        validation: Rewards of greedy answers to the validation prompts, with where they were taken.
+        test: Those to the held-out prompts before and after, likewise.
+    """
+    at = np.array(x, dtype=float)
+    value = {
+        name: np.array([math.nan if row[name] is None else row[name] for row in bands], dtype=float)
+        for name in QUANTILES
+    }
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        options: dict[str, Any] = {"color": PALETTE[0], "linewidth": 0}
+        axes.fill_between(at, value["least"], value["most"], alpha=0.15, label="all members", **options)
+        axes.fill_between(at, value["lower"], value["upper"], alpha=0.35, label="half of them", **options)
+        axes.plot(at, value["median"], color=PALETTE[0], label="median")
+        if validation:
+            axes.plot(*zip(*validation), "o-", color=PALETTE[1], label="validation")
+        if test:
+            axes.plot(*zip(*test), "D", color=PALETTE[2], label="test, before and after")
+        axes.set(xlabel=label, ylabel="reward")
+        axes.legend()
+
+    known = value["median"][np.isfinite(value["median"])]
+    ends = f", from {known[0]:.3g} to {known[-1]:.3g} at the median" if len(known) else ""
+    return draw(
+        paint,
+        "rewards",
+        title="Rewards of the population",
+        alt=f"Rewards of the members over {len(bands):,} steps{ends}.",
+        caption="Members differ by their weights; each answered the prompts of the step. Circles and diamonds are "
+        "greedy answers to other prompts. A band of no width says nothing about which way to go.",
+    )
+
+
+def rewards_told(metrics: dict[str, Any], examples: str) -> str:
+    """Return how the reward on held-out prompts changed, as a sentence.
+
+    Args:
+        metrics: The content of ``metrics.json``.
+        examples: What the prompts are.
+    """
+    before, after = metrics["before"], metrics["after"]
+    told = f"The mean reward on {examples} went from {before['reward']:.3f} to {after['reward']:.3f}"
+    errors = [found.get("reward_error") for found in (before, after)]
+    if None not in errors:
+        told += f" (standard errors {errors[0]:.3f} and {errors[1]:.3f})"
+    if "pass_rate" in before and "pass_rate" in after:
+        told += f", and the share that passes from {100 * before['pass_rate']:.1f}% to {100 * after['pass_rate']:.1f}%"
+    if "kl" in after:
+        told += f"; the answers are {after['kl']:.3g} nats per token from the starting weights"
+    return f"{told}."
