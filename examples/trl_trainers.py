@@ -35,7 +35,7 @@ JOBS = {  # trainer, its arguments, what it takes of the rows
 }
 
 
-def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_dir: str = "runs/trl") -> tuple:
+def main(job: str, file: str, model: str = "smollm2", steps: int = 45, output_dir: str = "runs/trl") -> tuple:
     trainer_class, config, prepare = JOBS[job]
     path = resolve_model_path(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -47,16 +47,21 @@ def main(job: str, file: str, model: str = "smollm2", steps: int = 100, output_d
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in load_table(file)]
     held_out = max(1, len(rows) // 6)
 
-    trainer = zeroth_order(
-        trainer_class, method="mezo", num_perturbations=2, eps=1e-2
-    )(
+    forward_only = zeroth_order(
+        trainer_class,
+        method="forward_difference",
+        method_args=["normalize=true"],  # then a rate does not depend on the scale of the loss
+        num_perturbations=4,
+        eps=1e-2,
+    )
+    trainer = forward_only(
         model=network,
         args=config(
             output_dir=output_dir,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
+            learning_rate=3e-2,
+            lr_scheduler_type="linear",
             max_steps=steps,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=8,
             max_length=128,
             save_strategy="no",
             use_cpu=not torch.cuda.is_available(),  # which trl's default of bf16 needs to be told
@@ -79,6 +84,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("job", choices=list(JOBS))
     parser.add_argument("--file", required=True)
-    for name, default in (("model", "smollm2"), ("steps", 100), ("output_dir", "runs/trl")):
+    for name, default in (("model", "smollm2"), ("steps", 45), ("output_dir", "runs/trl")):
         parser.add_argument(f"--{name}", default=default, type=type(default))
     main(**vars(parser.parse_args()))
