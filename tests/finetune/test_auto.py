@@ -74,6 +74,28 @@ def test_other_methods_keep_their_defaults(tmp_path):
     assert (config.num_perturbations, config.method) == (1, "mezo")
 
 
+@pytest.mark.parametrize(
+    ("method", "full", "lora"),
+    [
+        ("mezo", 1e-5, 1e-3),
+        ("grzo", 1e-5, 1e-3),
+        ("r_adazo", 1e-5, 1e-3),
+        ("es", 5e-4, 1e-3),
+        ("eggroll", 5e-4, 1e-3),
+        ("spsa_1_5", 5e-4, 1e-3),
+        ("fzoo", 5e-5, 1e-3),
+        ("zo_muon", 1e-2, 1e-2),
+        ("adamw", 1e-5, 1e-4),
+        ("sgd", 1e-3, 1e-2),
+    ],
+)
+def test_a_rate_that_is_a_distance_is_the_methods_own(tmp_path, method, full, lora):
+    """Z-scores, whitened slopes and orthogonal factors have a size of their own: 1e-5 would be no step."""
+    config = ZOConfig(output_dir=str(tmp_path), method=method)
+    found = [resolve(config, trained=t, num_examples=100)["learning_rate"] for t in ("full parameters", "LoRA")]
+    assert found == [full, lora]
+
+
 def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
     options = chosen(tmp_path, method="auto").method_options()
     assert (options["normalize"], options["polyak_share"]) == (True, POLYAK_SHARE)

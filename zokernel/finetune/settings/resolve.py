@@ -200,8 +200,9 @@ def refuse_low_precision(stored: str, perturb: str) -> None:
 
 def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, world_size: int) -> float:
     if choices.sources.get("method") != "auto":
-        rates = LEARNING_RATES[trained]
-        return rates.get(choices["method"], rates[""])
+        rates, own = LEARNING_RATES[trained], method_options(choices["method"]).get("lr")
+        # Rates of methods that divide slopes by their size are distances, larger than those for slopes.
+        return rates.get(choices["method"], max(rates[""], own or 0.0))
     batch = choices["per_device_train_batch_size"] * choices["gradient_accumulation_steps"] * world_size
     steps = count_steps(choices["max_steps"], choices["num_train_epochs"], batch, num_examples)
     per_example = "per_example=true" in (choices["method_args"] or [])
