@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from zokernel.finetune.monitor.paired import CHANGE, ERROR
 from zokernel.finetune.monitor.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -75,4 +76,13 @@ class ForwardLines(TrainerCallback):
 
 
 def _line(step: int, logs: dict[str, float]) -> str:
-    return f"step {step}: " + ", ".join(f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if key in logs)
+    """Return what was logged; of a held-out loss also by how much the same examples have changed.
+
+    Example:
+        >>> _line(20, {"eval_loss": 1.638, "eval_loss_change": -0.0053, "eval_loss_change_error": 0.0017})
+        'step 20: validation loss 1.638 (-0.0053 ± 0.0017 since the start)'
+    """
+    told = {key: f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if key in logs}
+    if f"eval_{CHANGE}" in logs:
+        told["eval_loss"] += f" ({logs[f'eval_{CHANGE}']:+.2g} ± {logs[f'eval_{ERROR}']:.2g} since the start)"
+    return f"step {step}: " + ", ".join(told.values())
