@@ -9,7 +9,7 @@ are overridden cannot be wrapped: :data:`TRAINER_HOOKS` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,6 +168,31 @@ def offloaded_parameter(model: Any, name: str) -> Tensor:
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     return load_offloaded_parameter(model, name)
+
+
+def keep_in_place(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Let ``module.to(...)`` and its kind move everything in a module except some of its parameters.
+
+    Private: ``Module._apply``, by which torch moves and converts modules.  A trainer moves the whole model to its
+    device, and nothing public exempts weights that are copied there one block at a time.
+    """
+    kept = {id(tensor) for tensor in tensors}
+
+    def apply_to_others(inner: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        held = dict(inner._parameters)
+        for name, parameter in held.items():
+            if id(parameter) in kept:
+                del inner._parameters[name]
+        try:
+            return type(inner)._apply(inner, fn, recurse)
+        finally:
+            moved = dict(inner._parameters)
+            inner._parameters.clear()
+            inner._parameters.update({name: moved.get(name, parameter) for name, parameter in held.items()})
+
+    for inner in module.modules():
+        if any(id(parameter) in kept for parameter in inner.parameters(recurse=False)):
+            vars(inner)["_apply"] = partial(apply_to_others, inner)
 
 
 def compile_nothing(accelerator: Any) -> None:

@@ -54,6 +54,23 @@ def test_full_parameters_end_at_the_same_bits(flags, tmp_path, precision, caplog
     assert stored(tmp_path / "again", "model.safetensors") == stored(found, "model.safetensors")
 
 
+@pytest.mark.parametrize("way", [["cpu"], ["disk", "--offload_updates", "journal"]], ids=["cpu", "journal"])
+def test_other_places_end_at_the_same_bits(flags, tmp_path, way, caplog):
+    more = ["--save_strategy", "journal", "--load_best_model_at_end", "false"]
+    flags = [*flags, "--eval_steps", "2", "--learning_rate", "1e-2"]
+    expected = finetune(flags, tmp_path / "memory", "--perturb", "in_forward", *more)
+    found = finetune(flags, tmp_path / "found", "--offload", *way)
+    assert stored(found, "model.safetensors") == stored(expected, "model.safetensors")
+    assert Journal.read(found / "journal.zkj").steps == Journal.read(expected / "journal.zkj").steps
+    assert measured(found) == measured(expected)
+    if way == ["cpu"]:
+        assert "this run computes on the CPU" in caplog.text
+        assert not (found / "offload").exists()
+    else:
+        assert "writes nothing: step t repeats the updates of t - 1 steps" in caplog.text
+        assert list((found / "offload").iterdir()) == []  # all weights were asked for at the end
+
+
 def test_adapters_end_at_the_same_bits(flags, tmp_path):
     more = ["--lora", "true", "--load_best_model_at_end", "true"]
     expected = finetune(flags, tmp_path / "memory", "--perturb", "in_forward", *more)
@@ -64,8 +81,10 @@ def test_adapters_end_at_the_same_bits(flags, tmp_path):
     assert measured(stacked)[0] == measured(expected)[0]
 
 
-def test_a_killed_run_goes_on_with_its_files(flags, tmp_path):
+@pytest.mark.parametrize("updates", ["disk", "journal"])
+def test_a_killed_run_goes_on_with_its_files(flags, tmp_path, updates):
     argv = ["finetune", *flags, "--method", "mezo", "--max_steps", "8", "--offload", "disk", "--eval_steps", "4"]
+    argv += ["--offload_updates", updates]
     argv += ["--offload_dir", str(tmp_path / "files")]
     log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
     process = killing.start([*argv, "--output_dir", str(whole)], log)
@@ -90,7 +109,11 @@ def test_a_killed_run_goes_on_with_its_files(flags, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "settings", "told"),
     [
-        ({"offload": "cpu"}, {}, "computes on the CPU"),
+        ({"offload": "cpu", "offload_dir": "x"}, {}, "keeps no files"),
+        ({"offload": "cpu", "offload_updates": "journal"}, {}, "with --offload disk"),
+        ({"offload": "disk", "offload_updates": "journal", "lora": True}, {}, "no adapter"),
+        ({"offload": "disk", "offload_updates": "ram"}, {}, "must be disk or journal"),
+        ({"offload_updates": "journal"}, {}, "add --offload disk"),
         ({"offload": "gpu"}, {}, "must be disk or cpu"),
         ({"offload_dir": "x"}, {}, "add --offload disk"),
         ({"offload": "disk"}, {"method": "adamw"}, "takes gradients"),

@@ -55,7 +55,9 @@ def resident(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def streamed(folder: Path, *, trains_weights: bool, dtype: torch.dtype = torch.float32, copy: str = "copy") -> Any:
+def streamed(
+    folder: Path, *, trains_weights: bool, dtype: torch.dtype = torch.float32, copy: str = "copy", **options: Any
+) -> Any:
     return load_streamed(
         transformers.AutoConfig.from_pretrained(folder),
         folder,
@@ -64,6 +66,7 @@ def streamed(folder: Path, *, trains_weights: bool, dtype: torch.dtype = torch.f
         offload_dir=folder.parent / copy,
         trains_weights=trains_weights,
         name="the model",
+        **options,
     )
 
 

@@ -507,3 +507,15 @@ def test_a_single_weight_is_read_through_conversions(tmp_path):
     )
     for name, tensor in expected.items():
         assert torch.equal(private_apis.offloaded_parameter(on_disk, name), tensor), name
+
+
+def test_some_parameters_stay_when_a_module_is_moved():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    private_apis.keep_in_place(model, [model[0].weight, model[1].bias])
+    weight = model[0].weight
+    model.to(torch.float64)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name for name, dtype in types.items() if dtype == torch.float32} == {"0.weight", "1.bias"}
+    assert types["1.running_mean"] == types["0.bias"] == torch.float64
+    assert model[0].weight is weight
+    assert list(dict(model[0].named_parameters())) == ["weight", "bias"]

@@ -1,4 +1,4 @@
-"""Models larger than the memory: weights stay in files, and a block of them is read just before it runs."""
+"""Models larger than the memory: weights stay in files or host memory, and a block comes just before it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from zokernel._lazy import lazy_exports
 _EXPORTS = {
     "Blocks": "blocks",
     "Lockstep": "lockstep",
+    "Memory": "store",
+    "Replayed": "replayed",
+    "Staged": "staged",
     "StreamedForward": "streamed_forward",
     "WorkingCopy": "working_copy",
     "streamed_blocks": "blocks",

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from zokernel.private_apis import ModuleState
 
+Surroundings = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
 P = TypeVar("P")
 
@@ -83,10 +85,10 @@ class Lockstep(Generic[T, P]):
         states = [base.own() for _ in functions]
         places: dict[int, P | None] = dict.fromkeys(range(count))
         results: dict[int, T] = {}
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        surroundings = _surroundings()
         pool = ThreadPoolExecutor(count, "zokernel-forward")
         for number, function in enumerate(functions):
-            pool.submit(contextvars.copy_context().run, self._carry_out, number, function, low)
+            pool.submit(contextvars.copy_context().run, self._carry_out, number, function, surroundings)
         try:
             while places:
                 place = next(iter(places.values()))
@@ -131,13 +133,31 @@ class Lockstep(Generic[T, P]):
         self._running = None
 
     @torch.no_grad()
-    def _carry_out(self, number: int, function: Callable[[], T], autocast: torch.dtype | None) -> None:
+    def _carry_out(self, number: int, function: Callable[[], T], surroundings: Surroundings) -> None:
         self._wake[number].acquire()
         try:
             if self._stopping:
                 raise _Stop
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            with surroundings():
                 told: tuple[str, Any] = ("returned", function())
         except BaseException as error:
             told = ("raised", error)
         self._told.put(told)
+
+
+def _surroundings() -> Surroundings:
+    """Return a context in which another thread computes as this one: its autocast, and its GPU and stream."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    low = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype in low.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
+    return entered

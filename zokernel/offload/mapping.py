@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import sys
+import tempfile
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -24,18 +25,22 @@ from zokernel.errors import RunError, UsageError
 
 PAGE = mmap.PAGESIZE
 # From sys/mman.h of Linux; Python's mmap module can neither choose an address nor read pages ahead.
-_READ, _WRITE, _SHARED, _FIXED = 1, 2, 0x01, 0x10
+_READ, _WRITE, _SHARED, _PRIVATE, _FIXED, _NORESERVE = 1, 2, 0x01, 0x02, 0x10, 0x4000
 _DONTNEED, _POPULATE_READ, _WILLNEED = 4, 22, 3
 _FAILED = ctypes.c_void_p(-1).value
 
 
 class MappedFile:
-    """A file mapped for reading.
+    """A file, or a stretch of one, mapped for reading.
+
+    Offsets are those in the file.
 
     Args:
         path: The file.
-        length: Bytes to map; all of it by default.
-        writable: Whether what is written to the addresses goes to the file.
+        begin: First byte to map.
+        end: Byte after the last one; the end of the file by default.
+        writable: Whether the addresses may be written to.
+        private: Whether what is written stays in memory, until it is dropped; otherwise it goes to the file.
 
     Raises:
         UsageError: On a system other than Linux.
@@ -50,22 +55,48 @@ class MappedFile:
         tensor([2., 3.])
     """
 
-    def __init__(self, path: Path, *, length: int | None = None, writable: bool = False):
+    def __init__(
+        self, path: Path, *, begin: int = 0, end: int | None = None, writable: bool = False, private: bool = False
+    ):
         if not sys.platform.startswith("linux"):
             raise UsageError("Weights are streamed from mapped files on Linux only: leave out --offload.")
-        self.length, self._writable = path.stat().st_size if length is None else length, writable
-        self.address = self._map(None, path)
+        self._begin = begin // PAGE * PAGE  # where a mapping may begin
+        self.length, self._writable, self._private = (end or path.stat().st_size) - self._begin, writable, private
+        with path.open("r+b" if writable and not private else "rb") as file:
+            self.address = self._map(None, file.fileno(), self._begin)
 
     def replace(self, path: Path) -> None:
         """Map another file of the same length over this one, at once."""
-        self._map(self.address, path)
+        with path.open("r+b" if self._writable and not self._private else "rb") as file:
+            self._map(self.address, file.fileno(), self._begin)
+
+    def keep(self, folder: Path) -> None:
+        """Put what the addresses hold into a file without a name, and map that: what was written is memory no more.
+
+        The file goes when the mapping does.
+
+        Args:
+            folder: On which disk it is.
+
+        Raises:
+            RunError: If there is no room for it.
+        """
+        held = memoryview((ctypes.c_char * self.length).from_address(self.address)).cast("B")
+        try:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                written = 0
+                while written < self.length:
+                    written += file.write(held[written:])
+                self._map(self.address, file.fileno(), 0)
+        except OSError as error:
+            raise no_room(folder, error) from error
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the numbers at an offset as a tensor, which must not be written to unless the mapping is writable."""
         size = prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
-        held: Any = (ctypes.c_char * size).from_address(self.address + offset)
+        held: Any = (ctypes.c_char * size).from_address(self.address + offset - self._begin)
         held.mapping = self  # the addresses live as long as the tensor does
         return torch.frombuffer(held, dtype=dtype).view(shape)
 
@@ -94,20 +125,26 @@ class MappedFile:
             self.close()
 
     def _pages(self, begin: int, end: int) -> tuple[int, int]:
-        first = (self.address + begin) // PAGE * PAGE
-        return first, -(-(self.address + end - first) // PAGE) * PAGE if end > begin else 0
+        start = self.address - self._begin
+        first = (start + begin) // PAGE * PAGE
+        return first, -(-(start + end - first) // PAGE) * PAGE if end > begin else 0
 
-    def _map(self, address: int | None, path: Path) -> Any:
-        opened = os.open(path, os.O_RDWR if self._writable else os.O_RDONLY)
-        try:
-            protection = _READ | (_WRITE if self._writable else 0)
-            flags = _SHARED | (_FIXED if address is not None else 0)
-            found = _libc().mmap(address, max(self.length, 1), protection, flags, opened, 0)
-        finally:
-            os.close(opened)
+    def _map(self, address: int | None, opened: int, begin: int) -> Any:
+        protection = _READ | (_WRITE if self._writable else 0)
+        # Few of the pages that may be written to are memory at a time.
+        flags = (_PRIVATE | _NORESERVE if self._private else _SHARED) | (_FIXED if address is not None else 0)
+        found = _libc().mmap(address, max(self.length, 1), protection, flags, opened, begin)
         if found == _FAILED:
-            raise RunError(f"{path} could not be mapped ({os.strerror(ctypes.get_errno())}).")
+            raise RunError(f"Weights could not be mapped ({os.strerror(ctypes.get_errno())}).")
         return found
+
+
+def no_room(path: Path, error: OSError) -> RunError:
+    """Return the error for a file that could not be written."""
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+    return RunError(
+        f"{path} cannot be written ({reason}): free some space and repeat the command, or choose another --offload_dir."
+    )
 
 
 @cache

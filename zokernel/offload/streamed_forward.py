@@ -18,9 +18,10 @@ from zokernel.directions.weights.copy import Unmoved
 from zokernel.directions.weights.copy_perturbed import Copier
 from zokernel.directions.weights.restore import Draw
 from zokernel.estimators.base import Offsets
-from zokernel.offload.blocks import Blocks, Stop, Unit, check_visited, outside
+from zokernel.offload.blocks import Blocks, check_visited, outside
 from zokernel.offload.lockstep import Lockstep
-from zokernel.offload.working_copy import WorkingCopy
+from zokernel.offload.store import Store
+from zokernel.offload.units import Stop, Unit
 from zokernel.perturb.base import Closure
 from zokernel.perturb.in_forward import InForward, Perturbed, Point
 from zokernel.perturb.in_place import loss_value
@@ -33,19 +34,17 @@ class StreamedForward(InForward):
     Args:
         blocks: The blocks of the model.
         model: The model as it is called, with the adapter around it if there is one.
-        working_copy: Where the trained weights are, if they are streamed themselves; None if an adapter is trained.
+        trained: The store of the blocks, if their weights are trained themselves; None if an adapter is.
         max_together: Points that share a pass; their activations at the border of a block are held together.
 
     Raises:
         UsageError: When attached, if the directions or the weights do not suit in_forward.
     """
 
-    def __init__(
-        self, blocks: Blocks, model: nn.Module, working_copy: WorkingCopy | None = None, *, max_together: int = 64
-    ):
+    def __init__(self, blocks: Blocks, model: nn.Module, trained: Store | None = None, *, max_together: int = 64):
         super().__init__()
         self._outside = outside(model, blocks)
-        self.blocks, self.working_copy, self.max_together = blocks, working_copy, max_together
+        self.blocks, self.trained, self.max_together = blocks, trained, max_together
 
     def attach(
         self, parameters: Mapping[str, Tensor], directions: Directions, *, seed: int, reach: float = 0.01
@@ -58,16 +57,13 @@ class StreamedForward(InForward):
         self.schedule.apart = {key: unit_of[key].name for key in keys}
         # Vectors of a unit are copied when the unit is there.
         small = [key for key in self.schedule.small if key in unit_of]
+        self._keys = {unit.name: [key for key in keys if unit_of[key] is unit] for unit in self.blocks.units}
         self.schedule.small = [key for key in self.schedule.small if key not in unit_of]
         self.schedule.copy_small = Copier([self.schedule.places[key] for key in self.schedule.small])
         self._small = {unit.name: [key for key in small if unit_of[key] is unit] for unit in self.blocks.units}
-        self._copiers = {
-            name: Copier([self.schedule.places[key] for key in members]) for name, members in self._small.items()
-        }
-        if self.working_copy is not None:
-            self.weights = StreamedWeights(
-                directions, parameters, seed=seed, blocks=self.blocks, copy=self.working_copy
-            )
+        self._copiers = {name: self._copier(members) for name, members in self._small.items()}
+        if self.trained is not None:
+            self.weights = StreamedWeights(directions, parameters, seed=seed, blocks=self.blocks)
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Evaluate the closure at all points together."""
@@ -79,12 +75,13 @@ class StreamedForward(InForward):
     def _together(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
         schedule, directions, seed, blocks = self.schedule, self.weights.directions, self.weights.seed, self.blocks
         assert schedule is not None
-        if not schedule.learned:
+        store = blocks.store
+        if not (schedule.learned or store.moves):
             schedule.prepare(directions, seed=seed)
         forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for offsets in points]
         for unit in blocks.units:
             if not unit.is_block:  # a few weights that anything may use at any time
-                blocks.settle(unit)
+                store.settle(unit)
                 for forward in forwards:
                     forward.fixed |= self._small_copies(forward, unit)
         fixed = [forward.fixed for forward in forwards]
@@ -100,7 +97,13 @@ class StreamedForward(InForward):
         def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return running.run(func, args, kwargs)
 
-        lockstep: Lockstep[float, Stop] = Lockstep(blocks.visit, turn, self._outside)
+        def arrive(stop: Stop) -> None:
+            blocks.visit(stop)
+            if store.moves and stop.unit.is_block:
+                schedule.find_again(self._keys[stop.unit.name])
+                self._copiers[stop.unit.name] = self._copier(self._small[stop.unit.name])
+
+        lockstep: Lockstep[float, Stop] = Lockstep(arrive, turn, self._outside)
 
         def pause(stop: Stop) -> bool:
             if lockstep.active:
@@ -113,12 +116,17 @@ class StreamedForward(InForward):
                 losses = lockstep.run([lambda: loss_value(closure())] * len(points))
             finally:
                 blocks.pause = before
-        if self.working_copy is not None:
+        if self.trained is not None:
             check_visited(blocks)
         if not schedule.learned:
             schedule.finish()
-            schedule.prepare(directions, seed=seed)
+            if not store.moves:
+                schedule.prepare(directions, seed=seed)
         return losses
+
+    def _copier(self, keys: Sequence[int]) -> Copier:
+        assert self.schedule is not None
+        return Copier([self.schedule.places[key] for key in keys])
 
     def _small_copies(self, forward: Perturbed, unit: Unit) -> dict[int, Tensor]:
         keys, copier = self._small[unit.name], self._copiers[unit.name]
@@ -130,24 +138,20 @@ class StreamedForward(InForward):
 
 
 class StreamedWeights(Unmoved):
-    """Weights in files, whose updates are made when they are read next.
+    """Weights of streamed blocks, whose updates are made when they are read next.
 
     Args:
         directions: Random directions.
         tensors: Weights by name.
         seed: Seed of the run.
         blocks: The blocks of the model.
-        copy: The files.
     """
 
-    def __init__(
-        self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, blocks: Blocks, copy: WorkingCopy
-    ):
+    def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, blocks: Blocks):
         super().__init__(directions, tensors, seed=seed)
-        self._copy, self._blocks = copy, blocks
+        self._blocks, self._updates = blocks, blocks.store.updates
         blocks.settle_all()  # what waits is for the tensors that were trained until now
-        copy.train(directions, self.tensors, seed=seed, units=blocks.units)
-        blocks.settle = copy.settle
+        self._updates.train(directions, self.tensors, seed=seed, units=blocks.units)
 
     def restore(self) -> None:
         """Make every update that waits, so that the tensors are the weights."""
@@ -159,4 +163,4 @@ class StreamedWeights(Unmoved):
         return super().copies_at(step, offsets)
 
     def _commit(self, step: int, update: dict[str, dict[Draw, float]], decay: float | Mapping[str, float]) -> None:
-        self._copy.note(step, update, decay)
+        self._updates.note(step, update, decay)

@@ -185,6 +185,15 @@ class CopySchedule:
             sizes[-1] += size
             self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
 
+    def find_again(self, keys: Sequence[int]) -> None:
+        """Find parameters in memory again, whose addresses have changed."""
+        for key in keys:
+            name = self.places[key].name
+            self.places[key] = place_all({name: self.parameters[name].data})[0]  # which is not intercepted
+        moved = set(keys)
+        self._copiers = {held: copier for held, copier in self._copiers.items() if moved.isdisjoint(held)}
+        self._pieces = {held: pieces for held, pieces in self._pieces.items() if held[0] not in moved}
+
     def copier(self, keys: Sequence[int]) -> Copier:
         """Return what copies some parameters together."""
         found = self._copiers.get(tuple(keys))

@@ -1,4 +1,4 @@
-"""``--offload disk``: which runs can stream their weights, and what that costs, said before anything is loaded."""
+"""``--offload``: which runs can stream their weights, and what that costs, said before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
 from zokernel.finetune.settings.unsupported import is_first_order
 from zokernel.offload.blocks import Blocks, streamed_blocks
+from zokernel.offload.replayed import Replayed
+from zokernel.offload.staged import Staged
+from zokernel.offload.store import Memory
+from zokernel.offload.working_copy import WorkingCopy
 from zokernel.perturb.in_forward import STRETCH
 
 logger = logging.getLogger(__name__)
@@ -42,24 +46,30 @@ def offloaded(arguments: ModelArguments, config: ZOConfig, command: Sequence[str
         Traceback (most recent call last):
         zokernel.errors.UsageError: --offload must be disk or cpu, not 'ram'.
     """
-    where = arguments.offload
+    where, full = arguments.offload, trained_by(arguments) == "full parameters"
     if where is None:
-        if arguments.offload_dir is not None:
-            raise UsageError("--offload_dir is where --offload disk keeps files: add --offload disk.")
+        for name in ("offload_dir", "offload_updates"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name} is for weights that stay in files: add --offload disk.")
         return config
     if where not in ("disk", "cpu"):
         raise UsageError(f"--offload must be disk or cpu, not {where!r}.")
-    if config.device.type != "cpu":
+    if arguments.offload_updates not in (None, "disk", "journal"):
+        raise UsageError(f"--offload_updates must be disk or journal, not {arguments.offload_updates!r}.")
+    if arguments.offload_updates is not None and (where == "cpu" or not full):
         raise UsageError(
-            f"Weights are streamed to the CPU only, and this run computes on {config.device.type}: leave out "
-            "--offload, or pass --use_cpu true."
+            "--offload_updates says where the updates of all weights are kept, with --offload disk and no adapter: "
+            "leave it out."
         )
-    if where == "cpu":
+    if where == "cpu" and arguments.offload_dir is not None:
+        raise UsageError("--offload cpu keeps no files: leave out --offload_dir.")
+    if where == "disk" and config.device.type != "cpu":
         raise UsageError(
-            "--offload cpu keeps weights in host memory for a GPU, and this run computes on the CPU: use --offload "
-            "disk, or leave it out."
+            f"--offload disk computes on the CPU only, and this run on {config.device.type}: use --offload cpu, or "
+            "pass --use_cpu true."
         )
-    full = trained_by(arguments) == "full parameters"
+    if config.device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Weights are not streamed to {config.device.type}: leave out --offload.")
     if is_first_order(config.method):
         raise UsageError(f"{config.method} takes gradients, for which weights are not streamed: leave out --offload.")
     if config.torch_compile:
@@ -122,28 +132,51 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
         offload_dir=target,
         trains_weights=full,
         name=arguments.model_name_or_path,
+        where=str(arguments.offload),
+        updates=arguments.offload_updates or "disk",
+        device=config.device,
         attn_implementation=arguments.attn_implementation,
         trust_remote_code=arguments.trust_remote_code,
     )
     blocks = streamed_blocks(model)
     assert blocks is not None
-    logger.info("%s", _told(blocks, target if target.exists() else folder, written=full))
+    logger.info("%s", _told(blocks, target if target.exists() else folder, trained=full))
     return model
 
 
-def _told(blocks: Blocks, folder: Path, *, written: bool) -> str:
-    sizes = [unit.nbytes for unit in blocks.units]
-    gigabytes = sum(sizes) / 2**30
-    told = (
-        f"Offload disk: {gigabytes:.2f} GiB of weights stay in {folder}, in {len(sizes)} parts of at most "
-        f"{max(sizes) / 2**20:.0f} MiB; every step reads {gigabytes:.2f} GiB"
-    )
-    if written:
-        return (
-            f"{told} and writes as much (beside it, {gigabytes:.2f} GiB of the first weights are kept).  Memory: "
-            f"{_copies(blocks):.0f} MiB of perturbed copies, and activations."
+def _told(blocks: Blocks, folder: Path, *, trained: bool) -> str:
+    store, sizes = blocks.store, [unit.nbytes for unit in blocks.units]
+    gigabytes, outside = sum(sizes) / 2**30, sum(unit.nbytes for unit in blocks.units if not unit.is_block)
+    parts = f"in {len(sizes)} parts of at most {max(sizes) / 2**20:.0f} MiB"
+    if isinstance(store, Staged):
+        moved = gigabytes - outside / 2**30
+        told = (
+            f"Offload cpu: {gigabytes:.2f} GiB of weights {parts}; blocks stay in host memory, and every step copies "
+            f"{moved:.2f} GiB to {store.device}{' and back' if trained else ''}.  Memory of the device: "
+            f"{2 * max(unit.nbytes for unit in blocks.units if unit.is_block) / 2**20:.0f} MiB for two blocks, "
+            f"{outside / 2**20:.0f} MiB of weights outside of blocks"
         )
-    return f"{told}, once for all its losses.  Memory: the adapter and activations."
+    elif isinstance(store, Memory):
+        told = (
+            f"Offload cpu: this run computes on the CPU, where {gigabytes:.2f} GiB of weights stay in memory, {parts}; "
+            "all losses of a step share one pass over them"
+        )
+    else:
+        told = (
+            f"Offload disk: {gigabytes:.2f} GiB of weights stay in {folder}, {parts}; every step reads "
+            f"{gigabytes:.2f} GiB"
+        )
+    if not trained:
+        return f"{told}.  Memory: the adapter and activations."
+    if isinstance(store, WorkingCopy):
+        told += f" and writes as much (beside it, {gigabytes:.2f} GiB of the first weights are kept)"
+    if isinstance(store, Replayed):
+        told += (
+            " and writes nothing: step t repeats the updates of t - 1 steps on every block that is read.  Weights "
+            f"outside of blocks ({outside / 2**20:.0f} MiB) stay in memory, and one updated block of "
+            f"{max(unit.nbytes for unit in blocks.units if unit.is_block) / 2**20:.0f} MiB"
+        )
+    return f"{told}.  Memory: {_copies(blocks):.0f} MiB of perturbed copies, and activations."
 
 
 def _copies(blocks: Blocks) -> float:

@@ -1,4 +1,4 @@
-"""Loading a model whose weights stay in files (``--offload disk``): built without weights, then given mapped ones."""
+"""Loading a model whose weights are streamed (``--offload``): built without weights, then given those of a store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from zokernel.errors import UsageError
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, stop_rescaling_
 from zokernel.finetune.models.stored import weight_files
-from zokernel.offload.blocks import Blocks, Unit, find_units
+from zokernel.offload.base_files import base_file
+from zokernel.offload.blocks import Blocks
 from zokernel.offload.mapping import MappedFile
+from zokernel.offload.replayed import Replayed
+from zokernel.offload.staged import Staged
+from zokernel.offload.store import Files, Memory, Span
+from zokernel.offload.units import Unit, find_units
 from zokernel.offload.working_copy import WorkingCopy
-from zokernel.private_apis import converts_weights, offloaded_parameter
+from zokernel.private_apis import converts_weights, keep_in_place, offloaded_parameter
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -31,40 +36,42 @@ class Stored:
     """
 
     def __init__(self, folder: Path):
-        self.entries: dict[str, tuple[MappedFile, int, dict[str, Any]]] = {}
+        self.entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        self._mapped: dict[Path, MappedFile] = {}
         told = hashlib.sha256()
         for path in weight_files(folder):
-            file, status = MappedFile(path), path.stat()
+            status = path.stat()
             told.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
             with path.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
                 header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
-            self.entries |= {key: (file, 8 + length, entry) for key, entry in header.items()}
+            self.entries |= {key: (path, 8 + length, entry) for key, entry in header.items()}
         self.identity = told.hexdigest()
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return tuple(self.entries[key][2]["shape"])
 
-    def span(self, key: str) -> tuple[MappedFile, int, int]:
-        """Return a tensor's file, and where in it the tensor begins and ends."""
-        file, start, entry = self.entries[key]
-        begin, end = entry["data_offsets"]
-        return file, start + begin, start + end
+    def span(self, key: str) -> Span:
+        """Return where a tensor is."""
+        path, start, entry = self.entries[key]
+        if entry["dtype"] not in _DTYPES:
+            raise UsageError(f"{key} is stored as {entry['dtype']}, which is not streamed: leave out --offload.")
+        return Span(path, start + entry["data_offsets"][0], self.shape(key), _DTYPES[entry["dtype"]])
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor, as it is stored."""
-        file, begin, _ = self.span(key)
-        kind = self.entries[key][2]["dtype"]
-        if kind not in _DTYPES:
-            raise UsageError(f"{key} is stored as {kind}, which is not streamed: leave out --offload.")
-        return file.tensor(begin, self.shape(key), _DTYPES[kind])
+        span = self.span(key)
+        if span.path not in self._mapped:
+            self._mapped[span.path] = MappedFile(span.path)
+        return self._mapped[span.path].tensor(span.begin, span.shape, span.dtype)
 
     def fits(self, key: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor can be used where it is: it has this type, and its address is a multiple of its size."""
-        file, begin, _ = self.span(key)
-        return _DTYPES.get(self.entries[key][2]["dtype"]) == dtype and (file.address + begin) % dtype.itemsize == 0
+        """Whether a tensor can be used where it is: it has this type, and its place is a multiple of its size."""
+        _, start, entry = self.entries[key]
+        begin = start + entry["data_offsets"][0]
+        return _DTYPES.get(entry["dtype"]) == dtype and begin % dtype.itemsize == 0
 
 
 class Converted:
@@ -112,19 +119,25 @@ def load_streamed(
     offload_dir: Path,
     trains_weights: bool,
     name: str,
+    where: str = "disk",
+    updates: str = "disk",
+    device: torch.device | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Build a model on mapped files; its blocks are found by ``streamed_blocks``.
+    """Build a model whose weights are in a store; its blocks are found by ``streamed_blocks``.
 
     Args:
         architecture: Its configuration.
         folder: Where its files are.
         dtype: Type in which the weights are held; files of another type are converted once, into ``offload_dir``.
         kind: Which kind of language model it is.
-        offload_dir: Where working copies are kept.
+        offload_dir: Where files of its own are kept.
         trains_weights: Whether the weights themselves are trained, not only an adapter.
         name: What the user calls the model.
+        where: ``disk``: weights stay in files; ``cpu``: in host memory.
+        updates: Of trained weights in files: ``disk`` writes them, ``journal`` repeats all of them on each read.
+        device: Where the model computes, if weights are in host memory; the CPU if not given.
         attn_implementation: Attention to use.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -148,25 +161,44 @@ def load_streamed(
     units = find_units(model)
     converts = converts_weights(model)
     keys = {} if converts else _stored_names(model, stored, name)
-    direct = not (converts or trains_weights) and all(stored.fits(key, dtype) for key in keys.values())
-    copy = None if direct else WorkingCopy(offload_dir, f"{stored.identity} {dtype} {type(model).__name__}")
+    writes = trains_weights and updates == "disk"
+    direct = not (converts or writes) and all(stored.fits(key, dtype) for key in keys.values())
+    identity = f"{stored.identity} {dtype} {type(model).__name__}"
+    store: Memory | Files
+    if where == "cpu":
+        store = host_store(device or torch.device("cpu"), identity)
+    elif writes:
+        store = WorkingCopy(offload_dir, identity)
+    else:
+        store = Replayed(offload_dir, identity) if trains_weights else Files(identity)
     with Converted(type(model), folder, dtype, offload_dir) as converted:
+        load = converted if converts else lambda own: stored.tensor(keys[own])
         for unit in units:
-            if copy is None:
-                unit.tensors = {own: stored.tensor(keys[own]) for own in unit.names}
-                unit.parts = _merged([stored.span(keys[own]) for own in unit.names])
+            shapes = {own: tuple(model.get_parameter(own).shape) for own in unit.names}
+            if isinstance(store, Memory):
+                store.place(unit, shapes, load, dtype)
+            elif direct:
+                store.place(unit, {own: stored.span(keys[own]) for own in unit.names})
             else:
-                shapes = {own: tuple(model.get_parameter(own).shape) for own in unit.names}
-                copy.place(unit, shapes, converted if converts else lambda own: stored.tensor(keys[own]), dtype)
+                store.place(unit, base_file(offload_dir, unit, identity, shapes, load, dtype))
     _assign(model, units)
     for key, buffer in model.named_buffers():
         if key in stored.entries:
             buffer.copy_(stored.tensor(key))
-    model.working_copy = copy if trains_weights else None
+    model.working_copy = store if trains_weights else None
     model.name_or_path = model.config.name_or_path = str(folder)
     stop_rescaling_(model)
-    Blocks(model, units)
+    if store.moves:
+        for unit in units:
+            for module in unit.modules if unit.is_block else []:
+                keep_in_place(module, unit.tensors.values())
+    Blocks(model, units, store)
     return model.eval()
+
+
+def host_store(device: torch.device, identity: str) -> Memory:
+    """Return where weights in host memory are, for a model that computes on a device."""
+    return Memory(identity) if device.type == "cpu" else Staged(device, identity)
 
 
 def _stored_names(model: Any, stored: Stored, name: str) -> dict[str, str]:
@@ -208,14 +240,3 @@ def _assign(model: nn.Module, units: list[Unit]) -> None:
         setattr(model.get_submodule(owner), attribute, made[id(parameter)])
     for unit in units:
         unit.tensors = {own: made[id(empty[own])] for own in unit.tensors}
-
-
-def _merged(spans: list[tuple[MappedFile, int, int]]) -> list[tuple[MappedFile, int, int]]:
-    """Return stretches of files, those that lie one after the other as one."""
-    found: list[tuple[MappedFile, int, int]] = []
-    for file, begin, end in sorted(spans, key=lambda span: (span[0].address, span[1])):
-        if found and found[-1][0] is file and found[-1][2] == begin:
-            found[-1] = (file, found[-1][1], end)
-        else:
-            found.append((file, begin, end))
-    return found

@@ -1,4 +1,4 @@
-"""Streamed weights: all losses of a step in one pass over their files."""
+"""Streamed weights: all losses of a step in one pass over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module) -> str | None:
         )
     optimizer.perturb = StreamedForward(blocks, model, copy)
     logger.info(
-        "perturb: in_forward, %d losses of a step together in one pass over the files.", optimizer.forwards_per_step
+        "perturb: in_forward, %d losses of a step together in one pass over the weights.", optimizer.forwards_per_step
     )
     return "in_forward"
 

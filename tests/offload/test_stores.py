@@ -1,0 +1,200 @@
+"""Weights in host memory, staged on a device, or replayed from the journal: the bits of the run in memory each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_streamed_forward import FAMILIES, closure, resident, same, save, streamed, train, weights, with_lora
+
+from zokernel.finetune.models import streamed as loading
+from zokernel.offload import Memory, Replayed, Staged, StreamedForward, streamed_blocks
+from zokernel.optim import ZerothOrder
+from zokernel.perturb import InForward
+
+WAYS: dict[str, dict[str, Any]] = {
+    "memory": {"where": "cpu"},
+    "staged": {"where": "cpu"},
+    "journal": {"updates": "journal"},
+}
+KINDS = {"memory": Memory, "staged": Staged, "journal": Replayed}
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "staged":  # the copies that a GPU needs, made on the CPU
+        monkeypatch.setattr(loading, "host_store", Staged)
+    return request.param
+
+
+@pytest.fixture(params=["llama", "untied", "gpt2"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save(FAMILIES[request.param], tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_parameters_are_trained_to_the_same_bits(saved: Path, way: str, dtype: torch.dtype) -> None:
+    there, model = resident(saved, dtype), streamed(saved, trains_weights=True, dtype=dtype, **WAYS[way])
+    expected, _ = train(there, InForward())
+    blocks = streamed_blocks(model)
+    assert blocks is not None
+    assert type(blocks.store) is KINDS[way]
+    found, optimizer = train(model, StreamedForward(blocks, model, model.working_copy))
+    assert found == expected
+    with torch.no_grad():  # without a perturbation too, as evaluations run
+        assert closure(model)() == closure(there)()
+    assert same(weights(model), weights(there))
+    # What was asked for from outside is kept, and training goes on from there.
+    assert optimizer.step(closure(model)) == train(resident(saved, dtype), InForward(), steps=6)[1].last_estimate.loss
+
+
+@pytest.mark.parametrize("way", ["memory", "staged"], indirect=True)
+def test_adapters_are_trained_to_the_same_bits(saved: Path, way: str) -> None:
+    there, model = with_lora(resident(saved)), with_lora(streamed(saved, trains_weights=False, **WAYS[way]))
+    blocks = streamed_blocks(model)
+    assert blocks is not None
+    assert train(model, StreamedForward(blocks, model))[0] == train(there, InForward())[0]
+    assert same(weights(model), weights(there))
+
+
+def test_each_block_goes_there_once_and_back_once_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "host_store", Staged)
+    saved = save(FAMILIES["llama"], tmp_path / "model")
+    for trains in (True, False):
+        model = streamed(saved, trains_weights=trains, where="cpu")
+        model = model if trains else with_lora(model)
+        blocks = streamed_blocks(model)
+        assert blocks is not None
+        train(model, StreamedForward(blocks, model, blocks.store if trains else None))
+        moved = sum(unit.nbytes for unit in blocks.units if unit.is_block)
+        passes = {blocks.passes[unit.name] for unit in blocks.units if unit.is_block}
+        assert passes in ({5}, {6})  # the first step's losses may be taken once more
+        assert blocks.bytes_read == moved * passes.pop()
+        assert blocks.store.bytes_written == (4 * moved if trains else 0)  # the last update waits
+
+
+def test_a_block_on_the_device_is_not_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "host_store", Staged)
+    saved = save(FAMILIES["llama"], tmp_path / "model")
+    model = streamed(saved, trains_weights=True, where="cpu")
+    blocks = streamed_blocks(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    kept, seen = weight.data_ptr(), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: seen.append(weight.data_ptr()))
+    with torch.no_grad():
+        closure(model)()
+        closure(model)()
+    assert blocks is not None
+    assert kept not in seen
+    blocks.settle_all()
+    assert weight.data_ptr() == kept
+
+
+def test_a_trainer_that_moves_the_model_leaves_staged_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "host_store", Staged)
+    model = with_lora(streamed(save(FAMILIES["llama"], tmp_path / "model"), trains_weights=False, where="cpu"))
+    model.to("meta")
+    found = {name: p.device.type for name, p in model.named_parameters()}
+    blocks = {name for name in found if ".layers." in name and "lora" not in name}
+    assert {name for name, device in found.items() if device == "cpu"} == blocks
+    assert len(blocks) == 4 * 9
+    assert {device for name, device in found.items() if "lora" in name} == {"meta"}
+
+
+def test_the_journal_writes_nothing_and_repeats_every_update(tmp_path: Path) -> None:
+    saved = save(FAMILIES["llama"], tmp_path / "model")
+    model = streamed(saved, trains_weights=True, updates="journal")
+    blocks, store = streamed_blocks(model), model.working_copy
+    assert blocks is not None
+    before = (saved / "model.safetensors").read_bytes()
+    _, optimizer = train(model, StreamedForward(blocks, model, store), steps=4)
+    assert not (tmp_path / "copy").exists()
+    assert store.replays == 4 * (1 + 2 + 3)  # four blocks; step t repeats t - 1 updates
+    there = resident(saved)
+    train(there, InForward(), steps=4)
+    assert same(weights(model), weights(there))
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert list((tmp_path / "copy").iterdir()) == []  # the weights that were asked for are in files without a name
+    written = store.bytes_written
+    optimizer.step(closure(model))
+    assert store.bytes_written == written > 0
+    assert store.replays == 4 * (1 + 2 + 3 + 4)  # kept weights need no replay
+
+
+def test_the_journal_says_what_its_replays_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = save(FAMILIES["untied"], tmp_path / "model")
+    model = streamed(saved, trains_weights=True, updates="journal")
+    with caplog.at_level("INFO", "zokernel.offload.replayed"):
+        train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=18)
+    told = [line.split(" steps on each")[0].split()[-1] for line in caplog.messages if line.startswith("Journal:")]
+    assert told == ["8", "16"]
+
+
+def test_the_journal_alone_continues_a_run(tmp_path: Path) -> None:
+    saved = save(FAMILIES["untied"], tmp_path / "model")
+    there = resident(saved)
+    expected, _ = train(there, InForward(), steps=4)
+    model = streamed(saved, trains_weights=True, updates="journal")
+    optimizer = ZerothOrder(
+        list(model.named_parameters()),
+        lr=1e-2,
+        estimator="two_point(1e-2, 3)",
+        perturb=StreamedForward(streamed_blocks(model), model, model.working_copy),
+        weight_decay=0.01,
+    )
+    for losses in expected[:3]:
+        optimizer.replay(losses)
+    optimizer.step(closure(model))
+    assert optimizer.record() == expected[3]
+    assert same(weights(model), weights(there))
+
+
+def test_an_update_that_is_interrupted_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save(FAMILIES["untied"], tmp_path / "model")
+    model = streamed(saved, trains_weights=True, updates="journal")
+    blocks, store = streamed_blocks(model), model.working_copy
+    assert blocks is not None
+    train(model, StreamedForward(blocks, model, store), steps=3)
+    apply, calls = store.updates._apply, []
+
+    def interrupted(own: Any, noted: Any) -> None:
+        apply(own, noted)
+        calls.append(noted)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.updates, "_apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        closure(model)()
+    there = resident(saved)
+    train(there, InForward(), steps=3)
+    assert same(weights(model), weights(there))
+
+
+def test_weights_of_another_type_are_replayed_from_converted_files(tmp_path: Path) -> None:
+    saved = save(FAMILIES["llama"], tmp_path / "model")
+    there = resident(saved, torch.bfloat16)
+    model = streamed(saved, trains_weights=True, dtype=torch.bfloat16, updates="journal")
+    expected, _ = train(there, InForward(), steps=3)
+    found, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=3)
+    assert found == expected
+    assert same(weights(model), weights(there))
+    assert {path.suffixes[-2] for path in (tmp_path / "copy").iterdir()} == {".base"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_staged_weights_are_trained_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    saved, device = save(FAMILIES["wide"], tmp_path / "model"), torch.device("cuda", 0)
+    there = resident(saved, dtype).to(device)
+    model = streamed(saved, trains_weights=True, dtype=dtype, where="cpu", device=device).to(device)
+    blocks = streamed_blocks(model)
+    assert blocks is not None
+    assert type(blocks.store) is Staged
+    assert next(iter(blocks.units[1].tensors.values())).is_pinned()
+    expected, _ = train(there, InForward())
+    found, _ = train(model, StreamedForward(blocks, model, model.working_copy))
+    assert found == expected
+    assert same(weights(model), {name: tensor.cpu() for name, tensor in weights(there).items()})
