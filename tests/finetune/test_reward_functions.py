@@ -160,7 +160,7 @@ def test_the_row_on_which_a_reward_raises_is_found():
         ("{file}:Judge", "has no function 'Judge'"),
         ("{file}:no_completions", "takes no completions"),
         ("{file}", "There is no reward .*: write file.py:name"),
-        ("jsn", "There is no reward 'jsn': .* exact_match, json, regex, length, command"),
+        ("jsn", "There is no reward 'jsn': .* exact_match, json, regex, length, reasoning_gym:task, command"),
         ("regex", "needs a pattern"),
         ("regex:(", "does not read"),
         ("length", "needs a number of characters"),

@@ -80,8 +80,8 @@ def summary(run: TrainingRun) -> list[str]:
     paragraphs = []
     if not metrics["steps"]:
         rewarded = metrics.get("metric") == "reward"
-        scores = {words(name): value for name, value in after.items() if name != "loss"}
-        found = ", ".join(f"{n} {v:.3f}" if rewarded else f"{n} {100 * v:.1f}%" for n, v in scores.items())
+        told = {words(name): value for name, value in after.items() if name != "loss"}
+        found = ", ".join(f"{n} {v:.3f}" if rewarded else f"{n} {100 * v:.1f}%" for n, v in told.items())
         return [f"No step was taken. On {examples_told(metrics)}: {found}, loss {after['loss']:.4g}."]
     if metrics.get("forwards_per_step"):
         paragraphs.append(

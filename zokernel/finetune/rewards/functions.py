@@ -15,8 +15,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +150,11 @@ class Reward:
 class Rewards:
     r"""Several rewards and their weights: the reward of a completion is :math:`\sum_f w_f r_f`.
 
+    Attributes:
+        functions: The rewards.
+        weights: A number for each.
+        seconds: How long each has taken so far, by name.
+
     Example:
         >>> rewards = load_rewards(["json", "length:2"], [1.0, 0.5])
         >>> rewards(["Write JSON."], ["{}"], [{"prompt": "Write JSON."}])
@@ -159,6 +165,7 @@ class Rewards:
 
     functions: tuple[Reward, ...]
     weights: tuple[float, ...]
+    seconds: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -168,7 +175,11 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[list[float]]:
         """Return the reward of every function for every completion; see :meth:`Reward.__call__`."""
-        by_function = [reward(prompts, completions, rows, completion_ids) for reward in self.functions]
+        by_function = []
+        for reward in self.functions:
+            begun = time.perf_counter()
+            by_function.append(reward(prompts, completions, rows, completion_ids))
+            self.seconds[reward.name] = self.seconds.get(reward.name, 0.0) + time.perf_counter() - begun
         return [list(values) for values in zip(*by_function)]
 
     def total(self, values: Sequence[float]) -> float:

@@ -9,7 +9,9 @@ for B prompts with S samples each, and the divergence d from the starting weight
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,9 @@ from zokernel.finetune.rewards.functions import Rewards
 from zokernel.finetune.rewards.generate import Answer, Sampling, generate
 from zokernel.finetune.rewards.start import Start, divergence, tokens_of
 
+logger = logging.getLogger(__name__)
+
+SLOW = 10.0  # seconds of rewards from which it is said that they take longer than the answers
 TRIED = 2  # tokens of an answer with which is tried whether layers take several copies of the weights
 
 
@@ -56,6 +61,8 @@ class RewardObjective:
     start: Start | None = None
     seed: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
+    _writing: float = field(default=0.0, init=False, repr=False)
+    _told: bool = field(default=False, init=False, repr=False)
 
     objective = "reward"
     can_stack = False  # there is no gradient, which first-order methods ask here
@@ -139,9 +146,11 @@ class RewardObjective:
         count = len(batch["labels"])
         answers: list[Answer] = []
         at_once = count if whole else max(1, self.max_rows // samples)
+        begun = time.perf_counter()
         for begin in range(0, count, at_once):
             places = range(begin, min(count, begin + at_once))
             answers += self._written(model, batch, places, samples, sampling, copies=copies)
+        self._writing += time.perf_counter() - begun
         rows: list[Row] = [row for row in batch["rows"] for _ in range(samples)] * copies
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = [
@@ -149,11 +158,27 @@ class RewardObjective:
             for prompt, text in zip(prompts, map(self._text, answers))
         ]
         values = self.rewards(prompts, texts, rows, [answer.tokens for answer in answers])
+        self._tell_if_slow()
         if self.start is not None:
             ids = [ids for ids in tokens_of(batch["prompts"], batch["prompts_mask"]) for _ in range(samples)] * copies
             divergences = self._divergences(model, ids, answers, sampling.temperature)
             values = [[*row, divergence] for row, divergence in zip(values, divergences)]
         return torch.tensor(values, dtype=torch.float64)
+
+    def _tell_if_slow(self) -> None:
+        """Say once that the rewards take longer than writing the answers, and which of them."""
+        taken = self.rewards.seconds
+        total = sum(taken.values())
+        if self._told or total < max(SLOW, self._writing):
+            return
+        self._told, slowest = True, max(taken, key=lambda name: taken[name])
+        logger.warning(
+            "The rewards took %.1f s so far and writing the answers %.1f s; most of that is %s: a faster function, or "
+            "one that works on all completions together, makes the run faster.",
+            total,
+            self._writing,
+            slowest,
+        )
 
     def _divergences(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], temperature: float
