@@ -18,6 +18,7 @@ SETTINGS = {
     "lozo": (0.04, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5}),
     "lozo_m": (0.04, 0.4, {"num_perturbations": 2, "rank": 1, "refresh": 5, "momentum": 0.5}),
     "mezo": (0.05, 0.5, {"num_perturbations": 2}),
+    "qzo": (0.05, 0.5, {"num_perturbations": 2}),
     "r_adazo": (0.02, 0.02, {"num_perturbations": 4}),
     "richardson": (0.05, 0.5, {"num_perturbations": 2}),
     "rloo": (0.05, 0.5, {"num_perturbations": 4}),

@@ -28,6 +28,8 @@ def set_up_messages(*, debug: bool) -> None:
     """
     logging.basicConfig(handlers=[new_handler()])
     logging.getLogger().setLevel(logging.WARNING if debug else logging.ERROR)
+    if not debug:
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers, and how
     _logger.setLevel(logging.DEBUG if debug else logging.ERROR if is_replica() else logging.INFO)
     if not (debug or sys.warnoptions):
         # What a library warns of is for its programmers; a warning of zokernel is a sentence for its user.

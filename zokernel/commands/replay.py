@@ -28,9 +28,8 @@ def main(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     from zokernel.commands.messages import quiet_transformers
-    from zokernel.data import resolve_model_path
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
-    from zokernel.finetune.storage.replay import load_base
+    from zokernel.finetune.storage.replay import load_base, source_of
     from zokernel.finetune.storage.run_folder import explained_errors
     from zokernel.journal import Journal, replay_
 
@@ -46,7 +45,9 @@ def main(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(args.base))
+            path, options = source_of(args.base)
+            file = {name: value for name, value in options.items() if name == "gguf_file"}
+            tokenizer = AutoTokenizer.from_pretrained(path, **file)
             tokenizer.save_pretrained(scratch)
             move_files(scratch, folder)
     what = "adapter" if hasattr(model, "peft_config") else "model"

@@ -26,6 +26,7 @@ from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.merge import save_merged
 from zokernel.finetune.models.offload import offloaded
 from zokernel.finetune.models.same_base import base_facts
+from zokernel.finetune.models.scales import with_scales
 from zokernel.finetune.monitor.diagnosis import diagnosed
 from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
@@ -108,7 +109,7 @@ def finetune(
         task = load_task(data_arguments, objective=config.objective)
         check_flags(task, data_arguments, model_arguments)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
-        config = lower_is_better(offloaded(model_arguments, config, command))
+        config = lower_is_better(with_scales(model_arguments, offloaded(model_arguments, config, command), command))
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         settings = resolve(
@@ -161,10 +162,9 @@ class _Job:
         splits: Splits,
         start: float,
     ):
-        self.checked = checked
+        self.checked, self.config = checked, settings.arguments()
         self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
         self.command, self.task, self.splits, self.start = hide_in_words(command), task, splits, start
-        self.config = settings.arguments()
         self.max_length = 0
 
     def run(self, folder: Path, deciding: dict[str, Any], resume: str | bool) -> dict[str, Any]:
@@ -331,7 +331,7 @@ class _Job:
             kind=kind,
             max_length=self.max_length,
             precision=self.config.precision,
-            dtype=self.model_arguments.dtype,
+            arguments=self.model_arguments,
             context=context,
             calibrate=data.calibrate,
             max_new_tokens=data.max_new_tokens,

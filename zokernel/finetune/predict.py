@@ -13,6 +13,7 @@ from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.models.load import load_model
+from zokernel.finetune.models.quantization import LOADING, loading_flags
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import choose_collator
@@ -35,7 +36,7 @@ def write_predictor(
     kind: str,
     max_length: int,
     precision: str,
-    dtype: str,
+    arguments: ModelArguments,
     context: str = "",
     calibrate: bool = False,
     max_new_tokens: int = 50,
@@ -49,7 +50,7 @@ def write_predictor(
         kind: Kind of the language model: ``causal``, ``masked`` or ``seq2seq``.
         max_length: Longest sequence in tokens.
         precision: ``fp32`` or ``bf16`` of the forwards.
-        dtype: Storage of the weights.
+        arguments: How the model was loaded.
         context: Solved examples before every prompt.
         calibrate: Whether the scores in an empty prompt are subtracted.
         max_new_tokens: Longest generated answer.
@@ -60,7 +61,7 @@ def write_predictor(
         "language_model": kind,
         "max_length": max_length,
         "precision": precision,
-        "dtype": dtype,
+        **loading_flags(arguments),
         "context": hide_in_text(context),
         "calibrate": calibrate,
         "max_new_tokens": max_new_tokens,
@@ -240,7 +241,8 @@ def load_predictor(folder: str | Path, *, device: str | torch.device | None = No
         ```
     """
     record = read_record(folder)
-    arguments = ModelArguments(model_name_or_path=str(folder), dtype=record["dtype"], lm_type=record["language_model"])
+    flags = {name: record[name] for name in LOADING if name in record}
+    arguments = ModelArguments(model_name_or_path=str(folder), lm_type=record["language_model"], **flags)
     config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none")
     model, tokenizer = load_model(arguments, config)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -64,8 +64,8 @@ def sampled_sha256(tensors: Mapping[str, Tensor]) -> str:
 def frozen_sha256(parameters: Mapping[str, Tensor], trained: Collection[str]) -> str:
     """Return the :func:`sampled_sha256` of the parameters that are not trained: which base an adapter belongs to.
 
-    The quantized weights of bitsandbytes are left out.  It packs them anew for the device in the first forward, so
-    their bits say when they were looked at; embeddings and norms beside them tell bases apart.
+    The quantized weights of bitsandbytes are left out, which it may pack anew for the device in the first forward: see
+    :func:`quantized_sha256`.  Embeddings and norms beside them tell bases apart.
 
     Args:
         parameters: All parameters by name.
@@ -81,6 +81,27 @@ def frozen_sha256(parameters: Mapping[str, Tensor], trained: Collection[str]) ->
             if name not in trained and not type(p).__module__.startswith("bitsandbytes")
         }
     )
+
+
+def quantized_sha256(parameters: Mapping[str, Tensor]) -> str:
+    """Return the same over the weights of bitsandbytes, integers and 4-bit scales as they were stored.
+
+    Args:
+        parameters: All parameters by name.
+
+    Returns:
+        64 hexadecimal digits; empty if there are no such weights, or they have been packed anew.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if type(parameter).__module__.startswith("bitsandbytes"):
+            state = getattr(parameter, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                return ""
+            parts[name] = parameter.data
+            if state is not None:
+                parts[f"{name}.absmax"] = state.absmax
+    return sampled_sha256(parts) if parts else ""
 
 
 def _combined(tensors: Mapping[str, Tensor], hashed: Callable[[Tensor], bytes]) -> str:

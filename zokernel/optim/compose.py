@@ -15,7 +15,17 @@ from zokernel.estimators import ESTIMATORS, Estimator
 from zokernel.optim.adam_rule import Adam
 from zokernel.optim.averaging.averages import iterate_average
 from zokernel.optim.curvature_weights import CurvatureWeights
-from zokernel.optim.updates import SGD, Clip, Normalized, PolyakBound, Rule, Sign, SignOfProjections, Update
+from zokernel.optim.updates import (
+    SGD,
+    Clip,
+    ClipSlopes,
+    Normalized,
+    PolyakBound,
+    Rule,
+    Sign,
+    SignOfProjections,
+    Update,
+)
 from zokernel.perturb import Perturb
 
 UPDATES: dict[str, Callable[..., Update]] = {
@@ -27,6 +37,7 @@ UPDATES: dict[str, Callable[..., Update]] = {
     "normalized": Normalized,
     "polyak_bound": PolyakBound,
     "clip": Clip,
+    "clip_slopes": ClipSlopes,
     "average": iterate_average,
 }
 
@@ -174,7 +185,9 @@ def _check_order(parts: Sequence[Update]) -> None:
     Raises:
         UsageError: If one would.
     """
-    scaling = [part for part in parts if isinstance(part, (Normalized, PolyakBound, Clip, SignOfProjections))]
+    scaling = [
+        part for part in parts if isinstance(part, (Normalized, PolyakBound, Clip, ClipSlopes, SignOfProjections))
+    ]
     for earlier, later in pairwise(scaling):
         if isinstance(later, (Normalized, SignOfProjections)):
             raise UsageError(f"{later!r} would undo {earlier!r}: put it first, or leave one of them out.")

@@ -1,7 +1,7 @@
 r"""Parts of an update: what happens between the gradient estimate and the weights.
 
 An update is a list of parts.  Some change the coefficients of the estimate (:class:`Normalized`,
-:class:`PolyakBound`, :class:`Clip`, :class:`SignOfProjections`,
+:class:`PolyakBound`, :class:`Clip`, :class:`ClipSlopes`, :class:`SignOfProjections`,
 :class:`~zokernel.optim.curvature_weights.CurvatureWeights`).  One, the rule, turns the estimate into a step
 (:class:`SGD`, :class:`Sign`, :class:`~zokernel.optim.adam_rule.Adam`).  Others look at what has moved
 (:class:`~zokernel.optim.averaging.averages.IterateAverage`).
@@ -286,6 +286,32 @@ class Clip(Update):
             squared += total_norm(trained.dense_estimate(batch, estimate)) ** 2
         limit = min(1.0, self.radius / squared**0.5) if squared > 0 else 1.0
         return replace(estimate, factor=estimate.factor * limit)
+
+
+@dataclass
+class ClipSlopes(Update):
+    r"""Limit every slope, so that no step is long because one loss was odd.
+
+    .. math:: d_p \leftarrow \max(-C, \min(C, d_p))
+
+    Args:
+        bound: C, the largest slope that counts in full.
+
+    References:
+        Shang et al. (2025), Fine-tuning Quantized Neural Networks with Zeroth-order Optimization, arXiv:2505.13430.
+    """
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.bound) and self.bound > 0):
+            raise UsageError(f"The largest slope must be positive, not {self.bound}.")
+
+    def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
+        """Return the estimate with slopes within the bound; coefficients are slopes over P."""
+        limit = self.bound / max(1, len(estimate.coefficients))
+        clipped = {index: max(-limit, min(limit, c)) for index, c in estimate.coefficients.items()}
+        return replace(estimate, coefficients=clipped)
 
 
 def check_beta(beta: float) -> None:

@@ -37,7 +37,7 @@ def wants_adapter(arguments: ModelArguments) -> bool:
 
 
 def trained_by(arguments: ModelArguments) -> str:
-    """Return what is trained: ``virtual tokens``, ``LoRA`` or ``full parameters``; of a saved adapter, what it is.
+    """Return what is trained, of a saved adapter what it is: a key of ``settings.resolve.LEARNING_RATES``.
 
     Raises:
         UsageError: If there is no such adapter.
@@ -46,6 +46,8 @@ def trained_by(arguments: ModelArguments) -> str:
         return "virtual tokens" if adapter_config(arguments.adapter_name_or_path).is_prompt_learning else "LoRA"
     if arguments.prefix_tuning or arguments.prompt_tuning:
         return "virtual tokens"
+    if arguments.train == "scales":
+        return "scales"
     return "LoRA" if arguments.lora else "full parameters"
 
 

@@ -11,10 +11,12 @@ import torch
 from zokernel.data import hub, resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
-from zokernel.finetune.models.adapters import check_adapter, trained_by, wants_adapter
+from zokernel.finetune.models.adapters import check_adapter, trained_by
+from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
+from zokernel.finetune.models.quantization import check_flags, check_stored, stays_quantized
 from zokernel.finetune.models.saved_adapter import MERGED_FILE, RUN_FILE, adapter_config, with_base, with_base_on_hub
 from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.settings.arguments import ModelArguments
@@ -75,7 +77,8 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     from transformers import AutoConfig, AutoTokenizer
 
     check_values(arguments)
-    arguments = with_base(arguments)
+    check_flags(arguments)
+    arguments = with_gguf(with_base(arguments))
     check_adapter(arguments)
     name = arguments.model_name_or_path
     if arguments.dtype not in (*DTYPES, "auto"):
@@ -83,12 +86,14 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     path = resolve_model_path(name)
     if Path(path).exists():
         refuse_pickles(path, what="model")
-        check_folder(Path(path))
+        if arguments.gguf_file is None:
+            check_folder(Path(path))
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path:
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
         adapter_config(arguments.adapter_name_or_path)
     options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    options |= {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # a configuration may be wrong in any way
@@ -96,10 +101,11 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
         if both is not None:
             return check_model(both)
         raise not_loaded(name, error, revision=arguments.model_revision) from error
-    if getattr(architecture, "quantization_config", None) is not None and not wants_adapter(arguments):
+    check_stored(arguments, architecture)
+    if stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
         raise UsageError(
-            f"{name} is quantized, so its weights cannot be perturbed: dequantize it, or train an adapter with --lora "
-            "true."
+            f"{name} is quantized, so its weights cannot be perturbed: train an adapter with --lora true, or, of a "
+            "model quantized by torchao, the scales with --train scales."
         )
     if arguments.merge_adapter:
         check_mergeable(trained_by(arguments), architecture)

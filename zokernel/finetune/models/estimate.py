@@ -10,7 +10,16 @@ import torch
 
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.quantization import (
+    DEQUANTIZED,
+    asked_for,
+    bytes_once_quantized,
+    linear_shapes,
+    number_of_scales,
+    stored_as,
+)
 from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
+from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 
 logger = logging.getLogger(__name__)
@@ -108,9 +117,10 @@ def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revisio
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        Bytes; None if the model is not quantized.  If its files say nothing yet, 0, which is logged.
+        Bytes; None if the model is not quantized, or unpacked as it is loaded.  If its files say nothing yet, 0, which
+        is logged.
     """
-    if getattr(architecture, "quantization_config", None) is None:
+    if stored_as(architecture) in ("", *DEQUANTIZED):
         return None
     try:
         if Path(path).is_dir():
@@ -125,3 +135,27 @@ def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revisio
             "The memory estimate leaves out the quantized weights, whose size is unknown: %s.", first_line(error)
         )
         return 0
+
+
+def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: torch.dtype, kind: Kind) -> int | None:
+    """Return the bytes of the weights of a model that is quantized, in its files or while it is loaded.
+
+    Args:
+        arguments: Which model, and how it is quantized.
+        path: Its folder or hub id.
+        architecture: Its configuration.
+        dtype: Type of the weights that are not quantized.
+        kind: Which kind of language model it is.
+
+    Returns:
+        Bytes; None if all weights are held in ``dtype``.
+    """
+    asked = asked_for(arguments)
+    if not asked:
+        return quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
+    shapes = linear_shapes(architecture, kind)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in auto_class(kind).from_config(architecture).parameters())
+    others = count - sum(outputs * inputs for outputs, inputs in shapes.values())
+    factors = 4 * number_of_scales(asked, shapes) if arguments.train == "scales" else 0
+    return others * dtype.itemsize + bytes_once_quantized(asked, shapes, dtype.itemsize) + factors

@@ -11,11 +11,15 @@ from torch import nn
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
 from zokernel.finetune.models.check import CheckedModel, check_model, not_loaded
-from zokernel.finetune.models.estimate import check_memory, quantized_bytes
+from zokernel.finetune.models.estimate import bytes_held, check_memory
+from zokernel.finetune.models.gguf import gguf_options
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
 from zokernel.finetune.models.offload import load_offloaded
+from zokernel.finetune.models.quantization import keep_as_stored_, loading_options
 from zokernel.finetune.models.same_base import other_base
+from zokernel.finetune.models.scales import train_scales_
+from zokernel.finetune.models.trained import accept_quantized_
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
@@ -50,18 +54,23 @@ def load_model(
             checked.architecture,
             checked.dtype,
             config,
-            adapter=adapter,
+            adapter=adapter or arguments.train == "scales",
             kind=kind,
-            stored=quantized_bytes(
-                checked.path, checked.architecture, checked.dtype, revision=arguments.model_revision
-            ),
+            stored=bytes_held(arguments, checked.path, checked.architecture, checked.dtype, kind),
             skip=arguments.skip_memory_check,
         )
-    model = load_offloaded(checked, arguments, config) if streams else load_pretrained(checked, arguments)
+    model = (
+        load_offloaded(checked, arguments, config)
+        if streams
+        else load_pretrained(checked, arguments, device=config.device)
+    )
     tokenizer = checked.tokenizer
     choose_pad_token(model, tokenizer)
     if adapter:
         model = attach_adapter(model, arguments, seed=config.seed, first_order=is_first_order(config.method))
+    if arguments.train == "scales":
+        model = train_scales_(model)
+    accept_quantized_(model, first_order=is_first_order(config.method))
     saved = arguments.adapter_name_or_path
     if saved and (difference := other_base(model, saved, name)):
         logger.warning("%s is not the model that the adapter %s was trained on: %s.", name, saved, difference)
@@ -76,15 +85,25 @@ def load_model(
 
 
 @bounded_requests()
-def load_pretrained(checked: CheckedModel, arguments: ModelArguments) -> nn.Module:
+def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device: Any = None) -> nn.Module:
     """Load a model whose weights are all in its files, in evaluation mode.
+
+    Args:
+        checked: Which model.
+        arguments: How it is loaded.
+        device: Where bitsandbytes quantizes it, and where it stays; the GPU if there is one.
 
     Raises:
         UsageError: If it cannot be loaded, or some of its weights are not in its files.
     """
     from transformers.utils import logging as library
 
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    options: dict[str, Any] = gguf_options(arguments)
+    options |= loading_options(arguments, checked.architecture, checked.dtype, kind=checked.kind)
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    if device is not None and (arguments.load_in_4bit or arguments.load_in_8bit):
+        options["device_map"] = {"": str(device)}
     name, verbosity = arguments.model_name_or_path, library.get_verbosity()
     library.set_verbosity_error()  # what it would report about names is said below, in a sentence
     try:
@@ -93,7 +112,7 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments) -> nn.Modu
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
             dtype=checked.dtype,
-            use_safetensors=True,
+            use_safetensors=None if arguments.gguf_file else True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
@@ -103,7 +122,8 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments) -> nn.Modu
     finally:
         library.set_verbosity(verbosity)
     check_complete(model, found, name)
-    if Path(checked.path).is_dir():
+    keep_as_stored_(model)
+    if Path(checked.path).is_dir() and arguments.gguf_file is None:
         read_again_(model, Path(checked.path))
     stop_rescaling_(model)
     return model.eval()

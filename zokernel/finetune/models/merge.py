@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.quantization import DEQUANTIZED, stored_as
 from zokernel.finetune.models.saved_adapter import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def check_mergeable(trained: str, architecture: Any) -> None:
     """Refuse what cannot be merged, before anything is loaded.
 
     Args:
-        trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
+        trained: What is trained: ``full parameters``, ``LoRA``, ``scales`` or ``virtual tokens``.
         architecture: The configuration of the base.
 
     Raises:
@@ -30,11 +31,12 @@ def check_mergeable(trained: str, architecture: Any) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: Virtual tokens are inputs, not weights, and cannot be merged: keep the adapter.
     """
-    if trained == "full parameters":
-        raise UsageError("There is no adapter to merge: all weights are trained, so leave out --merge_adapter.")
+    if trained in ("full parameters", "scales"):
+        what = "all weights" if trained == "full parameters" else "scales"
+        raise UsageError(f"There is no adapter to merge: {what} are trained, so leave out --merge_adapter.")
     if trained == "virtual tokens":
         raise UsageError("Virtual tokens are inputs, not weights, and cannot be merged: keep the adapter.")
-    if getattr(architecture, "quantization_config", None) is not None:
+    if stored_as(architecture) not in ("", *DEQUANTIZED):
         raise UsageError(
             "The base is quantized, and an adapter merged into it would be rounded away: keep the adapter, or name "
             "the base in full precision."

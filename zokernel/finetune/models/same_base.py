@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from zokernel.files import read_json
+from zokernel.finetune.models.quantization import told
 from zokernel.finetune.models.saved_adapter import RUN_FILE, adapter_config, base_told
 from zokernel.journal import Journal
 from zokernel.journal.hashes import frozen_sha256
 from zokernel.journal.reader import FILE_NAME
+
+logger = logging.getLogger(__name__)
 
 
 def base_facts(adapted: Any) -> dict[str, str]:
@@ -19,7 +23,8 @@ def base_facts(adapted: Any) -> dict[str, str]:
         adapted: The model.
 
     Returns:
-        Class of the base, type of its weights, and a hash over samples of each of them; empty without an adapter.
+        Class of the base, type of its weights, how it is quantized, and a hash over samples of each weight; empty
+        without an adapter.
     """
     if not hasattr(adapted, "peft_config"):
         return {}
@@ -27,7 +32,8 @@ def base_facts(adapted: Any) -> dict[str, str]:
     parameters = dict(adapted.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
-    return {"class": type(base).__name__, "dtype": dtype, "frozen_sha256": frozen_sha256(parameters, trained)}
+    facts = {"class": type(base).__name__, "dtype": dtype, "frozen_sha256": frozen_sha256(parameters, trained)}
+    return facts | ({"quantization": told(adapted)} if told(adapted) else {})
 
 
 def other_base(adapted: Any, name: str, base: str) -> str:
@@ -47,6 +53,11 @@ def other_base(adapted: Any, name: str, base: str) -> str:
     if recorded:
         if recorded["class"] != found["class"]:
             return f"that was a {recorded['class']}, and this is a {found['class']}"
+        before, now = (facts.get("quantization", "") for facts in (recorded, found))
+        if before != now:
+            words = [f"quantized ({how})" if how else "in full precision" for how in (before, now)]
+            logger.info("%s was trained on its base %s, and here the base is %s.", name, *words)
+            return ""
         if recorded["dtype"] == found["dtype"] and recorded["frozen_sha256"] != found["frozen_sha256"]:
             return "its weights were others"
         return ""

@@ -221,12 +221,16 @@ def _base_of(folder: Path) -> str:
     stored = adapter_config(str(folder)).base_model_name_or_path
     for place in (folder, folder.parent):
         if (place / RUN_FILE).is_file():
-            named = (read_json(place / RUN_FILE).get("settings") or {}).get("model_name_or_path")
+            named, file = (_settings(place).get(key) for key in ("model_name_or_path", "gguf_file"))
             if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
-                return str(named)
+                return str(Path(named) / file) if file else str(named)
     if not stored:
         raise UsageError(f"The adapter {folder} does not say what its base is: {_hint(str(folder))}.")
     return _found(str(stored), str(folder))
+
+
+def _settings(place: Path) -> dict[str, Any]:
+    return read_json(place / RUN_FILE).get("settings") or {}
 
 
 def _found(base: str, adapter: str) -> str:

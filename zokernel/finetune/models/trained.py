@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from zokernel.errors import UsageError
+from zokernel.finetune.models.quantization import NO_DORA, keep_as_stored_, needs_no_gradients_, told
+from zokernel.finetune.models.scales import trains_scales
 
 
 def what_is_trained(model: Any) -> str:
-    """Return ``virtual tokens``, ``LoRA`` or ``full parameters``.
+    """Return ``virtual tokens``, ``LoRA``, ``scales`` or ``full parameters``.
 
     Example:
         >>> what_is_trained(nn.Linear(2, 2))
@@ -20,6 +22,8 @@ def what_is_trained(model: Any) -> str:
     adapters = getattr(model, "peft_config", None) or {}
     if any(config.is_prompt_learning for config in adapters.values()):
         return "virtual tokens"
+    if trains_scales(model):
+        return "scales"
     return "LoRA" if adapters else "full parameters"
 
 
@@ -51,5 +55,29 @@ def check_trainable(model: nn.Module) -> None:
                 f"{name} is quantized ({parameter.dtype}) and cannot be perturbed: load the model dequantized, "
                 "or train a LoRA adapter on it."
             )
-    if getattr(model, "is_quantized", False) and not hasattr(model, "peft_config"):
+    if getattr(model, "is_quantized", False) and what_is_trained(model) == "full parameters":
         raise UsageError("The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it.")
+
+
+def accept_quantized_(model: nn.Module, *, first_order: bool) -> None:
+    """Prepare a quantized model for training; any other is left as it is.
+
+    Args:
+        model: The model.
+        first_order: Whether gradients are taken.
+
+    Raises:
+        UsageError: If gradients are to be taken of scales, or through weights that let none pass; or DoRA would read
+            weights of which peft loses the scales.
+    """
+    keep_as_stored_(model)
+    adapters = (getattr(model, "peft_config", None) or {}).values()
+    if told(model) == "bitsandbytes 8 bit" and any(getattr(adapter, "use_dora", False) for adapter in adapters):
+        raise UsageError(NO_DORA)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not first_order:
+        needs_no_gradients_(model)
+    elif trains_scales(model) or (quantizer is not None and not quantizer.is_trainable):
+        raise UsageError(
+            "No gradients are taken through these quantized weights: choose a zeroth-order method, such as mezo."
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import RunError, first_line
+from zokernel.finetune.models.scales import load_factors_, scaled_layers, trains_scales
 from zokernel.private_apis import converts_weights
 
 LOADED_AT_ONCE = 1 << 24
@@ -32,6 +33,9 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise RunError(f"{folder} holds no .safetensors weights: the checkpoint is incomplete.")
+    if trains_scales(model):
+        load_factors_(model, folder)
+        return
     if converts_weights(model):
         _load_converted_(model, folder)
         return
@@ -50,6 +54,8 @@ def begins_as_saved(model: nn.Module, folder: Path) -> bool:
     """
     from safetensors import safe_open
 
+    if trains_scales(model):
+        return all(bool((layer.scale == 1).all()) for layer in scaled_layers(model).values())
     if converts_weights(model):
         return folder.is_dir()  # other names and shapes; transformers knows them
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

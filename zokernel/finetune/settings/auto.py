@@ -37,8 +37,8 @@ from zokernel.kernels.walk_rise import Rise, walk_worth
 
 METHOD = "forward_difference"
 BATCH = 4
-# How far the random walk of a run takes each weight, by what is trained.  Not measured for virtual tokens.
-WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "virtual tokens": 6.5e-2}
+# How far the random walk of a run takes each weight, by what is trained.  Not measured for virtual tokens and scales.
+WALK = {"full parameters": 1.35e-2, "LoRA": 6.5e-2, "scales": 1.35e-2, "virtual tokens": 6.5e-2}
 LEAST_WALK = 0.1  # share of the walk that is left at least
 NOISE_SCALE = 10.0  # of SST-2 and TREC at the start: 6 to 14
 POLYAK_SHARE = 0.35

@@ -30,6 +30,7 @@ PLAIN_EPS, LORA_EPS = 1e-3, 1e-2
 LEARNING_RATES = {
     "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "": 1e-5},
     "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "": 1e-3},
+    "scales": {"": 1e-5},
     "virtual tokens": {"adamw": 1e-2, "sgd": 1e-2, "": 1e-2},
 }
 # Beginnings of the names of settings that change nothing about the weights a run ends with.
@@ -57,7 +58,7 @@ def resolve(
 
     Args:
         config: What the user asked for: a ``ZOConfig``, or other arguments with the fields of ``ZOArguments``.
-        trained: What is trained: ``full parameters``, ``LoRA`` or ``virtual tokens``.
+        trained: What is trained: ``full parameters``, ``LoRA``, ``scales`` or ``virtual tokens``.
         num_examples: Training examples; None if their number is not known.
         by_example: Whether the loss of every example is known, and adapters are plain LoRA, so that ``auto`` may draw
             directions for every example.

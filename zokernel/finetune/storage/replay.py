@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.quantization import DEQUANTIZED, keep_as_stored_, stored_as
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_
+from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
 from zokernel.finetune.storage.checkpoint import load_adapter_
 from zokernel.journal import Journal, replay_
-from zokernel.journal.hashes import frozen_sha256
+from zokernel.journal.hashes import frozen_sha256, quantized_sha256
 
 BASE_ADAPTER = "base-adapter"
 
@@ -77,7 +80,7 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
     """
     import transformers
 
-    from zokernel.data import hub, resolve_model_path
+    from zokernel.data import hub
     from zokernel.data.hub_requests import bounded_requests
 
     described = journal.header.get("model") or {}
@@ -89,24 +92,51 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
         )
     try:
         with bounded_requests():
-            model = model_class.from_pretrained(
-                resolve_model_path(name_or_path), dtype=getattr(torch, described["dtype"]), use_safetensors=True
-            ).eval()
+            path, options = source_of(name_or_path, described.get("quantization"))
+            model = model_class.from_pretrained(path, dtype=getattr(torch, described["dtype"]), **options).eval()
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         told = UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).")
         raise hub.explained(error, name_or_path, told) from error
+    keep_as_stored_(model)
+    if described.get("trained") == "scales":
+        model = train_scales_(model)
     if described["adapter"]:
         folder = journal.path.parent / BASE_ADAPTER
         if not (folder / "adapter_model.safetensors").exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
         model = load_saved(model, str(folder))
         name_base_(model, name_or_path)
-    if frozen_sha256(dict(model.named_parameters()), journal.header["parameters"]) != journal.header["frozen_sha256"]:
+    parameters, header = dict(model.named_parameters()), journal.header
+    others = quantized_sha256(parameters) != header.get("quantized_sha256", quantized_sha256(parameters))
+    if others or frozen_sha256(parameters, header["parameters"]) != header["frozen_sha256"]:
         raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
     if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():
         model.cuda()  # where the same roundings are repeated
     return model
+
+
+def source_of(name: str, quantization: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """Return where a base is read from, and what ``from_pretrained`` must be told to read it as the run did.
+
+    Args:
+        name: A model folder, a hub id or a GGUF file.
+        quantization: How the run quantized it while it was loaded.
+    """
+    from transformers import AutoConfig, CompressedTensorsConfig, GgufConfig
+    from transformers.quantizers import AutoQuantizationConfig
+
+    path = resolve_model_path(name)
+    if path.endswith(".gguf"):
+        file = Path(path).expanduser()
+        return str(file.parent), {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+    stored = stored_as(AutoConfig.from_pretrained(path))
+    if stored in DEQUANTIZED:
+        return path, {"use_safetensors": True, "quantization_config": CompressedTensorsConfig(dequantize=True)}
+    options: dict[str, Any] = {"use_safetensors": True}
+    if not stored and quantization is not None:
+        options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization)
+    return path, options
 
 
 @torch.no_grad()
@@ -119,8 +149,12 @@ def restore_base_(model: Any, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         load_adapter_(model, folder / BASE_ADAPTER)
         return
+    if trains_scales(model):
+        reset_factors_(model)
+        return
     try:
-        again = type(model).from_pretrained(model.name_or_path, dtype=model.dtype, use_safetensors=True)
+        path, options = source_of(model.name_or_path)
+        again = type(model).from_pretrained(path, dtype=model.dtype, **options)
     except (OSError, ValueError) as error:
         raise RunError(
             f"The base {model.name_or_path!r} can no longer be loaded: rebuild the wanted step with "

@@ -17,10 +17,11 @@ from torch import nn
 
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
+from zokernel.finetune.models.scales import trains_scales
 from zokernel.finetune.storage.checkpoint import whole_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
-from zokernel.journal.hashes import frozen_sha256
+from zokernel.journal.hashes import frozen_sha256, quantized_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # What must be the same for the journal's losses to be those that the run would compute again.
 _IDENTITY = ("method", "options", "groups", "parameters", "base_sha256", "frozen_sha256", "data_order", "perturb")
+_WHERE_KNOWN = ("quantized_sha256",)  # of a quantized base, where both journals say it
 
 
 class RunJournal:
@@ -69,6 +71,8 @@ class RunJournal:
         parameters = dict(model.named_parameters())
         trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
         self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": frozen_sha256(parameters, trained)}
+        if quantized := quantized_sha256(parameters):
+            self._hashes["quantized_sha256"] = quantized
         self._evaluations: dict[tuple[int, str], dict[str, float]] = {}
         for event in self.found.events if self.found else ():
             if event["event"] == "evaluation":
@@ -137,7 +141,8 @@ class RunJournal:
             self._writer = JournalWriter.create(self.path, header)
 
     def _check_identity(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        different = [key for key in _IDENTITY if found.get(key) != header[key]]
+        known = [key for key in _WHERE_KNOWN if key in found and key in header]
+        different = [key for key in (*_IDENTITY, *known) if found.get(key) != header[key]]
         if different:
             raise UsageError(
                 f"The journal in {self._folder} was written by another run ({_differences(found, header, different)}): "
@@ -264,7 +269,10 @@ def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last:
 def _describe(model: nn.Module) -> dict[str, Any]:
     adapter = hasattr(model, "peft_config")
     bare: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
+    quantized = getattr(bare, "is_quantized", False)
     return {
+        **({"quantization": bare.config.quantization_config.to_dict()} if quantized else {}),
+        **({"trained": "scales"} if trains_scales(bare) else {}),
         "class": type(bare).__name__,
         "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
         "adapter": adapter,
@@ -274,7 +282,12 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]) -> str:
     """Name what differs in words: the settings inside dictionaries, and hashes by what they are hashes of."""
-    words = {"base_sha256": "base weights", "frozen_sha256": "frozen weights", "groups": "parameter groups"}
+    words = {
+        "base_sha256": "base weights",
+        "frozen_sha256": "frozen weights",
+        "quantized_sha256": "quantized weights",
+        "groups": "parameter groups",
+    }
     found = []
     for key in keys:
         if isinstance(old.get(key), dict) and key != "parameters":

@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_
-from zokernel.finetune.models.trained import check_trainable, low_precision, what_is_trained
+from zokernel.finetune.models.trained import accept_quantized_, check_trainable, low_precision, what_is_trained
 from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
@@ -82,6 +82,7 @@ class SetUpTrainer(ResumableTrainer):
                 _as_transformers(args)
         requested: Any = args.requested if isinstance(args, RunSettings) else args
         self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
+        self._first_order = is_first_order(requested.method)
         if model is not None:
             self._prepare_model(model)
         if not isinstance(args, RunSettings):
@@ -111,6 +112,7 @@ class SetUpTrainer(ResumableTrainer):
     def _prepare_model(self, model: nn.Module) -> None:
         freeze_(model, **self._freezing)
         check_trainable(model)
+        accept_quantized_(model, first_order=self._first_order)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by ``model_init``."""

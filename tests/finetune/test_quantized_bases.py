@@ -1,0 +1,318 @@
+"""Adapters on quantized bases: what is trained, journaled, saved and read again, and what is refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+
+import peft
+import pytest
+import torch
+from quantized import KINDS, declare, save_gguf, save_llama, save_packed
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import load_predictor
+from zokernel.finetune.models.check import check_model
+from zokernel.finetune.models.estimate import bytes_held
+from zokernel.finetune.models.load import load_model, load_pretrained
+from zokernel.finetune.models.quantization import told
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.trainer import resumable
+from zokernel.journal.hashes import quantized_sha256, stored_bits
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed")
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+WORDS = {
+    "4bit": "bitsandbytes 4 bit",
+    "8bit": "bitsandbytes 8 bit",
+    "int8": "torchao Int8WeightOnlyConfig",
+    "int4": "torchao IntxWeightOnlyConfig",
+}
+FULL = ["--max_steps", "2", "--learning_rate", "1e-4", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(base, tiny_reviews_path, tmp_path, monkeypatch):
+    """A function that runs ``zokernel finetune`` on the base with further flags."""
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    flags = [
+        *("--model_name_or_path", str(base), "--train_file", str(tiny_reviews_path / "train.jsonl")),
+        *("--validation_file", str(tiny_reviews_path / "validation.jsonl"), "--label_words", "bad", "good"),
+        *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", "6", "--learning_rate", "1e-2"),
+        *("--eval_steps", "3", "--max_eval_samples", "8"),
+    ]
+    return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
+
+
+def flags_of(kind):
+    return {flag.removeprefix("--"): value == "true" or value for flag, value in [KINDS[kind]]}
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def loaded(base, kind, **more):
+    arguments = ModelArguments(model_name_or_path=str(base), **flags_of(kind), **more)
+    return load_model(arguments, ZOConfig(output_dir="unused", precision="fp32", report_to="none", use_cpu=True))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_resumed_saved_and_read_again(kind, base, run, tmp_path, monkeypatch, caplog):
+    flags = ["--lora", "true", *KINDS[kind]]
+    assert run("whole", *flags) == 0
+    real = resumable.RunJournal.step
+
+    def dying(self, optimizer, closure):
+        if optimizer.step_count == 4:
+            raise KeyError("killed")
+        return real(self, optimizer, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable.RunJournal, "step", dying)
+        with pytest.raises(KeyError):
+            run("cut", *flags)
+    assert run("cut", *flags) == 0
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["base"]["quantization"] == WORDS[kind]
+
+    # 'predict' quantizes the base as the run did; peft alone puts the adapter on the base in full precision.
+    predictor = load_predictor(tmp_path / "whole")
+    assert told(predictor.model) == WORDS[kind]
+    rows = ["a movie bad", "the good"]
+    shares = [answer["scores"]["1"] for answer in predictor(rows)]
+    full = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "whole").eval()
+    predictor.model = full
+    others = [answer["scores"]["1"] for answer in predictor(rows)]
+    assert 0 < max(abs(a - b) for a, b in zip(shares, others)) < 0.05
+
+    # Journal and base rebuild the adapter; a base that is quantized otherwise does not continue the run.
+    rebuilt, journal = tmp_path / "rebuilt", str(tmp_path / "whole" / "journal.zkj")
+    best = json.loads((tmp_path / "whole" / "metrics.json").read_text())["best_step"]
+    words = ["--base", str(base), "--journal", journal, "--step", str(best)]
+    assert main(["replay", *words, "--output_dir", str(rebuilt)]) == 0
+    with caplog.at_level(logging.WARNING, logger="zokernel"):
+        again = loaded(base, kind, adapter_name_or_path=str(tmp_path / "whole"))
+    assert "its weights were others" not in caplog.text
+    replayed = load_file(rebuilt / "adapter_model.safetensors")
+    assert all(torch.equal(replayed[name], whole[name]) for name in whole)
+    assert sum(p.requires_grad for p in again.parameters()) == len(whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_what_the_weights_take(kind, dtype, base):
+    arguments = ModelArguments(model_name_or_path=str(base), dtype=dtype, lora=True, **flags_of(kind))
+    checked = check_model(arguments)
+    model = load_pretrained(checked, arguments)
+    held = sum(memoryview(bits).nbytes for p in model.parameters() for bits in stored_bits(p))
+    for parameter in model.parameters():  # what bitsandbytes keeps beside its integers
+        state = getattr(parameter, "quant_state", None)
+        held += 0 if state is None else state.absmax.nbytes
+        held += parameter.SCB.nbytes if getattr(parameter, "SCB", None) is not None else 0
+    estimate = bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind)
+    assert estimate == held
+    full = sum(p.numel() * p.element_size() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert estimate < 0.72 * full
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ["--lora", "true", "--use_dora", "true", "--lora_dropout", "0.1"],
+        ["--lora", "true", "--use_rslora", "true", "--lora_target_modules", "all-linear"],
+        ["--lora", "true", "--modules_to_save", "norm"],
+        ["--prompt_tuning", "true", "--num_virtual_tokens", "3"],
+        ["--prefix_tuning", "true", "--num_virtual_tokens", "3"],
+    ],
+    ids=["dora", "rslora", "saved", "prompt", "prefix"],
+)
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "int8", "int4"])
+def test_every_adapter_trains(kind, adapter, run, tmp_path, capsys):
+    if kind == "8bit" and "--use_dora" in adapter:
+        assert run("run", *adapter, *KINDS[kind]) == 2
+        assert "peft loses the scales of bitsandbytes' 8 bits when DoRA reads the weights" in capsys.readouterr().err
+        return
+    assert run("run", *adapter, *KINDS[kind], "--max_steps", "2", "--eval_strategy", "no") == 0
+    taken = losses(tmp_path / "run")
+    assert taken[0] != taken[1]
+    assert all(0.3 < loss < 1.5 for loss in taken)
+    assert load_predictor(tmp_path / "run")(["the good"])[0]["prediction"] in ("0", "1")
+
+
+@pytest.mark.parametrize("kind", ["4bit", "int8", "int4"])
+def test_losses_do_not_depend_on_how_they_are_taken(kind, run, tmp_path):
+    found = {}
+    for perturb in ("in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked"):
+        flags = ["--lora", "true", "--perturb", perturb, "--max_steps", "2", "--eval_strategy", "no"]
+        assert run(perturb, *flags, *KINDS[kind]) == 0
+        found[perturb] = losses(tmp_path / perturb)
+    for taken in found.values():
+        assert taken == pytest.approx(found["in_place:copy"], abs=2e-6)
+    flags = ["--lora", "true", "--method", "grzo", "--max_steps", "2", "--eval_strategy", "no"]
+    assert run("by-example", *flags, *KINDS[kind]) == 0  # directions for every example
+    assert losses(tmp_path / "by-example")[0] == pytest.approx(found["stacked"][0], abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_the_stored_bytes_are_hashed_and_stay(kind, base, tmp_path):
+    model = loaded(base, kind, lora=True)
+    parameters = dict(model.named_parameters())
+    before = quantized_sha256(parameters)
+    assert len(before) == 64
+    with torch.no_grad():
+        model(torch.arange(12).view(2, 6))
+    assert (
+        quantized_sha256(parameters)
+        == before
+        == quantized_sha256(dict(loaded(base, kind, lora=True).named_parameters()))
+    )
+    integers = next(p for p in parameters.values() if type(p).__module__.startswith("bitsandbytes"))
+    integers.data.view(-1)[0] += 1
+    assert quantized_sha256(parameters) != before
+    assert quantized_sha256({"w": torch.zeros(2)}) == ""
+
+
+def test_another_quantization_does_not_continue_a_run(run, capsys):
+    assert run("run", "--lora", "true", *KINDS["int8"]) == 0
+    assert run("run", "--lora", "true", *KINDS["int4"]) == 2
+    assert "quantization: torchao:int8 there, torchao:int4 asked for" in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged_into_the_base_in_full_precision(base, run, tmp_path, caplog):
+    assert run("run", "--lora", "true", *KINDS["4bit"]) == 0
+    with caplog.at_level(logging.INFO, logger="zokernel"):
+        assert main(["merge", "--model", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")]) == 0
+    assert "trained on its base quantized (bitsandbytes 4 bit), and here the base is in full precision" in caplog.text
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not getattr(merged, "is_quantized", False)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run").eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_checkpoints_are_unpacked_and_train_in_full(base, run, tmp_path, caplog):
+    packed, meant = save_packed(base, tmp_path / "packed")
+    with caplog.at_level(logging.INFO, logger="zokernel"):
+        assert run("lora", "--model_name_or_path", str(packed), "--lora", "true") == 0
+    assert "is unpacked to float32 as it is loaded" in caplog.text
+    predictor = load_predictor(tmp_path / "lora")
+    for name, weight in predictor.model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, meant[name.replace(".base_layer", "")]), name
+    assert run("full", "--model_name_or_path", str(packed), *FULL) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert not getattr(saved, "is_quantized", False)
+    trained = dict(saved.named_parameters())
+    assert any(not torch.equal(trained[name], meant[name]) for name in meant)
+
+
+def test_gguf_files_are_unpacked(base, run, tmp_path, caplog):
+    place = tmp_path / "gguf"
+    place.mkdir()
+    file = save_gguf(base, place / "tiny.gguf")
+    with caplog.at_level(logging.INFO, logger="zokernel"):
+        assert run("lora", "--model_name_or_path", str(file), "--lora", "true") == 0
+    assert "tiny.gguf is unpacked as it is read: the model is held, trained and saved in full." in caplog.text
+    own = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    predictor = load_predictor(tmp_path / "lora")
+    for name, weight in predictor.model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, own[name.replace(".base_layer", "")]), name
+    assert predictor(["the good"])[0]["prediction"] in ("0", "1")
+    named = ["--model_name_or_path", str(place), "--gguf_file", "tiny.gguf"]
+    assert run("full", *named, *FULL) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert saved.num_parameters() == sum(p.numel() for p in own.values())
+    words = ["--base", str(file), "--journal", str(tmp_path / "full" / "journal.zkj")]
+    assert main(["replay", *words, "--output_dir", str(tmp_path / "rebuilt")]) == 0
+    rebuilt = load_file(tmp_path / "rebuilt" / "model.safetensors")
+    assert all(torch.equal(p, rebuilt[name]) for name, p in saved.named_parameters())
+    assert any(not torch.equal(own[name], rebuilt[name]) for name in own)
+    continued = ["--model_name_or_path", str(tmp_path / "lora"), "--max_steps", "1"]
+    assert run("more", *continued) == 0  # the adapter's folder knows the file
+
+
+REFUSED = [
+    ("load_in_4bit load_in_8bit", "--load_in_4bit and --load_in_8bit contradict each other: give one of them."),
+    ("load_in_8bit quantization=torchao:int8", "--load_in_8bit and --quantization contradict each other"),
+    ("quantization=int3", "--quantization must be one of torchao:int8, torchao:int4, not 'int3'"),
+    ("load_in_4bit", "is quantized, so its weights cannot be perturbed: train an adapter with --lora true"),
+    ("load_in_4bit lora merge_adapter", "'zokernel merge' adds the adapter to the base in full precision"),
+    ("load_in_4bit lora offload=disk", "Quantized weights are not streamed: leave out --offload or --load_in_4bit."),
+    ("load_in_4bit gguf_file=x.gguf", "A GGUF file is quantized already: leave out --load_in_4bit or --gguf_file."),
+    ("gguf_file=x.gguf", "There is no GGUF file"),
+    ("train=all", "--train must be scales, or left out, not 'all'."),
+    ("train=scales", "has no scales to train (it is not quantized)"),
+    ("train=scales load_in_4bit", "--train scales trains the scales of torchao, and --load_in_4bit is bitsandbytes"),
+    ("train=scales quantization=torchao:int8 lora", "--train scales trains nothing but scales"),
+    ("train=scales quantization=torchao:int8 merge_adapter", "--merge_adapter would round the adapter away"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[given for given, _ in REFUSED])
+def test_refused_by_name(given, message, base):
+    pairs = (word.partition("=") for word in given.split())
+    flags = {name: value if sign else True for name, sign, value in pairs}
+    with pytest.raises(UsageError, match=r"^[^\n]*$") as refused:
+        check_model(ModelArguments(model_name_or_path=str(base), **flags))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "method", "command"),
+    [
+        ("bitsandbytes", {"load_in_4bit": True}, "", "pip install 'zokernel[quantized]'"),
+        ("bitsandbytes", {}, "bitsandbytes", "pip install 'zokernel[quantized]'"),
+        ("torchao", {"quantization": "torchao:int8"}, "", "pip install 'zokernel[quantized]'"),
+        ("compressed_tensors", {}, "compressed-tensors", "pip install 'zokernel[quantized]'"),
+        ("gptqmodel", {}, "gptq", "pip install gptqmodel optimum"),
+        ("gptqmodel", {}, "awq", "pip install gptqmodel"),
+    ],
+)
+def test_a_missing_library_is_named(package, flags, method, command, base, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(base, tmp_path / "model")
+    if method:
+        declare(folder, quant_method=method, bits=4, load_in_4bit=True, group_size=32)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value).lower())]
+    data = ["--train_file", "unread.jsonl", "--label_words", "bad", "good", "--output_dir", str(tmp_path / "run")]
+    assert main(["finetune", "--model_name_or_path", str(folder), "--lora", "true", *words, *data]) == 1
+    told_of = capsys.readouterr().err.strip().splitlines()[-1]
+    assert package in told_of
+    assert command in told_of
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    declare(folder, quant_method="gptq", bits=4, group_size=32)
+    with pytest.raises(UsageError, match=r"is quantized already \(gptq\): leave out --load_in_8bit"):
+        check_model(ModelArguments(model_name_or_path=str(folder), load_in_8bit=True, lora=True))
+    declare(folder, quant_method="bitsandbytes", load_in_8bit=True)
+    with pytest.raises(UsageError, match=r"has no scales to train \(those of bitsandbytes are not trained\)"):
+        check_model(ModelArguments(model_name_or_path=str(folder), train="scales"))
+
+
+def test_gradients_that_do_not_pass_are_refused(base):
+    arguments = ModelArguments(model_name_or_path=str(base), lora=True, quantization="torchao:int4")
+    config = ZOConfig(output_dir="unused", method="adamw", report_to="none", use_cpu=True, precision="fp32")
+    with pytest.raises(UsageError, match="choose a zeroth-order method"):
+        load_model(arguments, config)

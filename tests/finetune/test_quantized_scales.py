@@ -1,0 +1,196 @@
+"""Trained scales of a quantized model: what changes, that transformers alone reads it again, and that runs continue."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from quantized import save_llama
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import ZOConfig, load_predictor
+from zokernel.finetune.models.check import check_model
+from zokernel.finetune.models.estimate import bytes_held
+from zokernel.finetune.models.load import load_model
+from zokernel.finetune.models.quantization import loading_options
+from zokernel.finetune.models.scales import FACTORS_FILE, scaled_layers
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.trainer import resumable
+from zokernel.journal.hashes import stored_bits
+from zokernel.optim import QZO
+
+pytest.importorskip("torchao", reason="torchao is not installed")
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def run(base, tiny_reviews_path, tmp_path, monkeypatch):
+    """A function that trains the scales of the base with further flags."""
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    flags = [
+        *("--model_name_or_path", str(base), "--train_file", str(tiny_reviews_path / "train.jsonl")),
+        *("--validation_file", str(tiny_reviews_path / "validation.jsonl"), "--label_words", "bad", "good"),
+        *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", "6", "--learning_rate", "1e-2"),
+        *("--eval_steps", "3", "--train", "scales", "--max_eval_samples", "8"),
+    ]
+    return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
+
+
+def loaded(folder, quantization=None, dtype="float32"):
+    arguments = ModelArguments(model_name_or_path=str(folder), train="scales", quantization=quantization, dtype=dtype)
+    config = ZOConfig(output_dir="unused", precision="fp32", report_to="none", use_cpu=True)
+    return load_model(arguments, config)[0]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("quantization", ["torchao:int8", "torchao:int4"])
+def test_only_scales_change_and_transformers_alone_reads_them(quantization, base, run, tmp_path):
+    assert run("run", "--quantization", quantization, "--eval_strategy", "no", "--load_best_model_at_end", "false") == 0
+    before, after = loaded(base, quantization), AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    factors = load_file(tmp_path / "run" / FACTORS_FILE)
+    assert factors.keys() == scaled_layers(before).keys()
+    moved = torch.cat([factor.flatten() for factor in factors.values()]) - 1
+    assert 1e-4 < moved.std() < 0.2
+    for name, layer in scaled_layers(before).items():
+        stored, now = layer.weight, after.get_submodule(name).weight
+        assert torch.equal(stored.qdata, now.qdata)
+        assert torch.equal(stored.zero_point, now.zero_point)
+        assert torch.equal(stored.scale * factors[name], now.scale)
+    rest = {name: p for name, p in before.named_parameters() if not p.requires_grad and "_proj" not in name}
+    assert len(rest) == 6
+    assert all(torch.equal(p, dict(after.named_parameters())[name]) for name, p in rest.items())
+    # The run's own model, its predictor, and a model whose scales are trained on all compute the same.
+    with torch.no_grad():
+        expected = after(IDS).logits
+        assert torch.equal(load_predictor(tmp_path / "run").model(IDS).logits, expected)
+        continued = loaded(tmp_path / "run")
+        assert torch.equal(continued(IDS).logits, expected)
+    assert all(bool((layer.scale == 1).all()) for layer in scaled_layers(continued).values())
+    assert run("more", "--model_name_or_path", str(tmp_path / "run"), "--max_steps", "2") == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["torchao:int8", "torchao:int4"])
+def test_factors_of_one_change_nothing_and_are_counted(quantization, dtype, base):
+    arguments = ModelArguments(model_name_or_path=str(base), train="scales", quantization=quantization, dtype=dtype)
+    checked = check_model(arguments)
+    options = loading_options(arguments, checked.architecture, checked.dtype)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=checked.dtype, **options).eval()
+    model = loaded(base, quantization, dtype)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    held = sum(memoryview(bits).nbytes for p in model.parameters() for bits in stored_bits(p))
+    assert bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind) == held
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"{name}.scale" for name in scaled_layers(model)}
+
+
+def test_a_factor_below_zero_counts_as_zero(base):
+    model = loaded(base, "torchao:int8")
+    layer = scaled_layers(model)["model.layers.0.mlp.up_proj"]
+    with torch.no_grad():
+        layer.scale[0], layer.scale[1] = -0.5, 2.0
+        whole = layer.weight.dequantize()
+        inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        outputs = layer(inputs)
+    assert (outputs[:, 0] == 0).all()
+    torch.testing.assert_close(outputs[:, 1], 2 * inputs @ whole[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[:, 2], inputs @ whole[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["best", "journal"])
+def test_a_killed_run_continues_to_the_same_bits(strategy, base, run, tmp_path, monkeypatch):
+    flags = ["--quantization", "torchao:int4", "--save_strategy", strategy, "--learning_rate", "3e-2"]
+    assert run("whole", *flags) == 0
+    real = resumable.RunJournal.step
+
+    def dying(self, optimizer, closure):
+        if optimizer.step_count == 4:
+            raise KeyError("killed")
+        return real(self, optimizer, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable.RunJournal, "step", dying)
+        with pytest.raises(KeyError):
+            run("cut", *flags)
+    assert run("cut", *flags) == 0
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    step = json.loads((tmp_path / "whole" / "metrics.json").read_text())["best_step"]
+    words = ["--base", str(base), "--journal", str(tmp_path / "whole" / "journal.zkj"), "--step", str(step)]
+    assert main(["replay", *words, "--output_dir", str(tmp_path / "rebuilt")]) == 0
+    rebuilt = load_file(tmp_path / "rebuilt" / "model.safetensors")
+    assert all(torch.equal(whole[name], rebuilt[name]) for name in whole)
+
+
+def test_losses_do_not_depend_on_how_they_are_taken(run, tmp_path):
+    found = {}
+    for perturb in ("in_place", "in_place:grid", "in_place:copy", "in_forward"):
+        flags = ["--perturb", perturb, "--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+        assert run(perturb, *flags, "--quantization", "torchao:int8") == 0
+        found[perturb] = losses(tmp_path / perturb)
+    for taken in found.values():
+        assert taken == pytest.approx(found["in_place:copy"], abs=2e-6)
+
+
+def test_the_loss_falls(base):
+    """Scales that were changed are found again: the outputs of the changed model are the target."""
+    model, other = loaded(base, "torchao:int8"), loaded(base, "torchao:int8")
+    generator = torch.Generator().manual_seed(0)
+    layers, changed = scaled_layers(model), scaled_layers(other)
+    inputs = torch.randn(64, 64, generator=generator)
+    name = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        changed[name].scale.add_(0.3 * torch.randn(96, 1, generator=generator))
+        target = changed[name](inputs)
+    optimizer = QZO([("scale", layers[name].scale)], lr=0.3, eps=1e-2, num_perturbations=4, clip_slope=2.0)
+    taken = [optimizer.step(lambda: (layers[name](inputs) - target).square().sum(1).mean()) for _ in range(250)]
+    assert taken[-1] < 0.05 * taken[0]
+    torch.testing.assert_close(layers[name].scale, changed[name].scale, atol=0.2, rtol=0)
+
+
+def test_frozen_layers_keep_their_scales(run, tmp_path):
+    flags = ["--quantization", "torchao:int8", "--max_steps", "1", "--eval_strategy", "no", "--freeze_layers", "0.5"]
+    assert run("run", *flags, "--load_best_model_at_end", "false") == 0
+    factors = load_file(tmp_path / "run" / FACTORS_FILE)
+    assert all(bool((factor == 1).all()) == name.startswith("model.layers.0") for name, factor in factors.items())
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["method"] == "qzo"
+
+
+def test_slopes_are_clipped(run, tmp_path):
+    flags = ["--quantization", "torchao:int8", "--max_steps", "1", "--eval_strategy", "no", "--learning_rate", "1"]
+    flags += ["--load_best_model_at_end", "false", "--distribution", "rademacher", "--method_args", "clip_slope=1e-4"]
+    assert run("run", *flags, "--method", "qzo") == 0
+    factors = load_file(tmp_path / "run" / FACTORS_FILE)
+    for factor in factors.values():  # one step of the clipped slope along signs
+        torch.testing.assert_close((factor - 1).abs(), torch.full_like(factor, 1e-4), atol=1e-7, rtol=1e-2)
+
+
+@pytest.mark.parametrize("perturb", ["stacked", "per_example"])
+def test_rows_with_scales_of_their_own_are_refused(perturb, run, capsys):
+    assert run("run", "--quantization", "torchao:int8", "--perturb", perturb) == 2
+    told = capsys.readouterr().err
+    assert f"--perturb {perturb} gives rows of one batch weights of their own" in told
+
+
+def test_gradients_of_scales_are_refused(base):
+    arguments = ModelArguments(model_name_or_path=str(base), train="scales", quantization="torchao:int8")
+    config = ZOConfig(output_dir="unused", method="adamw", report_to="none", use_cpu=True, precision="fp32")
+    with pytest.raises(UsageError, match="choose a zeroth-order method"):
+        load_model(arguments, config)
