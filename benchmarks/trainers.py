@@ -3,7 +3,7 @@
     python benchmarks/trainers.py dpo token --seeds 1 --results trainers.jsonl
     python benchmarks/trainers.py --results trainers.jsonl --table
 
-Every job takes the best of two or three rates, by the loss of rows that neither train nor report, after a third of the steps.
+Every job takes the best of two or three rates after a third of the steps, by rows that neither train nor report.
 Finished runs are lines of the results and are not repeated.  `t5` and `bert` are folders of models, given by flags.
 """
 
