@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.finetune.monitor.course import FELL, FEW_STEPS, Change, HeldOut
+from zokernel.finetune.monitor.course import FELL, FEW_STEPS, NOTICED, Change, HeldOut
 from zokernel.finetune.monitor.findings import Options, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,19 @@ def verdict(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]
         )
     if may_have_fallen and not (change.rose or could_not or known):
         return TOO_SHORT, f"The losses of batches vary too much to tell whether they fell: {batches}."
-    told = f"The loss did not fall: {batches}"
+    told = f"{_no_fall(evaluated)}: {batches}"
     if evaluated is not None:
         when = "at the start" if evaluated.from_start else "at the first evaluation"
         told += f"; held out {evaluated.start:.4g} {when} and {evaluated.best:.4g} at best afterwards"
         told += _difference(evaluated)
     return NOT_LEARNED, told + "."
+
+
+def _no_fall(evaluated: HeldOut | None) -> str:
+    """Return that the loss did not fall, or by how little, where the held-out examples leave room for a little."""
+    if evaluated is None or evaluated.rose or evaluated.may_have_fallen <= NOTICED * abs(evaluated.start):
+        return "The loss did not fall"
+    return f"The held-out loss fell by {100 * evaluated.may_have_fallen / abs(evaluated.start):.2g} % at most"
 
 
 def _difference(evaluated: HeldOut) -> str:
