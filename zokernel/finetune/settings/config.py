@@ -210,17 +210,19 @@ def check_reporting(names: str | list[str] | None) -> None:
         UsageError: If something does not, or is not.
     """
     from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+    from transformers.integrations.integration_utils import is_flytekit_available
 
-    packages = ("tensorboard", "wandb", "trackio", "mlflow")
-    available = get_available_reporting_integrations()
+    packages = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+    available = get_available_reporting_integrations() + (["flyte"] if is_flytekit_available() else [])
     if names in ("all", ["all"]):
         logger.info("report_to all: %s.", ", ".join(available) or "none of the loggers is installed")
     for name in [names] if isinstance(names, str) else names or []:
         if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise UsageError(f"report_to knows no {name!r}: name one of {known}, or none.")
-        if name in packages and name not in available:
-            raise UsageError(f"report_to {name} needs {name}, which is not installed: pip install {name}.")
+        if name not in (*available, "all", "none"):
+            package = packages.get(name, name)
+            raise UsageError(f"report_to {name} needs {package}, which is not installed: pip install {package}.")
 
 
 def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bool:

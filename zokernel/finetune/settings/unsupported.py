@@ -44,6 +44,7 @@ SCORED = {
     "prediction_loss_only": "the report needs predictions",
     "batch_eval_metrics": "metrics are taken over the whole split",
     "eval_do_concat_batches": "metrics are taken over the whole split",
+    "include_for_metrics": "the metric is the task's own",
     "label_names": "batches are the task's own",
     "remove_unused_columns": "batches carry what scoring needs",
     "do_predict": "the test split is always evaluated; 'zokernel predict' answers other rows",

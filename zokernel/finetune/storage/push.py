@@ -40,7 +40,6 @@ def check_push(config: ZOConfig) -> None:
         for flag in _NEEDS_PUSH:
             if getattr(config, flag, None) is not None:
                 raise UsageError(f"--{flag} has no effect without --push_to_hub true: add it, or leave both out.")
-        return
     strategy = str(getattr(config.hub_strategy, "value", config.hub_strategy))
     if strategy in ("checkpoint", "all_checkpoints"):
         raise UsageError(
@@ -49,6 +48,8 @@ def check_push(config: ZOConfig) -> None:
         )
     if config.hub_always_push:
         raise UsageError("--hub_always_push has no effect: there is one upload, at the end of the run.")
+    if not config.push_to_hub:
+        return
     if not config.do_train:
         raise UsageError("--push_to_hub uploads what was trained, and --do_train false trains nothing.")
     if not config.should_save:
