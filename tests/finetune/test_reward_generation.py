@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -199,3 +200,26 @@ def test_evaluations_decode_greedily_and_report_error_and_pass_rate():
     assert found["reward"] == 1.25
     assert found["pass_rate"] == 0.5
     assert found["reward_error"] == pytest.approx(math.sqrt(11 / 12) / 2)
+
+
+def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, caplog):
+    tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
+    batch = batch_of(tokenizer)
+
+    def dawdle(completions):
+        time.sleep(0.3)
+        return [0.0 for _ in completions]
+
+    quick = Reward("quick", lambda completions: [0.0 for _ in completions])
+    objective = objective_of(tokenizer, 0.0, [])
+    objective.rewards = Rewards((quick, Reward("dawdle", dawdle)), (1.0, 1.0))
+    objective(model, batch)
+    assert not caplog.records, "a few seconds do not matter"
+    assert objective.rewards.seconds["dawdle"] > 0.3 > objective.rewards.seconds["quick"]
+    monkeypatch.setattr("zokernel.finetune.rewards.objective.SLOW", 0.5)
+    objective._writing = -60.0  # as if the model were fast
+    for _ in range(3):
+        objective(model, batch)
+    told = [record.getMessage() for record in caplog.records if "rewards took" in record.getMessage()]
+    assert len(told) == 1
+    assert "most of that is dawdle" in told[0]
