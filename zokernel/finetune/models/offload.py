@@ -12,6 +12,7 @@ from torch import nn
 from zokernel.errors import UsageError
 from zokernel.finetune.models.adapters import trained_by
 from zokernel.finetune.models.check import CheckedModel
+from zokernel.finetune.models.needed import needed
 from zokernel.finetune.models.streamed import load_streamed
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
@@ -26,6 +27,7 @@ from zokernel.perturb.in_forward import STRETCH
 
 logger = logging.getLogger(__name__)
 
+TOKENS = 128  # of a row, in what is said before any row is read
 PERTURB = ("auto", "in_forward", "stacked")
 
 
@@ -113,6 +115,9 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     Raises:
         UsageError: If its weights cannot be streamed.
     """
+    losses = 2 * (config.num_perturbations or 1)
+    batch = (losses, config.per_device_train_batch_size, TOKENS)
+    logger.info("What each way would take:\n%s", needed(checked.architecture, checked.dtype, checked.kind, *batch))
     folder = Path(checked.path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

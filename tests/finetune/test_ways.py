@@ -1,0 +1,100 @@
+"""What each way to hold the weights takes, from a configuration: bytes counted by hand, and the cheapest that fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from zokernel.cli import main
+from zokernel.finetune.models.ways import Way, cheapest, measure, table, ways
+
+CONFIG = transformers.LlamaConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+MATRICES = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # q, o; k, v; gate, up, down
+BLOCK, OUTSIDE = MATRICES + 2 * 64, 1000 * 64 + 64  # two norms; the tied embeddings, and the last norm
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_weights_are_counted_by_unit(dtype: torch.dtype, size: int) -> None:
+    sizes = measure(CONFIG, dtype)
+    assert (sizes.blocks, sizes.block) == (3 * BLOCK * size, BLOCK * size)
+    assert (sizes.outside, sizes.matrices) == (OUTSIDE * size, 3 * MATRICES)
+    assert sizes.cached == 3 * 2 * 2 * 16  # blocks; keys and values; heads of 16 numbers
+
+
+def found(*, gpu: bool = False, writes: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Way]:
+    sizes = measure(CONFIG, dtype)
+    return {way.flags: way for way in ways(sizes, losses=6, rows=2, tokens=10, writes=writes, gpu=gpu)}
+
+
+def test_each_way_takes_what_was_counted_by_hand() -> None:
+    there, whole = found(), 2 * (3 * BLOCK + OUTSIDE)
+    assert there["--lora true"].weights == whole
+    assert there["--lora true --load_in_8bit true"].weights == whole - 3 * MATRICES
+    assert there["--lora true --load_in_4bit true"].weights == whole - int(3 * MATRICES * (2 - 0.5625))
+    one = 20 * (64 * 2 + 1000 * 6)  # the head: scores in bfloat16, and in float32
+    assert there["--lora true"].activations == one
+    assert there["--lora true --perturb stacked"].activations == 6 * one
+    disk, journal = there["--offload disk"], there["--offload disk --offload_updates journal"]
+    assert disk.activations == one + 6 * 20 * 64 * 2  # the borders of six losses
+    assert (disk.read, disk.written, journal.read, journal.written) == (whole, whole, whole, 0)
+    assert journal.weights == disk.weights + 2 * (OUTSIDE + BLOCK)
+    assert there["--lora true --offload disk"].weights == 0
+    assert "--perturb in_place" not in there  # bfloat16 would round too coarsely
+    assert "--perturb in_place" in found(dtype=torch.float32)
+    assert found(writes=5)["--lora true"].cache == 2 * 15 * 192 * 2
+
+
+def test_a_gpu_holds_two_blocks_and_the_host_the_rest() -> None:
+    there = found(gpu=True)
+    way, adapter = there["--offload cpu"], there["--lora true --offload cpu"]
+    assert way.host == 2 * 3 * BLOCK
+    assert (way.moved, adapter.moved) == (2 * way.host, way.host)
+    assert way.weights == 2 * 2 * BLOCK + 2 * OUTSIDE + measure(CONFIG, torch.bfloat16).copies
+    assert "--offload disk" not in there
+
+
+def test_the_cheapest_moves_least_of_those_that_fit() -> None:
+    there = list(found().values())
+    most = max(way.memory for way in there)
+
+    def name(free: int, trains: str) -> str | None:
+        best = cheapest(there, free, trains)
+        return best.flags if best else None
+
+    assert name(most, "an adapter") == "--lora true --perturb stacked"
+    by_flags = found()
+    assert name(by_flags["--lora true"].memory, "an adapter") == "--lora true"
+    assert name(by_flags["--lora true --load_in_8bit true"].memory, "an adapter") == "--lora true --load_in_8bit true"
+    assert name(by_flags["--lora true --offload disk"].memory, "an adapter") == "--lora true --offload disk"
+    assert name(most, "all weights") == "--perturb in_forward"
+    assert name(1, "all weights") is None
+    assert "Cheapest that fits for all weights: none." in table(there, 1)
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_a_configuration_is_enough(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    name = tmp_path if where == "folder" else tmp_path / "config.json"
+    assert main(["plan", "--memory", "true", "--model_name_or_path", str(name), "--dtype", "bfloat16"]) == 0
+    told = capsys.readouterr().out
+    assert f"{3 * BLOCK + OUTSIDE:,} parameters in bfloat16, 2 losses per step of 16 rows of 128 tokens." in told
+    assert "Cheapest that fits for an adapter: --lora true --perturb stacked." in told
+    assert "--offload disk --offload_updates journal" in told
+
+
+def test_a_configuration_that_builds_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": -1}))
+    assert main(["plan", "--memory", "true", "--model_name_or_path", str(tmp_path)]) == 2
+    assert "compare its config.json" in capsys.readouterr().err

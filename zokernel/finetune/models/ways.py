@@ -1,0 +1,261 @@
+r"""What each way to hold the weights of a run takes, from the configuration alone: no weight is read.
+
+Weights are counted on a model without memory, by units (:mod:`zokernel.offload.units`).  Of activations those of the
+widest layer are counted, which is what is held at a time without gradients, and of streamed weights also what each loss
+keeps at the border of a block.  The memory of the libraries themselves is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokernel.errors import UsageError, first_line
+from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.offload.units import find_units
+from zokernel.perturb.in_forward import STRETCH
+
+# Bytes per parameter of a block's matrices: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
+BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a model's run depends on.
+
+    Attributes:
+        blocks: Bytes of all blocks.
+        block: Bytes of the largest one.
+        outside: Bytes of the weights outside of blocks.
+        matrices: Parameters of the blocks' matrices.
+        itemsize: Bytes of a weight.
+        hidden: Numbers between two blocks, per token.
+        widest: Numbers that a block's widest layer holds, per token.
+        vocabulary: Scores per token.
+        cached: Keys and values of all blocks, per token.
+    """
+
+    blocks: int
+    block: int
+    outside: int
+    matrices: int
+    itemsize: int
+    hidden: int
+    widest: int
+    vocabulary: int
+    cached: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.blocks + self.outside
+
+    @property
+    def copies(self) -> int:
+        """Bytes of perturbed copies that ``in_forward`` holds at a time."""
+        return min(self.weights, STRETCH * self.itemsize)
+
+    def activations(self, tokens: int, *, losses: int = 1) -> int:
+        """Return the bytes of activations of a forward over some tokens, for so many losses in one forward."""
+        layer = (4 * self.hidden + self.widest) * self.itemsize
+        head = self.vocabulary * (self.itemsize + 4)  # losses are taken in float32
+        return losses * tokens * max(layer, self.hidden * self.itemsize + head)
+
+    def border(self, tokens: int, *, losses: int) -> int:
+        """Return the bytes that the losses of a step keep at the border of a block."""
+        return losses * tokens * self.hidden * self.itemsize
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to hold the weights, in bytes.
+
+    Attributes:
+        flags: What to write on the command line.
+        trains: ``all weights`` or ``an adapter``.
+        weights: Weights in the memory where the model computes, copies of them included.
+        activations: Activations of a step.
+        cache: Keys and values while text is written.
+        host: Weights in host memory, if the model computes elsewhere.
+        read: Bytes that a step reads from the disk.
+        written: Bytes that a step writes to the disk.
+        moved: Bytes that a step copies between host and device.
+        note: What is not in numbers.
+    """
+
+    flags: str
+    trains: str
+    weights: int
+    activations: int
+    cache: int
+    host: int = 0
+    read: int = 0
+    written: int = 0
+    moved: int = 0
+    note: str = ""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are needed where the model computes."""
+        return self.weights + self.activations + self.cache
+
+
+def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> Sizes:
+    """Return the sizes of a model, from its configuration.
+
+    Args:
+        architecture: The configuration.
+        dtype: Type in which weights are held.
+        kind: Which kind of language model it is.
+
+    Raises:
+        UsageError: If the configuration describes no model that can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto_class(kind).from_config(architecture)
+        model.tie_weights()  # type: ignore[operator]
+    except Exception as error:  # sizes that do not fit fail in any way
+        raise UsageError(
+            f"The configuration of this {architecture.model_type} describes no model that can be built "
+            f"({first_line(error)}): compare its config.json with that of the model it was made from."
+        ) from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    blocks: list[int] = []
+    outside = matrices = widest = 0
+    for unit in find_units(model):
+        own = [parameters[name] for name in unit.names]
+        count = sum(parameter.numel() for parameter in own)
+        if not unit.is_block:
+            outside += count
+            continue
+        blocks.append(count)
+        matrices += sum(parameter.numel() for parameter in own if parameter.ndim > 1)
+        # A gated layer holds two products and their own product.
+        widest = max([widest, *(3 * max(parameter.shape[-2:]) for parameter in own if parameter.ndim > 1)])
+    text = architecture.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    return Sizes(
+        blocks=sum(blocks) * dtype.itemsize,
+        block=max(blocks, default=0) * dtype.itemsize,
+        outside=outside * dtype.itemsize,
+        matrices=matrices,
+        itemsize=dtype.itemsize,
+        hidden=text.hidden_size,
+        widest=widest,
+        vocabulary=text.vocab_size,
+        cached=2 * len(blocks) * text.hidden_size // heads * shared,
+    )
+
+
+def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, gpu: bool = False) -> list[Way]:
+    """Return the ways to hold a model's weights, for each kind of training the quickest first.
+
+    Args:
+        sizes: Of the model.
+        losses: Losses of a step.
+        rows: Rows of a batch.
+        tokens: Tokens of a row.
+        writes: Tokens that are written after each row, if any are.
+        gpu: Whether the model computes on a GPU.
+
+    Returns:
+        What each takes.
+    """
+    batch, all_of, adapter = rows * tokens, "all weights", "an adapter"
+    one, every = sizes.activations(batch), sizes.activations(batch, losses=losses)
+    streamed = one + sizes.border(batch, losses=losses)
+    cache = rows * (tokens + writes) * sizes.cached * sizes.itemsize if writes else 0
+    whole, around = sizes.weights, sizes.outside + sizes.copies
+    found = [Way("--perturb in_forward", all_of, whole + sizes.copies, one, cache)]
+    if sizes.itemsize >= 4:  # below, roundings would not leave the weights where they were
+        found.insert(0, Way("--perturb in_place", all_of, whole, one, cache))
+    found += [
+        Way("--lora true --perturb stacked", adapter, whole, every, cache),
+        Way("--lora true", adapter, whole, one, cache),
+    ]
+    for bits, size in BYTES_QUANTIZED.items():
+        held = int(whole - sizes.matrices * (sizes.itemsize - size))
+        found.append(Way(f"--lora true --load_in_{bits}bit true", adapter, held, one, cache))
+    if gpu:
+        there, blocks = 2 * sizes.block + around, sizes.blocks
+        found += [
+            Way("--offload cpu", all_of, there, streamed, cache, host=blocks, moved=2 * blocks),
+            Way("--lora true --offload cpu", adapter, there, streamed, cache, host=blocks, moved=blocks),
+        ]
+    else:
+        found += [
+            Way("--offload cpu", all_of, whole + sizes.copies, streamed, cache),
+            Way("--lora true --offload cpu", adapter, whole, streamed, cache),
+            Way("--offload disk", all_of, sizes.copies, streamed, cache, read=whole, written=whole),
+            Way(
+                "--offload disk --offload_updates journal",
+                all_of,
+                around + sizes.block,
+                streamed,
+                cache,
+                read=whole,
+                note="step t repeats t - 1 updates",
+            ),
+            Way("--lora true --offload disk", adapter, 0, streamed, cache, read=whole),
+        ]
+    return found
+
+
+def cheapest(found: Sequence[Way], free: int, trains: str, host: int | None = None) -> Way | None:
+    """Return the way that costs least time among those that fit.
+
+    The order is: nothing is moved, less is copied to a device, less is read and written; then less memory for copies.
+
+    Args:
+        found: The ways.
+        free: Free bytes where the model computes.
+        trains: ``all weights`` or ``an adapter``.
+        host: Free bytes of host memory, if that is another one.
+
+    Returns:
+        The way; None if none fits.
+    """
+    fit = [way for way in found if way.trains == trains and way.memory <= free and way.host <= (host or free)]
+    order = {id(way): number for number, way in enumerate(found)}
+    return min(
+        fit, key=lambda way: (way.moved + way.read + 2 * way.written, bool(way.note), order[id(way)]), default=None
+    )
+
+
+def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
+    """Return the ways as a table, and which to take.
+
+    Args:
+        found: The ways.
+        free: Free bytes where the model computes.
+        host: Free bytes of host memory, if that is another one.
+    """
+    heads = ("way", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
+    rows = [
+        (
+            way.flags,
+            way.trains,
+            *(f"{size / GIB:.2f}" for size in (way.weights, way.activations, way.cache, way.memory)),
+            f"{(way.read or way.moved) / GIB:.2f}",
+            f"{way.written / GIB:.2f}",
+            "yes" if way.memory <= free and way.host <= (host or free) else "no",
+        )
+        for way in found
+    ]
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    lines = [
+        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
+        for cells in (list(enumerate(zip(row, widths))) for row in [heads, *rows])
+    ]
+    lines += ["", f"GiB, per step; {free / GIB:.2f} GiB are free.  The libraries take about 0.4 GiB more."]
+    for trains in ("all weights", "an adapter"):
+        best = cheapest(found, free, trains, host)
+        lines.append(f"Cheapest that fits for {trains}: {best.flags if best else 'none'}.")
+    return "\n".join(lines)
