@@ -1,12 +1,18 @@
-"""Train a random Llama whose weights stay on the disk; print anonymous memory, bytes and seconds per step.
+"""Train a random Llama whose weights are streamed; print anonymous memory, bytes and seconds per step.
 
 python benchmarks/offload.py --gigabytes 4 --folder /tmp/large --train lora
+python benchmarks/offload.py --gigabytes 1.5 --folder /tmp/large --train full --updates journal --compare
+
+Before every step the pages of the files are let go of, so that they are read from the disk.  ``--compare`` also
+measures one read of the weights and the forwards in memory: a step should take little more than the longer of the two.
+On a machine that others use, set OMP_WAIT_POLICY=passive: threads that wait for one another take the cores otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -26,6 +32,43 @@ def anonymous() -> int:
     """Return the anonymous memory of this process in bytes, by the kernel's count."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
+
+
+def forget_pages(folder: Path) -> None:
+    """Let the system forget the pages of a folder's files, so that they are read from the disk again."""
+    for path in folder.rglob("*.safetensors"):
+        opened = os.open(path, os.O_RDONLY)
+        os.fdatasync(opened)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(opened)
+
+
+def seconds_to_read(path: Path) -> float:
+    """Return the seconds that one read of a file takes, from the disk."""
+    forget_pages(path.parent)
+    begun = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+    return time.perf_counter() - begun
+
+
+def compare(folder: Path, step: float, forwards: int, ids: torch.Tensor) -> None:
+    """Print how long one read of the weights and the forwards of a step take in memory."""
+    read = seconds_to_read(folder / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(forwards):
+                model(input_ids=ids, labels=ids, use_cache=False)
+        times.append(time.perf_counter() - begun)
+    compute = min(times[1:])
+    print(
+        f"one read of the weights: {read:.2f} s; {forwards} plain forwards in memory: {compute:.2f} s; a step takes "
+        f"{step / max(read, compute):.2f} times the longer of them"
+    )
 
 
 def save(folder: Path, gigabytes: float) -> None:
@@ -69,7 +112,11 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--train", choices=["lora", "full"], default="lora")
-    parser.add_argument("--where", choices=["disk", "memory"], default="disk")
+    parser.add_argument("--where", choices=["disk", "cpu", "memory"], default="disk")
+    parser.add_argument("--updates", choices=["disk", "journal"], default="disk")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--compare", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--directions", type=int, default=2)
     args = parser.parse_args()
@@ -95,6 +142,8 @@ def main() -> None:
             offload_dir=args.folder / "copy",
             trains_weights=args.train == "full",
             name="random",
+            where=args.where,
+            updates=args.updates,
         )
         copy = model.working_copy
     if args.train == "lora":
@@ -109,20 +158,25 @@ def main() -> None:
         estimator=f"two_point(1e-3, {args.directions})",
         perturb=InForward() if blocks is None else StreamedForward(blocks, model, copy),
     )
-    ids = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, VOCABULARY, (args.rows, args.tokens), generator=torch.Generator().manual_seed(0))
     if blocks is not None:
         print(f"{blocks.nbytes / 2**30:.2f} GiB of weights in {len(blocks.units)} units; {2 * args.directions} losses")
+    taken = []
     for step in range(args.steps):
+        if args.where == "disk":
+            forget_pages(args.folder)
         read = blocks.bytes_read if blocks else 0
         written, begun = copy.bytes_written if copy else 0, time.perf_counter()
         loss = optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
-        seconds = time.perf_counter() - begun
+        taken.append(time.perf_counter() - begun)
         read = ((blocks.bytes_read if blocks else 0) - read) / 2**30
         written = ((copy.bytes_written if copy else 0) - written) / 2**30
-        print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {seconds:.1f} s")
+        print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {taken[-1]:.1f} s")
     done.set()
     watcher.join()
     print(f"peak of anonymous memory: {peak[0] / 2**30:.2f} GiB")
+    if args.compare:
+        compare(args.folder / "model", min(taken[1:]), 2 * args.directions, ids)
 
 
 if __name__ == "__main__":
