@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import pytest
@@ -210,6 +211,11 @@ def test_trainers_that_sample_are_refused():
     trl = pytest.importorskip("trl")
     for trainer in (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer):
         with pytest.raises(UsageError, match=f"{trainer.__name__} samples new completions"):
+            zeroth_order(trainer)
+    for module, name in (("iw_opd", "IWOPDTrainer"), ("sdft", "SDFTTrainer"), ("sdpo", "SDPOTrainer"),
+                         ("a2po", "A2POTrainer"), ("async_grpo", "AsyncGRPOTrainer")):  # fmt: skip
+        trainer = getattr(importlib.import_module(f"trl.experimental.{module}"), name)
+        with pytest.raises(UsageError, match=f"{name} samples new completions"):
             zeroth_order(trainer)
 
 

@@ -154,7 +154,7 @@ def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
         for word, following in zip(command, [*command[1:], ""])
         if word.partition("=")[0] == "--config"
     ]
-    read = {key for recipe in recipes for key in read_yaml(Path(recipe))}
+    read = {key for recipe in recipes for key in read_yaml(Path(recipe), quiet=True)}
     return _renamed(dict.fromkeys(read, "recipe") | dict.fromkeys(flags, "user"))
 
 

@@ -13,8 +13,13 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.zo_arguments import ZOArguments
 
 # Trainers of trl that sample within a step; experimental ones have the names only.
-_SAMPLING_METHODS = ("_generate_and_score_completions", "_generate_single_turn")
-_SAMPLING = ("PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "GKDTrainer", "GOLDTrainer")
+_SAMPLING_METHODS = (
+    *("_generate_and_score_completions", "_generate_single_turn", "_generate_student_completions", "sample_rollouts"),
+)
+_SAMPLING = (
+    *("PPOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "GKDTrainer", "GOLDTrainer", "A2POTrainer"),
+    *("AsyncGRPOTrainer", "AsyncDistillationTrainer"),
+)
 
 
 def refuse_unsuitable(trainer: Any) -> None:
