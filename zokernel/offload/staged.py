@@ -9,6 +9,7 @@ Without a GPU the same copies are made one after the other, so that all but the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -74,7 +75,8 @@ class Staged(Memory):
         whole = torch.empty(size, dtype=torch.uint8, device="cpu" if unit.is_block else self.device)
         if unit.is_block and self._in is not None:
             # pin_memory() would take up to twice the memory: its sizes are powers of two.
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0))
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, whole.data_ptr()).atexit = False
         unit.tensors = {name: _view(whole, offsets[name], shape, dtype) for name, shape in shapes.items()}
         for name, tensor in unit.tensors.items():
             tensor.copy_(load(name))
