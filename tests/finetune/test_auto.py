@@ -78,7 +78,7 @@ def test_other_methods_keep_their_defaults(tmp_path):
     ("method", "full", "lora"),
     [
         ("mezo", 1e-5, 1e-3),
-        ("grzo", 1e-5, 1e-3),
+        ("grzo", 1e-6, 1e-5),
         ("r_adazo", 1e-5, 1e-3),
         ("es", 5e-4, 1e-3),
         ("eggroll", 5e-4, 1e-3),
@@ -94,6 +94,8 @@ def test_a_rate_that_is_a_distance_is_the_methods_own(tmp_path, method, full, lo
     config = ZOConfig(output_dir=str(tmp_path), method=method)
     found = [resolve(config, trained=t, num_examples=100)["learning_rate"] for t in ("full parameters", "LoRA")]
     assert found == [full, lora]
+    plain = ZOConfig(output_dir=str(tmp_path), method="grzo", method_args=["whiten=false"])
+    assert resolve(plain, trained="LoRA", num_examples=100)["learning_rate"] == 1e-3
 
 
 def test_slopes_are_normalised_unless_told_otherwise(tmp_path):

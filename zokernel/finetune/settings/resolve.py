@@ -28,10 +28,10 @@ BATCH, SCHEDULE = 16, "constant"
 # One of the two matrices of LoRA starts at zero: 1e-2 is published for it (Malladi et al., 2023, arXiv:2305.17333).
 PLAIN_EPS, LORA_EPS = 1e-3, 1e-2
 LEARNING_RATES = {
-    "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "": 1e-5},
-    "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "": 1e-3},
+    "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "grzo": 1e-6, "": 1e-5},
+    "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "grzo": 1e-5, "": 1e-3},
     "scales": {"": 1e-5},
-    "virtual tokens": {"adamw": 1e-2, "sgd": 1e-2, "": 1e-2},
+    "virtual tokens": {"adamw": 1e-2, "sgd": 1e-2, "grzo": 1e-5, "": 1e-2},
 }
 # Beginnings of the names of settings that change nothing about the weights a run ends with.
 COSMETIC = (
@@ -201,9 +201,11 @@ def refuse_low_precision(stored: str, perturb: str) -> None:
 
 def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, world_size: int) -> float:
     if choices.sources.get("method") != "auto":
-        rates, own = LEARNING_RATES[trained], method_options(choices["method"]).get("lr")
-        # Rates of methods that divide slopes by their size are distances, larger than those for slopes.
-        return rates.get(choices["method"], max(rates[""], own or 0.0))
+        rates, name = LEARNING_RATES[trained], choices["method"]
+        if name == "grzo" and "whiten=false" in (choices["method_args"] or []):
+            return rates[""]
+        # Rates of methods that divide slopes by their size are distances (GRZO's: times 1 / 2 eps), not for slopes.
+        return rates.get(name, max(rates[""], method_options(name).get("lr") or 0.0))
     batch = choices["per_device_train_batch_size"] * choices["gradient_accumulation_steps"] * world_size
     steps = count_steps(choices["max_steps"], choices["num_train_epochs"], batch, num_examples)
     per_example = "per_example=true" in (choices["method_args"] or [])
