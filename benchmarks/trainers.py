@@ -70,13 +70,18 @@ def preference(row: Row) -> Row:
     return {"prompt": prompt, "chosen": f" {WORDS[row['label']]}", "rejected": f" {WORDS[1 - row['label']]}"}
 
 
+def answered(row: Row) -> Row:
+    """A preference for an answer, whichever it is, to none: that is learned sooner than the answer itself."""
+    return {**preference(row), "rejected": " unclear"}
+
+
 def completion(row: Row) -> Row:
     found = preference(row)
     return {"prompt": found["prompt"], "completion": found["chosen"]}
 
 
 def unpaired(row: Row) -> Row:
-    found, kept = preference(row), len(row["sentence"]) % 2 == 0
+    found, kept = answered(row), len(row["sentence"]) % 2 == 0
     return {"prompt": found["prompt"], "completion": found["chosen" if kept else "rejected"], "label": kept}
 
 
@@ -151,8 +156,16 @@ JOBS = {
         collator=T.DataCollatorForSeq2Seq,
     ),
     "sft": Job(trl.SFTTrainer, trl.SFTConfig, "smollm2", T.AutoModelForCausalLM, completion, LORA, lora="CAUSAL_LM"),
-    "dpo": Job(trl.DPOTrainer, trl.DPOConfig, "smollm2", T.AutoModelForCausalLM, preference, LORA, lora="CAUSAL_LM"),
-    "kto": Job(trl.KTOTrainer, trl.KTOConfig, "smollm2", T.AutoModelForCausalLM, unpaired, LORA, lora="CAUSAL_LM"),
+    "dpo": Job(
+        *(trl.DPOTrainer, trl.DPOConfig, "smollm2", T.AutoModelForCausalLM, answered, LORA),
+        lora="CAUSAL_LM",
+        steps=24,
+    ),
+    "kto": Job(
+        *(trl.KTOTrainer, trl.KTOConfig, "smollm2", T.AutoModelForCausalLM, unpaired, LORA),
+        lora="CAUSAL_LM",
+        steps=24,
+    ),
     "reward": Job(
         trl.RewardTrainer,
         trl.RewardConfig,
