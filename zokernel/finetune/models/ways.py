@@ -170,7 +170,8 @@ def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, 
     """
     batch, all_of, adapter = rows * tokens, "all weights", "an adapter"
     one, every = sizes.activations(batch), sizes.activations(batch, losses=losses)
-    streamed = one + sizes.border(batch, losses=losses)
+    # Losses that share a pass have a thread each, whose heap keeps the room of what it freed.
+    streamed = every + sizes.border(batch, losses=losses)
     cache = rows * (tokens + writes) * sizes.cached * sizes.itemsize if writes else 0
     whole, around = sizes.weights, sizes.outside + sizes.copies
     found = [Way("--perturb in_forward", all_of, whole + sizes.copies, one, cache)]
