@@ -39,6 +39,9 @@ TRAINER_HOOKS = {
     "_get_train_sampler": Hook(
         ("train_dataset",), "The order of examples must depend on seed and epoch alone; no callback can change it."
     ),
+    "_get_eval_sampler": Hook(
+        ("eval_dataset",), "Losses before and after are paired by example, so every evaluation has the same batches."
+    ),
     "_determine_best_metric": Hook(
         ("metrics", "trial"), "Without checkpoints, the best step is noted where the loop finds a better metric."
     ),

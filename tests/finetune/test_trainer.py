@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -186,6 +187,15 @@ def test_training_that_fails_gives_ctrl_c_back(parts, tmp_path):
         trainer.train()
     handle.remove()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == previous
+
+
+def test_batches_of_another_trainer_are_refused_with_the_way_to_train_them(tmp_path):
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    rows = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": 0}] * 4
+    with pytest.raises(UsageError, match=r"use zeroth_order\(Trainer\)"):
+        ZOTrainer(model=model, args=ZOConfig(output_dir=str(tmp_path), max_steps=2), train_dataset=rows)
 
 
 def test_models_that_cannot_be_trained_are_refused(parts, tmp_path):

@@ -52,7 +52,7 @@ def test_trainer_has_the_hook(name):
 
 @pytest.mark.parametrize("name", hooks())
 def test_trainer_still_calls_the_hook(name):
-    if name in ("_get_train_sampler", "save_model"):
+    if name in ("_get_train_sampler", "_get_eval_sampler", "save_model"):
         pattern = rf"self\.{name}\b"
     else:
         pattern = rf"self\.{name}\("

@@ -52,7 +52,7 @@ from zokernel.finetune.settings.auto import suits_examples
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings, keep_recorded
-from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.settings.resolve import given_sources, resolve
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
@@ -100,7 +100,7 @@ def finetune(
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
         check_values(data_arguments)
-        refuse_unsupported(config, scored=True)
+        refuse_unsupported(config, scored=True, given=given_sources(config, command) if command else ())
         check_push(config)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
         model_arguments = model.arguments

@@ -48,8 +48,8 @@ def recognise(rows: Sequence[Row], arguments: DataArguments) -> Task | None:
                 "'content', or name --template and --label_column to classify."
             )
         return None
-    read, columns = READ[form], _columns(rows)
-    used, left = [name for name in columns if name in read], [name for name in columns if name not in read]
+    read, present = READ[form], _columns(rows)
+    used, left = [name for name in present if name in read], [name for name in present if name not in read]
     aside = f"; {', '.join(left)} left out" if left else ""
     logger.info("The rows are %s. Columns: %s%s.", _SAID[form], ", ".join(used), aside)
     return TextTask(form=form)

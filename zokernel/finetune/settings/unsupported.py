@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -72,12 +73,13 @@ def keep_no_activations(args: Any) -> None:
             setattr(args, f"{name}_kwargs", None)
 
 
-def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
+def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str] = ()) -> None:
     """Refuse settings that would be ignored.
 
     Args:
         args: ``TrainingArguments`` with the fields of ``ZOArguments``.
         scored: Whether zokernel's own objective scores the examples.
+        given: Settings that are known to be asked for, even if their values are the defaults.
 
     Raises:
         UsageError: If one is set.
@@ -89,6 +91,6 @@ def refuse_unsupported(args: Any, *, scored: bool = False) -> None:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = getattr(args, f.name)
         off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
-        if value != default and (value or off):
+        if (value != default and (value or off)) or (value and f.name in given):
             value = getattr(value, "value", value)  # of an enumeration
             raise UsageError(f"{f.name}={value!r} cannot be honoured here ({refused[f.name]}): leave it out.")

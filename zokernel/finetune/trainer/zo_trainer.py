@@ -71,6 +71,11 @@ class ZOTrainer(ZerothOrderTrainer):
                 f"{self.objective.objective} has no gradient for {self.args.method} to follow: choose a zeroth-order "
                 "method, or objective cross_entropy."
             )
+        if not self.has_own_loss and getattr(self.data_collator, "__module__", "").startswith("transformers."):
+            raise UsageError(
+                "ZOTrainer scores the batches of zokernel's tasks, which their own collator makes: for the loss and "
+                "batches of your own model use zeroth_order(Trainer)."
+            )
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
         # model's own forward could.
         self.model_accepts_loss_kwargs = False
