@@ -175,7 +175,7 @@ def test_sampled_tokens_have_the_probabilities_of_the_model():
         pad_token_id=0,
         sampling=Sampling(temperature),
     )
-    found = torch.bincount(torch.tensor([answer[0] for answer in answers]), minlength=len(expected)).double()
+    found = torch.bincount(torch.tensor([answer.tokens[0] for answer in answers]), minlength=len(expected)).double()
     often = expected >= 5
     assert often.sum() > 5
     groups = [(found[often], expected[often]), (found[~often].sum()[None], expected[~often].sum()[None])]
@@ -195,11 +195,12 @@ def test_evaluations_decode_greedily_and_report_error_and_pass_rate():
     prediction = type("P", (), {"predictions": outputs["terms"].numpy()})
     assert "pass_rate" not in objective.metrics(prediction)
     assert objective.total_loss(prediction) == pytest.approx(float(loss), rel=1e-6)
-    passed = type("P", (), {"predictions": torch.tensor([[2.0, 1, 1], [1, 0, 1], [2, 1, 1], [0, 0, 0]]).numpy()})
+    # Loss, and the one function's value: its weight is 0.01, whatever was taken off the loss besides.
+    passed = type("P", (), {"predictions": torch.tensor([[2.0, 1], [1, 0], [2, 1], [0, 0]]).numpy()})
     found = objective.metrics(passed)
-    assert found["reward"] == 1.25
+    assert found["reward"] == pytest.approx(0.005)
     assert found["pass_rate"] == 0.5
-    assert found["reward_error"] == pytest.approx(math.sqrt(11 / 12) / 2)
+    assert found["reward_error"] == pytest.approx(0.01 * math.sqrt(1 / 3) / 2)
 
 
 def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, caplog):

@@ -184,7 +184,7 @@ def test_weights_of_another_type_are_replayed_from_converted_files(tmp_path: Pat
     assert {path.suffixes[-2] for path in (tmp_path / "copy").iterdir()} == {".base"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_staged_weights_are_trained_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     saved, device = save(FAMILIES["wide"], tmp_path / "model"), torch.device("cuda", 0)

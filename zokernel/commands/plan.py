@@ -3,7 +3,7 @@
 zokernel plan --dataset_name movie-reviews
 zokernel plan --train_file train.tsv --template "{sentence} It was" --label_words terrible great
 zokernel plan --train_file train.tsv --verify true     # then measure all of it with real gradients
-zokernel plan --memory true --model_name_or_path gpt2  # what each way to hold the weights takes; nothing is loaded
+zokernel plan --memory true --model_name_or_path gpt2  # memory of each way; nothing is loaded
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What belongs to the running of a run: checkpoints, logs of other programs, locks, halves, and anything pickled.
 LEFT_OUT = (
     *("checkpoint-*", "checkpoint-*/**", "last-good", "last-good/**", "runs/**", ".*", ".*/**", "*/.*"),
-    *("*.partial", "*.lock", "*.tmp", "journal.zkj.*", "__pycache__/**"),
+    *("*.partial", "*.lock", "*.tmp", "journal.zkj.*", "held-out-start.json", "__pycache__/**"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
 )
 _NEEDS_PUSH = ("hub_model_id", "hub_private_repo", "hub_revision")
