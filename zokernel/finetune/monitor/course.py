@@ -188,7 +188,7 @@ class HeldOut:
         """Whether the loss rose: by two paired errors and a thousandth, or half a percent where they are unknown."""
         if self.change is None:
             return self.last - self.start > FELL * abs(self.start)
-        return self.change > max(CERTAIN * self.error, NOTICED * abs(self.start))
+        return beyond_chance(self.change, self.error, self.start)
 
 
 def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
@@ -212,7 +212,7 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
     if paired:
         # The best of k evaluations is as far down by chance as one is at a k-th of the probability.
         certain = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
-        improved = any(_fell(row, start, certain) for row in later)
+        improved = any(beyond_chance(-row[CHANGE], row[ERROR], start, certain) for row in later)
     else:
         improved = start - best > IMPROVED * abs(start)
     sound = [row for row in later if row["loss"] < 2 * abs(start)]
@@ -224,11 +224,22 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
             scores_moved |= any(row[name] != first[name] for row in later)
     moved = max(abs(row["loss"] - start) for row in later) / max(abs(start), 1e-12)
     last = later[-1]
-    fell = _fell(last, start, CERTAIN) if paired else start - last["loss"] > FELL * abs(start)
+    fell = beyond_chance(-last[CHANGE], last[ERROR], start) if paired else start - last["loss"] > FELL * abs(start)
     found = HeldOut(start, best, last["loss"], first["step"] == 0, fell, improved, moved, scores_moved)
     return replace(found, change=last[CHANGE], error=last[ERROR]) if paired else found
 
 
-def _fell(row: Mapping[str, float], start: float, certain: float) -> bool:
-    """Return whether an evaluation's paired difference is below zero by so many errors, and by a thousandth."""
-    return -row[CHANGE] > max(certain * row[ERROR], NOTICED * abs(start))
+def beyond_chance(rise: float, error: float, start: float, certain: float = CERTAIN) -> bool:
+    """Return whether a paired difference is above zero by so many errors, and by a thousandth of the loss at the start.
+
+    Args:
+        rise: By how much the loss rose; minus that asks whether it fell.
+        error: Standard error of the difference.
+        start: The loss at the start.
+        certain: Errors.
+
+    Example:
+        >>> beyond_chance(0.3, 0.1, 2.0), beyond_chance(0.1, 0.1, 2.0), beyond_chance(0.001, 0.0, 2.0)
+        (True, False, False)
+    """
+    return rise > max(certain * error, NOTICED * abs(start))

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from zokernel.finetune.monitor.course import CERTAIN, NOTICED
+from zokernel.finetune.monitor.course import beyond_chance
 from zokernel.finetune.monitor.paired import CHANGE, ERROR
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def worse_in_a_row(history: Sequence[Mapping[str, float]]) -> int:
     found = 0
     for row in reversed([row for row in history if "eval_loss" in row]):
         change, error = row.get(f"eval_{CHANGE}"), row.get(f"eval_{ERROR}")
-        if change is None or error is None or change <= max(CERTAIN * error, NOTICED * abs(row["eval_loss"] - change)):
+        if change is None or error is None or not beyond_chance(change, error, row["eval_loss"] - change):
             break
         found += 1
     return found

@@ -8,7 +8,7 @@ import logging
 import math
 import netrc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,17 @@ INTERVALS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy",
 """Steps that count only under the strategy ``steps``."""
 
 
+def check_rule(name: str, value: Any, rules: Mapping[str, Rule] = RULES) -> None:
+    """Refuse a value that its setting cannot have; None stands for a default.
+
+    Raises:
+        UsageError: If there is a rule for the setting, and the value does not hold to it.
+    """
+    rule = rules.get(name)
+    if rule is not None and value is not None and not rule.holds(value):
+        raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
+
+
 def check_values(settings: Any) -> None:
     """Refuse values that no run can work with.
 
@@ -141,11 +152,9 @@ def check_values(settings: Any) -> None:
     rules = dict(RULES)
     rules |= {name: INTERVAL for name, strategy in INTERVALS.items() if values.get(strategy) == "steps"}
     for name, value in values.items():
-        rule = rules.get(name)
         if value in ("", []) and value != _default(settings, name) and name != "output_dir":
             raise UsageError(f"{name} is empty: give it a value, or leave it out.")
-        if rule is not None and value is not None and not rule.holds(value):
-            raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
+        check_rule(name, value, rules)
         if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
             _check_json(name, value)
     if "warmup_steps" in values:

@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from zokernel.errors import UsageError
+from zokernel.finetune.settings.check import check_rule
 from zokernel.finetune.settings.unsupported import is_first_order, keep_no_activations, refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
 
@@ -68,9 +68,7 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     rate = combined.learning_rate
     if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
         raise UsageError(f"learning_rate must be a finite number >= 0, not {rate!r}.")
-    strategies = [*(strategy.value for strategy in SaveStrategy), "journal"]
-    if getattr(combined.save_strategy, "value", combined.save_strategy) not in strategies:
-        raise UsageError(f"save_strategy must be one of {', '.join(strategies)}, not {combined.save_strategy!r}.")
+    check_rule("save_strategy", combined.save_strategy)
     names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)]
     changed = {name for name in names if name not in FILLED_IN}
     combined.given = frozenset(changed | given.keys())
