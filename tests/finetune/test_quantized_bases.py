@@ -10,6 +10,7 @@ import shutil
 import peft
 import pytest
 import torch
+from interrupted import interrupted_run, same, weights
 from quantized import KINDS, declare, save_gguf, save_llama, save_packed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,6 @@ from zokernel.finetune.models.load import load_model, load_pretrained
 from zokernel.finetune.models.quantization import told
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.trainer import resumable
 from zokernel.journal.hashes import quantized_sha256, stored_bits
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -74,21 +74,10 @@ def loaded(base, kind, **more):
 def test_a_run_is_resumed_saved_and_read_again(kind, base, run, tmp_path, monkeypatch, caplog):
     flags = ["--lora", "true", *KINDS[kind]]
     assert run("whole", *flags) == 0
-    real = resumable.RunJournal.step
-
-    def dying(self, optimizer, closure):
-        if optimizer.step_count == 4:
-            raise KeyError("killed")
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", dying)
-        with pytest.raises(KeyError):
-            run("cut", *flags)
+    interrupted_run(run, monkeypatch, *flags, step=5)
     assert run("cut", *flags) == 0
-    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert same(whole, cut)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["base"]["quantization"] == WORDS[kind]
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from interrupted import interrupted_run, same, weights
 from quantized import save_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,6 @@ from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import loading_options
 from zokernel.finetune.models.scales import FACTORS_FILE, scaled_layers
 from zokernel.finetune.settings.arguments import ModelArguments
-from zokernel.finetune.trainer import resumable
 from zokernel.journal.hashes import stored_bits
 from zokernel.optim import QZO
 
@@ -116,21 +116,10 @@ def test_a_factor_below_zero_counts_as_zero(base):
 def test_a_killed_run_continues_to_the_same_bits(strategy, base, run, tmp_path, monkeypatch):
     flags = ["--quantization", "torchao:int4", "--save_strategy", strategy, "--learning_rate", "3e-2"]
     assert run("whole", *flags) == 0
-    real = resumable.RunJournal.step
-
-    def dying(self, optimizer, closure):
-        if optimizer.step_count == 4:
-            raise KeyError("killed")
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", dying)
-        with pytest.raises(KeyError):
-            run("cut", *flags)
+    interrupted_run(run, monkeypatch, *flags, step=5)
     assert run("cut", *flags) == 0
-    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert same(whole, cut)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     step = json.loads((tmp_path / "whole" / "metrics.json").read_text())["best_step"]
     words = ["--base", str(base), "--journal", str(tmp_path / "whole" / "journal.zkj"), "--step", str(step)]

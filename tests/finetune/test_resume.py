@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from interrupted import interrupted_run, same, weights
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -38,37 +38,6 @@ def run(tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
         *("--max_steps", str(STEPS), "--learning_rate", "2e-3", "--eval_steps", "4"),
     ]
     return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
-
-
-def weights(folder):
-    return load_file(next(folder.glob("*model.safetensors")))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class Stop(Exception):
-    """Stands in for a kill: everything in memory is lost."""
-
-
-def stop_at(monkeypatch, step):
-    """Make the run die in the forward passes of a step."""
-    real = resumable.RunJournal.step
-
-    def dying(self, optimizer, closure):
-        if optimizer.step_count == step - 1:
-            raise Stop
-        return real(self, optimizer, closure)
-
-    monkeypatch.setattr(resumable.RunJournal, "step", dying)
-
-
-def interrupted_run(run, monkeypatch, *flags, step=10):
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(Stop):
-            run("cut", *flags)
 
 
 def test_journal_only_ends_with_the_best_weights_and_no_checkpoint(run, tmp_path):
