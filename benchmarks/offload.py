@@ -1,7 +1,7 @@
 """Train a random Llama whose weights are streamed; print anonymous memory, bytes and seconds per step.
 
-python benchmarks/offload.py --gigabytes 4 --folder /tmp/large --train lora
-python benchmarks/offload.py --gigabytes 1.5 --folder /tmp/large --train full --updates journal --compare
+python benchmarks/offload.py --gigabytes 4 --folder large --train lora
+python benchmarks/offload.py --gigabytes 1.5 --folder large --train full --updates journal --compare
 
 Before every step the pages of the files are let go of, so that they are read from the disk.  ``--compare`` also
 measures one read of the weights and the forwards in memory: a step should take little more than the longer of the two.

@@ -6,7 +6,7 @@ equally many members, prompts and generations.  Each has one sweep of three lear
 seed of its own; the best is run with every seed, and judged on prompts that neither training nor the sweep has seen.
 
 python benchmarks/rewards.py --output runs/rewards.jsonl           # finished runs are not repeated
-python benchmarks/rewards.py --output runs/rewards.jsonl --table   # only prints what is there
+python benchmarks/rewards.py --output runs/rewards.jsonl --table   # prints the table of the finished runs
 python benchmarks/rewards.py --speed es    # steps beside bare generation of as many rows and tokens: time and memory
 """
 
