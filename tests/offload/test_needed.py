@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-FACTOR = 2.5
+FACTOR = 2
+# Freed room goes back at once: what a heap keeps of it varies from run to run by more than an adapter's run holds.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts memory by kind")
 
@@ -20,7 +22,7 @@ def test_runs_take_the_memory_that_was_said(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(here), str(here.parent)])
     run = subprocess.run(
         [sys.executable, str(here / "needed_peaks.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=os.environ | RETURNED | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
