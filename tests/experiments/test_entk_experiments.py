@@ -18,7 +18,7 @@ CHECKS = {
     "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
     "entk/horizon": lambda n: -0.9 < n["exponent"] < -0.1,
     "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
-    "entk/language_model": lambda n: n["pooled_slope"] < 0,
+    "entk/language_model": lambda n: n["pooled_slope"][0] < 0 and len(n["rows"][0]["relative_by_stream"]) == 2,
 }
 
 

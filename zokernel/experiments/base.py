@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zokernel.errors import UsageError
+from zokernel.experiments.criteria import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALES = ("smoke", "cpu", "full")
-VERDICTS = ("holds", "holds under conditions", "does not hold", "not run here")
 
 
 class Options(dict[str, Any]):
@@ -86,7 +86,8 @@ class Verdict:
 
     Attributes:
         claim: The claim in one sentence, with where it is stated.
-        verdict: ``holds``, ``holds under conditions``, ``does not hold`` or ``not run here``.
+        verdict: ``holds``, ``holds under conditions``, ``does not hold``, ``not resolved`` (the interval does not decide)
+            or ``not run here``.
         reason: The numbers that decide, in one or two sentences.
         id: The claim's name in ``claims.yaml``, by which the ledger finds every verdict on it.
     """

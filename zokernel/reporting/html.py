@@ -13,7 +13,13 @@ from zokernel.errors import MissingDependencyError
 from zokernel.files import write_text
 from zokernel.reporting.page import Page
 
-VERDICT_CLASSES = {"holds": "good", "holds under conditions": "some", "does not hold": "bad", "not run here": "none"}
+VERDICT_CLASSES = {
+    "holds": "good",
+    "holds under conditions": "some",
+    "does not hold": "bad",
+    "not resolved": "open",
+    "not run here": "none",
+}
 
 
 def render(page: Page) -> str:

@@ -8,6 +8,7 @@ perturbation size; they are settings here.
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
+from zokernel.experiments.criteria import (
+    NOT_RUN,
+    Interval,
+    below,
+    combined,
+    graded,
+    interval,
+    log_slope,
+    shown,
+    within,
+    worst,
+)
 from zokernel.experiments.entk.sentences import Tail, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
+
+logger = logging.getLogger(__name__)
 
 COUNTS = (1, 5, 10, 20, 50, 100)
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -31,87 +46,146 @@ def run(config: Config) -> Result:
     steps = config.pick("steps", smoke=3, cpu=4, full=50)
     batch_size = config.pick("batch_size", smoke=4, cpu=4, full=16)
     counts = config.pick("num_perturbations", smoke=(1, 5, 20), cpu=COUNTS)
+    streams = config.pick("streams", smoke=2, cpu=5)
+    num_blocks = config.pick("num_blocks", smoke=1, cpu=2, full=30)
     lr = config.pick("lr", smoke=1e-2, cpu=2e-4)
     eps = config.pick("eps", smoke=1e-3, cpu=1e-3)
     task = language_task(config, steps=steps, batch_size=batch_size)
-    tail = Tail(task.model, config.pick("num_blocks", smoke=1, cpu=2, full=30))
+    tail = Tail(task.model, num_blocks)
     batches = [tail.cache(task.model, batch) for batch in task.batches]
     targets = [batch["targets"] for batch in task.batches]
     watched, answers = tail.cache(task.model, task.observed), task.observed["targets"]
     dim = sum(p.numel() for p in tail.parameters())
     reference = trajectory(tail, batches, targets, watched, lr=lr)
-    start = reference[0]
+    change = (reference[-1] - reference[0]).norm().item()
     table: list[dict[str, Any]] = []
-    result = Result(summary="", numbers={"rows": table, "d": dim, "V": task.vocab_size, "source": task.source})
-    result.arrays["fo"] = label_beliefs(reference, answers).numpy()
+    arrays = {"fo": label_beliefs(reference, answers).numpy()}
+    ends: dict[tuple[str, int], list[Tensor]] = {}
     for distribution in DISTRIBUTIONS:
         for count in counts:
-            chosen = {"lr": lr, "count": count, "distribution": distribution, "eps": eps, "seed": config.seed}
-            found = trajectory(tail, batches, targets, watched, **chosen)
-            difference = (found - reference).norm(dim=-1)  # (steps + 1, sentences), over the whole vocabulary
+            chosen = {"lr": lr, "count": count, "distribution": distribution, "eps": eps}
+            found = [
+                trajectory(tail, batches, targets, watched, **chosen, seed=config.seed + stream)
+                for stream in range(streams)
+            ]
+            apart = torch.stack([run - reference for run in found]).norm(dim=-1)  # (streams, steps + 1, sentences)
+            ends[distribution, count] = [run[-1] for run in found]
+            relative = [((run[-1] - reference[-1]).norm() / change).item() for run in found]
             table.append(
                 {
                     "distribution": distribution,
                     "P": count,
-                    "final_l2": difference[-1].mean().item(),
-                    "mean_l2": difference[1:].mean().item(),
-                    "first_step_l2": difference[1].mean().item(),
-                    "relative": (difference[-1].norm() / (reference[-1] - start).norm()).item(),
+                    "final_l2": interval(apart[:, -1].mean(-1).numpy()),
+                    "mean_l2": apart[:, 1:].mean().item(),
+                    "relative": interval(relative),
+                    "final_l2_by_stream": apart[:, -1].mean(-1).tolist(),
+                    "relative_by_stream": relative,
                 }
             )
-            result.arrays[f"{distribution}_{count}"] = label_beliefs(found, answers).numpy()
-            result.arrays[f"difference_{distribution}_{count}"] = difference.numpy()
-    # One draw of one step is close to one-dimensional, so its distance fluctuates by a factor of several; the distance
-    # after all steps has averaged more of them.
-    final = {name: slope([row for row in table if row["distribution"] == name], "final_l2") for name in DISTRIBUTIONS}
+            arrays[f"{distribution}_{count}"] = label_beliefs(found[0], answers).numpy()
+            logger.info("%s, P = %d: %s of the change", distribution, count, shown(table[-1]["relative"]))
+    slopes = {name: slopes_by_stream(table, name) for name in DISTRIBUTIONS}
+    pooled = interval(np.mean(list(slopes.values()), axis=0), logs=False)
+    alike = distance_ratio(table)
+    crossed = {str(count): crossing(*(ends[name, count] for name in DISTRIBUTIONS)) for count in counts}
+    nearest = [interval(pair_distances(*(ends[n, counts[-1]] for n in DISTRIBUTIONS)) / change)]
+    numbers = {
+        "rows": table,
+        "d": dim,
+        "V": task.vocab_size,
+        "source": task.source,
+        "trained": f"the last {num_blocks} blocks and the final norm",
+        "streams": streams,
+        "slopes": {name: interval(values, logs=False) for name, values in slopes.items()},
+        "pooled_slope": pooled,
+        "distance_gaussian_over_rademacher": alike,
+        "distance_between_distributions_over_within": crossed,
+        "distance_between_distributions_over_change_at_largest_P": nearest[0],
+        "lr": lr,
+        "steps": steps,
+        "eps": eps,
+    }
     largest = min(50, max(counts))
-    fifty = [row["relative"] for row in table if row["P"] == largest]
-    last = [row["relative"] for row in table if row["P"] == max(counts)]
-    apart = [
-        abs(a["final_l2"] - b["final_l2"]) / b["final_l2"]
-        for a, b in zip(table[: len(counts)], table[len(counts) :], strict=True)
-    ]
-    pooled = sum(final.values()) / len(final)
-    result.numbers |= {"slopes_final": final, "pooled_slope": pooled, "lr": lr, "steps": steps, "eps": eps}
-    result.figures = {
-        "fig4_trajectories": trajectories_figure(result.arrays, counts),
+    fifty = {row["distribution"]: row["relative"] for row in table if row["P"] == largest}
+    summary = (
+        f"{task.source}; trained: {numbers['trained']}, {dim:,} parameters; V = {task.vocab_size:,}, {steps} steps of "
+        f"{batch_size} sentences, {streams} streams of directions. The l2 distance between ZO and FO beliefs after all "
+        f"steps falls with slope {shown(pooled)}; at P = {largest} it is "
+        + " and ".join(f"{shown(value)} ({name})" for name, value in fifty.items())
+        + " of what FO training changed."
+    )
+    drawn = {
+        "fig4_trajectories": trajectories_figure(arrays, counts),
         "fig5_difference": difference_figure(table, task.source),
     }
-    result.summary = (
-        f"{task.source}; {dim:,} trained parameters, V = {task.vocab_size:,}, {steps} steps of {batch_size} sentences. "
-        f"The l2 distance between ZO and FO beliefs after all steps falls with slope {final['gaussian']:.2f} "
-        f"(Gaussian) and {final['rademacher']:.2f} (Rademacher), one stream each; at P = {largest} it is "
-        f"{fifty[0]:.0%} and {fifty[1]:.0%} of what FO training changed, at P = {max(counts)} "
-        f"{last[0]:.0%} and {last[1]:.0%}."
-    )
-    result.verdicts = [
-        Verdict(
-            "The difference of beliefs tends to zero as P grows, as the inverse root (Fig. 5).",
-            "holds" if pooled < -0.35 else "does not hold",
-            f"Log-log slope {pooled:.2f} (mean of both distributions) over P = {min(counts)}..{max(counts)}; one "
-            "stream each: uncertain by about 0.1.",
-            id="entk-beliefs-root-p",
-        ),
-        Verdict(
-            "P = 50 effectively mimics first-order training (Fig. 4).",
-            "not run here"
-            if config.scale == "smoke"
-            else "holds"
-            if max(fifty) < 0.2
-            else "holds under conditions"
-            if max(fifty) < 0.5
-            else "does not hold",
-            f"The remaining gap is {fifty[0]:.0%} (Gaussian) and {fifty[1]:.0%} (Rademacher) of the change.",
-            id="entk-p50",
-        ),
-        Verdict(
-            "Gaussian and Rademacher trajectories agree (Fig. 4, 5).",
-            "holds" if float(np.median(apart)) < 0.3 else "holds under conditions",
-            f"Their distances to FO differ by {np.median(apart):.0%} (median over P), within the spread of one draw.",
-            id="entk-laws-of-trajectories",
-        ),
+    judged = [
+        judge_root(pooled, streams, (min(counts), max(counts))),
+        judge_fifty(fifty, largest, streams, small=config.scale == "smoke"),
+        judge_distributions(alike, crossed[str(counts[-1])], nearest[0], counts[-1], streams),
     ]
-    return result
+    return Result(summary, numbers, arrays, drawn, judged)
+
+
+def judge_root(slope: Interval, streams: int, span: tuple[int, int]) -> Verdict:
+    """Judge Fig. 5: the slope of the distance against P is -1/2 up to 0.15."""
+    return Verdict(
+        "The difference of beliefs tends to zero as P grows, as the inverse root (Fig. 5).",
+        within(slope, -0.65, -0.35),
+        f"Log-log slope {shown(slope)} (95%, {streams} streams, mean of both distributions) over P = {span[0]}.."
+        f"{span[1]}; required: within 0.15 of -0.5.",
+        id="entk-beliefs-root-p",
+    )
+
+
+def judge_fifty(gaps: dict[str, Interval], count: int, streams: int, *, small: bool = False) -> Verdict:
+    """Judge Fig. 4: the gap at P = 50 is below a fifth of the change (holds) or a half of it (under conditions)."""
+    return Verdict(
+        "P = 50 effectively mimics first-order training (Fig. 4).",
+        NOT_RUN if small else worst(graded(gap, 0.2, 0.5) for gap in gaps.values()),
+        f"The gap at P = {count} over the change by FO training is "
+        + " and ".join(f"{shown(gap)} ({name})" for name, gap in gaps.items())
+        + f" (95%, {streams} streams); required: below 0.2, or under conditions below 0.5.",
+        id="entk-p50",
+    )
+
+
+def judge_distributions(alike: Interval, crossed: Interval, nearest: Interval, count: int, streams: int) -> Verdict:
+    """Judge whether trajectories agree: in distribution (equal distances up to 25%), and one by one (a fifth apart)."""
+    return Verdict(
+        "Gaussian and Rademacher trajectories agree (Fig. 4, 5).",
+        combined([within(alike, 0.8, 1.25), within(crossed, 0.8, 1.25), below(nearest, 0.2)]),
+        f"Distance to FO, Gaussian over Rademacher: {shown(alike)}; required: within 0.8 to 1.25. At P = {count} two "
+        f"trajectories of different distributions are {shown(crossed)} times as far apart as two of the same one "
+        f"(required: the same), and {shown(nearest)} of the change apart (required: below 0.2); {streams} streams.",
+        id="entk-laws-of-trajectories",
+    )
+
+
+def slopes_by_stream(table: list[dict[str, Any]], distribution: str) -> np.ndarray:
+    """Return the log-log slope of the final distance against P of each stream."""
+    rows = [row for row in table if row["distribution"] == distribution]
+    distances = np.array([row["final_l2_by_stream"] for row in rows])
+    return np.array([log_slope([row["P"] for row in rows], column) for column in distances.T])
+
+
+def distance_ratio(table: list[dict[str, Any]]) -> Interval:
+    """Return the distance to FO of Gaussian over that of Rademacher directions: mean over P, interval over streams."""
+    logs = [
+        np.log([row["final_l2_by_stream"] for row in table if row["distribution"] == name]).mean(0)
+        for name in DISTRIBUTIONS
+    ]
+    return interval(np.exp(logs[0] - logs[1]), logs=True)
+
+
+def pair_distances(left: list[Tensor], right: list[Tensor]) -> np.ndarray:
+    """Return the distances between beliefs of the same streams."""
+    return np.array([(a - b).norm().item() for a, b in zip(left, right, strict=True)])
+
+
+def crossing(gaussian: list[Tensor], rademacher: list[Tensor]) -> Interval:
+    """Return how far a Gaussian and a Rademacher run are apart, over two runs of one distribution on two streams."""
+    shifted = [pair_distances(ends, [*ends[1:], ends[0]]) for ends in (gaussian, rademacher)]
+    return interval(pair_distances(gaussian, rademacher) / np.sqrt(shifted[0] * shifted[1]), logs=True)
 
 
 def trajectory(
@@ -174,11 +248,6 @@ def label_beliefs(beliefs_TNV: Tensor, answers: Tensor) -> Tensor:
     return beliefs_TNV[:, torch.arange(len(answers)), answers]
 
 
-def slope(rows: list[dict[str, Any]], name: str) -> float:
-    """Return the log-log slope against P."""
-    return float(np.polyfit(np.log([row["P"] for row in rows]), np.log([row[name] for row in rows]), 1)[0])
-
-
 def trajectories_figure(arrays: dict[str, np.ndarray], counts: tuple[int, ...]):
     """Draw the belief in the right label word of each sentence (rows) for each P (columns)."""
     reference = arrays["fo"]
@@ -210,9 +279,11 @@ def difference_figure(table: list[dict[str, Any]], source: str):
         for name, color in zip(DISTRIBUTIONS, PALETTE, strict=False):
             rows = [row for row in table if row["distribution"] == name]
             counts = [row["P"] for row in rows]
-            axis.plot(counts, [row["final_l2"] for row in rows], "o-", color=color, label=f"{name}, last step")
+            mean, low, high = (np.array([row["final_l2"][k] for row in rows]) for k in range(3))
+            label = f"{name}, last step (95% over streams)"
+            axis.errorbar(counts, mean, [mean - low, high - mean], fmt="o-", color=color, label=label, capsize=3)
             axis.plot(counts, [row["mean_l2"] for row in rows], "s--", color=color, label=f"{name}, mean over steps")
-        scale = np.exp(np.mean([np.log(row["final_l2"]) + 0.5 * np.log(row["P"]) for row in table]))
+        scale = np.exp(np.mean([np.log(row["final_l2"][0]) + 0.5 * np.log(row["P"]) for row in table]))
         axis.plot(counts, scale / np.sqrt(counts), ":", color="black", label=r"$\propto P^{-1/2}$")
         axis.set(xscale="log", yscale="log", xlabel="perturbations P", ylabel="l2 distance of ZO and FO beliefs")
         axis.set_title(source, fontsize=8)

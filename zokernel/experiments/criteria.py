@@ -1,0 +1,166 @@
+"""How numbers of a run become a verdict: an interval over seeds against a bound that is stated beforehand.
+
+A part of a claim *holds* if the whole interval is on its side of the bound, *does not hold* if the whole interval is on the
+other side, and is *not resolved* if the bound lies inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+Interval = tuple[float, float, float]
+HOLDS, PARTLY, FAILS, OPEN, NOT_RUN = VERDICTS = (
+    "holds",
+    "holds under conditions",
+    "does not hold",
+    "not resolved",
+    "not run here",
+)
+
+
+def student_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t (to 0.2% from three degrees of freedom on; scipy is not a dependency).
+
+    Example:
+        >>> [round(student_quantile(n), 2) for n in (1, 4, 11, 119)]
+        [12.71, 2.78, 2.2, 1.98]
+    """
+    exact = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+    if degrees in exact:
+        return exact[degrees]
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) -> Interval:
+    """Return the mean of a few numbers and its 95% confidence interval (Student's t).
+
+    Args:
+        values: One number per seed.
+        logs: Average logarithms, for ratios and losses; by default if all values are positive.  Differences need
+            ``False``: a few differences may all be positive by chance.
+
+    Returns:
+        Mean, low and high; infinite if a value is.
+
+    Example:
+        >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0])]
+        [2.0, 0.357, 11.19]
+        >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0], logs=False)]
+        [2.333, -1.461, 6.128]
+    """
+    found = np.asarray(values, dtype=float)
+    if not np.isfinite(found).all():
+        return math.inf, math.inf, math.inf
+    positive = bool((found > 0).all()) if logs is None else logs
+    used = np.log(found) if positive else found
+    half = student_quantile(len(used) - 1) * used.std(ddof=1) / len(used) ** 0.5 if len(used) > 1 else 0.0
+    centre = used.mean()
+    mean, low, high = (float(np.exp(b) if positive else b) for b in (centre, centre - half, centre + half))
+    return mean, low, high
+
+
+def below(found: Interval, bound: float) -> str:
+    """Return whether an interval lies below a bound.
+
+    Example:
+        >>> below((0.5, 0.4, 0.6), 1.0), below((0.9, 0.7, 1.1), 1.0), below((2.0, 1.5, 2.5), 1.0)
+        ('holds', 'not resolved', 'does not hold')
+    """
+    _, low, high = found
+    return HOLDS if high < bound else FAILS if low > bound else OPEN
+
+
+def above(found: Interval, bound: float) -> str:
+    """Return whether an interval lies above a bound.
+
+    Example:
+        >>> above((0.5, 0.4, 0.6), 1.0), above((2.0, 1.5, 2.5), 1.0)
+        ('does not hold', 'holds')
+    """
+    _, low, high = found
+    return HOLDS if low > bound else FAILS if high < bound else OPEN
+
+
+def within(found: Interval, least: float, most: float) -> str:
+    """Return whether an interval lies between two bounds: equal up to a margin, which no test against zero can show.
+
+    Example:
+        >>> within((1.0, 0.9, 1.1), 0.8, 1.25), within((1.0, 0.7, 1.4), 0.8, 1.25), within((2.0, 1.5, 2.5), 0.8, 1.25)
+        ('holds', 'not resolved', 'does not hold')
+    """
+    _, low, high = found
+    return HOLDS if least < low and high < most else FAILS if low > most or high < least else OPEN
+
+
+def graded(found: Interval, good: float, fair: float) -> str:
+    """Return a verdict on a size that should be small: below ``good``, below ``fair``, or above it.
+
+    Example:
+        >>> graded((0.1, 0.05, 0.15), 0.2, 0.5), graded((0.2, 0.1, 0.3), 0.2, 0.5), graded((0.4, 0.2, 0.7), 0.2, 0.5)
+        ('holds', 'holds under conditions', 'not resolved')
+    """
+    small = below(found, good)
+    return small if small == HOLDS else PARTLY if below(found, fair) == HOLDS else below(found, fair)
+
+
+def combined(parts: Iterable[str]) -> str:
+    """Return the verdict on a claim from those on its parts, such as several tasks.
+
+    Example:
+        >>> combined(["holds", "holds"]), combined(["holds", "not resolved"]), combined(["does not hold", "not resolved"])
+        ('holds', 'holds under conditions', 'does not hold')
+        >>> combined(["not resolved", "not resolved"])
+        'not resolved'
+    """
+    found = list(parts)
+    if all(part == HOLDS for part in found):
+        return HOLDS
+    if HOLDS in found or PARTLY in found:
+        return PARTLY
+    return FAILS if FAILS in found else OPEN
+
+
+def worst(parts: Iterable[str]) -> str:
+    """Return the weakest of several verdicts, where a claim needs all of its parts.
+
+    Example:
+        >>> worst(["holds", "holds under conditions"]), worst(["not resolved", "holds"])
+        ('holds under conditions', 'not resolved')
+    """
+    return max(parts, key=(HOLDS, PARTLY, OPEN, FAILS).index)
+
+
+def largest_z_by_chance(count: int, level: float = 0.05) -> float:
+    """Return the bound that the largest of ``count`` absolute z-scores exceeds with this probability at most (Bonferroni).
+
+    Example:
+        >>> round(largest_z_by_chance(1), 2), round(largest_z_by_chance(15), 2)
+        (1.96, 2.94)
+    """
+    return NormalDist().inv_cdf(1 - level / (2 * count))
+
+
+def log_slope(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Return the slope of log y against log x.
+
+    Example:
+        >>> round(log_slope([1, 4, 16], [8.0, 4.0, 2.0]), 6)
+        -0.5
+    """
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def shown(found: Interval, digits: int = 2) -> str:
+    """Return a mean and its interval as text.
+
+    Example:
+        >>> shown((0.5, 0.25, 1.0))
+        '0.50 [0.25, 1.00]'
+    """
+    mean, low, high = found
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
