@@ -132,6 +132,41 @@ def test_groups_may_be_modules():
     assert len(unnamed.param_groups) == 2
 
 
+@pytest.mark.parametrize("method", [MeZO, AdamW])
+def test_tensors_of_the_module_need_no_name_when_they_are_added(method):
+    """A layer unfrozen later is named as in the module, so it moves as if it had been trained by that name."""
+
+    def run(add):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        net[2].requires_grad_(False)
+        optimizer = method(net, lr=0.01)
+        if add == "in a copy":
+            net, optimizer = copy.deepcopy((net, optimizer))
+        net[2].requires_grad_(True)
+        given = {"module": net[2], "pairs": [(f"2.{name}", p) for name, p in net[2].named_parameters()]}
+        optimizer.add_param_group({"params": given.get(add, net[2].parameters())})
+        optimizer.step(lambda: net(torch.ones(1, 2)).square().sum())
+        assert list(optimizer.named_params) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        return net[2].weight.detach()
+
+    wanted = run("pairs")
+    for add in ("tensors", "module", "in a copy"):
+        assert torch.equal(run(add), wanted)
+
+
+@pytest.mark.parametrize("method", [MeZO, AdamW])
+@pytest.mark.parametrize("named", ["pairs", "module", "unpickled"])
+def test_a_tensor_whose_name_nobody_knows_is_refused_with_what_to_pass(method, named):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = method(net[0].named_parameters() if named == "pairs" else net[0], lr=0.01)
+    optimizer = pickle.loads(pickle.dumps(optimizer)) if named == "unpickled" else optimizer
+    with pytest.raises(UsageError, match=r"has none: pass \(name, tensor\) pairs, as in .*prefix='head'"):
+        optimizer.add_param_group({"params": net[1].weight})
+    optimizer.add_param_group({"params": net[1].named_parameters(prefix="head")})
+    assert list(optimizer.named_params) == ["weight", "bias", "head.weight", "head.bias"]
+
+
 def test_adam_corrects_the_bias_of_every_parameter_by_its_own_steps():
     """A parameter added after 50 steps moves as one in its first step: by the learning rate."""
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))

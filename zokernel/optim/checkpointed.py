@@ -12,7 +12,7 @@ from torch import Tensor
 from zokernel.errors import UsageError
 from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.copies import Copied
-from zokernel.optim.parameters import check_group, name_parameters, trainable_group
+from zokernel.optim.parameters import Origin, check_group, name_parameters, trainable_group
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates import Update
 from zokernel.perturb import Perturb
@@ -34,6 +34,7 @@ class Checkpointed(Trained, Copied):
     last_factor: float
     _named_groups: list[tuple[dict[str, Any], list[str]]]
     _followers: list[Update]
+    _origin = Origin()
 
     @property
     def perturb(self) -> Perturb:
@@ -70,13 +71,14 @@ class Checkpointed(Trained, Copied):
 
         Args:
             param_group: ``params`` (a module, a tensor, or an iterable of tensors or ``(name, tensor)`` pairs) and
-                settings of its own.  To an average of the iterates they count as constant up to now.
+                settings of its own.  Tensors of the module that the optimizer was made from are named as they are
+                there.  To an average of the iterates they count as constant up to now.
 
         Raises:
             UsageError: If the group does not fit the others.
         """
         begun, count = bool(self.named_params), len(self.param_groups)
-        super().add_param_group(trainable_group(param_group, self.param_groups))
+        super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
         try:
             check_group(self.param_groups[-1])
             if begun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,30 @@ _NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
 )
+
+
+class Origin:
+    """The module that an optimizer was made from, which knows the names of tensors that are added later.
+
+    Args:
+        params: What the optimizer was given; only a module is remembered, and it is not kept alive.
+    """
+
+    def __init__(self, params: Any = None):
+        self._module = weakref.ref(params) if isinstance(params, nn.Module) else None
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """Return the name of a parameter of the module; None if it is none of its."""
+        module = None if self._module is None else self._module()
+        found = () if module is None else module.named_parameters()
+        return next((name for name, own in found if own is tensor), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        module = None if self._module is None else self._module()
+        return Origin(memo.get(id(module)))
+
+    def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
+        return Origin, ()
 
 
 def trainable(params: Params) -> Any:
@@ -43,12 +68,13 @@ def trainable(params: Params) -> Any:
     return params
 
 
-def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]], origin: Origin) -> dict[str, Any]:
     """Return a parameter group in a form that ``torch.optim.Optimizer`` takes, named as the groups before it are.
 
     Args:
         group: Its ``params`` may be a module.
         others: The groups that the optimizer has already.
+        origin: Names tensors that come without a name, or in a part of the module that the optimizer was made from.
 
     Raises:
         UsageError: If it holds nothing to train, only some or other tensors have names, or one is trained already.
@@ -56,11 +82,9 @@ def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> 
     if not isinstance(group, dict) or "params" not in group:
         raise UsageError("A parameter group is a dictionary with 'params', as in {'params': layer, 'lr': 1e-5}.")
     params = group["params"]
-    module, members = isinstance(params, nn.Module), trainable([params] if isinstance(params, Tensor) else params)
-    named = [isinstance(member, tuple) for member in members]
-    if module and others and "param_names" not in others[0]:
-        members, named = [tensor for _, tensor in members], []
-    for tensor in (member[1] if isinstance(member, tuple) else member for member in members):
+    members = trainable([params] if isinstance(params, Tensor) else params)
+    pairs = [member if isinstance(member, tuple) else (None, member) for member in members]
+    for _, tensor in pairs:
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise UsageError(f"params must be tensors, (name, tensor) pairs or a module, and one is a {kind}.")
@@ -68,9 +92,20 @@ def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> 
             raise UsageError(
                 "A tensor of this parameter group is trained already, in another group: leave it out of one."
             )
-    if (any(named) and not all(named)) or (others and any(named) != ("param_names" in others[0])):
+    if others and "param_names" in others[0]:
+        of_module = isinstance(params, nn.Module)
+        pairs = [(origin.name_of(p) or name if of_module or name is None else name, p) for name, p in pairs]
+        if any(name is None for name, _ in pairs):
+            raise UsageError(
+                "The parameters of this optimizer have names, and a tensor of the new group has none: pass (name, "
+                "tensor) pairs, as in {'params': head.named_parameters(prefix='head')}."
+            )
+    elif others and isinstance(params, nn.Module):
+        pairs = [(None, tensor) for _, tensor in pairs]
+    named = [name is not None for name, _ in pairs]
+    if any(named) and (not all(named) or (others and "param_names" not in others[0])):
         raise UsageError("Some parameters have names and others none: give (name, tensor) pairs for all or for none.")
-    return group | {"params": members}
+    return group | {"params": pairs if all(named) else [tensor for _, tensor in pairs]}
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -106,7 +141,10 @@ def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         for position, tensor in enumerate(group["params"]):
             name = names[position] if names else str(len(named))
             if name in named:
-                raise UsageError(f"Two parameters are named {name!r}: directions are keyed by name, so rename one.")
+                raise UsageError(
+                    f"Two parameters are named {name!r}, and directions are keyed by name: give one another name, as "
+                    "head.named_parameters(prefix='head') does."
+                )
             if not tensor.is_floating_point():
                 raise UsageError(
                     f"Parameter {name!r} is stored as {tensor.dtype}, which cannot be perturbed: "

@@ -31,7 +31,7 @@ from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.compose import check_together, make_directions, make_estimator, make_updates
 from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
-from zokernel.optim.parameters import Params, name_parameters, trainable
+from zokernel.optim.parameters import Origin, Params, name_parameters, trainable
 from zokernel.optim.registry import register
 from zokernel.optim.updates import Rule, Update
 from zokernel.perturb import Perturb, Recorded, make_perturb
@@ -108,7 +108,7 @@ class ZerothOrder(AskTell):
         self.last_factor = math.nan if any(part.normalizes for part in self.updates) else 1.0
         self._record: list[float] = []
         self._versions: list[int] = []
-        self._perturb, self._watch = perturb, LossWatch(params)
+        self._perturb, self._watch, self._origin = perturb, LossWatch(params), Origin(params)
         self.named_params |= name_parameters(self.param_groups)
         self._settle()
         self.directions.prepare(self.named_params)

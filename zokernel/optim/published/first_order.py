@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.optim.copies import Copied
-from zokernel.optim.parameters import Params, name_parameters, trainable, trainable_group
+from zokernel.optim.parameters import Origin, Params, name_parameters, trainable, trainable_group
 from zokernel.optim.registry import register
 from zokernel.perturb.in_place import loss_value
 
@@ -20,8 +20,10 @@ class FirstOrder(Copied):
 
     first_order = True
     forwards_per_step = 1
+    _origin = Origin()
 
-    def _adopt(self) -> None:
+    def _adopt(self, params: Params) -> None:
+        self._origin = Origin(params)
         self.named_params = name_parameters(self.param_groups)
         self.num_forwards = 0
         self.step_count = 0
@@ -33,7 +35,7 @@ class FirstOrder(Copied):
             UsageError: If the group does not fit the others.
         """
         count = len(self.param_groups)
-        super().add_param_group(trainable_group(param_group, self.param_groups))
+        super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
         try:
             names = name_parameters(self.param_groups)
         except UsageError:
@@ -103,7 +105,7 @@ class SGD(FirstOrder, torch.optim.SGD):
 
     def __init__(self, params: Params, lr: float = 1e-3, *, momentum: float = 0.0, weight_decay: float = 0.0):
         torch.optim.SGD.__init__(self, trainable(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._adopt()
+        self._adopt(params)
 
     def effective_lr(self) -> float:
         """Return the learning rate, over ``1 - momentum``."""
@@ -138,7 +140,7 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         weight_decay: float = 0.0,
     ):
         torch.optim.AdamW.__init__(self, trainable(params), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
-        self._adopt()
+        self._adopt(params)
 
     def effective_lr(self) -> float:
         """Return the learning rate; AdamW normalises the gradient, so it does not compare with SGD's."""
