@@ -16,7 +16,7 @@ CHECKS = {
     "entk/curves": lambda n: abs(n["mean_slope"] + 0.5) < 0.05 and 0.8 < n["ratio_rms"] < 1.2,
     "entk/laws": lambda n: n["largest_gap"] < 0.3 and len(n["rows"]) == 12,
     "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
-    "entk/horizon": lambda n: -0.9 < n["exponent"] < -0.1,
+    "entk/horizon": lambda n: all(-0.9 < power[0] < -0.1 for power in n["exponents"].values()),
     "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
     "entk/language_model": lambda n: n["pooled_slope"][0] < 0 and len(n["rows"][0]["relative_by_stream"]) == 2,
 }

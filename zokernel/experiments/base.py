@@ -86,8 +86,8 @@ class Verdict:
 
     Attributes:
         claim: The claim in one sentence, with where it is stated.
-        verdict: ``holds``, ``holds under conditions``, ``does not hold``, ``not resolved`` (the interval does not decide)
-            or ``not run here``.
+        verdict: ``holds``, ``holds under conditions``, ``does not hold``, ``not resolved`` (its interval does not
+            decide) or ``not run here``.
         reason: The numbers that decide, in one or two sentences.
         id: The claim's name in ``claims.yaml``, by which the ledger finds every verdict on it.
     """

@@ -1,7 +1,7 @@
 """How numbers of a run become a verdict: an interval over seeds against a bound that is stated beforehand.
 
-A part of a claim *holds* if the whole interval is on its side of the bound, *does not hold* if the whole interval is on the
-other side, and is *not resolved* if the bound lies inside.
+A part of a claim *holds* if the whole interval is on its side of the bound, *does not hold* if the whole interval is on
+the other side, and is *not resolved* if the bound lies inside.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def combined(parts: Iterable[str]) -> str:
     """Return the verdict on a claim from those on its parts, such as several tasks.
 
     Example:
-        >>> combined(["holds", "holds"]), combined(["holds", "not resolved"]), combined(["does not hold", "not resolved"])
-        ('holds', 'holds under conditions', 'does not hold')
-        >>> combined(["not resolved", "not resolved"])
-        'not resolved'
+        >>> combined(["holds", "holds"]), combined(["holds", "not resolved"])
+        ('holds', 'holds under conditions')
+        >>> combined(["does not hold", "not resolved"]), combined(["not resolved", "not resolved"])
+        ('does not hold', 'not resolved')
     """
     found = list(parts)
     if all(part == HOLDS for part in found):
@@ -136,7 +136,7 @@ def worst(parts: Iterable[str]) -> str:
 
 
 def largest_z_by_chance(count: int, level: float = 0.05) -> float:
-    """Return the bound that the largest of ``count`` absolute z-scores exceeds with this probability at most (Bonferroni).
+    """Return what the largest of ``count`` absolute z-scores exceeds with this probability at most (Bonferroni).
 
     Example:
         >>> round(largest_z_by_chance(1), 2), round(largest_z_by_chance(15), 2)
