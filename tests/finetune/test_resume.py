@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune import replay
 from zokernel.finetune.models.pickles import PICKLES
+from zokernel.finetune.storage.lock import LOCK_FILE, exclusive
 from zokernel.finetune.storage.state_file import load_state, save_state
 from zokernel.finetune.trainer import resumable
 from zokernel.journal import Journal
@@ -306,3 +308,45 @@ def test_state_files_keep_every_bit_and_run_no_code(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(RunError, match="damaged or missing"):
         load_state(path)
+
+
+def test_no_lock_and_no_empty_folder_is_left(run, tiny_lm_path, tmp_path, capsys):
+    """Neither by a finished run nor by one that was refused after it had taken its folder."""
+    assert run("runs/finished", "--max_steps", "1") == 0
+    assert not (tmp_path / "runs" / "finished" / ".lock").exists()
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path)
+    next(model.parameters()).data[0, 0] = float("nan")
+    model.save_pretrained(broken)
+    for file in tiny_lm_path.glob("*token*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    assert run("other/refused", "--model_name_or_path", str(broken)) != 0
+    assert "is NaN or infinite" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "mine").mkdir()
+    assert run("mine", "--model_name_or_path", str(broken)) != 0
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_lock_is_one_process_s_however_its_file_comes_and_goes(tmp_path):
+    """A file that was removed between opening and locking is not the lock any more."""
+    with exclusive(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / LOCK_FILE).read_text() == f"pid {os.getpid()}"
+        with exclusive(tmp_path / "a" / "b"):
+            pass
+        assert (tmp_path / "a" / "b" / LOCK_FILE).exists()
+    assert not (tmp_path / "a").exists()
+    real, seen = fcntl.lockf, []
+
+    def removed_meanwhile(file, how):
+        real(file, how)
+        seen.append(file)
+        if len(seen) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "lockf", removed_meanwhile)
+        with exclusive(tmp_path):
+            assert len(seen) == 2
+            assert os.path.samestat(os.fstat(seen[1].fileno()), (tmp_path / LOCK_FILE).stat())
+    assert tmp_path.exists()

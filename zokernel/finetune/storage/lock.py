@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from zokernel.errors import RunError
 
@@ -20,7 +21,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is created if missing; the system frees it when the process dies, however.
 
     A POSIX lock rather than ``flock``: data loader workers would inherit the latter and keep it after a kill.  A
-    process that holds the lock may take it again.
+    process that holds the lock may take it again.  In the end the lock file is removed, and with it the folders that
+    were created for it and hold nothing.
 
     Args:
         folder: The output folder.
@@ -32,20 +34,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     if key in _held:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise RunError(f"The output folder {folder} cannot be written ({error.strerror}): choose another.") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise RunError(
-                f"Another process ({owner}) is working in {folder}: wait for it to end, or choose another output_dir."
-            ) from error
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _locked(folder) as file:
         _held.add(key)
         file.truncate(0)
         file.write(f"pid {os.getpid()}")
@@ -53,4 +43,34 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _held.discard(key)
+            if os.getpid() == key[0]:  # not in a fork of the process
+                _held.discard(key)
+                with suppress(OSError):  # a folder that cannot be written any more, or holds something
+                    (folder / LOCK_FILE).unlink()
+                    for path in made:
+                        path.rmdir()
+
+
+def _locked(folder: Path) -> TextIO:
+    """Return the lock file of a folder, opened and locked."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK_FILE).open("a+")
+        except OSError as error:
+            raise RunError(
+                f"The output folder {folder} cannot be written ({error.strerror}): choose another."
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise RunError(
+                f"Another process ({owner}) is working in {folder}: wait for it to end, or choose another output_dir."
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK_FILE).stat()):
+                return file
+        file.close()  # its owner removed it before it was locked here
