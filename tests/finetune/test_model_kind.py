@@ -75,6 +75,26 @@ def test_what_is_asked_for_is_loaded_if_there_is_such_a_class():
         language_model_kind(tf.Qwen2AudioConfig())
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("T5Config", "T5EncoderModel"),
+        ("T5Config", "T5ForTokenClassification"),
+        ("MT5Config", "MT5EncoderModel"),
+        ("UMT5Config", "UMT5EncoderModel"),
+        ("LongT5Config", "LongT5EncoderModel"),
+        ("SwitchTransformersConfig", "SwitchTransformersEncoderModel"),
+        ("T5GemmaConfig", "T5GemmaEncoderModel"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "seq2seq"])
+def test_an_encoder_without_its_decoder_is_called_that(config, name, asked):
+    """Saved alone, an encoder's configuration no longer says that its type decodes, too."""
+    architecture = getattr(tf, config)(is_encoder_decoder=False, architectures=[name])
+    with pytest.raises(UsageError, match=f"has no decoder, since it was saved as {name}: choose the language model"):
+        language_model_kind(architecture, asked)
+
+
 XLM = {"vocab_size": 50, "emb_dim": 16, "n_layers": 1, "n_heads": 2}
 
 

@@ -37,6 +37,12 @@ def language_model_kind(architecture: Any, lm_type: str = "auto") -> Kind:
     if lm_type not in ("auto", *KINDS):
         raise UsageError(f"lm_type must be auto, causal, masked or seq2seq, not {lm_type!r}.")
     classes = _classes(architecture)
+    if not classes and getattr(type(architecture), "is_encoder_decoder", False):
+        saved = " ".join(getattr(architecture, "architectures", None) or ["an encoder"])
+        raise UsageError(
+            f"This {architecture.model_type!r} model has no decoder, since it was saved as {saved}: choose the language "
+            "model that it was made from, or train it with zokernel.finetune.zeroth_order(Trainer)."
+        )
     if lm_type != "auto":
         if lm_type not in classes:
             raise UsageError(f"transformers has no {lm_type} language model of type {architecture.model_type!r}.")
