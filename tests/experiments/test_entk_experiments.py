@@ -12,8 +12,8 @@ from zokernel.experiments.entk.nets import tiny_language_model
 from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
 
 CHECKS = {
-    "entk/heatmaps": lambda n: n["errors"]["trained 4-9"]["125"] < n["errors"]["trained 4-9"]["1"],
-    "entk/curves": lambda n: abs(n["mean_slope"] + 0.5) < 0.05 and 0.8 < n["ratio_rms"] < 1.2,
+    "entk/heatmaps": lambda n: n["errors"]["trained 4-9"]["125"][0] < n["errors"]["trained 4-9"]["1"][0],
+    "entk/curves": lambda n: abs(n["mean_slope"][0] + 0.5) < 0.05 and 0.8 < n["ratio_rms"] < 1.2,
     "entk/laws": lambda n: n["largest_gap"] < 0.3 and len(n["rows"]) == 12,
     "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
     "entk/horizon": lambda n: all(-0.9 < power[0] < -0.1 for power in n["exponents"].values()),

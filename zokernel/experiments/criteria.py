@@ -64,6 +64,19 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
     return mean, low, high
 
 
+def jackknife(whole: float, without_each: Sequence[float]) -> Interval:
+    """Return a statistic of all seeds with its interval, from the same statistic without each seed in turn.
+
+    Example:
+        >>> values = np.array([1.0, 2.0, 6.0])
+        >>> found = jackknife(values.mean(), [np.delete(values, k).mean() for k in range(3)])
+        >>> found == interval(values, logs=False)
+        True
+    """
+    count = len(without_each)
+    return interval([count * whole - (count - 1) * one for one in without_each], logs=False)
+
+
 def below(found: Interval, bound: float) -> str:
     """Return whether an interval lies below a bound.
 

@@ -29,9 +29,9 @@ STAGES = ("init", "trained")
 def run(config: Config) -> Result:
     """Measure the exact relative variance of one direction for a family of widths, untrained and trained."""
     digits = load_digits(config)
-    widths = config.pick("widths", smoke=(2, 8, 32), cpu=(2, 8, 32, 128, 512, 2560), full=(2, 8, 32, 128, 512, 2560))
+    widths = config.pick("widths", smoke=(2, 8, 32), cpu=(2, 8, 32, 128, 512, 1280), full=(2, 8, 32, 128, 512, 2560))
     samples = config.pick("train_samples", smoke=300, cpu=10_000, full=60_000)
-    seeds = config.pick("seeds", smoke=2, cpu=4)
+    seeds = config.pick("seeds", smoke=2, cpu=3)
     rows: list[dict[str, Any]] = []
     for width in widths:
         for seed in range(config.seed, config.seed + seeds):

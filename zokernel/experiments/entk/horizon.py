@@ -43,8 +43,8 @@ def run(config: Config) -> Result:
                 moved = trained(probe).detach() - start
                 gaps.append(((moved - reference).norm() / reference.norm()).item())
             rms = math.sqrt(np.mean(np.square(gaps)))
-            scaled = rms * math.sqrt(perturbations * steps)
-            rows.append({"P": perturbations, "T": steps, "gap": rms, "scaled": scaled, "gap_by_seed": gaps})
+            by_root = rms * math.sqrt(perturbations * steps)
+            rows.append({"P": perturbations, "T": steps, "gap": rms, "scaled": by_root, "gap_by_seed": gaps})
     predicted = math.sqrt(variance)
     scaled = np.array([row["scaled"] for row in rows])
     powers = exponents(rows)
@@ -76,8 +76,8 @@ def judge(powers: dict[str, Interval], seeds: int) -> Verdict:
         "A large P is needed for ZO training to follow FO training (Fig. 4, one-step analysis).",
         combined(needed) if needed[0] == HOLDS else needed[0],
         f"At a given total step the gap to gradient descent goes as P^{shown(powers['P'])} T^{shown(powers['T'])} "
-        f"(95%, {seeds} seeds). P is needed if the power of P is below -0.35 and that of T above -0.1; where steps help as "
-        "much as directions, P x T counts, and P = 1 works over a run.",
+        f"(95%, {seeds} seeds). P is needed if the power of P is below -0.35 and that of T above -0.1. Where steps "
+        "help as much as directions, P x T counts, and P = 1 works over a run.",
         id="entk-large-p",
     )
 
