@@ -21,7 +21,7 @@ from zokernel.finetune import load_predictor
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import bytes_held
 from zokernel.finetune.models.load import load_model, load_pretrained
-from zokernel.finetune.models.quantization import told
+from zokernel.finetune.models.quantization import count_parameters, told
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.journal.hashes import quantized_sha256, stored_bits
@@ -68,6 +68,13 @@ def losses(folder):
 def loaded(base, kind, **more):
     arguments = ModelArguments(model_name_or_path=str(base), **flags_of(kind), **more)
     return load_model(arguments, ZOConfig(output_dir="unused", precision="fp32", report_to="none", use_cpu=True))[0]
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_quantized_weights_are_counted_as_the_numbers_they_stand_for(base, kind):
+    model = loaded(base, kind, lora=True)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count_parameters(model) - adapter == AutoModelForCausalLM.from_pretrained(base).num_parameters()
 
 
 @pytest.mark.parametrize("kind", KINDS)

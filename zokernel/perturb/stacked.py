@@ -106,10 +106,11 @@ class StackedParameters(Intercepted):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation that involves a perturbed parameter."""
-        values, structure = _flatten((args, kwargs))
-        if self.copies == 1 and not any(isinstance(self.changes.get(id(value)), (Thin, Flipped)) for value in values):
-            args, kwargs = _unflatten([self._only(value) for value in values], structure)
-            return func(*args, **kwargs)
+        if self.copies == 1:
+            values, structure = _flatten((args, kwargs))
+            if not any(isinstance(self.changes.get(id(value)), (Thin, Flipped)) for value in values):
+                args, kwargs = _unflatten([self._only(value) for value in values], structure)
+                return func(*args, **kwargs)
         if func not in _LAYERS:
             raise UsageError(
                 f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "

@@ -36,9 +36,10 @@ class FactorBlocks:
         self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[torch.dtype, dict[str, Blocks]] = {}
         self._key: tuple[object, ...] = ()
+        self._indices: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_sides": self._sides, "_flat": {}, "_kept": {}, "_key": ()}
+        return {"_sides": self._sides, "_flat": {}, "_kept": {}, "_key": (), "_indices": []}
 
     def __call__(
         self,
@@ -50,7 +51,10 @@ class FactorBlocks:
         indices: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Blocks]:
-        """Return the factors of some directions on some matrices, which stay until the next step's are drawn.
+        """Return the factors of some directions on some matrices, which stay until others are drawn.
+
+        Every direction is drawn once, however often it is asked for: by both members of an antithetic pair, and by the
+        update after the losses.
 
         Args:
             places: The matrices, all on one device.
@@ -63,12 +67,18 @@ class FactorBlocks:
         Returns:
             The factors by name.
         """
-        key = (seed, step, tuple(indices), *((place.name, place.shape, place.local.device) for place in places))
-        if key != self._key:
-            self._key, self._kept = key, {torch.float32: self._drawn(places, backend, seed, step, indices)}
+        key = (seed, step, *((place.name, place.shape, place.local.device) for place in places))
+        if key != self._key or not set(indices) <= set(self._indices):
+            self._key, self._indices = key, sorted(set(indices))
+            self._kept = {torch.float32: self._drawn(places, backend, seed, step, self._indices)}
         if dtype not in self._kept:
             self._kept[dtype] = self._cast(dtype)
-        return self._kept[dtype]
+        kept = self._kept[dtype]
+        if list(indices) == self._indices:
+            return kept
+        numbers = {index: number for number, index in enumerate(self._indices)}
+        rows = torch.tensor([numbers[index] for index in indices], device=places[0].local.device)
+        return {name: Blocks(own.left[rows], own.right[rows]) for name, own in kept.items()}
 
     def _drawn(
         self, places: Sequence[Placement], backend: str, seed: int, step: int, indices: Sequence[int]

@@ -16,7 +16,7 @@ from zokernel.finetune.models.gguf import gguf_options
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
 from zokernel.finetune.models.offload import load_offloaded
-from zokernel.finetune.models.quantization import keep_as_stored_, loading_options
+from zokernel.finetune.models.quantization import count_parameters, keep_as_stored_, loading_options
 from zokernel.finetune.models.same_base import other_base
 from zokernel.finetune.models.scales import train_scales_
 from zokernel.finetune.models.trained import accept_quantized_
@@ -77,7 +77,7 @@ def load_model(
     check_finite(model, name)
     warn_of_zeros(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     logger.info(
         "Model %s: %s parameters, %s trained.", name, f"{total:,}", "all" if trained == total else f"{trained:,}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from typing import Any
 
 import torch
@@ -283,6 +284,12 @@ def keep_as_stored_(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers a model's parameters stand for: bitsandbytes packs two of 4 bits into a byte."""
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    return sum(parameter.numel() if state is None else math.prod(state.shape) for parameter, state in states)
 
 
 def needs_no_gradients_(model: Any) -> None:
