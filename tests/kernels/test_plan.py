@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -266,6 +267,7 @@ def test_few_probes_give_no_number_that_they_do_not_carry():
             unknown += 1
             assert plan.probes_needed()["relative_error_one"] >= 4 * 8
             assert "relative error of one step      not known from 8 probes; about" in text
+            assert re.search(r"from 8 probes; about ([\d,]+) would be needed \(--num_probes \d+\)", text)
             assert " gives a relative error" not in text
     assert unknown >= 3
     rho = exact_moments(gradients(task)).rho
@@ -388,9 +390,25 @@ def test_one_walk_gives_no_rate_but_says_how_many_would():
     assert not plan.run_rate[1].known
     assert plan.as_dict()["run_rate"][1] is None
     assert (
-        "No learning rate is advised: how far noise may take the weights is not known from 1 probes; about 4 would be "
-        "needed (--curvature_probes 4)."
+        "No learning rate is advised: how far noise may take the weights is not known from 1 curvature probe; about 4 "
+        "would be needed (--curvature_probes 4)."
     ) in describe(plan, task, 1.0)
+
+
+def test_a_plan_says_which_probes_were_too_few_and_takes_as_many_as_are_asked_for():
+    """The trace of the Hessian comes from the curvature probes, of which there may be more than probes of slopes."""
+    task = small_task(update=8, observe=2)
+    plan = make_plan(task, num_probes=64, counts=(1,))
+    unknown = replace(plan, trace_hessian=Measurement(1.0, 9.0), gradient_norm=Measurement(1.0, 2.0))
+    text = describe(unknown, task, 1.0)
+    assert (
+        "trace of the Hessian            not known from 8 curvature probes; about 2,600 would be needed "
+        "(--curvature_probes 2600)"
+    ) in text
+    assert "gradient norm                   not known from 64 probes; about 1,100 would be needed (--num_probes" in text
+    more = make_plan(task, num_probes=8, counts=(1,), curvature_probes=40)
+    assert (more.num_probes, more.num_curvature_probes) == (8, 40)
+    assert more.trace_hessian.error < plan.trace_hessian.error
 
 
 @pytest.mark.parametrize("lora", [False, True])

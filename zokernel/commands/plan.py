@@ -23,7 +23,7 @@ from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.kernels.plan import STEP_BATCHES, Plan, make_plan, plain
+from zokernel.kernels.plan import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
 
@@ -290,14 +290,26 @@ def said(plan: Plan, name: str) -> str:
         return "they do not"
     if value.known:
         return str(value)
-    return f"not known from {used} probes; about {value.probes_needed(used):,} would be needed"
+    return f"not known from {probes(name, used)}; {more_probes(name, value.probes_needed(used))}"
+
+
+def probes(name: str, count: int) -> str:
+    """Return so many of the probes that a quantity comes from, in words."""
+    kind = "curvature probe" if name in FROM_CURVATURE_PROBES else "probe"
+    return f"{count:,} {kind}{'' if count == 1 else 's'}"
+
+
+def more_probes(name: str, needed: int) -> str:
+    """Return how many probes a quantity would need, and the flag that sets their number."""
+    flag = "curvature_probes" if name in FROM_CURVATURE_PROBES else "num_probes"
+    return f"about {needed:,} would be needed (--{flag} {needed})"
 
 
 def best_eps(plan: Plan) -> str:
     """Return the perturbation size to use, and how good the probed one is."""
     off = f"{100 * plan.finite_difference_error:.2g}%"
     if not plan.eps.known:
-        return f"not known from {plan.num_curvature_probes} probes: keep {plan.eps_probed:g}"
+        return f"not known from {probes('eps', plan.num_curvature_probes)}: keep {plan.eps_probed:g}"
     return f"{plan.eps}  (probed {plan.eps_probed:g}; at the best a projected gradient is off by {off})"
 
 
@@ -306,15 +318,12 @@ def advice(plan: Plan, batch: int) -> str:
     count = min(plan.run_rate)
     rate = plan.run_rate[count]
     if not rate.known:
-        if math.isfinite(plan.reach.value) and not plan.reach.known:
-            name, flag = "how far noise may take the weights", "curvature_probes"
-            used, needed = plan.num_curvature_probes, plan.reach.probes_needed(plan.num_curvature_probes)
-        else:
-            name, flag = "the curvature", "num_probes"
-            used, needed = plan.num_probes, rate.probes_needed(plan.num_probes)
+        walks = math.isfinite(plan.reach.value) and not plan.reach.known
+        name, told = ("reach", "how far noise may take the weights") if walks else ("curvature_ratio", "the curvature")
+        used = plan.probes_used(name)
+        needed = (plan.reach if walks else rate).probes_needed(used)
         return (
-            f"No learning rate is advised: {name} is not known from {used} probes; about {needed:,} would be needed "
-            f"(--{flag} {needed})."
+            f"No learning rate is advised: {told} is not known from {probes(name, used)}; {more_probes(name, needed)}."
         )
     return (
         f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} "

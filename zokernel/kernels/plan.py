@@ -207,7 +207,7 @@ def make_plan(
         # Slopes bear a larger eps than higher derivatives do: a rough third one first says how close to look for those.
         rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
-        second, third = derivatives(prober, range(min(curvature_probes, num_probes)), close)
+        second, third = derivatives(prober, range(curvature_probes), close)
         start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
         growth = measure_growth(prober, start_sq, eps, curvature_probes)
     logger.info("Second and third derivatives were measured at eps = %.2g.", close)
