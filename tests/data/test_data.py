@@ -69,9 +69,10 @@ def test_bad_files_are_named_with_a_remedy(tmp_path, name, content, match):
 
 
 def test_split_is_fixed_disjoint_and_binary():
-    lines = [f"{i}\t{(i % 9) - 4 + 0.1:.1f}\tsentence number {i} ." for i in range(4000)]
+    lines = [f"{i}\t{(i % 9) - 4 + 0.1:.1f}\tsentence number {i} ." for i in range(8000)]
     splits = sources.split_movie_reviews(lines)
-    assert [len(splits[name]) for name in ("test", "validation")] == [1000, 1000]
+    assert [len(splits[name]) for name in ("test", "validation")] == [3000, 1000]
+    assert len(splits["train"]) == sum(abs((i % 9) - 4 + 0.1) >= 0.5 for i in range(8000)) - 4000
     sentences = [row["sentence"] for rows in splits.values() for row in rows]
     assert len(set(sentences)) == len(sentences)
     assert all(row["label"] == (row["rating"] > 0) and abs(row["rating"]) >= 0.5 for row in splits["train"])
@@ -99,6 +100,17 @@ def test_a_finished_folder_is_recognised_and_damage_is_found(home):
         cache.verify(home / "thing")
     (home / "thing" / "data").write_text("shorter than it was" * 3)
     assert not cache.is_complete(home / "thing")
+
+
+def test_what_an_earlier_edition_fetched_is_fetched_again(home, monkeypatch):
+    def build(folder, scratch):
+        (folder / "rows").write_text("new")
+
+    with cache.atomic_folder(home / "thing", source="x==1") as folder:
+        (folder / "rows").write_text("old")
+    for edition, content in ((1, "old"), (2, "new")):
+        monkeypatch.setitem(sources.SOURCES, "thing", sources.Source("thing", "", "x==1", build, edition))
+        assert (sources.fetch("thing") / "rows").read_text() == content
 
 
 def test_a_stale_scratch_folder_is_swept(home):
@@ -154,5 +166,5 @@ def test_mnist_is_the_real_one():
 
 def test_movie_reviews_are_the_real_ones(movie_reviews_path):
     rows = {split: load_rows("movie-reviews", split) for split in ("train", "validation", "test")}
-    assert {split: len(part) for split, part in rows.items()} == {"train": 8070, "validation": 1000, "test": 1000}
+    assert {split: len(part) for split, part in rows.items()} == {"train": 6070, "validation": 1000, "test": 3000}
     assert all(row["label"] in (0, 1) for row in rows["test"])

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_train_samples": 1200,
     "max_eval_samples": 200,
-    "max_test_samples": 1000,
+    "max_test_samples": 3000,
     "max_steps": 300,
     "eval_steps": 100,
 }

@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
         width = max(map(len, SOURCES))
         print(f"cache folder: {cache_home()} (set ZOKERNEL_HOME to move it)")
         for name, source in SOURCES.items():
-            state = "fetched" if is_complete(cache_home() / name) else "-"
+            state = "fetched" if is_complete(cache_home() / name, source.content) else "-"
             print(f"{name:<{width}}  {state:<8} {source.summary}")
         return 0
     for name in args.names:

@@ -47,11 +47,16 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether ``folder`` holds a finished fetch: its manifest is there and every file has its recorded size."""
+def is_complete(folder: Path, source: str | None = None) -> bool:
+    """Return whether ``folder`` holds a finished fetch: its manifest is there and every file has its recorded size.
+
+    Args:
+        folder: The folder.
+        source: Where the content must come from, as its manifest says; None takes any.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+        return source in (None, manifest["source"]) and all((folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
     except (OSError, ValueError, KeyError):
         return False
 
