@@ -77,6 +77,43 @@ def jackknife(whole: float, without_each: Sequence[float]) -> Interval:
     return interval([count * whole - (count - 1) * one for one in without_each], logs=False)
 
 
+def median_interval(values: np.ndarray | Sequence[float]) -> Interval:
+    """Return the median and its 95% interval from order statistics, whatever the distribution.
+
+    Example:
+        >>> median_interval(range(1, 101))
+        (50.5, 40.0, 61.0)
+    """
+    found = np.sort(np.asarray(values, dtype=float))
+    count = len(found)
+    rank = max(0, math.floor((count - NormalDist().inv_cdf(0.975) * count**0.5) / 2))
+    return float(np.median(found)), float(found[max(0, rank - 1)]), float(found[min(count - 1, count - rank)])
+
+
+def share_interval(hits: int, count: int) -> Interval:
+    """Return a share and its 95% interval (Wilson 1927).
+
+    Example:
+        >>> [round(x, 3) for x in share_interval(0, 200)], [round(x, 3) for x in share_interval(100, 200)]
+        ([0.0, 0.0, 0.019], [0.5, 0.431, 0.569])
+    """
+    z = NormalDist().inv_cdf(0.975)
+    share, spread = hits / count, z * z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return share, max(0.0, centre - half), centre + half
+
+
+def less(first: Interval, second: Interval) -> str:
+    """Return whether one quantity is less than another, by intervals that do not overlap.
+
+    Example:
+        >>> less((1.0, 0.9, 1.1), (2.0, 1.5, 2.5)), less((1.0, 0.9, 1.6), (2.0, 1.5, 2.5))
+        ('holds', 'not resolved')
+    """
+    return HOLDS if first[2] < second[1] else FAILS if first[1] > second[2] else OPEN
+
+
 def below(found: Interval, bound: float) -> str:
     """Return whether an interval lies below a bound.
 

@@ -20,7 +20,7 @@ from zokernel.experiments.nzk.problems import (
     stand_in_images,
     synthetic_network_problem,
 )
-from zokernel.experiments.nzk.record import numbers
+from zokernel.experiments.nzk.record import attained, numbers
 from zokernel.experiments.nzk.study import Size, Study, Variant, study
 
 SMOKE_FIGURES = ("losses",)  # drawing takes longer than everything else at that scale
@@ -151,7 +151,11 @@ def run(config: Config, *, entry: Entry) -> Result:
     except RunError as error:
         if "Tiny ImageNet" not in entry.title:
             raise
-        claims = {verdicts.CONSTANT_ID: verdicts.CONSTANT, verdicts.FASTER_ID: verdicts.FASTER}
+        claims = {
+            verdicts.CONSTANT_ID: verdicts.CONSTANT,
+            verdicts.FASTER_ID: verdicts.FASTER,
+            verdicts.ATTAINED_ID: verdicts.ATTAINED,
+        }
         return Result(
             f"Not run here. {error}",
             verdicts=[Verdict(claim, "not run here", str(error), id=name) for name, claim in claims.items()],
@@ -163,6 +167,7 @@ def run(config: Config, *, entry: Entry) -> Result:
         baseline_steps=min(problem.steps, config.pick("baseline_steps", smoke=100, cpu=16_000)),
         check_runs=config.pick("check_runs", smoke=300, cpu=4_000),
         best_of=entry.best_of,
+        stated_steps=config.pick("stated_steps", smoke=50, cpu=16_000),
     )
     found = study(problem, list(entry.variants), size, config.seed)
     drift = _drift(problem, config)
@@ -180,7 +185,16 @@ def run(config: Config, *, entry: Entry) -> Result:
         numbers=record,
         arrays=arrays,
         figures=figures.draw(found, only=SMOKE_FIGURES if config.scale == "smoke" else ()),
-        verdicts=[verdicts.constancy(found, drift), verdicts.acceleration(found)],
+        verdicts=[
+            verdicts.constancy(
+                found.check,
+                {name: found.fourth_moment[name] for name in ("rademacher", "laplace")},
+                len(problem.y),
+                drift,
+            ),
+            verdicts.acceleration(found),
+            *([verdicts.attainability(attained(found))] if found.stated else []),
+        ],
     )
 
 

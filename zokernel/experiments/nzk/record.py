@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from typing import Any
 
 from zokernel.dynamics.evolution import Evolution
+from zokernel.experiments.criteria import median_interval, share_interval
 from zokernel.experiments.nzk.study import Study
 from zokernel.theory.nzk_moments import ProcessMoments
 
@@ -32,6 +35,37 @@ def loss_table(result: Study, steps: tuple[int, ...], *, lr: float, offset: bool
         run = first.at(lr, moments=ProcessMoments.deterministic(curve.factor))
         table[curve.label] = run.mean_loss(wanted).tolist()
     return table
+
+
+def attained(result: Study) -> dict[str, dict[str, Any]]:
+    """Return how real runs of the shared-vector process end beside the mean path, at each learning rate.
+
+    Args:
+        result: The study.
+
+    Returns:
+        For the paper's learning rate, and for that of its public code: steps, the median loss over that of the mean
+        path, and the share of runs whose loss is above its start, both with intervals.
+    """
+    problem = result.problem
+    assert result.process is not None
+    assert result.process_curves is not None
+    runs = {"public code": (problem.notebook_lr or problem.lr, result.process, result.process_curves[0])}
+    if result.stated is not None:
+        runs = {"paper": (problem.lr, *result.stated)} | runs
+    found = {}
+    for name, (lr, process, path) in runs.items():
+        last, mean_path = process.losses[-1], float(path[-1])
+        risen = int((~(last <= process.losses[0])).sum())
+        found[name] = {
+            "lr": lr,
+            "runs": len(last),
+            "steps": int(process.steps[-1]),
+            "loss_of_mean_path": mean_path,
+            "median_loss_over_mean_path": median_interval(last.nan_to_num(math.inf).numpy() / mean_path),
+            "share_of_runs_above_their_start": share_interval(risen, len(last)),
+        }
+    return found
 
 
 def numbers(result: Study) -> dict[str, object]:
@@ -63,6 +97,10 @@ def numbers(result: Study) -> dict[str, object]:
             "mean_loss": float(result.process.losses[-1].mean()),
         },
     }
+    record["sampled_factors"] = result.fourth_moment
+    record["stability_limit_of_shared_vector"] = result.row("equal_lr", "shared").limit
+    if result.stated is not None:
+        record["attained"] = attained(result)
     if problem.notebook_lr is not None:
         record["losses_at_notebook_lr"] = loss_table(result, (0, 2000, 8000, 14_000), lr=problem.notebook_lr)
     if problem.linearization is not None:

@@ -18,6 +18,7 @@ from zokernel.dynamics.budget import LR_FRACTIONS, steps_to_reach
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.parametric import ParametricRun, all_ones_line_minimum, squared_loss, zo_sgd_run
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
+from zokernel.experiments.criteria import Interval, interval
 from zokernel.experiments.nzk.problems import Problem
 from zokernel.kernels.nzk_matrix import NzkEstimate, sample_nzk
 from zokernel.theory.nzk_moments import ProcessMoments, expected_nzk_factor, process_moments
@@ -117,6 +118,8 @@ class Study:
     best_of: ParametricRun | None = None
     process: Simulation | None = None
     process_curves: tuple[Tensor, Tensor] | None = None
+    stated: tuple[Simulation, Tensor] | None = None
+    fourth_moment: dict[str, Interval] = field(default_factory=dict)
     check: dict[str, float] = field(default_factory=dict)
     line_minimum: float = 0.0
     floor: float = 0.0
@@ -138,6 +141,7 @@ class Size:
         baseline_steps: Steps of the parameter-space baseline.
         check_runs: Runs of the check of the closed form against the process.
         best_of: Directions of the biased best-of baseline; 0 leaves it out.
+        stated_steps: Steps of runs at the paper's learning rate, where the public code uses another one.
     """
 
     nzk_samples: int
@@ -146,6 +150,7 @@ class Size:
     baseline_steps: int
     check_runs: int
     best_of: int = 0
+    stated_steps: int = 0
 
 
 def study(problem: Problem, variants: list[Variant], size: Size, seed: int) -> Study:
@@ -176,7 +181,23 @@ def study(problem: Problem, variants: list[Variant], size: Size, seed: int) -> S
     result.floor = Evolution(problem.f0, problem.y, problem.kernel, problem.lr).floor
     compare(result)
     run_processes(result, size, seed)
+    result.fourth_moment = {
+        name: sampled_factor(problem, name, size.nzk_samples, seed) for name in ("rademacher", "gaussian", "laplace")
+    }
     return result
+
+
+def sampled_factor(problem: Problem, distribution: str, samples: int, seed: int, batches: int = 8) -> Interval:
+    """Return the factor of the sampled shared-vector kernel over the NTK, with its interval over batches of samples."""
+    kernel = problem.kernel
+    found = []
+    for batch in range(batches):
+        stream = 7_000_003 * (batch + 1) + seed  # other streams than those of the curves
+        sampled = sample_nzk(
+            problem.features, distribution=distribution, num_samples=max(1, samples // batches), seed=stream
+        )
+        found.append(float((sampled.mean * kernel).sum() / kernel.square().sum()))
+    return interval(found)
 
 
 def paper_curves(
@@ -276,6 +297,11 @@ def run_processes(result: Study, size: Size, seed: int) -> None:
     shared = next(method.moments for method in result.methods if method.name == "shared")
     exact = Evolution(f0, y, problem.kernel, rate, moments=shared)
     result.process_curves = exact.mean_loss(recorded), exact.expected_loss(recorded)
+    if problem.notebook_lr is not None and size.stated_steps:
+        recorded = record_steps(min(size.stated_steps, problem.steps), 40)
+        runs = simulate(x, y, f0, lr, recorded, coupling="shared", runs=size.runs, seed=seed)
+        path = Evolution(f0, y, problem.kernel, lr, moments=shared).mean_loss(recorded)
+        result.stated = runs, path
     moments = next(method.moments for method in result.methods if method.name == "zo_sgd")
     rate = 0.5 * result.row("equal_distance", "zo_sgd").limit
     exact = Evolution(f0, y, problem.kernel, rate, moments=moments)
