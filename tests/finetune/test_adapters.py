@@ -182,6 +182,50 @@ def test_all_linear_layers_but_the_head_where_peft_has_no_choice(name, caplog):
         assert "all linear layers but the head" in caplog.text
 
 
+MIXTURE = {**WIDE, "num_experts_per_tok": 1, "pad_token_id": 1}
+STACKED = {
+    "GptOss": {**MIXTURE, "head_dim": 8, "num_local_experts": 2},
+    "Mixtral": {**MIXTURE, "num_local_experts": 2},
+    "Qwen2Moe": {**MIXTURE, "num_experts": 2, "moe_intermediate_size": 8},
+    "Qwen3Moe": {**MIXTURE, "num_experts": 2, "moe_intermediate_size": 8, "head_dim": 8},
+    "Olmoe": {**MIXTURE, "num_experts": 2},
+    "Llama": WIDE,
+    "Mamba": ARCHITECTURES["mamba"][1],
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("asked", [None, ["all-linear"]])
+def test_stacked_experts_that_are_left_out_are_named(name, asked, caplog):
+    """Nothing is said where there are none (a convolution of Mamba has three dimensions, too), or of those adapted.
+
+    peft adapts the experts of some models when all linear layers are asked for, since they were linear layers once.
+    """
+    config = getattr(transformers, f"{name}Config")(**STACKED[name])
+    caplog.set_level("INFO")
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    experts = [p.numel() for key, p in model.named_parameters() if key.endswith(("gate_up_proj", "experts.down_proj"))]
+    share = 100 * sum(experts) / sum(p.numel() for p in model.parameters())
+    adapted = adapted_modules(attach_adapter(model, ModelArguments(lora=True, lora_target_modules=asked)))
+    said = [message for message in caplog.messages if "stacked parameters" in message]
+    if any("experts" in found for found in adapted) or not experts:
+        assert said == []
+        assert not experts or asked or name in ("Qwen3Moe", "Olmoe")
+        return
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert said == [
+        f"{', '.join(names)}: no modules but stacked parameters, {share:.0f} % of the model, so LoRA leaves them out; "
+        f"--target_parameters {' '.join(names)} adapts them."
+    ]
+    caplog.clear()
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    adapted = attach_adapter(model, ModelArguments(lora=True, lora_target_modules=asked, target_parameters=names))
+    assert "stacked parameters" not in caplog.text
+    assert {found for found in adapted_modules(adapted) if "experts" in found} == {
+        f"model.layers.0.{name}" for name in names
+    }
+
+
 def test_modules_by_name_by_pattern_and_by_parameter():
     def ends(model, **asked):
         return sorted(adapted_modules(attach_adapter(model, ModelArguments(lora=True, **asked))))

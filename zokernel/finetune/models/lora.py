@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from zokernel.errors import UsageError
@@ -56,6 +57,8 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
         use_rslora=arguments.use_rslora,
         task_type=task_type,
     )
+    stacked = {name: parameter.numel() for name, parameter in stacked_parameters(model).items()}
+    total = sum(parameter.numel() for parameter in model.parameters())
     adapted = peft.get_peft_model(model, configuration)
     found = adapted_modules(adapted)
     logger.info(
@@ -66,6 +69,16 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
         ", ".join(_short(found)),
         " (not out_proj, whose weight the fused kernels read)" if fused else "",
     )
+    left = {name: count for name, count in stacked.items() if name not in found}
+    if left and not arguments.target_parameters and (not arguments.lora_target_modules or targets == ALL_LINEAR):
+        names = _short(left, parts=3)
+        logger.info(
+            "%s: no modules but stacked parameters, %.0f %% of the model, so LoRA leaves them out; "
+            "--target_parameters %s adapts them.",
+            ", ".join(names),
+            100 * sum(left.values()) / total,
+            " ".join(names),
+        )
     if arguments.modules_to_save:
         logger.info("Trained in full and saved with the adapter: %s.", ", ".join(arguments.modules_to_save))
     return adapted
@@ -156,6 +169,24 @@ def _check_parameters(model: nn.Module, asked: list[str]) -> None:
             stacked = _short((name for name, p in own.items() if p.ndim == 3), parts=3)
             known = f"its stacked parameters are {', '.join(stacked)}" if stacked else "it has no stacked experts"
             raise UsageError(f"The model has no parameter {word!r} to adapt (target_parameters): {known}.")
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that hold one matrix for every expert or head, which are no modules, by name.
+
+    Example:
+        >>> experts = nn.Module()
+        >>> experts.up, experts.bias = nn.Parameter(torch.ones(3, 4, 2)), nn.Parameter(torch.ones(1, 1, 2))
+        >>> list(stacked_parameters(nn.ModuleDict({"experts": experts, "mix": nn.Conv1d(2, 2, 2)})))
+        ['experts.up']
+    """
+    return {
+        f"{name}.{own}" if name else own: parameter
+        for name, module in model.named_modules()
+        if not type(module).__name__.startswith(_ADAPTABLE)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    }
 
 
 def _ends_with(name: str, word: str) -> bool:
