@@ -8,8 +8,9 @@ import torch
 
 from zokernel.directions import Dense
 from zokernel.experiments.base import MODULES
+from zokernel.experiments.criteria import interval
 from zokernel.experiments.kerzoo import methods
-from zokernel.experiments.kerzoo.replicas import Task, interval, iterations_to, train
+from zokernel.experiments.kerzoo.replicas import Task, iterations_to, train
 from zokernel.optim import KerZOO, MeZO
 
 SMOKE = [name for name in MODULES if name.startswith("kerzoo/")]

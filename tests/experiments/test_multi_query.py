@@ -92,7 +92,8 @@ def row(problem, scheme, directions, best):
     [
         ((0.8, 0.7, 0.9), (0.8, 0.7, 0.9), "holds", "does not hold"),
         ((0.8, 0.7, 0.9), (1.5, 1.4, 1.6), "holds under conditions", "does not hold"),
-        ((1.0, 0.9, 1.1), (1.5, 1.4, 1.6), "does not hold", "does not hold"),
+        ((1.0, 0.9, 1.1), (1.5, 1.4, 1.6), "does not hold", "not resolved"),
+        ((1.0, 0.9, 1.1), (1.0, 0.9, 1.1), "not resolved", "not resolved"),
     ],
 )
 def test_verdicts_follow_the_intervals(two, one, average, align):

@@ -122,7 +122,7 @@ def below(found: Interval, bound: float) -> str:
         ('holds', 'not resolved', 'does not hold')
     """
     _, low, high = found
-    return HOLDS if high < bound else FAILS if low > bound else OPEN
+    return HOLDS if high < bound else FAILS if math.inf > low > bound else OPEN
 
 
 def above(found: Interval, bound: float) -> str:

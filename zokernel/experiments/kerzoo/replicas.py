@@ -232,24 +232,3 @@ def iterations_to(curve: np.ndarray, iterations: np.ndarray, target: np.ndarray)
         elif len(below):
             found[s] = iterations[0]
     return found
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return mean and 95% confidence interval of the mean of a few numbers (Student's t, their logarithms if positive).
-
-    Example:
-        >>> mean, low, high = interval(np.array([1.0, 1.0, 1.0]))
-        >>> round(mean, 12), round(low, 12), round(high, 12)
-        (1.0, 1.0, 1.0)
-    """
-    # 97.5% quantiles of Student's t; scipy is not a dependency.
-    quantiles = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-    if not np.isfinite(values).all():
-        return float("inf"), float("inf"), float("inf")
-    positive = bool((values > 0).all())
-    logs = np.log(values) if positive else values
-    half = quantiles.get(len(logs) - 1, 2.1) * logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
-    centre = logs.mean()
-    bounds = (centre, centre - half, centre + half)
-    mean, low, high = (float(np.exp(b)) for b in bounds) if positive else (float(b) for b in bounds)
-    return mean, low, high

@@ -9,7 +9,7 @@ import numpy as np
 
 from zokernel.estimators import Estimator, OneSided, TwoPoint
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.kerzoo.replicas import interval
+from zokernel.experiments.criteria import above, below, combined, interval
 from zokernel.experiments.multi_query.runs import EPS, Problem, Quadratic, Softmax, aligned, train
 from zokernel.figures import PALETTE, figures
 
@@ -141,7 +141,7 @@ def judge_average(rows: list[dict[str, Any]]) -> Verdict:
         f"forwards. Each at its best rate, two losses per direction: {listed(two)}; with a shared base loss (P + 1 "
         f"forwards): {listed(one)}."
     )
-    return Verdict(AVERAGE, verdict_of([row["best"][2] < 1 for row in several]), reason, id="multi-query-average")
+    return Verdict(AVERAGE, combined(below(row["best"], 1.0) for row in several), reason, id="multi-query-average")
 
 
 def judge_alignment(rows: list[dict[str, Any]], distances: list[dict[str, float]]) -> Verdict:
@@ -154,17 +154,7 @@ def judge_alignment(rows: list[dict[str, Any]], distances: list[dict[str, float]
         f"{far['distance']:.2g} (predicted {far['predicted']:.2g}) of its length at d = {far['d']:,}, P = {far['P']}: "
         f"it differs only where P is not small beside d."
     )
-    return Verdict(ALIGN, verdict_of([row["best"][1] > 1 for row in several]), reason, id="multi-query-align")
-
-
-def verdict_of(supported: list[bool]) -> str:
-    """Return what comparisons say about a claim, each of which supports it or does not.
-
-    Example:
-        >>> verdict_of([True, True]), verdict_of([True, False]), verdict_of([False, False])
-        ('holds', 'holds under conditions', 'does not hold')
-    """
-    return "holds" if all(supported) else "holds under conditions" if any(supported) else "does not hold"
+    return Verdict(ALIGN, combined(above(row["best"], 1.0) for row in several), reason, id="multi-query-align")
 
 
 def listed(rows: list[dict[str, Any]]) -> str:
