@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from zokernel.errors import missing_extra
+
 
 def lazy_exports(
     package: str, exports: Mapping[str, str], gone: Mapping[str, str] | None = None
@@ -28,7 +30,10 @@ def lazy_exports(
 
     def load(name: str) -> Any:
         if name in exports:
-            return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+            try:
+                return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+            except ModuleNotFoundError as error:
+                raise missing_extra(error, f"{package}.{name}") or error from error
         if gone and name in gone:
             raise AttributeError(f"There is no {package}.{name} since 0.2: use {gone[name]}.")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from typing import Any
 from zokernel._version import __version__
 from zokernel.commands.messages import is_replica, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
-from zokernel.errors import UsageError, ZokernelError
+from zokernel.errors import UsageError, ZokernelError, missing_extra
 from zokernel.private_apis import exit_at_once
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -94,14 +94,18 @@ def load(name: str) -> tuple[Command, CommandParser]:
 
     Raises:
         UsageError: If there is no such subcommand.
+        MissingDependencyError: If it needs an extra that is not installed.
     """
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else f": choose one of {', '.join(COMMANDS)}"
         raise UsageError(f"There is no command {name!r}{hint}.")
-    module = importlib.import_module(f"zokernel.commands.{name}")
-    parser = CommandParser(name, module.__doc__)
-    module.add_arguments(parser)
+    try:
+        module = importlib.import_module(f"zokernel.commands.{name}")
+        parser = CommandParser(name, module.__doc__)
+        module.add_arguments(parser)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"'zokernel {name}'") or error from error
     return module, parser
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+
 from zokernel.secrets import hide_in_text
+
+_PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}  # what a module's package is called where that differs
 
 
 class ZokernelError(Exception):
@@ -37,6 +42,30 @@ class MissingDependencyError(RunError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'zokernel[{extra}]'.")
+
+
+def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingDependencyError | None:
+    """Return the error that names the extra which brings a module, or None if no extra does.
+
+    Args:
+        error: What was raised by the import.
+        purpose: What needs the module; the subject of the sentence.
+
+    Example:
+        >>> print(missing_extra(ModuleNotFoundError(name="peft.tuners"), "An adapter"))
+        An adapter needs peft, which is not installed: pip install 'zokernel[finetune]'.
+    """
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGES.get(module, module).replace("_", "-")
+    extras: dict[str, set[str]] = {}
+    for requirement in importlib.metadata.requires("zokernel") or ():
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)", requirement)
+        if found:
+            extras.setdefault(found.group(2), set()).add(found.group(1))
+    bring = [extra for extra, packages in extras.items() if package in packages]
+    if not bring:
+        return None
+    return MissingDependencyError(package, min(bring, key=lambda extra: len(extras[extra])), purpose)
 
 
 def first_line(error: BaseException) -> str:

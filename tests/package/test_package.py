@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from zokernel.cli import COMMANDS, main
+from zokernel.errors import missing_extra
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +59,37 @@ def test_the_readme_loop_runs_without_transformers_and_learns():
     found = re.search(r"loss ([\d.]+) after (\d+) forward passes", finished.stdout)
     assert float(found.group(1)) < 0.45  # ln 2 = 0.69 at the start
     assert int(found.group(2)) == 500 * 8
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "said"),
+    [
+        ("accelerate", "cli.main(['finetune', '--train_file', 'a.csv', '--output_dir', 'run'])", "'zokernel finetune'"),
+        ("transformers", "cli.main(['plan', '--train_file', 'a.csv'])", "'zokernel plan'"),
+        ("transformers", "print(get(zokernel.finetune, 'zeroth_order'))", "zokernel.finetune.zeroth_order"),
+    ],
+)
+def test_what_an_extra_brings_is_named_where_it_is_missing(missing, code, said):
+    finished = run_python(f"""
+import sys
+sys.modules[{missing!r}] = None
+import zokernel
+from zokernel import cli, errors
+def get(package, name):
+    try:
+        return getattr(package, name)
+    except errors.MissingDependencyError as error:
+        return error
+{code}
+""")
+    assert finished.returncode == 0, finished.stderr
+    sentence = f"{said} needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
+    assert sentence in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_module_that_no_extra_brings_is_not_explained():
+    assert missing_extra(ModuleNotFoundError(name="nowhere"), "This") is None
 
 
 def test_every_command_has_a_module_and_help(capsys):
