@@ -274,9 +274,9 @@ class _Job:
         prompts = [sample.prompt_ids for sample in self.prepared.samples]
         if not prompts:
             return []
-        length, ends = self.data_arguments.max_new_tokens, self.prepared.ends
-        written = continuations(self.model, self.checked.tokenizer, prompts, max_new_tokens=length, ends=ends)
-        return [hide_in_text(text) for text in written]
+        settings: Any = {"max_new_tokens": self.data_arguments.max_new_tokens, "ends": self.prepared.ends}
+        settings["decoder_prompt"] = self.prepared.decoder_prompt
+        return list(map(hide_in_text, continuations(self.model, self.checked.tokenizer, prompts, **settings)))
 
     def _metrics(
         self, trainer: ZOTrainer, run: dict[str, Any], after: dict[str, float], peak_memory: int

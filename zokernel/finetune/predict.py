@@ -11,16 +11,16 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
+from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, loading_flags
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import choose_collator
-from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
-from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.saved import task_of_values, task_values
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
@@ -86,7 +86,7 @@ class Predictor:
         self.model, self.tokenizer, self.record = model, tokenizer, record
         self.task: Any = task_of_values(record["task"])
         kind = record["language_model"]
-        self._decoder = decoder_of(model, tokenizer) if kind == "seq2seq" and self.task.kind != "text" else None
+        self._decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -127,17 +127,18 @@ class Predictor:
 
     def _continue(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
         """Return what the model writes after a chat, an instruction or a text."""
-        record = self.record
-        encoder = TextEncoder(self.tokenizer, self.task.form, False, True, record["max_length"])
+        record, decoder = self.record, self._decoder
+        flags = {"max_length": record["max_length"], "kind": record["language_model"], "decoder": decoder}
         try:
-            ids = encoder.request(row)
+            ids = text_encoder(self.task, self.tokenizer, DataArguments(), **flags).request(row)
         except UsageError as error:
             raise UsageError(f"Row {number}: {error}") from error
-        room = record["max_length"] - record["max_new_tokens"]
+        room = record["max_length"] - (0 if decoder else record["max_new_tokens"])
         if len(ids) > room:
             raise UsageError(f"Row {number} has {len(ids)} tokens, and {room} leave room for an answer: shorten it.")
         settings = {"max_new_tokens": record["max_new_tokens"], "ends": record["ends"]}
-        return {"prediction": continuations(self.model, self.tokenizer, [ids], **settings)[0]}
+        frame = decoder.prompt if decoder else ()
+        return {"prediction": continuations(self.model, self.tokenizer, [ids], decoder_prompt=frame, **settings)[0]}
 
     def _answers(self, rows: Sequence[Mapping[str, Any] | str], batch_size: int) -> list[dict[str, Any]]:
         """Return which option each row gets, or the answer that is written."""

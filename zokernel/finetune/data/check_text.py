@@ -11,8 +11,10 @@ from zokernel.finetune.rewards.prompts import check_prompts
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.chat_template import choose_chat_template, has_chat_template
+from zokernel.finetune.tasks.encode_pairs import PairEncoder
 from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.reward import RewardTask
+from zokernel.finetune.tasks.seq2seq import Decoder
 from zokernel.finetune.tasks.text import TextTask
 
 
@@ -39,10 +41,15 @@ def check_text(
         if kind == "causal" and "{mask}" in task.template:
             raise UsageError(f"The template {task.template!r} has a {{mask}}: it needs a masked language model.")
         return
-    if kind != "causal":
+    if kind == "masked":
         raise UsageError(
-            f"Chats, instructions and texts train causal language models, and this model is {kind}: choose another, or "
-            "name a task with --task."
+            f"Chats, instructions and texts train causal and sequence-to-sequence language models, and this model is "
+            f"{kind}: choose another, or name a task with --task."
+        )
+    if kind == "seq2seq" and task.form == "text":
+        raise UsageError(
+            "Plain text trains causal language models, and this model is seq2seq, which learns to answer: give rows "
+            "with prompt and completion, messages, or instruction and output, or choose another model."
         )
     if objective != "cross_entropy":
         raise UsageError(f"--objective {objective} needs answers to compare, which texts do not have: leave it out.")
@@ -56,12 +63,33 @@ def check_text(
     for flag, wrong in unfit.items():
         if wrong and getattr(arguments, flag) is not None:
             raise UsageError(f"--{flag} does not apply to rows of the form {task.form!r}: leave it out.")
-    text_encoder(task, tokenizer, arguments, max_length=arguments.max_length or 2048).tokens(rows[0])
+    if kind == "seq2seq":
+        _check_pairs(arguments)
+    text_encoder(task, tokenizer, arguments, max_length=arguments.max_length or 2048, kind=kind).check(rows)
 
 
-def text_encoder(task: TextTask, tokenizer: Any, arguments: DataArguments, *, max_length: int) -> TextEncoder:
-    """Return what tokenizes the rows of a task, with trl's defaults where the user said nothing."""
+def text_encoder(
+    task: TextTask,
+    tokenizer: Any,
+    arguments: DataArguments,
+    *,
+    max_length: int,
+    kind: str = "causal",
+    decoder: Decoder | None = None,
+) -> TextEncoder:
+    """Return what tokenizes the rows of a task, with trl's defaults where the user said nothing.
+
+    Args:
+        task: What the rows are.
+        tokenizer: The tokenizer.
+        arguments: What the user said about the data.
+        max_length: Longest row; of a sequence-to-sequence model, longest source and longest answer.
+        kind: ``causal`` or ``seq2seq``.
+        decoder: How a sequence-to-sequence model frames texts, once it is loaded.
+    """
     assistant, completion = arguments.assistant_only_loss, arguments.completion_only_loss
+    if kind == "seq2seq":
+        return PairEncoder(tokenizer, task.form, True, True, max_length, decoder)
     return TextEncoder(
         tokenizer,
         task.form,
@@ -69,6 +97,21 @@ def text_encoder(task: TextTask, tokenizer: Any, arguments: DataArguments, *, ma
         completion_only_loss=completion is None or completion,
         max_length=max_length,
     )
+
+
+def _check_pairs(arguments: DataArguments) -> None:
+    """Refuse what a sequence-to-sequence model cannot do with chats, instructions and completions."""
+    if arguments.packing:
+        raise UsageError(
+            "--packing puts several texts into one row, and each answer of a seq2seq model has a source of its own: "
+            "leave it out."
+        )
+    for flag in ("assistant_only_loss", "completion_only_loss"):
+        if getattr(arguments, flag) is False:
+            raise UsageError(
+                f"--{flag} false would learn what the encoder of this seq2seq model reads, which is never predicted: "
+                "leave it out."
+            )
 
 
 def _are_chats(task: TextTask, row: Row, tokenizer: Any) -> bool:

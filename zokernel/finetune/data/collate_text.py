@@ -27,7 +27,7 @@ class TextDataset(torch.utils.data.Dataset):
 
     def longest(self, count: int) -> TextDataset:
         """Return the ``count`` longest rows."""
-        return TextDataset(sorted(self.examples, key=lambda e: -len(e.input_ids))[:count])
+        return TextDataset(sorted(self.examples, key=lambda e: -e.size)[:count])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return vars(self.examples[position])
@@ -50,6 +50,9 @@ class TextCollator:
         (R, K), where each is predicted, one token earlier; padded with -100 and 0.  ``labels`` (R,) are the numbers of
         tokens that count.  If a row holds several documents, ``position_ids`` (R, T) begin anew in each, and
         ``segments`` (R, T) number them from 1 (-1: padding).
+
+        For sequence-to-sequence models, ``input_ids`` and ``attention_mask`` (R, S) are the encoder's, and
+        ``decoder_input_ids`` (R, T) what the decoder reads.
         """
         length = max(len(feature["input_ids"]) for feature in features)
         width = max(len(feature["scored"]) for feature in features)
@@ -65,6 +68,13 @@ class TextCollator:
             number = [[n for n, size in enumerate(f["lengths"], 1) for _ in range(size)] for f in features]
             batch["position_ids"] = _right(within, length, 0)
             batch["segments"] = _right(number, length, -1)
+        if any(feature["source_ids"] for feature in features):
+            sources = [feature["source_ids"] for feature in features]
+            longest = max(map(len, sources))
+            # The last token is only predicted.
+            batch["decoder_input_ids"] = batch["input_ids"][:, :-1]
+            batch["input_ids"] = _right(sources, longest, self.pad_token_id)
+            batch["attention_mask"] = _right([[1] * len(source) for source in sources], longest, 0)
         return batch
 
 

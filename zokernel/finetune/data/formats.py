@@ -15,11 +15,9 @@ from zokernel.finetune.tasks.text import READ, TextTask
 logger = logging.getLogger(__name__)
 
 _SAID = {
-    "messages": "chats: the loss is that of the assistant's tokens (--assistant_only_loss false takes all)",
-    "prompt-completion": "prompts with completions: the loss is that of the completion (--completion_only_loss false "
-    "takes the prompt, too)",
-    "instruction": "instructions in Alpaca's columns: the loss is that of the output (--completion_only_loss false "
-    "takes the prompt, too)",
+    "messages": "chats: the loss is that of the assistant's tokens (see --assistant_only_loss)",
+    "prompt-completion": "prompts with completions: the loss is that of the completion (see --completion_only_loss)",
+    "instruction": "instructions in Alpaca's columns: the loss is that of the output (see --completion_only_loss)",
     "text": "plain text: the loss is that of every token",
 }
 

@@ -88,6 +88,8 @@ def _usage(metrics: dict[str, Any], base: str | None) -> str:
     _, auto = KINDS[metrics["language_model"]]
     if metrics["metric"] in (PERPLEXITY, REWARD):
         example, phrased = '"What is the capital of France?"', "Chats are phrased by the tokenizer's chat template."
+        if metrics["language_model"] == "seq2seq":
+            phrased = "The encoder reads what is asked, as the tokenizer's chat template renders it if it has one."
     else:
         columns = ", ".join(f'"{column}": "..."' for column in parse(metrics["template"]))
         example, words = f"{{{columns}}}", ", ".join(f"`{word}`" for word in metrics["label_words"])

@@ -29,16 +29,23 @@ def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def continuations(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, ends: Sequence[int] = ()
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    decoder_prompt: Sequence[int] = (),
 ) -> list[str]:
     """Return what a model writes after each prompt until the text or the turn ends.
 
     Args:
-        model: A causal language model of transformers, or a peft wrapper of one.
+        model: A causal or sequence-to-sequence language model of transformers, or a peft wrapper of one.
         tokenizer: Its tokenizer.
         prompts: Token ids.
         max_new_tokens: Longest continuation.
         ends: Tokens that end a turn, beside those that the model says.
+        decoder_prompt: What the decoder of a sequence-to-sequence model begins with; its encoder reads the prompt.
 
     Returns:
         One text per prompt, without control tokens.
@@ -54,11 +61,20 @@ def continuations(
         eos_token_id=sorted(stops) or None,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        # What a model was published with for summaries (beams, a least length) is not greedy.
+        num_beams=1,
+        min_length=0,
+        no_repeat_ngram_size=0,
     )
+    decoded: dict[str, Any] = {}
     device = next(bare.parameters()).device
+    if decoder_prompt:
+        settings.decoder_start_token_id = decoder_prompt[0]
+        decoded["decoder_input_ids"] = torch.tensor([list(decoder_prompt)], device=device)
     written = []
     for prompt in prompts:  # one by one: padding would move a prompt away from virtual tokens
         ids = torch.tensor([list(prompt)], device=device)
-        found = bare.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        written.append(tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True).strip())
+        found = bare.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, **decoded)
+        begin = len(decoder_prompt) or len(prompt)
+        written.append(tokenizer.decode(found[0, begin:], skip_special_tokens=True).strip())
     return written

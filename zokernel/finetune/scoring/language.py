@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.finetune.scoring.language_head import row_losses, token_losses
+from zokernel.finetune.scoring.shared_encoder import refuse_trained_embeddings
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,15 @@ class LanguageObjective:
 
     def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return each row's sum of losses, and how many tokens that is over: (R, 2)."""
+        if "decoder_input_ids" in batch:
+            refuse_trained_embeddings(model)
         sums_R = row_losses(model, batch, whole=self.whole)
         return torch.stack([sums_R, batch["labels"].to(sums_R)], 1)
 
     def stacked(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
         """Return the loss of every copy of a batch that has been repeated, copy after copy: (copies,)."""
+        if "decoder_input_ids" in batch:
+            refuse_trained_embeddings(model)
         return token_losses(model, batch, copies=copies, whole=self.whole).mean(1)
 
 

@@ -3,14 +3,16 @@
 Logits are the largest activation of a language model: those of 4,096 tokens of SmolLM2 take 805 MB, more than all its
 weights.  So the backbone runs once, and what follows it (the head, and scaling or soft-capping, as each model has it)
 runs on the hidden states of one block of scored positions after the other.  It is the model's own code that runs: it is
-called once per block, with a backbone that answers from what it found in the first call.
+called once per block, with a backbone that answers from what it found in the first call.  For sequence-to-sequence
+models that is the decoder, and the encoder answers from its first call, too.
 
 Shapes: R rows, T tokens of a row, C copies of the rows, N scored tokens of a copy, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def token_losses(
     """Return the cross entropy of every scored token.
 
     Args:
-        model: A causal language model of transformers, or a wrapper with the same call.
+        model: A causal or sequence-to-sequence language model of transformers, or a wrapper with the same call.
         batch: What ``TextCollator`` returns.
         copies: How many times the batch holds the same rows, copy after copy.
         block: Scored positions whose logits are computed at a time.
@@ -44,7 +46,7 @@ def token_losses(
     real_RK = batch["targets"] >= 0
     if whole:
         targets_X = batch["targets"][real_RK]
-        logits_XV = scored_logits(model, batch)[real_RK]
+        logits_XV = _whole_logits(model, batch)[real_RK]
         return F.cross_entropy(logits_XV.float(), targets_X, reduction="none").view(copies, -1)
     places = real_RK.nonzero()[:, 0], batch["positions"][real_RK]
     return _by_blocks(model, batch, batch["targets"][real_RK].view(copies, -1), places, block)
@@ -70,7 +72,7 @@ def row_losses(model: nn.Module, batch: dict[str, Any], *, block: int = BLOCK, w
     """
     targets_RK = batch["targets"]
     if whole:
-        logits_XV = scored_logits(model, batch).flatten(0, 1).float()
+        logits_XV = _whole_logits(model, batch).flatten(0, 1).float()
         losses_X = F.cross_entropy(logits_XV, targets_RK.flatten(), reduction="none", ignore_index=-100)
         return losses_X.view(targets_RK.shape).sum(1)
     R, K = targets_RK.shape
@@ -87,9 +89,13 @@ def _by_blocks(
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(bare, batch["segments"])}
+    encoder: AbstractContextManager[Any] = nullcontext()
+    if "decoder_input_ids" in batch:
+        inputs["decoder_input_ids"] = batch["decoder_input_ids"]
+        encoder = _RunsOnce([_whole(bare).get_encoder()])
     found, step = [], max(1, block // copies)
-    length = batch["input_ids"].shape[1]
-    with WideHead(bare), _RunsOnce(_backbones(bare), *places, copies, length=length) as backbone:
+    length = batch.get("decoder_input_ids", batch["input_ids"]).shape[1]
+    with WideHead(bare), encoder, _AnswersBlocks(_backbones(bare), *places, copies, length=length) as backbone:
         for begin in range(0, targets_CN.shape[1], step):
             backbone.block = slice(begin, begin + step)
             targets_CB = targets_CN[:, backbone.block]
@@ -97,6 +103,15 @@ def _by_blocks(
             losses_X = F.cross_entropy(logits_XV, targets_CB.flatten(), reduction="none", ignore_index=-100)
             found.append(losses_X.view(copies, -1))
     return torch.cat(found, 1)
+
+
+def _whole_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the logits at the scored positions (R, K, V); a decoder's are all of them, as the model gives them."""
+    if "decoder_input_ids" not in batch:
+        return scored_logits(model, batch)
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    with WideHead(getattr(model, "module", model)):
+        return model(**{name: batch[name] for name in names}, use_cache=False).logits
 
 
 def blocks_agree(model: nn.Module, batch: dict[str, Any]) -> bool:
@@ -115,7 +130,7 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 
     Most models call the module of their ``base_model_prefix``; some, such as OPT, the decoder within it.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    inner = _whole(model)
     found = [getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)]
     if hasattr(inner, "get_decoder"):
         found.append(inner.get_decoder())
@@ -125,11 +140,59 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     return list(modules.values())
 
 
+def _whole(model: nn.Module) -> Any:
+    """Return the model within its adapter."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
 class _RunsOnce:
-    """Context in which a backbone runs in the first call, and later answers with the block's hidden states.
+    """Context in which a module runs in the first call, and later answers with what it returned.
 
     Args:
-        candidates: Modules of which the model calls one; the first to return is the backbone.
+        candidates: Modules of which the model calls one; the first to return is meant.
+    """
+
+    def __init__(self, candidates: list[nn.Module]):
+        self._candidates = candidates
+        self._module: Any = None
+        self._output: Any = None
+
+    def __enter__(self) -> Self:
+        self._handles = [module.register_forward_hook(self._keep) for module in self._candidates]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._remove_hooks()
+        if self._module is not None:
+            self._module.forward = self._forward
+            if not self._patched:
+                del self._module.forward
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._remove_hooks()
+        self.take(output)
+        self._module, self._patched, self._forward = module, "forward" in vars(module), module.forward
+        self._module.forward = self.answer
+        return self.answer()
+
+    def take(self, output: Any) -> None:
+        """Keep what the module returned."""
+        self._output = output
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return it again."""
+        return self._output
+
+
+class _AnswersBlocks(_RunsOnce):
+    """The same for a backbone, of whose hidden states it returns those of a block of scored positions.
+
+    Args:
+        candidates: As for :class:`_RunsOnce`.
         rows: The row of each scored position: (C * N,).
         positions: Where in its row it is: (C * N,).
         copies: C.
@@ -140,42 +203,23 @@ class _RunsOnce:
     """
 
     def __init__(self, candidates: list[nn.Module], rows: Tensor, positions: Tensor, copies: int, *, length: int):
-        self._candidates = candidates
-        self._backbone: Any = None
+        super().__init__(candidates)
         self._rows, self._positions, self._copies, self._length = rows, positions, copies, length
         self._hidden_CNH: Tensor | None = None
         self.block = slice(0, 0)
 
-    def __enter__(self) -> _RunsOnce:
-        self._handles = [module.register_forward_hook(self._keep) for module in self._candidates]
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._remove_hooks()
-        if self._backbone is not None:
-            self._backbone.forward = self._forward
-            if not self._patched:
-                del self._backbone.forward
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._remove_hooks()
+    def take(self, output: Any) -> None:
+        """Keep the hidden states of the scored positions."""
         hidden_RTH = output[0]
         in_front = hidden_RTH.shape[1] - self._length
         picked = hidden_RTH[self._rows, self._positions + in_front]
         self._hidden_CNH = picked.view(self._copies, -1, picked.shape[-1])
         self._output = _with_hidden(output, picked)
-        self._backbone, self._patched, self._forward = module, "forward" in vars(module), module.forward
-        self._backbone.forward = self._answer
-        return self._answer()
 
-    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return those of the block: rows of one token, copy after copy, as the layers of stacked losses expect."""
         assert self._hidden_CNH is not None
         block = self._hidden_CNH[:, self.block]
-        # Rows of one token each, copy after copy, as the layers of stacked losses expect.
         return _with_hidden(self._output, block.reshape(-1, 1, block.shape[-1]))
 
 

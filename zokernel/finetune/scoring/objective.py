@@ -166,6 +166,8 @@ class Objective:
                 f"objective {self.objective} is no mean over losses of examples, so examples cannot have directions of "
                 "their own: use objective cross_entropy, or a method whose directions they share."
             )
+        if "decoder_input_ids" in batch:
+            refuse_trained_embeddings(model)
         return self._scored(model, batch)[2]
 
     def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

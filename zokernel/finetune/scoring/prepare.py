@@ -38,6 +38,7 @@ class Prepared:
         objective: Loss and metrics of a batch.
         samples: Held-out prompts that are continued for the report.
         ends: Tokens that end a continuation.
+        decoder_prompt: What a decoder's continuation begins with, for sequence-to-sequence models.
     """
 
     encoded: dict[str, Any]
@@ -45,6 +46,7 @@ class Prepared:
     objective: Any
     samples: list[Sample] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    decoder_prompt: tuple[int, ...] = ()
 
 
 def prepare(
@@ -111,16 +113,21 @@ def prepare(
 def _texts(
     task: TextTask, splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
 ) -> Prepared:
-    encoder = text_encoder(task, tokenizer, data, max_length=max_length)
+    kind = kind_of_model(model)
+    decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
+    encoder = text_encoder(task, tokenizer, data, max_length=max_length, kind=kind, decoder=decoder)
     encoded = encode_texts(encoder, splits, packing=data.packing)
-    check_token_ids(model, tokenizer, (e.input_ids for dataset in encoded.values() for e in dataset.examples))
+    examples = [e for dataset in encoded.values() for e in dataset.examples]
+    check_token_ids(model, tokenizer, chain.from_iterable((e.input_ids, e.source_ids) for e in examples))
     collator = TextCollator(tokenizer.pad_token_id)
     return Prepared(
         encoded,
         collator,
         language_objective(model, collator, encoded["train"]),
-        samples_of(encoder, splits, room=max_length - data.max_new_tokens),
+        # The answer of a decoder takes no room from what is read.
+        samples_of(encoder, splits, room=max_length if decoder else max_length - data.max_new_tokens),
         turn_ends(encoded["train"], tokenizer),
+        decoder.prompt if decoder else (),
     )
 
 

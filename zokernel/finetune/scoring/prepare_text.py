@@ -43,11 +43,11 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
         same = split == "test" and rows == splits.validation
         found[split] = found["validation"] if same else encoder.encode(rows, where=split.capitalize())
     for split in ("validation", "test"):
-        found[split] = sorted(found[split], key=lambda example: len(example.input_ids))
+        found[split] = sorted(found[split], key=lambda example: example.size)
     logger.info(
         "Data: %s.",
         "; ".join(
-            f"{len(rows):,} {split} rows of {sum(len(e.input_ids) for e in rows):,} tokens, "
+            f"{len(rows):,} {split} rows of {sum(e.size for e in rows):,} tokens, "
             f"{sum(len(e.scored) for e in rows):,} of them learned"
             if split == "train"
             else f"{len(rows):,} {split} rows, {sum(len(e.scored) for e in rows):,} tokens scored"
@@ -130,13 +130,14 @@ def _beginnings(dataset: TextDataset) -> list[EncodedText]:
             end = begin + min(length, TRIED)
             scored = [place - begin for place in example.scored if begin < place < end]
             if scored:
-                found.append(EncodedText(example.input_ids[begin:end], scored, [end - begin]))
+                ids, source = example.input_ids[begin:end], example.source_ids[:TRIED]
+                found.append(EncodedText(ids, scored, [end - begin], source))
             begin += length
             if len(found) == 2:
                 return found
     if not found:  # all that counts lies behind long prompts
         example, end = dataset.examples[0], dataset.examples[0].scored[0] + 1
-        found.append(EncodedText(example.input_ids[:end], [end - 1], [end]))
+        found.append(EncodedText(example.input_ids[:end], [end - 1], [end], example.source_ids[:TRIED]))
     return found
 
 

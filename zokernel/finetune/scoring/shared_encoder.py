@@ -11,7 +11,7 @@ from zokernel.errors import UsageError
 
 
 def refuse_trained_embeddings(model: nn.Module) -> None:
-    """Refuse to take several losses in one forward where embeddings are trained.
+    """Refuse to give rows of a forward weights of their own where embeddings are trained.
 
     T5 looks up its relative positions once for all rows, which cannot be told from tokens of several copies.
 
@@ -20,8 +20,8 @@ def refuse_trained_embeddings(model: nn.Module) -> None:
     """
     if any(isinstance(module, nn.Embedding) and module.weight.requires_grad for module in model.modules()):
         raise UsageError(
-            "The losses of a sequence-to-sequence model cannot be stacked while its embeddings are trained: train an "
-            "adapter, or leave out perturb stacked."
+            "The losses of a sequence-to-sequence model cannot be stacked while its embeddings are trained, nor can "
+            "examples have directions of their own: train an adapter, or leave out perturb stacked and per_example."
         )
 
 

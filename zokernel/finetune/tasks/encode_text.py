@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zokernel.data.tables import Row, count_rows
@@ -29,11 +30,18 @@ class EncodedText:
         input_ids: Its tokens.
         scored: Places of the tokens that count for the loss, in order; never the first of a document.
         lengths: Tokens of each document in the row: several if they are packed.
+        source_ids: What the encoder of a sequence-to-sequence model reads; ``input_ids`` are then its decoder's.
     """
 
     input_ids: list[int]
     scored: list[int]
     lengths: list[int]
+    source_ids: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many tokens a model reads."""
+        return len(self.source_ids) + len(self.input_ids)
 
 
 @dataclass(frozen=True)
@@ -60,19 +68,18 @@ class TextEncoder:
         Raises:
             UsageError: If none is left, or a chat cannot be rendered.
         """
-        found, cut, empty = [], 0, 0
+        found, empty = [], 0
+        cut: Counter[str] = Counter()
         for row in rows:
-            ids, marks = self.tokens(row)
-            cut += len(ids) > self.max_length
-            ids, marks = ids[: self.max_length], marks[: self.max_length]
-            scored = [place for place, mark in enumerate(marks) if mark and place]
-            if scored:
-                found.append(EncodedText(ids, scored, [len(ids)]))
+            example, lost = self.example(row)
+            cut.update(lost)
+            if example.scored:
+                found.append(example)
             else:
                 empty += 1
-        if cut:
-            verb = "loses its end" if cut == 1 else "lose their end"
-            logger.info("%s: %d of %s %s at %d tokens.", where, cut, count_rows(len(rows)), verb, self.max_length)
+        for part, count in cut.items():
+            verb = f"loses {part.format('its')}" if count == 1 else f"lose {part.format('their')}"
+            logger.info("%s: %d of %s %s at %d tokens.", where, count, count_rows(len(rows)), verb, self.max_length)
         if empty:
             verbs = ("has", "is") if empty == 1 else ("have", "are")
             told = "%s: %d of %s %s no token to learn and %s left out."
@@ -83,6 +90,21 @@ class TextEncoder:
                 "whether the chats have an assistant's turn."
             )
         return found
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Check before the weights are loaded that rows can be tokenized, by the first of them.
+
+        Raises:
+            UsageError: If they cannot.
+        """
+        self.tokens(rows[0])
+
+    def example(self, row: Row) -> tuple[EncodedText, list[str]]:
+        """Return a row as tokens, and which parts of it were cut off."""
+        ids, marks = self.tokens(row)
+        lost = ["{} end"] if len(ids) > self.max_length else []
+        ids, marks = ids[: self.max_length], marks[: self.max_length]
+        return EncodedText(ids, [place for place, mark in enumerate(marks) if mark and place], [len(ids)]), lost
 
     def tokens(self, row: Row) -> tuple[list[int], list[bool]]:
         """Return the tokens of a row, and which of them count."""
@@ -149,9 +171,13 @@ class TextEncoder:
         Raises:
             UsageError: If the row is in another form.
         """
-        row = {_REQUESTS[self.form]: row} if isinstance(row, str) else dict(row)
         if self.form == "text":
-            return self._plain(str(row.get("text", "")))
+            return self._plain(row if isinstance(row, str) else str(row.get("text", "")))
+        return self.prompt(self._asked(row))[0]
+
+    def _asked(self, row: Mapping[str, Any] | str) -> Row:
+        """Return a row in the form of the task, with an answer that is not known in its place."""
+        row = {_REQUESTS[self.form]: row} if isinstance(row, str) else dict(row)
         if self.form == "messages":
             column = "conversations" if "conversations" in row else "messages"
             said = row.get(column) or [{"role": "user", "content": row.get("prompt", "")}]
@@ -162,7 +188,7 @@ class TextEncoder:
             row.setdefault("completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
         else:
             row.setdefault("output", ".")
-        return self.prompt(TextTask(form=self.form).read([row], where="It")[0])[0]
+        return TextTask(form=self.form).read([row], where="It")[0]
 
     def _parts(self, row: Row) -> tuple[Any, Any]:
         if self.form == "prompt-completion":
