@@ -45,7 +45,7 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
             ``False``: a few differences may all be positive by chance.
 
     Returns:
-        Mean, low and high; infinite if a value is.
+        Mean, low and high; infinite if a value is, and without ends for a single value, which resolves nothing.
 
     Example:
         >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0])]
@@ -58,7 +58,7 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
         return math.inf, math.inf, math.inf
     positive = bool((found > 0).all()) if logs is None else logs
     used = np.log(found) if positive else found
-    half = student_quantile(len(used) - 1) * used.std(ddof=1) / len(used) ** 0.5 if len(used) > 1 else 0.0
+    half = student_quantile(len(used) - 1) * used.std(ddof=1) / len(used) ** 0.5 if len(used) > 1 else math.inf
     centre = used.mean()
     mean, low, high = (float(np.exp(b) if positive else b) for b in (centre, centre - half, centre + half))
     return mean, low, high
