@@ -13,7 +13,7 @@ import torch
 from zokernel.experiments import criteria
 from zokernel.experiments.criteria import FAILS, HOLDS, NOT_RUN, OPEN, PARTLY, interval
 from zokernel.experiments.entk import curves, dimension, distributions, drift, heatmaps, horizon, language_model
-from zokernel.experiments.kerzoo import ablations, costs, estimator, loss_curves
+from zokernel.experiments.kerzoo import ablations, accuracy, costs, estimator, loss_curves
 from zokernel.experiments.kerzoo import language_model as kerzoo_language_model
 from zokernel.experiments.multi_query import budget
 from zokernel.experiments.nzk import verdicts as nzk
@@ -239,7 +239,25 @@ def test_kerzoo_costs_and_curves():
         gaps = {"task": ((low + high) / 2, low, high)}
         assert kerzoo_language_model.judge(gaps, 5, 60).verdict == verdict
     assert kerzoo_language_model.judge(gaps, 1, 60).verdict == NOT_RUN
+    lags = ({"base": LOW, "best": LOW}, {"base": HIGH, "best": LOW}, {"base": HIGH}, {"base": MIDDLE})
+    assert [loss_curves.judge_average(lag).verdict for lag in lags] == [HOLDS, PARTLY, FAILS, OPEN]
     assert loss_curves.over_data_sets(np.array([1.0, 4.0, 2.0, 2.0]), 2) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_accuracy_is_judged_by_the_share_of_rows():
+    def rows(ahead, count, model="OPT-13B"):
+        shared = {"table": "10", "model": model, "lora": False, "k_shot": None, "num_perturbations": None}
+        for n in range(count):
+            for method, score in (("mezo", 50.0), ("kerzoo", 51.0 if n < ahead else 49.0)):
+                yield shared | {"task": str(n), "method": method, "measured": score}
+
+    def verdict(found, claim="kerzoo-accuracy", full=True):
+        return accuracy.judge(list(found), claim, ran_on="it", full=full).verdict
+
+    assert [verdict(rows(n, 20)) for n in (20, 10, 0)] == [HOLDS, OPEN, FAILS]
+    assert verdict(rows(20, 20), full=False) == NOT_RUN
+    assert verdict(rows(20, 20), "kerzoo-roberta") == OPEN  # no such row
+    assert verdict(rows(0, 20, "RoBERTa-large"), "kerzoo-roberta") == FAILS
 
 
 def by(rows, key):

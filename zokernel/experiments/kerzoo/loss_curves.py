@@ -83,7 +83,14 @@ def run(config: Config) -> Result:
         "equal_lr": draw(sweep, dict.fromkeys(sweep, base), seconds, "same nominal learning rate"),
         "best_lr": draw(sweep, best, seconds, "each at its own best learning rate"),
     }
-    judged = [judge_iterations(ratios, bracketed, variant), judge_mechanism(ratios, bracketed)]
+    lag = {
+        f"{label}, {kind}": over_data_sets(curves.averaged[k][:, -1] / curves.losses[k][:, -1], data_sets)
+        for label, curves in sweep.items()
+        if label.startswith("KerZOO")
+        for kind, k in (("base lr", base), ("best lr", best[label]))
+    }
+    numbers["average_over_iterate"] = lag
+    judged = [judge_iterations(ratios, bracketed, variant), judge_mechanism(ratios, bracketed), judge_average(lag)]
     return Result(summarise(ratios, variant, published_time_scale()), numbers, arrays, drawn, judged)
 
 
@@ -259,6 +266,19 @@ def judge_iterations(ratios: dict[str, Interval], bracketed: bool, variant: str)
         f"Iterations relative to MeZO (95%; required: below 0.4): {numbers}."
         + ("" if bracketed else " A best rate is at the end of the sweep."),
         id="kerzoo-iterations",
+    )
+
+
+def judge_average(lag: dict[str, Interval]) -> Verdict:
+    """Judge the output of Algorithm 1: the final loss of the average is below that of the iterate."""
+    ratios = [ratio[0] for ratio in lag.values()]
+    first = next(iter(lag))
+    return Verdict(
+        "The averaged iterate is the one to return (Algorithm 1).",
+        combined(below(ratio, 1.0) for ratio in lag.values()),
+        f"Final loss of the average over that of the iterate: {min(ratios):.3f} to {max(ratios):.3f} in {len(lag)} "
+        f"settings ({first}: {shown(lag[first], 3)}, 95%; required: below 1).",
+        id="kerzoo-average",
     )
 
 
