@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO_DIR ?= runs/demo
+PYTHONS ?= python3.12 python3.13
 
-.PHONY: help install demo test test-oldest test-newest test-python lint format typecheck docs results bench clean
+.PHONY: help install demo test test-oldest test-newest test-python wheel test-wheel lint format typecheck docs results bench clean
 
 help:
 	@sed -n '1,4p;s/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -34,8 +35,13 @@ test-newest:  ## the same with the highest versions
 	scripts/test_versions.sh newest
 
 test-python:  ## the same on Python 3.12 and 3.13
-	scripts/test_versions.sh python3.12
-	scripts/test_versions.sh python3.13
+	for python in $(PYTHONS); do scripts/test_versions.sh $$python || exit 1; done
+
+wheel:  ## build sdist and wheel into dist/
+	PYTHON=$(PYTHON) scripts/test_wheel.sh build
+
+test-wheel:  ## build them, install the wheel into empty environments (core, then each extra) and use it there
+	PYTHON=$(PYTHON) scripts/test_wheel.sh
 
 lint: install  ## style, and the layers of the package
 	$(BIN)/ruff check .

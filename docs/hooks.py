@@ -1,16 +1,41 @@
-"""Formulas of the documentation become MathML when the site is built, so that pages need no script."""
+"""What the site needs beside its pages: formulas as MathML, so that pages need no script, and files of the root."""
 
 from __future__ import annotations
 
 import html
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 logger = logging.getLogger("mkdocs.hooks")
+# Files of the root, where people look for them, that are pages too.
+ROOT = Path(__file__).resolve().parents[1]
+ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
+
+
+def root_page(text: str) -> str:
+    """Return a file of the root with its links as they are within ``docs``.
+
+    Example:
+        >>> root_page("See [the layers](docs/architecture.md#layers) and [this](SECURITY.md).")
+        'See [the layers](architecture.md#layers) and [this](security.md).'
+    """
+    for name, page in ROOT_PAGES.items():
+        text = text.replace(f"]({name}", f"]({page}")
+    return text.replace("](docs/", "](")
+
+
+def on_files(files: Files, *, config: Any, **_: Any) -> Files:
+    """Add the pages that are files of the root."""
+    for name, page in ROOT_PAGES.items():
+        text = root_page((ROOT / name).read_text(encoding="utf-8"))
+        files.append(File.generated(config, page, content=text))
+    return files
 
 
 def on_page_content(text: str, *, page: Any, **_: Any) -> str:

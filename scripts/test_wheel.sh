@@ -2,6 +2,7 @@
 # Build sdist and wheel, install the wheel into empty environments and use it there:
 #   scripts/test_wheel.sh                    the core without extras, then each extra on its own
 #   scripts/test_wheel.sh core report        only these
+#   scripts/test_wheel.sh build              build and check the metadata, install nothing
 #   PYTHON=python3.13 scripts/test_wheel.sh  with another Python
 # The wheel is built from the sdist, so a file that the sdist lacks fails here.
 # Environments go to $WHEEL_DIR (default: zokernel-wheel in the temporary folder); what is built goes to dist/.
@@ -28,6 +29,7 @@ rm -rf dist
 "$folder/build/bin/python" -m build --outdir dist . > "$folder/build.log"
 "$folder/build/bin/twine" check --strict dist/*  # the readme renders, and the metadata is complete
 wheel=$(echo "$root"/dist/zokernel-*.whl)
+if [ "$*" = build ]; then exit; fi
 
 # torch takes minutes to install: the other environments begin as copies of this one.
 rm -rf "$folder/core"

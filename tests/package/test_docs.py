@@ -18,7 +18,10 @@ import pytest
 from zokernel.cli import load, main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # What a title begins with when a block is not run here.
 NOT_RUN = ("needs ", "runs until ", "about ", "a fresh checkout")
 FENCE = re.compile(r"^(`{3,})[ \t]*(\w*)([^\n]*)\n(.*?)^\1[ \t]*$", re.DOTALL | re.MULTILINE)
