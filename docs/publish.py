@@ -15,6 +15,7 @@ from typing import Any
 
 from zokernel.experiments.base import MODULES, Config
 from zokernel.experiments.claims import PAPERS, Claim, contradictions, load_claims, save_claims, update
+from zokernel.experiments.criteria import VERDICTS
 from zokernel.experiments.runner import duration
 from zokernel.experiments.storage import RECORD, command, load_record
 
@@ -86,22 +87,25 @@ def pages() -> dict[Path, str]:
 
 def claims_page(claims: list[Claim]) -> str:
     """Return the ledger as a page."""
-    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in ("holds", *_OTHERS)}
+    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     lines = [
         "# The claims ledger",
         "",
         f"{len(claims)} claims of {len(PAPERS)} papers: "
         + ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items())
-        + ". Each row names the experiment or the test that decides it. A test fails when a committed result "
-        "contradicts a verdict or a number on this page. `zokernel claims` prints the ledger in a terminal. The errata "
-        "are on [the theory page](../theory.md). Written by `python docs/publish.py`.",
+        + ". Each row names the experiment or the test that decides it, with the number of seeds, how learning rates "
+        "were matched, the size of what was trained, and the outcome that would change the verdict. *Not resolved* "
+        "means that the interval of the measurement includes the bound that decides. Brackets are 95% intervals, or "
+        "ranges where the row says so. A test fails when a committed result contradicts a verdict or a number on this "
+        "page. `zokernel claims` prints the ledger in a terminal. The errata are on [the theory page](../theory.md). "
+        "Written by `python docs/publish.py`.",
         "",
     ]
     for paper in PAPERS:
         lines += [
             f"## {paper}",
             "",
-            "| claim | verdict | why, what was measured, what tests it |",
+            "| claim | verdict | why, what was measured, on what evidence, what tests it |",
             "|---|---|---|",
         ]
         for claim in claims:
@@ -111,11 +115,12 @@ def claims_page(claims: list[Claim]) -> str:
     return "\n".join(lines)
 
 
-_OTHERS = ("holds under conditions", "does not hold", "not run here")
-
-
 def _claim_row(claim: Claim) -> str:
     measured = "".join(f"<br>• {_cell(str(number))}" for number in claim.measured)
+    if claim.evidence:
+        measured += f"<br>*Evidence:* {_cell(claim.evidence)}"
+    if claim.refuted_by:
+        measured += f"<br>*Would be refuted by:* {_cell(claim.refuted_by)}"
     experiments = [f"[{name}](experiments.md#{_anchor(name)})" for name in claim.experiments]
     if len(experiments) > 3:
         experiments = [*experiments[:2], f"and {len(experiments) - 2} more"]
@@ -144,7 +149,7 @@ def experiments_page() -> str:
         "# Every experiment",
         "",
         f"The results of `zokernel reproduce all --scale cpu`, in the words of the experiments ({len(records)} "
-        f"of {len(MODULES)} experiments, {duration(total)} in all on two cores, one thread). The numbers are in the "
+        f"of {len(MODULES)} experiments, {duration(total)} in all, one thread on shared cores). The numbers are in the "
         "`result.json` beside the figures. Written by `python docs/publish.py`.",
         "",
     ]

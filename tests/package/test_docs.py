@@ -220,7 +220,8 @@ def test_publishing_copies_rounds_and_refreshes(smoke_run, tmp_path, monkeypatch
     monkeypatch.setattr(publish, "SECONDS", seconds)
     assert publish.copy_results(source) == ["entk/horizon"]
     kept = json.loads((tmp_path / "results/entk/horizon/result.json").read_text())
-    assert kept["numbers"]["exponent"] == float(f"{smoke_run.record('entk/horizon')['numbers']['exponent']:.6g}")
+    power = smoke_run.record("entk/horizon")["numbers"]["exponents"]["P"][0]
+    assert kept["numbers"]["exponents"]["P"][0] == float(f"{power:.6g}")
     assert kept["config"]["options"] == {"train_file": "sst2/train.tsv", "seeds": 3}
     assert kept["command"].endswith("--seed 0 --set train_file=sst2/train.tsv --set seeds=3")
     old, new = source / "entk/horizon/horizon.png", tmp_path / "results/entk/horizon/horizon.png"

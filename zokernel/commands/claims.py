@@ -1,4 +1,4 @@
-"""The claims of the three papers: what was tested, and what came out.
+"""The claims of the papers: what was tested, what came out, on what evidence, and what would refute it.
 
 zokernel claims
 zokernel claims --paper KerZOO --verdict "does not hold"
@@ -86,6 +86,11 @@ def describe(claim: Claim) -> str:
         textwrap.indent(textwrap.fill(f"{claim.claim} ({claim.where})", 110), "    "),
         textwrap.indent(textwrap.fill(claim.why, 110), "    "),
         *(f"    - {number}" for number in claim.measured),
+        *(
+            textwrap.indent(textwrap.fill(f"{name}: {text}", 110), "    ")
+            for name, text in (("evidence", claim.evidence), ("would be refuted by", claim.refuted_by))
+            if text
+        ),
         textwrap.indent(textwrap.fill(f"tested by {', '.join(tested)}", 110), "    "),
     ]
     if run:

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import MissingDependencyError, UsageError
-from zokernel.experiments.base import MODULES, VERDICTS
+from zokernel.experiments.base import MODULES
+from zokernel.experiments.criteria import NOT_RUN, VERDICTS, combined
 from zokernel.experiments.storage import load_record
 
 LEDGER = Path(__file__).with_name("claims.yaml")
-PAPERS = ("ZO-eNTK", "NZK", "KerZOO", "Multi-query")
+PAPERS = ("ZO-eNTK", "NZK", "KerZOO", "Multi-query", "GRZO", "ES")
 STATISTICS = ("value", "interval", "mean", "max", "min")
 _HEADER = """\
 # The claims of the papers, how each is tested here, and what came out. Written by people; the numbers under
 # "measured", commit and scale are filled in from committed results by: zokernel claims --update docs/results
-# at: experiment#/path/in/numbers (a * takes every value, key=value picks a row); above/below: what a verdict rests on.
+# at: experiment#/path/in/numbers (a * takes every value, key=value picks a row); above/below: what a verdict rests on
+# (of an interval its lower or upper end). evidence: seeds, matched rate, size; refuted_by: what changes the verdict.
 """
 
 
@@ -36,8 +38,8 @@ class Measured:
         at: ``experiment#/path``: where it stands among the numbers of ``result.json``.
         statistic: ``value``; ``interval`` (a stored mean and 95% interval); or ``mean`` (with the range), ``max`` or
             ``min`` of the values at ``at``.
-        above: The verdict needs the value above this.
-        below: The verdict needs the value below this.
+        above: The verdict needs the value, or the lower end of its interval, above this.
+        below: The verdict needs the value, or the upper end of its interval, below this.
         value: The number.
         low: Lower end of its interval or range.
         high: Upper end.
@@ -70,6 +72,8 @@ class Claim:
         claim: The claim in one sentence.
         verdict: One of ``VERDICTS``.
         why: What decides, in one or two sentences.
+        evidence: How many seeds, at which (matched) learning rates, on what and of which size.
+        refuted_by: The outcome that would change the verdict.
         errata: Errata of the theory page that it covers.
         experiments: Experiments that test it.
         tests: Tests that decide it, as ``file::function``.
@@ -84,6 +88,8 @@ class Claim:
     claim: str
     verdict: str
     why: str
+    evidence: str = ""
+    refuted_by: str = ""
     errata: list[str] = field(default_factory=list)
     experiments: list[str] = field(default_factory=list)
     tests: list[str] = field(default_factory=list)
@@ -101,8 +107,10 @@ class Claim:
         for number in self.measured:
             if number.at.partition("#")[0] not in self.experiments or number.statistic not in STATISTICS:
                 raise ValueError(f"{self.id}: {number.at!r} names none of its experiments, or a wrong statistic.")
-        if not (self.experiments or self.tests or self.verdict == "not run here"):
+        if self.verdict != NOT_RUN and not (self.experiments or self.tests):
             raise ValueError(f"{self.id}: a judged claim needs an experiment or a test.")
+        if self.verdict != NOT_RUN and not (self.evidence and self.refuted_by):
+            raise ValueError(f"{self.id}: a judged claim needs its evidence, and what would refute it.")
 
 
 def load_claims(path: Path = LEDGER) -> list[Claim]:
@@ -248,10 +256,12 @@ def contradictions(claims: Sequence[Claim], folder: Path) -> list[str]:
         folder: Parent of the experiments' folders.
 
     Returns:
-        What does not agree, a sentence each: a verdict that a run contradicts, a number outside of what the verdict
-        rests on, one that differs from the result's, or a verdict on a claim that is not in the ledger.
+        What does not agree, a sentence each: a verdict that its runs contradict (those of several experiments are
+        combined as parts of the claim), a number outside of what the verdict rests on, one that differs from the
+        result's, or a verdict on a claim that is not in the ledger.
     """
     by_id = {claim.id: claim for claim in claims}
+    said: dict[str, dict[str, str]] = {}
     found = []
     for name in MODULES:
         record = load_record(folder / name)
@@ -261,9 +271,13 @@ def contradictions(claims: Sequence[Claim], folder: Path) -> list[str]:
                 found.append(f"{name} judges {verdict['id']!r}, which is not in the ledger.")
             elif name not in claim.experiments:
                 found.append(f"{name} judges {claim.id}, whose entry does not name it.")
-            elif verdict["verdict"] not in (claim.verdict, "not run here"):
-                found.append(f"{claim.id}: the ledger says {claim.verdict!r}, {name} says {verdict['verdict']!r}.")
+            elif verdict["verdict"] != NOT_RUN:
+                said.setdefault(claim.id, {})[name] = verdict["verdict"]
     for claim in claims:
+        runs = said.get(claim.id, {})
+        if runs and combined(runs.values()) != claim.verdict:
+            texts = " and ".join(f"{name} says {verdict!r}" for name, verdict in runs.items())
+            found.append(f"{claim.id}: the ledger says {claim.verdict!r}, {texts}.")
         for number in claim.measured:
             record = load_record(folder / number.at.partition("#")[0])
             if record is not None:
@@ -278,10 +292,11 @@ def _compare(claim: Claim, number: Measured, now: tuple[float, float | None, flo
             stored is not None and measured is not None and not math.isclose(stored, measured, rel_tol=1e-4)
         ):
             found.append(f"{claim.id}: {number.what} is {stored} in the ledger and {measured} in the results.")
-    if number.above is not None and not now[0] > number.above:
-        found.append(f"{claim.id}: {number.what} is {now[0]}, not above {number.above}.")
-    if number.below is not None and not now[0] < number.below:
-        found.append(f"{claim.id}: {number.what} is {now[0]}, not below {number.below}.")
+    least, most = now[1:] if number.statistic == "interval" else (now[0], now[0])
+    if number.above is not None and not (least is not None and least > number.above):
+        found.append(f"{claim.id}: {number.what} is {least}, not above {number.above}.")
+    if number.below is not None and not (most is not None and most < number.below):
+        found.append(f"{claim.id}: {number.what} is {most}, not below {number.below}.")
     return found
 
 
