@@ -49,9 +49,9 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
 
     Example:
         >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0])]
-        [2.0, 0.357, 11.19]
+        [2.0, 0.357, 11.192]
         >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0], logs=False)]
-        [2.333, -1.461, 6.128]
+        [2.333, -1.462, 6.128]
     """
     found = np.asarray(values, dtype=float)
     if not np.isfinite(found).all():
