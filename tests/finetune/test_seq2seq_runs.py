@@ -89,3 +89,33 @@ def test_full_parameters_are_not_stacked(run, capfd):
     with pytest.raises(AssertionError):
         run("--perturb", "stacked")
     assert "cannot be stacked while its embeddings are trained" in capfd.readouterr().err
+
+
+@torch.no_grad()
+def test_a_plan_takes_the_losses_of_the_run(model_path, tiny_reviews_path):
+    """The scores that a plan probes are those of the decoder, which begins as in training."""
+    from zokernel.commands.plan import PlanArguments, load_task
+    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+
+    data = DataArguments(
+        train_file=str(tiny_reviews_path / "train.jsonl"),
+        validation_file=str(tiny_reviews_path / "test.jsonl"),
+        template="{sentence} It was",
+        label_words=["bad", "good"],
+    )
+    arguments = PlanArguments(update_examples=4, observe_examples=2, precision="fp32")
+    task, exact = load_task(ModelArguments(model_name_or_path=str(model_path)), data, arguments)
+    assert "decoder_input_ids" in exact.batch
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    batch = exact.batch  # a row of the decoder per option
+    sources = {name: batch[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")}
+    logits = model(**sources, decoder_input_ids=batch["decoder_input_ids"]).logits
+    expected = []
+    for row, positions, targets in zip(logits, batch["positions"], batch["targets"]):
+        real = targets >= 0
+        expected.append(row[positions[real]].log_softmax(-1).gather(1, targets[real][:, None]).mean())
+    words = torch.stack(expected).view(6, 2)
+    for scored in (task, exact):
+        torch.testing.assert_close(scored.score(scored.batch), words, rtol=1e-5, atol=1e-5)

@@ -187,11 +187,12 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     """
     from zokernel.finetune.data.datasets import load_splits
     from zokernel.finetune.data.datasets import load_task as load_prompt_task
-    from zokernel.finetune.models.kind import fills_masks
+    from zokernel.finetune.models.kind import fills_masks, kind_of_model
     from zokernel.finetune.models.load import load_model
     from zokernel.finetune.scoring.options import Collator, EncodedDataset, option_scores
     from zokernel.finetune.settings.config import ZOConfig
     from zokernel.finetune.tasks import encode
+    from zokernel.finetune.tasks.seq2seq import decoder_of
 
     if model_arguments.offload or model_arguments.offload_dir:
         raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
@@ -209,7 +210,9 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         precision=arguments.precision,
     )
     model, tokenizer = load_model(model_arguments, config)
-    encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), max_length=data_arguments.max_length or 2048)
+    decoder = decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None
+    length = data_arguments.max_length or 2048
+    encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), decoder=decoder, max_length=length)
     dataset = EncodedDataset(encoded)
     batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
     exact = ProbedTask(
