@@ -20,7 +20,6 @@ from zokernel.optim import MeZO
 logger = logging.getLogger(__name__)
 
 STARTS = ("from scratch", "fine-tuning")
-FIRST = 10  # steps that are all recorded: fine-tuning has made most of its progress by then
 RUNS = ("from scratch, SGD", "fine-tuning, SGD", "from scratch, ZO-SGD", "fine-tuning, ZO-SGD")
 
 
@@ -31,7 +30,8 @@ def run(config: Config) -> Result:
     count = config.pick("train_samples", smoke=100, cpu=1000)
     steps = config.pick("steps", smoke=20, cpu=400, full=4000)
     lr = {"SGD": config.pick("lr", smoke=5e-2, cpu=5e-2), "ZO-SGD": config.pick("zo_lr", smoke=1e-3, cpu=1e-3)}
-    every = max(1, steps // 8)
+    first = config.pick("first_steps", smoke=2, cpu=10)  # all recorded: fine-tuning makes most of its progress there
+    recorded = {*range(first + 1), *range(0, steps + 1, max(1, steps // 8))}
     found: list[dict[str, list[dict[str, float]]]] = []
     stages = checkpoints(config)
     digits = stages.digits
@@ -42,7 +42,7 @@ def run(config: Config) -> Result:
         for name in RUNS:
             start, method = name.split(", ")
             net = lenet(seed) if start == "from scratch" else copy.deepcopy(stages.nets["trained"])
-            curves[name] = train(net, x, y, probe, method, lr[method], steps, every, seed)
+            curves[name] = train(net, x, y, probe, method, lr[method], steps, recorded, seed)
         found.append(curves)
         logger.info("seed %d: %s", seed, {name: rows[-1] for name, rows in curves.items()})
     drifts = {
@@ -77,7 +77,9 @@ def run(config: Config) -> Result:
             f"{shown(both['fine-tuning, ZO-SGD, equal steps'], 3)}."
         ),
         numbers={
-            "curves": {name: [row for row in rows if row["step"] % every == 0] for name, rows in found[0].items()},
+            "curves": {
+                name: [row for row in rows if row["step"] % max(1, steps // 8) == 0] for name, rows in found[0].items()
+            },
             "seeds": seeds,
             "drifts": both,
             "fine_tuning_over_from_scratch": ratios,
@@ -109,7 +111,15 @@ def shifted(images: Tensor, seed: int) -> Tensor:
 
 
 def train(
-    net: nn.Module, x: Tensor, y: Tensor, probe: Tensor, method: str, lr: float, steps: int, every: int, seed: int
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    probe: Tensor,
+    method: str,
+    lr: float,
+    steps: int,
+    recorded: set[int],
+    seed: int,
 ) -> list[dict[str, float]]:
     """Train in place, recording loss, kernel drift and alignment at the first steps and at regular ones."""
     initial = probe_kernel(net, probe)
@@ -119,7 +129,7 @@ def train(
     )
     rows: list[dict[str, float]] = []
     for step in range(steps + 1):
-        if step <= FIRST or step % every == 0:
+        if step in recorded:
             kernel = probe_kernel(net, probe)
             alignment = torch.sum(kernel * initial) / (kernel.norm() * initial.norm())
             with torch.no_grad():

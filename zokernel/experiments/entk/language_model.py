@@ -45,7 +45,7 @@ def run(config: Config) -> Result:
     """Train with both methods from the same weights on the same batches; compare beliefs on the five sentences."""
     steps = config.pick("steps", smoke=3, cpu=4, full=50)
     batch_size = config.pick("batch_size", smoke=4, cpu=4, full=16)
-    counts = config.pick("num_perturbations", smoke=(1, 5, 20), cpu=COUNTS[:-1], full=COUNTS)
+    counts = config.pick("num_perturbations", smoke=(1, 4, 10), cpu=COUNTS[:-1], full=COUNTS)
     streams = config.pick("streams", smoke=2, cpu=3, full=5)
     num_blocks = config.pick("num_blocks", smoke=1, cpu=2, full=30)
     lr = config.pick("lr", smoke=1e-2, cpu=2e-4)
