@@ -15,7 +15,12 @@ from zokernel.optim.zeroth_order import ZerothOrder
 
 @register("zo_adam")
 class ZOAdam(ZerothOrder):
-    """Adam on the average of two-point estimates; two fp32 copies of the parameters (see :class:`Adam`).
+    r"""Adam on the average of two-point estimates; two fp32 copies of the parameters.
+
+    .. math:: m \leftarrow \beta_1 m + (1-\beta_1)\hat g, \quad v \leftarrow \beta_2 v + (1-\beta_2)\hat g^2, \quad
+        \theta \leftarrow \theta - \eta\, \frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)} + \delta}
+
+    with :math:`\hat g` MeZO's estimate.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

@@ -1,0 +1,209 @@
+"""Pages of the methods: ``python docs/methods.py`` writes ``docs/methods`` from docstrings, defaults and methods.yaml.
+
+Formula, options, defaults and references come from the code, so a page cannot say anything else than the class;
+``methods.yaml`` adds when to use a method.  A test compares the pages with what this file would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from griffe_roles import to_markdown
+
+from zokernel.optim.options import SHARED_DEFAULTS, ZerothOrderOptions, constructor_options
+from zokernel.optim.registry import methods
+
+DOCS = Path(__file__).resolve().parent
+PAGES = DOCS / "methods"
+_SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Example|Examples|References):\n", re.MULTILINE)
+_ITEM = re.compile(r"^    \*{0,2}(\w+): ", re.MULTILINE)
+_SAME = re.compile(r"As for :class:`~zokernel\.optim\.MeZO`\.")
+WRITTEN = "<!-- Written by python docs/methods.py from the docstring and docs/methods.yaml. -->"
+
+
+def sections(text: str) -> dict[str, str]:
+    r"""Return the sections of a docstring by heading; what stands before the first one is ``""``.
+
+    Example:
+        >>> sections("One.\n\nArgs:\n    lr: Rate.\n\nReferences:\n    A book.")
+        {'': 'One.', 'Args': '    lr: Rate.', 'References': '    A book.'}
+    """
+    parts = _SECTION.split(text)
+    return {"": parts[0].strip()} | {name: body.rstrip() for name, body in zip(parts[1::2], parts[2::2])}
+
+
+def items(body: str) -> dict[str, str]:
+    r"""Return the entries of an ``Args`` section on one line each.
+
+    Example:
+        >>> items("    lr: Rate.\n    eps: Radius,\n        in units.")
+        {'lr': 'Rate.', 'eps': 'Radius, in units.'}
+    """
+    parts = _ITEM.split(body)
+    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2])}
+
+
+def docstring(owner: Any) -> dict[str, str]:
+    """Return the sections of an object's own docstring."""
+    return sections(inspect.cleandoc(owner.__dict__.get("__doc__") or ""))
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """Return what each option of a method means, from its docstring or that of the class it inherits from."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if owner.__module__.startswith("zokernel."):
+            found |= items(docstring(owner).get("Args", ""))
+    mezo = items(docstring(methods()["mezo"])["Args"])
+    return {name: mezo[name] if _SAME.fullmatch(text) else text for name, text in found.items()}
+
+
+def shown(value: Any) -> str:
+    """Return a default as it is typed.
+
+    Example:
+        >>> [shown(value) for value in (1e-06, 0.001, 8, "none", True)]
+        ['1e-6', '1e-3', '8', 'none', 'True']
+    """
+    if isinstance(value, float):
+        short = f"{value:g}"
+        if 0 < abs(value) < 0.01:
+            short = re.sub(r"\.?0*e", "e", f"{value:.6e}")
+        return re.sub(r"e-0?", "e-", short)
+    return str(value)
+
+
+def markdown(text: str) -> str:
+    r"""Return a docstring's text as Markdown, one sentence a line.
+
+    Example:
+        >>> markdown("One ``x``,\nlong.  Two.")
+        'One `x`, long.\nTwo.'
+    """
+    blocks = to_markdown(re.sub(r"``([^`]+)``", r"`\1`", text)).split("\n\n")
+    prose = [block if "$$" in block else re.sub(r"(?<!  )\n(?!  )", " ", block) for block in blocks]
+    return "\n\n".join(re.sub(r"(?<=\S)  (?=\S)", "\n", block) for block in prose)
+
+
+def cell(text: str) -> str:
+    """Return text for a cell of a table."""
+    return " ".join(markdown(text).split()).replace("|", "\\|")
+
+
+def what_it_is(cls: type) -> str:
+    """Return the first sentence of a docstring, for a table."""
+    return cell(docstring(cls)[""].split("\n\n")[0].replace("\n", " "))
+
+
+def defaults(cls: type) -> list[str]:
+    """Return the table of a method's own options."""
+    means = meanings(cls)
+    options = {name: value for name, value in constructor_options(cls).items() if name not in SHARED_DEFAULTS}
+    rows = [f"| `{name}` | `{shown(value)}` | {cell(means.get(name, ''))} |" for name, value in options.items()]
+    return ["| option | default | meaning |", "|---|---|---|", *rows]
+
+
+def formula(cls: type) -> str:
+    """Return the definition: the docstring, with the module's where the class has no formula of its own."""
+    own = docstring(cls)[""]
+    if ":math:" not in own and ".. math::" not in own:
+        module = sections(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""))[""]
+        if ".. math::" in module:
+            own += "\n\n" + module.partition("\n\n")[2]
+    return markdown(own).replace("\n    ", "\n")
+
+
+def references(cls: type) -> str:
+    """Return the sources of a method, its base's where it has none of its own."""
+    for owner in cls.__mro__:
+        found = docstring(owner).get("References") if owner.__module__.startswith("zokernel.") else None
+        if found:
+            text = " ".join(found.split())
+            return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+    return ""
+
+
+def page(name: str, entry: dict[str, Any]) -> str:
+    """Return one page.
+
+    Args:
+        name: The page's name.
+        entry: Its part of ``methods.yaml``.
+    """
+    classes = {method: methods()[method] for method in entry["methods"]}
+    title = " and ".join(cls.__name__ for cls in classes.values())
+    lines = [f"# {title}", "", WRITTEN, "", "| | |", "|---|---|"]
+    lines += [f"| on the command line | {', '.join(f'`--method {method}`' for method in classes)} |"]
+    lines += [f"| in Python | {', '.join(f'`zk.optim.{cls.__name__}`' for cls in classes.values())} |"]
+    lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beside the weights | {entry['state']} |", ""]
+    for cls in classes.values():
+        lines += [f"## {'The formula' if len(classes) == 1 else cls.__name__}", "", formula(cls), ""]
+    lines += ["## When to use it", "", *(f"- {text}" for text in entry["when"]), ""]
+    if "differs" in entry:
+        lines += ["## What differs from the published code", "", *(f"- {text}" for text in entry["differs"]), ""]
+    for cls in classes.values():
+        lines += [f"## Defaults{'' if len(classes) == 1 else f' of {cls.__name__}'}", "", *defaults(cls), ""]
+    if name != "first_order":
+        lines += ["Every method also has [these options](index.md#options-of-every-method).", ""]
+    found = list(dict.fromkeys(filter(None, map(references, classes.values()))))
+    if found:
+        lines += ["## Reference", "", *(f"- {text}" for text in found), ""]
+    return "\n".join(lines)
+
+
+def index(entries: dict[str, Any]) -> str:
+    """Return the page that lists all methods."""
+    rows = []
+    for name, entry in entries.items():
+        for method in entry["methods"]:
+            what = what_it_is(methods()[method])
+            rows.append(f"| [`{method}`]({name}.md) | {what} | {entry['forwards']} | {entry['state']} |")
+    shared = items(docstring(ZerothOrderOptions)["Attributes"])
+    options = [f"| `{name}` | `{value}` | {cell(shared[name])} |" for name, value in SHARED_DEFAULTS.items()]
+    return "\n".join(
+        [
+            "# Methods",
+            "",
+            WRITTEN,
+            "",
+            (PAGES / "choose.md.in").read_text(encoding="utf-8").strip(),
+            "",
+            "## All methods",
+            "",
+            "P is the number of directions per step.",
+            "",
+            "| `--method` | what it is | forwards per step | memory beside the weights |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "## Options of every method",
+            "",
+            "| option | default | meaning |",
+            "|---|---|---|",
+            *options,
+            "",
+        ]
+    )
+
+
+def pages() -> dict[Path, str]:
+    """Return every page by path."""
+    entries = yaml.safe_load((DOCS / "methods.yaml").read_text(encoding="utf-8"))
+    written = {PAGES / f"{name}.md": page(name, entry) for name, entry in entries.items()}
+    return written | {PAGES / "index.md": index(entries)}
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()
