@@ -227,16 +227,26 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_yaml(path: Path, *, quiet: bool = False, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
+_keys: dict[Path, set[str]] = {}  # what the files that were read set
+
+
+def keys_of(path: Path) -> set[str]:
+    """Return what a file of flags sets: as it was when it was read for its values, if it was."""
+    if path not in _keys:
+        read_yaml(path)
+    return _keys[path]
+
+
+def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML mapping of flags; ``extends: name`` takes over what another file sets.
 
     Args:
         path: A file, or the name of a recipe that comes with the package: ``mezo-opt-sst2``.
-        quiet: Whether it has been read before, so that nothing is to be said.
 
     Raises:
         UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
     """
+    asked = path
     packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
     if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
         path = packaged
@@ -246,7 +256,7 @@ def read_yaml(path: Path, *, quiet: bool = False, _below: tuple[Path, ...] = ())
         raise UsageError(f"There is no config file {path}: {hint}.")
     if path in _below:
         raise UsageError(f"{path} extends itself: break the circle.")
-    if path == packaged and not (_below or quiet):
+    if path == packaged and not _below:
         logger.info(
             "Recipe %s holds published settings; tests take two steps with it, nobody ran it in full.", path.stem
         )
@@ -258,13 +268,14 @@ def read_yaml(path: Path, *, quiet: bool = False, _below: tuple[Path, ...] = ())
     base, below = values.pop("extends", None), {}
     if base is not None:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
-        below = read_yaml(beside if beside.is_file() else Path(str(base)), quiet=quiet, _below=(*_below, path))
+        below = read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path))
     for name, value in values.items():
         taken_back = value is None and (name in below or name in none_means_something())
         if value in ("", [], {}):
             raise UsageError(f"{path} leaves {name!r} empty: give it a value, or take the line out.")
-        if value is None and not (taken_back or quiet):
+        if value is None and not taken_back:
             logger.info("%s leaves %s open (null): its default counts.", path, name)
+    _keys[asked] = {*below, *values}
     return {**below, **values}
 
 

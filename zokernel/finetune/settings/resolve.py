@@ -15,7 +15,7 @@ from typing import Any
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
-from zokernel.finetune.settings.arguments import read_yaml
+from zokernel.finetune.settings.arguments import keys_of
 from zokernel.finetune.settings.check import try_method
 from zokernel.finetune.settings.config import default_eval_steps
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
@@ -154,7 +154,7 @@ def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
         for word, following in zip(command, [*command[1:], ""])
         if word.partition("=")[0] == "--config"
     ]
-    read = {key for recipe in recipes for key in read_yaml(Path(recipe), quiet=True)}
+    read = {key for recipe in recipes for key in keys_of(Path(recipe))}
     return _renamed(dict.fromkeys(read, "recipe") | dict.fromkeys(flags, "user"))
 
 
