@@ -40,8 +40,8 @@ def language_model_kind(architecture: Any, lm_type: str = "auto") -> Kind:
     if not classes and getattr(type(architecture), "is_encoder_decoder", False):
         saved = " ".join(getattr(architecture, "architectures", None) or ["an encoder"])
         raise UsageError(
-            f"This {architecture.model_type!r} model has no decoder, since it was saved as {saved}: choose the language "
-            "model that it was made from, or train it with zokernel.finetune.zeroth_order(Trainer)."
+            f"This {architecture.model_type!r} model has no decoder, since it was saved as {saved}: choose the "
+            "language model that it was made from, or train it with zokernel.finetune.zeroth_order(Trainer)."
         )
     if lm_type != "auto":
         if lm_type not in classes:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from zokernel.errors import UsageError
@@ -175,6 +174,7 @@ def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that hold one matrix for every expert or head, which are no modules, by name.
 
     Example:
+        >>> import torch
         >>> experts = nn.Module()
         >>> experts.up, experts.bias = nn.Parameter(torch.ones(3, 4, 2)), nn.Parameter(torch.ones(1, 1, 2))
         >>> list(stacked_parameters(nn.ModuleDict({"experts": experts, "mix": nn.Conv1d(2, 2, 2)})))
