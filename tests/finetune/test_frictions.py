@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,9 +11,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from trainers import load_parts, make_trainer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from zokernel.cli import main
+from zokernel.errors import RunError
 from zokernel.finetune.report.told import loss_told, method_told, rate_told, weights_told
 
 
@@ -108,22 +111,68 @@ def test_the_report_of_auto_says_what_was_asked_for_and_what_it_became(flags, tm
     assert re.search(r"perturb +decided when the model is loaded +auto\n", table)
 
 
-@pytest.mark.parametrize("selected_by", ["loss", "accuracy"])
-def test_a_run_that_diverged_is_reported_as_that(selected_by, flags, tmp_path, capsys):
-    """Its weights give all words the same score: a loss of ln 2, which is below that of the untrained model."""
-    wild = ["--learning_rate", "3", "--max_steps", "30", "--eval_steps", "10", "--metric_for_best_model", selected_by]
+ENDS = {
+    "by loss": [],
+    "by accuracy": ["--metric_for_best_model", "accuracy"],
+    "too short for a window": ["--max_steps", "6", "--eval_steps", "2"],
+    "of an adapter": ["--lora", "true", "--learning_rate", "100"],
+    "stopped early": ["--early_stopping_patience", "1"],
+    "with a journal": ["--save_strategy", "journal"],
+    "with all checkpoints": ["--save_strategy", "steps", "--save_steps", "10", "--save_total_limit", "5"],
+    "never evaluated": ["--eval_delay", "100"],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_diverged_ends_with_the_weights_before_that(end, flags, tmp_path, capsys, caplog):
+    """It ends with the same score for all words: a loss of ln 2, which is below that of the untrained model."""
+    wild = ["--learning_rate", "3", "--max_steps", "30", "--eval_steps", "10"]
+    assert main(["finetune", *flags, *wild, *ENDS[end]]) == 0
+    metrics = metrics_of(tmp_path / "run")
+    slopes = end == "of an adapter"  # whose scores lose what the input does to them, and are never far off
+    wrong = (
+        r"its slopes fell from 0\.0\d+ to \S+ " if slopes else r"the loss of its batches rose from 0\.\d+ to \S+e\+\d+ "
+    )
+    assert re.match(f"Training diverged: {wrong}", metrics["went_wrong"])
+    losses = [row["loss"] for row in metrics["evaluations"]]
+    assert losses[0] > math.log(2)
+    assert end in ("never evaluated", "of an adapter") or losses[-1] == pytest.approx(math.log(2), abs=1e-3)
+    assert metrics["best_step"] == 0
+    assert metrics["after"] == pytest.approx(metrics["before"])
+    table = capsys.readouterr().out
+    assert "(the untrained weights were the best) (the run diverged)" in table
+    texts = [(tmp_path / "run" / name).read_text() for name in ("report.md", "README.md")]
+    assert all("Training diverged: " in text for text in texts)
+    assert all("so the weights are the untrained ones" in text for text in texts)
+    assert not any("too few to tell" in text for text in texts)
+    assert "The weights are those of step 0, before that." in caplog.text
+
+
+def test_the_last_weights_of_a_run_that_diverged_are_kept_if_they_are_asked_for(flags, tmp_path, caplog):
+    wild = ["--learning_rate", "3", "--max_steps", "12", "--eval_steps", "4", "--load_best_model_at_end", "false"]
     assert main(["finetune", *flags, *wild]) == 0
     metrics = metrics_of(tmp_path / "run")
-    assert re.match(r"Training diverged: the loss of its batches rose from 0\.\d+ to \S+e\+0\d ", metrics["went_wrong"])
-    table = capsys.readouterr().out
-    assert "(the run diverged)" in table
-    texts = [(tmp_path / "run" / name).read_text() for name in ("report.md", "README.md")]
-    assert all("Training diverged: the loss" in text for text in texts)
-    if selected_by == "accuracy":  # no evaluation beat that before training
-        assert metrics["best_step"] == 0
-        assert metrics["after"] == pytest.approx(metrics["before"])
-        assert "(the untrained weights were the best)" in table
-        assert all("so the weights are the untrained ones" in text for text in texts)
+    assert (metrics["best_step"], metrics["after"]["loss"]) == (12, pytest.approx(math.log(2), abs=1e-3))
+    assert re.search(r"Training diverged: the loss .* The last weights were kept, as asked\.", caplog.text)
+
+
+def test_the_best_weights_before_the_loss_became_infinite_are_saved(tiny_lm_path, tiny_reviews_path, tmp_path):
+    class Wild(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 20:
+                optimizer.param_groups[0]["lr"] = 3.0
+            if state.global_step == 34:
+                optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "best", "load_best_model_at_end": True}
+    trainer = make_trainer(load_parts(tiny_lm_path, tiny_reviews_path), tmp_path, max_steps=40, **settings)
+    trainer.add_callback(Wild())
+    with pytest.raises(RunError, match=r"The weights of step 20 are in .*last-good"):
+        trainer.train()
+    assert trainer.state.global_step > trainer.final_step == 20
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "last-good", dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in trainer.model.state_dict().items())
 
 
 def test_validation_examples_are_called_that(flags, tmp_path, capsys):

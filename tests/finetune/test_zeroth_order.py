@@ -303,7 +303,7 @@ def test_a_rate_meant_for_gradients_is_said(tmp_path, caplog):
 
 def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, caplog):
     best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = make("text_classification", tmp_path, learning_rate=0.5, **best)
+    trainer = make("text_classification", tmp_path, learning_rate=0.1, **best)
     before, loss = weights(trainer), trainer.evaluate()["eval_loss"]
     with caplog.at_level("WARNING"):
         trainer.train()
@@ -314,6 +314,48 @@ def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, cap
     assert "No evaluation was better than that before training" in caplog.text
     for key, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[key]), key
+
+
+class Cliff(Trainer):
+    """The loss is 1 at the start, then high, and far away 0.5 without a slope, as that of a collapsed model is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        w = model.weight.abs().sum()
+        loss = torch.where(w < 2, 1 - 0.1 * model.weight.sum(), torch.where(w < 1e4, 1e3 * w, torch.tensor(0.5)))
+        return (loss, {"w": w}) if return_outputs else loss
+
+
+@pytest.mark.parametrize("save", ["best", "steps"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_collapsed_model_is_no_candidate_for_the_best(save, stops, tmp_path, caplog):
+    def run(folder, **settings):
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.data.zero_()
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": save, "save_steps": 1} | settings
+        args = arguments(
+            tmp_path / folder,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **(settings | {"learning_rate": 1e3}),
+        )
+        rows = [{"labels": torch.ones(1)}] * 4
+        trainer = zeroth_order(Cliff)(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+        if stops:
+            trainer.add_callback(transformers.EarlyStoppingCallback(3))
+        trainer.train()
+        return trainer, [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+
+    trainer, losses = run("best", load_best_model_at_end=True)
+    assert (losses[0], losses[-1]) == (1.0, 0.5)
+    assert trainer.diverged.startswith("Training diverged: the loss of its batches rose from 1 to")
+    assert (trainer.final_step, trainer.state.best_global_step, trainer.state.best_metric) == (0, 0, 1.0)
+    assert trainer.model.weight.item() == 0.0
+    assert "The weights are those of step 0, before that." in caplog.text
+    if save == "steps" and not stops:
+        caplog.clear()
+        trainer, _ = run("last")
+        assert abs(trainer.model.weight.item()) > 1e4
+        assert "The last weights were kept, as asked." in caplog.text
 
 
 @pytest.mark.parametrize("rate", [0.5, 1e-3])

@@ -300,7 +300,7 @@ class _Job:
             "peak_memory_inference": run["peak_memory_inference"],
             "peak_memory_training": peak_memory,
             "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
-            "went_wrong": went_wrong(log.rows),
+            "went_wrong": trainer.diverged or went_wrong(log.rows),
             "diagnosis": diagnosed(trainer.diagnosis, run["before"], after, kept=self.config.load_best_model_at_end),
             "evaluations": evaluations(trainer.state.log_history, log.forwards_at),
             **repeat_facts(self.command),

@@ -191,6 +191,20 @@ class HeldOut:
         return beyond_chance(self.change, self.error, self.start)
 
 
+def evaluated(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return step, loss and scores of each evaluation that the Trainer logged, by their bare names.
+
+    Example:
+        >>> evaluated([{"step": 3, "loss": 0.7}, {"step": 4, "eval_loss": 0.6, "eval_f1": 0.5}])
+        [{'step': 4, 'loss': 0.6, 'f1': 0.5}]
+    """
+    return [
+        {"step": row["step"]} | {n.removeprefix("eval_"): value for n, value in row.items() if n.startswith("eval_")}
+        for row in history
+        if "eval_loss" in row
+    ]
+
+
 def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
     """Return what the evaluations say; None if there are not two.
 

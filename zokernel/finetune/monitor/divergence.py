@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -14,6 +16,9 @@ logger = logging.getLogger(__name__)
 WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
 OUTLIER = 30.0  # times the first losses: what no single batch reaches by chance
+STILL = 5  # steps whose slopes are looked at
+GONE = 0.02  # of the first slopes: batches differ by more than that, as long as the weights matter to the loss
+LEARNED = 0.25  # of the first losses: a model that has learned this much may have lost its slopes
 
 
 def trouble(rows: Sequence[dict[str, float]]) -> str | None:
@@ -53,10 +58,61 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
     return None
 
 
+def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, smooth: bool = True) -> str | None:
+    """Return that a run has diverged, or None: its weights are no better than any, whatever their loss looks like.
+
+    Its last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.  Its loss has
+    risen far on the way there, or its slopes have gone while the loss stayed.
+
+    Args:
+        rows: The steps so far, as in ``steps.jsonl``.
+        before: Loss of other examples before training, which varies less than that of the first batches.
+        smooth: Whether the loss changes with any weight: not if it counts answers.
+
+    Returns:
+        One sentence, or None.
+
+    Example:
+        >>> diverged([{"loss": 0.7}, {"loss": 6e5}, {"loss": 0.69}])
+        'Training diverged: the loss of its batches rose from 0.7 to 6e+05 (a lower learning_rate is needed).'
+        >>> rows = [{"loss": 0.7, "projected_gradient": slope} for slope in (1.0, 2.0, 1.0, *[1e-3] * 5)]
+        >>> diverged(rows)
+        'Training diverged: its slopes fell from 2 to 0.001 while the loss stayed, as they do when the model no longer
+        depends on its input (a lower learning_rate is needed).'
+        >>> diverged([row | {"loss": 0.01} for row in rows[3:]], 0.7) is None
+        True
+    """
+    if not rows:
+        return None
+    losses = np.array([row["loss"] for row in rows])
+    start = float(np.median(losses[:3]) if before is None else max(losses[0], before))
+    if not start > 0:
+        return None
+    if losses.max() > OUTLIER * max(start, 0.1) or (_medians(losses, WINDOW) > RISE * start).any():
+        return (
+            f"Training diverged: the loss of its batches rose from {start:.3g} to {losses.max():.3g} (a lower "
+            "learning_rate is needed)."
+        )
+    slopes = np.abs([row.get("projected_gradient", math.nan) for row in rows])
+    first, later = slopes[:3].max(), _medians(slopes[3:], STILL)
+    gone = (later < GONE * first) & (_medians(losses[3:], STILL) > LEARNED * start)
+    if smooth and gone.any():
+        return (
+            f"Training diverged: its slopes fell from {first:.2g} to {later[gone].min():.2g} while the loss stayed, as "
+            "they do when the model no longer depends on its input (a lower learning_rate is needed)."
+        )
+    return None
+
+
+def _medians(values_T: np.ndarray, length: int) -> np.ndarray:
+    """Return the medians of all stretches of so many values."""
+    if len(values_T) < length:
+        return np.empty(0)
+    return np.median(np.lib.stride_tricks.sliding_window_view(values_T, length), axis=1)
+
+
 def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
     """Return that a finished run diverged or came to a standstill, or None.
-
-    Its last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.
 
     Args:
         rows: All steps, as in ``steps.jsonl``.
@@ -71,22 +127,13 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
         >>> went_wrong([{"loss": 1.4}] * 20 + [{"loss": 0.7}] * 10) is None
         True
     """
-    if len(rows) < WINDOW:
-        return None
-    start = statistics.median(row["loss"] for row in rows[:3])
-    losses = [row["loss"] for row in rows]
-    lasting = max(statistics.median(losses[n : n + WINDOW]) for n in range(len(losses) - WINDOW + 1))
-    if start > 0 and (lasting > RISE * start or max(losses) > OUTLIER * max(start, 0.1)):
-        return (
-            f"Training diverged: the loss of its batches rose from {start:.3g} to {max(losses):.3g} (a lower "
-            "learning_rate is needed)."
-        )
-    if all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:]):
+    found = diverged(rows, smooth=False)
+    if found is None and len(rows) >= WINDOW and all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:]):
         return (
             f"Training came to a standstill: all losses of a step were equal in the last {WINDOW} steps, as they are "
             "when the model's scores have collapsed (lower learning_rate) or eps is too small."
         )
-    return None
+    return found
 
 
 class WarnOfDivergence(TrainerCallback):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from zokernel.finetune.monitor.diagnosis import TOO_SHORT
+
 
 def method_told(metrics: dict[str, Any]) -> str:
     """Return the method as the user asked for it, and what that became.
@@ -70,7 +72,12 @@ def weights_told(metrics: dict[str, Any]) -> str:
         'The weights are those with the best validation loss, of step 40 of 100.'
     """
     best, steps, wrong = metrics["best_step"], metrics["steps"], metrics.get("went_wrong")
-    if not metrics.get("evaluations"):
+    if best == 0 and is_diverged(metrics):
+        told = (
+            f"No evaluation before that had a better validation {metrics['selected_by']} than the model had before "
+            "training, so the weights are the untrained ones."
+        )
+    elif not metrics.get("evaluations"):
         told = f"The weights are those of the last step, {best:,}."
     elif best == 0:
         told = (
@@ -96,14 +103,18 @@ def loss_told(metrics: dict[str, Any]) -> str:
     text = f"{metrics['before']['loss']:.4f} -> {metrics['after']['loss']:.4f}"
     if metrics["best_step"] == 0:
         text += " (the untrained weights were the best)"
-    wrong = metrics.get("went_wrong")
-    if wrong:
-        text += f" (the run {'diverged' if wrong.startswith('Training diverged') else 'came to a standstill'})"
+    if metrics.get("went_wrong"):
+        text += f" (the run {'diverged' if is_diverged(metrics) else 'came to a standstill'})"
     return text
 
 
+def is_diverged(metrics: dict[str, Any]) -> bool:
+    """Return whether a run diverged."""
+    return str(metrics.get("went_wrong")).startswith("Training diverged")
+
+
 def diagnosis_told(metrics: dict[str, Any]) -> str:
-    """Return that the loss did not fall, or that the run does not tell; empty if it fell.
+    """Return that the loss did not fall, or that the run does not tell; empty if it fell, or the run went wrong anyway.
 
     Example:
         >>> diagnosis_told({"diagnosis": {"outcome": "The loss did not fall.", "reasons": ["..."], "forwards": 17}})
@@ -112,7 +123,8 @@ def diagnosis_told(metrics: dict[str, Any]) -> str:
         ''
     """
     found = metrics.get("diagnosis") or {}
-    parts = [found.get("outcome", ""), found.get("worse", "")]
+    answered = metrics.get("went_wrong") and found.get("verdict") == TOO_SHORT
+    parts = ["" if answered else found.get("outcome", ""), found.get("worse", "")]
     if found.get("forwards"):
         parts.append(f"The reasons below took {found['forwards']} more forward passes.")
     return " ".join(part for part in parts if part)

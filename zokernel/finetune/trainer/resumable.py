@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
-from zokernel.errors import UsageError
+from zokernel.errors import LossError, UsageError
 from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
 from zokernel.finetune.models.weights import begins_as_saved
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, keep_recorded, read_settings
@@ -121,6 +121,13 @@ class ResumableTrainer(CheckpointTrainer):
                 self.final_step = self.state.global_step
                 if wants_best:
                     self._take_best()
+                elif self.diverged:
+                    logger.warning("%s The last weights were kept, as asked.", self.diverged)
+            except LossError:
+                self.final_step = self.state.global_step
+                if wants_best and self.diverged:
+                    self._take_best()
+                raise
             finally:
                 if self.journal is not None:
                     self.journal.close()
@@ -188,10 +195,12 @@ class ResumableTrainer(CheckpointTrainer):
         """Give the model the weights of the best evaluation."""
         best = self.state.best_global_step
         evaluated = [row["step"] for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
-        if best is None or best == self.state.global_step or not any(evaluated):
+        if best is None or best == self.state.global_step or not (any(evaluated) or self.diverged):
             return  # the start alone has nothing to be compared with
         checkpoint = self.folder / f"checkpoint-{best}"
-        if best == 0:
+        if self.diverged:
+            logger.warning("%s The weights are those of step %d, before that.", self.diverged, best)
+        elif best == 0:
             logger.warning(
                 "No evaluation was better than that before training (%s %.4g): the weights are those of the start.",
                 self.args.metric_for_best_model,
@@ -243,7 +252,14 @@ class ResumableTrainer(CheckpointTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def diverged(self) -> str | None:
+        """That the run has diverged, in a sentence; None if it has not."""
+        return None
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.state.global_step and self.diverged:
+            return False  # a collapsed model may have a low loss: that of guessing
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.state.global_step and self.args.should_save:
             files.remove_folder(self.folder / "checkpoint-0")  # the start was the best until now

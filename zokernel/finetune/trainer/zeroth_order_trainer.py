@@ -21,9 +21,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import LossError, RunError, UsageError
-from zokernel.finetune.monitor.course import Course, change_of, held_out
+from zokernel.finetune.monitor.course import Course, change_of, evaluated, held_out
 from zokernel.finetune.monitor.diagnosis import FAILED, NOT_LEARNED, Diagnosis, diagnose, verdict
-from zokernel.finetune.monitor.divergence import WarnOfDivergence
+from zokernel.finetune.monitor.divergence import WarnOfDivergence, diverged
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.profile import Profile, check_profile
 from zokernel.finetune.monitor.progress import ForwardLines, ForwardProgress
@@ -136,6 +136,13 @@ class ZerothOrderTrainer(SetUpTrainer):
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
         self._course.clear()
+
+    @property
+    def diverged(self) -> str | None:
+        """That the run has diverged, in a sentence; None if it has not."""
+        start = next((row["loss"] for row in evaluated(self.state.log_history) if row["step"] == 0), None)
+        smooth = getattr(vars(self).get("objective"), "can_stack", True)
+        return diverged(self.run_log.rows, start, smooth=smooth)
 
     def begin_step(self) -> None:
         """Start the clock, which evaluations between steps do not count for, and turn dropout off again."""
@@ -270,9 +277,8 @@ class ZerothOrderTrainer(SetUpTrainer):
                 self.diagnosis = None if self._signals.interrupted else self._diagnose()
                 return result
         except LossError as error:
-            folder = self.folder / "last-good"
-            self.save_model(str(folder))
-            raise RunError(f"{error} The last good weights are in {folder}.") from error
+            self.save_model(str(folder := self.folder / "last-good"))
+            raise RunError(f"{error} The weights of step {self.final_step} are in {folder}.") from error
         finally:
             self._signals.give_back()
             self._layers.remove()
@@ -280,11 +286,10 @@ class ZerothOrderTrainer(SetUpTrainer):
     def _diagnose(self) -> Diagnosis:
         """Say whether the loss fell; if not, measure why at the weights that the run ended with, and log it."""
         change = change_of(self._course)
-        logged = [{"step": row["step"], **_evaluated(row)} for row in self.state.log_history if "eval_loss" in row]
-        dataset: Any = self.eval_dataset
-        evaluated = held_out(logged, len(dataset) if hasattr(dataset, "__len__") else 0)
+        examples = getattr(self.eval_dataset, "__len__", lambda: 0)()
+        seen = held_out(evaluated(self.state.log_history), examples)
         around = options = None
-        said, _ = verdict(change, evaluated)
+        said, _ = verdict(change, seen)
         if said in FAILED and self.args.world_size == 1:
             model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
             assert collate is not None
@@ -300,7 +305,7 @@ class ZerothOrderTrainer(SetUpTrainer):
                     batch=batch if said == NOT_LEARNED else 0,
                 )
         directions = self._course.directions
-        found = diagnose(change, evaluated, directions=directions, options=options, around=around)
+        found = diagnose(change, seen, directions=directions, options=options, around=around)
         if found.reasons and self.args.should_save:
             told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
             cost = f"(Found with {found.forwards} more forward passes.)"
@@ -343,8 +348,3 @@ class ZerothOrderTrainer(SetUpTrainer):
             raise UsageError("The training data has no length, so no batch was tried.")
         assert self.data_collator is not None
         return self._prepare_inputs(self.data_collator([dataset[n] for n in range(min(count, len(dataset)))]))
-
-
-def _evaluated(row: dict[str, float]) -> dict[str, float]:
-    """Return the loss and the scores of an evaluation by their bare names."""
-    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
