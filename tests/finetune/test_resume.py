@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune import replay
+from zokernel.finetune import job, replay
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.storage.lock import LOCK_FILE, exclusive
 from zokernel.finetune.storage.state_file import load_state, save_state
@@ -79,13 +79,18 @@ def test_other_settings_or_data_do_not_continue_a_run(run, tmp_path, monkeypatch
     assert run("cut", "--learning_rate", "1e-3") == 2
     message = capsys.readouterr().err
     assert "unfinished (learning_rate: 0.002 there, 0.001 asked for)" in message
-    assert run("cut", "--max_train_samples", "32", "--resume_from_checkpoint", "last") == 2
-    assert "other training examples" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "load_model", lambda *_: pytest.fail("the model was loaded first"))
+        assert run("cut", "--max_train_samples", "32", "--resume_from_checkpoint", "last") == 2
+    message = capsys.readouterr().err
+    assert "(train: 64 rows there, 32 now): give it the same, or choose another --output_dir." in message
+    assert len(message.replace(str(tmp_path), "")) < 200
     assert (tmp_path / "cut" / "journal.zkj").read_bytes() == before
     # Where it is logged and how it is asked to continue change nothing.
     assert run("cut", "--logging_steps", "3", "--run_name", "again") == 0
     # A finished run is made longer on request: its steps are not taken again.
     assert run("cut", "--max_steps", "18", "--eval_steps", "4") == 2
+    assert "lengthen it with --resume_from_checkpoint last, choose another" in capsys.readouterr().err
     assert run("cut", "--max_steps", "18", "--resume_from_checkpoint", "last") == 0
     assert Journal.read(tmp_path / "cut").num_steps == 18
 

@@ -219,8 +219,13 @@ def test_a_file_whose_labels_were_flipped_is_another_run(flags, tiny_reviews_pat
     capsys.readouterr()
     assert main(["finetune", *words]) == 2
     message = capsys.readouterr().err
-    assert "already holds another run (the train split: other rows, or in another order, than its 64 there)" in message
-    assert "test split" not in message
+    assert (
+        "already holds another run (train: other rows): choose another --output_dir, or start over with "
+        "--overwrite_output_dir true."
+    ) in message
+    longer = ["--resume_from_checkpoint", "last", "--max_steps", "4"]
+    assert main(["finetune", *words, *longer]) == 2
+    assert "The training examples are not those of the run in" in capsys.readouterr().err
     assert main(["finetune", *words, "--overwrite_output_dir", "true"]) == 0
 
 

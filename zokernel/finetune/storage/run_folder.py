@@ -61,6 +61,7 @@ ARTEFACTS = (
     METRICS_FILE,
     RUN_FILE,
 )
+_MAY_DIFFER = ("max_steps", "num_train_epochs", "per_device_eval_batch_size")  # in a run that is continued
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
@@ -96,6 +97,7 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         if not ours:
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
         refuse_old_run(folder)
+        _refuse_other_examples(folder, settings or {})
         return "unfinished"
     if not occupied:
         return "new"
@@ -103,14 +105,16 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         if not ours:
             raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
         refuse_old_run(folder)
-        different = _differences(read_json(folder / RUN_FILE).get("settings"), settings)
+        old, new = read_json(folder / RUN_FILE).get("settings"), settings
+        different = _different(old, new)
         if not different:
             return "finished" if finished else "unfinished"
+        goes_on = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
         raise UsageError(
-            f"{folder} already holds another run{'' if finished else ', unfinished'} ({different}): "
+            f"{folder} already holds another run{'' if finished else ', unfinished'} ({_told(different, old, new)}): "
             + ("" if finished else "repeat its settings to continue it, ")
-            + "choose another --output_dir, or start over with --overwrite_output_dir true (a longer --max_steps, "
-            "other evaluations and other logging only need --resume_from_checkpoint last)."
+            + ("lengthen it with --resume_from_checkpoint last, " if goes_on else "")
+            + "choose another --output_dir, or start over with --overwrite_output_dir true."
         )
     if not ours:
         raise UsageError(
@@ -172,22 +176,45 @@ def new_record(command: Sequence[str], settings: Mapping[str, Any], base: Mappin
     return {"zokernel": __version__, "record": RECORD, "command": words, "settings": dict(settings), "base": dict(base)}
 
 
-def _differences(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+def _refuse_other_examples(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other training examples; its evaluations may be of others.
+
+    Raises:
+        UsageError: If they have changed.
+    """
+    before = (read_json(folder / RUN_FILE).get("settings") or {}).get("train_rows")
+    now = settings.get("train_rows")
+    if before is not None and now is not None and before != now:
+        raise UsageError(
+            f"The training examples are not those of the run in {folder} ({_rows_told('train', before, now)}): give "
+            "it the same, or choose another --output_dir."
+        )
+
+
+def _different(old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[str]:
+    """Return the names of the settings that differ, those of data last."""
+    if old is None or new is None:
+        return ["settings"]
+    names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return sorted(names, key=lambda name: str(old.get(name)).count(" rows, sha256 "))
+
+
+def _told(names: Sequence[str], old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+    """Return how settings differ."""
     if old is None or new is None:
         return "with settings that are not known"
-    names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    rows = [name for name in names if str(old.get(name)).count(" rows, sha256 ") == 1]
-    data = [_data_difference(name.removesuffix("_rows"), str(old[name]), str(new.get(name))) for name in rows]
-    others = [f"{name}: {old.get(name)} there, {new.get(name)} asked for" for name in names if name not in rows]
-    return ", ".join([*others, *data])
+    return ", ".join(
+        _rows_told(name.removesuffix("_rows"), old[name], new.get(name))
+        if " rows, sha256 " in str(old.get(name))
+        else f"{name}: {old.get(name)} there, {new.get(name)} asked for"
+        for name in names
+    )
 
 
-def _data_difference(split: str, old: str, new: str) -> str:
+def _rows_told(split: str, old: Any, new: Any) -> str:
     """Return how the rows of a split differ, of which each text gives number and SHA-256."""
-    before, now = old.partition(" rows")[0], new.partition(" rows")[0]
-    if before != now:
-        return f"the {split} split: {before} rows there, {now} now"
-    return f"the {split} split: other rows, or in another order, than its {before} there"
+    before, now = str(old).partition(" rows")[0], str(new).partition(" rows")[0]
+    return f"{split}: {before} rows there, {now} now" if before != now else f"{split}: other rows"
 
 
 @contextmanager
