@@ -28,9 +28,9 @@ def run(config: Config) -> Result:
     count = config.pick("train_samples", smoke=20, cpu=50)
     x, y, probe = digits.train_x[:count], digits.train_y[:count], digits.test_x[:10]
     total = config.pick("total_lr", smoke=2e-3, cpu=2e-3)
-    horizons = config.pick("steps", smoke=(1, 4), cpu=(1, 4, 16, 64), full=(1, 4, 16, 64, 256))
+    horizons = config.pick("steps", smoke=(1, 4), cpu=(1, 4, 16), full=(1, 4, 16, 64, 256))
     counts = config.pick("num_perturbations", smoke=(1, 4), cpu=(1, 4, 16))
-    seeds = range(config.pick("num_seeds", smoke=2, cpu=6, full=20))
+    seeds = range(config.pick("num_seeds", smoke=2, cpu=24))
     variance = lazy_variance(net, x, y, probe)
     start = net(probe).detach()
     rows: list[dict[str, Any]] = []
