@@ -22,11 +22,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**WIDE, "num_key_value_heads": 2, "head_dim": 8}),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", WIDE),
     "bert": ("BertConfig", "BertForMaskedLM", WIDE),
+    "esm": ("EsmConfig", "EsmForMaskedLM", WIDE),
+    "luke": ("LukeConfig", "LukeForMaskedLM", {**WIDE, "entity_vocab_size": 8, "entity_emb_size": 16}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {**SIZES, "d_kv": 8, "intermediate_size": 48}),
     "bart": ("BartConfig", "BartForConditionalGeneration", {**SIZES, "decoder_layers": 2, "encoder_ffn_dim": 48}),
 }
 CAUSAL = ("llama", "opt", "gpt2", "qwen2", "qwen3")
-MASKED = ("roberta", "bert")
+MASKED = ("roberta", "bert", "esm", "luke")
 SEQ2SEQ = ("t5", "bart")
 # What each family calls a common size.
 OWN_NAMES = {

@@ -7,9 +7,11 @@ import copy
 import peft
 import pytest
 import torch
-from models import CAUSAL, MASKED, save_model
+import transformers
+from models import CAUSAL, MASKED, save_model, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from zokernel.cli import main
 from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, PromptTask, ZOConfig, encode, finetune, get_task, option_scores
@@ -269,3 +271,43 @@ def test_masked_models_refuse_prefixes_and_generation(folders, load, tmp_path):
     config = ZOConfig(output_dir=str(tmp_path), disable_tqdm=True)
     loaded, _ = load_model(ModelArguments(model_name_or_path=str(folders["bert"])), config)
     assert type(loaded).__name__ == "BertForMaskedLM"
+
+
+@pytest.mark.parametrize("family", ["esm", "luke"])
+def test_models_that_want_more_than_a_head_and_labels_are_trained(folders, family, tiny_reviews_path, tmp_path):
+    """ESM adds a bias of all words to what its head returns; LUKE's forward has labels of entities, too."""
+    files = [
+        w for split in ("train", "validation") for w in (f"--{split}_file", str(tiny_reviews_path / f"{split}.jsonl"))
+    ]
+    words = [
+        "--model_name_or_path",
+        str(folders[family]),
+        *files,
+        "--label_words",
+        "bad",
+        "good",
+        "--precision",
+        "fp32",
+    ]
+    assert main(["finetune", *words, "--max_steps", "3", "--output_dir", str(tmp_path / "run")]) == 0
+    assert main(["finetune", *words, "--max_steps", "3", "--lora", "true", "--output_dir", str(tmp_path / "lora")]) == 0
+
+
+@pytest.mark.parametrize("name", ["ProphetNetForConditionalGeneration", "ProphetNetForCausalLM"])
+def test_models_that_predict_several_tokens_at_once_are_refused(name, tiny_reviews_path, tmp_path, capsys):
+    fast = save_tokenizer(tmp_path / "model", masked=True)
+    layers = {
+        f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("ffn_dim", "layers", "attention_heads")
+    }
+    sizes = {f"num_{k}" if "ffn" not in k else k: 8 if "ffn" in k else v for k, v in layers.items()}
+    ids = {"pad_token_id": fast.pad_token_id, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    config = transformers.ProphetNetConfig(vocab_size=320, hidden_size=16, max_position_embeddings=64, **sizes, **ids)
+    getattr(transformers, name)(config).save_pretrained(tmp_path / "model")
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(tiny_reviews_path / "train.jsonl")]
+    words += ["--label_words", "bad", "good"]
+    for adapter in ([], ["--lora", "true"]):
+        assert main(["finetune", *words, *adapter, "--output_dir", str(tmp_path / f"run{len(adapter)}")]) == 2
+        assert (
+            f"error: {name} predicts several tokens at once, not options: train it with "
+            "zokernel.finetune.zeroth_order(Trainer)."
+        ) in capsys.readouterr().err

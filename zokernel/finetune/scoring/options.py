@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,13 @@ from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.models.vocabulary import embedding_rows
 from zokernel.finetune.scoring.shared_encoder import SharedEncoder
+from zokernel.finetune.scoring.wide_head import is_plain_matrix
 from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
+
+_ALL_TOKENS: WeakSet[nn.Module] = WeakSet()  # models whose logits are not those of their head alone
+_AHEAD = "predicts several tokens at once, not options: train it with zokernel.finetune.zeroth_order(Trainer)."
 
 
 class ScoredPositions:
@@ -59,11 +64,14 @@ class ScoredPositions:
         if head is None:
             raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
         self._head, self._positions, self._length, self._tokens = head, positions_RK, length, tokens_RC
+        self._name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         self._wide: torch.autocast | None = None
 
     def __enter__(self) -> None:
         def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden_RTH = args[0]
+            if hidden_RTH.ndim != 3:
+                raise UsageError(f"{self._name} {_AHEAD}")
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
             index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
             hidden_RKH = hidden_RTH.gather(1, index_RKH)
@@ -79,9 +87,9 @@ class ScoredPositions:
                 self._wide = None
             if self._tokens is None or self._by_rows:
                 return None
-            return logits_RKV.gather(-1, self._tokens[:, None].expand(-1, logits_RKV.shape[1], -1))
+            return _of_tokens(logits_RKV, self._tokens)
 
-        self._by_rows = self._tokens is not None and _is_plain_matrix(self._head)
+        self._by_rows = self._tokens is not None and is_plain_matrix(self._head)
         if self._by_rows:
             self._head.forward = self._rows_only
         self._handles = [
@@ -103,13 +111,6 @@ class ScoredPositions:
             del self._head.forward
 
 
-def _is_plain_matrix(head: nn.Module) -> bool:
-    """Whether a head does nothing but multiply by one unsharded matrix."""
-    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
-        return False
-    return head.weight.dtype.is_floating_point and not hasattr(head.weight, "device_mesh")
-
-
 def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
     """Run the model once and return the logits at the scored positions: (R, K, V), or (R, K, C) of some tokens."""
     base = getattr(model, "module", model)
@@ -120,8 +121,22 @@ def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | N
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
     if not batch.get("masked"):
         inputs["use_cache"] = False
-    with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], tokens_RC):
-        return model(**inputs).logits
+    by_rows = None if base in _ALL_TOKENS else tokens_RC
+    try:
+        with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], by_rows):
+            logits_RKV = model(**inputs).logits
+    except RuntimeError as error:
+        if by_rows is None or "must match the size of tensor" not in str(error):
+            raise
+        _ALL_TOKENS.add(base)  # it adds something of all tokens to what its head returns, as ESM does
+        return scored_logits(model, batch, tokens_RC)
+    return logits_RKV if tokens_RC is by_rows else _of_tokens(logits_RKV, tokens_RC)
+
+
+def _of_tokens(logits_RKV: Tensor, tokens_RC: Tensor | None) -> Tensor:
+    return (
+        logits_RKV if tokens_RC is None else logits_RKV.gather(-1, tokens_RC[:, None].expand(*logits_RKV.shape[:2], -1))
+    )
 
 
 def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | None = None) -> Tensor:
@@ -144,10 +159,7 @@ def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | 
             decoder_input_ids=decoded,
             use_cache=False,
         ).logits
-    if tokens_RC is None:
-        return logits_RKV
-    # Not from their rows of the head alone: BART adds a bias to its logits afterwards.
-    return logits_RKV.gather(-1, tokens_RC[:, None].expand(-1, logits_RKV.shape[1], -1))
+    return _of_tokens(logits_RKV, tokens_RC)  # not from their rows of the head: BART adds a bias to its logits
 
 
 def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
@@ -308,6 +320,8 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
                 expected.append(-losses.mean())
             sums, counts = option_logprobs(model, _moved(collator([item]), model))
             found = sums / counts
+    except UsageError:
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UsageError(
             f"The decoder of {name} cannot score options ({type(error).__name__}: {first_line(error)}): train it with "

@@ -54,3 +54,10 @@ class WideHead:
         if self._autocast is not None:
             self._autocast.__exit__(None, None, None)
             self._autocast = None
+
+
+def is_plain_matrix(head: nn.Module) -> bool:
+    """Whether a head does nothing but multiply by one unsharded matrix."""
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return False
+    return head.weight.dtype.is_floating_point and not hasattr(head.weight, "device_mesh")

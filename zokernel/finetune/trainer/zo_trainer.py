@@ -49,6 +49,7 @@ class ZOTrainer(ZerothOrderTrainer):
     """
 
     draws_examples = False
+    measures_walk = True
     objective: Any
 
     def __init__(
@@ -76,6 +77,8 @@ class ZOTrainer(ZerothOrderTrainer):
                 "ZOTrainer scores the batches of zokernel's tasks, which their own collator makes: for the loss and "
                 "batches of your own model use zeroth_order(Trainer)."
             )
+        if not self.has_own_loss:
+            self.label_names = ["labels"]  # whatever else the model's own forward would take, such as LUKE's entities
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
         # model's own forward could.
         self.model_accepts_loss_kwargs = False
