@@ -12,7 +12,7 @@ from trainer_cases import CASES, arguments
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from zokernel.errors import UsageError
-from zokernel.finetune import ZOConfig, zeroth_order
+from zokernel.finetune import ZOConfig, ZOTrainer, zeroth_order
 from zokernel.finetune.data.sampling import ReseedingSampler
 from zokernel.finetune.trainer import empty_cache
 from zokernel.journal import Journal
@@ -314,6 +314,39 @@ def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, cap
     assert "No evaluation was better than that before training" in caplog.text
     for key, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[key]), key
+
+
+def test_auto_says_that_it_does_not_measure_the_walk(tmp_path, caplog):
+    trainer = make("text_classification", tmp_path, {"method": "auto"}, learning_rate=5e-5)  # transformers' default
+    with caplog.at_level("INFO"):
+        trainer.train()
+    rate = trainer.settings["learning_rate"]
+    assert f"learning_rate {rate:.3g}: for a random walk of 0.0135, which ZerothOrderTrainer does not" in caplog.text
+    caplog.clear()
+    make("text_classification", tmp_path / "given", {"method": "auto", "learning_rate": 1e-3}).train()
+    assert "random walk" not in caplog.text
+
+
+@pytest.mark.parametrize("base", [ZOTrainer, zeroth_order(Trainer)])
+def test_rows_without_a_length_are_drawn_at_random(base, tmp_path):
+    """Images and a loss of one's own, with ``ZOConfig``, whose default groups rows by their tokens."""
+
+    class Own(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            output = model(**inputs)
+            return (output.loss, output) if return_outputs else output.loss
+
+    def made(**settings):
+        _, kwargs = CASES["image_classification"](tmp_path)
+        args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=3, use_cpu=True, report_to="none", **settings)
+        return Own(**(kwargs | {"args": args, "eval_dataset": kwargs["train_dataset"]}))
+
+    trainer = made()
+    trainer.train()
+    assert trainer.settings["train_sampling_strategy"] == "random"
+    assert len(trainer.run_log.rows) == 3
+    with pytest.raises(UsageError, match="group_by_length needs rows with 'input_ids', or with the column"):
+        made(train_sampling_strategy="group_by_length")
 
 
 class Cliff(Trainer):

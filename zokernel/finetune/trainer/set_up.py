@@ -18,12 +18,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.models.trained import accept_quantized_, check_trainable, low_precision, what_is_trained
-from zokernel.finetune.settings.auto import cooldown_steps
+from zokernel.finetune.settings.auto import WALK, cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.settings.unsupported import is_first_order
+from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
@@ -57,6 +58,8 @@ class SetUpTrainer(ResumableTrainer):
 
     zo_settings: ClassVar[Mapping[str, Any]] = {}
     """What :func:`~zokernel.finetune.trainer.zeroth_order.zeroth_order` was given."""
+    measures_walk: ClassVar[bool] = False
+    """Whether ``method="auto"`` asks the loss how far a run may walk."""
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class SetUpTrainer(ResumableTrainer):
         if not isinstance(args, RunSettings):
             args = copy.copy(add_zeroth_order(args or TrainingArguments("tmp_trainer"), self.zo_settings))
             _without_evaluation(args, kwargs.get("eval_dataset"))
+            _without_lengths(args, kwargs.get("train_dataset"), kwargs.get("processing_class"))
             if isinstance(args, ZOConfig) and self.draws_examples:
                 _as_transformers(args)
         requested: Any = args.requested if isinstance(args, RunSettings) else args
@@ -184,6 +188,16 @@ class SetUpTrainer(ResumableTrainer):
                 if perturb != self.args.perturb:
                     self.decide("auto", perturb=perturb)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
+            if self.settings.requested.method == AUTO and not self.measures_walk:
+                rate = self.settings.setting("learning_rate")
+                if rate.source == "auto":
+                    logger.info(
+                        "learning_rate %.3g: for a random walk of %.3g, which %s does not measure (a loss that rises "
+                        "asks for less; 'zokernel finetune' measures it).",
+                        rate.value,
+                        WALK[what_is_trained(model)],
+                        type(self).__name__,
+                    )
             logger.info(
                 "Method %s: lr %g, effective lr %s, %s.",
                 self.args.method,
@@ -251,3 +265,22 @@ def _without_evaluation(args: Any, dataset: Any) -> None:
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         if args.save_strategy == SaveStrategy.BEST:
             args.save_strategy = SaveStrategy.STEPS
+
+
+def _without_lengths(args: Any, dataset: Any, processing_class: Any) -> None:
+    """Draw examples at random if they have no length to group them by, such as images.
+
+    Raises:
+        UsageError: If they were to be grouped.
+    """
+    if args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return
+    first, names = dataset[0], getattr(processing_class, "model_input_names", None) or ["input_ids"]
+    if isinstance(first, Mapping) and (names[0] in first or args.length_column_name in first):
+        return
+    if "train_sampling_strategy" in args.given:
+        raise UsageError(
+            f"train_sampling_strategy group_by_length needs rows with {names[0]!r}, or with the column that "
+            "length_column_name names, and these have neither: leave it out, or set random."
+        )
+    args.train_sampling_strategy = "random"
