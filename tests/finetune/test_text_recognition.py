@@ -79,6 +79,11 @@ def test_preferences_are_refused(row, match):
         ("prompt-completion", {"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": "b"}),
         (
             "prompt-completion",
+            {"prompt": "a", "completion": "b", "system": "Be kind."},
+            {"prompt": "Be kind.\na", "completion": "b"},
+        ),
+        (
+            "prompt-completion",
             {"prompt": SHARED[:1], "completion": SHARED[1:]},
             {"prompt": HI[:1], "completion": HI[1:]},
         ),

@@ -155,7 +155,7 @@ class DataArguments:
     max_test_samples: int | None = field(default=1000, metadata={"help": "Test examples to draw (-1: all)."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest sequence (default: 2048 or the model's); longer prompts lose their front."},
+        metadata={"help": "Longest sequence in tokens (default: 2048 or the model's); the log says what is cut off."},
     )
     protocol: str | None = field(
         default=None,

@@ -161,6 +161,9 @@ def _prompt_row(row: Row) -> Row | None:
     if any(chats):
         raise UsageError("'prompt' and 'completion' must both be texts, or both be lists of messages.")
     prompt, completion = (_text(part, name) for part, name in zip(parts, ("prompt", "completion")))
+    system = row.get("system")
+    if not is_missing(system) and str(system).strip():
+        prompt = f"{system}\n{prompt}"
     return {"prompt": prompt, "completion": completion} if completion.strip() else None
 
 
