@@ -137,8 +137,8 @@ def page(name: str, entry: dict[str, Any]) -> str:
     """
     classes = {method: methods()[method] for method in entry["methods"]}
     title = " and ".join(cls.__name__ for cls in classes.values())
-    lines = [f"# {title}", "", WRITTEN, "", "| | |", "|---|---|"]
-    lines += [f"| on the command line | {', '.join(f'`--method {method}`' for method in classes)} |"]
+    flags = ", ".join(f"`--method {method}`" for method in classes)
+    lines = [f"# {title}", "", WRITTEN, "", f"| on the command line | {flags} |", "|---|---|"]
     lines += [f"| in Python | {', '.join(f'`zk.optim.{cls.__name__}`' for cls in classes.values())} |"]
     lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beside the weights | {entry['state']} |", ""]
     for cls in classes.values():
