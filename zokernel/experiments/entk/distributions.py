@@ -23,7 +23,7 @@ COUNT = 25
 @experiment("entk/laws", "The exact error of the kernel on five architectures and three distributions of directions")
 def run(config: Config) -> Result:
     """Draw many kernels of 25 directions each; compare their mean and rms error with the closed forms."""
-    replicates = config.pick("replicates", smoke=40, cpu=800, full=4000)
+    replicates = config.pick("replicates", smoke=40, cpu=2400, full=4000)
     rows: list[dict[str, Any]] = []
     for name, model, x_o, x_u, outputs in models(config):
         vector_model = flattened(model, outputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from zokernel.experiments.criteria import (
     combined,
     graded,
     interval,
+    jackknife,
     log_slope,
     shown,
     within,
@@ -84,8 +86,8 @@ def run(config: Config) -> Result:
             )
             arrays[f"{distribution}_{count}"] = label_beliefs(found[0], answers).numpy()
             logger.info("%s, P = %d: %s of the change", distribution, count, shown(table[-1]["relative"]))
-    slopes = {name: slopes_by_stream(table, name) for name in DISTRIBUTIONS}
-    pooled = interval(np.mean(list(slopes.values()), axis=0), logs=False)
+    slopes = {name: rms_slope(table, (name,)) for name in DISTRIBUTIONS}
+    pooled = rms_slope(table, DISTRIBUTIONS)
     alike = distance_ratio(table)
     crossed = {str(count): crossing(*(ends[name, count] for name in DISTRIBUTIONS)) for count in counts}
     nearest = [interval(pair_distances(*(ends[n, counts[-1]] for n in DISTRIBUTIONS)) / change)]
@@ -96,7 +98,7 @@ def run(config: Config) -> Result:
         "source": task.source,
         "trained": f"the last {num_blocks} decoder block{'s' if num_blocks > 1 else ''} and the final norm",
         "streams": streams,
-        "slopes": {name: interval(values, logs=False) for name, values in slopes.items()},
+        "slopes": slopes,
         "pooled_slope": pooled,
         "distance_gaussian_over_rademacher": alike,
         "distance_between_distributions_over_within": crossed,
@@ -161,11 +163,19 @@ def judge_distributions(alike: Interval, crossed: Interval, nearest: Interval, c
     )
 
 
-def slopes_by_stream(table: list[dict[str, Any]], distribution: str) -> np.ndarray:
-    """Return the log-log slope of the final distance against P of each stream."""
-    rows = [row for row in table if row["distribution"] == distribution]
-    distances = np.array([row["final_l2_by_stream"] for row in rows])
-    return np.array([log_slope([row["P"] for row in rows], column) for column in distances.T])
+def rms_slope(table: list[dict[str, Any]], distributions: Sequence[str]) -> Interval:
+    """Return the log-log slope of the rms final distance against P, mean of the distributions, by the jackknife."""
+    parts = [[row for row in table if row["distribution"] == name] for name in distributions]
+
+    def fitted(keep: Sequence[int]) -> float:
+        squares = [[np.square(np.array(row["final_l2_by_stream"])[keep]).mean() for row in part] for part in parts]
+        slopes = [
+            log_slope([row["P"] for row in part], np.sqrt(found)) for part, found in zip(parts, squares, strict=True)
+        ]
+        return float(np.mean(slopes))
+
+    every = list(range(len(parts[0][0]["final_l2_by_stream"])))
+    return jackknife(fitted(every), [fitted(every[:n] + every[n + 1 :]) for n in every])
 
 
 def distance_ratio(table: list[dict[str, Any]]) -> Interval:
