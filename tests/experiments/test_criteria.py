@@ -128,6 +128,11 @@ def test_kernel_verdicts_over_steps_and_sizes():
     ]
     assert horizon.exponents(made)["P"] == pytest.approx((-0.5,) * 3)
     assert horizon.exponents(made)["T"] == pytest.approx((-0.25,) * 3)
+    scatter = {1: [0.1, 1.99**0.5], 4: [0.5, 0.5]}  # rms 1 and 1/2, where mean logarithms rise with P
+    rows = [{"P": p, "T": t, "gap_by_seed": gaps} for p, gaps in scatter.items() for t in (1, 9)]
+    assert horizon.exponents(rows)["P"][0] == pytest.approx(-0.5)
+    table = [{"distribution": "g", "P": p, "final_l2_by_stream": gaps} for p, gaps in scatter.items()]
+    assert language_model.rms_slope(table, ("g",))[0] == pytest.approx(-0.5)
 
 
 def test_language_model_verdicts():
