@@ -65,7 +65,7 @@ def one_sentence(result: dict[str, Any], *expected: str) -> None:
     assert told.endswith((".", ")."))
     assert "Traceback" not in result["told"]
     assert all(word in told for word in expected), told
-    assert result["seconds"] < 20
+    assert result["waited"] < 20  # seconds, which the child is spared
 
 
 def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: Path):
@@ -141,7 +141,7 @@ def test_a_lost_connection_and_what_is_cached(filled: Hub, run: Run, tmp_path: P
     told = "".join(result["told"] for result in cached)
     assert told.count(f"The hub {nobody} cannot be reached") == 1
     assert "HF_HUB_OFFLINE=1 does so at once" in told
-    assert all(result["seconds"] < 15 for result in cached)
+    assert all(result["waited"] < 15 for result in cached)
     one_sentence(missing, f"The hub {nobody} cannot be reached", "data set 'org/two-rows'")
 
 
