@@ -25,7 +25,9 @@ MEASURES = ("kernel", "step")
 STAGES = ("init", "trained")
 
 
-@experiment("entk/dimension", "ZO-eNTK's dimension-free claim: v = 1 + rho^-2 for networks of a thousand to millions of parameters")
+@experiment(
+    "entk/dimension", "ZO-eNTK's dimension-free claim: v = 1 + rho^-2 from a thousand to millions of parameters"
+)
 def run(config: Config) -> Result:
     """Measure the exact relative variance of one direction for a family of widths, untrained and trained."""
     digits = load_digits(config)
