@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.resources
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,6 +101,9 @@ def check_finetune() -> None:
     task = ["--train_file", str(rows), *LABELS]
     zokernel("finetune", "--model_name_or_path", str(model), *task, *TRAIN, "--output_dir", "run")
     assert json.loads(Path("run/metrics.json").read_text())
+    assert Path("run/loss.png").stat().st_size > 0
+    recipes = importlib.resources.files("zokernel.finetune.settings") / "recipes"
+    assert any(path.name == "mezo-opt.yaml" for path in recipes.iterdir())
     zokernel("predict", "--model", "run", "--file", str(rows), "--output_file", "answers.csv")
     assert len(Path("answers.csv").read_text().splitlines()) == 17
     zokernel("replay", "--base", str(model), "--journal", "run", "--output_dir", "rebuilt")
@@ -109,6 +114,7 @@ def check_report() -> None:
     """An experiment of the papers with its figures, and the page that explains it."""
     zokernel("reproduce", "nzk/linear_d2", "--scale", "smoke", "--output_dir", "runs")
     zokernel("report", "runs/nzk/linear_d2")
+    assert "holds" in zokernel("claims")
     assert list(Path("runs").rglob("*.png"))
     assert list(Path("runs").rglob("*.html"))
 
