@@ -68,7 +68,7 @@ def test_bias_by_chance_is_uniform_without_bias():
     generator = torch.Generator().manual_seed(0)
     mix = torch.tensor([[1.0, 0.8, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.2]])
     draws = torch.randn(300, 200, 4, generator=generator, dtype=torch.float64) @ mix.double()
-    found = [distributions.chance_of_bias(part.view(200, 2, 2), torch.zeros(2, 2)) for part in draws]
+    found = [distributions.chance_of_bias(part.view(200, 2, 2), torch.zeros(2, 2), 4000) for part in draws]
     assert np.mean(found) == pytest.approx(0.5, abs=4.5 * 0.29 / 300**0.5)
     assert np.mean(np.array(found) < 0.05) < 0.12
     assert distributions.chance_of_bias(draws[0].view(200, 2, 2) + 0.5, torch.zeros(2, 2)) < 1e-4

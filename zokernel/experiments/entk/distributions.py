@@ -97,29 +97,33 @@ def judge_distributions(rows: list[dict[str, Any]]) -> Verdict:
     )
 
 
-def chance_of_bias(kernels: Tensor, exact: Tensor) -> float:
+def chance_of_bias(kernels: Tensor, exact: Tensor, draws: int = 200_000) -> float:
     r"""Return the probability of a mean kernel as far from K, if it is unbiased.
 
-    The squared distance over its mean is :math:`\chi^2_f / f` with :math:`f = (\mathrm{tr}\,C)^2 / \mathrm{tr}\,C^2`, C
-    the covariance of the kernel's entries (Satterthwaite 1946).
+    R times the squared distance is distributed as :math:`\sum_i \lambda_i \chi^2_1` with the eigenvalues of the
+    covariance of the kernel's entries, which is sampled.  (One scaled chi-square has too light a tail.)
 
     Args:
         kernels: Independent kernels, (R, V, V).
         exact: K, (V, V).
+        draws: How many sums to sample.
 
     Example:
-        >>> draws = torch.randn(400, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        >>> biased = draws + 0.5
-        >>> chance_of_bias(draws, torch.zeros(2, 2)) > 0.05 > chance_of_bias(biased, torch.zeros(2, 2))
+        >>> kernels = torch.randn(400, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> biased = kernels + 0.5
+        >>> chance_of_bias(kernels, torch.zeros(2, 2)) > 0.05 > chance_of_bias(biased, torch.zeros(2, 2))
         True
     """
     count = len(kernels)
     centred = (kernels - kernels.mean(0)).flatten(1)
-    trace = centred.square().sum().item() / (count - 1)
-    square = (centred @ centred.T).square().sum().item() / (count - 1) ** 2 - trace**2 / (count - 1)
-    freedom = trace**2 / square
-    distance = count * (kernels.mean(0) - exact).square().sum().item() / trace
-    return torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(freedom * distance / 2)).item()
+    spectrum = torch.linalg.eigvalsh(centred.T @ centred / (count - 1))
+    distance = count * (kernels.mean(0) - exact).square().sum()
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for part in torch.arange(draws).split(20_000):
+        normals = torch.randn(len(part), len(spectrum), generator=generator, dtype=spectrum.dtype)
+        hits += int((normals.square() @ spectrum >= distance).sum())
+    return hits / draws
 
 
 def models(config: Config):
@@ -139,9 +143,10 @@ def models(config: Config):
 
     path = fetch("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path).eval(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
-    ).eval()
+    base = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).eval()
     words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")]
     texts = ("a joy from start to finish . It was", "dull and far too long . It was")
     batches: list[dict[str, Tensor]] = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
