@@ -268,7 +268,7 @@ def test_a_population_of_eight_learns_a_form_of_answer():
 
 def test_one_direction_an_example_has_one_seed():
     """The page that the ledger's verdict on GRZO's training rests on says so."""
-    text = (RESULTS / "queries.md").read_text()
+    text = (RESULTS / "notes" / "queries.md").read_text()
     section = text[text.index("### A direction for every example") :]
     assert "**One seed**" in section[:800]
     assert "| | 4 | **1 per example** | 2 | 0.09 | 0.39 | 0.526 |" in section
