@@ -24,6 +24,7 @@ COUNT = 25
 def run(config: Config) -> Result:
     """Draw many kernels of 25 directions each; compare their mean and rms error with the closed forms."""
     replicates = config.pick("replicates", smoke=40, cpu=2400, full=4000)
+    draws = config.pick("chance_draws", smoke=5_000, cpu=200_000)
     rows: list[dict[str, Any]] = []
     for name, model, x_o, x_u, outputs in models(config):
         vector_model = flattened(model, outputs)
@@ -46,7 +47,7 @@ def run(config: Config) -> Result:
                     "measured_over_predicted": math.sqrt(squared.mean().item() / expected),
                     "z": ((squared.mean() - expected) / (squared.std() / math.sqrt(repeats))).item(),
                     "bias_in_units_of_its_spread": math.sqrt(bias),
-                    "bias_by_chance": chance_of_bias(kernels, exact),
+                    "bias_by_chance": chance_of_bias(kernels, exact, draws),
                     "spread_of_the_mean": resolution,
                     "predicted_rms_error": relative_error(moments, COUNT, distribution),
                 }
