@@ -56,7 +56,9 @@ def is_complete(folder: Path, source: str | None = None) -> bool:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return source in (None, manifest["source"]) and all((folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+        return source in (None, manifest["source"]) and all(
+            (folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
