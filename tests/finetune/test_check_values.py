@@ -37,6 +37,7 @@ WRONG = [
     ("--data_seed", "4294967296", "data_seed must be a whole number from 0 to 4294967295, not 4294967296."),
     ("--freeze_layers", "1.5", "freeze_layers must be at least 0 and below 1, not 1.5."),
     ("--zo_parallel", "tensor", "zo_parallel must be one of"),
+    ("--zo_point_ranks", "2", "zo_point_ranks is for zo_parallel hybrid: add it, or leave both out."),
     ("--objective", "bleu", "objective must be one of cross_entropy, accuracy, f1, reward, not 'bleu'."),
     ("--logging_steps", "0", "logging_steps must be a number of steps from 1 on, or a share of the run below 1, not 0"),
     ("--eval_steps", "0", "eval_steps must be a number of steps from 1 on"),

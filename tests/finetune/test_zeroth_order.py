@@ -207,6 +207,24 @@ def test_a_loss_that_draws_is_refused(tmp_path):
         zeroth_order(Noisy)(**kwargs).train()
 
 
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (None, r"Own.compute_loss returned None: it must return the batch's loss"),
+        (0.5, r"compute_loss returned a float"),
+        (torch.zeros(3), r"compute_loss returned a tensor of shape \(3,\)"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_refused(loss, match, tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return loss
+
+    _, kwargs = CASES["text_classification"](tmp_path)
+    with pytest.raises(UsageError, match=match):
+        zeroth_order(Own)(**kwargs).train()
+
+
 def test_trainers_that_sample_are_refused():
     trl = pytest.importorskip("trl")
     for trainer in (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer):
@@ -244,6 +262,9 @@ def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
         ({"method": "mezzo"}, "There is no method 'mezzo'"),
         ({"perturb": "sideways"}, "perturb must be one of"),
         ({"save_strategy": "sometimes"}, "save_strategy must be one of no, .*, journal, not 'sometimes'"),
+        ({"zo_point_ranks": 2, "zo_parallel": "data"}, "zo_point_ranks is for zo_parallel hybrid"),
+        ({"method": "adamw", "perturb": "in_place"}, "perturb says how the losses .* adamw takes gradients"),
+        ({"method": "sgd", "zo_parallel": "perturbation"}, "zo_parallel says how .* sgd takes gradients"),
         ({"method_args": "kernel_order=3"}, r'write \["kernel_order=3"\]'),
         *(({"learning_rate": rate}, "learning_rate must be a finite") for rate in (-1.0, float("nan"), "1e-3")),
     ],

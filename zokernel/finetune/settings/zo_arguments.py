@@ -77,15 +77,25 @@ class ZOArguments:
     )
 
     def check_method(self) -> None:
-        """Check that the method exists, and the way of perturbing.
+        """Check that the method exists, the way of perturbing, and that no flag of them would be ignored.
 
         Raises:
-            UsageError: If one does not.
+            UsageError: If something does not exist, or would be ignored.
         """
         if self.method != AUTO:
             get_method(self.method)
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
+        if self.method != AUTO and getattr(get_method(self.method), "first_order", False):
+            # Gradients of several processes are averaged over their batches, as zo_parallel data has it.
+            for name, kept in (("perturb", (AUTO,)), ("zo_parallel", (None, "data")), ("zo_point_ranks", (None,))):
+                if getattr(self, name) not in kept:
+                    raise UsageError(
+                        f"{name} says how the losses of a zeroth-order step are taken, and {self.method} takes "
+                        "gradients: leave it out."
+                    )
+        if self.zo_point_ranks is not None and self.zo_parallel != "hybrid":
+            raise UsageError("zo_point_ranks is for zo_parallel hybrid: add it, or leave both out.")
         if isinstance(self.method_args, str):
             raise UsageError(f'method_args is a list of key=value texts: write ["{self.method_args}"].')
 

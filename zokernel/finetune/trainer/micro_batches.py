@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernel.errors import UsageError
 from zokernel.perturb.per_example import Examples
 
 Batch = dict[str, Any]
@@ -97,6 +98,32 @@ def copy_batch(batch: Any) -> Any:
     """Return a batch from which ``compute_loss`` may remove entries; its tensors are shared."""
     kind: Any = type(batch)
     return kind(dict(batch)) if isinstance(batch, Mapping) else batch
+
+
+def scalar_loss(loss: Any, owner: str) -> Tensor:
+    """Return a loss of one number as a scalar.
+
+    Args:
+        loss: What ``compute_loss`` returned.
+        owner: The class whose ``compute_loss`` it is.
+
+    Raises:
+        UsageError: If it is something else.
+
+    Example:
+        >>> scalar_loss(torch.ones(1), "Own").shape
+        torch.Size([])
+        >>> scalar_loss(None, "Own")
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: Own.compute_loss returned None: it must return the batch's loss, a scalar tensor.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    if isinstance(loss, Tensor):
+        told = f"a tensor of shape {tuple(loss.shape)}"
+    else:
+        told = "None" if loss is None else f"a {type(loss).__name__}"
+    raise UsageError(f"{owner}.compute_loss returned {told}: it must return the batch's loss, a scalar tensor.")
 
 
 def weighted_mean(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

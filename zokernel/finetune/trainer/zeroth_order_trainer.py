@@ -34,7 +34,7 @@ from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import first_batch, refuse_random_loss
-from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch
+from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
 from zokernel.finetune.trainer.probe import evaluating, look_at_options, slope_and_rate, surroundings
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.set_up import SetUpTrainer
@@ -247,7 +247,7 @@ class ZerothOrderTrainer(SetUpTrainer):
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=self._num_items)
-        return loss
+        return scalar_loss(loss, type(self).__name__)
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         raise UsageError("The losses of this trainer cannot be taken in one forward: leave out perturb='stacked'.")
