@@ -22,7 +22,7 @@ DOCS = Path(__file__).resolve().parent
 PAGES = DOCS / "methods"
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Example|Examples|References):\n", re.MULTILINE)
 _ITEM = re.compile(r"^    \*{0,2}(\w+): ", re.MULTILINE)
-_SAME = re.compile(r"As for :class:`~zokernel\.optim\.MeZO`\.")
+_SAME = re.compile(re.escape("As for :class:`~zokernel.optim.MeZO`."))
 WRITTEN = "<!-- Written by python docs/methods.py from the docstring and docs/methods.yaml. -->"
 
 

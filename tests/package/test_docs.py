@@ -127,6 +127,11 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
     )
     tickets = [{"subject": row["sentence"], "priority": ("low", "high")[row["label"]]} for row in reviews]
     (tmp_path / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tickets))
+    questions = [{"prompt": f"Is it {word}?", "completion": f" It is {word}."} for word in ("good", "bad") * 8]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "judge.py").write_text(
+        "def score(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    )
     (tmp_path / "nets.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n")
     generator = np.random.default_rng(0)
     for name in ("observed", "updated"):
@@ -136,8 +141,9 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    tiny = ["--model_name_or_path", str(tiny_lm_path), "--label_words", "bad", "good", "--precision", "fp32"]
-    return {
+    tiny = ["--model_name_or_path", str(tiny_lm_path), "--precision", "fp32"]
+    words = ["--label_words", "bad", "good"]
+    more = {
         "finetune": [
             *tiny,
             "--max_steps",
@@ -149,8 +155,16 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
             "--max_test_samples",
             "8",
         ],
-        "plan": [*tiny, "--num_probes", "8", "--update_examples", "2", "--observe_examples", "1"],
+        "plan": [*tiny, *words, "--num_probes", "8", "--update_examples", "2", "--observe_examples", "1"],
     }
+
+    def added(command: list[str]) -> list[str]:
+        """Return the flags that make a command small."""
+        if "questions.jsonl" in command:
+            return [*more[command[0]], "--max_new_tokens", "4"]
+        return more[command[0]] + words * (command[0] == "finetune") if command[0] in more else []
+
+    return added
 
 
 @pytest.mark.parametrize("page", BASH_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -160,7 +174,7 @@ def test_shell_blocks_run_in_order(page, workplace, capsys):
             continue
         for words in commands_of(block.code):
             assert words[0] == "zokernel", f"{block}: {words[0]} cannot run here; say so in the title"
-            code = main([*words[1:], *workplace.get(words[1], [])])
+            code = main([*words[1:], *workplace(words[1:])])
             assert code == 0, f"{block}: {shlex.join(words)}\n{capsys.readouterr().err}"
 
 

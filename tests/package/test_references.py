@@ -105,6 +105,8 @@ def broken_links() -> list[str]:
                     continue
                 name, _, anchor = link.partition("#")
                 target = (page.parent / name).resolve() if name else page
+                if target.parent == ROOT / "docs" and not target.exists():  # pages of the site that lie in the root
+                    target = ROOT / f"{target.stem.upper()}.md"
                 if not target.exists():
                     found.append(f"{where}: {link}")
                 elif anchor and target.suffix == ".md" and anchor not in anchors_of(target):

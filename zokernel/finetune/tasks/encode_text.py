@@ -10,8 +10,10 @@ from typing import Any
 
 from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
+from zokernel.finetune.tasks.alpaca import alpaca_messages, alpaca_prompt
+from zokernel.finetune.tasks.base import is_missing
 from zokernel.finetune.tasks.chat_template import assistant_tokens, has_chat_template, render
-from zokernel.finetune.tasks.text import TextTask, alpaca_messages, alpaca_prompt, messages_of
+from zokernel.finetune.tasks.text import messages_of, needed, read_as
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,12 @@ SHOWN = 32  # tokens of a text that its continuation is shown for
 
 
 _ANSWER = [{"role": "assistant", "content": "."}]  # in the place of one that is not known
+_QUESTIONS = {
+    "messages": ("messages", "conversations", "prompt"),
+    "prompt-completion": ("prompt",),
+    "instruction": ("instruction",),
+    "text": ("text",),
+}
 _REQUESTS = {"messages": "prompt", "prompt-completion": "prompt", "instruction": "instruction", "text": "text"}
 
 
@@ -46,7 +54,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns rows of a :class:`TextTask` into tokens.
+    """Turns rows of a :class:`~zokernel.finetune.tasks.text.TextTask` into tokens.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -85,11 +93,16 @@ class TextEncoder:
             told = "%s: %d of %s %s no token to learn and %s left out."
             logger.info(told, where, empty, count_rows(len(rows)), *verbs)
         if not found:
-            raise UsageError(
-                f"{where}: no row has a token to learn within {self.max_length} tokens: raise --max_length, or look "
-                "whether the chats have an assistant's turn."
-            )
+            if any(map(self.is_too_long, rows)):
+                raise UsageError(
+                    f"{where}: no row has a token to learn within {self.max_length} tokens: raise --max_length."
+                )
+            raise UsageError(f"{where}: no row has a token to learn: {_nothing_counts(rows)}.")
         return found
+
+    def is_too_long(self, row: Row) -> bool:
+        """Whether tokens of a row count, and all of them lie behind ``max_length``."""
+        return any(self.tokens(row)[1][1:])
 
     def check(self, rows: Sequence[Row]) -> None:
         """Check before the weights are loaded that rows can be tokenized, by the first of them.
@@ -171,24 +184,33 @@ class TextEncoder:
         Raises:
             UsageError: If the row is in another form.
         """
-        if self.form == "text":
-            return self._plain(row if isinstance(row, str) else str(row.get("text", "")))
-        return self.prompt(self._asked(row))[0]
+        asked = self._asked(row)
+        return self._plain(asked["text"]) if self.form == "text" else self.prompt(asked)[0]
 
     def _asked(self, row: Mapping[str, Any] | str) -> Row:
         """Return a row in the form of the task, with an answer that is not known in its place."""
+        column = _QUESTIONS[self.form][0]
+        if not isinstance(row, str) and not any(name in row for name in _QUESTIONS[self.form]):
+            there, learned = (" and ".join(map(repr, names)) for names in (row, needed(self.form)))
+            raise UsageError(
+                f"it has {there or 'no column'}, and the run learned from rows with {learned}: put what is to be "
+                f"answered into a column {column!r}."
+            )
         row = {_REQUESTS[self.form]: row} if isinstance(row, str) else dict(row)
         if self.form == "messages":
             column = "conversations" if "conversations" in row else "messages"
-            said = row.get(column) or [{"role": "user", "content": row.get("prompt", "")}]
+            said = row.get(column) or [{"role": "user", "content": row.get("prompt") or ""}]
             messages = messages_of(said, column)
             answered = bool(messages) and messages[-1]["role"] == "assistant"
             row[column] = messages if answered or not messages else [*messages, *_ANSWER]
         elif self.form == "prompt-completion":
-            row.setdefault("completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
-        else:
-            row.setdefault("output", ".")
-        return TextTask(form=self.form).read([row], where="It")[0]
+            _fill(row, "completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
+        elif self.form == "instruction":
+            _fill(row, "output", ".")
+        asked = read_as(self.form, row)
+        if asked is None:
+            raise UsageError(f"there is nothing to answer in {column!r}.")
+        return asked
 
     def _parts(self, row: Row) -> tuple[Any, Any]:
         if self.form == "prompt-completion":
@@ -210,3 +232,21 @@ class TextEncoder:
     def _ended(self, text: str) -> str:
         end = self.tokenizer.eos_token or ""
         return text if text.endswith(end) else text + end
+
+
+def _fill(row: dict[str, Any], name: str, value: Any) -> None:
+    """Put a value into a cell that is missing or empty."""
+    if is_missing(row.get(name)) or row[name] in ("", []):
+        row[name] = value
+
+
+def _nothing_counts(rows: Sequence[Row]) -> str:
+    """Return why no token of any row counts, though none is too long."""
+    parts = [row.get(name) for row in rows for name in ("messages", "completion")]
+    turns = [message for part in parts if isinstance(part, list) for message in part]
+    answers = [message for message in turns if message["role"] == "assistant"]
+    if turns and not answers:
+        return "no chat has an assistant's turn"
+    if answers and not any(message.get("weight", 1) for message in answers):
+        return "all of the assistant's turns have weight 0"
+    return "the first token of a text is never predicted, and there is no other"
