@@ -83,7 +83,7 @@ def test_lines_of_text_and_json_come_from_standard_input(run, monkeypatch, capsy
     assert (second["sentence"], second["id"]) == ("bad", 3)
 
 
-def test_chats_are_continued(tmp_path, tiny_lm_path):
+def test_chats_are_continued(tmp_path, tiny_lm_path, monkeypatch):
     rows = [{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad"}]}] * 12
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -99,6 +99,9 @@ def test_chats_are_continued(tmp_path, tiny_lm_path):
     assert isinstance(answers[0]["prediction"], str)
     samples = json.loads((folder / "metrics.json").read_text())["samples"]
     assert samples[0]["after"] == answers[0]["prediction"]
+    monkeypatch.setattr("zokernel.finetune.predict.continuations", lambda *_, **__: pytest.fail("a row was answered"))
+    with pytest.raises(UsageError, match=r"^Row 2: it has 'text', and the run learned from rows with 'messages'"):
+        predictor([asked[0], {"text": "good"}])
 
 
 def test_mistakes_are_named(run, tmp_path):

@@ -46,6 +46,44 @@ CHATS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("form", "row", "match"),
+    [
+        ("prompt-completion", {"instruction": "a", "output": "b"}, "^it has 'instruction' and 'output', and the run "),
+        ("messages", {"text": "a"}, "rows with 'messages': put what is to be answered into a column 'messages'"),
+        ("instruction", {"prompt": "a"}, "learned from rows with 'instruction' and 'output'"),
+        ("text", {"prompt": "a"}, "learned from rows with 'text'"),
+        ("text", {}, "^it has no column, and"),
+        ("text", {"text": None}, "nothing to answer in 'text'"),
+        ("instruction", {"instruction": " "}, "nothing to answer in 'instruction'"),
+        ("prompt-completion", {"prompt": None, "completion": "b"}, "nothing to answer in 'prompt'"),
+        ("messages", {"prompt": ""}, "nothing to answer in 'messages'"),
+    ],
+)
+def test_a_request_of_another_form_is_named(form, row, match):
+    with pytest.raises(UsageError, match=match):
+        encoder_of(form, chat_tokenizer(PLAIN)).request(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "length", "told"),
+    [
+        ({"messages": turns("Hi", "Hello")}, 2, "within 2 tokens: raise --max_length."),
+        ({"messages": turns("Hi")}, 2, ": no chat has an assistant's turn."),
+        ({"messages": [*turns("Hi"), {"role": "assistant", "content": "a", "weight": 0}]}, 512, "turns have weight 0."),
+    ],
+)
+def test_why_no_token_counts_is_said(row, length, told):
+    with pytest.raises(UsageError, match=rf"^Train: no row has a token to learn.*{told}$"):
+        encoder_of("messages", chat_tokenizer(MARKED), max_length=length).encode([row], where="Train")
+
+
+def test_a_request_needs_no_answer():
+    encoder = encoder_of("prompt-completion", chat_tokenizer(PLAIN))
+    requests = [{"prompt": "Hi", **rest} for rest in ({}, {"completion": ""}, {"completion": None})]
+    assert len({tuple(encoder.request(row)) for row in ["Hi", *requests]}) == 1
+
+
 @pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "plain"])
 @pytest.mark.parametrize(("messages", "expected"), CHATS)
 def test_only_what_the_assistant_wrote_is_learned(template, messages, expected):

@@ -11,7 +11,8 @@ from zokernel.errors import UsageError
 from zokernel.finetune.data.datasets import load_splits, load_task
 from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.finetune.tasks.text import TextTask, alpaca_messages, alpaca_prompt
+from zokernel.finetune.tasks.alpaca import alpaca_messages, alpaca_prompt
+from zokernel.finetune.tasks.text import TextTask
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -117,6 +118,16 @@ def test_rows_without_text_are_left_out_and_counted(form, row, caplog):
     assert "The train split: 1 row without text is left out (the first: row 2)." in caplog.messages
     with pytest.raises(UsageError, match="no row with text"):
         TextTask(form=form).read([row], where="train")
+
+
+def test_a_split_without_a_column_names_it_and_those_it_has():
+    told = r"^Test has no row with text to learn in 'prompt' and 'completion': it has no column 'completion', and its "
+    with pytest.raises(UsageError, match=told + r"columns are 'prompt', 'answer'\.$"):
+        TextTask(form="prompt-completion").read([{"prompt": "a", "answer": "b"}], where="Test")
+    with pytest.raises(UsageError, match=r"in 'prompt' and 'completion'\.$"):
+        TextTask(form="prompt-completion").read([{"prompt": "a", "completion": ""}], where="Test")
+    with pytest.raises(UsageError, match="Test, row 1: this row has 'text', and the run learns from 'messages'"):
+        TextTask(form="messages").read([{"text": "a"}], where="Test")
 
 
 @pytest.mark.parametrize(

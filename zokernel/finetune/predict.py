@@ -118,15 +118,16 @@ class Predictor:
         precision = torch.bfloat16 if self.record["precision"] == "bf16" else torch.float32
         with torch.autocast(self._device.type, precision, enabled=precision == torch.bfloat16):
             if isinstance(self.task, TextTask):
-                return [self._continue(row, number) for number, row in enumerate(rows, start=1)]
+                asked = [self._request(row, number) for number, row in enumerate(rows, start=1)]
+                return [{"prediction": text} for text in self._continuations(asked)]
             return self._answers(rows, batch_size)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _continue(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
-        """Return what the model writes after a chat, an instruction or a text."""
+    def _request(self, row: Mapping[str, Any] | str, number: int) -> list[int]:
+        """Return the tokens of a chat, an instruction or a text, after which the model answers."""
         record, decoder = self.record, self._decoder
         flags = {"max_length": record["max_length"], "kind": record["language_model"], "decoder": decoder}
         try:
@@ -136,9 +137,13 @@ class Predictor:
         room = record["max_length"] - (0 if decoder else record["max_new_tokens"])
         if len(ids) > room:
             raise UsageError(f"Row {number} has {len(ids)} tokens, and {room} leave room for an answer: shorten it.")
-        settings = {"max_new_tokens": record["max_new_tokens"], "ends": record["ends"]}
-        frame = decoder.prompt if decoder else ()
-        return {"prediction": continuations(self.model, self.tokenizer, [ids], decoder_prompt=frame, **settings)[0]}
+        return ids
+
+    def _continuations(self, asked: Sequence[list[int]]) -> list[str]:
+        """Return what the model writes after each request."""
+        settings = {"max_new_tokens": self.record["max_new_tokens"], "ends": self.record["ends"]}
+        frame = self._decoder.prompt if self._decoder else ()
+        return continuations(self.model, self.tokenizer, asked, decoder_prompt=frame, **settings)
 
     def _answers(self, rows: Sequence[Mapping[str, Any] | str], batch_size: int) -> list[dict[str, Any]]:
         """Return which option each row gets, or the answer that is written."""

@@ -9,11 +9,12 @@ from typing import Any
 
 from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
+from zokernel.finetune.tasks.alpaca import alpaca_messages
 from zokernel.finetune.tasks.chat_template import has_chat_template
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.encoded import keep_end
 from zokernel.finetune.tasks.seq2seq import Decoder
-from zokernel.finetune.tasks.text import Messages, alpaca_messages
+from zokernel.finetune.tasks.text import Messages
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ class PairEncoder(TextEncoder):
         labels = [*before, *ids[:room], *after]
         scored = list(range(1, len(labels) + 1)) if ids and source else []
         return EncodedText([start, *labels], scored, [len(labels) + 1], source), lost
+
+    def is_too_long(self, row: Row) -> bool:
+        """Whether nothing counts because a row is too long: never, since source and answer are cut apart."""
+        return False
 
     def prompt(self, row: Row) -> tuple[list[int], str]:
         """Return what the encoder reads, and the answer in the row."""

@@ -39,14 +39,6 @@ READ = {
     "text": ("text",),
 }
 COLUMNS_OF_TEXT = "messages; prompt and completion; instruction, input and output; or text"
-# The wording of the Stanford Alpaca project (Taori et al., 2023).
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
 
 
 @dataclass(frozen=True)
@@ -94,8 +86,9 @@ class TextTask(Task):
             except UsageError as error:
                 raise UsageError(f"{where}, {place}: {error}") from error
             if found is None and (other := _other_form(row, self.form)):
+                rest = "those before it have" if number else "the run learns from"
                 raise UsageError(
-                    f"{where}, {place}: this row has {_named(other)}, and those before it have {_named(self.form)}: "
+                    f"{where}, {place}: this row has {_named(other)}, and {rest} {_named(self.form)}: "
                     "put the two kinds in files of their own."
                 )
             if found is None:
@@ -107,7 +100,7 @@ class TextTask(Task):
         for role, place in strange.items():
             logger.warning("%s, %s: %r is no usual role; it is for the chat template to know.", where, place, role)
         if not kept:
-            raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}.")
+            raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}{_absent(rows, self.form)}.")
         if empty:
             told, verb = count_rows(len(empty)), "is" if len(empty) == 1 else "are"
             logger.info("%s: %s without text %s left out (the first: %s).", where, told, verb, empty[0])
@@ -134,8 +127,30 @@ class TextTask(Task):
 
 def _named(form: str) -> str:
     """Return the columns of a form in words."""
-    first, *more = [repr(name) for name in READ[form][: 1 if form in ("messages", "text") else 2]]
-    return " and ".join([first, *more])
+    return " and ".join(map(repr, needed(form)))
+
+
+def needed(form: str) -> tuple[str, ...]:
+    """Return the columns that every row of a form has."""
+    return READ[form][: 1 if form in ("messages", "text") else 2]
+
+
+def _absent(rows: Sequence[Row], form: str) -> str:
+    """Return which columns of a form no row has, and which there are instead; empty if all are there."""
+    there = list(dict.fromkeys(str(name) for row in rows for name in row))
+    absent = [repr(name) for name in needed(form) if name not in there]
+    if not absent or (form == "messages" and "conversations" in there):
+        return ""
+    return f": it has no column {' or '.join(absent)}, and its columns are {', '.join(map(repr, there)) or 'none'}"
+
+
+def read_as(form: str, row: Row) -> Row | None:
+    """Return a row in a form, or None if it has no text there.
+
+    Raises:
+        UsageError: If a cell holds something else.
+    """
+    return _FORMS[form](row)
 
 
 def _messages_row(row: Row) -> Row | None:
@@ -316,27 +331,3 @@ def _extras(row: Row) -> dict[str, Any]:
         if not is_missing(value) and value:
             found[name] = value
     return found
-
-
-def alpaca_prompt(row: Row) -> str:
-    r"""Return the prompt of an instruction in Alpaca's words, for a tokenizer without a chat template.
-
-    Example:
-        >>> row = {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "", "history": []}
-        >>> alpaca_prompt(row).splitlines()[2:]
-        ['### Instruction:', 'Add.', '', '### Input:', '1 + 1', '', '### Response:']
-    """
-    preamble = row["system"] or (ALPACA_WITH_INPUT if row["input"].strip() else ALPACA_WITHOUT_INPUT)
-    told = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{said}\n\n" for asked, said in row["history"])
-    more = f"### Input:\n{row['input']}\n\n" if row["input"].strip() else ""
-    return f"{preamble}\n\n{told}### Instruction:\n{row['instruction']}\n\n{more}### Response:\n"
-
-
-def alpaca_messages(row: Row) -> tuple[Messages, Messages]:
-    """Return an instruction as a chat, as LLaMA-Factory reads it: the messages before the answer, and the answer."""
-    before: Messages = [{"role": "system", "content": row["system"]}] if row["system"].strip() else []
-    for asked, said in row["history"]:
-        before += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    question = f"{row['instruction']}\n{row['input']}" if row["input"].strip() else row["instruction"]
-    before.append({"role": "user", "content": question})
-    return before, [{"role": "assistant", "content": row["output"]}]
