@@ -225,7 +225,7 @@ def test_weights_stored_in_bf16_are_perturbed_exactly_unless_told_otherwise(part
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"method": "mezzo"}, "There is no method 'mezzo'"),
+        ({"method": "mezzo"}, "There is no method 'mezzo': choose one of auto, adamw, .*grzo"),
         ({"precision": "fp8"}, "precision must be"),
         ({"method_args": ["radius"]}, "key=value"),
         ({"method_args": ["radius=0.5"]}, "Method 'mezo' has no option 'radius'"),

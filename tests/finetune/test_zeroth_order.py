@@ -259,7 +259,7 @@ def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
     ("settings", "match"),
     [
         ({"methods": "mezo"}, r"no setting 'methods' \(did you mean method\?\)"),
-        ({"method": "mezzo"}, "There is no method 'mezzo'"),
+        ({"method": "mezzo"}, "There is no method 'mezzo': choose one of auto, adamw, (?!.*grzo).*mezo"),
         ({"perturb": "sideways"}, "perturb must be one of"),
         ({"save_strategy": "sometimes"}, "save_strategy must be one of no, .*, journal, not 'sometimes'"),
         ({"zo_point_ranks": 2, "zo_parallel": "data"}, "zo_point_ranks is for zo_parallel hybrid"),

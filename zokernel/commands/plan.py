@@ -198,7 +198,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
     prompt = load_prompt_task(data_arguments)
     if prompt.kind != "classification":
-        raise UsageError(f"A plan is made for classification, not for a {prompt.kind} task: choose another --task.")
+        raise UsageError(f"A plan is made for classification{_instead(prompt, data_arguments)}.")
     splits = load_splits(data_arguments, prompt, seed=arguments.seed)
     rows = splits.train[: arguments.update_examples] + splits.validation[: arguments.observe_examples]
     if len(rows) < arguments.update_examples + arguments.observe_examples:
@@ -230,6 +230,17 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
             return option_scores(model, inputs)
 
     return replace(exact, score=score_as_trained), exact
+
+
+def _instead(task: Any, data: Any) -> str:
+    """Return what the data are instead of a classification, and which flags make them one."""
+    if task.kind == "text" and not (data.task or data.task_file):
+        from zokernel.finetune.tasks.text import needed
+
+        columns = " and ".join(map(repr, needed(task.form)))
+        return f", and these rows have {columns}, to be learned as text: say --template and --label_words"
+    flag = "task" if data.task else "task_file" if data.task_file else "dataset_name"
+    return f", not for a {task.kind} task: choose another --{flag}"
 
 
 def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:

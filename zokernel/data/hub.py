@@ -128,7 +128,7 @@ def _answer(
         close = _close_names(name, kind)
         hint = f" (close: {', '.join(close)})" if close else ""
         private = "your token may not read it" if authorized else "it is private (log in with 'hf auth login')"
-        return UsageError(f"The hub has no {what[0].lower()}{what[1:]}{hint}, or {private}.")
+        return UsageError(f"The hub has no {what[0].lower()}{what[1:]}{hint}, or {private}{_nor_here(name)}.")
     if status == 403:
         return RunError(f"Your access token does not allow this with {what[0].lower()}{what[1:]}{said}: see {page}.")
     if status == 429:
@@ -203,14 +203,19 @@ def _unreachable(
     if constants.is_offline_mode():
         return UsageError(
             f"{what} is not in the cache, or not wholly ({constants.HF_HOME}), and HF_HUB_OFFLINE=1 keeps from asking "
-            "the hub: unset it until everything is there."
+            f"the hub: unset it until everything is there{_nor_here(name)}."
         )
     known = outage() or (first_line(away[-1]) if away else "")
     reason = f" ({known})" if known else ""
     return RunError(
         f"The hub {constants.ENDPOINT} cannot be reached{reason}, and {what[0].lower()}{what[1:]} is not wholly in the "
-        "cache: check the network and any proxy, or give files of your own."
+        f"cache: check the network and any proxy, or give files of your own{_nor_here(name)}."
     )
+
+
+def _nor_here(name: str) -> str:
+    """Return that a name is no folder here either, in case one was meant; empty if there is something of that name."""
+    return "" if Path(name).expanduser().exists() else f" (there is no folder {name} here)"
 
 
 def _missing_file(

@@ -144,6 +144,7 @@ def _look(folder: Path, config: ZOConfig, deciding: dict[str, Any], held: ExitSt
     if config.should_save:
         held.enter_context(exclusive(folder))
         there = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(asked), settings=deciding)
+        held.enter_context(output.left_empty_if_refused(folder, new=there == "new"))
     there = from_main(there)
     return there, asked if asked.lower() not in ("", "last", "true") else there == "unfinished"
 
@@ -341,8 +342,7 @@ class _Job:
 
 def from_main(value: Any) -> Any:
     """Return what the main process passed, on every process."""
-    shared: list[Any] = broadcast_object_list([value])
-    return shared[0]
+    return broadcast_object_list([value])[0]
 
 
 def evaluate(trainer: ZOTrainer, dataset: Any) -> dict[str, float]:

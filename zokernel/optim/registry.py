@@ -57,6 +57,16 @@ def get_method(name: str) -> type[torch.optim.Optimizer]:
     return known[name]
 
 
+def is_plugin(name: str) -> bool:
+    """Return whether a plugin offers a method of that name.
+
+    Example:
+        >>> is_plugin("mezo")
+        False
+    """
+    return any(True for _ in importlib.metadata.entry_points(group=PLUGINS, name=name))
+
+
 def method_options(name: str) -> dict[str, Any]:
     """Return the options of a method with their defaults.
 

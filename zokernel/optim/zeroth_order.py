@@ -78,6 +78,7 @@ class ZerothOrder(AskTell):
     """
 
     first_order: ClassVar[bool] = False
+    by_example: ClassVar[bool] = False  # whether it needs the loss of every example
     memory_copies: ClassVar[float] = 0.0  # fp32 copies of the trained parameters that the method always keeps
     watches_loss = True  # warn of losses that cannot be compared; a trainer that checks this itself sets it False
 

@@ -80,27 +80,27 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     check_flags(arguments)
     arguments = with_gguf(with_base(arguments))
     check_adapter(arguments)
-    name = arguments.model_name_or_path
+    name, file = arguments.model_name_or_path, arguments.gguf_file
     if arguments.dtype not in (*DTYPES, "auto"):
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
     path = resolve_model_path(name)
     if Path(path).exists():
         refuse_pickles(path, what="model")
-        if arguments.gguf_file is None:
+        if file is None:
             check_folder(Path(path))
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path:
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
         adapter_config(arguments.adapter_name_or_path)
     options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    options |= {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+    options |= {"gguf_file": file} if file else {}
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # a configuration may be wrong in any way
         both = with_base_on_hub(arguments, error)
         if both is not None:
             return check_model(both)
-        raise not_loaded(name, error, revision=arguments.model_revision) from error
+        raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
     check_stored(arguments, architecture)
     if stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
         raise UsageError(
@@ -113,7 +113,8 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise not_loaded(name, error, what="tokenizer", revision=arguments.model_revision) from error
+        revision = arguments.model_revision
+        raise not_loaded(name, error, what="tokenizer", revision=revision, gguf_file=file) from error
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise UsageError(
             f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "
@@ -123,7 +124,9 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
 
 
-def not_loaded(name: str, error: Exception, *, what: str = "model", revision: str | None = None) -> ZokernelError:
+def not_loaded(
+    name: str, error: Exception, *, what: str = "model", revision: str | None = None, gguf_file: str | None = None
+) -> ZokernelError:
     """Return the error that tells in one sentence why a model, or its tokenizer, could not be loaded."""
     if "trust_remote_code" in str(error):
         return UsageError(
@@ -134,6 +137,9 @@ def not_loaded(name: str, error: Exception, *, what: str = "model", revision: st
         if explained is not None:
             return explained
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    if gguf_file is not None:
+        whole = "GGUF file" if what == "model" else "The tokenizer of"
+        return UsageError(f"{whole} {Path(name) / gguf_file} could not be loaded ({reason}): fetch it again.")
     told = f"{'Model' if what == 'model' else 'The tokenizer of'} {name!r} could not be loaded ({reason})"
     if not Path(name).is_dir():
         return UsageError(

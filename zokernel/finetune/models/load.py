@@ -118,7 +118,8 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
             **options,
         )
     except Exception as error:  # files may be wrong in any way
-        raise not_loaded(name, error, revision=arguments.model_revision) from error
+        revision, file = arguments.model_revision, arguments.gguf_file
+        raise not_loaded(name, error, revision=revision, gguf_file=file) from error
     finally:
         library.set_verbosity(verbosity)
     check_complete(model, found, name)

@@ -21,6 +21,17 @@ class Sample:
     answer: str
 
 
+def shown_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return a prompt as text, without what the tokenizer puts around every text; the marks of turns stay."""
+    around = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep", "pad")}
+    kept = list(ids)
+    while kept and kept[0] in around:
+        kept.pop(0)
+    while kept and kept[-1] in around:
+        kept.pop()
+    return str(tokenizer.decode(kept))
+
+
 def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
     """Return the control tokens with which the learned part of a row ends, such as the end of a turn."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -12,7 +12,7 @@ from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.rewards.objective import RewardObjective
 from zokernel.finetune.rewards.prompts import PromptDataset, encode_prompts, ends_of, rewards_of
 from zokernel.finetune.rewards.start import Start
-from zokernel.finetune.scoring.continuations import Sample
+from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.settings.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
@@ -51,5 +51,5 @@ def reward_samples(datasets: dict[str, PromptDataset], tokenizer: Any) -> list[S
     for example in datasets["test"].examples[:SAMPLES]:
         rest = {name: value for name, value in example.row.items() if name != "prompt"}
         told = json.dumps(rest, ensure_ascii=False, default=str) if rest else ""
-        found.append(Sample(example.input_ids, tokenizer.decode(example.input_ids), told))
+        found.append(Sample(example.input_ids, shown_prompt(tokenizer, example.input_ids), told))
     return found

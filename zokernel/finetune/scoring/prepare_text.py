@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
 from zokernel.finetune.data.datasets import Splits
-from zokernel.finetune.scoring.continuations import Sample
+from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
@@ -72,7 +72,7 @@ def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sampl
     for row in splits.test:
         ids, answer = encoder.prompt(row)
         if ids and len(ids) <= room:
-            found.append(Sample(ids, encoder.tokenizer.decode(ids), answer))
+            found.append(Sample(ids, shown_prompt(encoder.tokenizer, ids), answer))
         if len(found) == SAMPLES:
             break
     return found

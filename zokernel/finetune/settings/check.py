@@ -133,6 +133,17 @@ def check_rule(name: str, value: Any, rules: Mapping[str, Rule] = RULES) -> None
         raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
 
 
+def check_output(folder: str | None) -> None:
+    """Refuse an output folder that is a file, or would be in one.
+
+    Raises:
+        UsageError: If it is.
+    """
+    for path in (Path(folder), *Path(folder).parents) if folder else ():
+        if path.is_file():
+            raise UsageError(f"output_dir {folder} cannot be a folder: {path} is a file, so choose another.")
+
+
 def check_values(settings: Any) -> None:
     """Refuse values that no run can work with.
 
@@ -157,6 +168,7 @@ def check_values(settings: Any) -> None:
         check_rule(name, value, rules)
         if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
             _check_json(name, value)
+    check_output(values.get("output_dir"))
     if "warmup_steps" in values:
         _check_warmup(values)
     if values.get("dataloader_prefetch_factor") is not None and not values["dataloader_num_workers"]:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.check import check_rule
+from zokernel.finetune.settings.check import check_output, check_rule
 from zokernel.finetune.settings.unsupported import is_first_order, keep_no_activations, refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
 
@@ -64,7 +64,8 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     combined: Any = object.__new__(_combined(kind))
     vars(combined).update(vars(args))
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
-    combined.check_method()
+    combined.check_method(by_example=False)
+    check_output(combined.output_dir)
     rate = combined.learning_rate
     if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
         raise UsageError(f"learning_rate must be a finite number >= 0, not {rate!r}.")

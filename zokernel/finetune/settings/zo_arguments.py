@@ -8,6 +8,7 @@ from typing import Any
 
 from zokernel.errors import UsageError
 from zokernel.optim import get_method, method_options
+from zokernel.optim.registry import is_plugin, methods
 
 # Options that most methods share and that have a flag of their own; the others go through --method_args.
 SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
@@ -76,14 +77,19 @@ class ZOArguments:
         default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
     )
 
-    def check_method(self) -> None:
+    def check_method(self, *, by_example: bool = True) -> None:
         """Check that the method exists, the way of perturbing, and that no flag of them would be ignored.
+
+        Args:
+            by_example: Whether methods that need the loss of every example are among those to choose from.
 
         Raises:
             UsageError: If something does not exist, or would be ignored.
         """
-        if self.method != AUTO:
-            get_method(self.method)
+        known = methods()
+        if self.method not in (AUTO, *known) and not is_plugin(self.method):
+            names = [name for name, kind in known.items() if by_example or not getattr(kind, "by_example", False)]
+            raise UsageError(f"There is no method {self.method!r}: choose one of {', '.join([AUTO, *names])}.")
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
         if self.method != AUTO and getattr(get_method(self.method), "first_order", False):

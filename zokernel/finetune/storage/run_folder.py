@@ -120,11 +120,33 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         raise UsageError(
             f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."
         )
-    # The file that says whose folder this is goes last, so that a kill half-way leaves it ours.
+    _clear(folder)
+    return "new"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run left; the file that says whose folder this is goes last, so that a kill leaves it ours."""
     for pattern in ARTEFACTS:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return "new"
+
+
+@contextmanager
+def left_empty_if_refused(folder: Path, *, new: bool) -> Iterator[None]:
+    """Remove what a new run has written if it is refused before its first step: there is nothing to continue.
+
+    Args:
+        folder: The output folder.
+        new: Whether the run began in an empty folder.
+    """
+    try:
+        yield
+    except UsageError:
+        journal, later = folder / FILE_NAME, ("steps.jsonl", METRICS_FILE, "*.safetensors")
+        begun = journal.exists() and Journal.read(journal).num_steps > 0
+        if new and not begun and not any(list(folder.glob(pattern)) for pattern in later):
+            _clear(folder)
+        raise
 
 
 def refuse_old_run(folder: Path) -> None:

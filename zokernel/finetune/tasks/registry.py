@@ -74,7 +74,8 @@ def customize(
             task = replace(task, template=text, masked_template=None)
     if label_words or labels:
         if not isinstance(task, PromptTask):
-            raise UsageError(f"A {task.kind} task has no label words: leave out --label_words and --labels.")
+            given = [flag for flag, value in (("--label_words", label_words), ("--labels", labels)) if value]
+            raise UsageError(f"A {task.kind} task has no label words: leave out {' and '.join(given)}.")
         if label_words:
             task = replace(task, label_words=tuple(label_words), labels=(), masked_label_words=())
         if labels:

@@ -58,6 +58,8 @@ class GRZO(ZerothOrder):
         GRZO (2026), arXiv:2606.02857.
     """
 
+    by_example = True
+
     def __init__(
         self,
         params: Params,
