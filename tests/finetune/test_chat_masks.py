@@ -49,7 +49,7 @@ CHATS = [
 @pytest.mark.parametrize(
     ("form", "row", "match"),
     [
-        ("prompt-completion", {"instruction": "a", "output": "b"}, "^it has 'instruction' and 'output', and the run "),
+        ("prompt-completion", {"instruction": "a", "output": "b"}, "^it has 'instruction', 'output', and the run "),
         ("messages", {"text": "a"}, "rows with 'messages': put what is to be answered into a column 'messages'"),
         ("instruction", {"prompt": "a"}, "learned from rows with 'instruction' and 'output'"),
         ("text", {"prompt": "a"}, "learned from rows with 'text'"),

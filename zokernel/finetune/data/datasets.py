@@ -128,9 +128,10 @@ def _task_of_rows(arguments: DataArguments) -> Task:
     elif not (arguments.template or arguments.label_column):
         form = form_of(rows)
         if form not in (None, "text") and not any("label" in row for row in rows):
+            given = " and ".join(f"--{name}" for name in ("label_words", "labels") if getattr(arguments, name))
             raise UsageError(
-                f"The columns are of the form {form!r}, which is trained on without label words: leave out "
-                "--label_words and --labels, or name --template and --label_column to classify."
+                f"The columns are of the form {form!r}, which is trained on without label words: leave out {given}, "
+                "or name --template and --label_column to classify."
             )
     return classification(rows, arguments)
 

@@ -191,7 +191,7 @@ class TextEncoder:
         """Return a row in the form of the task, with an answer that is not known in its place."""
         column = _QUESTIONS[self.form][0]
         if not isinstance(row, str) and not any(name in row for name in _QUESTIONS[self.form]):
-            there, learned = (" and ".join(map(repr, names)) for names in (row, needed(self.form)))
+            there, learned = ", ".join(map(repr, row)), " and ".join(map(repr, needed(self.form)))
             raise UsageError(
                 f"it has {there or 'no column'}, and the run learned from rows with {learned}: put what is to be "
                 f"answered into a column {column!r}."
