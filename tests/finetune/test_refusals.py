@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from zokernel.cli import main
-from zokernel.errors import UsageError
+from zokernel.errors import RunError, UsageError
 from zokernel.finetune.models.check import not_loaded
 from zokernel.finetune.scoring.continuations import shown_prompt
 from zokernel.finetune.settings.check import check_output
@@ -42,9 +42,9 @@ def test_only_a_new_run_without_a_step_is_removed(file, new, kept, tmp_path):
 def test_an_output_dir_that_is_a_file_is_named_before_data_are_read(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("mine")
     monkeypatch.setattr("zokernel.finetune.job.load_task", lambda *_, **__: pytest.fail("data were read"))
-    assert main(["finetune", *flags, "--output_dir", str(tmp_path / "taken")]) == 2
+    assert main(["finetune", *flags, "--output_dir", str(tmp_path / "taken")]) == 1
     assert f"{tmp_path / 'taken'} is a file, so choose another." in capsys.readouterr().err
-    with pytest.raises(UsageError, match="taken is a file"):
+    with pytest.raises(RunError, match="taken is a file"):
         check_output(str(tmp_path / "taken" / "run"))
     check_output(str(tmp_path / "new"))
 

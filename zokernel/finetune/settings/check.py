@@ -18,7 +18,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from zokernel.errors import UsageError
+from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
@@ -137,11 +137,11 @@ def check_output(folder: str | None) -> None:
     """Refuse an output folder that is a file, or would be in one.
 
     Raises:
-        UsageError: If it is.
+        RunError: If it is.
     """
     for path in (Path(folder), *Path(folder).parents) if folder else ():
         if path.is_file():
-            raise UsageError(f"output_dir {folder} cannot be a folder: {path} is a file, so choose another.")
+            raise RunError(f"The output folder {folder} cannot be written: {path} is a file, so choose another.")
 
 
 def check_values(settings: Any) -> None:
