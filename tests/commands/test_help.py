@@ -123,7 +123,7 @@ def test_without_a_command_all_are_listed(capsys):
 def test_help_of_a_command_by_name(capsys):
     with pytest.raises(SystemExit):
         main(["help", "claims"])
-    assert capsys.readouterr().out.startswith("The claims of the three papers")
+    assert capsys.readouterr().out.startswith("The claims of the papers: what came out")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from crossed_files import PACKAGE, files_of
 from trainers import make_trainer
 
 # The closure's own work (a forward without dropout, the loss, its micro-batches) and the record written afterwards.
-LOSS = {"finetune/trainer/zo_trainer.py", "finetune/scoring/objective.py", "finetune/scoring/options.py"}
-CLOSURE = {"finetune/trainer/micro_batches.py", "finetune/trainer/evaluation_mode.py", *LOSS}
+SCORING = {"finetune/scoring/objective.py", "finetune/scoring/options.py", "finetune/scoring/wide_head.py"}
+CLOSURE = {*SCORING, *(f"finetune/trainer/{name}.py" for name in ("zo_trainer", "micro_batches", "evaluation_mode"))}
 RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}
 
 

@@ -1,4 +1,4 @@
-"""The claims of the papers: what was tested, what came out, on what evidence, and what would refute it.
+"""The claims of the papers: what came out of each, on what evidence, and what would refute it.
 
 zokernel claims
 zokernel claims --paper KerZOO --verdict "does not hold"
