@@ -60,10 +60,12 @@ def draw(found: dict[str, dict[str, Any]], path: Path, *, dark: bool) -> None:
         for name, row in found.items():
             memory, colour = row["memory"] / row["inference"], PALETTE[2 if name in FORWARD_ONLY else 1]
             axes.errorbar(memory, 100 * row["accuracy"], 196 * row["error"], fmt="o", color=colour, markersize=7)
-            axes.annotate(name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", color=ink)
+            axes.annotate(
+                name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", va="center", color=ink
+            )
         axes.axhline(100 * found["MeZO"]["before"], color=ink, linestyle=":", linewidth=1)
-        axes.annotate("before training", (0.01, 100 * found["MeZO"]["before"]), (0, 4), color=ink, fontsize=9)
-        axes.texts[-1].set_transform(axes.get_yaxis_transform())
+        where = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axes.text(0.99, 100 * found["MeZO"]["before"], "before training", color=ink, fontsize=9, **where)
         axes.set(xlabel="peak memory of training, relative to inference", ylabel="accuracy, %")
         axes.set_xlim(left=0.9, right=axes.get_xlim()[1] * 1.12)
         for part in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
