@@ -108,7 +108,7 @@ def test_mistakes_are_named(run, tmp_path):
     predictor = load_predictor(run)
     with pytest.raises(UsageError, match=r"Row 2 has no 'sentence' \(it has text\)"):
         predictor(["good", {"text": "bad"}])
-    with pytest.raises(UsageError, match="Row 1 has nothing in 'sentence'"):
+    with pytest.raises(UsageError, match="Row 1 has nothing in 'sentence'; the template"):
         predictor([{"sentence": None}])
     with pytest.raises(UsageError, match="Row 2 is None, neither"):
         predictor(["good", None])

@@ -193,10 +193,9 @@ class Predictor:
             row = {self.columns[0]: row}
         missing = [name for name in self.columns if row.get(name) is None]
         if missing:
-            raise UsageError(
-                f"Row {number} has {'nothing in' if missing[0] in row else 'no'} {missing[0]!r} (it has "
-                f"{', '.join(map(str, row))}); the template is {self.task.template!r}."
-            )
+            lacks = f"no {missing[0]!r} (it has {', '.join(map(str, row))})"
+            lacks = f"nothing in {missing[0]!r}" if missing[0] in row else lacks
+            raise UsageError(f"Row {number} has {lacks}; the template is {self.task.template!r}.")
         # Tasks phrase an example with its label; any will do, since it is not read here.
         return {**row, self.task.label_column: self._any_label(row)}
 
