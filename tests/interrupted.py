@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import contextmanager
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +18,7 @@ class Stop(Exception):
 
 
 def stop_at(monkeypatch, step):
-    """Make the run die in the forward passes of a step."""
+    """Make the run die as a step begins."""
     real = resumable.RunJournal.step
 
     def dying(self, optimizer, closure):
@@ -23,6 +27,21 @@ def stop_at(monkeypatch, step):
         return real(self, optimizer, closure)
 
     monkeypatch.setattr(resumable.RunJournal, "step", dying)
+
+
+@contextmanager
+def ctrl_c_in(monkeypatch, step):
+    """A context in which a run gets Ctrl-C as a step begins: it finishes the step and ends."""
+    real = resumable.RunJournal.step
+
+    def interrupted(self, optimizer, closure):
+        if optimizer.step_count == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, optimizer, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable.RunJournal, "step", interrupted)
+        yield
 
 
 def interrupted_run(run, monkeypatch, *flags, step=10):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
+from interrupted import ctrl_c_in
 from models import build
 from safetensors.torch import load_file
 from test_text_losses import documents, loud
@@ -19,7 +18,6 @@ from zokernel.finetune.data.collate_text import TextCollator, TextDataset
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.tasks import get_task
-from zokernel.finetune.trainer import resumable
 from zokernel.finetune.trainer.micro_batches import MicroBatches
 from zokernel.journal import Journal
 from zokernel.optim import GRZO
@@ -121,15 +119,7 @@ def test_a_run_is_resumed_and_replayed_to_the_same_bits(flags, tmp_path, monkeyp
     whole += ["--load_best_model_at_end", "false"]
     assert main(["finetune", *whole]) == 0
     cut = [*whole, "--output_dir", str(tmp_path / "cut")]
-    real = resumable.RunJournal.step
-
-    def interrupted(self, optimizer, closure):
-        if optimizer.step_count == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", interrupted)
+    with ctrl_c_in(monkeypatch, step=4):
         assert main(["finetune", *cut]) == 130
     assert Journal.read(tmp_path / "cut").num_steps == 4
     assert main(["finetune", *cut]) == 0

@@ -6,13 +6,12 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from interrupted import interrupted_run, same, weights
+from interrupted import ctrl_c_in, interrupted_run, same, weights
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +21,6 @@ from zokernel.finetune import job, replay
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.storage.lock import LOCK_FILE, exclusive
 from zokernel.finetune.storage.state_file import load_state, save_state
-from zokernel.finetune.trainer import resumable
 from zokernel.journal import Journal
 
 STEPS = 14
@@ -149,15 +147,7 @@ def test_a_checkpoint_of_a_later_epoch_continues_with_the_same_examples(parts, t
 
 def test_ctrl_c_with_a_journal_saves_no_weights_and_continues(run, tmp_path, monkeypatch, caplog):
     assert run("whole", "--save_strategy", "journal") == 0
-    real = resumable.RunJournal.step
-
-    def interrupted(self, optimizer, closure):
-        if optimizer.step_count == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", interrupted)
+    with ctrl_c_in(monkeypatch, step=6):
         assert run("cut", "--save_strategy", "journal") == 130
     assert "continue with the same command" in caplog.text
     assert Journal.read(tmp_path / "cut").num_steps == 6

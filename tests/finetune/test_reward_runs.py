@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 from chats import MARKED, chat_tokenizer
+from interrupted import ctrl_c_in
 from models import build
 from safetensors.torch import load_file
 
 from zokernel.cli import main
 from zokernel.finetune.rewards import generate
-from zokernel.finetune.trainer import resumable
 from zokernel.journal import Journal
 
 JUDGE = """
@@ -158,15 +156,7 @@ def test_a_run_is_resumed_and_replayed_to_the_same_bits_without_generation(flags
     whole += ["--num_generations", "2", "--temperature", "1.0", "--method", "eggroll", "--num_perturbations", "2"]
     assert main(["finetune", *whole]) == 0
     cut = [*whole, "--output_dir", str(tmp_path / "cut")]
-    real = resumable.RunJournal.step
-
-    def interrupted(self, optimizer, closure):
-        if optimizer.step_count == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", interrupted)
+    with ctrl_c_in(monkeypatch, step=4):
         assert main(["finetune", *cut]) == 130
     calls = tmp_path / "calls.txt"
     calls.unlink()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 from chats import turns
+from interrupted import ctrl_c_in
 from models import SEQ2SEQ, save_model
 from safetensors.torch import load_file
 
 from zokernel.cli import main
 from zokernel.finetune import load_predictor
-from zokernel.finetune.trainer import resumable
 
 ANSWER = "good good"
 ROWS = {
@@ -136,15 +134,7 @@ def test_examples_have_directions_of_their_own_with_an_adapter_only(run, tmp_pat
 def test_a_killed_run_ends_with_the_same_bits_and_the_journal_rebuilds_them(run, model_path, tmp_path, monkeypatch):
     plan = ("--save_strategy", "journal", "--load_best_model_at_end", "false", "--max_steps", "6")
     assert run("chat.jsonl", *plan, out="whole") == 0
-    real = resumable.RunJournal.step
-
-    def interrupted(self, optimizer, closure):
-        if optimizer.step_count == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self, optimizer, closure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable.RunJournal, "step", interrupted)
+    with ctrl_c_in(monkeypatch, step=4):
         assert run("chat.jsonl", *plan, out="cut") == 130
     assert run("chat.jsonl", *plan, out="cut") == 0
     rebuilt = ["--base", str(model_path), "--journal", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "again")]

@@ -21,6 +21,7 @@ from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
+from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.saved import task_of_values, task_values
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
@@ -118,7 +119,8 @@ class Predictor:
         precision = torch.bfloat16 if self.record["precision"] == "bf16" else torch.float32
         with torch.autocast(self._device.type, precision, enabled=precision == torch.bfloat16):
             if isinstance(self.task, TextTask):
-                asked = [self._request(row, number) for number, row in enumerate(rows, start=1)]
+                encoder = self._text_encoder()
+                asked = [self._request(encoder, row, number) for number, row in enumerate(rows, start=1)]
                 return [{"prediction": text} for text in self._continuations(asked)]
             return self._answers(rows, batch_size)
 
@@ -126,12 +128,17 @@ class Predictor:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _request(self, row: Mapping[str, Any] | str, number: int) -> list[int]:
+    def _text_encoder(self) -> TextEncoder:
+        length, kind = self.record["max_length"], self.record["language_model"]
+        return text_encoder(
+            self.task, self.tokenizer, DataArguments(), max_length=length, kind=kind, decoder=self._decoder
+        )
+
+    def _request(self, encoder: TextEncoder, row: Mapping[str, Any] | str, number: int) -> list[int]:
         """Return the tokens of a chat, an instruction or a text, after which the model answers."""
         record, decoder = self.record, self._decoder
-        flags = {"max_length": record["max_length"], "kind": record["language_model"], "decoder": decoder}
         try:
-            ids = text_encoder(self.task, self.tokenizer, DataArguments(), **flags).request(row)
+            ids = encoder.request(row)
         except UsageError as error:
             raise UsageError(f"Row {number}: {error}") from error
         room = record["max_length"] - (0 if decoder else record["max_new_tokens"])
