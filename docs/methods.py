@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from griffe_roles import to_markdown
+from sentences import item, split
 
 from zokernel.optim.options import SHARED_DEFAULTS, ZerothOrderOptions, constructor_options
 from zokernel.optim.registry import methods
@@ -87,7 +88,12 @@ def markdown(text: str) -> str:
     """
     blocks = to_markdown(re.sub(r"``([^`]+)``", r"`\1`", text)).split("\n\n")
     prose = [block if "$$" in block else re.sub(r"(?<!  )\n(?!  )", " ", block) for block in blocks]
-    return "\n\n".join(re.sub(r"(?<=\S)  (?=\S)", "\n", block) for block in prose)
+    return "\n\n".join(block if "$$" in block else _one_per_line(block) for block in prose)
+
+
+def _one_per_line(block: str) -> str:
+    joined = re.sub(r"(?<=\S)  (?=\S)", " ", block)
+    return "\n".join(sentence for line in joined.splitlines() for sentence in split(line))
 
 
 def cell(text: str) -> str:
@@ -143,16 +149,16 @@ def page(name: str, entry: dict[str, Any]) -> str:
     lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beside the weights | {entry['state']} |", ""]
     for cls in classes.values():
         lines += [f"## {'The formula' if len(classes) == 1 else cls.__name__}", "", formula(cls), ""]
-    lines += ["## When to use it", "", *(f"- {text}" for text in entry["when"]), ""]
+    lines += ["## When to use it", "", *map(item, entry["when"]), ""]
     if "differs" in entry:
-        lines += ["## What differs from the published code", "", *(f"- {text}" for text in entry["differs"]), ""]
+        lines += ["## What differs from the published code", "", *map(item, entry["differs"]), ""]
     for cls in classes.values():
         lines += [f"## Defaults{'' if len(classes) == 1 else f' of {cls.__name__}'}", "", *defaults(cls), ""]
     if name != "first_order":
         lines += ["Every method also has [these options](index.md#options-of-every-method).", ""]
     found = list(dict.fromkeys(filter(None, map(references, classes.values()))))
     if found:
-        lines += ["## Reference", "", *(f"- {text}" for text in found), ""]
+        lines += ["## Reference", "", *map(item, found), ""]
     return "\n".join(lines)
 
 

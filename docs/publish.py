@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sentences import item, split
+
 from zokernel.experiments.base import MODULES, Config
 from zokernel.experiments.claims import PAPERS, Claim, contradictions, load_claims, save_claims, update
 from zokernel.experiments.criteria import VERDICTS
@@ -91,14 +93,20 @@ def claims_page(claims: list[Claim]) -> str:
     lines = [
         "# The claims ledger",
         "",
-        f"{len(claims)} claims of {len(PAPERS)} papers: "
+        f"The ledger holds {len(claims)} claims of {len(PAPERS)} papers: "
         + ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items())
-        + ". Each row names the experiment or the test that decides it, with the number of seeds, how learning rates "
-        "were matched, the size of what was trained, and the outcome that would change the verdict. *Not resolved* "
-        "means that the interval of the measurement includes the bound that decides. Brackets are 95% intervals, or "
-        "ranges where the row says so. A test fails when a committed result contradicts a verdict or a number on this "
-        "page. `zokernel claims` prints the ledger in a terminal. The errata are on [the theory page](../theory.md). "
-        "Written by `python docs/publish.py`.",
+        + ".",
+        "Each row names the experiment or the test that decides it.",
+        "It says how many seeds ran, how learning rates were matched, and how large the trained network was.",
+        "It also says which outcome would change the verdict.",
+        "",
+        "*Not resolved* means that the interval of the measurement includes the bound that decides.",
+        "Brackets are 95% intervals, or ranges where the row says so.",
+        "A test fails when a committed result contradicts a verdict or a number on this page.",
+        "",
+        "`zokernel claims` prints the ledger in a terminal.",
+        "The errata are on [the theory page](../theory.md).",
+        "This page is written by `python docs/publish.py`.",
         "",
     ]
     for paper in PAPERS:
@@ -148,9 +156,10 @@ def experiments_page() -> str:
     lines = [
         "# Every experiment",
         "",
-        f"The results of `zokernel reproduce all --scale cpu`, in the words of the experiments ({len(records)} "
-        f"of {len(MODULES)} experiments, {duration(total)} in all, one thread on shared cores). The numbers are in the "
-        "`result.json` beside the figures. Written by `python docs/publish.py`.",
+        f"These are the results of `zokernel reproduce all --scale cpu`: {len(records)} of {len(MODULES)} experiments.",
+        f"They took {duration(total)} in all, on one thread of shared cores.",
+        "The words are those of the experiments, and the numbers are in the `result.json` beside the figures.",
+        "This page is written by `python docs/publish.py`.",
         "",
     ]
     for name in MODULES:
@@ -159,9 +168,10 @@ def experiments_page() -> str:
         if record is None:
             lines += ["Not run at this scale: no result is committed.", ""]
             continue
-        lines += [f"*{_cell(record['title'])}.*", "", _cell(record["summary"]), ""]
+        lines += [f"*{_cell(record['title'])}.*", "", *split(_cell(record["summary"])), ""]
         lines += [
-            f"- **{v['verdict']}**: {_cell(v['claim'])} {_cell(v['reason'])} (`{v['id']}`)" for v in record["verdicts"]
+            item(f"**{v['verdict']}**: {_cell(v['claim'])} {_cell(v['reason'])} (`{v['id']}`)")
+            for v in record["verdicts"]
         ]
         lines += [
             "",
