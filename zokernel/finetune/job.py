@@ -30,6 +30,7 @@ from zokernel.finetune.models.scales import with_scales
 from zokernel.finetune.monitor.diagnosis import diagnosed
 from zokernel.finetune.monitor.divergence import went_wrong
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
+from zokernel.finetune.monitor.streaming import Streaming
 from zokernel.finetune.predict import write_predictor
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
@@ -191,19 +192,17 @@ class _Job:
         logger.info("%s %s on %d %s examples: %.3f.", *told)
 
         def begun() -> None:
-            # Only now is it certain that the run there is continued, perhaps with a longer --max_steps.
-            (folder / output.METRICS_FILE).unlink(missing_ok=True)
-            write_json(folder / output.RUN_FILE, run | {"settings": deciding})
+            taken = max(trainer.state.global_step, trainer.journal.num_steps if trainer.journal else 0)
+            output.note_begin(folder, run, settings=deciding, total_steps=trainer.state.max_steps, taken=taken)
 
         trainer.when_begun = begun
-        with PeakMemory() as training:
+        with PeakMemory() as training, Streaming(self.model) as streaming:
             if config.do_train:
                 trainer.train(resume_from_checkpoint=resume)
         if any(isinstance(c, StopOnInterrupt) and c.interrupted for c in trainer.callback_handler.callbacks):
             if main:
                 trainer.run_log.save()
-                noted = {"settings": deciding, "seconds": self._seconds(trainer, run)}
-                write_json(folder / output.RUN_FILE, run | noted)
+                write_json(folder / output.RUN_FILE, run | {"seconds": self._seconds(trainer, run)})
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else run["before"]
         written = self._written() if config.do_train else run["written"]
@@ -212,9 +211,10 @@ class _Job:
             if main and self._journal_suffices(trainer, folder):
                 remove_checkpoints(folder)
         samples = shown_samples(self.prepared.samples, run["written"], written)
-        metrics = hide_in_values(self._metrics(trainer, run, after, training.peak_bytes) | {"samples": samples})
+        measured = self._metrics(trainer, run, after, training.peak_bytes) | streaming.facts | {"samples": samples}
+        metrics = hide_in_values(measured)
         if main:
-            write_json(folder / output.RUN_FILE, run | {"settings": deciding, "seconds": metrics["total_seconds"]})
+            write_json(folder / output.RUN_FILE, run | {"seconds": metrics["total_seconds"]})
             if config.do_train and self.model_arguments.merge_adapter:
                 save_merged(trainer.bare_model, folder)
                 metrics["saved"] = "model"

@@ -108,10 +108,10 @@ def draw_loss(
     with figures() as Figure:
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True)
-        upper.plot(forwards, loss, color=PALETTE[0], alpha=0.25, linewidth=0.8, label="training batches")
+        upper.plot(forwards, loss, ".", color=PALETTE[5], markersize=3, label="training batches")
         upper.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
         for points, style, color, label in (
-            (evaluations, "o-", PALETTE[1], "validation"),
+            (evaluations, "o--", PALETTE[1], "validation"),
             (test, "D", PALETTE[2], "test, before and after"),
         ):
             where = [row["forwards"] for row in points]
@@ -200,7 +200,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
 
 ![loss](loss.png)
 
-Thin line: the loss of each training batch; thick line: its moving average; circles: validation; diamonds: test.
+Dots: the loss of each training batch; line: its moving average; circles: validation; diamonds: test.
 {errors}
 
 {samples_section(metrics.get("samples", []), trained=True)}

@@ -51,6 +51,20 @@ def exclusive(folder: Path) -> Iterator[None]:
                         path.rmdir()
 
 
+def holder(folder: Path) -> int | None:
+    """Return the id of the process that took the lock of a folder; None if it is free.
+
+    The process may have been killed since: the file stays then.
+    """
+    if (os.getpid(), folder.resolve()) in _held:  # reading the file would free the lock
+        return os.getpid()
+    try:
+        number = (folder / LOCK_FILE).read_text(encoding="utf-8").removeprefix("pid ")
+    except OSError:
+        return None
+    return int(number) if number.isdecimal() else None
+
+
 def _locked(folder: Path) -> TextIO:
     """Return the lock file of a folder, opened and locked."""
     while True:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
-from zokernel.files import read_json
+from zokernel.files import read_json, write_json
 from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
@@ -196,6 +196,23 @@ def new_record(command: Sequence[str], settings: Mapping[str, Any], base: Mappin
     """
     words = hide_in_words(command)
     return {"zokernel": __version__, "record": RECORD, "command": words, "settings": dict(settings), "base": dict(base)}
+
+
+def note_begin(folder: Path, run: dict[str, Any], *, settings: Mapping[str, Any], total_steps: int, taken: int) -> None:
+    """Write to ``run.json`` that training begins, or goes on where another process left it, perhaps to a later step.
+
+    Args:
+        folder: The output folder, whose run is no longer finished.
+        run: What ``run.json`` holds; changed in place.
+        settings: What decides the run's result.
+        total_steps: Steps the run will have taken when it ends.
+        taken: Steps that earlier processes took.
+    """
+    (folder / METRICS_FILE).unlink(missing_ok=True)
+    run.update(settings=dict(settings), total_steps=total_steps)
+    if taken:
+        run["continued_at"] = [*run.get("continued_at", []), taken]
+    write_json(folder / RUN_FILE, run)
 
 
 def _refuse_other_examples(folder: Path, settings: Mapping[str, Any]) -> None:
