@@ -1,19 +1,22 @@
-"""Figures of the results pages, drawn from the pages' own tables: ``python docs/result_figures.py``.
+"""Figures of the site, light and dark, drawn from committed numbers: ``python docs/result_figures.py``.
 
-A figure cannot say anything else than the table below it, because it is read from there.
+Figures of results pages are read from the pages' own tables, so they cannot say anything else.
+The others are read from records of experiments and from the runs in ``queries.jsonl``.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import re
+import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from zokernel.figures import PALETTE, figures
+from drawing import Line, Panel, bars, curves
 
 RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES = RESULTS.parent / "img"
 
 
 def table(page: str, column: str) -> list[dict[str, str]]:
@@ -53,87 +56,43 @@ def plain(text: str) -> str:
     return text.replace("`", "")
 
 
-def bars(
-    labels: Sequence[str],
-    series: dict[str, Sequence[float]],
-    xlabel: str,
-    *,
-    mark: float | None = None,
-) -> bytes:
-    """Return a chart of horizontal bars as PNG.
-
-    Args:
-        labels: One label a group of bars, from above.
-        series: One number a label, by name of the series.
-        xlabel: What the numbers are.
-        mark: Where a dashed line is drawn.
-    """
-    height = 0.8 / len(series)
-    with figures() as Figure:
-        figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(labels) * max(1, 0.75 * len(series))), layout="constrained")
-        axes = figure.subplots()
-        for n, (name, values) in enumerate(series.items()):
-            where = [row + (n - (len(series) - 1) / 2) * height for row in range(len(labels))]
-            drawn = axes.barh(where, values, 0.92 * height, color=PALETTE[n], label=name)
-            axes.bar_label(drawn, [f"{value:g}" for value in values], padding=3, fontsize=9)
-        axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel=xlabel)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-        if mark is not None:
-            axes.axvline(mark, color="0.35", linestyle="--", linewidth=1)
-        if len(series) > 1:
-            figure.legend(loc="outside upper center", ncols=len(series))
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
-    return small(stream)
-
-
-def small(stream: io.BytesIO) -> bytes:
-    """Return a PNG of at most 64 colours."""
-    from PIL import Image
-
-    stream.seek(0)
-    with Image.open(stream) as image:
-        flat = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    packed = io.BytesIO()
-    flat.save(packed, "PNG", optimize=True)
-    return packed.getvalue()
-
-
-def queries() -> bytes:
+def queries(*, dark: bool = False) -> bytes:
     """Tokens and forwards of ``auto`` as shares of MeZO's."""
     rows = table("queries", "tokens, batch 4")
     shares = {name: [numbers(row[name])[0] for row in rows] for name in ("tokens, batch 4", "forwards, batch 16")}
-    return bars([row[""] for row in rows], shares, "share of what MeZO spends at batch 16", mark=1)
+    return bars([row[""] for row in rows], shares, "share of what MeZO spends at batch 16", mark=1, dark=dark)
 
 
-def speed() -> bytes:
+def speed(*, dark: bool = False) -> bytes:
     """Steps per second against the public step, on a CPU."""
     rows = table("speed", "times as fast")
     times = [numbers(row["times as fast"])[0] for row in rows]
-    return bars([plain(row["step"]) for row in rows], {"": times}, "times as fast as the public step in fp32", mark=1)
+    return bars(
+        [plain(row["step"]) for row in rows], {"": times}, "times as fast as the public step in fp32", mark=1, dark=dark
+    )
 
 
-def gpu() -> bytes:
+def gpu(*, dark: bool = False) -> bytes:
     """Steps per second against the public step, on a GPU."""
     rows = table("gpu", "times as fast")
     series = {
         "SmolLM2-135M": [numbers(row["times as fast"])[0] for row in rows],
         "Llama 1B": [numbers(row["times as fast 2"])[0] for row in rows],
     }
-    return bars([plain(row["step, ms"]) for row in rows], series, "times as fast as the public step in bf16", mark=1)
+    return bars(
+        [plain(row["step, ms"]) for row in rows], series, "times as fast as the public step in bf16", mark=1, dark=dark
+    )
 
 
-def directions() -> bytes:
+def directions(*, dark: bool = False) -> bytes:
     """Milliseconds of a sweep."""
     rows = table("directions", "median ms")
     times = [numbers(row["median ms"])[0] for row in rows]
     labels = [plain(next(iter(row.values()))) for row in rows]
-    return bars(labels, {"": times}, "milliseconds for a sweep over 134.5M weights")
+    return bars(labels, {"": times}, "milliseconds for a sweep over 134.5M weights", dark=dark)
 
 
-def rewards() -> bytes:
+def rewards(*, dark: bool = False) -> bytes:
     """Pass rates before and after."""
     rows = table("rewards", "after, by seed")
     after = [numbers(row["after, by seed"]) for row in rows]
@@ -142,17 +101,121 @@ def rewards() -> bytes:
         "after, mean of the seeds": [round(sum(seeds) / len(seeds), 1) for seeds in after],
     }
     labels = [f"{plain(row['method'])} ({row['trains']})" for row in rows]
-    return bars(labels, series, "unseen prompts that pass (%)")
+    return bars(labels, series, "unseen prompts that pass (%)", dark=dark)
 
 
-FIGURES = {"queries": queries, "speed": speed, "gpu": gpu, "directions": directions, "rewards": rewards}
+def record(name: str) -> dict[str, Any]:
+    """Return the numbers of a committed experiment."""
+    text = (RESULTS / name / "result.json").read_text(encoding="utf-8")
+    return json.loads(text)["numbers"]  # type: ignore[no-any-return]
+
+
+def memory(*, dark: bool = False) -> bytes:
+    """Peak memory of a step over that of an evaluation, at the upper end where the table has a range."""
+    rows = table("speed", "peak / evaluating")
+    ratios = [max(numbers(row["peak / evaluating"])) for row in rows]
+    return bars([plain(row["method"]) for row in rows], {"": ratios}, "peak memory over evaluating", mark=1, dark=dark)
+
+
+def size(*, dark: bool = False) -> bytes:
+    """Milliseconds of the parts of a run against the number of weights."""
+    rows = table("notes/speed", "1040M")
+    weights = [8.7e6, 97.5e6, 1040e6]
+    lines = [
+        Line(row["ms"], weights, [float(row[column].replace(",", "")) for column in ("8.7M", "97.5M", "1040M")])
+        for row in rows
+        if row["ms"] in ("MeZO step", "two forwards of 16 tokens", "sweep", "journal record")
+    ]
+    panel = Panel("cost against model size", lines, "weights", "milliseconds, two CPU cores", log=True)
+    return curves([panel], dark=dark)
+
+
+def effective(*, dark: bool = False) -> bytes:
+    """KerZOO's iterations over MeZO's to one loss, by what is made equal."""
+    ratios = record("kerzoo/loss_curves")["iteration_ratios"]
+    compared = {
+        "the same learning rate": "same lr, over MeZO-3",
+        "the same effective rate": "same effective lr, over MeZO-3",
+        "each at its best rate": "best lrs and best variant, over MeZO-3",
+    }
+    values = [round(ratios[name][0], 2) for name in compared.values()]
+    return bars(list(compared), {"": values}, "KerZOO's iterations over MeZO's to the same loss", mark=1, dark=dark)
+
+
+def directions_per_step(*, dark: bool = False) -> bytes:
+    """What P does: to the error of a run, and to its progress at equal forwards."""
+    gaps = record("entk/horizon")["rows"]
+    steps = sorted({row["T"] for row in gaps})
+    errors = [
+        Line(
+            f"{count} step{'s' * (count > 1)}",
+            [row["P"] for row in gaps if row["T"] == count],
+            [row["gap"] for row in gaps if row["T"] == count],
+        )
+        for count in steps
+    ]
+    budget = [row for row in record("multi_query/budget")["rows"] if row["problem"] == "large quadratic"]
+    kept = {("two-point", "best"): "best rate for each P", ("one-sided", "best"): "the same, one-sided"}
+    kept[("two-point", "equal_rate")] = "the same rate for all P"
+    progress = []
+    for (scheme, column), name in kept.items():
+        rows = [row for row in budget if row["scheme"] == scheme]
+        progress.append(Line(name, [row["P"] for row in rows], [row[column][0] for row in rows]))
+    return curves(
+        [
+            Panel("distance to gradient descent", errors, "directions per step, P", "relative error", True, [1, 4, 16]),
+            Panel(
+                "equal number of forwards", progress, "directions per step, P", "progress over P = 1", True, [1, 4, 16]
+            ),
+        ],
+        dark=dark,
+    )
+
+
+def forwards(*, dark: bool = False) -> bytes:
+    """Training loss against forward passes, mean over seeds with the standard error."""
+    runs = [json.loads(line) for line in (RESULTS / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
+    panels = []
+    for task, title in {"sst2": "SST-2, all weights", "trec": "TREC, all weights"}.items():
+        lines = []
+        for method, rate in {"MeZO, batch 16": 3e-5, "auto, batch 16": None, "auto": None}.items():
+            courses = [
+                run[5] for run in runs if run[:3] == [task, "full", method] and run[4] > 0 and rate in (None, run[3])
+            ]
+            points = list(zip(*courses))
+            lines.append(
+                Line(
+                    method if "batch" in method else f"{method}, batch 4",
+                    [point[0][0] for point in points],
+                    [statistics.mean(p[3] for p in point) for point in points],
+                    [statistics.stdev(p[3] for p in point) / len(point) ** 0.5 for point in points],
+                )
+            )
+        panels.append(Panel(title, lines, "forward passes of a batch", "training loss"))
+    return curves(panels, dark=dark)
+
+
+FIGURES = {
+    "queries": queries,
+    "forwards": forwards,
+    "speed": speed,
+    "memory": memory,
+    "size": size,
+    "gpu": gpu,
+    "directions": directions,
+    "rewards": rewards,
+    "effective-rates": effective,
+    "directions-per-step": directions_per_step,
+}
 
 
 def main() -> None:
     """Draw every figure, or those that are named."""
     for name in sys.argv[1:] or FIGURES:
-        (RESULTS / f"{name}.png").write_bytes(FIGURES[name]())
-        print(f"docs/results/{name}.png")
+        for dark in (False, True):
+            path = IMAGES / f"{name}-{'dark' if dark else 'light'}.svg"
+            path.write_bytes(FIGURES[name](dark=dark))
+            print(path.relative_to(IMAGES.parents[1]))
 
 
 if __name__ == "__main__":
