@@ -137,7 +137,7 @@ def judge_eps(pairs: dict[str, list[dict[str, Any]]], seeds: int) -> Verdict:
         "A smaller eps gives a worse loss, so bias must be removed by the kernel instead (appendix B.3.4, Table 14).",
         combined(less(a, b) for a, b in found.values()),
         f"Final loss of MeZO at eps = 1e-3 and at the smallest eps (95%, {seeds} seeds): {numbers}. A smaller eps "
-        "takes bias away and adds round-off, which only fp16 has to speak of.",
+        "takes bias away and adds round-off, which matters only with fp16 weights.",
         id="kerzoo-eps",
     )
 
