@@ -41,11 +41,15 @@ def executed(path: Path, folder: Path, settings: dict[str, Any] | None = None, t
 
 
 def without_noise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return the notebook without warnings, times and execution details, which differ between machines."""
+    """Return the notebook without warnings, times, and lines that name the home folder of this machine."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "text" in output:
+                    lines = output.text.splitlines(keepends=True)
+                    output.text = "".join(line for line in lines if str(Path.home()) not in line)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -110,7 +110,7 @@ def test_the_first_cell_asks_pip_only_where_zokernel_is_missing(missing, monkeyp
 
 @pytest.mark.smollm2
 def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path):
-    settings = {"MAX_STEPS": 2, "TEST_EXAMPLES": 16}
+    settings = {"MAX_STEPS": 2, "VALIDATION_EXAMPLES": 8, "TEST_EXAMPLES": 16}
     outputs, (metrics, answers) = run("first_finetune", tmp_path, settings, "(metrics, answers)")
     assert figures(outputs) == 1
     assert (metrics["steps"], metrics["num_test"], metrics["forwards"]) == (2, 16, 4)
@@ -127,7 +127,8 @@ def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path):
 
 
 def test_choosing_p_and_eps(tiny_lm_path, movie_reviews_path, tmp_path):
-    settings = {"MODEL": str(tiny_lm_path), "NUM_PROBES": 32, "CURVATURE_PROBES": 4, "STEPS": 2, "TEST_EXAMPLES": 8}
+    settings = {"MODEL": str(tiny_lm_path), "NUM_PROBES": 32, "CURVATURE_PROBES": 4, "STEPS": 2}
+    settings |= {"VALIDATION_EXAMPLES": 8, "TEST_EXAMPLES": 8}
     found = "(plan.as_dict(), rates, runs, errors, [sizes, misses, best])"
     outputs, (plan, rates, runs, errors, (sizes, misses, best)) = run("choosing_p_and_eps", tmp_path, settings, found)
     assert figures(outputs) == 3
