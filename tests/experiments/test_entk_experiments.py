@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from zokernel.experiments import Config
+from zokernel.experiments.entk import model_sizes
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
 from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
@@ -18,6 +22,9 @@ CHECKS = {
     "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
     "entk/horizon": lambda n: all(-0.9 < power[0] < -0.1 for power in n["exponents"].values()),
     "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
+    "entk/model_sizes": lambda n: (
+        len({row["d"] for row in n["rows"]}) == 3 and all(row["v"][0] > 1 for row in n["rows"])
+    ),
     "entk/language_model": lambda n: n["pooled_slope"][0] < 0 and len(n["rows"][0]["relative_by_stream"]) == 2,
 }
 
@@ -51,3 +58,48 @@ def test_five_sentences_have_the_papers_labels():
     assert [label for _, label in FIVE] == [0, 1, 0, 1, 0]
     assert tiny_language_model("gpt2").get_output_embeddings().weight.shape[0] == 97
     assert np.isfinite(language_task(Config("smoke"), steps=1, batch_size=2).batches[0]["targets"].numpy()).all()
+
+
+def test_model_sizes_measure_what_the_dense_jacobian_has():
+    task, count = language_task(Config("smoke"), steps=2, batch_size=2), 200
+    found = model_sizes.measure(task, count, "gaussian", eps=1e-3, seed=0)
+    model = copy.deepcopy(task.model).double()
+    names, weights = zip(*model.named_parameters(), strict=True)
+
+    def observed(*values):
+        arguments = {key: task.observed[key] for key in ("input_ids", "attention_mask")}
+        logits = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (), arguments).logits
+        return logits[:, -1].softmax(-1).flatten()
+
+    parts = torch.autograd.functional.jacobian(observed, weights)
+    jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
+    for n, batch in enumerate(task.batches):
+        loss = F.cross_entropy(model_sizes.last_logits(model, batch), batch["targets"])
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+        assert found.gradient_sq[n] == pytest.approx(gradient.square().sum().item(), rel=1e-4)
+        assert found.change_sq[n] == pytest.approx((jacobian @ gradient).square().sum().item(), rel=1e-3)
+        ratios = np.square(found.slopes[n]) / found.gradient_sq[n]  # chi squared, one degree of freedom
+        assert abs(ratios.mean() - 1) < 4 * np.sqrt(2 / count)
+    sizes = np.diagonal(found.gram)
+    assert abs(sizes.mean() - jacobian.square().sum().item()) < 4 * sizes.std() / np.sqrt(count)
+
+
+def test_model_sizes_errors_are_those_of_the_means_of_directions():
+    rng = np.random.default_rng(0)
+    moved, change, slopes = rng.normal(size=(6, 30)), rng.normal(size=(2, 30)), rng.normal(size=(2, 6))
+    gram, along, squares = moved @ moved.T, change @ moved.T, np.square(change).sum(1)
+    found = model_sizes.Changes(slopes, gram, along, np.array([3.0, 4.0]), squares)
+    for batch in range(2):
+        for group in range(3):
+            chosen = slice(2 * group, 2 * group + 2)
+            mean = (slopes[batch, chosen, None] * moved[chosen]).mean(0)
+            expected = np.square(mean - change[batch]).sum() / squares[batch]
+            assert found.errors(2)[batch, group] == pytest.approx(expected)
+    assert found.variance() == pytest.approx(1 + np.array([3.0, 4.0]) * np.diagonal(gram).mean() / squares)
+
+
+def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):
+    options = {"models": ["16"], "directions": 4, "batches": 1, "cache": str(tmp_path)}
+    first = model_sizes.run(Config("smoke", options=options))
+    monkeypatch.setattr(model_sizes, "measure", None)
+    assert model_sizes.run(Config("smoke", options=options)).numbers["rows"] == first.numbers["rows"]

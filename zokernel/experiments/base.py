@@ -132,6 +132,7 @@ MODULES: dict[str, str] = {
     "entk/horizon": "zokernel.experiments.entk.horizon",
     "entk/drift": "zokernel.experiments.entk.drift",
     "entk/language_model": "zokernel.experiments.entk.language_model",
+    "entk/model_sizes": "zokernel.experiments.entk.model_sizes",
     "nzk/linear_d2": "zokernel.experiments.nzk.catalogue",
     "nzk/linear_d30": "zokernel.experiments.nzk.catalogue",
     "nzk/mixture": "zokernel.experiments.nzk.catalogue",

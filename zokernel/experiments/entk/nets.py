@@ -43,13 +43,14 @@ def group_norm_net(seed: int = 0) -> nn.Sequential:
         ).eval()
 
 
-def tiny_language_model(kind: str, seed: int = 0, vocab_size: int = 97) -> nn.Module:
+def tiny_language_model(kind: str, seed: int = 0, vocab_size: int = 97, width: int = 16) -> nn.Module:
     """Return a random GPT-2 (tied embeddings) or Llama of a few thousand parameters.
 
     Args:
         kind: ``gpt2`` or ``llama``.
         seed: Seed of the weights.
         vocab_size: V.
+        width: Hidden size of the Llama.
 
     Returns:
         The model, in eval mode.
@@ -62,8 +63,8 @@ def tiny_language_model(kind: str, seed: int = 0, vocab_size: int = 97) -> nn.Mo
         if kind == "gpt2":
             return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **shared)).eval()
         llama = LlamaConfig(
-            hidden_size=16,
-            intermediate_size=32,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
             tie_word_embeddings=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class LanguageTask:
     source: str
 
 
-def language_task(config: Config, *, steps: int, batch_size: int) -> LanguageTask:
-    """Load SmolLM2 and sentences, or at smoke scale a tiny random Llama and random tokens.
+def language_task(config: Config, *, steps: int, batch_size: int, name: str | None = None) -> LanguageTask:
+    """Load a language model and sentences, or at smoke scale a tiny random Llama and random tokens.
 
     The training sentences are SST-2's if the option ``train_file`` or the environment variable ``ZOKERNEL_SST2`` names
     its train.tsv, and the movie reviews of ``zokernel fetch`` otherwise.
@@ -55,17 +56,18 @@ def language_task(config: Config, *, steps: int, batch_size: int) -> LanguageTas
         config: The experiment's configuration.
         steps: Training batches to make.
         batch_size: Sentences in each.
+        name: A model's folder or hub id, SmolLM2 by default; at smoke scale the width of the tiny Llama.
 
     Returns:
         The task.
     """
     if config.scale == "smoke":
-        return _tiny_task(config, steps, batch_size)
+        return _tiny_task(config, steps, batch_size, int(name or 16))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zokernel.data import fetch, load_rows, load_table
+    from zokernel.data import load_rows, load_table, resolve_model_path
 
-    path = fetch("smollm2")
+    path = resolve_model_path(name or "smollm2")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     file = config.options.get("train_file", os.environ.get("ZOKERNEL_SST2"))
@@ -73,6 +75,8 @@ def language_task(config: Config, *, steps: int, batch_size: int) -> LanguageTas
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = [rows[n] for n in order[: steps * batch_size]]
     pairs = [(str(row["sentence"]).strip(), int(row["label"])) for row in chosen]
+    model_name = "SmolLM2-135M" if name in (None, "smollm2") else Path(name).name
+    data_name = "SST-2" if file else "movie reviews (SST-2 not given)"
     targets = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
 
     def encode(part: Any) -> dict[str, Tensor]:
@@ -86,12 +90,12 @@ def language_task(config: Config, *, steps: int, batch_size: int) -> LanguageTas
         [encode(pairs[n * batch_size : (n + 1) * batch_size]) for n in range(steps)],
         encode(FIVE),
         model.config.vocab_size,
-        f"SmolLM2-135M, {'SST-2' if file else 'movie reviews (SST-2 not given)'}, template '{TEMPLATE}'",
+        f"{model_name}, {data_name}, template '{TEMPLATE}'",
     )
 
 
-def _tiny_task(config: Config, steps: int, batch_size: int) -> LanguageTask:
-    model = tiny_language_model("llama", config.seed)
+def _tiny_task(config: Config, steps: int, batch_size: int, width: int) -> LanguageTask:
+    model = tiny_language_model("llama", config.seed, width=width)
 
     def batch(first: int, count: int) -> dict[str, Tensor]:
         parts = [random_prompt(first + n) for n in range(count)]

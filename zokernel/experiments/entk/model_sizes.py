@@ -1,0 +1,278 @@
+r"""ZO-eNTK, Figures 4 and 5 at several model sizes: how many directions one step of all weights needs.
+
+For a small step, P directions change the beliefs f of the observed sentences by
+
+.. math:: \Delta_P = \frac1P \sum_p (g^\top z_p)\, J z_p, \qquad \Delta = J g,
+
+where g is the loss gradient of the training batch and J the Jacobian of f.  For Gaussian z the relative error follows
+
+.. math:: E\|\Delta_P - \Delta\|^2 / \|\Delta\|^2 = v / P, \qquad v = 1 + \|g\|^2 \|J\|_F^2 / \|J g\|^2.
+
+Everything is measured with finite differences of forward passes; g comes from one backward pass per batch.
+
+A trajectory of T small steps with new directions has the relative error :math:`\sqrt{v / (P T)}` as long as the kernel
+does not move, so runs do not part further with time: the first step is the hardest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zokernel.errors import UsageError
+from zokernel.experiments.base import Config, Result, Verdict, experiment
+from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown
+from zokernel.experiments.entk.sentences import LanguageTask, language_task
+from zokernel.figures import PALETTE, figures
+from zokernel.optim import MeZO
+
+logger = logging.getLogger(__name__)
+
+COUNTS = (1, 5, 10, 20, 50, 100)
+DISTRIBUTIONS = ("gaussian", "rademacher")
+FIDELITY = 0.5  # the relative error whose P is reported
+LOSS_CHANGE = 0.01  # of the step along the gradient by which J g is measured
+
+
+@dataclass(frozen=True)
+class Changes:
+    r"""What single directions do to beliefs, and what the gradient does; B batches, D directions.
+
+    Attributes:
+        slopes: Slopes of each batch's loss along each direction, (B, D).
+        gram: Inner products of the changes of beliefs :math:`J z_p`, (D, D).
+        along_gradient: Inner products of :math:`J g_b` with :math:`J z_p`, (B, D).
+        gradient_sq: :math:`\|g_b\|^2`, (B,).
+        change_sq: :math:`\|J g_b\|^2`, (B,).
+    """
+
+    slopes: np.ndarray
+    gram: np.ndarray
+    along_gradient: np.ndarray
+    gradient_sq: np.ndarray
+    change_sq: np.ndarray
+
+    def variance(self) -> np.ndarray:
+        """Return v of each batch, by the law."""
+        jacobian_sq = np.diagonal(self.gram).mean()
+        return 1 + self.gradient_sq * jacobian_sq / self.change_sq
+
+    def errors(self, count: int) -> np.ndarray:
+        """Return the squared relative errors of disjoint groups of ``count`` directions, (B, groups)."""
+        groups = len(self.gram) // count
+        found = np.empty((len(self.slopes), groups))
+        for batch, group in itertools.product(range(len(self.slopes)), range(groups)):
+            chosen = slice(group * count, (group + 1) * count)
+            slopes = self.slopes[batch, chosen]
+            change = slopes @ self.gram[chosen, chosen] @ slopes / count**2
+            shared = slopes @ self.along_gradient[batch, chosen] / count
+            found[batch, group] = 1 + (change - 2 * shared) / self.change_sq[batch]
+        return found
+
+
+@experiment("entk/model_sizes", "ZO-eNTK Fig. 4, 5: the P that one step needs, by model size, all weights")
+def run(config: Config) -> Result:
+    """Measure v and the errors at each P for every model; compare sizes."""
+    names = config.pick("models", smoke=("16", "32", "64"), cpu=("smollm2",))
+    names = [names] if isinstance(names, str) else list(names)
+    chosen = config.pick("directions", smoke=20, cpu=100)
+    counts = chosen if isinstance(chosen, list) else [chosen] * len(names)  # one for each model, or one for all
+    if len(counts) != len(names):
+        raise UsageError(f"directions has {len(counts)} numbers for {len(names)} models.")
+    batches = config.pick("batches", smoke=2, cpu=4)
+    batch_size = config.pick("batch_size", smoke=2, cpu=2)
+    eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
+    cache = config.options.get("cache")
+    rows: list[dict[str, Any]] = []
+    for name, directions in zip(names, counts, strict=True):
+        task = language_task(config, steps=batches, batch_size=batch_size, name=name)
+        shared: dict[str, Any] = {"model": task.source.split(",")[0], "V": task.vocab_size, "directions": directions}
+        shared["d"] = sum(p.numel() for p in task.model.parameters())
+        for distribution in DISTRIBUTIONS:
+            settings = (Path(name).name, distribution, directions, batches, batch_size, eps, config.seed)
+            kept = Path(cache) / f"{'-'.join(map(str, settings))}.npz" if cache else None
+            changes = remembered(kept) or measure(task, directions, distribution, eps=eps, seed=config.seed)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(kept, **vars(changes))
+            rows.append(shared | {"distribution": distribution} | described(changes))
+            logger.info("%s, %s: v = %s", name, distribution, shown(rows[-1]["v"]))
+        source = task.source
+        del task
+    numbers: dict[str, Any] = {"rows": rows, "batches": batches, "batch_size": batch_size, "eps": eps}
+    exponents = {name: size_exponent([r for r in rows if r["distribution"] == name]) for name in DISTRIBUTIONS}
+    numbers |= {"source": source, "exponents": exponents, "fidelity": FIDELITY}
+    text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'])}" for row in rows[:: len(DISTRIBUTIONS)])
+    summary = (
+        f"All weights, {batches} batches of {batch_size} sentences, the paper's five sentences, the whole vocabulary, "
+        f"{', '.join(map(str, counts))} directions of each distribution. Relative variance v of one direction "
+        f"(Gaussian): {text}. "
+        f"A relative error of {FIDELITY:g} needs v / {FIDELITY**2:g} directions."
+    )
+    sizes = len({row["d"] for row in rows})
+    verdicts = [judge(exponents, sizes, batches, small=config.scale == "smoke")]
+    return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, verdicts)
+
+
+def remembered(path: Path | None) -> Changes | None:
+    """Return what an earlier run measured, if it did."""
+    return None if path is None or not path.exists() else Changes(**np.load(path))
+
+
+def measure(task: LanguageTask, directions: int, distribution: str, *, eps: float, seed: int) -> Changes:
+    """Measure what the gradient and single directions do to the beliefs in the observed sentences.
+
+    Args:
+        task: Model, batches and observed sentences.
+        directions: D.
+        distribution: That of the directions.
+        eps: Half of the distance between the two points of a direction.
+        seed: Seed of the directions.
+
+    Returns:
+        The changes, for all weights.
+    """
+    model, parameters = task.model, list(task.model.parameters())
+    gradient_sq, along = [], []
+    for batch in task.batches:
+        loss = F.cross_entropy(last_logits(model, batch), batch["targets"])
+        gradients = torch.autograd.grad(loss, parameters)
+        size = sum(g.square().sum(dtype=torch.float64).item() for g in gradients)
+        along.append(difference(task, parameters, gradients, LOSS_CHANGE / size))
+        gradient_sq.append(size)
+        del gradients, loss
+    widths = [batch["input_ids"].shape[1] for batch in task.batches]
+    joined = {
+        key: torch.cat([F.pad(b[key], (0, max(widths) - width)) for b, width in zip(task.batches, widths, strict=True)])
+        for key in ("input_ids", "attention_mask")
+    }
+    targets = torch.cat([batch["targets"] for batch in task.batches])
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def closure() -> float:
+        losses = F.cross_entropy(last_logits(model, joined), targets, reduction="none")
+        seen.append((losses.double().view(len(task.batches), -1).mean(1), beliefs(task)))
+        return losses.mean().item()
+
+    optimizer = MeZO(model, lr=0.0, eps=eps, distribution=distribution, seed=seed)  # step p evaluates direction p
+    slopes, moved = [], []
+    for _ in range(directions):
+        seen.clear()
+        optimizer.step(closure)
+        (plus, plus_beliefs), (minus, minus_beliefs) = seen
+        slopes.append((plus - minus).numpy() / (2 * eps))
+        moved.append((plus_beliefs - minus_beliefs).flatten() / (2 * eps))
+    stacked, gradient_changes = torch.stack(moved), torch.stack(along).flatten(1)
+    return Changes(
+        slopes=np.array(slopes).T,
+        gram=inner(stacked, stacked),
+        along_gradient=inner(gradient_changes, stacked),
+        gradient_sq=np.array(gradient_sq),
+        change_sq=np.diagonal(inner(gradient_changes, gradient_changes)).copy(),
+    )
+
+
+def inner(left: Tensor, right: Tensor) -> np.ndarray:
+    """Return all inner products of two sets of vectors, summed in float64 a block at a time."""
+    parts = zip(left.split(1 << 16, dim=1), right.split(1 << 16, dim=1), strict=True)
+    return cast(Tensor, sum(a.double() @ b.double().T for a, b in parts)).numpy()
+
+
+@torch.no_grad()
+def difference(task: LanguageTask, parameters: list[nn.Parameter], vector: Sequence[Tensor], step: float) -> Tensor:
+    """Return the change of beliefs per unit along a vector, by a central difference; the weights are restored."""
+    torch._foreach_add_(parameters, vector, alpha=step)
+    plus = beliefs(task)
+    torch._foreach_add_(parameters, vector, alpha=-2 * step)
+    minus = beliefs(task)
+    torch._foreach_add_(parameters, vector, alpha=step)
+    return (plus - minus) / (2 * step)
+
+
+@torch.no_grad()
+def beliefs(task: LanguageTask) -> Tensor:
+    """Return the probabilities of the next token of each observed sentence, (N, V)."""
+    return last_logits(task.model, task.observed).softmax(-1)
+
+
+def last_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the logits at the last token of every row, (N, V)."""
+    mask = batch["attention_mask"]
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)[0]
+    return model.get_output_embeddings()(hidden[torch.arange(len(mask)), mask.sum(1) - 1])
+
+
+def described(changes: Changes) -> dict[str, Any]:
+    """Return the numbers of one model and distribution."""
+    variance = changes.variance()
+    errors = []
+    for count in COUNTS:
+        if count <= len(changes.gram):
+            of_batch = changes.errors(count).mean(1)
+            errors.append(
+                {
+                    "P": count,
+                    "groups": len(changes.gram) // count,
+                    "relative_rms": interval(np.sqrt(of_batch)),
+                    "predicted": float(np.sqrt(variance / count).mean()),
+                    "measured_over_predicted": interval(np.sqrt(of_batch * count / variance)),
+                }
+            )
+    return {
+        "v": interval(variance),
+        "v_by_batch": variance.tolist(),
+        "directions_for_fidelity": interval(variance / FIDELITY**2),
+        "slope_sq_over_gradient_sq": interval(np.square(changes.slopes).mean(1) / changes.gradient_sq),
+        "errors": errors,
+    }
+
+
+def size_exponent(rows: list[dict[str, Any]]) -> Interval:
+    """Return the exponent of v in d: one slope per batch of sentences, which all models share."""
+    if len({row["d"] for row in rows}) < 2:
+        return float("nan"), float("-inf"), float("inf")
+    sizes = [row["d"] for row in rows]
+    batches = zip(*(row["v_by_batch"] for row in rows), strict=True)
+    return interval([log_slope(sizes, values) for values in batches], logs=False)
+
+
+def judge(exponents: dict[str, Interval], sizes: int, batches: int, *, small: bool = False) -> Verdict:
+    """Judge whether P is free of the size: the exponent of v below 0.1 in size (holds), or below 0.5."""
+    low = [max(0.0, found[1], -found[2]) for found in exponents.values()]
+    high = [max(-found[1], found[2]) for found in exponents.values()]
+    text = "; ".join(f"{name} {shown(found, 3)}" for name, found in exponents.items())
+    return Verdict(
+        "The number of perturbations that suffices does not depend on the model's size.",
+        NOT_RUN if small or sizes < 3 else graded((max(high), max(low), max(high)), 0.1, 0.5),
+        f"Exponent of v in d over {sizes} sizes (95%, {batches} batches of sentences, all weights, one step): {text}; "
+        "required: below 0.1 in size, or under conditions below 0.5. A parameter-space view would give 1.",
+        id="entk-threshold-across-sizes",
+    )
+
+
+def draw(rows: list[dict[str, Any]]):
+    """Draw the relative error of one step against P, measured and by the law, for every model."""
+    with figures() as Figure:
+        figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+        for axis, distribution in zip(figure.subplots(1, 2, sharey=True), DISTRIBUTIONS, strict=True):
+            chosen = [row for row in rows if row["distribution"] == distribution]
+            for row, color in zip(chosen, itertools.cycle(PALETTE)):
+                counts = [found["P"] for found in row["errors"]]
+                middle, low, high = (np.array([found["relative_rms"][k] for found in row["errors"]]) for k in range(3))
+                label = f"{row['model']}, d = {row['d'] / 1e6:.3g} M"
+                spread = [middle - low, high - middle]
+                axis.errorbar(counts, middle, spread, fmt="o", color=color, label=label, capsize=3)
+                axis.plot(counts, [found["predicted"] for found in row["errors"]], "--", color=color, linewidth=1)
+            axis.set(xscale="log", yscale="log", xlabel="perturbations P", title=distribution)
+            axis.legend(fontsize=7)
+        figure.supylabel("relative error of the change of beliefs")
+    return figure
