@@ -106,6 +106,11 @@ def what_it_is(cls: type) -> str:
     return cell(docstring(cls)[""].split("\n\n")[0].replace("\n", " "))
 
 
+def summary(cls: type) -> str:
+    """Return the first paragraph of a docstring."""
+    return markdown(docstring(cls)[""].partition("\n\n")[0])
+
+
 def defaults(cls: type) -> list[str]:
     """Return the table of a method's own options."""
     means = meanings(cls)
@@ -115,13 +120,13 @@ def defaults(cls: type) -> list[str]:
 
 
 def formula(cls: type) -> str:
-    """Return the definition: the docstring, with the module's where the class has no formula of its own."""
+    """Return the definition: the docstring after its summary, and the module's where it has no formula of its own."""
     own = docstring(cls)[""]
     if ":math:" not in own and ".. math::" not in own:
         module = sections(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""))[""]
         if ".. math::" in module:
             own += "\n\n" + module.partition("\n\n")[2]
-    return markdown(own).replace("\n    ", "\n")
+    return markdown(own.partition("\n\n")[2]).replace("\n    ", "\n")
 
 
 def references(cls: type) -> str:
@@ -144,11 +149,13 @@ def page(name: str, entry: dict[str, Any]) -> str:
     classes = {method: methods()[method] for method in entry["methods"]}
     title = " and ".join(cls.__name__ for cls in classes.values())
     flags = ", ".join(f"`--method {method}`" for method in classes)
-    lines = [f"# {title}", "", WRITTEN, "", f"| on the command line | {flags} |", "|---|---|"]
+    lines = [f"# {title}", "", WRITTEN, "", *(summary(cls) for cls in classes.values()), ""]
+    lines += [f"| on the command line | {flags} |", "|---|---|"]
     lines += [f"| in Python | {', '.join(f'`zk.optim.{cls.__name__}`' for cls in classes.values())} |"]
     lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beside the weights | {entry['state']} |", ""]
     for cls in classes.values():
-        lines += [f"## {'The formula' if len(classes) == 1 else cls.__name__}", "", formula(cls), ""]
+        if formula(cls):
+            lines += [f"## {'The formula' if len(classes) == 1 else cls.__name__}", "", formula(cls), ""]
     lines += ["## When to use it", "", *map(item, entry["when"]), ""]
     if "differs" in entry:
         lines += ["## What differs from the published code", "", *map(item, entry["differs"]), ""]

@@ -23,7 +23,7 @@ class GRZO(ZerothOrder):
         s_i = \frac{l_i(\theta + \epsilon z_i) - l_i(\theta - \epsilon z_i)}{2\epsilon}
 
     for losses :math:`l_i` of B examples.  Without ``whiten``, :math:`a_i = s_i`.  All losses of a point are taken in
-    one forward of the batch, whose rows see weights of their own, so the closure returns the loss of every example,
+    one forward of the batch, whose rows see weights of their own.  So the closure returns the loss of every example,
     (B,).
 
     Directions of matrices have a low rank, and both factors are new for every example, so a layer costs one thin

@@ -4,11 +4,12 @@ r"""HiZOO: directions scaled by an estimate of the Hessian's diagonal.
     \frac{L(\theta + \epsilon\tilde z) - L(\theta - \epsilon\tilde z)}{2\epsilon}\,\tilde z, \qquad
     H \leftarrow (1-\alpha) H + \alpha\, \frac{|L_+ + L_- - 2L_0|}{2\epsilon^2}\, H z^2
 
-The mean step is :math:`-\eta H^{-1}\nabla L`.  Differences from the published code, which are on purpose: H is fp32
-for any weights (with the published smoothing of 1e-8 no fp16 entry ever changes); perturbation and update use the same
-H, so that the estimate is unbiased for :math:`H^{-1}\nabla L`; a step takes three forward passes, not four.  In
-high dimension :math:`E[z_i^2\, z^T H z] = tr H + 2H_{ii}` is nearly the same for all i, so H mostly learns
-the mean curvature.
+The mean step is :math:`-\eta H^{-1}\nabla L`.  In high dimension :math:`E[z_i^2\, z^T H z] = tr H + 2H_{ii}` is nearly
+the same for all i, so H mostly learns the mean curvature.
+
+The class differs from the published code on purpose.  H is fp32 for any weights, since no fp16 entry ever changes with
+the published smoothing of 1e-8.  Perturbation and update use the same H, so the estimate is unbiased for
+:math:`H^{-1}\nabla L`.  A step takes three forward passes, not four.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class KerZOO(ZerothOrder):
     .. math:: \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P
         \frac{L(\theta + \epsilon r_p z_p) - L(\theta - \epsilon r_p z_p)}{2\epsilon}\, K(r_p)\, z_p
 
-    On average this is MeZO at the learning rate :meth:`effective_lr`, which is ``4 * lr`` with the paper's settings:
-    compare methods at equal effective learning rates.
+    On average this is MeZO at the learning rate :meth:`effective_lr`, which is ``4 * lr`` with the paper's settings.
+    Compare methods at equal effective learning rates.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

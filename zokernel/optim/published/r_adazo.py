@@ -22,11 +22,11 @@ class RAdaZO(ZerothOrder):
         \theta \leftarrow \theta - \eta\, \frac{\hat m}{\sqrt{v/(1-\beta_2^t)} + \delta}
 
     The published code has no corrections by :math:`1-\beta^t`, so its first step is
-    :math:`1/\sqrt{1-\beta_2} = 32` times as long as its learning rate says; the first step here is as long as Adam's.
+    :math:`1/\sqrt{1-\beta_2} = 32` times as long as its learning rate says.  The first step here is as long as Adam's.
 
-    A momentum of pure noise is :math:`\sqrt{(1+\beta_1)/(1-\beta_1)} = 4.4` times smaller than the estimates in it, so
-    at one learning rate this method moves up to 4.4 times as far as :class:`~zokernel.optim.ZOAdam`: compare the two at
-    rates that differ by this factor, or each at its own best rate.
+    A momentum of pure noise is :math:`\sqrt{(1+\beta_1)/(1-\beta_1)} = 4.4` times smaller than the estimates in it.
+    So at one learning rate this method moves up to 4.4 times as far as :class:`~zokernel.optim.ZOAdam`.  Compare the
+    two at rates that differ by this factor, or each at its own best rate.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
