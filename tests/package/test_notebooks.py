@@ -64,6 +64,19 @@ def test_what_is_committed_is_one_run_from_top_to_bottom(path):
     assert all(output.get("name", "stdout") == "stdout" for output in outputs)
 
 
+@pytest.mark.parametrize(
+    ("stem", "pattern"),
+    [("first_finetune", r"{}: ([\d.]+)% ± ([\d.]+)% right"), ("rewards", r"{}: mean reward ([\d.]+) ± ([\d.]+)")],
+)
+def test_what_is_committed_has_learned(stem, pattern):
+    _, code = read(ROOT / "notebooks" / f"{stem}.ipynb")
+    text = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    (before, error), (after, last) = [
+        map(float, re.search(pattern.format(when), text).groups()) for when in ("before", "after")
+    ]
+    assert after - before > 3 * math.hypot(error, last)
+
+
 @each
 def test_a_notebook_names_no_place_of_one_machine(path):
     """No absolute path, and no relative link to what is not there."""
@@ -87,7 +100,7 @@ def test_zokernel_is_installed_first_where_it_is_missing(path):
     (required,) = re.findall(r'^ZOKERNEL = "(.+)"$', first, re.MULTILINE)
     assert "[finetune]" in required
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    assert required in ("..[finetune]", "zokernel[finetune]") or urls["Repository"] in required
+    assert required in ("..[finetune]", "zokernel[finetune]") or urls.get("Repository", "no address") in required
     assert not urls or required != "..[finetune]", "a hosted notebook has no checkout: name the package or its address"
 
 
