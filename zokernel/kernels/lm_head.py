@@ -22,8 +22,9 @@ from torch.func import jvp
 from zokernel.errors import UsageError
 from zokernel.kernels import blocks, checks
 from zokernel.kernels.batches import Batch
-from zokernel.kernels.model import FunctionalModel, base_module
+from zokernel.kernels.model import FunctionalModel
 from zokernel.theory.kernel_error import KernelMoments
+from zokernel.without_adapter import without_adapter
 
 # Shape suffixes: V vocabulary, H hidden size, T distinct tokens of a prompt, P directions.
 
@@ -138,7 +139,7 @@ def find_head(model: FunctionalModel) -> Head | None:
     """Return the linear head of a language model; ``None`` for a bare function or a LoRA-adapted head."""
     if model.module is None:
         return None
-    base = base_module(model.module)
+    base = without_adapter(model.module)
     get_head = getattr(base, "get_output_embeddings", None)
     module = get_head() if get_head is not None else getattr(base, "lm_head", None)
     if type(module) is not nn.Linear:

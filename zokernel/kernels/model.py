@@ -23,6 +23,7 @@ from zokernel.kernels.batches import (
     num_examples,
     slice_batch,
 )
+from zokernel.without_adapter import without_adapter
 
 # Shape suffixes: N examples, T tokens, L scored positions, R = N or N L rows, V outputs.
 
@@ -101,8 +102,8 @@ class FunctionalModel:
         """Whether the module is called with token ids, as transformers and PEFT models are."""
         return (
             self.module is not None
-            and hasattr(base_module(self.module), "config")
-            and hasattr(base_module(self.module), "dtype")
+            and hasattr(without_adapter(self.module), "config")
+            and hasattr(without_adapter(self.module), "dtype")
         )
 
     def with_outputs(self, outputs: Outputs | None) -> FunctionalModel:
@@ -190,7 +191,7 @@ class FunctionalModel:
         """Return the scored positions (N,) or (N, L) of a batch of token ids."""
         if POSITIONS in batch:
             return batch[POSITIONS]
-        if self.module is not None and type(base_module(self.module)).__name__.endswith("ForMaskedLM"):
+        if self.module is not None and type(without_adapter(self.module)).__name__.endswith("ForMaskedLM"):
             raise UsageError(
                 "A masked language model needs to know where to look: put the index of each row's mask token in "
                 "batch['positions'], shape (N,)."
@@ -239,11 +240,6 @@ def wrap(
     return FunctionalModel(model, params=params, outputs=outputs)
 
 
-def base_module(module: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT wrapper, or the module itself."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
-
-
 def _signature(module: nn.Module | None) -> set[str]:
     assert module is not None
-    return set(inspect.signature(base_module(module).forward).parameters)
+    return set(inspect.signature(without_adapter(module).forward).parameters)

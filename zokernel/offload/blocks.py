@@ -14,6 +14,7 @@ from torch import nn
 from zokernel.errors import RunError
 from zokernel.offload.store import Store
 from zokernel.offload.units import Stop, Unit
+from zokernel.without_adapter import without_adapter
 
 _ATTRIBUTE = "zokernel_streamed_blocks"
 
@@ -111,8 +112,7 @@ def streamed_blocks(model: nn.Module) -> Blocks | None:
     Args:
         model: A model, or one with an adapter around it.
     """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    return getattr(base, _ATTRIBUTE, None)
+    return getattr(without_adapter(model), _ATTRIBUTE, None)
 
 
 def outside(model: nn.Module, blocks: Blocks) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from zokernel.errors import UsageError
+from zokernel.without_adapter import without_adapter
 
 Kind = Literal["causal", "masked", "seq2seq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,7 +59,7 @@ def language_model_kind(architecture: Any, lm_type: str = "auto") -> Kind:
 
 def kind_of_model(model: Any) -> Kind:
     """Return which kind of language model a model is, or the model inside an adapter; ``causal`` if nothing says so."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = without_adapter(model)
     architecture = getattr(inner, "config", None)
     names = [base.__name__ for base in type(inner).__mro__]
     return _kind(architecture, _classes(architecture), names) or "causal"

@@ -13,6 +13,7 @@ from torch import nn
 from zokernel.errors import MissingDependencyError, RunError, UsageError
 from zokernel.finetune.models.kind import Kind, auto_class
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def told(model: Any) -> str:
         >>> told(nn.Linear(2, 2))
         ''
     """
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapter(model)
     if not getattr(bare, "is_quantized", False):
         return ""
     settings = getattr(bare.config, "quantization_config", None)
@@ -294,7 +295,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def needs_no_gradients_(model: Any) -> None:
     """Let ``transformers.Trainer`` take a quantized model that it knows no gradients of: forwards need none."""
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapter(model)
     quantizer = getattr(bare, "hf_quantizer", None)
     if quantizer is not None and not (quantizer.is_trainable and getattr(quantizer, "is_qat_trainable", False)):
         kind = type(quantizer)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.without_adapter import without_adapter
+
 logger = logging.getLogger(__name__)
 
 MAX_LOGITS = 1 << 24  # numbers held at once, 64 MiB in float32
@@ -79,8 +81,7 @@ class Start:
         ids = torch.tensor([[pad] * gap + [*p, *a] for gap, (p, a) in zip(gaps, pairs)], device=device)
         mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps], device=device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-        accepted = inspect.signature(base.forward).parameters
+        accepted = inspect.signature(without_adapter(bare).forward).parameters
         if "position_ids" in accepted and not _has_virtual_tokens(bare):
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if "logits_to_keep" in accepted:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
+from zokernel.without_adapter import without_adapter
 
 
 def refuse_trained_embeddings(model: nn.Module) -> None:
@@ -49,8 +50,7 @@ class SharedEncoder:
     """
 
     def __init__(self, model: nn.Module, examples_R: Tensor):
-        inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-        self._encoder: nn.Module = inner.get_encoder()
+        self._encoder: nn.Module = without_adapter(model).get_encoder()
         new = torch.ones_like(examples_R, dtype=torch.bool)
         new[1:] = examples_R[1:] != examples_R[:-1]
         self._first_B, self._place_R = new.nonzero()[:, 0], new.cumsum(0) - 1

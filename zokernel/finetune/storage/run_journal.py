@@ -27,6 +27,7 @@ from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.base import Closure
 from zokernel.secrets import hide_in_text
+from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last:
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     adapter = hasattr(model, "peft_config")
-    bare: Any = model.get_base_model() if adapter else model  # type: ignore[operator]
+    bare = without_adapter(model)
     quantized = getattr(bare, "is_quantized", False)
     return {
         **({"quantization": bare.config.quantization_config.to_dict()} if quantized else {}),
