@@ -15,6 +15,7 @@ from zokernel.finetune.models.check import CheckedModel
 from zokernel.finetune.models.needed import needed
 from zokernel.finetune.models.streamed import load_streamed
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.check import losses_per_step
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
 from zokernel.finetune.settings.unsupported import is_first_order
@@ -115,9 +116,13 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     Raises:
         UsageError: If its weights cannot be streamed.
     """
-    losses = 2 * (config.num_perturbations or 1)
-    batch = (losses, config.per_device_train_batch_size, TOKENS)
-    logger.info("What each way would take:\n%s", needed(checked.architecture, checked.dtype, checked.kind, *batch))
+    batch = (losses_per_step(config), config.per_device_train_batch_size, TOKENS)
+    logger.info(
+        "What each way would take, were the rows of %d tokens (what those of this run take is said once they are "
+        "encoded):\n%s",
+        TOKENS,
+        needed(checked.architecture, checked.dtype, checked.kind, *batch),
+    )
     folder = Path(checked.path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download

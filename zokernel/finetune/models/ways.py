@@ -1,8 +1,8 @@
 r"""What each way to hold the weights of a run takes, from the configuration alone: no weight is read.
 
 Weights are counted on a model without memory, by units (:mod:`zokernel.offload.units`).  Of activations those of the
-widest layer are counted, which is what is held at a time without gradients, and of streamed weights also what each loss
-keeps at the border of a block.  The memory of the libraries themselves is left out.
+widest layer are counted, which is what is held at a time without gradients, or the logits of the scored positions.  Of
+streamed weights what each loss keeps at the border of a block is added.  The memory of the libraries is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from zokernel.perturb.in_forward import STRETCH
 # Bytes per parameter of a block's matrices: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
 BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
 GIB = 2**30
+BLOCK = 512  # scored positions whose logits are in memory at a time
+KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,31 @@ class Sizes:
         """Bytes of perturbed copies that ``in_forward`` holds at a time."""
         return min(self.weights, STRETCH * self.itemsize)
 
-    def activations(self, tokens: int, *, losses: int = 1) -> int:
-        """Return the bytes of activations of a forward over some tokens, for so many losses in one forward."""
-        layer = (4 * self.hidden + self.widest) * self.itemsize
-        head = self.vocabulary * (self.itemsize + 4)  # losses are taken in float32
-        return losses * tokens * max(layer, self.hidden * self.itemsize + head)
+    def activations(self, tokens: int, *, losses: int = 1, scored: int | None = None) -> int:
+        """Return the bytes of activations of a forward.
+
+        Args:
+            tokens: Tokens of the batch.
+            losses: How many losses are taken in the forward.
+            scored: Positions of the batch whose logits are needed; all of them if not given.
+        """
+        layer = losses * tokens * (4 * self.hidden + self.widest) * self.itemsize
+        logits = min(losses * (tokens if scored is None else scored), BLOCK) * self.vocabulary
+        # Losses are taken in float32.
+        return max(layer, losses * tokens * self.hidden * self.itemsize + logits * (self.itemsize + 4))
+
+    def streamed(self, tokens: int, *, losses: int, scored: int | None = None) -> int:
+        """Return the bytes of activations of losses that share a pass over streamed weights.
+
+        One loss computes at a time, but each has a thread, whose heap keeps the room of what it freed.
+
+        Args:
+            tokens: Tokens of the batch.
+            losses: How many losses share the pass.
+            scored: Positions of the batch whose logits are needed; all of them if not given.
+        """
+        one = self.activations(tokens, scored=scored)
+        return one + (losses - 1) * min(one, KEPT) + self.border(tokens, losses=losses)
 
     def border(self, tokens: int, *, losses: int) -> int:
         """Return the bytes that the losses of a step keep at the border of a block."""
@@ -170,8 +192,7 @@ def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, 
     """
     batch, all_of, adapter = rows * tokens, "all weights", "an adapter"
     one, every = sizes.activations(batch), sizes.activations(batch, losses=losses)
-    # Losses that share a pass have a thread each, whose heap keeps the room of what it freed.
-    streamed = every + sizes.border(batch, losses=losses)
+    streamed = sizes.streamed(batch, losses=losses)
     cache = rows * (tokens + writes) * sizes.cached * sizes.itemsize if writes else 0
     whole, around = sizes.weights, sizes.outside + sizes.copies
     found = [Way("--perturb in_forward", all_of, whole + sizes.copies, one, cache)]

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
+from zokernel.finetune.models.ways import BLOCK
 from zokernel.finetune.scoring.options import packed_mask, scored_logits
 from zokernel.finetune.scoring.wide_head import WideHead
-
-BLOCK = 512  # scored positions whose logits are in memory at a time
+from zokernel.without_adapter import without_adapter
 
 
 def token_losses(
@@ -92,7 +92,7 @@ def _by_blocks(
     encoder: AbstractContextManager[Any] = nullcontext()
     if "decoder_input_ids" in batch:
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
-        encoder = _RunsOnce([_whole(bare).get_encoder()])
+        encoder = _RunsOnce([without_adapter(bare).get_encoder()])
     found, step = [], max(1, block // copies)
     length = batch.get("decoder_input_ids", batch["input_ids"]).shape[1]
     with WideHead(bare), encoder, _AnswersBlocks(_backbones(bare), *places, copies, length=length) as backbone:
@@ -130,7 +130,7 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
 
     Most models call the module of their ``base_model_prefix``; some, such as OPT, the decoder within it.
     """
-    inner = _whole(model)
+    inner = without_adapter(model)
     found = [getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)]
     if hasattr(inner, "get_decoder"):
         found.append(inner.get_decoder())
@@ -138,11 +138,6 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     if not modules:
         raise UsageError(f"{type(inner).__name__} has no backbone that can be told from its head.")
     return list(modules.values())
-
-
-def _whole(model: nn.Module) -> Any:
-    """Return the model within its adapter."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
 class _RunsOnce:

@@ -191,6 +191,22 @@ def try_method(arguments: Any) -> None:
     Raises:
         UsageError: If an option is unknown or out of range, or options do not go together.
     """
+    optimizer = _small_optimizer(arguments)
+    by_example = getattr(getattr(optimizer, "perturb", None), "name", None) == "per_example"
+    if by_example and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
+        raise UsageError(
+            f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
+            "is no mean over losses of examples: choose objective cross_entropy, or another method."
+        )
+
+
+def losses_per_step(arguments: Any) -> int:
+    """Return how many losses a step of the method takes; 1 if it takes gradients."""
+    return int(getattr(_small_optimizer(arguments), "forwards_per_step", 1))
+
+
+def _small_optimizer(arguments: Any) -> Any:
+    """Return the method's optimizer on a few numbers."""
     options, perturb, rate = arguments.method_options(), arguments.perturb, arguments.learning_rate
     if perturb.startswith("in_") and "perturb" in method_options(arguments.method):
         options["perturb"] = perturb
@@ -199,15 +215,9 @@ def try_method(arguments: Any) -> None:
     logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
     try:
         make: Any = get_method(arguments.method)
-        optimizer = make([("small", small)], lr=1e-5 if rate is None else rate, **options)
+        return make([("small", small)], lr=1e-5 if rate is None else rate, **options)
     finally:
         logging.disable(disabled)
-    by_example = getattr(getattr(optimizer, "perturb", None), "name", None) == "per_example"
-    if by_example and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
-        raise UsageError(
-            f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
-            "is no mean over losses of examples: choose objective cross_entropy, or another method."
-        )
 
 
 def _check_json(name: str, value: str) -> None:
