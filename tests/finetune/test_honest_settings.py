@@ -152,6 +152,13 @@ def test_null_in_a_file_is_said_and_leaves_the_default(flags, tmp_path, caplog):
         (["--max_new_tokens", "7"], "--max_new_tokens is for answers that are written"),
         (["--k_shot", "8"], "--k_shot is for --protocol mezo-roberta"),
         (["--max_train_samples", "8", "--protocol", "mezo-roberta"], "--max_train_samples has no effect with"),
+        # The same flags at their defaults.
+        (["--max_new_tokens", "50"], "--max_new_tokens is for answers that are written"),
+        (["--k_shot", "16"], "--k_shot is for --protocol mezo-roberta"),
+        (["--max_train_samples", "1000", "--protocol", "mezo-roberta"], "--max_train_samples has no effect with"),
+        (["--num_generations", "1"], "--num_generations is for --objective reward"),
+        (["--model_revision", "main"], "--model_revision is for models of the hub"),
+        (["--perturb", "auto", "--method", "adamw"], "perturb='auto' cannot be honoured here"),
         (["--model_revision", "v2"], "--model_revision is for models of the hub"),
         (["--template", "{sentence} It was {mask}"], "it needs a masked language model"),
     ],
@@ -160,6 +167,29 @@ def test_flags_that_a_prompt_task_would_ignore_are_refused(words, told, flags, c
     monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["finetune", *flags, *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_file_of_flags_is_no_way_around(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "run.yaml").write_text("k_shot: 16\n")
+    assert main(["finetune", *flags, "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "--k_shot is for --protocol mezo-roberta" in capsys.readouterr().err
+
+
+def test_what_is_off_may_be_said_to_be_off(flags, tmp_path):
+    off = [
+        "--calibrate",
+        "false",
+        "--num_demonstrations",
+        "0",
+        "--temperature",
+        "0",
+        "--beta",
+        "0",
+        "--packing",
+        "false",
+    ]
+    assert main(["finetune", *flags, *off, "--max_steps", "1"]) == 0
 
 
 @pytest.mark.parametrize(

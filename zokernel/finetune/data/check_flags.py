@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,13 +18,14 @@ _OF_REWARDS = ("reward_function", "reward_weights", "num_generations", "temperat
 _OF_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
 
 
-def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
+def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: Collection[str] = ()) -> None:
     """Refuse flags that would change nothing.
 
     Args:
         task: What the rows are.
         data: What the user said about the data.
         model: Which model.
+        named: Flags that are known to be asked for, even if their values are the defaults.
 
     Raises:
         UsageError: If there is one, naming it and what it is for.
@@ -34,7 +36,7 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: --k_shot is for --protocol mezo-roberta: add it, or leave both out.
     """
-    given = _given(data)
+    given = _given(data, named)
     rewarded = task.kind == "reward"
     for flag in _OF_REWARDS if not rewarded else ():
         if flag in given:
@@ -74,10 +76,12 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments) -> None:
         if flag in given and data.dataset_name in SOURCES:
             raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
     name = model.model_name_or_path
-    if model.model_revision != "main" and (name in SOURCES or Path(name).expanduser().exists()):
+    revised = model.model_revision != "main" or "model_revision" in named
+    if revised and (name in SOURCES or Path(name).expanduser().exists()):
         raise UsageError(f"--model_revision is for models of the hub, which {name} is not: leave it out.")
 
 
-def _given(data: DataArguments) -> set[str]:
-    """Return the flags that were given something else than their defaults."""
-    return {f.name for f in fields(data) if getattr(data, f.name) != f.default}
+def _given(data: DataArguments, named: Collection[str]) -> set[str]:
+    """Return the flags that were given something else than their defaults, or are named and switch something on."""
+    values = {f.name: (getattr(data, f.name), f.default) for f in fields(data)}
+    return {name for name, (value, default) in values.items() if value != default or (value and name in named)}

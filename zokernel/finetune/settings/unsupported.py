@@ -40,6 +40,9 @@ ZEROTH_ORDER = {
 }
 """Why each setting is refused with a zeroth-order method."""
 
+FIRST_ORDER = {"perturb": "gradients are taken at the weights themselves"}
+"""Why each setting is refused with a method that takes gradients."""
+
 SCORED = {
     "label_smoothing_factor": "the loss is the task's own",
     "prediction_loss_only": "the report needs predictions",
@@ -84,7 +87,7 @@ def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str
     Raises:
         UsageError: If one is set.
     """
-    refused = ALWAYS | ({} if is_first_order(args.method) else ZEROTH_ORDER) | (SCORED if scored else {})
+    refused = ALWAYS | (FIRST_ORDER if is_first_order(args.method) else ZEROTH_ORDER) | (SCORED if scored else {})
     for f in fields(args):
         if f.name not in refused:
             continue
