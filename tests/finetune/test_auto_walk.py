@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 
+import peft
 import pytest
 import torch
 from trainers import load_parts, make_trainer
+from transformers import AutoConfig
 
 from zokernel.cli import main
+from zokernel.finetune.models.streamed import load_streamed
 from zokernel.finetune.settings.auto import LEAST_WALK, WALK, learning_rate, shorter_walk
-from zokernel.finetune.trainer import zo_trainer
+from zokernel.finetune.trainer import measuring
 from zokernel.finetune.trainer.measure_rise import batches_to_try, measure_rise
 from zokernel.journal import Journal
 from zokernel.kernels.plan_walk import FIRST_WALK
 from zokernel.kernels.walk_rise import Rise
+from zokernel.offload import streamed_blocks
 
 STEPS = 36  # of three forwards: a quarter of them measures eight batches and one more
 RUN = {"method": "auto", "learning_rate": None, "max_steps": STEPS, "eval_strategy": "no", "save_strategy": "no"}
@@ -35,11 +39,11 @@ def steep(monkeypatch, *, rise=0.9, error=0.01):
     """Let the loss rise by so much at the end of the walk; return what was measured with."""
     asked = []
 
-    def measured(optimizer, batches, loss, distance):
+    def measured(optimizer, batches, loss, distance, *, perturb):
         asked.append((len(batches), distance, float(loss(batches[0]).detach())))
         return Rise(distance, 0.7, rise, error, 1.0, 3 * len(batches))
 
-    monkeypatch.setattr(zo_trainer, "measure_rise", measured)
+    monkeypatch.setattr(measuring, "measure_rise", measured)
     return asked
 
 
@@ -72,7 +76,7 @@ def test_losses_are_taken_at_both_ends_of_walks_of_their_own_and_the_weights_sta
 def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
     asked = steep(monkeypatch)
     made = trainer()
-    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         made.train()
     assert [(count, distance) for count, distance, _ in asked] == [(8, WALK["full parameters"])]
     share = shorter_walk(Rise(WALK["full parameters"], 0.7, 0.9, 0.01, 1.0, 24), directions=2 * STEPS, batch=4,
@@ -90,7 +94,7 @@ def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
 
 def test_a_walk_without_harm_stays(trainer, caplog):
     made = trainer()
-    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         made.train()
     assert made.args.learning_rate == pytest.approx(DEFAULT)
     assert f"learning_rate {DEFAULT:.3g}: a random walk of 0.0135 raises the loss of training batches by" in caplog.text
@@ -100,7 +104,7 @@ def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
     made = trainer()
     loss = made._loss
     made._loss = lambda batch: loss(batch) + float("inf")
-    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         made._choose_rate(made.model, DEFAULT)
     assert made.args.learning_rate == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
     assert "leads to losses that are not finite (24 forwards), so the run walks 0.0014." in caplog.text
@@ -112,7 +116,7 @@ def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
 )
 def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, monkeypatch, caplog, settings, told):
     asked = steep(monkeypatch)
-    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.zo_trainer"):
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         trainer(**settings).train()
     assert asked == []
     assert told in caplog.text
@@ -141,3 +145,67 @@ def test_a_resumed_run_keeps_the_rate_and_its_bits(flags, tmp_path, monkeypatch)
     assert len(asked) == 1, "the recorded rate is taken, nothing is measured again"
     again = Journal.read(tmp_path / "run").steps
     assert [(s.losses, s.learning_rates) for s in again] == [(s.losses, s.learning_rates) for s in whole]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "weights"])
+@pytest.mark.parametrize(("where", "updates"), [("disk", "disk"), ("disk", "journal"), ("cpu", "disk")])
+def test_streamed_weights_rise_by_the_same_bits_in_few_passes(
+    tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch, where, updates, lora
+):
+    """Batches of four take the memory of an evaluation by eight losses at a time: 24 of them are three passes."""
+    found = []
+
+    def watched(*args, **kwargs):
+        found.append(measure_rise(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(measuring, "measure_rise", watched)
+    resident, tokenizer, data = load_parts(tiny_lm_path, tiny_reviews_path)
+    options = {"kind": "causal", "offload_dir": tmp_path / "files", "trains_weights": not lora, "name": "tiny"}
+    architecture = AutoConfig.from_pretrained(tiny_lm_path)
+    streamed = load_streamed(architecture, tiny_lm_path, torch.float32, where=where, updates=updates, **options)
+    rates, passes = [], []
+    for model in (resident, streamed):
+        blocks = streamed_blocks(model)
+        if lora:
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+            torch.manual_seed(0)
+            for name, tensor in model.named_parameters():
+                if "lora_" in name:
+                    tensor.data.normal_(std=0.3)
+        before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        given = {**RUN, "per_device_eval_batch_size": 32, "method_args": ["per_example=false"]}
+        made = make_trainer((model, tokenizer, data), tmp_path / "run", **given)
+        made.create_optimizer()
+        rates.append(made.args.learning_rate)
+        assert made.measuring_forwards >= 24  # whether losses can be stacked takes one more
+        if blocks is not None:
+            passes = [blocks.passes[unit.name] for unit in blocks.units if unit.is_block]
+            blocks.settle_all()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    assert found[0] == found[1]
+    assert found[0].forwards == 24
+    assert abs(found[0].rise) > 1e-4
+    assert rates[0] == rates[1]
+    assert set(passes) == {3}
+
+
+def test_runs_on_streamed_weights_measure_and_count(flags, tmp_path, caplog):
+    place = flags.index("--learning_rate")
+    flags = [*flags[:place], *flags[place + 2 :]]
+    flags[flags.index("--max_steps") + 1] = str(STEPS)
+    more = ["--method", "auto", "--lora", "true", "--method_args", "per_example=false", "--precision", "fp32"]
+    told, metrics = [], []
+    for place, where in ((tmp_path / "memory", []), (tmp_path / "disk", ["--offload", "disk"])):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert main(["finetune", *flags, *more, *where, "--output_dir", str(place)]) == 0
+        told.append(next(line for line in caplog.messages if line.startswith("learning_rate")))
+        metrics.append(json.loads((place / "metrics.json").read_text()))
+    assert told[0] == told[1]
+    assert "raises the loss of training batches by" in told[0]
+    # In memory one more is taken, by which it is seen that adapters can be stacked.
+    assert [found["measuring_forwards"] for found in metrics] == [25, 24]
+    assert metrics[0]["forwards"] == metrics[1]["forwards"] == 3 * STEPS
+    report = (tmp_path / "disk" / "report.md").read_text()
+    assert f"{STEPS} steps, {3 * STEPS} forward passes (and 24 before them to choose settings)" in report

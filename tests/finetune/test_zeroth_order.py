@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -337,15 +338,47 @@ def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, cap
         assert torch.equal(tensor, before[key]), key
 
 
-def test_auto_says_that_it_does_not_measure_the_walk(tmp_path, caplog):
-    trainer = make("text_classification", tmp_path, {"method": "auto"}, learning_rate=5e-5)  # transformers' default
+def test_auto_measures_the_walk_of_any_trainer(tmp_path, caplog):
+    """The batches are those that the run begins with, and measuring changes neither their order nor the weights."""
+    auto = {"method": "auto", "num_perturbations": 2}
+    few = {"learning_rate": 5e-5, "max_steps": 36, "per_device_train_batch_size": 2}  # the rate is the default
+    trainer = make("text_classification", tmp_path, auto, **few)
+    taken, steps = [], []
+    loss, step = trainer._loss, trainer.training_step
+    trainer._loss = lambda batch: taken.append({k: v.clone() for k, v in batch.items()}) or loss(batch)
+    trainer.training_step = lambda model, inputs, *a: steps.append(inputs) or step(model, inputs, *a)
+    before = weights(trainer)
     with caplog.at_level("INFO"):
+        trainer.create_optimizer()
+        assert len(taken) == trainer.measuring_forwards
+        assert len(taken) == 12  # four batches
+        assert all(torch.equal(tensor, before[key]) for key, tensor in weights(trainer).items())
+        measured = list(taken)
         trainer.train()
     rate = trainer.settings["learning_rate"]
-    assert f"learning_rate {rate:.3g}: for a random walk of 0.0135, which ZerothOrderTrainer does not" in caplog.text
+    assert re.search(
+        rf"learning_rate {rate:.3g}( instead of [\d.e-]+)?: a random walk of 0.0135 raises the loss", caplog.text
+    )
+    for number, batch in enumerate(steps[: len(measured) // 3]):
+        assert all(torch.equal(batch[key], tensor) for key, tensor in measured[3 * number].items())
     caplog.clear()
     make("text_classification", tmp_path / "given", {"method": "auto", "learning_rate": 1e-3}).train()
     assert "random walk" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("text_classification", 5e-5), pytest.param("supervised_finetuning", 2e-5, marks=SKIP_TRL)],
+)
+def test_auto_lowers_the_rate_of_any_trainer_whose_loss_rises(name, default, tmp_path):
+    """A loss that is steep around its start leaves a tenth of the walk."""
+    auto = {"method": "auto", "num_perturbations": 2}
+    trainer = make(name, tmp_path, auto, max_steps=36, per_device_train_batch_size=1, learning_rate=default)
+    rate, loss = trainer.settings["learning_rate"], trainer._loss
+    calls = iter(range(10**6))
+    trainer._loss = lambda batch: loss(batch) + float(next(calls) % 3 > 0)  # 1 at both ends of every walk
+    trainer.create_optimizer()
+    assert trainer.settings["learning_rate"] == pytest.approx(0.1 * rate, rel=5e-3)
 
 
 @pytest.mark.parametrize("base", [ZOTrainer, zeroth_order(Trainer)])

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from zokernel.errors import UsageError
@@ -61,6 +60,7 @@ from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.push import check_push, open_repository, push_finished, pushed_by_nobody_else
 from zokernel.finetune.tasks import Task, demonstrations
 from zokernel.finetune.tasks.text import TextTask
+from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
@@ -101,14 +101,15 @@ def finetune(
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
         check_values(data_arguments)
-        refuse_unsupported(config, scored=True, given=given_sources(config, command) if command else ())
+        given = given_sources(config, command) if command else {}
+        refuse_unsupported(config, scored=True, given=given)
         check_push(config)
         model = check_model(model_arguments)  # before the data are read, which may take minutes
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
         task = load_task(data_arguments, objective=config.objective)
-        check_flags(task, data_arguments, model_arguments)
+        check_flags(task, data_arguments, model_arguments, given)
         check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
         config = lower_is_better(with_scales(model_arguments, offloaded(model_arguments, config, command), command))
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
@@ -192,6 +193,7 @@ class _Job:
         logger.info("%s %s on %d %s examples: %.3f.", *told)
 
         def begun() -> None:
+            run["measuring_forwards"] = run.get("measuring_forwards", 0) + trainer.measuring_forwards
             taken = max(trainer.state.global_step, trainer.journal.num_steps if trainer.journal else 0)
             output.note_begin(folder, run, settings=deciding, total_steps=trainer.state.max_steps, taken=taken)
 
@@ -295,6 +297,7 @@ class _Job:
             "steps": trainer.state.global_step,
             "best_step": trainer.final_step,
             "forwards": log.forwards,
+            "measuring_forwards": run.get("measuring_forwards", 0),
             "forwards_per_step": trainer.forwards_per_step if stepped else None,
             "train_seconds": round(log.seconds, 2),
             "total_seconds": self._seconds(trainer, run),
@@ -338,11 +341,6 @@ class _Job:
             max_new_tokens=data.max_new_tokens,
             ends=self.prepared.ends,
         )
-
-
-def from_main(value: Any) -> Any:
-    """Return what the main process passed, on every process."""
-    return broadcast_object_list([value])[0]
 
 
 def evaluate(trainer: ZOTrainer, dataset: Any) -> dict[str, float]:

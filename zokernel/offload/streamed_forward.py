@@ -8,6 +8,7 @@ weights, made as :class:`~zokernel.perturb.InForward` makes them, so the losses 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,20 +66,20 @@ class StreamedForward(InForward):
         if self.trained is not None:
             self.weights = StreamedWeights(directions, parameters, seed=seed, blocks=self.blocks)
 
-    def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
-        """Evaluate the closure at all points together."""
+    def losses_of(self, asked: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
+        """Return the loss of each closure at its point, all together."""
         found: list[float] = []
-        for begin in range(0, len(points), self.max_together):
-            found += self._together(closure, points[begin : begin + self.max_together], step)
+        for begin in range(0, len(asked), self.max_together):
+            found += self._together(asked[begin : begin + self.max_together], step)
         return found
 
-    def _together(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
+    def _together(self, asked: Sequence[tuple[Closure, Offsets]], step: int) -> list[float]:
         schedule, directions, seed, blocks = self.schedule, self.weights.directions, self.weights.seed, self.blocks
         assert schedule is not None
         store = blocks.store
         if not (schedule.learned or store.moves):
             schedule.prepare(directions, seed=seed)
-        forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for offsets in points]
+        forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for _, offsets in asked]
         for unit in blocks.units:
             if not unit.is_block:  # a few weights that anything may use at any time
                 store.settle(unit)
@@ -113,7 +114,7 @@ class StreamedForward(InForward):
         with Intercepted(schedule.parameters.values(), run):
             before, blocks.pause = blocks.pause, pause
             try:
-                losses = lockstep.run([lambda: loss_value(closure())] * len(points))
+                losses = lockstep.run([partial(_loss_of, closure) for closure, _ in asked])
             finally:
                 blocks.pause = before
         if self.trained is not None:
@@ -135,6 +136,10 @@ class StreamedForward(InForward):
             point = forward.point
             copier(forward.directions, targets, point.offsets, seed=point.seed, step=point.step)
         return dict(zip(keys, targets))
+
+
+def _loss_of(closure: Closure) -> float:
+    return loss_value(closure())
 
 
 class StreamedWeights(Unmoved):

@@ -92,12 +92,21 @@ class InForward(Perturb):
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Evaluate the closure at each point, with perturbed copies in place of the weights."""
+        return self.losses_of([(closure, offsets) for offsets in points], step=step)
+
+    def losses_of(self, asked: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
+        """Return the loss of each closure at a point of its own, as losses of several batches are taken.
+
+        Args:
+            asked: Closures, each with the offsets of the directions of the step.
+            step: Step of the run.
+        """
         seed, schedule = self.weights.seed, self.schedule
         assert schedule is not None
         if not schedule.learned:
             schedule.prepare(self.weights.directions, seed=seed)
         found = []
-        for offsets in points:
+        for closure, offsets in asked:
             with Perturbed(schedule, self.weights.directions, Point(offsets, seed, step)):
                 found.append(loss_value(closure()))
             if not schedule.learned:

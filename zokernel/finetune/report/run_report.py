@@ -13,6 +13,7 @@ from zokernel.finetune.report.samples import samples_section
 from zokernel.finetune.report.told import (
     diagnosis_told,
     examples_told,
+    forwards_told,
     loss_told,
     method_told,
     rate_told,
@@ -54,7 +55,7 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         zero_shot,
         (f"{metric} after training", f"{last} ({_change(metric, before, after)})"),
         ("loss before -> after", loss_told(metrics)),
-        ("steps, forwards", f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"),
+        ("steps, forwards", forwards_told(metrics)),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
         ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
         ("peak memory, inference", f"{metrics['peak_memory_inference'] / 2**20:,.0f} MiB"),

@@ -31,6 +31,20 @@ def examples_told(metrics: dict[str, Any]) -> str:
     return f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
 
 
+def forwards_told(metrics: dict[str, Any]) -> str:
+    """Return the steps of a run, their forward passes, and those that settings were chosen by.
+
+    Example:
+        >>> forwards_told({"steps": 1000, "forwards": 2000, "measuring_forwards": 24})
+        '1,000 steps, 2,000 forward passes (and 24 before them to choose settings)'
+        >>> forwards_told({"steps": 1000, "forwards": 2000})
+        '1,000 steps, 2,000 forward passes'
+    """
+    more = metrics.get("measuring_forwards")
+    told = f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"
+    return f"{told} (and {more:,} before them to choose settings)" if more else told
+
+
 def start_told(shots: int, *, trained: bool) -> str:
     """Return how a model answered before this run trained it.
 

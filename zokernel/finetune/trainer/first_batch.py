@@ -1,9 +1,10 @@
-"""The first batch of a run, on which is tried whether its loss can be compared at several weights."""
+"""The first batches of a run, on which is tried whether its loss can be compared at several weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from zokernel.errors import UsageError
 TOLERANCE = 1e-3
 
 
-def first_batch(loader: DataLoader) -> Any:
-    """Return the first batch of a loader without using up random numbers, or the state that accelerate keeps of it."""
+def first_batches(loader: DataLoader, count: int) -> list[Any]:
+    """Return the first batches of a loader without using up random numbers, or the state that accelerate keeps."""
     with torch.random.fork_rng(devices=[]):
-        return next(DataLoader.__iter__(loader))
+        return list(islice(DataLoader.__iter__(loader), count))
 
 
 def refuse_random_loss(loss: Callable[[], Tensor]) -> None:

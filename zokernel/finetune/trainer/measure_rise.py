@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zokernel.errors import LossError, RunError, UsageError
+from zokernel.estimators.base import Offsets
 from zokernel.kernels.plan_walk import FIRST_WALK
 from zokernel.kernels.walk_rise import Rise, rise_of
 from zokernel.perturb import InForward
+from zokernel.perturb.base import Closure
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,14 @@ def batches_to_try(forwards: int) -> int:
 
 
 @torch.no_grad()
-def measure_rise(optimizer: Any, batches: Sequence[Any], loss: Callable[[Any], Tensor], distance: float) -> Rise | None:
+def measure_rise(
+    optimizer: Any,
+    batches: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    distance: float,
+    *,
+    perturb: InForward | None = None,
+) -> Rise | None:
     """Return what random walks of a distance do to the loss, at the weights as they are, which stay there.
 
     Args:
@@ -41,26 +51,24 @@ def measure_rise(optimizer: Any, batches: Sequence[Any], loss: Callable[[Any], T
         batches: Batches of the run, one for each walk.
         loss: Returns the loss of a batch.
         distance: How far every weight is moved.
+        perturb: What takes the losses, if the weights are streamed: many in one pass over them.
 
     Returns:
         The rise; None if these losses cannot be taken without moving the weights.
     """
-    found = []
+    asked: list[tuple[Closure, Offsets]] = []
+    for index, batch in enumerate(batches, FIRST_WALK):
+        asked += [(partial(loss, batch), offsets) for offsets in ({}, {index: distance}, {index: -distance})]
+    perturb = perturb or InForward()
     try:
-        perturb = InForward()
         perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
-        for number, batch in enumerate(batches):
-            index = FIRST_WALK + number
-            points = [{}, {index: distance}, {index: -distance}]
-            try:
-                centre, plus, minus = perturb.losses(lambda batch=batch: loss(batch), points, step=0)
-            except LossError:
-                centre, plus, minus = math.nan, math.inf, math.inf
-            found.append((centre, plus, minus))
+        losses = perturb.losses_of(asked, step=0)
+    except LossError:
+        return Rise(distance, math.nan, math.inf, math.inf, math.nan, len(asked))
     except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
         logger.debug("The loss around the weights was not taken: %s", error)
         return None
-    return rise_of(distance, found)
+    return rise_of(distance, list(zip(losses[::3], losses[1::3], losses[2::3])))
 
 
 def walk_told(found: Rise | None, walk: float, share: float, before: float, after: float) -> str:

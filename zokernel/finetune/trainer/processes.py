@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 
 from zokernel.errors import UsageError
 from zokernel.perturb.parallel import MODES, Parallel
@@ -19,6 +20,11 @@ logger = logging.getLogger(__name__)
 def num_processes() -> int:
     """Return how many processes of torch.distributed take part in the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def from_main(value: Any) -> Any:
+    """Return what the main process passed, on every process."""
+    return broadcast_object_list([value])[0]
 
 
 def make_parallel(mode: str | None, point_ranks: int | None, weight: Callable[[], float]) -> Parallel | None:

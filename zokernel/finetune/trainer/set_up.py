@@ -18,13 +18,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.models.trained import accept_quantized_, check_trainable, low_precision, what_is_trained
-from zokernel.finetune.settings.auto import WALK, cooldown_steps
+from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.settings.unsupported import is_first_order
-from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
@@ -58,8 +57,6 @@ class SetUpTrainer(ResumableTrainer):
 
     zo_settings: ClassVar[Mapping[str, Any]] = {}
     """What :func:`~zokernel.finetune.trainer.zeroth_order.zeroth_order` was given."""
-    measures_walk: ClassVar[bool] = False
-    """Whether ``method="auto"`` asks the loss how far a run may walk."""
 
     def __init__(
         self,
@@ -188,16 +185,6 @@ class SetUpTrainer(ResumableTrainer):
                 if perturb != self.args.perturb:
                     self.decide("auto", perturb=perturb)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
-            if self.settings.requested.method == AUTO and not self.measures_walk:
-                rate = self.settings.setting("learning_rate")
-                if rate.source == "auto":
-                    logger.info(
-                        "learning_rate %.3g: for a random walk of %.3g, which %s does not measure (a loss that rises "
-                        "asks for less; 'zokernel finetune' measures it).",
-                        rate.value,
-                        WALK[what_is_trained(model)],
-                        type(self).__name__,
-                    )
             logger.info(
                 "Method %s: lr %g, effective lr %s, %s.",
                 self.args.method,

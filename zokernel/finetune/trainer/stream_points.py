@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
 from zokernel.errors import UsageError
@@ -16,6 +13,7 @@ from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.perturb.in_forward import BY_POSITION
+from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +34,7 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module) -> str | None:
     blocks = streamed_blocks(model)
     if blocks is None or optimizer.perturb.name == "stacked":
         return None
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    copy = base.working_copy
+    copy = without_adapter(model).working_copy
     if optimizer.perturb.name != "in_forward" and not perturbs_in_place(optimizer):
         raise UsageError(
             f"This method takes its losses by {optimizer.perturb.name}, which does not stream weights: choose another "
@@ -57,23 +54,12 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module) -> str | None:
     return "in_forward"
 
 
-def say_activations(optimizer: ZerothOrder, model: Any, longest: Callable[[], Mapping[str, Any]]) -> None:
-    """Log what the losses of a step hold together at the border of a block, if weights are streamed.
+def many_in_a_pass(model: nn.Module, count: int) -> StreamedForward | None:
+    """Return what takes losses of streamed weights, so many in one pass over them; None if they are in memory.
 
     Args:
-        optimizer: The optimizer of the run.
         model: The model, with its adapter.
-        longest: Returns the batch of the longest examples.
+        count: Losses that are taken together; more take further passes.
     """
-    if not isinstance(optimizer.perturb, StreamedForward):
-        return
-    sizes = [value.numel() for value in longest().values() if isinstance(value, torch.Tensor) and value.ndim == 2]
-    width, kind = model.config.get_text_config().hidden_size, next(model.parameters()).dtype
-    losses, tokens = optimizer.forwards_per_step, max(sizes, default=0)
-    logger.info(
-        "Activations: %.1f MiB at the border of a block (%d losses of at most %d tokens), and inside a block those of "
-        "one loss.",
-        losses * tokens * width * kind.itemsize / 2**20,
-        losses,
-        tokens,
-    )
+    blocks = streamed_blocks(model)
+    return None if blocks is None else StreamedForward(blocks, model, max_together=count)

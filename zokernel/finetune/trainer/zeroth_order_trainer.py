@@ -6,12 +6,9 @@ trainer's own.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,22 +30,19 @@ from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
-from zokernel.finetune.trainer.first_batch import first_batch, refuse_random_loss
+from zokernel.finetune.trainer.first_batch import refuse_random_loss
+from zokernel.finetune.trainer.measuring import MeasuringTrainer
 from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
 from zokernel.finetune.trainer.probe import evaluating, look_at_options, slope_and_rate, surroundings
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
-from zokernel.finetune.trainer.set_up import SetUpTrainer
-from zokernel.finetune.trainer.stream_points import say_activations
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
 from zokernel.private_apis import set_train_batch_size
 
 logger = logging.getLogger(__name__)
 
-_NOTED = ("_metrics", "_total_train_tokens")  # of trl's trainers, by each call of compute_loss
 
-
-class ZerothOrderTrainer(SetUpTrainer):
+class ZerothOrderTrainer(MeasuringTrainer):
     """The part of a trainer that takes zeroth-order steps; it stands between a trainer and ``transformers.Trainer``.
 
     With gradient accumulation, the closure combines the losses of the micro-batches as the trainer itself would, so the
@@ -114,10 +108,7 @@ class ZerothOrderTrainer(SetUpTrainer):
 
     def _trial_loss(self) -> Tensor:
         """Return the loss of the first batch."""
-        sampler = self._epoch_sampler  # of the loader that the loop reads
-        loader = self.get_train_dataloader()
-        self._epoch_sampler = sampler
-        return self._loss(self._prepare_inputs(first_batch(loader)))
+        return self._loss(self.first_batches(1)[0])
 
     def begin_loop(self) -> None:
         """Settle the way of perturbing, then begin the journal and the log."""
@@ -127,12 +118,10 @@ class ZerothOrderTrainer(SetUpTrainer):
         self._tried = False
         if self.args.perturb == "auto" and self.zeroth_order:
             self.bare_model.eval()
-            with self._uncounted():
-                perturb = choose_perturb.settle(self.bare_optimizer, self.args, self._trial_loss, self.parallel)
+            with self.uncounted():
+                trial = self.counted(self._trial_loss)
+                perturb = choose_perturb.settle(self.bare_optimizer, self.args, trial, self.parallel)
             self.decide("auto", perturb=perturb)
-        if self.zeroth_order:
-            longest = partial(self._longest, self.args.per_device_train_batch_size)
-            say_activations(self.bare_optimizer, self.bare_model, longest)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
         self._course.clear()
@@ -193,7 +182,7 @@ class ZerothOrderTrainer(SetUpTrainer):
             return torch.zeros((), device=self.args.device)
         optimizer = self.taking or self.bare_optimizer
         if not self._tried and (self.journal is None or optimizer.step_count >= self.journal.num_steps):
-            with self._uncounted():
+            with self.uncounted():
                 self.check_loss()
             self._tried = True
         before, tokens = optimizer.num_forwards, vars(self).get("_total_train_tokens", 0)
@@ -203,15 +192,6 @@ class ZerothOrderTrainer(SetUpTrainer):
         self.micro_batches.clear()
         self._count_once(tokens, optimizer.num_forwards - before)
         return torch.tensor(self.last_loss, device=self.args.device)
-
-    @contextmanager
-    def _uncounted(self) -> Iterator[None]:
-        """Keep losses that are only tried out of what trainers of trl note of every loss."""
-        kept = copy.deepcopy({name: vars(self)[name] for name in _NOTED if name in vars(self)})
-        try:
-            yield
-        finally:
-            vars(self).update(kept)
 
     def _count_once(self, tokens: int, losses: int) -> None:
         """Count the tokens of a batch once, of which each of a step's losses was counted by trainers of trl."""
@@ -227,6 +207,7 @@ class ZerothOrderTrainer(SetUpTrainer):
 
     def check_loss(self) -> None:
         """Refuse a loss that cannot be compared between two evaluations of the first batch."""
+        self.measuring_forwards += 2 * len(self.micro_batches)
         refuse_random_loss(self._step_loss)
 
     def _step_loss(self) -> Tensor:
@@ -293,7 +274,7 @@ class ZerothOrderTrainer(SetUpTrainer):
         if said in FAILED and self.args.world_size == 1:
             model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
             assert collate is not None
-            with evaluating(model), self._uncounted():
+            with evaluating(model), self.uncounted():
                 if said == NOT_LEARNED and self.zeroth_order and not self.args.torch_compile:
                     dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
                     around = surroundings(self.bare_optimizer, self._trial_loss, dtype=dtype)
@@ -317,7 +298,7 @@ class ZerothOrderTrainer(SetUpTrainer):
         wanted = self.args.per_device_train_batch_size
         assert self.model is not None
         self.model.eval()
-        found = largest_batch(lambda size: self._loss(self._longest(size)), wanted)
+        found = largest_batch(self.counted(lambda size: self._loss(self._longest(size))), wanted)
         everywhere: Any = self.accelerator.gather(torch.tensor([found], device=self.args.device))
         found = int(everywhere.min())
         values: dict[str, Any] = {}

@@ -6,7 +6,6 @@ import logging
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
@@ -14,19 +13,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.repeat import repeat_batch
-from zokernel.finetune.models.trained import what_is_trained
 from zokernel.finetune.monitor.paired import StartLosses
 from zokernel.finetune.monitor.stop import StopWhenWorse
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.objective import Objective
-from zokernel.finetune.settings.auto import WALK, shorter_walk
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
-from zokernel.finetune.settings.resolve import count_steps
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO
-from zokernel.finetune.trainer.make_optimizer import make_optimizer
-from zokernel.finetune.trainer.measure_rise import FEWEST_BATCHES, batches_to_try, measure_rise, walk_told
+from zokernel.finetune.trainer.activations import say_activations
 from zokernel.finetune.trainer.micro_batches import mean_weight
 from zokernel.finetune.trainer.zeroth_order_trainer import ZerothOrderTrainer
 
@@ -49,7 +44,6 @@ class ZOTrainer(ZerothOrderTrainer):
     """
 
     draws_examples = False
-    measures_walk = True
     objective: Any
 
     def __init__(
@@ -82,7 +76,6 @@ class ZOTrainer(ZerothOrderTrainer):
         # Every micro-batch's loss is a mean already; transformers would divide none of them by their number if the
         # model's own forward could.
         self.model_accepts_loss_kwargs = False
-        self._asked = False
         self._start_losses = StartLosses(self.folder, writes=self.args.should_save)
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
@@ -127,7 +120,14 @@ class ZOTrainer(ZerothOrderTrainer):
     def trial_stacked(self, copies: int) -> Tensor:
         """Return the losses of several copies of the first examples."""
         self.bare_model.eval()
+        self.measuring_forwards += 1
         return self._stacked_loss(self._collated(self.train_dataset, self.args.per_device_train_batch_size), copies)
+
+    def begin_loop(self) -> None:
+        """Settle what is open, and say what the activations of a step will take."""
+        super().begin_loop()
+        if self.zeroth_order and not self.has_own_loss and isinstance(self.objective, (Objective, LanguageObjective)):
+            say_activations(self.bare_optimizer, self.bare_model, self._longest(self.args.per_device_train_batch_size))
 
     def check_loss(self) -> None:
         """Check a loss of one's own; zokernel's are functions of weights and batch."""
@@ -140,45 +140,16 @@ class ZOTrainer(ZerothOrderTrainer):
             return super()._trial_loss()
         return self._loss(self._collated(self.train_dataset, self.args.per_device_train_batch_size))
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer; ``--method auto`` first asks how far it may walk, unless a rate was given."""
-        rate = self.settings.setting("learning_rate")
-        by_auto = self.settings.requested.method == AUTO and rate.source == "auto"
-        if self.optimizer is None and by_auto and not self._asked:
-            self._asked = True
-            if self.recorded:
-                self.decide("auto", learning_rate=self.recorded["learning_rate"].value)
-            elif not self.continues:
-                self._choose_rate(self.model if model is None else model, rate.value)
-        return super().create_optimizer(model)
+    @property
+    def loss_has_slopes(self) -> bool:
+        """Whether a small move of the weights changes the loss by little: accuracies and rewards stay or jump."""
+        return self.has_own_loss or getattr(self.objective, "objective", "") == "cross_entropy"
 
-    def _choose_rate(self, model: Any, rate: float) -> None:
-        """Measure what a random walk as far as the run's does to the loss, and lower the rate if it is too far."""
-        args, size, dataset = self.args, self.batch_per_step, cast(Any, self.train_dataset)
-        optimizer, walk = make_optimizer(model, [], args), WALK[what_is_trained(model)]
-        own = self.has_own_loss or getattr(self.objective, "objective", "") != "cross_entropy"
-        if own or args.torch_compile or not hasattr(dataset, "__len__"):
-            logger.info("learning_rate %.3g: for a random walk of %.3g, not measured for such a run.", rate, walk)
-            return
-        steps = count_steps(args.max_steps, args.num_train_epochs, size, len(dataset))
-        small = args.per_device_train_batch_size
-        batches = min(batches_to_try(steps * optimizer.forwards_per_step), len(dataset) // small)
-        if batches < FEWEST_BATCHES:
-            logger.info("learning_rate %.3g: for a random walk of %.3g; the run is too short to measure.", rate, walk)
-            return
-        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        found = [self._batch_of(drawn[small * n : small * (n + 1)]) for n in range(batches)]
-        self.bare_model.eval()
-        rise = measure_rise(optimizer, found, self._loss, walk)
-        share = 1.0
-        if rise is not None:
-            per_example = bool(args.method_options().get("per_example"))
-            every = args.num_perturbations * steps * (size if per_example else 1)
-            share = shorter_walk(rise, directions=every, batch=small, per_example=per_example)
-        share = broadcast_object_list([share])[0]
-        if share < 1:
-            self.decide("auto", learning_rate=float(f"{rate * share:.3g}"))
-        logger.info("%s", walk_told(rise, walk, share, rate, self.args.learning_rate))
+    def training_batches(self, count: int) -> list[dict[str, Any]]:
+        """Return some batches of training examples, drawn by the seed."""
+        examples, small = len(cast(Any, self.train_dataset)), self.args.per_device_train_batch_size
+        drawn = torch.randperm(examples, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        return [self._batch_of(drawn[small * n : small * (n + 1)]) for n in range(count)]
 
     def _batch_of(self, numbers: list[int]) -> dict[str, Any]:
         """Return a batch of some training examples."""
