@@ -168,7 +168,7 @@ def measure(task: LanguageTask, directions: int, distribution: str, *, eps: floa
     for _ in range(directions):
         seen.clear()
         optimizer.step(closure)
-        (plus, plus_beliefs), (minus, minus_beliefs) = seen
+        (plus, plus_beliefs), (minus, minus_beliefs) = seen[:2]  # the first step takes its last loss twice
         slopes.append((plus - minus).numpy() / (2 * eps))
         moved.append((plus_beliefs - minus_beliefs).flatten() / (2 * eps))
     stacked, gradient_changes = torch.stack(moved), torch.stack(along).flatten(1)
@@ -190,12 +190,12 @@ def inner(left: Tensor, right: Tensor) -> np.ndarray:
 @torch.no_grad()
 def difference(task: LanguageTask, parameters: list[nn.Parameter], vector: Sequence[Tensor], step: float) -> Tensor:
     """Return the change of beliefs per unit along a vector, by a central difference; the weights are restored."""
-    torch._foreach_add_(parameters, vector, alpha=step)
-    plus = beliefs(task)
-    torch._foreach_add_(parameters, vector, alpha=-2 * step)
-    minus = beliefs(task)
-    torch._foreach_add_(parameters, vector, alpha=step)
-    return (plus - minus) / (2 * step)
+    found = []
+    for move in (step, -2 * step, step):
+        for parameter, direction in zip(parameters, vector, strict=True):
+            parameter.add_(direction, alpha=move)
+        found.append(beliefs(task))
+    return (found[0] - found[1]) / (2 * step)
 
 
 @torch.no_grad()
