@@ -43,6 +43,7 @@ class Panel:
         ylabel: What y is.
         log: Whether both axes are logarithmic.
         xticks: Where the x axis is labelled, if not where matplotlib would.
+        yticks: The same for the y axis.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Panel:
     ylabel: str
     log: bool = False
     xticks: Sequence[float] = ()
+    yticks: Sequence[float] = ()
 
 
 @contextmanager
@@ -67,11 +69,12 @@ def themed(*, dark: bool) -> Iterator[tuple[Any, Sequence[str]]]:
 
 
 def svg(figure: Any) -> bytes:
-    """Return a figure as SVG, with two decimals and without what a browser does not need."""
+    """Return a figure as SVG, with two decimals in its coordinates and without what a browser does not need."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", stream.getvalue().decode(), flags=re.DOTALL)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r">\s+<", "><", text))
+    tags = re.compile(r"<[^>]*>")  # coordinates stand in tags, and labels between them
+    text = tags.sub(lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), re.sub(r">\s+<", "><", text))
     return text.encode()
 
 
@@ -86,8 +89,8 @@ def bars(
     """Return a chart of horizontal bars.
 
     Args:
-        labels: One label a group of bars, from above.
-        series: One number a label, by name of the series.
+        labels: One label per group of bars, from above.
+        series: One number per label, by name of the series.
         xlabel: What the numbers are.
         mark: Where a dashed line is drawn.
         dark: Whether it is for the dark scheme.
@@ -125,8 +128,9 @@ def curves(panels: Sequence[Panel], *, dark: bool = False) -> bytes:
             axes.set_title(panel.title, fontsize=10)
             if panel.log:
                 axes.set(xscale="log", yscale="log")
-            if panel.xticks:
-                axes.set_xticks(panel.xticks, [f"{tick:g}" for tick in panel.xticks])
-                axes.minorticks_off()
+            for axis, ticks in ((axes.xaxis, panel.xticks), (axes.yaxis, panel.yticks)):
+                if ticks:
+                    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+                    axis.set_ticks([], minor=True)
             axes.legend(fontsize=9)
         return svg(figure)

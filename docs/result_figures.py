@@ -161,12 +161,11 @@ def directions_per_step(*, dark: bool = False) -> bytes:
     for (scheme, column), name in kept.items():
         rows = [row for row in budget if row["scheme"] == scheme]
         progress.append(Line(name, [row["P"] for row in rows], [row[column][0] for row in rows]))
+    shared: dict[str, Any] = {"xlabel": "directions per step, P", "log": True, "xticks": [1, 2, 4, 8, 16]}
     return curves(
         [
-            Panel("distance to gradient descent", errors, "directions per step, P", "relative error", True, [1, 4, 16]),
-            Panel(
-                "equal number of forwards", progress, "directions per step, P", "progress over P = 1", True, [1, 4, 16]
-            ),
+            Panel("distance to gradient descent", errors, ylabel="relative error", yticks=[0.5, 1, 2, 4, 8], **shared),
+            Panel("equal forwards", progress, ylabel="progress over P = 1", yticks=[0.125, 0.25, 0.5, 1, 2], **shared),
         ],
         dark=dark,
     )

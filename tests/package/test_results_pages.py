@@ -87,6 +87,7 @@ def test_a_figure_is_drawn_in_the_ink_of_its_scheme(drawer):
     assert b"#222222" in light
     assert b"#e6e6e6" in dark
     assert b"#222222" not in dark
+    assert b">0.9994</text>" in drawer.bars(["one"], {"": [0.9994]}, "times")
     assert all(f">{word}</text>".encode() in dark for word in ("one", "two", "times", "a", "b"))
     with pytest.raises(ValueError, match="has a column 'nothing'"):
         drawer.table("speed", "nothing")
