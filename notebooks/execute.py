@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 
-def executed(path: Path, folder: Path, settings: dict[str, Any] | None = None, then: str = "") -> nbformat.NotebookNode:
+def executed(
+    path: Path,
+    folder: Path,
+    settings: dict[str, Any] | None = None,
+    then: str = "",
+    kernel: AsyncKernelManager | None = None,
+) -> nbformat.NotebookNode:
     """Return a notebook with its outputs.
 
     Args:
@@ -23,6 +30,7 @@ def executed(path: Path, folder: Path, settings: dict[str, Any] | None = None, t
         folder: Where it runs and leaves its files.
         settings: New values of variables of the cell tagged ``parameters``.
         then: Code of one more cell, run last.
+        kernel: Where it runs, and is left running; a new one when not given.
 
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell raises.
@@ -35,7 +43,7 @@ def executed(path: Path, folder: Path, settings: dict[str, Any] | None = None, t
     if then:
         notebook.cells.append(nbformat.v4.new_code_cell(then))
     NotebookClient(
-        notebook, timeout=None, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}
+        notebook, km=kernel, timeout=None, coalesce_streams=True, resources={"metadata": {"path": str(folder)}}
     ).execute()
     return notebook
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -22,13 +24,22 @@ def read(path):
     return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run(name, folder, settings, found):
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel for all notebooks, which imports torch once; names are removed from it after each."""
+    manager = AsyncKernelManager()
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+def run(name, folder, kernel, settings, found):
     """Execute a notebook; return its outputs, and the value of an expression in it."""
     spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    then = f"import json\nprint(json.dumps({found}))"
-    notebook = module.executed(ROOT / "notebooks" / f"{name}.ipynb", folder, settings, then)
+    settings = {"FOLDER": str(folder / "run")} | settings
+    then = f"import json\nprint(json.dumps({found}))\n%reset -f"
+    notebook = module.executed(ROOT / "notebooks" / f"{name}.ipynb", folder, settings, then, kernel)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return outputs, json.loads(notebook.cells[-1].outputs[-1].text)
 
@@ -122,9 +133,9 @@ def test_the_first_cell_asks_pip_only_where_zokernel_is_missing(missing, monkeyp
 
 
 @pytest.mark.smollm2
-def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path):
+def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path, kernel):
     settings = {"MAX_STEPS": 2, "VALIDATION_EXAMPLES": 8, "TEST_EXAMPLES": 16}
-    outputs, (metrics, answers) = run("first_finetune", tmp_path, settings, "(metrics, answers)")
+    outputs, (metrics, answers) = run("first_finetune", tmp_path, kernel, settings, "(metrics, answers)")
     assert figures(outputs) == 1
     assert (metrics["steps"], metrics["num_test"], metrics["forwards"]) == (2, 16, 4)
     for when in ("before", "after"):
@@ -139,14 +150,16 @@ def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path):
     assert answers[0]["scores"]["1"] > answers[3]["scores"]["1"]  # a joy, and dull
 
 
-def test_choosing_p_and_eps(tiny_lm_path, movie_reviews_path, tmp_path):
-    settings = {"MODEL": str(tiny_lm_path), "NUM_PROBES": 32, "CURVATURE_PROBES": 4, "STEPS": 2}
+def test_choosing_p_and_eps(tiny_lm_path, movie_reviews_path, tmp_path, kernel):
+    settings = {"MODEL": str(tiny_lm_path), "NUM_PROBES": 24, "CURVATURE_PROBES": 2, "STEPS": 2}
     settings |= {"VALIDATION_EXAMPLES": 8, "TEST_EXAMPLES": 8}
     found = "(plan.as_dict(), rates, runs, errors, [sizes, misses, best])"
-    outputs, (plan, rates, runs, errors, (sizes, misses, best)) = run("choosing_p_and_eps", tmp_path, settings, found)
+    outputs, (plan, rates, runs, errors, (sizes, misses, best)) = run(
+        "choosing_p_and_eps", tmp_path, kernel, settings, found
+    )
     assert figures(outputs) == 3
-    assert (plan["num_probes"], plan["num_steps"]) == (32, 2)
-    assert plan["forwards"] > 2 * 32
+    assert (plan["num_probes"], plan["num_steps"]) == (24, 2)
+    assert plan["forwards"] > 2 * 24
     assert 0.3 < plan["loss"] < 3
     assert 0 < plan["loss_noise"] < 1e-3
     # One direction is off by more than the step itself, and P of them by the root of P less.
@@ -164,9 +177,9 @@ def test_choosing_p_and_eps(tiny_lm_path, movie_reviews_path, tmp_path):
 
 
 @pytest.mark.smollm2
-def test_rewards(smollm2_path, tmp_path):
-    settings = {"MAX_STEPS": 2, "PROMPTS": 40}
-    outputs, (metrics, rewards) = run("rewards", tmp_path, settings, "(metrics, rewards)")
+def test_rewards(smollm2_path, tmp_path, kernel):
+    settings = {"MAX_STEPS": 2, "PROMPTS": 30}
+    outputs, (metrics, rewards) = run("rewards", tmp_path, kernel, settings, "(metrics, rewards)")
     assert figures(outputs) == 1
     assert (metrics["steps"], metrics["forwards"], metrics["metric"]) == (2, 16, "reward")
     assert [len(members) for members in rewards] == [8, 8]
@@ -178,5 +191,6 @@ def test_rewards(smollm2_path, tmp_path):
     assert metrics["before"]["reward"] > 0.4  # most answers begin with a number
     assert metrics["after"]["reward"] >= metrics["before"]["reward"] - 0.2
     score = {}
-    exec((tmp_path / "judge.py").read_text(), score)
+    (cell,) = [cell for cell in read(ROOT / "notebooks" / "rewards.ipynb")[1] if "def score" in cell.source]
+    exec(cell.source.split("\n", 1)[1], score)
     assert score["score"]([" 42\n", "42", " 42.", "-7\nmore", " no", ""]) == [1.0, 0.5, 0.5, 1.0, 0.0, 0.0]
