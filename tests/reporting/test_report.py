@@ -237,7 +237,8 @@ def test_the_live_view_serves_three_addresses_on_this_machine_only(server):
 
 
 def test_the_live_view_waits_for_a_run_that_has_not_begun(tmp_path):
-    assert live_data(tmp_path) == {"waiting": True, "rows": [], "evaluations": [], "finished": False}
+    waiting = live_data(tmp_path)
+    assert (waiting["state"], waiting["rows"], waiting["evaluations"]) == ("waiting", [], [])
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     found = live_data(tmp_path)
     assert [row["loss"] for row in found["rows"]] == [2.0, None]

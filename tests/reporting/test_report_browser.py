@@ -8,6 +8,7 @@ import shutil
 import threading
 
 import pytest
+from kinds import KINDS as RUNS
 
 from zokernel.commands.report import read
 from zokernel.reporting.html import write_report
@@ -18,6 +19,19 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 
 KINDS = ("finetune", "plan", "kernel", "evolve", "reproduce")
+# What the legend of the loss shows: colour, and dash or marker, of each series.
+LOOKS = """() => [...document.querySelectorAll('#loss .legend span')].map((item) => {
+  const one = item.querySelector('polyline, circle'), style = getComputedStyle(one);
+  return [one.tagName === 'circle' ? style.fill : style.stroke, one.getAttribute('stroke-dasharray') ?? 'dot'];
+})"""
+# Texts of figures that reach beyond them, by more than the rounding of coordinates.
+CLIPPED = """() => [...document.querySelectorAll('figure svg')].flatMap((svg) => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter((text) => {
+    const at = text.getBoundingClientRect();
+    return at.left < box.left - 1 || at.right > box.right + 1 || at.top < box.top - 1 || at.bottom > box.bottom + 1;
+  }).map((text) => text.textContent);
+})"""
 # The contrast of every visible text with what is behind it, by the formula of WCAG 2.
 CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
@@ -101,6 +115,19 @@ def test_a_page_renders_without_complaints_or_requests(kind, files, open_page):
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
 
 
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_page_of_every_kind_of_training_run_fits_and_can_be_read(kind, kinds, open_page, tmp_path):
+    write_report(read(kinds(kind)), tmp_path / "page.html")
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        page = open_page((tmp_path / "page.html").as_uri(), width=width, scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CONTRAST)[0] >= 4.5
+        assert page.evaluate(CLIPPED) == []
+        for drawing in page.locator("figure svg").all():
+            assert drawing.bounding_box()["width"] >= min(340, width - 60)
+        assert page.complaints == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_does_not_scroll_sideways_and_text_is_readable(kind, scheme, files, open_page):
@@ -181,20 +208,34 @@ def test_the_colours_can_be_switched(files, open_page):
 
 
 def test_a_live_run_appears_as_it_goes(open_page, tmp_path):
-    rows = [{"step": n, "loss": 2.0 / n, "projected_gradient": 1.0 + n % 3} for n in range(1, 40)]
+    rows = [{"step": n, "loss": 2.0 / n, "projected_gradient": 1.0 + n % 3, "seconds": 0.25 * n} for n in range(1, 40)]
     lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "run.json").write_text(json.dumps({"total_steps": 100}))
+    (tmp_path / ".lock").write_text(f"pid {os.getpid()}")
+    name = "/".join(tmp_path.parts[-2:])
     with make_server(tmp_path, port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             page = open_page(f"http://127.0.0.1:{server.server_address[1]}/", width=390)
             assert "Waiting" in page.locator("#status").inner_text()
+            assert page.title() == f"waiting · {name}"
+            assert page.locator("section:visible").count() == 0, "an empty panel"
             (tmp_path / "steps.jsonl").write_text("".join(lines[:10]))
             page.wait_for_selector("#loss svg")
-            assert "step 10" in page.locator("#status").inner_text()
+            assert "step 10 of 100" in page.locator("#status").inner_text()
+            assert page.title() == f"10 % · {name}"
             (tmp_path / "steps.jsonl").write_text("".join(lines))
             playwright_api.expect(page.locator("#status")).to_contain_text("step 39")
-            assert page.locator("#gradient circle").count() == 39
+            assert page.title() == f"39 % · {name}"
+            assert page.locator("#progress").evaluate("bar => bar.value") == 39
+            told = page.locator("#facts").inner_text()
+            assert "39 of 100" in told
+            assert f"about {0.25 * 61:.0f} s" in told
+            assert page.locator("#gradient .chart circle").count() == 39
+            looks = page.evaluate(LOOKS)
+            assert len(looks) == 2
+            assert len({look[0] for look in looks}) == len({look[1] for look in looks}) == 2, looks
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             assert page.complaints == []
             assert all(url.startswith(("http://127.0.0.1", "data:")) for url in page.requests)
@@ -218,10 +259,10 @@ def test_a_live_run_on_rewards_shows_the_spread_of_its_population(open_page, run
             for width in (1280, 390):
                 page = open_page(f"http://127.0.0.1:{server.server_address[1]}/", width=width)
                 page.wait_for_selector("#rewards svg")
-                assert page.locator("#rewards polygon").count() == 2
-                assert len(page.locator("#rewards polygon").first.get_attribute("points").split()) == 2 * 40
-                assert "median of the members" in page.locator("#rewards .legend").inner_text()
-                assert page.locator("#score").inner_text() == "reward"
+                assert page.locator("#rewards .chart polygon").count() == 2
+                assert len(page.locator("#rewards .chart polygon").first.get_attribute("points").split()) == 2 * 40
+                assert "median member" in page.locator("#rewards .legend").inner_text()
+                assert "reward" in page.locator("#scores").inner_text().split()
                 assert "negative reward" in page.locator("#loss").inner_text()
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 assert page.complaints == []

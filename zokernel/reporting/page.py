@@ -12,6 +12,23 @@ LONGEST_TABLE = 400
 WIDE = 560.0  # points
 
 
+@dataclass(frozen=True)
+class Series:
+    """What a figure's legend names.
+
+    Attributes:
+        panel: Number of the panel it is in.
+        name: As the legend says.
+        color: As ``#rrggbb``.
+        shape: Dash and marker.
+    """
+
+    panel: int
+    name: str
+    color: str
+    shape: str
+
+
 @dataclass
 class Picture:
     """A figure.
@@ -21,12 +38,14 @@ class Picture:
         title: Short name, also that of the button that enlarges it.
         alt: What it shows, for those who cannot see it.
         caption: What to look for.
+        series: What its legend names, if it was drawn for the page.
     """
 
     svg: str
     title: str
     alt: str
     caption: str = ""
+    series: list[Series] = field(default_factory=list)
 
     @property
     def is_wide(self) -> bool:
@@ -61,13 +80,26 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page with a heading."""
+    """A part of the page with a heading.
+
+    Attributes:
+        title: The heading.
+        anchor: Unique in the page.
+        text: Paragraphs.
+        items: A numbered list after them.
+        pictures: Figures.
+        tables: Tables.
+        samples: Texts side by side, each sample a list of names and texts.
+        command: What repeats this part.
+    """
 
     title: str
     anchor: str
     text: list[str] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    samples: list[list[tuple[str, str]]] = field(default_factory=list)
     command: str = ""
 
 
@@ -83,6 +115,7 @@ class Page:
         sections: The rest.
         command: What repeats the run.
         made_with: Versions, in one line.
+        alert: That something went wrong, in plain words; empty if nothing did.
     """
 
     title: str
@@ -92,6 +125,7 @@ class Page:
     sections: list[Section] = field(default_factory=list)
     command: str = ""
     made_with: str = ""
+    alert: str = ""
 
 
 def cell(value: Any) -> Cell:
@@ -126,6 +160,38 @@ def number(value: float) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:.4g}"
+
+
+def told_seconds(seconds: float) -> str:
+    """Format a duration.
+
+    Example:
+        >>> [told_seconds(value) for value in (0.0421, 7.31, 93.4, 7500, 200000)]
+        ['0.042 s', '7.3 s', '1 min 33 s', '2 h 5 min', '2 d 7 h']
+    """
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    for size, name, small, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size} {name}" + (f" {rest} {part}" if rest else "")
+    raise AssertionError(seconds)
+
+
+def told_bytes(count: float) -> str:
+    """Format a number of bytes.
+
+    Example:
+        >>> [told_bytes(value) for value in (0, 99328, 755515392, 3 * 2**31)]
+        ['0 B', '97 KiB', '721 MiB', '6 GiB']
+    """
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 999 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
 
 
 def _is_interval(value: Any) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.figures import PALETTE
 from zokernel.reporting.page import Page, Picture, Section, number, table_of_rows, words
+from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
 
 
@@ -105,17 +105,16 @@ def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Pictu
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         low, high = ((one["value"] + sign * 2 * one["error"]) / np.sqrt(counts) for sign in (-1, 1))
-        axes.fill_between(counts, np.maximum(low, 1e-6), high, color=PALETTE[0], alpha=0.2, linewidth=0)
-        axes.plot(counts, one["value"] / np.sqrt(counts), color=PALETTE[0], label="predicted (band: 2 standard errors)")
+        axes.fill_between(counts, np.maximum(low, 1e-6), high, label="2 standard errors", **band_look("predicted band"))
+        axes.plot(counts, one["value"] / np.sqrt(counts), label="predicted", **look("predicted"))
         measured = [
             (int(row["quantity"].split("P = ")[1].split(",")[0]), row["measured"])
             for row in verified
             if "relative error at P = " in row["quantity"]
         ]
         if measured:
-            axes.plot(*zip(*measured), "D", color=PALETTE[1], label="measured with real gradients")
+            axes.plot(*zip(*measured), label="measured with real gradients", **look("test"))
         axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative error of one step")
-        axes.legend()
 
     alt = f"Predicted relative error of one step against P: {one['value']:.3g} over the root of P."
     return draw(paint, "plan-error", title="Error of one step", alt=alt)
@@ -171,12 +170,11 @@ def _kernel_curve(rows: list[dict[str, float]], rho: float) -> Picture:
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        axes.fill_between(column["P"], column["low"], column["high"], alpha=0.25, color=PALETTE[0], linewidth=0)
-        axes.plot(column["P"], column["measured"], "o-", color=PALETTE[0], label="measured (rms, 5-95% band)")
-        axes.plot(column["P"], column["predicted"], "--", color=PALETTE[6], label="exact rms")
-        axes.plot(column["P"], column["jl_bound"], ":", color=PALETTE[1], label="JL bound (exponent corrected)")
+        axes.fill_between(column["P"], column["low"], column["high"], label="5-95% of draws", **band_look("all"))
+        axes.plot(column["P"], column["measured"], label="measured (rms)", **look("validation"))
+        axes.plot(column["P"], column["predicted"], label="exact rms", **look("predicted"))
+        axes.plot(column["P"], column["jl_bound"], label="JL bound, corrected", **look("bound"))
         axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative Frobenius error")
-        axes.legend()
 
     alt = f"Relative error of the zeroth-order kernel against P, measured and predicted, for rho = {rho:.3g}."
     return draw(paint, "kernel-curve", title="Error against P", alt=alt)
@@ -244,29 +242,20 @@ def _evolution_picture(losses: dict[str, list[float | None]]) -> Picture:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         steps = column["step"]
-        axes.fill_between(
-            steps,
-            column["band_low"],
-            column["band_high"],
-            color=PALETTE[0],
-            alpha=0.2,
-            linewidth=0,
-            label="about 90% of runs",
-        )
-        axes.plot(steps, column["expected_loss"], "o-", color=PALETTE[0], label="predicted expected loss")
-        axes.plot(steps, column["loss_of_mean_path"], ":", color=PALETTE[6], label="loss of the mean path")
+        band = band_look("predicted band")
+        axes.fill_between(steps, column["band_low"], column["band_high"], label="about 90% of runs", **band)
+        axes.plot(steps, column["expected_loss"], label="expected loss", **look("predicted"))
+        axes.plot(steps, column["loss_of_mean_path"], label="loss of the mean path", **look("bound"))
         if "simulated_mean" in column:
             axes.errorbar(
                 steps,
                 column["simulated_mean"],
                 2 * column["simulated_error"],
-                fmt="D",
-                color=PALETTE[1],
                 label="mean of simulated runs",
+                **look("test"),
             )
         axes.set(yscale="log", xlabel="step", ylabel="loss")
         axes.set_xscale("symlog", linthresh=1)
-        axes.legend()
 
     first, last = column["expected_loss"][0], column["expected_loss"][-1]
     alt = f"Predicted expected loss from {first:.3g} at step 0 to {last:.3g} at step {column['step'][-1]:,.0f}."

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.figures import PALETTE
 from zokernel.reporting.page import Picture
+from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
 
 QUANTILES = {"least": 0.0, "lower": 0.25, "median": 0.5, "upper": 0.75, "most": 1.0}
@@ -44,6 +44,7 @@ def reward_picture(
     label: str,
     validation: Sequence[tuple[float, float]],
     test: Sequence[tuple[float, float]],
+    test_name: str = "test",
 ) -> Picture:
     """Draw the spread of the members' rewards over a run.
 
@@ -53,6 +54,7 @@ def reward_picture(
         label: What ``x`` is.
         validation: Rewards of greedy answers to the validation prompts, with where they were taken.
         test: Those to the held-out prompts before and after, likewise.
+        test_name: What these prompts are.
     """
     at = np.array(x, dtype=float)
     value = {
@@ -62,16 +64,14 @@ def reward_picture(
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        options: dict[str, Any] = {"color": PALETTE[0], "linewidth": 0}
-        axes.fill_between(at, value["least"], value["most"], alpha=0.15, label="all members", **options)
-        axes.fill_between(at, value["lower"], value["upper"], alpha=0.35, label="half of them", **options)
-        axes.plot(at, value["median"], color=PALETTE[0], label="median")
+        axes.fill_between(at, value["least"], value["most"], label="all members", **band_look("all"))
+        axes.fill_between(at, value["lower"], value["upper"], label="half of them", **band_look("half"))
+        axes.plot(at, value["median"], label="median member", **look("median"))
         if validation:
-            axes.plot(*zip(*validation), "o-", color=PALETTE[1], label="validation")
+            axes.plot(*zip(*validation), label="validation", **look("validation"))
         if test:
-            axes.plot(*zip(*test), "D", color=PALETTE[2], label="test, before and after")
+            axes.plot(*zip(*test), label=f"{test_name}, before and after", **look("test"))
         axes.set(xlabel=label, ylabel="reward")
-        axes.legend()
 
     known = value["median"][np.isfinite(value["median"])]
     ends = f", from {known[0]:.3g} to {known[-1]:.3g} at the median" if len(known) else ""

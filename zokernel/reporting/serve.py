@@ -15,14 +15,17 @@ from urllib.parse import parse_qs, urlsplit
 from zokernel.errors import RunError, UsageError
 from zokernel.reporting.html import read_asset, render, render_template, script_of
 from zokernel.reporting.page import Page
+from zokernel.reporting.progress import progress_of
 from zokernel.reporting.rewards import is_rewarded
 from zokernel.reporting.run_page import read_run
 from zokernel.reporting.training import TrainingRun, is_training, read_training
+from zokernel.reporting.training_told import facts_so_far, score_name
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 MOST_POINTS = 1500
+SCORES = ("accuracy", "f1", "em", "perplexity", "reward", "pass_rate")  # columns of the table of evaluations
 
 
 def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
@@ -33,18 +36,24 @@ def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
         since: Leave out steps up to this one.
 
     Returns:
-        Plain JSON: steps after ``since``, evaluations, predictions, and whether the run has ended.
+        Plain JSON: how far the run is, in words, then steps after ``since``, evaluations and predictions.
     """
     run = read_training(folder) if is_training(folder) else None
+    progress = progress_of(run)
+    told = {
+        "state": progress.state,
+        "title": progress.title(run_name(folder)),
+        "status": progress.told,
+        "percent": progress.percent,
+    }
     if run is None:
-        return {"waiting": True, "rows": [], "evaluations": [], "finished": False}
+        return told | {"facts": [], "rows": [], "evaluations": []}
     rows = [row for row in run.rows if row["step"] > since]
     keep = max(1, math.ceil(len(rows) / MOST_POINTS))
-    return {
-        "waiting": False,
-        "finished": run.finished,
-        "method": run.method or run.metrics.get("method", ""),
-        "steps": int(run.rows[-1]["step"]) if run.rows else 0,
+    return told | {
+        "facts": facts_so_far(run, progress),
+        "steps": progress.steps,
+        "scores": [(name, score_name(name)) for name in SCORES if any(name in row for row in run.evaluations)],
         "rewarded": is_rewarded(run.metrics, run.run),
         "rows": [_finite(row) | _rewards(run, row) for row in rows[::-keep][::-1]],
         "evaluations": [_finite(row) for row in run.evaluations],
@@ -64,10 +73,27 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
+def run_name(folder: Path) -> str:
+    """Return what a run is called: the last two parts of its path.
+
+    Example:
+        >>> run_name(Path("/home/me/runs/reviews"))
+        'runs/reviews'
+    """
+    return "/".join(folder.resolve().parts[-2:]).replace("//", "/")
+
+
 def live_page(folder: Path) -> str:
-    """Return the HTML of the live page."""
+    """Return the HTML of the live page; its title says how far which run is before any script runs."""
+    run = read_training(folder) if is_training(folder) else None
+    progress = progress_of(run)
     return render_template(
-        "live.html.j2", run_name=folder.name, style=read_asset("style.css"), **script_of(read_asset("live.js"))
+        "live.html.j2",
+        run_name=run_name(folder),
+        title=progress.title(run_name(folder)),
+        told=progress.told,
+        style=read_asset("style.css"),
+        **script_of(read_asset("live.js")),
     )
 
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zokernel.figures import figures
+from zokernel.figures import PALETTE, figures
 from zokernel.reporting.page import Picture
+from zokernel.reporting.series import series_of
 
 _PROLOG = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", re.DOTALL)
 _SCRIPTS = re.compile(r"<script\b.*?</script\s*>|\son\w+\s*=\s*(\"[^\"]*\"|'[^']*')", re.DOTALL | re.IGNORECASE)
 _PATH = re.compile(r'(?<=\sd=")[^"]*')
 _LONG_NUMBER = re.compile(r"(-?\d+\.\d{2})\d+")
 _OPEN_TAG = re.compile(r"<svg\b[^>]*>")
+_SERIES = {color.lower(): f"var(--series-{number})" for number, color in enumerate(PALETTE, 1) if color != "#000000"}
 _VIEW_BOX = re.compile(r'viewBox="([^"]+)"')
 
 
@@ -30,8 +32,8 @@ def inline_svg(text: str, prefix: str, *, title: str, alt: str) -> str:
         alt: What it shows.
 
     Returns:
-        An ``<svg>`` without scripts, sizes or metadata; black and white follow the page's colours, and coordinates keep
-        two decimals.
+        An ``<svg>`` without scripts, sizes or metadata; black, white and the palette follow the page's colours, and
+        coordinates keep two decimals.
     """
     text = _SCRIPTS.sub("", _PROLOG.sub("", text))
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
@@ -39,6 +41,7 @@ def inline_svg(text: str, prefix: str, *, title: str, alt: str) -> str:
     text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
     text = re.sub(r"#ffffff\b", "var(--paper)", text)
     text = re.sub(r"#000000\b|#262626\b", "currentColor", text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda color: _SERIES.get(color.group(), color.group()), text)
     text = _PATH.sub(lambda path: _LONG_NUMBER.sub(r"\1", path.group()), text)
     box = _VIEW_BOX.search(text)
     opening = (
@@ -61,9 +64,9 @@ def draw(
     title: str,
     alt: str,
     caption: str = "",
-    size: tuple[float, float] = (7.0, 3.8),
+    size: tuple[float, float] = (4.8, 3.6),
 ) -> Picture:
-    """Draw a picture with matplotlib.
+    """Draw a picture with matplotlib; below it stands a legend of all series, which covers none of them.
 
     Args:
         paint: Receives the empty figure.
@@ -80,5 +83,8 @@ def draw(
     with figures() as Figure:
         figure = Figure(figsize=size, layout="constrained")
         paint(figure)
+        series = series_of(figure)
+        if series:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=9, columnspacing=1.2, handlelength=2.6)
         figure.savefig(stream, format="svg")
-    return Picture(inline_svg(stream.getvalue(), prefix, title=title, alt=alt), title, alt, caption)
+    return Picture(inline_svg(stream.getvalue(), prefix, title=title, alt=alt), title, alt, caption, series)

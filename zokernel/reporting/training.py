@@ -34,6 +34,7 @@ class TrainingRun:
         prediction: Predicted losses by step, if ``evolution.json`` is there.
         gradient_norm: Predicted |g| and its error, if a plan is there.
         rewards: Quantiles of the members' rewards by step, if the run is one on rewards and its journal is there.
+        evaluation_seconds: Seconds that each evaluation took, if the journal says it.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class TrainingRun:
     prediction: dict[str, list[float | None]] = field(default_factory=dict)
     gradient_norm: tuple[float, float] | None = None
     rewards: dict[int, Band] = field(default_factory=dict)
+    evaluation_seconds: list[float] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -106,6 +108,8 @@ def _add_journal(found: TrainingRun) -> None:
                 if name.removeprefix("eval_") not in _TIMINGS
             }
             found.evaluations.append({"step": event["step"], **metrics})
+            if "eval_runtime" in event["metrics"]:
+                found.evaluation_seconds.append(float(event["metrics"]["eval_runtime"]))
 
 
 def _row(record: Any, eps: float | None) -> dict[str, float]:

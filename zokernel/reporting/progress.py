@@ -1,0 +1,193 @@
+"""How far a run is: steps done and to do, the time left, and whether it still goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from zokernel.finetune.storage.lock import holder
+from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
+from zokernel.reporting.page import told_seconds
+from zokernel.reporting.training import RUN, STEPS, TrainingRun
+
+RECENT_STEPS = 50  # whose median time is that of the steps to come
+QUIET = 60.0  # seconds in which nothing was written that are worth a word
+SEEN = 10.0  # seconds after the last write for which a run whose process is not there may be that of another machine
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        state: ``waiting``, ``running``, ``finished``, ``stopped`` (it ended before its last step) or ``died`` (its
+            process was killed).
+        steps: Steps done.
+        total: Steps in all; None if the folder does not say.
+        seconds: Seconds of the steps done; None if they were not recorded.
+        seconds_left: Estimated seconds to the end; None if nothing is known, or nothing is left.
+        quiet: Seconds since something was written, if a running run has been silent for long.
+    """
+
+    state: str
+    steps: int
+    total: int | None
+    seconds: float | None = None
+    seconds_left: float | None = None
+    quiet: float | None = None
+
+    @property
+    def percent(self) -> int | None:
+        """Whole percent of the steps that are done.
+
+        Example:
+            >>> Progress("running", 126, 300).percent, Progress("running", 126, None).percent
+            (42, None)
+        """
+        return min(100, 100 * self.steps // self.total) if self.total else None
+
+    def title(self, name: str) -> str:
+        """Return a page title that says how far which run is.
+
+        Example:
+            >>> Progress("running", 126, 300).title("runs/reviews")
+            '42 % · runs/reviews'
+            >>> Progress("died", 126, None).title("runs/reviews")
+            'died at step 126 · runs/reviews'
+        """
+        far = f"step {self.steps:,}" if self.percent is None else f"{self.percent} %"
+        if self.state in ("waiting", "finished"):
+            return f"{self.state} · {name}"
+        return f"{far} · {name}" if self.state == "running" else f"{self.state} at {far} · {name}"
+
+    @property
+    def done(self) -> str:
+        """The steps done, of how many.
+
+        Example:
+            >>> Progress("running", 1260, 3000).done, Progress("running", 7, None).done
+            ('1,260 of 3,000', '7 of an unknown number')
+        """
+        return f"{self.steps:,} of " + ("an unknown number" if self.total is None else f"{self.total:,}")
+
+    @property
+    def left(self) -> str:
+        """The time left, or why there is none.
+
+        Example:
+            >>> Progress("running", 126, 300, seconds_left=93.4).left, Progress("died", 126, 300).left
+            ('about 1 min 33 s', 'none: the run died')
+        """
+        if self.state == "running" and self.seconds_left is not None:
+            return f"about {told_seconds(self.seconds_left)}"
+        if self.state == "running":
+            return "not known: no number of steps was noted" if self.total is None else "not known yet"
+        return {"waiting": "not known yet", "finished": "none"}.get(self.state, f"none: the run {self.state}")
+
+    @property
+    def told(self) -> str:
+        """What the run is doing, in a sentence or two.
+
+        Example:
+            >>> Progress("died", 126, 300).told
+            'The run died after step 126 of 300: its process is gone. The same command continues it.'
+        """
+        at = f"{self.steps:,}" + ("" if self.total is None else f" of {self.total:,}")
+        told = {
+            "waiting": "Waiting for the run to begin.",
+            "finished": "The run has finished.",
+            "running": f"Running: step {at}.",
+            "stopped": f"The run stopped after step {at}, before its end. The same command continues it.",
+            "died": f"The run died after step {at}: its process is gone. The same command continues it.",
+        }[self.state]
+        return told if self.quiet is None else f"{told} Nothing was written for {told_seconds(self.quiet)}."
+
+
+def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progress:
+    """Return how far a run is.
+
+    The time of a step to come is the median of the last ones, that of an evaluation the median of those so far.
+
+    Args:
+        run: What its folder tells; None if it holds nothing yet.
+        now: Seconds since 1970; the present if not given.
+    """
+    if run is None:
+        return Progress("waiting", 0, None)
+    steps = int(run.rows[-1]["step"]) if run.rows else 0
+    total = int(run.metrics["steps"]) if run.finished else total_steps(run.run)
+    times = [row["seconds"] for row in run.rows if "seconds" in row]
+    seconds = times[-1] if times else None
+    if run.finished:
+        return Progress("finished", steps, total, seconds)
+    silence = (time.time() if now is None else now) - _last_written(run.folder)
+    step_seconds = seconds_per_step(run.rows)
+    usual = max(20 * (step_seconds or 0.0), 3 * max(run.evaluation_seconds, default=0.0))
+    process = holder(run.folder)
+    if process is None:
+        return Progress("stopped", steps, total, seconds)
+    if not _is_alive(process) and silence > max(SEEN, usual):
+        return Progress("died", steps, total, seconds)
+    left = None
+    if total is not None and step_seconds is not None:
+        left = max(0, total - steps) * step_seconds + _evaluations_left(run, steps, total)
+    return Progress("running", steps, total, seconds, left, silence if silence > max(QUIET, usual) else None)
+
+
+def total_steps(run: dict[str, Any]) -> int | None:
+    """Return the steps that a run will have taken when it ends; None if ``run.json`` does not say.
+
+    Example:
+        >>> total_steps({"total_steps": 300}), total_steps({"settings": {"max_steps": 20}}), total_steps({})
+        (300, 20, None)
+    """
+    if isinstance(run.get("total_steps"), int) and run["total_steps"] > 0:
+        return int(run["total_steps"])
+    settings = run.get("settings")  # of a run that an earlier version wrote
+    asked = settings.get("max_steps") if isinstance(settings, dict) else None
+    return asked if isinstance(asked, int) and asked > 0 else None
+
+
+def seconds_per_step(rows: list[dict[str, float]]) -> float | None:
+    """Return the median time of the last steps; None if no times were recorded.
+
+    Example:
+        >>> seconds_per_step([{"step": 1, "seconds": 9.0}, {"step": 2, "seconds": 9.5}, {"step": 4, "seconds": 10.7}])
+        0.55
+    """
+    known = [(row["step"], row["seconds"]) for row in rows[-RECENT_STEPS - 1 :] if "seconds" in row]
+    taken = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(known) if b[0] > a[0] and b[1] >= a[1]]
+    return round(statistics.median(taken), 9) if taken else known[0][1] / known[0][0] if known else None
+
+
+def _evaluations_left(run: TrainingRun, steps: int, total: int) -> float:
+    """Return the seconds of the evaluations to come, as far as the settings say when they are."""
+    settings = run.run.get("settings") or {}
+    every = settings.get("eval_steps")
+    if settings.get("eval_strategy") != "steps" or not every or not run.evaluation_seconds:
+        return 0.0
+    every = math.ceil(every * total) if every < 1 else int(every)
+    return (total // every - steps // every) * statistics.median(run.evaluation_seconds)
+
+
+def _last_written(folder: Path) -> float:
+    """Return when one of the files that a run writes was last changed, in seconds since 1970."""
+    paths = [folder / name for name in (STEPS, RUN, JOURNAL_FILE)]
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this machine runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

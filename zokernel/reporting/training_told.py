@@ -1,0 +1,227 @@
+"""What happened in a training run, in words and in its few most telling numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from zokernel.finetune.report.told import diagnosis_told, examples_told, is_diverged, method_told, weights_told
+from zokernel.reporting.page import told_bytes, told_seconds, words
+from zokernel.reporting.progress import Progress, progress_of
+from zokernel.reporting.rewards import rewards_told
+from zokernel.reporting.training import TrainingRun
+
+SHARES = ("accuracy", "f1", "em", "pass_rate")  # scores that are shares of examples
+
+
+def title(run: TrainingRun) -> str:
+    """Return the heading of a run's page."""
+    if not run.metrics:
+        done = progress_of(run)
+        return f"Training with {run.method or 'zokernel'}, step {done.done if done.total else f'{done.steps:,}'}"
+    model = run.metrics["model"]
+    model = Path(model).name if Path(model).is_absolute() else model
+    return f"Fine-tuning {model} with {method_told(run.metrics)}" if run.metrics["steps"] else f"{model} as it is"
+
+
+def alert(run: TrainingRun) -> str:
+    """Return that a run diverged, stood still, did not learn or died, in a sentence or two; empty if it did not."""
+    if not run.metrics:
+        progress = progress_of(run)
+        return progress.told if progress.state in ("stopped", "died") and run.rows else ""
+    if run.metrics.get("went_wrong"):
+        return weights_told(run.metrics)
+    return diagnosis_told(run.metrics) if has_reasons(run.metrics) else ""
+
+
+def has_reasons(metrics: dict[str, Any]) -> bool:
+    """Return whether a run says why it did not learn."""
+    return bool((metrics.get("diagnosis") or {}).get("reasons"))
+
+
+def summary(run: TrainingRun) -> list[str]:
+    """Return what happened, in plain words."""
+    metrics = run.metrics
+    if not metrics:
+        return _so_far(run)
+    if not metrics["steps"]:
+        return [_untrained(metrics)]
+    told = [_how(metrics)]
+    if metrics.get("metric") == "reward":
+        told.append(rewards_told(metrics, examples_told(metrics)))
+    else:
+        told += _scores(metrics)
+    told += [_continued(run)]
+    if not metrics.get("went_wrong"):
+        told.append(weights_told(metrics))
+    if not has_reasons(metrics):
+        told.append(diagnosis_told(metrics))
+    told.append(_not_finite(run))
+    if metrics.get("test_is_validation"):
+        told.append("These examples also chose the checkpoint, so the second number is somewhat optimistic.")
+    return [paragraph for paragraph in told if paragraph]
+
+
+def _so_far(run: TrainingRun) -> list[str]:
+    """Return what an unfinished run has come to."""
+    progress = progress_of(run)
+    if not run.rows:
+        return ["The run has begun and not finished a step yet." if progress.state == "running" else progress.told]
+    told = [] if alert(run) else [progress.told]
+    told += [
+        f"{len(run.rows):,} steps so far. {_loss_moved(run.rows)}",
+        _continued(run),
+        _not_finite(run),
+    ]
+    return [paragraph for paragraph in told if paragraph]
+
+
+def _loss_moved(rows: list[dict[str, float]]) -> str:
+    first, last = loss_ends(rows)
+    return "" if len(rows) < 2 else f"The loss went from {first:.4g} (first steps) to {last:.4g} (last steps)."
+
+
+def _untrained(metrics: dict[str, Any]) -> str:
+    scores = {name: value for name, value in metrics["after"].items() if name != "loss"}
+    found = ", ".join(f"{score_name(name)} {_score(name, value)}" for name, value in scores.items())
+    return f"No step was taken. On {examples_told(metrics)}: {found}, loss {metrics['after']['loss']:.4g}."
+
+
+def _how(metrics: dict[str, Any]) -> str:
+    if not metrics.get("forwards_per_step"):
+        return "Each step computed the gradient by backpropagation (a first-order baseline)."
+    return (
+        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
+        "compared the losses, and moved the weights along the random directions that had been tried. No gradient was "
+        "computed and no activation was kept."
+    )
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    """Return a sentence on each score: a perplexity by its ratio, a share in points."""
+    before, after, count = metrics["before"], metrics["after"], metrics["num_test"]
+    told = []
+    for name in (name for name in after if name != "loss" and name in before):
+        named = score_name(name)
+        changed = f"{named[0].upper()}{named[1:]} on {examples_told(metrics)} went from "
+        changed += f"{_score(name, before[name])} to {_score(name, after[name])}"
+        if name in SHARES:
+            changed += f": {100 * (after[name] - before[name]):+.1f} points"
+        elif before[name]:
+            changed += f": {100 * (after[name] / before[name] - 1):+.1f} %"
+        if name == "perplexity":
+            changed += f"; the loss from {before['loss']:.4f} to {after['loss']:.4f} nats per token"
+        if name == "accuracy":
+            error = 100 * math.sqrt(sum(s * (1 - s) for s in (before[name], after[name])) / count)
+            changed += f", with a standard error of at most {error:.1f}"
+        told.append(f"{changed}.")
+    return told
+
+
+def _score(name: str, value: float) -> str:
+    return f"{100 * value:.1f}%" if name in SHARES else f"{value:.4g}" if name == "perplexity" else f"{value:.3f}"
+
+
+def score_name(name: str) -> str:
+    """Return what a score is called.
+
+    Example:
+        >>> score_name("f1"), score_name("pass_rate")
+        ('F1', 'pass rate')
+    """
+    return {"f1": "F1", "em": "exact match"}.get(name, words(name))
+
+
+def _continued(run: TrainingRun) -> str:
+    """Return where other processes took over; empty if one did it all."""
+    at = run.run.get("continued_at") or []
+    if not at:
+        return ""
+    steps = " and ".join(f"{step:,}" for step in at)
+    return f"The run was cut off after step {steps} and continued from there; the steps before were not taken again."
+
+
+def _not_finite(run: TrainingRun) -> str:
+    count = sum(not math.isfinite(row["loss"]) for row in run.rows)
+    return f"In {count:,} of {len(run.rows):,} steps the loss was no finite number." if count else ""
+
+
+def facts(run: TrainingRun) -> list[tuple[str, str]]:
+    """Return the few numbers that matter most."""
+    metrics = run.metrics
+    if not metrics:
+        return facts_so_far(run, progress_of(run))
+    if not metrics["steps"]:
+        return [*_changes(metrics, trained=False), ("examples", f"{metrics['num_test']:,}")]
+    found = [
+        *_outcome(metrics),
+        *_changes(metrics, trained=True),
+        ("parameters trained", f"{metrics['num_trained']:,}"),
+        ("steps", f"{metrics['steps']:,}"),
+        ("forward passes", f"{metrics['forwards']:,}"),
+        ("training time", told_seconds(metrics["train_seconds"])),
+    ]
+    if run.run.get("continued_at"):
+        found.append(("continued after step", ", ".join(f"{step:,}" for step in run.run["continued_at"])))
+    if streamed := metrics.get("offload"):
+        found += [("read", told_bytes(streamed["bytes_read"])), ("written", told_bytes(streamed["bytes_written"]))]
+        if streamed["seconds_per_pass"] is not None:
+            found.append(("time per pass", told_seconds(streamed["seconds_per_pass"])))
+    inference, training = metrics.get("peak_memory_inference"), metrics.get("peak_memory_training")
+    if inference and training:
+        found.append(("memory over inference", f"{training / inference:.2f} ×"))
+    return found
+
+
+def facts_so_far(run: TrainingRun, progress: Progress) -> list[tuple[str, str]]:
+    """Return the few numbers of a run that has not finished.
+
+    Args:
+        run: What its folder tells.
+        progress: How far it is.
+    """
+    last = run.rows[-1] if run.rows else {}
+    found = [("steps done", progress.done), ("time left", progress.left)]
+    if progress.seconds is not None:
+        found.append(("time so far", told_seconds(progress.seconds)))
+    found += [("method", run.method)] if run.method else []
+    found += [("last loss", f"{last['loss']:.4g}")] if "loss" in last else []
+    found += [("forward passes", f"{last['forwards']:,}")] if last.get("forwards") else []
+    return found
+
+
+def _outcome(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    if metrics.get("went_wrong"):
+        return [("outcome", "diverged" if is_diverged(metrics) else "came to a standstill")]
+    return [("outcome", "did not learn")] if has_reasons(metrics) else []
+
+
+def _changes(metrics: dict[str, Any], *, trained: bool) -> list[tuple[str, str]]:
+    """Return the scores before and after, the one that the task is judged by first."""
+    before, after = metrics["before"], metrics["after"]
+    names = [metrics.get("metric"), *(("pass_rate",) if metrics.get("metric") == "reward" else ("accuracy",)), "loss"]
+    found = []
+    for name in dict.fromkeys(name for name in names if name in after and name in before):
+        first, last = _score(name, before[name]).rstrip("%"), _score(name, after[name])
+        found.append((score_name(name), f"{first} → {last}" if trained else last))
+    return found
+
+
+def loss_ends(rows: list[dict[str, float]]) -> tuple[float, float]:
+    """Return the mean losses of the first and of the last steps: a quarter of them, 20 at most.
+
+    Args:
+        rows: One per step; losses that are not finite are left out.
+
+    Example:
+        >>> loss_ends([{"loss": value} for value in (3.0, 2.0, 2.0, 1.0)])
+        (3.0, 1.0)
+    """
+    count = max(1, min(20, len(rows) // 4))
+    return _mean_loss(rows[:count]), _mean_loss(rows[-count:])
+
+
+def _mean_loss(rows: list[dict[str, float]]) -> float:
+    losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+    return sum(losses) / len(losses) if losses else math.nan
