@@ -185,6 +185,8 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     Raises:
         UsageError: If there are too few examples, or a flag is wrong.
     """
+    from transformers import set_seed
+
     from zokernel.finetune.data.datasets import load_splits
     from zokernel.finetune.data.datasets import load_task as load_prompt_task
     from zokernel.finetune.models.kind import fills_masks, kind_of_model
@@ -209,6 +211,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         use_cpu=not torch.cuda.is_available(),
         precision=arguments.precision,
     )
+    set_seed(arguments.seed)  # of a new adapter's weights
     model, tokenizer = load_model(model_arguments, config)
     decoder = decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None
     length = data_arguments.max_length or 2048

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zokernel import theory
 from zokernel.errors import UsageError
-from zokernel.kernels.plan_walk import Growth, measure_growth, reach, walk_rate
+from zokernel.kernels.plan_walk import Growth, measure_growth, measured_reach, walk_rate
 from zokernel.kernels.prober import (
     ProbedTask,
     Prober,
@@ -263,7 +263,7 @@ def _summarize(
             "The Hessian's trace is not the Fisher matrix's: curvature of the network itself matters, so take the "
             "rates for one step as upper limits."
         )
-    far = jackknife(measured.growth, reach)
+    far = measured_reach(measured.growth)
     if math.isinf(far.value):
         notes.append("Slopes do not grow far from the start: the rate of a run is the best for one step.")
     # Two standard errors above the estimate: too little curvature is what wrecks a run.

@@ -18,7 +18,7 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.errors import RunError
 from zokernel.kernels.prober import Prober
-from zokernel.kernels.probes import Measurement
+from zokernel.kernels.probes import Measurement, jackknife
 
 GROWTH = 2.0  # slopes are followed until they have grown by this factor
 SHARE = 0.5  # of the rate at which slopes grow without bound within the run
@@ -112,6 +112,23 @@ def reach(growth: Growth) -> float:
     log = math.log(growth.ratio) if growth.ratio > 0 else 0.0
     doubled = 2 * math.log(GROWTH)
     return growth.distance * math.sqrt(doubled / min(log, 2 * doubled)) if log > 0 else math.inf
+
+
+def measured_reach(growth: Growth) -> Measurement:
+    r"""Return :func:`reach` with its standard error over walks.
+
+    Where slopes more than doubled twice since the distance tried before, only the two distances are known to enclose
+    the reach: :math:`R / \sqrt 2` to :math:`R`, with the standard deviation of a uniform number between them.
+
+    Example:
+        >>> measured_reach(Growth(1.0, 0.2, torch.tensor([1e9, 2e9], dtype=torch.float64)))
+        Measurement(value=0.1414..., error=0.0169...)
+    """
+    found = jackknife(growth, reach)
+    if not growth.ratio > GROWTH**4:
+        return found
+    apart = growth.distance * (1 - 1 / math.sqrt(2)) / math.sqrt(12)
+    return Measurement(found.value, math.hypot(found.error, apart))
 
 
 def walk_rate(distance: Measurement, slope: Measurement, *, num_perturbations: int, num_steps: int) -> Measurement:
