@@ -143,6 +143,8 @@ def test_a_resumed_run_keeps_the_rate_and_its_bits(flags, tmp_path, monkeypatch)
     journal.write_bytes(journal.read_bytes()[: journal.stat().st_size * 2 // 3])
     assert main(command) == 0
     assert len(asked) == 1, "the recorded rate is taken, nothing is measured again"
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["measuring_forwards"] == 24, "those of the process that was killed"
     again = Journal.read(tmp_path / "run").steps
     assert [(s.losses, s.learning_rates) for s in again] == [(s.losses, s.learning_rates) for s in whole]
 
