@@ -245,13 +245,11 @@ def test_a_live_run_appears_as_it_goes(open_page, tmp_path):
             thread.join()
 
 
-def test_a_live_run_on_rewards_shows_the_spread_of_its_population(open_page, run_folders, tmp_path):
+def test_a_live_run_on_rewards_shows_the_spread_of_its_population(open_page, kinds, tmp_path):
     folder = tmp_path / "rewarded"
-    shutil.copytree(run_folders["finetune"], folder)
-    run = json.loads((folder / "run.json").read_text())
-    run["settings"] = {**run["settings"], "objective": "reward"}
-    (folder / "run.json").write_text(json.dumps(run))
+    shutil.copytree(kinds("reward"), folder)
     (folder / "metrics.json").unlink()
+    steps = len((folder / "steps.jsonl").read_text().splitlines())
     with make_server(folder, port=0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -260,7 +258,7 @@ def test_a_live_run_on_rewards_shows_the_spread_of_its_population(open_page, run
                 page = open_page(f"http://127.0.0.1:{server.server_address[1]}/", width=width)
                 page.wait_for_selector("#rewards svg")
                 assert page.locator("#rewards .chart polygon").count() == 2
-                assert len(page.locator("#rewards .chart polygon").first.get_attribute("points").split()) == 2 * 40
+                assert len(page.locator("#rewards .chart polygon").first.get_attribute("points").split()) == 2 * steps
                 assert "median member" in page.locator("#rewards .legend").inner_text()
                 assert "reward" in page.locator("#scores").inner_text().split()
                 assert "negative reward" in page.locator("#loss").inner_text()

@@ -202,7 +202,7 @@ def _changes(metrics: dict[str, Any], *, trained: bool) -> list[tuple[str, str]]
     before, after = metrics["before"], metrics["after"]
     names = [metrics.get("metric"), *(("pass_rate",) if metrics.get("metric") == "reward" else ("accuracy",)), "loss"]
     found = []
-    for name in dict.fromkeys(name for name in names if name in after and name in before):
+    for name in dict.fromkeys(name for name in names if name and name in after and name in before):
         first, last = _score(name, before[name]).rstrip("%"), _score(name, after[name])
         found.append((score_name(name), f"{first} → {last}" if trained else last))
     return found
