@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // WORKERS))
+
+
+def hide_from_the_garbage_collector() -> None:
+    """Let later collections pass over all there is; every trainer makes several, and each took half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Make no collection while tests, and with them the libraries, are imported."""
+    gc.disable()
+    done = yield
+    gc.enable()
+    hide_from_the_garbage_collector()
+    return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_a_module_imported_is_hidden() -> Generator[None]:
+    """Hide the libraries that the tests of a module were the first to import."""
+    yield
+    hide_from_the_garbage_collector()
 
 
 @pytest.fixture(scope="session")
