@@ -17,12 +17,13 @@ WRITES = ("write", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir",
 
 def start(argv: list[str], log: Path, *, die_at_write: int | None = None) -> Any:
     """Start ``zokernel argv`` in a fresh process; with ``die_at_write``, it dies before its n-th file operation."""
-    process = context().Process(target=_run, args=(argv, str(log), die_at_write, os.environ["ZOKERNEL_HOME"]))
+    process = context().Process(target=run, args=(argv, str(log), die_at_write, os.environ["ZOKERNEL_HOME"]))
     process.start()
     return process
 
 
-def _run(argv: list[str], log: str, die_at_write: int | None, home: str) -> None:
+def run(argv: list[str], log: str, die_at_write: int | None, home: str) -> None:
+    """Be the process of ``zokernel argv``, which ends with its exit code; its output is added to the file ``log``."""
     import torch
 
     from zokernel.cli import main

@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import killing
-import psutil
 import pytest
 import torch
-from ranks import spawn
+from forked import context
+from ranks import environment, free_port, spawn
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from trainers import load_parts, make_trainer
 
 from zokernel.errors import UsageError
 from zokernel.finetune.trainer.processes import make_parallel
 
 STEPS = 6
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def train(parts, folder, **settings):
@@ -45,14 +38,7 @@ def train(parts, folder, **settings):
 
 def run_rank(rank, port, folder, tiny_lm_path, tiny_reviews_path):
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(environment(rank, 2, port))
     found = {}
     for mode, size in (("perturbation", 8), ("data", 4)):
         parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
@@ -104,6 +90,28 @@ def test_the_log_counts_the_bytes(ranks):
     assert [row["bytes_sent"] for row in rows] == [8 * (8 + 1) * (step + 1) for step in range(STEPS)]
 
 
+def worker(argv, log, home, pids):
+    (pids / os.environ["RANK"]).write_text(str(os.getpid()))
+    killing.run(argv, log, None, home)
+
+
+def elastic_run(argv, log, pids):
+    """Do what torchrun does in its process, but fork the processes that train from a server that has all imports."""
+    context()
+    pids.mkdir()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=2,
+        run_id=log.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="forkserver",
+    )
+    return elastic_launch(config, worker)(argv, str(log), os.environ["ZOKERNEL_HOME"], pids)
+
+
 def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_path, tiny_reviews_path, monkeypatch):
     """torchrun's elastic agent restarts the processes; they continue from the journal."""
     steps = 150
@@ -114,27 +122,24 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_
         *("--learning_rate", "1e-3", "--eval_strategy", "no", "--save_strategy", "journal", "--num_perturbations", "2"),
     ]
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one", tmp_path / "two"
     alone = killing.start(["finetune", *flags, "--output_dir", str(one)], tmp_path / "log")
     alone.join()
     assert alone.exitcode == 0, (tmp_path / "log").read_text()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    launch += ["-m", "zokernel", "finetune", *flags, "--zo_parallel", "perturbation"]
-    run = subprocess.Popen(
-        [*launch, "--output_dir", str(two)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    log = two / "steps.jsonl"
+    together = ["finetune", *flags, "--zo_parallel", "perturbation", "--output_dir", str(two)]
+    told, rows, pids = tmp_path / "together", two / "steps.jsonl", tmp_path / "pids"
     deadline = time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 10):
-        assert run.poll() is None, run.communicate(timeout=5)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    victim = psutil.Process(run.pid).children()[1]
-    victim.send_signal(signal.SIGKILL)
-    output, _ = run.communicate(timeout=240)
-    assert run.returncode == 0, output.decode()
-    assert b"are taken from the journal" in output
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(elastic_run, together, told, pids)
+        while not (rows.exists() and len(rows.read_text().splitlines()) >= 10):
+            assert not run.done(), (run.exception(), told.read_text())
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victim = int((pids / "1").read_text())
+        os.kill(victim, signal.SIGKILL)
+        run.result(timeout=240)
+    assert int((pids / "1").read_text()) != victim
+    assert "are taken from the journal" in told.read_text()
     left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name, weight in left.items():
         torch.testing.assert_close(right[name], weight, rtol=0, atol=1e-6)

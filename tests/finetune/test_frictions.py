@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 from trainers import load_parts, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -243,23 +244,20 @@ def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
 
 def test_two_processes_speak_once(flags, tmp_path):
     """Every line, the table and an error come from one process."""
-    words = [*flags, "--max_steps", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "zokernel", "finetune"]
-    variables = {**os.environ, "ZOKERNEL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def run(*more):
-        return subprocess.run([*launch, *words, *more], capture_output=True, text=True, env=variables, check=False)
-
-    done = run()
+    words = ["finetune", *flags, "--max_steps", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "zokernel"]
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zero-shot accuracy") == done.stdout.count("Saved in") == 1
     for line in ("Settings (all of them", "Data: 64 train", "Method mezo: lr", "step 2: validation loss"):
         assert done.stderr.count(line) == 1
     assert "Warning" not in done.stderr
-    again = run()
-    assert again.stdout == done.stdout
-    assert again.stderr.count("nothing is left to do") == 1
-    assert run("--eps", "0").stderr.count("zokernel: error: eps must be positive, not 0.0.") == 1
+    out, err = ranks.command(words, tmp_path / "again", size=2)
+    assert out == done.stdout
+    assert err.count("nothing is left to do") == 1
+    _, err = ranks.command([*words, "--eps", "0"], tmp_path / "refused", size=2)
+    assert err.count("zokernel: error: eps must be positive, not 0.0.") == 1
 
 
 def test_times_of_a_continued_run_add_up(flags, tmp_path, monkeypatch):

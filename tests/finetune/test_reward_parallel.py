@@ -7,8 +7,7 @@ import os
 
 import pytest
 import torch
-from ranks import spawn
-from test_finetune_parallel import free_port
+from ranks import environment, free_port, spawn
 from test_reward_runs import flags, model_path, same, without  # noqa: F401
 
 from zokernel.cli import main
@@ -27,8 +26,7 @@ def words(flags, tmp_path):  # noqa: F811
 
 def run_rank(rank, port, words, mode, folder):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment(rank, 2, port))
     options = ["--zo_parallel", mode, "--per_device_train_batch_size", MODES[mode], "--output_dir", str(folder / mode)]
     os._exit(main(["finetune", *words, *options]))  # which has ended the process group itself
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
 from models import save_model
-from ranks import spawn
+from ranks import environment, free_port, spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.finetune import Collator, EncodedDataset, Objective, ZOConfig, ZOTrainer, encode, get_task
@@ -101,16 +100,9 @@ def test_stacked_losses(llama, tmp_path):
     assert stacked == pytest.approx(in_place, rel=1e-5)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run_rank(rank, port, folder, model_path):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment(rank, 2, port))
     found = {}
     for name in TASKS:
         half = {"per_device_train_batch_size": BATCH // 2, "zo_parallel": "data", "max_steps": 1}
