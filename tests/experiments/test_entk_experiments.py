@@ -62,7 +62,11 @@ def test_five_sentences_have_the_papers_labels():
 
 def test_model_sizes_measure_what_the_dense_jacobian_has():
     task, count = language_task(Config("smoke"), steps=2, batch_size=2), 200
-    found = model_sizes.measure(task, count, "gaussian", eps=1e-3, seed=0)
+    options = {"distribution": "gaussian", "eps": 1e-3, "seed": 0}
+    found = model_sizes.Changes(**model_sizes.measure(task, task.batches, count, **options))
+    squares = model_sizes.measure_gradients(task)
+    np.testing.assert_allclose(squares["gradient_sq"], found.gradient_sq, rtol=1e-5)
+    np.testing.assert_allclose(squares["change_sq"], found.change_sq, rtol=1e-4)
     model = copy.deepcopy(task.model).double()
     names, weights = zip(*model.named_parameters(), strict=True)
 
@@ -99,7 +103,7 @@ def test_model_sizes_errors_are_those_of_the_means_of_directions():
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):
-    options = {"models": ["16"], "directions": 4, "batches": 1, "cache": str(tmp_path)}
+    options = {"models": ["16"], "directions": 4, "batches": 1, "gradients": 2, "cache": str(tmp_path)}
     first = model_sizes.run(Config("smoke", options=options))
-    monkeypatch.setattr(model_sizes, "measure", None)
+    monkeypatch.setattr(model_sizes, "along_gradient", None)
     assert model_sizes.run(Config("smoke", options=options)).numbers["rows"] == first.numbers["rows"]

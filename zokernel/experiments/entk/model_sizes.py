@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,10 +62,14 @@ class Changes:
     gradient_sq: np.ndarray
     change_sq: np.ndarray
 
+    @property
+    def jacobian_sq(self) -> float:
+        r""":math:`\|J\|_F^2`, the mean square of the changes along single directions."""
+        return float(np.diagonal(self.gram).mean())
+
     def variance(self) -> np.ndarray:
         """Return v of each batch, by the law."""
-        jacobian_sq = np.diagonal(self.gram).mean()
-        return 1 + self.gradient_sq * jacobian_sq / self.change_sq
+        return 1 + self.gradient_sq * self.jacobian_sq / self.change_sq
 
     def errors(self, count: int) -> np.ndarray:
         """Return the squared relative errors of disjoint groups of ``count`` directions, (B, groups)."""
@@ -89,78 +94,112 @@ def run(config: Config) -> Result:
     if len(counts) != len(names):
         raise UsageError(f"directions has {len(counts)} numbers for {len(names)} models.")
     batches = config.pick("batches", smoke=2, cpu=4)
+    gradients = config.pick("gradients", smoke=4, cpu=24)  # batches whose v is measured; fewer have slopes, too
     batch_size = config.pick("batch_size", smoke=2, cpu=2)
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
     cache = config.options.get("cache")
     rows: list[dict[str, Any]] = []
     for name, directions in zip(names, counts, strict=True):
-        task = language_task(config, steps=batches, batch_size=batch_size, name=name)
+        task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
         shared: dict[str, Any] = {"model": task.source.split(",")[0], "V": task.vocab_size, "directions": directions}
         shared["d"] = sum(p.numel() for p in task.model.parameters())
+        place = Path(cache) / Path(name).name if cache else None
+        settings = f"{gradients}-{batch_size}-{config.seed}"
+        squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task))
         for distribution in DISTRIBUTIONS:
-            settings = (Path(name).name, distribution, directions, batches, batch_size, eps, config.seed)
-            kept = Path(cache) / f"{'-'.join(map(str, settings))}.npz" if cache else None
-            changes = remembered(kept) or measure(task, directions, distribution, eps=eps, seed=config.seed)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(kept, **vars(changes))
-            rows.append(shared | {"distribution": distribution} | described(changes))
+            options = {"distribution": distribution, "eps": eps, "seed": config.seed}
+            settings = f"{distribution}-{directions}-{batches}-{batch_size}-{eps}-{config.seed}"
+            found = remembered(place, settings, partial(measure, task, task.batches[:batches], directions, **options))
+            rows.append(shared | {"distribution": distribution} | described(Changes(**found), squares))
             logger.info("%s, %s: v = %s", name, distribution, shown(rows[-1]["v"]))
         source = task.source
         del task
-    numbers: dict[str, Any] = {"rows": rows, "batches": batches, "batch_size": batch_size, "eps": eps}
+    numbers: dict[str, Any] = {
+        "rows": rows,
+        "batches": batches,
+        "gradients": gradients,
+        "batch_size": batch_size,
+        "eps": eps,
+    }
     exponents = {name: size_exponent([r for r in rows if r["distribution"] == name]) for name in DISTRIBUTIONS}
-    numbers |= {"source": source, "exponents": exponents, "fidelity": FIDELITY}
+    numbers |= {"eps": eps, "source": source, "exponents": exponents, "fidelity": FIDELITY}
     text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'])}" for row in rows[:: len(DISTRIBUTIONS)])
     summary = (
-        f"All weights, {batches} batches of {batch_size} sentences, the paper's five sentences, the whole vocabulary, "
+        f"All weights, {gradients} batches of {batch_size} sentences, its five sentences, the whole vocabulary, "
         f"{', '.join(map(str, counts))} directions of each distribution. Relative variance v of one direction "
         f"(Gaussian): {text}. "
         f"A relative error of {FIDELITY:g} needs v / {FIDELITY**2:g} directions."
     )
     sizes = len({row["d"] for row in rows})
-    verdicts = [judge(exponents, sizes, batches, small=config.scale == "smoke")]
+    verdicts = [judge(exponents, sizes, gradients, small=config.scale == "smoke")]
     return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, verdicts)
 
 
-def remembered(path: Path | None) -> Changes | None:
-    """Return what an earlier run measured, if it did."""
-    return None if path is None or not path.exists() else Changes(**np.load(path))
+def remembered(folder: Path | None, name: str, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return what an earlier run measured and kept in a folder, or measure and keep it."""
+    path = None if folder is None else folder / f"{name}.npz"
+    if path is not None and path.exists():
+        return dict(np.load(path))
+    found = measure()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **found)  # type: ignore[arg-type]
+    return found
 
 
-def measure(task: LanguageTask, directions: int, distribution: str, *, eps: float, seed: int) -> Changes:
-    """Measure what the gradient and single directions do to the beliefs in the observed sentences.
+def along_gradient(task: LanguageTask, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+    """Return the squared norm of a batch's gradient, and the change of beliefs per unit along it."""
+    parameters = list(task.model.parameters())
+    loss = F.cross_entropy(last_logits(task.model, batch), batch["targets"])
+    gradients = torch.autograd.grad(loss, parameters)
+    size = sum(g.square().sum(dtype=torch.float64).item() for g in gradients)
+    return size, difference(task, parameters, gradients, LOSS_CHANGE / size)
+
+
+def measure_gradients(task: LanguageTask) -> dict[str, np.ndarray]:
+    """Return the squares of every batch's gradient and of the change of beliefs along it."""
+    sizes, changes = zip(*(along_gradient(task, batch) for batch in task.batches), strict=True)
+    return {
+        "gradient_sq": np.array(sizes),
+        "change_sq": np.array([change.square().sum(dtype=torch.float64).item() for change in changes]),
+    }
+
+
+def measure(
+    task: LanguageTask,
+    batches: list[dict[str, Tensor]],
+    directions: int,
+    *,
+    distribution: str,
+    eps: float,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Measure what the gradients of batches and single directions do to the beliefs in the observed sentences.
 
     Args:
-        task: Model, batches and observed sentences.
+        task: Model and observed sentences; all weights move.
+        batches: B training batches of equal size.
         directions: D.
         distribution: That of the directions.
         eps: Half of the distance between the two points of a direction.
         seed: Seed of the directions.
 
     Returns:
-        The changes, for all weights.
+        The fields of :class:`Changes`.
     """
-    model, parameters = task.model, list(task.model.parameters())
-    gradient_sq, along = [], []
-    for batch in task.batches:
-        loss = F.cross_entropy(last_logits(model, batch), batch["targets"])
-        gradients = torch.autograd.grad(loss, parameters)
-        size = sum(g.square().sum(dtype=torch.float64).item() for g in gradients)
-        along.append(difference(task, parameters, gradients, LOSS_CHANGE / size))
-        gradient_sq.append(size)
-        del gradients, loss
-    widths = [batch["input_ids"].shape[1] for batch in task.batches]
+    model = task.model
+    gradient_sq, along = zip(*(along_gradient(task, batch) for batch in batches), strict=True)
+    widths = [batch["input_ids"].shape[1] for batch in batches]
     joined = {
-        key: torch.cat([F.pad(b[key], (0, max(widths) - width)) for b, width in zip(task.batches, widths, strict=True)])
+        key: torch.cat([F.pad(b[key], (0, max(widths) - width)) for b, width in zip(batches, widths, strict=True)])
         for key in ("input_ids", "attention_mask")
     }
-    targets = torch.cat([batch["targets"] for batch in task.batches])
+    targets = torch.cat([batch["targets"] for batch in batches])
     seen: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> float:
         losses = F.cross_entropy(last_logits(model, joined), targets, reduction="none")
-        seen.append((losses.double().view(len(task.batches), -1).mean(1), beliefs(task)))
+        seen.append((losses.double().view(len(batches), -1).mean(1), beliefs(task)))
         return losses.mean().item()
 
     optimizer = MeZO(model, lr=0.0, eps=eps, distribution=distribution, seed=seed)  # step p evaluates direction p
@@ -172,13 +211,13 @@ def measure(task: LanguageTask, directions: int, distribution: str, *, eps: floa
         slopes.append((plus - minus).numpy() / (2 * eps))
         moved.append((plus_beliefs - minus_beliefs).flatten() / (2 * eps))
     stacked, gradient_changes = torch.stack(moved), torch.stack(along).flatten(1)
-    return Changes(
-        slopes=np.array(slopes).T,
-        gram=inner(stacked, stacked),
-        along_gradient=inner(gradient_changes, stacked),
-        gradient_sq=np.array(gradient_sq),
-        change_sq=np.diagonal(inner(gradient_changes, gradient_changes)).copy(),
-    )
+    return {
+        "slopes": np.array(slopes).T,
+        "gram": inner(stacked, stacked),
+        "along_gradient": inner(gradient_changes, stacked),
+        "gradient_sq": np.array(gradient_sq),
+        "change_sq": np.diagonal(inner(gradient_changes, gradient_changes)).copy(),
+    }
 
 
 def inner(left: Tensor, right: Tensor) -> np.ndarray:
@@ -211,9 +250,10 @@ def last_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model.get_output_embeddings()(hidden[torch.arange(len(mask)), mask.sum(1) - 1])
 
 
-def described(changes: Changes) -> dict[str, Any]:
-    """Return the numbers of one model and distribution."""
+def described(changes: Changes, squares: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the numbers of one model and distribution; v is that of all batches whose gradients were taken."""
     variance = changes.variance()
+    every = 1 + squares["gradient_sq"] * changes.jacobian_sq / squares["change_sq"]
     errors = []
     for count in COUNTS:
         if count <= len(changes.gram):
@@ -228,9 +268,9 @@ def described(changes: Changes) -> dict[str, Any]:
                 }
             )
     return {
-        "v": interval(variance),
-        "v_by_batch": variance.tolist(),
-        "directions_for_fidelity": interval(variance / FIDELITY**2),
+        "v": interval(every),
+        "v_by_batch": every.tolist(),
+        "directions_for_fidelity": interval(every / FIDELITY**2),
         "slope_sq_over_gradient_sq": interval(np.square(changes.slopes).mean(1) / changes.gradient_sq),
         "errors": errors,
     }
