@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 
+from zokernel.finetune import zeroth_order
+
 COMMON: dict[str, Any] = {
     **{"max_steps": 6, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 4, "learning_rate": 1e-3},
     **{"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 5},
@@ -251,3 +253,14 @@ def reward_modelling(folder: Any, **settings: Any) -> tuple[Any, dict[str, Any]]
 
     parts = trl_case(folder, trl.RewardConfig, "LlamaForSequenceClassification", **settings)
     return trl.RewardTrainer, {**parts, "train_dataset": datasets.Dataset.from_list(PROMPTS)}
+
+
+def make(name, folder, settings=None, **arguments):
+    """Return a zeroth-order trainer of a case; ``settings`` are those of the class, the rest training arguments."""
+    trainer, kwargs = CASES[name](folder, **arguments)
+    return zeroth_order(trainer, **(settings or {}))(**kwargs)
+
+
+def weights(trainer):
+    """Return a copy of all weights and buffers of a trainer's model."""
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}

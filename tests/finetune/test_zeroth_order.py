@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import transformers
-from trainer_cases import CASES, arguments
+from trainer_cases import CASES, arguments, make, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from zokernel.errors import UsageError
@@ -21,15 +21,6 @@ from zokernel.journal import Journal
 WITH_TRL = [name for name in CASES if name not in list(CASES)[:8]]
 SKIP_TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 EVERY = [pytest.param(name, marks=SKIP_TRL if name in WITH_TRL else ()) for name in CASES]
-
-
-def make(name, folder, settings=None, **arguments):
-    trainer, kwargs = CASES[name](folder, **arguments)
-    return zeroth_order(trainer, **(settings or {}))(**kwargs)
-
-
-def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
 class Killed(Exception):
@@ -165,12 +156,6 @@ def test_memory_that_only_a_backward_pass_needs_is_not_saved(tmp_path, caplog):
         assert f"{name} is off: without a backward pass, no activation is kept." in caplog.messages
 
 
-@pytest.mark.parametrize("wrong", ["Trainer", None, dict, 3])
-def test_what_is_no_trainer_class_is_refused(wrong):
-    with pytest.raises(UsageError, match="takes a class"):
-        zeroth_order(wrong)
-
-
 def test_wrapping_twice_keeps_the_settings():
     twice = zeroth_order(zeroth_order(Trainer, method="kerzoo"), eps=1e-2)
     assert twice.zo_settings == {"method": "kerzoo", "eps": 1e-2}
@@ -196,95 +181,6 @@ def test_dropout_and_batch_statistics_are_off_in_a_step_and_the_flag_is_kept(tmp
     assert True not in seen
     for key, tensor in trainer.model.named_buffers():
         assert torch.equal(tensor, statistics[key]), key
-
-
-def test_a_loss_that_draws_is_refused(tmp_path):
-    class Noisy(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return super().compute_loss(model, inputs) + torch.rand(())
-
-    _, kwargs = CASES["text_classification"](tmp_path)
-    with pytest.raises(UsageError, match=r"gave the losses .* at the same weights"):
-        zeroth_order(Noisy)(**kwargs).train()
-
-
-@pytest.mark.parametrize(
-    ("loss", "match"),
-    [
-        (None, r"Own.compute_loss returned None: it must return the batch's loss"),
-        (0.5, r"compute_loss returned a float"),
-        (torch.zeros(3), r"compute_loss returned a tensor of shape \(3,\)"),
-    ],
-)
-def test_a_loss_that_is_no_scalar_is_refused(loss, match, tmp_path):
-    class Own(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return loss
-
-    _, kwargs = CASES["text_classification"](tmp_path)
-    with pytest.raises(UsageError, match=match):
-        zeroth_order(Own)(**kwargs).train()
-
-
-def test_trainers_that_sample_are_refused():
-    trl = pytest.importorskip("trl")
-    for trainer in (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer):
-        with pytest.raises(UsageError, match=f"{trainer.__name__} samples new completions"):
-            zeroth_order(trainer)
-    for module, name in (("iw_opd", "IWOPDTrainer"), ("sdft", "SDFTTrainer"), ("sdpo", "SDPOTrainer"),
-                         ("a2po", "A2POTrainer"), ("async_grpo", "AsyncGRPOTrainer")):  # fmt: skip
-        trainer = getattr(importlib.import_module(f"trl.experimental.{module}"), name)
-        with pytest.raises(UsageError, match=f"{name} samples new completions"):
-            zeroth_order(trainer)
-
-
-def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
-    class OwnOptimizer(Trainer):
-        def create_optimizer(self, *args):
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-            return self.optimizer
-
-    class OwnStep(Trainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            return torch.zeros(())
-
-    _, kwargs = CASES["text_classification"](tmp_path / "a")
-    with pytest.raises(UsageError, match="OwnOptimizer makes an optimizer of its own"):
-        zeroth_order(OwnOptimizer)(**kwargs).train()
-    _, kwargs = CASES["text_classification"](tmp_path / "b")
-    with pytest.raises(UsageError, match=r"OwnStep\.training_step took no zeroth-order step"):
-        zeroth_order(OwnStep)(**kwargs).train()
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"methods": "mezo"}, r"no setting 'methods' \(did you mean method\?\)"),
-        ({"method": "mezzo"}, "There is no method 'mezzo': choose one of auto, adamw, (?!.*grzo).*mezo"),
-        ({"perturb": "sideways"}, "perturb must be one of"),
-        ({"save_strategy": "sometimes"}, "save_strategy must be one of no, .*, journal, not 'sometimes'"),
-        ({"zo_point_ranks": 2, "zo_parallel": "data"}, "zo_point_ranks is for zo_parallel hybrid"),
-        ({"method": "adamw", "perturb": "in_place"}, "perturb says how the losses .* adamw takes gradients"),
-        ({"method": "sgd", "zo_parallel": "perturbation"}, "zo_parallel says how .* sgd takes gradients"),
-        ({"method_args": "kernel_order=3"}, r'write \["kernel_order=3"\]'),
-        *(({"learning_rate": rate}, "learning_rate must be a finite") for rate in (-1.0, float("nan"), "1e-3")),
-    ],
-)
-def test_wrong_settings_are_refused_when_the_class_is_made(settings, match):
-    with pytest.raises(UsageError, match=match):
-        zeroth_order(Trainer, **settings)
-
-
-def test_arguments_that_a_step_cannot_honour_are_refused(tmp_path):
-    _, kwargs = CASES["text_classification"](tmp_path, neftune_noise_alpha=5.0)
-    with pytest.raises(UsageError, match=r"neftune_noise_alpha=5\.0 cannot be honoured"):
-        zeroth_order(Trainer)(**kwargs)
-    _, kwargs = CASES["text_classification"](tmp_path)
-    with pytest.raises(UsageError, match="stacked"):
-        zeroth_order(Trainer, perturb="stacked")(**kwargs).train()
-    optimizer = torch.optim.SGD(kwargs["model"].parameters(), lr=0.1)
-    with pytest.raises(UsageError, match=r"zeroth_order\(Trainer, method='kerzoo'\)"):
-        zeroth_order(Trainer)(**kwargs, optimizers=(optimizer, None))
 
 
 def test_the_cache_is_emptied_after_every_so_many_steps(tmp_path, monkeypatch):
@@ -321,21 +217,6 @@ def test_a_rate_meant_for_gradients_is_said(tmp_path, caplog):
     assert "learning_rate is 5e-05, the default of TrainingArguments, which is meant for gradients" in caplog.text
     assert trainer.args.learning_rate == 5e-5
     assert zeroth_order(Trainer, learning_rate=1e-4)(**kwargs).args.learning_rate == 1e-4
-
-
-def test_a_run_that_gets_worse_ends_with_the_weights_it_began_with(tmp_path, caplog):
-    best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    trainer = make("text_classification", tmp_path, learning_rate=0.1, **best)
-    before, loss = weights(trainer), trainer.evaluate()["eval_loss"]
-    with caplog.at_level("WARNING"):
-        trainer.train()
-    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    assert losses[0] == pytest.approx(loss, abs=1e-6)
-    assert min(losses[1:]) > loss
-    assert trainer.final_step == 0
-    assert "No evaluation was better than that before training" in caplog.text
-    for key, tensor in weights(trainer).items():
-        assert torch.equal(tensor, before[key]), key
 
 
 def test_auto_measures_the_walk_of_any_trainer(tmp_path, caplog):
@@ -401,75 +282,6 @@ def test_rows_without_a_length_are_drawn_at_random(base, tmp_path):
     assert len(trainer.run_log.rows) == 3
     with pytest.raises(UsageError, match="group_by_length needs rows with 'input_ids', or with the column"):
         made(train_sampling_strategy="group_by_length")
-
-
-class Cliff(Trainer):
-    """The loss is 1 at the start, then high, and far away 0.5 without a slope, as that of a collapsed model is."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        w = model.weight.abs().sum()
-        loss = torch.where(w < 2, 1 - 0.1 * model.weight.sum(), torch.where(w < 1e4, 1e3 * w, torch.tensor(0.5)))
-        return (loss, {"w": w}) if return_outputs else loss
-
-
-@pytest.mark.parametrize("save", ["best", "steps"])
-@pytest.mark.parametrize("stops", [False, True])
-def test_a_collapsed_model_is_no_candidate_for_the_best(save, stops, tmp_path, caplog):
-    def run(folder, **settings):
-        model = torch.nn.Linear(1, 1, bias=False)
-        model.weight.data.zero_()
-        settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": save, "save_steps": 1} | settings
-        args = arguments(
-            tmp_path / folder,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            **(settings | {"learning_rate": 1e3}),
-        )
-        rows = [{"labels": torch.ones(1)}] * 4
-        trainer = zeroth_order(Cliff)(model=model, args=args, train_dataset=rows, eval_dataset=rows)
-        if stops:
-            trainer.add_callback(transformers.EarlyStoppingCallback(3))
-        trainer.train()
-        return trainer, [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-
-    trainer, losses = run("best", load_best_model_at_end=True)
-    assert (losses[0], losses[-1]) == (1.0, 0.5)
-    assert trainer.diverged.startswith("Training diverged: the loss of its batches rose from 1 to")
-    assert (trainer.final_step, trainer.state.best_global_step, trainer.state.best_metric) == (0, 0, 1.0)
-    assert trainer.model.weight.item() == 0.0
-    assert "The weights are those of step 0, before that." in caplog.text
-    if save == "steps" and not stops:
-        caplog.clear()
-        trainer, _ = run("last")
-        assert abs(trainer.model.weight.item()) > 1e4
-        assert "The last weights were kept, as asked." in caplog.text
-
-
-@pytest.mark.parametrize("rate", [0.5, 1e-3])
-def test_a_new_head_comes_back_too(rate, tmp_path):
-    """Half of the model is in the folder that it was loaded from; its head is in no file."""
-    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
-    trainer, kwargs = CASES["text_classification"](tmp_path, learning_rate=rate, **best)
-    kwargs["model"].bert.save_pretrained(tmp_path / "body")
-    torch.manual_seed(3)
-    kwargs["model"] = type(kwargs["model"]).from_pretrained(tmp_path / "body", num_labels=2)
-    trainer = zeroth_order(trainer)(**kwargs)
-    before = weights(trainer)
-    trainer.train()
-    same = all(torch.equal(before[key], value) for key, value in weights(trainer).items())
-    assert same == (trainer.final_step == 0)
-    assert (tmp_path / "run" / "checkpoint-0").exists() == same
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
-
-
-def test_a_run_that_is_too_short_to_be_evaluated_ends_with_its_last_weights(tmp_path):
-    best = {"eval_strategy": "steps", "eval_steps": 50, "save_steps": 50, "load_best_model_at_end": True}
-    trainer = make("text_classification", tmp_path, eval_delay=50, **best)
-    before = weights(trainer)
-    trainer.train()
-    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [0]
-    assert trainer.final_step == 6
-    assert any(not torch.equal(before[key], value) for key, value in weights(trainer).items())
 
 
 def test_positional_arguments_are_those_of_the_trainer(tmp_path):

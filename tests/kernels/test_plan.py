@@ -1,4 +1,4 @@
-"""The plan: unbiased probes, honest uncertainty, agreement with real gradients, and the command."""
+"""The plan: honest uncertainty, agreement with real gradients, and the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import mlp
+from plan_tasks import small_task
 
 from zokernel.cli import main
 from zokernel.commands.plan import PlanArguments, describe, load_task
@@ -19,102 +19,9 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
-from zokernel.kernels.plan_walk import measure_growth, reach, walk_rate
 from zokernel.kernels.prober import ProbedTask, Prober
-from zokernel.kernels.probes import (
-    Measurement,
-    Slopes,
-    belief_moments,
-    fisher_moments,
-    gradient_noise,
-    jackknife,
-    single_draw_variance,
-    subset_error,
-)
+from zokernel.kernels.probes import Measurement
 from zokernel.optim import MeZO
-
-
-def small_task(classes=2, update=6, observe=3, seed=0) -> ProbedTask:
-    torch.manual_seed(seed)
-    net = mlp((5, 16, classes)).double()
-    x = torch.randn(update + observe, 5).double()
-    labels = torch.randint(0, classes, (update + observe,))
-    return ProbedTask(dict(net.named_parameters()), net, x, labels, update, num_tokens=update + observe)
-
-
-def true_slopes(task: ProbedTask, count: int, seed: int) -> Slopes:
-    """Slopes along Gaussian directions from exact Jacobians."""
-    leaves = list(task.params.values())
-    scores = task.score(task.batch)
-    losses = F.cross_entropy(scores[: task.num_update], task.labels[: task.num_update], reduction="none")
-    beliefs = scores[task.num_update :].log_softmax(-1).flatten()
-
-    def rows(values):
-        grads = [torch.autograd.grad(value, leaves, retain_graph=True) for value in values]
-        return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
-
-    jac_losses, jac_beliefs = rows(losses), rows(beliefs)
-    logp = scores[: task.num_update].log_softmax(-1)
-    weights = (logp.exp() / task.num_update).sqrt().detach().flatten()
-    jac_fisher = weights[:, None] * rows(logp.flatten())
-    z = torch.randn(count, jac_losses.shape[1], generator=torch.Generator().manual_seed(seed)).double()
-    return Slopes(z @ jac_losses.T, z @ jac_beliefs.T, z @ jac_fisher.T)
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_probe_statistics_are_unbiased(classes):
-    """Means over 400 sets of 10 probes, against exact gradients, by z-scores."""
-    task = small_task(classes)
-    rows = gradients(task)
-    exact = exact_moments(rows)
-    found = [true_slopes(task, 10, seed) for seed in range(400)]
-    for name in ("rows_sq", "gradient_sq", "product_sq"):
-        values = torch.tensor([getattr(belief_moments(s), name) for s in found])
-        z = (values.mean() - getattr(exact, name)) / (values.std() / 20)
-        assert abs(z) < 4, name
-    for name, expected in (("rows_sq", rows.fisher_trace), ("product_sq", rows.fisher_along)):
-        values = torch.tensor([getattr(fisher_moments(s), name) for s in found])
-        assert abs(values.mean() - expected) / (values.std() / 20) < 4, name
-    spread = torch.tensor([gradient_noise(s)[0] for s in found])
-    assert abs(spread.mean() - rows.spread) / (spread.std() / 20) < 4
-    signal = torch.tensor([gradient_noise(s)[1] for s in found])
-    expected = exact.gradient_sq - rows.spread / task.num_update
-    assert abs(signal.mean() - expected) / (signal.std() / 20) < 4
-
-
-def test_exact_moments_are_those_of_dense_matrices():
-    task = small_task(4)
-    rows = gradients(task)
-    flat = torch.cat([part.flatten(1) for part in rows.differences.values()], dim=1)
-    g = torch.cat([part.flatten() for part in rows.gradient.values()])
-    matrix = rows.to_beliefs(flat.T).T
-    exact = exact_moments(rows)
-    assert exact.rows_sq == pytest.approx(matrix.square().sum().item())
-    assert exact.product_sq == pytest.approx((matrix @ g).square().sum().item())
-    assert exact.diagonal == pytest.approx((matrix.square().sum(0) @ g.square()).item())
-    # the rows are gradients of log-probabilities: compare one with autograd
-    logp = task.score(task.batch)[task.num_update :].log_softmax(-1).flatten()[5]
-    expected = torch.cat([p.flatten() for p in torch.autograd.grad(logp, list(task.params.values()))])
-    torch.testing.assert_close(matrix[5], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_jackknife_is_calibrated():
-    """The standard error that one plan states is the spread over plans, to 25%."""
-    task = small_task()
-    estimates = [jackknife(true_slopes(task, 40, s), lambda p: math.sqrt(single_draw_variance(p))) for s in range(150)]
-    spread = torch.tensor([e.value for e in estimates]).std().item()
-    stated = torch.tensor([e.error for e in estimates]).median().item()
-    assert stated == pytest.approx(spread, rel=0.3)
-    assert not math.isfinite(jackknife(Slopes(*torch.randn(3, 3, 2)), lambda p: math.inf).error)
-
-
-def test_subset_error_is_the_average_over_subsets():
-    from itertools import combinations
-
-    e = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).double()
-    for size in (1, 2, 4):
-        squares = [e[list(s)].mean(0).square().sum() for s in combinations(range(6), size)]
-        assert subset_error(e, size) == pytest.approx(math.sqrt(torch.stack(squares).mean()))
 
 
 def test_plan_against_real_gradients():
@@ -274,113 +181,6 @@ def test_few_probes_give_no_number_that_they_do_not_carry():
     found = make_plan(task, num_probes=800).rho
     assert found.known
     assert abs(found.value - rho) < 4 * found.error
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "known", "needed"),
-    [
-        (1.17, 0.2, True, 64),
-        (1.17, math.inf, False, 64),
-        (math.inf, math.inf, False, 64),
-        (-2.0, 3.0, False, 150),
-        (0.0, 0.1, False, 64),
-        (6.11, 6.12, False, 65),
-    ],
-)
-def test_what_counts_as_known(value, error, known, needed):
-    """An error of 1.5 times the estimate is half of it with (2 * 1.5)^2 times the 16 probes: 144."""
-    found = Measurement(value, error)
-    assert (found.known, found.probes_needed(16)) == (known, needed)
-
-
-def task_of_loss(loss, dim: int) -> ProbedTask:
-    """Examples that all have a given loss, a function of the weights: the softplus of a score is exactly that."""
-    weights = torch.nn.Parameter(torch.zeros(dim).double())
-
-    def score(inputs):
-        value = torch.log(torch.expm1(loss(weights)))
-        return torch.stack([torch.zeros(len(inputs)).double(), value.expand(len(inputs))], 1)
-
-    return ProbedTask({"w": weights}, score, torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), 3, 4)
-
-
-def test_reach_and_rate_on_a_quadratic():
-    """Slopes have mean square |g|^2 + R^2 |H|_F^2: four times that of the start at R = sqrt(3) |g| / |H|_F.
-
-    They do not grow exponentially: measured at up to sqrt(2) of this distance, it seems up to a fifth farther.
-    """
-    generator = torch.Generator().manual_seed(0)
-    h = 0.5 + torch.rand(400, generator=generator).double()
-    g = 0.05 * torch.randn(400, generator=generator).double()
-    task = task_of_loss(lambda w: 8 + g @ w + 0.5 * h @ w.square(), 400)
-    expected = math.sqrt(3) * (g.norm() / h.norm()).item()
-    # Long runs are bounded by the walk, short ones by the curvature: tr H for directions of signs has no spread.
-    long = make_plan(task, num_probes=400, eps=1e-3, counts=(1, 4), num_steps=10_000, curvature_probes=100)
-    assert expected - 4 * long.reach.error < long.reach.value < 1.2 * expected + 4 * long.reach.error
-    assert long.reach.error < 0.15 * expected
-    for count, rate in long.run_rate.items():
-        analytic = expected * math.sqrt(count / (4 * 10_000 * math.log(4))) / g.norm().item()
-        assert analytic - 4 * rate.error < rate.value < 1.2 * analytic + 4 * rate.error
-        assert rate.error < 0.2 * analytic
-    short = make_plan(task, num_probes=400, eps=1e-3, counts=(1,), num_steps=20, curvature_probes=100)
-    assert short.run_rate[1].value == pytest.approx(1 / h.sum().item(), rel=0.05)
-    assert short.reach == long.reach
-
-
-@pytest.mark.parametrize("first", [1e-3, 1e-2, 1.0])
-def test_reach_is_found_from_either_side(first):
-    """Slopes of exactly exp(R^2 / 2 * 50): they double at sqrt(ln 4 / 50), whatever distance is tried first."""
-
-    class Radial:
-        def loss(self, scales, indices):
-            return scales[1] * math.exp(25 * scales[0] ** 2)
-
-    growth = measure_growth(Radial(), 1.0, first / 4, 3)
-    assert reach(growth) == pytest.approx(math.sqrt(math.log(4) / 50), rel=1e-9)
-    assert jackknife(growth, reach).error == pytest.approx(0, abs=1e-12)
-
-
-def test_a_loss_that_is_not_finite_far_away_bounds_the_reach():
-    """Slopes stay as they are up to 0.2; beyond, scores overflow."""
-
-    class Cliff:
-        def loss(self, scales, indices):
-            if scales[0] > 0.2:
-                raise RunError("A score is NaN or infinite.")
-            return scales[1]
-
-    assert 0.14 < reach(measure_growth(Cliff(), 1.0, 1e-2, 3)) <= 0.2
-
-
-def test_the_advised_walk_keeps_its_distance_from_growth_without_bound():
-    """A walk of slopes s^2 = s_0^2 exp(a R^2): s grows by sqrt(4/3) at the advised rate, without bound at twice."""
-    start, growth, steps = 3.0, 700.0, 2000
-    distance = Measurement(math.sqrt(math.log(4) / growth), 0.0)
-    rate = walk_rate(distance, Measurement(start, 0.0), num_perturbations=1, num_steps=steps).value
-
-    def final_slope(rate):
-        square = 0.0
-        for _ in range(steps):
-            if growth * square > 100:
-                return math.inf
-            square += (rate * start) ** 2 * math.exp(growth * square)
-        return math.exp(growth * square / 2)
-
-    assert final_slope(rate) == pytest.approx(math.sqrt(4 / 3), rel=1e-3)
-    assert final_slope(1.9 * rate) < 4
-    assert final_slope(2.1 * rate) == math.inf
-    four = walk_rate(distance, Measurement(start, 0.0), num_perturbations=4, num_steps=4 * steps).value
-    assert four == pytest.approx(rate)
-
-
-def test_slopes_that_do_not_grow_leave_the_rate_of_one_step():
-    g = torch.linspace(0.01, 0.02, 50).double()
-    plan = make_plan(task_of_loss(lambda w: 8 + g @ w, 50), num_probes=64, counts=(1,))
-    assert math.isinf(plan.reach.value)
-    assert plan.run_rate[1].value == pytest.approx(plan.learning_rate[1].value) or not plan.run_rate[1].known
-    text = describe(plan, small_task(), 1.0)
-    assert "distance where slopes double    they do not" in text
-    assert "inf" not in text
 
 
 def test_one_walk_gives_no_rate_but_says_how_many_would():
