@@ -6,6 +6,7 @@ import fcntl
 import gc
 import os
 import signal
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,42 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // WORKERS))
 
 
-def hide_from_the_garbage_collector() -> None:
-    """Let later collections pass over all there is; every trainer makes several, and each took half a second."""
-    gc.collect()
-    gc.freeze()
+class Imported:
+    """What was imported is hidden from the garbage collector.
+
+    Every trainer runs it several times, and each time it looked at all objects of all libraries for half a second.
+
+    Attributes:
+        hidden: The number of imported modules when this was last done.
+    """
+
+    hidden = 0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        """Collect no garbage while tests, and with them the libraries, are imported."""
+        gc.disable()
+        done = yield
+        gc.enable()
+        self.hide()
+        return done
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """Hide what a test was the first to import."""
+        done = yield
+        if len(sys.modules) > self.hidden + 20:
+            self.hide()
+        return done
+
+    def hide(self) -> None:
+        gc.collect()
+        gc.freeze()
+        self.hidden = len(sys.modules)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Make no collection while tests, and with them the libraries, are imported."""
-    gc.disable()
-    done = yield
-    gc.enable()
-    hide_from_the_garbage_collector()
-    return done
-
-
-@pytest.fixture(scope="module", autouse=True)
-def what_a_module_imported_is_hidden() -> Generator[None]:
-    """Hide the libraries that the tests of a module were the first to import."""
-    yield
-    hide_from_the_garbage_collector()
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Imported())
 
 
 @pytest.fixture(scope="session")
