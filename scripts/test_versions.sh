@@ -43,5 +43,5 @@ fi
 import importlib.metadata as m, platform
 names = ("torch", "numpy", "numba", "transformers", "accelerate", "peft", "datasets")
 print("Python", platform.python_version(), *(f"{name} {m.version(name)}" for name in names), sep=", ")'
-core=(tests/directions tests/optim tests/perturb tests/journal tests/kernels tests/finetune/test_trainer.py tests/package/test_private_apis.py)
+core=(tests/directions tests/optim tests/perturb tests/journal tests/kernels tests/finetune/test_trainer.py tests/package/test_private_*.py)
 exec "$folder/venv/bin/python" -m pytest -q -p no:cacheprovider "${@:-${core[@]}}"

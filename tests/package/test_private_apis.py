@@ -1,24 +1,19 @@
-"""Every private API that the package relies on exists, does what is expected of it, and is used in one module only."""
+"""Every private API that the package relies on exists, has a test of what it does, and is used in one module only."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import inspect
-import json
 import pkgutil
 import re
-import subprocess
 import sys
 import textwrap
-import warnings
-from collections import namedtuple
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import zokernel
 from zokernel import private_apis
@@ -136,7 +131,12 @@ def names_of_imported_files(tree: ast.AST) -> set[str]:
     """Return the names that files of this package define from which a file imports."""
     own = {name.rpartition(".")[0] for name in imported(tree) if name.startswith("zokernel.")}
     files = [PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py") for name in own]
-    return {name for file in files if file.is_file() for name in own_names(ast.parse(file.read_text("utf-8")))}
+    return {name for file in files if file.is_file() for name in own_names_of_file(file)}
+
+
+@cache
+def own_names_of_file(path: Path) -> set[str]:
+    return own_names(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def foreign_uses(tree: ast.AST) -> list[str]:
@@ -197,13 +197,19 @@ def classes() -> list[type]:
     return found
 
 
+@cache
+def names_of(base: type) -> set[str]:
+    """Return all names of a class of another package: its own and inherited ones, and those that its methods set."""
+    return set(dir(base)) | own_names(ast.parse(source_of(base)))
+
+
 def inherited_private_names(kind: type) -> set[str]:
     """Return the private names in a class that a class of another package, which it derives from, has as well."""
     packages = {base: base.__module__.split(".")[0] for base in kind.__mro__}
     foreign = [base for base, name in packages.items() if name != "zokernel" and name not in sys.stdlib_module_names]
     theirs: set[str] = set()
     for base in foreign:
-        theirs |= set(dir(base)) | own_names(ast.parse(source_of(base)))
+        theirs |= names_of(base)
     return private_names(ast.parse(source_of(kind))) & theirs
 
 
@@ -227,295 +233,8 @@ def test_every_function_says_what_is_private():
     functions = [
         f for f in vars(private_apis).values() if inspect.isfunction(f) and f.__module__ == private_apis.__name__
     ]
+    tests = Path(__file__).with_name("test_private_behaviour.py").read_text(encoding="utf-8")
     assert len(functions) > 10
     for function in functions:
         assert "Private: " in (function.__doc__ or ""), function.__name__
-        assert f"private_apis.{function.__name__}(" in Path(__file__).read_text(), f"{function.__name__} has no test"
-
-
-# transformers
-
-
-class Squares(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.sizes = []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        return {"loss": (self.weight * x).square().mean()}
-
-
-def plain_trainer(folder, **arguments):
-    data = [{"x": torch.tensor([1.0 + n])} for n in range(8)]
-    options = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "save_strategy": "no", "use_cpu": True}
-    arguments = transformers.TrainingArguments(
-        folder, report_to=[], disable_tqdm=True, **(options | {"per_device_train_batch_size": 4} | arguments)
-    )
-    return transformers.Trainer(Squares(), arguments, train_dataset=data)
-
-
-class BeginsWith(transformers.TrainerCallback):
-    def __init__(self):
-        self.trainer, self.sums, self.seen = None, None, []
-
-    def on_train_begin(self, *args, **kwargs):
-        if self.sums is not None:
-            private_apis.set_loop_sums(self.trainer, self.sums)
-
-    def on_step_end(self, *args, **kwargs):
-        self.seen.append({name: float(value) for name, value in private_apis.loop_sums(self.trainer).items()})
-
-
-def logged_loss(folder, sums):
-    callback, trainer = BeginsWith(), plain_trainer(folder)
-    callback.trainer, callback.sums = trainer, sums
-    trainer.add_callback(callback)
-    mean = trainer.train().training_loss
-    return trainer.state.log_history[0]["loss"], mean, callback.seen
-
-
-def test_sums_of_the_loop_are_read_and_set(tmp_path):
-    plain, plain_mean, seen = logged_loss(tmp_path, None)
-    assert seen[1]["tr_loss"] == pytest.approx(2 * plain, rel=1e-3), "the loop no longer sums losses in _tr_loss"
-    assert seen[1]["total_loss"] == seen[1]["last_logged"] == 0
-    sums = {"tr_loss": torch.tensor(100.0), "total_loss": 30.0, "last_logged": 0}
-    loss, mean, _ = logged_loss(tmp_path, sums)
-    assert loss == pytest.approx(plain + 100 / 2, rel=1e-3), "the first log line ignores what was set"
-    assert mean == pytest.approx(plain_mean + (100 + 30) / 2, rel=1e-3), "the mean of the run ignores what was set"
-    sums = {"tr_loss": torch.tensor(0.0), "total_loss": 0.0, "last_logged": 1}
-    assert logged_loss(tmp_path, sums)[0] == pytest.approx(2 * plain, rel=1e-3), "the step of the last log is ignored"
-
-
-def test_the_size_of_micro_batches_can_be_set_before_the_loop(tmp_path):
-    trainer = plain_trainer(tmp_path)
-    private_apis.set_train_batch_size(trainer, 2)
-    trainer.train()
-    assert trainer.model.sizes == [2, 2], "the loop no longer reads batches of Trainer._train_batch_size"
-
-
-def tiny_llama(**options):
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **sizes, **options))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_is_named(attention):
-    model = tiny_llama(attn_implementation=attention)
-    assert private_apis.attention_implementation(model) == attention
-    model.set_attn_implementation("eager")
-    assert private_apis.attention_implementation(model) == "eager"
-
-
-def test_other_models_name_no_attention():
-    assert private_apis.attention_implementation(nn.Linear(2, 2)) is None
-
-
-def test_repeated_blocks_are_named():
-    peft = pytest.importorskip("peft")
-    assert private_apis.repeated_blocks(tiny_llama()) == {"LlamaDecoderLayer"}
-    adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert private_apis.repeated_blocks(adapted) == {"LlamaDecoderLayer"}
-    assert private_apis.repeated_blocks(nn.Linear(2, 2)) == set()
-
-
-def test_conversions_of_weights_are_known(tmp_path):
-    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    for kind, converted in (("Llama", False), ("GPTNeoX", True)):
-        model_class = getattr(transformers, f"{kind}ForCausalLM")
-        model = model_class(getattr(transformers, f"{kind}Config")(**sizes))
-        model.save_pretrained(tmp_path / kind)
-        for found in (model, model_class.from_pretrained(tmp_path / kind)):
-            assert private_apis.converts_weights(found) is converted
-    assert not private_apis.converts_weights(nn.Linear(1, 1))
-
-
-# accelerate, whose state is one per process
-
-
-def fresh(code: str) -> dict:
-    """Return what a fresh process prints as JSON."""
-    code = "import json, torch\nfrom accelerate import Accelerator\nfrom zokernel import private_apis\n" + code
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
-
-
-def test_accelerate_compiles_nothing_and_wraps_nothing_and_caches_no_casts():
-    found = fresh("""
-accelerator = Accelerator(cpu=True, mixed_precision="bf16", dynamo_backend="eager")
-def compiled():
-    return type(accelerator.prepare_model(torch.nn.Linear(2, 2), evaluation_mode=True)).__name__ == "OptimizedModule"
-def caches():
-    with accelerator.autocast():
-        return torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
-before = compiled(), caches()
-private_apis.compile_nothing(accelerator)
-private_apis.cache_no_casts(accelerator)
-after = compiled(), caches()
-calls = []
-accelerator.prepare_model = lambda model, device_placement=None, evaluation_mode=False: calls.append(evaluation_mode)
-private_apis.synchronise_no_gradients(accelerator)
-model = torch.nn.Linear(2, 2)
-accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-print(json.dumps({"before": before, "after": after, "calls": calls}))
-""")
-    assert found["before"] == [True, [True, True]]
-    assert found["after"][0] is False, "accelerate compiles in spite of state.dynamo_plugin"
-    assert found["after"][1] == [True, False], "accelerate ignores autocast_handler"
-    assert found["calls"] == [True], "prepare no longer calls prepare_model of the same object"
-
-
-def test_batches_are_dealt_anew():
-    data_loader = pytest.importorskip("accelerate.data_loader")
-    plain = torch.utils.data.DataLoader(range(12), batch_size=2)
-    loader = data_loader.prepare_data_loader(plain, num_processes=4, process_index=3)
-    assert next(iter(loader)).tolist() == [6, 7]
-    assert private_apis.deal_batches(loader, 2, 1)
-    assert [batch.tolist() for batch in loader] == [[2, 3], [6, 7], [10, 11]], "accelerate deals by other attributes"
-    assert not private_apis.deal_batches(plain, 2, 1)
-
-
-# torch
-
-
-def test_writes_are_counted():
-    weight = nn.Parameter(torch.ones(3))
-    counts = [private_apis.write_count(weight)]
-    (weight * 2).sum().item()
-    assert private_apis.write_count(weight) == counts[0], "reading counts as writing"
-    with torch.no_grad():
-        for write in (lambda: weight.add_(1), lambda: weight.detach()[1:].zero_(), lambda: weight.copy_(weight + 1)):
-            write()
-            counts.append(private_apis.write_count(weight))
-    assert all(after > before for before, after in pairwise(counts)), f"writes are not counted: {counts}"
-
-
-def test_a_schedule_sees_steps_that_are_taken_otherwise():
-    for noted in (True, False):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-        if noted:
-            private_apis.note_step(optimizer)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            schedule.step()
-        assert bool(caught) == (not noted)
-
-
-def test_gamma_draws_from_the_given_generator():
-    shapes = torch.full((40_000,), 2.5, dtype=torch.float64)
-    state = torch.get_rng_state()
-    draws = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
-    again = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
-    assert torch.equal(draws, again)
-    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
-    # Mean k; variance k, of which the estimate has variance (2 k^2 + 6 k) / n.  At z = 4.
-    assert abs(draws.mean() - 2.5) < 4 * (2.5 / 40_000) ** 0.5
-    assert abs(draws.var() - 2.5) < 4 * ((2 * 2.5**2 + 6 * 2.5) / 40_000) ** 0.5
-
-
-def test_containers_are_flattened_and_rebuilt():
-    flatten, unflatten = private_apis.flatten_and_unflatten()
-    pair = namedtuple("pair", "first second")
-    tensors = [torch.ones(n) for n in range(4)]
-    tree = ((tensors[0], [tensors[1], 2]), {"key": pair(tensors[2], None), "more": (tensors[3],)})
-    leaves, structure = flatten(tree)
-    assert [id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)] == [id(tensor) for tensor in tensors]
-    rebuilt = unflatten([n for n, _ in enumerate(leaves)], structure)
-    assert isinstance(rebuilt[1]["key"], pair)
-    assert rebuilt[0] == (0, [1, 2])
-    assert rebuilt[1]["more"] == (len(leaves) - 1,)
-
-
-def offsets(rank: int, folder: str) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    whole = torch.zeros(5, 3)
-    found = [
-        private_apis.shard_offset(distribute_tensor(whole, mesh, [kind])) for kind in (Shard(0), Shard(1), Replicate())
-    ]
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-def test_offsets_of_uneven_shards(tmp_path):
-    torch.multiprocessing.spawn(offsets, (str(tmp_path),), nprocs=2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [[[0, 0], [0, 0], [0, 0]], [[3, 0], [0, 2], [0, 0]]]
-
-
-def test_the_flags_of_a_parser_are_listed():
-    import argparse
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--one")
-    parser.add_argument("two")
-    assert [flag.dest for flag in private_apis.flags_of(parser)] == ["one", "two"]
-
-
-def test_a_process_ends_at_once_without_its_handlers():
-    import subprocess
-
-    code = "import atexit; from zokernel import private_apis; atexit.register(print, 1); private_apis.exit_at_once(7)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (7, "")
-
-
-def test_the_extension_of_torch_is_a_file_that_is_loaded():
-    file = Path(private_apis.extension_file())
-    assert file.is_file()
-    if sys.platform == "linux":
-        assert str(file.resolve()) in Path("/proc/self/maps").read_text(), "another file than the one that is loaded"
-
-
-def test_the_state_of_modules_is_exchanged():
-    layer = nn.Linear(2, 2)
-    seen: list[str] = []
-    layer.register_forward_pre_hook(lambda *_: seen.append("first"))
-    base = private_apis.ModuleState([layer])
-    own = base.own()
-    own.install()
-    handle = layer.register_forward_hook(lambda *_: seen.append("own"), always_call=True)
-    layer.forward = lambda x: -x
-    layer.training = False
-    own = private_apis.ModuleState([layer])
-    base.install()
-    x = torch.ones(1, 2)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-    assert (seen, layer.training) == (["first"], True)
-    own.install()
-    assert torch.equal(layer(x), -x)
-    assert (seen, layer.training) == (["first", "first", "own"], False)
-    handle.remove()
-    layer(x)
-    assert seen == ["first", "first", "own", "first"]
-
-
-def test_a_single_weight_is_read_through_conversions(tmp_path):
-    sizes = {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 40}
-    config = transformers.MixtralConfig(
-        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, **sizes
-    )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    expected = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    on_disk = transformers.MixtralForCausalLM.from_pretrained(
-        tmp_path / "model", device_map={"": "disk"}, offload_folder=str(tmp_path / "scratch")
-    )
-    for name, tensor in expected.items():
-        assert torch.equal(private_apis.offloaded_parameter(on_disk, name), tensor), name
-
-
-def test_some_parameters_stay_when_a_module_is_moved():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    private_apis.keep_in_place(model, [model[0].weight, model[1].bias])
-    weight = model[0].weight
-    model.to(torch.float64)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    assert {name for name, dtype in types.items() if dtype == torch.float32} == {"0.weight", "1.bias"}
-    assert types["1.running_mean"] == types["0.bias"] == torch.float64
-    assert model[0].weight is weight
-    assert list(dict(model[0].named_parameters())) == ["weight", "bias"]
+        assert f"private_apis.{function.__name__}(" in tests, f"{function.__name__} has no test"

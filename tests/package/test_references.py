@@ -151,6 +151,7 @@ def methods_without_source() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if not CITATION.search(path.read_text(encoding="utf-8"))]
 
 
+@cache
 def absolute(name: str) -> Any:
     """Import the object of a dotted name; None where there is none."""
     parts = name.split(".")
@@ -173,13 +174,16 @@ def chain(start: Any, names: list[str]) -> Any:
     return start
 
 
+source_of = cache(inspect.getsource)
+
+
 def has_field(kind: type, name: str) -> bool:
     """Whether instances have an attribute: one that is annotated, or set by a method."""
     for base in kind.__mro__:
         if name in inspect.get_annotations(base):
             return True
         ours = base.__module__.startswith("zokernel.")
-        if ours and re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", inspect.getsource(base)):
+        if ours and re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", source_of(base)):
             return True
     return False
 
