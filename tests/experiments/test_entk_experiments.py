@@ -22,9 +22,7 @@ CHECKS = {
     "entk/dimension": lambda n: all(row["kernel"] >= 2 and row["step"] >= 2 for row in n["rows"]),
     "entk/horizon": lambda n: all(-0.9 < power[0] < -0.1 for power in n["exponents"].values()),
     "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
-    "entk/model_sizes": lambda n: (
-        len({row["d"] for row in n["rows"]}) == 3 and all(row["v"][0] > 1 for row in n["rows"])
-    ),
+    "entk/model_sizes": lambda n: len(n["rows"]) == 6 and all(min(row["v_by_batch"]) > 1 for row in n["sizes"]),
     "entk/language_model": lambda n: n["pooled_slope"][0] < 0 and len(n["rows"][0]["relative_by_stream"]) == 2,
 }
 
@@ -99,7 +97,18 @@ def test_model_sizes_errors_are_those_of_the_means_of_directions():
             mean = (slopes[batch, chosen, None] * moved[chosen]).mean(0)
             expected = np.square(mean - change[batch]).sum() / squares[batch]
             assert found.errors(2)[batch, group] == pytest.approx(expected)
-    assert found.variance() == pytest.approx(1 + np.array([3.0, 4.0]) * np.diagonal(gram).mean() / squares)
+    assert found.variance(5.0) == pytest.approx(1 + 5 * np.array([3.0, 4.0]) / squares)
+    both = model_sizes.pooled({"a": found, "b": found}, {"gradient_sq": found.gradient_sq, "change_sq": squares})
+    assert both["v_by_batch"] == pytest.approx(found.variance(np.diagonal(gram).mean()))
+
+
+def test_the_exponent_of_sizes_is_that_of_the_law():
+    sizes = [{"d": d, "v_by_batch": [3 * d**0.2, 5 * d**0.4]} for d in (1e3, 1e4, 1e6)]
+    assert model_sizes.size_exponent(sizes)[0] == pytest.approx(0.3)
+    found = [(0.0, -0.05, 0.05), (0.2, 0.1, 0.3), (0.2, -0.1, 0.6), (0.8, 0.6, 1.0), (-0.8, -1.0, -0.6)]
+    verdicts = [model_sizes.judge(one, 3, 24).verdict for one in found]
+    assert verdicts == ["holds", "holds under conditions", "not resolved", "does not hold", "does not hold"]
+    assert model_sizes.judge(found[0], 2, 24).verdict == "not run here"
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,14 +63,9 @@ class Changes:
     gradient_sq: np.ndarray
     change_sq: np.ndarray
 
-    @property
-    def jacobian_sq(self) -> float:
-        r""":math:`\|J\|_F^2`, the mean square of the changes along single directions."""
-        return float(np.diagonal(self.gram).mean())
-
-    def variance(self) -> np.ndarray:
-        """Return v of each batch, by the law."""
-        return 1 + self.gradient_sq * self.jacobian_sq / self.change_sq
+    def variance(self, jacobian_sq: float) -> np.ndarray:
+        r"""Return v of each batch by the law, from :math:`\|J\|_F^2`."""
+        return 1 + self.gradient_sq * jacobian_sq / self.change_sq
 
     def errors(self, count: int) -> np.ndarray:
         """Return the squared relative errors of disjoint groups of ``count`` directions, (B, groups)."""
@@ -99,40 +95,44 @@ def run(config: Config) -> Result:
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
     cache = config.options.get("cache")
     rows: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
     for name, directions in zip(names, counts, strict=True):
         task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
-        shared: dict[str, Any] = {"model": task.source.split(",")[0], "V": task.vocab_size, "directions": directions}
-        shared["d"] = sum(p.numel() for p in task.model.parameters())
-        place = Path(cache) / Path(name).name if cache else None
+        source, place = task.source, Path(cache) / Path(name).name if cache else None
         settings = f"{gradients}-{batch_size}-{config.seed}"
         squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task))
+        measured = {}
         for distribution in DISTRIBUTIONS:
             options = {"distribution": distribution, "eps": eps, "seed": config.seed}
             settings = f"{distribution}-{directions}-{batches}-{batch_size}-{eps}-{config.seed}"
             found = remembered(place, settings, partial(measure, task, task.batches[:batches], directions, **options))
-            rows.append(shared | {"distribution": distribution} | described(Changes(**found), squares))
-            logger.info("%s, %s: v = %s", name, distribution, shown(rows[-1]["v"]))
-        source = task.source
+            measured[distribution] = Changes(**found)
+        shared = {"model": source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
+        sizes.append(shared | {"V": task.vocab_size, "directions": directions} | pooled(measured, squares))
         del task
-    numbers: dict[str, Any] = {
+        for distribution, changes in measured.items():
+            rows.append(shared | {"distribution": distribution} | described(changes, sizes[-1]["jacobian_sq"]))
+        logger.info("%s: v = %s", name, shown(sizes[-1]["v"]))
+    exponent = size_exponent(sizes)
+    numbers = {
+        "sizes": sizes,
         "rows": rows,
+        "exponent": exponent,
+        "fidelity": FIDELITY,
+        "source": source,
         "batches": batches,
         "gradients": gradients,
         "batch_size": batch_size,
         "eps": eps,
     }
-    exponents = {name: size_exponent([r for r in rows if r["distribution"] == name]) for name in DISTRIBUTIONS}
-    numbers |= {"eps": eps, "source": source, "exponents": exponents, "fidelity": FIDELITY}
-    text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'])}" for row in rows[:: len(DISTRIBUTIONS)])
+    text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'], 0)}" for row in sizes)
     summary = (
-        f"All weights, {gradients} batches of {batch_size} sentences, its five sentences, the whole vocabulary, "
-        f"{', '.join(map(str, counts))} directions of each distribution. Relative variance v of one direction "
-        f"(Gaussian): {text}. "
-        f"A relative error of {FIDELITY:g} needs v / {FIDELITY**2:g} directions."
+        f"All weights, {gradients} batches of {batch_size} sentences, its five sentences, the whole vocabulary. "
+        f"Relative variance v of one direction: {text}; as a power of d: {shown(exponent)}. "
+        f"A relative error of {FIDELITY:g} needs v / {FIDELITY**2:g} directions, of one step or of all steps together."
     )
-    sizes = len({row["d"] for row in rows})
-    verdicts = [judge(exponents, sizes, gradients, small=config.scale == "smoke")]
-    return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, verdicts)
+    verdict = judge(exponent, len({row["d"] for row in sizes}), gradients, small=config.scale == "smoke")
+    return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, [verdict])
 
 
 def remembered(folder: Path | None, name: str, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -250,10 +250,22 @@ def last_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model.get_output_embeddings()(hidden[torch.arange(len(mask)), mask.sum(1) - 1])
 
 
-def described(changes: Changes, squares: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the numbers of one model and distribution; v is that of all batches whose gradients were taken."""
-    variance = changes.variance()
-    every = 1 + squares["gradient_sq"] * changes.jacobian_sq / squares["change_sq"]
+def pooled(measured: dict[str, Changes], squares: dict[str, np.ndarray]) -> dict[str, Any]:
+    r"""Return v of every batch whose gradient was taken; :math:`E\|Jz\|^2 = \|J\|_F^2` for either distribution."""
+    moved = np.concatenate([np.diagonal(changes.gram) for changes in measured.values()])
+    variance = 1 + squares["gradient_sq"] * moved.mean() / squares["change_sq"]
+    return {
+        "jacobian_sq": float(moved.mean()),
+        "jacobian_sq_relative_error": float(moved.std(ddof=1) / moved.mean() / len(moved) ** 0.5),
+        "v": interval(variance),
+        "v_by_batch": variance.tolist(),
+        "directions_for_fidelity": interval(variance / FIDELITY**2),
+    }
+
+
+def described(changes: Changes, jacobian_sq: float) -> dict[str, Any]:
+    """Return the errors at each P, measured and by the law, of one model and distribution."""
+    variance = changes.variance(jacobian_sq)
     errors = []
     for count in COUNTS:
         if count <= len(changes.gram):
@@ -263,38 +275,35 @@ def described(changes: Changes, squares: dict[str, np.ndarray]) -> dict[str, Any
                     "P": count,
                     "groups": len(changes.gram) // count,
                     "relative_rms": interval(np.sqrt(of_batch)),
-                    "predicted": float(np.sqrt(variance / count).mean()),
+                    "predicted": float(np.exp(np.log(variance / count).mean() / 2)),
                     "measured_over_predicted": interval(np.sqrt(of_batch * count / variance)),
                 }
             )
     return {
-        "v": interval(every),
-        "v_by_batch": every.tolist(),
-        "directions_for_fidelity": interval(every / FIDELITY**2),
         "slope_sq_over_gradient_sq": interval(np.square(changes.slopes).mean(1) / changes.gradient_sq),
         "errors": errors,
     }
 
 
-def size_exponent(rows: list[dict[str, Any]]) -> Interval:
+def size_exponent(sizes: list[dict[str, Any]]) -> Interval:
     """Return the exponent of v in d: one slope per batch of sentences, which all models share."""
-    if len({row["d"] for row in rows}) < 2:
-        return float("nan"), float("-inf"), float("inf")
-    sizes = [row["d"] for row in rows]
-    batches = zip(*(row["v_by_batch"] for row in rows), strict=True)
-    return interval([log_slope(sizes, values) for values in batches], logs=False)
+    d = [row["d"] for row in sizes]
+    if len(set(d)) < 2:
+        return math.nan, -math.inf, math.inf
+    batches = zip(*(row["v_by_batch"] for row in sizes), strict=True)
+    return interval([log_slope(d, values) for values in batches], logs=False)
 
 
-def judge(exponents: dict[str, Interval], sizes: int, batches: int, *, small: bool = False) -> Verdict:
+def judge(exponent: Interval, sizes: int, batches: int, *, small: bool = False) -> Verdict:
     """Judge whether P is free of the size: the exponent of v below 0.1 in size (holds), or below 0.5."""
-    low = [max(0.0, found[1], -found[2]) for found in exponents.values()]
-    high = [max(-found[1], found[2]) for found in exponents.values()]
-    text = "; ".join(f"{name} {shown(found, 3)}" for name, found in exponents.items())
+    _, low, high = exponent
+    size = (max(abs(low), abs(high)), max(0.0, low, -high), max(abs(low), abs(high)))
     return Verdict(
         "The number of perturbations that suffices does not depend on the model's size.",
-        NOT_RUN if small or sizes < 3 else graded((max(high), max(low), max(high)), 0.1, 0.5),
-        f"Exponent of v in d over {sizes} sizes (95%, {batches} batches of sentences, all weights, one step): {text}; "
-        "required: below 0.1 in size, or under conditions below 0.5. A parameter-space view would give 1.",
+        NOT_RUN if small or sizes < 3 else graded(size, 0.1, 0.5),
+        f"Exponent of v in d over {sizes} sizes (95%, {batches} batches of sentences, all weights, one step): "
+        f"{shown(exponent, 3)}; required: below 0.1 in size, or under conditions below 0.5. A parameter-space view "
+        "would give 1.",
         id="entk-threshold-across-sizes",
     )
 
