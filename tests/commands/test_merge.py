@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.cli import main
+from zokernel.finetune import load_predictor
 from zokernel.finetune.models.same_base import other_base
 
 KINDS = {
@@ -22,6 +23,23 @@ KINDS = {
 }
 RUN = ("--learning_rate", "3e-2", "--eps", "1e-2", "--method", "mezo", "--max_steps", "3", "--eval_strategy", "no")
 RUN += ("--load_best_model_at_end", "false")
+
+
+def test_a_merged_model_answers_new_rows_as_its_run(flags, tmp_path, tiny_reviews_path):
+    assert main(["finetune", *flags, *RUN, "--lora", "true"]) == 0
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    assert main(["merge", "--model", str(run), "--output_dir", str(merged), "--dtype", "float32"]) == 0
+    rows = str(tiny_reviews_path / "test.jsonl")
+    answers = []
+    for model in (run, merged):
+        output = tmp_path / f"{model.name}.jsonl"
+        assert main(["predict", "--model", str(model), "--file", rows, "--output_file", str(output)]) == 0
+        answers.append([json.loads(line) for line in output.read_text().splitlines()])
+    for before, after in zip(*answers, strict=True):
+        assert after["scores"] == pytest.approx(before["scores"], abs=1e-5)
+    low = tmp_path / "low"
+    assert main(["merge", "--model", str(run), "--output_dir", str(low), "--dtype", "bfloat16"]) == 0
+    assert load_predictor(low).model.dtype == torch.bfloat16
 
 
 def metrics_of(folder):

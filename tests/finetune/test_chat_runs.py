@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 from chats import PLAIN, chat_tokenizer, turns
 from models import build
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import load_predictor
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,41 @@ def test_the_loss_on_held_out_rows_falls_and_the_report_shows_it(run, tmp_path, 
 def test_a_chat_template_is_saved_with_the_model(run, tmp_path):
     assert run("chat.jsonl", "--max_steps", "2") == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == PLAIN
+
+
+def test_an_adapter_keeps_its_chat_template_when_it_answers_is_merged_and_trained_on(run, tmp_path, capsys):
+    adapter, merged, asked = tmp_path / "run", tmp_path / "merged", [{"messages": turns("film 3")}]
+    assert run("chat.jsonl", "--max_steps", "2", "--lora", "true", "--learning_rate", "3e-2") == 0
+    answers = load_predictor(adapter)(asked)
+    assert load_predictor(adapter).tokenizer.chat_template == PLAIN
+    assert answers[0]["prediction"] == answered(adapter, "film 3")
+    assert main(["merge", "--model", str(adapter), "--output_dir", str(merged)]) == 0
+    assert AutoTokenizer.from_pretrained(merged).chat_template == PLAIN
+    assert load_predictor(merged)(asked) == answers
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text(json.dumps(asked[0]))
+    capsys.readouterr()
+    for model in (adapter, merged):
+        assert main(["predict", "--model", str(model), "--file", str(rows)]) == 0
+        assert json.loads(capsys.readouterr().out)["prediction"] == answers[0]["prediction"]
+    again = ["--model_name_or_path", str(adapter), "--max_steps", "2"]
+    assert run("chat.jsonl", *again, template=False, out="again") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == PLAIN
+    (adapter / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match=r"Row 1: .* train with one .--chat_template of 'zokernel finetune'"):
+        load_predictor(adapter)(asked)
+
+
+def answered(adapter, question):
+    """Return what plain peft and transformers write after a question, in at most four tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    ids = tokenizer.apply_chat_template(
+        turns(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def test_chats_without_a_template_are_refused_by_the_flag_that_helps(run, capsys):

@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.merge import merge
     from zokernel.finetune.models.same_base import other_base
     from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter
+    from zokernel.finetune.predict import copy_record
     from zokernel.finetune.settings.arguments import ModelArguments
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
     from zokernel.finetune.storage.run_folder import explained_errors
@@ -61,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)
             checked.tokenizer.save_pretrained(scratch)
+            copy_record(adapter, scratch, arguments)
             write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_told(base)})
             move_files(scratch, folder)
     print(f"Saved in {folder}: {base} with {args.model} merged into it.")

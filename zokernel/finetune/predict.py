@@ -233,6 +233,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) -> None:
+    """Write beside a merged model how the run of its adapter answered new rows; nothing if that is not known.
+
+    Args:
+        adapter: The adapter; the output folder of a run has a record.
+        folder: Where the merged model goes.
+        arguments: How that model is to be loaded.
+    """
+    if (Path(adapter).expanduser() / FILE).is_file():
+        write_json(folder / FILE, read_record(Path(adapter).expanduser()) | loading_flags(arguments))
+
+
 def load_predictor(folder: str | Path, *, device: str | torch.device | None = None) -> Predictor:
     """Load a finished run of ``zokernel finetune`` to answer new rows.
 

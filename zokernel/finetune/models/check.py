@@ -17,7 +17,14 @@ from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.models.quantization import check_flags, check_stored, stays_quantized
-from zokernel.finetune.models.saved_adapter import MERGED_FILE, RUN_FILE, adapter_config, with_base, with_base_on_hub
+from zokernel.finetune.models.saved_adapter import (
+    MERGED_FILE,
+    RUN_FILE,
+    adapter_config,
+    saved_tokenizer,
+    with_base,
+    with_base_on_hub,
+)
 from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_values
@@ -32,7 +39,7 @@ class CheckedModel:
     Attributes:
         path: Its folder, or its hub id.
         architecture: Its configuration.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer: the one saved with the adapter, where there is one.
         kind: Which kind of language model it is.
         dtype: In which type its weights will be held.
         arguments: Which model and adapter: of an adapter's folder, its base and itself.
@@ -92,7 +99,7 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
         adapter_config(arguments.adapter_name_or_path)
-    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     options |= {"gguf_file": file} if file else {}
     try:
         architecture = AutoConfig.from_pretrained(path, **options)
@@ -110,11 +117,13 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     if arguments.merge_adapter:
         check_mergeable(trained_by(arguments), architecture)
     kind = language_model_kind(architecture, arguments.lm_type)
+    own = saved_tokenizer(arguments)
+    if own is not None:
+        name, file, options = own, None, {"trust_remote_code": arguments.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(own or path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
-        revision = arguments.model_revision
-        raise not_loaded(name, error, what="tokenizer", revision=revision, gguf_file=file) from error
+        raise not_loaded(name, error, what="tokenizer", revision=options.get("revision"), gguf_file=file) from error
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise UsageError(
             f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 RUN_FILE = "run.json"
+_TOKENIZER_FILE = "tokenizer_config.json"
 MERGED_FILE = "merged.json"  # beside a model that an adapter was merged into
 # Models from a package registry, and what they are called on the hub.
 ON_THE_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -86,6 +87,31 @@ def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelAr
     if not base:
         raise UsageError(f"The adapter {name} does not say what its base is: {_hint(name)}.")
     return _naming_both(arguments, _found(str(base), name))
+
+
+def saved_tokenizer(arguments: ModelArguments) -> str | None:
+    """Return where the tokenizer is that was saved with an adapter: it may have a chat template that the base's lacks.
+
+    Args:
+        arguments: Which model and adapter.
+
+    Returns:
+        The folder or hub id of the adapter; None if there is no adapter, or no tokenizer with it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name = arguments.adapter_name_or_path
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder) if (folder / _TOKENIZER_FILE).is_file() else None
+    try:
+        hf_hub_download(name, _TOKENIZER_FILE)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return name
 
 
 def _naming_both(arguments: ModelArguments, base: str) -> ModelArguments:

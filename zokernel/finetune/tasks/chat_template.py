@@ -19,6 +19,8 @@ CHATML = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Said by zokernel predict, too, which has no such flag.
+TRAIN_WITH = "train with one (--chat_template of 'zokernel finetune': a file, the template itself, or chatml)"
 _BUILT_IN = {"chatml": CHATML}
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -74,17 +76,14 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
         UsageError: If there is no template, or it does not take this chat.
     """
     if not has_chat_template(tokenizer):
-        raise UsageError(
-            "The tokenizer has no chat template, which chats need: name one with --chat_template (a file, the template "
-            "itself, or chatml)."
-        )
+        raise UsageError(f"The tokenizer has no chat template, which chats need: {TRAIN_WITH}.")
     try:
         return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, "return_dict": False, **options})
     except Exception as error:  # a template may fail in any way, and raises its own errors for chats it refuses
         roles = ", ".join(str(message["role"]) for message in messages)
         raise UsageError(
             f"The chat template does not take a chat with the roles {roles} ({first_line(error)}): change the chat, or "
-            "name another template with --chat_template."
+            "train with another template (--chat_template of 'zokernel finetune')."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.alpaca import alpaca_messages
-from zokernel.finetune.tasks.chat_template import has_chat_template
+from zokernel.finetune.tasks.chat_template import TRAIN_WITH, has_chat_template
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.encoded import keep_end
 from zokernel.finetune.tasks.seq2seq import Decoder
@@ -146,8 +146,8 @@ def _plain_chat(messages: Messages, row: Row) -> str:
     """Return a chat of one turn without a template: the system's text, a line break, and what the user says."""
     if _needs_template(messages, row):
         raise UsageError(
-            "A chat of several turns, or with tools, needs a chat template to become one text for the encoder: name "
-            "one with --chat_template (a file, the template itself, or chatml)."
+            "A chat of several turns, or with tools, needs a chat template to become one text for the encoder: "
+            f"{TRAIN_WITH}."
         )
     return "\n".join(message["content"] for message in messages if message["content"].strip())
 
