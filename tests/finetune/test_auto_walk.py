@@ -112,7 +112,11 @@ def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [({"learning_rate": 1e-3}, ""), ({"max_steps": 6}, "too short to measure"), ({"method": "mezo"}, "")],
+    [
+        ({"learning_rate": 1e-3}, "auto is forward_difference here. learning_rate 0.001: as given, in place of one"),
+        ({"max_steps": 6}, "not measured: the run has 18 forwards, and the test needs a run of 48."),
+        ({"method": "mezo"}, ""),
+    ],
 )
 def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, monkeypatch, caplog, settings, told):
     asked = steep(monkeypatch)
@@ -120,6 +124,7 @@ def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, m
         trainer(**settings).train()
     assert asked == []
     assert told in caplog.text
+    assert ("Method auto" in caplog.text) == bool(told)
     assert [batches_to_try(n) for n in (0, 47, 48, 95, 96, 9999)] == [0, 0, 4, 7, 8, 8]
 
 
@@ -202,7 +207,7 @@ def test_runs_on_streamed_weights_measure_and_count(flags, tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             assert main(["finetune", *flags, *more, *where, "--output_dir", str(place)]) == 0
-        told.append(next(line for line in caplog.messages if line.startswith("learning_rate")))
+        told.append(next(line for line in caplog.messages if line.startswith("Method auto")))
         metrics.append(json.loads((place / "metrics.json").read_text()))
     assert told[0] == told[1]
     assert "raises the loss of training batches by" in told[0]

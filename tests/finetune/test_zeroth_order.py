@@ -248,6 +248,22 @@ def test_auto_measures_the_walk_of_any_trainer(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"learning_rate": 5e-5, "max_steps": 4}, "not measured: the run has 12 forwards"),
+        ({"learning_rate": 1e-3, "max_steps": 4}, "learning_rate 0.001: as given, in place of one that auto would"),
+    ],
+)
+def test_what_auto_became_is_said_once_without_any_logging_set_up(more, told, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="zokernel"):
+        make("text_classification", tmp_path, {"method": "auto", "num_perturbations": 2}, **more).create_optimizer()
+    said = [record.getMessage() for record in caplog.records if "Method auto" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("Method auto is forward_difference here. learning_rate 0.")
+    assert told in said[0]
+
+
+@pytest.mark.parametrize(
     ("name", "default"),
     [("text_classification", 5e-5), pytest.param("supervised_finetuning", 2e-5, marks=SKIP_TRL)],
 )

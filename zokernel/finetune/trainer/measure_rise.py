@@ -35,6 +35,25 @@ def batches_to_try(forwards: int) -> int:
     return count if count >= FEWEST_BATCHES else 0
 
 
+def too_little(forwards: int, batches: int) -> str:
+    """Return in a clause why the rise of a run is not measured.
+
+    Args:
+        forwards: Forward passes of the run.
+        batches: Batches of its training data.
+
+    Example:
+        >>> too_little(16, 100)
+        'the run has 16 forwards, and the test needs a run of 48.'
+        >>> too_little(48, 3)
+        'the training data has 3 batches, and the test needs 4.'
+    """
+    least = 3 * SHARE * FEWEST_BATCHES
+    if forwards < least:
+        return f"the run has {forwards} forwards, and the test needs a run of {least}."
+    return f"the training data has {batches} batch{'' if batches == 1 else 'es'}, and the test needs {FEWEST_BATCHES}."
+
+
 @torch.no_grad()
 def measure_rise(
     optimizer: Any,
@@ -84,10 +103,10 @@ def walk_told(found: Rise | None, walk: float, share: float, before: float, afte
     Example:
         >>> print(walk_told(Rise(0.065, 1.86, 0.21, 0.03, 0.4, 24), 0.065, 0.2, 0.0076, 0.0015))
         learning_rate 0.0015 instead of 0.0076: a random walk of 0.065 raises the loss of training batches by
-        0.21 ± 0.03 (from 1.86; 24 forwards), more than slopes of 0.4 make up for, so the run walks 0.013.
+        0.21 ± 0.03 (from 1.86; 24 forwards), more than following slopes of 0.4 can lower it, so the run walks 0.013.
     """
     if found is None:
-        return f"learning_rate {before:.3g}: for a random walk of {walk:.3g}, whose losses cannot be taken here."
+        return f"learning_rate {before:.3g}: for a random walk of {walk:.3g}, not measured: its losses cannot be taken."
     changes = f"a random walk of {walk:.3g} "
     if math.isinf(found.rise):
         changes += f"leads to losses that are not finite ({found.forwards} forwards)"
@@ -97,6 +116,10 @@ def walk_told(found: Rise | None, walk: float, share: float, before: float, afte
             f"{found.forwards} forwards)"
         )
     if share == 1:
-        return f"learning_rate {before:.3g}: {changes}, no more than slopes of {found.slope:.2g} may make up for."
-    slopes = "" if math.isinf(found.rise) else f", more than slopes of {found.slope:.2g} make up for"
+        return (
+            f"learning_rate {before:.3g}: {changes}; following slopes of {found.slope:.2g} can lower it by more, "
+            "so the rate stays."
+        )
+    lowered = f", more than following slopes of {found.slope:.2g} can lower it"
+    slopes = "" if math.isinf(found.rise) else lowered
     return f"learning_rate {after:.3g} instead of {before:.3g}: {changes}{slopes}, so the run walks {walk * share:.2g}."

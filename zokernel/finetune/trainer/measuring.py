@@ -19,7 +19,7 @@ from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer.choose_perturb import max_copies
 from zokernel.finetune.trainer.first_batch import first_batches
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
-from zokernel.finetune.trainer.measure_rise import FEWEST_BATCHES, batches_to_try, measure_rise, walk_told
+from zokernel.finetune.trainer.measure_rise import FEWEST_BATCHES, batches_to_try, measure_rise, too_little, walk_told
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.stream_points import many_in_a_pass
@@ -84,30 +84,40 @@ class MeasuringTrainer(SetUpTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer; ``method="auto"`` first asks how far it may walk, unless a rate was given."""
-        rate = self.settings.setting("learning_rate")
-        by_auto = self.settings.requested.method == AUTO and rate.source == "auto"
-        if self.optimizer is None and by_auto and not self._asked:
+        rate, auto = self.settings.setting("learning_rate"), self.settings.requested.method == AUTO
+        if self.optimizer is None and auto and not self._asked:
             self._asked = True
-            if self.recorded:
+            if rate.source != "auto":
+                self._say(f"learning_rate {rate.value:.3g}: as given, in place of one that auto would choose.")
+            elif self.recorded:
                 self.decide("auto", learning_rate=self.recorded["learning_rate"].value)
+                self._say(f"learning_rate {self.args.learning_rate:.3g}: as recorded when the run began.")
             elif not self.continues:
                 self._choose_rate(self.model if model is None else model, rate.value)
         return super().create_optimizer(model)
 
+    def _say(self, rate: str) -> None:
+        """Say once what ``auto`` became, even where no logging was set up."""
+        if self.is_world_process_zero():
+            level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
+            logger.log(level, "Method auto is %s here. %s", self.args.method, rate)
+
     def _choose_rate(self, model: Any, rate: float) -> None:
         """Measure what a random walk as far as the run's does to the loss, and lower the rate if it is too far."""
         walk = WALK[what_is_trained(model)]
+        unmeasured = f"learning_rate {rate:.3g}: for a random walk of {walk:.3g}, not measured: "
         reason = self._not_measured()
         if reason:
-            logger.info("learning_rate %.3g: for a random walk of %.3g, not measured: %s.", rate, walk, reason)
+            self._say(f"{unmeasured}{reason}.")
             return
         args, size = self.args, self.batch_per_step
         dataset: Any = self.train_dataset
         steps = count_steps(args.max_steps, args.num_train_epochs, size, len(dataset))
         small, optimizer = args.per_device_train_batch_size, make_optimizer(model, [], args)
-        count = min(batches_to_try(steps * optimizer.forwards_per_step), len(dataset) // small)
+        forwards, batches = steps * optimizer.forwards_per_step, len(dataset) // small
+        count = min(batches_to_try(forwards), batches)
         if count < FEWEST_BATCHES:
-            logger.info("learning_rate %.3g: for a random walk of %.3g; the run is too short to measure.", rate, walk)
+            self._say(unmeasured + too_little(forwards, batches))
             return
         # As many losses at a time as a step takes, or as take the memory of an evaluation.
         together = max(optimizer.forwards_per_step, max_copies(small, args.per_device_eval_batch_size))
@@ -124,7 +134,7 @@ class MeasuringTrainer(SetUpTrainer):
         share = from_main(share)
         if share < 1:
             self.decide("auto", learning_rate=float(f"{rate * share:.3g}"))
-        logger.info("%s", walk_told(rise, walk, share, rate, self.args.learning_rate))
+        self._say(walk_told(rise, walk, share, rate, self.args.learning_rate))
 
     def _not_measured(self) -> str:
         """Return why no losses are taken around the weights; empty if they are."""

@@ -186,10 +186,10 @@ class SetUpTrainer(ResumableTrainer):
                     self.decide("auto", perturb=perturb)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
-                "Method %s: lr %g, effective lr %s, %s.",
+                "Method %s: learning rate %g, effective learning rate%s, %s.",
                 self.args.method,
                 self.args.learning_rate,
-                "known after the first step" if math.isnan(self.effective_lr) else f"{self.effective_lr:g}",
+                ": known after the first step" if math.isnan(self.effective_lr) else f" {self.effective_lr:g}",
                 f"{self.forwards_per_step} forwards per step" if self.zeroth_order else "gradients by backpropagation",
             )
         return self.optimizer
