@@ -36,6 +36,8 @@ def test_every_setting_says_who_decided(tmp_path):
     assert source(settings, "num_perturbations") == (1, "default")
     assert source(settings, "learning_rate") == (1e-5, "auto")
     assert source(settle(tmp_path, trained="LoRA"), "learning_rate") == (1e-3, "auto")
+    assert source(settle(tmp_path, trained="scales", method="qzo"), "learning_rate") == (1e-3, "auto")
+    assert source(settle(tmp_path, trained="scales"), "learning_rate") == (1e-5, "auto")
     assert source(settle(tmp_path), "precision")[1] == "hardware"
     assert source(settle(tmp_path, method="auto"), "method") == ("forward_difference", "auto")
     assert {setting.source for setting in settings} <= set(SOURCES)

@@ -30,7 +30,7 @@ PLAIN_EPS, LORA_EPS = 1e-3, 1e-2
 LEARNING_RATES = {
     "full parameters": {"adamw": 1e-5, "sgd": 1e-3, "grzo": 1e-6, "": 1e-5},
     "LoRA": {"adamw": 1e-4, "sgd": 1e-2, "grzo": 1e-5, "": 1e-3},
-    "scales": {"": 1e-5},
+    "scales": {"qzo": 1e-3, "": 1e-5},
     "virtual tokens": {"adamw": 1e-2, "sgd": 1e-2, "grzo": 1e-5, "": 1e-2},
 }
 # Beginnings of the names of settings that change nothing about the weights a run ends with.
