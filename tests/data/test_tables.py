@@ -175,6 +175,30 @@ def test_csv_of_other_places(tmp_path):
     assert table(tmp_path / "e.csv", "text\na; b\nc\td\n") == [{"text": "a; b"}, {"text": "c\td"}]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("lines", "broken"),
+    [
+        (["{}", "{"], 2),
+        (["{}", "{", ""], 2),
+        (["{}", "{", "{}"], 2),
+        (["{}", "{", "{}", "{}"], 2),
+        (["", "{}", "", "{", "", "{}", ""], 4),
+        (["{", "{}"], 1),
+        (["{}", '{"a": [1}', "{}"], 2),
+        (["{}", '{"a": 1,', "{}"], 2),
+        (["{}", '{"a":', "{}"], 2),
+        (["{}", "[1,", ""], 2),
+        (['{"a":', "1", '"b": 2}'], 3),  # one object over several lines
+    ],
+)
+def test_a_broken_line_of_json_is_named_by_its_number(lines, broken, end, tmp_path):
+    row = {"{}": '{"text": "a {b}", "label": 0}', "{": '{"text": "a", "label": 1'}
+    content = end.join(row.get(line, line) for line in lines)
+    with pytest.raises(UsageError, match=rf"^Line {broken} of .* is not JSON"):
+        table(tmp_path / "a.jsonl", content)
+
+
 def test_a_huge_cell(tmp_path):
     assert len(table(tmp_path / "a.csv", f"text,label\n{'x' * 300_000},1\n")[0]["text"]) == 300_000
 

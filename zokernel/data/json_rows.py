@@ -79,8 +79,9 @@ def _values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             hint = (
                 "write one object per line, and no comma between them" if text[error.pos : error.pos + 1] == "," else ""
             )
+            wrong = _broken_line(text, position, line, error)
             raise UsageError(
-                f"Line {error.lineno} of {path} is not JSON ({error.msg}): {hint or 'write one object per line'}."
+                f"Line {wrong} of {path} is not JSON ({error.msg}): {hint or 'write one object per line'}."
             ) from error
         except _RepeatedKey as error:
             raise UsageError(
@@ -89,6 +90,28 @@ def _values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         except RecursionError as error:
             raise UsageError(f"Line {line} of {path} is nested too deeply: write one flat object per row.") from error
         yield line, value
+
+
+def _broken_line(text: str, position: int, line: int, error: json.JSONDecodeError) -> int:
+    """Return the line to mend: that of a value which lacks its end, where the decoder stumbles over the next one.
+
+    Args:
+        text: The file's text.
+        position: Where the value begins.
+        line: The line on which it begins.
+        error: What the decoder says.
+
+    Returns:
+        ``line``, if a line holds one object at a time; otherwise the line that the decoder names, or the last
+        one with text.
+    """
+    end = text.find("\n", position)
+    own = text[position : len(text) if end < 0 else end].rstrip()
+    begins_row = own.startswith("{") and own != "{"
+    rest = text[end + 1 :].lstrip() if end >= 0 else ""
+    if begins_row and (not rest or rest.startswith("{")):
+        return line
+    return min(error.lineno, 1 + text.rstrip().count("\n"))
 
 
 def _is_table(value: Any) -> bool:
