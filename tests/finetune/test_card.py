@@ -9,6 +9,23 @@ import pytest
 import yaml
 
 from zokernel.cli import main
+from zokernel.data import load_table
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_examples_that_were_also_trained_on_are_counted_wherever_the_score_is_told(shared, flags, tmp_path, capsys):
+    train = load_table(flags[flags.index("--train_file") + 1])
+    new = [{**train[0], "sentence": f"a new one, number {n}"} for n in range(5 - shared)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*train[:shared], *new]))
+    quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    assert main(["finetune", *flags, *quick, "--test_file", str(tmp_path / "test.jsonl")]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    pages = {"log": capsys.readouterr().out}
+    pages |= {name: (tmp_path / "run" / name).read_text() for name in ("report.md", "README.md", "report.html")}
+    for name, text in pages.items():
+        assert ("5 test examples (3 of them also training examples)" in text) == bool(shared), name
+    assert ("5 examples the run never trained on" in pages["report.md"]) == (not shared)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_trained_on"] == shared
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -17,6 +17,7 @@ from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
+from zokernel.finetune.data.report_splits import count_shared
 from zokernel.finetune.models.adapters import say_base, trained_by, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel, check_model
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
@@ -193,7 +194,8 @@ class _Job:
         logger.info("%s %s on %d %s examples: %.3f.", *told)
 
         def begun() -> None:
-            run["measuring_forwards"] = run.get("measuring_forwards", 0) + trainer.measuring_forwards
+            for name in ("measuring_forwards", "rate_forwards"):
+                run[name] = run.get(name, 0) + getattr(trainer, name)
             taken = max(trainer.state.global_step, trainer.journal.num_steps if trainer.journal else 0)
             output.note_begin(folder, run, settings=deciding, total_steps=trainer.state.max_steps, taken=taken)
 
@@ -292,12 +294,14 @@ class _Job:
             "num_train": len(self.encoded["train"]),
             "num_test": len(self.splits.test),
             "test_is_validation": self.splits.test_is_validation,
+            "test_trained_on": count_shared(self.task, self.splits.train, self.splits.test) * self.config.do_train,
             "before": run["before"],
             "after": after,
             "steps": trainer.state.global_step,
             "best_step": trainer.final_step,
             "forwards": log.forwards,
             "measuring_forwards": run.get("measuring_forwards", 0),
+            "rate_forwards": run.get("rate_forwards", 0),
             "forwards_per_step": trainer.forwards_per_step if stepped else None,
             "train_seconds": round(log.seconds, 2),
             "total_seconds": self._seconds(trainer, run),

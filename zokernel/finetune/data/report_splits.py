@@ -26,16 +26,31 @@ def report_splits(task: Task, train: Sequence[Row], validation: Sequence[Row], t
     """
     if isinstance(task, PromptTask):
         _report_classes(task, train)
-    seen = {_key(task, row) for row in train}
     for split, rows in (("validation", validation), ("test", test or ())):
-        shared = sum(_key(task, row) in seen for row in rows)
-        if shared:
+        if shared := count_shared(task, train, rows):
             logger.warning(
                 "%d of %d %s examples are also training examples: their score says less about new ones.",
                 shared,
                 len(rows),
                 split,
             )
+
+
+def count_shared(task: Task, train: Sequence[Row], rows: Sequence[Row]) -> int:
+    """Return how many rows have the prompt of a training row.
+
+    Args:
+        task: Tells the prompt's columns.
+        train: Rows to train on.
+        rows: Rows of another split.
+
+    Example:
+        >>> task = PromptTask("{text} It was", ("bad", "good"))
+        >>> count_shared(task, [{"text": "a", "label": 0}], [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
+        1
+    """
+    seen = {_key(task, row) for row in train}
+    return sum(_key(task, row) in seen for row in rows)
 
 
 def _report_classes(task: PromptTask, train: Sequence[Row]) -> None:

@@ -160,7 +160,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
     if not metrics["steps"]:
         path.write_text(_evaluation_report(metrics), encoding="utf-8")
         return
-    before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
+    examples, metric = metrics["num_test"], metrics["metric"]
     ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
     forward_only = metrics["forwards_per_step"] is not None
     how = (
@@ -170,7 +170,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         if forward_only
         else "Each step computed the gradient by backpropagation (a first-order baseline)."
     )
-    outcome = _outcome(metric, before, after, examples)
+    outcome = _outcome(metrics)
     if metrics["test_is_validation"]:
         outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
@@ -235,9 +235,12 @@ def _not_learned(metrics: dict[str, Any]) -> str:
     return f"\n## {title}\n\n{told}\n" + (f"\n{listed}" if listed else "")
 
 
-def _outcome(metric: str, before: dict[str, float], after: dict[str, float], examples: int) -> str:
-    """Return one sentence on what the metric was before and after."""
-    where = f"{metric.capitalize()} on {examples:,} examples the run never trained on went from"
+def _outcome(metrics: dict[str, Any]) -> str:
+    """Return one sentence on what the metric was before and after, and on which examples."""
+    before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
+    shared = metrics.get("test_trained_on", 0)
+    which = examples_told(metrics) if shared else f"{examples:,} examples the run never trained on"
+    where = f"{metric.capitalize()} on {which} went from"
     if metric == PERPLEXITY:
         return (
             f"{where} {before[metric]:.3f} to {after[metric]:.3f}, the loss from {before['loss']:.4f} to "

@@ -24,11 +24,17 @@ def method_told(metrics: dict[str, Any]) -> str:
 def examples_told(metrics: dict[str, Any]) -> str:
     """Return the examples of the scores before and after: of a test split, or those that chose the best step.
 
+    Those that were also trained on are counted.
+
     Example:
         >>> examples_told({"num_test": 1000, "test_is_validation": False})
         '1,000 test examples'
+        >>> examples_told({"num_test": 24, "test_is_validation": False, "test_trained_on": 19})
+        '24 test examples (19 of them also training examples)'
     """
-    return f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
+    told = f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
+    shared = metrics.get("test_trained_on", 0)
+    return f"{told} ({shared:,} of them also training examples)" if shared else told
 
 
 def forwards_told(metrics: dict[str, Any]) -> str:
@@ -37,11 +43,15 @@ def forwards_told(metrics: dict[str, Any]) -> str:
     Example:
         >>> forwards_told({"steps": 1000, "forwards": 2000, "measuring_forwards": 24})
         '1,000 steps, 2,000 forward passes (and 24 before them to choose settings)'
+        >>> forwards_told({"steps": 1000, "forwards": 2000, "measuring_forwards": 27, "rate_forwards": 24})
+        '1,000 steps, 2,000 forward passes (and 27 before them: 24 for the learning rate, 3 for other settings)'
         >>> forwards_told({"steps": 1000, "forwards": 2000})
         '1,000 steps, 2,000 forward passes'
     """
-    more = metrics.get("measuring_forwards")
+    more, rate = metrics.get("measuring_forwards", 0), metrics.get("rate_forwards", 0)
     told = f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"
+    if rate and more > rate:
+        return f"{told} (and {more:,} before them: {rate:,} for the learning rate, {more - rate:,} for other settings)"
     return f"{told} (and {more:,} before them to choose settings)" if more else told
 
 
