@@ -133,6 +133,13 @@ def test_a_flag_of_chats_is_refused_for_labels(flags, capsys):
     assert "--packing is for chats, instructions and texts" in capsys.readouterr().err
 
 
+def test_one_row_is_no_rows(run, tmp_path, caplog):
+    assert run("plain.txt", "--packing", "true", "--max_steps", "1", "--max_eval_samples", "1") == 0
+    told = [line.split(" of ")[0] for line in caplog.messages if line.startswith("Packing:")]
+    assert told == ["Packing: 29 texts in 1 row"]
+    assert sum("; 1 validation row, " in line for line in caplog.messages) == 1
+
+
 def test_packing_and_adapters_train_too(run, tmp_path):
     assert run("plain.txt", "--packing", "true", "--max_length", "120") == 0
     packed = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from zokernel.data.tables import count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
 from zokernel.finetune.data.datasets import Splits
@@ -47,23 +48,27 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
     logger.info(
         "Data: %s.",
         "; ".join(
-            f"{len(rows):,} {split} rows of {sum(e.size for e in rows):,} tokens, "
+            f"{_named(len(rows), split)} of {sum(e.size for e in rows):,} tokens, "
             f"{sum(len(e.scored) for e in rows):,} of them learned"
             if split == "train"
-            else f"{len(rows):,} {split} rows, {sum(len(e.scored) for e in rows):,} tokens scored"
+            else f"{_named(len(rows), split)}, {sum(len(e.scored) for e in rows):,} tokens scored"
             for split, rows in found.items()
         ),
     )
     if packing:
         packed = pack(found["train"], encoder.max_length)
         logger.info(
-            "Packing: %s texts in %s rows of up to %d tokens, none of which sees another.",
-            f"{len(found['train']):,}",
-            f"{len(packed):,}",
+            "Packing: %s in %s of up to %d tokens, none of which sees another.",
+            f"{len(found['train']):,} {'text' if len(found['train']) == 1 else 'texts'}",
+            count_rows(len(packed)),
             encoder.max_length,
         )
         found["train"] = packed
     return {split: TextDataset(rows) for split, rows in found.items()}
+
+
+def _named(number: int, split: str) -> str:
+    return f"{number:,} {split} {'row' if number == 1 else 'rows'}"
 
 
 def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sample]:
