@@ -264,3 +264,14 @@ def test_words_of_a_config_file_reach_the_task(flags, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["label_words"] == ["No", "Yes"]
     assert metrics["task"] == "train.jsonl"
+
+
+def test_a_missing_label_column_is_told_in_two_short_sentences(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"review": "fine", "stars": n % 2} for n in range(20)])
+    with pytest.raises(UsageError) as raised:
+        load_task(DataArguments(train_file=file))
+    first, second = str(raised.value).split(". ")
+    assert first.startswith("The train split has no column 'label' (it has review, stars): ")
+    assert "--label_column" in first
+    assert second.startswith("Chats, instructions and texts need the columns messages; prompt and completion; ")
+    assert max(len(first.split()), len(second.split())) <= 30

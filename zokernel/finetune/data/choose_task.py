@@ -54,9 +54,9 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
         )
     if label not in columns:
         raise UsageError(
-            f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels with "
-            "--label_column, or what kind of task this is with --task or --task_file. Chats, instructions and texts "
-            f"are recognised by the columns {COLUMNS_OF_TEXT}: rename yours if that is what they are."
+            f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels "
+            "with --label_column, or name the task with --task or --task_file. "
+            f"Chats, instructions and texts need the columns {COLUMNS_OF_TEXT}."
         )
     words = arguments.label_words or arguments.labels
     if not words:
