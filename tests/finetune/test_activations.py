@@ -73,13 +73,15 @@ def test_a_run_says_what_its_own_rows_take(flags, tmp_path, caplog):
         told.append(next(line for line in caplog.messages if line.startswith("Activations:")))
         if where:
             assert "2 losses per step of 16 rows of 128 tokens" in caplog.text
-    found = [re.search(r"about ([\d.]+) MiB.*of at most ([\d,]+) tokens, of which (\d+) are scored", t) for t in told]
+    found = [
+        re.search(r"about ([\d.]+) ([KM])iB.*of at most ([\d,]+) tokens, of which (\d+) are scored", t) for t in told
+    ]
     assert all(found)
-    sizes = [(float(m[1]), int(m[2]), int(m[3])) for m in found]
+    sizes = [(float(m[1]) / {"K": 1024, "M": 1}[m[2]], int(m[3]), int(m[4])) for m in found]
     assert sizes[0][1:] == sizes[1][1:]
     mebibytes, tokens, scored = sizes[0]
     assert scored == 16
     assert 16 * 4 < tokens < 16 * 32
     assert mebibytes < 1
     assert "(1 loss at a time of at most" in told[0]
-    assert "MiB at the border of a block (2 losses of at most" in told[1]
+    assert re.search(r"of which [1-9][\d.]* KiB are kept between two blocks \(2 losses of at most", told[1])

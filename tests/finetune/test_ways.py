@@ -1,16 +1,20 @@
-"""What each way to hold the weights takes, from a configuration: bytes counted by hand, and the cheapest that fits."""
+"""What each way to hold the weights takes, from a configuration: bytes counted by hand, and the fastest that fits."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
 
 from zokernel.cli import main
-from zokernel.finetune.models.ways import Way, cheapest, measure, table, ways
+from zokernel.finetune.models.estimate import check_memory
+from zokernel.finetune.models.ways import Way, fastest, measure, table, ways
+from zokernel.finetune.settings.config import ZOConfig
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=1000,
@@ -67,13 +71,27 @@ def test_a_gpu_holds_two_blocks_and_the_host_the_rest() -> None:
     assert "--offload disk" not in there
 
 
-def test_the_cheapest_moves_least_of_those_that_fit() -> None:
+def test_sizes_below_a_tenth_of_a_gib_are_in_mib_and_an_adapter_is_advised_on_alone() -> None:
+    sizes = measure(CONFIG, torch.float32)
+    there = found(dtype=torch.float32)
+    told = table(list(there.values()), 2**33, adapter=True)
+    weights = f"{sizes.weights / 2**20:.1f} MiB"
+    assert told.splitlines()[1].split("  ")[0] == "--perturb in_place"
+    assert weights in told.splitlines()[1]
+    assert " 0.00" not in told
+    assert "8.00 GiB are free" in told
+    assert "Fastest that fits for an adapter: --lora true --perturb stacked." in told
+    assert "for all weights" not in told
+    assert "Fastest that fits for all weights: --perturb in_place." in table(list(there.values()), 2**33)
+
+
+def test_the_fastest_moves_least_of_those_that_fit() -> None:
     by_flags = found(rows=1, tokens=1)
     there = list(by_flags.values())
     most = max(way.memory for way in there)
 
     def name(free: int, trains: str) -> str | None:
-        best = cheapest(there, free, trains)
+        best = fastest(there, free, trains)
         return best.flags if best else None
 
     assert name(most, "an adapter") == "--lora true --perturb stacked"
@@ -82,7 +100,7 @@ def test_the_cheapest_moves_least_of_those_that_fit() -> None:
     assert name(by_flags["--lora true --offload disk"].memory, "an adapter") == "--lora true --offload disk"
     assert name(most, "all weights") == "--perturb in_forward"
     assert name(1, "all weights") is None
-    assert "Cheapest that fits for all weights: none." in table(there, 1)
+    assert "Fastest that fits for all weights: none." in table(there, 1)
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])
@@ -92,7 +110,7 @@ def test_a_configuration_is_enough(where: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["plan", "--memory", "true", "--model_name_or_path", str(name), "--dtype", "bfloat16"]) == 0
     told = capsys.readouterr().out
     assert f"{3 * BLOCK + OUTSIDE:,} parameters in bfloat16, 2 losses per step of 16 rows of 128 tokens." in told
-    assert "Cheapest that fits for an adapter: --lora true --perturb stacked." in told
+    assert "Fastest that fits for an adapter: --lora true --perturb stacked." in told
     assert "--offload disk --offload_updates journal" in told
 
 
@@ -100,3 +118,16 @@ def test_a_configuration_that_builds_nothing_is_refused(tmp_path: Path, capsys: 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": -1}))
     assert main(["plan", "--memory", "true", "--model_name_or_path", str(tmp_path)]) == 2
     assert "compare its config.json" in capsys.readouterr().err
+
+
+def test_the_start_of_a_run_says_what_the_process_holds_already(caplog: pytest.LogCaptureFixture) -> None:
+    """So that weights, activations and this can be compared with the peak in a report."""
+    config = ZOConfig(output_dir="unused", precision="fp32", use_cpu=True)
+    with caplog.at_level("INFO", logger="zokernel"):
+        check_memory(CONFIG, torch.float32, config)
+    weights = 4 * (3 * BLOCK + OUTSIDE)
+    sentence = r"Memory: (.*) MiB \(weights (.*) MiB\) and activations, plus about (.*) GiB of libraries and data;"
+    told = re.search(sentence, caplog.text)
+    assert told
+    assert float(told[1]) == float(told[2]) == round(weights / 2**20, 1)
+    assert float(told[3]) * 2**30 == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)

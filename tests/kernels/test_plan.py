@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from plan_tasks import small_task
 
 from zokernel.cli import main
-from zokernel.commands.plan import PlanArguments, describe, load_task
+from zokernel.commands.plan import PlanArguments, load_task
+from zokernel.commands.plan_told import describe
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -67,11 +68,20 @@ def test_the_best_step_follows_from_noise_and_curvature_or_is_not_known():
     assert found.gain == pytest.approx(gains[best])
     assert f"at batch 16: {best} directions per example, one-sided, {best + 1} forwards" in describe(known, task, 1.0)
     assert known.as_dict()["best_step"][16]["gain"] == pytest.approx(gains[best])
-    for lost in ({"noise_scale": Measurement(5.5, math.inf)}, {"curvature_ratio": Measurement(-3.0, 4.0)}):
+    noise, curvature = {"noise_scale": Measurement(5.5, math.inf)}, {"curvature_ratio": Measurement(-3.0, 4.0)}
+    first, second = "the batch where noise equals signal", "the curvature ratio r"
+    for lost, told in (
+        (noise, f"it needs {first}"),
+        (curvature, f"it needs {second}"),
+        (noise | curvature, f"it needs {first} and {second}"),
+        ({"curvature_ratio": Measurement(-3.0, 0.1)}, f"{second} is not above 0"),
+    ):
         unknown = replace(known, **lost)
         assert unknown.best_step(16) is None
         assert unknown.as_dict()["best_step"][16] is None
-        assert "The best step at batch 16 is not known" in describe(unknown, task, 1.0)
+        said = describe(unknown, task, 1.0)
+        assert f"The best step at batch 16 is not known: {told}.\n" in said
+        assert all(f"\n  {name.removeprefix('the ')} " in said for name in (first, second))
 
 
 def test_curvature_and_learning_rates_on_a_quadratic():

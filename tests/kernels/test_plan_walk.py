@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_tasks import small_task
 
-from zokernel.commands.plan import describe
+from zokernel.commands.plan_told import describe
 from zokernel.errors import RunError
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_walk import measure_growth, reach, walk_rate

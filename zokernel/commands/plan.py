@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,11 +20,11 @@ import torch
 
 from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
+from zokernel.commands.plan_told import describe
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.kernels.plan import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan, make_plan, plain
+from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
-from zokernel.kernels.probes import Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +98,13 @@ def main(args: argparse.Namespace) -> int:
     if arguments.eps is not None and not arguments.eps > 0:
         raise UsageError(f"--eps must be above 0, not {arguments.eps:g}.")
     if arguments.memory:
+        from zokernel.finetune.models.adapters import wants_adapter
         from zokernel.finetune.models.needed import needed, read_configuration
 
         rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
         losses = 2 * min(arguments.num_perturbations)
-        print(needed(*read_configuration(model_arguments), losses, rows, tokens, arguments.new_tokens))
+        batch, adapter = (losses, rows, tokens, arguments.new_tokens), wants_adapter(model_arguments)
+        print(needed(*read_configuration(model_arguments), *batch, adapter=adapter))
         return 0
     start = time.perf_counter()
     found = plan_for(model_arguments, data_arguments, arguments)
@@ -244,107 +245,3 @@ def _instead(task: Any, data: Any) -> str:
         return f", and these rows have {columns}, to be learned as text: say --template and --label_words"
     flag = "task" if data.task else "task_file" if data.task_file else "dataset_name"
     return f", not for a {task.kind} task: choose another --{flag}"
-
-
-def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
-    """Return the plan in words and a small table."""
-    shown = {name: said(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
-    lines = [
-        f"Probed {plan.num_probes} directions of {plan.num_parameters:,} parameters: {plan.forwards} forward passes, "
-        f"{plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
-        "",
-        f"  similarity rho                  {shown['rho']}",
-        f"  relative error of one step      {shown['relative_error_one']}"
-        f"{' / sqrt(P)' if plan.relative_error_one.known else ''}",
-        f"  gradient norm                   {shown['gradient_norm']}",
-        f"  batch where noise equals signal {shown['noise_scale']}",
-        f"  trace of the Hessian            {shown['trace_hessian']}",
-        f"  trace of the Fisher matrix      {shown['trace_fisher']}",
-        f"  curvature ratio r               {shown['curvature_ratio']}",
-        f"  rounding noise of the loss      {plan.loss_noise:.2g}",
-        f"  third derivative                {shown['third_derivative']}",
-        f"  best eps                        {best_eps(plan)}",
-        f"  distance where slopes double    {shown['reach']}",
-        "",
-        f"  {'P':>6}  {'relative error':>18}  {'rate / gradient':>18}  {'best for one step':>18}  "
-        f"{f'for {plan.num_steps:,} steps':>18}  {'forwards per step':>17}  {'tokens per step':>15}",
-    ]
-    for count, error in plan.predicted_error.items():
-        cells = (error, plan.learning_rate_ratio[count], plan.learning_rate[count], plan.run_rate[count])
-        columns = "  ".join(f"{str(cell) if cell.known else 'not known':>18}" for cell in cells)
-        lines.append(
-            f"  {count:>6}  {columns}  "
-            f"{2 * count:>17}  {2 * count * task.num_tokens * task.num_update // len(task.labels):>15,}"
-        )
-    lines.append("")
-    lines += [
-        f"  P = {count} gives a relative error of {tolerance:g} in one step"
-        for tolerance, count in plan.required.items()
-        if count is not None
-    ]
-    lines += [f"  {best_step(plan, size)}" for size in STEP_BATCHES]
-    lines += [f"  {advice(plan, task.num_update)}", *(f"  note: {note}" for note in plan.notes)]
-    return "\n".join(lines)
-
-
-def best_step(plan: Plan, batch_size: int) -> str:
-    """Return the directions of a step with the most decrease per forward at a batch size, in words."""
-    found = plan.best_step(batch_size)
-    if found is None:
-        return f"The best step at batch {batch_size} is not known: it needs the noise scale and the curvature ratio."
-    each = "per example" if found.scheme == "per_example" else "for the batch"
-    sides = "one-sided" if found.one_sided else "two-sided"
-    return (
-        f"Most decrease per forward at batch {batch_size}: {found.num_perturbations} directions {each}, {sides}, "
-        f"{found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
-    )
-
-
-def said(plan: Plan, name: str) -> str:
-    """Return a quantity with its standard error, or how many probes would carry it."""
-    value, used = getattr(plan, name), plan.probes_used(name)
-    if name == "reach" and math.isinf(value.value):
-        return "they do not"
-    if value.known:
-        return str(value)
-    return f"not known from {probes(name, used)}; {more_probes(name, value.probes_needed(used))}"
-
-
-def probes(name: str, count: int) -> str:
-    """Return so many of the probes that a quantity comes from, in words."""
-    kind = "curvature probe" if name in FROM_CURVATURE_PROBES else "probe"
-    return f"{count:,} {kind}{'' if count == 1 else 's'}"
-
-
-def more_probes(name: str, needed: int) -> str:
-    """Return how many probes a quantity would need, and the flag that sets their number."""
-    flag = "curvature_probes" if name in FROM_CURVATURE_PROBES else "num_probes"
-    return f"about {needed:,} would be needed (--{flag} {needed})"
-
-
-def best_eps(plan: Plan) -> str:
-    """Return the perturbation size to use, and how good the probed one is."""
-    off = f"{100 * plan.finite_difference_error:.2g}%"
-    if not plan.eps.known:
-        return f"not known from {probes('eps', plan.num_curvature_probes)}: keep {plan.eps_probed:g}"
-    return f"{plan.eps}  (probed {plan.eps_probed:g}; at the best a projected gradient is off by {off})"
-
-
-def advice(plan: Plan, batch: int) -> str:
-    """Return the learning rate to train with, in a sentence; none if the probes do not carry one."""
-    count = min(plan.run_rate)
-    rate = plan.run_rate[count]
-    if not rate.known:
-        walks = math.isfinite(plan.reach.value) and not plan.reach.known
-        name, told = ("reach", "how far noise may take the weights") if walks else ("curvature_ratio", "the curvature")
-        used = plan.probes_used(name)
-        needed = (plan.reach if walks else rate).probes_needed(used)
-        return (
-            f"No learning rate is advised: {told} is not known from {probes(name, used)}; {more_probes(name, needed)}."
-        )
-    return (
-        f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} "
-        f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
-        "constant. The best rate for one step is no rate for a run: most of a step is noise, which adds up, and slopes "
-        "grow along the way."
-    )

@@ -36,7 +36,7 @@ class StreamedForward(InForward):
         blocks: The blocks of the model.
         model: The model as it is called, with the adapter around it if there is one.
         trained: The store of the blocks, if their weights are trained themselves; None if an adapter is.
-        max_together: Points that share a pass; their activations at the border of a block are held together.
+        max_together: Points that share a pass; their activations between two blocks are held together.
 
     Raises:
         UsageError: When attached, if the directions or the weights do not suit in_forward.

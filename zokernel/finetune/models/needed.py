@@ -1,4 +1,4 @@
-"""What a run will need, in words: the ways to hold its weights, and the cheapest that fits the free memory."""
+"""What a run will need, in words: the ways to hold its weights, and the fastest that fits the free memory."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def needed(
     tokens: int,
     writes: int = 0,
     *,
+    adapter: bool = False,
     gpu: bool | None = None,
 ) -> str:
-    """Return what each way to hold a model's weights takes, and the cheapest that fits, as text.
+    """Return what each way to hold a model's weights takes, and the fastest that fits, as text.
 
     Args:
         architecture: The model's configuration.
@@ -63,6 +64,7 @@ def needed(
         rows: Rows of a batch.
         tokens: Tokens of a row.
         writes: Tokens that are written after each row, if any are.
+        adapter: Whether an adapter is what will be trained.
         gpu: Whether the model computes on a GPU; by default, if there is one.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
@@ -74,4 +76,4 @@ def needed(
         f"step of {rows} rows of {tokens} tokens{f', after which {writes} are written' if writes else ''}."
     )
     found = ways(sizes, losses=losses, rows=rows, tokens=tokens, writes=writes, gpu=gpu)
-    return f"{head}\n\n{table(found, free, host if gpu else None)}"
+    return f"{head}\n\n{table(found, free, host if gpu else None, adapter=adapter)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.adapters import trained_by
+from zokernel.finetune.models.adapters import trained_by, wants_adapter
 from zokernel.finetune.models.check import CheckedModel
 from zokernel.finetune.models.needed import needed
 from zokernel.finetune.models.streamed import load_streamed
@@ -118,10 +118,9 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     """
     batch = (losses_per_step(config), config.per_device_train_batch_size, TOKENS)
     logger.info(
-        "What each way would take, were the rows of %d tokens (what those of this run take is said once they are "
-        "encoded):\n%s",
+        "Memory of each way for rows of %d tokens; the real rows follow.\n%s",
         TOKENS,
-        needed(checked.architecture, checked.dtype, checked.kind, *batch),
+        needed(checked.architecture, checked.dtype, checked.kind, *batch, adapter=wants_adapter(arguments)),
     )
     folder = Path(checked.path)
     if not folder.is_dir():

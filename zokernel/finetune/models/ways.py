@@ -2,7 +2,7 @@ r"""What each way to hold the weights of a run takes, from the configuration alo
 
 Weights are counted on a model without memory, by units (:mod:`zokernel.offload.units`).  Of activations those of the
 widest layer are counted, which is what is held at a time without gradients, or the logits of the scored positions.  Of
-streamed weights what each loss keeps at the border of a block is added.  The memory of the libraries is left out.
+streamed weights what each loss keeps between two blocks is added.  The memory of the libraries is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zokernel.perturb.in_forward import STRETCH
 
 # Bytes per parameter of a block's matrices: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
 BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 BLOCK = 512  # scored positions whose logits are in memory at a time
 KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
@@ -89,7 +89,7 @@ class Sizes:
         return one + (losses - 1) * min(one, KEPT) + self.border(tokens, losses=losses)
 
     def border(self, tokens: int, *, losses: int) -> int:
-        """Return the bytes that the losses of a step keep at the border of a block."""
+        """Return the bytes that the losses of a step keep between two blocks."""
         return losses * tokens * self.hidden * self.itemsize
 
 
@@ -230,7 +230,7 @@ def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, 
     return found
 
 
-def cheapest(found: Sequence[Way], free: int, trains: str, host: int | None = None) -> Way | None:
+def fastest(found: Sequence[Way], free: int, trains: str, host: int | None = None) -> Way | None:
     """Return the way that costs least time among those that fit.
 
     The order is: nothing is moved, less is copied to a device, less is read and written; then less memory for copies.
@@ -251,22 +251,37 @@ def cheapest(found: Sequence[Way], free: int, trains: str, host: int | None = No
     )
 
 
-def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
+def size_told(size: int) -> str:
+    """Return bytes in GiB; below a tenth of one in MiB, and below a tenth of that in KiB.
+
+    Example:
+        >>> size_told(3 * 2**28), size_told(3 * 2**19), size_told(3 * 2**9), size_told(0)
+        ('0.75 GiB', '1.5 MiB', '1.5 KiB', '0')
+    """
+    if size >= 0.1 * GIB:
+        return f"{size / GIB:.2f} GiB"
+    if size >= 0.1 * MIB:
+        return f"{size / MIB:.1f} MiB"
+    return f"{size / 1024:.1f} KiB" if size else "0"
+
+
+def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: bool = False) -> str:
     """Return the ways as a table, and which to take.
 
     Args:
         found: The ways.
         free: Free bytes where the model computes.
         host: Free bytes of host memory, if that is another one.
+        adapter: Whether an adapter is what will be trained; otherwise it is advised on beside all weights.
     """
     heads = ("way", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
     rows = [
         (
             way.flags,
             way.trains,
-            *(f"{size / GIB:.2f}" for size in (way.weights, way.activations, way.cache, way.memory)),
-            f"{(way.read or way.moved) / GIB:.2f}",
-            f"{way.written / GIB:.2f}",
+            *map(size_told, (way.weights, way.activations, way.cache, way.memory)),
+            size_told(way.read or way.moved),
+            size_told(way.written),
             "yes" if way.memory <= free and way.host <= (host or free) else "no",
         )
         for way in found
@@ -276,8 +291,8 @@ def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
         "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
         for cells in (list(enumerate(zip(row, widths))) for row in [heads, *rows])
     ]
-    lines += ["", f"GiB, per step; {free / GIB:.2f} GiB are free.  The libraries take about 0.4 GiB more."]
-    for trains in ("all weights", "an adapter"):
-        best = cheapest(found, free, trains, host)
-        lines.append(f"Cheapest that fits for {trains}: {best.flags if best else 'none'}.")
+    lines += ["", f"Read and written per step; {size_told(free)} are free.  The libraries take about 0.4 GiB more."]
+    for trains in ("an adapter",) if adapter else ("all weights", "an adapter"):
+        best = fastest(found, free, trains, host)
+        lines.append(f"Fastest that fits for {trains}: {best.flags if best else 'none'}.")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import torch
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.kind import kind_of_model
-from zokernel.finetune.models.ways import Sizes, measure
+from zokernel.finetune.models.ways import Sizes, measure, size_told
 from zokernel.finetune.trainer.choose_perturb import innermost
 from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
@@ -39,9 +39,9 @@ def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, An
     total = activation_bytes(sizes, optimizer, tokens, scored)
     border = sizes.border(tokens, losses=losses) if streams else 0
     logger.info(
-        "Activations: about %.1f MiB%s (%d %s of at most %d tokens, of which %d are scored).",
-        total / 2**20,
-        f", of which {border / 2**20:.1f} MiB at the border of a block" if streams else "",
+        "Activations: about %s%s (%d %s of at most %d tokens, of which %d are scored).",
+        size_told(total),
+        f", of which {size_told(border)} are kept between two blocks" if streams else "",
         losses,
         "losses" if losses > 1 else "loss at a time",
         tokens,
