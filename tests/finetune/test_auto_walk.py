@@ -213,6 +213,9 @@ def test_runs_on_streamed_weights_measure_and_count(flags, tmp_path, caplog):
     assert "raises the loss of training batches by" in told[0]
     # In memory one more is taken, by which it is seen that adapters can be stacked.
     assert [found["measuring_forwards"] for found in metrics] == [25, 24]
+    assert [found["rate_forwards"] for found in metrics] == [24, 24]
     assert metrics[0]["forwards"] == metrics[1]["forwards"] == 3 * STEPS
     report = (tmp_path / "disk" / "report.md").read_text()
     assert f"{STEPS} steps, {3 * STEPS} forward passes (and 24 before them to choose settings)" in report
+    report = (tmp_path / "memory" / "report.md").read_text()
+    assert "(and 25 before them: 24 for the learning rate, 1 for other settings)" in report

@@ -38,10 +38,11 @@ class MeasuringTrainer(SetUpTrainer):
 
     Attributes:
         measuring_forwards: Forward passes that were taken before the first step, to choose settings.
+        rate_forwards: Those of them that chose the learning rate.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.measuring_forwards = 0
+        self.measuring_forwards = self.rate_forwards = 0
         self._asked = False
         super().__init__(*args, **kwargs)
 
@@ -127,6 +128,7 @@ class MeasuringTrainer(SetUpTrainer):
             rise = measure_rise(optimizer, self.training_batches(count), self._loss, walk, perturb=streams)
         share = 1.0
         if rise is not None:
+            self.rate_forwards = rise.forwards
             self.measuring_forwards += rise.forwards
             per_example = bool(args.method_options().get("per_example"))
             every = args.num_perturbations * steps * (size if per_example else 1)
