@@ -223,3 +223,16 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
         ids = tokenizer(f"Movie review: {row['sentence']}\nOverall, the movie was", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             assert torch.equal(saved(ids).logits, type(trained).forward(trained, ids).logits)
+
+
+def test_the_precision_is_told_once_and_not_above_an_error_about_the_data(flags, caplog):
+    def told(*more):
+        caplog.clear()
+        quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+        code = main(["finetune", *flags, *quick, *more])
+        return code, sum(line.startswith("Precision: ") for line in caplog.messages)
+
+    assert told("--precision", "auto", "--label_column", "stars") == (2, 0)
+    assert told("--precision", "auto") == (0, 1)
+    assert told("--precision", "fp32", "--overwrite_output_dir", "true") == (0, 0)
+    assert told("--precision", "auto", "--bf16", "true", "--overwrite_output_dir", "true") == (0, 0)

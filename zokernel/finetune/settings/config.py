@@ -226,7 +226,7 @@ def check_reporting(names: str | list[str] | None) -> None:
 
 
 def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bool:
-    """Decide whether forwards run under bf16 autocast, and log why.
+    """Decide whether forwards run under bf16 autocast.
 
     Args:
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -243,17 +243,16 @@ def resolve_bf16(precision: str, *, requested: bool | None, use_cpu: bool) -> bo
         raise UsageError("bf16 and precision fp32 contradict each other: give one of them.")
     if precision != "auto":
         return precision == "bf16"
-    if requested:
-        return True
+    return bool(requested) or bf16_units(use_cpu=use_cpu)[0]
+
+
+def bf16_units(*, use_cpu: bool) -> tuple[bool, str]:
+    """Return whether the hardware has bf16 units, and what that hardware is called.
+
+    Args:
+        use_cpu: Whether the run is kept on the CPU.
+    """
     if torch.cuda.is_available() and not use_cpu:
-        supported, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
-    else:
-        units = torch.cpu.get_capabilities()
-        supported, where = bool(units.get("avx512_bf16") or units.get("amx_bf16")), "this CPU"
-    logger.info(
-        "Precision: %s (%s %s bf16 units; override with precision).",
-        "forwards under bf16 autocast" if supported else "fp32",
-        where,
-        "has" if supported else "lacks",
-    )
-    return supported
+        return torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    units = torch.cpu.get_capabilities()
+    return bool(units.get("avx512_bf16") or units.get("amx_bf16")), "this CPU"

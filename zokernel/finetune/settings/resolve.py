@@ -17,7 +17,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.arguments import keys_of
 from zokernel.finetune.settings.check import try_method
-from zokernel.finetune.settings.config import default_eval_steps
+from zokernel.finetune.settings.config import bf16_units, default_eval_steps
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import method_options
@@ -126,7 +126,16 @@ def resolve(
         )
     settings = RunSettings(config, choices.settings())
     try_method(settings.arguments())
+    if "precision" in choices.values and config.precision == "auto" and not (config.bf16 and "bf16" in sources):
+        _say_precision(config.use_cpu)
     return settings
+
+
+def _say_precision(use_cpu: bool) -> None:
+    """Log which precision the hardware decided."""
+    supported, where = bf16_units(use_cpu=use_cpu)
+    told = ("forwards under bf16 autocast", where, "has") if supported else ("fp32", where, "lacks")
+    logger.info("Precision: %s (%s %s bf16 units; override with precision).", *told)
 
 
 def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
