@@ -37,8 +37,11 @@ def test_a_merged_model_answers_new_rows_as_its_run(flags, tmp_path, tiny_review
         answers.append([json.loads(line) for line in output.read_text().splitlines()])
     for before, after in zip(*answers, strict=True):
         assert after["scores"] == pytest.approx(before["scores"], abs=1e-5)
-    low = tmp_path / "low"
-    assert main(["merge", "--model", str(run), "--output_dir", str(low), "--dtype", "bfloat16"]) == 0
+    low, checkpoint = tmp_path / "low", run / "checkpoint-3"
+    checkpoint.mkdir(exist_ok=True)
+    for file in run.glob("adapter_*"):
+        shutil.copy(file, checkpoint)
+    assert main(["merge", "--model", str(checkpoint), "--output_dir", str(low), "--dtype", "bfloat16"]) == 0
     assert load_predictor(low).model.dtype == torch.bfloat16
 
 

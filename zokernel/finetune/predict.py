@@ -237,12 +237,14 @@ def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) ->
     """Write beside a merged model how the run of its adapter answered new rows; nothing if that is not known.
 
     Args:
-        adapter: The adapter; the output folder of a run has a record.
+        adapter: The adapter; the output folder of a run has a record, which holds for its checkpoints, too.
         folder: Where the merged model goes.
         arguments: How that model is to be loaded.
     """
-    if (Path(adapter).expanduser() / FILE).is_file():
-        write_json(folder / FILE, read_record(Path(adapter).expanduser()) | loading_flags(arguments))
+    place = Path(adapter).expanduser()
+    place = place.parent if place.name.startswith("checkpoint-") else place
+    if (place / FILE).is_file():
+        write_json(folder / FILE, read_record(place) | loading_flags(arguments))
 
 
 def load_predictor(folder: str | Path, *, device: str | torch.device | None = None) -> Predictor:
