@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from zokernel.finetune.models.memory import PeakMemory
 from zokernel.process_memory import release_code, release_heap
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux only")
@@ -48,3 +49,18 @@ def test_freed_memory_goes_back():
     assert release_heap()  # glibc's, for which torch is built
     assert psutil.Process().memory_info().rss < before - 200 * 2**20  # of 250 MiB
     assert kept.sum() == 1 << 14
+
+
+@linux
+def test_a_peak_leaves_out_what_was_freed_before_its_block():
+    """As loading and quantizing a model frees pieces of its heap, with the model's own above them."""
+    blocks = [torch.ones(1 << 14) for _ in range(4000)]
+    kept = blocks[-1]
+    before = psutil.Process().memory_info().rss
+    del blocks
+    with PeakMemory() as memory:
+        own = torch.ones(1 << 23)  # 32 MiB
+    assert memory.is_of_block
+    assert memory.peak_bytes < before - 150 * 2**20  # 250 MiB less than before, and 32 more
+    assert memory.peak_bytes > psutil.Process().memory_info().rss - 2**20
+    assert kept.sum() + own.sum() == (1 << 14) + (1 << 23)

@@ -65,7 +65,6 @@ from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
-from zokernel.process_memory import release_heap
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 
 logger = logging.getLogger(__name__)
@@ -272,7 +271,6 @@ class _Job:
             run["before"] = score() if shared else remembered(fingerprint(self.model, test, scoring), score)
         run["peak_memory_inference"] = inference.peak_bytes
         run["written"] = self._written()
-        release_heap()  # training loads a compiler next, for which the activations' room is enough
 
     def _written(self) -> list[str]:
         """Return what the model writes now after the held-out prompts that are shown."""

@@ -8,6 +8,8 @@ from types import TracebackType
 
 import torch
 
+from zokernel.process_memory import release_heap
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -15,7 +17,8 @@ class PeakMemory:
     """Context that measures the peak memory of its block.
 
     On a GPU this is the allocator's peak; on Linux the peak resident set of the process, reset on entry; elsewhere the
-    peak since the process started (``is_of_block`` is then False).
+    peak since the process started (``is_of_block`` is then False).  What was freed before the block, such as the room
+    that loading and quantizing a model took, goes back to the system on entry and is not counted.
 
     Example:
         >>> with PeakMemory() as memory:
@@ -29,6 +32,7 @@ class PeakMemory:
         self.is_of_block = True
 
     def __enter__(self) -> PeakMemory:
+        release_heap()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
