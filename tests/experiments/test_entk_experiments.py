@@ -103,8 +103,16 @@ def test_model_sizes_errors_are_those_of_the_means_of_directions():
 
 
 def test_the_exponent_of_sizes_is_that_of_the_law():
-    sizes = [{"d": d, "v_by_batch": [3 * d**0.2, 5 * d**0.4]} for d in (1e3, 1e4, 1e6)]
-    assert model_sizes.size_exponent(sizes)[0] == pytest.approx(0.3)
+    def exponent(error):
+        shared = {"jacobian_sq_relative_error": error}
+        return model_sizes.size_exponent(
+            [{"d": d, "v_by_batch": [3 * d**0.2, 5 * d**0.4]} | shared for d in (1e3, 1e5)]
+        )
+
+    sure, unsure = exponent(0.0), exponent(0.5)
+    assert sure[0] == unsure[0] == pytest.approx(0.3)
+    shared = 1.96 * 0.5 * np.sqrt(2) / np.log(100)  # of a line through two points
+    assert (unsure[2] - 0.3) ** 2 == pytest.approx((sure[2] - 0.3) ** 2 + shared**2, rel=1e-3)
     found = [(0.0, -0.05, 0.05), (0.2, 0.1, 0.3), (0.2, -0.1, 0.6), (0.8, 0.6, 1.0), (-0.8, -1.0, -0.6)]
     verdicts = [model_sizes.judge(one, 3, 24).verdict for one in found]
     assert verdicts == ["holds", "holds under conditions", "not resolved", "does not hold", "does not hold"]
@@ -116,3 +124,6 @@ def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):
     first = model_sizes.run(Config("smoke", options=options))
     monkeypatch.setattr(model_sizes, "along_gradient", None)
     assert model_sizes.run(Config("smoke", options=options)).numbers["rows"] == first.numbers["rows"]
+    alone = model_sizes.run(Config("smoke", options=options | {"directions": [[4, 0]]}))
+    assert alone.numbers["rows"][0]["distribution"] == "gaussian"
+    assert len(alone.numbers["rows"]) == 1

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown
+from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown, student_quantile
 from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
@@ -86,7 +86,8 @@ def run(config: Config) -> Result:
     names = config.pick("models", smoke=("16", "32", "64"), cpu=("smollm2",))
     names = [names] if isinstance(names, str) else list(names)
     chosen = config.pick("directions", smoke=20, cpu=100)
-    counts = chosen if isinstance(chosen, list) else [chosen] * len(names)  # one for each model, or one for all
+    # One number for all, one for each model, or a pair for a model, of Gaussian and of Rademacher directions.
+    counts = chosen if isinstance(chosen, list) else [chosen] * len(names)
     if len(counts) != len(names):
         raise UsageError(f"directions has {len(counts)} numbers for {len(names)} models.")
     batches = config.pick("batches", smoke=2, cpu=4)
@@ -102,10 +103,13 @@ def run(config: Config) -> Result:
         settings = f"{gradients}-{batch_size}-{config.seed}"
         squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task))
         measured = {}
-        for distribution in DISTRIBUTIONS:
+        pair = directions if isinstance(directions, list) else [directions] * len(DISTRIBUTIONS)
+        for distribution, number in zip(DISTRIBUTIONS, pair, strict=True):
+            if number == 0:
+                continue
             options = {"distribution": distribution, "eps": eps, "seed": config.seed}
-            settings = f"{distribution}-{directions}-{batches}-{batch_size}-{eps}-{config.seed}"
-            found = remembered(place, settings, partial(measure, task, task.batches[:batches], directions, **options))
+            settings = f"{distribution}-{number}-{batches}-{batch_size}-{eps}-{config.seed}"
+            found = remembered(place, settings, partial(measure, task, task.batches[:batches], number, **options))
             measured[distribution] = Changes(**found)
         shared = {"model": source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
         sizes.append(shared | {"V": task.vocab_size, "directions": directions} | pooled(measured, squares))
@@ -286,12 +290,19 @@ def described(changes: Changes, jacobian_sq: float) -> dict[str, Any]:
 
 
 def size_exponent(sizes: list[dict[str, Any]]) -> Interval:
-    """Return the exponent of v in d: one slope per batch of sentences, which all models share."""
-    d = [row["d"] for row in sizes]
-    if len(set(d)) < 2:
+    """Return the exponent of v in d: one slope per batch of sentences, which all models share.
+
+    The error of each model's Jacobian, which its batches share, is added to that over batches.
+    """
+    logs = np.log([row["d"] for row in sizes])
+    if len(set(logs)) < 2:
         return math.nan, -math.inf, math.inf
     batches = zip(*(row["v_by_batch"] for row in sizes), strict=True)
-    return interval([log_slope(d, values) for values in batches], logs=False)
+    slope, low, _ = interval([log_slope(np.exp(logs), values) for values in batches], logs=False)
+    weights = (logs - logs.mean()) / np.square(logs - logs.mean()).sum()
+    shared = math.hypot(*(weights * [row["jacobian_sq_relative_error"] for row in sizes]))
+    half = math.hypot(slope - low, student_quantile(10**6) * shared)
+    return slope, slope - half, slope + half
 
 
 def judge(exponent: Interval, sizes: int, batches: int, *, small: bool = False) -> Verdict:
