@@ -113,7 +113,7 @@ def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"learning_rate": 1e-3}, "auto is forward_difference here. learning_rate 0.001: as given, in place of one"),
+        ({"learning_rate": 1e-3}, "auto chose forward_difference. learning_rate 0.001: as given, in place of one"),
         ({"max_steps": 6}, "not measured: the run has 18 forwards, and the test needs a run of 48."),
         ({"method": "mezo"}, ""),
     ],

@@ -259,7 +259,7 @@ def test_what_auto_became_is_said_once_without_any_logging_set_up(more, told, tm
         make("text_classification", tmp_path, {"method": "auto", "num_perturbations": 2}, **more).create_optimizer()
     said = [record.getMessage() for record in caplog.records if "Method auto" in record.getMessage()]
     assert len(said) == 1
-    assert said[0].startswith("Method auto is forward_difference here. learning_rate 0.")
+    assert said[0].startswith("Method auto chose forward_difference. learning_rate 0.")
     assert told in said[0]
 
 

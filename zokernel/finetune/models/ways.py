@@ -291,7 +291,7 @@ def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: 
         "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
         for cells in (list(enumerate(zip(row, widths))) for row in [heads, *rows])
     ]
-    lines += ["", f"Read and written per step; {size_told(free)} are free.  The libraries take about 0.4 GiB more."]
+    lines += ["", f"Read and written per step; {size_told(free)} are free.  The libraries take 0.4 to 0.7 GiB more."]
     for trains in ("an adapter",) if adapter else ("all weights", "an adapter"):
         best = fastest(found, free, trains, host)
         lines.append(f"Fastest that fits for {trains}: {best.flags if best else 'none'}.")

@@ -101,7 +101,7 @@ class MeasuringTrainer(SetUpTrainer):
         """Say once what ``auto`` became, even where no logging was set up."""
         if self.is_world_process_zero():
             level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
-            logger.log(level, "Method auto is %s here. %s", self.args.method, rate)
+            logger.log(level, "Method auto chose %s. %s", self.args.method, rate)
 
     def _choose_rate(self, model: Any, rate: float) -> None:
         """Measure what a random walk as far as the run's does to the loss, and lower the rate if it is too far."""
