@@ -273,5 +273,7 @@ def test_a_missing_label_column_is_told_in_two_short_sentences(tmp_path):
     first, second = str(raised.value).split(". ")
     assert first.startswith("The train split has no column 'label' (it has review, stars): ")
     assert "--label_column" in first
-    assert second.startswith("Chats, instructions and texts need the columns messages; prompt and completion; ")
+    assert second.startswith(
+        "Chats, instructions and texts are recognised by the columns messages; prompt and completion; "
+    )
     assert max(len(first.split()), len(second.split())) <= 30

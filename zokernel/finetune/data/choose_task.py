@@ -56,7 +56,7 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
         raise UsageError(
             f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels "
             "with --label_column, or name the task with --task or --task_file. "
-            f"Chats, instructions and texts need the columns {COLUMNS_OF_TEXT}."
+            f"Chats, instructions and texts are recognised by the columns {COLUMNS_OF_TEXT}."
         )
     words = arguments.label_words or arguments.labels
     if not words:

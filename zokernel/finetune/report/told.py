@@ -24,7 +24,7 @@ def method_told(metrics: dict[str, Any]) -> str:
 def examples_told(metrics: dict[str, Any]) -> str:
     """Return the examples of the scores before and after: of a test split, or those that chose the best step.
 
-    Those that were also trained on are counted.
+    Those that were also trained on are counted, if a step was taken.
 
     Example:
         >>> examples_told({"num_test": 1000, "test_is_validation": False})
@@ -33,7 +33,7 @@ def examples_told(metrics: dict[str, Any]) -> str:
         '24 test examples (19 of them also training examples)'
     """
     told = f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
-    shared = metrics.get("test_trained_on", 0)
+    shared = metrics.get("test_trained_on", 0) if metrics.get("steps", 1) else 0
     return f"{told} ({shared:,} of them also training examples)" if shared else told
 
 
