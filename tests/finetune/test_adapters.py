@@ -106,10 +106,11 @@ def test_a_trained_adapter_scores_the_same_when_it_is_loaded_again(kind, trained
     base, run, metrics = trained(kind)
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
     scored = finetune(base, rows, tmp_path / "score", "--adapter_name_or_path", str(run), "--do_train", "false")
-    assert scored["before"] == metrics["after"]
+    after = pytest.approx(metrics["after"], rel=1e-6)  # rounding of fp32 depends on where weights lie in memory
+    assert scored["before"] == after
     more = finetune(run, rows, tmp_path / "more", steps=1)  # the folder of the adapter as the model
     assert more["model"] == str(base)
-    assert more["before"] == metrics["after"]
+    assert more["before"] == after
     assert more["after"]["loss"] != more["before"]["loss"]
     old, new = saved_weights(run), saved_weights(tmp_path / "more")
     assert old.keys() == new.keys()
