@@ -12,7 +12,16 @@ import torch
 
 from zokernel.experiments import criteria
 from zokernel.experiments.criteria import FAILS, HOLDS, NOT_RUN, OPEN, PARTLY, interval
-from zokernel.experiments.entk import curves, dimension, distributions, drift, heatmaps, horizon, language_model
+from zokernel.experiments.entk import (
+    curves,
+    dimension,
+    distributions,
+    drift,
+    heatmaps,
+    horizon,
+    language_model,
+    model_sizes,
+)
 from zokernel.experiments.kerzoo import ablations, accuracy, costs, estimator, loss_curves
 from zokernel.experiments.kerzoo import language_model as kerzoo_language_model
 from zokernel.experiments.multi_query import budget
@@ -277,6 +286,8 @@ def again(name, n):
         found = [distributions.judge_bias(n["rows"]), distributions.judge_distributions(n["rows"])]
     elif name == "entk/dimension":
         found = [dimension.judge(n["slopes_from_width_32"], "d", n["seeds"])]
+    elif name == "entk/model_sizes":
+        found = [model_sizes.judge(n["exponent"], len(n["sizes"]), n["gradients"])]
     elif name == "entk/heatmaps":
         found = [heatmaps.judge_denoising(n["error_at_125_over_1"], 10)]
     elif name == "kerzoo/constant":
@@ -304,7 +315,7 @@ def again(name, n):
 @pytest.mark.parametrize(
     "name",
     [
-        *("entk/horizon", "entk/laws", "entk/dimension", "entk/heatmaps"),
+        *("entk/horizon", "entk/laws", "entk/dimension", "entk/heatmaps", "entk/model_sizes"),
         *("kerzoo/constant", "kerzoo/order", "kerzoo/eps", "kerzoo/memory_and_time"),
         *("kerzoo/three_perturbations", "kerzoo/language_model", "multi_query/budget"),
     ],

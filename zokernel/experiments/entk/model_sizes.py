@@ -328,7 +328,7 @@ def draw(rows: list[dict[str, Any]]):
             for row, color in zip(chosen, itertools.cycle(PALETTE)):
                 counts = [found["P"] for found in row["errors"]]
                 middle, low, high = (np.array([found["relative_rms"][k] for found in row["errors"]]) for k in range(3))
-                label = f"{row['model']}, d = {row['d'] / 1e6:.3g} M"
+                label = f"{row['model']}, {row['d'] / 1e6:,.0f} million"
                 spread = [middle - low, high - middle]
                 axis.errorbar(counts, middle, spread, fmt="o", color=color, label=label, capsize=3)
                 axis.plot(counts, [found["predicted"] for found in row["errors"]], "--", color=color, linewidth=1)
