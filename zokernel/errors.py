@@ -55,7 +55,10 @@ def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingDependency
         >>> print(missing_extra(ModuleNotFoundError(name="peft.tuners"), "An adapter"))
         An adapter needs peft, which is not installed: pip install 'zokernel[finetune]'.
     """
-    module = (error.name or "").partition(".")[0]
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "name", None):  # transformers' own error has no name: its cause has
+        cause = cause.__cause__
+    module = (getattr(cause, "name", None) or "").partition(".")[0]
     package = _PACKAGES.get(module, module).replace("_", "-")
     extras: dict[str, set[str]] = {}
     for requirement in importlib.metadata.requires("zokernel") or ():

@@ -250,7 +250,7 @@ def test_two_processes_speak_once(flags, tmp_path):
     done = subprocess.run([*launch, *words], capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zero-shot accuracy") == done.stdout.count("Saved in") == 1
-    for line in ("Settings (all of them", "Data: 64 train", "Method mezo: lr", "step 2: validation loss"):
+    for line in ("Settings (all of them", "Data: 64 train", "Method mezo: learning rate", "step 2: validation loss"):
         assert done.stderr.count(line) == 1
     assert "Warning" not in done.stderr
     out, err = ranks.command(words, tmp_path / "again", size=2)

@@ -62,7 +62,10 @@ def test_every_page_tells_steps_and_command_and_leaves_nothing_empty(kind, kinds
 def test_labels(kinds):
     page, text, metrics = page_of(kinds("classification"))
     before, after = (100 * metrics[when]["accuracy"] for when in ("before", "after"))
-    assert f"Accuracy on 24 test examples went from {before:.1f}% to {after:.1f}%: {after - before:+.1f} points" in text
+    shared = metrics["test_trained_on"]
+    assert 0 < shared < 24
+    told = f"Accuracy on 24 test examples ({shared} of them also training examples) went from"
+    assert f"{told} {before:.1f}% to {after:.1f}%: {after - before:+.1f} points" in text
     assert ("accuracy", f"{before:.1f} → {after:.1f}%") in page.facts
     assert ("forward passes", f"{metrics['forwards']:,}") in page.facts
     assert ("training time", told_seconds(metrics["train_seconds"])) in page.facts

@@ -143,7 +143,7 @@ def remembered(folder: Path | None, name: str, measure: Callable[[], dict[str, n
     """Return what an earlier run measured and kept in a folder, or measure and keep it."""
     path = None if folder is None else folder / f"{name}.npz"
     if path is not None and path.exists():
-        return dict(np.load(path))
+        return dict(np.load(path, allow_pickle=False))
     found = measure()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
