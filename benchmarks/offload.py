@@ -24,14 +24,16 @@ from zokernel.finetune.models.streamed import load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
+from zokernel.process_memory import counted_by_kernel
 
 HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
 
 
 def anonymous() -> int:
     """Return the anonymous memory of this process in bytes, by the kernel's count."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
+    counted = counted_by_kernel("RssAnon")
+    assert counted is not None, "only Linux counts memory by kind"
+    return counted
 
 
 def forget_pages(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Give back memory that a process holds and does not need, so that its peak is that of the model's forward passes."""
+"""The memory of this process: what it holds, and giving back what it does not need, so that peaks are of forwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import mmap
 from pathlib import Path
 
-_MAPS = Path("/proc/self/maps")
+_MAPS, _STATUS = Path("/proc/self/maps"), Path("/proc/self/status")
 
 
 def release_code(library: str) -> int:
@@ -38,6 +38,22 @@ def release_code(library: str) -> int:
             if advise(begin, end - begin, mmap.MADV_DONTNEED) == 0:
                 released += end - begin
     return released
+
+
+def counted_by_kernel(name: str) -> int | None:
+    """Return a memory count of this process in bytes, as Linux keeps it; None where the system does not tell.
+
+    Args:
+        name: The count: ``VmHWM`` (the peak resident set), ``VmRSS``, ``RssAnon`` (what no file backs), ...
+
+    Example:
+        >>> counted_by_kernel("there is none") is None
+        True
+    """
+    if not _STATUS.exists():
+        return None
+    line = next((line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:")), None)
+    return None if line is None else int(line.split()[1]) * 1024
 
 
 def release_heap() -> bool:

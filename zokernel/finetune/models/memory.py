@@ -8,9 +8,9 @@ from types import TracebackType
 
 import torch
 
-from zokernel.process_memory import release_heap
+from zokernel.process_memory import counted_by_kernel, release_heap
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
@@ -49,9 +49,9 @@ class PeakMemory:
 
 
 def _peak_resident() -> int:
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    counted = counted_by_kernel("VmHWM")
+    if counted is not None:
+        return counted
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

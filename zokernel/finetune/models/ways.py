@@ -67,7 +67,7 @@ class Sizes:
 
         Args:
             tokens: Tokens of the batch.
-            losses: How many losses are taken in the forward.
+            losses: Losses that share the forward pass.
             scored: Positions of the batch whose logits are needed; all of them if not given.
         """
         layer = losses * tokens * (4 * self.hidden + self.widest) * self.itemsize

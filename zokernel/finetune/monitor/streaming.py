@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from zokernel.offload.blocks import Blocks, streamed_blocks
+from zokernel.process_memory import counted_by_kernel
 
 SECONDS_BETWEEN_LOOKS = 5e-3
-_STATUS = Path("/proc/self/status")
 
 
 class Streaming:
@@ -37,7 +36,7 @@ class Streaming:
     def __enter__(self) -> Streaming:
         if self._blocks is not None:
             self._before, self._begun_at = _counts(self._blocks), time.perf_counter()
-            self._first = self._peak = anonymous_memory()
+            self._first = self._peak = counted_by_kernel("RssAnon")
             self._watcher = threading.Thread(target=self._watch, name="zokernel-memory", daemon=True)
             self._watcher.start()
         return self
@@ -71,7 +70,7 @@ class Streaming:
 
     def _watch(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
-            now = anonymous_memory()
+            now = counted_by_kernel("RssAnon")
             if now is None or self._peak is None:
                 return
             self._peak = max(self._peak, now)
@@ -81,11 +80,3 @@ def _counts(blocks: Blocks) -> dict[str, int]:
     """Return passes over the blocks, and bytes read and written, so far."""
     passes = max((blocks.passes[unit.name] for unit in blocks.units if unit.is_block), default=0)
     return {"passes": passes, "bytes_read": blocks.bytes_read, "bytes_written": blocks.store.bytes_written}
-
-
-def anonymous_memory() -> int | None:
-    """Return the bytes of this process that are backed by no file; None where the system does not tell (Linux does)."""
-    if not _STATUS.exists():
-        return None
-    line = next((line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon:")), None)
-    return None if line is None else int(line.split()[1]) * 1024

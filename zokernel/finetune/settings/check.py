@@ -201,7 +201,7 @@ def try_method(arguments: Any) -> None:
 
 
 def losses_per_step(arguments: Any) -> int:
-    """Return how many losses a step of the method takes; 1 if it takes gradients."""
+    """Return the number of losses per step of the method; 1 if it takes gradients."""
     return int(getattr(_small_optimizer(arguments), "forwards_per_step", 1))
 
 
