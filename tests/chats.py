@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from models import build
 
 from zokernel.experiments.kerzoo.jobs import tiny_tokenizer
 
@@ -24,6 +28,16 @@ def chat_tokenizer(template: str | None = MARKED) -> Any:
     tokenizer = tiny_tokenizer(["good", "bad", "user", "assistant", "system", "film"], special)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def chat_model(folder: Path, template: str | None = MARKED, **options: int) -> Path:
+    """Save a tiny Llama with :func:`chat_tokenizer` in a folder, and return the folder; options are its sizes."""
+    tokenizer = chat_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    build("llama", **options, **ids).save_pretrained(folder)
+    return folder
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict[str, str]]:

@@ -7,8 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from chats import PLAIN, chat_tokenizer, turns
-from models import build
+from chats import PLAIN, chat_model, turns
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,13 +19,7 @@ from zokernel.finetune import load_predictor
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     """Folder of a tiny Llama whose tokenizer has no chat template."""
-    folder = tmp_path_factory.mktemp("chat-lm")
-    tokenizer = chat_tokenizer(None)
-    tokenizer.save_pretrained(folder)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    build("llama", num_key_value_heads=2, **ids).save_pretrained(folder)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("chat-lm"), None, num_key_value_heads=2)
 
 
 ROWS = {

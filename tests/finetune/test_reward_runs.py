@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from chats import MARKED, chat_tokenizer
+from chats import chat_model
 from interrupted import ctrl_c_in
-from models import build
 from safetensors.torch import load_file
 
 from zokernel.cli import main
@@ -32,13 +31,7 @@ def any_good(completions, level, **columns):
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reward-lm")
-    tokenizer = chat_tokenizer(MARKED)
-    tokenizer.save_pretrained(folder)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    build("llama", **ids).save_pretrained(folder)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("reward-lm"))
 
 
 @pytest.fixture

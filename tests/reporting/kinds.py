@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from chats import MARKED, chat_tokenizer, turns
+from chats import chat_model, turns
 from interrupted import ctrl_c_in
-from models import build
 
 from zokernel.cli import main
 
@@ -20,16 +18,6 @@ def any_high(completions, completion_ids, **columns):
     return [any(i > 100 for i in ids) for ids in completion_ids]
 """
 CUT = 5  # the step that a run which is continued is cut off in
-
-
-def chat_model(folder: Path) -> Path:
-    """Save a tiny Llama whose tokenizer has a chat template."""
-    tokenizer = chat_tokenizer(MARKED)
-    tokenizer.save_pretrained(folder)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    build("llama", num_key_value_heads=2, **ids).save_pretrained(folder)
-    return folder
 
 
 def _rows(path: Path, rows: list[dict]) -> str:
@@ -54,7 +42,7 @@ class Kinds:
     def __init__(self, folder: Path, model: Path, data: Path):
         self.folder, self._labels, self._made = folder, _labels(model, data), {}
         (folder / "chat-model").mkdir(exist_ok=True)
-        self._chat_model = chat_model(folder / "chat-model")
+        self._chat_model = chat_model(folder / "chat-model", num_key_value_heads=2)
 
     def __call__(self, kind: str) -> Path:
         """Return the ``output_dir`` of a run."""
