@@ -71,15 +71,15 @@ def test_a_gpu_holds_two_blocks_and_the_host_the_rest() -> None:
     assert "--offload disk" not in there
 
 
-def test_sizes_below_a_tenth_of_a_gib_are_in_mib_and_an_adapter_is_advised_on_alone() -> None:
+def test_small_sizes_are_not_told_as_zero_and_an_adapter_is_advised_on_alone() -> None:
     sizes = measure(CONFIG, torch.float32)
     there = found(dtype=torch.float32)
     told = table(list(there.values()), 2**33, adapter=True)
-    weights = f"{sizes.weights / 2**20:.1f} MiB"
+    assert sizes.weights == 626_432
     assert told.splitlines()[1].split("  ")[0] == "--perturb in_place"
-    assert weights in told.splitlines()[1]
-    assert " 0.00" not in told
-    assert "8.00 GiB are free" in told
+    assert " 612 KiB " in told.splitlines()[1]
+    assert " 0.0" not in told
+    assert "8 GiB are free" in told
     assert "Fastest that fits for an adapter: --lora true --perturb stacked." in told
     assert "for all weights" not in told
     assert "Fastest that fits for all weights: --perturb in_place." in table(list(there.values()), 2**33)
@@ -126,8 +126,9 @@ def test_the_start_of_a_run_says_what_the_process_holds_already(caplog: pytest.L
     with caplog.at_level("INFO", logger="zokernel"):
         check_memory(CONFIG, torch.float32, config)
     weights = 4 * (3 * BLOCK + OUTSIDE)
-    sentence = r"Memory: (.*) MiB \(weights (.*) MiB\) and activations, plus about (.*) GiB of libraries and data;"
+    sentence = r"Memory: (.*) KiB \(weights (.*) KiB\) and activations, plus about (.*) ([MG])iB of libraries and data;"
     told = re.search(sentence, caplog.text)
     assert told
-    assert float(told[1]) == float(told[2]) == round(weights / 2**20, 1)
-    assert float(told[3]) * 2**30 == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
+    assert float(told[1]) == float(told[2]) == round(weights / 2**10)
+    held = float(told[3]) * {"M": 2**20, "G": 2**30}[told[4]]
+    assert held == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)

@@ -13,8 +13,8 @@ from kinds import CUT, KINDS
 from zokernel.commands.report import read
 from zokernel.files import read_json
 from zokernel.journal import Journal
+from zokernel.readable import readable_bytes, readable_seconds
 from zokernel.reporting.html import render
-from zokernel.reporting.page import told_bytes, told_seconds
 from zokernel.reporting.training import read_lines
 
 
@@ -68,7 +68,7 @@ def test_labels(kinds):
     assert f"{told} {before:.1f}% to {after:.1f}%: {after - before:+.1f} points" in text
     assert ("accuracy", f"{before:.1f} → {after:.1f}%") in page.facts
     assert ("forward passes", f"{metrics['forwards']:,}") in page.facts
-    assert ("training time", told_seconds(metrics["train_seconds"])) in page.facts
+    assert ("training time", readable_seconds(metrics["train_seconds"])) in page.facts
     assert pictures(page) == ["Loss", "Accuracy", "Projected gradient"]
     assert (page.alert, section(page, "samples"), section(page, "offload")) == ("", None, None)
 
@@ -150,11 +150,11 @@ def test_an_offloaded_run_shows_bytes_time_per_pass_and_memory(kinds):
     assert told["passes over them"] == "8"
     for name in ("bytes_read", "bytes_written"):
         assert told[name.replace("_", " ")] == (
-            f"{told_bytes(measured[name])} ({told_bytes(measured[name] / 8)} per pass)"
+            f"{readable_bytes(measured[name])} ({readable_bytes(measured[name] / 8)} per pass)"
         )
-    assert told["time per pass"] == told_seconds(measured["seconds_per_pass"])
-    assert told["peak anonymous memory"].startswith(told_bytes(measured["anonymous_peak"]))
-    assert ("written", told_bytes(measured["bytes_written"])) in page.facts
+    assert told["time per pass"] == readable_seconds(measured["seconds_per_pass"])
+    assert told["peak anonymous memory"].startswith(readable_bytes(measured["anonymous_peak"]))
+    assert ("written", readable_bytes(measured["bytes_written"])) in page.facts
 
 
 def test_memory_that_the_system_does_not_tell_is_not_made_up(kinds, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zokernel.errors import MissingDependencyError, RunError, UsageError
 from zokernel.kernels.features import MEMORY_BUDGET, jacobian_features
+from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +264,8 @@ def from_language_model(
     needed = 4 * dim * len(texts)
     if needed > memory_budget:
         raise UsageError(
-            f"Gradients of {len(texts)} texts in {dim:,} parameters need {needed / 2**30:.1f} GiB (allowed: "
-            f"{memory_budget / 2**30:.1f}): lower --max_examples, or choose fewer with --trainable_parameters."
+            f"Gradients of {len(texts)} texts in {dim:,} parameters need {readable_bytes(needed)} (allowed: "
+            f"{readable_bytes(memory_budget)}): lower --max_examples, or choose fewer with --trainable_parameters."
         )
     rows, outputs = torch.empty(len(texts), dim), []
     for number, text in enumerate(texts):

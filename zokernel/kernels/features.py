@@ -22,6 +22,7 @@ from zokernel.kernels import checks
 from zokernel.kernels.batches import examples
 from zokernel.kernels.jacobians import example_jacobian, flatten
 from zokernel.kernels.model import FunctionalModel, Model, Params, wrap
+from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def jacobian_features(
     if needed > memory_budget:
         raise UsageError(
             f"The Jacobian of {outputs.numel():,} outputs in {theta.numel():,} parameters needs "
-            f"{needed / 2**30:.1f} GiB (allowed: {memory_budget / 2**30:.1f}): use fewer examples, or choose fewer "
+            f"{readable_bytes(needed)} (allowed: {readable_bytes(memory_budget)}): use fewer examples, or choose fewer "
             "parameters with params=."
         )
     if check:

@@ -21,6 +21,7 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
+from zokernel.readable import readable_bytes
 
 # A copy of a tensor with fewer elements is cheaper than looking for its factors.
 SMALL = 1 << 16
@@ -109,8 +110,8 @@ def stack(
     size += sum(change.nbytes for change in thin.values())
     if size > max_bytes:
         raise UsageError(
-            f"{len(points)} perturbed copies take {size / 2**20:.0f} MiB, more than {max_bytes / 2**20:.0f}: train an "
-            "adapter, use low-rank directions (lozo, subzero), or perturb='in_place'."
+            f"{len(points)} perturbed copies take {readable_bytes(size)}, more than {readable_bytes(max_bytes)}: train "
+            "an adapter, use low-rank directions (lozo, subzero), or perturb='in_place'."
         )
     copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
     for k, offsets in enumerate(points):

@@ -13,7 +13,7 @@ from typing import Any
 
 from zokernel.finetune.storage.lock import holder
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
-from zokernel.reporting.page import told_seconds
+from zokernel.readable import readable_seconds
 from zokernel.reporting.training import RUN, STEPS, TrainingRun
 
 RECENT_STEPS = 50  # whose median time is that of the steps to come
@@ -85,7 +85,7 @@ class Progress:
             ('about 1 min 33 s', 'none: the run died')
         """
         if self.state == "running" and self.seconds_left is not None:
-            return f"about {told_seconds(self.seconds_left)}"
+            return f"about {readable_seconds(self.seconds_left)}"
         if self.state == "running":
             return "not known: no number of steps was noted" if self.total is None else "not known yet"
         return {"waiting": "not known yet", "finished": "none"}.get(self.state, f"none: the run {self.state}")
@@ -106,7 +106,7 @@ class Progress:
             "stopped": f"The run stopped after step {at}, before its end. The same command continues it.",
             "died": f"The run died after step {at}: its process is gone. The same command continues it.",
         }[self.state]
-        return told if self.quiet is None else f"{told} Nothing was written for {told_seconds(self.quiet)}."
+        return told if self.quiet is None else f"{told} Nothing was written for {readable_seconds(self.quiet)}."
 
 
 def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progress:

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from zokernel.reporting.page import Page, Section, Table, table_of_rows, told_bytes, told_seconds, words
+from zokernel.readable import readable_bytes, readable_seconds
+from zokernel.reporting.page import Page, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
 from zokernel.reporting.training import TrainingRun, find_plan, read_training
 from zokernel.reporting.training_pictures import pictures
@@ -90,16 +91,16 @@ def _offload(measured: dict[str, Any] | None) -> Section | None:
     if not measured:
         return None
     passes, peak, before = measured["passes"], measured["anonymous_peak"], measured["anonymous_before"]
-    each = (lambda count: f" ({told_bytes(count / passes)} per pass)") if passes else (lambda count: "")
+    each = (lambda count: f" ({readable_bytes(count / passes)} per pass)") if passes else (lambda count: "")
     rows = {
-        "weights that were streamed": told_bytes(measured["weights_bytes"]),
+        "weights that were streamed": readable_bytes(measured["weights_bytes"]),
         "passes over them": f"{passes:,}",
-        "bytes read": f"{told_bytes(measured['bytes_read'])}{each(measured['bytes_read'])}",
-        "bytes written": f"{told_bytes(measured['bytes_written'])}{each(measured['bytes_written'])}",
-        "time per pass": "not measured" if not passes else told_seconds(measured["seconds_per_pass"]),
+        "bytes read": f"{readable_bytes(measured['bytes_read'])}{each(measured['bytes_read'])}",
+        "bytes written": f"{readable_bytes(measured['bytes_written'])}{each(measured['bytes_written'])}",
+        "time per pass": "not measured" if not passes else readable_seconds(measured["seconds_per_pass"]),
         "peak anonymous memory": "not told by this system"
         if peak is None
-        else f"{told_bytes(peak)} ({told_bytes(before)} before training)",
+        else f"{readable_bytes(peak)} ({readable_bytes(before)} before training)",
     }
     told = (
         "Weights stay in files, or in host memory, and come in block by block; all losses of a step share one pass. "
@@ -114,7 +115,7 @@ def _offload(measured: dict[str, Any] | None) -> Section | None:
 def _numbers(metrics: dict[str, Any]) -> Table:
     hidden = {"evaluations", "command", "versions", "before", "after", "diagnosis", "samples", "offload", "went_wrong"}
     rows = [
-        {"quantity": words(key), "value": told_bytes(value) if key.startswith("peak_memory") and value else value}
+        {"quantity": words(key), "value": readable_bytes(value) if key.startswith("peak_memory") and value else value}
         for key, value in metrics.items()
         if key not in hidden and value not in (None, "", [], {})
     ]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.finetune.report.told import diagnosis_told, examples_told, is_diverged, method_told, weights_told
-from zokernel.reporting.page import told_bytes, told_seconds, words
+from zokernel.readable import readable_bytes, readable_seconds
+from zokernel.reporting.page import words
 from zokernel.reporting.progress import Progress, progress_of
 from zokernel.reporting.rewards import rewards_told
 from zokernel.reporting.training import TrainingRun
@@ -160,14 +161,17 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         ("parameters trained", f"{metrics['num_trained']:,}"),
         ("steps", f"{metrics['steps']:,}"),
         ("forward passes", f"{metrics['forwards']:,}"),
-        ("training time", told_seconds(metrics["train_seconds"])),
+        ("training time", readable_seconds(metrics["train_seconds"])),
     ]
     if run.run.get("continued_at"):
         found.append(("continued after step", ", ".join(f"{step:,}" for step in run.run["continued_at"])))
     if streamed := metrics.get("offload"):
-        found += [("read", told_bytes(streamed["bytes_read"])), ("written", told_bytes(streamed["bytes_written"]))]
+        found += [
+            ("read", readable_bytes(streamed["bytes_read"])),
+            ("written", readable_bytes(streamed["bytes_written"])),
+        ]
         if streamed["seconds_per_pass"] is not None:
-            found.append(("time per pass", told_seconds(streamed["seconds_per_pass"])))
+            found.append(("time per pass", readable_seconds(streamed["seconds_per_pass"])))
     inference, training = metrics.get("peak_memory_inference"), metrics.get("peak_memory_training")
     if inference and training:
         found.append(("memory over inference", f"{training / inference:.2f} ×"))
@@ -184,7 +188,7 @@ def facts_so_far(run: TrainingRun, progress: Progress) -> list[tuple[str, str]]:
     last = run.rows[-1] if run.rows else {}
     found = [("steps done", progress.done), ("time left", progress.left)]
     if progress.seconds is not None:
-        found.append(("time so far", told_seconds(progress.seconds)))
+        found.append(("time so far", readable_seconds(progress.seconds)))
     found += [("method", run.method)] if run.method else []
     found += [("last loss", f"{last['loss']:.4g}")] if "loss" in last else []
     found += [("forward passes", f"{last['forwards']:,}")] if last.get("forwards") else []

@@ -19,9 +19,9 @@ from zokernel.finetune.models.quantization import (
     stored_as,
 )
 from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
-from zokernel.finetune.models.ways import size_told
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +98,19 @@ def check_memory(
     parts = estimate_memory(architecture, dtype, config, adapter=adapter, kind=kind, stored=stored)
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    listing = ", ".join(f"{name} {size_told(size)}" for name, size in parts.items() if name != "total" and size)
+    listing = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items() if name != "total" and size)
     # Counted in the peak of a report, too, unless that is of a GPU's memory.
-    held = "" if on_gpu else f", plus about {size_told(psutil.Process().memory_info().rss)} of libraries and data"
+    held = "" if on_gpu else f", plus about {readable_bytes(psutil.Process().memory_info().rss)} of libraries and data"
     logger.info(
-        "Memory: %s (%s) and activations%s; %s free.", size_told(parts["total"]), listing, held, size_told(free)
+        "Memory: %s (%s) and activations%s; %s free.",
+        readable_bytes(parts["total"]),
+        listing,
+        held,
+        readable_bytes(free),
     )
     if parts["total"] > free and not skip:
         raise RunError(
-            f"The run needs at least {size_told(parts['total'])} ({listing}) and {size_told(free)} are free: "
+            f"The run needs at least {readable_bytes(parts['total'])} ({listing}) and {readable_bytes(free)} are free: "
             "use a smaller model, --dtype bfloat16 with --lora true, --offload disk (which leaves the weights in their "
             "files), or --skip_memory_check true."
         )

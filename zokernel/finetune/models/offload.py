@@ -25,6 +25,7 @@ from zokernel.offload.staged import Staged
 from zokernel.offload.store import Memory
 from zokernel.offload.working_copy import WorkingCopy
 from zokernel.perturb.in_forward import STRETCH
+from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -155,40 +156,37 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
 
 def _told(blocks: Blocks, folder: Path, *, trained: bool) -> str:
     store, sizes = blocks.store, [unit.nbytes for unit in blocks.units]
-    gigabytes, outside = sum(sizes) / 2**30, sum(unit.nbytes for unit in blocks.units if not unit.is_block)
-    parts = f"in {len(sizes)} parts of at most {max(sizes) / 2**20:.0f} MiB"
+    outside = sum(unit.nbytes for unit in blocks.units if not unit.is_block)
+    block = max(unit.nbytes for unit in blocks.units if unit.is_block)
+    whole, parts = readable_bytes(sum(sizes)), f"in {len(sizes)} parts of at most {readable_bytes(max(sizes))}"
     if isinstance(store, Staged):
-        moved = gigabytes - outside / 2**30
         told = (
-            f"Offload cpu: {gigabytes:.2f} GiB of weights {parts}; blocks stay in host memory, and every step copies "
-            f"{moved:.2f} GiB to {store.device}{' and back' if trained else ''}.  Memory of the device: "
-            f"{2 * max(unit.nbytes for unit in blocks.units if unit.is_block) / 2**20:.0f} MiB for two blocks, "
-            f"{outside / 2**20:.0f} MiB of weights outside of blocks"
+            f"Offload cpu: {whole} of weights {parts}; blocks stay in host memory, and every step copies "
+            f"{readable_bytes(sum(sizes) - outside)} to {store.device}{' and back' if trained else ''}.  Memory of "
+            f"the device: {readable_bytes(2 * block)} for two blocks, {readable_bytes(outside)} of weights outside of "
+            "blocks"
         )
     elif isinstance(store, Memory):
         told = (
-            f"Offload cpu: this run computes on the CPU, where {gigabytes:.2f} GiB of weights stay in memory, {parts}; "
+            f"Offload cpu: this run computes on the CPU, where {whole} of weights stay in memory, {parts}; "
             "all losses of a step share one pass over them"
         )
     else:
-        told = (
-            f"Offload disk: {gigabytes:.2f} GiB of weights stay in {folder}, {parts}; every step reads "
-            f"{gigabytes:.2f} GiB"
-        )
+        told = f"Offload disk: {whole} of weights stay in {folder}, {parts}; every step reads {whole}"
     if not trained:
         return f"{told}.  Memory: the adapter and activations."
     if isinstance(store, WorkingCopy):
-        told += f" and writes as much (beside it, {gigabytes:.2f} GiB of the first weights are kept)"
+        told += f" and writes as much (beside it, {whole} of the first weights are kept)"
     if isinstance(store, Replayed):
         told += (
             " and writes nothing: step t repeats the updates of t - 1 steps on every block that is read.  Weights "
-            f"outside of blocks ({outside / 2**20:.0f} MiB) stay in memory, and one updated block of "
-            f"{max(unit.nbytes for unit in blocks.units if unit.is_block) / 2**20:.0f} MiB"
+            f"outside of blocks ({readable_bytes(outside)}) stay in memory, and one updated block of "
+            f"{readable_bytes(block)}"
         )
-    return f"{told}.  Memory: {_copies(blocks):.0f} MiB of perturbed copies, and activations."
+    return f"{told}.  Memory: {readable_bytes(_copies(blocks))} of perturbed copies, and activations."
 
 
 def _copies(blocks: Blocks) -> float:
-    """Return the MiB of perturbed copies that are held at a time."""
+    """Return the bytes of perturbed copies that are held at a time."""
     sizes = [(sum(p.numel() for p in unit.tensors.values()), unit.nbytes) for unit in blocks.units]
-    return max(min(count, STRETCH) * size / max(count, 1) for count, size in sizes) / 2**20
+    return max(min(count, STRETCH) * size / max(count, 1) for count, size in sizes)

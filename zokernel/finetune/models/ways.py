@@ -18,10 +18,10 @@ from zokernel.errors import UsageError, first_line
 from zokernel.finetune.models.kind import Kind, auto_class
 from zokernel.offload.units import find_units
 from zokernel.perturb.in_forward import STRETCH
+from zokernel.readable import readable_bytes
 
 # Bytes per parameter of a block's matrices: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
 BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
-GIB, MIB = 2**30, 2**20
 BLOCK = 512  # scored positions whose logits are in memory at a time
 KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
@@ -251,20 +251,6 @@ def fastest(found: Sequence[Way], free: int, trains: str, host: int | None = Non
     )
 
 
-def size_told(size: int) -> str:
-    """Return bytes in GiB; below a tenth of one in MiB, and below a tenth of that in KiB.
-
-    Example:
-        >>> size_told(3 * 2**28), size_told(3 * 2**19), size_told(3 * 2**9), size_told(0)
-        ('0.75 GiB', '1.5 MiB', '1.5 KiB', '0')
-    """
-    if size >= 0.1 * GIB:
-        return f"{size / GIB:.2f} GiB"
-    if size >= 0.1 * MIB:
-        return f"{size / MIB:.1f} MiB"
-    return f"{size / 1024:.1f} KiB" if size else "0"
-
-
 def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: bool = False) -> str:
     """Return the ways as a table, and which to take.
 
@@ -279,9 +265,9 @@ def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: 
         (
             way.flags,
             way.trains,
-            *map(size_told, (way.weights, way.activations, way.cache, way.memory)),
-            size_told(way.read or way.moved),
-            size_told(way.written),
+            *map(readable_bytes, (way.weights, way.activations, way.cache, way.memory)),
+            readable_bytes(way.read or way.moved),
+            readable_bytes(way.written),
             "yes" if way.memory <= free and way.host <= (host or free) else "no",
         )
         for way in found
@@ -291,7 +277,10 @@ def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: 
         "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
         for cells in (list(enumerate(zip(row, widths))) for row in [heads, *rows])
     ]
-    lines += ["", f"Read and written per step; {size_told(free)} are free.  The libraries take 0.4 to 0.7 GiB more."]
+    lines += [
+        "",
+        f"Read and written per step; {readable_bytes(free)} are free.  The libraries take 0.4 to 0.7 GiB more.",
+    ]
     for trains in ("an adapter",) if adapter else ("all weights", "an adapter"):
         best = fastest(found, free, trains, host)
         lines.append(f"Fastest that fits for {trains}: {best.flags if best else 'none'}.")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.readable import readable_bytes
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Start:
 
     def __init__(self, model: nn.Module):
         self._tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        mebibytes = sum(tensor.nbytes for tensor in self._tensors.values()) / 2**20
-        logger.info("beta: a copy of the starting weights is kept for the divergence from them: %.1f MiB.", mebibytes)
+        held = readable_bytes(sum(tensor.nbytes for tensor in self._tensors.values()))
+        logger.info("beta: a copy of the starting weights is kept for the divergence from them: %s.", held)
 
     @torch.no_grad()
     def log_probabilities(

@@ -10,11 +10,12 @@ import torch
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.kind import kind_of_model
-from zokernel.finetune.models.ways import Sizes, measure, size_told
+from zokernel.finetune.models.ways import Sizes, measure
 from zokernel.finetune.trainer.choose_perturb import innermost
 from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import Stacked
+from zokernel.readable import readable_bytes
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, An
     border = sizes.border(tokens, losses=losses) if streams else 0
     logger.info(
         "Activations: about %s%s (%d %s of at most %d tokens, of which %d are scored).",
-        size_told(total),
-        f", of which {size_told(border)} are kept between two blocks" if streams else "",
+        readable_bytes(total),
+        f", of which {readable_bytes(border)} are kept between two blocks" if streams else "",
         losses,
         "losses" if losses > 1 else "loss at a time",
         tokens,
