@@ -176,7 +176,7 @@ def test_the_answer_in_the_prompt_is_said(tmp_path, caplog):
 
 def test_rows_in_two_splits_are_counted(tmp_path, caplog):
     rows = rows_of(20)
-    _, said = load(
+    splits, said = load(
         tmp_path,
         caplog,
         rows,
@@ -187,6 +187,11 @@ def test_rows_in_two_splits_are_counted(tmp_path, caplog):
         "3 of 4 validation examples are also training examples: their score says less about new ones.",
         "1 of 2 test examples are also training examples: their score says less about new ones.",
     ]
+    assert splits.num_test_in_train == 1
+    caplog.clear()
+    alone, said = load(tmp_path, caplog, rows, validation_file=str(tmp_path / "v.jsonl"))
+    assert sum("also training" in line for line in said) == 1  # the validation rows are scored, and counted once
+    assert alone.num_test_in_train == 3
 
 
 def test_lines_of_the_log_about_a_file_come_once(tmp_path, caplog):

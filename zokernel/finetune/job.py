@@ -17,7 +17,6 @@ from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits, load_splits, load_task
-from zokernel.finetune.data.report_splits import count_shared
 from zokernel.finetune.models.adapters import say_base, trained_by, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel, check_model
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
@@ -292,7 +291,7 @@ class _Job:
             "num_train": len(self.encoded["train"]),
             "num_test": len(self.splits.test),
             "test_is_validation": self.splits.test_is_validation,
-            "test_trained_on": count_shared(self.task, self.splits.train, self.splits.test) * self.config.do_train,
+            "test_trained_on": self.splits.num_test_in_train * self.config.do_train,
             "before": run["before"],
             "after": after,
             "steps": trainer.state.global_step,

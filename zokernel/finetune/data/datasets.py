@@ -35,12 +35,21 @@ _LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on, to choose the best step by, and to report."""
+    """Rows to train on, to choose the best step by, and to report.
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows that choose the best step.
+        test: Rows to report.
+        test_is_validation: Whether these are the validation rows.
+        num_test_in_train: How many test rows have the prompt of a training row.
+    """
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     test_is_validation: bool = False
+    num_test_in_train: int = 0
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -221,8 +230,9 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         splits = Splits(drawn["train"], drawn["validation"], drawn["test"])
     else:
         splits = _draw(parts, limits, seed)
-    report_splits(task, splits.train, splits.validation, None if splits.test_is_validation else splits.test)
-    return splits
+    others = {"validation": splits.validation} | ({} if splits.test_is_validation else {"test": splits.test})
+    shared = report_splits(task, splits.train, others)
+    return replace(splits, num_test_in_train=shared["validation" if splits.test_is_validation else "test"])
 
 
 def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed: int) -> Splits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from zokernel.data.tables import Row
 from zokernel.finetune.tasks import PromptTask, Task
@@ -15,42 +15,36 @@ logger = logging.getLogger(__name__)
 MANY = 20  # classes that are still listed one by one
 
 
-def report_splits(task: Task, train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row] | None) -> None:
+def report_splits(task: Task, train: Sequence[Row], others: Mapping[str, Sequence[Row]]) -> dict[str, int]:
     """Log the classes of the training rows, and how many rows of the other splits are training rows, too.
 
     Args:
         task: Tells the classes and the prompt's columns.
         train: Rows to train on.
-        validation: Rows that choose the best step.
-        test: Rows to report; ``None`` if they are the validation rows.
-    """
-    if isinstance(task, PromptTask):
-        _report_classes(task, train)
-    for split, rows in (("validation", validation), ("test", test or ())):
-        if shared := count_shared(task, train, rows):
-            logger.warning(
-                "%d of %d %s examples are also training examples: their score says less about new ones.",
-                shared,
-                len(rows),
-                split,
-            )
+        others: Rows of the other splits by name.
 
-
-def count_shared(task: Task, train: Sequence[Row], rows: Sequence[Row]) -> int:
-    """Return how many rows have the prompt of a training row.
-
-    Args:
-        task: Tells the prompt's columns.
-        train: Rows to train on.
-        rows: Rows of another split.
+    Returns:
+        How many rows of each of the other splits have the prompt of a training row.
 
     Example:
         >>> task = PromptTask("{text} It was", ("bad", "good"))
-        >>> count_shared(task, [{"text": "a", "label": 0}], [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
-        1
+        >>> train, test = [{"text": "a", "label": 0}], [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+        >>> report_splits(task, train, {"test": test})
+        {'test': 1}
     """
-    seen = {_key(task, row) for row in train}
-    return sum(_key(task, row) in seen for row in rows)
+    if isinstance(task, PromptTask):
+        _report_classes(task, train)
+    trained_on = {_key(task, row) for row in train}
+    shared = {split: sum(_key(task, row) in trained_on for row in rows) for split, rows in others.items()}
+    for split, count in shared.items():
+        if count:
+            logger.warning(
+                "%d of %d %s examples are also training examples: their score says less about new ones.",
+                count,
+                len(others[split]),
+                split,
+            )
+    return shared
 
 
 def _report_classes(task: PromptTask, train: Sequence[Row]) -> None:
