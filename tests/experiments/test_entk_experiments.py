@@ -61,8 +61,9 @@ def test_five_sentences_have_the_papers_labels():
 def test_model_sizes_measure_what_the_dense_jacobian_has():
     task, count = language_task(Config("smoke"), steps=2, batch_size=2), 200
     options = {"distribution": "gaussian", "eps": 1e-3, "seed": 0}
-    found = model_sizes.Changes(**model_sizes.measure(task, task.batches, count, **options))
-    squares = model_sizes.measure_gradients(task)
+    gradient = model_sizes.gradients_of(task)
+    found = model_sizes.Changes(**model_sizes.measure(task, gradient, 2, count, **options))
+    squares = model_sizes.measure_gradients(task, gradient)
     np.testing.assert_allclose(squares["gradient_sq"], found.gradient_sq, rtol=1e-5)
     np.testing.assert_allclose(squares["change_sq"], found.change_sq, rtol=1e-4)
     model = copy.deepcopy(task.model).double()
@@ -117,6 +118,19 @@ def test_the_exponent_of_sizes_is_that_of_the_law():
     verdicts = [model_sizes.judge(one, 3, 24).verdict for one in found]
     assert verdicts == ["holds", "holds under conditions", "not resolved", "does not hold", "does not hold"]
     assert model_sizes.judge(found[0], 2, 24).verdict == "not run here"
+
+
+def test_model_sizes_take_the_gradient_of_a_batch_once(monkeypatch):
+    taken, along_gradient = [], model_sizes.along_gradient
+
+    def counted(task, batch):
+        taken.append(id(batch))
+        return along_gradient(task, batch)
+
+    monkeypatch.setattr(model_sizes, "along_gradient", counted)
+    options = {"models": ["16"], "directions": 4, "batches": 2, "gradients": 3}
+    model_sizes.run(Config("smoke", options=options))
+    assert len(taken) == len(set(taken)) == 3
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,9 @@ COUNTS = (1, 5, 10, 20, 50, 100)
 DISTRIBUTIONS = ("gaussian", "rademacher")
 FIDELITY = 0.5  # the relative error whose P is reported
 LOSS_CHANGE = 0.01  # of the step along the gradient by which J g is measured
+
+Gradients = Callable[[int], tuple[float, Tensor]]
+"""By number of a batch, the squared norm of its gradient and the change of beliefs per unit along it."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,15 @@ def run(config: Config) -> Result:
     gradients = config.pick("gradients", smoke=4, cpu=24)  # batches whose v is measured; fewer have slopes, too
     batch_size = config.pick("batch_size", smoke=2, cpu=2)
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
-    cache = config.options.get("cache")
+    kept = config.options.get("cache")
     rows: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
     for name, directions in zip(names, counts, strict=True):
         task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
-        source, place = task.source, Path(cache) / Path(name).name if cache else None
+        source, place = task.source, Path(kept) / Path(name).name if kept else None
         settings = f"{gradients}-{batch_size}-{config.seed}"
-        squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task))
+        gradient = gradients_of(task)
+        squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task, gradient))
         measured = {}
         pair = directions if isinstance(directions, list) else [directions] * len(DISTRIBUTIONS)
         for distribution, number in zip(DISTRIBUTIONS, pair, strict=True):
@@ -109,7 +113,7 @@ def run(config: Config) -> Result:
                 continue
             options = {"distribution": distribution, "eps": eps, "seed": config.seed}
             settings = f"{distribution}-{number}-{batches}-{batch_size}-{eps}-{config.seed}"
-            found = remembered(place, settings, partial(measure, task, task.batches[:batches], number, **options))
+            found = remembered(place, settings, partial(measure, task, gradient, batches, number, **options))
             measured[distribution] = Changes(**found)
         shared = {"model": source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
         sizes.append(shared | {"V": task.vocab_size, "directions": directions} | pooled(measured, squares))
@@ -160,9 +164,14 @@ def along_gradient(task: LanguageTask, batch: dict[str, Tensor]) -> tuple[float,
     return size, difference(task, parameters, gradients, LOSS_CHANGE / size)
 
 
-def measure_gradients(task: LanguageTask) -> dict[str, np.ndarray]:
+def gradients_of(task: LanguageTask) -> Gradients:
+    """Return :func:`along_gradient` of a task's batches by number, each taken when it is first asked for."""
+    return cache(lambda number: along_gradient(task, task.batches[number]))
+
+
+def measure_gradients(task: LanguageTask, gradient: Gradients) -> dict[str, np.ndarray]:
     """Return the squares of every batch's gradient and of the change of beliefs along it."""
-    sizes, changes = zip(*(along_gradient(task, batch) for batch in task.batches), strict=True)
+    sizes, changes = zip(*map(gradient, range(len(task.batches))), strict=True)
     return {
         "gradient_sq": np.array(sizes),
         "change_sq": np.array([change.square().sum(dtype=torch.float64).item() for change in changes]),
@@ -171,7 +180,8 @@ def measure_gradients(task: LanguageTask) -> dict[str, np.ndarray]:
 
 def measure(
     task: LanguageTask,
-    batches: list[dict[str, Tensor]],
+    gradient: Gradients,
+    num_batches: int,
     directions: int,
     *,
     distribution: str,
@@ -182,7 +192,8 @@ def measure(
 
     Args:
         task: Model and observed sentences; all weights move.
-        batches: B training batches of equal size.
+        gradient: What :func:`gradients_of` returns for the task.
+        num_batches: B; the task's first training batches, of equal size.
         directions: D.
         distribution: That of the directions.
         eps: Half of the distance between the two points of a direction.
@@ -191,8 +202,8 @@ def measure(
     Returns:
         The fields of :class:`Changes`.
     """
-    model = task.model
-    gradient_sq, along = zip(*(along_gradient(task, batch) for batch in batches), strict=True)
+    model, batches = task.model, task.batches[:num_batches]
+    gradient_sq, along = zip(*map(gradient, range(num_batches)), strict=True)
     widths = [batch["input_ids"].shape[1] for batch in batches]
     joined = {
         key: torch.cat([F.pad(b[key], (0, max(widths) - width)) for b, width in zip(batches, widths, strict=True)])
