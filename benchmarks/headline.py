@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zokernel.figures import PALETTE, figures
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from drawing import svg, themed
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "img"
 COMMON = ["--model_name_or_path", "smollm2", "--dataset_name", "movie-reviews", "--task", "movie-reviews"]
 COMMON += ["--per_device_train_batch_size", "4", "--max_train_samples", "1200", "--max_eval_samples", "200"]
 COMMON += ["--max_test_samples", "3000", "--eval_steps", "100", "--report_to", "none", "--max_steps"]
@@ -51,29 +52,21 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def draw(found: dict[str, dict[str, Any]], path: Path, *, dark: bool) -> None:
-    """Draw accuracy against peak memory, on a transparent ground."""
-    ink = "#e6e6e6" if dark else "#222222"
-    with figures() as Figure:
+def draw(found: dict[str, dict[str, Any]], *, dark: bool) -> bytes:
+    """Return accuracy against peak memory as SVG."""
+    with themed(dark=dark) as (Figure, colours):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
         for name, row in found.items():
-            memory, colour = row["memory"] / row["inference"], PALETTE[2 if name in FORWARD_ONLY else 1]
+            memory, colour = row["memory"] / row["inference"], colours[2 if name in FORWARD_ONLY else 1]
             axes.errorbar(memory, 100 * row["accuracy"], 196 * row["error"], fmt="o", color=colour, markersize=7)
-            axes.annotate(
-                name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", va="center", color=ink
-            )
-        axes.axhline(100 * found["MeZO"]["before"], color=ink, linestyle=":", linewidth=1)
-        where = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        axes.text(0.99, 100 * found["MeZO"]["before"], "before training", color=ink, fontsize=9, **where)
+            axes.annotate(name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", va="center")
+        before, where = 100 * found["MeZO"]["before"], {"transform": axes.get_yaxis_transform()}
+        label = axes.text(0.99, before, "before training", fontsize=9, ha="right", va="bottom", **where)
+        axes.axhline(before, color=label.get_color(), linestyle=":", linewidth=1)
         axes.set(xlabel="peak memory of training, relative to inference", ylabel="accuracy, %")
         axes.set_xlim(left=0.9, right=axes.get_xlim()[1] * 1.12)
-        for part in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-            part.set_color(ink)
-        axes.tick_params(colors=ink)
-        for spine in axes.spines.values():
-            spine.set_color(ink)
-        figure.savefig(path, transparent=True)
+        return svg(figure)
 
 
 def main() -> None:
@@ -91,7 +84,8 @@ def main() -> None:
         print(f"| {name} | {before:.1f} % | {after} % | {ratio:.2f} | {row['seconds']:.0f} |")
     if args.draw:
         for dark in (False, True):
-            draw(found, DOCS / "img" / f"headline-{'dark' if dark else 'light'}.svg", dark=dark)
+            path = IMAGES / f"headline-{'dark' if dark else 'light'}.svg"
+            path.write_bytes(draw(found, dark=dark))
 
 
 if __name__ == "__main__":
