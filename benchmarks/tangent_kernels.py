@@ -1,7 +1,7 @@
 """Tangent kernels: the paper's LeNet curves and full-vocabulary norms, each next to the naive way, in one run.
 
-python benchmarks/kernels.py               # LeNet curves and a 50k-vocabulary model of random weights
-python benchmarks/kernels.py --smollm2     # the real SmolLM2-135M as well (fetched on first use)
+python benchmarks/tangent_kernels.py               # LeNet curves and a 50k-vocabulary model of random weights
+python benchmarks/tangent_kernels.py --smollm2     # the real SmolLM2-135M as well (fetched on first use)
 """
 
 from __future__ import annotations
