@@ -188,7 +188,8 @@ def test_sst2_as_a_users_file(flags, shared_data, tmp_path):
 def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_reviews_path, tmp_path, monkeypatch):
     """The real model on real text: a short run lowers the loss, and plain transformers gives the same logits."""
     from zokernel.data import load_rows
-    from zokernel.finetune import ZOConfig, finetune, job
+    from zokernel.finetune import ZOConfig, finetune
+    from zokernel.finetune.models.load import load_model
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
     kept = {}
@@ -197,8 +198,7 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
         kept["model"], tokenizer = load_model(*args)
         return kept["model"], tokenizer
 
-    load_model = job.load_model
-    monkeypatch.setattr(job, "load_model", load_and_keep)
+    monkeypatch.setattr("zokernel.finetune.run.load_model", load_and_keep)
     config = ZOConfig(
         output_dir=str(tmp_path / "run"),
         method="mezo",

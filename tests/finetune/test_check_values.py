@@ -68,8 +68,8 @@ def nothing_is_read(monkeypatch):
     def too_late(*args, **kwargs):
         raise AssertionError("too late")
 
-    for name in ("load_splits", "load_model"):
-        monkeypatch.setattr(f"zokernel.finetune.job.{name}", too_late)
+    for name in ("job.load_splits", "run.load_model"):
+        monkeypatch.setattr(f"zokernel.finetune.{name}", too_late)
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

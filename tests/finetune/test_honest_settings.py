@@ -38,7 +38,7 @@ from zokernel.finetune.settings.resolve import resolve
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_a_model_is_loaded(words, told, flags, capsys, monkeypatch):
-    monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("zokernel.finetune.run.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["finetune", *flags, *words]) == 2
     assert told in capsys.readouterr().err
 
@@ -164,13 +164,13 @@ def test_null_in_a_file_is_said_and_leaves_the_default(flags, tmp_path, caplog):
     ],
 )
 def test_flags_that_a_prompt_task_would_ignore_are_refused(words, told, flags, capsys, monkeypatch):
-    monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("zokernel.finetune.run.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["finetune", *flags, *words]) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_file_of_flags_is_no_way_around(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("zokernel.finetune.job.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("zokernel.finetune.run.load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "run.yaml").write_text("k_shot: 16\n")
     assert main(["finetune", *flags, "--config", str(tmp_path / "run.yaml")]) == 2
     assert "--k_shot is for --protocol mezo-roberta" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune import job, replay
+from zokernel.finetune import replay
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.storage.lock import LOCK_FILE, exclusive
 from zokernel.finetune.storage.state_file import load_state, save_state
@@ -78,7 +78,7 @@ def test_other_settings_or_data_do_not_continue_a_run(run, tmp_path, monkeypatch
     message = capsys.readouterr().err
     assert "unfinished (learning_rate: 0.002 there, 0.001 asked for)" in message
     with monkeypatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: pytest.fail("the model was loaded first"))
+        patch.setattr("zokernel.finetune.run.load_model", lambda *_: pytest.fail("the model was loaded first"))
         assert run("cut", "--max_train_samples", "32", "--resume_from_checkpoint", "last") == 2
     message = capsys.readouterr().err
     assert "(train: 64 rows there, 32 now): give it the same, or choose another --output_dir." in message

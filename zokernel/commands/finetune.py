@@ -15,8 +15,9 @@ import shlex
 from zokernel.commands.messages import is_replica, quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.errors import UsageError
-from zokernel.finetune.job import Interrupted, finetune
+from zokernel.finetune.job import finetune
 from zokernel.finetune.report.run_report import table
+from zokernel.finetune.run import Interrupted
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.elastic import leave
