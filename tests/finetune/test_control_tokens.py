@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.data.encode_splits import encode_splits
-from zokernel.finetune.scoring.options import choose_collator, option_scores
+from zokernel.finetune.scoring.choose_collator import choose_collator
+from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.scoring.prepare_text import encode_texts
 from zokernel.finetune.tasks import PromptTask, encode
 from zokernel.finetune.tasks.chat_template import CHATML

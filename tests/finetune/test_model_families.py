@@ -17,8 +17,8 @@ from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, PromptTask, ZOConfig, encode, finetune, get_task, option_scores
 from zokernel.finetune.models.adapters import attach_adapter
 from zokernel.finetune.models.load import load_model
+from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.decoding import greedy_answers
-from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks.toy import toy_files, toy_rows
 

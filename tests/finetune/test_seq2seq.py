@@ -18,8 +18,9 @@ from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.repeat import repeat_batch
+from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.objective import Objective
-from zokernel.finetune.scoring.options import Collator, choose_collator, option_scores
+from zokernel.finetune.scoring.options import Collator, option_scores
 from zokernel.finetune.tasks import ChoiceTask, GenerationTask, PromptTask, demonstrations, encode
 from zokernel.finetune.tasks.seq2seq import Decoder, decoder_of
 

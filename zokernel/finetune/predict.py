@@ -15,9 +15,9 @@ from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, loading_flags
+from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
-from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode

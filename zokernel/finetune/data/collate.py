@@ -71,7 +71,7 @@ class Collator:
     Args:
         pad_token_id: Any token that has an embedding (None: the first); padded positions are masked and never scored.
         shared_prompt: Whether options share their prompt.  Needs a model that takes such masks: see
-            :func:`zokernel.finetune.scoring.options.choose_collator`.
+            :func:`zokernel.finetune.scoring.choose_collator.choose_collator`.
     """
 
     pad_token_id: int | None

@@ -16,9 +16,9 @@ from zokernel.finetune.data.encode_splits import encode_splits
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.vocabulary import check_token_ids
 from zokernel.finetune.rewards.prompts import PromptCollator
+from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import Sample, turn_ends
 from zokernel.finetune.scoring.make_objective import make_objective
-from zokernel.finetune.scoring.options import choose_collator
 from zokernel.finetune.scoring.prepare_rewards import prompt_datasets, reward_objective, reward_samples
 from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
 from zokernel.finetune.settings.arguments import DataArguments
