@@ -59,6 +59,28 @@ def test_the_loss_of_its_scores_is_that_of_plain_transformers(run):
     assert list(load_predictor(run)(["a joy"])[0]["scores"].values()) == pytest.approx(shares, abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_a_checkpoint_answers_with_its_own_weights(lora, tmp_path, tiny_lm_path, tiny_reviews_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--learning_rate", "1e-2"]
+    files = ["--model_name_or_path", str(tiny_lm_path), "--train_file", str(tiny_reviews_path / "train.jsonl")]
+    saved = ["--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end", "false"]
+    folder = tmp_path / "run"
+    assert main(["finetune", *files, *words, *RUN, *saved, "--lora", lora, "--output_dir", str(folder)]) == 0
+    checkpoint = folder / "checkpoint-1"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    options = [tokenizer(f"a joy It was {word}")["input_ids"][-1] for word in ("bad", "good")]
+    with torch.no_grad():
+        shares = model(**tokenizer("a joy It was", return_tensors="pt")).logits[0, -1, options].softmax(-1).tolist()
+    early, late = (list(load_predictor(place)(["a joy"])[0]["scores"].values()) for place in (checkpoint, folder))
+    assert early == pytest.approx(shares, abs=1e-6)
+    assert abs(early[0] - late[0]) > 1e-5  # ten times the tolerance above
+    with pytest.raises(UsageError, match=r"no folder .*checkpoint-7: give that of a finished run, or one of its che"):
+        load_predictor(folder / "checkpoint-7")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_files_hold_the_rows_and_their_answers(run, suffix, tmp_path, capsys):
     (tmp_path / "new.csv").write_text('id,sentence\n7,"good, very"\n8,bad\n')

@@ -21,7 +21,9 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel predict``."""
-    parser.add_argument("--model", required=True, type=Path, help="the output_dir of a finished run")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="the output_dir of a finished run, or one of its checkpoints"
+    )
     parser.add_argument(
         "--file", default="-", help="rows to answer, in any format of --train_file; - reads lines of text or JSON"
     )

@@ -224,41 +224,53 @@ class Predictor:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """Return what :func:`write_predictor` wrote.
 
+    Args:
+        folder: The folder of a run, or one of its checkpoints.
+
     Raises:
-        UsageError: If the folder holds no finished run.
+        UsageError: If there is no such folder, or its run has not finished.
     """
-    path = Path(folder) / FILE
+    if not Path(folder).expanduser().is_dir():
+        raise UsageError(f"There is no folder {folder}: give that of a finished run, or one of its checkpoints.")
+    path = _record_of(folder)
     if not path.is_file():
-        raise UsageError(f"{folder} has no {FILE}: give the folder of a finished run of 'zokernel finetune'.")
+        raise UsageError(
+            f"{path.parent} has no {FILE}, which 'zokernel finetune' writes when a run ends: give the folder of a "
+            "finished run, or one of its checkpoints."
+        )
     return read_json(path)
+
+
+def _record_of(folder: str | Path) -> Path:
+    """Return the file that says how a model answers new rows: that of a run holds for its checkpoints, too."""
+    place = Path(folder).expanduser()
+    return (place.parent if place.name.startswith("checkpoint-") else place) / FILE
 
 
 def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) -> None:
     """Write beside a merged model how the run of its adapter answered new rows; nothing if that is not known.
 
     Args:
-        adapter: The adapter; the output folder of a run has a record, which holds for its checkpoints, too.
+        adapter: The adapter: the folder of a run, or one of its checkpoints.
         folder: Where the merged model goes.
         arguments: How that model is to be loaded.
     """
-    place = Path(adapter).expanduser()
-    place = place.parent if place.name.startswith("checkpoint-") else place
-    if (place / FILE).is_file():
-        write_json(folder / FILE, read_record(place) | loading_flags(arguments))
+    if _record_of(adapter).is_file():
+        write_json(folder / FILE, read_record(adapter) | loading_flags(arguments))
 
 
 def load_predictor(folder: str | Path, *, device: str | torch.device | None = None) -> Predictor:
     """Load a finished run of ``zokernel finetune`` to answer new rows.
 
     Args:
-        folder: The output folder of the run.
+        folder: The output folder of the run, or one of its checkpoints.
         device: Where to run; the GPU if there is one.
 
     Returns:
         The predictor.
 
     Raises:
-        UsageError: If the folder holds no finished run, or its base model cannot be loaded.
+        UsageError: If the folder is of no finished run, or the model cannot be loaded.
 
     Example:
         ```python
