@@ -25,7 +25,12 @@ from zokernel.finetune.settings.resolve import resolve
         (["--fsdp", "full_shard"], "fsdp='full_shard' cannot be honoured here"),
         (["--deepspeed", "ds.json"], "deepspeed='ds.json' cannot be honoured here"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1 cannot be honoured here (the loss is"),
-        (["--max_grad_norm", "1.0"], "max_grad_norm=1.0 cannot be honoured here"),
+        (["--max_grad_norm", "0.5"], "max_grad_norm=0.5 cannot be honoured here (there is no gradient to clip)"),
+        (
+            ["--adam_beta1", "0.8", "--adam_beta2", "0.99", "--max_grad_norm", "2"],
+            "adam_beta1=0.8, adam_beta2=0.99, max_grad_norm=2.0 cannot be honoured here (the optimizer is chosen by "
+            "method, and its options by method_args; there is no gradient to clip): leave them out.",
+        ),
         (["--optim", "adamw_torch_fused"], "optim='adamw_torch_fused' cannot be honoured here"),
         (["--adam_beta1", "0.9"], "adam_beta1=0.9 cannot be honoured here"),
         (["--do_predict", "true"], "do_predict=True cannot be honoured here"),
@@ -41,6 +46,16 @@ def test_what_cannot_be_honoured_is_refused_before_a_model_is_loaded(words, told
     monkeypatch.setattr("zokernel.finetune.run.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["finetune", *flags, *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_bound_on_gradients_at_its_default_serves_both_kinds_of_methods(flags, caplog):
+    said = "max_grad_norm 1.0 has no effect on mezo: there is no gradient to clip."
+    for method, times in (("mezo", 1), ("sgd", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="zokernel"):
+            method_flags = ["--method", method, "--max_grad_norm", "1.0", "--max_steps", "1"]
+            assert main(["finetune", *flags, *method_flags, "--overwrite_output_dir", "true"]) == 0
+        assert caplog.messages.count(said) == times
 
 
 @pytest.mark.parametrize(

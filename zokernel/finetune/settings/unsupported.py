@@ -13,7 +13,7 @@ from zokernel.optim import get_method
 
 logger = logging.getLogger(__name__)
 
-_OPTIMIZER = "the optimizer is chosen by method; its options are method_args"
+_OPTIMIZER = "the optimizer is chosen by method, and its options by method_args"
 _BACKWARD = "there is no backward pass"
 _ACTIVATIONS = "without a backward pass, no activation is kept"
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -79,21 +79,31 @@ def keep_no_activations(args: Any) -> None:
 def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str] = ()) -> None:
     """Refuse settings that would be ignored.
 
+    A setting that only a zeroth-order step ignores may be given at its default, so that the same flags serve a
+    first-order baseline: that it has no effect is logged.
+
     Args:
         args: ``TrainingArguments`` with the fields of ``ZOArguments``.
         scored: Whether zokernel's own objective scores the examples.
         given: Settings that are known to be asked for, even if their values are the defaults.
 
     Raises:
-        UsageError: If one is set.
+        UsageError: If any is set; all of them are named.
     """
     refused = ALWAYS | (FIRST_ORDER if is_first_order(args.method) else ZEROTH_ORDER) | (SCORED if scored else {})
+    found: dict[str, str] = {}  # why each is refused
     for f in fields(args):
         if f.name not in refused:
             continue
         default = f.default if f.default_factory is MISSING else f.default_factory()
         value = getattr(args, f.name)
         off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
-        if (value != default and (value or off)) or (value and f.name in given):
+        changed = value != default and (value or off)
+        if not changed and value and f.name in given and f.name in ZEROTH_ORDER:
+            logger.info("%s %s has no effect on %s: %s.", f.name, value, args.method, refused[f.name])
+        elif changed or (value and f.name in given):
             value = getattr(value, "value", value)  # of an enumeration
-            raise UsageError(f"{f.name}={value!r} cannot be honoured here ({refused[f.name]}): leave it out.")
+            found[f"{f.name}={value!r}"] = refused[f.name]
+    if found:
+        reasons, them = "; ".join(dict.fromkeys(found.values())), "it" if len(found) == 1 else "them"
+        raise UsageError(f"{', '.join(found)} cannot be honoured here ({reasons}): leave {them} out.")
