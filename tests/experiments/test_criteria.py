@@ -21,6 +21,7 @@ from zokernel.experiments.entk import (
     horizon,
     language_model,
     model_sizes,
+    trajectories,
 )
 from zokernel.experiments.kerzoo import ablations, accuracy, costs, estimator, loss_curves
 from zokernel.experiments.kerzoo import language_model as kerzoo_language_model
@@ -288,6 +289,8 @@ def again(name, n):
         found = [dimension.judge(n["slopes_from_width_32"], "d", n["seeds"])]
     elif name == "entk/model_sizes":
         found = [model_sizes.judge(n["exponent"], len(n["sizes"]), n["gradients"])]
+    elif name == "entk/trajectories":
+        found = [trajectories.judge(n["slopes"], n["seeds"])]
     elif name == "entk/heatmaps":
         found = [heatmaps.judge_denoising(n["error_at_125_over_1"], 10)]
     elif name == "kerzoo/constant":

@@ -133,6 +133,7 @@ MODULES: dict[str, str] = {
     "entk/drift": "zokernel.experiments.entk.drift",
     "entk/language_model": "zokernel.experiments.entk.language_model",
     "entk/model_sizes": "zokernel.experiments.entk.model_sizes",
+    "entk/trajectories": "zokernel.experiments.entk.trajectories",
     "nzk/linear_d2": "zokernel.experiments.nzk.catalogue",
     "nzk/linear_d30": "zokernel.experiments.nzk.catalogue",
     "nzk/mixture": "zokernel.experiments.nzk.catalogue",

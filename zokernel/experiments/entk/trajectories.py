@@ -1,0 +1,348 @@
+r"""ZO-eNTK, Figures 4 and 5 with all weights: how long ZO-SGD follows SGD, how closely, and why they part.
+
+Both start from the same weights and take the same batches at the same rate :math:`\eta`.  With f the beliefs over the
+whole vocabulary in the observed sentences, the gap after t steps is
+
+.. math:: D_t = \|f_t^{ZO} - f_t^{FO}\| / \|f_t^{FO} - f_0\| .
+
+It is taken twice: of the beliefs, as in the paper, and of their square roots (Hellinger's distance).  A few tokens
+decide the first, so that single runs scatter widely; the second weighs all tokens and resolves more with few runs.
+
+ZO-SGD is SGD and a random walk.  To first order the walk spreads f, to second order it shifts it.  With J the Jacobian
+of f at the start, :math:`c = \tfrac12 \mathrm{tr} \nabla^2 f`, and :math:`g_s` the gradients of SGD,
+
+.. math:: \|f_t^{FO} - f_0\|^2 \, E D_t^2 \approx
+    \frac{\eta^2}{P} \sum_{s \le t} \left( \|J\|_F^2 \|g_s\|^2 + \|J g_s\|^2 \right)
+    + \Big( \frac{\eta^2}{P} \sum_{s \le t} \|g_s\|^2 \Big)^2 \|c\|^2 .
+
+The first term alone is the law of a kernel that stays: :math:`D_t = \sqrt{v / (P t)}` for one batch, so runs approach.
+Its sum grows as t and the second term as :math:`t^2`; they are equal, and the gap stops falling, at
+
+.. math:: t^* = \frac{P \|J\|_F^2}{\eta^2 \|g\|^2 \|c\|^2} .
+
+There are two rates.  At the first, a step of SGD lowers the loss of its own batch by 0.1 to first order
+(:math:`\eta = 0.1 / \|g\|^2`, mean over batches), and t* lies far beyond the run.  At the second it is 1, and t* lies
+within eight steps for small P.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zokernel.errors import UsageError
+from zokernel.experiments.base import Config, Result, Verdict, experiment
+from zokernel.experiments.criteria import NOT_RUN, Interval, combined, interval, jackknife, log_slope, shown, within
+from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits, remembered
+from zokernel.experiments.entk.sentences import LanguageTask, language_task
+from zokernel.figures import PALETTE, figures
+from zokernel.optim import MeZO
+
+logger = logging.getLogger(__name__)
+
+MEASURES = {"l2": 1.0, "hellinger": 0.5}  # the power of the beliefs whose distances are taken
+Found = dict[str, np.ndarray]
+
+
+@experiment("entk/trajectories", "ZO-eNTK Fig. 4, 5: trajectories of SGD and ZO-SGD, by model size, all weights")
+def run(config: Config) -> Result:
+    """Train every model by both methods at two rates; compare the gaps with the law, and their slopes in P."""
+    names = config.pick("models", smoke=("16",), cpu=("smollm2",))
+    names = [names] if isinstance(names, str) else list(names)
+    counts = of_each(config.pick("counts", smoke=(1, 4, 16), cpu=(1, 5, 20), full=(1, 5, 10, 20, 50, 100)), names)
+    steps = of_each(config.pick("steps", smoke=4, cpu=8), names)
+    directions = of_each(config.pick("directions", smoke=16, cpu=16), names)
+    decreases = config.pick("decreases", smoke=(0.1, 1.0), cpu=(0.1, 1.0))  # of a batch's loss, by a step of SGD
+    seeds = config.pick("seeds", smoke=2, cpu=3)
+    batch_size = config.pick("batch_size", smoke=2, cpu=2)
+    eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
+    distribution = config.pick("distribution", smoke="rademacher", cpu="rademacher")
+    cache = config.options.get("cache")
+    ways = {"eps": eps, "distribution": distribution}
+    sizes: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    slopes: list[dict[str, Any]] = []
+    for name, of_model, length, number in zip(names, counts, steps, directions, strict=True):
+        fresh = partial(language_task, config, steps=length, batch_size=batch_size, name=name)
+        kept = partial(remembered, Path(cache) / Path(name).name if cache else None)
+        shared = f"{length}-{batch_size}-{config.seed}"
+        way = f"{eps}-{distribution}-{shared}"
+        start = kept(f"start-{number}-{way}", partial(measure_start, fresh, number, seed=config.seed, **ways))
+        sizes.append(described(start) | {"steps": length, "directions": number})
+        for decrease in decreases:
+            which = {"model": sizes[-1]["model"], "decrease": decrease}
+            lr = decrease / float(start["gradient_sq"].mean())
+            reference = kept(f"sgd-{decrease}-{shared}", partial(first_order, fresh, lr))
+            of_rate = []
+            for count in of_model:
+                train = partial(zeroth_order, fresh, lr, count, **ways)
+                paths = [
+                    kept(f"zo-{decrease}-{count}-{seed}-{way}", partial(train, seed=seed))
+                    for seed in range(config.seed, config.seed + seeds)
+                ]
+                of_rate.append(which | compared(start, reference, paths, lr=lr, count=count))
+                logger.info("%s, %g, P = %d: %s", name, decrease, count, shown(of_rate[-1]["hellinger"]["gap"]))
+            rows += of_rate
+            if len(of_rate) > 1 and seeds > 1:
+                slopes.append(which | {measure: slope_in_count(of_rate, measure) for measure in MEASURES})
+    largest = {size["model"]: max(of_model) for size, of_model in zip(sizes, counts, strict=True)}
+    text = "; ".join(
+        f"{row['model']}, {row['decrease']:g} per step, P = {row['P']}: {shown(row['hellinger']['gap'])} "
+        f"(kernel that stays {row['hellinger']['law'][-1]:.2f})"
+        for row in rows
+        if row["P"] == largest[row["model"]]
+    )
+    summary = (
+        f"All weights, batches of {batch_size} sentences, the paper's five sentences, the whole vocabulary, {seeds} "
+        f"seeds of directions. Hellinger gap to SGD over what SGD changed, after the last step: {text}."
+    )
+    settings = {"source": str(start["source"]), "batch_size": batch_size, "eps": eps, "distribution": distribution}
+    numbers = {"sizes": sizes, "rows": rows, "slopes": slopes, "seeds": seeds} | settings
+    verdict = judge(slopes, seeds, small=config.scale == "smoke")
+    return Result(summary, numbers, {}, {"fig4_gaps": draw(rows)}, [verdict])
+
+
+def of_each(chosen: Any, names: Sequence[str]) -> list[Any]:
+    """Return a setting of every model: one for all, or one for each, where each is a list if that for all is a tuple.
+
+    Example:
+        >>> of_each(4, ["a", "b"]), of_each([4, 5], ["a", "b"])
+        ([4, 4], [4, 5])
+        >>> of_each((1, 5), ["a", "b"]), of_each([[1, 5], [1]], ["a", "b"])
+        ([[1, 5], [1, 5]], [[1, 5], [1]])
+    """
+    if isinstance(chosen, tuple):
+        return [list(chosen)] * len(names)
+    if not isinstance(chosen, list):
+        return [chosen] * len(names)
+    if len(chosen) != len(names):
+        raise UsageError(f"There are {len(chosen)} settings for {len(names)} models: give one for each, {chosen}.")
+    return chosen
+
+
+def batch_loss(task: LanguageTask, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean loss of a batch."""
+    return F.cross_entropy(last_logits(task.model, batch), batch["targets"])
+
+
+@torch.no_grad()
+def mean_loss(task: LanguageTask) -> float:
+    """Return the mean loss of all training batches."""
+    return sum(batch_loss(task, batch).item() for batch in task.batches) / len(task.batches)
+
+
+def measure_start(
+    fresh: Callable[[], LanguageTask], directions: int, *, eps: float, distribution: str, seed: int
+) -> Found:
+    """Measure the gradients of all batches, and what D single directions do to the beliefs, to both orders.
+
+    Returns:
+        ``gradient_sq`` of every batch; for each measure the squares of the changes per unit along each direction, (D,),
+        and the inner products of the halved second differences, (D, D); ``rise``, those of the loss, (D,), whose mean
+        is half the trace of its Hessian; ``loss`` of the batches; and what the model is.
+    """
+    task = fresh()
+    parameters = list(task.model.parameters())
+    squares = []
+    for batch in task.batches:
+        gradients = torch.autograd.grad(batch_loss(task, batch), parameters)
+        squares.append(sum(g.square().sum(dtype=torch.float64).item() for g in gradients))
+    del gradients
+    middle, loss, seen, rise = beliefs(task), mean_loss(task), list[tuple[Tensor, float]](), []
+    odd: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+    even: dict[str, list[Tensor]] = {measure: [] for measure in MEASURES}
+
+    def closure() -> float:
+        seen.append((beliefs(task), mean_loss(task)))
+        return seen[-1][1]
+
+    optimizer = MeZO(task.model, lr=0.0, eps=eps, distribution=distribution, seed=seed + 1000)  # a stream of its own
+    for _ in range(directions):
+        seen.clear()
+        optimizer.step(closure)
+        (plus, loss_plus), (minus, loss_minus) = seen[:2]  # the first step takes its last loss twice
+        for measure, power in MEASURES.items():
+            up, down, centre = plus**power, minus**power, middle**power
+            odd[measure].append((up - down).square().sum(dtype=torch.float64).item() / (2 * eps) ** 2)
+            even[measure].append(((up - centre) + (down - centre)).flatten() / (2 * eps**2))
+        rise.append((loss_plus + loss_minus - 2 * loss) / (2 * eps**2))
+    stacked = {measure: torch.stack(found) for measure, found in even.items()}
+    return {
+        "gradient_sq": np.array(squares),
+        **{f"odd_{measure}": np.array(found) for measure, found in odd.items()},
+        **{f"even_{measure}": inner(found, found) for measure, found in stacked.items()},
+        "rise": np.array(rise),
+        "loss": np.array(loss),
+        "d": np.array(sum(p.numel() for p in parameters)),
+        "V": np.array(task.vocab_size),
+        "source": np.array(task.source),
+    }
+
+
+def first_order(fresh: Callable[[], LanguageTask], lr: float) -> Found:
+    """Return the beliefs under SGD, (T + 1, N, V), its squared gradients, (T,), and the loss after the last step."""
+    task = fresh()
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=lr)
+    path, squares = [beliefs(task)], []
+    for batch in task.batches:
+        optimizer.zero_grad()
+        batch_loss(task, batch).backward()
+        gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+        squares.append(sum(g.square().sum(dtype=torch.float64).item() for g in gradients))
+        optimizer.step()
+        path.append(beliefs(task))
+    return {"beliefs": torch.stack(path).numpy(), "gradient_sq": np.array(squares), "loss": np.array(mean_loss(task))}
+
+
+def zeroth_order(
+    fresh: Callable[[], LanguageTask], lr: float, count: int, *, eps: float, distribution: str, seed: int
+) -> Found:
+    """Return the beliefs under ZO-SGD with P directions per step, (T + 1, N, V), and the loss after the last step."""
+    task = fresh()
+    optimizer = MeZO(task.model, lr=lr, eps=eps, num_perturbations=count, distribution=distribution, seed=seed)
+
+    @torch.no_grad()
+    def closure(batch: dict[str, Tensor]) -> float:
+        return batch_loss(task, batch).item()
+
+    path = [beliefs(task)]
+    for batch in task.batches:
+        optimizer.step(partial(closure, batch))
+        path.append(beliefs(task))
+    return {"beliefs": torch.stack(path).numpy(), "loss": np.array(mean_loss(task))}
+
+
+def curvature_sq(even: np.ndarray) -> float:
+    r"""Return :math:`\|c\|^2` from inner products of independent estimates of c: their mean over pairs has no bias."""
+    count = len(even)
+    return max(0.0, float(even.sum() - np.trace(even)) / (count * (count - 1)))
+
+
+def described(start: Found) -> dict[str, Any]:
+    """Return what a model is and what its start says."""
+    return {
+        "model": str(start["source"]).split(",")[0],
+        "d": int(start["d"]),
+        "V": int(start["V"]),
+        "gradient_sq": float(start["gradient_sq"].mean()),
+        "jacobian_sq": {measure: interval(start[f"odd_{measure}"]) for measure in MEASURES},
+        "curvature_sq": {measure: curvature_sq(start[f"even_{measure}"]) for measure in MEASURES},
+        "rise": interval(start["rise"]),
+        "loss": float(start["loss"]),
+    }
+
+
+def predicted(
+    jacobian_sq: float, curvature: float, gradient_sq: np.ndarray, change_sq: np.ndarray, *, lr: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Return both terms of the expected squared distance after each step.
+
+    Args:
+        jacobian_sq: :math:`\|J\|_F^2`.
+        curvature: :math:`\|c\|^2`.
+        gradient_sq: :math:`\|g_s\|^2` of each step, (T,).
+        change_sq: :math:`\eta^2 \|J g_s\|^2` of each step, (T,).
+        lr: Learning rate.
+        count: P.
+
+    Returns:
+        Spread and squared shift, (T,) each.
+
+    Example:
+        >>> spread, shift = predicted(10.0, 4.0, np.ones(3), np.zeros(3), lr=1.0, count=2)
+        >>> spread.tolist(), shift.tolist()
+        ([5.0, 10.0, 15.0], [1.0, 4.0, 9.0])
+    """
+    walked = lr**2 * np.cumsum(gradient_sq) / count
+    return jacobian_sq * walked + np.cumsum(change_sq) / count, curvature * walked**2
+
+
+def compared(start: Found, reference: Found, paths: list[Found], *, lr: float, count: int) -> dict[str, Any]:
+    """Return the losses of the runs of one rate and P, and their gaps by either measure."""
+    drop = float(start["loss"] - reference["loss"])
+    walked = lr**2 * float(reference["gradient_sq"].sum()) / count  # mean square of the move of a weight
+    falls = [float(start["loss"] - path["loss"]) / drop for path in paths]
+    return {
+        "P": count,
+        "lr": lr,
+        "walk": math.sqrt(walked),
+        "sgd_lowers_loss": drop,
+        "share_of_sgds_decrease": interval(falls, logs=False),
+        "share_predicted": 1 - walked * float(start["rise"].mean()) / drop,
+    } | {measure: gaps(measure, start, reference, paths, lr=lr, count=count) for measure in MEASURES}
+
+
+def gaps(measure: str, start: Found, reference: Found, paths: list[Found], *, lr: float, count: int) -> dict[str, Any]:
+    """Return the gaps of the runs of one rate and P after every step, measured and predicted."""
+    exact = reference["beliefs"].astype(np.float64) ** MEASURES[measure]
+    found = (path["beliefs"][1:].astype(np.float64) ** MEASURES[measure] for path in paths)
+    changed_sq = np.square(exact[1:] - exact[0]).sum((1, 2))
+    moves_sq = np.square(np.diff(exact, axis=0)).sum((1, 2))
+    relative = np.sqrt([np.square(path - exact[1:]).sum((1, 2)) / changed_sq for path in found])  # (seeds, T)
+    jacobian_sq, curvature = float(start[f"odd_{measure}"].mean()), curvature_sq(start[f"even_{measure}"])
+    gradient_sq = reference["gradient_sq"]
+    spread, shift = predicted(jacobian_sq, curvature, gradient_sq, moves_sq, lr=lr, count=count)
+    law = np.sqrt(spread / changed_sq)
+    per_step = lr**2 * float(gradient_sq.mean()) * curvature
+    return {
+        "gap": interval(relative[:, -1]),
+        "gap_by_seed": relative[:, -1].tolist(),
+        "gap_by_step": np.sqrt(np.square(relative).mean(0)).tolist(),
+        "law": law.tolist(),
+        "with_curvature": np.sqrt((spread + shift) / changed_sq).tolist(),
+        "gap_over_law": interval(relative[:, -1] / law[-1]),
+        "parting_step": count * jacobian_sq / per_step if per_step else math.inf,
+    }
+
+
+def slope_in_count(rows: list[dict[str, Any]], measure: str) -> Interval:
+    """Return the log-log slope of the rms gap after the last step against P, by the jackknife over seeds."""
+    squares = np.square([row[measure]["gap_by_seed"] for row in rows])
+
+    def fitted(kept: np.ndarray) -> float:
+        return log_slope([row["P"] for row in rows], np.sqrt(kept.mean(1)))
+
+    return jackknife(fitted(squares), [fitted(np.delete(squares, n, axis=1)) for n in range(squares.shape[1])])
+
+
+def judge(slopes: list[dict[str, Any]], seeds: int, *, small: bool = False) -> Verdict:
+    """Judge Fig. 4 and 5: for every model and rate the slope of Hellinger's gap against P is -1/2 up to 0.15."""
+    found = "; ".join(f"{row['model']} at {row['decrease']:g} per step {shown(row['hellinger'])}" for row in slopes)
+    return Verdict(
+        "The trajectory of ZO-SGD tends to that of SGD as the inverse root of P (Fig. 4, 5).",
+        NOT_RUN if small or not slopes else combined(within(row["hellinger"], -0.65, -0.35) for row in slopes),
+        f"Log-log slope of Hellinger's gap after the last step against P (95%, {seeds} seeds, all weights): "
+        f"{found or 'none'}; required: within 0.15 of -0.5 for every model and rate.",
+        id="entk-trajectories",
+    )
+
+
+def draw(rows: list[dict[str, Any]]):
+    """Draw the gap against the steps for every P: dots are measured, lines predicted; a row per model."""
+    models, rates = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "decrease"))
+    with figures() as Figure:
+        figure = Figure(figsize=(4.2 * len(rates), 3.3 * len(models)), layout="constrained")
+        axes = figure.subplots(len(models), len(rates), sharey="row", squeeze=False)
+        for (model, rate), axis in zip(itertools.product(models, rates), axes.flat, strict=True):
+            chosen = [row for row in rows if (row["model"], row["decrease"]) == (model, rate)]
+            for row, color in zip(chosen, itertools.cycle(PALETTE)):
+                steps = np.arange(1, len(row["hellinger"]["law"]) + 1)
+                of = row["hellinger"]
+                axis.plot(steps, of["gap_by_step"], "o", color=color, markersize=4, label=f"P = {row['P']}")
+                axis.plot(steps, of["law"], "--", color=color, linewidth=1)
+                axis.plot(steps, of["with_curvature"], "-", color=color, linewidth=1)
+            axis.set(xscale="log", yscale="log", title=f"{model}, {rate:g} nats per step")
+            axis.legend(fontsize=7)
+        figure.supxlabel("step")
+        figure.supylabel("Hellinger gap to SGD over what SGD changed")
+    return figure
