@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zokernel._version import __version__
+from zokernel.commands import finetune_flags
 from zokernel.commands.messages import is_replica, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import UsageError, ZokernelError, missing_extra
@@ -111,6 +112,8 @@ def load(name: str) -> tuple[Command, CommandParser]:
 
 def dispatch(name: str, argv: Sequence[str]) -> int:
     """Run the subcommand ``name`` on the arguments after it, and return its exit code."""
+    if name in finetune_flags.COMMANDS:
+        finetune_flags.refuse_unknown_flags(name, argv)
     with _ending_at_once():
         command, parser = load(name)
     return command.main(parser.parse(argv))

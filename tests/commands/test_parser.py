@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from zokernel.cli import COMMANDS, load, main
+from zokernel.commands.finetune_flags import OF_EVERY_COMMAND, declared_flags, refuse_unknown_flags
 from zokernel.commands.parser import CommandParser, add_switch
 from zokernel.errors import UsageError
 
@@ -101,6 +102,28 @@ def test_the_switches_of_finetune_are_those_of_transformers():
     _, parser = load("finetune")
     assert parser.parse(["--lora"]).lora is True
     assert parser.parse(["--lora", "false"]).lora is False
+
+
+def test_the_flags_of_finetune_are_read_from_sources():
+    _, parser = load("finetune")
+    options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    own = {f"--{name}" for name in OF_EVERY_COMMAND}
+    declared = {f"--{name}" for name in declared_flags()}
+    assert {option for option in options if not option.startswith("--no_")} - own == declared
+    for option in options:
+        refuse_unknown_flags("finetune", [option.replace("_", "-"), "x", f"{option}=x"])
+
+
+def test_a_mistyped_flag_of_finetune_is_named_before_libraries_are_loaded():
+    code = """
+import sys
+from zokernel.cli import main
+assert main(["finetune", "--template", "--{a} b", "--output_dri", "x"]) == 2
+print([name for name in ("torch", "numba", "transformers") if name in sys.modules])
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+    assert finished.stderr == "zokernel: error: There is no flag '--output_dri' (did you mean --output_dir?).\n"
 
 
 def test_help_that_needs_no_torch_loads_none():

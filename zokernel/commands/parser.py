@@ -138,7 +138,7 @@ class CommandParser(argparse.ArgumentParser):
             word = unknown[0]
             flag, place = word.partition("=")[0], list(argv).index(word) if word in argv else 0
             if flag.startswith("-"):
-                raise UsageError(f"There is no flag {flag!r}{self._suggest(flag.lstrip('-'), prefix='--')}.")
+                raise no_such_flag(flag, self._names(), self.prog)
             flags = [before.partition("=")[0] for before in argv[:place] if before.startswith("--")]
             after = f" after {flags[-1]}" if flags else ""
             word = hide_in_words([*flags[-1:], word])[-1]
@@ -187,7 +187,7 @@ class CommandParser(argparse.ArgumentParser):
         values = read_yaml(config)
         for key in values:
             if key not in self._names():
-                raise UsageError(f"{config} sets {key!r}, which is no flag{self._suggest(key)}.")
+                raise UsageError(f"{config} sets {key!r}, which is no flag{_suggest(key, self._names(), self.prog)}.")
         nullable = none_means_something()
         values = {key: value for key, value in values.items() if value is not None or key in nullable}
         self.set_defaults(**values)
@@ -198,9 +198,21 @@ class CommandParser(argparse.ArgumentParser):
     def _names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest not in ("help", "help_all", "config")]
 
-    def _suggest(self, name: str, prefix: str = "") -> str:
-        close = difflib.get_close_matches(name, self._names(), n=1)
-        return f" (did you mean {prefix}{close[0]}?)" if close else f": '{self.prog} --help' lists them"
+
+def no_such_flag(flag: str, names: Sequence[str], prog: str) -> UsageError:
+    """Return the error of a flag that a command does not have.
+
+    Args:
+        flag: As it was typed.
+        names: The flags that it has.
+        prog: The command.
+    """
+    return UsageError(f"There is no flag {flag!r}{_suggest(flag.lstrip('-'), names, prog, prefix='--')}.")
+
+
+def _suggest(name: str, names: Sequence[str], prog: str, *, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else f": '{prog} --help' lists them"
 
 
 def _is_switch(action: argparse.Action | None) -> bool:
