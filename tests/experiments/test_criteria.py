@@ -290,7 +290,7 @@ def again(name, n):
     elif name == "entk/model_sizes":
         found = [model_sizes.judge(n["exponent"], len(n["sizes"]), n["gradients"])]
     elif name == "entk/trajectories":
-        found = [trajectories.judge(n["slopes"], n["seeds"])]
+        found = [trajectories.judge(n["agreement"])]
     elif name == "entk/heatmaps":
         found = [heatmaps.judge_denoising(n["error_at_125_over_1"], 10)]
     elif name == "kerzoo/constant":

@@ -23,7 +23,7 @@ CHECKS = {
     "entk/horizon": lambda n: all(-0.9 < power[0] < -0.1 for power in n["exponents"].values()),
     "entk/drift": lambda n: all(rows[0]["drift"] == 0 < rows[-1]["drift"] for rows in n["curves"].values()),
     "entk/model_sizes": lambda n: len(n["rows"]) == 6 and all(min(row["v_by_batch"]) > 1 for row in n["sizes"]),
-    "entk/trajectories": lambda n: len(n["rows"]) == 6 and len(n["slopes"]) == 2,
+    "entk/trajectories": lambda n: len(n["rows"]) == 6 and len(n["agreement"]) == 2,
     "entk/language_model": lambda n: n["pooled_slope"][0] < 0 and len(n["rows"][0]["relative_by_stream"]) == 2,
 }
 

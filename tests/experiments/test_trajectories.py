@@ -104,37 +104,42 @@ def test_the_square_of_the_shift_has_no_bias():
     assert abs(np.mean(found) - c @ c) < 4 * np.std(found) / math.sqrt(2000)
 
 
-def test_the_slope_is_that_of_the_rms_over_seeds():
-    gaps = np.array([3.0, 4.0, 5.0])
-    rows = [{"P": count, "l2": {"gap_by_seed": list(gaps / math.sqrt(count))}} for count in (1, 5, 20)]
-    slope, low, high = trajectories.slope_in_count(rows, "l2")
-    assert (slope, low, high) == pytest.approx((-0.5, -0.5, -0.5))
-    rows[0]["l2"]["gap_by_seed"][0] = 9.0
-    slope, low, high = trajectories.slope_in_count(rows, "l2")
-    assert low < slope < -0.5
-    assert high > slope
+def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
+    rows = [{"l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}}, {"l2": {"gap_by_seed": [1.0], "law": [1.0]}}]
+    middle, low, high = trajectories.over_law(rows, "l2")  # ratios 3, 1 and 1
+    assert middle == pytest.approx(math.sqrt(11 / 3))
+    half = 4.303 * np.std([9, 1, 1], ddof=1) / math.sqrt(3)
+    assert (low, high) == pytest.approx((0.0, math.sqrt(11 / 3 + half)))
 
 
 def test_the_verdict_is_of_all_models_and_rates():
-    def verdict(*slopes, small=False):
-        rows = [{"model": "a", "decrease": 0.1, "hellinger": slope} for slope in slopes]
-        return trajectories.judge(rows, 3, small=small).verdict
+    def verdict(*found, small=False):
+        rows = [{"model": "a", "decrease": 0.1, "hellinger": one} for one in found]
+        return trajectories.judge(rows, small=small).verdict
 
-    inside, outside, wide = (-0.5, -0.6, -0.4), (-0.1, -0.2, 0.0), (-0.5, -0.9, -0.1)
+    inside, outside, wide = (1.1, 0.8, 1.4), (2.5, 2.0, 3.0), (1.0, 0.2, 4.0)
     assert verdict(inside, inside) == HOLDS
     assert verdict(inside, outside) == verdict(inside, wide) == PARTLY
     assert verdict(outside, wide) == FAILS
     assert verdict(wide) == OPEN
-    assert verdict() == verdict(inside, small=True) == NOT_RUN
+    assert verdict(inside, small=True) == NOT_RUN
 
 
 def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
-    options = {"models": ["16"], "counts": [[1, 4]], "steps": 2, "directions": 3, "cache": str(tmp_path)}
+    options = {
+        "models": ["16"],
+        "counts": [[1, 4]],
+        "seeds": [[2, 1]],
+        "steps": 2,
+        "directions": 3,
+        "cache": str(tmp_path),
+    }
     first = trajectories.run(Config("smoke", options=options))
     monkeypatch.setattr(trajectories, "MeZO", None)
     again = trajectories.run(Config("smoke", options=options))
     assert again.numbers == first.numbers
     assert [row["P"] for row in again.numbers["rows"]] == [1, 4, 1, 4]
+    assert [len(row["l2"]["gap_by_seed"]) for row in again.numbers["rows"]] == [2, 1, 2, 1]
     assert again.verdicts[0].verdict == NOT_RUN
     # A longer run needs what the cache lacks.
     with pytest.raises(TypeError, match="not callable"):
@@ -143,5 +148,5 @@ def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
 
 def test_settings_are_one_for_all_models_or_one_for_each():
     assert trajectories.of_each((1, 5), ["a", "b"]) == [[1, 5], [1, 5]]
-    with pytest.raises(UsageError, match="3 settings for 2 models"):
+    with pytest.raises(UsageError, match="3 settings for 2 of"):
         trajectories.of_each([1, 2, 3], ["a", "b"])
