@@ -96,10 +96,9 @@ def random_examples(count: int, length: int) -> list[dict[str, Any]]:
 def make_batch(
     count: int, length: int = 38, *, items: list[dict[str, Any]] | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    from zokernel.finetune.data.collate import Collator
+    from zokernel.finetune.data.collate import Collator, to_device
 
-    batch = Collator(pad_token_id=2)(examples(count, length) if items is None else items)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return to_device(Collator(pad_token_id=2)(examples(count, length) if items is None else items), device)
 
 
 def autocast(*, bf16: bool = True, device: str = "cpu") -> torch.autocast:

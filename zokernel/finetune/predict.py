@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_text import text_encoder
-from zokernel.finetune.data.collate import EncodedDataset
+from zokernel.finetune.data.collate import EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, loading_flags
 from zokernel.finetune.scoring.choose_collator import choose_collator
@@ -182,10 +181,7 @@ class Predictor:
         found: list[dict[str, Any]] = []
         for begin in range(0, len(prepared), batch_size):
             part = prepared[begin : begin + batch_size]
-            items = collator([dataset[n] for n in range(begin, begin + len(part))])
-            batch = {
-                name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in items.items()
-            }
+            batch = to_device(collator([dataset[n] for n in range(begin, begin + len(part))]), self._device)
             if task.kind == "generation":
                 found += [{"prediction": text} for text in objective.generate(self.model, batch)]
             else:

@@ -5,7 +5,7 @@ Shapes: B examples, C options of the example that has most, R rows of the batch,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,11 @@ class EncodedDataset(torch.utils.data.Dataset):
         if example.references:
             item["references"] = example.references
         return item
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Return a batch with its tensors on a device; what is no tensor stays as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from zokernel.errors import UsageError, first_line
-from zokernel.finetune.data.collate import Collator, EncodedDataset
+from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.vocabulary import embedding_rows
 from zokernel.finetune.scoring.options import option_logprobs, option_scores
 
@@ -36,7 +36,7 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
     Raises:
         UsageError: If the decoder of a sequence-to-sequence model cannot be scored.
     """
-    rows = embedding_rows(model)
+    rows, device = embedding_rows(model), next(model.parameters()).device
     if pad_token_id is None or pad_token_id < 0 or (rows is not None and pad_token_id >= rows):
         pad_token_id = 0  # padding is masked, but looked up all the same
     plain, packed = Collator(pad_token_id), Collator(pad_token_id, shared_prompt=True)
@@ -53,9 +53,9 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
     if config and any(c.is_prompt_learning for c in config.values()):
         reason = "virtual tokens in front allow no packed attention mask"
     else:
-        expected = option_scores(model, _moved(plain(trial), model))
+        expected = option_scores(model, to_device(plain(trial), device))
         try:
-            found = option_scores(model, _moved(packed(trial), model))
+            found = option_scores(model, to_device(packed(trial), device))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
@@ -71,11 +71,6 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
         reason,
     )
     return plain
-
-
-def _moved(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -109,7 +104,7 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
                 ).logits[0, len(start) - 1 :]
                 losses = F.cross_entropy(logits.float(), torch.tensor(option, device=device), reduction="none")
                 expected.append(-losses.mean())
-            sums, counts = option_logprobs(model, _moved(collator([item]), model))
+            sums, counts = option_logprobs(model, to_device(collator([item]), device))
             found = sums / counts
     except UsageError:
         raise

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
+from zokernel.finetune.data.collate import to_device
 from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import classification_loss, mean_scores, option_logprobs, option_scores
 from zokernel.finetune.scoring.shared_encoder import refuse_trained_embeddings
@@ -93,11 +94,7 @@ class Objective:
             wrong = 1 - _right(uncalibrated, batch).float()
             terms_B2 = _as_terms(uncalibrated.float() if self.objective == "f1" else wrong)
         if self.calibration is not None:
-            moved = {
-                key: value.to(scores_BC.device) if isinstance(value, Tensor) else value
-                for key, value in self.calibration.items()
-            }
-            scores_BC = scores_BC - option_scores(model, moved)
+            scores_BC = scores_BC - option_scores(model, to_device(self.calibration, scores_BC.device))
         predicted = scores_BC.argmax(-1)
         values = _right(predicted, batch)[:, None].float()
         return loss, {"logits": scores_BC, "predicted": predicted, "values": values, "terms": terms_B2}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zokernel.data.tables import count_rows
 from zokernel.errors import UsageError
+from zokernel.finetune.data.collate import to_device
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.scoring.continuations import Sample, shown_prompt
@@ -97,7 +98,7 @@ def language_objective(model: nn.Module, collator: TextCollator, dataset: TextDa
     """
     device = next(model.parameters()).device
     documents = _beginnings(dataset)
-    batch = _moved(collator([vars(e) for e in documents]), device)
+    batch = to_device(collator([vars(e) for e in documents]), device)
     objective = LanguageObjective(whole=not blocks_agree(model, batch))
     if objective.whole:
         logger.warning(
@@ -106,7 +107,7 @@ def language_objective(model: nn.Module, collator: TextCollator, dataset: TextDa
         )
     if any(len(e.lengths) > 1 for e in dataset.examples):
         whole = pack(documents, sum(len(e.input_ids) for e in documents))
-        _check_packing(model, batch, _moved(collator([vars(e) for e in whole]), device), objective)
+        _check_packing(model, batch, to_device(collator([vars(e) for e in whole]), device), objective)
     return objective
 
 
@@ -144,7 +145,3 @@ def _beginnings(dataset: TextDataset) -> list[EncodedText]:
         example, end = dataset.examples[0], dataset.examples[0].scored[0] + 1
         found.append(EncodedText(example.input_ids[:end], [end - 1], [end], example.source_ids[:TRIED]))
     return found
-
-
-def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
