@@ -64,6 +64,9 @@ def test_the_gap_follows_the_law_of_a_kernel_that_stays():
         assert found["gap_by_step"][-1] == pytest.approx(np.sqrt(np.square(found["gap_by_seed"]).mean()))
         assert found["with_curvature"][-1] == pytest.approx(found["law"][-1], rel=0.01)
         assert found["parting_step"] > 100 * 3
+    mean, low, high = row["share_of_sgds_decrease"]
+    assert abs(row["share_predicted"] - mean) < 4 * (high - low) / 2 / 2.02
+    assert row["share_predicted"] == pytest.approx(1 - row["least_count"] / 2)
     # To first order SGD lowers the losses of its batches by the rate times the inner products of their gradients.
     assert 0 < row["sgd_lowers_loss"] < 2 * 3 * 1e-3
 

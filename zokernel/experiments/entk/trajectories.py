@@ -20,9 +20,12 @@ Its sum grows as t and the second term as :math:`t^2`; they are equal, and the g
 
 .. math:: t^* = \frac{P \|J\|_F^2}{\eta^2 \|g\|^2 \|c\|^2} .
 
+Beliefs are bounded, so the gap is, too; the loss is not.  Of the decrease A of the mean loss by SGD the walk leaves
+:math:`1 - B / (P A)` with :math:`B = \tfrac12 \mathrm{tr} H\, \eta^2 \sum_s \|g_s\|^2`: below P = B / A the loss rises.
+
 There are two rates.  At the first, a step of SGD lowers the loss of its own batch by 0.1 to first order
 (:math:`\eta = 0.1 / \|g\|^2`, mean over batches), and t* lies far beyond the run.  At the second it is 1, and t* lies
-within eight steps for small P.
+within eight steps for P = 1.
 """
 
 from __future__ import annotations
@@ -278,6 +281,7 @@ def compared(start: Found, reference: Found, paths: list[Found], *, lr: float, c
         "sgd_lowers_loss": drop,
         "share_of_sgds_decrease": interval(falls, logs=False),
         "share_predicted": 1 - walked * float(start["rise"].mean()) / drop,
+        "least_count": count * walked * float(start["rise"].mean()) / drop,
     } | {measure: gaps(measure, start, reference, paths, lr=lr, count=count) for measure in MEASURES}
 
 
