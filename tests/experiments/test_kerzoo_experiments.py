@@ -103,3 +103,41 @@ def test_accuracy_rows_cover_the_tables_and_their_settings():
     assert settings["learning_rate"] == 1e-4
     assert settings["eps"] == 1e-2
     assert "total_steps=4000" in settings["method_args"]
+
+
+def test_a_sweep_takes_the_rate_with_the_lowest_validation_loss_at_equal_effective_rates():
+    from zokernel.experiments.kerzoo.language_model import METHODS, SWEEP, best
+
+    tried = []
+
+    def train(line, seed):
+        tried.append((line["learning_rate"], seed))
+        loss = {0: 0.7, 1: 0.4, 2: float("nan")}[len(tried) - 1]
+        return {"evaluations": [{"loss": loss}]}
+
+    chosen = best("KerZOO as printed", 3e-4, 40, train, seed=5)
+    assert [rate * 4 for rate, _ in tried] == pytest.approx([3e-4 * factor for factor in SWEEP])
+    assert {seed for _, seed in tried} == {5}
+    assert chosen["learning_rate"] == tried[1][0]
+    assert chosen["method_args"] == [*METHODS["KerZOO as printed"]["method_args"], "total_steps=40"]
+    assert "total_steps=40" not in METHODS["KerZOO as printed"]["method_args"]
+
+
+def test_a_stopped_comparison_goes_on_from_its_file(tmp_path, monkeypatch):
+    from zokernel.experiments.base import Config
+    from zokernel.experiments.kerzoo import language_model
+
+    options = {"sweep": True, "runs": str(tmp_path / "runs.jsonl"), "lora": False, "steps": 2}
+    first = language_model.run(Config("smoke", options=dict(options))).numbers
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    # Four methods at one nominal rate; four methods at three effective ones.  MeZO-3 at KerZOO's is one of these, and
+    # so is KerZOO at the nominal one.
+    assert len(lines) == 4 + 4 * 3 - 2
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    trained = []
+    job = language_model.finetune_job
+    monkeypatch.setattr(language_model, "finetune_job", lambda **told: trained.append(told) or job(**told))
+    again = language_model.run(Config("smoke", options=dict(options))).numbers
+    assert len(trained) == 1
+    assert [row["test_loss"] for row in again["rows"]] == [row["test_loss"] for row in first["rows"]]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(lines)

