@@ -337,13 +337,15 @@ def draw(rows: list[dict[str, Any]]):
         for (model, rate), axis in zip(itertools.product(models, rates), axes.flat, strict=True):
             chosen = [row for row in rows if (row["model"], row["decrease"]) == (model, rate)]
             for row, color in zip(chosen, itertools.cycle(PALETTE)):
-                steps = np.arange(1, len(row["hellinger"]["law"]) + 1)
                 of = row["hellinger"]
-                axis.plot(steps, of["gap_by_step"], "o", color=color, markersize=4, label=f"P = {row['P']}")
-                axis.plot(steps, of["law"], "--", color=color, linewidth=1)
-                axis.plot(steps, of["with_curvature"], "-", color=color, linewidth=1)
-            axis.set(xscale="log", yscale="log", title=f"{model}, {rate:g} nats per step")
+                steps = np.arange(1, len(of["law"]) + 1)
+                axis.loglog(steps, of["gap_by_step"], "o", base=2, color=color, markersize=4, label=f"P = {row['P']}")
+                axis.loglog(steps, of["law"], "--", base=2, color=color, linewidth=1)
+                axis.loglog(steps, of["with_curvature"], base=2, color=color, linewidth=1)
+            axis.set_title(f"{model}, {rate:g} nats per step")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.legend(fontsize=7)
         figure.supxlabel("step")
-        figure.supylabel("Hellinger gap to SGD over what SGD changed")
+        figure.supylabel("Hellinger gap / change by SGD")
     return figure
