@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.settings.arguments import recipe_names
+from zokernel.finetune.settings.flag_files import recipe_names
 
 HEADER = (
     "| recipe | model | seed | steps | before | after | metric | hours | peak memory | version |\n"

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.settings.arguments import DataArguments, read_yaml
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.check import check_values
+from zokernel.finetune.settings.flag_files import read_yaml
 from zokernel.finetune.settings.record import RunSettings, keep_recorded
 from zokernel.finetune.settings.resolve import resolve
 

@@ -15,8 +15,8 @@ from models import save_model
 from zokernel.cli import load, main
 from zokernel.commands.parser import read_dataclasses
 from zokernel.errors import UsageError
-from zokernel.finetune import finetune, get_task, job
-from zokernel.finetune.settings.arguments import read_yaml, recipe_names
+from zokernel.finetune import finetune, get_task
+from zokernel.finetune.settings.flag_files import read_yaml, recipe_names
 from zokernel.finetune.tasks.toy import toy_files
 
 
@@ -45,7 +45,7 @@ def parse(words):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_runs(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(job, "draw_loss", lambda *args, **kwargs: None)  # the slowest part, tested elsewhere
+    monkeypatch.setattr("zokernel.finetune.run.draw_loss", lambda *args, **kwargs: None)  # tested elsewhere
     folders, data_flags = tiny
     wanted_model, wanted_data, wanted = parse(["--config", f"recipes/{name}.yaml"])
     by_class = wanted_data.protocol == "mezo-roberta"
@@ -112,7 +112,7 @@ def test_files_extend_each_other_but_not_in_circles(tmp_path):
 
 
 def test_recipes_are_run_in_full_by_one_command(tiny, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(job, "draw_loss", lambda *args, **kwargs: None)
+    monkeypatch.setattr("zokernel.finetune.run.draw_loss", lambda *args, **kwargs: None)
     folders, data_flags = tiny
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "recipes.py"))["main"]
     flags = [

@@ -13,7 +13,7 @@ from trainers import make_trainer
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
-from zokernel.finetune.settings import arguments
+from zokernel.finetune.settings import flag_files
 from zokernel.finetune.settings.record import SOURCES, Setting, first_difference, read_settings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.storage.run_folder import refuse_old_run
@@ -57,16 +57,16 @@ def test_a_file_of_flags_is_read_once(tmp_path, monkeypatch):
     """Who gave a setting is said by the file as it was when its values were taken."""
     recipe, reads = tmp_path / "mine.yaml", []
     recipe.write_text("eps: 0.01\n")
-    real = arguments.read_mapping
-    monkeypatch.setattr(arguments, "read_mapping", lambda path, **how: reads.append(path) or real(path, **how))
-    assert arguments.read_yaml(recipe) == {"eps": 0.01}
+    real = flag_files.read_mapping
+    monkeypatch.setattr(flag_files, "read_mapping", lambda path, **how: reads.append(path) or real(path, **how))
+    assert flag_files.read_yaml(recipe) == {"eps": 0.01}
     recipe.write_text("seed: 3\n")
     count = len(reads)
     settings = settle(tmp_path, command=["finetune", "--config", str(recipe)], eps=1e-2, seed=3)
     assert source(settings, "eps") == (1e-2, "recipe")
     assert source(settings, "seed") == (3, "default")
     assert len(reads) == count
-    arguments.read_yaml(recipe)
+    flag_files.read_yaml(recipe)
     assert source(settle(tmp_path, command=["finetune", f"--config={recipe}"], seed=3), "seed") == (3, "recipe")
 
 

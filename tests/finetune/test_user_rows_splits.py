@@ -11,7 +11,8 @@ import pytest
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune.data.datasets import load_splits, load_task, task_name
-from zokernel.finetune.settings.arguments import DataArguments, read_yaml
+from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.settings.flag_files import read_yaml
 
 WORDS = ["bad", "good"]
 

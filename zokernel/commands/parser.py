@@ -182,7 +182,7 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
     def _read(self, config: Path) -> None:
-        from zokernel.finetune.settings.arguments import none_means_something, read_yaml  # takes seconds to load
+        from zokernel.finetune.settings.flag_files import none_means_something, read_yaml  # takes seconds to load
 
         values = read_yaml(config)
         for key in values:

@@ -15,9 +15,9 @@ from typing import Any
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
-from zokernel.finetune.settings.arguments import keys_of
 from zokernel.finetune.settings.check import try_method
 from zokernel.finetune.settings.config import bf16_units, default_eval_steps
+from zokernel.finetune.settings.flag_files import keys_of
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import method_options
