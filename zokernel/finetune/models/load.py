@@ -23,7 +23,7 @@ from zokernel.finetune.models.trained import accept_quantized_
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.unsupported import is_first_order
+from zokernel.finetune.settings.zo_arguments import is_first_order
 
 logger = logging.getLogger(__name__)
 

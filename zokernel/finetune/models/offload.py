@@ -18,7 +18,7 @@ from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import losses_per_step
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
-from zokernel.finetune.settings.unsupported import is_first_order
+from zokernel.finetune.settings.zo_arguments import is_first_order
 from zokernel.offload.blocks import Blocks, streamed_blocks
 from zokernel.offload.replayed import Replayed
 from zokernel.offload.staged import Staged

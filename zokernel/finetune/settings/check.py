@@ -9,7 +9,7 @@ import math
 import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,7 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.settings.zo_arguments import AUTO
+from zokernel.finetune.settings.zo_arguments import AUTO, default_of
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
 
@@ -159,11 +159,12 @@ def check_values(settings: Any) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: max_length must be at least 1, not 0.
     """
-    values = {f.name: getattr(settings, f.name, None) for f in fields(settings)}
+    declared = {f.name: f for f in fields(settings)}
+    values = {name: getattr(settings, name, None) for name in declared}
     rules = dict(RULES)
     rules |= {name: INTERVAL for name, strategy in INTERVALS.items() if values.get(strategy) == "steps"}
     for name, value in values.items():
-        if value in ("", []) and value != _default(settings, name) and name != "output_dir":
+        if value in ("", []) and value != default_of(declared[name]) and name != "output_dir":
             raise UsageError(f"{name} is empty: give it a value, or leave it out.")
         check_rule(name, value, rules)
         if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
@@ -178,11 +179,6 @@ def check_values(settings: Any) -> None:
     check_login(values.get("report_to"))
     if values.get("method", AUTO) != AUTO:
         try_method(settings)
-
-
-def _default(settings: Any, name: str) -> Any:
-    f = next(f for f in fields(settings) if f.name == name)
-    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def try_method(arguments: Any) -> None:

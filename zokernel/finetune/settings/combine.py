@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.check import check_output, check_rule
-from zokernel.finetune.settings.unsupported import is_first_order, keep_no_activations, refuse_unsupported
-from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
+from zokernel.finetune.settings.unsupported import keep_no_activations, refuse_unsupported
+from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments, default_of, is_first_order
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
         raise UsageError(f"learning_rate must be a finite number >= 0, not {rate!r}.")
     check_rule("save_strategy", combined.save_strategy)
-    names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != _default(f)]
+    names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != default_of(f)]
     changed = {name for name in names if name not in FILLED_IN}
     combined.given = frozenset(changed | given.keys())
     _rate(combined, type(args).__name__)
@@ -101,7 +101,3 @@ def _rate(combined: Any, name: str) -> None:
 def _combined(kind: type) -> type:
     """Return a dataclass with the fields of ``ZOArguments`` and of ``kind``."""
     return dataclass(type(f"ZO{kind.__name__}", (ZOArguments, kind), {"__doc__": kind.__doc__, "given": frozenset()}))
-
-
-def _default(f: Any) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()

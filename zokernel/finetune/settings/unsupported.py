@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from zokernel.errors import UsageError
-from zokernel.finetune.settings.zo_arguments import AUTO
-from zokernel.optim import get_method
+from zokernel.finetune.settings.zo_arguments import default_of, is_first_order
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +55,6 @@ SCORED = {
 """Why each setting is refused where zokernel scores the examples itself: in the job, and in ``ZOTrainer``."""
 
 
-def is_first_order(method: str) -> bool:
-    """Return whether a method takes gradients.
-
-    Example:
-        >>> is_first_order("adamw"), is_first_order("auto")
-        (True, False)
-    """
-    return method != AUTO and getattr(get_method(method), "first_order", False)
-
-
 def keep_no_activations(args: Any) -> None:
     """Turn off in somebody's arguments for gradients what saves memory of a backward pass, and say so."""
     for name in (*_CHECKPOINTING, "activation_offloading"):
@@ -95,8 +84,7 @@ def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str
     for f in fields(args):
         if f.name not in refused:
             continue
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        value = getattr(args, f.name)
+        default, value = default_of(f), getattr(args, f.name)
         off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
         changed = value != default and (value or off)
         if not changed and value and f.name in given and f.name in ZEROTH_ORDER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
 from zokernel.errors import UsageError
@@ -92,7 +92,7 @@ class ZOArguments:
             raise UsageError(f"There is no method {self.method!r}: choose one of {', '.join([AUTO, *names])}.")
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
-        if self.method != AUTO and getattr(get_method(self.method), "first_order", False):
+        if is_first_order(self.method):
             # Gradients of several processes are averaged over their batches, as zo_parallel data has it.
             for name, kept in (("perturb", (AUTO,)), ("zo_parallel", (None, "data")), ("zo_point_ranks", (None,))):
                 if getattr(self, name) not in kept:
@@ -136,6 +136,21 @@ class ZOArguments:
         if scheduled and "total_steps" in defaults and rest.max_steps > 0:
             given.setdefault("total_steps", rest.max_steps)
         return given
+
+
+def is_first_order(method: str) -> bool:
+    """Return whether a method takes gradients.
+
+    Example:
+        >>> is_first_order("adamw"), is_first_order("auto")
+        (True, False)
+    """
+    return method != AUTO and getattr(get_method(method), "first_order", False)
+
+
+def default_of(setting: Field[Any]) -> Any:
+    """Return the default of a field of a dataclass."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.resolve import resolve
-from zokernel.finetune.settings.unsupported import is_first_order
+from zokernel.finetune.settings.zo_arguments import is_first_order
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
 from zokernel.finetune.trainer.loop_optimizer import LoopOptimizer
@@ -83,14 +83,12 @@ class SetUpTrainer(ResumableTrainer):
                 _as_transformers(args)
         requested: Any = args.requested if isinstance(args, RunSettings) else args
         self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
-        self._first_order = is_first_order(requested.method)
+        self.zeroth_order = not is_first_order(requested.method)
         if model is not None:
             self._prepare_model(model)
         if not isinstance(args, RunSettings):
             args = _resolve(args, model, kwargs.get("train_dataset"), by_example=self.can_stack)
-        settings = args
-        self.zeroth_order = not is_first_order(settings["method"])
-        super().__init__(settings, model=model, optimizers=(None, schedule), **kwargs)
+        super().__init__(args, model=model, optimizers=(None, schedule), **kwargs)
         self.model: Any
         if model is None and what_is_trained(self.model) != "full parameters":
             self.settings = _resolve(requested, self.model, self.train_dataset, by_example=self.can_stack)
@@ -113,7 +111,7 @@ class SetUpTrainer(ResumableTrainer):
     def _prepare_model(self, model: nn.Module) -> None:
         freeze_(model, **self._freezing)
         check_trainable(model)
-        accept_quantized_(model, first_order=self._first_order)
+        accept_quantized_(model, first_order=not self.zeroth_order)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by ``model_init``."""
