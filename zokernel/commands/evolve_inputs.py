@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zokernel.errors import MissingDependencyError, RunError, UsageError
+from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
 from zokernel.kernels.features import MEMORY_BUDGET, jacobian_features
 from zokernel.readable import readable_bytes
 
@@ -250,8 +250,8 @@ def from_language_model(
             tokenizer = AutoTokenizer.from_pretrained(location)
             model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or ["unknown reason"])[0]
-        raise hub.explained(error, name, RunError(f"The model {name!r} could not be loaded: {first_line}")) from error
+        told = RunError(f"The model {name!r} could not be loaded: {first_line(error)}")
+        raise hub.explained(error, name, told) from error
     ids = [tokenizer.encode(word, add_special_tokens=False) for word in task.words]
     for word, tokens in zip(task.words, ids):
         if not tokens:

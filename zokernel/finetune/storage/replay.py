@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.data import resolve_model_path
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.quantization import DEQUANTIZED, keep_as_stored_, stored_as
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_
 from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
@@ -95,8 +95,7 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
             path, options = source_of(name_or_path, described.get("quantization"))
             model = model_class.from_pretrained(path, dtype=getattr(torch, described["dtype"]), **options).eval()
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        told = UsageError(f"The base {name_or_path!r} could not be loaded ({reason}).")
+        told = UsageError(f"The base {name_or_path!r} could not be loaded ({first_line(error)}).")
         raise hub.explained(error, name_or_path, told) from error
     keep_as_stored_(model)
     if described.get("trained") == "scales":
