@@ -108,24 +108,48 @@ def test_the_square_of_the_shift_has_no_bias():
 
 
 def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
-    rows = [{"l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}}, {"l2": {"gap_by_seed": [1.0], "law": [1.0]}}]
-    middle, low, high = trajectories.over_law(rows, "l2")  # ratios 3, 1 and 1
+    rows = [
+        {"P": 1, "l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}},
+        {"P": 5, "l2": {"gap_by_seed": [1.0], "law": [1.0]}},
+    ]
+    found = trajectories.agreed(rows, "l2")
+    middle, low, high = found["over_law"]  # ratios 3, 1 and 1
+    assert found["slope"][1:] == (-math.inf, math.inf)  # a single run has no error
     assert middle == pytest.approx(math.sqrt(11 / 3))
     half = 4.303 * np.std([9, 1, 1], ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((0.0, math.sqrt(11 / 3 + half)))
 
 
-def test_the_verdict_is_of_all_models_and_rates():
-    def verdict(*found, small=False):
-        rows = [{"model": "a", "decrease": 0.1, "hellinger": one} for one in found]
-        return trajectories.judge(rows, small=small).verdict
+def test_the_slope_and_its_error_are_those_of_simulated_runs():
+    """Of 2,000 sets of runs the mean slope is the true one, and 95% of the intervals include it, within four errors."""
+    rng, slopes, inside = np.random.default_rng(3), [], []
+    for _ in range(2000):
+        rows = [
+            {"P": count, "l2": {"law": [1.0], "gap_by_seed": np.sqrt(rng.gamma(10, 0.1 / count, size=8)).tolist()}}
+            for count in (1, 5, 20)
+        ]
+        slope, low, high = trajectories.agreed(rows, "l2")["slope"]
+        slopes.append(slope)
+        inside.append(low < -0.5 < high)
+    assert abs(np.mean(slopes) + 0.5) < 4 * np.std(slopes) / math.sqrt(2000)
+    assert abs(np.mean(inside) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
-    inside, outside, wide = (1.1, 0.8, 1.4), (2.5, 2.0, 3.0), (1.0, 0.2, 4.0)
-    assert verdict(inside, inside) == HOLDS
-    assert verdict(inside, outside) == verdict(inside, wide) == PARTLY
-    assert verdict(outside, wide) == FAILS
-    assert verdict(wide) == OPEN
-    assert verdict(inside, small=True) == NOT_RUN
+
+def test_the_verdict_is_of_slopes_and_sizes_of_all_models_and_rates():
+    def verdict(slopes, sizes, small=False):
+        found = [
+            {"model": "a", "decrease": 0.1, "hellinger": {"slope": slope, "over_law": size}}
+            for slope, size in zip(slopes, sizes, strict=True)
+        ]
+        return trajectories.judge(found, small=small).verdict
+
+    half, flat, unsure = (-0.5, -0.6, -0.4), (-0.1, -0.2, 0.0), (-0.5, -0.9, -0.1)
+    right, large = (1.1, 0.8, 1.4), (2.5, 2.0, 3.0)
+    assert verdict([half, half], [right, right]) == HOLDS
+    assert verdict([half, unsure], [right, right]) == verdict([flat], [right]) == verdict([half], [large]) == PARTLY
+    assert verdict([flat], [large]) == verdict([unsure], [large]) == FAILS
+    assert verdict([unsure], [(1.0, 0.2, 4.0)]) == OPEN
+    assert verdict([half], [right], small=True) == NOT_RUN
 
 
 def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
