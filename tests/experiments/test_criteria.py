@@ -318,7 +318,8 @@ def again(name, n):
 @pytest.mark.parametrize(
     "name",
     [
-        *("entk/horizon", "entk/laws", "entk/dimension", "entk/heatmaps", "entk/model_sizes"),
+        *("entk/horizon", "entk/laws", "entk/dimension", "entk/heatmaps"),
+        *("entk/model_sizes", "entk/trajectories"),
         *("kerzoo/constant", "kerzoo/order", "kerzoo/eps", "kerzoo/memory_and_time"),
         *("kerzoo/three_perturbations", "kerzoo/language_model", "multi_query/budget"),
     ],
