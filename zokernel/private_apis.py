@@ -143,6 +143,15 @@ def repeated_blocks(model: nn.Module) -> set[str]:
     return {kind for module in model.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
 
 
+def kept_in_full(model: Any) -> set[str]:
+    """Return the ends of the names of the modules that bitsandbytes leaves in full precision, as T5 does ``wo``.
+
+    Private: ``PreTrainedModel._keep_in_fp32_modules``, which transformers passes on to bitsandbytes.  Nothing public
+    says what will not be quantized.
+    """
+    return set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
 def converts_weights(model: Any) -> bool:
     """Return whether transformers saves a model's weights under other names, or in other shapes, than its modules have.
 

@@ -98,6 +98,12 @@ def test_other_models_name_no_attention():
     assert private_apis.attention_implementation(nn.Linear(2, 2)) is None
 
 
+def test_what_bitsandbytes_leaves_is_named():
+    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
+    assert private_apis.kept_in_full(transformers.T5ForConditionalGeneration(config)) == {"wo"}
+    assert private_apis.kept_in_full(tiny_llama()) == private_apis.kept_in_full(nn.Linear(2, 2)) == set()
+
+
 def test_repeated_blocks_are_named():
     peft = pytest.importorskip("peft")
     assert private_apis.repeated_blocks(tiny_llama()) == {"LlamaDecoderLayer"}

@@ -65,7 +65,7 @@ def finetune(
         given = given_sources(config, command) if command else {}
         refuse_unsupported(config, scored=True, given=given)
         check_push(config)
-        model = check_model(model_arguments)  # before the data are read, which may take minutes
+        model = check_model(model_arguments, trains=config.do_train)  # before the data are read, which may take minutes
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")

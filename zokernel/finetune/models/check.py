@@ -16,7 +16,7 @@ from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
 from zokernel.finetune.models.pickles import refuse_pickles
-from zokernel.finetune.models.quantization import check_flags, check_stored, stays_quantized
+from zokernel.finetune.models.quantization import check_flags, check_layers, check_stored, stays_quantized
 from zokernel.finetune.models.saved_adapter import (
     MERGED_FILE,
     RUN_FILE,
@@ -69,11 +69,12 @@ class CheckedModel:
 
 
 @bounded_requests()
-def check_model(arguments: ModelArguments) -> CheckedModel:
+def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedModel:
     """Find a model and check what can be checked without its weights.
 
     Args:
         arguments: Which model and adapter.
+        trains: Whether it will be trained, not only scored.
 
     Returns:
         What was found.
@@ -106,10 +107,10 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     except Exception as error:  # a configuration may be wrong in any way
         both = with_base_on_hub(arguments, error)
         if both is not None:
-            return check_model(both)
+            return check_model(both, trains=trains)
         raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
     check_stored(arguments, architecture)
-    if stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
+    if trains and stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
         raise UsageError(
             f"{name} is quantized, so its weights cannot be perturbed: train an adapter with --lora true, or, of a "
             "model quantized by torchao, the scales with --train scales."
@@ -117,6 +118,7 @@ def check_model(arguments: ModelArguments) -> CheckedModel:
     if arguments.merge_adapter:
         check_mergeable(trained_by(arguments), architecture)
     kind = language_model_kind(architecture, arguments.lm_type)
+    check_layers(arguments, architecture, kind)
     own = saved_tokenizer(arguments)
     if own is not None:
         name, file, options = own, None, {"trust_remote_code": arguments.trust_remote_code}

@@ -13,11 +13,9 @@ from zokernel.finetune.models.kind import Kind, auto_class
 from zokernel.finetune.models.quantization import (
     DEQUANTIZED,
     asked_for,
-    bytes_once_quantized,
-    linear_shapes,
-    number_of_scales,
     stored_as,
 )
+from zokernel.finetune.models.quantized_layers import bytes_once_quantized, number_of_scales, quantized_layers
 from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
@@ -162,9 +160,7 @@ def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: t
     asked = asked_for(arguments)
     if not asked:
         return quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
-    shapes = linear_shapes(architecture, kind)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in auto_class(kind).from_config(architecture).parameters())
-    others = count - sum(outputs * inputs for outputs, inputs in shapes.values())
-    factors = 4 * number_of_scales(asked, shapes) if arguments.train == "scales" else 0
-    return others * dtype.itemsize + bytes_once_quantized(asked, shapes, dtype.itemsize) + factors
+    layers = quantized_layers(architecture, kind, asked)
+    factors = 4 * number_of_scales(asked, layers.shapes) if arguments.train == "scales" else 0
+    quantized = bytes_once_quantized(asked, layers.shapes, dtype.itemsize)
+    return (layers.count - layers.quantized) * dtype.itemsize + quantized + factors

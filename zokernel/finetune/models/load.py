@@ -16,7 +16,13 @@ from zokernel.finetune.models.gguf import gguf_options
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
 from zokernel.finetune.models.offload import load_offloaded
-from zokernel.finetune.models.quantization import count_parameters, keep_as_stored_, loading_options
+from zokernel.finetune.models.quantization import (
+    asked_for,
+    count_parameters,
+    keep_as_stored_,
+    leave_files_,
+    loading_options,
+)
 from zokernel.finetune.models.same_base import other_base
 from zokernel.finetune.models.scales import train_scales_
 from zokernel.finetune.models.trained import accept_quantized_
@@ -78,9 +84,8 @@ def load_model(
     warn_of_zeros(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = count_parameters(model)
-    logger.info(
-        "Model %s: %s parameters, %s trained.", name, f"{total:,}", "all" if trained == total else f"{trained:,}"
-    )
+    share = f", {'all' if trained == total else f'{trained:,}'} trained" if config.do_train else ""
+    logger.info("Model %s: %s parameters%s.", name, f"{total:,}", share)
     return model, tokenizer
 
 
@@ -124,6 +129,8 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
         library.set_verbosity(verbosity)
     check_complete(model, found, name)
     keep_as_stored_(model)
+    if asked_for(arguments):
+        leave_files_(model)
     if Path(checked.path).is_dir() and arguments.gguf_file is None:
         read_again_(model, Path(checked.path))
     stop_rescaling_(model)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from zokernel.errors import UsageError
+from zokernel.finetune.models.quantization import count_parameters
+from zokernel.finetune.models.stacked import ADAPTABLE, short_names, stacked_parameters
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
-# The kinds of modules that peft adapts.
-_ADAPTABLE = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding")
 # peft refuses to adapt the last projection of these mixers, whose weight their fused kernels read directly.
 _FUSED = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -57,7 +56,7 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
         task_type=task_type,
     )
     stacked = {name: parameter.numel() for name, parameter in stacked_parameters(model).items()}
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model)
     adapted = peft.get_peft_model(model, configuration)
     found = adapted_modules(adapted)
     logger.info(
@@ -65,12 +64,12 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
         "DoRA" if arguments.use_dora else "LoRA",
         rank,
         len(found),
-        ", ".join(_short(found)),
+        ", ".join(short_names(found)),
         " (not out_proj, whose weight the fused kernels read)" if fused else "",
     )
     left = {name: count for name, count in stacked.items() if name not in found}
     if left and not arguments.target_parameters and (not arguments.lora_target_modules or targets == ALL_LINEAR):
-        names = _short(left, parts=3)
+        names = short_names(left, parts=3)
         logger.info(
             "%s: no modules but stacked parameters, %.0f %% of the model, so LoRA leaves them out; "
             "--target_parameters %s adapts them.",
@@ -114,7 +113,8 @@ def target_modules(model: nn.Module, asked: list[str] | None) -> str | list[str]
     if len(asked) == 1 and unknown and _matches(unknown[0], names):
         return unknown[0]
     if unknown:
-        own = _short(name for name, module in model.named_modules() if type(module).__name__.startswith(_ADAPTABLE))
+        adaptable = (name for name, module in model.named_modules() if type(module).__name__.startswith(ADAPTABLE))
+        own = short_names(adaptable)
         pattern = len(asked) == 1 and not unknown[0].isidentifier()
         raise UsageError(
             f"The model has no module {'that matches ' if pattern else ''}{unknown[0]!r} to adapt: its modules are "
@@ -154,7 +154,7 @@ def _check_saved(model: nn.Module, asked: list[str]) -> None:
     own = [(name, module) for name, module in model.named_modules() if name]
     for word in asked:
         if not any(_ends_with(name, word) for name, _ in own):
-            known = _short(name for name, module in own if any(True for _ in module.parameters(recurse=False)))
+            known = short_names(name for name, module in own if any(True for _ in module.parameters(recurse=False)))
             raise UsageError(
                 f"The model has no module {word!r} to train in full (modules_to_save): its modules are "
                 f"{', '.join(known)}."
@@ -165,28 +165,9 @@ def _check_parameters(model: nn.Module, asked: list[str]) -> None:
     own = dict(model.named_parameters())
     for word in asked:
         if not any(_ends_with(name, word) for name in own):
-            stacked = _short((name for name, p in own.items() if p.ndim == 3), parts=3)
+            stacked = short_names((name for name, p in own.items() if p.ndim == 3), parts=3)
             known = f"its stacked parameters are {', '.join(stacked)}" if stacked else "it has no stacked experts"
             raise UsageError(f"The model has no parameter {word!r} to adapt (target_parameters): {known}.")
-
-
-def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that hold one matrix for every expert or head, which are no modules, by name.
-
-    Example:
-        >>> import torch
-        >>> experts = nn.Module()
-        >>> experts.up, experts.bias = nn.Parameter(torch.ones(3, 4, 2)), nn.Parameter(torch.ones(1, 1, 2))
-        >>> list(stacked_parameters(nn.ModuleDict({"experts": experts, "mix": nn.Conv1d(2, 2, 2)})))
-        ['experts.up']
-    """
-    return {
-        f"{name}.{own}" if name else own: parameter
-        for name, module in model.named_modules()
-        if not type(module).__name__.startswith(_ADAPTABLE)
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    }
 
 
 def _ends_with(name: str, word: str) -> bool:
@@ -198,9 +179,3 @@ def _matches(pattern: str, names: list[str]) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         raise UsageError(f"{pattern!r} is no valid pattern ({error}): name modules, or give all-linear.") from error
-
-
-def _short(names: Iterable[str], *, parts: int = 1) -> list[str]:
-    """Return the last parts of names, each once, without the numbers of layers."""
-    ends = (".".join([part for part in name.split(".") if not part.isdigit()][-parts:]) for name in names)
-    return list(dict.fromkeys(end for end in ends if end))

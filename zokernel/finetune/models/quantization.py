@@ -8,10 +8,11 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zokernel.errors import MissingDependencyError, RunError, UsageError
-from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.kind import Kind
+from zokernel.finetune.models.quantized_layers import group_size, quantized_layers
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.without_adapter import without_adapter
 
@@ -35,7 +36,6 @@ NO_DORA = (
     "--load_in_4bit true or --quantization torchao:int8."
 )
 LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "quantization", "train")  # flags that say how a model is held
-GROUP = 32  # numbers of a row that share a scale of torchao:int4, where all rows can be divided so
 
 
 def asked_for(arguments: ModelArguments) -> str:
@@ -116,6 +116,27 @@ def check_stored(arguments: ModelArguments, architecture: Any) -> None:
         )
 
 
+def check_layers(arguments: ModelArguments, architecture: Any, kind: Kind) -> None:
+    """Refuse a quantization that would leave all of a model in full precision.
+
+    Args:
+        arguments: Which model, and how it is quantized.
+        architecture: Its configuration.
+        kind: Which kind of language model it is.
+
+    Raises:
+        UsageError: If no layer of the model would be quantized.
+    """
+    asked = asked_for(arguments)
+    if not asked or quantized_layers(architecture, kind, asked).shapes:
+        return
+    others = "" if asked.endswith("bit") else ", or try --load_in_8bit true, which knows more kinds of layers"
+    raise UsageError(
+        f"{_flag(asked)} would quantize nothing: {arguments.model_name_or_path} has no linear layers besides its head. "
+        f"Leave it out{others}."
+    )
+
+
 def stored_as(architecture: Any) -> str:
     """Return how the files of a model are quantized, by transformers' name; empty if they are not.
 
@@ -181,6 +202,9 @@ def loading_options(
     from transformers import BitsAndBytesConfig, CompressedTensorsConfig, TorchAoConfig
 
     asked, method = asked_for(arguments), stored_as(architecture)
+    left = quantized_layers(architecture, kind, asked).left() if asked else ""
+    if left:
+        logger.info("%s, are no linear layers and stay in %s.", left, str(dtype).removeprefix("torch."))
     if asked == "4bit":
         logger.info("Quantization: bitsandbytes nf4, 4 bits, in blocks of 64 with one scale each.")
         return {
@@ -202,7 +226,7 @@ def loading_options(
         from torchao.quantization import IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerAxis, PerGroup
 
-        group = group_size(linear_shapes(architecture, kind))
+        group = group_size(quantized_layers(architecture, kind, asked).shapes)
         logger.info(
             "Quantization: torchao, 4 bits, one scale per %s; torchao holds each number in a byte, so the memory is "
             "that of 8 bits (--load_in_4bit true packs two into one).",
@@ -221,61 +245,6 @@ def loading_options(
     return {}
 
 
-def linear_shapes(architecture: Any, kind: Kind = "causal") -> dict[str, tuple[int, int]]:
-    """Return the shapes of the linear layers that are quantized while a model is loaded: all but the head."""
-    with torch.device("meta"):
-        model = auto_class(kind).from_config(architecture)
-    head: Any = model.get_output_embeddings()
-    last = [name for name, _ in model.named_parameters()][-1]
-    return {
-        name: (int(layer.weight.shape[0]), int(layer.weight.shape[1]))
-        for name, layer in model.named_modules()
-        if type(layer) is nn.Linear and layer is not head and last != f"{name}.weight"
-    }
-
-
-def group_size(shapes: dict[str, tuple[int, int]]) -> int | None:
-    """Return how many numbers of a row share a scale of ``torchao:int4``; None if a row has one.
-
-    Example:
-        >>> group_size({"up": (48, 32)}), group_size({"up": (48, 32), "down": (32, 48)})
-        (32, None)
-    """
-    return GROUP if all(inputs % GROUP == 0 for _, inputs in shapes.values()) else None
-
-
-def bytes_once_quantized(asked: str, shapes: dict[str, tuple[int, int]], itemsize: int) -> int:
-    """Return how many bytes linear layers take when they are quantized while they are loaded.
-
-    Args:
-        asked: See :func:`asked_for`.
-        shapes: Outputs and inputs of each, by name.
-        itemsize: Bytes of a number of the model's type, in which torchao keeps the scales of 4 bits; others are fp32.
-
-    Example:
-        >>> bytes_once_quantized("4bit", {"up": (64, 64)}, 4), bytes_once_quantized("torchao:int8", {"up": (64, 64)}, 4)
-        (2304, 4416)
-    """
-    count, scales = sum(outputs * inputs for outputs, inputs in shapes.values()), number_of_scales(asked, shapes)
-    if asked == "4bit":
-        return -(-count // 2) + 4 * scales
-    # torchao has zero points of one byte, too.
-    return count + scales * {"8bit": 4, "torchao:int8": 4 + 1}.get(asked, itemsize + 1)
-
-
-def number_of_scales(asked: str, shapes: dict[str, tuple[int, int]]) -> int:
-    """Return how many scales linear layers have when they are quantized while they are loaded.
-
-    Example:
-        >>> number_of_scales("torchao:int4", {"up": (64, 64)}), number_of_scales("torchao:int8", {"up": (64, 64)})
-        (128, 64)
-    """
-    if asked == "4bit":
-        return sum(-(-outputs * inputs // 64) for outputs, inputs in shapes.values())
-    group = group_size(shapes) if asked == "torchao:int4" else None
-    return sum(outputs * (inputs // group if group else 1) for outputs, inputs in shapes.values())
-
-
 def keep_as_stored_(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew for AVX-512 in the first forward.
 
@@ -285,6 +254,19 @@ def keep_as_stored_(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of nn.Module)
+
+
+@torch.no_grad()
+def leave_files_(model: nn.Module) -> None:
+    """Copy what was not quantized out of the files of a model that was quantized while it was loaded.
+
+    Embeddings and norms would be views of the mapped files, so all pages of the full-precision weights would stay, and
+    count as memory of the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = type(tensor) in (nn.Parameter, Tensor) and not hasattr(tensor, "__tensor_flatten__")
+        if plain and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def count_parameters(model: nn.Module) -> int:

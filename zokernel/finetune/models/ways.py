@@ -16,11 +16,12 @@ from torch import nn
 
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.quantized_layers import quantized_layers
 from zokernel.offload.units import find_units
 from zokernel.perturb.in_forward import STRETCH
 from zokernel.readable import readable_bytes
 
-# Bytes per parameter of a block's matrices: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
+# Bytes per parameter that is quantized: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
 BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
 BLOCK = 512  # scored positions whose logits are in memory at a time
 KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
@@ -34,7 +35,7 @@ class Sizes:
         blocks: Bytes of all blocks.
         block: Bytes of the largest one.
         outside: Bytes of the weights outside of blocks.
-        matrices: Parameters of the blocks' matrices.
+        matrices: Parameters that bitsandbytes quantizes.
         itemsize: Bytes of a weight.
         hidden: Numbers between two blocks, per token.
         widest: Numbers that a block's widest layer holds, per token.
@@ -149,7 +150,7 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         ) from error
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: list[int] = []
-    outside = matrices = widest = 0
+    outside = widest = 0
     for unit in find_units(model):
         own = [parameters[name] for name in unit.names]
         count = sum(parameter.numel() for parameter in own)
@@ -157,7 +158,6 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
             outside += count
             continue
         blocks.append(count)
-        matrices += sum(parameter.numel() for parameter in own if parameter.ndim > 1)
         # A gated layer holds two products and their own product.
         widest = max([widest, *(3 * max(parameter.shape[-2:]) for parameter in own if parameter.ndim > 1)])
     text = architecture.get_text_config()
@@ -167,7 +167,7 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         blocks=sum(blocks) * dtype.itemsize,
         block=max(blocks, default=0) * dtype.itemsize,
         outside=outside * dtype.itemsize,
-        matrices=matrices,
+        matrices=quantized_layers(architecture, kind, "4bit").quantized,
         itemsize=dtype.itemsize,
         hidden=text.hidden_size,
         widest=widest,

@@ -84,6 +84,7 @@ class SetUpTrainer(ResumableTrainer):
         requested: Any = args.requested if isinstance(args, RunSettings) else args
         self._freezing = {"layers": requested.freeze_layers, "vectors": requested.freeze_vectors}
         self.zeroth_order = not is_first_order(requested.method)
+        self._scores_only = isinstance(args, RunSettings) and not requested.do_train
         if model is not None:
             self._prepare_model(model)
         if not isinstance(args, RunSettings):
@@ -110,7 +111,8 @@ class SetUpTrainer(ResumableTrainer):
 
     def _prepare_model(self, model: nn.Module) -> None:
         freeze_(model, **self._freezing)
-        check_trainable(model)
+        if not self._scores_only:
+            check_trainable(model)
         accept_quantized_(model, first_order=not self.zeroth_order)
 
     def call_model_init(self, trial: Any = None) -> Any:
