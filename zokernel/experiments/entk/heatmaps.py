@@ -11,7 +11,7 @@ from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
 from zokernel.experiments.entk.lenet import CHECKPOINTS, checkpoints, updated_image
 from zokernel.figures import figures
-from zokernel.kernels import entk, kernel_moments, zo_entk_factors
+from zokernel.kernels import ZOKernel, entk, kernel_moments, zo_entk_factors
 
 COUNTS = (1, 5, 25, 125)
 PAIRS = ((4, 9), (1, 0))  # the paper's pairs of high and of low similarity
@@ -96,17 +96,15 @@ def judge_similar(similar: dict[str, Interval], streams: int, *, small: bool = F
 def measure(net: nn.Module, x_o: Tensor, x_u: Tensor, seed: int) -> tuple[list[float], Tensor]:
     """Return the relative errors at ``COUNTS`` (one nested Gaussian stream) and the exact kernel."""
     exact = entk(net, x_o, x_u)
-    factors = zo_entk_factors(
-        net,
-        x_o,
-        x_u,
-        num_perturbations=max(COUNTS),
-        distribution="gaussian",
-        seed=seed,
-        method="jacobian",
-        check=False,
+    return _factors(net, x_o, x_u, seed).relative_errors(exact, COUNTS).tolist(), exact
+
+
+def _factors(net: nn.Module, x_o: Tensor, x_u: Tensor, seed: int) -> ZOKernel:
+    """Return the zeroth-order kernel of as many Gaussian directions as any of ``COUNTS`` takes."""
+    count = max(COUNTS)
+    return zo_entk_factors(
+        net, x_o, x_u, num_perturbations=count, distribution="gaussian", seed=seed, method="jacobian", check=False
     )
-    return factors.relative_errors(exact, COUNTS).tolist(), exact
 
 
 def grid(net: nn.Module, rows: list[tuple[str, Tensor, Tensor]], seed: int, title: str):
@@ -116,16 +114,7 @@ def grid(net: nn.Module, rows: list[tuple[str, Tensor, Tensor]], seed: int, titl
         axes = np.atleast_2d(figure.subplots(len(rows), 1 + len(COUNTS), squeeze=False))
         for line, (label, x_o, x_u) in zip(axes, rows, strict=True):
             exact = entk(net, x_o, x_u, check=False)
-            factors = zo_entk_factors(
-                net,
-                x_o,
-                x_u,
-                num_perturbations=max(COUNTS),
-                distribution="gaussian",
-                seed=seed,
-                method="jacobian",
-                check=False,
-            )
+            factors = _factors(net, x_o, x_u, seed)
             errors = factors.relative_errors(exact, COUNTS).tolist()
             panels = [("first-order", exact)] + [
                 (f"P={count}, error {error:.2f}", factors.dense(count))
