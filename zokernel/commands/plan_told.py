@@ -13,7 +13,7 @@ NOISE_SCALE, CURVATURE_RATIO = "batch where noise equals signal", "curvature rat
 
 def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
     """Return the plan in words and a small table."""
-    shown = {name: said(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
+    shown = {name: quantity_told(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
     lines = [
         f"Probed {plan.num_probes} directions of {plan.num_parameters:,} parameters: {plan.forwards} forward passes, "
         f"{plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
@@ -72,7 +72,7 @@ def _lacking(plan: Plan) -> str:
     return f"it needs {' and '.join(names)}" if names else f"the {CURVATURE_RATIO} is not above 0"
 
 
-def said(plan: Plan, name: str) -> str:
+def quantity_told(plan: Plan, name: str) -> str:
     """Return a quantity with its standard error, or how many probes would carry it."""
     value, used = getattr(plan, name), plan.probes_used(name)
     if name == "reach" and math.isinf(value.value):

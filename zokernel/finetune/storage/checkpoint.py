@@ -29,6 +29,11 @@ TRAINER_STATE = "trainer_state.json"
 _HIDDEN = (".partial-", ".stale-")
 
 
+def hidden(target: Path) -> Path:
+    """Return the name under which a folder is written before it is complete."""
+    return target.with_name(f".partial-{target.name}")
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder that takes the name ``target`` when the block ends well, and is removed when it does not.
@@ -39,7 +44,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Yields:
         The hidden folder.
     """
-    scratch = target.with_name(f".partial-{target.name}")
+    scratch = hidden(target)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)

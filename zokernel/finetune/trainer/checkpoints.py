@@ -80,7 +80,7 @@ class CheckpointTrainer(Trainer):
         stateful: Any = self.state.stateful_callbacks
         for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
             stateful[type(callback).__name__] = callback.state()
-        with files.whole_folder(target) if self.args.should_save else nullcontext(_hidden(target)) as scratch:
+        with files.whole_folder(target) if self.args.should_save else nullcontext(files.hidden(target)) as scratch:
             self.accelerator.wait_for_everyone()
             self.save_model(str(scratch), _internal_call=True)
             if not self.args.save_only_model:
@@ -175,7 +175,3 @@ def best_is_taken(settings: RunSettings) -> Iterator[None]:
 class _NoFalseWarning(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return "without load_best_model_at_end" not in record.getMessage()
-
-
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".partial-{target.name}")

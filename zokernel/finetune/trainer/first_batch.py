@@ -1,4 +1,4 @@
-"""The first batches of a run, on which is tried whether its loss can be compared at several weights."""
+"""The first batches of a run, and the test whether its losses at several weights can be compared."""
 
 from __future__ import annotations
 

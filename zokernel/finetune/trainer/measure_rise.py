@@ -44,14 +44,14 @@ def too_little(forwards: int, batches: int) -> str:
 
     Example:
         >>> too_little(16, 100)
-        'the run has 16 forwards, and the test needs a run of 48.'
+        'the run has 16 forwards, and the test needs a run of 48'
         >>> too_little(48, 3)
-        'the training data has 3 batches, and the test needs 4.'
+        'the training data has 3 batches, and the test needs 4'
     """
     least = 3 * SHARE * FEWEST_BATCHES
     if forwards < least:
-        return f"the run has {forwards} forwards, and the test needs a run of {least}."
-    return f"the training data has {batches} batch{'' if batches == 1 else 'es'}, and the test needs {FEWEST_BATCHES}."
+        return f"the run has {forwards} forwards, and the test needs a run of {least}"
+    return f"the training data has {batches} batch{'' if batches == 1 else 'es'}, and the test needs {FEWEST_BATCHES}"
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ class MeasuringTrainer(SetUpTrainer):
         forwards, batches = steps * optimizer.forwards_per_step, len(dataset) // small
         count = min(batches_to_try(forwards), batches)
         if count < FEWEST_BATCHES:
-            self._say(unmeasured + too_little(forwards, batches))
+            self._say(f"{unmeasured}{too_little(forwards, batches)}.")
             return
         # As many losses at a time as a step takes, or as take the memory of an evaluation.
         together = max(optimizer.forwards_per_step, max_copies(small, args.per_device_eval_batch_size))
