@@ -249,6 +249,11 @@ def test_gguf_files_are_unpacked(base, run, tmp_path, caplog):
     rebuilt = load_file(tmp_path / "rebuilt" / "model.safetensors")
     assert all(torch.equal(p, rebuilt[name]) for name, p in saved.named_parameters())
     assert any(not torch.equal(own[name], rebuilt[name]) for name in own)
+    for given, message in [({"load_in_8bit": True}, "is quantized already"), ({"offload": "cpu"}, "not streamed")]:
+        with pytest.raises(UsageError, match=message):  # before its weights are read
+            check_model(ModelArguments(model_name_or_path=str(file), lora=True, **given))
+    (place / "optimizer.pt").write_bytes(b"no weights of this model")
+    assert check_model(ModelArguments(model_name_or_path=str(file))).arguments.gguf_file == "tiny.gguf"
     continued = ["--model_name_or_path", str(tmp_path / "lora"), "--max_steps", "1"]
     assert run("more", *continued) == 0  # the adapter's folder knows the file
 
@@ -262,6 +267,7 @@ REFUSED = [
     ("load_in_4bit lora offload=disk", "Quantized weights are not streamed: leave out --offload or --load_in_4bit."),
     ("load_in_4bit gguf_file=x.gguf", "A GGUF file is quantized already: leave out --load_in_4bit or --gguf_file."),
     ("gguf_file=x.gguf", "There is no GGUF file"),
+    ("gguf_file=x.gguf offload=disk", "The weights of a GGUF file are unpacked as it is read, and not streamed"),
     ("train=all", "--train must be scales, or left out, not 'all'."),
     ("train=scales", "has no scales to train (it is not quantized)"),
     ("train=scales load_in_4bit", "--train scales trains the scales of torchao, and --load_in_4bit is bitsandbytes"),
@@ -309,6 +315,11 @@ def test_a_quantized_checkpoint_is_not_quantized_again(base, tmp_path):
     declare(folder, quant_method="gptq", bits=4, group_size=32)
     with pytest.raises(UsageError, match=r"is quantized already \(gptq\): leave out --load_in_8bit"):
         check_model(ModelArguments(model_name_or_path=str(folder), load_in_8bit=True, lora=True))
+    with pytest.raises(
+        UsageError, match=r"is quantized \(compressed-tensors\), and quantized weights are not streamed"
+    ):
+        declare(folder, quant_method="compressed-tensors")
+        check_model(ModelArguments(model_name_or_path=str(folder), offload="disk", lora=True))
     declare(folder, quant_method="bitsandbytes", load_in_8bit=True)
     with pytest.raises(UsageError, match=r"has no scales to train \(those of bitsandbytes are not trained\)"):
         check_model(ModelArguments(model_name_or_path=str(folder), train="scales"))

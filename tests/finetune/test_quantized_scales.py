@@ -178,6 +178,14 @@ def test_rows_with_scales_of_their_own_are_refused(perturb, run, capsys):
     assert f"--perturb {perturb} gives rows of one batch weights of their own" in told
 
 
+@pytest.mark.parametrize("method", [["grzo"], ["forward_difference", "--method_args", "per_example=true"]])
+def test_examples_with_directions_of_their_own_are_refused(method, run, tmp_path, capsys):
+    assert run("run", "--quantization", "torchao:int8", "--method", *method) == 2
+    told = f"{method[0]} gives every example directions of its own, which a quantized layer with trained scales has no"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_gradients_of_scales_are_refused(base):
     arguments = ModelArguments(model_name_or_path=str(base), train="scales", quantization="torchao:int8")
     config = ZOConfig(output_dir="unused", method="adamw", report_to="none", use_cpu=True, precision="fp32")

@@ -122,6 +122,12 @@ def test_a_killed_run_goes_on_with_its_files(flags, tmp_path, updates):
         ({"offload": "disk"}, {"save_strategy": "best"}, "use journal"),
         ({"offload": "disk"}, {"load_best_model_at_end": True}, "not kept"),
         ({"offload": "disk", "lora": True, "merge_adapter": True}, {}, "zokernel merge"),
+        ({"offload": "disk"}, {"method": "grzo"}, "grzo gives every example directions of its own"),
+        (
+            {"offload": "cpu", "lora": True},
+            {"method": "forward_difference", "method_args": ["per_example=true"]},
+            "forward_difference gives every example directions of its own",
+        ),
     ],
 )
 def test_runs_that_cannot_stream_are_refused(arguments, settings, told, tmp_path):
@@ -130,6 +136,22 @@ def test_runs_that_cannot_stream_are_refused(arguments, settings, told, tmp_path
     config = ZOConfig(output_dir=str(tmp_path), **({"method": "mezo"} | settings))
     with pytest.raises(UsageError, match=told):
         offloaded(ModelArguments(**arguments), config)
+
+
+@pytest.mark.parametrize("updates", ["disk", "journal"])
+def test_a_folder_for_weights_that_cannot_be_written_is_named_before_training(flags, tmp_path, updates, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    own = flags[flags.index("--model_name_or_path") + 1]
+    for folder, code, told in [
+        (f"{file}/within", 1, f"{file} is a file, so choose another."),
+        ("/proc/none", 1, "/proc/none cannot be written (No such file or directory): choose another --offload_dir."),
+        (own, 2, f"--offload_dir {own} is the model's own folder"),
+    ]:
+        words = ["--offload", "disk", "--offload_updates", updates, "--offload_dir", folder]
+        assert main(["finetune", *flags, "--output_dir", str(tmp_path / "run"), *words]) == code
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "journal.zkj").exists()
 
 
 @pytest.mark.parametrize("method", ["zo_adam", "hizoo"])

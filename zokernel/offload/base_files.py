@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.offload.mapping import PAGE, MappedFile, no_room
+from zokernel.offload.mapping import PAGE, MappedFile, make_folder, no_room
 from zokernel.offload.store import Span
 from zokernel.offload.units import Unit
 from zokernel.offload.updates import Updates
@@ -45,7 +45,7 @@ def base_file(
     Raises:
         RunError: If the file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     header, offsets, size = layout(shapes, dtype, about(Updates(identity), 0))
     path = folder / f"{unit.name or 'model'}.base.safetensors"
     if not (path.exists() and path.stat().st_size == size and _read(path, len(header)) == header):

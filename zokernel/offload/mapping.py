@@ -141,10 +141,24 @@ class MappedFile:
 
 def no_room(path: Path, error: OSError) -> RunError:
     """Return the error for a file that could not be written."""
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-    return RunError(
-        f"{path} cannot be written ({reason}): free some space and repeat the command, or choose another --offload_dir."
-    )
+    if error.errno == errno.ENOSPC:
+        return RunError(
+            f"{path} cannot be written (the disk is full): free some space and repeat the command, or choose another "
+            "--offload_dir."
+        )
+    return RunError(f"{path} cannot be written ({error.strerror}): choose another --offload_dir.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for weights, unless it is there.
+
+    Raises:
+        RunError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise no_room(folder, error) from error
 
 
 @cache

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from zokernel.offload.mapping import MappedFile
+from zokernel.offload.mapping import MappedFile, make_folder
 from zokernel.offload.store import Files, Span, stretches
 from zokernel.offload.units import Unit
 
@@ -73,7 +73,7 @@ class Replayed(Files):
         """Bring a unit up to date for good, in a file without a name that goes when the process ends."""
         self.settle(unit)
         if unit.is_block and self.versions[unit.name] > self._kept[unit.name]:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             for file, _, _ in unit.parts:
                 file.keep(self.folder)
                 self.bytes_written += file.length

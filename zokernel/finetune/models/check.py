@@ -87,14 +87,15 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     check_values(arguments)
     check_flags(arguments)
     arguments = with_gguf(with_base(arguments))
+    check_flags(arguments)  # of a GGUF file, too, that was named as the model
     check_adapter(arguments)
     name, file = arguments.model_name_or_path, arguments.gguf_file
     if arguments.dtype not in (*DTYPES, "auto"):
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
     path = resolve_model_path(name)
     if Path(path).exists():
-        refuse_pickles(path, what="model")
-        if file is None:
+        if file is None:  # a GGUF file may lie among others
+            refuse_pickles(path, what="model")
             check_folder(Path(path))
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path:
         raise UsageError(f"There is no model folder {path}.")

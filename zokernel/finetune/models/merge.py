@@ -63,7 +63,7 @@ def merge(adapted: Any) -> Any:
     _untie(model)
     dtype = next(model.parameters()).dtype
     if dtype in (torch.bfloat16, torch.float16):
-        logger.info("The merged weights are rounded to %s, as the base is stored.", str(dtype).removeprefix("torch."))
+        logger.info("The merged weights are rounded to %s.", str(dtype).removeprefix("torch."))
     return model
 
 

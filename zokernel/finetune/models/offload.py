@@ -15,11 +15,12 @@ from zokernel.finetune.models.check import CheckedModel
 from zokernel.finetune.models.needed import needed
 from zokernel.finetune.models.streamed import load_streamed
 from zokernel.finetune.settings.arguments import ModelArguments
-from zokernel.finetune.settings.check import losses_per_step
+from zokernel.finetune.settings.check import check_output, draws_by_example, losses_per_step
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
-from zokernel.finetune.settings.zo_arguments import is_first_order
+from zokernel.finetune.settings.zo_arguments import AUTO, is_first_order
 from zokernel.offload.blocks import Blocks, streamed_blocks
+from zokernel.offload.mapping import make_folder
 from zokernel.offload.replayed import Replayed
 from zokernel.offload.staged import Staged
 from zokernel.offload.store import Memory
@@ -85,6 +86,13 @@ def offloaded(arguments: ModelArguments, config: ZOConfig, command: Sequence[str
             f"--perturb {config.perturb} would read all weights once for every loss, or hold copies of them: leave it "
             "out, and all losses of a step share one pass."
         )
+    if config.method != AUTO and draws_by_example(config):
+        raise UsageError(
+            f"{config.method} gives every example directions of its own, for which weights are not streamed: choose "
+            "another method, or leave out --offload."
+        )
+    if arguments.offload_dir is not None:
+        check_output(arguments.offload_dir, "--offload_dir")
     if arguments.merge_adapter:
         raise UsageError(
             "--merge_adapter changes the base, which stays in its files: merge afterwards, by 'zokernel merge'."
@@ -134,6 +142,12 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
         )
     full = trained_by(arguments) == "full parameters"
     target = Path(arguments.offload_dir or Path(str(config.output_dir)) / "offload")
+    if target.resolve() == folder.resolve():
+        raise UsageError(
+            f"--offload_dir {target} is the model's own folder, whose files stay as they are: name another."
+        )
+    if full and arguments.offload == "disk":
+        make_folder(target)  # what cannot be written is said before training
     model = load_streamed(
         checked.architecture,
         folder,
@@ -150,7 +164,7 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     )
     blocks = streamed_blocks(model)
     assert blocks is not None
-    logger.info("%s", _told(blocks, target if target.exists() else folder, trained=full))
+    logger.info("%s", _told(blocks, target if any(target.glob("*.safetensors")) else folder, trained=full))
     return model
 
 

@@ -79,6 +79,11 @@ def check_flags(arguments: ModelArguments) -> None:
         raise UsageError(f"Quantized weights are not streamed: leave out --offload or {_flag(name)}.")
     if name and arguments.gguf_file is not None:
         raise UsageError(f"A GGUF file is quantized already: leave out {_flag(name)} or --gguf_file.")
+    if arguments.offload is not None and arguments.gguf_file is not None:
+        raise UsageError(
+            "The weights of a GGUF file are unpacked as it is read, and not streamed: leave out --offload, or save the "
+            "unpacked model once with transformers, and name its folder."
+        )
     if name and arguments.merge_adapter:
         raise UsageError(
             f"--merge_adapter would round the adapter away in a base that {_flag(name)} quantizes: leave it out, and "
@@ -106,6 +111,10 @@ def check_stored(arguments: ModelArguments, architecture: Any) -> None:
     method, name, asked = stored_as(architecture), arguments.model_name_or_path, asked_for(arguments)
     if method and asked:
         raise UsageError(f"{name} is quantized already ({method}): leave out {_flag(asked)}.")
+    if method and arguments.offload is not None:
+        raise UsageError(
+            f"{name} is quantized ({method}), and quantized weights are not streamed: leave out --offload."
+        )
     if method:
         check_library(method, f"{name}, which is quantized ({method}),")
     if arguments.train == "scales" and method != "torchao" and not asked:

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.check import draws_by_example
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
+from zokernel.finetune.settings.zo_arguments import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ def with_scales(arguments: ModelArguments, config: ZOConfig, command: Sequence[s
             "trained scales has no form for: use in_place or in_forward."
         )
     if "method" in given_sources(config, command):
+        if config.method != AUTO and draws_by_example(config):
+            raise UsageError(
+                f"{config.method} gives every example directions of its own, which a quantized layer with trained "
+                "scales has no form for: choose another method, such as qzo."
+            )
         return config
     config = copy.copy(config)
     config.method = METHOD

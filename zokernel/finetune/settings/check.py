@@ -133,15 +133,19 @@ def check_rule(name: str, value: Any, rules: Mapping[str, Rule] = RULES) -> None
         raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
 
 
-def check_output(folder: str | None) -> None:
-    """Refuse an output folder that is a file, or would be in one.
+def check_output(folder: str | None, what: str = "The output folder") -> None:
+    """Refuse a folder to write to that is a file, or would be in one.
+
+    Args:
+        folder: The folder; None if there is none.
+        what: What it is, for the message.
 
     Raises:
         RunError: If it is.
     """
     for path in (Path(folder), *Path(folder).parents) if folder else ():
         if path.is_file():
-            raise RunError(f"The output folder {folder} cannot be written: {path} is a file, so choose another.")
+            raise RunError(f"{what} {folder} cannot be written: {path} is a file, so choose another.")
 
 
 def check_values(settings: Any) -> None:
@@ -187,13 +191,16 @@ def try_method(arguments: Any) -> None:
     Raises:
         UsageError: If an option is unknown or out of range, or options do not go together.
     """
-    optimizer = _small_optimizer(arguments)
-    by_example = getattr(getattr(optimizer, "perturb", None), "name", None) == "per_example"
-    if by_example and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
+    if draws_by_example(arguments) and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
         raise UsageError(
             f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
             "is no mean over losses of examples: choose objective cross_entropy, or another method."
         )
+
+
+def draws_by_example(arguments: Any) -> bool:
+    """Return whether the method gives every example of a batch directions of its own."""
+    return getattr(getattr(_small_optimizer(arguments), "perturb", None), "name", None) == "per_example"
 
 
 def losses_per_step(arguments: Any) -> int:
