@@ -143,14 +143,17 @@ def run(config: Config) -> Result:
                 model_arguments |= tiny
 
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
-                job = {"model": model_arguments, "data": arguments, "settings": settings | line | {"seed": seed}}  # noqa: B023
-                key = {"task": task, "model": name, "lora": lora, "settings": job["settings"], **limits}  # noqa: B023
-                return runs.get(key, partial(finetune_job, **job))
+                chosen = settings | line | {"seed": seed}
+                key = {"task": task, "model": name, "lora": lora, "settings": chosen, **limits}  # noqa: B023
+                return runs.get(
+                    key,
+                    partial(finetune_job, model=model_arguments, data=arguments, settings=chosen),  # noqa: B023
+                )
 
-            chosen = lines(lr, steps)
+            compared = lines(lr, steps)
             if sweep:
-                chosen |= {f"{method}, best rate": best(method, lr, steps, train, config.seed) for method in METHODS}
-            for label, line in chosen.items():
+                compared |= {f"{method}, best rate": best(method, lr, steps, train, config.seed) for method in METHODS}
+            for label, line in compared.items():
                 found = [train(line, seed) for seed in range(config.seed, config.seed + seeds)]
                 rows.append({"task": task, "method": label} | summarise(found))
                 logger.info("%s, %s: test loss %s", task, label, rows[-1]["test_loss"])
