@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,13 @@ from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 
 logger = logging.getLogger(__name__)
+
+# The flags that plan --memory counts with, and those of every command.
+COUNTED_WITH = (
+    *("memory", "model_name_or_path", "model_revision", "dtype", "lm_type", "gguf_file", "trust_remote_code"),
+    *("lora", "prefix_tuning", "prompt_tuning", "adapter_name_or_path"),
+    *("update_examples", "num_perturbations", "tokens", "max_length", "new_tokens", "config", "debug"),
+)
 
 EPS = {"LoRA": 1e-2, "others": 1e-3}  # the defaults of training
 
@@ -98,13 +106,7 @@ def main(args: argparse.Namespace) -> int:
     if arguments.eps is not None and not arguments.eps > 0:
         raise UsageError(f"--eps must be above 0, not {arguments.eps:g}.")
     if arguments.memory:
-        from zokernel.finetune.models.adapters import wants_adapter
-        from zokernel.finetune.models.needed import needed, read_configuration
-
-        rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
-        losses = 2 * min(arguments.num_perturbations)
-        batch, adapter = (losses, rows, tokens, arguments.new_tokens), wants_adapter(model_arguments)
-        print(needed(*read_configuration(model_arguments), *batch, adapter=adapter))
+        print(_memory(model_arguments, data_arguments, arguments, args.command_line))
         return 0
     start = time.perf_counter()
     found = plan_for(model_arguments, data_arguments, arguments)
@@ -133,6 +135,36 @@ def main(args: argparse.Namespace) -> int:
         path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
         print(f"\nWritten to {path}.")
     return 0
+
+
+def _memory(
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments, command_line: str
+) -> str:
+    """Return what each way to hold the weights takes, as text.
+
+    Raises:
+        UsageError: If there is no such model, or a flag has no effect on the table.
+    """
+    from zokernel.finetune.models.adapters import wants_adapter
+    from zokernel.finetune.models.needed import needed, read_configuration
+    from zokernel.finetune.settings.resolve import given_sources
+
+    given = given_sources(None, shlex.split(command_line)[1:])
+    if idle := [f"--{name}" for name in given if name not in COUNTED_WITH]:
+        raise UsageError(
+            f"plan --memory shows every way to hold the weights, before any data are read, and {' and '.join(idle)} "
+            f"would change nothing: leave {'it' if len(idle) == 1 else 'them'} out."
+        )
+    rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
+    losses = 2 * min(arguments.num_perturbations)
+    batch = (losses, rows, tokens, arguments.new_tokens)
+    found = read_configuration(model_arguments)
+    return needed(
+        *(found.architecture, found.dtype, found.kind, *batch),
+        adapter=wants_adapter(found.arguments),
+        stored=found.stored,
+        unpacked=found.unpacked,
+    )
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def bytes_once_quantized(asked: str, shapes: dict[str, tuple[int, int]], itemsiz
     """Return how many bytes linear layers take when they are quantized while they are loaded.
 
     Args:
-        asked: See :func:`asked_for`.
+        asked: See :func:`~zokernel.finetune.models.quantization.asked_for`.
         shapes: Outputs and inputs of each, by name.
         itemsize: Bytes of a number of the model's type, in which torchao keeps the scales of 4 bits; others are fp32.
 
