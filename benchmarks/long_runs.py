@@ -1,0 +1,144 @@
+"""How far every method gets with one budget of example-forwards: accuracy against forwards, on sarcasm headlines.
+
+    python benchmarks/long_runs.py --headlines samples.jsonl --output_dir runs/long --contenders "auto, LoRA" "MeZO"
+    python benchmarks/long_runs.py --output_dir runs/long       # only prints the table of finished runs
+
+``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of the package evals 3.0.1.post1: 3,000 headlines train,
+500 choose the step that is kept, 3,000 others are the test.  A backward pass counts as two forwards.  Each run is one
+``zokernel finetune``.  A finished run is only read; one that was stopped goes on when the command is repeated.
+
+``--sweep`` runs every rate of a method; choose by the validation column, with a smaller ``--budget``.  ``auto`` chooses
+its own rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from directions import table
+
+SIZES = {"train": 3000, "validation": 500, "test": 3000}
+EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as it is run.
+
+    Args:
+        flags: Its flags.
+        batch: Examples per step.
+        cost: Forwards per step; a backward pass is two.
+        rates: The learning rates of its sweep, the middle one first; none if it chooses.
+    """
+
+    flags: tuple[str, ...]
+    batch: int
+    cost: int
+    rates: tuple[float, ...] = ()
+
+
+LORA = ("--lora", "true")
+CONTENDERS = {
+    "AdamW, LoRA": Contender(("--method", "adamw", *LORA), 8, 3, (1e-3, 3e-4, 3e-3)),
+    "MeZO": Contender(("--method", "mezo", "--lr_scheduler_type", "linear"), 16, 2, (3e-5, 1e-5, 1e-4)),
+    "MeZO, LoRA": Contender(
+        ("--method", "mezo", "--eps", "1e-2", "--lr_scheduler_type", "linear", *LORA), 16, 2, (3e-3, 1e-3, 1e-2)
+    ),
+    "auto": Contender(("--method", "auto", "--num_perturbations", "2"), 4, 3),
+    "auto, batch 16": Contender(("--method", "auto", "--num_perturbations", "7"), 16, 8),
+    "auto, LoRA": Contender(("--method", "auto", *LORA), 4, 2),
+    "auto, LoRA, batch 16": Contender(("--method", "auto", *LORA), 16, 2),
+    "GRZO": Contender(("--method", "grzo", "--lr_scheduler_type", "linear"), 16, 2, (3e-5, 1e-5, 1e-4)),
+    "FZOO": Contender(("--method", "fzoo", "--lr_scheduler_type", "linear"), 16, 9, (3e-3, 1e-3, 1e-2)),
+}
+
+
+def write_rows(headlines: Path, folder: Path) -> dict[str, str]:
+    """Write the three splits, and return the flags that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for line in headlines.read_text(encoding="utf-8").splitlines()[: sum(SIZES.values())]:
+        row = json.loads(line)
+        rows.append(json.dumps({"headline": row["input"][1]["content"], "kind": row["ideal"]}))
+    flags, first = {}, 0
+    for name, size in SIZES.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(rows[first : first + size]) + "\n", encoding="utf-8")
+        flags[f"--{name}_file"], first = str(path), first + size
+    return flags
+
+
+def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, rate: float | None, seed: int) -> None:
+    """Train one contender; a run that is there goes on, and a finished one stays."""
+    steps = budget // (contender.batch * contender.cost)
+    flags = {
+        "--template": "Headline: {headline}\nThis headline is",
+        "--label_column": "kind",
+        "--max_train_samples": "-1",
+        "--max_eval_samples": "-1",
+        "--max_test_samples": "-1",
+        "--per_device_train_batch_size": str(contender.batch),
+        "--per_device_eval_batch_size": "32",
+        "--precision": "bf16",
+        "--max_steps": str(steps),
+        "--eval_steps": str(max(1, steps // EVALUATIONS)),
+        "--seed": str(seed),
+        "--report_to": "none",
+        "--output_dir": str(folder),
+        **data,
+        **({} if rate is None else {"--learning_rate": str(rate)}),
+    }
+    words = [word for pair in flags.items() for word in pair]
+    words += ["--labels", "0", "1", "--label_words", "news", "satire"]
+    subprocess.run([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words], check=True)
+
+
+def described(folder: Path) -> list[str]:
+    """Return a line of the table."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    name, rate, seed = json.loads((folder / "contender.json").read_text())
+    contender = CONTENDERS[name]
+    after = metrics["after"]["accuracy"]
+    half = 1.96 * math.sqrt(after * (1 - after) / SIZES["test"])
+    per_step = contender.batch * contender.cost
+    steps = " ".join(f"{row['step'] * per_step}: {row['accuracy']:.3f}" for row in metrics["evaluations"])
+    cells = [name, "chosen" if rate is None else f"{rate:g}", str(seed), str(metrics["steps"] * per_step)]
+    cells += [f"{metrics['before']['accuracy']:.3f}", f"{after:.3f} ± {half:.3f}"]
+    return [*cells, f"{metrics['train_seconds']:.0f}", f"{metrics['peak_memory_training'] / 2**20:.0f}", steps]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--headlines", type=Path, help="without it nothing is trained")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/long"))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--budget", type=int, default=36_000, help="example-forwards of a run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--rate", type=float, help="one rate for the contenders named, not the middle of the sweep")
+    parser.add_argument("--sweep", action="store_true", help="run every rate of the contenders named")
+    args = parser.parse_args()
+    if args.headlines is not None:
+        data = write_rows(args.headlines, args.output_dir)
+        for name in args.contenders:
+            contender = CONTENDERS[name]
+            rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
+            for rate in rates or (None,):
+                for seed in args.seeds:
+                    label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")
+                    folder = args.output_dir / label
+                    folder.mkdir(exist_ok=True)
+                    run(folder, contender, data, args.budget, rate, seed)
+                    (folder / "contender.json").write_text(json.dumps([name, rate, seed]))
+    head = ["method", "rate", "seed", "example-forwards", "before", "after (test)", "s", "peak MiB", "validation"]
+    print(table(head, [described(path.parent) for path in sorted(args.output_dir.glob("*/contender.json"))]))
+
+
+if __name__ == "__main__":
+    main()
