@@ -267,6 +267,19 @@ def finetune(folder, model, data, *flags):
     return json.loads((folder / METRICS_FILE).read_text()), (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+@pytest.mark.parametrize("rate", ["0.1", "1"])
+def test_a_collapsed_run_did_not_learn_whatever_its_scores(tiny_lm_path, tiny_reviews_path, tmp_path, rate, seed):
+    """The last loss is that of guessing, far below those on the way, and one answer for all rows can raise a score."""
+    flags = ["--learning_rate", rate, "--load_best_model_at_end", "false", "--seed", seed]
+    metrics, report = finetune(tmp_path / "run", tiny_lm_path, tiny_reviews_path, *flags)
+    assert metrics["went_wrong"].startswith("Training diverged")
+    assert metrics["diagnosis"]["verdict"] == NOT_LEARNED
+    assert metrics["diagnosis"]["outcome"] == metrics["went_wrong"]
+    assert metrics["diagnosis"]["reasons"][0].startswith("The learning_rate is too large: training diverged")
+    assert "## Why the loss did not fall" in report
+
+
 def test_the_report_says_why_and_that_the_last_weights_are_worse(tiny_lm_path, tiny_reviews_path, tmp_path, caplog):
     flags = ["--learning_rate", "0.03", "--load_best_model_at_end", "false"]
     metrics, report = finetune(tmp_path / "run", tiny_lm_path, tiny_reviews_path, *flags)

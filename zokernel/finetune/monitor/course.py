@@ -62,6 +62,7 @@ class Change:
         last: Mean loss of the last third.
         error: Standard error of their difference.
         fell: Whether the loss fell, by more than two errors and half a percent.
+        highest: The highest loss of a step.
         promised: Sum of :math:`\eta s^2` between the middles of the thirds; None if the update is not plain descent.
         squared: Sum of :math:`\eta^2 s^2 / 2P` likewise: times :math:`z^T H z` it is what curvature takes back.
         total: Sum of :math:`\eta s^2` over all steps.
@@ -75,6 +76,7 @@ class Change:
     last: float
     error: float
     fell: bool
+    highest: float = -math.inf
     promised: float | None = None
     squared: float | None = None
     total: float | None = None
@@ -113,7 +115,7 @@ def change_of(course: Course) -> Change | None:
         statistics.fmean(a) - statistics.fmean(b) > max(2 * _error(a, b), FELL * abs(statistics.fmean(a)))
         for a, b in ((first, last), (early, rest))
     )
-    found = Change(steps, statistics.fmean(first), statistics.fmean(last), error, fell)
+    found = Change(steps, statistics.fmean(first), statistics.fmean(last), error, fell, max(losses))
     slopes = [slope for slope in course.slopes if math.isfinite(slope)]
     if not slopes:
         return found

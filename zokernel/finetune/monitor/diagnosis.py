@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zokernel.finetune.monitor.course import FELL, FEW_STEPS, NOTICED, Change, HeldOut
+from zokernel.finetune.monitor.divergence import RISE
 from zokernel.finetune.monitor.findings import Options, Surroundings
 
 logger = logging.getLogger(__name__)
@@ -50,17 +51,27 @@ class Diagnosis:
     forwards: int = 0
 
 
-def verdict(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]:
+def verdict(change: Change | None, evaluated: HeldOut | None, diverged: str | None = None) -> tuple[str, str]:
     """Return whether a run learned, and one sentence if it did not.
 
     Args:
         change: The losses of its batches; None if it had too few steps.
         evaluated: The evaluations; None if there were not two.
+        diverged: That the run diverged, in a sentence, if it ended with the weights after that or those of the start.
+            Its last losses and its scores do not count then: a model that gives every answer one score has the loss of
+            guessing, far below that on the way, and its one answer can be right more often than before.
 
     Example:
         >>> verdict(None, None)
         ('too short to tell', 'Fewer than 20 steps are too few to tell whether the loss falls.')
     """
+    said, told = _seen(change, evaluated)
+    dead = change is not None and change.still >= STILL and change.highest > RISE * abs(change.last)
+    return (NOT_LEARNED, diverged) if diverged and (said != NOT_LEARNED or dead) else (said, told)
+
+
+def _seen(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]:
+    """Return the verdict by the losses that were seen."""
     paired = evaluated is not None and evaluated.change is not None
     if evaluated is not None and (evaluated.improved or (paired and evaluated.fell)):
         return LEARNED, ""
@@ -117,6 +128,7 @@ def diagnose(
     directions: int = 1,
     options: Options | None = None,
     around: Surroundings | None = None,
+    diverged: str | None = None,
 ) -> Diagnosis:
     """Return whether a run learned and, if not, why.
 
@@ -126,12 +138,16 @@ def diagnose(
         directions: Directions per step.
         options: What is known of the label words and of the answers.
         around: Losses around the weights that the run ended with.
+        diverged: As for :func:`verdict`.
 
     Returns:
         The diagnosis; silent about a run that learned.
     """
-    said, outcome = verdict(change, evaluated)
+    said, outcome = verdict(change, evaluated, diverged)
     reasons = list(_of_examples(options)) if options is not None and said in FAILED else []
+    if diverged and outcome == diverged:
+        reasons.insert(0, "The learning_rate is too large: training diverged; lower learning_rate about 10 times.")
+        return Diagnosis(said, outcome, tuple(reasons[:MOST]), options.forwards if options else 0)
     if said != NOT_LEARNED or change is None:
         return Diagnosis(said, outcome, tuple(reasons))
     slopes = list(_of_eps(change, around))

@@ -270,7 +270,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
         examples = getattr(self.eval_dataset, "__len__", lambda: 0)()
         seen = held_out(evaluated(self.state.log_history), examples)
         around = options = None
-        said, _ = verdict(change, seen)
+        diverged = self.diverged if self.final_step in (0, self.state.global_step) else None
+        said, _ = verdict(change, seen, diverged)
         if said in FAILED and self.args.world_size == 1:
             model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
             assert collate is not None
@@ -286,7 +287,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
                     batch=batch if said == NOT_LEARNED else 0,
                 )
         directions = self._course.directions
-        found = diagnose(change, seen, directions=directions, options=options, around=around)
+        found = diagnose(change, seen, directions=directions, options=options, around=around, diverged=diverged)
         if found.reasons and self.args.should_save:
             told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
             cost = f"(Found with {found.forwards} more forward passes.)"
