@@ -9,6 +9,7 @@ from trainers import make_trainer
 
 # The closure's own work (a forward without dropout, the loss, its micro-batches) and the record written afterwards.
 SCORING = {"finetune/scoring/objective.py", "finetune/scoring/options.py", "finetune/scoring/wide_head.py"}
+SCORING |= {"without_adapter.py"}  # where the loss finds the head
 CLOSURE = {*SCORING, *(f"finetune/trainer/{name}.py" for name in ("zo_trainer", "micro_batches", "evaluation_mode"))}
 RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}
 
