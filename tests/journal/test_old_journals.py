@@ -1,4 +1,8 @@
-"""Journals that zokernel 0.1 (commit 117243c) wrote replay to the same bits, or are refused with the reason."""
+"""Journals that zokernel 0.1 (commit 117243c) wrote replay to the same bits, or are refused with the reason.
+
+They were written on an AMD EPYC.  Other processors may round roots and matrix products differently: an Intel Xeon does
+for some runs of ZO-Adam, ZO-AdaMM and LOZO-M.  For these the weights that the Xeon ended with are kept, too.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from zokernel.journal import Journal, replay_, weights_sha256
 FOLDER = Path(__file__).parent / "written_by_0_1"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.zkj"))
 AVERAGES = json.loads((FOLDER / "averages.json").read_text())
+ROUNDED = ("zo_adam", "zo_adamm", "lozo_m")  # methods with a root or a matrix product in the update
+ENDS = load_file(FOLDER / "ends.safetensors")
 REFUSED = {
     "kerzoo_clip_grad": "clip='grad'",
     "kerzoo_clip_grad.in_forward": "clip='grad'",
@@ -39,8 +45,13 @@ def test_replays_to_the_same_bits(name):
     journal = Journal.read(FOLDER / f"{name}.zkj")
     (end,) = [event for event in journal.events if event["event"] == "end"]
     weights = base(name)
-    optimizer = replay_(weights, journal)
-    assert weights_sha256(weights) == end["weights_sha256"]
+    optimizer = replay_(weights, journal, allow_other_backend=True)
+    if weights_sha256(weights) != end["weights_sha256"]:
+        assert name.split(".")[0] in ROUNDED
+        for key, value in weights.items():  # a step of 1e-3 times a last bit, and the rounding of a weight
+            torch.testing.assert_close(value, ENDS[f"{name}/{key}"], rtol=1e-6, atol=1e-7)
+        return
+    replay_(base(name), journal)
     assert optimizer.step_count == end["step"] == 6
     if name in AVERAGES:
         assert weights_sha256(optimizer.averaged_weights()) == AVERAGES[name]
@@ -50,3 +61,15 @@ def test_replays_to_the_same_bits(name):
 def test_what_rounds_differently_now_is_refused_by_version(name):
     with pytest.raises(RunError, match=f"zokernel 0.1.0 with {REFUSED[name]}"):
         replay_(base(name), Journal.read(FOLDER / f"{name}.zkj"))
+
+
+def test_another_end_is_refused_or_accepted_as_asked(caplog):
+    journal = Journal.read(FOLDER / "mezo.zkj")
+    (end,) = [event for event in journal.events if event["event"] == "end"]
+    right, end["weights_sha256"] = end["weights_sha256"], "0" * 64
+    with pytest.raises(RunError, match=r"another kind of processor.*or allow another backend"):
+        replay_(base("mezo"), journal)
+    weights = base("mezo")
+    replay_(weights, journal, allow_other_backend=True)
+    assert weights_sha256(weights) == right
+    assert "did not end with the weights that the run had at step 6" in caplog.text
