@@ -145,7 +145,7 @@ def diagnose(
     """
     said, outcome = verdict(change, evaluated, diverged)
     reasons = list(_of_examples(options)) if options is not None and said in FAILED else []
-    if diverged and outcome == diverged:
+    if outcome == diverged:
         reasons.insert(0, "The learning_rate is too large: training diverged; lower learning_rate about 10 times.")
         return Diagnosis(said, outcome, tuple(reasons[:MOST]), options.forwards if options else 0)
     if said != NOT_LEARNED or change is None:

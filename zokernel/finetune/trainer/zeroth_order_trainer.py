@@ -271,12 +271,13 @@ class ZerothOrderTrainer(MeasuringTrainer):
         seen = held_out(evaluated(self.state.log_history), examples)
         around = options = None
         diverged = self.diverged if self.final_step in (0, self.state.global_step) else None
-        said, _ = verdict(change, seen, diverged)
+        said, outcome = verdict(change, seen, diverged)
         if said in FAILED and self.args.world_size == 1:
             model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
             assert collate is not None
             with evaluating(model), self.uncounted():
-                if said == NOT_LEARNED and self.zeroth_order and not self.args.torch_compile:
+                measures = said == NOT_LEARNED and outcome != diverged  # around a collapsed model there is nothing
+                if measures and self.zeroth_order and not self.args.torch_compile:
                     dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
                     around = surroundings(self.bare_optimizer, self._trial_loss, dtype=dtype)
                 options = look_at_options(
