@@ -265,7 +265,7 @@ REFUSED = [
     ("load_in_4bit", "is quantized, so its weights cannot be perturbed: train an adapter with --lora true"),
     ("load_in_4bit lora merge_adapter", "'zokernel merge' adds the adapter to the base in full precision"),
     ("load_in_4bit lora offload=disk", "Quantized weights are not streamed: leave out --offload or --load_in_4bit."),
-    ("load_in_4bit gguf_file=x.gguf", "A GGUF file is quantized already: leave out --load_in_4bit or --gguf_file."),
+    ("load_in_4bit gguf_file=x.gguf", "A GGUF file is quantized already: leave out --load_in_4bit, or name a model"),
     ("gguf_file=x.gguf", "There is no GGUF file"),
     ("gguf_file=x.gguf offload=disk", "The weights of a GGUF file are unpacked as it is read, and not streamed"),
     ("train=all", "--train must be scales, or left out, not 'all'."),
@@ -283,6 +283,17 @@ def test_refused_by_name(given, message, base):
     with pytest.raises(UsageError, match=r"^[^\n]*$") as refused:
         check_model(ModelArguments(model_name_or_path=str(base), **flags))
     assert message in str(refused.value)
+
+
+def test_an_unknown_quantization_is_no_quantization(base, tmp_path, caplog):
+    folder = shutil.copytree(base, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mine", "bits": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    found, plain = (ModelArguments(model_name_or_path=str(place)) for place in (folder, base))
+    models = [load_pretrained(check_model(arguments), arguments) for arguments in (found, plain)]
+    assert caplog.text.count("a quantization that transformers does not know (mine): its weights are read as they") == 1
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def test_weights_stored_in_bf16_are_perturbed_exactly_unless_told_otherwise(part
         ({"precision": "fp8"}, "precision must be"),
         ({"method_args": ["radius"]}, "key=value"),
         ({"method_args": ["radius=0.5"]}, "Method 'mezo' has no option 'radius'"),
+        ({"method_args": ["clip_slope=10"]}, r"\(--method qzo has clip_slope\)"),
         ({"method": "kerzoo", "method_args": ["radius=wide"]}, "is a number"),
     ],
 )

@@ -71,6 +71,13 @@ def test_other_places_end_at_the_same_bits(flags, tmp_path, way, caplog):
         assert list((found / "offload").iterdir()) == []  # all weights were asked for at the end
 
 
+def test_an_evaluation_copies_no_weights(flags, tmp_path):
+    flags = [*flags, "--do_train", "false"]
+    found = finetune(flags, tmp_path / "disk", "--offload", "disk")
+    assert measured(found)[0] == measured(finetune(flags, tmp_path / "memory"))[0]
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
 def test_adapters_end_at_the_same_bits(flags, tmp_path):
     more = ["--lora", "true", "--load_best_model_at_end", "true"]
     expected = finetune(flags, tmp_path / "memory", "--perturb", "in_forward", *more)

@@ -140,7 +140,7 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
                 checked.path, revision=arguments.model_revision, allow_patterns=["*.safetensors", "*.json"]
             )
         )
-    full = trained_by(arguments) == "full parameters"
+    full = trained_by(arguments) == "full parameters" and config.do_train
     target = Path(arguments.offload_dir or Path(str(config.output_dir)) / "offload")
     if target.resolve() == folder.resolve():
         raise UsageError(

@@ -35,6 +35,7 @@ NO_DORA = (
     "peft loses the scales of bitsandbytes' 8 bits when DoRA reads the weights: leave out --use_dora, or use "
     "--load_in_4bit true or --quantization torchao:int8."
 )
+NAMELESS = "unknown"  # quantized in a way that the configuration does not name, which transformers refuses
 LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "quantization", "train")  # flags that say how a model is held
 
 
@@ -78,7 +79,9 @@ def check_flags(arguments: ModelArguments) -> None:
     if name and arguments.offload is not None:
         raise UsageError(f"Quantized weights are not streamed: leave out --offload or {_flag(name)}.")
     if name and arguments.gguf_file is not None:
-        raise UsageError(f"A GGUF file is quantized already: leave out {_flag(name)} or --gguf_file.")
+        raise UsageError(
+            f"A GGUF file is quantized already: leave out {_flag(name)}, or name a model in full precision."
+        )
     if arguments.offload is not None and arguments.gguf_file is not None:
         raise UsageError(
             "The weights of a GGUF file are unpacked as it is read, and not streamed: leave out --offload, or save the "
@@ -109,6 +112,12 @@ def check_stored(arguments: ModelArguments, architecture: Any) -> None:
         RunError: If the library that reads it is missing, with the command that installs it.
     """
     method, name, asked = stored_as(architecture), arguments.model_name_or_path, asked_for(arguments)
+    if not method and (ignored := _named(architecture)):
+        logger.warning(
+            "%s names a quantization that transformers does not know (%s): its weights are read as they are.",
+            name,
+            ignored,
+        )
     if method and asked:
         raise UsageError(f"{name} is quantized already ({method}): leave out {_flag(asked)}.")
     if method and arguments.offload is not None:
@@ -149,16 +158,15 @@ def check_layers(arguments: ModelArguments, architecture: Any, kind: Kind) -> No
 def stored_as(architecture: Any) -> str:
     """Return how the files of a model are quantized, by transformers' name; empty if they are not.
 
+    A kind that transformers does not know is none: it reads such weights as they are.
+
     Example:
         >>> from transformers import LlamaConfig
         >>> stored_as(LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})), stored_as(LlamaConfig())
         ('gptq', '')
     """
-    found = getattr(architecture, "quantization_config", None)
-    if found is None:
-        return ""
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method) or "unknown")
+    method = _named(architecture)
+    return method if _is_known(method) else ""
 
 
 def stays_quantized(arguments: ModelArguments, architecture: Any) -> bool:
@@ -321,6 +329,22 @@ def check_library(method: str, what: str) -> None:
     if command == _EXTRA:
         raise MissingDependencyError(missing[0], "quantized", what[:1].upper() + what[1:])
     raise RunError(f"{what} needs {' and '.join(missing)}, not installed here: pip install {command}.")
+
+
+def _named(architecture: Any) -> str:
+    """Return the kind of quantization that a configuration names, whether there is such a kind or not."""
+    found = getattr(architecture, "quantization_config", None)
+    if found is None:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or NAMELESS)
+
+
+def _is_known(method: str) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    return method in {*known, NAMELESS}
 
 
 def _flag(name: str) -> str:

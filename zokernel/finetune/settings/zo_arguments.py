@@ -126,7 +126,9 @@ class ZOArguments:
             if name not in defaults or name == "perturb":
                 hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
                 allowed = ", ".join(option for option in defaults if option not in hidden)
-                raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}.")
+                others = [other for other in methods() if other != self.method and name in method_options(other)]
+                hint = f" (--method {others[0]} has {name})" if others else ""
+                raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}{hint}.")
         if "weight_decay" in defaults:
             given["weight_decay"] = rest.weight_decay
         if "seed" in defaults:
