@@ -1,11 +1,11 @@
 """How far every method gets with one budget of example-forwards: accuracy against forwards, on sarcasm headlines.
 
     python benchmarks/long_runs.py --headlines samples.jsonl --output_dir runs/long --contenders "auto, LoRA" "MeZO"
-    python benchmarks/long_runs.py --output_dir runs/long       # only prints the table of finished runs
+    python benchmarks/long_runs.py        # only prints the table of the committed runs
 
 ``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of the package evals 3.0.1.post1: 3,000 headlines train,
 500 choose the step that is kept, 3,000 others are the test.  A backward pass counts as two forwards.  Each run is one
-``zokernel finetune``.  A finished run is only read; one that was stopped goes on when the command is repeated.
+``zokernel finetune``.  A finished run is not repeated; one that was stopped goes on when the command is repeated.
 
 ``--sweep`` runs every rate of a method; choose by the validation column, with a smaller ``--budget``.  ``auto`` chooses
 its own rate.
@@ -14,15 +14,19 @@ its own rate.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from directions import table
+from records import Records
 
+COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
 
@@ -100,44 +104,56 @@ def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, r
     subprocess.run([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words], check=True)
 
 
-def described(folder: Path) -> list[str]:
-    """Return a line of the table."""
+def measured(folder: Path) -> dict[str, Any]:
+    """Return what a finished run measured."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    name, rate, seed = json.loads((folder / "contender.json").read_text())
-    contender = CONTENDERS[name]
-    after = metrics["after"]["accuracy"]
+    return {
+        "learning_rate": metrics["learning_rate"],
+        "steps": metrics["steps"],
+        "before": [metrics["before"]["accuracy"], metrics["before"]["loss"]],
+        "after": [metrics["after"]["accuracy"], metrics["after"]["loss"]],
+        "validation": [[row["step"], row["accuracy"], round(row["loss"], 4)] for row in metrics["evaluations"]],
+        "seconds": round(metrics["train_seconds"]),
+        "peak_mib": metrics["peak_memory_training"] >> 20,
+    }
+
+
+def described(row: dict[str, Any]) -> list[str]:
+    """Return a line of the table."""
+    contender, (before, _), (after, _) = CONTENDERS[row["method"]], row["before"], row["after"]
     half = 1.96 * math.sqrt(after * (1 - after) / SIZES["test"])
     per_step = contender.batch * contender.cost
-    steps = " ".join(f"{row['step'] * per_step}: {row['accuracy']:.3f}" for row in metrics["evaluations"])
-    cells = [name, "chosen" if rate is None else f"{rate:g}", str(seed), str(metrics["steps"] * per_step)]
-    cells += [f"{metrics['before']['accuracy']:.3f}", f"{after:.3f} ± {half:.3f}"]
-    return [*cells, f"{metrics['train_seconds']:.0f}", f"{metrics['peak_memory_training'] / 2**20:.0f}", steps]
+    course = " ".join(f"{step * per_step}: {accuracy:.3f}" for step, accuracy, _ in row["validation"])
+    rate = f"{row['learning_rate']:.2g}" + ("" if contender.rates else " (chosen)")
+    cells = [row["method"], rate, str(row["seed"]), str(row["steps"] * per_step), f"{before:.3f}"]
+    return [*cells, f"{after:.3f} ± {half:.3f}", str(row["seconds"]), str(row["peak_mib"]), course]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headlines", type=Path, help="without it nothing is trained")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/long"))
+    parser.add_argument("--runs", type=Path, default=COMMITTED, help="finished runs, to which new ones are added")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--budget", type=int, default=36_000, help="example-forwards of a run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rate", type=float, help="one rate for the contenders named, not the middle of the sweep")
     parser.add_argument("--sweep", action="store_true", help="run every rate of the contenders named")
     args = parser.parse_args()
+    records = Records(args.runs)
     if args.headlines is not None:
         data = write_rows(args.headlines, args.output_dir)
-        for name in args.contenders:
+        for name, seed in itertools.product(args.contenders, args.seeds):
             contender = CONTENDERS[name]
-            rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
-            for rate in rates or (None,):
-                for seed in args.seeds:
+            for rate in contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),):
+                key = {"method": name, "rate": rate, "budget": args.budget, "seed": seed}
+                if records.find(**key) is None:
                     label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")
                     folder = args.output_dir / label
-                    folder.mkdir(exist_ok=True)
                     run(folder, contender, data, args.budget, rate, seed)
-                    (folder / "contender.json").write_text(json.dumps([name, rate, seed]))
+                    records.add(key | measured(folder))
     head = ["method", "rate", "seed", "example-forwards", "before", "after (test)", "s", "peak MiB", "validation"]
-    print(table(head, [described(path.parent) for path in sorted(args.output_dir.glob("*/contender.json"))]))
+    print(table(head, [described(row) for row in records.rows]))
 
 
 if __name__ == "__main__":

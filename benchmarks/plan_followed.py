@@ -30,6 +30,7 @@ from typing import Any
 import paired
 import torch
 from directions import table
+from records import Records
 
 TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
 SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
@@ -186,25 +187,6 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
     rate = plan.run_rate[min(plan.run_rate)]
     found = plan.as_dict()
     return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
-
-
-class Records:
-    """Finished plans and runs, one JSON line each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        """Return the row with these values."""
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> None:

@@ -211,7 +211,7 @@ def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    """Draw the test loss of every seed, a panel a task."""
+    """Draw the test loss of every seed, one panel per task."""
     names = list(dict.fromkeys(row["task"] for row in rows))
     with figures() as Figure:
         figure = Figure(figsize=(3.4 * len(names) + 1, 3.6), layout="constrained")
@@ -224,6 +224,6 @@ def draw(rows: list[dict[str, Any]]) -> Any:
             axis.axhline(chosen[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
             ticks = [f"{row['method'].split(' ')[0]}\n{row['forwards']} forwards" for row in chosen]
             axis.set_xticks(range(len(chosen)), ticks, fontsize=8)
-            axis.set(ylabel="test loss", title=f"{task}, one dot a seed")
+            axis.set(ylabel="test loss", title=f"{task}, one dot per seed")
             axis.legend()
     return figure
