@@ -38,7 +38,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "after training": {
         "predict": "answer new rows with a finished run",
-        "report": "one HTML page of any run; --serve shows a live one",
+        "report": "one HTML page of any run; --serve shows it live",
         "journal": "show, verify or truncate the journal of a run",
         "replay": "rebuild the weights of any step from base and journal",
         "merge": "add a trained adapter to the weights of its base",

@@ -81,7 +81,7 @@ def test_mistakes_are_one_sentence(parser, words, message):
 
 def test_an_unknown_key_of_a_file_is_refused(parser, tmp_path):
     (tmp_path / "flags.yaml").write_text("rates: 1\n")
-    with pytest.raises(UsageError, match=r"sets 'rates', which is no flag \(did you mean rate\?\)"):
+    with pytest.raises(UsageError, match=r"sets 'rates', which is not a flag \(did you mean rate\?\)"):
         parser.parse(["--config", str(tmp_path / "flags.yaml")])
 
 

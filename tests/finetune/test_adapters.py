@@ -249,7 +249,7 @@ def test_modules_by_name_by_pattern_and_by_parameter():
             "no module 'nope' to adapt: its modules are embed_tokens, q_proj",
         ),
         ({"lora_target_modules": [".*nope"]}, "no module that matches '.*nope'"),
-        ({"lora_target_modules": ["(q_proj"]}, "is no valid pattern"),
+        ({"lora_target_modules": ["(q_proj"]}, "is not a valid pattern"),
         ({"modules_to_save": ["score"]}, r"no module 'score' to train in full"),
         (
             {"target_parameters": ["experts.up"]},

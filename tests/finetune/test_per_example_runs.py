@@ -140,7 +140,7 @@ def test_forward_difference_takes_them_too(flags, tmp_path):
 
 def test_what_has_no_losses_of_examples_is_refused(flags, capsys):
     assert main(["finetune", *flags, *GRZO_FLAGS, "--objective", "accuracy"]) == 2
-    assert "objective accuracy is no mean over losses of examples" in capsys.readouterr().err
+    assert "objective accuracy is not a mean over losses of examples" in capsys.readouterr().err
 
 
 def test_trainers_with_a_loss_of_their_own_are_refused(tmp_path, parts):

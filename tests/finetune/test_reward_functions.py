@@ -167,7 +167,7 @@ def test_the_row_on_which_a_reward_raises_is_found():
         ("length:0", "needs a number of characters"),
         ("command:", "no program ''"),
         ("command:no-such-program --x", "no program 'no-such-program'"),
-        ('command:"', "is no command"),
+        ('command:"', "is not a command"),
     ],
 )
 def test_rewards_that_do_not_exist_are_refused(text, message, file):

@@ -263,7 +263,7 @@ def test_a_task_from_a_few_lines_of_yaml(tmp_path):
     for text, match in [
         ("template: '{x}'\nlabel_word: [a, b]", "did you mean label_words"),
         ("template: 'x'\nlabel_words: [a, b]", "must name columns"),
-        ("template: '{x:loud}'\nlabel_words: [a, b]", "'loud' is no wording"),
+        ("template: '{x:loud}'\nlabel_words: [a, b]", "'loud' is not a wording"),
         ("label_words: [a, b]", "at least a template"),
         ("template: [", "not valid YAML"),
         ("template: '{x} {mask} {mask}'\nlabel_words: [a, b]", "more than one {mask}"),

@@ -222,4 +222,4 @@ def test_a_role_that_is_not_usual_is_said_once_with_its_place(caplog):
     rows = [{"messages": HI}, *[{"messages": [{"role": "narrator", "content": "Once"}, *HI]}] * 2]
     with caplog.at_level(logging.WARNING):
         assert len(TextTask(form="messages").read(rows, where="Train")) == 3
-    assert caplog.messages == ["Train, row 2: 'narrator' is no usual role; it is for the chat template to know."]
+    assert caplog.messages == ["Train, row 2: 'narrator' is not a usual role; it is left to the chat template."]

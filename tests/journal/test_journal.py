@@ -255,9 +255,9 @@ def test_a_journal_of_another_format_or_file_is_refused(tmp_path):
     path = tmp_path / "x.zkj"
     for found, words in (
         (b"ZKJRNL02" + data[8:], "format version '02'"),
-        (b"PK\x03\x04" + data, "no journal of zokernel"),
+        (b"PK\x03\x04" + data, "not a zokernel journal"),
         (data[:40], "header is damaged"),
-        (b"", "no journal of zokernel"),
+        (b"", "not a zokernel journal"),
     ):
         path.write_bytes(found)
         with pytest.raises(RunError, match=words):

@@ -198,12 +198,12 @@ def test_other_precisions(dtype):
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
-        ({Point(1, 0): 1.0}, "no point of step 0"),
+        ({Point(1, 0): 1.0}, "not a point of step 0"),
         ({Point(0, 2): 1.0}, "step 0 has 2"),
         ({Point(0, -1): 1.0}, "step 0 has 2"),
-        ({0: 1.0}, "0 is no point"),
+        ({0: 1.0}, "0 is not a point"),
         ({Point(0, 0.5): 1.0}, "two integers"),
-        ([0.5, 0.25], "0.5 is no point with its loss"),
+        ([0.5, 0.25], "0.5 is not a point with its loss"),
         ({Point(0, 0): None}, "return loss"),
         ({Point(0, 0): torch.ones(2)}, "2"),
         ({Point(0, 1): 0.5, Point(0, 0): float("nan")}, "nan"),
@@ -290,7 +290,7 @@ def test_base_and_journal_are_all_that_a_worker_needs(case, perturb, tmp_path):
     worker = replay_({name: tensor.detach() for name, tensor in base().items()}, Journal.read(tmp_path))
     for point in optimizer.ask():
         assert same(worker.weights_at(point), optimizer.weights_at(point))
-    with pytest.raises(UsageError, match="no point of step 3"):
+    with pytest.raises(UsageError, match="not a point of step 3"):
         worker.weights_at(Point(2, 0))
 
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label_words", nargs=2, default=(" terrible", " great"), metavar=("ZERO", "ONE"), help="words of the labels")
     add("--template", default="{} It was", help="prompt, with {} for the text")
     add("--trainable_parameters", metavar="REGEX", help="train only the parameters whose name matches")
-    add("--max_examples", type=int, help="use only the first so many examples (language models: 16 unless given)")
+    add("--max_examples", type=int, help="use only the first N examples (language models: 16 unless given)")
     add_switch(parser, "--no_offset", help="start from J theta_0, as the paper's code does, not from f(theta_0)")
     add("--learning_rate", type=float, help="default: half of the stability limit")
     add("--num_perturbations", type=int, default=1, help="directions averaged per step")

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="finite_difference",
         choices=["jvp", "finite_difference", "jacobian", "auto"],
-        help="how to project; finite_difference is what training sees",
+        help="how to project; finite_difference is what training measures",
     )
     parser.add_argument("--eps", type=float, default=1e-3, help="perturbation size")
     parser.add_argument("--replicates", type=int, help="independent streams (default: 4, or 1 from 1e7 parameters on)")

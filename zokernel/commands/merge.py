@@ -1,4 +1,4 @@
-"""Merge a trained adapter into its base, and save a plain model of transformers.
+"""Merge a trained adapter into its base, and save a plain transformers model.
 
 zokernel merge --model runs/lora --output_dir merged
 zokernel merge --model runs/lora --base models/mine --output_dir merged
@@ -16,7 +16,7 @@ from zokernel.files import read_json, write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel merge``."""
-    parser.add_argument("--model", required=True, help="the adapter: the output_dir of a run, or any folder of peft")
+    parser.add_argument("--model", required=True, help="the adapter: the output_dir of a run, or any peft folder")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the merged model goes")
     parser.add_argument("--base", help="the model it was trained on (default: what the adapter names)")
     parser.add_argument("--dtype", help="storage of the merged weights (default: the run's, else float32)")

@@ -187,7 +187,8 @@ class CommandParser(argparse.ArgumentParser):
         values = read_yaml(config)
         for key in values:
             if key not in self._names():
-                raise UsageError(f"{config} sets {key!r}, which is no flag{_suggest(key, self._names(), self.prog)}.")
+                near = _suggest(key, self._names(), self.prog)
+                raise UsageError(f"{config} sets {key!r}, which is not a flag{near}.")
         nullable = none_means_something()
         values = {key: value for key, value in values.items() if value is not None or key in nullable}
         self.set_defaults(**values)
@@ -261,6 +262,8 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
                 kwargs["type"] = boolean
             if names[0].removeprefix("--") in refused and kwargs.get("nargs") == "?":
                 kwargs["type"] = boolean_or_text  # whatever it is, the reason why it is refused is said
+            if names[0].startswith("--no_") and kwargs.get("action") == "store_false":
+                kwargs["help"] = f"Sets --{kwargs['dest']} to false."
             if names[0].removeprefix("--") in REPEATABLE:
                 kwargs["action"] = _Repeatable
             # The spelling with dashes is understood everywhere, and need not be listed.

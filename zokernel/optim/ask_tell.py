@@ -193,11 +193,11 @@ class AskTell(Checkpointed):
     def _check(self, point: Point, count: int) -> None:
         if point.step != self.step_count:
             raise UsageError(
-                f"{point} is no point of step {self.step_count}, which comes next here: bring both sides to the same "
-                "step, as by replaying the journal."
+                f"{point} is not a point of step {self.step_count}, which comes next here: bring both sides to the "
+                "same step, as by replaying the journal."
             )
         if point.index not in range(count):
-            raise UsageError(f"{point} is no point: step {point.step} has {count}, counted from 0.")
+            raise UsageError(f"{point} is not a point: step {point.step} has {count}, counted from 0.")
 
     def _look_at_weights(self) -> None:
         """Forget told losses of weights that are not those of the coming step."""
@@ -216,7 +216,7 @@ def _point(value: Any) -> Point:
     try:
         step, index = map(operator.index, value)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{value!r} is no point: pass what ask() returned, or its two integers.") from error
+        raise UsageError(f"{value!r} is not a point: pass what ask() returned, or its two integers.") from error
     return Point(step, index)
 
 
@@ -225,5 +225,5 @@ def _pairs(losses: Any) -> Iterator[tuple[Point, Any]]:
         try:
             point, loss = pair
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{pair!r} is no point with its loss: tell a dictionary of both, or pairs.") from error
+            raise UsageError(f"{pair!r} is not a point with its loss: tell a dictionary of both, or pairs.") from error
         yield _point(point), loss

@@ -111,7 +111,7 @@ def make_estimator(estimator: Estimator | str) -> Estimator:
     if isinstance(estimator, str):
         return build(estimator, ESTIMATORS, "estimator")
     if not isinstance(estimator, Estimator):
-        raise UsageError(f"{estimator!r} is no estimator: pass one such as TwoPoint(), or its text.")
+        raise UsageError(f"{estimator!r} is not an estimator: pass one such as TwoPoint(), or its text.")
     return estimator
 
 
@@ -151,7 +151,7 @@ def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]
         parts = list(update) if isinstance(update, Sequence) else [update] if update is not None else []
     for part in parts:
         if not isinstance(part, Update):
-            raise UsageError(f"{part!r} is no part of an update: pass objects such as Adam(), or one text.")
+            raise UsageError(f"{part!r} is not part of an update: pass objects such as Adam(), or one text.")
     _check_order(parts)
     rules = [part for part in parts if isinstance(part, Rule)]
     if len(rules) > 1:

@@ -80,7 +80,7 @@ def loss_value(value: Any) -> float:
     real = not value.is_complex() if isinstance(value, Tensor) else isinstance(value, (Real, np.ndarray))
     if not real:
         kind = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UsageError(f"The closure returned {kind}, which is no loss: return a tensor of one element, or a number.")
+        raise UsageError(f"The closure returned {kind}, not a loss: return a tensor of one element, or a number.")
     if isinstance(value, np.ndarray):
         value = value.item()
     return float(value.detach() if isinstance(value, Tensor) else value)

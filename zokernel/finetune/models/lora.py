@@ -178,4 +178,4 @@ def _matches(pattern: str, names: list[str]) -> bool:
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        raise UsageError(f"{pattern!r} is no valid pattern ({error}): name modules, or give all-linear.") from error
+        raise UsageError(f"{pattern!r} is not a valid pattern ({error}): name modules, or give all-linear.") from error

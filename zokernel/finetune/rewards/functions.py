@@ -289,7 +289,7 @@ def _command(command: str) -> Callable[..., list[float]]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"The reward command {command!r} is no command ({error}).") from error
+        raise UsageError(f"The reward command {command!r} is not a command ({error}).") from error
     if not words or shutil.which(words[0]) is None:
         raise UsageError(f"There is no program {(words or [''])[0]!r} for the reward command: check its path.")
 

@@ -156,12 +156,12 @@ class Objective:
         """Return each example's part of the cross entropy: its sum, and how many terms that is over, (B, 2).
 
         Raises:
-            UsageError: If the objective is no mean over examples.
+            UsageError: If the objective is not a mean over examples.
         """
         if not self.can_stack:
             raise UsageError(
-                f"objective {self.objective} is no mean over losses of examples, so examples cannot have directions of "
-                "their own: use objective cross_entropy, or a method whose directions they share."
+                f"objective {self.objective} is not a mean over losses of examples, so examples cannot have directions "
+                "of their own: use objective cross_entropy, or a method whose directions they share."
             )
         if "decoder_input_ids" in batch:
             refuse_trained_embeddings(model)

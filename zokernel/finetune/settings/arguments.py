@@ -18,7 +18,7 @@ class ModelArguments:
         metadata={"help": "Storage of the weights: float32, bfloat16, float16, or auto (as the model was saved)."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that a model of the hub brings along."}
+        default=False, metadata={"help": "Run the Python code that comes with a hub model."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: sdpa, eager, flash_attention_2."}
@@ -34,10 +34,10 @@ class ModelArguments:
         },
     )
     target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters to adapt that are no module, such as mlp.experts.gate_up_proj."}
+        default=None, metadata={"help": "Parameters to adapt that are not modules, such as mlp.experts.gate_up_proj."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained in full beside LoRA, and saved with the adapter."}
+        default=None, metadata={"help": "Modules trained in full in addition to LoRA, and saved with the adapter."}
     )
     use_dora: bool = field(default=False, metadata={"help": "DoRA: train the magnitudes of LoRA's weights, too."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale the adapter by alpha / sqrt(r)."})
@@ -55,7 +55,7 @@ class ModelArguments:
         default=False, metadata={"help": "Save the base with the trained adapter merged into it, not the adapter."}
     )
     lm_type: str = field(
-        default="auto", metadata={"help": "causal, masked, seq2seq, or auto: what the model says it is."}
+        default="auto", metadata={"help": "causal, masked, seq2seq, or auto: the kind that the model was saved as."}
     )
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Continue with this saved adapter."})
     load_in_4bit: bool = field(
@@ -83,8 +83,8 @@ class ModelArguments:
     offload_updates: str | None = field(
         default=None,
         metadata={
-            "help": "Of all weights trained with --offload disk: disk (default) writes a copy of the weights in every "
-            "step, journal writes none and repeats all updates so far on each read."
+            "help": "When all weights are trained with --offload disk: disk (default) writes a copy of the weights in "
+            "every step, journal writes none and repeats all updates so far on each read."
         },
     )
     offload_dir: str | None = field(
@@ -189,7 +189,8 @@ class DataArguments:
     temperature: float = field(
         default=0.0,
         metadata={
-            "help": "--objective reward: of the answers in training; 0 takes the likeliest tokens, as evaluations do."
+            "help": "--objective reward: sampling temperature in training; 0 takes the likeliest tokens, as "
+            "evaluations do."
         },
     )
     beta: float = field(

@@ -194,7 +194,7 @@ def try_method(arguments: Any) -> None:
     if draws_by_example(arguments) and getattr(arguments, "objective", "cross_entropy") in ("accuracy", "f1"):
         raise UsageError(
             f"Method {arguments.method} gives every example directions of its own, and objective {arguments.objective} "
-            "is no mean over losses of examples: choose objective cross_entropy, or another method."
+            "is not a mean over losses of examples: choose objective cross_entropy, or another method."
         )
 
 

@@ -100,7 +100,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "Validation metric that decides."})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better one (default: never)."}
+        default=None, metadata={"help": "Stop after this many evaluations without improvement (default: never)."}
     )
     do_train: bool = field(default=True, metadata={"help": "false only evaluates (zero-shot or in context)."})
     train_sampling_strategy: str = field(

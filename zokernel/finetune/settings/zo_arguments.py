@@ -36,7 +36,7 @@ class ZOArguments:
         default=None, metadata={"help": "Radius of the perturbation (default: the method's own, usually 1e-3)."}
     )
     num_perturbations: int | None = field(
-        default=None, metadata={"help": "Directions per step, each costing two forwards (default: the method's own)."}
+        default=None, metadata={"help": "Directions per step; each costs one or two forwards (default: the method's)."}
     )
     distribution: str | None = field(
         default=None, metadata={"help": "Distribution of the directions: rademacher, gaussian, uniform or sphere."}
@@ -48,7 +48,7 @@ class ZOArguments:
             "help": "in_place, in_place:grid or in_place:copy (the weights are moved, and restored up to rounding or "
             "exactly); in_forward (layers read perturbed copies, made as they are needed); stacked (all losses of a "
             "step in one forward, for adapters and low-rank directions); per_example (the rows of each example see "
-            "weights of their own, as grzo needs); auto: stacked where it pays, in_forward on a "
+            "their own weights, as grzo needs); auto: stacked where it pays, in_forward on a "
             "CPU under bf16 autocast, else in_place."
         },
     )
@@ -74,7 +74,7 @@ class ZOArguments:
         metadata={"help": "Write where the time of a step goes: profile.md, and profile.json for a trace viewer."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output_dir that already holds a run."}
+        default=False, metadata={"help": "Start over in an output_dir that already holds a run."}
     )
 
     def check_method(self, *, by_example: bool = True) -> None:
@@ -120,7 +120,7 @@ class ZOArguments:
             if not equals:
                 raise UsageError(f"method_args takes key=value pairs, not {pair!r}.")
             if name in HAVE_FLAGS:
-                raise UsageError(f"{name} is no option for method_args: set {HAVE_FLAGS[name]}.")
+                raise UsageError(f"{name} is not an option for method_args: set {HAVE_FLAGS[name]}.")
             given[name] = _parse_value(name, text, defaults.get(name))
         for name in given:
             if name not in defaults or name == "perturb":

@@ -178,7 +178,7 @@ def _target_ids(tokenizer: Any, texts: list[str], **settings: Any) -> list[list[
 def _check_targets(known: dict[str, list[int]], room: int) -> None:
     for text, ids in known.items():
         if not ids:
-            raise UsageError(f"The option {text!r} is no token to this model: choose other words.")
+            raise UsageError(f"The option {text!r} has no tokens for this model: choose other words.")
         if len(ids) > room:
             raise UsageError(
                 f"An option or answer has {len(ids)} tokens, more than the {room} that the decoder takes: raise "

@@ -86,7 +86,7 @@ def parse(template: str) -> tuple[str, ...]:
         if wording not in WORDINGS:
             known = ", ".join(filter(None, WORDINGS))
             raise UsageError(
-                f"The template has {{{name}:{wording}}}, but {wording!r} is no wording: choose one of {known}, or "
+                f"The template has {{{name}:{wording}}}, but {wording!r} is not a wording: choose one of {known}, or "
                 f"write {{{name}:{wording}:}} if the column is called that."
             )
     if sum(name == MASK for name, _ in fields) > 1:

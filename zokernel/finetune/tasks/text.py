@@ -98,7 +98,7 @@ class TextTask(Task):
                 for role in _roles(found) - set(KNOWN_ROLES):
                     strange.setdefault(role, place)
         for role, place in strange.items():
-            logger.warning("%s, %s: %r is no usual role; it is for the chat template to know.", where, place, role)
+            logger.warning("%s, %s: %r is not a usual role; it is left to the chat template.", where, place, role)
         if not kept:
             raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}{_absent(rows, self.form)}.")
         if empty:
