@@ -152,7 +152,7 @@ def page(name: str, entry: dict[str, Any]) -> str:
     lines = [f"# {title}", "", WRITTEN, "", *(summary(cls) for cls in classes.values()), ""]
     lines += [f"| on the command line | {flags} |", "|---|---|"]
     lines += [f"| in Python | {', '.join(f'`zk.optim.{cls.__name__}`' for cls in classes.values())} |"]
-    lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beside the weights | {entry['state']} |", ""]
+    lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beyond the weights | {entry['state']} |", ""]
     for cls in classes.values():
         if formula(cls):
             lines += [f"## {'The formula' if len(classes) == 1 else cls.__name__}", "", formula(cls), ""]
@@ -190,7 +190,7 @@ def index(entries: dict[str, Any]) -> str:
             "",
             "P is the number of directions per step.",
             "",
-            "| `--method` | what it is | forwards per step | memory beside the weights |",
+            "| `--method` | what it is | forwards per step | memory beyond the weights |",
             "|---|---|---|---|",
             *rows,
             "",

@@ -17,10 +17,10 @@ class ZerothOrderOptions(TypedDict, total=False):
     """Options shared by all zeroth-order methods.
 
     Attributes:
-        perturb: How losses are taken at perturbed weights and how the weights come back: ``in_place`` (the default;
-            weights are restored up to rounding as part of the update), ``in_place:grid`` (exactly, fp32 weights),
-            ``in_place:copy`` (exactly, any dtype, one copy), ``in_forward`` (weights stay in place, layers read
-            perturbed copies), or an object of :mod:`zokernel.perturb`.
+        perturb: How losses are taken at perturbed weights and how the weights are restored: ``in_place`` (the default;
+            up to rounding, as part of the update), ``in_place:grid`` (exactly, fp32 weights), ``in_place:copy``
+            (exactly, any dtype, one copy), ``in_forward`` (the weights do not change, and layers read perturbed
+            copies), or an object of :mod:`zokernel.perturb`.
         seed: Seed of all directions of the run (default 0).
         weight_decay: Decoupled weight decay: every step multiplies the weights by ``1 - lr * weight_decay`` (default
             0).  Parameter groups may have their own.

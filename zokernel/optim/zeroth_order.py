@@ -9,7 +9,7 @@ update turns the estimate into a step.  A published method is one choice of the 
 :mod:`zokernel.optim.published`).  :mod:`zokernel.optim.reference` is the same step as a textbook writes it.
 
 Gradient accumulation needs no support here: a step is made of losses, so a closure that returns the mean loss over
-several micro-batches accumulates them exactly, at no memory.
+several micro-batches accumulates them exactly, without extra memory.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class ES(ZerothOrder):
     .. math:: \theta \leftarrow \theta - \frac{\eta}{2P} \sum_{p=1}^P (s_{p+} - s_{p-})\, z_p
 
     with z-scores :math:`s` of the losses at :math:`\theta \pm \epsilon z_p`, or one-sided,
-    :math:`\frac{\eta}{P} \sum_p s_p z_p`, as published.  The learning rate is a distance: a common scale of all losses
-    does not matter.  When all losses are equal, the weights stay.
+    :math:`\frac{\eta}{P} \sum_p s_p z_p`, as published.  The learning rate is a distance: the scale of the losses does
+    not matter.  When all losses are equal, the weights stay.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -75,8 +75,8 @@ class ES(ZerothOrder):
 class EGGROLL(ZerothOrder):
     r"""An evolution strategy whose members differ from the mean by matrices of rank one.
 
-    :class:`ES` with directions :math:`z = A B^T / \sqrt r` of which both factors are new for every member: a layer
-    costs one thin product more, so all members of a population answer in one batch, while their weighted sum has a
+    :class:`ES` with directions :math:`z = A B^T / \sqrt r`, whose factors are both new for every member: a layer
+    costs one extra thin product, so all members of a population answer in one batch, while their weighted sum has a
     high rank.  Directions of vectors are dense.
 
     Args:

@@ -32,17 +32,17 @@ class ForwardDifference(ZerothOrder):
         \frac1P \sum_p \Big( \frac{L(\theta_k + \epsilon z_p) - L(\theta_k)}{\epsilon} \Big)^2
 
     so that a step has the length :math:`\eta \sqrt{d/P}` on average, whatever the scale of the loss, and one learning
-    rate suits several tasks.  FZOO divides by the spread of one step's losses, which takes eight of them or so; here
-    two are enough.  Where the loss is low, such a step can be longer than the way to its minimum.  ``polyak_share`` c
-    bounds it by a share of Polyak's step (1969) for a loss whose least value is zero, from a running mean of the losses
-    at the centre:
+    rate suits several tasks.  FZOO divides by the spread of one step's losses, which takes about eight directions;
+    here two are enough.  Where the loss is low, such a step can be longer than the distance to its minimum.
+    ``polyak_share`` c bounds it by a share of Polyak's step (1969) for a loss whose least value is zero, from a running
+    mean of the losses at the centre:
 
     .. math:: \eta_t = \min\big(\eta / s_t,\; c\, \bar L_t / s_t^2\big), \qquad E[s_t^2] \approx \|\nabla L\|^2,
 
     both of which a schedule lowers.  Along P directions the step that descends fastest is a share
     :math:`P / (P + 1 + r)` of gradient descent's, with r an effective rank of the curvature.
 
-    With ``per_example`` every example of the batch has directions of its own
+    With ``per_example`` every example of the batch has its own directions
     (see :class:`~zokernel.estimators.PerExample`), and the closure returns the loss of every example, (B,).
 
     Args:
@@ -51,7 +51,7 @@ class ForwardDifference(ZerothOrder):
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions per step, or per example; each costs one forward pass, and one more is shared by
             all.
-        per_example: Give every example directions of its own.
+        per_example: Give every example its own directions.
         rank: Rank of the directions of matrices; 0 for dense ones.
         distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.

@@ -16,18 +16,18 @@ from zokernel.perturb.per_example import per_example_perturb
 
 @register("grzo")
 class GRZO(ZerothOrder):
-    r"""Zeroth-order SGD with directions of its own for every example of the batch.
+    r"""Zeroth-order SGD in which every example of the batch has its own directions.
 
     .. math:: \theta \leftarrow \theta - \frac{\eta}{B} \sum_{i=1}^B a_i z_i, \qquad
         a_i = \frac{s_i}{2\, (\mathrm{std}_j(\epsilon s_j) + 10^{-8})}, \qquad
         s_i = \frac{l_i(\theta + \epsilon z_i) - l_i(\theta - \epsilon z_i)}{2\epsilon}
 
     for losses :math:`l_i` of B examples.  Without ``whiten``, :math:`a_i = s_i`.  All losses of a point are taken in
-    one forward of the batch, whose rows see weights of their own.  So the closure returns the loss of every example,
-    (B,).
+    one forward of the batch, in which each row sees its own weights.  So the closure returns the loss of every
+    example, (B,).
 
-    Directions of matrices have a low rank, and both factors are new for every example, so a layer costs one thin
-    product more.  The published method flips the signs of rows and columns of one dense direction instead.
+    Directions of matrices have a low rank, and both factors are new for every example, so a layer costs one extra thin
+    product.  The published method flips the signs of rows and columns of one dense direction instead.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -41,7 +41,7 @@ class GRZO(ZerothOrder):
         distribution: Distribution of the factors' entries, and of vectors.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`; ``perturb`` cannot be chosen, since
-            examples see weights of their own.
+            every example sees its own weights.
 
     Raises:
         UsageError: If a setting is out of range, or another way of perturbing is asked for.

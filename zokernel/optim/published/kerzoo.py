@@ -51,7 +51,7 @@ class KerZOO(ZerothOrder):
         clip_radius: Radius of the clip.
         averaging: How the averaged iterate is kept: ``none``, ``fp32``, ``int8`` or ``journal`` (no memory; rebuilt
             from seeds and scalars when asked for).  See :meth:`averaged_weights` and :meth:`averaged`.
-        distribution: Distribution of the directions; the paper's algorithm has ``gaussian``.
+        distribution: Distribution of the directions; the paper's algorithm uses ``gaussian``.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Raises:

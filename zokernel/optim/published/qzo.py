@@ -20,8 +20,8 @@ class QZO(ZerothOrder):
     .. math:: d_p = \frac{L(\theta + \epsilon z_p) - L(\theta - \epsilon z_p)}{2\epsilon}, \qquad
         \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P \max(-C, \min(C, d_p))\, z_p
 
-    Published for the scales of a quantized model, which ``--train scales`` trains; they stay at least zero by
-    themselves there.
+    Published for the scales of a quantized model, which ``--train scales`` trains; there, scales cannot become
+    negative.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

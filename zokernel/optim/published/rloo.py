@@ -15,7 +15,7 @@ from zokernel.optim.zeroth_order import ZerothOrder
 
 @register("rloo")
 class RLOO(ZerothOrder):
-    r"""Zeroth-order SGD whose baseline of a direction is the mean loss of the others.
+    r"""Zeroth-order SGD in which the baseline of each direction is the mean loss of the others.
 
     .. math:: \theta \leftarrow \theta - \frac{\eta}{P \epsilon} \sum_{p=1}^P \Big( L(\theta + \epsilon z_p)
         - \frac{1}{P-1} \sum_{q \ne p} L(\theta + \epsilon z_q) \Big) z_p

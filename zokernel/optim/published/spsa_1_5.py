@@ -26,7 +26,7 @@ class SPSA15(ZerothOrder):
 
     In many dimensions :math:`c_p = z_p^T H z_p` is nearly the same for all directions (with Rademacher ones its mean is
     tr H and its variance twice the squares of H off its diagonal), so the weights mostly scale the learning rate, by
-    :math:`(tr H)^{-a}`.  The rounding of a loss enters :math:`c_p` over :math:`\epsilon^2`: take losses in fp32.
+    :math:`(tr H)^{-a}`.  Rounding of a loss enters :math:`c_p` divided by :math:`\epsilon^2`, so take losses in fp32.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

@@ -24,7 +24,7 @@ from zokernel.optim.zeroth_order import ZerothOrder
 class SubspaceAdam(Adam):
     r"""Adam on the estimates of matrices in their subspaces, r x r; vectors as :class:`Adam`.
 
-    The coordinates mean something else once U and V are redrawn, so the moments of a matrix start anew then.
+    The coordinates mean something else once U and V are redrawn, so the moments of a matrix start from zero then.
 
     Args:
         directions: Directions whose matrices move in random row and column spaces.
@@ -88,7 +88,7 @@ class SubZeroPlus(ZerothOrder):
     With the scale s, that of :class:`~zokernel.optim.SubZero`, ``eps`` means the same as for MeZO, and ``lr`` is about
     how far each weight moves in a step, as for :class:`~zokernel.optim.ZOAdam`.  In the published formula s is one: its
     learning rate corresponds to :math:`\eta s`.  Vectors and scalars take Adam's step on their own estimates.  The
-    moments of a matrix are two r x r matrices, and start anew when U and V are redrawn.
+    moments of a matrix are two r x r matrices, and start from zero when U and V are redrawn.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
