@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tests/requirements-crosscheck
 
 install: $(VENV)/.installed  ## create .venv and install zokernel with every extra
 
-demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes only (about 5 minutes on 2 cores)
+demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes only (about 7 minutes on 2 cores)
 	$(BIN)/zokernel demo --output_dir $(DEMO_DIR) --overwrite_output_dir
 
 test: install lint typecheck  ## lint, type-check and run the whole suite
@@ -58,7 +58,7 @@ format: install  ## rewrite files in the house style
 docs: install  ## build the documentation site into site/; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-results: install  ## run every experiment at cpu scale and commit what it says to docs/results (about half an hour)
+results: install  ## run every experiment at cpu scale and copy the results to docs/results (about two hours)
 	$(BIN)/zokernel reproduce all --scale cpu --output_dir runs/cpu
 	$(BIN)/python docs/publish.py runs/cpu
 

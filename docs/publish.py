@@ -156,9 +156,10 @@ def experiments_page() -> str:
     lines = [
         "# Every experiment",
         "",
-        f"These are the results of `zokernel reproduce all --scale cpu`: {len(records)} of {len(MODULES)} experiments.",
+        f"These are the recorded results of {len(records)} of {len(MODULES)} experiments.",
         f"They took {duration(total)} in all, on one thread of shared cores.",
-        "The words are those of the experiments, and the numbers are in the `result.json` beside the figures.",
+        "Each names the command that repeats it; most belong to `zokernel reproduce all --scale cpu`.",
+        "The text comes from the experiments, and the numbers are in the `result.json` beside the figures.",
         "This page is written by `python docs/publish.py`.",
         "",
     ]
