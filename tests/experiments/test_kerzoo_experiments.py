@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,42 @@ def test_a_stopped_comparison_goes_on_from_its_file(tmp_path, monkeypatch):
     assert len(trained) == 1
     assert [row["test_loss"] for row in again["rows"]] == [row["test_loss"] for row in first["rows"]]
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_go_on(tmp_path):
+    from zokernel.experiments.base import Config
+    from zokernel.experiments.kerzoo import language_model
+
+    kept = tmp_path / "runs.jsonl"
+    options = {"runs": str(kept), "lora": False, "lr": 1e38}  # four times this is above the largest fp32 number
+    for _ in range(2):  # the second time from the file
+        found = language_model.run(Config("smoke", options=dict(options)))
+        rows = {row["method"]: row for row in found.numbers["rows"]}
+        assert rows["KerZOO"]["test_loss"] == [np.inf]
+        assert rows["KerZOO"]["test_accuracy"] == [None]
+        assert rows["KerZOO"]["test_loss_before"] == rows["MeZO-1"]["test_loss_before"]
+        assert np.isfinite(rows["MeZO-1"]["test_loss"]).all()
+        assert "inf (KerZOO)" in found.summary
+        assert len(kept.read_text().splitlines()) == 5
+
+    def diverges_above(line, seed):
+        return {"evaluations": [] if line["learning_rate"] > 1.1e-3 else [{"loss": 9.0}]}
+
+    assert language_model.best("KerZOO", 1e-3, 3, diverges_above, 0)["learning_rate"] == pytest.approx(1e-3 / 3)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    runs = [json.loads(line, parse_constant=refuse) for line in kept.read_text().splitlines()]
+    assert [run["metrics"]["evaluations"] for run in runs].count([]) >= 1
+    assert {json.loads(run["run"])["data"]["dataset_name"] for run in runs} == {"movie-reviews"}
+
+
+def test_runs_on_other_data_are_other_runs(tmp_path):
+    from zokernel.experiments.base import Config
+    from zokernel.experiments.kerzoo import language_model
+
+    options = {"runs": str(tmp_path / "runs.jsonl"), "tasks": ["SST-2"], "lora": False}
+    for folder, lines in (("first", 5), ("second", 10), ("first", 10)):
+        language_model.run(Config("smoke", options=options | {"data_folder": folder}))
+        assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == lines

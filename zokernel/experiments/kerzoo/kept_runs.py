@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zokernel.kernels.plan import plain
+
 KEPT = ("learning_rate", "effective_lr", "before", "after", "forwards", "train_seconds", "evaluations")
 
 
@@ -24,13 +26,13 @@ class KeptRuns:
             self.known = {row["run"]: row["metrics"] for row in rows}
 
     def get(self, key: dict[str, Any], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what a run gave, from the file or by training it."""
+        """Return what a run gave, from the file or by training it; numbers that are not finite are None."""
         name = json.dumps(key, sort_keys=True)
         if name not in self.known:
             metrics = train()
-            self.known[name] = {part: metrics[part] for part in KEPT}
+            self.known[name] = plain({part: metrics[part] for part in KEPT})
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"run": name, "metrics": self.known[name]}) + "\n")
+                    file.write(json.dumps({"run": name, "metrics": self.known[name]}, allow_nan=False) + "\n")
         return self.known[name]

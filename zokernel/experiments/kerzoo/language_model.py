@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.errors import UsageError
+from zokernel.errors import LossError, RunError, UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
-from zokernel.experiments.kerzoo.kept_runs import KeptRuns
+from zokernel.experiments.kerzoo.kept_runs import KEPT, KeptRuns
 from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.figures import figures
+from zokernel.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,33 @@ def best(
 
 def last_loss(metrics: dict[str, Any]) -> float:
     """Return the validation loss at the end of a run; infinity if it stopped before, or is not finite."""
-    loss = metrics["evaluations"][-1]["loss"] if metrics["evaluations"] else math.nan
-    return loss if math.isfinite(loss) else math.inf
+    return or_infinity(metrics["evaluations"][-1]["loss"]) if metrics["evaluations"] else math.inf
+
+
+def or_infinity(loss: float | None) -> float:
+    """Return a loss, or infinity for one that is not finite, which files keep as null."""
+    return math.inf if loss is None or not math.isfinite(loss) else loss
+
+
+def outcome(**job: Any) -> dict[str, Any]:
+    """Return what a run gave; one that diverged has the score before it, infinite losses and no evaluations.
+
+    Args:
+        **job: Arguments of :func:`finetune_job`.
+    """
+    from zokernel.finetune.storage.run_folder import RUN_FILE
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        try:
+            return finetune_job(**job, folder=folder)
+        except RunError as error:
+            if not isinstance(error.__cause__, LossError):
+                raise
+            logger.warning("A run at learning rate %g diverged: %s", job["settings"]["learning_rate"], error.__cause__)
+            before = read_json(folder / RUN_FILE)["before"]
+    lost = {"after": {"loss": math.inf, "accuracy": None}, "evaluations": []}
+    return dict.fromkeys(KEPT) | lost | {"learning_rate": job["settings"]["learning_rate"], "before": before}
 
 
 def tasks(config: Config) -> dict[str, dict[str, Any]]:
@@ -144,10 +170,10 @@ def run(config: Config) -> Result:
 
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
                 chosen = settings | line | {"seed": seed}
-                key = {"task": task, "model": name, "lora": lora, "settings": chosen, **limits}  # noqa: B023
+                key = {"task": task, "data": data, "model": name, "lora": lora, "settings": chosen, **limits}  # noqa: B023
                 return runs.get(
                     key,
-                    partial(finetune_job, model=model_arguments, data=arguments, settings=chosen),  # noqa: B023
+                    partial(outcome, model=model_arguments, data=arguments, settings=chosen),  # noqa: B023
                 )
 
             compared = lines(lr, steps)
@@ -179,15 +205,16 @@ def run(config: Config) -> Result:
 
 
 def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one line's numbers over its seeds."""
+    """Return one line's numbers over its seeds; the losses of runs that diverged are infinite."""
+    ended = next((m for m in found if m["evaluations"]), found[0])
     return {
-        "learning_rate": found[0]["learning_rate"],
-        "effective_lr": found[0]["effective_lr"],
-        "test_loss_before": found[0]["before"]["loss"],
-        "test_accuracy_before": found[0]["before"]["accuracy"],
-        "test_loss": [m["after"]["loss"] for m in found],
+        "learning_rate": ended["learning_rate"],
+        "effective_lr": ended["effective_lr"],
+        "test_loss_before": ended["before"]["loss"],
+        "test_accuracy_before": ended["before"]["accuracy"],
+        "test_loss": [or_infinity(m["after"]["loss"]) for m in found],
         "test_accuracy": [m["after"]["accuracy"] for m in found],
-        "forwards": found[0]["forwards"],
+        "forwards": ended["forwards"],
         "seconds": [m["train_seconds"] for m in found],
     }
 
@@ -195,7 +222,8 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
 def gap(rows: list[dict[str, Any]], task: str, method: str = "KerZOO", beside: str = MATCHED) -> Interval:
     """Return the test loss of one line minus that of another, paired by seed, with its interval."""
     after = {row["method"]: np.array(row["test_loss"]) for row in rows if row["task"] == task}
-    return interval(after[method] - after[beside], logs=False)
+    with np.errstate(invalid="ignore"):  # two runs that diverged
+        return interval(after[method] - after[beside], logs=False)
 
 
 def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
@@ -222,7 +250,8 @@ def draw(rows: list[dict[str, Any]]) -> Any:
                 axis.plot([position] * len(loss), loss, "o", color=f"C{position}", alpha=0.7)
                 axis.plot([position - 0.2, position + 0.2], [np.mean(loss)] * 2, color=f"C{position}")
             axis.axhline(chosen[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
-            ticks = [f"{row['method'].split(' ')[0]}\n{row['forwards']} forwards" for row in chosen]
+            costs = [f"{row['forwards']} forwards" if row["forwards"] else "diverged" for row in chosen]
+            ticks = [f"{row['method'].split(' ')[0]}\n{cost}" for row, cost in zip(chosen, costs)]
             axis.set_xticks(range(len(chosen)), ticks, fontsize=8)
             axis.set(ylabel="test loss", title=f"{task}, one dot per seed")
             axis.legend()
