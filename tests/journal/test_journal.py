@@ -17,8 +17,10 @@ import zokernel.journal.writer as writer_module
 from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune import replay
-from zokernel.journal import Journal, JournalWriter, Step
+from zokernel.journal import Journal, JournalWriter, Step, make_header, weights_sha256
 from zokernel.journal.format import encode, encode_header
+from zokernel.journal.replay import record_of, replay_steps
+from zokernel.optim import MeZO
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_place:grid", "in_forward"])
@@ -212,6 +214,39 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
         monkeypatch.setattr(writer_module.os, "ftruncate", lambda *args: None)
         with pytest.raises(RunError, match="cannot be written"):
             full.append(Step(STEPS + 1, (0.1,), (1.0, 2.0)))
+
+
+def test_a_run_killed_as_it_began_a_step_goes_on_under_other_conditions(tmp_path):
+    """The journal says that a tensor is frozen from the next step on, and the step that was taken then is not there."""
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+
+    def begun():
+        net = network()
+        return net, MeZO(net, lr=0.1)
+
+    def step(net, optimizer, writer):
+        optimizer.step(lambda: net(x).square().mean())
+        writer.append(record_of(optimizer))
+
+    net, optimizer = begun()
+    header = make_header(optimizer, "mezo", {"lr": 0.1}, base_sha256=weights_sha256(dict(net.named_parameters())))
+    writer = JournalWriter.create(tmp_path / "journal.zkj", header)
+    step(net, optimizer, writer)
+    net[0].weight.requires_grad_(False)
+    step(net, optimizer, writer)
+    writer.close()
+    journal = Journal.read(tmp_path)
+    os.truncate(journal.path, journal.ends[-2])
+    journal = Journal.read(tmp_path)
+    assert (journal.num_steps, journal.events[-1]["frozen"]) == (1, ["0.weight"])
+    net, optimizer = begun()
+    replay_steps(optimizer, journal.steps)
+    writer = JournalWriter.append_to(journal)
+    for _ in range(2):
+        step(net, optimizer, writer)
+    writer.close()
+    assert [record.conditions.frozen for record in Journal.read(tmp_path).steps] == [(), (), ()]
+    assert same(replay(network(), tmp_path), dict(net.named_parameters()))
 
 
 def test_numbers_survive_as_they_are(tmp_path):

@@ -35,7 +35,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zokernel.errors import RunError, UsageError
@@ -71,6 +71,12 @@ class Conditions:
         """Return those with which a run begins."""
         groups = header.get("groups")
         return cls(header.get("perturb"), (), len(groups) if isinstance(groups, list) else None)
+
+    def after(self, event: Mapping[str, Any]) -> Conditions:
+        """Return what holds after an event."""
+        if event.get("event") != CONDITIONS:
+            return self
+        return replace(self, perturb=event["perturb"], frozen=tuple(event["frozen"]))
 
     def same_steps(self, other: Conditions) -> bool:
         """Return whether steps come out alike: all ways of perturbing that leave the weights in place do."""

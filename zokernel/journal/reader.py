@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 from zokernel.errors import RunError, UsageError
 from zokernel.journal.format import (
     CHECKSUM_BYTES,
-    CONDITIONS,
     EVENT,
     STEP_NARROW,
     STEP_WIDE,
@@ -58,6 +57,11 @@ class Journal:
     def events(self) -> list[dict[str, Any]]:
         """The contents of the events in order."""
         return [record.content for record in self.records if isinstance(record, Event)]
+
+    @property
+    def conditions(self) -> Conditions:
+        """What holds at the end: for the next step, unless an event before it says otherwise."""
+        return reduce(Conditions.after, self.events, Conditions.of_header(self.header))
 
     @property
     def num_steps(self) -> int:
@@ -106,10 +110,8 @@ class Journal:
                         raise RunError(f"Step {steps} is followed by a record of step {record.step}.")
                     steps += 1
                     record = replace(record, conditions=conditions)
-                elif record.content.get("event") == CONDITIONS:
-                    conditions = replace(
-                        conditions, perturb=record.content["perturb"], frozen=tuple(record.content["frozen"])
-                    )
+                else:
+                    conditions = conditions.after(record.content)
                 records.append(record)
                 ends.append(end)
                 previous, offset = data[end - CHECKSUM_BYTES : end], end

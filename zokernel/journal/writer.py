@@ -86,8 +86,7 @@ class JournalWriter:
         with journal.path.open("rb") as file:
             file.seek(journal.size - CHECKSUM_BYTES)
             previous = file.read(CHECKSUM_BYTES)
-        last = journal.steps[-1].conditions if journal.steps else Conditions.of_header(journal.header)
-        writer = cls(journal.path, journal.size, previous, last)
+        writer = cls(journal.path, journal.size, previous, journal.conditions)
         os.ftruncate(writer._file, journal.size)
         return writer
 
