@@ -254,10 +254,22 @@ def deal_batches(loader: Any, processes: int, rank: int) -> bool:
     return True
 
 
+def use_one_gpu(arguments: Any) -> int:
+    """Let a process compute on one GPU, and return how many it would have used.
+
+    Private: ``TrainingArguments._n_gpu``.  With several GPUs and one process, transformers wraps the model in
+    ``DataParallel``, which runs replicas that no perturbation reaches; it has no setting against that.
+    """
+    found: int = arguments.n_gpu
+    arguments._n_gpu = min(found, 1)
+    return found
+
+
 write_count = attrgetter("_version")
 """Returns how often a tensor was written to in place, in any way that torch sees.
 
 Private: ``Tensor._version``.  Autograd counts these writes, and a comparison of values would need a copy of all.
+An assignment to ``tensor.data`` is not among them: it gives the tensor other memory.
 """
 
 

@@ -313,3 +313,30 @@ def test_one_plain_class_is_trained_by_gradients_with_the_same_words(tmp_path):
     assert not trainer.zeroth_order
     assert any(not torch.equal(before[key], value) for key, value in weights(trainer).items())
     assert arguments(tmp_path).max_steps == 6
+
+
+def test_a_process_computes_on_one_gpu(tmp_path, caplog):
+    """With two, transformers would run replicas in threads, which no perturbation reaches."""
+    _, kwargs = CASES["text_classification"](tmp_path)
+    kwargs["args"]._n_gpu = 2
+    with caplog.at_level("WARNING"):
+        trainer = zeroth_order(Trainer, method="mezo")(**kwargs)
+    assert (trainer.args.n_gpu, kwargs["args"].n_gpu) == (1, 2)
+    assert trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+    assert "one of 2 GPUs: start one process per GPU with torchrun" in caplog.text
+    trainer.train()
+    assert trainer.model_wrapped is trainer.model
+
+
+def test_a_stream_of_rows_has_no_lengths(tmp_path):
+    _, kwargs = CASES["image_classification"](tmp_path)
+    rows = kwargs["train_dataset"]
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows[n] for n in range(len(rows)))
+
+    kwargs |= {"args": ZOConfig(output_dir=str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none")}
+    trainer = zeroth_order(Trainer)(**(kwargs | {"train_dataset": Stream()}))
+    trainer.train()
+    assert len(trainer.run_log.rows) == 2

@@ -87,6 +87,46 @@ def test_a_frozen_parameter_keeps_its_share_of_an_average():
             assert not torch.equal(stored[name], torch.ones_like(stored[name])) or name == "c"
 
 
+def halve(module):
+    nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(module.parameters()).detach() * 0.5, module.parameters()
+    )
+
+
+def double(module):
+    module.double()
+
+
+@pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_forward"])
+@pytest.mark.parametrize("replace", [halve, double])
+def test_weights_that_were_replaced_are_those_of_the_next_step(replace, perturb):
+    """torch counts no write when ``p.data`` is assigned: the memory tells."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(70, 300), nn.Tanh(), nn.Linear(300, 3))
+
+    def loss(module):
+        inputs = torch.linspace(-1, 1, 8 * 70).view(8, 70).to(module[0].weight.dtype)
+        return module(inputs).square().mean()
+
+    trained, fresh = model(), model()
+    options = {"perturb": perturb, "directions": Dense("rademacher"), "seed": 3}
+    optimizer = ZerothOrder(list(trained.named_parameters()), lr=0.0, **options)
+    optimizer.step(lambda: loss(trained))
+    replace(trained)
+    assert optimizer.changed_by_others
+    replace(fresh)
+    expected = ZerothOrder(list(fresh.named_parameters()), lr=1e-3, **options)
+    expected.step_count = 1
+    optimizer.param_groups[0]["lr"] = 1e-3
+    found = optimizer.step(lambda: loss(trained))
+    assert found == pytest.approx(expected.step(lambda: loss(fresh)), rel=1e-5)  # the first step leaves roundings
+    for ours, theirs in zip(trained.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert not optimizer.changed_by_others
+
+
 def test_nothing_left_to_train_is_said():
     weight = nn.Parameter(torch.ones(3))
     optimizer = MeZO([weight], lr=0.1)

@@ -169,6 +169,15 @@ def test_batches_are_dealt_anew():
     assert not private_apis.deal_batches(plain, 2, 1)
 
 
+def test_one_gpu_of_several_is_used(tmp_path):
+    options = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 4}
+    arguments = transformers.TrainingArguments(str(tmp_path), **options)
+    assert (private_apis.use_one_gpu(arguments), arguments.n_gpu) == (0, 0), "no GPU, so none is used"
+    arguments._n_gpu = 3
+    assert arguments.train_batch_size == 12, "several GPUs are counted otherwise"
+    assert (private_apis.use_one_gpu(arguments), arguments.n_gpu, arguments.train_batch_size) == (3, 1, 4)
+
+
 # torch
 
 

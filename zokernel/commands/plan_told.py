@@ -117,6 +117,6 @@ def advice(plan: Plan, batch: int) -> str:
     return (
         f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} "
         f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
-        "constant. The best rate for one step is no rate for a run: most of a step is noise, which adds up, and slopes "
-        "grow along the way."
+        "constant. The best rate for one step is too large for a run: most of a step is noise, which adds up, and "
+        "slopes grow along the way."
     )

@@ -152,6 +152,8 @@ class StreamedWeights(Unmoved):
         blocks: The blocks of the model.
     """
 
+    stay = False  # a block has other memory whenever it is read
+
     def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, blocks: Blocks):
         super().__init__(directions, tensors, seed=seed)
         self._blocks, self._updates = blocks, blocks.store.updates

@@ -65,7 +65,7 @@ class AskTell(Checkpointed):
         """Repeat the step that recorded numbers led to."""
         raise NotImplementedError
 
-    def _versions_now(self) -> list[int]:
+    def _versions_now(self) -> list[tuple[Any, bool]]:
         raise NotImplementedError
 
     @property

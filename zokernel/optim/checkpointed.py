@@ -30,7 +30,7 @@ class Checkpointed(Trained, Copied):
 
     updates: list[Update]
     num_forwards: int
-    _versions: list[int]
+    _versions: list[tuple[Any, bool]]
     last_factor: float
     _named_groups: list[tuple[dict[str, Any], list[str]]]
     _followers: list[Update]
@@ -58,7 +58,7 @@ class Checkpointed(Trained, Copied):
 
     @property
     def changed_by_others(self) -> bool:
-        """Whether anything but this optimizer has written to the weights since its last step."""
+        """Whether anything but this optimizer has written to the weights, or replaced them, since its last step."""
         raise NotImplementedError
 
     @property

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions
+from zokernel.directions.placement import memory_of
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
@@ -108,7 +109,7 @@ class ZerothOrder(AskTell):
         self.last_estimate: Estimate | None = None
         self.last_factor = math.nan if any(part.normalizes for part in self.updates) else 1.0
         self._record: list[float] = []
-        self._versions: list[int] = []
+        self._versions: list[tuple[Any, bool]] = []
         self._perturb, self._watch, self._origin = perturb, LossWatch(params), Origin(params)
         self.named_params |= name_parameters(self.param_groups)
         self._settle()
@@ -120,11 +121,12 @@ class ZerothOrder(AskTell):
 
     @property
     def changed_by_others(self) -> bool:
-        """Whether anything but this optimizer has written to the weights since its last step."""
-        return self._versions_now()[::2] != self._versions[::2]
+        """Whether anything but this optimizer has written to the weights, or replaced them, since its last step."""
+        return [written for written, _ in self._versions_now()] != [written for written, _ in self._versions]
 
-    def _versions_now(self) -> list[int]:  # writes to each parameter, and whether it requires gradients
-        return [number for p in self.named_params.values() for number in (write_count(p), p.requires_grad)]
+    def _versions_now(self) -> list[tuple[Any, bool]]:  # writes to each parameter, and whether it requires gradients
+        where = memory_of if self.perturb.weights.stay else (lambda p: None)
+        return [((write_count(p), where(p)), p.requires_grad) for p in self.named_params.values()]
 
     def _note_versions(self) -> None:
         self._versions = self._versions_now()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions, LowRank, Subspace
-from zokernel.directions.placement import Placement, place_all
+from zokernel.directions.placement import Placement, memory_of, place_all
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
@@ -87,7 +87,7 @@ class InForward(Perturb):
                 "tensors at a time: use perturb='in_place'."
             )
         super().attach(parameters, directions, seed=seed, reach=reach)
-        if self.schedule is None or self.schedule.places.keys() != set(map(id, parameters.values())):
+        if self.schedule is None or not self.schedule.serves(parameters):
             self.schedule = CopySchedule(parameters)
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
@@ -137,6 +137,7 @@ class CopySchedule:
     def __init__(self, parameters: Mapping[str, Tensor]):
         self.parameters = parameters
         self.places: dict[int, Placement] = {}
+        self.memory = {id(tensor): memory_of(tensor) for tensor in parameters.values()}
         for name, tensor in parameters.items():
             place = place_all({name: tensor})[0]
             if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
@@ -155,6 +156,10 @@ class CopySchedule:
         self._copiers: dict[tuple[int, ...], Copier] = {}
         self._pieces: dict[tuple[int, int], list[Copier]] = {}
         self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def serves(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Return whether these are the parameters, in the memory that they had."""
+        return self.memory == {id(tensor): memory_of(tensor) for tensor in parameters.values()}
 
     @property
     def learned(self) -> bool:

@@ -51,9 +51,11 @@ class Restore(ABC):
     Attributes:
         walks_points: Whether the weights after a commit also depend, by rounding, on the points visited before it, so
             that a replay must walk them.
+        stay: Whether the tensors keep their memory, so that other memory means other weights.
     """
 
     walks_points: ClassVar[bool] = False
+    stay: ClassVar[bool] = True
 
     def __init__(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int):
         self.directions = directions

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -32,7 +32,7 @@ from zokernel.finetune.trainer.micro_batches import MicroBatches
 from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.resumable import ResumableTrainer
 from zokernel.finetune.trainer.stream_points import stream_points
-from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients
+from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients, use_one_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,12 @@ class SetUpTrainer(ResumableTrainer):
         return model
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Build the accelerator; under autocast, keep no second copy of the weights."""
+        """Build the accelerator for one GPU; under autocast, keep no second copy of the weights."""
+        if (gpus := use_one_gpu(self.args)) > 1:
+            logger.warning(
+                "This process computes on one of %d GPUs: start one process per GPU with torchrun to use all of them.",
+                gpus,
+            )
         super().create_accelerator_and_postprocess()
         # Each weight is used once per forward, so caching its bf16 copy would only cost memory.
         cache_no_casts(self.accelerator)
@@ -260,7 +265,9 @@ def _without_lengths(args: Any, dataset: Any, processing_class: Any) -> None:
     Raises:
         UsageError: If they were to be grouped.
     """
-    if args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__getitem__") or not len(dataset):
+    if args.train_sampling_strategy != "group_by_length" or isinstance(dataset, IterableDataset):
+        return
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset)):
         return
     first, names = dataset[0], getattr(processing_class, "model_input_names", None) or ["input_ids"]
     if isinstance(first, Mapping) and (names[0] in first or args.length_column_name in first):
