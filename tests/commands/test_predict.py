@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,8 @@ from zokernel.cli import main
 from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import load_predictor
+from zokernel.private_apis import attention_implementation
+from zokernel.without_adapter import without_adapter
 
 RUN = ["--max_steps", "2", "--precision", "fp32", "--eval_strategy", "no", "--save_strategy", "journal"]
 
@@ -79,6 +82,53 @@ def test_a_checkpoint_answers_with_its_own_weights(lora, tmp_path, tiny_lm_path,
     assert abs(early[0] - late[0]) > 1e-5  # ten times the tolerance above
     with pytest.raises(UsageError, match=r"no folder .*checkpoint-7: give that of a finished run, or one of its che"):
         load_predictor(folder / "checkpoint-7")
+
+
+def test_the_model_is_run_with_the_attention_of_its_run(tmp_path, flags):
+    folder = tmp_path / "run"
+    assert main(["finetune", *flags, *RUN, "--lora", "true", "--attn_implementation", "eager"]) == 0
+    assert main(["merge", "--model", str(folder), "--output_dir", str(tmp_path / "merged")]) == 0
+    for place in (folder, tmp_path / "merged"):
+        assert attention_implementation(load_predictor(place).model) == "eager"
+
+
+OWN = """
+from transformers import LlamaForCausalLM
+
+
+class Own(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = -found.logits
+        return found
+"""
+
+
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_lm_path, flags, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    place, run, rows = shutil.copytree(tiny_lm_path, tmp_path / "own"), tmp_path / "run", tmp_path / "new.csv"
+    rows.write_text("sentence\ngood\n")
+    (place / "own.py").write_text(OWN)
+    config = json.loads((place / "config.json").read_text())
+    config |= {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    (place / "config.json").write_text(json.dumps(config))
+    trust, named = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place), "--lora", lora]
+    assert main(["finetune", *flags, *RUN, *named, *trust]) == 0
+    scores = []
+    for trusted, name in ((True, "Own"), (False, "LlamaForCausalLM")):
+        predictor = load_predictor(run, trust_remote_code=trusted)
+        assert type(without_adapter(predictor.model)).__name__ == name
+        scores.append(predictor(["good"])[0]["scores"])
+        capsys.readouterr()
+        assert main(["predict", "--model", str(run), "--file", str(rows), *(trust if trusted else [])]) == 0
+        assert json.loads(capsys.readouterr().out)["scores"] == pytest.approx(scores[-1], abs=1e-6)
+    assert scores[0]["0"] / scores[0]["1"] == pytest.approx(scores[1]["1"] / scores[1]["0"], rel=1e-4)
+    if lora == "true":
+        merge = ["merge", "--model", str(run), "--output_dir", str(tmp_path / "merged")]
+        assert main(merge) == 2
+        assert "that was a Own, and this is a LlamaForCausalLM" in capsys.readouterr().err
+        assert main([*merge, *trust]) == 0
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 from hub_data import tiny_model
 from hub_runs import Run
 from hub_server import Hub
+from models import save_plain_llama
+from quantized import save_gguf
+from safetensors.torch import load_file, save_file
 from test_hub_errors import ROWS, one_sentence
 from transformers import AutoModelForCausalLM
 
@@ -75,3 +79,40 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
     offline = run(hub.endpoint, command("org/adapter", "offline", "--do_train", "false"), HF_HUB_OFFLINE="1")
     assert offline[0]["code"] == 0, offline[0]["told"]
     assert before("offline") == before("scored")
+
+
+def test_an_adapter_finds_the_revision_and_the_file_of_its_base(hub: Hub, run: Run, tmp_path: Path):
+    base = save_plain_llama(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    packed = save_gguf(base, tmp_path / "tiny.gguf").read_bytes()
+    weights = load_file(base / "model.safetensors")
+    other = {name: 2 * weight if "proj" in name else weight for name, weight in weights.items()}
+    save_file(other, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    on_main = files | {"model.safetensors": (tmp_path / "other.safetensors").read_bytes()}
+    hub.add("models", "org/tiny", on_main, branches={"v2": files | {"tiny.gguf": packed}})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--precision", "fp32"]
+    words += ["--use_cpu", "true", "--train_file", str(rows), "--validation_file", str(rows), "--max_steps", "2"]
+    words += ["--test_file", str(rows)]
+    for name, flags in (("plain", []), ("gguf", ["--gguf_file", "tiny.gguf"])):
+        lora, merged, scored = (str(tmp_path / f"{name}-{what}") for what in ("lora", "merged", "scored"))
+        named = ["--model_name_or_path", "org/tiny", "--model_revision", "v2", *flags, "--lora", "true"]
+        score = ["--model_name_or_path", lora, "--do_train", "false", "--output_dir", scored]
+        ask = ["--file", str(rows), "--output_file"]
+        results = run(
+            hub.endpoint,
+            ["finetune", *named, *words, "--learning_rate", "3e-2", "--eps", "1e-2", "--output_dir", lora],
+            ["finetune", *score, *words],
+            ["merge", "--model", lora, "--output_dir", merged],
+            *(["predict", "--model", place, *ask, f"{place}.jsonl"] for place in (lora, merged)),
+        )
+        assert [result["code"] for result in results] == [0] * 5, [result["told"][-500:] for result in results]
+        assert "was trained on" not in results[1]["told"]
+        after = json.loads((tmp_path / f"{name}-lora" / "metrics.json").read_text())["after"]
+        before = json.loads((tmp_path / f"{name}-scored" / "metrics.json").read_text())["before"]
+        assert before["loss"] == pytest.approx(after["loss"], abs=1e-6)
+        for place in (lora, merged):
+            answers = [json.loads(line) for line in Path(f"{place}.jsonl").read_text().splitlines()]
+            losses = [-torch.tensor(answer["scores"][str(answer["label"])]).log() for answer in answers]
+            assert float(sum(losses)) / len(losses) == pytest.approx(after["loss"], abs=1e-5)

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from zokernel._version import __version__
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, type=Path, help="where the merged model goes")
     parser.add_argument("--base", help="the model it was trained on (default: what the adapter names)")
     parser.add_argument("--dtype", help="storage of the merged weights (default: the run's, else float32)")
+    add_switch(parser, "--trust_remote_code", help="run the Python code that comes with the base")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,7 +49,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.model} holds no adapter: give the folder of a run with --lora true.")
     else:
         named = {"model_name_or_path": args.model}
-    checked = check_model(ModelArguments(**named, dtype=dtype, merge_adapter=True))
+    trusted = args.trust_remote_code
+    checked = check_model(ModelArguments(**named, dtype=dtype, merge_adapter=True, trust_remote_code=trusted))
     adapted = attach_adapter(load_pretrained(checked, checked.arguments), checked.arguments)
     arguments = checked.arguments
     base, adapter = arguments.model_name_or_path, str(arguments.adapter_name_or_path)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_file", type=Path, help="rows with answers: .csv, .tsv or .jsonl (default: JSON lines, printed)"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
+    add_switch(parser, "--trust_remote_code", help="run the Python code that comes with the model")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,7 +51,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)
     rows = read_rows(args.file, args.column_names)
-    answers = load_predictor(args.model)(rows, batch_size=args.batch_size)
+    predictor = load_predictor(args.model, trust_remote_code=args.trust_remote_code)
+    answers = predictor(rows, batch_size=args.batch_size)
     if output is None:
         for row, answer in zip(rows, answers):
             print(json.dumps(_joined(row, answer), ensure_ascii=False))

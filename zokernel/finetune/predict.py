@@ -252,15 +252,20 @@ def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) ->
         arguments: How that model is to be loaded.
     """
     if _record_of(adapter).is_file():
-        write_json(folder / FILE, read_record(adapter) | loading_flags(arguments))
+        record = read_record(adapter)
+        attention = {"attn_implementation": record.get("attn_implementation")}
+        write_json(folder / FILE, record | loading_flags(arguments) | attention)
 
 
-def load_predictor(folder: str | Path, *, device: str | torch.device | None = None) -> Predictor:
+def load_predictor(
+    folder: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
+) -> Predictor:
     """Load a finished run of ``zokernel finetune`` to answer new rows.
 
     Args:
         folder: The output folder of the run, or one of its checkpoints.
         device: Where to run; the GPU if there is one.
+        trust_remote_code: Whether the Python code that comes with the model, or with the base of an adapter, may run.
 
     Returns:
         The predictor.
@@ -276,7 +281,8 @@ def load_predictor(folder: str | Path, *, device: str | torch.device | None = No
     """
     record = read_record(folder)
     flags = {name: record[name] for name in LOADING if name in record}
-    arguments = ModelArguments(model_name_or_path=str(folder), lm_type=record["language_model"], **flags)
+    flags |= {"lm_type": record["language_model"], "trust_remote_code": trust_remote_code}
+    arguments = ModelArguments(model_name_or_path=str(folder), **flags)
     config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none")
     model, tokenizer = load_model(arguments, config)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -42,6 +42,8 @@ def is_adapter(name: str) -> bool:
 def with_base(arguments: ModelArguments) -> ModelArguments:
     """Return arguments that name base and adapter, where ``model_name_or_path`` is the folder of an adapter.
 
+    A base on the hub is the revision and the GGUF file that the adapter's run had, unless the arguments name others.
+
     Args:
         arguments: What the user named.
 
@@ -52,7 +54,16 @@ def with_base(arguments: ModelArguments) -> ModelArguments:
         UsageError: If the base cannot be told, or is no longer where it was.
     """
     name = arguments.model_name_or_path
-    return _naming_both(arguments, _base_of(Path(name).expanduser())) if is_adapter(name) else arguments
+    if not is_adapter(name):
+        return arguments
+    folder = Path(name).expanduser()
+    base, run = _base_of(folder), _run_of(folder)
+    if run.get("model_name_or_path") == base:
+        asked = arguments.model_revision
+        revision = run.get("model_revision", asked) if asked == "main" else asked
+        file = arguments.gguf_file or run.get("gguf_file")
+        arguments = replace(arguments, model_revision=revision, gguf_file=file)
+    return _naming_both(arguments, base)
 
 
 def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelArguments | None:
@@ -245,18 +256,20 @@ def base_told(name: str) -> str:
 def _base_of(folder: Path) -> str:
     """Return what a saved adapter's run, or its configuration, calls the base."""
     stored = adapter_config(str(folder)).base_model_name_or_path
-    for place in (folder, folder.parent):
-        if (place / RUN_FILE).is_file():
-            named, file = (_settings(place).get(key) for key in ("model_name_or_path", "gguf_file"))
-            if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
-                return str(Path(named) / file) if file else str(named)
+    named, file = (_run_of(folder).get(key) for key in ("model_name_or_path", "gguf_file"))
+    if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
+        return str(Path(named) / file) if file else str(named)
     if not stored:
         raise UsageError(f"The adapter {folder} does not say what its base is: {_hint(str(folder))}.")
     return _found(str(stored), str(folder))
 
 
-def _settings(place: Path) -> dict[str, Any]:
-    return read_json(place / RUN_FILE).get("settings") or {}
+def _run_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that left an adapter; empty if there is none."""
+    for place in (folder, folder.parent):
+        if (place / RUN_FILE).is_file():
+            return read_json(place / RUN_FILE).get("settings") or {}
+    return {}
 
 
 def _found(base: str, adapter: str) -> str:
