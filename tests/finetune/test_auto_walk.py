@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import peft
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 
 from zokernel.cli import main
 from zokernel.finetune.models.streamed import load_streamed
-from zokernel.finetune.settings.auto import LEAST_WALK, WALK, learning_rate, shorter_walk
+from zokernel.finetune.settings.auto import LEAST_WALK, NOISE_SCALE, WALK, learning_rate, shorter_walk
 from zokernel.finetune.trainer import measuring
 from zokernel.finetune.trainer.measure_rise import batches_to_try, measure_rise
 from zokernel.journal import Journal
@@ -79,8 +80,8 @@ def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         made.train()
     assert [(count, distance) for count, distance, _ in asked] == [(8, WALK["full parameters"])]
-    share = shorter_walk(Rise(WALK["full parameters"], 0.7, 0.9, 0.01, 1.0, 24), directions=2 * STEPS, batch=4,
-                         per_example=False)  # fmt: skip
+    rise = Rise(WALK["full parameters"], 0.7, 0.9, 0.01, 1.0, 24)
+    share = shorter_walk(rise, directions=2 * STEPS, batch=4, sharing=4)
     assert share == LEAST_WALK
     rate = made.settings.setting("learning_rate")
     assert (rate.value, rate.source) == (pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3), "auto")
@@ -90,6 +91,18 @@ def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
         in caplog.text
     )
     assert "(from 0.7; 24 forwards)" in caplog.text
+
+
+@pytest.mark.parametrize("sharing", [16, 1], ids=["shared directions", "per example"])
+def test_micro_batches_do_not_change_the_walk(sharing):
+    """A smaller batch has steeper slopes by its noise alone; the step of 16 examples is the same."""
+    shares = [
+        shorter_walk(
+            Rise(1.0, 1.0, 9.0, 0.01, math.sqrt(1 + NOISE_SCALE / b), 24), directions=64, batch=b, sharing=sharing
+        )
+        for b in (16, 4, 1)
+    ]
+    assert shares == pytest.approx([4 / 9 / math.sqrt(1 + NOISE_SCALE / sharing)] * 3)
 
 
 def test_a_walk_without_harm_stays(trainer, caplog):

@@ -59,8 +59,9 @@ def best_step(plan: Plan, batch_size: int) -> str:
         return f"The best step at batch {batch_size} is not known: {_lacking(plan)}."
     each = "per example" if found.scheme == "per_example" else "for the batch"
     sides = "one-sided" if found.one_sided else "two-sided"
+    directions = "1 direction" if found.num_perturbations == 1 else f"{found.num_perturbations} directions"
     return (
-        f"Most decrease per forward at batch {batch_size}: {found.num_perturbations} directions {each}, {sides}, "
+        f"Most decrease per forward at batch {batch_size}: {directions} {each}, {sides}, "
         f"{found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
     )
 

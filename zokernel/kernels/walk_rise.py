@@ -14,8 +14,8 @@ fall), so that the walk with the most to show for it is, where E goes like the s
 
 .. math:: R^* = \kappa\, \frac{O(R)}{E(R)}\, R, \qquad \kappa = \frac{\sqrt{PT}}{2 D} .
 
-D is what noise takes of the slopes: with O from batches of b, :math:`D = 1 + \nu / b`, and
-:math:`\sqrt{(1 + \nu / b)(1 + \nu)}` with a direction for every example.
+D is what noise takes of the slopes: :math:`\sqrt{(1 + \nu / b)(1 + \nu / B)}` with O from batches of b, where B
+examples share the directions of a step: those of all its micro-batches and processes, or one if each has its own.
 """
 
 from __future__ import annotations

@@ -122,23 +122,22 @@ def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule:
     return WALK[trained] * math.sqrt(num_perturbations / (steps * MEAN_SQUARE.get(schedule, 1.0)))
 
 
-def shorter_walk(found: Rise, *, directions: int, batch: int, per_example: bool) -> float:
+def shorter_walk(found: Rise, *, directions: int, batch: int, sharing: int) -> float:
     r"""Return the share of its walk that a run should take, by the rise of the loss over the whole of it.
 
     Args:
         found: The rise of the loss of batches of ``batch`` examples.
         directions: Directions of all steps; those of all examples with directions of their own.
         batch: Examples per batch, b.
-        per_example: Whether examples have directions of their own.
+        sharing: Examples that share the directions of a step, B.
 
     Returns:
         1 if nothing speaks against the walk, else less, and :data:`LEAST_WALK` at least.
 
     Example:
-        >>> run = {"directions": 256, "batch": 10, "per_example": False}
+        >>> run = {"directions": 256, "batch": 10, "sharing": 10}
         >>> shorter_walk(Rise(0.125, 1.0, 0.5, 0.01, 0.5, 24), **run)  # kappa = sqrt(256) / 4
         0.5
     """
-    batch_noise = 1 + NOISE_SCALE / batch
-    noise = math.sqrt(batch_noise * (1 + NOISE_SCALE)) if per_example else batch_noise
+    noise = math.sqrt((1 + NOISE_SCALE / batch) * (1 + NOISE_SCALE / sharing))
     return max(LEAST_WALK, walk_worth(found, directions=directions, noise=noise) / found.distance)

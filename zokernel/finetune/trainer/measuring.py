@@ -130,9 +130,9 @@ class MeasuringTrainer(SetUpTrainer):
         if rise is not None:
             self.rate_forwards = rise.forwards
             self.measuring_forwards += rise.forwards
-            per_example = bool(args.method_options().get("per_example"))
-            every = args.num_perturbations * steps * (size if per_example else 1)
-            share = shorter_walk(rise, directions=every, batch=small, per_example=per_example)
+            sharing = 1 if args.method_options().get("per_example") else size
+            every = args.num_perturbations * steps * (size // sharing)
+            share = shorter_walk(rise, directions=every, batch=small, sharing=sharing)
         share = from_main(share)
         if share < 1:
             self.decide("auto", learning_rate=float(f"{rate * share:.3g}"))
