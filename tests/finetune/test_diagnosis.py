@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from trainer_cases import CASES
 from trainers import load_parts, make_trainer
+from transformers import Trainer
 
 from zokernel.cli import main
-from zokernel.finetune import EncodedDataset
+from zokernel.finetune import EncodedDataset, zeroth_order
 from zokernel.finetune.monitor.course import Course, change_of, held_out
 from zokernel.finetune.monitor.diagnosis import LEARNED, NOT_LEARNED, ONLY_TRAINING, TOO_SHORT, diagnose, verdict
 from zokernel.finetune.monitor.findings import Options, Surroundings
@@ -234,6 +236,52 @@ def test_the_promise_of_plain_descent_is_kept_by_one():
         weight -= rate * h * weight
     change = change_of(course)
     assert change.promised - change.squared * h == pytest.approx(-change.change, rel=1e-9)
+
+
+def test_a_continued_run_is_told_by_all_of_its_steps(tmp_path):
+    """The loss falls for 25 steps and then stays, and the second process takes the last 40."""
+
+    class Falls(zeroth_order(Trainer, method="mezo")):
+        def compute_loss(self, *args, **options):
+            step = self.state.global_step
+            return 0 * super().compute_loss(*args, **options) + max(3 - 0.1 * step, 0.5) + 1e-3 * (step % 3)
+
+    for steps, resume in ((30, False), (70, True)):
+        _, kwargs = CASES["text_classification"](tmp_path, max_steps=steps, save_steps=30, lr_scheduler_type="constant")
+        trainer = Falls(**kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.diagnosis.verdict == LEARNED
+    assert len(trainer._course.losses) == 70
+
+
+def test_the_losses_around_the_weights_are_means_over_one_batch(tmp_path):
+    """Neither of a new batch each, nor divided by the number of tokens of a step."""
+    _, kwargs = CASES["causal_language_modelling"](tmp_path, max_steps=20, save_strategy="no")
+    rows = kwargs["train_dataset"]
+
+    class Stream(torch.utils.data.IterableDataset):
+        opened = 0
+
+        def __iter__(self):
+            self.opened += 1
+            draw = random.Random(self.opened)
+            while True:
+                yield rows[draw.randrange(len(rows))]
+
+    class Flat(zeroth_order(Trainer, method="mezo")):
+        def compute_loss(self, model, inputs, *args, **options):
+            loss = super().compute_loss(model, inputs, *args, **options)
+            if self.is_in_train:
+                return 0 * loss + 1
+            taken.append((inputs["input_ids"].tolist(), float(loss), float(model(**inputs).loss)))
+            return loss
+
+    taken = []
+    trainer = Flat(**(kwargs | {"train_dataset": Stream(), "eval_dataset": None}))
+    trainer.train()
+    assert trainer.diagnosis.forwards == len(taken) == 17
+    assert all(ids == taken[0][0] for ids, _, _ in taken)
+    assert [loss for _, loss, _ in taken] == pytest.approx([mean for _, _, mean in taken], rel=1e-6)
 
 
 METHODS = ("mezo", "auto", "fzoo", "kerzoo", "hizoo", "lozo", "zo_adam", "sgd")

@@ -122,6 +122,12 @@ def test_first_order_baseline_uses_the_same_loss_and_flags(parts, tmp_path):
     assert "projected_gradient" not in rows[0]
 
 
+def test_the_plain_rate_of_a_step_is_that_of_its_schedule(parts, tmp_path):
+    trainer = make_trainer(parts, tmp_path, method="mezo", max_steps=4, lr_scheduler_type="linear")
+    trainer.train()
+    assert trainer._course.rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)], rel=1e-12)
+
+
 def test_a_nan_loss_stops_and_keeps_the_last_good_weights(parts, tmp_path):
     model, _, _ = parts
     trainer = make_trainer(parts, tmp_path, max_steps=10)

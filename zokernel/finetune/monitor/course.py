@@ -46,10 +46,14 @@ class Course:
         self.rates.append(math.nan if record.plain_rate is None else record.plain_rate)
         self.directions = record.directions
 
-    def clear(self) -> None:
-        """Forget all steps: a run begins."""
-        for values in (self.losses, self.slopes, self.rates):
-            values.clear()
+    def begin(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Begin with the steps that earlier processes of the run took, of whose slopes and rates nothing is known.
+
+        Args:
+            rows: These steps, as in ``steps.jsonl``.
+        """
+        self.losses = [row["loss"] for row in rows]
+        self.slopes, self.rates = [math.nan] * len(rows), [math.nan] * len(rows)
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ SLOPES = (TwoPoint, OneSided, Richardson, TwoPointCurvature)  # whose coefficien
 PLAIN = (SGD, Normalized, PolyakBound)
 
 
-def slope_and_rate(optimizer: Any, projected_gradient: float) -> tuple[float | None, float | None]:
+def slope_and_rate(optimizer: Any, projected_gradient: float, rate: float) -> tuple[float | None, float | None]:
     """Return the root mean square of the last step's slopes, and the rate at which they were followed.
 
     Args:
         optimizer: A zeroth-order optimizer after a step.
         projected_gradient: Root mean square of the step's projected gradients.
+        rate: Learning rate of the step: a schedule may have set the optimizer's to that of the next one.
 
     Returns:
         The slope without the estimator's gain, and the rate of plain descent; None where they are unknown.
@@ -46,7 +47,7 @@ def slope_and_rate(optimizer: Any, projected_gradient: float) -> tuple[float | N
     if any(type(part) not in PLAIN for part in optimizer.updates):
         return slope, None
     group = optimizer.param_groups[0]
-    return slope, group["lr"] * optimizer.last_factor * gain / (1 - group.get("momentum", 0.0))
+    return slope, rate * optimizer.last_factor * gain / (1 - group.get("momentum", 0.0))
 
 
 @torch.no_grad()

@@ -73,8 +73,9 @@ class ZerothOrderTrainer(MeasuringTrainer):
         **kwargs: Any,
     ):
         kwargs |= dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], others))
-        micro_batches = MicroBatches(self._loss, self._stacked_loss, self.loss_weight, self._example_terms)
+        micro_batches = MicroBatches(self._loss_in_step, self._stacked_loss, self.loss_weight, self._example_terms)
         self._num_items: Any = None
+        self._trial_batch: dict[str, Any] | None = None
         super().__init__(micro_batches, model=model, args=args, optimizers=optimizers, **kwargs)
         self._layers = EvaluationLayers(self.bare_model)
         self.last_loss = self.effective_lr = float("nan")
@@ -107,15 +108,17 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self.add_callback(ForwardProgress(self.run_log) if has_bar else ForwardLines(self.run_log))
 
     def _trial_loss(self) -> Tensor:
-        """Return the loss of the first batch."""
-        return self._loss(self.first_batches(1)[0])
+        """Return the loss of the first batch, which is taken once in a run."""
+        if self._trial_batch is None:
+            self._trial_batch = self.first_batches(1)[0]
+        return self._loss(self._trial_batch)
 
     def begin_loop(self) -> None:
         """Settle the way of perturbing, then begin the journal and the log."""
         if self.zeroth_order and not isinstance(self.bare_optimizer, ZerothOrder):
             raise UsageError(f"{type(self).__name__} makes an optimizer of its own: let zokernel's method make it.")
         self._layers = EvaluationLayers(self.bare_model)
-        self._tried = False
+        self._tried, self._trial_batch = False, None
         if self.args.perturb == "auto" and self.zeroth_order:
             self.bare_model.eval()
             with self.uncounted():
@@ -124,7 +127,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
             self.decide("auto", perturb=perturb)
         super().begin_loop()
         self.run_log.begin(self.state.global_step, continues=self.continues)
-        self._course.clear()
+        self._course.begin(self.run_log.rows)
 
     @property
     def diverged(self) -> str | None:
@@ -149,7 +152,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
             refuse_skipped_step(self, self.state.global_step, optimizer.step_count)
         estimate = getattr(optimizer, "last_estimate", None)
         projected = None if estimate is None else projected_gradient(estimate.coefficients)
-        slope, rate = (None, None) if projected is None else slope_and_rate(optimizer, projected)
+        slope, rate = (None, None) if projected is None else slope_and_rate(optimizer, projected, self._rate)
         record = StepRecord(
             step=self.state.global_step,
             loss=self.last_loss,
@@ -226,8 +229,14 @@ class ZerothOrderTrainer(MeasuringTrainer):
         return 1.0
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
+        return self._loss_of(batch, None)
+
+    def _loss_in_step(self, batch: dict[str, Any]) -> Tensor:
+        return self._loss_of(batch, self._num_items)
+
+    def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
         with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=self._num_items)
+            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
         return scalar_loss(loss, type(self).__name__)
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
