@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from trainer_cases import CASES
@@ -282,6 +283,28 @@ def test_the_losses_around_the_weights_are_means_over_one_batch(tmp_path):
     assert trainer.diagnosis.forwards == len(taken) == 17
     assert all(ids == taken[0][0] for ids, _, _ in taken)
     assert [loss for _, loss, _ in taken] == pytest.approx([mean for _, _, mean in taken], rel=1e-6)
+
+
+def test_the_rounding_of_a_frozen_base_counts(tmp_path, monkeypatch):
+    """An adapter in float32 on a base in bfloat16: losses are as coarse as the base."""
+
+    class Flat(zeroth_order(Trainer, method="mezo")):
+        def compute_loss(self, *args, **options):
+            return 0 * super().compute_loss(*args, **options) + 1
+
+    given = []
+    monkeypatch.setattr(
+        "zokernel.finetune.trainer.zeroth_order_trainer.surroundings", lambda *_, dtype: given.append(dtype)
+    )
+    for base in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(base)
+        _, kwargs = CASES["causal_language_modelling"](folder, max_steps=20, save_strategy="no")
+        adapter = peft.LoraConfig(target_modules="all-linear")
+        kwargs["model"] = peft.get_peft_model(kwargs["model"].to(base), adapter, autocast_adapter_dtype=True)
+        trainer = Flat(**(kwargs | {"eval_dataset": None}))
+        trainer.train()
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+        assert given.pop() == base
 
 
 METHODS = ("mezo", "auto", "fzoo", "kerzoo", "hizoo", "lozo", "zo_adam", "sgd")

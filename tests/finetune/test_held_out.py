@@ -120,6 +120,15 @@ def test_evaluations_are_paired_by_example_also_after_a_kill(tiny_lm_path, tiny_
     assert kept.change(torch.ones(3, 2), continues=True) == {}, "other examples are not compared"
 
 
+def test_a_loader_that_is_kept_repeats_its_order(tiny_lm_path, tiny_reviews_path, tmp_path):
+    """As ``dataloader_persistent_workers`` keeps it: otherwise other examples would be paired."""
+    trainer = make_trainer(load_parts(tiny_lm_path, tiny_reviews_path), tmp_path, **EVALUATED)
+    loader = trainer.get_eval_dataloader()
+    orders = [list(loader.batch_sampler), list(loader.batch_sampler), list(trainer.get_eval_dataloader().batch_sampler)]
+    assert orders[0] == orders[1] == orders[2]
+    assert sorted(n for batch in orders[0] for n in batch) == list(range(len(trainer.eval_dataset)))
+
+
 def trained(model, data, folder, **settings):
     trainer = make_trainer(load_parts(model, data), folder, **EVALUATED | settings)
     trainer.train()

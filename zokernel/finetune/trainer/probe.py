@@ -51,13 +51,13 @@ def slope_and_rate(optimizer: Any, projected_gradient: float, rate: float) -> tu
 
 
 @torch.no_grad()
-def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype | None = None) -> Surroundings | None:
+def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surroundings | None:
     """Take the losses of one batch around the weights, which stay where they are: 17 forward passes.
 
     Args:
         optimizer: The optimizer of the run, whose directions and eps are used.
         loss: Returns the loss of a fixed batch.
-        dtype: What the model computes in, if not in the type of its weights.
+        dtype: The type with the largest rounding that a forward uses.
 
     Returns:
         The losses; None if they cannot be taken without moving the weights.
@@ -79,9 +79,19 @@ def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype | None = N
     if not all(map(torch.isfinite, map(torch.tensor, (centre, *losses)))):
         return None
     fours = [losses[n : n + 4] for n in range(0, len(losses), 4)]
-    dtype = dtype or min((p.dtype for p in optimizer.active.values()), key=lambda kind: kind.itemsize)
     near, far = [(a, b) for a, b, _, _ in fours], [(c, d) for _, _, c, d in fours]
     return Surroundings(eps, centre, near, far, torch.finfo(dtype).eps)
+
+
+def coarsest(model: nn.Module, autocast: torch.dtype | None = None) -> torch.dtype:
+    """Return the type with the largest rounding that a forward uses: of any weight, trained or not, or of autocast.
+
+    Example:
+        >>> coarsest(nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)))
+        torch.bfloat16
+    """
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()] + ([autocast] if autocast else [])
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import refuse_random_loss
 from zokernel.finetune.trainer.measuring import MeasuringTrainer
 from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
-from zokernel.finetune.trainer.probe import evaluating, look_at_options, slope_and_rate, surroundings
+from zokernel.finetune.trainer.probe import coarsest, evaluating, look_at_options, slope_and_rate, surroundings
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
@@ -288,7 +288,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
                 measures = said == NOT_LEARNED and outcome != diverged  # around a collapsed model there is nothing
                 if measures and self.zeroth_order and not self.args.torch_compile:
                     dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-                    around = surroundings(self.bare_optimizer, self._trial_loss, dtype=dtype)
+                    around = surroundings(self.bare_optimizer, self._trial_loss, dtype=coarsest(model, dtype))
                 options = look_at_options(
                     model,
                     self.train_dataset,

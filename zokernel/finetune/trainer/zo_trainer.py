@@ -199,8 +199,9 @@ class ZOTrainer(ZerothOrderTrainer):
         return {f"eval_{name}": value for name, value in changes.items()}
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Return the sampler of transformers, whose batches are the same in every evaluation: examples are paired."""
+        """Return the order of transformers' sampler, the same in every evaluation: examples are paired."""
         sampler = super()._get_eval_sampler(eval_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(0)
+            return list(sampler)  # a loader that is kept would draw another order next time
         return sampler
