@@ -94,3 +94,31 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_file({k: v for k, v in load_file(file).items() if "h.1.mlp.c_fc.weight" not in k}, file, {"format": "pt"})
     with pytest.raises(UsageError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight"):
         streamed(tmp_path / "model", "causal")
+
+
+def test_buffers_are_those_that_transformers_takes_from_the_files(tmp_path: Path) -> None:
+    """Old files hold what models compute themselves now, and integers where models have floats."""
+    from safetensors.torch import load_file, save_file
+
+    stored = {
+        "bert": {"bert.embeddings.position_ids": torch.arange(16).flip(0)[None].contiguous()},
+        "bart": {"final_logits_bias": torch.arange(309, dtype=torch.int32)[None]},
+    }
+    for family, buffers in stored.items():
+        folder, kind = save_model(tmp_path / family, family), kind_of(family)
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | buffers, file, {"format": "pt"})
+        resident = dict(CLASSES[kind].from_pretrained(folder).named_buffers())
+        found = dict(streamed(folder, kind).named_buffers())
+        assert found.keys() == resident.keys()
+        assert [key for key in found if not torch.equal(found[key], resident[key])] == []
+    assert found["final_logits_bias"].tolist() == [list(range(309))]
+
+
+def test_a_buffer_of_another_shape_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = save_model(tmp_path / "model", "bart") / "model.safetensors"
+    save_file(load_file(file) | {"final_logits_bias": torch.zeros(1, 1)}, file, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"'final_logits_bias' in shape \(1, 1\)"):
+        streamed(tmp_path / "model", "seq2seq")

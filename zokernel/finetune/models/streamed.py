@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
@@ -66,6 +67,11 @@ class Stored:
         if span.path not in self._mapped:
             self._mapped[span.path] = MappedFile(span.path)
         return self._mapped[span.path].tensor(span.begin, span.shape, span.dtype)
+
+    def read(self, key: str) -> Tensor:
+        """Return a copy of a tensor, of whatever type."""
+        with safe_open(self.entries[key][0], framework="pt") as file:
+            return file.get_tensor(key)
 
     def fits(self, key: str, dtype: torch.dtype) -> bool:
         """Whether a tensor can be used where it is: it has this type, and its place is a multiple of its size."""
@@ -162,7 +168,8 @@ def load_streamed(
     converts = converts_weights(model)
     keys = {} if converts else _stored_names(model, stored, name)
     writes = trains_weights and updates == "disk"
-    direct = not (converts or writes) and all(stored.fits(key, dtype) for key in keys.values())
+    weights = [own for unit in units for own in unit.names]
+    direct = not (converts or writes) and all(stored.fits(keys[own], dtype) for own in weights)
     identity = f"{stored.identity} {dtype} {type(model).__name__}"
     store: Memory | Files
     if where == "cpu":
@@ -182,9 +189,9 @@ def load_streamed(
             else:
                 store.place(unit, base_file(offload_dir, unit, identity, shapes, load, dtype))
     _assign(model, units)
-    for key, buffer in model.named_buffers():
-        if key in stored.entries:
-            buffer.copy_(stored.tensor(key))
+    for own, buffer in _persistent_buffers(model).items():
+        if (key := keys.get(own, own)) in stored.entries:
+            buffer.copy_(stored.read(key))
     model.working_copy = store if trains_weights else None
     model.name_or_path = model.config.name_or_path = str(folder)
     stop_rescaling_(model)
@@ -202,19 +209,23 @@ def host_store(device: torch.device, identity: str) -> Memory:
 
 
 def _stored_names(model: Any, stored: Stored, name: str) -> dict[str, str]:
-    """Return the name in the files of every parameter; tied ones need be there only once."""
+    """Return the name in the files of every parameter, and of buffers that are there.
+
+    Tied parameters need be there only once.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = parameters | _persistent_buffers(model)
     prefix = f"{model.base_model_prefix}."
     found: dict[int, str] = {}
     used = set()
     wrong = []
-    for own, parameter in parameters.items():
+    for own, tensor in named.items():
         for key in (own, own.removeprefix(prefix), prefix + own):
             if key in stored.entries:
                 used.add(key)
-                found.setdefault(id(parameter), key)
-                if stored.shape(key) != tuple(parameter.shape):
-                    wrong.append((own, stored.shape(key), tuple(parameter.shape)))
+                found.setdefault(id(tensor), key)
+                if stored.shape(key) != tuple(tensor.shape):
+                    wrong.append((own, stored.shape(key), tuple(tensor.shape)))
                 break
     missing = [own for own, parameter in parameters.items() if id(parameter) not in found]
     buffers = {key for key, _ in model.named_buffers()}
@@ -224,7 +235,13 @@ def _stored_names(model: Any, stored: Stored, name: str) -> dict[str, str]:
         "unexpected_keys": stored.entries.keys() - used - buffers,
     }
     check_complete(model, report, name)
-    return {own: found[id(parameter)] for own, parameter in parameters.items()}
+    return {own: found[id(tensor)] for own, tensor in named.items() if id(tensor) in found}
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a model saves; others it computes itself, whatever old files hold."""
+    saved = model.state_dict(keep_vars=True)
+    return {own: buffer for own, buffer in model.named_buffers(remove_duplicate=False) if own in saved}
 
 
 def _assign(model: nn.Module, units: list[Unit]) -> None:
