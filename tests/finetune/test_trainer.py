@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from trainer_cases import make
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
+from zokernel.cli import main
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune import ZOConfig, ZOTrainer, option_scores
 from zokernel.finetune.scoring.options import classification_loss
+from zokernel.journal import Journal
 
 
 class KeepBatches(ZOTrainer):
@@ -126,6 +130,30 @@ def test_the_plain_rate_of_a_step_is_that_of_its_schedule(parts, tmp_path):
     trainer = make_trainer(parts, tmp_path, method="mezo", max_steps=4, lr_scheduler_type="linear")
     trainer.train()
     assert trainer._course.rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)], rel=1e-12)
+
+
+def test_metrics_of_any_kind_are_recorded_and_come_back(tmp_path, caplog, capsys):
+    """Scores by class, as seqeval and compute_metrics of one's own return them."""
+    scores = {"f1": [0.25, 0.5], "by_class": {"PER": {"number": np.int64(3)}}, "none": None, "mean": np.float32(0.5)}
+    found = []
+    for resume in (False, True):
+        journal = {"save_strategy": "journal"}
+        trainer = make("text_classification", tmp_path, journal, eval_strategy="steps", eval_steps=2)
+        trainer.compute_metrics = lambda _: scores | {"odd": object(), "tensor": torch.tensor(2)}
+        trainer.train(resume_from_checkpoint=resume)
+        found.append([row for row in trainer.state.log_history if "eval_loss" in row])
+    assert [message for message in caplog.messages if "odd" in message] == [
+        "eval_odd: not in the journal, which holds numbers, texts and lists."
+    ]
+    for row in found[0]:
+        assert row.pop("eval_odd")
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+    kept = Journal.read(tmp_path / "run").events[0]["metrics"]
+    assert (kept["eval_f1"], kept["eval_none"], kept["eval_tensor"]) == ([0.25, 0.5], None, 2)
+    assert kept["eval_by_class"] == {"PER": {"number": 3}}
+    assert main(["journal", "show", str(tmp_path / "run")]) == 0
+    assert "eval_f1 [0.25, 0.5], eval_by_class {'PER': {'number': 3" in capsys.readouterr().out
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_weights(parts, tmp_path):

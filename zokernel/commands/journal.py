@@ -79,7 +79,7 @@ def describe(journal: Any) -> list[str]:
     for event in events:
         if event["event"] == "evaluation":
             shown = {k: v for k, v in event["metrics"].items() if not k.endswith(("runtime", "per_second", "epoch"))}
-            found = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
+            found = ", ".join(f"{k} {v:.4f}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
             lines.append(f"evaluation  after step {event['step']}: {found}")
         elif event["event"] == "conditions":
             frozen = f", {len(event['frozen'])} parameters frozen" if event["frozen"] else ""

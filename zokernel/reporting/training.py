@@ -105,7 +105,7 @@ def _add_journal(found: TrainingRun) -> None:
             metrics = {
                 name.removeprefix("eval_"): value
                 for name, value in event["metrics"].items()
-                if name.removeprefix("eval_") not in _TIMINGS
+                if name.removeprefix("eval_") not in _TIMINGS and isinstance(value, (int, float))
             }
             found.evaluations.append({"step": event["step"], **metrics})
             if "eval_runtime" in event["metrics"]:

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from zokernel.finetune.monitor.paired import CHANGE, ERROR
 from zokernel.finetune.monitor.step_record import StepRecord
@@ -197,15 +198,22 @@ class HeldOut:
         return beyond_chance(self.change, self.error, self.start)
 
 
-def evaluated(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+def evaluated(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return step, loss and scores of each evaluation that the Trainer logged, by their bare names.
 
+    A score is one number: metrics that are lists or texts are left out.
+
     Example:
-        >>> evaluated([{"step": 3, "loss": 0.7}, {"step": 4, "eval_loss": 0.6, "eval_f1": 0.5}])
+        >>> evaluated([{"step": 3, "loss": 0.7}, {"step": 4, "eval_loss": 0.6, "eval_f1": 0.5, "eval_em": [0, 1]}])
         [{'step': 4, 'loss': 0.6, 'f1': 0.5}]
     """
     return [
-        {"step": row["step"]} | {n.removeprefix("eval_"): value for n, value in row.items() if n.startswith("eval_")}
+        {"step": row["step"]}
+        | {
+            name.removeprefix("eval_"): value
+            for name, value in row.items()
+            if name.startswith("eval_") and isinstance(value, (int, float))
+        }
         for row in history
         if "eval_loss" in row
     ]
@@ -237,7 +245,7 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
         improved = start - best > IMPROVED * abs(start)
     sound = [row for row in later if row["loss"] < 2 * abs(start)]
     for name in SCORES:
-        if name in first:
+        if all(name in row for row in evaluations):
             share = min(max(first[name], 0.0), 1.0)
             noise = max(0.02, 3 * math.sqrt(share * (1 - share) / max(examples, 1)))
             improved |= any(row[name] > first[name] + noise for row in sound)

@@ -82,7 +82,7 @@ def _line(step: int, logs: dict[str, float]) -> str:
         >>> _line(20, {"eval_loss": 1.638, "eval_loss_change": -0.0053, "eval_loss_change_error": 0.0017})
         'step 20: validation loss 1.638 (-0.0053 ± 0.0017 since the start)'
     """
-    told = {key: f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if key in logs}
+    told = {key: f"{label} {logs[key]:.4g}" for key, label in _SHOWN.items() if isinstance(logs.get(key), (int, float))}
     if f"eval_{CHANGE}" in logs:
         told["eval_loss"] += f" ({logs[f'eval_{CHANGE}']:+.2g} ± {logs[f'eval_{ERROR}']:.2g} since the start)"
     return f"step {step}: " + ", ".join(told.values())

@@ -8,6 +8,7 @@ each step and the results of each evaluation.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,8 @@ class RunJournal:
         self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": frozen_sha256(parameters, trained)}
         if quantized := quantized_sha256(parameters):
             self._hashes["quantized_sha256"] = quantized
-        self._evaluations: dict[tuple[int, str], dict[str, float]] = {}
+        self._left_out: set[str] = set()
+        self._evaluations: dict[tuple[int, str], dict[str, Any]] = {}
         for event in self.found.events if self.found else ():
             if event["event"] == "evaluation":
                 self._evaluations[event["step"], event["prefix"]] = event["metrics"]
@@ -182,16 +184,20 @@ class RunJournal:
         self._taken = optimizer.step_count
         return loss
 
-    def evaluation(self, step: int, prefix: str) -> dict[str, float] | None:
+    def evaluation(self, step: int, prefix: str) -> dict[str, Any] | None:
         """Return the metrics of an evaluation that the journal holds; None if it has to be done."""
         found = self._evaluations.get((step, prefix))
         return dict(found) if found is not None and step <= self.num_steps else None
 
-    def add_evaluation(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
-        """Record an evaluation of the weights after the last step."""
-        if step >= self.num_steps:
-            numbers = {key: float(value) for key, value in metrics.items()}
-            self._append(Event({"event": "evaluation", "step": step, "prefix": prefix, "metrics": numbers}))
+    def add_evaluation(self, step: int, prefix: str, metrics: Mapping[str, Any]) -> None:
+        """Record an evaluation of the weights after the last step, but for metrics that JSON cannot hold."""
+        if step < self.num_steps:
+            return
+        kept = _as_json(metrics)
+        if left_out := metrics.keys() - kept.keys() - self._left_out:
+            self._left_out |= left_out
+            logger.warning("%s: not in the journal, which holds numbers, texts and lists.", ", ".join(sorted(left_out)))
+        self._append(Event({"event": "evaluation", "step": step, "prefix": prefix, "metrics": kept}))
 
     def end(self, optimizer: ZerothOrder) -> None:
         """Record the hash of the weights the loop ended with, or check it if it is recorded already.
@@ -265,6 +271,17 @@ def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last:
         "drop_last": drop_last,
         "examples": digest.hexdigest() if examples is not None else length,
     }
+
+
+def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JSON can hold of metrics; numbers of numpy and torch are floats."""
+    kept = {}
+    for name, value in metrics.items():
+        try:
+            kept[name] = json.loads(json.dumps(value, default=float))
+        except (TypeError, ValueError, RuntimeError):
+            continue
+    return kept
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
