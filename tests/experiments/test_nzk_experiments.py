@@ -144,7 +144,7 @@ def small():
 
 
 def test_parameter_space_baseline_follows_the_closed_form():
-    """Losses from finite differences alone: mean over 4000 runs on the expected loss of theory B.4.1."""
+    """Losses from finite differences alone: mean over 4000 runs on the expected loss of theory B.3.1."""
     x, y, theta, f0 = small()
     run = Evolution(f0, y, x @ x.T, 1.0, moments=process_moments("gaussian", 5, "zo_sgd"), num_perturbations=2)
     lr = 0.2 * run.stability_limit

@@ -7,7 +7,7 @@ Both differences use the same direction, so the :math:`\epsilon^2` terms cancel 
 bias is :math:`O(\epsilon^4)` and the second moment stays MeZO's.  Round-off in the losses has 65/9 times the variance.
 
 References: Richardson (1911), The approximate arithmetical solution by finite differences of physical problems,
-Philosophical Transactions A 210; section C.4 of docs/theory.md compares it with KerZOO's estimator.
+Philosophical Transactions A 210; section C.3 of docs/theory.md compares it with KerZOO's estimator.
 """
 
 from __future__ import annotations

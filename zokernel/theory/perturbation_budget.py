@@ -1,7 +1,7 @@
 r"""How many directions are enough, and what to do with too few.
 
 All of it follows from one number, the relative variance of a single Gaussian direction :math:`v = 1 + \rho^{-2}`;
-the derivations are in docs/theory.md, "A.4 Exact results".
+the derivations are in docs/theory.md, "A.3 Exact results".
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: 
         host: Free bytes of host memory, if that is another one.
         adapter: Whether an adapter is what will be trained; otherwise it is advised on beside all weights.
     """
-    heads = ("way", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
+    heads = ("setup", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
     rows = [
         (
             way.flags,
