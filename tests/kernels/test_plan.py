@@ -270,10 +270,13 @@ def test_command(tiny_lm_path, tiny_reviews_path, tmp_path, capsys):
     assert record["plan"]["num_steps"] == 1000
     assert "Infinity" not in out.read_text()
     assert "NaN" not in out.read_text()
-    assert main(["plan", *flags, "--max_steps", "0"]) == 2
-    assert "--max_steps must be at least 1" in capsys.readouterr().err
     assert any(row["quantity"] == "rho" for row in record["verify"])
-    assert main(["plan", *flags, "--eps", "-1"]) == 2
-    assert "--eps must be above 0" in capsys.readouterr().err
     assert main(["plan", "--num_probe", "3"]) == 2
     assert "There is no flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"counts": (1, 0)}, {"tolerances": (0.1, 0.0)}])
+def test_no_probe_is_taken_for_a_number_that_no_plan_can_use(wrong):
+    task = replace(small_task(), score=lambda batch: pytest.fail("the model was evaluated"))
+    with pytest.raises(UsageError, match="numbers of perturbations from 1 on, and for relative errors above 0"):
+        make_plan(task, num_probes=8, **wrong)

@@ -98,13 +98,7 @@ def main(args: argparse.Namespace) -> int:
     """Probe, print the plan and, if asked for, write it."""
     quiet_transformers()
     model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
-    if arguments.update_examples < 2 or arguments.observe_examples < 1:
-        raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
-    for name in ("max_steps", "curvature_probes"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
-    if arguments.eps is not None and not arguments.eps > 0:
-        raise UsageError(f"--eps must be above 0, not {arguments.eps:g}.")
+    _check_numbers(arguments)
     if arguments.memory:
         print(_memory(model_arguments, data_arguments, arguments, args.command_line))
         return 0
@@ -135,6 +129,20 @@ def main(args: argparse.Namespace) -> int:
         path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
         print(f"\nWritten to {path}.")
     return 0
+
+
+def _check_numbers(arguments: PlanArguments) -> None:
+    """Refuse numbers that no plan can work with, before anything is read."""
+    if arguments.update_examples < 2 or arguments.observe_examples < 1:
+        raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
+    counts = {name: [getattr(arguments, name)] for name in ("max_steps", "curvature_probes", "verify_draws", "tokens")}
+    for name, values in (counts | {"num_perturbations": arguments.num_perturbations}).items():
+        if min(values) < 1:
+            raise UsageError(f"--{name} must be at least 1, not {min(values)}.")
+    for name, sizes in (("eps", [arguments.eps]), ("tolerances", arguments.tolerances)):
+        for size in sizes:
+            if size is not None and not size > 0:
+                raise UsageError(f"--{name} must be above 0, not {size:g}.")
 
 
 def _memory(
@@ -220,24 +228,36 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     """
     from transformers import set_seed
 
-    from zokernel.finetune.data.datasets import load_splits
+    from zokernel.finetune.data.check_flags import check_flags
+    from zokernel.finetune.data.datasets import Splits, load_splits
     from zokernel.finetune.data.datasets import load_task as load_prompt_task
+    from zokernel.finetune.data.encode_splits import encode_splits
+    from zokernel.finetune.models.adapters import virtual_tokens
     from zokernel.finetune.models.kind import fills_masks, kind_of_model
-    from zokernel.finetune.models.load import load_model
-    from zokernel.finetune.scoring.options import Collator, EncodedDataset, option_scores
+    from zokernel.finetune.models.load import load_model, longest_input
+    from zokernel.finetune.scoring.options import Collator, option_scores
+    from zokernel.finetune.settings.check import check_values
     from zokernel.finetune.settings.config import ZOConfig
-    from zokernel.finetune.tasks import encode
     from zokernel.finetune.tasks.seq2seq import decoder_of
 
+    check_values(data_arguments)
     if model_arguments.offload or model_arguments.offload_dir:
         raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
     prompt = load_prompt_task(data_arguments)
     if prompt.kind != "classification":
         raise UsageError(f"A plan is made for classification{_instead(prompt, data_arguments)}.")
+    check_flags(prompt, data_arguments, model_arguments)
+    for flag, given in (("calibrate", data_arguments.calibrate), ("merge_adapter", model_arguments.merge_adapter)):
+        if given:
+            raise UsageError(f"--{flag} changes nothing in training, which a plan is made for: leave it out.")
     splits = load_splits(data_arguments, prompt, seed=arguments.seed)
-    rows = splits.train[: arguments.update_examples] + splits.validation[: arguments.observe_examples]
-    if len(rows) < arguments.update_examples + arguments.observe_examples:
-        raise UsageError("There are fewer examples than the plan needs: lower --update_examples or --observe_examples.")
+    needed = arguments.update_examples + data_arguments.num_demonstrations
+    rows = Splits(splits.train[:needed], splits.validation[: arguments.observe_examples], [])
+    if len(rows.train) < needed or len(rows.validation) < arguments.observe_examples:
+        raise UsageError(
+            "There are fewer examples than the plan needs: lower --update_examples, --observe_examples or "
+            "--num_demonstrations."
+        )
     config = ZOConfig(
         output_dir="runs/plan",
         perturb="in_place:copy",
@@ -246,11 +266,16 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     )
     set_seed(arguments.seed)  # of a new adapter's weights
     model, tokenizer = load_model(model_arguments, config)
-    decoder = decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None
-    length = data_arguments.max_length or 2048
-    encoded = encode(prompt, rows, tokenizer, masked=fills_masks(model), decoder=decoder, max_length=length)
-    dataset = EncodedDataset(encoded)
-    batch = Collator(tokenizer.pad_token_id)([dataset[n] for n in range(len(dataset))])
+    encoded = encode_splits(
+        prompt,
+        rows,
+        tokenizer,
+        max_length=longest_input(model, tokenizer, data_arguments.max_length, reserved=virtual_tokens(model)),
+        masked=fills_masks(model),
+        decoder=decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None,
+        num_demonstrations=data_arguments.num_demonstrations,
+    )
+    batch = Collator(tokenizer.pad_token_id)([*encoded["train"], *encoded["validation"]])
     exact = ProbedTask(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),

@@ -193,11 +193,13 @@ def make_plan(
         The plan.
 
     Raises:
-        UsageError: If there are too few probes or examples.
+        UsageError: If there are too few probes or examples, or a value of P or a relative error is not positive.
         RunError: If a score is not finite.
     """
     if num_probes < FEWEST_PROBES:
         raise UsageError(f"{num_probes} probes are too few: give at least {FEWEST_PROBES}; 64 is the default.")
+    if min(counts) < 1 or not min(tolerances) > 0:
+        raise UsageError("A plan is made for numbers of perturbations from 1 on, and for relative errors above 0.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
     with Prober(task, distribution, seed) as prober:

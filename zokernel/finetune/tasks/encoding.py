@@ -56,6 +56,8 @@ def encode(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
+    if not rows:
+        return []
     controls = ControlTokens(tokenizer)
     start = controls.shadow_of_context(context, task) if context_shadow is None else context_shadow
     if masked:
