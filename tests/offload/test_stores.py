@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_streamed_forward import FAMILIES, closure, resident, same, save, streamed, train, weights, with_lora
 
+from zokernel.errors import RunError
 from zokernel.finetune.models import streamed as loading
 from zokernel.offload import Memory, Replayed, Staged, StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
@@ -182,6 +184,38 @@ def test_weights_of_another_type_are_replayed_from_converted_files(tmp_path: Pat
     assert found == expected
     assert same(weights(model), weights(there))
     assert {path.suffixes[-2] for path in (tmp_path / "copy").iterdir()} == {".base"}
+
+
+def test_files_get_their_names_when_what_they_hold_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, synced, sync = save(FAMILIES["llama"], tmp_path / "model"), [], os.fdatasync
+
+    def noted(opened: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{opened}"))
+        synced.append((path.name, path.with_suffix(".safetensors").exists()))
+        sync(opened)
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    streamed(saved, trains_weights=True, dtype=torch.bfloat16, updates="journal")
+    files = sorted(path.name for path in (tmp_path / "copy").iterdir())
+    assert len(files) > 2
+    assert all(name.endswith(".base.safetensors") for name in files)
+    assert sorted(synced) == [(name.replace(".safetensors", ".partial"), False) for name in files]
+
+
+def test_the_last_version_that_cannot_be_written_is_named_before_weights_are_read(tmp_path: Path) -> None:
+    saved = save(FAMILIES["llama"], tmp_path / "model")
+    model = streamed(saved, trains_weights=True)
+    blocks = streamed_blocks(model)
+    assert blocks is not None
+    unit = next(unit for unit in blocks.units if unit.is_block)
+    place = tmp_path / "copy" / f"{unit.name}.weights.safetensors"
+    place.mkdir()  # a file cannot take its place
+    train(model, StreamedForward(blocks, model, model.working_copy), steps=1)
+    with pytest.raises(RunError, match=f"{place} cannot be written .* choose another --offload_dir"):
+        model.state_dict()
+    place.rmdir()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

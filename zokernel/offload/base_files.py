@@ -58,7 +58,7 @@ def base_file(
             for begin in range(0, flat.numel(), _CHUNK):
                 into[begin : begin + _CHUNK].copy_(flat[begin : begin + _CHUNK])
         target.close()
-        partial.replace(path)
+        put_in_place(partial, path)
     return {name: Span(path, offsets[name], tuple(shapes[name]), dtype) for name in shapes}
 
 
@@ -110,6 +110,23 @@ def reserve(path: Path, size: int) -> None:
         raise no_room(path, error) from error
     finally:
         os.close(opened)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a new file its name, once what it holds is on the disk: after a power cut it is whole, or not there.
+
+    Raises:
+        RunError: If it cannot be written.
+    """
+    try:
+        opened = os.open(partial, os.O_RDWR)
+        try:
+            os.fdatasync(opened)
+        finally:
+            os.close(opened)
+        partial.replace(path)
+    except OSError as error:
+        raise no_room(path, error) from error
 
 
 def _read(path: Path, count: int) -> bytes:

@@ -42,12 +42,10 @@ class Blocks:
         self._next: dict[str, Unit] = {}
         self._reader = ThreadPoolExecutor(1, "zokernel-reader")
         self._ahead: tuple[Unit, Future[None]] | None = None
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(Stop(unit, module)))
-            for unit in units
-            for module in unit.modules
-        ]
-        self._handles.append(model.register_state_dict_pre_hook(lambda *_: self.settle_all()))
+        for unit in units:
+            for module in unit.modules:
+                module.register_forward_pre_hook(self._hook(Stop(unit, module)))
+        model.register_state_dict_pre_hook(lambda *_: self.settle_all())
         setattr(model, _ATTRIBUTE, self)
 
     @property
@@ -80,13 +78,18 @@ class Blocks:
             self._ahead = following, self._reader.submit(store.fetch, following)
 
     def settle_all(self) -> None:
-        """Bring every unit up to date, before its tensors are read from outside of a forward."""
+        """Bring every unit up to date, before its tensors are read from outside of a forward.
+
+        Raises:
+            RunError: If an update could not be written.
+        """
         self._fetched_ahead(None)
         if self._current is not None:
             self.store.leave(self._current)
             self._current = None
         for unit in self.units:
             self.store.keep(unit)
+        self.store.wait()
 
     def _fetched_ahead(self, unit: Unit | None) -> bool:
         """Return whether it was this unit that was fetched ahead, once it is there; let go of another."""

@@ -9,12 +9,11 @@ a journal repeats; a file that does not fit these is left alone.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from zokernel.offload.base_files import about, layout, reserve, said
+from zokernel.offload.base_files import about, layout, put_in_place, reserve, said
 from zokernel.offload.mapping import MappedFile
 from zokernel.offload.store import Files
 from zokernel.offload.units import Unit
@@ -35,7 +34,11 @@ class WorkingCopy(Files):
         self._renamed: dict[str, Future[None]] = {}
 
     def wait(self) -> None:
-        """Wait until every version is on the disk under its name."""
+        """Wait until every version is on the disk under its name.
+
+        Raises:
+            RunError: If one could not be written.
+        """
         for future in self._renamed.values():
             future.result()
 
@@ -76,16 +79,7 @@ class WorkingCopy(Files):
         file.replace(partial)
         self.bytes_written += file.length
         # The pages are the file's already; only the name waits until they are on the disk.
-        self._renamed[unit.name] = self._durable.submit(_keep, partial, path)
+        self._renamed[unit.name] = self._durable.submit(put_in_place, partial, path)
 
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name or 'model'}.weights.safetensors"
-
-
-def _keep(partial: Path, path: Path) -> None:
-    opened = os.open(partial, os.O_RDWR)
-    try:
-        os.fdatasync(opened)
-    finally:
-        os.close(opened)
-    partial.replace(path)
