@@ -35,6 +35,7 @@ from records import Records
 TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
 SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 EPS = {"full": 1e-3, "lora": 1e-2}
+PROBES = 32  # of a plan, unless others are asked for
 MEASURED = 64  # training examples whose loss is followed
 ROWS = 1000
 DIVERGED = 1.2  # a loss at the end of so many times that of the start
@@ -189,17 +190,27 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
     return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
 
 
+def read_records(path: Path) -> Records:
+    """Return the finished plans and runs of a file; plans of older files do not say that they have 32 probes."""
+    records = Records(path)
+    for row in records.rows:
+        if row["kind"] == "plan":
+            row.setdefault("num_probes", PROBES)
+    return records
+
+
 def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> None:
     """Make every plan and run that is not there yet."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
     for seed, task, train in itertools.product(settings.seeds, settings.tasks, settings.train):
         place = {"task": task, "train": train, "seed": seed, **fixed}
         data, course = sources.arguments(task), None
-        planned = None if settings.no_plan else records.find(kind="plan", **place)
+        probes = {"num_probes": settings.num_probes}
+        planned = None if settings.no_plan else records.find(kind="plan", **place, **probes)
         if planned is None and not settings.no_plan:
             begun = time.perf_counter()
-            found = advised(data, lora=train == "lora", seed=seed, num_probes=settings.num_probes, **fixed)
-            planned = {"kind": "plan", **place, **found, "seconds": round(time.perf_counter() - begun)}
+            found = advised(data, lora=train == "lora", seed=seed, **fixed, **probes)
+            planned = {"kind": "plan", **place, **probes, **found, "seconds": round(time.perf_counter() - begun)}
             records.add(planned)
             print(f"{task} {train} seed {seed}: advised {planned['lr']}", flush=True)
         rates = [planned["lr"]] if planned and planned["lr"] is not None else []
@@ -221,7 +232,7 @@ def summary(records: Records, settings: argparse.Namespace) -> str:
         rates, own, before = [], {}, math.nan
         for seed in settings.seeds:
             place = {"task": task, "train": train, "seed": seed, **fixed}
-            plan = records.find(kind="plan", **place)
+            plan = records.find(kind="plan", num_probes=settings.num_probes, **place)
             run = records.find(kind="run", lr=plan["lr"], **place) if plan else None
             if plan and run:
                 rates.append(f"{plan['lr']:.1e}")
@@ -269,11 +280,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--num_probes", type=int, default=32, help="probes of a plan")
+    parser.add_argument("--num_probes", type=int, default=PROBES, help="probes of a plan")
     parser.add_argument("--no_sweep", action="store_true", help="only plans and the runs that follow them")
     parser.add_argument("--no_plan", action="store_true", help="only the sweep")
     settings = parser.parse_args()
-    records = Records(settings.runs)
+    records = read_records(settings.runs)
     if settings.data_folder is not None:
         with tempfile.TemporaryDirectory() as made:
             follow(records, Sources(settings.data_folder, settings.headlines, Path(made)), settings)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +108,25 @@ def test_slopes_that_do_not_grow_leave_the_rate_of_one_step():
     text = describe(plan, small_task(), 1.0)
     assert "distance where slopes double    they do not" in text
     assert "inf" not in text
+
+
+def test_kept_plans_of_the_benchmark_are_told_apart_by_their_probes(tmp_path, monkeypatch):
+    """Plans of its committed file do not say that they have 32, and are still found."""
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    benchmark = importlib.import_module("plan_followed")
+    place = {"task": "movie-reviews", "train": "full", "seed": 0, "steps": 40, "batch": 8}
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"kind": "plan", **place, "lr": None}) + "\n")
+    made = []
+    monkeypatch.setattr(benchmark, "advised", lambda data, **told: made.append(told["num_probes"]) or {"lr": None})
+    asked = {"seeds": [0], "tasks": ["movie-reviews"], "train": ["full"], "steps": 40, "batch": 8, "no_sweep": True}
+    for probes in (32, 64, 64):
+        records = benchmark.read_records(tmp_path / "runs.jsonl")
+        benchmark.follow(
+            records, benchmark.Sources(*[tmp_path] * 3), Namespace(**asked, no_plan=False, num_probes=probes)
+        )
+    assert made == [64]
+    records = benchmark.read_records(root / "docs" / "results" / "plan_followed.jsonl")
+    asked |= {"tasks": benchmark.TASKS, "train": list(benchmark.SWEEP)}
+    found = [benchmark.summary(records, Namespace(**asked, num_probes=probes)) for probes in (32, 64)]
+    assert [text.splitlines()[-1][:17] for text in found] == ["6 plans followed,", "0 plans followed,"]
