@@ -9,15 +9,17 @@ import pytest
 import torch
 from models import save_model
 from quantized import KINDS, save_llama
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune.models.check import check_model
-from zokernel.finetune.models.estimate import bytes_held
+from zokernel.finetune.models.estimate import bytes_held, estimate_memory
 from zokernel.finetune.models.load import load_pretrained
+from zokernel.finetune.models.quantized_layers import quantized_layers
 from zokernel.finetune.models.ways import measure, ways
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
 from zokernel.journal.hashes import stored_bits
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -114,3 +116,15 @@ def test_a_quantized_model_is_scored_without_an_adapter(
     assert main(["finetune", *words, *adapter, "--output_dir", str(tmp_path / "run")]) == 0
     scored, run = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scored", "run"))
     assert scored["before"]["loss"] == pytest.approx(run["before"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [quantized_layers, measure, estimate_memory])
+def test_a_configuration_that_describes_no_model_is_named_whatever_is_counted(count):
+    config = LlamaConfig(hidden_size=8, intermediate_size=-5, num_attention_heads=1, num_hidden_layers=1)
+    others = {
+        quantized_layers: ("causal", "4bit"),
+        measure: (torch.float32,),
+        estimate_memory: (torch.float32, ZOConfig(output_dir="unused", use_cpu=True)),
+    }
+    with pytest.raises(UsageError, match="The configuration of this llama describes no model that can be built"):
+        count(config, *others[count])

@@ -104,8 +104,8 @@ class Collator:
         length = max(map(len, prompts))
         batch |= {
             "decoder_input_ids": batch["input_ids"],
-            "input_ids": _right(prompts, length, self._padding),
-            "attention_mask": _right([[1] * len(prompt) for prompt in prompts], length, 0),
+            "input_ids": right_padded(prompts, length, self._padding),
+            "attention_mask": right_padded([[1] * len(prompt) for prompt in prompts], length, 0),
         }
         if "references" in batch:
             batch |= {"prompts": batch["input_ids"], "prompts_mask": batch["attention_mask"]}
@@ -152,13 +152,13 @@ class Collator:
         length = max(len(row.tokens) for row in rows)
         width = max(len(row.positions) for row in rows)
         padded = {
-            "input_ids": _right(([row.tokens for row in rows]), length, self._padding),
-            "attention_mask": _right([[1] * len(row.tokens) for row in rows], length, 0),
-            "positions": _right([row.positions for row in rows], width, 0),
+            "input_ids": right_padded(([row.tokens for row in rows]), length, self._padding),
+            "attention_mask": right_padded([[1] * len(row.tokens) for row in rows], length, 0),
+            "positions": right_padded([row.positions for row in rows], width, 0),
         }
         if rows[0].segments is not None:
-            padded["position_ids"] = _right([row.position_ids or [] for row in rows], length, 0)
-            padded["segments"] = _right([row.segments or [] for row in rows], length, -1)
+            padded["position_ids"] = right_padded([row.position_ids or [] for row in rows], length, 0)
+            padded["segments"] = right_padded([row.segments or [] for row in rows], length, -1)
         return padded
 
     def _prompts(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -226,10 +226,16 @@ def _masked_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
 def _targets(rows: Sequence[_Row], num_options: int) -> dict[str, Tensor]:
     width = max(len(row.positions) for row in rows)
     return {
-        "targets": _right([row.targets for row in rows], width, -100),
-        "cells": _right([[example * num_options + c for example, c in row.cells] for row in rows], width, -1),
+        "targets": right_padded([row.targets for row in rows], width, -100),
+        "cells": right_padded([[example * num_options + c for example, c in row.cells] for row in rows], width, -1),
     }
 
 
-def _right(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+def right_padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+    """Return rows as one tensor, filled up to a length with a value.
+
+    Example:
+        >>> right_padded([[1, 2], [3]], 3, 0).tolist()
+        [[1, 2, 0], [3, 0, 0]]
+    """
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernel.finetune.data.collate import right_padded
 from zokernel.finetune.tasks.encode_text import EncodedText
 
 
@@ -58,23 +59,23 @@ class TextCollator:
         width = max(len(feature["scored"]) for feature in features)
         batch = {
             "labels": torch.tensor([len(feature["scored"]) for feature in features]),
-            "input_ids": _right([feature["input_ids"] for feature in features], length, self.pad_token_id),
-            "attention_mask": _right([[1] * len(feature["input_ids"]) for feature in features], length, 0),
-            "positions": _right([[place - 1 for place in feature["scored"]] for feature in features], width, 0),
-            "targets": _right([[f["input_ids"][place] for place in f["scored"]] for f in features], width, -100),
+            "input_ids": right_padded([feature["input_ids"] for feature in features], length, self.pad_token_id),
+            "attention_mask": right_padded([[1] * len(feature["input_ids"]) for feature in features], length, 0),
+            "positions": right_padded([[place - 1 for place in feature["scored"]] for feature in features], width, 0),
+            "targets": right_padded([[f["input_ids"][place] for place in f["scored"]] for f in features], width, -100),
         }
         if any(len(feature["lengths"]) > 1 for feature in features):
             within = [[place for size in f["lengths"] for place in range(size)] for f in features]
             number = [[n for n, size in enumerate(f["lengths"], 1) for _ in range(size)] for f in features]
-            batch["position_ids"] = _right(within, length, 0)
-            batch["segments"] = _right(number, length, -1)
+            batch["position_ids"] = right_padded(within, length, 0)
+            batch["segments"] = right_padded(number, length, -1)
         if any(feature["source_ids"] for feature in features):
             sources = [feature["source_ids"] for feature in features]
             longest = max(map(len, sources))
             # The last token is only predicted.
             batch["decoder_input_ids"] = batch["input_ids"][:, :-1]
-            batch["input_ids"] = _right(sources, longest, self.pad_token_id)
-            batch["attention_mask"] = _right([[1] * len(source) for source in sources], longest, 0)
+            batch["input_ids"] = right_padded(sources, longest, self.pad_token_id)
+            batch["attention_mask"] = right_padded([[1] * len(source) for source in sources], longest, 0)
         return batch
 
 
@@ -115,7 +116,3 @@ def _joined(documents: Sequence[EncodedText]) -> EncodedText:
         scored += [len(ids) + place for place in document.scored]
         ids += document.input_ids
     return EncodedText(ids, scored, [len(document.input_ids) for document in documents])
-
-
-def _right(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

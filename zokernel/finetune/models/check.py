@@ -132,7 +132,7 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
             f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "
             "its folder, or choose another model."
         )
-    dtype = DTYPES.get(arguments.dtype) or _stored_dtype(architecture)
+    dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
 
 
@@ -162,7 +162,7 @@ def not_loaded(
     return UsageError(f"{told}: compare its config.json with the one it was saved with.")
 
 
-def _stored_dtype(architecture: Any) -> torch.dtype:
+def stored_dtype(architecture: Any) -> torch.dtype:
     """Return the type that a configuration says its weights are stored in; fp32 if it does not."""
     text = architecture.get_text_config()
     found = getattr(architecture, "dtype", None) or getattr(text, "dtype", None) or torch.float32

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from zokernel.errors import RunError, UsageError, first_line
-from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.errors import RunError, first_line
+from zokernel.finetune.models.kind import Kind, empty_model
 from zokernel.finetune.models.quantization import (
     DEQUANTIZED,
     asked_for,
@@ -55,14 +55,7 @@ def estimate_memory(
     """
     from zokernel.optim import get_method
 
-    try:
-        with torch.device("meta"):
-            model = auto_class(kind).from_config(architecture)
-    except Exception as error:  # sizes that do not fit fail in any way
-        raise UsageError(
-            f"The configuration of this {architecture.model_type} describes no model that can be built "
-            f"({first_line(error)}): compare its config.json with that of the model it was made from."
-        ) from error
+    model = empty_model(architecture, kind)
     count = sum(p.numel() for p in model.parameters())
     copies = 0.0
     if not adapter:

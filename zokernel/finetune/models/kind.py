@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-from zokernel.errors import UsageError
+from zokernel.errors import UsageError, first_line
 from zokernel.without_adapter import without_adapter
 
 Kind = Literal["causal", "masked", "seq2seq"]
@@ -76,6 +77,24 @@ def auto_class(kind: Kind) -> Any:
 
     name = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM"}[kind]
     return getattr(transformers, f"AutoModelFor{name}")
+
+
+def empty_model(architecture: Any, kind: Kind = "causal") -> Any:
+    """Build a model on the device ``meta``, where weights have shapes and no memory, from its configuration.
+
+    Raises:
+        UsageError: If the configuration describes no model that can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model = auto_class(kind).from_config(architecture)
+        model.tie_weights()
+    except Exception as error:  # sizes that do not fit fail in any way
+        raise UsageError(
+            f"The configuration of this {architecture.model_type} describes no model that can be built "
+            f"({first_line(error)}): compare its config.json with that of the model it was made from."
+        ) from error
+    return model
 
 
 def _classes(architecture: Any) -> dict[Kind, set[str]]:

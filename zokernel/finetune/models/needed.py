@@ -12,7 +12,7 @@ import torch
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError
-from zokernel.finetune.models.check import DTYPES, not_loaded
+from zokernel.finetune.models.check import DTYPES, not_loaded, stored_dtype
 from zokernel.finetune.models.estimate import quantized_bytes
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
@@ -66,9 +66,7 @@ def read_configuration(arguments: ModelArguments) -> Configured:
         architecture = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # a configuration may be wrong in any way
         raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
-    stored = getattr(architecture, "dtype", None) or getattr(architecture.get_text_config(), "dtype", None)
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    dtype = DTYPES.get(arguments.dtype) or stored or torch.float32
+    dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     place = str(Path(path).parent) if Path(path).is_file() else path
     stored = None if file else quantized_bytes(place, architecture, dtype, revision=arguments.model_revision)
     unpacked = file is not None or stored_as(architecture) in DEQUANTIZED

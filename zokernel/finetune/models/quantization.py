@@ -36,8 +36,7 @@ NO_DORA = (
     "--load_in_4bit true or --quantization torchao:int8."
 )
 NAMELESS = "unknown"  # quantized in a way that the configuration does not name, which transformers refuses
-# Flags that say how a model is held, and run.
-LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "quantization", "train", "attn_implementation")
+LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "quantization", "train", "attn_implementation")  # how it is held
 
 
 def asked_for(arguments: ModelArguments) -> str:

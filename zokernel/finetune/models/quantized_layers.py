@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.kind import Kind, empty_model
 from zokernel.finetune.models.stacked import short_names, stacked_parameters
 from zokernel.private_apis import kept_in_full
 
@@ -61,8 +60,7 @@ def quantized_layers(architecture: Any, kind: Kind, asked: str) -> Layers:
     """
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model: Any = auto_class(kind).from_config(architecture)
+    model = empty_model(architecture, kind)
     head = model.get_output_embeddings()
     parameters = dict(model.named_parameters())
     last, by_bitsandbytes = [*parameters][-1], asked.endswith("bit")

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from zokernel.errors import UsageError, first_line
-from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.kind import Kind, empty_model
 from zokernel.finetune.models.quantized_layers import quantized_layers
 from zokernel.offload.units import find_units
 from zokernel.perturb.in_forward import STRETCH
@@ -139,15 +137,7 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
     Raises:
         UsageError: If the configuration describes no model that can be built.
     """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = auto_class(kind).from_config(architecture)
-        model.tie_weights()  # type: ignore[operator]
-    except Exception as error:  # sizes that do not fit fail in any way
-        raise UsageError(
-            f"The configuration of this {architecture.model_type} describes no model that can be built "
-            f"({first_line(error)}): compare its config.json with that of the model it was made from."
-        ) from error
+    model = empty_model(architecture, kind)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: list[int] = []
     outside = widest = 0
