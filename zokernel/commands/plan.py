@@ -275,7 +275,8 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         decoder=decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None,
         num_demonstrations=data_arguments.num_demonstrations,
     )
-    batch = Collator(tokenizer.pad_token_id)([*encoded["train"], *encoded["validation"]])
+    parts = encoded["train"], encoded["validation"]
+    batch = Collator(tokenizer.pad_token_id)([part[n] for part in parts for n in range(len(part))])
     exact = ProbedTask(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),
