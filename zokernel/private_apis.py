@@ -61,6 +61,9 @@ TRAINER_HOOKS = {
     "_push_from_checkpoint": Hook(
         ("checkpoint_folder",), "The replaced _save_checkpoint pushes to the hub as the original does."
     ),
+    "_hp_search_setup": Hook(
+        ("trial",), "What a search of hyperparameters tries is recorded before the optimizer is made; no callback can."
+    ),
     "_get_output_dir": Hook(("trial",), "In a search of hyperparameters, each trial has a folder of its own."),
     "_prepare_inputs": Hook(
         ("inputs",), "Losses of a batch are taken outside training_step, too, and need it on the device."

@@ -19,7 +19,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.models.scales import trains_scales
-from zokernel.finetune.storage.checkpoint import whole_folder
+from zokernel.finetune.storage.checkpoint import checkpoints, remove_folder, whole_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.hashes import frozen_sha256, quantized_sha256
@@ -33,7 +33,8 @@ from zokernel.without_adapter import without_adapter
 logger = logging.getLogger(__name__)
 
 # What must be the same for the journal's losses to be those that the run would compute again.
-_IDENTITY = ("method", "options", "groups", "parameters", "base_sha256", "frozen_sha256", "data_order", "perturb")
+_BASE = "base_sha256"
+_IDENTITY = ("method", "options", "groups", "parameters", _BASE, "frozen_sha256", "data_order", "perturb")
 _WHERE_KNOWN = ("quantized_sha256",)  # of a quantized base, where both journals say it
 
 
@@ -70,11 +71,7 @@ class RunJournal:
                 f"{folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
                 "overwrite_output_dir=True to start anew, or choose another output_dir."
             )
-        parameters = dict(model.named_parameters())
-        trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-        self._hashes = {"base_sha256": weights_sha256(trained), "frozen_sha256": frozen_sha256(parameters, trained)}
-        if quantized := quantized_sha256(parameters):
-            self._hashes["quantized_sha256"] = quantized
+        self._hashes = _hashes(model)
         self._left_out: set[str] = set()
         self._evaluations: dict[tuple[int, str], dict[str, Any]] = {}
         for event in self.found.events if self.found else ():
@@ -85,6 +82,15 @@ class RunJournal:
     def num_steps(self) -> int:
         """Steps that need no forward passes any more."""
         return self.found.num_steps if self.found else 0
+
+    def restore_base(self) -> None:
+        """Give the model the weights that the journal begins with, which an earlier run of this process moved.
+
+        Raises:
+            RunError: If they cannot be loaded again.
+        """
+        restore_base_(self._model, self._folder)
+        self._hashes = _hashes(self._model)
 
     def begin(
         self,
@@ -123,7 +129,7 @@ class RunJournal:
         )
         self._taken = step
         if self.found is not None:
-            self._check_identity(self.found.header, header)
+            self._check_identity(self.found.header, header, loaded=step > 0)
             if self.num_steps > step:
                 logger.info(
                     "Continuing: steps %d to %d are taken from the journal, without forward passes.",
@@ -137,19 +143,27 @@ class RunJournal:
                 "with save_strategy 'no', or in the folder of the run that wrote the checkpoint."
             )
         if self._writes:
+            for checkpoint in checkpoints(self._folder) if self.path.exists() else ():
+                remove_folder(checkpoint)  # of the run that is overwritten, which nobody may continue from
             if hasattr(self._model, "peft_config"):
                 # A new adapter is random: without these few bytes nobody could replay the run.
                 with whole_folder(self._folder / BASE_ADAPTER) as scratch:
                     self._model.save_pretrained(scratch)
             self._writer = JournalWriter.create(self.path, header)
 
-    def _check_identity(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    def _check_identity(self, found: Mapping[str, Any], header: Mapping[str, Any], *, loaded: bool) -> None:
+        """Refuse another run's journal; weights that a checkpoint has replaced need not be those of its base."""
         known = [key for key in _WHERE_KNOWN if key in found and key in header]
         different = [key for key in (*_IDENTITY, *known) if found.get(key) != header[key]]
+        if loaded and _BASE in different:
+            different.remove(_BASE)
         if different:
+            advice = "repeat that run's settings to continue it"
+            if different == [_BASE]:
+                advice = "give the model it began with (make the model anew before resuming in the same process)"
             raise UsageError(
                 f"The journal in {self._folder} was written by another run ({_differences(found, header, different)}): "
-                "repeat that run's settings to continue it, or choose another output_dir."
+                f"{advice}, or choose another output_dir."
             )
 
     def step(self, optimizer: ZerothOrder, closure: Closure) -> float:
@@ -273,6 +287,18 @@ def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last:
     }
 
 
+def _hashes(model: nn.Module) -> dict[str, str]:
+    """Return the hashes of a model's trained, frozen and quantized weights, for the header."""
+    parameters = dict(model.named_parameters())
+    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    quantized = quantized_sha256(parameters)
+    return {
+        _BASE: weights_sha256(trained),
+        "frozen_sha256": frozen_sha256(parameters, trained),
+        **({"quantized_sha256": quantized} if quantized else {}),
+    }
+
+
 def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return what JSON can hold of metrics; numbers of numpy and torch are floats."""
     kept = {}
@@ -301,7 +327,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]) -> str:
     """Name what differs in words: the settings inside dictionaries, and hashes by what they are hashes of."""
     words = {
-        "base_sha256": "base weights",
+        _BASE: "base weights",
         "frozen_sha256": "frozen weights",
         "quantized_sha256": "quantized weights",
         "groups": "parameter groups",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,21 @@ from transformers.trainer_callback import ExportableState
 
 from zokernel.errors import UsageError
 from zokernel.files import write_json
-from zokernel.finetune.settings.record import RunSettings
+from zokernel.finetune.settings.record import RunSettings, as_json
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.run_folder import explained_errors
 from zokernel.finetune.storage.run_journal import RunJournal
 from zokernel.finetune.storage.state_file import load_state, save_state
 from zokernel.finetune.trainer.loop_optimizer import bare
-from zokernel.private_apis import loop_sums
+from zokernel.private_apis import loop_sums, set_train_batch_size
 from zokernel.secrets import hide_in_text, hide_in_values
+
+# Arguments that a trainer uses while it is made.
+_USED = {
+    *("output_dir", "method", "objective", "freeze_layers", "freeze_vectors", "zo_parallel", "zo_point_ranks"),
+    *("perturb", "precision", "bf16", "fp16", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("early_stopping_patience", "label_smoothing_factor", "neftune_noise_alpha"),
+}
 
 
 class CheckpointTrainer(Trainer):
@@ -49,7 +56,40 @@ class CheckpointTrainer(Trainer):
     def decide(self, source: str, **values: Any) -> None:
         """Settle what was left open until now; ``source`` says who decided."""
         self.settings = self.settings.with_(source, **values)
-        vars(self.args).update(vars(loop_arguments(self.settings)))
+        self.fill_in(values)
+
+    def fill_in(self, names: Iterable[str]) -> None:
+        """Set some of ``args`` to what the settings say."""
+        filled = vars(loop_arguments(self.settings))
+        vars(self.args).update({name: filled[name] for name in names})
+
+    def take_over(self) -> None:
+        """Record what was changed in ``args`` since the trainer was made: it counts for the run that begins.
+
+        Raises:
+            UsageError: If the trainer was made with it.
+        """
+        old, new = (as_json(args.to_dict()) for args in (loop_arguments(self.settings), self.args))
+        changed = {name: new[name] for name in old if new[name] != old[name]}
+        if used := sorted(changed.keys() & _USED):
+            raise UsageError(f"The trainer was made with another {used[0]}: make it anew to change that.")
+        changed = {name: value for name, value in changed.items() if name in self.settings.values()}
+        if not changed:
+            return
+        self.settings = self.settings.with_("user", **changed)
+        self.fill_in(["load_best_model_at_end"])
+        if "per_device_train_batch_size" in changed:
+            set_train_batch_size(self, self.args.train_batch_size)
+        self.forget_optimizer()
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take over what a search of hyperparameters tries."""
+        super()._hp_search_setup(trial)
+        self.take_over()
+
+    def forget_optimizer(self) -> None:
+        """Let the loop make its optimizer anew, and the schedule with it."""
+        self.optimizer = None
 
     @property
     def folder(self) -> Path:
@@ -117,7 +157,8 @@ class CheckpointTrainer(Trainer):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        write_json(folder / "training_args.json", hide_in_values(self.settings.arguments().to_dict()))
+        told = self.args.to_dict() | {"load_best_model_at_end": self.settings["load_best_model_at_end"]}
+        write_json(folder / "training_args.json", hide_in_values(told))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

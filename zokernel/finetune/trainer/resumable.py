@@ -58,7 +58,7 @@ class ResumableTrainer(CheckpointTrainer):
         super().__init__(settings, **kwargs)
         self.recorded: dict[str, Setting] | None = None
         self.final_step = 0
-        self._from_files = False
+        self._from_files = self._moved = False  # where the weights came from, and whether a step may have moved them
         self.continues = False
         self.when_begun: Callable[[], None] | None = None
         self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
@@ -93,25 +93,35 @@ class ResumableTrainer(CheckpointTrainer):
             RunError: If the output cannot be written, or another process is writing it.
         """
         folder, main = self.folder, self.args.should_save
-        base = Path(str(getattr(self.bare_model, "name_or_path", "") or "?"))
-        self._from_files = base.is_dir() and begins_as_saved(self.bare_model, base)
         self.continues = bool(resume_from_checkpoint)
         wants_best = self.settings["load_best_model_at_end"]
         with exclusive(folder) if main else nullcontext(), explained_errors(folder), best_is_taken(self.settings):
             try:
                 if main:
                     files.remove_leftovers(folder)
+                self.recorded = read_settings(folder) if self.continues else None
                 if self.continues:
                     refuse_old_run(folder)
-                    self.recorded = read_settings(folder)
                     kept = keep_recorded(self.settings, folder)["eps"]
                     if kept != self.settings["eps"]:
                         self.decide("default", eps=kept)
                 self.accelerator.wait_for_everyone()
-                self.journal = self._open_journal(wants_best)
+                self.journal = self._open_journal()
+                if not (self._moved and self.continues):  # else by an earlier call, which has looked
+                    base = Path(str(getattr(self.bare_model, "name_or_path", "") or "?"))
+                    self._from_files = base.is_dir() and begins_as_saved(self.bare_model, base)
+                if self.args.save_strategy == "journal" and wants_best and not self.comes_back:
+                    raise UsageError(
+                        "To end with the best step, save_strategy 'journal' must be able to load the base again: load "
+                        "the model by from_pretrained from a folder, or set load_best_model_at_end False."
+                    )
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
                 if self.continues and checkpoint is None and (self.journal is None or not self.journal.num_steps):
                     logger.info("%s holds no step to continue from: the run begins anew.", folder)
+                if self._moved:
+                    self.forget_optimizer()
+                    if self.continues and checkpoint is None and self.journal is not None and self.comes_back:
+                        self.journal.restore_base()
                 # No process may write before all have read.
                 self.accelerator.wait_for_everyone()
                 if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):
@@ -134,25 +144,14 @@ class ResumableTrainer(CheckpointTrainer):
                     self.journal = None
         return result
 
-    def _open_journal(self, wants_best: bool) -> RunJournal | None:
-        only = self.args.save_strategy == "journal"
-        if only and not self.zeroth_order:
-            raise UsageError(f"{self.args.method} takes gradients, which no journal holds: use save_strategy 'best'.")
-        if not self.zeroth_order or self.args.save_strategy == "no":
+    def _open_journal(self) -> RunJournal | None:
+        args = self.args
+        if not self.zeroth_order and args.save_strategy == "journal":
+            raise UsageError(f"{args.method} takes gradients, which no journal holds: use save_strategy 'best'.")
+        if not self.zeroth_order or args.save_strategy == "no":
             return None
-        model = self.bare_model
-        if only and wants_best and not self.comes_back:
-            raise UsageError(
-                "To end with the best step, save_strategy 'journal' must be able to load the base again: load the "
-                "model by from_pretrained from a folder, or set load_best_model_at_end False."
-            )
-        return RunJournal(
-            self.folder,
-            model,
-            continues=self.continues,
-            overwrite=self.args.overwrite_output_dir,
-            writes=self.args.should_save,
-        )
+        given = {"continues": self.continues, "overwrite": args.overwrite_output_dir, "writes": args.should_save}
+        return RunJournal(self.folder, self.bare_model, **given)
 
     @property
     def comes_back(self) -> bool:
@@ -333,6 +332,7 @@ class _AroundTheLoop(TrainerCallback):
         self._trainer.begin_loop()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._moved = True
         self._trainer.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

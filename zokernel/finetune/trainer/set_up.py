@@ -93,7 +93,7 @@ class SetUpTrainer(ResumableTrainer):
         self.model: Any
         if model is None and what_is_trained(self.model) != "full parameters":
             self.settings = _resolve(requested, self.model, self.train_dataset, by_example=self.can_stack)
-            self.decide("default")
+            self.fill_in(self.settings.values())
 
     @property
     def can_stack(self) -> bool:
@@ -199,8 +199,15 @@ class SetUpTrainer(ResumableTrainer):
             )
         return self.optimizer
 
+    def forget_optimizer(self) -> None:
+        """Let the loop make its optimizer anew, and the schedule with it."""
+        super().forget_optimizer()
+        self.taking = None
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule of transformers; a rate that stays and then falls does so over the run's last part."""
+        if self.settings.setting("lr_scheduler_kwargs").source == "auto":  # decided for the length of an earlier run
+            self.decide("default", lr_scheduler_kwargs=self.settings.requested.lr_scheduler_kwargs)
         kwargs = self.args.lr_scheduler_kwargs  # a string only until transformers has parsed it
         given = kwargs if isinstance(kwargs, dict) else {}
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given:
@@ -215,7 +222,8 @@ class SetUpTrainer(ResumableTrainer):
         if make is not None:
             set_seed(self.args.seed)
             self.model = self.model_wrapped = self.call_model_init()
-            self.optimizer = self.lr_scheduler = self.taking = None
+            self.lr_scheduler, self._moved = None, False
+            self.forget_optimizer()
             if self.place_model_on_device:
                 self.model.to(self.args.device)
         self.model_init: Any = None

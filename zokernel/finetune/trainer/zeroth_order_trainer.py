@@ -257,8 +257,9 @@ class ZerothOrderTrainer(MeasuringTrainer):
 
         Raises:
             RunError: If the loss is not finite, or the output cannot be written.
-            UsageError: If what is there cannot be continued this way.
+            UsageError: If what is there cannot be continued this way, or an argument cannot be changed any more.
         """
+        self.take_over()
         if self.args.auto_find_batch_size and self.zeroth_order:
             self._fit_batch()
         try:

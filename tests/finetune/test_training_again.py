@@ -1,0 +1,164 @@
+"""One trainer that trains again: anew, continued after an interrupt, with arguments that were changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from interrupted import same
+from trainer_cases import make, weights
+from trainers import load_parts, make_trainer
+from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
+
+from zokernel.errors import UsageError
+from zokernel.finetune import replay
+from zokernel.finetune.settings.auto import cooldown_steps
+from zokernel.journal import Journal
+
+STEPS = 8
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptOnce(TrainerCallback):
+    done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6 and not self.done:
+            self.done = True
+            raise Interrupted
+
+
+@pytest.fixture
+def made(tiny_lm_path, tiny_reviews_path, tmp_path):
+    """A function that makes a trainer in a folder, on a fresh model."""
+
+    def make_one(name, **settings):
+        parts = load_parts(tiny_lm_path, tiny_reviews_path)
+        return make_trainer(parts, tmp_path / name, **({"max_steps": STEPS, "save_strategy": "journal"} | settings))
+
+    return make_one
+
+
+@pytest.mark.parametrize("method", ["mezo", "zo_adam"])
+def test_a_second_run_begins_at_its_first_step(method, made, tmp_path):
+    settings = {"method": method, "lr_scheduler_type": "linear", "overwrite_output_dir": True}
+    trainer, other = made("twice", **settings), made("other", **settings)
+    trainer.train()
+    middle = weights(trainer)
+    trainer.train()
+    other.model.load_state_dict(middle)
+    other.train()
+    assert same(weights(trainer), weights(other))
+    assert [row["loss"] for row in trainer.run_log.rows] == [row["loss"] for row in other.run_log.rows]
+    assert trainer.bare_optimizer.step_count == STEPS
+    found = replay(middle, tmp_path / "twice")
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in found.items())
+
+
+def test_a_run_is_not_continued_from_a_checkpoint_of_the_one_it_overwrote(made):
+    made("run", save_strategy="steps", save_steps=4).train()
+    settings = {"save_strategy": "steps", "save_steps": 100, "seed": 9, "overwrite_output_dir": True}
+    cut, again, whole = made("run", **settings), made("run", **settings), made("whole", **settings)
+    cut.add_callback(InterruptOnce())
+    with pytest.raises(Interrupted):
+        cut.train()
+    again.train(resume_from_checkpoint=True)
+    whole.train()
+    assert same(weights(again), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_strategy": "steps", "save_steps": 4}, {"save_strategy": "steps", "save_steps": 100}, {}],
+    ids=["checkpoint", "before the first checkpoint", "journal"],
+)
+@pytest.mark.parametrize("method", ["mezo", "zo_adam"])
+def test_an_interrupted_run_is_continued_by_the_same_trainer(method, settings, made):
+    whole = made("whole", method=method, **settings)
+    whole.train()
+    trainer = made("cut", method=method, **settings)
+    trainer.add_callback(InterruptOnce())
+    with pytest.raises(Interrupted):
+        trainer.train()
+    with pytest.raises(UsageError, match="pass resume_from_checkpoint=True to continue it"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert same(weights(trainer), weights(whole))
+    assert [row["loss"] for row in trainer.run_log.rows] == [row["loss"] for row in whole.run_log.rows]
+
+
+def test_a_model_that_cannot_be_loaded_again_is_to_be_made_anew(tmp_path):
+    trainer = make("text_classification", tmp_path, max_steps=STEPS, save_steps=100)
+    trainer.add_callback(InterruptOnce())
+    with pytest.raises(Interrupted):
+        trainer.train()
+    with pytest.raises(UsageError, match="make the model anew before resuming in the same process"):
+        trainer.train(resume_from_checkpoint=True)
+    again = make("text_classification", tmp_path, max_steps=STEPS, save_steps=100)
+    again.train(resume_from_checkpoint=True)
+    whole = make("text_classification", tmp_path / "whole", max_steps=STEPS, save_steps=100)
+    whole.train()
+    assert same(weights(again), weights(whole))
+
+
+def test_changed_arguments_count_everywhere(made, tmp_path):
+    changed = {"learning_rate": 2e-3, "max_steps": 5, "seed": 7, "per_device_train_batch_size": 4, "eps": 2e-3}
+    changed |= {"num_perturbations": 2, "save_strategy": "steps"}
+    trainer, other = made("changed"), made("other", **changed)
+    base = weights(trainer)
+    for name, value in changed.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    other.train()
+    assert same(weights(trainer), weights(other))
+    headers = [Journal.read(tmp_path / name).header for name in ("changed", "other")]
+    assert headers[0] == headers[1]
+    assert replay(base, tmp_path / "changed").keys() == headers[0]["parameters"].keys()
+    settings = {
+        row["name"]: row for row in json.loads((tmp_path / "changed" / "settings.json").read_text())["settings"]
+    }
+    assert {name: settings[name]["value"] for name in changed} == changed
+    assert {settings[name]["source"] for name in changed} == {"user"}
+    trainer.args.max_steps = 7
+    trainer.train(resume_from_checkpoint=True)
+    assert (trainer.state.global_step, trainer.args.learning_rate) == (7, 2e-3)
+
+
+def test_a_rate_that_falls_in_the_end_does_so_in_the_end_of_each_run(made):
+    trainer = made("run", save_strategy="no", lr_scheduler_type="warmup_stable_decay")
+    trainer.train()
+    trainer.args.max_steps = 3 * STEPS
+    trainer.train()
+    assert trainer.settings["lr_scheduler_kwargs"]["num_decay_steps"] == cooldown_steps(3 * STEPS)
+    assert trainer._course.rates[STEPS] == 1e-3
+    trainer.args.lr_scheduler_type = "cosine"
+    trainer.train()
+    assert trainer._course.rates[12] == pytest.approx(5e-4, rel=1e-9)
+
+
+def test_what_a_callback_or_a_search_changes_counts(made):
+    class Logs(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            args.logging_first_step = True
+
+    trainer = made("run", logging_steps=6)
+    trainer.add_callback(Logs())
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 6]
+    trainer.hp_search_backend = HPSearchBackend.WANDB
+    trainer._hp_search_setup({"learning_rate": 0.25, "seed": 11})
+    trainer.create_optimizer()
+    assert (trainer.settings["learning_rate"], trainer.settings["seed"]) == (0.25, 11)
+    assert (trainer.bare_optimizer.param_groups[0]["lr"], trainer.bare_optimizer.seed) == (0.25, 11)
+
+
+def test_what_a_trainer_was_made_with_cannot_be_changed(made):
+    trainer = made("run")
+    trainer.args.method = "kerzoo"
+    with pytest.raises(UsageError, match="The trainer was made with another method: make it anew to change that"):
+        trainer.train()
