@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from zokernel.cli import main
-from zokernel.commands.plan import PlanArguments, load_task
+from zokernel.commands.plan import PlanArguments, load_task, plan_for
 from zokernel.experiments.kerzoo.jobs import tiny_tokenizer
 from zokernel.finetune.data.datasets import load_splits
 from zokernel.finetune.data.datasets import load_task as load_prompt_task
@@ -65,6 +66,15 @@ def test_prompts_are_cut_to_the_positions_of_the_model(adapter, room, narrow, tm
     assert task.batch["input_ids"].shape == (6, room - 1)  # the last one is for the label word
     assert task.num_tokens == 6 * (room - 1)
     assert torch.isfinite(task.score(task.batch)).all()
+
+
+def test_eps_is_that_of_training_also_for_the_folder_of_an_adapter(tiny_lm_path, tiny_reviews_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    data = DataArguments(train_file=str(tiny_reviews_path / "train.jsonl"), label_words=["bad", "good"])
+    arguments = PlanArguments(update_examples=4, observe_examples=2, num_probes=8, precision="fp32")
+    for folder, eps in ((tmp_path / "adapter", 1e-2), (tiny_lm_path, 1e-3)):
+        assert plan_for(ModelArguments(str(folder)), data, arguments).plan.eps_probed == eps
 
 
 def test_demonstrations_stand_before_the_prompts_as_in_training(tiny_lm_path, tiny_reviews_path):

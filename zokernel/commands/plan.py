@@ -197,7 +197,7 @@ def plan_for(model_arguments: ModelArguments, data_arguments: DataArguments, arg
         RunError: If a score is not finite.
     """
     task, exact = load_task(model_arguments, data_arguments, arguments)
-    lora = model_arguments.lora or model_arguments.adapter_name_or_path is not None
+    lora = any("lora_" in name for name in task.params)
     plan = make_plan(
         task,
         num_probes=arguments.num_probes,
