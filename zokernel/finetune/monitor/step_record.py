@@ -15,11 +15,9 @@ class StepRecord:
     Attributes:
         step: Its number, from one.
         loss: Mean of the losses that were taken.
-        losses: The numbers from which the step can be repeated; empty for first-order methods.
         projected_gradient: Root mean square of the projected gradients; None for first-order methods.
         forwards: Forward passes of this step.
         seconds: Seconds of this step.
-        learning_rate: Its learning rate (of the first parameter group).
         replayed: Whether it was taken from the journal.
         bytes_sent: Bytes that this process has sent so far; None in a run of one process.
         slope: Root mean square of the slopes along the directions, without any factor of the method; None if unknown.
@@ -29,11 +27,9 @@ class StepRecord:
 
     step: int
     loss: float
-    losses: tuple[float, ...]
     projected_gradient: float | None
     forwards: int
     seconds: float
-    learning_rate: float
     replayed: bool = False
     bytes_sent: int | None = None
     slope: float | None = None

@@ -156,11 +156,9 @@ class ZerothOrderTrainer(MeasuringTrainer):
         record = StepRecord(
             step=self.state.global_step,
             loss=self.last_loss,
-            losses=tuple(optimizer.record()) if estimate is not None else (),
             projected_gradient=projected,
             forwards=self._forwards,
             seconds=time.perf_counter() - self._begun_at,
-            learning_rate=self._rate,
             replayed=self.is_replaying,
             bytes_sent=None if self.parallel is None else self.parallel.bytes_sent,
             slope=slope,
