@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ _PAIR = re.compile(rf"""((?:^|[\s,;&?{{]|['"])[\w-]*{_NAME}['"]?\s*[=:]\s*['"]?)
 _LOGIN = re.compile(r"""(\w{2,}:/{1,2})[^/\s"']+@""")
 # Tokens that can be told by their beginning: Hugging Face, OpenAI, GitHub, GitLab, Slack, Amazon.
 _SHAPES = re.compile(r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA)[\w-]{12,}")
+
+_COMMAND = "command:"  # a reward function that is a program, with its variables and flags
 
 
 def is_secret(name: str) -> bool:
@@ -80,5 +83,23 @@ def _hide(value: Any) -> Any:
 
 def _hide_pairs(text: str) -> str:
     """Hide ``name=secret``, unless spaces show that it is a sentence, such as a template."""
+    if text.startswith(_COMMAND):
+        return hide_in_text(_COMMAND + _hide_in_command(text.removeprefix(_COMMAND)))
     paired = text if re.search(r"\s", text) and not text.lstrip().startswith('{"') else _PAIR.sub(r"\1<secret>", text)
     return hide_in_text(paired)
+
+
+def _hide_in_command(command: str) -> str:
+    """Hide the secret flags and variables of a command line, and of one within it; one without any stays as it is."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command that runs, but one that may be repeated in an error
+        words = command.split()
+    hidden = []
+    for word in hide_in_words(words):
+        name, equals, _ = word.partition("=")
+        if equals and is_secret(name):
+            hidden.append(f"{name}=<secret>")
+        else:
+            hidden.append(_hide_in_command(word) if re.search(r"\s", word) else word)
+    return command if hidden == words else shlex.join(hidden)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shlex
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ from zokernel.cli import load, main
 from zokernel.commands.messages import new_handler
 from zokernel.errors import MissingDependencyError, UsageError
 from zokernel.finetune import load_predictor
+from zokernel.finetune.rewards.functions import load_reward
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words, is_secret
 
 SECRET = "Marker-of-a-secret-7351"
@@ -75,6 +78,15 @@ def test_names_of_secrets(name, secret):
         (["--x=hf_" + "a" * 34], ["--x=<token>"]),
         (["--template", "Token: {sentence} It was"], ["--template", "Token: {sentence} It was"]),
         (["--hub_token", SECRET, "--seed", "1"], ["--hub_token", "<hub_token>", "--seed", "1"]),
+        (
+            ["--reward_function", f"command:env JUDGE_API_KEY={SECRET} ./judge --token {SECRET} --top 3"],
+            ["--reward_function", "command:env 'JUDGE_API_KEY=<secret>' ./judge --token '<token>' --top 3"],
+        ),
+        (
+            [f"--reward_function=command:sh -c './judge --api-key {SECRET}'"],
+            ["--reward_function=command:sh -c " + shlex.quote("./judge --api-key '<api_key>'")],
+        ),
+        (["--reward_function", "command:./judge  --ask 'Is it good?'"],) * 2,
         (["--method_args", "radius=0.5", "key=3"], ["--method_args", "radius=0.5", "key=3"]),
     ],
 )
@@ -92,6 +104,16 @@ def test_settings_without_secrets():
     hidden = {"hub_token": "<hub_token>", "data": {"password": "<password>", "rows": ["token=<secret>", 3]}}
     assert hide_in_values(values) == hidden | {"lr": 1e-3, "key": None}
     assert hide_in_text("see github_pat_" + "a1" * 12) == "see <token>"
+
+
+def test_the_secrets_of_a_reward_command_reach_no_setting_name_or_error(tmp_path):
+    command = f"command:{sys.executable} judge.py --token {SECRET}"
+    shown = f"command:{sys.executable} judge.py --token '<token>'"
+    assert hide_in_values({"reward_function": [command, "json"]}) == {"reward_function": [shown, "json"]}
+    assert load_reward(command).name == shown
+    with pytest.raises(UsageError, match="is not a command") as error:
+        load_reward(f"command:judge --token {SECRET} '")
+    assert SECRET not in str(error.value)
 
 
 TOKEN = "hf_" + "Ab1" * 12

@@ -27,6 +27,7 @@ from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.rewards.built_in import BUILT_IN
 from zokernel.finetune.rewards.reasoning import KIND as REASONING
 from zokernel.finetune.rewards.reasoning import scorer
+from zokernel.secrets import hide_in_words
 
 COMMAND = "command"
 _MAKERS = BUILT_IN | {REASONING: scorer}
@@ -240,7 +241,7 @@ def load_reward(text: str) -> Reward:
     if kind in _MAKERS:
         return Reward(text, _MAKERS[kind](rest), text)
     if kind == COMMAND:
-        return Reward(text, _command(rest), text)
+        return Reward(hide_in_words([text])[0], _command(rest), text)
     path, _, name = text.rpartition(":")
     if text.endswith(".py") or not path.endswith(".py"):
         names = ", ".join([*BUILT_IN, f"{REASONING}:task", f"{COMMAND}:..."])
@@ -289,7 +290,8 @@ def _command(command: str) -> Callable[..., list[float]]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"The reward command {command!r} is not a command ({error}).") from error
+        shown = hide_in_words([f"{COMMAND}:{command}"])[0]
+        raise UsageError(f"The reward {shown!r} is not a command ({error}).") from error
     if not words or shutil.which(words[0]) is None:
         raise UsageError(f"There is no program {(words or [''])[0]!r} for the reward command: check its path.")
 
