@@ -43,6 +43,20 @@ def test_an_interval_that_includes_the_bound_does_not_resolve():
     assert criteria.below((math.inf,) * 3, 1.0) == OPEN  # not reached by all seeds
 
 
+@pytest.mark.parametrize("values", [[1.0, math.nan], [1.0, -math.inf], [1.0, math.inf], [math.inf, -math.inf], [2.0]])
+def test_a_seed_that_diverged_resolves_nothing(values):
+    found = criteria.interval(values, logs=False)
+    assert found[1:] == (-math.inf, math.inf)
+    assert {criteria.above(found, 5.0), criteria.below(found, 5.0), criteria.within(found, 0.0, 5.0)} == {OPEN}
+    assert criteria.less((1.0, 0.9, 1.1), found) == criteria.less(found, (1.0, 0.9, 1.1)) == OPEN
+
+
+def test_five_values_are_too_few_for_an_interval_of_their_median():
+    """With six, the least and the greatest miss it with probability 2 / 64."""
+    assert criteria.median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, -math.inf, math.inf)
+    assert criteria.median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (3.5, 1.0, 6.0)
+
+
 def test_parts_make_a_claim():
     assert criteria.combined([HOLDS, HOLDS]) == HOLDS
     assert criteria.combined([HOLDS, FAILS]) == criteria.combined([OPEN, PARTLY]) == PARTLY

@@ -113,6 +113,7 @@ def test_clip_limits_the_norm_of_the_estimate():
         ({"update": "clip(0.1) + normalized"}, "would undo Clip"),
         ({"update": [PolyakBound(0.1), Normalized()]}, "would undo PolyakBound"),
         ({"update": "normalized + sign_of_projections"}, "would undo Normalized"),
+        ({"update": "curvature_weights + sign_of_projections"}, "would undo CurvatureWeights"),
         ({"update": 5}, "not part of an update"),
         ({"update": ["adam"]}, "not part of an update"),
         ({"update": ""}, "not of the form"),

@@ -307,6 +307,19 @@ def test_a_loss_that_draws_random_numbers_is_noticed(perturb):
     assert not warned(ZerothOrder([weight], lr=1e-6, estimator="one_sided(1e-3, 1)"), lambda: weight.square().sum())
 
 
+def test_any_generator_of_numpy_may_be_the_global_one():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = MeZO([weight], lr=0.01)
+        optimizer.step(lambda: weight.square().sum())
+        with pytest.warns(UserWarning, match="random"):
+            optimizer.step(lambda: weight.square().sum() + np.random.rand())
+    finally:
+        np.random.set_bit_generator(before)
+
+
 def test_a_new_batch_in_every_call_is_noticed():
     weight, batches = nn.Parameter(torch.ones(4, 1)), iter(torch.randn(50, 16, 4))
     (message,) = warned(MeZO([weight], lr=1e-6), lambda: (next(batches) @ weight).square().mean())

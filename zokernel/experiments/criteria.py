@@ -45,7 +45,7 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
             ``False``: a few differences may all be positive by chance.
 
     Returns:
-        Mean, low and high; infinite if a value is, and without ends for a single value, which resolves nothing.
+        Mean, low and high, without ends for a single value, which resolves nothing, or if a value is not finite.
 
     Example:
         >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0])]
@@ -55,7 +55,7 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
     """
     found = np.asarray(values, dtype=float)
     if not np.isfinite(found).all():
-        return math.inf, math.inf, math.inf
+        return float(found.mean()), -math.inf, math.inf
     positive = bool((found > 0).all()) if logs is None else logs
     used = np.log(found) if positive else found
     half = student_quantile(len(used) - 1) * used.std(ddof=1) / len(used) ** 0.5 if len(used) > 1 else math.inf
@@ -82,12 +82,17 @@ def jackknife(whole: float, without_each: Sequence[float]) -> Interval:
 def median_interval(values: np.ndarray | Sequence[float]) -> Interval:
     """Return the median and its 95% interval from order statistics, whatever the distribution.
 
+    Up to five values have no such interval: the least and the greatest of n hold the median between them with
+    probability 1 - 2^(1 - n).
+
     Example:
         >>> median_interval(range(1, 101))
         (50.5, 40.0, 61.0)
     """
     found = np.sort(np.asarray(values, dtype=float))
     count = len(found)
+    if count < 6:
+        return float(np.median(found)), -math.inf, math.inf
     rank = max(0, math.floor((count - NormalDist().inv_cdf(0.975) * count**0.5) / 2))
     return float(np.median(found)), float(found[max(0, rank - 1)]), float(found[min(count - 1, count - rank)])
 

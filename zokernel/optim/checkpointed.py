@@ -53,6 +53,29 @@ class Checkpointed(Trained, Copied):
         if changed:
             self._attach()
 
+    def _is_dense(self, group: Mapping[str, Any]) -> bool:
+        raise NotImplementedError
+
+    def _check_density(self) -> None:
+        """Refuse groups whose steps are more than scalars times directions where an average or a grid needs these.
+
+        Raises:
+            UsageError: If there is one: made so, added, or made so by a schedule that moves the momentum.
+        """
+        averages = any(isinstance(part, IterateAverage) for part in self.updates)
+        if averages and (any(map(self._is_dense, self.param_groups)) or not self.directions.seeded):
+            raise UsageError(
+                "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
+                "average no momentum (also of a schedule), no Adam, no sign of the estimate and no preconditioned "
+                "directions."
+            )
+        if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
+            raise UsageError(
+                f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
+                "scalars times directions and would leave it: set momentum to 0 (also in a schedule), or use "
+                "'in_place' or 'in_place:copy'."
+            )
+
     def _note_versions(self) -> None:
         raise NotImplementedError
 
@@ -77,15 +100,13 @@ class Checkpointed(Trained, Copied):
         Raises:
             UsageError: If the group does not fit the others.
         """
-        begun, count = bool(self.named_params), len(self.param_groups)
+        begun, count, known = bool(self.named_params), len(self.param_groups), set(self.named_params)
         super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
         try:
             check_group(self.param_groups[-1])
             if begun:
-                names = name_parameters(self.param_groups)
-                if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
-                    raise UsageError("A group with momentum would leave the grid: set its momentum to 0.")
-                self.named_params |= names
+                self._check_density()
+                self.named_params |= name_parameters(self.param_groups)
                 self._settle()
                 self.perturb.release()
                 self.directions.prepare(self.named_params)
@@ -94,6 +115,12 @@ class Checkpointed(Trained, Copied):
                     part.attach(self)
         except UsageError:
             del self.param_groups[count:]
+            for name in self.named_params.keys() - known:
+                del self.named_params[name]
+            if begun:
+                self._settle()
+                self.perturb.release()
+                self._attach()
             raise
 
     def _after_copy(self) -> None:

@@ -185,9 +185,8 @@ def _check_order(parts: Sequence[Update]) -> None:
     Raises:
         UsageError: If one would.
     """
-    scaling = [
-        part for part in parts if isinstance(part, (Normalized, PolyakBound, Clip, ClipSlopes, SignOfProjections))
-    ]
-    for earlier, later in pairwise(scaling):
-        if isinstance(later, (Normalized, SignOfProjections)):
+    kinds = (Normalized, PolyakBound, Clip, ClipSlopes, CurvatureWeights, SignOfProjections)
+    for earlier, later in pairwise(part for part in parts if isinstance(part, kinds)):
+        kept = isinstance(earlier, CurvatureWeights)  # whose weights a common factor leaves as they are
+        if isinstance(later, SignOfProjections) or (isinstance(later, Normalized) and not kept):
             raise UsageError(f"{later!r} would undo {earlier!r}: put it first, or leave one of them out.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zokernel.directions.placement import place_all
 from zokernel.errors import UsageError
 
 Params = nn.Module | Iterable[Any]
@@ -133,7 +134,8 @@ def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         Name to tensor, in order.
 
     Raises:
-        UsageError: If two parameters share a name, or one is quantized, which cannot be perturbed.
+        UsageError: If two parameters share a name or some of their memory, or one is quantized or has no memory, which
+            cannot be perturbed.
     """
     named: dict[str, Tensor] = {}
     for group in param_groups:
@@ -150,7 +152,10 @@ def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
                     f"Parameter {name!r} is stored as {tensor.dtype}, which cannot be perturbed: "
                     "dequantize the model, or train a LoRA adapter on top of it."
                 )
+            if tensor.is_meta:
+                raise UsageError(f"Parameter {name!r} has no memory (device meta): load the weights first.")
             named[name] = tensor
+    place_all(named)
     return named
 
 

@@ -6,6 +6,7 @@ import random
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def random_state() -> list[Any]:
     """
     states: list[Any] = [torch.get_rng_state(), random.getstate()]
     if "numpy" in sys.modules:
-        states.append(sys.modules["numpy"].random.get_state()[1:3])
+        states.append(sys.modules["numpy"].random.get_state(legacy=False)["state"])
     if torch.cuda.is_available() and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         states += torch.cuda.get_rng_state_all()
     return states
@@ -35,8 +36,8 @@ def same_random_state(first: list[Any], second: list[Any]) -> bool:
         if isinstance(one, Tensor):
             if not torch.equal(one, other):
                 return False
-        elif len(one) == 2:  # NumPy: the numbers of the generator and the place among them
-            if one[1] != other[1] or (one[0] != other[0]).any():
+        elif isinstance(one, dict):  # NumPy's: numbers, and perhaps an array of them
+            if one.keys() != other.keys() or any(not np.array_equal(one[key], other[key]) for key in one):
                 return False
         elif one != other:
             return False

@@ -28,7 +28,6 @@ from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.ask_tell import AskTell
-from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.optim.compose import check_together, make_directions, make_estimator, make_updates
 from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
@@ -136,12 +135,7 @@ class ZerothOrder(AskTell):
             if part.trained not in (None, self):
                 raise UsageError(f"{part!r} serves another optimizer already: make one for each.")
             part.trained = self
-        averages = any(isinstance(part, IterateAverage) for part in self.updates)
-        if averages and (any(map(self._is_dense, self.param_groups)) or not self.directions.seeded):
-            raise UsageError(
-                "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
-                "average no momentum, no Adam, no sign of the estimate and no preconditioned directions."
-            )
+        self._check_density()
 
     @property
     def rule(self) -> Rule:
@@ -164,11 +158,7 @@ class ZerothOrder(AskTell):
 
     def _attach(self) -> None:
         """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
-        if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
-            raise UsageError(
-                f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
-                "scalars times directions and would leave it: use 'in_place' or 'in_place:copy'."
-            )
+        self._check_density()
         check_together(self.estimator, self.perturb)
         eps = getattr(self.estimator, "eps", 0.01)
         self.perturb.attach(self.active, self.directions, seed=self.seed, reach=eps)
@@ -257,6 +247,7 @@ class ZerothOrder(AskTell):
             self._held = None
 
     def _step(self, perturb: Perturb, closure: Closure) -> float:
+        self._check_density()  # a schedule may have given a group momentum
         if self._versions != self._versions_now():
             self._take_stock()
         try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from zokernel.directions.backends import dispatch
 from zokernel.directions.placement import Placement
-from zokernel.directions.terms import Job
+from zokernel.directions.terms import Job, Noise
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.affine_move import AffineMove
@@ -141,7 +142,8 @@ class Int8Average(StoredAverage):
                 draw = {"seed": trained.seed, "step": move.step}
                 terms = [trained.directions.terms([place], index=i, **draw)[0] for i in move.scales]
                 factors = tuple(-keep * scale / move.decay for scale in move.scales.values())
-                dispatch.sweep([Job(place, tuple(term for term in terms if term is not None), factors, decay=keep)])
+                held = tuple(_of_elements(term, begin, end) for term in terms if term is not None)
+                dispatch.sweep([Job(place, held, factors, decay=keep)])
                 rows = slice(row, row + height)
                 if move.decay != 1.0:
                     piece.add_(weight[rows], alpha=keep * (1.0 / move.decay - 1.0))
@@ -250,7 +252,7 @@ class JournalAverage(IterateAverage):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved journal over."""
-        self.moves = [[AffineMove(*fields) for fields in moves] for moves in state["moves"]]
+        self.moves, self._known = [[AffineMove(*fields) for fields in moves] for moves in state["moves"]], (0, {})
 
 
 STORAGES: dict[str, type[IterateAverage]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
@@ -283,6 +285,14 @@ def _fields(move: AffineMove) -> tuple[Any, ...]:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _of_elements(term: Any, begin: int, end: int) -> Any:
+    """Return a term of a whole tensor for some of its elements, whose mask has their bits only."""
+    if not isinstance(term, Noise) or term.mask is None:
+        return term
+    assert begin % 8 == 0  # pieces begin at blocks
+    return replace(term, mask=term.mask[begin // 8 : -(-end // 8)])
 
 
 def _rounding_seed(seed: int, step: int, name: str) -> int:
