@@ -113,6 +113,29 @@ def test_what_an_earlier_edition_fetched_is_fetched_again(home, monkeypatch):
         assert (sources.fetch("thing") / "rows").read_text() == content
 
 
+@pytest.mark.parametrize("manifest", [None, "not json", '{"name": "my app"}', "[]"])
+def test_a_folder_of_somebody_else_is_not_replaced(home, monkeypatch, manifest):
+    built = []
+
+    def build(folder, scratch):
+        built.append(folder)
+
+    monkeypatch.setitem(sources.SOURCES, "thing", sources.Source("thing", "", "x==1", build, 1))
+    (home / "thing").mkdir(parents=True)
+    (home / "thing" / "thesis.tex").write_text("years of work")
+    if manifest is not None:
+        (home / "thing" / cache.MANIFEST).write_text(manifest)
+    for force in (False, True):
+        with pytest.raises(UsageError, match="thing was not fetched by zokernel, so it is not replaced: move it away"):
+            sources.fetch("thing", force=force)
+    assert (home / "thing" / "thesis.tex").read_text() == "years of work"
+    assert built == []  # nothing was downloaded for it
+    for path in (home / "thing").iterdir():
+        path.unlink()
+    assert sources.fetch("thing") == home / "thing"  # an empty folder is nobody's
+    assert len(built) == 1
+
+
 def test_a_stale_scratch_folder_is_swept(home):
     (home / ".thing.partial-abc").mkdir(parents=True)
     with cache.atomic_folder(home / "thing", source="x==1") as folder:

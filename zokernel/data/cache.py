@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zokernel.errors import RunError
+from zokernel.errors import RunError, UsageError
 
 MANIFEST = "manifest.json"
 
@@ -59,7 +59,7 @@ def is_complete(folder: Path, source: str | None = None) -> bool:
         return source in (None, manifest["source"]) and all(
             (folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -88,7 +88,11 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
 
     Yields:
         The scratch folder.
+
+    Raises:
+        UsageError: If ``target`` holds what was not fetched, which replacing it would delete.
     """
+    _refuse_others(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -103,12 +107,28 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
             if path.is_file()
         }
         (scratch / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n")
+        _refuse_others(target)
         if target.exists():
             shutil.rmtree(target)
         scratch.chmod(0o755)
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_others(target: Path) -> None:
+    """Refuse to replace a file, or a folder with content but without a manifest of :func:`atomic_folder`."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        manifest = json.loads((target / MANIFEST).read_text())
+        ours = {"source", "files"} <= manifest.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UsageError(
+            f"{target} was not fetched by zokernel, so it is not replaced: move it away, or set ZOKERNEL_HOME."
+        )
 
 
 @contextmanager
