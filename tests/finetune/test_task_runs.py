@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, Objective, ZOConfig, ZOTrainer, encode, get_task
+from zokernel.finetune.data.datasets import Splits
+from zokernel.finetune.scoring.prepare import prepare
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, demonstrations
 from zokernel.finetune.tasks.toy import toy_rows
 
@@ -176,6 +179,19 @@ def test_calibration_subtracts_the_scores_of_an_empty_prompt(models):
     torch.testing.assert_close(calibrated["logits"], plain["logits"] - shift)
     assert same.item() == loss.item()
     assert (calibrated["predicted"] == (plain["logits"] - shift).argmax(1)).all()
+
+
+def test_calibration_has_the_demonstrations_before_the_empty_prompt(models):
+    """Their bias, such as that of the last answer shown, is what calibration is for."""
+    model, tokenizer, _ = models["llama"]
+    task = get_task("sst2")
+    rows = toy_rows("sst2", task, size=12)
+    splits, data = Splits(rows[:8], rows[8:10], rows[10:]), DataArguments(num_demonstrations=2, calibrate=True)
+    prepared = prepare(task, splits, model, tokenizer, data, max_length=512)
+    blank = prepared.objective.calibration
+    ids = blank["input_ids"][blank["attention_mask"].bool()].tolist()
+    empty = task.prompt({"sentence": "", "label": 0})
+    assert ids == tokenizer(demonstrations(task, rows[:2]) + empty).input_ids
 
 
 def test_demonstrations_precede_the_prompt_and_give_way_first(models):

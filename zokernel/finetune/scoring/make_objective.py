@@ -21,6 +21,8 @@ def make_objective(
     masked: bool,
     decoder: Decoder | None = None,
     calibrate: bool = False,
+    context: str = "",
+    max_length: int = 2048,
     max_new_tokens: int = 50,
 ) -> Objective:
     """Return the loss and metrics of a task.
@@ -33,6 +35,8 @@ def make_objective(
         masked: Whether the model fills masks.
         decoder: How a sequence-to-sequence model frames the texts that it writes.
         calibrate: Whether the scores in an empty prompt are subtracted in evaluations.
+        context: What stands before every prompt, and so before the empty one.
+        max_length: Longest sequence.
         max_new_tokens: Longest generated answer.
 
     Raises:
@@ -44,7 +48,8 @@ def make_objective(
             raise UsageError("--calibrate compares the same label words in every example: it is for classification.")
         blank: dict[str, Any] = dict.fromkeys(task.required_columns(), "")
         blank[task.label_column] = (task.labels or task.label_words)[0]
-        calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, masked=masked, decoder=decoder))[0]])
+        framed: dict[str, Any] = {"masked": masked, "decoder": decoder, "context": context, "max_length": max_length}
+        calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, **framed))[0]])
     return Objective(
         objective,
         loss=task.loss,

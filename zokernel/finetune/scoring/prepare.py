@@ -22,7 +22,7 @@ from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.prepare_rewards import prompt_datasets, reward_objective, reward_samples
 from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks import Task, demonstrations
 from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
@@ -97,6 +97,7 @@ def prepare(
     parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
     check_token_ids(model, tokenizer, chain.from_iterable(parts))
     collator = choose_collator(model, tokenizer.pad_token_id, everything)
+    shown = splits.train[: data.num_demonstrations]
     found = make_objective(
         task,
         tokenizer,
@@ -105,6 +106,8 @@ def prepare(
         masked=masked,
         decoder=decoder,
         calibrate=data.calibrate,
+        context=demonstrations(task, shown, masked=masked, seq2seq=decoder is not None),
+        max_length=max_length,
         max_new_tokens=data.max_new_tokens,
     )
     return Prepared(encoded, collator, found)
