@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_another_run_is_never_overwritten_unasked(flags, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
     assert main(["finetune", *flags, "--max_steps", "2", "--overwrite_output_dir", "true"]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_overwriting_a_run_keeps_what_others_wrote(flags, tmp_path, capsys):
+    folder, again = tmp_path / "run", ["--max_steps", "2", "--overwrite_output_dir", "true"]
+    assert main(["finetune", *flags]) == 0
+    others = ("runs/mine/weights.bin", "vocabulary_study.md", "vocab_of_the_thesis/a.txt", "tokenizer_notes.txt")
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("years of work")
+    assert main(["finetune", *flags, *again]) == 0
+    assert [(folder / name).read_text() for name in others] == ["years of work"] * len(others)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text("# My thesis\n")
+    assert main(["finetune", *flags, *again]) == 2
+    assert "README.md was not written by the run: move it away" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "# My thesis\n"
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 2
+    # The run's own card and logs go.
+    (folder / "README.md").write_text(card)
+    shutil.rmtree(folder / "runs")
+    (folder / "runs" / "now").mkdir(parents=True)
+    (folder / "runs" / "now" / "events.out.tfevents.1.host").touch()
+    assert main(["finetune", *flags, *again]) == 0
+    assert not (folder / "runs").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(flags, tmp_path, capsys):

@@ -26,10 +26,11 @@ from zokernel.secrets import hide_in_values, hide_in_words
 RUN_FILE = "run.json"
 RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
 METRICS_FILE = "metrics.json"
+_CARD, _LOGS = "README.md", "runs"  # a run's model card, and the folder of its TensorBoard logs
 ARTEFACTS = (
     "checkpoint-*",
     "last-good",
-    "runs",
+    _LOGS,
     "*.safetensors",
     "*.safetensors.index.json",
     "*.jinja",
@@ -37,12 +38,12 @@ ARTEFACTS = (
     "config.json",
     "generation_config.json",
     "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json"),
     "merges.txt",
     "training_args.bin",
     "trainer_state.json",
-    "README.md",
+    _CARD,
     "steps.jsonl",
     "held-out-start.json",
     "loss.png",
@@ -62,6 +63,7 @@ ARTEFACTS = (
     RUN_FILE,
 )
 _MAY_DIFFER = ("max_steps", "num_train_epochs", "per_device_eval_batch_size")  # in a run that is continued
+_OWN_CARDS = ("- zokernel", "# Model Card for Model ID")  # a line of the card of a run, or of peft's until it ends
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
@@ -120,6 +122,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         raise UsageError(
             f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."
         )
+    if (folder / _CARD).is_file() and not _is_of_a_run(folder / _CARD):
+        raise UsageError(f"{folder / _CARD} was not written by the run: move it away, or choose another --output_dir.")
     _clear(folder)
     return "new"
 
@@ -127,8 +131,19 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
 def _clear(folder: Path) -> None:
     """Remove what a run left; the file that says whose folder this is goes last, so that a kill leaves it ours."""
     for pattern in ARTEFACTS:
-        for path in folder.glob(pattern):
+        for path in filter(_is_of_a_run, folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a run wrote what has the name of an artefact, where people use that name, too."""
+    if path.name == _LOGS:
+        files = [found.name for found in path.rglob("*") if not found.is_dir()]
+        return path.is_dir() and all(name.startswith("events.out.tfevents") for name in files)
+    if path.name == _CARD:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[:1] == ["---"] and any(line in _OWN_CARDS for line in lines)
+    return True
 
 
 @contextmanager
