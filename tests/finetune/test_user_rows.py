@@ -181,3 +181,50 @@ def test_a_column_of_lists_is_no_text():
 def test_words_and_labels_are_distinct(words, labels, match):
     with pytest.raises(UsageError, match=match):
         PromptTask("{text}", words, labels)
+
+
+def test_options_of_a_text_column_are_read_as_json():
+    task = ChoiceTask("{q}", choices_column="options")
+    rows = [{"q": "?", "options": options, "label": 1} for options in ('["yes", "no"]', ["yes", "no"])]
+    assert [task.options(row) for row in task.read(rows, where="train")] == [(" yes", " no")] * 2
+
+
+@pytest.mark.parametrize("options", ["['yes','no']", "yes|no", '"yes"', None, 3, {"text": ["yes"], "label": ["A"]}])
+def test_options_that_are_no_list_are_refused_with_their_row(options):
+    rows = [{"q": "?", "options": ["yes", "no"], "label": 1}, {"q": "?", "options": options, "label": 1}]
+    with pytest.raises(UsageError, match=r"^Train, row 2: Column 'options' holds .* as JSON, such as \[\"yes\", \"no"):
+        ChoiceTask("{q}", choices_column="options").read(rows, where="Train")
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "right"),
+    [
+        ("1 2 4", "1 2 4", (0, 1, 2)),  # 4 is no position: all are texts
+        ("1 2 4", "0 1 2", (0, 1, 2)),  # 0 is no text: all are positions
+        ("0 1 2", "0 2 1", (0, 2, 1)),  # both say the same
+    ],
+)
+def test_labels_of_options_that_are_numbers_mean_one_thing_in_the_whole_column(options, labels, right):
+    task = ChoiceTask("{q}", choices_column="options")
+    rows = [{"q": "?", "options": options.split(), "label": label} for label in labels.split()]
+    assert tuple(task.label(row) for row in task.read(rows, where="Train")) == right
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "number"),
+    [
+        ("2 1 0", "1 0 2", 2),  # positions and texts, all of them
+        ("1 2 4", "1 2 1", 1),
+        ("a b 1", "a 1 0", 2),  # a is no position and 0 no text
+    ],
+)
+def test_labels_that_may_be_positions_or_texts_are_refused(options, labels, number):
+    task = ChoiceTask("{q}", choices_column="options")
+    rows = [{"q": "?", "options": options.split(), "label": label} for label in labels.split()]
+    match = rf"^Train, row {number}: label '\d' .* the text of one option and the position of another"
+    with pytest.raises(UsageError, match=match):
+        task.read(rows, where="Train")
+    texts = [{**row, "label": [row["label"]]} for row in rows if row["label"] in row["options"]]
+    assert [row["options"][task.label(row)] for row in task.read(texts, where="Train")] == [
+        row["label"][0] for row in texts
+    ]

@@ -139,7 +139,7 @@ class Task:
             UsageError: If a column is missing, nothing is left, or a label is none of the options (its line is named).
         """
         numbered = self._prepared(rows, where)
-        renamed = self._renamed(numbered)
+        renamed = self.renamed_columns(numbered)
         if renamed:
             numbered = [(n, {renamed.get(name, name): value for name, value in row.items()}) for n, row in numbered]
         self.check_columns([row for _, row in numbered], where=where)
@@ -159,7 +159,16 @@ class Task:
                 held = list(dict.fromkeys(str(row[self.label_column]) for _, row in kept)) if self.fixed_options else []
                 listed = f"; the column holds {', '.join(held)}." if 1 < len(held) <= MANY else "."
                 raise UsageError(f"{where}, {place(n)}: {str(error).removesuffix('.')}{listed}") from error
-        return [row for _, row in kept]
+        return self.read_labels(kept, lambda n: f"{where}, {place(n)}")
+
+    def read_labels(self, numbered: Sequence[tuple[int, Row]], place: Callable[[int], str]) -> list[Row]:
+        """Return the rows with labels that mean one thing, for tasks in which only the whole column tells what.
+
+        Args:
+            numbered: Labelled rows, and the number of each in its table.
+            place: Says how a row of that number is found.
+        """
+        return [row for _, row in numbered]
 
     def _prepared(self, rows: Sequence[Row], where: str) -> list[tuple[int, Row]]:
         """Return the rows with the template's columns, each with the number of the row that it comes from."""
@@ -178,7 +187,7 @@ class Task:
                 f"are {', '.join(map(str, rows[0]))}."
             ) from error
 
-    def _renamed(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, str]:
+    def renamed_columns(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, str]:
         """Return the task's name of each column that the table carries under another; a name in use stays as it is."""
         present = dict.fromkeys(name for _, row in numbered for name in row)
         wanted = self.required_columns()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
@@ -19,11 +21,12 @@ class ChoiceTask(Task):
     """A task whose options stand in the row itself.
 
     The label column holds the position of the right option (0, 1, ...), its text, or a list of texts that all count.
+    Where options are numbers, :meth:`read` tells positions from texts by the whole column.
 
     Args:
         template: Text with columns in braces.
         choices: One template an option, such as ``("{choice1:decap}", "{choice2:decap}")``.
-        choices_column: Instead of ``choices``, a column that holds a list of options.
+        choices_column: Instead of ``choices``, a column that holds a list of options, or such a list as JSON.
 
     Raises:
         UsageError: If the options are not given in exactly one of the two ways.
@@ -60,9 +63,13 @@ class ChoiceTask(Task):
         return tuple(dict.fromkeys((*super().text_columns(), *options)))
 
     def fillers(self, row: Row) -> tuple[str, ...]:
-        """Return the options as they stand in the row."""
+        """Return the options as they stand in the row.
+
+        Raises:
+            UsageError: If the column of options holds no list.
+        """
         if self.choices_column:
-            return tuple(str(text).strip() for text in row[self.choices_column])
+            return tuple(str(text).strip() for text in self._listed(row[self.choices_column]))
         return tuple(fill(choice, row) for choice in self.choices)
 
     def options(self, row: Row) -> tuple[str, ...]:
@@ -76,16 +83,60 @@ class ChoiceTask(Task):
             UsageError: If none is.
         """
         value, texts = row[self.label_column], self.fillers(row)
-        if isinstance(value, (list, tuple)):
-            wanted = {str(text).strip() for text in value}
-            found = tuple(number for number, text in enumerate(texts) if text in wanted)
-        elif _POSITION.fullmatch(str(value).strip()) and int(float(value)) < len(texts):
-            found = (int(float(value)),)
-        else:
-            found = tuple(number for number, text in enumerate(texts) if text == str(value).strip())
+        found = _at(value, texts) or _named(value, texts)
         if not found:
             raise UsageError(
                 f"Label {value!r} in column {self.label_column!r} is neither the position nor the text of one of the "
                 f"{len(texts)} options: {', '.join(map(repr, texts[:5]))}."
             )
         return found
+
+    def read_labels(self, numbered: Sequence[tuple[int, Row]], place: Callable[[int], str]) -> list[Row]:
+        """Return the rows, with labels in lists where the column holds the texts of options that are numbers.
+
+        Raises:
+            UsageError: If nothing tells whether such labels are positions or texts.
+        """
+        told = [(n, row[self.label_column], self.fillers(row)) for n, row in numbered]
+        at = [_at(value, texts) for _, value, texts in told]
+        named = [_named(value, texts) for _, value, texts in told]
+        differ = [case for case, position, text in zip(told, at, named) if position and text and position != text]
+        if not differ or (all(at) and not all(named)):
+            return [row for _, row in numbered]
+        if all(at) or not all(named):
+            n, value, texts = differ[0]
+            raise UsageError(
+                f"{place(n)}: label {value!r} in column {self.label_column!r} is the text of one option and the "
+                f"position of another ({', '.join(map(repr, texts[:5]))}): write labels as lists, such as "
+                f"[{json.dumps(str(value))}], for texts, or options that are no numbers."
+            )
+        lists = [value if isinstance(value, (list, tuple)) else [value] for _, value, _ in told]
+        return [{**row, self.label_column: value} for (_, row), value in zip(numbered, lists)]
+
+    def _listed(self, value: Any) -> Iterable[Any]:
+        """Return a cell's options; a table without lists writes them as JSON."""
+        listed = value
+        if isinstance(value, str):
+            try:
+                listed = json.loads(value)
+            except ValueError:
+                listed = None
+        if isinstance(listed, (str, bytes, Mapping)) or not isinstance(listed, Iterable):
+            raise UsageError(
+                f"Column {self.choices_column!r} holds {value!r:.60}, where the options are a list: write it as JSON, "
+                'such as ["yes", "no"].'
+            )
+        return listed
+
+
+def _at(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    """Return the position that a label says, if it says one."""
+    if isinstance(value, (list, tuple)) or not _POSITION.fullmatch(str(value).strip()):
+        return ()
+    return (int(float(value)),) if int(float(value)) < len(texts) else ()
+
+
+def _named(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    """Return the positions of the options whose text a label says."""
+    wanted = {str(text).strip() for text in (value if isinstance(value, (list, tuple)) else [value])}
+    return tuple(number for number, text in enumerate(texts) if text in wanted)
