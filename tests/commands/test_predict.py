@@ -12,7 +12,9 @@ import pytest
 from zokernel.cli import main
 from zokernel.data import load_table
 from zokernel.errors import UsageError
-from zokernel.finetune import load_predictor
+from zokernel.finetune import get_task, load_predictor
+from zokernel.finetune.predict import Predictor
+from zokernel.finetune.tasks.saved import task_values
 from zokernel.private_apis import attention_implementation
 from zokernel.without_adapter import without_adapter
 
@@ -129,6 +131,63 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_
         assert main(merge) == 2
         assert "that was a Own, and this is a LlamaForCausalLM" in capsys.readouterr().err
         assert main([*merge, *trust]) == 0
+
+
+@pytest.mark.parametrize("values", [("1", "2", "3"), ("billing", "sales")])
+def test_predictions_are_labels_as_the_training_data_had_them(values, tmp_path, tiny_lm_path):
+    rows = [{"text": f"movie {n}", "label": values[n % len(values)]} for n in range(12)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [f for split in ("train", "test") for f in (f"--{split}_file", str(tmp_path / f"{split}.jsonl"))]
+    model, folder = ["--model_name_or_path", str(tiny_lm_path)], tmp_path / "run"
+    assert main(["finetune", *model, *files, *RUN, "--output_dir", str(folder)]) == 0
+    answers = load_predictor(folder)([row["text"] for row in rows])
+    right = [answer["prediction"] == row["label"] for row, answer in zip(rows, answers)]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
+    for answer in answers:
+        assert answer["prediction"] == answer["word"]
+        assert tuple(answer["scores"]) == values
+        assert answer["score"] == answer["scores"][answer["prediction"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "columns"),
+    [
+        ("sst2", {"text": "a joy"}, {"sentence": "a joy"}),
+        (
+            "copa",
+            {"premise": "It is wet.", "choice1": "It rained.", "choice2": "I sang.", "question": "cause"},
+            {"premise": "It is wet.", "choice1": "It rained.", "choice2": "I sang.", "conjunction": "because"},
+        ),
+        (
+            "record",
+            {"passage": "Ann met Bea.", "query": "@placeholder left", "entities": ["Ann", "Bea"]},
+            {"passage": "Ann met Bea.", "choices": ["Ann left", "Bea left"]},
+        ),
+    ],
+)
+def test_rows_are_taken_as_published(name, published, columns, tiny_lm_path):
+    predictor = published_predictor(name, tiny_lm_path)
+    ((as_published,), (with_columns,)) = predictor([published]), predictor([columns])
+    assert as_published == with_columns
+    assert sum(as_published["scores"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_published_row_of_several_examples_is_refused(tiny_lm_path):
+    question = {"question": "Q?", "answers": [{"text": "A"}, {"text": "B"}]}
+    with pytest.raises(UsageError, match=r"Row 1 stands for 2 examples: give each its own row with .*paragraph, quest"):
+        published_predictor("multirc", tiny_lm_path)([{"passage": {"text": "P.", "questions": [question]}}])
+    with pytest.raises(UsageError, match="Row 1 has no 'conjunction'"):
+        published_predictor("copa", tiny_lm_path)([{"premise": "x", "choice1": "a", "choice2": "b"}])
+
+
+def published_predictor(name, path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    record = {"task": task_values(get_task(name)), "language_model": "causal", "precision": "fp32", "context": ""}
+    record |= {"max_length": 128, "calibrate": False, "max_new_tokens": 5, "ends": []}
+    return Predictor(AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path), record)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

@@ -194,16 +194,35 @@ class Predictor:
             if len(self.columns) != 1:
                 raise UsageError(f"Row {number} is a text, but the template has the columns {', '.join(self.columns)}.")
             row = {self.columns[0]: row}
+        row = self._with_columns(row, number)
         missing = [name for name in self.columns if row.get(name) is None]
         if missing:
             lacks = f"no {missing[0]!r} (it has {', '.join(map(str, row))})"
             lacks = f"nothing in {missing[0]!r}" if missing[0] in row else lacks
             raise UsageError(f"Row {number} has {lacks}; the template is {self.task.template!r}.")
         # Tasks phrase an example with its label; any will do, since it is not read here.
-        return {**row, self.task.label_column: self._any_label(row)}
+        return {**row, self.task.label_column: self._labels()[0] if self.task.kind == "classification" else "0"}
 
-    def _any_label(self, row: Mapping[str, Any]) -> Any:
-        return (getattr(self.task, "labels", ()) or ("0",))[0].split("|")[0]
+    def _with_columns(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """Return a row as published with the template's columns, as the run read its own."""
+        task = self.task
+        if task.prepare is not None and not set(self.columns) <= row.keys():
+            try:
+                made = task.prepare({task.label_column: [], **row})
+            except (KeyError, TypeError, AttributeError):
+                return row  # what it lacks is named as for any other row
+            if len(made) != 1:
+                raise UsageError(
+                    f"Row {number} stands for {len(made)} examples: give each its own row with the columns "
+                    f"{', '.join(self.columns)}."
+                )
+            row = made[0]
+        names = task.renamed_columns([(0, row)])
+        return {names.get(name, name): value for name, value in row.items()}
+
+    def _labels(self) -> list[str]:
+        """Return the label of each class as the training data had it."""
+        return [name.split("|")[0] for name in self.task.names()]
 
     def _chosen(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
         best = max(range(len(shares)), key=shares.__getitem__)
@@ -212,7 +231,7 @@ class Predictor:
             scores = {str(position): share for position, share in enumerate(shares[: len(options)])}
             return {"prediction": options[best], "position": best, "score": shares[best], "scores": scores}
         words: Any = self.task.fillers(row)
-        names = [name.split("|")[0] for name in getattr(self.task, "labels", ()) or map(str, range(len(words)))]
+        names = self._labels()
         scores = dict(zip(names, shares))
         return {"prediction": names[best], "word": words[best], "score": shares[best], "scores": scores}
 

@@ -58,9 +58,10 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
             "with --label_column, or name the task with --task or --task_file. "
             f"Chats, instructions and texts are recognised by the columns {COLUMNS_OF_TEXT}."
         )
-    words = arguments.label_words or arguments.labels
+    labels, words = arguments.labels, arguments.label_words or arguments.labels
     if not words:
         words = label_values(rows, label)
+        labels = None if any("|" in word for word in words) else words  # a|b would stand for either
         logger.info("No --label_words were given: they are the values of column %r: %s.", label, ", ".join(words))
     template = arguments.template
     if not template:
@@ -68,7 +69,7 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
         template = column_in_braces(column) + ANSWER
         logger.info("No --template was given: the prompt is column %r, then %r.", column, ANSWER)
     task = PromptTask("{text}", tuple(words))
-    return customize(task, template=template, labels=arguments.labels, label_column=arguments.label_column)
+    return customize(task, template=template, labels=labels, label_column=arguments.label_column)
 
 
 def _no_header(columns: Sequence[str]) -> bool:

@@ -69,7 +69,7 @@ class PromptTask(Task):
     def _lookup(self) -> dict[str, int]:
         """Return the class of every text that the label column may hold."""
         found: dict[str, int] = {}
-        for choice, name in enumerate(self._names()):
+        for choice, name in enumerate(self.names()):
             for alternative in dict.fromkeys(map(spelled, (name, *name.split("|")))):
                 if alternative in found:
                     raise UsageError(f"The label {alternative!r} stands for two classes: give each class its own.")
@@ -117,12 +117,12 @@ class PromptTask(Task):
                 "scale into classes first, such as 0 and 1."
             )
         raise UsageError(
-            f"Label {str(value).strip()!r} in column {self.label_column!r} is none of {', '.join(self._names())}, for "
+            f"Label {str(value).strip()!r} in column {self.label_column!r} is none of {', '.join(self.names())}, for "
             f"the label words {', '.join(self.label_words)}: add the missing word, or map values with --labels."
         )
 
-    def _names(self) -> tuple[str, ...]:
-        """What the label column may hold: ``labels``; else the positions, or the words if those are numbers."""
+    def names(self) -> tuple[str, ...]:
+        """Return what the label column holds: ``labels``; else the positions, or the words if those are numbers."""
         if self.labels:
             return self.labels
         if any(_NUMBER.fullmatch(word) for word in self.label_words):
