@@ -151,11 +151,38 @@ def test_language_model(language_model):
     assert record(language_model, "head")["parameters"] == 9 * 16
     assert evolve(*flags, "--trainable_parameters", "nothing") == 2
     assert evolve(*flags, "--trainable_parameters", "(") == 2
+    assert evolve(*flags, "--template", "{sentence} It was", "--label_words", "terrible", "great") == 0
+    again = record(language_model)
+    assert again["losses"]["expected_loss"][0] == found["losses"]["expected_loss"][0]
     assert evolve(*flags, "--label_words", "great", "great") == 2
     assert evolve(*flags, "--text_column", "review") == 2
     assert evolve(*flags, "--no_offset") == 2
     (language_model / "empty").mkdir()
     assert evolve("--model_name_or_path", "./empty", "--train_file", "reviews.csv") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--template", "It was"), "must name columns in braces"),
+        (("--template", "{review} It was"), "has no column 'review'"),
+        (("--label_words", "good film", "bad"), "'good film' is 2 tokens"),
+        (("--max_examples", "1"), "all have label 1: shuffle them"),
+    ],
+)
+def test_what_a_language_model_cannot_use_is_named(flags, message, language_model, capsys):
+    assert evolve("--model_name_or_path", "model", "--train_file", "reviews.csv", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--features", "--train_file"])
+def test_a_damaged_archive_is_named(flag, tmp_path, capsys):
+    path = tmp_path / "cut.npz"
+    np.savez(path, features=np.ones((4, 3)), targets=np.ones(4), inputs=np.ones((4, 3)))
+    path.write_bytes(path.read_bytes()[:200])
+    model = ("--model_name_or_path", "torch.nn:Identity") if flag == "--train_file" else ()
+    assert evolve(*model, flag, path) == 2
+    assert "cut.npz is not a readable .npz file of plain arrays" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

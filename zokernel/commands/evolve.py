@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text_column", default="sentence", help="text column for a language model")
     add("--label_column", default="label", help="label column, 0 or 1")
     add("--label_words", nargs=2, default=(" terrible", " great"), metavar=("ZERO", "ONE"), help="words of the labels")
-    add("--template", default="{} It was", help="prompt, with {} for the text")
+    add("--template", default="{} It was", help="prompt, with columns in braces ({}: the text)")
     add("--trainable_parameters", metavar="REGEX", help="train only the parameters whose name matches")
     add("--max_examples", type=int, help="use only the first N examples (language models: 16 unless given)")
     add_switch(parser, "--no_offset", help="start from J theta_0, as the paper's code does, not from f(theta_0)")

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zokernel.commands.arrays import read_arrays
+from zokernel.commands.label_tokens import label_tokens
 from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
 from zokernel.kernels.features import MEMORY_BUDGET, jacobian_features
 from zokernel.readable import readable_bytes
@@ -88,11 +90,7 @@ def from_features(path: Path, *, target_column: str | None = None, max_examples:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a readable .npz file of plain arrays: {error}.") from error
+    arrays = read_arrays(path)
     missing = {"features", "targets"} - arrays.keys()
     if missing:
         raise UsageError(f"{path} has no array {' or '.join(sorted(missing))}; it holds {', '.join(sorted(arrays))}.")
@@ -156,10 +154,10 @@ def from_factory(spec: str, path: Path, *, offset: bool, max_examples: int | Non
     if path.suffix == ".npz":
         if not path.is_file():
             raise UsageError(f"There is no file {path}: check the path.")
-        with np.load(path, allow_pickle=False) as archive:
-            if "inputs" not in archive.files or "targets" not in archive.files:
-                raise UsageError(f"{path} needs arrays inputs and targets; it holds {', '.join(archive.files)}.")
-            arrays = {name: _numbers(archive[name], f"{path}: {name}") for name in ("inputs", "targets")}
+        held = read_arrays(path)
+        if not {"inputs", "targets"} <= held.keys():
+            raise UsageError(f"{path} needs arrays inputs and targets; it holds {', '.join(held)}.")
+        arrays = {name: _numbers(held[name], f"{path}: {name}") for name in ("inputs", "targets")}
         x, y = arrays["inputs"], arrays["targets"].reshape(-1)
     else:
         table = _read_table(path, None)
@@ -197,8 +195,8 @@ class TextTask:
     Attributes:
         text_column: Column of the text.
         label_column: Column of the label, 0 or 1; the targets are -1 and 1.
-        words: The words of label 0 and label 1, appended to the prompt.
-        template: Prompt, with ``{}`` for the text.
+        words: The words of label 0 and label 1, which come after the prompt and a space.
+        template: Prompt, with columns in braces; ``{}`` is the text.
     """
 
     text_column: str
@@ -243,7 +241,7 @@ def from_language_model(
     from zokernel.data.hub_requests import bounded_requests
 
     quiet_transformers()
-    texts, y = _texts(load_table(path)[:max_examples], task, path)
+    prompts, y = _prompts(load_table(path)[:max_examples], task, path)
     location = resolve_model_path(name)
     try:
         with bounded_requests():
@@ -252,43 +250,45 @@ def from_language_model(
     except (OSError, ValueError) as error:
         told = RunError(f"The model {name!r} could not be loaded: {first_line(error)}")
         raise hub.explained(error, name, told) from error
-    ids = [tokenizer.encode(word, add_special_tokens=False) for word in task.words]
-    for word, tokens in zip(task.words, ids):
-        if not tokens:
-            raise UsageError(f"The word {word!r} has no token in this model's vocabulary.")
-    low, high = ids[0][0], ids[1][0]
+    low, high = (token for (token,) in label_tokens(tokenizer, task.words))
     if low == high:
-        raise UsageError(f"{task.words[0]!r} and {task.words[1]!r} start with the same token: choose other words.")
+        raise UsageError(f"{task.words[0]!r} and {task.words[1]!r} are the same token: choose other words.")
     parameters = _chosen(model, trainable)
     dim = sum(parameter.numel() for parameter in parameters)
-    needed = 4 * dim * len(texts)
+    needed = 4 * dim * len(prompts)
     if needed > memory_budget:
         raise UsageError(
-            f"Gradients of {len(texts)} texts in {dim:,} parameters need {readable_bytes(needed)} (allowed: "
+            f"Gradients of {len(prompts)} texts in {dim:,} parameters need {readable_bytes(needed)} (allowed: "
             f"{readable_bytes(memory_budget)}): lower --max_examples, or choose fewer with --trainable_parameters."
         )
-    rows, outputs = torch.empty(len(texts), dim), []
-    for number, text in enumerate(texts):
-        tokens = torch.tensor([tokenizer.encode(task.template.format(text))])
+    rows, outputs = torch.empty(len(prompts), dim), []
+    for number, prompt in enumerate(prompts):
+        tokens = torch.tensor([tokenizer.encode(prompt)])
         logits = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
         output = logits[high] - logits[low]
         gradients = torch.autograd.grad(output, parameters, allow_unused=True, materialize_grads=True)
         rows[number] = torch.cat([gradient.reshape(-1) for gradient in gradients])
         outputs.append(float(output.detach()))
-    return _from_rows(rows, y, torch.tensor(outputs, dtype=torch.float64), f"{name} on {len(texts)} texts of {path}")
+    return _from_rows(rows, y, torch.tensor(outputs, dtype=torch.float64), f"{name} on {len(prompts)} texts of {path}")
 
 
-def _texts(rows: list[dict[str, Any]], task: TextTask, path: Path) -> tuple[list[str], Tensor]:
-    for column in (task.text_column, task.label_column):
+def _prompts(rows: list[dict[str, Any]], task: TextTask, path: Path) -> tuple[list[str], Tensor]:
+    from zokernel.finetune.tasks.template import column_in_braces, fill, parse
+
+    template = task.template.replace("{}", column_in_braces(task.text_column))
+    for column in (*parse(template), task.label_column):
         if column not in rows[0]:
             raise UsageError(f"{path} has no column {column!r}; its columns are {', '.join(rows[0])}.")
     labels = [str(row[task.label_column]).strip() for row in rows]
     unknown = sorted(set(labels) - {"0", "1"})
     if unknown:
         raise UsageError(f"Labels must be 0 or 1, but {path} has {', '.join(unknown[:3])}.")
-    return [str(row[task.text_column]) for row in rows], torch.tensor(
-        [2.0 * int(label) - 1 for label in labels]
-    ).double()
+    if len(set(labels)) == 1:
+        raise UsageError(
+            f"The {len(rows)} rows that are used of {path} all have label {labels[0]}: shuffle them, or raise "
+            "--max_examples."
+        )
+    return [fill(template, row) for row in rows], torch.tensor([2.0 * int(label) - 1 for label in labels]).double()
 
 
 def _chosen(model: nn.Module, trainable: str | None) -> list[nn.Parameter]:

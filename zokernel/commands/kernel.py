@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zokernel.commands.arrays import read_array
+from zokernel.commands.label_tokens import label_tokens
 from zokernel.commands.messages import each_line_once
 from zokernel.errors import UsageError
 from zokernel.files import write_json
@@ -152,12 +154,7 @@ def _language_model(args: argparse.Namespace):
         raise hub.explained(error, args.model_name_or_path, told) from error
     outputs, names = args.outputs, None if args.outputs is None else [str(k) for k in args.outputs]
     if args.label_words:
-        tokens = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in args.label_words]
-        for word, ids in zip(args.label_words, tokens, strict=True):
-            if len(ids) != 1:
-                raise UsageError(
-                    f"Label word {word!r} is {len(ids)} tokens: choose words of one token, or use --outputs."
-                )
+        tokens = label_tokens(tokenizer, args.label_words, ", or use --outputs")
         outputs, names = [ids[0] for ids in tokens], list(args.label_words)
     batches = [dict(tokenizer(text, return_tensors="pt")) for text in (args.x_o, args.x_u)]
     keep = ("input_ids", "attention_mask")
@@ -175,8 +172,7 @@ def _digit(images: np.ndarray, labels: np.ndarray, wanted: str) -> Tensor:
 def _array(path: str) -> Tensor:
     if not Path(path).is_file():
         raise UsageError(f"There is no file {path}: --x_o and --x_u of a user's model are .npy arrays (N, ...).")
-    array = np.load(path, allow_pickle=False)
-    tensor = torch.as_tensor(array)
+    tensor = torch.as_tensor(read_array(Path(path)))
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
