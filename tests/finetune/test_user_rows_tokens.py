@@ -6,7 +6,10 @@ import logging
 
 import pytest
 from models import save_tokenizer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zokernel.errors import UsageError
 from zokernel.finetune.data.datasets import Splits
@@ -112,3 +115,21 @@ def test_prompts_that_are_cut_are_counted_once(fill, causal, masked, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"4 of 6 prompts are longer than 32 tokens and lost up to {longest - 32} of them (--max_length sets the limit)."
     ]
+
+
+@pytest.fixture(scope="module")
+def uncased():
+    vocabulary = {word: n for n, word in enumerate(["[UNK]", "[MASK]", "good", "or", "bad"])}
+    words = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", mask_token="[MASK]")
+
+
+@pytest.mark.parametrize("kind", ["causal", "uncased"])
+def test_an_option_without_tokens_is_refused(kind, request):
+    tokenizer, masked = request.getfixturevalue(kind), kind == "uncased"
+    task = ChoiceTask("{q}\n", ("{a}", "{b}"))
+    rows = [{"q": "good or", "a": "bad", "b": word, "label": 0} for word in ("good", "")]
+    assert all(encode(task, rows[:1], tokenizer, masked=masked)[0].option_ids)
+    with pytest.raises(UsageError, match="The option '' has no tokens for this model: choose other words"):
+        encode(task, rows, tokenizer, masked=masked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,16 @@ def choices_and_answers(
     if not only_answer:
         return options, correct
     return [(choices[right[0]],) for choices, right in zip(options, correct)], [(0,)] * len(options)
+
+
+def refuse_empty_option(option: str, ids: Sequence[int]) -> None:
+    """Refuse an option without tokens: the mean of no log-probabilities would beat every other option's.
+
+    Raises:
+        UsageError: If it has none.
+    """
+    if not ids:
+        raise UsageError(f"The option {option!r} has no tokens for this model: choose other words.")
 
 
 def keep_end(ids: list[int], room: int, tokenizer: Any) -> list[int]:

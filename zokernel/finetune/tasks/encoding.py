@@ -9,7 +9,7 @@ from typing import Any
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end
+from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, refuse_empty_option
 from zokernel.finetune.tasks.masked import encode_masked
 from zokernel.finetune.tasks.seq2seq import Decoder, encode_seq2seq, filled_in
 from zokernel.finetune.tasks.typed import ControlTokens
@@ -52,7 +52,7 @@ def encode(
         One :class:`Encoded` per row.
 
     Raises:
-        UsageError: If the tokenizer gives no character offsets, or a label is none of the options.
+        UsageError: If the tokenizer gives no character offsets, a label is none of the options, or one has no token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
@@ -75,9 +75,10 @@ def encode(
     examples, position = [], 0
     for row, prompt, choices, right in zip(rows, prompts, options, correct):
         splits = []
-        for _ in choices:
+        for option in choices:
             ids, offsets = all_ids[position], all_offsets[position]
             splits.append(_split(ids, offsets, len(prompt)))
+            refuse_empty_option(option, splits[-1][1])
             position += 1
         prompt_ids = splits[0][0]
         # An option may pull the prompt's last characters into its first token, each in its own way; the shared prompt

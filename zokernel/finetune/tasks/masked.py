@@ -8,7 +8,7 @@ from typing import Any
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, keep_start
+from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, keep_start, refuse_empty_option
 from zokernel.finetune.tasks.typed import ControlTokens
 
 
@@ -29,7 +29,7 @@ def encode_masked(
         One :class:`Encoded` a row, with a mask.
 
     Raises:
-        UsageError: If the tokenizer has no mask token.
+        UsageError: If the tokenizer has no mask token, or an option has no token.
     """
     mask_id = tokenizer.mask_token_id
     if mask_id is None:
@@ -57,6 +57,7 @@ def encode_masked(
                 known[text] = tokenizer(
                     f" {text}", add_special_tokens=False, split_special_tokens=not task.fixed_options
                 )["input_ids"]
+                refuse_empty_option(text, known[text])
         option_ids = [known[text] for text in choices]
         room = max_length - max(map(len, option_ids))
         prompt_ids, suffix_ids = ids[:at], ids[at + 1 :]

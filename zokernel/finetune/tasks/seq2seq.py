@@ -11,7 +11,7 @@ import torch
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end
+from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, refuse_empty_option
 from zokernel.finetune.tasks.template import fill, literals
 from zokernel.finetune.tasks.typed import ControlTokens
 
@@ -177,8 +177,7 @@ def _target_ids(tokenizer: Any, texts: list[str], **settings: Any) -> list[list[
 
 def _check_targets(known: dict[str, list[int]], room: int) -> None:
     for text, ids in known.items():
-        if not ids:
-            raise UsageError(f"The option {text!r} has no tokens for this model: choose other words.")
+        refuse_empty_option(text, ids)
         if len(ids) > room:
             raise UsageError(
                 f"An option or answer has {len(ids)} tokens, more than the {room} that the decoder takes: raise "
