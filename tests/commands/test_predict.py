@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ import shutil
 import pytest
 
 from zokernel.cli import main
+from zokernel.commands.predict import write_rows
 from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import get_task, load_predictor
@@ -235,7 +237,8 @@ def test_chats_are_continued(tmp_path, tiny_lm_path, monkeypatch):
         predictor([asked[0], {"text": "good"}])
 
 
-def test_mistakes_are_named(run, tmp_path):
+def test_mistakes_are_named(run, tmp_path, capsys):
+    (tmp_path / "folder.csv").mkdir()
     predictor = load_predictor(run)
     with pytest.raises(UsageError, match=r"Row 2 has no 'sentence' \(it has text\)"):
         predictor(["good", {"text": "bad"}])
@@ -249,6 +252,13 @@ def test_mistakes_are_named(run, tmp_path):
     same = ["--file", str(tmp_path / "new.csv"), "--output_file", str(tmp_path / "new.csv")]
     assert main(["predict", "--model", str(run), *same]) == 2
     assert (tmp_path / "new.csv").read_text() == "sentence\ngood\n"
+    (tmp_path / "old.csv").write_text("old\n1\n")
+    gone = ["--file", str(tmp_path / "nope.csv"), "--output_file", str(tmp_path / "old.csv")]
+    capsys.readouterr()
+    assert main(["predict", "--model", str(run), *gone]) == 2
+    assert f"There is no file {tmp_path / 'nope.csv'}: check the path" in capsys.readouterr().err
+    assert main(["predict", "--model", str(run), "--output_file", str(tmp_path / "folder.csv")]) == 2
+    assert "is a folder: name a file in it" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"has no predictor\.json"):
         load_predictor(tmp_path)
     assert main(["predict", "--model", str(run), "--output_file", "answers.pdf"]) == 2
@@ -260,5 +270,47 @@ def test_the_table_of_a_csv_is_whole(run, tmp_path):
     output = tmp_path / "answers.csv"
     main(["predict", "--model", str(run), "--file", str(tmp_path / "new.jsonl"), "--output_file", str(output)])
     (row,) = csv.DictReader(output.open(newline=""))
-    assert row["sentence"] == "line\nbreak"
+    assert (row["sentence"], row["input:score:0"]) == ("line\nbreak", "taken")
     assert float(row["score:0"]) + float(row["score:1"]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_columns_that_are_called_as_answers_are_keep_their_cells(run, suffix, tmp_path, capsys):
+    own = {"word": "set", "score": 7, "prediction": "mine", "input:word": "first", "scores": "theirs"}
+    (tmp_path / "new.jsonl").write_text(json.dumps({"sentence": "good", **own}) + "\n")
+    output = tmp_path / f"answers{suffix}"
+    files = ["--file", str(tmp_path / "new.jsonl"), "--output_file", str(output)]
+    assert main(["predict", "--model", str(run), *files]) == 0
+    assert "'word' is 'input:input:word', 'score' is 'input:score', 'prediction' is" in capsys.readouterr().err
+    (answer,), (row,) = load_predictor(run)(["good"]), load_table(output)
+    kept = ("input:input:word", "input:score", "input:prediction", "input:word")
+    assert [str(row[name]) for name in kept] == ["set", "7", "mine", "first"]
+    assert row["scores" if suffix == ".csv" else "input:scores"] == "theirs"
+    assert (row["prediction"], row["word"]) == (answer["prediction"], answer["word"])
+    assert float(row["score"]) == pytest.approx(answer["score"], abs=1e-6)
+
+
+def test_written_answers_stand_beside_a_column_of_scores():
+    stream = io.StringIO()
+    write_rows(stream, [{"text": "a", "scores": "3"}], [{"prediction": "b"}], ".csv")
+    assert stream.getvalue() == "text,scores,prediction\na,3,b\n"
+
+
+def test_dates_are_written_and_a_failure_leaves_the_old_answers(run, tmp_path, monkeypatch):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    day = datetime.date(2024, 5, 3)
+    pq.write_table(pa.Table.from_pylist([{"sentence": "good", "day": day}]), tmp_path / "new.parquet")
+    output = tmp_path / "answers.jsonl"
+    files = ["--file", str(tmp_path / "new.parquet"), "--output_file", str(output)]
+    assert main(["predict", "--model", str(run), *files]) == 0
+    assert load_table(output)[0]["day"] == "2024-05-03"
+    before = output.read_text()
+
+    def cut_off(stream, *_):
+        stream.write("half")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("zokernel.commands.predict.write_rows", cut_off)
+    with pytest.raises(ZeroDivisionError):
+        main(["predict", "--model", str(run), *files])
+    assert output.read_text() == before

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
+from zokernel.files import whole_file
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -45,8 +46,11 @@ def main(args: argparse.Namespace) -> int:
     output = args.output_file
     if output is not None and output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--output_file {output} is none of {', '.join(SUFFIXES)}: choose one of these endings.")
-    if output is not None and args.file != "-" and output.exists() and output.samefile(args.file):
+    source = None if args.file == "-" else Path(args.file).expanduser()
+    if output is not None and source is not None and source.exists() and output.exists() and output.samefile(source):
         raise UsageError(f"--output_file {output} is the file that is read: name another.")
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output_file {output} is a folder: name a file in it.")
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)
@@ -54,11 +58,10 @@ def main(args: argparse.Namespace) -> int:
     predictor = load_predictor(args.model, trust_remote_code=args.trust_remote_code)
     answers = predictor(rows, batch_size=args.batch_size)
     if output is None:
-        for row, answer in zip(rows, answers):
-            print(json.dumps(_joined(row, answer), ensure_ascii=False))
+        write_rows(sys.stdout, rows, answers, ".jsonl")
         return 0
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8", newline="") as stream:
+    with whole_file(output) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         write_rows(stream, rows, answers, output.suffix.lower())
     print(f"{len(answers):,} answers in {output}.")
     return 0
@@ -93,7 +96,7 @@ def _row(line: str) -> Any:
 
 
 def write_rows(stream: TextIO, rows: Sequence[Any], answers: Sequence[dict[str, Any]], suffix: str) -> None:
-    """Write each row with its answer.
+    """Write each row with its answer; a column of the rows that is called as a part of the answers is ``input:NAME``.
 
     Args:
         stream: Where to.
@@ -106,20 +109,36 @@ def write_rows(stream: TextIO, rows: Sequence[Any], answers: Sequence[dict[str, 
         text,prediction,score:0,score:1
         a joy,1,0.1,0.9
     """
-    joined = [_joined(row, answer) for row, answer in zip(rows, answers)]
-    if suffix == ".jsonl":
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in joined)
+    table = suffix != ".jsonl"
+    joined = _joined(rows, [_flat(answer) for answer in answers] if table else answers)
+    if not table:
+        stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in joined)
         return
-    flat = []
-    for row in joined:
-        scores = row.pop("scores", {})
-        flat.append({**row, **{f"score:{label}": share for label, share in scores.items()}})
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    table = csv.DictWriter(stream, names, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
-    table.writeheader()
-    table.writerows(flat)
+    names = list(dict.fromkeys(name for row in joined for name in row))
+    writer = csv.DictWriter(stream, names, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(joined)
 
 
-def _joined(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
-    given = {"text": row} if isinstance(row, str) else dict(row)
-    return {**given, **answer}
+def _flat(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with a column for the score of each label."""
+    scores = {f"score:{label}": share for label, share in answer.get("scores", {}).items()}
+    return {name: value for name, value in answer.items() if name != "scores"} | scores
+
+
+def _joined(rows: Sequence[Any], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each row with its answer, under names that keep both."""
+    given = [{"text": row} if isinstance(row, str) else row for row in rows]
+    columns = dict.fromkeys(name for row in given for name in row)
+    taken = {name for answer in answers for name in answer}
+    names = {}
+    for name in columns:
+        new = name
+        while new in taken or (new != name and new in columns):
+            new = f"input:{new}"
+        if new != name:
+            names[name] = new
+    if names:
+        told = ", ".join(f"{old!r} is {new!r}" for old, new in names.items())
+        print(f"Columns with the names of answers are renamed: {told}.", file=sys.stderr)
+    return [{names.get(name, name): cell for name, cell in row.items()} | answer for row, answer in zip(given, answers)]
