@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
 
 from zokernel.cli import main
 from zokernel.data import load_table
+from zokernel.finetune.report.run_report import summary_rows, write_report
+from zokernel.finetune.report.told import change_error, share_error
 
 
 @pytest.mark.parametrize("shared", [0, 3])
@@ -54,3 +57,34 @@ def test_the_card_tells_how_to_use_what_was_trained(lora, tiny_lm_path, tiny_rev
         sum(p.numel() for p in names["model"].parameters())
         == json.loads((moved / "metrics.json").read_text())["num_parameters"]
     )
+
+
+def test_the_error_of_a_change_bounds_that_of_the_same_examples_and_is_reached():
+    rng, examples = np.random.default_rng(0), 400
+    for rates in rng.uniform(size=(50, 2)):
+        first = (np.arange(examples) < rates[0] * examples).astype(float)
+        paired = [rng.permutation(np.arange(examples) < rates[1] * examples), np.arange(examples)[::-1]]
+        # By chance, and with as many changed answers as the two shares allow.
+        for last in (paired[0].astype(float), (paired[1] < rates[1] * examples).astype(float)):
+            bound = change_error(first.mean(), last.mean(), examples)
+            assert np.std(last - first) / np.sqrt(examples) <= bound
+    assert np.std(last - first) / np.sqrt(examples) == pytest.approx(bound, rel=0.02)
+    assert change_error(0.5, 0.5, examples) == pytest.approx(1 / np.sqrt(examples), rel=0.002)  # not sqrt(0.5 / N)
+    # With few examples, one more or less is known to be possible: Jeffreys' posterior of 24 of 24 has this deviation.
+    assert share_error(1.0, 24) == pytest.approx(np.sqrt(24.5 * 0.5 / (25**2 * 26)), rel=0.05)
+
+
+@pytest.mark.parametrize(("others", "told"), [({"accuracy": 0.9}, False), ({"em": 0.4}, True)])
+def test_only_the_f1_of_answers_in_words_has_a_binomial_error(others, told, flags, tmp_path):
+    quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    assert main(["finetune", *flags, *quick]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics |= {"metric": "f1", "num_test": 1000}
+    metrics |= {"before": {"loss": 1.0, "f1": 0.5, **others}, "after": {"loss": 0.9, "f1": 0.6, **others}}
+    assert dict(summary_rows(metrics))["f1 after training"] == f"60.0 %{' (± 1.5)' if told else ''} (+10.0 points)"
+    write_report(metrics, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert ("binomial" in text) is told
+    # At most 90 % of the answers may have changed: sqrt((0.9 - 0.1^2) / 1000) is 0.0298.
+    assert ("+10.0 points, with a standard error of at most 3.0." in text) is told
+    assert ("+10.0 points. " in text) is not told

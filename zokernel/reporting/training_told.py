@@ -6,7 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.report.told import diagnosis_told, examples_told, is_diverged, method_told, weights_told
+from zokernel.finetune.report.told import (
+    change_error,
+    diagnosis_told,
+    examples_told,
+    is_diverged,
+    method_told,
+    weights_told,
+)
 from zokernel.readable import readable_bytes, readable_seconds
 from zokernel.reporting.page import words
 from zokernel.reporting.progress import Progress, progress_of
@@ -114,7 +121,7 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
         if name == "perplexity":
             changed += f"; the loss from {before['loss']:.4f} to {after['loss']:.4f} nats per token"
         if name == "accuracy":
-            error = 100 * math.sqrt(sum(s * (1 - s) for s in (before[name], after[name])) / count)
+            error = 100 * change_error(before[name], after[name], count)
             changed += f", with a standard error of at most {error:.1f}"
         told.append(f"{changed}.")
     return told

@@ -11,12 +11,15 @@ import numpy as np
 from zokernel.figures import PALETTE, figures
 from zokernel.finetune.report.samples import samples_section
 from zokernel.finetune.report.told import (
+    change_error,
     diagnosis_told,
     examples_told,
     forwards_told,
+    is_macro_f1,
     loss_told,
     method_told,
     rate_told,
+    share_error,
     start_told,
     weights_told,
 )
@@ -64,12 +67,16 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _measured(metric: str, found: dict[str, float], examples: int) -> str:
-    """Format a metric: a perplexity as it is, the others with their standard error."""
+    """Format a metric: a perplexity and an F1 of classes as they are, the others with their standard error."""
     value = found[metric]
     if metric == REWARD:
         passed = f", {100 * found['pass_rate']:.1f} % pass" if "pass_rate" in found else ""
         return f"{value:.3f} (± {found.get('reward_error', math.nan):.3f}){passed}"
-    return f"{value:.3f}" if metric == PERPLEXITY else _share(value, examples)
+    if metric == PERPLEXITY:
+        return f"{value:.3f}"
+    if is_macro_f1(metric, found):
+        return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} % (± {100 * share_error(value, examples):.1f})"
 
 
 def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> str:
@@ -79,12 +86,6 @@ def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> s
     if metric == REWARD:
         return f"{after[metric] - before[metric]:+.3f}"
     return f"{100 * (after[metric] - before[metric]):+.1f} points"
-
-
-def _share(share: float, examples: int) -> str:
-    """Format a share of examples with its standard error, in percent: binomial, which for F1 is an upper bound."""
-    error = 100 * math.sqrt(max(share * (1 - share), 0.0) / examples)
-    return f"{100 * share:.1f} % (± {error:.1f})"
 
 
 def draw_loss(
@@ -180,8 +181,10 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         asked = "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
     if metric == REWARD:
         asked = "The model answered prompts, which reward functions judged; the loss is their negative mean."
-    errors = f"The ± is the binomial standard error of {examples:,} examples."
+    bound = ", which is an upper bound for F1" if metric == "f1" else ""
+    errors = f"The ± is the binomial standard error of {examples:,} examples{bound}."
     errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {examples:,} prompts."}.get(metric, errors)
+    errors = "" if is_macro_f1(metric, metrics["after"]) else errors
     text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
 
 ## In plain words
@@ -248,10 +251,11 @@ def _outcome(metrics: dict[str, Any]) -> str:
         )
     if metric == REWARD:
         return f"{where} {_measured(metric, before, examples)} to {_measured(metric, after, examples)}."
-    variance = sum(share * (1 - share) for share in (before[metric], after[metric])) / examples
+    told = f"{where} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {_change(metric, before, after)}"
+    if is_macro_f1(metric, after):
+        return f"{told}."
     return (
-        f"{where} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {_change(metric, before, after)}, "
-        f"with a standard error of at most {100 * math.sqrt(variance):.1f}."
+        f"{told}, with a standard error of at most {100 * change_error(before[metric], after[metric], examples):.1f}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from zokernel.finetune.monitor.diagnosis import TOO_SHORT
@@ -35,6 +36,62 @@ def examples_told(metrics: dict[str, Any]) -> str:
     told = f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
     shared = metrics.get("test_trained_on", 0) if metrics.get("steps", 1) else 0
     return f"{told} ({shared:,} of them also training examples)" if shared else told
+
+
+def is_macro_f1(metric: str, found: Mapping[str, float]) -> bool:
+    """Return whether a metric is the F1 of classes, which is no mean over examples; that of answers in words is.
+
+    Example:
+        >>> is_macro_f1("f1", {"accuracy": 0.9, "f1": 0.8}), is_macro_f1("f1", {"f1": 0.8, "em": 0.7})
+        (True, False)
+    """
+    return metric == "f1" and "accuracy" in found
+
+
+def share_error(share: float, examples: int) -> float:
+    r"""Return the standard error of a share of examples, which is not zero at 0 and 1.
+
+    Half a success and half a failure are added, the centre of Wilson's interval (1927) of one standard error:
+
+    .. math:: p = \frac{N s + 1/2}{N + 1}, \qquad SE = \sqrt{\frac{p\,(1 - p)}{N}} .
+
+    For the mean of numbers between 0 and 1, it is an upper bound.
+
+    Args:
+        share: The share s, between 0 and 1.
+        examples: Their number N.
+
+    Example:
+        >>> round(share_error(0.5, 100), 3), round(share_error(1.0, 24), 3)
+        (0.05, 0.029)
+    """
+    moved = _towards_half(share, examples)
+    return math.sqrt(moved * (1 - moved) / examples)
+
+
+def change_error(before: float, after: float, examples: int) -> float:
+    r"""Return the largest standard error that the change of a share may have, measured twice on the same examples.
+
+    At most :math:`q = \min(p + p', 2 - p - p')` of the examples change their answer, with the shares of
+    :func:`share_error`, so
+
+    .. math:: SE \le \sqrt{\frac{q - (p' - p)^2}{N}} .
+
+    Args:
+        before: The share before.
+        after: The share after.
+        examples: Their number N.
+
+    Example:
+        >>> round(change_error(0.5, 0.5, 100), 3), round(change_error(1.0, 1.0, 24), 3)
+        (0.1, 0.041)
+    """
+    first, last = _towards_half(before, examples), _towards_half(after, examples)
+    return math.sqrt((min(first + last, 2 - first - last) - (last - first) ** 2) / examples)
+
+
+def _towards_half(share: float, examples: int) -> float:
+    return (examples * share + 0.5) / (examples + 1)
 
 
 def forwards_told(metrics: dict[str, Any]) -> str:
