@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.errors import UsageError
+from zokernel.finetune.scoring.continuations import continuations
+from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import (
     Collator,
     EncodedDataset,
@@ -133,3 +135,18 @@ def test_autocast_is_itself_again_after_a_head_that_fails(tiny_lm_path):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(UsageError, match="no LM head"):
         ScoredPositions(torch.nn.Linear(2, 2), torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_greedy_answers_ignore_a_penalty_that_the_model_was_published_with(model, tokenizer, monkeypatch):
+    prompt = tokenizer("a good movie")["input_ids"]
+    written = list(prompt)
+    for _ in range(8):
+        with torch.no_grad():
+            written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(written[len(prompt) :], skip_special_tokens=True).strip()
+    assert len(set(written)) < len(written)  # it repeats itself
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    ids = torch.tensor([prompt])
+    (answer,) = greedy_answers(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=8)
+    assert answer == expected
+    assert continuations(model, tokenizer, [prompt], max_new_tokens=8) == [expected]

@@ -189,7 +189,9 @@ class Run:
 
     def _score_before(self, trainer: ZOTrainer, record: dict[str, Any]) -> None:
         config, data, test = self.config, self.data_arguments, self.encoded["test"]
-        scoring = f"{config.precision} {config.objective} {data.calibrate} {data.max_new_tokens} loss per example"
+        scoring = (
+            f"{config.precision} {config.objective} {data.calibrate} {data.max_new_tokens} loss per example, no penalty"
+        )
         with PeakMemory() as inference:
             # The largest batches decide the peak, whether or not the score is known already.
             evaluate(trainer, test.longest(2 * config.per_device_eval_batch_size))

@@ -72,10 +72,11 @@ def continuations(
         eos_token_id=sorted(stops) or None,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
-        # What a model was published with for summaries (beams, a least length) is not greedy.
+        # What a model was published with (beams, a least length, a penalty on repetition) is not greedy.
         num_beams=1,
         min_length=0,
         no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
     )
     decoded: dict[str, Any] = {}
     device = next(bare.parameters()).device

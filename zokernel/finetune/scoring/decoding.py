@@ -56,10 +56,11 @@ def greedy_answers(
         eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
-        # What a model was published with for summaries (beams, a least length) is not greedy.
+        # What a model was published with (beams, a least length, a penalty on repetition) is not greedy.
         num_beams=1,
         min_length=0,
         no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
     )
     stop = StoppingCriteriaList([_AtLineBreak(tokenizer)])
     if decoder_prompt is not None:
