@@ -143,6 +143,13 @@ def test_damage_in_the_middle_is_refused_and_can_be_cut_off(recorded, tmp_path, 
     assert main(["journal", "truncate", str(path), "--step", "4", "--damaged"]) == 0
     assert same(replay(network(), path), weights[4])
     assert (tmp_path / "damaged.zkj.bak").read_bytes() == bytes(damaged)
+    shorter = []
+    for steps in (3, 2):  # what was kept before stays
+        shorter.append(path.read_bytes())
+        assert main(["journal", "truncate", str(path), "--step", str(steps)]) == 0
+    kept = [(tmp_path / f"damaged.zkj.bak{more}").read_bytes() for more in ("", ".2", ".3")]
+    assert kept == [bytes(damaged), *shorter]
+    assert f"the file as it was is {path}.bak.3." in capsys.readouterr().out
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))

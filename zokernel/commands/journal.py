@@ -8,6 +8,7 @@ zokernel journal truncate RUN --step N
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import shutil
@@ -105,7 +106,7 @@ def describe_step(journal: Any, step: int) -> list[str]:
 
 
 def truncate(args: argparse.Namespace) -> int:
-    """Truncate a journal to some step, and keep the old file beside it as ``.bak``.
+    """Truncate a journal to some step, and keep the old file beside it as ``.bak``, ``.bak.2`` and so on.
 
     Raises:
         UsageError: If no step is given, or the journal has no such step.
@@ -122,10 +123,16 @@ def truncate(args: argparse.Namespace) -> int:
         if args.step > journal.num_steps or args.step < 0:
             raise UsageError(f"{path} holds {journal.num_steps} good steps: choose one of 0 to {journal.num_steps}.")
         size = journal.end_of_step(args.step)
-        backup = path.with_name(path.name + ".bak")
+        backup = _unused(path.with_name(path.name + ".bak"))
         shutil.copyfile(path, backup)
         with whole_file(path) as partial:
             shutil.copyfile(path, partial)
             os.truncate(partial, size)
     print(f"{path}: {args.step} steps kept; the file as it was is {backup}.")
     return 0
+
+
+def _unused(path: Path) -> Path:
+    """Return the path, or the first one with a number after it, that is not taken: an earlier backup is kept."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not found.exists())
