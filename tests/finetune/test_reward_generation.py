@@ -12,11 +12,13 @@ from models import build
 from test_text_losses import loud
 
 from zokernel.directions import Dense, LowRank
+from zokernel.errors import UsageError
 from zokernel.estimators import Population
 from zokernel.finetune.rewards.functions import Reward, Rewards
 from zokernel.finetune.rewards.generate import Sampling, generate, gumbel_noise
 from zokernel.finetune.rewards.objective import RewardObjective
-from zokernel.finetune.rewards.prompts import EncodedPrompt, PromptCollator
+from zokernel.finetune.rewards.prompts import EncodedPrompt, PromptCollator, check_prompts, turn_ends
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.perturb import InPlace, PerExampleRows, Stacked
 from zokernel.perturb.per_example import Examples
 
@@ -224,3 +226,22 @@ def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, 
     told = [record.getMessage() for record in caplog.records if "rewards took" in record.getMessage()]
     assert len(told) == 1
     assert "most of that is dawdle" in told[0]
+
+
+def test_a_template_that_alternates_roles_ends_an_answer_that_was_begun():
+    alternating = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = chat_tokenizer(alternating)
+    asked = {"role": "user", "content": "good?"}
+    begun = [asked, {"role": "assistant", "content": "It is"}]
+    assert turn_ends([{"prompt": [asked]}], tokenizer) == [tokenizer.eos_token_id]
+    assert turn_ends([{"prompt": begun}], tokenizer) == [tokenizer.eos_token_id]
+    arguments = DataArguments(reward_function=["length:9"])
+    check_prompts([{"prompt": begun}], tokenizer, arguments, kind="causal")
+    # What no answer can follow is refused before the weights are loaded.
+    tokenizer.chat_template = alternating.replace("eos_token", "raise_exception('no answers')")
+    with pytest.raises(UsageError, match="does not take a chat with the roles user, assistant"):
+        check_prompts([{"prompt": [asked]}], tokenizer, arguments, kind="causal")

@@ -117,7 +117,8 @@ def turn_ends(rows: Sequence[Row], tokenizer: Any) -> list[int]:
     if chat is None:
         return []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = render(tokenizer, [*chat, _ANSWER], tokenize=True)
+    said = chat[:-1] if chat[-1]["role"] == "assistant" else chat  # many templates take no two answers in a row
+    ids = render(tokenizer, [*said, _ANSWER], tokenize=True)
     return [next((token for token in reversed(ids) if token in special), tokenizer.eos_token_id)]
 
 
@@ -158,3 +159,4 @@ def check_prompts(rows: Sequence[Row], tokenizer: Any, arguments: DataArguments,
     if arguments.chat_template is not None and all(isinstance(row["prompt"], str) for row in rows):
         raise UsageError("--chat_template does not apply to prompts that are plain texts: leave it out.")
     prompt_ids(rows[0], tokenizer)
+    turn_ends(rows, tokenizer)
