@@ -252,6 +252,10 @@ def test_a_folder_a_missing_file_and_names_of_columns_for_json(tmp_path):
     (tmp_path / "c.jsonl").write_text(JSONL)
     with pytest.raises(UsageError, match="--column_names is for"):
         load_table(tmp_path / "c.jsonl", column_names=["a"])
+    (tmp_path / "d.tsv").write_text("\ntext\t label\nx\t0\n")
+    with pytest.raises(UsageError, match=r"Line 2 of .* is the header that --column_names repeats: leave the flag out"):
+        load_table(tmp_path / "d.tsv", column_names=["text", "label"])
+    assert load_table(tmp_path / "d.tsv", column_names=["a", "b"])[1] == {"a": "x", "b": "0"}
 
 
 def test_a_parquet_file_with_a_column_twice(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from zokernel.cli import main
+from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune.data.datasets import load_splits, load_task, task_name
 from zokernel.finetune.settings.arguments import DataArguments
@@ -73,6 +75,30 @@ def test_without_label_words_the_few_values_of_the_label_column_are_the_words(va
     assert f"they are the values of column 'team': {', '.join(words)}." in caplog.text
     expected = [words.index(str(int(v)) if isinstance(v, float) else str(v)) for v in values]
     assert [task.label({"text": "x", "team": value}) for value in values] == expected
+
+
+@pytest.mark.parametrize(
+    ("cells", "words", "named"),
+    [
+        ("-1 0 1 None 0 1", ("0", "1"), {"-1": "1 row", "None": "1 row"}),
+        ("0 1 2 -1.0 -1 0 1 2", ("0", "1", "2"), {"-1": "2 rows"}),
+        ("-1 1 -1 1", ("-1", "1"), {}),
+        ("low high nan - low high", ("high", "low"), {"nan": "1 row", "-": "1 row"}),
+    ],
+)
+def test_what_stands_for_no_label_is_no_label_word(cells, words, named, tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{cell}\n" for cell in cells.split()))
+    arguments = DataArguments(train_file=str(tmp_path / "a.csv"))
+    with caplog.at_level(logging.WARNING):
+        task = load_task(arguments)
+    assert task.label_words == task.labels == words
+    for value, rows in named.items():
+        assert f"Column 'label': {value!r} is taken for no label ({rows}): if it is a class, name all" in caplog.text
+    assert len(caplog.records) == len(named)
+    read = task.read(load_table(tmp_path / "a.csv"), where="Train")
+    assert [words[task.label(row)] for row in read] == [cell for cell in cells.split() if cell in words]
+    every = list(dict.fromkeys(cells.replace("-1.0", "-1").split()))
+    assert load_task(replace(arguments, labels=every)).label_words == tuple(every)
 
 
 def test_labels_without_words_are_the_words(tmp_path):

@@ -30,7 +30,8 @@ def csv_rows(text: str, path: Path, column_names: Sequence[str] | None) -> tuple
         The rows, and the line on which each begins.
 
     Raises:
-        UsageError: If a line has too many or too few cells, a column is there twice, or a quote is never closed.
+        UsageError: If a line has too many or too few cells, a column is there twice, a quote is never closed, or the
+            first line is ``column_names``.
     """
     text, delimiter = _delimiter(text, len(column_names) if column_names else None)
     if delimiter != ",":
@@ -146,6 +147,11 @@ def _table(
     refuse_repeated(header, path)
     rows, lines = [], []
     for line, cells in records:
+        if column_names and not rows and [cell.strip() for cell in cells] == header:
+            raise UsageError(
+                f"Line {line} of {path} is the header that --column_names repeats: leave the flag out, since the file "
+                "names its columns."
+            )
         if len(cells) != len(header):
             raise UsageError(
                 f"Line {line} of {path} has {len(cells)} columns where {len(header)} were expected "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
-from zokernel.finetune.tasks.base import is_missing
+from zokernel.finetune.tasks.base import NO_LABEL, is_missing
 from zokernel.finetune.tasks.prompt import on_a_scale, spelled
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.template import column_in_braces
@@ -80,6 +80,8 @@ def _no_header(columns: Sequence[str]) -> bool:
 def label_values(rows: Sequence[Row], label: str) -> list[str]:
     """Return the values of the label column in order, if they are few enough to be classes.
 
+    What stands for no label (``None``, ``nan``, or -1 beside 0, 1, ...) is left out, and a warning says so.
+
     Raises:
         UsageError: If there are more than twenty, or nearly as many as rows; if they are lists or on a scale.
 
@@ -88,7 +90,7 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
         ['0', '1']
     """
     values = [row.get(label) for row in rows]
-    present = [spelled(value) for value in values if not is_missing(value) and str(value).strip()]
+    present = _labelled([spelled(value) for value in values if not is_missing(value)], label)
     words = list(dict.fromkeys(present))
     structured = any(isinstance(value, (list, dict)) for value in values)
     if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(on_a_scale, words)):
@@ -102,6 +104,23 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
             "--label_words, or describe the task in a --task_file (answers that are written out, for example)."
         )
     return sorted(words, key=lambda word: (0, int(word), word) if word.lstrip("+-").isdigit() else (1, 0, word))
+
+
+def _labelled(values: Sequence[str], label: str) -> list[str]:
+    """Return the values that are labels; those that may have been meant as one are named."""
+    hidden = {value for value in values if value in NO_LABEL and value != "-1"}
+    others = set(values) - hidden - {"-1"}
+    if len(others) > 1 and others == set(map(str, range(len(others)))):
+        hidden.add("-1")
+    for value in sorted(hidden - {""}):
+        if value in values:
+            logger.warning(
+                "Column %r: %r is taken for no label (%s): if it is a class, name all classes with --labels.",
+                label,
+                value,
+                count_rows(values.count(value)),
+            )
+    return [value for value in values if value not in hidden]
 
 
 def text_column(rows: Sequence[Row], label: str) -> str:

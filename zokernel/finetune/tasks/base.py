@@ -16,6 +16,7 @@ from zokernel.finetune.tasks.template import MASK, fill, parse
 logger = logging.getLogger(__name__)
 
 MANY = 20  # values that are still listed one by one
+NO_LABEL = ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null")  # unless it is one of the task's labels
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Task:
         value = row.get(self.label_column)
         if is_missing(value):
             return True
-        if str(value).strip() not in ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null"):
+        if str(value).strip() not in NO_LABEL:
             return False
         try:
             self.correct(row)
