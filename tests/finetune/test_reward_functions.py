@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 import numpy as np
@@ -78,6 +79,16 @@ def test_functions_of_a_file_are_called_as_trl_calls_them(file):
     assert load_reward(f"{file}:tokens")(*arguments) == [2.0, 0.0]
     assert load_reward(f"{file}:judge")(*arguments) == [2.0, 2.0]
     assert str(file.parent) not in sys.path
+
+
+def test_an_asynchronous_reward_is_waited_for_in_a_running_loop_too(file):
+    reward = load_reward(f"{file}:later")
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+
+    async def notebook():
+        return reward(["a", "b"], ["x", "yy"], rows)
+
+    assert asyncio.run(notebook()) == reward(["a", "b"], ["x", "yy"], rows) == [0.5, 0.5]
 
 
 def test_several_rewards_are_weighted_and_known_by_what_they_say(file):
@@ -180,6 +191,10 @@ def test_a_file_that_cannot_be_loaded_and_weights_that_do_not_fit(tmp_path):
     broken.write_text("def f(:\n")
     with pytest.raises(UsageError, match=r"broken.py could not be loaded: SyntaxError"):
         load_reward(f"{broken}:f")
+    leaving = tmp_path / "leaving.py"
+    leaving.write_text("import sys\nsys.exit('no judge is there')\n")
+    with pytest.raises(UsageError, match=r"leaving.py could not be loaded: SystemExit \(no judge is there\)"):
+        load_reward(f"{leaving}:f")
     with pytest.raises(UsageError, match="2 reward functions and 1 --reward_weights"):
         load_rewards(["json", "json:a"], [1.0])
     with pytest.raises(UsageError, match="finite"):

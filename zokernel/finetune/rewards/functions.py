@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -94,7 +95,7 @@ class Reward:
         if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
             arguments = {name: value for name, value in arguments.items() if name in parameters}
         returned = self.function(**arguments)
-        return asyncio.run(_awaited(returned)) if inspect.isawaitable(returned) else returned
+        return _waited_for(returned) if inspect.isawaitable(returned) else returned
 
     def _failed(
         self, arguments: Mapping[str, list[Any]], rows: Sequence[Mapping[str, Any]], error: Exception
@@ -273,7 +274,7 @@ def _module(path: Path, text: str) -> ModuleType:
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
         exec(compile(text, str(path), "exec"), vars(module))
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         raise UsageError(f"{path} could not be loaded: {type(error).__name__} ({first_line(error)}).") from error
     finally:
         if str(path.parent) in sys.path:
@@ -316,6 +317,16 @@ def _command(command: str) -> Callable[..., list[float]]:
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
+
+
+def _waited_for(value: Awaitable[Any]) -> Any:
+    """Return what an awaitable returns, also where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaited(value))
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, _awaited(value)).result()
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:
