@@ -75,6 +75,22 @@ def nothing_is_read(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.parametrize(
+    ("metric", "rest", "words"),
+    [
+        ("acuracy", "label_words: [a, b]", "'acuracy', and a classification task measures accuracy or f1: name one"),
+        ("em", "label_words: [a, b]", "'em', and a classification task measures accuracy or f1"),
+        ("f1", "choices: ['{a}', '{b}']", "'f1', and a choice task measures accuracy: name one of these."),
+        ("accuracy", "label_column: a", "'accuracy', and a generation task measures f1 or em"),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_named(metric, rest, words, flags, nothing_is_read, tmp_path, capsys):
+    (tmp_path / "task.yaml").write_text(f"template: '{{x}}'\nmetric: {metric}\n{rest}\n")
+    task = ["--task_file", str(tmp_path / "task.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert main(["finetune", *flags[:4], *task]) == 2
+    assert f"The task's metric is {words}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flag", "value", "words"), WRONG)
 def test_a_wrong_value_is_named_before_anything_is_read(flag, value, words, flags, nothing_is_read, tmp_path, capsys):
     assert main(["finetune", *flags, flag, value]) == 2

@@ -17,6 +17,7 @@ from zokernel.finetune.data.datasets import load_splits, load_task
 from zokernel.finetune.data.protocol import published_splits
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import make_task, read_task
+from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.metrics import exact_match, macro_f1, token_f1
 from zokernel.finetune.tasks.toy import toy_rows
 
@@ -275,6 +276,46 @@ def test_a_task_from_a_few_lines_of_yaml(tmp_path):
             read_task(path)
     with pytest.raises(UsageError, match="no task file"):
         read_task(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("aliases: [x]", r"sets aliases to \['x'\]: write a column and its other names"),
+        ("aliases: {x: {y: z}}", "sets aliases to {'y': 'z'}, where a text is meant"),
+        ("source: {datset: x}", "sets source with 'datset', which is none of its keys dataset, config, "),
+        ("source: {config: x}", "sets source without the 'dataset' that it is: add its id"),
+        ("source: [x]", r"sets source to \['x'\], where a text is meant"),
+        ("source: {dataset: x, splits: train}", "with splits 'train': write them as {train: train"),
+        ("source: {dataset: x, labels: 10}", "sets source to 10, where a list is meant"),
+        ("dev_size: many", "sets dev_size to 'many': it must be a whole number from 1 on"),
+        ("dev_size: 0", "sets dev_size to 0: it must be"),
+        ("metric: [f1]", r"sets metric to \['f1'\], where a text is meant"),
+        ("3: x", "sets 3, which a classification task does not have: it has template"),
+        ("labels: ab", r"sets labels to 'ab', where a list is meant: write it as \[one, two\]"),
+        ("labels: [a, null]", "sets labels to None, where a text is meant: write one, in quotes"),
+        ("masked_label_words: {a: b}", "sets masked_label_words to {'a': 'b'}, where a list is meant"),
+    ],
+)
+def test_values_of_another_form_are_named_with_their_key(line, match, tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text(f"template: '{{x}}'\nlabel_words: [a, b]\n{line}\n")
+    with pytest.raises(UsageError, match=match):
+        read_task(path)
+    for own, told in (("template: [x]\nlabel_words: [a, b]", "a text"), ("template: '{x}'\nlabel_words: ab", "a list")):
+        path.write_text(own)
+        with pytest.raises(UsageError, match=f", where {told} is meant"):
+            read_task(path)
+
+
+def test_values_of_a_task_file_become_those_of_the_task():
+    values = {"template": "{x}", "label_words": ["a", "b"], "dev_size": "100", "aliases": {"x": "y", "label": ["z", 1]}}
+    source = {"dataset": "who/what", "splits": {"train": "all"}, "labels": [1, 0]}
+    task = make_task({**values, "source": source})
+    assert (task.dev_size, task.aliases) == (100, {"x": ("y",), "label": ("z", "1")})
+    assert task.source == Source("who/what", splits={"train": "all"}, labels=("1", "0"))
+    assert make_task({**values, "source": "who/what"}).source == Source("who/what")
+    assert make_task({"template": "{x}", "label_words": ("a", "b")}).options() == (" a", " b")
 
 
 def test_wordings():

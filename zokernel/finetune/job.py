@@ -71,7 +71,13 @@ def finetune(
             raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
         task = load_task(data_arguments, objective=config.objective)
         check_flags(task, data_arguments, model_arguments, given)
-        check_metric(config.metric_for_best_model, MEASURED.get(task.kind, ()))
+        measured = MEASURED.get(task.kind, ())
+        if task.metric not in measured:
+            raise UsageError(
+                f"The task's metric is {task.metric!r}, and a {task.kind} task measures {' or '.join(measured)}: name "
+                "one of these."
+            )
+        check_metric(config.metric_for_best_model, measured)
         config = lower_is_better(with_scales(model_arguments, offloaded(model_arguments, config, command), command))
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)

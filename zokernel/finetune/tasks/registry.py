@@ -19,6 +19,7 @@ from zokernel.finetune.tasks.template import MASK
 
 _KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (PromptTask, ChoiceTask, GenerationTask)}
 _NOT_IN_YAML = ("columns", "prepare")
+_LISTS = ("label_words", "labels", "masked_label_words", "choices")
 
 
 def get_task(
@@ -115,6 +116,9 @@ def read_task(path: str | Path) -> Task:
 def make_task(values: dict[str, Any], *, where: str = "the task") -> Task:
     r"""Build a task from plain values, as a YAML file holds them.
 
+    Raises:
+        UsageError: If tasks of its kind have no such key, or a value is of another form than the key's.
+
     Example:
         >>> make_task({"template": "{text}\nTopic:", "label_words": ["sport", "art"]}).options()
         (' sport', ' art')
@@ -130,27 +134,62 @@ def make_task(values: dict[str, Any], *, where: str = "the task") -> Task:
     for key in values:
         if key not in known:
             every = dict.fromkeys(f.name for other in _KINDS.values() for f in fields(other))
-            close = difflib.get_close_matches(key, [name for name in every if name not in _NOT_IN_YAML], n=1)
+            close = difflib.get_close_matches(str(key), [name for name in every if name not in _NOT_IN_YAML], n=1)
             hint = f"did you mean {close[0]}?" if close and close[0] != key else f"it has {', '.join(known)}."
             raise UsageError(f"{where} sets {key!r}, which a {kind.kind} task does not have: {hint}")
     arguments: dict[str, Any] = {}
     for key, value in values.items():
+        name = f"{where} sets {key}"
         if key == "source":
-            arguments[key] = Source(**({"dataset": value} if isinstance(value, str) else value))
+            arguments[key] = _source(value, name)
         elif key == "aliases":
-            arguments[key] = {column: _tuple(others) for column, others in value.items()}
+            if not isinstance(value, dict):
+                raise UsageError(f"{name} to {value!r:.60}: write a column and its other names, as {{text: [review]}}.")
+            arguments[key] = {
+                str(column): _tuple(others, name) if isinstance(others, (list, tuple)) else (_text(others, name),)
+                for column, others in value.items()
+            }
         elif key == "dev_size":
+            if not str(value).isdigit() or int(value) < 1:
+                raise UsageError(f"{name} to {value!r:.60}: it must be a whole number from 1 on.")
             arguments[key] = int(value)
         else:
-            arguments[key] = _tuple(value) if isinstance(value, list) else str(value)
+            arguments[key] = _tuple(value, name) if key in _LISTS else _text(value, name)
     try:
         return kind(**arguments)
     except TypeError as error:
         raise UsageError(f"{where} is incomplete: {error}.") from error
 
 
-def _tuple(value: Any) -> tuple[str, ...]:
+def _source(value: Any, name: str) -> Source:
+    """Return where published data are: the id of a data set, or the fields of :class:`Source`."""
+    if not isinstance(value, dict):
+        return Source(_text(value, name))
+    known = [f.name for f in fields(Source)]
+    unknown = next((key for key in value if key not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{name} with {unknown!r}, which is none of its keys {', '.join(known)}: correct it.")
+    if "dataset" not in value:
+        raise UsageError(f"{name} without the 'dataset' that it is: add its id.")
+    given: dict[str, Any] = {key: _text(item, name) for key, item in value.items() if key not in ("splits", "labels")}
+    if "labels" in value:
+        given["labels"] = _tuple(value["labels"], name)
+    if "splits" in value:
+        if not isinstance(value["splits"], dict):
+            raise UsageError(f"{name} with splits {value['splits']!r:.60}: write them as {{train: train, test: test}}.")
+        given["splits"] = {str(split): _text(item, name) for split, item in value["splits"].items()}
+    return Source(**given)
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None or isinstance(value, (list, tuple, dict)):
+        raise UsageError(f"{name} to {value!r:.60}, where a text is meant: write one, in quotes.")
+    return str(value)
+
+
+def _tuple(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"{name} to {value!r:.60}, where a list is meant: write it as [one, two].")
     # YAML reads the bare words yes, no, true and false as booleans; as label words they are meant as words.
     words = {True: "Yes", False: "No"}
-    items = value if isinstance(value, list) else [value]
-    return tuple(words[item] if isinstance(item, bool) else str(item) for item in items)
+    return tuple(words[item] if isinstance(item, bool) else _text(item, name) for item in value)
