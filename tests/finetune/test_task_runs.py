@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import save_model
@@ -9,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, Objective, ZOConfig, ZOTrainer, encode, get_task
+from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, demonstrations
+from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.toy import toy_rows
 
 
@@ -221,3 +225,28 @@ def test_long_masked_prompts_keep_their_mask_and_ends(models):
     (example,) = encode(get_task("sst2"), [{"sentence": text, "label": 0}], tokenizer, masked=True)
     assert tokenizer.mask_token_id not in example.prompt_ids  # what is typed in a row stays text; ours is not there
     assert tokenizer.decode(example.prompt_ids[1:]) == "It was <mask> here It was"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "fits"),
+    [
+        *(("causal", ending, fits) for ending, fits in (("\n", True), ("\n###", True), (" END", False), ("", False))),
+        *(("seq2seq", ending, fits) for ending, fits in (("\n", True), ("", True), (" END", False))),
+    ],
+)
+def test_answers_end_where_decoding_stops(kind, ending, fits):
+    task, rows = GenerationTask("{question}", label_column="answer", ending=ending), [{"question": "?", "answer": "a"}]
+    expected = nullcontext() if fits else pytest.raises(UsageError, match="decoding stops at a line break: leave out")
+    with expected:
+        check_text(task, rows, None, DataArguments(), kind=kind, objective="cross_entropy")
+
+
+def test_answers_of_several_lines_are_counted(caplog):
+    task = GenerationTask("{question}", label_column="answer")
+    answers = ["Ada", "Ada\nLovelace", ["Ada\nLovelace", "Ada"], " Ada\n"]
+    rows = [{"question": "Who?", "answer": answer} for answer in answers]
+    check_text(task, rows, None, DataArguments(), kind="causal", objective="cross_entropy")
+    assert "1 of 4 training examples have answers of several lines" in caplog.text
+    caplog.clear()
+    check_text(task, rows[:1], None, DataArguments(), kind="causal", objective="cross_entropy")
+    assert caplog.text == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,12 @@ from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.chat_template import choose_chat_template, has_chat_template
 from zokernel.finetune.tasks.encode_pairs import PairEncoder
 from zokernel.finetune.tasks.encode_text import TextEncoder
+from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.seq2seq import Decoder
 from zokernel.finetune.tasks.text import TextTask
+
+logger = logging.getLogger(__name__)
 
 
 def check_text(
@@ -24,8 +28,8 @@ def check_text(
     """Check the flags of a task of text, and let the tokenizer use the chat template that was asked for.
 
     Args:
-        task: The task; nothing is checked of another kind.
-        rows: Rows to train on, of which the first is tokenized.
+        task: The task; of another kind, only what it asks of the model, and where its answers end.
+        rows: Rows to train on; of texts, the first is tokenized.
         tokenizer: The tokenizer, whose template is set.
         arguments: What the user said about the data.
         kind: ``causal``, ``masked`` or ``seq2seq``.
@@ -40,6 +44,8 @@ def check_text(
     if not isinstance(task, TextTask):
         if kind == "causal" and "{mask}" in task.template:
             raise UsageError(f"The template {task.template!r} has a {{mask}}: it needs a masked language model.")
+        if isinstance(task, GenerationTask):
+            _check_answers(task, rows, kind=kind)
         return
     if kind == "masked":
         raise UsageError(
@@ -97,6 +103,24 @@ def text_encoder(
         completion_only_loss=completion is None or completion,
         max_length=max_length,
     )
+
+
+def _check_answers(task: GenerationTask, rows: Sequence[Row], *, kind: str) -> None:
+    """Refuse an ending at which decoding does not stop, and name answers that it cannot write."""
+    ended = kind == "seq2seq" and not task.ending.strip()  # by the token that ends a sequence
+    if not ended and not task.ending.startswith("\n"):
+        raise UsageError(
+            f"The answers end with {task.ending!r}, and decoding stops at a line break: leave out the task's ending, "
+            "or let it begin with a line break."
+        )
+    long = sum(all("\n" in reference for reference in task.references(row)) for row in rows)
+    if long:
+        logger.warning(
+            "%d of %d training examples have answers of several lines; decoding stops after the first line, so such "
+            "an answer is never scored as an exact match.",
+            long,
+            len(rows),
+        )
 
 
 def _check_pairs(arguments: DataArguments) -> None:
