@@ -176,6 +176,8 @@ class Predictor:
             masked=masked,
             decoder=self._decoder,
             calibrate=record["calibrate"],
+            context=record["context"],
+            max_length=record["max_length"],
             max_new_tokens=record["max_new_tokens"],
         )
         found: list[dict[str, Any]] = []
