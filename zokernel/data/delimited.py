@@ -145,7 +145,8 @@ def _table(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     header = list(column_names) if column_names else [name.strip() for name in next(records, (0, []))[1]]
     refuse_repeated(header, path)
-    rows, lines = [], []
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
     for line, cells in records:
         if column_names and not rows and [cell.strip() for cell in cells] == header:
             raise UsageError(
