@@ -310,7 +310,7 @@ def test_the_hubs_bar_of_a_download_stays():
     "words",
     [
         ["plan", "--num_probes", "8", "--update_examples", "4", "--observe_examples", "2"],
-        ["evolve", "--max_examples", "4", "--label_words", " bad", " good"],
+        ["evolve", "--max_examples", "8", "--label_words", " bad", " good"],
         [
             "kernel",
             "--x_o",

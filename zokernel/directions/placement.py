@@ -189,12 +189,6 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
     return places
 
 
-def memory_of(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
-    """Return where a tensor's local elements are, and how they are stored."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.data_ptr(), local.dtype, local.device
-
-
 def pieces(place: Placement, begin: int, end: int) -> list[Placement]:
     """Return the local elements at positions ``begin`` to ``end``, as parts of that stretch read as a vector.
 

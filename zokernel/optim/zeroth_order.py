@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions
-from zokernel.directions.placement import memory_of
+from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
@@ -247,7 +247,8 @@ class ZerothOrder(AskTell):
             self._held = None
 
     def _step(self, perturb: Perturb, closure: Closure) -> float:
-        self._check_density()  # a schedule may have given a group momentum
+        if not self.moves_along_directions:  # a schedule may have given a group momentum
+            self._check_density()
         if self._versions != self._versions_now():
             self._take_stock()
         try:

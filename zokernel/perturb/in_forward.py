@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions, LowRank, Subspace
-from zokernel.directions.placement import Placement, memory_of, place_all
+from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
+from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb

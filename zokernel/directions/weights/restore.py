@@ -40,6 +40,12 @@ Draw = tuple[int, int]
 Update = Mapping[int, float] | Mapping[Draw, float]
 
 
+def memory_of(tensor: Tensor) -> tuple[int, torch.dtype, torch.device]:
+    """Return where a tensor's local elements are, and how they are stored."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.data_ptr(), local.dtype, local.device
+
+
 class Restore(ABC):
     """Weights that can be moved along directions and restored, with a record of where they are.
 
