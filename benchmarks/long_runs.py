@@ -145,7 +145,8 @@ def main() -> None:
         data = write_rows(args.headlines, args.output_dir)
         for name, seed in itertools.product(args.contenders, args.seeds):
             contender = CONTENDERS[name]
-            for rate in contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),):
+            rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
+            for rate in rates or (None,):  # auto chooses its own
                 key = {"method": name, "rate": rate, "budget": args.budget, "seed": seed}
                 if records.find(**key) is None:
                     label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")

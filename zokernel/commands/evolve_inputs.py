@@ -250,7 +250,7 @@ def from_language_model(
     except (OSError, ValueError) as error:
         told = RunError(f"The model {name!r} could not be loaded: {first_line(error)}")
         raise hub.explained(error, name, told) from error
-    low, high = (token for (token,) in label_tokens(tokenizer, task.words))
+    low, high = label_tokens(tokenizer, task.words)
     if low == high:
         raise UsageError(f"{task.words[0]!r} and {task.words[1]!r} are the same token: choose other words.")
     parameters = _chosen(model, trainable)

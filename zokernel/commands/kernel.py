@@ -154,8 +154,7 @@ def _language_model(args: argparse.Namespace):
         raise hub.explained(error, args.model_name_or_path, told) from error
     outputs, names = args.outputs, None if args.outputs is None else [str(k) for k in args.outputs]
     if args.label_words:
-        tokens = label_tokens(tokenizer, args.label_words, ", or use --outputs")
-        outputs, names = [ids[0] for ids in tokens], list(args.label_words)
+        outputs, names = label_tokens(tokenizer, args.label_words, ", or use --outputs"), list(args.label_words)
     batches = [dict(tokenizer(text, return_tensors="pt")) for text in (args.x_o, args.x_u)]
     keep = ("input_ids", "attention_mask")
     x_o, x_u = ({key: batch[key] for key in keep} for batch in batches)

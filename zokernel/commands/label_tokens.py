@@ -8,7 +8,7 @@ from typing import Any
 from zokernel.errors import UsageError
 
 
-def label_tokens(tokenizer: Any, words: Sequence[str], otherwise: str = "") -> list[list[int]]:
+def label_tokens(tokenizer: Any, words: Sequence[str], otherwise: str = "") -> list[int]:
     """Return the token of each label word after a space.
 
     Args:
@@ -23,4 +23,4 @@ def label_tokens(tokenizer: Any, words: Sequence[str], otherwise: str = "") -> l
     for word, ids in zip(words, tokens, strict=True):
         if len(ids) != 1:
             raise UsageError(f"Label word {word!r} is {len(ids)} tokens: choose words of one token{otherwise}.")
-    return tokens
+    return [ids[0] for ids in tokens]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,8 @@ def random_state() -> list[Any]:
         >>> same_random_state(before, random_state())
         False
     """
-    states: list[Any] = [torch.get_rng_state(), random.getstate()]
-    if "numpy" in sys.modules:
-        states.append(sys.modules["numpy"].random.get_state(legacy=False)["state"])
+    numpy: Any = np.random.get_state(legacy=False)
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), numpy["state"]]
     if torch.cuda.is_available() and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         states += torch.cuda.get_rng_state_all()
     return states

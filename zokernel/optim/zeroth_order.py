@@ -135,7 +135,6 @@ class ZerothOrder(AskTell):
             if part.trained not in (None, self):
                 raise UsageError(f"{part!r} serves another optimizer already: make one for each.")
             part.trained = self
-        self._check_density()
 
     @property
     def rule(self) -> Rule:

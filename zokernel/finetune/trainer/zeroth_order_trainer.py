@@ -255,7 +255,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
 
         Raises:
             RunError: If the loss is not finite, or the output cannot be written.
-            UsageError: If what is there cannot be continued this way, or an argument cannot be changed any more.
+            UsageError: If the run in the output folder has other settings, or an argument was changed that is fixed
+                when the trainer is made.
         """
         self.take_over()
         if self.args.auto_find_batch_size and self.zeroth_order:
