@@ -4,10 +4,50 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from zokernel.errors import RunError, UsageError
+
+
+def check_output_dir(folder: Path, what: str = "--output_dir") -> None:
+    """Refuse a folder that cannot be written, or made, before the work whose results go there; nothing is left behind.
+
+    Args:
+        folder: The folder, which need not exist.
+        what: What it is, for the message.
+
+    Raises:
+        RunError: If a file cannot be made in it, or in the nearest folder above it that exists.
+    """
+    place = folder.absolute()
+    nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        reason = f"{nearest} is a file" if nearest.is_file() else error.strerror
+        raise RunError(f"{what} {folder} cannot be written ({reason}): choose another.") from error
+
+
+def check_output_file(path: Path, what: str = "--output_file") -> None:
+    """Refuse a file that cannot be written, before the work whose result goes there.
+
+    Args:
+        path: The file, to create or replace.
+        what: What it is, for the message.
+
+    Raises:
+        UsageError: If it is a folder, or no file that can be replaced.
+        RunError: If its folder cannot be written.
+    """
+    if os.path.isdir(path):
+        raise UsageError(f"{what} {path} is a folder: name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{what} {path} is a device or a pipe: name a file.")
+    check_output_dir(path.parent, f"{what} {path.name}: the folder")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from zokernel.dynamics.descent import resolve_moments
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
-from zokernel.files import write_json
+from zokernel.files import check_output_dir, write_json
 from zokernel.theory.stability import stability_limit_of_features
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("Steps to report must be zero or more.")
     if args.simulate == 1 or args.simulate < 0:
         raise UsageError("--simulate needs at least 2 runs.")
+    check_output_dir(args.output_dir)
     inputs = _inputs(args)
     evolution, limit = _evolution(args, inputs)
     floor, start = evolution.floor, float(evolution.expected_loss(0)[0])

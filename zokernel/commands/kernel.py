@@ -23,7 +23,7 @@ from zokernel.commands.arrays import read_array
 from zokernel.commands.label_tokens import label_tokens
 from zokernel.commands.messages import each_line_once
 from zokernel.errors import UsageError
-from zokernel.files import write_json
+from zokernel.files import check_output_dir, write_json
 from zokernel.kernels.batches import Batch
 from zokernel.kernels.checks import forward_mode
 from zokernel.kernels.fidelity_table import Fidelity, fidelity
@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    check_output_dir(args.output_dir)
     model, x_o, x_u, outputs, names = load(args)
     dim = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Exact kernels may need forward mode; training's own kernels (fused attention) are used for finite differences.

@@ -12,7 +12,7 @@ from pathlib import Path
 from zokernel._version import __version__
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
-from zokernel.files import read_json, write_json
+from zokernel.files import check_output_dir, read_json, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
 
     quiet_transformers()
     folder, dtype = args.output_dir, args.dtype or _dtype_of_run(Path(args.model))
+    check_output_dir(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")
     if args.base is not None:

@@ -9,7 +9,6 @@ zokernel plan --memory true --model_name_or_path gpt2  # memory of each setup; n
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shlex
 import time
@@ -23,6 +22,7 @@ from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.commands.plan_told import describe
 from zokernel.errors import UsageError
+from zokernel.files import check_output_file, write_json
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
@@ -102,6 +102,8 @@ def main(args: argparse.Namespace) -> int:
     if arguments.memory:
         print(_memory(model_arguments, data_arguments, arguments, args.command_line))
         return 0
+    if arguments.output_file:
+        check_output_file(Path(arguments.output_file))
     start = time.perf_counter()
     found = plan_for(model_arguments, data_arguments, arguments)
     plan, task = found.plan, found.task
@@ -126,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
     if arguments.output_file:
         path = Path(arguments.output_file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
+        write_json(path, plain(record))
         print(f"\nWritten to {path}.")
     return 0
 

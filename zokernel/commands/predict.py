@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
-from zokernel.files import whole_file
+from zokernel.files import check_output_file, whole_file
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> int:
     source = None if args.file == "-" else Path(args.file).expanduser()
     if output is not None and source is not None and source.exists() and output.exists() and output.samefile(source):
         raise UsageError(f"--output_file {output} is the file that is read: name another.")
-    if output is not None and output.is_dir():
-        raise UsageError(f"--output_file {output} is a folder: name a file in it.")
+    if output is not None:
+        check_output_file(output)
     if args.batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
+from zokernel.files import check_output_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.journal import Journal, replay_
 
     quiet_transformers()
+    check_output_dir(args.output_dir)
     journal, folder = Journal.read(args.journal), args.output_dir
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
+from zokernel.files import check_output_file
 from zokernel.reporting.page import Page
 
 
@@ -31,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
 
     folder = args.folder
     target = args.output or (folder if folder.is_dir() else folder.parent) / "report.html"
+    check_output_file(target, "--output")
     write_report(read(folder), target)
     print(f"written: {target}")
     return 0

@@ -18,6 +18,7 @@ from zokernel.errors import UsageError
 from zokernel.experiments.base import MODULES, SCALES, Config, get_experiment
 from zokernel.experiments.runner import duration, expected_seconds, plan, run_all
 from zokernel.experiments.storage import load_record
+from zokernel.files import check_output_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--jobs must be at least 1.")
     config = Config(args.scale, args.seed, parse_options(args.options))
     names = select(args.names)
+    check_output_dir(args.output_dir)
     todo, kept = plan(names, config, args.output_dir, overwrite=args.overwrite)
     for outcome in kept:
         print(f"{outcome.name}: finished already in {args.output_dir / outcome.name} (--overwrite runs it again)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import UsageError
-from zokernel.files import read_json
+from zokernel.files import check_output_dir, read_json
 from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import load_splits, load_task
@@ -62,6 +62,8 @@ def finetune(
     with ExitStack() as held, output.explained_errors(folder):
         start = time.perf_counter()
         check_values(data_arguments)
+        if config.should_save:
+            check_output_dir(folder, "The output folder")
         given = given_sources(config, command) if command else {}
         refuse_unsupported(config, scored=True, given=given)
         check_push(config)

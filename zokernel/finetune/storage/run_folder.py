@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
-from zokernel.files import read_json, write_json
+from zokernel.files import check_output_dir, read_json, write_json
 from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
@@ -86,13 +86,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         UsageError: If the folder holds something else, or a run that was not asked to be resumed or overwritten.
         RunError: If it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"The output folder {folder} cannot be written ({error.strerror}): choose another.") from error
+    check_output_dir(folder, "The output folder")
+    folder.mkdir(parents=True, exist_ok=True)
     occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
     ours, finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
     if resume:
