@@ -80,7 +80,7 @@ def test_rows_of_demonstrations_are_told_from_the_template(kind, causal, masked,
     tokenizer = {"causal": causal, "masked": masked, "seq2seq": seq2seq}[kind]
     task = PromptTask("{text}</s>b {mask}" if kind == "masked" else "{text}</s>b", ("b", "g"))
     rows = [{"text": f"x{n}</s>", "label": n % 2} for n in range(3)]
-    encoded = encode_splits(
+    encoded, _ = encode_splits(
         task,
         Splits(rows, rows[2:], rows[2:]),
         tokenizer,

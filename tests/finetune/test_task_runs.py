@@ -195,7 +195,8 @@ def test_calibration_has_the_demonstrations_before_the_empty_prompt(models):
     blank = prepared.objective.calibration
     ids = blank["input_ids"][blank["attention_mask"].bool()].tolist()
     empty = task.prompt({"sentence": "", "label": 0})
-    assert ids == tokenizer(demonstrations(task, rows[:2]) + empty).input_ids
+    assert prepared.context == demonstrations(task, rows[:2])
+    assert ids == tokenizer(prepared.context + empty).input_ids
 
 
 def test_demonstrations_precede_the_prompt_and_give_way_first(models):

@@ -94,7 +94,8 @@ def test_words_that_are_one_to_the_model_are_refused(causal):
     rows = [{"text": "a movie", "label": n % 2} for n in range(2)]
     splits = Splits(rows, rows, rows)
     task = PromptTask("{text} It was", ("good", "Good"))
-    assert set(encode_splits(task, splits, causal, max_length=64, masked=False)) == {"train", "validation", "test"}
+    encoded, context = encode_splits(task, splits, causal, max_length=64, masked=False)
+    assert (set(encoded), context) == ({"train", "validation", "test"}, "")
     normalizer = causal.backend_tokenizer.normalizer
     causal.backend_tokenizer.normalizer = normalizers.Lowercase()
     try:

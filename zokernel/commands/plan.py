@@ -268,7 +268,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     )
     set_seed(arguments.seed)  # of a new adapter's weights
     model, tokenizer = load_model(model_arguments, config)
-    encoded = encode_splits(
+    encoded, _ = encode_splits(
         prompt,
         rows,
         tokenizer,

@@ -44,7 +44,7 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
-from zokernel.finetune.tasks import Task, demonstrations
+from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
@@ -256,19 +256,16 @@ class Run:
 
     def _write_predictor(self, folder: Path) -> None:
         """Write how the trained weights answer new rows."""
-        data, kind, context = self.data_arguments, kind_of_model(self.model), ""
+        data = self.data_arguments
         task = TextTask(form="prompt-completion") if self.task.kind == "reward" else self.task
-        if not isinstance(task, TextTask):
-            shown = self.splits.train[: data.num_demonstrations]
-            context = demonstrations(task, shown, masked=self.masked, seq2seq=kind == "seq2seq")
         write_predictor(
             folder,
             task,
-            kind=kind,
+            kind=kind_of_model(self.model),
             max_length=self.max_length,
             precision=self.config.precision,
             arguments=self.model_arguments,
-            context=context,
+            context=self.prepared.context,
             calibrate=data.calibrate,
             max_new_tokens=data.max_new_tokens,
             ends=self.prepared.ends,

@@ -26,7 +26,7 @@ def encode_splits(
     decoder: Decoder | None = None,
     num_demonstrations: int = 0,
     only_answer: bool = False,
-) -> dict[str, EncodedDataset]:
+) -> tuple[dict[str, EncodedDataset], str]:
     """Tokenize the three splits for a model and log what was found.
 
     Demonstrations, if asked for, are the first training examples; the others remain to train on.
@@ -42,7 +42,7 @@ def encode_splits(
         only_answer: Whether training needs the right option alone.
 
     Returns:
-        ``train``, ``validation`` and ``test``.
+        ``train``, ``validation`` and ``test``, and the text of the demonstrations, which stands before every prompt.
 
     Raises:
         UsageError: If there are too few examples to demonstrate with, or the task does not fit the model.
@@ -78,4 +78,4 @@ def encode_splits(
     logger.info(
         "Data: %s examples; %s.", ", ".join(f"{len(examples)} {split}" for split, examples in encoded.items()), how
     )
-    return {split: EncodedDataset(examples) for split, examples in encoded.items()}
+    return {split: EncodedDataset(examples) for split, examples in encoded.items()}, context

@@ -22,7 +22,7 @@ from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.prepare_rewards import prompt_datasets, reward_objective, reward_samples
 from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.finetune.tasks import Task, demonstrations
+from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
@@ -39,6 +39,7 @@ class Prepared:
         samples: Held-out prompts that are continued for the report.
         ends: Tokens that end a continuation.
         decoder_prompt: What a decoder's continuation begins with, for sequence-to-sequence models.
+        context: The text of the demonstrations, which stands before every prompt.
     """
 
     encoded: dict[str, Any]
@@ -47,6 +48,7 @@ class Prepared:
     samples: list[Sample] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     decoder_prompt: tuple[int, ...] = ()
+    context: str = ""
 
 
 def prepare(
@@ -82,7 +84,7 @@ def prepare(
         return _texts(task, splits, model, tokenizer, data, max_length)
     masked, kind = fills_masks(model), kind_of_model(model)
     decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
-    encoded = encode_splits(
+    encoded, context = encode_splits(
         task,
         splits,
         tokenizer,
@@ -97,7 +99,6 @@ def prepare(
     parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
     check_token_ids(model, tokenizer, chain.from_iterable(parts))
     collator = choose_collator(model, tokenizer.pad_token_id, everything)
-    shown = splits.train[: data.num_demonstrations]
     found = make_objective(
         task,
         tokenizer,
@@ -106,11 +107,11 @@ def prepare(
         masked=masked,
         decoder=decoder,
         calibrate=data.calibrate,
-        context=demonstrations(task, shown, masked=masked, seq2seq=decoder is not None),
+        context=context,
         max_length=max_length,
         max_new_tokens=data.max_new_tokens,
     )
-    return Prepared(encoded, collator, found)
+    return Prepared(encoded, collator, found, context=context)
 
 
 def _texts(
