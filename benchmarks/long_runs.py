@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from directions import table
-from records import Records
+
+from zokernel.experiments.kept_runs import KeptRuns
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="one rate for the contenders named, not the middle of the sweep")
     parser.add_argument("--sweep", action="store_true", help="run every rate of the contenders named")
     args = parser.parse_args()
-    records = Records(args.runs)
+    runs = KeptRuns(args.runs)
     if args.headlines is not None:
         data = write_rows(args.headlines, args.output_dir)
         for name, seed in itertools.product(args.contenders, args.seeds):
@@ -148,13 +149,13 @@ def main() -> None:
             rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
             for rate in rates or (None,):  # auto chooses its own
                 key = {"method": name, "rate": rate, "budget": args.budget, "seed": seed}
-                if records.find(**key) is None:
+                if runs.find(**key) is None:
                     label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")
                     folder = args.output_dir / label
                     run(folder, contender, data, args.budget, rate, seed)
-                    records.add(key | measured(folder))
+                    runs.add(key | measured(folder))
     head = ["method", "rate", "seed", "example-forwards", "before", "after (test)", "s", "peak MiB", "validation"]
-    print(table(head, [described(row) for row in records.rows]))
+    print(table(head, [described(row) for row in runs.rows]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from typing import Any
 import paired
 import torch
 from directions import table
-from records import Records
+
+from zokernel.experiments.kept_runs import KeptRuns
 
 TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
 SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
@@ -190,16 +191,16 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
     return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
 
 
-def read_records(path: Path) -> Records:
+def read_records(path: Path) -> KeptRuns:
     """Return the finished plans and runs of a file; plans of older files do not say that they have 32 probes."""
-    records = Records(path)
+    records = KeptRuns(path)
     for row in records.rows:
         if row["kind"] == "plan":
             row.setdefault("num_probes", PROBES)
     return records
 
 
-def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> None:
+def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
     """Make every plan and run that is not there yet."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
     for seed, task, train in itertools.product(settings.seeds, settings.tasks, settings.train):
@@ -224,7 +225,7 @@ def follow(records: Records, sources: Sources, settings: argparse.Namespace) -> 
                 print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
 
 
-def summary(records: Records, settings: argparse.Namespace) -> str:
+def summary(records: KeptRuns, settings: argparse.Namespace) -> str:
     """Return the table: for each task and what is trained, the advised rate beside the best of the sweep."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
     lines, followed, diverged = [], 0, 0

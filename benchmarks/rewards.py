@@ -28,6 +28,7 @@ import torch
 from paired import median_ratios, take_turns
 from torch import nn
 
+from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.finetune.rewards.functions import Reward, Rewards
 from zokernel.finetune.rewards.generate import Sampling, generate
 from zokernel.finetune.rewards.objective import RewardObjective
@@ -228,28 +229,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(output: Path, *, model: str, generations: int, only_table: bool) -> None:
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    runs = KeptRuns(output)
     bench = None if only_table else Bench(model)
 
     def need(method: str, rate: float, seed: int, split: str) -> None:
-        key = (method, rate, seed, split)
-        if bench is None or any((r["method"], r["rate"], r["seed"], r["split"]) == key for r in rows):
-            return
-        rows.append(bench.run(*key, generations))
-        with output.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(json.dumps(rows[-1]), flush=True)
+        if bench is not None and runs.find(method=method, rate=rate, seed=seed, split=split) is None:
+            print(json.dumps(runs.add(bench.run(method, rate, seed, split, generations))), flush=True)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     for method, contender in CONTENDERS.items():
         for rate in contender.rates:
             need(method, rate, SWEPT_WITH, "validation")
     for seed in SEEDS:
         for method in CONTENDERS:
-            rate = best_rate(rows, method)
+            rate = best_rate(runs.rows, method)
             if rate is not None:
                 need(method, rate, seed, "held-out")
-    print(table(rows))
+    print(table(runs.rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Finished runs are lines of the results and are not repeated.  `t5` and `bert` ar
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ import transformers
 import trl
 
 from zokernel.data import load_rows, resolve_model_path
+from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.finetune import zeroth_order
 
 WORDS = ("negative", "positive")
@@ -279,17 +279,14 @@ def main() -> None:
     parser.add_argument("--t5", default="t5", help="folder of a T5 model")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    results = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    done = {(row["job"], row["rate"], row["seed"], row["share"]): row for row in results}
+    runs = KeptRuns(args.results)
 
-    def once(*key: Any) -> dict[str, Any]:
-        name, rate, seed, share = key
-        if key not in done:
-            done[key] = run(name, {"bert": args.bert, "t5": args.t5}, rate, seed, share)
-            with args.results.open("a") as file:
-                file.write(json.dumps(done[key]) + "\n")
-            print(done[key], flush=True)
-        return done[key]
+    def once(name: str, rate: float, seed: int, share: float) -> dict[str, Any]:
+        row = runs.find(job=name, rate=rate, seed=seed, share=share)
+        if row is None:
+            row = runs.add(run(name, {"bert": args.bert, "t5": args.t5}, rate, seed, share))
+            print(row, flush=True)
+        return row
 
     if not args.table:
         for name in args.jobs or JOBS:
@@ -297,7 +294,7 @@ def main() -> None:
             best = min(sweep, key=lambda row: row["change"])
             for seed in args.seeds:
                 once(name, best["rate"], seed, 1)
-    print(table(list(done.values())))
+    print(table(runs.rows))
 
 
 if __name__ == "__main__":

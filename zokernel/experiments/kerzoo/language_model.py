@@ -11,11 +11,11 @@ the first seed, chooses one by the loss of the validation examples, and trains t
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ import numpy as np
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
+from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
-from zokernel.experiments.kerzoo.kept_runs import KEPT, KeptRuns
 from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.figures import figures
 from zokernel.files import read_json
+from zokernel.kernels.plan import plain
 
 logger = logging.getLogger(__name__)
 
+KEPT = ("learning_rate", "effective_lr", "before", "after", "forwards", "train_seconds", "evaluations")
 MATCHED = "MeZO-3 at KerZOO's effective lr"
 FILES = {
     "SST-2": ("sst2", "train.tsv", "dev.tsv", None),
@@ -171,10 +173,12 @@ def run(config: Config) -> Result:
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
                 chosen = settings | line | {"seed": seed}
                 key = {"task": task, "data": data, "model": name, "lora": lora, "settings": chosen, **limits}  # noqa: B023
-                return runs.get(
-                    key,
-                    partial(outcome, model=model_arguments, data=arguments, settings=chosen),  # noqa: B023
-                )
+                known = json.dumps(key, sort_keys=True)
+                found = runs.find(run=known)
+                if found is None:
+                    metrics = outcome(model=model_arguments, data=arguments, settings=chosen)  # noqa: B023
+                    found = runs.add({"run": known, "metrics": plain({part: metrics[part] for part in KEPT})})
+                return dict(found["metrics"])
 
             compared = lines(lr, steps)
             if sweep:

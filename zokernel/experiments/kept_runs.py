@@ -1,0 +1,44 @@
+"""Runs that are kept in a file, so that an experiment or benchmark of many hours can be stopped and goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class KeptRuns:
+    """Finished runs, in a file of one JSON line each if there is one.
+
+    Args:
+        path: The file; a new one is made when the first run is added.  None keeps runs in memory alone.
+
+    Attributes:
+        rows: The runs, in the order in which they ended.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "runs.jsonl"
+        ...     _ = KeptRuns(path).add({"seed": 0, "loss": 0.5})
+        ...     KeptRuns(path).find(seed=0), KeptRuns(path).find(seed=1)
+        ({'seed': 0, 'loss': 0.5}, None)
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """Return the run with these values, or None if there is none."""
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Keep a run, and return it."""
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
