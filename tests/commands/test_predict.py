@@ -135,7 +135,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_
         assert main([*merge, *trust]) == 0
 
 
-@pytest.mark.parametrize("values", [("1", "2", "3"), ("billing", "sales")])
+@pytest.mark.parametrize("values", [("1", "2", "3"), ("billing", "sales"), ("pro", "pro|con")])
 def test_predictions_are_labels_as_the_training_data_had_them(values, tmp_path, tiny_lm_path):
     rows = [{"text": f"movie {n}", "label": values[n % len(values)]} for n in range(12)]
     for split in ("train", "test"):

@@ -10,7 +10,10 @@ import pytest
 
 from zokernel.data import load_table
 from zokernel.errors import UsageError
+from zokernel.finetune.data.choose_task import classification
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import ChoiceTask, GenerationTask, PromptTask, get_task
+from zokernel.finetune.tasks.toy import toy_rows
 
 OWN = PromptTask("{text} It was", ("bad", "good"))
 
@@ -122,6 +125,7 @@ def test_a_prompt_never_says_none():
         ("bad good", (), [True, False, "true", "False", "TRUE"], [1, 0, 1, 0, 1]),
         ("bad good", (), ["bad", "Good", "GOOD"], [0, 1, 1]),
         ("no yes", ("low", "High|urgent"), ["low", "LOW", "high", "Urgent", "yes"], [0, 0, 1, 1, 1]),
+        ("no yes", (r"a\|b", "a|c"), ["a|b", "a", "C", "a|c"], [0, 1, 1, 1]),
         ("no yes", ("0.0", "1.0"), [0, "1", 1.0], [0, 1, 1]),
         ("no yes", ("true", "false"), [True, "False"], [0, 1]),
         ("low mid high", ("-1", "0", "1"), [-1, "0", 1.0, "-1.0"], [0, 1, 2, 0]),
@@ -136,6 +140,23 @@ def test_labels_are_understood_as_tables_write_them(words, labels, values, class
     task = PromptTask("{text}", tuple(words.split()), labels)
     rows = [{"text": "x", "label": value} for value in values]
     assert [task.label(row) for row in task.read(rows, where="train")] == classes
+
+
+def test_labels_of_several_names_have_the_first_as_their_word():
+    rows = [{"text": "x", "label": label} for label in (0, "good")]
+    task = classification(rows, DataArguments(labels=["bad|0", "good|1"]))
+    assert task.label_words == ("bad", "good")
+    assert [task.label(row) for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [("bad good", ()), ("1 2 3 4 5", ()), ("1 0", ()), ("no yes", ("low|normal", "high")), ("a b", ("1|x", "2|y"))],
+)
+def test_toy_rows_hold_every_class_equally_often(words, labels):
+    task = PromptTask("{text}", tuple(words.split()), labels)
+    rows = toy_rows("own", task, size=2 * task.num_classes)
+    assert [task.label(row) for row in task.read(rows, where="toy")] == [*range(task.num_classes)] * 2
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
 from zokernel.finetune.tasks.encode_text import TextEncoder
+from zokernel.finetune.tasks.prompt import alternatives
 from zokernel.finetune.tasks.saved import task_of_values, task_values
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.text import TextTask
@@ -224,7 +225,7 @@ class Predictor:
 
     def _labels(self) -> list[str]:
         """Return the label of each class as the training data had it."""
-        return [name.split("|")[0] for name in self.task.names()]
+        return [alternatives(name)[0] for name in self.task.names()]
 
     def _chosen(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
         best = max(range(len(shares)), key=shares.__getitem__)

@@ -10,7 +10,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
 from zokernel.finetune.tasks.base import NO_LABEL, is_missing
-from zokernel.finetune.tasks.prompt import on_a_scale, spelled
+from zokernel.finetune.tasks.prompt import alternatives, as_label, on_a_scale, spelled
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.template import column_in_braces
 from zokernel.finetune.tasks.text import COLUMNS_OF_TEXT
@@ -58,10 +58,12 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
             "with --label_column, or name the task with --task or --task_file. "
             f"Chats, instructions and texts are recognised by the columns {COLUMNS_OF_TEXT}."
         )
-    labels, words = arguments.labels, arguments.label_words or arguments.labels
+    labels, words = arguments.labels, arguments.label_words
+    if labels and not words:
+        words = [alternatives(name)[0] for name in labels]
     if not words:
         words = label_values(rows, label)
-        labels = None if any("|" in word for word in words) else words  # a|b would stand for either
+        labels = [as_label(word) for word in words]
         logger.info("No --label_words were given: they are the values of column %r: %s.", label, ", ".join(words))
     template = arguments.template
     if not template:

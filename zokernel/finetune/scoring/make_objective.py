@@ -47,7 +47,7 @@ def make_objective(
         if not isinstance(task, PromptTask):
             raise UsageError("--calibrate compares the same label words in every example: it is for classification.")
         blank: dict[str, Any] = dict.fromkeys(task.required_columns(), "")
-        blank[task.label_column] = (task.labels or task.label_words)[0]
+        blank[task.label_column] = task.names()[0]
         framed: dict[str, Any] = {"masked": masked, "decoder": decoder, "context": context, "max_length": max_length}
         calibration = collator([EncodedDataset(encode(task, [blank], tokenizer, **framed))[0]])
     return Objective(

@@ -24,8 +24,8 @@ class PromptTask(Task):
         template: Text with columns in braces, such as ``{sentence} It was``.
         label_words: One word or phrase per class, in class order, without the space before it.
         labels: What the label column holds for each class; ``0, 1, ...`` when empty (or the label words, if those are
-            numbers).  ``a|b`` stands for either.  The label words themselves, 1.0 for 1, true for 1 and another case
-            are understood, too.
+            numbers).  ``a|b`` stands for either, and ``a\|b`` for itself.  The label words, 1.0 for 1, true for 1 and
+            another case are understood, too.
         masked_label_words: Label words for masked language models, where they differ.
 
     Raises:
@@ -70,7 +70,7 @@ class PromptTask(Task):
         """Return the class of every text that the label column may hold."""
         found: dict[str, int] = {}
         for choice, name in enumerate(self.names()):
-            for alternative in dict.fromkeys(map(spelled, (name, *name.split("|")))):
+            for alternative in dict.fromkeys(map(spelled, (name, *alternatives(name)))):
                 if alternative in found:
                     raise UsageError(f"The label {alternative!r} stands for two classes: give each class its own.")
                 found[alternative] = choice
@@ -128,6 +128,21 @@ class PromptTask(Task):
         if any(_NUMBER.fullmatch(word) for word in self.label_words):
             return self.label_words
         return tuple(str(number) for number in range(self.num_classes))
+
+
+def alternatives(label: str) -> list[str]:
+    r"""Return the texts that a label stands for.
+
+    Example:
+        >>> alternatives("0|DESC"), alternatives(as_label("either|or"))
+        (['0', 'DESC'], ['either|or'])
+    """
+    return [part.replace(r"\|", "|") for part in re.split(r"(?<!\\)\|", label)]
+
+
+def as_label(text: str) -> str:
+    """Return the label that stands for one text, whatever its characters; see :func:`alternatives`."""
+    return text.replace("|", r"\|")
 
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")

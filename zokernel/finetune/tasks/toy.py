@@ -9,11 +9,10 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from zokernel.data.tables import Row
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.prompt import PromptTask
+from zokernel.finetune.tasks.prompt import PromptTask, alternatives
 
 _FILLERS = ("a", "the", "one", "some", "this")
 _CLUES = "xyzuvw"
@@ -65,10 +64,10 @@ def _text(generator: random.Random, clue: str = "") -> str:
 
 def _classified(task: PromptTask, generator: random.Random, number: int) -> Row:
     label = number % task.num_classes  # every class equally often
-    values: list[Any] = [name.split("|")[0] for name in task.labels] or list(range(task.num_classes))
+    name = alternatives(task.names()[label])[0]
     columns = [column for column in task.required_columns() if column != task.label_column]
     row: Row = {column: _text(generator, _CLUES[label]) for column in columns}
-    return row | {task.label_column: values[label]}
+    return row | {task.label_column: int(name) if name.isdecimal() else name}
 
 
 def _copa(generator: random.Random) -> Row:
