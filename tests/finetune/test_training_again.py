@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
 from interrupted import same
 from trainer_cases import make, weights
 from trainers import load_parts, make_trainer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from zokernel.errors import UsageError
-from zokernel.finetune import replay
+from zokernel.finetune import replay, zeroth_order
 from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.journal import Journal
 
@@ -155,6 +156,49 @@ def test_what_a_callback_or_a_search_changes_counts(made):
     trainer.create_optimizer()
     assert (trainer.settings["learning_rate"], trainer.settings["seed"]) == (0.25, 11)
     assert (trainer.bare_optimizer.param_groups[0]["lr"], trainer.bare_optimizer.seed) == (0.25, 11)
+
+
+@dataclass
+class Trial:
+    """What optuna hands to transformers."""
+
+    number: int
+    params: dict[str, float]
+
+
+@pytest.mark.parametrize("strategy", ["journal", "steps"])
+def test_each_trial_of_a_search_has_its_own_model_and_folder(strategy, tmp_path, monkeypatch):
+    # Asks optuna, which is not installed here, whether a trial is one of its own.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    points = torch.linspace(-1, 1, 12)
+
+    class Regression(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return (model(inputs["x"]) - inputs["y"]).square().mean()
+
+    def model_init(trial):
+        width = 4 if trial is None else trial.params["width"]
+        return torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+
+    trainer = zeroth_order(Regression, method="mezo", learning_rate=1.0, save_strategy=strategy)(
+        model_init=model_init,
+        args=TrainingArguments(
+            str(tmp_path), max_steps=3, save_steps=3, max_grad_norm=0.0, remove_unused_columns=False, report_to="none"
+        ),
+        train_dataset=[{"x": x.view(1), "y": x.square().view(1)} for x in points],
+    )
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trainer.hp_space = lambda trial: {"learning_rate": trial.params["learning_rate"]}
+    for trial in (Trial(0, {"width": 6, "learning_rate": 1e-3}), Trial(1, {"width": 9, "learning_rate": 2e-3})):
+        trainer.train(trial=trial)
+        assert trainer.model[0].out_features == trial.params["width"]
+        folder = tmp_path / f"run-{trial.number}"
+        journal = Journal.read(folder)
+        assert journal.header["parameters"]["0.weight"][1] == [trial.params["width"], 1]
+        assert journal.steps[0].learning_rates == (trial.params["learning_rate"],)
+        assert len((folder / "steps.jsonl").read_text().splitlines()) == 3
+        assert (folder / "checkpoint-3").is_dir() == (strategy == "steps")
+    assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1"}
 
 
 def test_what_a_trainer_was_made_with_cannot_be_changed(made):

@@ -18,8 +18,7 @@ class RunLog(TrainerCallback):
     """Keeps one row per step: loss, projected gradient, and the forwards and seconds so far.
 
     Args:
-        folder: Where ``steps.jsonl`` is.
-        writes: Whether this process writes it.
+        writes: Whether this process writes ``steps.jsonl``.
 
     Attributes:
         rows: The rows so far; always the same list.
@@ -29,8 +28,8 @@ class RunLog(TrainerCallback):
         earlier_seconds: Seconds of steps that earlier processes of the run took.
     """
 
-    def __init__(self, folder: Path, *, writes: bool):
-        self._folder, self._writes = folder, writes
+    def __init__(self, *, writes: bool):
+        self._folder, self._writes = Path(), writes
         self.rows: list[Row] = []
         self.seconds = 0.0
         self.forwards = 0
@@ -39,13 +38,15 @@ class RunLog(TrainerCallback):
         self._seconds_at: dict[int, float] = {}
         self._saved = False
 
-    def begin(self, step: int, *, continues: bool) -> None:
+    def begin(self, folder: Path, step: int, *, continues: bool) -> None:
         """Keep the rows of the steps already taken.
 
         Args:
+            folder: Where ``steps.jsonl`` is.
             step: How many steps the weights have taken.
             continues: Whether an earlier process's run is continued.
         """
+        self._folder = folder
         kept = read_rows(self._folder / STEPS_FILE) if continues else []
         self._seconds_at = {int(row["step"]): row["seconds"] for row in kept}
         self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0

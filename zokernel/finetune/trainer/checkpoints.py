@@ -43,12 +43,14 @@ class CheckpointTrainer(Trainer):
         settings: What the run is going to do; decisions that are taken late replace it.
         args: The settings in the form that the loop takes; this trainer's own copy.
         journal: The run's journal while it trains, if it keeps one.
+        trial: What a search of hyperparameters tries in the last call of ``train``; None without a search.
     """
 
     args: Any
+    trial: Any
 
     def __init__(self, settings: RunSettings, **kwargs: Any):
-        self.settings = settings
+        self.settings, self.trial = settings, None
         super().__init__(args=loop_arguments(settings), **kwargs)
         self.journal: RunJournal | None = None
         self._loop_state: dict[str, Any] | None = None
@@ -93,8 +95,8 @@ class CheckpointTrainer(Trainer):
 
     @property
     def folder(self) -> Path:
-        """The output folder."""
-        return Path(str(self.args.output_dir))
+        """The folder of the run: the output folder or, in a search of hyperparameters, that of the trial within it."""
+        return Path(self._get_output_dir(self.trial))
 
     @property
     def bare_optimizer(self) -> Any:

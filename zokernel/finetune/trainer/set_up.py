@@ -221,7 +221,7 @@ class SetUpTrainer(ResumableTrainer):
         make: Any = self.model_init
         if make is not None:
             set_seed(self.args.seed)
-            self.model = self.model_wrapped = self.call_model_init()
+            self.model = self.model_wrapped = self.call_model_init(self.trial)
             self.lr_scheduler, self._moved = None, False
             self.forget_optimizer()
             if self.place_model_on_device:

@@ -82,7 +82,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self._begun_at = self._rate = 0.0
         self._forwards = 0
         self._tried = False
-        self.run_log = RunLog(self.folder, writes=self.args.should_save)
+        self.run_log = RunLog(writes=self.args.should_save)
         self._course = Course()
         self.diagnosis: Diagnosis | None = None
         self._consumers: list[Consumer] = [self.run_log, self._course]
@@ -126,7 +126,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
                 perturb = choose_perturb.settle(self.bare_optimizer, self.args, trial, self.parallel)
             self.decide("auto", perturb=perturb)
         super().begin_loop()
-        self.run_log.begin(self.state.global_step, continues=self.continues)
+        self.run_log.begin(self.folder, self.state.global_step, continues=self.continues)
         self._course.begin(self.run_log.rows)
 
     @property
@@ -245,11 +245,14 @@ class ZerothOrderTrainer(MeasuringTrainer):
             "The losses of this trainer are not known by example: use a method whose directions all examples share."
         )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train; if the loss is not finite, save the last good weights.
 
         Args:
             resume_from_checkpoint: A checkpoint folder, or True for whatever is in the output folder.
+            trial: What a search of hyperparameters tries, which a ``model_init`` of one argument is called with.
             *args: As for ``transformers.Trainer.train``.
             **kwargs: As for ``transformers.Trainer.train``.
 
@@ -258,12 +261,13 @@ class ZerothOrderTrainer(MeasuringTrainer):
             UsageError: If the run in the output folder has other settings, or an argument was changed that is fixed
                 when the trainer is made.
         """
+        self.trial = trial
         self.take_over()
         if self.args.auto_find_batch_size and self.zeroth_order:
             self._fit_batch()
         try:
             with self.model_made():
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                result = super().train(resume_from_checkpoint, trial, *args, **kwargs)
                 self.diagnosis = None if self._signals.interrupted else self._diagnose()
                 return result
         except LossError as error:
