@@ -150,3 +150,26 @@ def test_greedy_answers_ignore_a_penalty_that_the_model_was_published_with(model
     (answer,) = greedy_answers(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=8)
     assert answer == expected
     assert continuations(model, tokenizer, [prompt], max_new_tokens=8) == [expected]
+
+
+@pytest.mark.parametrize("mark", ["", " END"])
+def test_decoding_stops_at_the_ending(mark, model, tokenizer):
+    """Of one token or several, and not at the same text in the prompt."""
+    prompt = tokenizer("a good movie")["input_ids"]
+    written = list(prompt)
+    for _ in range(8):
+        with torch.no_grad():
+            written.append(int(model(input_ids=torch.tensor([written])).logits[0, -1].argmax()))
+    pieces = [tokenizer.decode(written[len(prompt) : len(prompt) + n]) for n in range(9)]
+    ending = mark or pieces[5][len(pieces[2]) :]
+    ids = torch.tensor([[*tokenizer(f"x{ending}")["input_ids"], *prompt[1:]]]) if mark else torch.tensor([prompt])
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    (answer,) = greedy_answers(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens=8, ending=ending)
+    hook.remove()
+    if mark:  # which the model does not write
+        assert len(forwards) == 8
+        return
+    stopped = next(n for n, text in enumerate(pieces) if ending in text)
+    assert len(forwards) == stopped <= 5
+    assert answer == pieces[8].split(ending)[0].strip()

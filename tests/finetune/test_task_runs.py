@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from models import save_model
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from zokernel.errors import UsageError
@@ -229,25 +231,33 @@ def test_long_masked_prompts_keep_their_mask_and_ends(models):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ending", "fits"),
+    ("kind", "ending", "told"),
     [
-        *(("causal", ending, fits) for ending, fits in (("\n", True), ("\n###", True), (" END", False), ("", False))),
-        *(("seq2seq", ending, fits) for ending, fits in (("\n", True), ("", True), (" END", False))),
+        *(("causal", ending, "") for ending in ("\n", "\n###", " END", "</s>")),
+        *(("causal", ending, "cannot stop: leave out") for ending in ("", "  ")),
+        ("causal", "\u2028", "this tokenizer writes as '.*': choose another ending"),
+        *(("seq2seq", ending, "") for ending in ("\n", "", " END")),
+        ("seq2seq", "\u2028#", "this tokenizer writes as '.*': choose another ending"),
     ],
 )
-def test_answers_end_where_decoding_stops(kind, ending, fits):
+def test_answers_end_where_decoding_stops(kind, ending, told, models):
+    _, tokenizer, _ = models["llama"]
     task, rows = GenerationTask("{question}", label_column="answer", ending=ending), [{"question": "?", "answer": "a"}]
-    expected = nullcontext() if fits else pytest.raises(UsageError, match="decoding stops at a line break: leave out")
+    if "\u2028" in ending:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u2028", "\n")
+    expected = pytest.raises(UsageError, match=told) if told else nullcontext()
     with expected:
-        check_text(task, rows, None, DataArguments(), kind=kind, objective="cross_entropy")
+        check_text(task, rows, tokenizer, DataArguments(), kind=kind, objective="cross_entropy")
 
 
-def test_answers_of_several_lines_are_counted(caplog):
+def test_answers_that_hold_their_ending_are_counted(caplog, models):
+    _, tokenizer, _ = models["llama"]
     task = GenerationTask("{question}", label_column="answer")
     answers = ["Ada", "Ada\nLovelace", ["Ada\nLovelace", "Ada"], " Ada\n"]
     rows = [{"question": "Who?", "answer": answer} for answer in answers]
-    check_text(task, rows, None, DataArguments(), kind="causal", objective="cross_entropy")
-    assert "1 of 4 training examples have answers of several lines" in caplog.text
+    check_text(task, rows, tokenizer, DataArguments(), kind="causal", objective="cross_entropy")
+    assert "1 of 4 training examples have answers that hold their ending" in caplog.text
     caplog.clear()
-    check_text(task, rows[:1], None, DataArguments(), kind="causal", objective="cross_entropy")
+    check_text(task, rows[:1], tokenizer, DataArguments(), kind="causal", objective="cross_entropy")
     assert caplog.text == ""

@@ -45,7 +45,7 @@ def check_text(
         if kind == "causal" and "{mask}" in task.template:
             raise UsageError(f"The template {task.template!r} has a {{mask}}: it needs a masked language model.")
         if isinstance(task, GenerationTask):
-            _check_answers(task, rows, kind=kind)
+            _check_answers(task, rows, tokenizer, kind=kind)
         return
     if kind == "masked":
         raise UsageError(
@@ -105,21 +105,27 @@ def text_encoder(
     )
 
 
-def _check_answers(task: GenerationTask, rows: Sequence[Row], *, kind: str) -> None:
+def _check_answers(task: GenerationTask, rows: Sequence[Row], tokenizer: Any, *, kind: str) -> None:
     """Refuse an ending at which decoding does not stop, and name answers that it cannot write."""
-    ended = kind == "seq2seq" and not task.ending.strip()  # by the token that ends a sequence
-    if not ended and not task.ending.startswith("\n"):
+    ending, ended = task.ending, kind == "seq2seq"  # by the token that ends a sequence
+    if not ended and not ending.strip(" "):
         raise UsageError(
-            f"The answers end with {task.ending!r}, and decoding stops at a line break: leave out the task's ending, "
-            "or let it begin with a line break."
+            f"The answers end with {ending!r}, at which decoding cannot stop: leave out the task's ending (a line "
+            "break), or let it hold more than spaces."
         )
-    long = sum(all("\n" in reference for reference in task.references(row)) for row in rows)
+    written = tokenizer.decode(tokenizer(f"a{ending}", add_special_tokens=False)["input_ids"])
+    if ending not in written and (ending.strip() or not ended):
+        raise UsageError(
+            f"The answers end with {ending!r}, which this tokenizer writes as {written[1:]!r}: choose another ending."
+        )
+    long = sum(all(ending in reference for reference in task.references(row)) for row in rows) if ending else 0
     if long:
         logger.warning(
-            "%d of %d training examples have answers of several lines; decoding stops after the first line, so such "
-            "an answer is never scored as an exact match.",
+            "%d of %d training examples have answers that hold their ending, %r; decoding stops there, so such an "
+            "answer is never scored as an exact match.",
             long,
             len(rows),
+            ending,
         )
 
 

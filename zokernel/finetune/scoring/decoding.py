@@ -1,4 +1,4 @@
-"""Greedy decoding of short answers, a batch at a time, until a line break or the end of the text."""
+"""Greedy decoding of short answers, a batch at a time, until what marks their end or the end of the text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 
 
-class _AtLineBreak:
-    """Stopping criterion: the last token of a row holds a line break."""
+class _AtEnding:
+    """Stopping criterion: the last tokens of a row, of those after the prompt, hold the ending.
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._known: dict[int, bool] = {}
+    A token is a byte or more, so that one token more than the ending has bytes holds all of it, and the space before
+    it, which some tokenizers drop from a first token.
+    """
+
+    def __init__(self, tokenizer: Any, ending: str, start: int):
+        self._tokenizer, self._ending, self._start = tokenizer, ending, start
+        self._most = len(ending.encode()) + 1
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        last = input_ids[:, -1].tolist()
-        for token in last:
-            if token not in self._known:
-                self._known[token] = "\n" in self._tokenizer.decode([token])
-        return torch.tensor([self._known[token] for token in last], device=input_ids.device)
+        last = input_ids[:, self._start :][:, -self._most :]
+        texts = self._tokenizer.batch_decode(last)
+        return torch.tensor([self._ending in text for text in texts], device=input_ids.device)
 
 
 @torch.no_grad()
@@ -32,8 +34,9 @@ def greedy_answers(
     *,
     decoder_prompt: Tensor | None = None,
     max_new_tokens: int = 50,
+    ending: str = "\n",
 ) -> list[str]:
-    """Return what the model writes after each prompt, up to the first line break.
+    """Return what the model writes after each prompt, up to what marks the end of an answer.
 
     Args:
         model: A causal or sequence-to-sequence language model of transformers, or a peft wrapper of one.
@@ -42,6 +45,7 @@ def greedy_answers(
         prompts_mask: (B, T) ones where there is a token.
         decoder_prompt: (B, D) what the decoder of a sequence-to-sequence model begins with.
         max_new_tokens: Longest answer in tokens.
+        ending: What marks the end of an answer beside the model's own end of a text; empty if nothing does.
 
     Returns:
         One text per prompt, without surrounding spaces.
@@ -62,7 +66,10 @@ def greedy_answers(
         no_repeat_ngram_size=0,
         repetition_penalty=1.0,
     )
-    stop = StoppingCriteriaList([_AtLineBreak(tokenizer)])
+
+    def stop(start: int) -> Any:
+        return StoppingCriteriaList([_AtEnding(tokenizer, ending, start)] if ending else [])
+
     if decoder_prompt is not None:
         settings.decoder_start_token_id = int(decoder_prompt[0, 0])
         written = base.generate(
@@ -70,9 +77,9 @@ def greedy_answers(
             attention_mask=prompts_mask,
             decoder_input_ids=decoder_prompt,
             generation_config=settings,
-            stopping_criteria=stop,
+            stopping_criteria=stop(decoder_prompt.shape[1]),
         )
-        return _texts(tokenizer, written[:, decoder_prompt.shape[1] :])
+        return _texts(tokenizer, written[:, decoder_prompt.shape[1] :], ending)
     answers = [""] * len(prompts)
     for rows, length in _batches(base, prompts_mask):
         start = prompts.shape[1] - length
@@ -80,16 +87,16 @@ def greedy_answers(
             input_ids=prompts[rows, start:],
             attention_mask=prompts_mask[rows, start:],
             generation_config=settings,
-            stopping_criteria=stop,
+            stopping_criteria=stop(length),
         )
-        for row, text in zip(rows, _texts(tokenizer, written[:, length:])):
+        for row, text in zip(rows, _texts(tokenizer, written[:, length:], ending)):
             answers[row] = text
     return answers
 
 
-def _texts(tokenizer: Any, written: Tensor) -> list[str]:
+def _texts(tokenizer: Any, written: Tensor, ending: str) -> list[str]:
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [text.lstrip().split("\n", 1)[0].strip() for text in texts]
+    return [(text.split(ending, 1)[0] if ending else text).strip() for text in texts]
 
 
 def _batches(model: Any, prompts_mask: Tensor) -> list[tuple[list[int], int]]:

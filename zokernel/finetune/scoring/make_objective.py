@@ -8,6 +8,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.tasks import Task, encode
+from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.prompt import PromptTask
 from zokernel.finetune.tasks.seq2seq import Decoder
 
@@ -56,5 +57,6 @@ def make_objective(
         kind=task.kind,
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
+        ending=task.ending if isinstance(task, GenerationTask) else "",
         calibration=calibration,
     )

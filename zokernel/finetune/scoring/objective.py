@@ -36,6 +36,7 @@ class Objective:
         kind: ``classification``, ``choice`` or ``generation``.
         tokenizer: Needed to generate.
         max_new_tokens: Longest generated answer.
+        ending: What marks the end of a generated answer.
         calibration: A batch of one content-free example whose scores are subtracted when options are compared in an
             evaluation (``None``: no calibration).
 
@@ -48,6 +49,7 @@ class Objective:
     kind: str = "classification"
     tokenizer: Any = None
     max_new_tokens: int = 50
+    ending: str = "\n"
     calibration: dict[str, Any] | None = None
 
     def __post_init__(self):
@@ -197,6 +199,7 @@ class Objective:
             batch["prompts_mask"],
             decoder_prompt=batch.get("decoder_prompt"),
             max_new_tokens=self.max_new_tokens,
+            ending=self.ending,
         )
 
     def _generated(self, model: nn.Module, batch: dict[str, Any]) -> list[tuple[float, float]]:

@@ -15,12 +15,13 @@ from zokernel.finetune.tasks.base import Task, is_missing
 class GenerationTask(Task):
     r"""A task whose answer is written out.
 
-    The label column holds the answer, or a list of answers that all count (the first is trained on).  The answer ends
-    with a line break, which is also where decoding stops.
+    The label column holds the answer, or a list of answers that all count (the first is trained on).  Decoding stops at
+    the ending that stands after an answer, or at the token that ends a text.
 
     Args:
         template: Text with columns in braces.
-        ending: What marks the end of an answer.
+        ending: What marks the end of an answer, as the tokenizer writes it: a line break or some other text.  Only a
+            sequence-to-sequence model, which learns to end its answers, does without (``ending=""``).
 
     Example:
         >>> task = GenerationTask("Question: {question}\nAnswer:", label_column="answers")
