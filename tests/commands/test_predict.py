@@ -96,6 +96,15 @@ def test_the_model_is_run_with_the_attention_of_its_run(tmp_path, flags):
         assert attention_implementation(load_predictor(place).model) == "eager"
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """The folder of code that comes with models: one for the process, which imports from the first one alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        yield folder
+
+
 OWN = """
 from transformers import LlamaForCausalLM
 
@@ -109,8 +118,7 @@ class Own(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("lora", ["false", "true"])
-def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_lm_path, flags, monkeypatch, capsys):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_lm_path, flags, modules, capsys):
     place, run, rows = shutil.copytree(tiny_lm_path, tmp_path / "own"), tmp_path / "run", tmp_path / "new.csv"
     rows.write_text("sentence\ngood\n")
     (place / "own.py").write_text(OWN)
@@ -133,6 +141,41 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_
         assert main(merge) == 2
         assert "that was a Own, and this is a LlamaForCausalLM" in capsys.readouterr().err
         assert main([*merge, *trust]) == 0
+
+
+CONFIGURATION = """
+from transformers import LlamaConfig
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+"""
+
+
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_a_configuration_of_a_class_that_comes_with_the_model(lora, tmp_path, tiny_lm_path, flags, modules, capsys):
+    place, rows = shutil.copytree(tiny_lm_path, tmp_path / "own"), tmp_path / "new.csv"
+    rows.write_text("sentence\ngood\n")
+    (place / "configuration_own.py").write_text(CONFIGURATION)
+    (place / "own.py").write_text(f"{OWN}\n    from .configuration_own import OwnConfig as config_class\n")
+    config = json.loads((place / "config.json").read_text())
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    config |= {"model_type": "own-llama", "architectures": ["Own"], "auto_map": names}
+    (place / "config.json").write_text(json.dumps(config))
+    trust, named = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place)]
+    assert main(["plan", "--memory", "true", *named, *trust]) == 0
+    assert main(["plan", "--memory", "true", *named]) == 2
+    assert "brings code of its own, which is not run: read it" in capsys.readouterr().err
+    # At this rate of all weights the start is best, and is loaded again.
+    far = ["--max_steps", "4", "--eval_steps", "2", "--save_strategy", "journal", "--learning_rate", "10"]
+    assert main(["finetune", *flags, *named, *far, *trust, "--lora", lora]) == 0
+    assert lora == "true" or json.loads((tmp_path / "run" / "metrics.json").read_text())["best_step"] == 0
+    capsys.readouterr()
+    assert main(["predict", "--model", str(tmp_path / "run"), "--file", str(rows), *trust]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    start = load_predictor(tmp_path / "run", trust_remote_code=True)
+    assert type(without_adapter(start.model)).__name__ == "Own"
+    assert scores == pytest.approx(start(["good"])[0]["scores"], abs=1e-6)
 
 
 @pytest.mark.parametrize("values", [("1", "2", "3"), ("billing", "sales"), ("pro", "pro|con")])

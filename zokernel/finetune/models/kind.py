@@ -13,6 +13,11 @@ from zokernel.without_adapter import without_adapter
 
 Kind = Literal["causal", "masked", "seq2seq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_AUTO_CLASSES: dict[Kind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
 
 
 def language_model_kind(architecture: Any, lm_type: str = "auto") -> Kind:
@@ -75,19 +80,25 @@ def auto_class(kind: Kind) -> Any:
     """Return the ``AutoModel`` class of transformers that loads models of a kind."""
     import transformers
 
-    name = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM"}[kind]
-    return getattr(transformers, f"AutoModelFor{name}")
+    return getattr(transformers, _AUTO_CLASSES[kind])
+
+
+def is_trusted(architecture: Any) -> bool:
+    """Return whether a configuration is of a class that came with its model, which the user has let run."""
+    return type(architecture).__module__.startswith("transformers_modules.")
 
 
 def empty_model(architecture: Any, kind: Kind = "causal") -> Any:
     """Build a model on the device ``meta``, where weights have shapes and no memory, from its configuration.
+
+    Code that comes with the model runs if the configuration is of that code, too.
 
     Raises:
         UsageError: If the configuration describes no model that can be built.
     """
     try:
         with torch.device("meta"):
-            model = auto_class(kind).from_config(architecture)
+            model = auto_class(kind).from_config(architecture, trust_remote_code=is_trusted(architecture))
         model.tie_weights()
     except Exception as error:  # sizes that do not fit fail in any way
         raise UsageError(
@@ -98,7 +109,7 @@ def empty_model(architecture: Any, kind: Kind = "causal") -> Any:
 
 
 def _classes(architecture: Any) -> dict[Kind, set[str]]:
-    """Return the names of the classes that load a configuration, by the kinds it may be."""
+    """Return the names of the classes that load a configuration, by the kinds it may be: its own code's, too."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
@@ -106,11 +117,15 @@ def _classes(architecture: Any) -> dict[Kind, set[str]]:
     )
 
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
-    found: dict[Kind, set[str]] = {}
+    own = getattr(architecture, "auto_map", None) or {}
+    found: dict[Kind, set[str]] = {
+        kind: {str(own[name]).rpartition(".")[2]} for kind, name in _AUTO_CLASSES.items() if name in own
+    }
     for kind, mapping in zip(KINDS, mappings):
         if type(architecture) in mapping:
             classes: Any = mapping[type(architecture)]
-            found[kind] = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+            named = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
+            found[kind] = found.get(kind, set()) | named
     # Models of speech are listed as seq2seq, too; some of them continue text after an encoded sound.  BART is listed as
     # masked, but writes the text anew in its decoder.
     found.pop("masked" if getattr(architecture, "is_encoder_decoder", False) else "seq2seq", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError, first_line
+from zokernel.finetune.models.kind import is_trusted
 from zokernel.finetune.models.quantization import DEQUANTIZED, keep_as_stored_, stored_as
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_
 from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
@@ -115,12 +116,15 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
     return model
 
 
-def source_of(name: str, quantization: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+def source_of(
+    name: str, quantization: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> tuple[str, dict[str, Any]]:
     """Return where a base is read from, and what ``from_pretrained`` must be told to read it as the run did.
 
     Args:
         name: A model folder, a hub id or a GGUF file.
         quantization: How the run quantized it while it was loaded.
+        trust_remote_code: Whether code that comes with it may run.
     """
     from transformers import AutoConfig, CompressedTensorsConfig, GgufConfig
     from transformers.quantizers import AutoQuantizationConfig
@@ -129,7 +133,7 @@ def source_of(name: str, quantization: dict[str, Any] | None = None) -> tuple[st
     if path.endswith(".gguf"):
         file = Path(path).expanduser()
         return str(file.parent), {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-    stored = stored_as(AutoConfig.from_pretrained(path))
+    stored = stored_as(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     if stored in DEQUANTIZED:
         return path, {"use_safetensors": True, "quantization_config": CompressedTensorsConfig(dequantize=True)}
     options: dict[str, Any] = {"use_safetensors": True}
@@ -152,7 +156,7 @@ def restore_base_(model: Any, folder: Path) -> None:
         reset_factors_(model)
         return
     try:
-        path, options = source_of(model.name_or_path)
+        path, options = source_of(model.name_or_path, trust_remote_code=is_trusted(model.config))
         again = type(model).from_pretrained(path, dtype=model.dtype, **options)
     except (OSError, ValueError) as error:
         raise RunError(
