@@ -350,3 +350,18 @@ def test_dropout_is_stored_and_off(caplog, capsys):
                 parameter.fill_(0.1)
         ids = torch.tensor([[1, 2, 3]])
         assert torch.equal(adapted(input_ids=ids).logits, adapted(input_ids=ids).logits)
+
+
+def test_the_revision_of_a_base_on_the_hub_is_kept_with_the_adapter(bases, tmp_path):
+    """What a copy of the adapter without the record of its run is put on, here and by peft."""
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    named = {"model_name_or_path": "org/model", "model_revision": "v2"}
+    attach_adapter(model, ModelArguments(**named, lora=True, lora_r=2)).save_pretrained(tmp_path / "a")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "a").revision == "v2"
+    found = with_base(ModelArguments(str(tmp_path / "a")))
+    assert (found.model_name_or_path, found.model_revision) == ("org/model", "v2")
+    assert with_base(ModelArguments(str(tmp_path / "a"), model_revision="v3")).model_revision == "v3"
+    plain = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    attach_adapter(plain, ModelArguments(model_name_or_path="org/model", lora=True)).save_pretrained(tmp_path / "b")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "b").revision is None
+    assert with_base(ModelArguments(str(tmp_path / "b"))).model_revision == "main"

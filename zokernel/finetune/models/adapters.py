@@ -112,7 +112,7 @@ def attach_adapter(model: nn.Module, arguments: ModelArguments, *, seed: int = 0
         except (ValueError, OSError) as error:
             name = "LoRA adapter" if arguments.lora else "adapter"
             raise UsageError(f"The {name} could not be attached: {first_line(error)}") from error
-    name_base_(adapted, arguments.model_name_or_path)
+    name_base_(adapted, arguments.model_name_or_path, arguments.model_revision)
     dropout = max(getattr(c, "lora_dropout", 0.0) or 0.0 for c in adapted.peft_config.values())
     if dropout and not first_order:
         logger.info("lora_dropout %g is stored with the adapter, and is off: a zeroth-order step has none.", dropout)

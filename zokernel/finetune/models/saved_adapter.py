@@ -42,7 +42,8 @@ def is_adapter(name: str) -> bool:
 def with_base(arguments: ModelArguments) -> ModelArguments:
     """Return arguments that name base and adapter, where ``model_name_or_path`` is the folder of an adapter.
 
-    A base on the hub is the revision and the GGUF file that the adapter's run had, unless the arguments name others.
+    A base on the hub is the revision and the GGUF file that the adapter's run, or its configuration, names, unless the
+    arguments name others.
 
     Args:
         arguments: What the user named.
@@ -132,7 +133,10 @@ def _naming_both(arguments: ModelArguments, base: str) -> ModelArguments:
             f"{name} is an adapter, and --adapter_name_or_path names another: give its base as --model_name_or_path."
         )
     logger.info("%s is an adapter: its base is %s.", name, base)
-    return replace(arguments, model_name_or_path=base, adapter_name_or_path=name)
+    revision = arguments.model_revision
+    if revision == "main" and base not in SOURCES and not Path(base).expanduser().is_dir():
+        revision = adapter_config(name).revision or revision
+    return replace(arguments, model_name_or_path=base, model_revision=revision, adapter_name_or_path=name)
 
 
 def adapter_config(name: str) -> Any:
@@ -205,15 +209,17 @@ def load_saved(model: nn.Module, name: str) -> Any:
     return adapted.eval()
 
 
-def name_base_(adapted: Any, name: str) -> None:
+def name_base_(adapted: Any, name: str, revision: str = "main") -> None:
     """Let ``adapter_config.json`` name the base by what means something elsewhere, and never by a path in a cache.
 
     Args:
         adapted: The peft model.
         name: What the user named as the model.
+        revision: Its branch, tag or commit on the hub.
     """
     for configuration in adapted.peft_config.values():
         configuration.base_model_name_or_path = base_told(name)
+        configuration.revision = None if revision == "main" else revision
     # Embeddings never change their size here; to find that out, peft would ask the hub at every save.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
 
