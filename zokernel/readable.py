@@ -1,6 +1,21 @@
-"""Numbers of bytes and of seconds as people read them: one form in logs, errors, tables and reports."""
+"""Numbers of bytes, of seconds and of things as people read them: one form in logs, errors, tables and reports."""
 
 from __future__ import annotations
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things, in the plural unless it is one.
+
+    Args:
+        number: How many.
+        what: One of them.
+
+    Example:
+        >>> counted(1, "step"), counted(2000, "step"), counted(0, "forward pass"), counted(2, "batch")
+        ('1 step', '2,000 steps', '0 forward passes', '2 batches')
+    """
+    ending = "" if number == 1 else "es" if what.endswith(("s", "ch")) else "s"
+    return f"{number:,} {what}{ending}"
 
 
 def readable_bytes(count: float) -> str:

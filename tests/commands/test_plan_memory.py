@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from quantized import KINDS, declare, save_gguf, save_llama, save_packed
+from transformers import AutoTokenizer
 
 from zokernel.cli import main
 from zokernel.finetune.models.check import check_model
+from zokernel.finetune.models.estimate import bytes_held
 from zokernel.finetune.models.load import load_pretrained
+from zokernel.finetune.models.needed import read_configuration
+from zokernel.finetune.models.quantized_layers import quantized_layers
+from zokernel.finetune.models.scales import train_scales_
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.readable import readable_bytes
 
 ADAPTER = ["--lora true --perturb stacked", "--lora true"]
+HEAD = "80,384 parameters in float32, 2 losses per step of 1 row of 128 tokens."
 IN_MEMORY = ["--perturb in_place", "--perturb in_forward", *ADAPTER]
 
 
@@ -24,9 +32,11 @@ def base(tmp_path_factory):
 def table(capsys):
     """A function that returns the table of a model: what follows the flags of each way, by these."""
 
-    def of(model, *more):
+    def of(model, *more, told=()):
         assert main(["plan", "--memory", "true", "--model_name_or_path", str(model), *more]) == 0
-        lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
+        out = capsys.readouterr().out
+        assert all(line in out.splitlines() for line in told)
+        lines = out.split("\n\n")[1].splitlines()
         start = lines[0].index("trained")
         return {line[:start].strip(): line[start:].split() for line in lines[1:]}
 
@@ -46,12 +56,23 @@ def test_a_checkpoint_that_stays_quantized_takes_what_its_files_hold(base, table
     arguments = ModelArguments(model_name_or_path=str(base), lora=True, quantization=KINDS["int8"][1])
     model = load_pretrained(check_model(arguments), arguments)
     model.save_pretrained(tmp_path / "int8")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "int8")
     found = table(tmp_path / "int8")
-    assert list(found) == ADAPTER
+    assert list(found) == [*ADAPTER, "--train scales"]
     held = sum(len(part.untyped_storage()) for part in parts_of(model))
-    assert all(cells[2:4] == readable_bytes(held).split() for cells in found.values())
+    assert all(found[flags][2:4] == readable_bytes(held).split() for flags in ADAPTER)
+    scales = ModelArguments(model_name_or_path=str(tmp_path / "int8"), train="scales")
+    trained = train_scales_(load_pretrained(check_model(scales), scales))
+    factors = sum(4 * p.numel() for p in trained.parameters() if p.requires_grad)
+    assert factors == 4 * sum(
+        rows for rows, _ in quantized_layers(model.config, "causal", "torchao:int8").shapes.values()
+    )
+    assert found["--train scales"][1:3] == readable_bytes(held + factors).split()
+    whole = read_configuration(scales)
+    assert whole.with_factors == held + factors
+    assert bytes_held(scales, str(tmp_path / "int8"), whole.architecture, whole.dtype, "causal") == held + factors
     declare(tmp_path / "int8", quant_method="torchao")  # a configuration alone tells no size
-    assert list(table(tmp_path / "int8" / "config.json")) == ADAPTER
+    assert list(table(tmp_path / "int8" / "config.json")) == [*ADAPTER, "--train scales"]
 
 
 def parts_of(model):
@@ -61,13 +82,34 @@ def parts_of(model):
         yield from [getattr(stored, name) for name in names] or [stored]
 
 
-def test_the_folder_of_an_adapter_stands_for_its_base(base, table, tmp_path):
+def test_the_folder_of_an_adapter_lists_how_that_is_trained_on(base, table, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from transformers import AutoModelForCausalLM
 
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig())
     adapted.save_pretrained(tmp_path / "lora")
-    assert table(tmp_path / "lora") == table(base)
+    plain = table(base)
+    new = {flags.removeprefix("--lora true").strip(): told for flags, told in plain.items() if "an" in told[:1]}
+    assert {"--perturb stacked", "", "--load_in_4bit true", "--offload disk"} < set(new)
+    found = table(tmp_path / "lora")
+    assert found.pop("--perturb in_place") == new.pop("")
+    assert found == new
+    record = {"settings": {"load_in_4bit": True, "quantization": None}}
+    (tmp_path / "lora" / "run.json").write_text(json.dumps(record))
+    said = "The adapter was trained with --load_in_4bit true: repeat it, or the base is held in full precision."
+    assert list(table(tmp_path / "lora", told=[said])) == ["--perturb stacked", "--perturb in_place", *list(new)[1:]]
+    tokens = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), tokens).save_pretrained(tmp_path / "tokens")
+    assert list(table(tmp_path / "tokens")) == ["--perturb in_place", *list(new)[1:]]
+
+
+def test_one_row_is_a_batch_for_the_table_and_none_is_not(base, table, capsys):
+    assert table(base, "--update_examples", "1", told=[HEAD])
+    words = ["plan", "--model_name_or_path", str(base), "--update_examples"]
+    assert main([*words, "0", "--memory", "true"]) == 2
+    assert "--update_examples must be at least 1, not 0." in capsys.readouterr().err
+    assert main([*words, "1"]) == 2
+    assert "A plan needs --update_examples of at least 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

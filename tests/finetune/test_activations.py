@@ -51,7 +51,7 @@ def test_what_is_said_of_a_forward_is_allocated(tiny_lm_path, task, rows, tokens
 
 
 def test_logits_are_counted_for_as_many_positions_as_are_taken_together():
-    sizes = Sizes(0, 0, 0, 0, 4, hidden=64, widest=288, vocabulary=50_000, cached=0)
+    sizes = Sizes(0, 0, 0, 4, hidden=64, widest=288, vocabulary=50_000, cached=0)
     assert language_head.BLOCK == BLOCK == 512
     assert sizes.activations(4096) == 4096 * 64 * 4 + 512 * 50_000 * 8
     assert sizes.activations(4096, scored=2) == 4096 * (4 * 64 + 288) * 4

@@ -67,6 +67,10 @@ def test_the_estimate_knows_which_layers_are_quantized(family, kind, folders):
     model = load_pretrained(checked, arguments)
     estimate = bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind)
     assert estimate == held_by(model)
+    sizes = measure(checked.architecture, checked.dtype, kind=checked.kind)
+    found = {way.flags: way.weights for way in ways(sizes, losses=2, rows=1, tokens=8)}
+    assert found[" ".join(["--lora", "true", *KINDS[kind]])] == held_by(model)
+    assert any("torchao" in flags for flags in found) == (family != "gpt2")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -86,9 +90,6 @@ def test_experts_are_said_to_stay_and_are_counted_in_full(folders, caplog):
     share = 100 * sum(p.numel() for p in experts.values()) / whole
     said = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
     assert f"{said}, {share:.0f} % of the model, are no linear layers and stay in float32." in caplog.text
-    sizes = measure(checked.architecture, checked.dtype, kind=checked.kind)
-    found = {way.flags: way.weights for way in ways(sizes, losses=2, rows=1, tokens=8)}
-    assert found["--lora true --load_in_4bit true"] == held_by(model)
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists what is mapped")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +17,7 @@ import transformers
 
 from zokernel.cli import main
 from zokernel.finetune.models.estimate import check_memory
+from zokernel.finetune.models.needed import needed
 from zokernel.finetune.models.ways import Way, fastest, measure, table, ways
 from zokernel.finetune.settings.config import ZOConfig
 
@@ -26,6 +31,7 @@ CONFIG = transformers.LlamaConfig(
     tie_word_embeddings=True,
 )
 MATRICES = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # q, o; k, v; gate, up, down
+ROWS = 64 + 32 + 32 + 64 + 96 + 96 + 64  # each has a scale, with 8 bits
 BLOCK, OUTSIDE = MATRICES + 2 * 64, 1000 * 64 + 64  # two norms; the tied embeddings, and the last norm
 
 
@@ -33,7 +39,15 @@ BLOCK, OUTSIDE = MATRICES + 2 * 64, 1000 * 64 + 64  # two norms; the tied embedd
 def test_weights_are_counted_by_unit(dtype: torch.dtype, size: int) -> None:
     sizes = measure(CONFIG, dtype)
     assert (sizes.blocks, sizes.block) == (3 * BLOCK * size, BLOCK * size)
-    assert (sizes.outside, sizes.matrices) == (OUTSIDE * size, 3 * MATRICES)
+    assert sizes.outside == OUTSIDE * size
+    rest = (BLOCK - MATRICES) * 3 * size + OUTSIDE * size
+    assert sizes.quantized == {
+        "8bit": rest + 3 * (MATRICES + 4 * ROWS),
+        "4bit": rest + 3 * (MATRICES // 2 + 4 * MATRICES // 64),
+        "torchao:int8": rest + 3 * (MATRICES + (4 + 1) * ROWS),
+        "torchao:int4": rest + 3 * (MATRICES + (size + 1) * MATRICES // 32),
+    }
+    assert (sizes.scales["torchao:int8"], sizes.scales["torchao:int4"]) == (3 * ROWS, 3 * MATRICES // 32)
     assert sizes.cached == 3 * 2 * 2 * 16  # blocks; keys and values; heads of 16 numbers
 
 
@@ -47,8 +61,13 @@ def found(
 def test_each_way_takes_what_was_counted_by_hand() -> None:
     there, whole = found(), 2 * (3 * BLOCK + OUTSIDE)
     assert there["--lora true"].weights == whole
-    assert there["--lora true --load_in_8bit true"].weights == whole - 3 * MATRICES
+    assert there["--lora true --load_in_8bit true"].weights == whole - 3 * (MATRICES - 4 * ROWS)
     assert there["--lora true --load_in_4bit true"].weights == whole - int(3 * MATRICES * (2 - 0.5625))
+    for kind, scales in {"int8": 3 * ROWS, "int4": 3 * MATRICES // 32}.items():
+        lora, trained = (there[f"{what} --quantization torchao:{kind}"] for what in ("--lora true", "--train scales"))
+        assert (lora.trains, trained.trains) == ("an adapter", "scales")
+        assert trained.weights == lora.weights + 4 * scales
+        assert trained.activations == lora.activations == there["--lora true"].activations
     one = 20 * (64 * 2 + 1000 * 6)  # the head: scores in bfloat16, and in float32
     assert there["--lora true"].activations == one
     assert there["--lora true --perturb stacked"].activations == 6 * one
@@ -71,18 +90,72 @@ def test_a_gpu_holds_two_blocks_and_the_host_the_rest() -> None:
     assert "--offload disk" not in there
 
 
-def test_small_sizes_are_not_told_as_zero_and_an_adapter_is_advised_on_alone() -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A function that returns what is needed beside some free memory, with every library or without some."""
+
+    def of(free: int, *, rows: int = 2, tokens: int = 10, without: str = "", **more: Any) -> str:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == without else object())
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        return needed(CONFIG, torch.float32, "causal", 6, rows, tokens, gpu=False, **more)
+
+    return of
+
+
+def test_small_sizes_are_not_told_as_zero_and_an_adapter_is_advised_on_alone(told: Callable[..., str]) -> None:
     sizes = measure(CONFIG, torch.float32)
-    there = found(dtype=torch.float32)
-    told = table(list(there.values()), 2**33, adapter=True)
+    found = told(2**33, adapter=True)
     assert sizes.weights == 626_432
-    assert told.splitlines()[1].split("  ")[0] == "--perturb in_place"
-    assert " 612 KiB " in told.splitlines()[1]
-    assert " 0.0" not in told
-    assert "8 GiB are free" in told
-    assert "Fastest that fits for an adapter: --lora true --perturb stacked." in told
-    assert "for all weights" not in told
-    assert "Fastest that fits for all weights: --perturb in_place." in table(list(there.values()), 2**33)
+    first = found.split("\n\n")[1].splitlines()[1]
+    assert first.split("  ")[0] == "--perturb in_place"
+    assert " 612 KiB " in first
+    assert " 0.0" not in found
+    assert "8 GiB are free" in found
+    assert "Fastest that fits for an adapter: --lora true --perturb stacked." in found
+    assert "for all weights" not in found
+    both = told(2**33)
+    assert "Fastest that fits for all weights: --perturb in_place." in both
+    assert "Fastest that fits for scales: --train scales --quantization torchao:int8." in both
+
+
+def test_where_nothing_fits_it_is_said_what_would_help(told: Callable[..., str]) -> None:
+    many, one, short = (
+        [way for way in found(rows=rows, tokens=tokens, dtype=torch.float32).values() if way.trains == "an adapter"]
+        for rows, tokens in ((4, 10), (1, 10), (1, 1))
+    )
+    least, with_one, with_short = (min(way.memory for way in there) for there in (many, one, short))
+    assert with_short < with_one < least
+
+    def quickest(there: list[Way], free: int) -> str:
+        best = fastest(there, free, "an adapter")
+        assert best
+        return f"{best.flags} would fit."
+
+    fewer = "fewer rows (--update_examples here, --per_device_train_batch_size in a run)"
+    ends = {
+        least - 1: f"none; with {fewer}, {quickest(one, least - 1)}",
+        with_one: f"none; with {fewer}, {quickest(one, with_one)}",
+        with_one - 1: f"none; with one shorter row (--max_length), {quickest(short, with_one - 1)}",
+        with_short - 1: "none, even with one short row: use a smaller model.",
+    }
+    for free, end in ends.items():
+        assert f"Fastest that fits for an adapter: {end}" in told(free, rows=4, adapter=True).splitlines()
+    assert "none; with fewer" not in told(with_one - 1, rows=1, adapter=True)
+
+
+def test_a_library_that_the_way_to_take_lacks_is_named(told: Callable[..., str]) -> None:
+    by_flags = found(rows=2, tokens=10, dtype=torch.float32)
+    free = by_flags["--lora true --load_in_8bit true"].memory
+    ends = {
+        "bitsandbytes": "Fastest that fits for an adapter: --lora true --load_in_8bit true. It needs bitsandbytes, "
+        "which is not installed: pip install 'zokernel[quantized]'.",
+        "peft": "8bit true. It needs peft, which is not installed: pip install 'zokernel[finetune]'.",
+        "torchao": "torchao:int8. It needs torchao, which is not installed: pip install 'zokernel[quantized]'.",
+    }
+    for package, end in ends.items():
+        lines = told(free + 2**14, without=package).splitlines()
+        assert sum(line.endswith(end) for line in lines) == 1
+    assert "not installed" not in told(free)
 
 
 def test_the_fastest_moves_least_of_those_that_fit() -> None:
@@ -100,7 +173,7 @@ def test_the_fastest_moves_least_of_those_that_fit() -> None:
     assert name(by_flags["--lora true --offload disk"].memory, "an adapter") == "--lora true --offload disk"
     assert name(most, "all weights") == "--perturb in_forward"
     assert name(1, "all weights") is None
-    assert "Fastest that fits for all weights: none." in table(there, 1)
+    assert not any(line.endswith(" yes") for line in table(there, 1).splitlines())
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])

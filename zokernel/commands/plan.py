@@ -135,9 +135,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _check_numbers(arguments: PlanArguments) -> None:
     """Refuse numbers that no plan can work with, before anything is read."""
-    if arguments.update_examples < 2 or arguments.observe_examples < 1:
+    if not arguments.memory and (arguments.update_examples < 2 or arguments.observe_examples < 1):
         raise UsageError("A plan needs --update_examples of at least 2 and --observe_examples of at least 1.")
-    counts = {name: [getattr(arguments, name)] for name in ("max_steps", "curvature_probes", "verify_draws", "tokens")}
+    one_or_more = ("update_examples", "max_steps", "curvature_probes", "verify_draws", "tokens")
+    counts = {name: [getattr(arguments, name)] for name in one_or_more}
     for name, values in (counts | {"num_perturbations": arguments.num_perturbations}).items():
         if min(values) < 1:
             raise UsageError(f"--{name} must be at least 1, not {min(values)}.")
@@ -172,7 +173,9 @@ def _memory(
     return needed(
         *(found.architecture, found.dtype, found.kind, *batch),
         adapter=wants_adapter(found.arguments),
+        saved=found.arguments.adapter_name_or_path,
         stored=found.stored,
+        with_factors=found.with_factors,
         unpacked=found.unpacked,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -83,6 +84,19 @@ def check_adapter(arguments: ModelArguments) -> None:
                 raise UsageError(f"--target_parameters does not go together with --{name} in peft: leave one out.")
 
 
+def check_peft(what: str) -> None:
+    """Refuse to go on without the library of adapters.
+
+    Args:
+        what: What needs it.
+
+    Raises:
+        MissingDependencyError: If peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError("peft", "finetune", what)
+
+
 def attach_adapter(model: nn.Module, arguments: ModelArguments, *, seed: int = 0, first_order: bool = False) -> Any:
     """Wrap a model with a new adapter, or with a saved one to continue.
 
@@ -99,10 +113,7 @@ def attach_adapter(model: nn.Module, arguments: ModelArguments, *, seed: int = 0
         UsageError: If the adapter or its target modules do not exist, or options do not go together.
         MissingDependencyError: If peft is not installed.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("peft", "finetune", "An adapter") from error
+    check_peft("An adapter")
     check_adapter(arguments)
     if arguments.adapter_name_or_path:
         adapted = load_saved(model, arguments.adapter_name_or_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from zokernel.finetune.models.quantization import (
 )
 from zokernel.finetune.models.quantized_layers import bytes_once_quantized, number_of_scales, quantized_layers
 from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
+from zokernel.finetune.models.ways import FACTOR
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
+
+SCALE = "_weight_scale"  # how the names of torchao's scales end in files
 
 
 def estimate_memory(
@@ -107,7 +111,9 @@ def check_memory(
         )
 
 
-def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revision: str = "main") -> int | None:
+def quantized_bytes(
+    path: str, architecture: Any, dtype: torch.dtype, *, revision: str = "main", factors: bool = False
+) -> int | None:
     """Return the bytes of a quantized model's weights, from the headers of its files.
 
     Args:
@@ -115,6 +121,7 @@ def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revisio
         architecture: Its configuration.
         dtype: Type of the weights that are not quantized.
         revision: Branch, tag or commit on the hub.
+        factors: Whether a trained factor on each scale of torchao is counted, too.
 
     Returns:
         Bytes; None if the model is not quantized, or unpacked as it is loaded.  If its files say nothing yet, 0, which
@@ -124,17 +131,22 @@ def quantized_bytes(path: str, architecture: Any, dtype: torch.dtype, *, revisio
         return None
     try:
         if Path(path).is_dir():
-            return stored_bytes(tensor_types(weight_files(Path(path))), dtype.itemsize)
+            return _bytes_of(tensor_types(weight_files(Path(path))), dtype.itemsize, factors=factors)
         from huggingface_hub import HfApi
 
         found = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata.values()
-        tensors = [(str(t.dtype), tuple(t.shape)) for file in found for t in file.tensors.values()]
-        return stored_bytes(tensors, dtype.itemsize)
+        tensors = {name: (str(t.dtype), tuple(t.shape)) for file in found for name, t in file.tensors.items()}
+        return _bytes_of(tensors, dtype.itemsize, factors=factors)
     except Exception as error:  # the hub may be out of reach while its files are cached
         logger.info(
             "The memory estimate leaves out the quantized weights, whose size is unknown: %s.", first_line(error)
         )
         return 0
+
+
+def _bytes_of(tensors: dict[str, tuple[str, tuple[int, ...]]], itemsize: int, *, factors: bool) -> int:
+    scales = [math.prod(shape) for name, (_, shape) in tensors.items() if name.endswith(SCALE)] if factors else []
+    return stored_bytes(tensors.values(), itemsize) + FACTOR * sum(scales)
 
 
 def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: torch.dtype, kind: Kind) -> int | None:
@@ -150,10 +162,10 @@ def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: t
     Returns:
         Bytes; None if all weights are held in ``dtype``.
     """
-    asked = asked_for(arguments)
+    asked, trained = asked_for(arguments), arguments.train == "scales"
     if not asked:
-        return quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
+        return quantized_bytes(path, architecture, dtype, revision=arguments.model_revision, factors=trained)
     layers = quantized_layers(architecture, kind, asked)
-    factors = 4 * number_of_scales(asked, layers.shapes) if arguments.train == "scales" else 0
+    factors = FACTOR * number_of_scales(asked, layers.shapes) if trained else 0
     quantized = bytes_once_quantized(asked, layers.shapes, dtype.itemsize)
     return (layers.count - layers.quantized) * dtype.itemsize + quantized + factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
-from zokernel.errors import UsageError
+from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.adapters import check_peft, trained_by
 from zokernel.finetune.models.check import DTYPES, not_loaded, stored_dtype
 from zokernel.finetune.models.estimate import quantized_bytes
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
-from zokernel.finetune.models.quantization import DEQUANTIZED, stored_as
-from zokernel.finetune.models.saved_adapter import with_base
-from zokernel.finetune.models.ways import measure, table, ways
+from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, stored_as
+from zokernel.finetune.models.saved_adapter import base_flags, with_base
+from zokernel.finetune.models.ways import SCALES, Way, fastest, measure, table, ways
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.readable import counted
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Configured:
         kind: Which kind of language model it is.
         arguments: Which model and adapter: of an adapter's folder, its base and itself.
         stored: Bytes of its weights if its files are quantized and it stays so, 0 if they are unknown.
+        with_factors: The same with a factor on each scale; None if it has none that are trained.
         unpacked: Whether its files are quantized, and unpacked as it is loaded.
     """
 
@@ -40,6 +44,7 @@ class Configured:
     kind: Kind
     arguments: ModelArguments
     stored: int | None = None
+    with_factors: int | None = None
     unpacked: bool = False
 
 
@@ -68,10 +73,13 @@ def read_configuration(arguments: ModelArguments) -> Configured:
         raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     place = str(Path(path).parent) if Path(path).is_file() else path
-    stored = None if file else quantized_bytes(place, architecture, dtype, revision=arguments.model_revision)
+    whole = (place, architecture, dtype)
+    stored = None if file else quantized_bytes(*whole, revision=arguments.model_revision)
+    scaled = stored is not None and stored_as(architecture) == "torchao"
+    factors = quantized_bytes(*whole, revision=arguments.model_revision, factors=True) if scaled else None
     unpacked = file is not None or stored_as(architecture) in DEQUANTIZED
     kind = language_model_kind(architecture, arguments.lm_type)
-    return Configured(architecture, dtype, kind, arguments, stored, unpacked)
+    return Configured(architecture, dtype, kind, arguments, stored, factors, unpacked)
 
 
 def needed(
@@ -84,8 +92,10 @@ def needed(
     writes: int = 0,
     *,
     adapter: bool = False,
+    saved: str | None = None,
     gpu: bool | None = None,
     stored: int | None = None,
+    with_factors: int | None = None,
     unpacked: bool = False,
 ) -> str:
     """Return what each way to hold a model's weights takes, and the fastest that fits, as text.
@@ -99,22 +109,104 @@ def needed(
         tokens: Tokens of a row.
         writes: Tokens that are written after each row, if any are.
         adapter: Whether an adapter is what will be trained.
+        saved: The saved adapter that will be trained on, if there is one.
         gpu: Whether the model computes on a GPU; by default, if there is one.
         stored: Bytes of the weights of a model that stays quantized as its files are; None of any other.
+        with_factors: The same with a factor on each scale; None if it has none that are trained.
         unpacked: Whether its files are quantized, and unpacked as it is loaded.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    host = psutil.virtual_memory().available
-    free = torch.cuda.mem_get_info()[0] if gpu else host
+    available = psutil.virtual_memory().available
+    free, host = (torch.cuda.mem_get_info()[0], available) if gpu else (available, None)
     sizes = measure(architecture, dtype, kind=kind)
     head = (
-        f"{sizes.weights // sizes.itemsize:,} parameters in {str(dtype).removeprefix('torch.')}, {losses} losses per "
-        f"step of {rows} rows of {tokens} tokens{f', after which {writes} are written' if writes else ''}."
+        f"{sizes.weights // sizes.itemsize:,} parameters in {str(dtype).removeprefix('torch.')}, "
+        f"{counted(losses, 'loss')} per step of {counted(rows, 'row')} of {counted(tokens, 'token')}"
+        f"{f', after which {writes} are written' if writes else ''}."
     )
-    found = ways(sizes, losses=losses, rows=rows, tokens=tokens, writes=writes, gpu=gpu)
-    if unpacked or stored is not None:  # neither quantized again nor streamed
-        found = [way for way in found if "--offload" not in way.flags and "bit" not in way.flags]
-    if stored is not None:
-        found = [replace(way, weights=stored) for way in found if way.trains == "an adapter"]
-        adapter = True
-    return f"{head}\n\n{table(found, free, host if gpu else None, adapter=adapter)}"
+
+    def ways_of(rows: int, tokens: int) -> list[Way]:
+        found = ways(sizes, losses=losses, rows=rows, tokens=tokens, writes=writes, gpu=gpu)
+        if unpacked or stored is not None:  # neither quantized again nor streamed
+            found = [way for way in found if not any(word in way.flags for word in ("--offload", "_in_", "torchao"))]
+        if stored is not None:
+            found = [replace(way, weights=stored) for way in found if way.trains == "an adapter"]
+        if with_factors is not None:
+            found.append(replace(found[-1], flags=SCALES, trains="scales", weights=with_factors))
+        return found if saved is None else _continuing(found, saved)
+
+    found = ways_of(rows, tokens)
+    kinds = ("an adapter",) if adapter else tuple(dict.fromkeys(way.trains for way in found))
+    smaller = {
+        "fewer rows (--update_examples here, --per_device_train_batch_size in a run)": ways_of(1, tokens),
+        "one shorter row (--max_length)": ways_of(1, 1),
+    }
+    streams = not unpacked and stored is None
+    last = "--offload disk --use_cpu true, which leaves the weights in their files" if gpu and streams else ""
+    method = stored_as(architecture)
+    told = [_fastest(found, trains, free, host, smaller, last or "a smaller model", method) for trains in kinds]
+    notes = [] if saved is None or stored is not None else _base_told(saved)
+    return "\n".join([head, "", table(found, free, host), *told, *notes])
+
+
+def _continuing(found: Sequence[Way], saved: str) -> list[Way]:
+    """Return the ways that train a saved adapter on: ``--model_name_or_path`` alone says that it is one."""
+    stacks = trained_by(ModelArguments(adapter_name_or_path=saved)) == "LoRA"
+    flags = {way: way.flags.removeprefix("--lora true").strip() for way in found if way.trains == "an adapter"}
+    return [
+        replace(way, flags=own or "--perturb in_place")
+        for way, own in flags.items()
+        if stacks or own != "--perturb stacked"
+    ]
+
+
+def _base_told(saved: str) -> list[str]:
+    """Return how the base of a saved adapter was quantized while it was trained, as a list of at most one sentence."""
+    flags = base_flags(saved)
+    if not flags:
+        return []
+    return [f"The adapter was trained with {flags}: repeat it, or the base is held in full precision."]
+
+
+def _fastest(
+    found: Sequence[Way],
+    trains: str,
+    free: int,
+    host: int | None,
+    smaller: Mapping[str, Sequence[Way]],
+    otherwise: str,
+    method: str,
+) -> str:
+    """Return which way to take, and which library it lacks; if none fits, what would help.
+
+    Args:
+        found: The ways.
+        trains: What is trained.
+        free: Free bytes where the model computes.
+        host: Free bytes of host memory, if that is another one.
+        smaller: The ways with smaller batches, by what makes them smaller; the mildest first.
+        otherwise: What helps where no batch is small enough.
+        method: How the model's files are quantized; empty if they are not.
+    """
+    told = f"Fastest that fits for {trains}"
+    best = fastest(found, free, trains, host)
+    if best is not None:
+        return f"{told}: {best.flags}.{_lacking(best, method)}"
+    for change, ways_then in smaller.items():
+        then = fastest(ways_then, free, trains, host)
+        if then is not None:
+            return f"{told}: none; with {change}, {then.flags} would fit.{_lacking(then, method)}"
+    return f"{told}: none, even with one short row: use {otherwise}."
+
+
+def _lacking(way: Way, method: str) -> str:
+    """Return which library a way needs that is not installed, as a sentence after a space; nothing if it has all."""
+    kinds = {"_in_": "bitsandbytes", "torchao": "torchao"}
+    try:
+        for library in [method, *(library for part, library in kinds.items() if part in way.flags)]:
+            check_library(library, "It")
+        if way.trains == "an adapter":
+            check_peft("It")
+    except RunError as error:
+        return f" {error}"
+    return ""

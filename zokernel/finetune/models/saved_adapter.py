@@ -278,6 +278,22 @@ def _run_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def base_flags(adapter: str) -> str:
+    """Return the flags by which the base of a saved adapter was quantized in its run; empty if it was not, or no run.
+
+    Args:
+        adapter: The adapter's folder or hub id.
+
+    Example:
+        >>> base_flags("runs/none")
+        ''
+    """
+    settings = _run_of(Path(adapter).expanduser())
+    bits = [f"--{name} true" for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
+    named = settings.get("quantization")
+    return " ".join(bits + ([f"--quantization {named}"] if named else []))
+
+
 def _found(base: str, adapter: str) -> str:
     """Return what an adapter calls its base if it can be loaded by that: a hub id, or a folder that is there."""
     if not Path(base).is_dir() and (base.startswith(("/", ".", "~")) or base.count("/") > 1):

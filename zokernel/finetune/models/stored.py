@@ -97,16 +97,16 @@ def is_pointer(file: Path) -> bool:
         return opened.read(len(_POINTER)) == _POINTER
 
 
-def tensor_types(files: Iterable[Path]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return type and shape of every tensor in ``.safetensors`` files, as their headers give them."""
+def tensor_types(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return type and shape of every tensor in ``.safetensors`` files by name, as their headers give them."""
     from safetensors import safe_open
 
-    found = []
+    found = {}
     for file in files:
         with safe_open(file, "pt") as archive:
             for name in archive.keys():  # noqa: SIM118 (not a dictionary)
                 part = archive.get_slice(name)
-                found.append((str(part.get_dtype()), tuple(part.get_shape())))
+                found[name] = (str(part.get_dtype()), tuple(part.get_shape()))
     return found
 
 

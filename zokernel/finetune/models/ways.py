@@ -7,20 +7,27 @@ streamed weights what each loss keeps between two blocks is added.  The memory o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from zokernel.finetune.models.kind import Kind, empty_model
-from zokernel.finetune.models.quantized_layers import quantized_layers
+from zokernel.finetune.models.quantized_layers import bytes_once_quantized, number_of_scales, quantized_layers
 from zokernel.offload.units import find_units
 from zokernel.perturb.in_forward import STRETCH
 from zokernel.readable import readable_bytes
 
-# Bytes per parameter that is quantized: 8 bits; 4 bits and a scale of 4 bytes for every 64 (bitsandbytes, nf4).
-BYTES_QUANTIZED = {8: 1.0, 4: 0.5 + 4 / 64}
+# How a base is quantized while it is loaded, and what asks for it; of bitsandbytes, then of torchao.
+QUANTIZED = {
+    "8bit": "--load_in_8bit true",
+    "4bit": "--load_in_4bit true",
+    "torchao:int8": "--quantization torchao:int8",
+    "torchao:int4": "--quantization torchao:int4",
+}
+SCALES = "--train scales"
+FACTOR = 4  # bytes of the trained factor on a scale
 BLOCK = 512  # scored positions whose logits are in memory at a time
 KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
@@ -33,23 +40,26 @@ class Sizes:
         blocks: Bytes of all blocks.
         block: Bytes of the largest one.
         outside: Bytes of the weights outside of blocks.
-        matrices: Parameters that bitsandbytes quantizes.
         itemsize: Bytes of a weight.
         hidden: Numbers between two blocks, per token.
         widest: Numbers that a block's widest layer holds, per token.
         vocabulary: Scores per token.
         cached: Keys and values of all blocks, per token.
+        quantized: Bytes of all weights once some are quantized, by the names of :data:`QUANTIZED`; without those that
+            would quantize nothing.
+        scales: Scales that they then have, by the same names.
     """
 
     blocks: int
     block: int
     outside: int
-    matrices: int
     itemsize: int
     hidden: int
     widest: int
     vocabulary: int
     cached: int
+    quantized: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -98,7 +108,7 @@ class Way:
 
     Attributes:
         flags: What to write on the command line.
-        trains: ``all weights`` or ``an adapter``.
+        trains: ``all weights``, ``an adapter`` or ``scales``.
         weights: Weights in the memory where the model computes, copies of them included.
         activations: Activations of a step.
         cache: Keys and values while text is written.
@@ -150,6 +160,10 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         blocks.append(count)
         # A gated layer holds two products and their own product.
         widest = max([widest, *(3 * max(parameter.shape[-2:]) for parameter in own if parameter.ndim > 1)])
+    found = {asked: quantized_layers(architecture, kind, asked) for asked in ("4bit", "torchao:int8")}
+    layers = {asked: found["4bit" if asked.endswith("bit") else "torchao:int8"] for asked in QUANTIZED}
+    layers = {asked: own for asked, own in layers.items() if own.shapes}
+    whole = sum(blocks) + outside
     text = architecture.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     shared = getattr(text, "num_key_value_heads", None) or heads
@@ -157,16 +171,28 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         blocks=sum(blocks) * dtype.itemsize,
         block=max(blocks, default=0) * dtype.itemsize,
         outside=outside * dtype.itemsize,
-        matrices=quantized_layers(architecture, kind, "4bit").quantized,
         itemsize=dtype.itemsize,
         hidden=text.hidden_size,
         widest=widest,
         vocabulary=text.vocab_size,
         cached=2 * len(blocks) * text.hidden_size // heads * shared,
+        quantized={
+            asked: (whole - own.quantized) * dtype.itemsize + bytes_once_quantized(asked, own.shapes, dtype.itemsize)
+            for asked, own in layers.items()
+        },
+        scales={asked: number_of_scales(asked, own.shapes) for asked, own in layers.items()},
     )
 
 
-def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, gpu: bool = False) -> list[Way]:
+def ways(
+    sizes: Sizes,
+    *,
+    losses: int,
+    rows: int,
+    tokens: int,
+    writes: int = 0,
+    gpu: bool = False,
+) -> list[Way]:
     """Return the ways to hold a model's weights, for each kind of training the quickest first.
 
     Args:
@@ -192,9 +218,14 @@ def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, 
         Way("--lora true --perturb stacked", adapter, whole, every, cache),
         Way("--lora true", adapter, whole, one, cache),
     ]
-    for bits, size in BYTES_QUANTIZED.items():
-        held = int(whole - sizes.matrices * (sizes.itemsize - size))
-        found.append(Way(f"--lora true --load_in_{bits}bit true", adapter, held, one, cache))
+    found += [
+        Way(f"--lora true {QUANTIZED[asked]}", adapter, held, one, cache) for asked, held in sizes.quantized.items()
+    ]
+    found += [
+        Way(f"{SCALES} {QUANTIZED[asked]}", "scales", held + FACTOR * sizes.scales[asked], one, cache)
+        for asked, held in sizes.quantized.items()
+        if asked.startswith("torchao")
+    ]
     if gpu:
         there, blocks = 2 * sizes.block + around, sizes.blocks
         found += [
@@ -228,7 +259,7 @@ def fastest(found: Sequence[Way], free: int, trains: str, host: int | None = Non
     Args:
         found: The ways.
         free: Free bytes where the model computes.
-        trains: ``all weights`` or ``an adapter``.
+        trains: ``all weights``, ``an adapter`` or ``scales``.
         host: Free bytes of host memory, if that is another one.
 
     Returns:
@@ -241,14 +272,13 @@ def fastest(found: Sequence[Way], free: int, trains: str, host: int | None = Non
     )
 
 
-def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: bool = False) -> str:
-    """Return the ways as a table, and which to take.
+def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
+    """Return the ways as a table.
 
     Args:
         found: The ways.
         free: Free bytes where the model computes.
         host: Free bytes of host memory, if that is another one.
-        adapter: Whether an adapter is what will be trained; otherwise it is advised on beside all weights.
     """
     heads = ("setup", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
     rows = [
@@ -271,7 +301,4 @@ def table(found: Sequence[Way], free: int, host: int | None = None, *, adapter: 
         "",
         f"Read and written per step; {readable_bytes(free)} are free.  The libraries take 0.4 to 0.7 GiB more.",
     ]
-    for trains in ("an adapter",) if adapter else ("all weights", "an adapter"):
-        best = fastest(found, free, trains, host)
-        lines.append(f"Fastest that fits for {trains}: {best.flags if best else 'none'}.")
     return "\n".join(lines)
