@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from zokernel.cli import main
 from zokernel.finetune.models.offload import offloaded
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.settings.record import read_settings
 from zokernel.journal import Journal
 
 KILLS = int(os.environ.get("ZOKERNEL_KILLS", "20")) // 10
@@ -84,8 +86,39 @@ def test_adapters_end_at_the_same_bits(flags, tmp_path):
     found = finetune(flags, tmp_path / "disk", "--offload", "disk", *more)
     assert stored(found, "adapter_model.safetensors") == stored(expected, "adapter_model.safetensors")
     assert measured(found) == measured(expected)
-    stacked = finetune(flags, tmp_path / "stacked", "--offload", "disk", *more, "--perturb", "stacked")
-    assert measured(stacked)[0] == measured(expected)[0]
+
+
+@pytest.mark.parametrize("perturb", ["stacked", "in_forward"])
+def test_adapters_are_perturbed_as_asked(flags, tmp_path, perturb, caplog):
+    more = ["--lora", "true", "--perturb", perturb]
+    expected = finetune(flags, tmp_path / "memory", *more)
+    caplog.clear()
+    found = finetune(flags, tmp_path / "disk", "--offload", "disk", *more)
+    assert stored(found, "adapter_model.safetensors") == stored(expected, "adapter_model.safetensors")
+    setting = (read_settings(found) or {})["perturb"]
+    assert (setting.value, setting.source) == (perturb, "user")
+    assert ("in one pass over the weights" in caplog.text) == (perturb == "in_forward")
+
+
+def test_micro_batches_are_counted_in_what_a_step_reads(flags, tmp_path, caplog):
+    def read(*more: str) -> float:
+        caplog.clear()
+        finetune(flags, tmp_path / str(len(more)), "--lora", "true", "--offload", "disk", *more)
+        value, unit = re.findall(r"every step reads ([\d.]+) (\wiB)", caplog.text)[-1]
+        return float(value) * {"KiB": 1, "MiB": 1024}[unit]
+
+    assert read("--gradient_accumulation_steps", "3") == pytest.approx(3 * read(), rel=5e-3)  # three digits are shown
+
+
+def test_a_streamed_run_that_goes_on_in_memory_keeps_its_last_weights(flags, tmp_path):
+    flags = [*flags, "--learning_rate", "1e-2"]
+    found = finetune(flags, tmp_path / "found", "--offload", "disk")
+    steps = Journal.read(found / "journal.zkj").num_steps
+    longer = ["--max_steps", str(steps + 2), "--resume_from_checkpoint", "last"]
+    finetune(flags, found, *longer)
+    assert json.loads((found / "metrics.json").read_text())["best_step"] == steps + 2
+    expected = finetune(flags, tmp_path / "expected", "--offload", "disk", "--max_steps", str(steps + 2))
+    assert Journal.read(found / "journal.zkj").num_steps == Journal.read(expected / "journal.zkj").num_steps
 
 
 @pytest.mark.parametrize("updates", ["disk", "journal"])
@@ -161,8 +194,11 @@ def test_a_folder_for_weights_that_cannot_be_written_is_named_before_training(fl
     assert not (tmp_path / "run" / "journal.zkj").exists()
 
 
-@pytest.mark.parametrize("method", ["zo_adam", "hizoo"])
-def test_methods_that_keep_more_are_refused(flags, tmp_path, method, capsys):
-    code = main(["finetune", *flags, "--output_dir", str(tmp_path / "run"), "--method", method, "--offload", "disk"])
-    assert code == 2
+@pytest.mark.parametrize("more", [["--method", "zo_adam"], ["--method", "hizoo"], ["--momentum", "0.9"]], ids=str)
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_methods_that_keep_more_are_refused_before_weights_are_read(flags, tmp_path, more, where, capsys, monkeypatch):
+    monkeypatch.setattr("zokernel.finetune.models.offload.load_streamed", None)  # nothing is loaded
+    words = ["finetune", *flags, "--output_dir", str(tmp_path / "run"), "--method", "mezo", *more]
+    assert main([*words, "--offload", where]) == 2
     assert "scalars times directions" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -31,6 +31,7 @@ from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.push import check_push, open_repository, push_finished, pushed_by_nobody_else
 from zokernel.finetune.trainer.processes import from_main
+from zokernel.finetune.trainer.stream_points import check_streamed
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ def finetune(
             command=command,
         )
         settings = settings if config.overwrite_output_dir else keep_recorded(settings, folder)
+        if model_arguments.offload and config.do_train:
+            check_streamed(settings.arguments(), trains_weights=trained_by(model_arguments) == "full parameters")
         deciding = output.run_settings(model_arguments, data_arguments, settings.arguments()) | splits.fingerprint
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":

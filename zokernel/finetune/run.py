@@ -51,6 +51,7 @@ from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,8 @@ class Run:
         """Log the score before training."""
         how = start_told(self.data_arguments.num_demonstrations, trained=self.checked.is_trained)
         metric, where = self.task.metric, "validation" if self.splits.test_is_validation else "test"
-        told = (how.capitalize(), metric, len(self.splits.test), where, before[metric])
-        logger.info("%s %s on %d %s examples: %.3f.", *told)
+        told = (how.capitalize(), metric, counted(len(self.splits.test), f"{where} example"), before[metric])
+        logger.info("%s %s on %s: %.3f.", *told)
 
     def _note_begin(self, folder: Path, trainer: ZOTrainer, record: dict[str, Any], deciding: dict[str, Any]) -> None:
         """Write down that the loop begins, and the forwards that settings were chosen by."""
@@ -237,7 +238,13 @@ class Run:
             "peak_memory_training": peak_memory,
             "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
             "went_wrong": trainer.diverged or went_wrong(log.rows),
-            "diagnosis": diagnosed(trainer.diagnosis, record["before"], after, kept=self.config.load_best_model_at_end),
+            "diagnosis": diagnosed(
+                trainer.diagnosis,
+                record["before"],
+                after,
+                kept=self.config.load_best_model_at_end,
+                streamed=self.model_arguments.offload is not None,
+            ),
             "evaluations": evaluations(trainer.state.log_history, log.forwards_at),
             **repeat_facts(self.command),
         }

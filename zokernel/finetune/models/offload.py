@@ -164,19 +164,28 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     )
     blocks = streamed_blocks(model)
     assert blocks is not None
-    logger.info("%s", _told(blocks, target if any(target.glob("*.safetensors")) else folder, trained=full))
+    told = _told(blocks, target if any(target.glob("*.safetensors")) else folder, config, trained=full)
+    held = "Memory: the adapter and activations." if wants_adapter(arguments) else "Memory: activations."
+    logger.info("%s", told if full else f"{told}.  {held}")
     return model
 
 
-def _told(blocks: Blocks, folder: Path, *, trained: bool) -> str:
+def _told(blocks: Blocks, folder: Path, config: ZOConfig, *, trained: bool) -> str:
+    """Return where the weights are, and what is read, copied and written; of trained ones what memory it takes, too."""
     store, sizes = blocks.store, [unit.nbytes for unit in blocks.units]
     outside = sum(unit.nbytes for unit in blocks.units if not unit.is_block)
     block = max(unit.nbytes for unit in blocks.units if unit.is_block)
     whole, parts = readable_bytes(sum(sizes)), f"in {len(sizes)} parts of at most {readable_bytes(max(sizes))}"
+    passes, when = 1, "every batch"
+    if config.do_train and config.objective == "reward":
+        when = "every token that the model writes"
+    elif config.do_train:
+        passes, when = config.gradient_accumulation_steps, "every step"
     if isinstance(store, Staged):
         told = (
-            f"Offload cpu: {whole} of weights {parts}; blocks stay in host memory, and every step copies "
-            f"{readable_bytes(sum(sizes) - outside)} to {store.device}{' and back' if trained else ''}.  Memory of "
+            f"Offload cpu: {whole} of weights {parts}; blocks stay in host memory, and {when} copies "
+            f"{readable_bytes(passes * (sum(sizes) - outside))} to {store.device}"
+            f"{f' and {readable_bytes(sum(sizes) - outside)} back per step' if trained else ''}.  Memory of "
             f"the device: {readable_bytes(2 * block)} for two blocks, {readable_bytes(outside)} of weights outside of "
             "blocks"
         )
@@ -186,11 +195,11 @@ def _told(blocks: Blocks, folder: Path, *, trained: bool) -> str:
             "all losses of a step share one pass over them"
         )
     else:
-        told = f"Offload disk: {whole} of weights stay in {folder}, {parts}; every step reads {whole}"
+        told = f"Offload disk: {whole} of weights stay in {folder}, {parts}; {when} reads {readable_bytes(passes * sum(sizes))}"
     if not trained:
-        return f"{told}.  Memory: the adapter and activations."
+        return told
     if isinstance(store, WorkingCopy):
-        told += f" and writes as much (beside it, {whole} of the first weights are kept)"
+        told += f", and every step writes {whole} (beside it, {whole} of the first weights are kept)"
     if isinstance(store, Replayed):
         told += (
             " and writes nothing: step t repeats the updates of t - 1 steps on every block that is read.  Weights "

@@ -276,32 +276,41 @@ def _of_words(options: Options) -> Iterator[str]:
             )
 
 
-def worse_than_start(before: Mapping[str, float], after: Mapping[str, float], *, kept: bool) -> str:
+def worse_than_start(
+    before: Mapping[str, float], after: Mapping[str, float], *, kept: bool, streamed: bool = False
+) -> str:
     """Return that the last weights are worse than those before training; empty if not.
 
     Args:
         before: Loss before training.
         after: Loss after it.
         kept: Whether the best weights were to be kept, so that these are the best by the validation examples.
+        streamed: Whether weights were trained in their files, where a run keeps its last ones.
 
     Example:
         >>> worse_than_start({"loss": 0.7}, {"loss": 0.9}, kept=False)
-        'The held-out loss is higher than before training (0.7 -> 0.9), and the last weights were kept as asked: set
-        load_best_model_at_end to keep the best, or the start.'
+        'The held-out loss is higher than before training (0.7 -> 0.9), and the last weights were kept:
+        load_best_model_at_end keeps the best ones.'
         >>> worse_than_start({"loss": 0.7}, {"loss": 0.6}, kept=False)
         ''
     """
     first, last = before["loss"], after["loss"]
     if kept or not last - first > FELL * abs(first):
         return ""
+    advice = "'zokernel replay' makes those of any step" if streamed else "load_best_model_at_end keeps the best ones"
     return (
-        f"The held-out loss is higher than before training ({first:.4g} -> {last:.4g}), and the last weights were kept "
-        "as asked: set load_best_model_at_end to keep the best, or the start."
+        f"The held-out loss is higher than before training ({first:.4g} -> {last:.4g}), and the last weights were "
+        f"kept: {advice}."
     )
 
 
 def diagnosed(
-    found: Diagnosis | None, before: Mapping[str, float], after: Mapping[str, float], *, kept: bool
+    found: Diagnosis | None,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    kept: bool,
+    streamed: bool = False,
 ) -> dict[str, Any]:
     """Return a diagnosis for ``metrics.json``, and log if the last weights are worse than those before training.
 
@@ -310,10 +319,11 @@ def diagnosed(
         before: Loss on the reported examples before training.
         after: Loss after it.
         kept: Whether the best weights were to be kept.
+        streamed: Whether weights were trained in their files.
     """
     if found is None:
         return {}
-    worse = worse_than_start(before, after, kept=kept)
+    worse = worse_than_start(before, after, kept=kept, streamed=streamed)
     if worse:
         logger.warning("%s", worse)
     return {**vars(found), "reasons": list(found.reasons), "worse": worse}

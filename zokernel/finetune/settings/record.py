@@ -134,16 +134,22 @@ def read_settings(folder: Path) -> dict[str, Setting] | None:
 
 
 def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:
-    """Return the settings with the ``eps`` that a run in a folder began with, if nobody chose it then or now.
+    """Return the settings with what a run in a folder began with, where nobody chooses it now.
+
+    That is an ``eps`` that nobody chose then, either, and that the run ends with its last weights, as one of streamed
+    weights does.
 
     Args:
         new: The settings that were resolved.
         folder: The output folder, which may hold a run of a version with another default.
     """
-    known = (read_settings(folder) or {}).get("eps")
-    if known is None or known.source != "default" or new.setting("eps").source != "default":
-        return new
-    return new.with_("default", eps=known.value)
+    known = read_settings(folder) or {}
+    eps, best = known.get("eps"), known.get("load_best_model_at_end")
+    if eps is not None and eps.source == new.setting("eps").source == "default":
+        new = new.with_("default", eps=eps.value)
+    if best is not None and not best.value and new.setting("load_best_model_at_end").source == "default":
+        new = new.with_(best.source, load_best_model_at_end=False)
+    return new
 
 
 def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None:

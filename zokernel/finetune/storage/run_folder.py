@@ -62,7 +62,10 @@ ARTEFACTS = (
     METRICS_FILE,
     RUN_FILE,
 )
-_MAY_DIFFER = ("max_steps", "num_train_epochs", "per_device_eval_batch_size")  # in a run that is continued
+_MAY_DIFFER = (  # in a run that is continued
+    *("max_steps", "num_train_epochs", "per_device_eval_batch_size"),
+    *("offload", "offload_dir", "offload_updates"),
+)
 _OWN_CARDS = ("- zokernel", "# Model Card for Model ID")  # a line of the card of a run, or of peft's until it ends
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
@@ -255,9 +258,13 @@ def _told(names: Sequence[str], old: dict[str, Any] | None, new: dict[str, Any] 
     return ", ".join(
         _rows_told(name.removesuffix("_rows"), old[name], new.get(name))
         if " rows, sha256 " in str(old.get(name))
-        else f"{name}: {old.get(name)} there, {new.get(name)} asked for"
+        else f"{name}: {_shown(old.get(name))} there, {_shown(new.get(name))} asked for"
         for name in names
     )
+
+
+def _shown(value: Any) -> Any:
+    return "not set" if value is None else value
 
 
 def _rows_told(split: str, old: Any, new: Any) -> str:

@@ -16,6 +16,7 @@ from zokernel.finetune.trainer.choose_perturb import innermost, max_copies
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.processes import on_all
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
+from zokernel.offload.blocks import streamed_blocks
 from zokernel.perturb import Stacked, stackable
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class RewardTrainer(ZOTrainer):
         if on_all(not reason and not self.args.torch_compile, self.args.device):
             logger.info("perturb: stacked, up to %d members of the population per generate.", copies)
             return "stacked"
+        if streamed_blocks(self.bare_model) is not None:
+            return "in_forward"  # the members of the population share every pass over the weights
         logger.info("perturb: %s, one member after the other (%s).", unstacked, reason or "compiled blocks")
         return unstacked
 

@@ -177,7 +177,7 @@ class SetUpTrainer(ResumableTrainer):
             optimizer = self.taking
             self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
             if self.zeroth_order:
-                perturb = stream_points(optimizer, self.bare_model) or choose_perturb.stack_or_share(
+                perturb = stream_points(optimizer, self.bare_model, self.args.perturb) or choose_perturb.stack_or_share(
                     optimizer,
                     self.bare_model,
                     self.args,
