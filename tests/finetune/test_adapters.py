@@ -215,7 +215,7 @@ def test_stacked_experts_that_are_left_out_are_named(name, asked, caplog):
         return
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert said == [
-        f"{', '.join(names)}: no modules but stacked parameters, {share:.0f} % of the model, so LoRA leaves them out; "
+        f"{', '.join(names)}: not modules but stacked parameters, {share:.0f} % of the model, so LoRA leaves them out; "
         f"--target_parameters {' '.join(names)} adapts them."
     ]
     caplog.clear()

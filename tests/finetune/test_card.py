@@ -88,3 +88,36 @@ def test_only_the_f1_of_answers_in_words_has_a_binomial_error(others, told, flag
     # At most 90 % of the answers may have changed: sqrt((0.9 - 0.1^2) / 1000) is 0.0298.
     assert ("+10.0 points, with a standard error of at most 3.0." in text) is told
     assert ("+10.0 points. " in text) is not told
+
+
+def test_one_of_a_thing_is_singular_and_no_change_is_not_negative(flags, tmp_path, caplog, capsys):
+    folder = tmp_path / "run"
+    one = ["--max_steps", "1", "--max_eval_samples", "1", "--max_test_samples", "1", "--method", "mezo"]
+    with caplog.at_level("INFO", logger="zokernel"):
+        assert main(["finetune", *flags, *one]) == 0
+    for words in (["report", str(folder)], ["journal", "show", str(folder)], ["journal", "verify", str(folder)]):
+        assert main(words) == 0
+    told = capsys.readouterr().out
+    pages = {"log": caplog.text, "commands": told}
+    pages |= {name: (folder / name).read_text() for name in ("report.md", "README.md", "report.html")}
+    several = r"(?<![\d.,])1 (?:[a-z]+ )?(?:steps|forward passes|forwards|examples|rows|losses|bytes|tensors)\b"
+    for name, text in pages.items():
+        assert not re.findall(several, text), name
+    assert "1 step, 2 forward passes" in pages["report.md"]
+    assert "1 test example" in pages["README.md"]
+    assert "eval_loss" in told
+    assert "preparation_time" not in told
+    metrics = json.loads((folder / "metrics.json").read_text())
+    almost = {"before": {"loss": 1.0, "perplexity": 1090.5691}, "after": {"loss": 1.0, "perplexity": 1090.569}}
+    rows = dict(summary_rows(metrics | almost | {"metric": "perplexity"}))
+    assert rows["perplexity after training"] == "1090.569 (+0.0 %)"
+
+
+def test_the_card_lists_the_options_in_effect(flags, tmp_path):
+    quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    assert main(["finetune", *flags, *quick, "--method", "kerzoo", "--method_args", "kernel_order=5"]) == 0
+    (told,) = re.findall(r"\| method's options \| (.*) \|", (tmp_path / "run" / "README.md").read_text())
+    options = dict(pair.split("=") for pair in told.split(", "))
+    known = {"kernel_order": "5", "radius": "1.0", "num_perturbations": "3", "distribution": "rademacher"}
+    assert options.items() > known.items()
+    assert not options.keys() & {"lr", "total_steps", "clip", "averaging", "perturb"}  # elsewhere, or off

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
-from zokernel.errors import UsageError
+from zokernel.errors import MissingDependencyError, UsageError
 from zokernel.finetune import load_predictor
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import bytes_held
@@ -24,6 +24,7 @@ from zokernel.finetune.models.load import load_model, load_pretrained
 from zokernel.finetune.models.quantization import count_parameters, told
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
+from zokernel.finetune.storage.replay import source_of
 from zokernel.journal.hashes import quantized_sha256, stored_bits
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -305,6 +306,7 @@ def test_an_unknown_quantization_is_no_quantization(base, tmp_path, caplog):
         ("compressed_tensors", {}, "compressed-tensors", "pip install 'zokernel[quantized]'"),
         ("gptqmodel", {}, "gptq", "pip install gptqmodel optimum"),
         ("gptqmodel", {}, "awq", "pip install gptqmodel"),
+        ("peft", {"load_in_4bit": True}, "", "pip install 'zokernel[finetune]'"),
     ],
 )
 def test_a_missing_library_is_named(package, flags, method, command, base, tmp_path, monkeypatch, capsys):
@@ -319,6 +321,20 @@ def test_a_missing_library_is_named(package, flags, method, command, base, tmp_p
     told_of = capsys.readouterr().err.strip().splitlines()[-1]
     assert package in told_of
     assert command in told_of
+
+
+def test_what_reads_a_run_names_its_base_and_no_flag_where_a_library_is_missing(base, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    record = {"load_in_4bit": True, "language_model": "causal", "precision": "fp32"}
+    (tmp_path / "run" / "predictor.json").write_text(json.dumps(record))
+    needs = "needs bitsandbytes, which is not installed"
+    with pytest.raises(MissingDependencyError, match=rf"^run, whose base is quantized \(4bit\), {needs}"):
+        load_predictor("run")
+    with pytest.raises(MissingDependencyError, match=rf"/base.*, which the run quantized \(bitsandbytes\), {needs}"):
+        source_of(str(base), {"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(base, tmp_path):

@@ -89,7 +89,7 @@ def test_experts_are_said_to_stay_and_are_counted_in_full(folders, caplog):
     whole = sum(p.numel() for p in MixtralForCausalLM(checked.architecture).parameters())
     share = 100 * sum(p.numel() for p in experts.values()) / whole
     said = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
-    assert f"{said}, {share:.0f} % of the model, are no linear layers and stay in float32." in caplog.text
+    assert f"{said}, {share:.0f} % of the model, are not linear layers and stay in float32." in caplog.text
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists what is mapped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -121,6 +122,8 @@ def test_a_killed_run_continues_to_the_same_bits(strategy, base, run, tmp_path, 
     whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
     assert same(whole, cut)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
     step = json.loads((tmp_path / "whole" / "metrics.json").read_text())["best_step"]
     words = ["--base", str(base), "--journal", str(tmp_path / "whole" / "journal.zkj"), "--step", str(step)]
     assert main(["replay", *words, "--output_dir", str(tmp_path / "rebuilt")]) == 0
@@ -191,3 +194,68 @@ def test_gradients_of_scales_are_refused(base):
     config = ZOConfig(output_dir="unused", method="adamw", report_to="none", use_cpu=True, precision="fp32")
     with pytest.raises(UsageError, match="choose a zeroth-order method"):
         load_model(arguments, config)
+
+
+def test_the_files_of_equal_runs_are_equal(base, tmp_path):
+    model = loaded(base, "torchao:int8")
+    for name in ("one", "two", "three"):
+        model.save_pretrained(tmp_path / name)
+    files = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
+    assert len(files) == 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_predict_trains_nothing_and_the_card_names_torchao_and_the_clipping(run, tmp_path, caplog, capsys, monkeypatch):
+    caplog.set_level("INFO", logger="zokernel")
+    assert run("run", "--quantization", "torchao:int8", "--max_steps", "1", "--eval_strategy", "no") == 0
+    assert "Trained: a factor on each of 896 scales of 14 layers, and nothing else." in caplog.messages
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "load without zokernel, too (they are quantized, which needs torchao: `pip install torchao`):" in card
+    assert "clip_slope=100.0" in card
+    (tmp_path / "rows.jsonl").write_text('{"sentence": "a movie bad"}\n')
+    monkeypatch.chdir(tmp_path)
+    caplog.clear()
+    words = ["predict", "--model", "run", "--file", "rows.jsonl"]
+    assert main(words) == 0
+    assert "prediction" in capsys.readouterr().out
+    assert "Model run: 81,280 parameters." in caplog.messages
+    assert "rained" not in caplog.text
+    # Without the library, the sentence begins with the folder as it is called.
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else real(name))
+    assert main(words) == 1
+    said = "error: run, which is quantized (torchao), needs torchao, which is not installed: pip install"
+    assert said in capsys.readouterr().err
+
+
+def test_rewards_say_why_the_members_of_a_step_are_not_stacked(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a movie {word}"}) + "\n" for word in ("bad", "good", "the", "a")))
+    words = [
+        "--model_name_or_path",
+        str(base),
+        "--quantization",
+        "torchao:int8",
+        "--train",
+        "scales",
+        "--max_steps",
+        "1",
+    ]
+    words += ["--train_file", str(rows), "--validation_file", str(rows), "--objective", "reward", "--method", "es"]
+    words += [
+        "--reward_function",
+        "length:2",
+        "--max_new_tokens",
+        "2",
+        "--num_perturbations",
+        "2",
+        "--precision",
+        "fp32",
+    ]
+    with caplog.at_level("INFO", logger="zokernel"):
+        assert main(["finetune", *words, "--output_dir", str(tmp_path / "run")]) == 0
+    told = "perturb: in_place, one member after the other (rows of one batch cannot have scales of their own)."
+    assert told in caplog.messages

@@ -210,9 +210,9 @@ def test_rows_in_two_splits_are_counted(tmp_path, caplog):
         validation_file=write(tmp_path / "v.jsonl", [*rows[:3], {"text": "new", "label": 0}]),
         test_file=write(tmp_path / "t.jsonl", [{**rows[4], "label": 1, "id": 7}, {"text": "new", "label": 0}]),
     )
-    assert [line for line in said if "also training" in line] == [
+    assert [line for line in said if "their score says less" in line] == [
         "3 of 4 validation examples are also training examples: their score says less about new ones.",
-        "1 of 2 test examples are also training examples: their score says less about new ones.",
+        "1 of 2 test examples is also a training example: their score says less about new ones.",
     ]
     assert splits.num_test_in_train == 1
     caplog.clear()

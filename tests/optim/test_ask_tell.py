@@ -307,7 +307,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
         journalled(path, weights, "mezo", 0.1, {"seed": 1})
     optimizer = MeZO(list(base().items()), lr=0.1)
     optimizer.step(lambda: 1.0)
-    with pytest.raises(UsageError, match="has taken 1 steps"):
+    with pytest.raises(UsageError, match="has taken 1 step:"):
         ToldJournal(path, optimizer, {})
 
 

@@ -27,6 +27,7 @@ from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
 from zokernel.files import check_output_dir, write_json
+from zokernel.readable import counted
 from zokernel.theory.stability import stability_limit_of_features
 
 if TYPE_CHECKING:
@@ -243,12 +244,13 @@ def _plain(values: Tensor) -> list[float | None]:
 
 def _print(record: dict[str, Any]) -> None:
     print(
-        f"{record['source']}: {record['examples']} examples, {record['parameters']:,} parameters, rank {record['rank']}"
+        f"{record['source']}: {counted(record['examples'], 'example')}, {counted(record['parameters'], 'parameter')}, "
+        f"rank {record['rank']}"
     )
     state = "stable" if record["stable"] else "UNSTABLE: the expected loss diverges"
     print(
         f"learning rate {record['learning_rate']:.4g} ({state}); mean-square limit {record['stability_limit']:.4g} "
-        f"with {record['num_perturbations']} {record['distribution']} perturbation(s), gradient descent "
+        f"with {counted(record['num_perturbations'], record['distribution'] + ' perturbation')}, gradient descent "
         f"{record['first_order_limit']:.4g}"
     )
     columns = list(record["losses"])
@@ -260,8 +262,9 @@ def _print(record: dict[str, Any]) -> None:
         print(f"loss {record['target_loss']:.4g} is never reached in expectation at this learning rate")
     else:
         print(
-            f"loss {record['target_loss']:.4g} is reached in expectation after {record['steps_to_target']:,} steps, "
-            f"{record['queries_to_target']:,} loss evaluations (the floor is {record['loss_floor']:.4g})"
+            f"loss {record['target_loss']:.4g} is reached in expectation after "
+            f"{counted(record['steps_to_target'], 'step')}, {counted(record['queries_to_target'], 'loss evaluation')} "
+            f"(the floor is {record['loss_floor']:.4g})"
         )
     for row in record["per_query"]:
         if row["queries"] is not None:

@@ -18,6 +18,10 @@ from typing import Any
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
+from zokernel.readable import counted
+
+# How the names of an evaluation's measures end that say how long it took.
+TIMINGS = ("runtime", "per_second", "preparation_time", "epoch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +47,10 @@ def main(args: argparse.Namespace) -> int:
             from zokernel.journal.replay import check_base
 
             check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))
-        torn = f" A torn last record of {journal.torn_bytes} bytes will be dropped." if journal.torn_bytes else ""
+        left = counted(journal.torn_bytes, "byte")
+        torn = f" A torn last record of {left} will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""
-        print(f"{journal.path}: {journal.num_steps} steps, every checksum right.{torn}{base}")
+        print(f"{journal.path}: {counted(journal.num_steps, 'step')}, every checksum right.{torn}{base}")
         return 0
     print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
     return 0
@@ -57,18 +62,19 @@ def describe(journal: Any) -> list[str]:
     from zokernel.journal.replay import HEADER_KEYS
 
     header, steps, events = journal.header, journal.steps, journal.events
+    held = f"{journal.path}: {counted(journal.num_steps, 'step')} in {journal.size:,} bytes"
     if is_old(header):
         header = {**header, "perturb": f"{header['restore']} (as zokernel 0.1 called it)", "update": ""}
     if not header.keys() >= HEADER_KEYS:
-        return [f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes", f"header      {header}"]
+        return [held, f"header      {header}"]
     numbers = sum(math.prod(shape) for _, shape in header["parameters"].values())
     lines = [
-        f"{journal.path}: {journal.num_steps} steps in {journal.size:,} bytes",
+        held,
         f"method      {header['method']}  {header['options']}",
         f"estimator   {header['estimator']}",
         f"directions  {header['directions']}, seed {header['seed']}, by {header['backend']}",
         f"perturb     {header['perturb']}",
-        f"parameters  {len(header['parameters'])} tensors, {numbers:,} numbers",
+        f"parameters  {counted(len(header['parameters']), 'tensor')}, {counted(numbers, 'number')}",
         f"base        sha256 {header['base_sha256']}",
         f"written by  zokernel {header['zokernel']}, torch {header['torch']}",
     ]
@@ -79,16 +85,17 @@ def describe(journal: Any) -> list[str]:
         lines.append(f"losses      {steps[0].losses[0]:.4f} at step 1, {steps[-1].losses[0]:.4f} at step {len(steps)}")
     for event in events:
         if event["event"] == "evaluation":
-            shown = {k: v for k, v in event["metrics"].items() if not k.endswith(("runtime", "per_second", "epoch"))}
+            shown = {k: v for k, v in event["metrics"].items() if not k.endswith(TIMINGS)}
             found = ", ".join(f"{k} {v:.4f}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
             lines.append(f"evaluation  after step {event['step']}: {found}")
         elif event["event"] == "conditions":
-            frozen = f", {len(event['frozen'])} parameters frozen" if event["frozen"] else ""
+            frozen = f", {counted(len(event['frozen']), 'parameter')} frozen" if event["frozen"] else ""
             lines.append(f"conditions  from step {event['step'] + 1} on: perturb {event['perturb']}{frozen}")
         elif event["event"] == "end":
             lines.append(f"end         after step {event['step']}: weights sha256 {event['weights_sha256']}")
     if journal.torn_bytes:
-        lines.append(f"torn        the last {journal.torn_bytes} bytes are half a record, which is ignored")
+        torn = counted(journal.torn_bytes, "byte")
+        lines.append(f"torn        half a record at the end of the file, {torn}, which is ignored")
     return lines
 
 
@@ -99,7 +106,8 @@ def describe_step(journal: Any, step: int) -> list[str]:
         UsageError: If the journal has no such step.
     """
     if not 1 <= step <= journal.num_steps:
-        raise UsageError(f"{journal.path} holds steps 1 to {journal.num_steps}, not {step}.")
+        held = counted(journal.num_steps, "step")
+        raise UsageError(f"{journal.path} holds {held}: choose one of 1 to {journal.num_steps}, not {step}.")
     record = journal.steps[step - 1]
     rates = ", ".join(f"{rate:g}" for rate in record.learning_rates)
     return [f"step {step}: learning rate {rates}", *(f"  loss {loss!r}" for loss in record.losses)]
@@ -121,14 +129,15 @@ def truncate(args: argparse.Namespace) -> int:
     with exclusive(path.parent):
         journal = Journal.read(path, up_to_damage=args.damaged)
         if args.step > journal.num_steps or args.step < 0:
-            raise UsageError(f"{path} holds {journal.num_steps} good steps: choose one of 0 to {journal.num_steps}.")
+            good = counted(journal.num_steps, "good step")
+            raise UsageError(f"{path} holds {good}: choose one of 0 to {journal.num_steps}.")
         size = journal.end_of_step(args.step)
         backup = _unused(path.with_name(path.name + ".bak"))
         shutil.copyfile(path, backup)
         with whole_file(path) as partial:
             shutil.copyfile(path, partial)
             os.truncate(partial, size)
-    print(f"{path}: {args.step} steps kept; the file as it was is {backup}.")
+    print(f"{path}: {counted(args.step, 'step')} kept; the file as it was is {backup}.")
     return 0
 
 

@@ -7,6 +7,7 @@ import math
 from zokernel.kernels.plan import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
+from zokernel.readable import counted
 
 NOISE_SCALE, CURVATURE_RATIO = "batch where noise equals signal", "curvature ratio r"
 
@@ -15,8 +16,8 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
     """Return the plan in words and a small table."""
     shown = {name: quantity_told(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
     lines = [
-        f"Probed {plan.num_probes} directions of {plan.num_parameters:,} parameters: {plan.forwards} forward passes, "
-        f"{plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
+        f"Probed {plan.num_probes} directions of {counted(plan.num_parameters, 'parameter')}: "
+        f"{plan.forwards} forward passes, {plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
         "",
         f"  similarity rho                  {shown['rho']}",
         f"  relative error of one step      {shown['relative_error_one']}"
@@ -32,7 +33,7 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
         f"  distance where slopes double    {shown['reach']}",
         "",
         f"  {'P':>6}  {'relative error':>18}  {'rate / gradient':>18}  {'best for one step':>18}  "
-        f"{f'for {plan.num_steps:,} steps':>18}  {'forwards per step':>17}  {'tokens per step':>15}",
+        f"{'for ' + counted(plan.num_steps, 'step'):>18}  {'forwards per step':>17}  {'tokens per step':>15}",
     ]
     for count, error in plan.predicted_error.items():
         cells = (error, plan.learning_rate_ratio[count], plan.learning_rate[count], plan.run_rate[count])
@@ -59,10 +60,9 @@ def best_step(plan: Plan, batch_size: int) -> str:
         return f"The best step at batch {batch_size} is not known: {_lacking(plan)}."
     each = "per example" if found.scheme == "per_example" else "for the batch"
     sides = "one-sided" if found.one_sided else "two-sided"
-    directions = "1 direction" if found.num_perturbations == 1 else f"{found.num_perturbations} directions"
     return (
-        f"Most decrease per forward at batch {batch_size}: {directions} {each}, {sides}, "
-        f"{found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
+        f"Most decrease per forward at batch {batch_size}: {counted(found.num_perturbations, 'direction')} {each}, "
+        f"{sides}, {found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
     )
 
 
@@ -86,7 +86,7 @@ def quantity_told(plan: Plan, name: str) -> str:
 def probes(name: str, count: int) -> str:
     """Return so many of the probes that a quantity comes from, in words."""
     kind = "curvature probe" if name in FROM_CURVATURE_PROBES else "probe"
-    return f"{count:,} {kind}{'' if count == 1 else 's'}"
+    return counted(count, kind)
 
 
 def more_probes(name: str, needed: int) -> str:
@@ -116,7 +116,7 @@ def advice(plan: Plan, batch: int) -> str:
             f"No learning rate is advised: {told} is not known from {probes(name, used)}; {more_probes(name, needed)}."
         )
     return (
-        f"For a run of {plan.num_steps:,} steps: --method mezo --num_perturbations {count} "
+        f"For a run of {counted(plan.num_steps, 'step')}: --method mezo --num_perturbations {count} "
         f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
         "constant. The best rate for one step is too large for a run: most of a step is noise, which adds up, and "
         "slopes grow along the way."

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, whole_file
+from zokernel.readable import counted
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         write_rows(stream, rows, answers, output.suffix.lower())
-    print(f"{len(answers):,} answers in {output}.")
+    print(f"{counted(len(answers), 'answer')} in {output}.")
     return 0
 
 

@@ -13,7 +13,7 @@ from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
-from zokernel.finetune.models.quantization import LOADING, loading_flags
+from zokernel.finetune.models.quantization import LOADING, asked_for, check_library, library_of, loading_flags
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
@@ -305,7 +305,9 @@ def load_predictor(
     flags = {name: record[name] for name in LOADING if name in record}
     flags |= {"lm_type": record["language_model"], "trust_remote_code": trust_remote_code}
     arguments = ModelArguments(model_name_or_path=str(folder), **flags)
-    config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none")
+    if asked := asked_for(arguments):
+        check_library(library_of(asked), f"{folder}, whose base is quantized ({asked.removeprefix('torchao:')}),")
+    config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none", do_train=False)
     model, tokenizer = load_model(arguments, config)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(model.to(where).eval(), tokenizer, record)

@@ -50,8 +50,8 @@ from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
-from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 from zokernel.readable import counted
+from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 
 logger = logging.getLogger(__name__)
 

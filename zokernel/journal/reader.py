@@ -23,6 +23,7 @@ from zokernel.journal.format import (
     decode_header,
     record_end,
 )
+from zokernel.readable import counted
 
 FILE_NAME = "journal.zkj"
 _STARTS = re.compile(b"[%c%c%c]" % (STEP_WIDE, STEP_NARROW, EVENT), re.DOTALL)
@@ -77,7 +78,7 @@ class Journal:
             taken += isinstance(record, Step)
             if taken == step:
                 return end
-        raise UsageError(f"{self.path} holds {taken} steps: choose one of 0 to {taken}, not {step}.")
+        raise UsageError(f"{self.path} holds {counted(taken, 'step')}: choose one of 0 to {taken}, not {step}.")
 
     @classmethod
     def read(cls, path: str | Path, *, up_to_damage: bool = False) -> Journal:
@@ -120,7 +121,7 @@ class Journal:
                 raise RunError(
                     f"The record of step {steps} (at byte {offset}) is damaged, and whole records follow (at byte "
                     f"{later}), so it was not torn off by a crash. Restore the file from a copy, or keep the first "
-                    f"{steps} steps with 'zokernel journal truncate {path} --step {steps} --damaged'."
+                    f"{counted(steps, 'step')} with 'zokernel journal truncate {path} --step {steps} --damaged'."
                 )
         except RunError as error:
             raise RunError(f"{path}: {error}") from error

@@ -26,6 +26,7 @@ from zokernel.journal.reader import Journal
 from zokernel.optim.registry import get_method
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb import perturb_for_replay
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,9 @@ def replay_(
     header = upgraded(journal.header)
     wanted = journal.num_steps if step is None else step
     if not 0 <= wanted <= journal.num_steps:
-        raise UsageError(f"{journal.path} holds {journal.num_steps} steps: choose one of them, not {wanted}.")
+        raise UsageError(
+            f"{journal.path} holds {counted(journal.num_steps, 'step')}: choose one of them, not {wanted}."
+        )
     check_base(header, weights)
     optimizer = make_optimizer(header, weights)
     backend = backend_of(optimizer)
@@ -197,7 +200,7 @@ def replay_(
             "round differently: move the base there, or allow another backend and accept last-bit differences."
         )
     replay_steps(optimizer, journal.steps[:wanted])
-    logger.info("Replayed %d of %d steps of %s.", wanted, journal.num_steps, journal.path)
+    logger.info("Replayed %d of %s of %s.", wanted, counted(journal.num_steps, "step"), journal.path)
     for event in journal.events:
         if event["event"] == "end" and event["step"] == wanted and backend == header["backend"]:
             found = weights_sha256(optimizer.named_params)

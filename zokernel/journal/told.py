@@ -18,6 +18,7 @@ from zokernel.journal.replay import record_of, replay_steps
 from zokernel.journal.writer import JournalWriter
 from zokernel.optim.ask_tell import Losses, Point
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.readable import counted
 
 TOLD = "told"
 """Name of the event that holds losses of a step that is not complete."""
@@ -61,7 +62,7 @@ class ToldJournal:
     def __init__(self, path: str | Path, optimizer: ZerothOrder, header: Mapping[str, Any]):
         if optimizer.step_count:
             raise UsageError(
-                f"The optimizer has taken {optimizer.step_count} steps: pass a new one on the base weights."
+                f"The optimizer has taken {counted(optimizer.step_count, 'step')}: pass a new one on the base weights."
             )
         self.path, self.optimizer = Path(path), optimizer
         if not self.path.exists():

@@ -18,6 +18,7 @@ from pathlib import Path
 from zokernel.offload.mapping import MappedFile, make_folder
 from zokernel.offload.store import Files, Span, stretches
 from zokernel.offload.units import Unit
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,9 @@ class Replayed(Files):
         if steps - first >= 2 * self._told:
             self._told, one = steps - first, seconds / (steps - first)
             logger.info(
-                "Journal: repeating the updates of %d steps on each block took %.3g s, %.3g s per update; after 1,000 "
+                "Journal: repeating the updates of %s on each block took %.3g s, %.3g s per update; after 1,000 "
                 "steps a step will repeat for %.3g s, and a run of 1,000 steps for %.3g h.",
-                self._told,
+                counted(self._told, "step"),
                 seconds,
                 one,
                 1000 * one,

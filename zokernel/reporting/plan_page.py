@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from zokernel.readable import counted
 from zokernel.reporting.page import Page, Picture, Section, number, table_of_rows, words
 from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
@@ -23,7 +24,7 @@ def read_plan(record: dict[str, Any]) -> Page:
     plan = record["plan"]
     best = next(iter(plan["required"].items()), None)
     summary = [
-        f"Probing {plan['num_probes']} random directions of {plan['num_parameters']:,} parameters with "
+        f"Probing {plan['num_probes']} random directions of {counted(plan['num_parameters'], 'parameter')} with "
         f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
         f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
         "that gradient descent would make; with P directions by that over the root of P."
@@ -36,8 +37,8 @@ def read_plan(record: dict[str, Any]) -> Page:
     rates = [(count, rate) for count, rate in plan.get("run_rate", {}).items() if _known(rate)]
     if rates:
         summary.append(
-            f"For a run of {plan['num_steps']:,} steps along {rates[0][0]} direction(s) per step, the learning rate "
-            f"{rates[0][1]['value']:.2g} is advised."
+            f"For a run of {counted(plan['num_steps'], 'step')} along {counted(int(rates[0][0]), 'direction')} per "
+            f"step, the learning rate {rates[0][1]['value']:.2g} is advised."
             + (
                 f" Slopes double once noise has taken every weight {plan['reach']['value']:.2g} from its start; such a "
                 "run stays well below that."
@@ -46,7 +47,9 @@ def read_plan(record: dict[str, Any]) -> Page:
             )
         )
     if best is not None and best[1] is not None and best[1] > 0:
-        summary.append(f"A relative error of {best[0]} needs {_count(best[1])} directions per step.")
+        summary.append(
+            f"A relative error of {best[0]} needs {_count(best[1])} direction{'' if best[1] == 1 else 's'} per step."
+        )
     return Page(
         title="Plan of a zeroth-order run",
         kind="plan",
@@ -204,14 +207,15 @@ def read_evolve(record: dict[str, Any]) -> Page:
     """Return the page of ``evolution.json``."""
     stable = record["stable"]
     summary = [
-        f"{record['source']}: {record['examples']:,} examples, {record['parameters']:,} parameters. At learning rate "
-        f"{record['learning_rate']:.3g} with {record['num_perturbations']} {record['distribution']} direction(s) "
-        f"per step, training is {'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
+        f"{record['source']}: {counted(record['examples'], 'example')}, {counted(record['parameters'], 'parameter')}. "
+        f"At learning rate {record['learning_rate']:.3g} with "
+        f"{counted(record['num_perturbations'], record['distribution'] + ' direction')} per step, training is "
+        f"{'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
         f"{record['stability_limit']:.3g} (gradient descent: {record['first_order_limit']:.3g}).",
         f"The loss {record['target_loss']:.3g} is never reached in expectation at this rate."
         if record["steps_to_target"] is None
-        else f"The loss {record['target_loss']:.3g} is expected after {record['steps_to_target']:,} steps: "
-        f"{record['queries_to_target']:,} loss evaluations.",
+        else f"The loss {record['target_loss']:.3g} is expected after {counted(record['steps_to_target'], 'step')}: "
+        f"{counted(record['queries_to_target'], 'loss evaluation')}.",
     ]
     losses = record["losses"]
     rows = [dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True)]

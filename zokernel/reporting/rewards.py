@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from zokernel.readable import counted
 from zokernel.reporting.page import Picture
 from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
@@ -79,7 +80,7 @@ def reward_picture(
         paint,
         "rewards",
         title="Rewards of the population",
-        alt=f"Rewards of the members over {len(bands):,} steps{ends}.",
+        alt=f"Rewards of the members over {counted(len(bands), 'step')}{ends}.",
         caption="Members differ by their weights; each answered the prompts of the step. Circles and diamonds are "
         "greedy answers to other prompts. A band of no width says nothing about which way to go.",
     )

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from zokernel.readable import readable_bytes, readable_seconds
+from zokernel.readable import counted, readable_bytes, readable_seconds
 from zokernel.reporting.page import Page, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
 from zokernel.reporting.training import TrainingRun, find_plan, read_training
@@ -62,7 +62,7 @@ def _reasons(metrics: dict[str, Any]) -> Section | None:
         return None
     found, text = metrics["diagnosis"], []
     if metrics.get("went_wrong"):  # else the alert says it
-        text = [f"{found['outcome']} The reasons took {found.get('forwards', 0)} more forward passes."]
+        text = [f"{found['outcome']} The reasons took {counted(found.get('forwards', 0), 'more forward pass')}."]
     return Section("Why the loss did not fall", "reasons", text=text, items=list(found["reasons"]))
 
 

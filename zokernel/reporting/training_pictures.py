@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from zokernel.readable import counted
 from zokernel.reporting.page import Picture
 from zokernel.reporting.rewards import is_rewarded, reward_picture
 from zokernel.reporting.series import band_look, look
@@ -103,7 +104,8 @@ def _loss_picture(run: TrainingRun, rows: list[dict[str, float]], label: str, ax
         paint,
         "loss",
         title="Loss",
-        alt=f"Training loss over {len(rows):,} steps, from {start:.3g} at the beginning to {end:.3g} at the end.",
+        alt=f"Training loss over {counted(len(rows), 'step')}, from {start:.3g} at the beginning to {end:.3g} at the "
+        "end.",
         caption="Batches differ far more than steps improve: judge by the line and the circles.",
     )
 

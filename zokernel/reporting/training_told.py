@@ -14,7 +14,7 @@ from zokernel.finetune.report.told import (
     method_told,
     weights_told,
 )
-from zokernel.readable import readable_bytes, readable_seconds
+from zokernel.readable import counted, readable_bytes, readable_seconds
 from zokernel.reporting.page import words
 from zokernel.reporting.progress import Progress, progress_of
 from zokernel.reporting.rewards import rewards_told
@@ -78,7 +78,7 @@ def _so_far(run: TrainingRun) -> list[str]:
         return ["The run has begun and not finished a step yet." if progress.state == "running" else progress.told]
     told = [] if alert(run) else [progress.told]
     told += [
-        f"{len(run.rows):,} steps so far. {_loss_moved(run.rows)}",
+        f"{counted(len(run.rows), 'step')} so far. {_loss_moved(run.rows)}",
         _continued(run),
         _not_finite(run),
     ]
@@ -100,9 +100,9 @@ def _how(metrics: dict[str, Any]) -> str:
     if not metrics.get("forwards_per_step"):
         return "Each step computed the gradient by backpropagation (a first-order baseline)."
     return (
-        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
-        "compared the losses, and moved the weights along the random directions that had been tried. No gradient was "
-        "computed and no activation was kept."
+        f"Each step ran the model {counted(metrics['forwards_per_step'], 'time')} on one batch with slightly different "
+        "weights, compared the losses, and moved the weights along the random directions that had been tried. No "
+        "gradient was computed and no activation was kept."
     )
 
 
@@ -115,9 +115,9 @@ def _scores(metrics: dict[str, Any]) -> list[str]:
         changed = f"{named[0].upper()}{named[1:]} on {examples_told(metrics)} went from "
         changed += f"{_score(name, before[name])} to {_score(name, after[name])}"
         if name in SHARES:
-            changed += f": {100 * (after[name] - before[name]):+.1f} points"
+            changed += f": {100 * (after[name] - before[name]):+z.1f} points"
         elif before[name]:
-            changed += f": {100 * (after[name] / before[name] - 1):+.1f} %"
+            changed += f": {100 * (after[name] / before[name] - 1):+z.1f} %"
         if name == "perplexity":
             changed += f"; the loss from {before['loss']:.4f} to {after['loss']:.4f} nats per token"
         if name == "accuracy":
@@ -152,7 +152,7 @@ def _continued(run: TrainingRun) -> str:
 
 def _not_finite(run: TrainingRun) -> str:
     count = sum(not math.isfinite(row["loss"]) for row in run.rows)
-    return f"In {count:,} of {len(run.rows):,} steps the loss was no finite number." if count else ""
+    return f"In {count:,} of {counted(len(run.rows), 'step')} the loss was no finite number." if count else ""
 
 
 def facts(run: TrainingRun) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.template import without_secrets
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -244,15 +245,16 @@ def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed
         if held_out == 0:
             raise UsageError("There are too few training examples to hold some out: give --validation_file.")
         parts["validation"], parts["train"] = parts["train"][:held_out], parts["train"][held_out:]
-        logger.info("Validation: %d examples held out from the training examples.", held_out)
+        logger.info("Validation: %s held out from the training examples.", counted(held_out, "example"))
     drawn = {split: rows[: limits[split]] for split, rows in parts.items()}
     for split, flag in _LIMITS.items():
         if split in drawn and len(drawn[split]) < len(parts[split]):
             logger.info(
-                "%s: %s of %s rows are drawn (--%s -1 takes all).",
+                "%s: %s of %s rows %s drawn (--%s -1 takes all).",
                 split.capitalize(),
                 f"{len(drawn[split]):,}",
                 f"{len(parts[split]):,}",
+                "is" if len(drawn[split]) == 1 else "are",
                 flag,
             )
     if "test" not in drawn:

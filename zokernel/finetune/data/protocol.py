@@ -13,6 +13,7 @@ import numpy as np
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,9 @@ def _first_and_last(pool: list[Row], limits: Mapping[str, int | None]) -> tuple[
     train, validation = drawn[: len(drawn) - num_dev], drawn[len(drawn) - num_dev :]
     if len(train) < num_train:
         logger.info(
-            "Only %d of %d examples are left to train on beside %d to validate; --max_eval_samples changes that.",
+            "Only %d of %s are left to train on beside %d to validate; --max_eval_samples changes that.",
             len(train),
-            num_train,
+            counted(num_train, "example"),
             num_dev,
         )
     return train, validation
@@ -112,7 +113,9 @@ def _by_class(pool: list[Row], task: Task, k_shot: int) -> tuple[list[Row], list
     for label, rows in sorted(classes.items()):
         share = min(k_shot, len(rows) // 2)
         if share < k_shot:
-            logger.info("Class %d has %d examples: %d to train and as many to validate.", label, len(rows), share)
+            logger.info(
+                "Class %d has %s: %d to train and as many to validate.", label, counted(len(rows), "example"), share
+            )
         train += rows[:share]
         validation += rows[share : 2 * share]
     if not train:

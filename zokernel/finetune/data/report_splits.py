@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from zokernel.data.tables import Row
 from zokernel.finetune.tasks import PromptTask, Task
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,10 @@ def report_splits(task: Task, train: Sequence[Row], others: Mapping[str, Sequenc
     for split, count in shared.items():
         if count:
             logger.warning(
-                "%d of %d %s examples are also training examples: their score says less about new ones.",
+                "%d of %s %s: their score says less about new ones.",
                 count,
-                len(others[split]),
-                split,
+                counted(len(others[split]), f"{split} example"),
+                "is also a training example" if count == 1 else "are also training examples",
             )
     return shared
 

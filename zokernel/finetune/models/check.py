@@ -11,7 +11,7 @@ import torch
 from zokernel.data import hub, resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
-from zokernel.finetune.models.adapters import check_adapter, trained_by
+from zokernel.finetune.models.adapters import check_adapter, check_peft, trained_by, wants_adapter
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
@@ -89,6 +89,8 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     arguments = with_gguf(with_base(arguments))
     check_flags(arguments)  # of a GGUF file, too, that was named as the model
     check_adapter(arguments)
+    if wants_adapter(arguments):
+        check_peft("An adapter")
     name, file = arguments.model_name_or_path, arguments.gguf_file
     if arguments.dtype not in (*DTYPES, "auto"):
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")

@@ -24,7 +24,7 @@ from zokernel.finetune.models.quantization import (
     loading_options,
 )
 from zokernel.finetune.models.same_base import other_base
-from zokernel.finetune.models.scales import train_scales_
+from zokernel.finetune.models.scales import say_scales, train_scales_
 from zokernel.finetune.models.trained import accept_quantized_
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
@@ -76,6 +76,8 @@ def load_model(
         model = attach_adapter(model, arguments, seed=config.seed, first_order=is_first_order(config.method))
     if arguments.train == "scales":
         model = train_scales_(model)
+        if config.do_train:
+            say_scales(model)
     accept_quantized_(model, first_order=is_first_order(config.method))
     saved = arguments.adapter_name_or_path
     if saved and (difference := other_base(model, saved, name)):

@@ -12,6 +12,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.models.quantization import count_parameters
 from zokernel.finetune.models.stacked import ADAPTABLE, short_names, stacked_parameters
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,10 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
     adapted = peft.get_peft_model(model, configuration)
     found = adapted_modules(adapted)
     logger.info(
-        "%s of rank %d on %d modules: %s%s.",
+        "%s of rank %d on %s: %s%s.",
         "DoRA" if arguments.use_dora else "LoRA",
         rank,
-        len(found),
+        counted(len(found), "module"),
         ", ".join(short_names(found)),
         " (not out_proj, whose weight the fused kernels read)" if fused else "",
     )
@@ -71,7 +72,7 @@ def attach_lora(model: nn.Module, arguments: ModelArguments, task_type: Any) -> 
     if left and not arguments.target_parameters and (not arguments.lora_target_modules or targets == ALL_LINEAR):
         names = short_names(left, parts=3)
         logger.info(
-            "%s: no modules but stacked parameters, %.0f %% of the model, so LoRA leaves them out; "
+            "%s: not modules but stacked parameters, %.0f %% of the model, so LoRA leaves them out; "
             "--target_parameters %s adapts them.",
             ", ".join(names),
             100 * sum(left.values()) / total,

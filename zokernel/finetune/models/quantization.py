@@ -95,7 +95,7 @@ def check_flags(arguments: ModelArguments) -> None:
     if name == "8bit" and arguments.use_dora:
         raise UsageError(NO_DORA)
     if name:
-        check_library("bitsandbytes" if name.endswith("bit") else "torchao", _flag(name))
+        check_library(library_of(name), _flag(name))
     if arguments.train == "scales":
         _check_scales(arguments, name)
 
@@ -221,7 +221,7 @@ def loading_options(
     asked, method = asked_for(arguments), stored_as(architecture)
     left = quantized_layers(architecture, kind, asked).left() if asked else ""
     if left:
-        logger.info("%s, are no linear layers and stay in %s.", left, str(dtype).removeprefix("torch."))
+        logger.info("%s, are not linear layers and stay in %s.", left, str(dtype).removeprefix("torch."))
     if asked == "4bit":
         logger.info("Quantization: bitsandbytes nf4, 4 bits, in blocks of 64 with one scale each.")
         return {
@@ -327,8 +327,18 @@ def check_library(method: str, what: str) -> None:
     if not missing:
         return
     if command == _EXTRA:
-        raise MissingDependencyError(missing[0], "quantized", what[:1].upper() + what[1:])
+        raise MissingDependencyError(missing[0], "quantized", what)
     raise RunError(f"{what} needs {' and '.join(missing)}, not installed here: pip install {command}.")
+
+
+def library_of(asked: str) -> str:
+    """Return the library that quantizes a model while it is loaded, as :func:`asked_for` names how.
+
+    Example:
+        >>> library_of("4bit"), library_of("torchao:int8")
+        ('bitsandbytes', 'torchao')
+    """
+    return "bitsandbytes" if asked.endswith("bit") else "torchao"
 
 
 def _named(architecture: Any) -> str:

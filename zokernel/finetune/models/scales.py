@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.stored import sort_metadata_, weight_files
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import draws_by_example
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import given_sources
 from zokernel.finetune.settings.zo_arguments import AUTO
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +127,15 @@ def train_scales_(model: Any) -> Any:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, ScaledLinear(layer))
     model.save_pretrained = partial(_save, model)
-    count = sum(layer.scale.numel() for layer in scaled_layers(model).values())
-    logger.info("Trained: a factor on each of %s scales of %d layers, and nothing else.", f"{count:,}", len(found))
     return model
+
+
+def say_scales(model: nn.Module) -> None:
+    """Log that the scales of a model are what is trained."""
+    layers = scaled_layers(model)
+    count = sum(layer.scale.numel() for layer in layers.values())
+    told = counted(count, "scale"), counted(len(layers), "layer")
+    logger.info("Trained: a factor on each of %s of %s, and nothing else.", *told)
 
 
 def scaled_layers(model: nn.Module) -> dict[str, ScaledLinear]:
@@ -196,5 +204,7 @@ def _save(model: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         # transformers would undo how the stored parts became one tensor, which it cannot; their names are the same.
         kwargs.setdefault("save_original_format", False)
     type(model).save_pretrained(model, folder, *args, **kwargs)
+    for file in weight_files(Path(folder)):
+        sort_metadata_(file)
     factors = {name: layer.scale.detach().contiguous() for name, layer in scaled_layers(model).items()}
     save_file(factors, Path(folder) / FACTORS_FILE)

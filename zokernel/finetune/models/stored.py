@@ -110,6 +110,39 @@ def tensor_types(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]
     return found
 
 
+def sort_metadata_(file: Path) -> None:
+    """Sort the metadata of a ``.safetensors`` file by name, so that equal tensors with equal metadata are equal files.
+
+    The library writes the tensors in one order, and the metadata in an order of chance.
+
+    Args:
+        file: The file, whose header is replaced by one of the same length.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> names, contents = [str(number) for number in range(9)], set()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for _ in range(9):
+        ...         save_file({"w": torch.ones(2)}, file := Path(folder) / "w.safetensors", dict.fromkeys(names, "it"))
+        ...         sort_metadata_(file)
+        ...         contents.add(file.read_bytes())
+        >>> len(contents)
+        1
+    """
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        found = header.pop("__metadata__", None)
+        if not found:
+            return
+        whole = {"__metadata__": dict(sorted(found.items()))} | header
+        text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            opened.seek(8)
+            opened.write(text)
+
+
 def stored_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> int:
     """Return how many bytes stored tensors take when loaded.
 

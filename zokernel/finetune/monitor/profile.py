@@ -168,9 +168,10 @@ class Profile(TrainerCallback):
                 self._profiler.stop()
         if self._steps < WARM_UP + TIMED + TRACED:
             logger.warning(
-                "No profile was written: it takes %d steps, and only %d were run.",
+                "No profile was written: it takes %d steps, and only %d %s run.",
                 WARM_UP + TIMED + TRACED,
                 self._steps,
+                "was" if self._steps == 1 else "were",
             )
 
     def _finish(self) -> None:

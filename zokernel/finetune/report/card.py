@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from zokernel.finetune.models.saved_adapter import ON_THE_HUB
 from zokernel.finetune.report.run_report import PERPLEXITY, REWARD, summary_rows
 from zokernel.finetune.report.told import examples_told, method_told, rate_told, weights_told
 from zokernel.finetune.tasks.template import parse
+from zokernel.optim import method_options
 
 KINDS = {
     "causal": ("text-generation", "AutoModelForCausalLM"),
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
 }
+ELSEWHERE = ("lr", "seed", "perturb")  # options that the card tells elsewhere, or that do not change what is learned
 HERE = "."  # the card lies beside the weights, wherever they are copied
 
 
@@ -27,7 +30,7 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
     """
     base, name = base_of(metrics["model"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics | {"model": name}))
-    options = ", ".join(f"{name}={value}" for name, value in metrics["method_options"].items())
+    options = ", ".join(f"{name}={value}" for name, value in _options(metrics).items())
     pipeline, _ = KINDS[metrics["language_model"]]
     known = f'base_model: "{base}"\n' if base else ""  # the hub takes no paths
     path.write_text(
@@ -83,6 +86,18 @@ def base_of(model: str) -> tuple[str | None, str]:
     return (None, name) if Path(model).exists() or hub.count("/") > 1 or hub.startswith(".") else (hub, name)
 
 
+def _options(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the method's options in effect: its defaults, but those that are off, and what was set.
+
+    Example:
+        >>> _options({"method": "qzo", "method_options": {"eps": 0.01, "momentum": 0.0}})
+        {'eps': 0.01, 'num_perturbations': 1, 'clip_slope': 100.0, 'distribution': 'gaussian', 'momentum': 0.0}
+    """
+    defaults = {name: value for name, value in method_options(metrics["method"]).items() if name not in ELSEWHERE}
+    on = {name: value for name, value in defaults.items() if value not in (None, False, 0, math.inf, "none")}
+    return on | metrics["method_options"]
+
+
 def _usage(metrics: dict[str, Any], base: str | None) -> str:
     """Return how the weights answer new rows, with zokernel and with plain libraries."""
     _, auto = KINDS[metrics["language_model"]]
@@ -110,13 +125,19 @@ from zokernel.finetune import load_predictor
 load_predictor("{HERE}")([{example}])  # "{HERE}" is the folder of this card, or its copy
 ```
 
-{phrased} The weights load without zokernel, too:
+{phrased} The weights load without zokernel, too{_needing(metrics)}:
 
 ```python
 {extra}from transformers import {auto}
 
 {load}
 ```"""
+
+
+def _needing(metrics: dict[str, Any]) -> str:
+    """Return which library the saved weights need beside transformers, in words; empty if none."""
+    quantized = metrics["saved"] == "model" and str(metrics.get("quantization", "")).startswith("torchao")
+    return " (they are quantized, which needs torchao: `pip install torchao`)" if quantized else ""
 
 
 def _uncertainty(metrics: dict[str, Any]) -> str:

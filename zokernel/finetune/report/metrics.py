@@ -11,7 +11,7 @@ import torch
 from zokernel._version import __version__
 from zokernel.finetune.data.datasets import task_name
 from zokernel.finetune.models.kind import kind_of_model
-from zokernel.finetune.models.quantization import count_parameters
+from zokernel.finetune.models.quantization import count_parameters, told
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
@@ -50,6 +50,7 @@ def model_facts(model: Any, name: str, *, trained: bool = False) -> dict[str, An
         "num_parameters": count_parameters(model),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "language_model": kind_of_model(model),
+        "quantization": told(model),
     }
 
 

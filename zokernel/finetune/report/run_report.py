@@ -23,6 +23,7 @@ from zokernel.finetune.report.told import (
     start_told,
     weights_told,
 )
+from zokernel.readable import counted
 
 PERPLEXITY, REWARD = "perplexity", "reward"  # the metrics that are no shares
 
@@ -54,7 +55,7 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
         model,
-        ("trained", f"{metrics['num_trained']:,} parameters with {method_told(metrics)}"),
+        ("trained", f"{counted(metrics['num_trained'], 'parameter')} with {method_told(metrics)}"),
         zero_shot,
         (f"{metric} after training", f"{last} ({_change(metric, before, after)})"),
         ("loss before -> after", loss_told(metrics)),
@@ -82,10 +83,10 @@ def _measured(metric: str, found: dict[str, float], examples: int) -> str:
 def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> str:
     """Format how a metric changed: a perplexity by its ratio, a share in points."""
     if metric == PERPLEXITY:
-        return f"{100 * (after[metric] / before[metric] - 1):+.1f} %"
+        return f"{100 * (after[metric] / before[metric] - 1):+z.1f} %"
     if metric == REWARD:
-        return f"{after[metric] - before[metric]:+.3f}"
-    return f"{100 * (after[metric] - before[metric]):+.1f} points"
+        return f"{after[metric] - before[metric]:+z.3f}"
+    return f"{100 * (after[metric] - before[metric]):+z.1f} points"
 
 
 def draw_loss(
@@ -182,8 +183,10 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
     if metric == REWARD:
         asked = "The model answered prompts, which reward functions judged; the loss is their negative mean."
     bound = ", which is an upper bound for F1" if metric == "f1" else ""
-    errors = f"The ± is the binomial standard error of {examples:,} examples{bound}."
-    errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {examples:,} prompts."}.get(metric, errors)
+    errors = f"The ± is the binomial standard error of {counted(examples, 'example')}{bound}."
+    errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {counted(examples, 'prompt')}."}.get(
+        metric, errors
+    )
     errors = "" if is_macro_f1(metric, metrics["after"]) else errors
     text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
 
@@ -242,7 +245,7 @@ def _outcome(metrics: dict[str, Any]) -> str:
     """Return one sentence on what the metric was before and after, and on which examples."""
     before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
     shared = metrics.get("test_trained_on", 0)
-    which = examples_told(metrics) if shared else f"{examples:,} examples the run never trained on"
+    which = examples_told(metrics) if shared else f"{counted(examples, 'example')} the run never trained on"
     where = f"{metric.capitalize()} on {which} went from"
     if metric == PERPLEXITY:
         return (

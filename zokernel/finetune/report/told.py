@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zokernel.finetune.monitor.diagnosis import TOO_SHORT
+from zokernel.readable import counted
 
 
 def method_told(metrics: dict[str, Any]) -> str:
@@ -33,7 +34,7 @@ def examples_told(metrics: dict[str, Any]) -> str:
         >>> examples_told({"num_test": 24, "test_is_validation": False, "test_trained_on": 19})
         '24 test examples (19 of them also training examples)'
     """
-    told = f"{metrics['num_test']:,} {'validation' if metrics['test_is_validation'] else 'test'} examples"
+    told = counted(metrics["num_test"], f"{'validation' if metrics['test_is_validation'] else 'test'} example")
     shared = metrics.get("test_trained_on", 0) if metrics.get("steps", 1) else 0
     return f"{told} ({shared:,} of them also training examples)" if shared else told
 
@@ -104,9 +105,11 @@ def forwards_told(metrics: dict[str, Any]) -> str:
         '1,000 steps, 2,000 forward passes (and 27 before them: 24 for the learning rate, 3 for other settings)'
         >>> forwards_told({"steps": 1000, "forwards": 2000})
         '1,000 steps, 2,000 forward passes'
+        >>> forwards_told({"steps": 1, "forwards": 1})
+        '1 step, 1 forward pass'
     """
     more, rate = metrics.get("measuring_forwards", 0), metrics.get("rate_forwards", 0)
-    told = f"{metrics['steps']:,} steps, {metrics['forwards']:,} forward passes"
+    told = f"{counted(metrics['steps'], 'step')}, {counted(metrics['forwards'], 'forward pass')}"
     if rate and more > rate:
         return f"{told} (and {more:,} before them: {rate:,} for the learning rate, {more - rate:,} for other settings)"
     return f"{told} (and {more:,} before them to choose settings)" if more else told
@@ -162,8 +165,8 @@ def weights_told(metrics: dict[str, Any]) -> str:
         told = f"The weights are those of the last step, {best:,}."
     elif best == 0:
         told = (
-            f"No evaluation in {steps:,} steps had a better validation {metrics['selected_by']} than the model had "
-            "before training, so the weights are the untrained ones."
+            f"No evaluation in {counted(steps, 'step')} had a better validation {metrics['selected_by']} than the "
+            "model had before training, so the weights are the untrained ones."
         )
     elif best == steps:
         told = f"The weights are those of the last step, {best:,}."
@@ -207,5 +210,5 @@ def diagnosis_told(metrics: dict[str, Any]) -> str:
     answered = metrics.get("went_wrong") and found.get("verdict") == TOO_SHORT
     parts = ["" if answered else found.get("outcome", ""), found.get("worse", "")]
     if found.get("forwards"):
-        parts.append(f"The reasons below took {found['forwards']} more forward passes.")
+        parts.append(f"The reasons below took {counted(found['forwards'], 'more forward pass')}.")
     return " ".join(part for part in parts if part)

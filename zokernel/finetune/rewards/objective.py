@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.data.tables import Row
+from zokernel.errors import UsageError
+from zokernel.finetune.models.scales import trains_scales
 from zokernel.finetune.rewards.functions import Rewards
 from zokernel.finetune.rewards.generate import Answer, Sampling, generate
 from zokernel.finetune.rewards.start import Start, divergence, tokens_of
@@ -85,7 +87,13 @@ class RewardObjective:
         return torch.stack([losses, torch.ones_like(losses)], 1)
 
     def try_copies(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
-        """Write the first tokens of as many copies of a batch, and return zeros: (copies,)."""
+        """Write the first tokens of as many copies of a batch, and return zeros: (copies,).
+
+        Raises:
+            UsageError: If the model's layers have no form for copies with weights of their own.
+        """
+        if trains_scales(model):
+            raise UsageError("rows of one batch cannot have scales of their own")
         self._written(model, batch, range(len(batch["labels"])), 1, Sampling(), copies=copies, max_new_tokens=TRIED)
         return torch.zeros(copies)
 

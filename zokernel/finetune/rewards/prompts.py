@@ -15,6 +15,7 @@ from zokernel.finetune.rewards.functions import Rewards, load_rewards
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks.chat_template import choose_chat_template, render
 from zokernel.finetune.tasks.encoded import keep_end
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Any, *, max_length: int, wher
         cut += len(ids) > max_length
         found.append(EncodedPrompt(keep_end(ids, max_length, tokenizer), number, row))
     if cut:
-        logger.info("%s: %d of %d prompts lose their front at %d tokens.", where, cut, len(rows), max_length)
+        logger.info("%s: %d of %s lose their front at %d tokens.", where, cut, counted(len(rows), "prompt"), max_length)
     return PromptDataset(found)
 
 

@@ -22,6 +22,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.zo_arguments import AUTO, default_of
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
+from zokernel.readable import counted
 
 OBJECTIVES = ("cross_entropy", "accuracy", "f1", "reward")
 MAX_SEED = 2**32 - 1  # numpy's
@@ -234,7 +235,8 @@ def _check_warmup(values: dict[str, Any]) -> None:
     warmup, steps = values["warmup_steps"] or 0, values["max_steps"] or -1
     if warmup >= 1 and 0 < steps < warmup:
         raise UsageError(
-            f"warmup_steps {warmup:g} is longer than the run of {steps} steps: lower it, or give a share below 1."
+            f"warmup_steps {warmup:g} is longer than the run of {counted(steps, 'step')}: lower it, or give a share "
+            "below 1."
         )
     if warmup and values.get("method") != AUTO and values["lr_scheduler_type"] in _CONSTANT:
         raise UsageError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zokernel.data import resolve_model_path
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.kind import is_trusted
-from zokernel.finetune.models.quantization import DEQUANTIZED, keep_as_stored_, stored_as
+from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, keep_as_stored_, stored_as
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_
 from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
 from zokernel.finetune.storage.checkpoint import load_adapter_
@@ -137,6 +137,8 @@ def source_of(
     if stored in DEQUANTIZED:
         return path, {"use_safetensors": True, "quantization_config": CompressedTensorsConfig(dequantize=True)}
     options: dict[str, Any] = {"use_safetensors": True}
+    method = stored or str((quantization or {}).get("quant_method") or "")
+    check_library(method, f"{name}, which {'is' if stored else 'the run'} quantized ({method}),")
     if not stored and quantization is not None:
         options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization)
     return path, options

@@ -27,6 +27,7 @@ from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.base import Closure
+from zokernel.readable import counted
 from zokernel.secrets import hide_in_text
 from zokernel.without_adapter import without_adapter
 
@@ -115,8 +116,8 @@ class RunJournal:
         """
         if self._taken > step:
             raise RunError(
-                f"The batch no longer fits in memory after {self._taken} steps, and a journal cannot begin again "
-                "half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
+                f"The batch no longer fits in memory after {counted(self._taken, 'step')}, and a journal cannot begin "
+                "again half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
             )
         header = make_header(
             optimizer,
@@ -132,15 +133,16 @@ class RunJournal:
             self._check_identity(self.found.header, header, loaded=step > 0)
             if self.num_steps > step:
                 logger.info(
-                    "Continuing: steps %d to %d are taken from the journal, without forward passes.",
-                    step + 1,
-                    self.num_steps,
+                    "Continuing: %s taken from the journal, without forward passes.",
+                    f"step {self.num_steps} is"
+                    if self.num_steps == step + 1
+                    else f"steps {step + 1} to {self.num_steps} are",
                 )
             return
         if step > 0:
             raise UsageError(
-                f"{self._folder} has no journal of the {step} steps before the checkpoint, so none can go on: resume "
-                "with save_strategy 'no', or in the folder of the run that wrote the checkpoint."
+                f"{self._folder} has no journal of the {counted(step, 'step')} before the checkpoint, so none can go "
+                "on: resume with save_strategy 'no', or in the folder of the run that wrote the checkpoint."
             )
         if self._writes:
             for checkpoint in checkpoints(self._folder) if self.path.exists() else ():

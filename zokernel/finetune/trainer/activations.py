@@ -15,7 +15,7 @@ from zokernel.finetune.trainer.choose_perturb import innermost
 from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import Stacked
-from zokernel.readable import readable_bytes
+from zokernel.readable import counted, readable_bytes
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, An
     total = activation_bytes(sizes, optimizer, tokens, scored)
     border = sizes.border(tokens, losses=losses) if streams else 0
     logger.info(
-        "Activations: about %s%s (%d %s of at most %d tokens, of which %d are scored).",
+        "Activations: about %s%s (%s of at most %s, of which %d %s scored).",
         readable_bytes(total),
         f", of which {readable_bytes(border)} are kept between two blocks" if streams else "",
-        losses,
-        "losses" if losses > 1 else "loss at a time",
-        tokens,
+        counted(losses, "loss") if losses > 1 else "1 loss at a time",
+        counted(tokens, "token"),
         scored,
+        "is" if scored == 1 else "are",
     )
 
 

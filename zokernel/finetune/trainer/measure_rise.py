@@ -17,6 +17,7 @@ from zokernel.kernels.plan_walk import FIRST_WALK
 from zokernel.kernels.walk_rise import Rise, rise_of
 from zokernel.perturb import InForward
 from zokernel.perturb.base import Closure
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def too_little(forwards: int, batches: int) -> str:
     """
     least = 3 * SHARE * FEWEST_BATCHES
     if forwards < least:
-        return f"the run has {forwards} forwards, and the test needs a run of {least}"
-    return f"the training data has {batches} batch{'' if batches == 1 else 'es'}, and the test needs {FEWEST_BATCHES}"
+        return f"the run has {counted(forwards, 'forward')}, and the test needs a run of {least}"
+    return f"the training data has {counted(batches, 'batch')}, and the test needs {FEWEST_BATCHES}"
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from zokernel.errors import UsageError
 from zokernel.perturb.parallel import MODES, Parallel
 from zokernel.private_apis import deal_batches
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,9 @@ def make_parallel(mode: str | None, point_ranks: int | None, weight: Callable[[]
         return None
     parallel = Parallel(mode or "data", point_ranks=point_ranks, weight=weight)
     logger.info(
-        "%d processes: %d batches per step, each shared by %d; only losses travel.",
+        "%d processes: %s per step, each shared by %d; only losses travel.",
         num_processes(),
-        parallel.data_ranks,
+        counted(parallel.data_ranks, "batch"),
         parallel.point_ranks,
     )
     return parallel

@@ -38,6 +38,7 @@ from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
 from zokernel.private_apis import set_train_batch_size
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +305,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         found = diagnose(change, seen, directions=directions, options=options, around=around, diverged=diverged)
         if found.reasons and self.args.should_save:
             told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
-            cost = f"(Found with {found.forwards} more forward passes.)"
+            cost = f"(Found with {counted(found.forwards, 'more forward pass')}.)"
             logger.warning("%s", "\n".join([*told, cost]))
         return found
 
