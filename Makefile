@@ -12,17 +12,21 @@ PYTHONS ?= python3.12 python3.13
 help:
 	@sed -n '1,4p;s/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-$(VENV)/.installed: pyproject.toml constraints.txt tests/requirements-crosscheck.txt
+$(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zokernel needs Python >= 3.11: make PYTHON=python3.11 ...")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[finetune,report]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo tests/requirements-crosscheck.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-crosscheck.txt
 	touch $@
 
 install: $(VENV)/.installed  ## create .venv and install zokernel with every extra
 
-demo: install  ## fine-tune SmolLM2-135M on movie reviews with forward passes only (about 7 minutes on 2 cores)
+demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M on movie reviews with forward passes only (about 7 minutes on 2 cores)
 	$(BIN)/zokernel demo --output_dir $(DEMO_DIR) --overwrite_output_dir
 
 test: install lint typecheck  ## lint, type-check and run the whole suite

@@ -130,7 +130,7 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
     questions = [{"prompt": f"Is it {word}?", "completion": f" It is {word}."} for word in ("good", "bad") * 8]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (tmp_path / "judge.py").write_text(
-        "def score(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+        "def valid(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
     )
     (tmp_path / "nets.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n")
     generator = np.random.default_rng(0)

@@ -195,7 +195,8 @@ def _told(blocks: Blocks, folder: Path, config: ZOConfig, *, trained: bool) -> s
             "all losses of a step share one pass over them"
         )
     else:
-        told = f"Offload disk: {whole} of weights stay in {folder}, {parts}; {when} reads {readable_bytes(passes * sum(sizes))}"
+        read = readable_bytes(passes * sum(sizes))
+        told = f"Offload disk: {whole} of weights stay in {folder}, {parts}; {when} reads {read}"
     if not trained:
         return told
     if isinstance(store, WorkingCopy):
