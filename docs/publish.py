@@ -74,7 +74,7 @@ def copy_results(folder: Path) -> list[str]:
             old.unlink()
         for stem in record["figures"]:
             (target / f"{stem}.png").write_bytes(small_png(folder / name / f"{stem}.png"))
-        (target / RECORD).write_text(json.dumps(compact(portable(record)), indent=1) + "\n", encoding="utf-8")
+        (target / RECORD).write_text(json.dumps(compact(portable(record))) + "\n", encoding="utf-8")
         seconds.setdefault(name, {})[record["config"]["scale"]] = round(record["seconds"], 1)
         copied.append(name)
     SECONDS.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
