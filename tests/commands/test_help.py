@@ -66,6 +66,15 @@ def test_the_examples_of_groups_use_flags_that_exist():
         assert parser.parse(shlex.split(group.example)).command_line
 
 
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [("finetune", ["--lora", "--load_in_4bit", "--quantization", "--train", "--offload"]), ("plan", ["--memory"])],
+)
+def test_ways_to_hold_the_weights_are_in_the_short_help(command, flags, helps):
+    shown = {line.split()[0] for line in helps[command] if line.startswith("  --")}
+    assert shown.issuperset(flags)
+
+
 def test_finetune_shows_about_forty_of_its_flags(capsys):
     shown = [flag for group in SHOWN["finetune"] for flag in group.flags]
     assert len(shown) == len(set(shown))

@@ -28,7 +28,13 @@ _DATA = {
 _FINETUNE = (
     Group(
         "model",
-        {**_MODEL, "adapter_name_or_path": ("runs/lora", "continue training this saved adapter")},
+        {
+            **_MODEL,
+            "load_in_4bit": ("true", "quantize the base while it is loaded; with --lora true"),
+            "quantization": ("torchao:int8", "the same with torchao, int8 or int4; also with --train scales"),
+            "offload": ("disk", "leave the weights in their files (disk) or in host memory (cpu)"),
+            "adapter_name_or_path": ("runs/lora", "continue training this saved adapter"),
+        },
         "--model_name_or_path Qwen/Qwen2.5-0.5B --dtype bfloat16",
     ),
     Group(
@@ -41,9 +47,7 @@ _FINETUNE = (
         {
             "lora": ("true", "a LoRA adapter instead of all weights"),
             "lora_r": ("16", "rank of the adapter"),
-            "lora_target_modules": ("all-linear", "modules to adapt (default: peft's choice for the architecture)"),
-            "prefix_tuning": ("true", "keys and values of virtual tokens"),
-            "freeze_layers": ("0.5", "share of the layers, from the first on, that stay as they are"),
+            "train": ("scales", "only the scales of a model that torchao quantizes"),
         },
         "--lora true --lora_r 16",
     ),
@@ -99,7 +103,6 @@ _FINETUNE = (
             "output_dir": ("runs/mine", "folder of the results (required)"),
             "overwrite_output_dir": ("true", "start over in a folder that already holds a run"),
             "report_to": ("tensorboard", "trackers that follow the run: wandb, trackio, ..."),
-            "push_to_hub": ("true", "upload the finished folder to the hub"),
         },
         "--output_dir runs/mine --report_to tensorboard",
     ),
@@ -111,6 +114,13 @@ SHOWN: dict[str, tuple[Group, ...]] = {
     "plan": (
         Group("model", {**_MODEL, "lora": ("true", "a LoRA adapter instead of all weights")}),
         Group("data", _DATA),
+        Group(
+            "memory",
+            {
+                "memory": ("true", "only print what memory each setup takes: nothing is loaded"),
+                "tokens": ("512", "tokens per row that --memory assumes"),
+            },
+        ),
         Group(
             "probes",
             {
