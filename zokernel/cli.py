@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from zokernel._version import __version__
 from zokernel.commands import finetune_flags
 from zokernel.commands.messages import is_replica, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
-from zokernel.errors import UsageError, ZokernelError, missing_extra
+from zokernel.errors import MissingDependencyError, UsageError, ZokernelError, missing_extra
 from zokernel.private_apis import exit_at_once
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -49,6 +50,11 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
 }
 COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in section.items()}
+
+# What the commands around a fine-tuning run need beside zokernel's own dependencies.
+PACKAGES = ("transformers", "accelerate")
+NEED_THEM = ("finetune", "demo", "plan", "predict", "merge", "replay")
+NEED_THEM_FOR_HELP = ("finetune", "demo", "plan")  # whose flags are those of their classes
 
 # Read when torch loads, unless the user has set them.
 ENVIRONMENT = {
@@ -101,6 +107,8 @@ def load(name: str) -> tuple[Command, CommandParser]:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else f": choose one of {', '.join(COMMANDS)}"
         raise UsageError(f"There is no command {name!r}{hint}.")
+    if name in NEED_THEM_FOR_HELP:
+        look_for_packages(name)
     try:
         module = importlib.import_module(f"zokernel.commands.{name}")
         parser = CommandParser(name, module.__doc__)
@@ -116,7 +124,23 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
         finetune_flags.refuse_unknown_flags(name, argv)
     with _ending_at_once():
         command, parser = load(name)
-    return command.main(parser.parse(argv))
+    args = parser.parse(argv)
+    look_for_packages(name)
+    return command.main(args)
+
+
+def look_for_packages(name: str) -> None:
+    """Refuse a subcommand whose packages are not installed, before the seconds that importing the others takes.
+
+    Args:
+        name: A name in ``COMMANDS``.
+
+    Raises:
+        MissingDependencyError: If one is missing, naming the extra that brings it.
+    """
+    for package in PACKAGES if name in NEED_THEM else ():
+        if importlib.util.find_spec(package) is None:  # imports nothing
+            raise MissingDependencyError(package, "finetune", f"'zokernel {name}'")
 
 
 @contextmanager

@@ -88,6 +88,32 @@ def get(package, name):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.parametrize("missing", ["transformers", "accelerate"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "finetune --help",
+        "demo --help",
+        "plan --help",
+        "plan --memory true --model_name_or_path gpt2",
+        "predict --model run --file rows.csv",
+        "merge --model run --output_dir merged",
+        "replay --base base --journal run --output_dir replayed",
+    ],
+)
+def test_a_missing_package_is_named_before_anything_heavy_is_imported(missing, words):
+    finished = run_python(f"""
+import sys
+sys.modules[{missing!r}] = None
+from zokernel import cli
+code = cli.main({words.split()})
+print(code, [name for name in ("torch", "numba", "transformers") if sys.modules.get(name)])
+""")
+    told = f"'zokernel {words.split()[0]}' needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
+    assert finished.stderr == f"zokernel: error: {told}\n"
+    assert finished.stdout == "1 []\n"
+
+
 def test_a_module_that_no_extra_brings_is_not_explained():
     assert missing_extra(ModuleNotFoundError(name="nowhere"), "This") is None
 
