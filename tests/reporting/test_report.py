@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 
@@ -193,6 +195,19 @@ def test_the_command_writes_one_file(run_folders, tmp_path, capsys):
     assert main(["report", "--serve", str(run_folders["kernel"]), "--output", "x.html"]) == 2
     with pytest.raises(UsageError, match="Port"):
         make_server(tmp_path, port=99999)
+
+
+def test_a_report_needs_no_transformers(run_folders, tmp_path):
+    folder, page = str(run_folders["finetune"]), str(tmp_path / "page.html")
+    code = f"""
+import sys
+sys.modules["transformers"] = None
+from zokernel import cli
+sys.exit(cli.main(["report", {folder!r}, "--output", {page!r}]))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture

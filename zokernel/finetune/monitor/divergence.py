@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
-
-logger = logging.getLogger(__name__)
 
 WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
@@ -134,24 +129,3 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
             "when the model's scores have collapsed (lower learning_rate) or eps is too small."
         )
     return found
-
-
-class WarnOfDivergence(TrainerCallback):
-    """Logs each kind of trouble once.
-
-    Args:
-        rows: The log of steps, which grows while the run trains.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, float]]):
-        self._rows = rows
-        self._logged: set[str] = set()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the last steps."""
-        found = trouble(self._rows)
-        if found is not None and state.is_world_process_zero:
-            kind = found.split()[0]
-            if kind not in self._logged:
-                logger.warning("Step %d: %s", state.global_step, found)
-            self._logged.add(kind)

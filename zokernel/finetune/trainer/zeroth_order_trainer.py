@@ -20,12 +20,13 @@ from transformers.trainer_utils import TrainOutput
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.finetune.monitor.course import Course, change_of, evaluated, held_out
 from zokernel.finetune.monitor.diagnosis import FAILED, NOT_LEARNED, Diagnosis, diagnose, verdict
-from zokernel.finetune.monitor.divergence import WarnOfDivergence, diverged
+from zokernel.finetune.monitor.divergence import diverged
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.profile import Profile, check_profile
 from zokernel.finetune.monitor.progress import ForwardLines, ForwardProgress
 from zokernel.finetune.monitor.run_log import RunLog
 from zokernel.finetune.monitor.step_record import Consumer, StepRecord, projected_gradient
+from zokernel.finetune.monitor.warn import WarnOfDivergence
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.batch_size import largest_batch
