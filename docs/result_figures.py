@@ -200,9 +200,26 @@ def forwards(*, dark: bool = False) -> bytes:
     return curves(panels, dark=dark)
 
 
+def long_runs(*, dark: bool = False) -> bytes:
+    """Accuracy and loss on the validation headlines against example-forwards."""
+    runs = [json.loads(line) for line in (RESULTS / "long_runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    panels = []
+    for column, ylabel in {1: "accuracy", 2: "loss"}.items():
+        lines = []
+        for run in runs:
+            per_step = run["budget"] / run["steps"]
+            points = [(step * per_step, *values) for step, *values in run["validation"]]
+            x, y = ([point[n] for point in points] for n in (0, column))
+            lines.append(Line(run["method"], x, y))
+        ticks = (0, 12_000, 24_000, 36_000)
+        panels.append(Panel(f"validation {ylabel}", lines, "example-forwards", ylabel, xticks=ticks))
+    return curves(panels, dark=dark)
+
+
 FIGURES = {
     "queries": queries,
     "forwards": forwards,
+    "long-runs": long_runs,
     "speed": speed,
     "memory": memory,
     "size": size,

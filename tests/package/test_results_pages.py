@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-PAGES = ["queries", "rewards", "speed", "gpu", "directions", "multi-query", "kerzoo", "entk", "nzk"]
+PAGES = ["queries", "long-runs", "rewards", "speed", "gpu", "directions", "multi-query", "kerzoo", "entk", "nzk"]
 
 
 @pytest.fixture
@@ -58,6 +58,7 @@ def test_figures_show_the_numbers_of_their_pages(drawer, monkeypatch):
     for current, draw in drawer.FIGURES.items():  # noqa: B007, bars and curves read it
         draw()
     assert shown["queries"] == [0.12, 0.13, 0.18, 0.11, 0.28, 0.35, 0.45, 0.36]
+    assert shown["long-runs"] == [0.79, 0.528, 0.462, 0.4524, 0.7087, 0.8045]
     assert shown["rewards"] == [40, 40, 40, 98.7, 98.7, 75.3]
     assert max(shown["speed"]) == 9.6
     assert max(shown["gpu"]) == 6.0
