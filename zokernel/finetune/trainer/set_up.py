@@ -33,6 +33,7 @@ from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.resumable import ResumableTrainer
 from zokernel.finetune.trainer.stream_points import stream_points
 from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients, use_one_gpu
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,9 @@ class SetUpTrainer(ResumableTrainer):
                 self.args.method,
                 self.args.learning_rate,
                 ": known after the first step" if math.isnan(self.effective_lr) else f" {self.effective_lr:g}",
-                f"{self.forwards_per_step} forwards per step" if self.zeroth_order else "gradients by backpropagation",
+                f"{counted(self.forwards_per_step, 'forward')} per step"
+                if self.zeroth_order
+                else "gradients by backpropagation",
             )
         return self.optimizer
 

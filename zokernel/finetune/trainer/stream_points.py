@@ -15,6 +15,7 @@ from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.perturb.in_forward import BY_POSITION
+from zokernel.readable import counted
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module, perturb: str) -> str
     _check(optimizer, trains_weights=copy is not None)
     optimizer.perturb = StreamedForward(blocks, model, copy)
     logger.info(
-        "perturb: in_forward, %d losses of a step together in one pass over the weights.", optimizer.forwards_per_step
+        "perturb: in_forward, %s of a step together in one pass over the weights.",
+        counted(optimizer.forwards_per_step, "loss"),
     )
     return "in_forward"
 
