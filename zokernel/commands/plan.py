@@ -255,7 +255,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     for flag, given in (("calibrate", data_arguments.calibrate), ("merge_adapter", model_arguments.merge_adapter)):
         if given:
             raise UsageError(f"--{flag} changes nothing in training, which a plan is made for: leave it out.")
-    splits = load_splits(data_arguments, prompt, seed=arguments.seed)
+    splits = load_splits(data_arguments, prompt, seed=arguments.seed, tests=False)
     needed = arguments.update_examples + data_arguments.num_demonstrations
     rows = Splits(splits.train[:needed], splits.validation[: arguments.observe_examples], [])
     if len(rows.train) < needed or len(rows.validation) < arguments.observe_examples:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from zokernel import theory
 from zokernel.errors import UsageError
-from zokernel.kernels.plan_walk import Growth, measure_growth, measured_reach, walk_rate
+from zokernel.kernels.plan_walk import Growth, measure_growth, measured_reach, walk_forwards, walk_rate
 from zokernel.kernels.prober import (
+    NOISE_POINTS,
     ProbedTask,
     Prober,
+    Progress,
     derivatives,
     loss_noise,
     probe,
@@ -202,7 +204,11 @@ def make_plan(
         raise UsageError("A plan is made for numbers of perturbations from 1 on, and for relative errors above 0.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
-    with Prober(task, distribution, seed) as prober:
+    fixed = 1 + 2 * num_probes + NOISE_POINTS + 4 * (ROUGH_PROBES + curvature_probes)
+    fewest, most = (fixed + walks for walks in walk_forwards(curvature_probes))
+    examples = len(task.labels)
+    logger.info("The plan takes %d to %d forward passes of %d examples each.", fewest, most, examples)
+    with Prober(task, distribution, seed, progress=Progress(fewest, most)) as prober:
         center = prober.evaluate()
         slopes = probe(prober, range(num_probes), eps, center)
         noise = loss_noise(prober, eps)

@@ -87,6 +87,18 @@ def measure_growth(prober: Prober, start_sq: float, eps: float, num_walks: int) 
     return Growth(start_sq, math.inf, tried[-1].slopes_W) if found is None else found
 
 
+def walk_forwards(num_walks: int) -> tuple[int, int]:
+    """Return how many forward passes :func:`measure_growth` takes, at least and at most, where losses are finite.
+
+    Slopes have doubled (or have not) at the second distance and a third is tried in between, or not at the last.
+
+    Example:
+        >>> walk_forwards(8)
+        (48, 192)
+    """
+    return 2 * num_walks * 3, 2 * num_walks * (MOST_DOUBLINGS + 2)
+
+
 def _doubled(growth: Growth) -> bool:
     return growth.ratio >= GROWTH**2
 

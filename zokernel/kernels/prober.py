@@ -5,7 +5,9 @@ The weights are perturbed in place along the directions of training and always p
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +21,12 @@ from zokernel.directions import Dense
 from zokernel.errors import RunError
 from zokernel.kernels.probes import Slopes
 from zokernel.kernels.projections import SeededDirections
+from zokernel.readable import readable_seconds
+
+logger = logging.getLogger(__name__)
 
 NOISE_POINTS = 8
+FIRST_LINE, NEXT_LINES = 5.0, 30.0  # seconds until a plan first says how far it is, and between two such lines
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,31 @@ def wide(scores: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+class Progress:
+    """Logs how far a plan is: after five seconds, then every half a minute.
+
+    Args:
+        fewest: Forward passes that it takes about at least.
+        most: And at most.
+    """
+
+    def __init__(self, fewest: int, most: int):
+        self._fewest, self._most = fewest, most
+        self._begun = time.monotonic()
+        self._next = self._begun + FIRST_LINE
+
+    def on_forward(self, done: int) -> None:
+        """Note that so many forward passes are done."""
+        now = time.monotonic()
+        if now < self._next or done >= self._most:
+            return
+        self._next = now + NEXT_LINES
+        least, most = ((now - self._begun) / done * (count - done) for count in (self._fewest, self._most))
+        left = f"{readable_seconds(least)} to {readable_seconds(most)}" if least > 0 else readable_seconds(most)
+        told = ("" if least > 0 else "at most ") + left
+        logger.info("%d of %d to %d forward passes are done, %s left.", done, self._fewest, self._most, told)
+
+
 class Prober:
     """Evaluates a task at perturbed weights, counts forwards, and always puts the weights back.
 
@@ -57,12 +88,21 @@ class Prober:
         task: The task.
         distribution: Distribution of the directions.
         seed: Seed of the directions.
+        progress: What is told of every forward pass.
     """
 
-    def __init__(self, task: ProbedTask, distribution: str = "rademacher", seed: int = 0):
+    def __init__(
+        self,
+        task: ProbedTask,
+        distribution: str = "rademacher",
+        seed: int = 0,
+        *,
+        progress: Progress | None = None,
+    ):
         self.task = task
         self.draw = SeededDirections(Dense(distribution), {n: p.detach() for n, p in task.params.items()}, seed)
         self.forwards = 0
+        self._progress = progress
 
     def __enter__(self) -> Prober:
         self._saved = {name: tensor.detach().clone() for name, tensor in self.task.params.items()}
@@ -88,6 +128,8 @@ class Prober:
             if scales:
                 self.restore()
         self.forwards += 1
+        if self._progress is not None:
+            self._progress.on_forward(self.forwards)
         if not bool(torch.isfinite(scores).all()):
             raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
         count = self.task.num_update

@@ -197,7 +197,7 @@ def _read_once(path: Path, column_names: tuple[str, ...], state: tuple[int, ...]
     return load_table(path, column_names=column_names)
 
 
-def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
+def load_splits(arguments: DataArguments, task: Task, *, seed: int, tests: bool = True) -> Splits:
     """Read the splits, check their columns and labels, and draw as many examples as asked for.
 
     A split that is not given is taken from another: validation is held out from the training rows, and test falls back
@@ -208,6 +208,7 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         arguments: Where the data are, and how much of them to use.
         task: The columns and labels to check.
         seed: Seed of the draw.
+        tests: Whether anything is reported on the test split; if not, nothing is said of it.
 
     Returns:
         The splits.
@@ -230,13 +231,14 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int) -> Splits:
         )
         splits = Splits(drawn["train"], drawn["validation"], drawn["test"])
     else:
-        splits = _draw(parts, limits, seed)
-    others = {"validation": splits.validation} | ({} if splits.test_is_validation else {"test": splits.test})
+        splits = _draw(parts, limits, seed, tests=tests)
+    scored = tests and not splits.test_is_validation
+    others = {"validation": splits.validation} | ({"test": splits.test} if scored else {})
     shared = report_splits(task, splits.train, others)
-    return replace(splits, num_test_in_train=shared["validation" if splits.test_is_validation else "test"])
+    return replace(splits, num_test_in_train=shared["test" if scored else "validation"])
 
 
-def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed: int) -> Splits:
+def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed: int, *, tests: bool) -> Splits:
     generator = random.Random(seed)
     parts = {split: generator.sample(rows, len(rows)) for split, rows in parts.items()}
     if "validation" not in parts:
@@ -248,7 +250,7 @@ def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed
         logger.info("Validation: %s held out from the training examples.", counted(held_out, "example"))
     drawn = {split: rows[: limits[split]] for split, rows in parts.items()}
     for split, flag in _LIMITS.items():
-        if split in drawn and len(drawn[split]) < len(parts[split]):
+        if split in drawn and len(drawn[split]) < len(parts[split]) and (tests or split != "test"):
             logger.info(
                 "%s: %s of %s rows %s drawn (--%s -1 takes all).",
                 split.capitalize(),
@@ -259,7 +261,10 @@ def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed
             )
     if "test" not in drawn:
         drawn["test"] = parts["validation"][: limits["test"]]
-        logger.info("Test: the validation examples (no test split was given; they also choose the best checkpoint).")
+        if tests:
+            logger.info(
+                "Test: the validation examples (no test split was given; they also choose the best checkpoint)."
+            )
     return Splits(drawn["train"], drawn["validation"], drawn["test"], test_is_validation="test" not in parts)
 
 

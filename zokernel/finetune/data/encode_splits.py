@@ -75,6 +75,6 @@ def encode_splits(
     else:
         single = report_label_words(everything, task)
         how = "one forward scores every option" if single else "options have several tokens"
-    *others, last = (f"{len(examples)} {split}" for split, examples in encoded.items())
+    *others, last = (f"{len(examples)} {split}" for split, examples in encoded.items() if examples)
     logger.info("Data: %s; %s.", ", ".join([*others, f"{last} example{'' if last.startswith('1 ') else 's'}"]), how)
     return {split: EncodedDataset(examples) for split, examples in encoded.items()}, context
