@@ -197,11 +197,13 @@ def test_evaluations_decode_greedily_and_report_error_and_pass_rate():
     prediction = type("P", (), {"predictions": outputs["terms"].numpy()})
     assert "pass_rate" not in objective.metrics(prediction)
     assert objective.total_loss(prediction) == pytest.approx(float(loss), rel=1e-6)
-    # Loss, and the one function's value: its weight is 0.01, whatever was taken off the loss besides.
-    passed = type("P", (), {"predictions": torch.tensor([[2.0, 1], [1, 0], [2, 1], [0, 0]]).numpy()})
+    # Loss, the one function's value (its weight is 0.01, whatever was taken off the loss besides), and emptiness.
+    rows = torch.tensor([[2.0, 1, 0], [1, 0, 0], [2, 1, 0], [0, 0, 1]])
+    passed = type("P", (), {"predictions": rows.numpy()})
     found = objective.metrics(passed)
     assert found["reward"] == pytest.approx(0.005)
     assert found["pass_rate"] == 0.5
+    assert found["empty_answers"] == 0.25
     assert found["reward_error"] == pytest.approx(0.01 * math.sqrt(1 / 3) / 2)
 
 

@@ -38,6 +38,7 @@ from zokernel.finetune.report.run_report import draw_loss, write_report
 from zokernel.finetune.report.samples import shown_samples
 from zokernel.finetune.report.told import number, start_told
 from zokernel.finetune.report.zero_shot import fingerprint, remembered
+from zokernel.finetune.rewards.prompts import empty_answers_told
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -77,7 +78,7 @@ class Run:
         self.checked, self.config = checked, settings.arguments()
         self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
         self.command, self.task, self.splits, self.start = hide_in_words(command), task, splits, start
-        self.max_length = 0
+        self.max_length, self.warning = 0, ""
 
     def carry_out(self, folder: Path, deciding: dict[str, Any], resume: str | bool) -> dict[str, Any]:
         """Train and write the results.
@@ -104,6 +105,7 @@ class Run:
             if main:
                 write_json(folder / output.RUN_FILE, record)
         self._say_start(record["before"])
+        trainer.known_reason = self.warning
         trainer.when_begun = partial(self._note_begin, folder, trainer, record, deciding)
         with PeakMemory() as training, Streaming(self.model) as streaming:
             if config.do_train:
@@ -147,6 +149,10 @@ class Run:
         metric, where = self.task.metric, "validation" if self.splits.test_is_validation else "test"
         told = (how.capitalize(), metric, counted(len(self.splits.test), f"{where} example"), before[metric])
         logger.info("%s %s on %s: %.3f.", *told)
+        empty = before.get("empty_answers", 0.0)
+        self.warning = empty_answers_told(empty, self.splits.test, self.checked.tokenizer)
+        if self.warning:
+            logger.warning("%s", self.warning)
 
     def _note_begin(self, folder: Path, trainer: ZOTrainer, record: dict[str, Any], deciding: dict[str, Any]) -> None:
         """Write down that the loop begins, and the forwards that settings were chosen by."""
@@ -237,6 +243,7 @@ class Run:
             "peak_memory_inference": record["peak_memory_inference"],
             "peak_memory_training": peak_memory,
             "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
+            "warning": self.warning,
             "went_wrong": trainer.diverged or went_wrong(log.rows),
             "diagnosis": diagnosed(
                 trainer.diagnosis,

@@ -113,7 +113,8 @@ def _offload(measured: dict[str, Any] | None) -> Section | None:
 
 
 def _numbers(metrics: dict[str, Any]) -> Table:
-    hidden = {"evaluations", "command", "versions", "before", "after", "diagnosis", "samples", "offload", "went_wrong"}
+    hidden = {"evaluations", "command", "versions", "before", "after", "diagnosis", "samples", "offload"}
+    hidden |= {"went_wrong", "warning"}
     rows = [
         {"quantity": words(key), "value": readable_bytes(value) if key.startswith("peak_memory") and value else value}
         for key, value in metrics.items()

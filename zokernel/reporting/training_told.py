@@ -12,15 +12,17 @@ from zokernel.finetune.report.told import (
     examples_told,
     is_diverged,
     method_told,
+    raised,
+    warning_told,
     weights_told,
 )
 from zokernel.readable import counted, readable_bytes, readable_seconds
 from zokernel.reporting.page import words
 from zokernel.reporting.progress import Progress, progress_of
-from zokernel.reporting.rewards import rewards_told
+from zokernel.reporting.rewards import is_rewarded, rewards_told
 from zokernel.reporting.training import TrainingRun
 
-SHARES = ("accuracy", "f1", "em", "pass_rate")  # scores that are shares of examples
+SHARES = ("accuracy", "f1", "em", "pass_rate", "empty_answers")  # scores that are shares of examples
 
 
 def title(run: TrainingRun) -> str:
@@ -54,8 +56,8 @@ def summary(run: TrainingRun) -> list[str]:
     if not metrics:
         return _so_far(run)
     if not metrics["steps"]:
-        return [_untrained(metrics)]
-    told = [_how(metrics)]
+        return [told for told in (warning_told(metrics), _untrained(metrics)) if told]
+    told = [warning_told(metrics), _how(metrics)]
     if metrics.get("metric") == "reward":
         told.append(rewards_told(metrics, examples_told(metrics)))
     else:
@@ -78,22 +80,26 @@ def _so_far(run: TrainingRun) -> list[str]:
         return ["The run has begun and not finished a step yet." if progress.state == "running" else progress.told]
     told = [] if alert(run) else [progress.told]
     told += [
-        f"{counted(len(run.rows), 'step')} so far. {_loss_moved(run.rows)}",
+        f"{counted(len(run.rows), 'step')} so far. {_loss_moved(run)}",
         _continued(run),
         _not_finite(run),
     ]
     return [paragraph for paragraph in told if paragraph]
 
 
-def _loss_moved(rows: list[dict[str, float]]) -> str:
-    first, last = loss_ends(rows)
-    return "" if len(rows) < 2 else f"The loss went from {first:.4g} (first steps) to {last:.4g} (last steps)."
+def _loss_moved(run: TrainingRun) -> str:
+    first, last = loss_ends(run.rows)
+    name = "loss"
+    if is_rewarded(run.metrics, run.run):
+        name, first, last = "reward", -first, -last
+    return "" if len(run.rows) < 2 else f"The {name} went from {first:z.4g} (first steps) to {last:z.4g} (last steps)."
 
 
 def _untrained(metrics: dict[str, Any]) -> str:
     scores = {name: value for name, value in metrics["after"].items() if name != "loss"}
     found = ", ".join(f"{score_name(name)} {_score(name, value)}" for name, value in scores.items())
-    return f"No step was taken. On {examples_told(metrics)}: {found}, loss {metrics['after']['loss']:.4g}."
+    found += "" if raised(metrics) else f", loss {metrics['after']['loss']:.4g}"
+    return f"No step was taken. On {examples_told(metrics)}: {found}."
 
 
 def _how(metrics: dict[str, Any]) -> str:
@@ -197,7 +203,10 @@ def facts_so_far(run: TrainingRun, progress: Progress) -> list[tuple[str, str]]:
     if progress.seconds is not None:
         found.append(("time so far", readable_seconds(progress.seconds)))
     found += [("method", run.method)] if run.method else []
-    found += [("last loss", f"{last['loss']:.4g}")] if "loss" in last else []
+    if "loss" in last and is_rewarded(run.metrics, run.run):
+        found.append(("last reward", f"{-last['loss']:z.4g}"))
+    elif "loss" in last:
+        found.append(("last loss", f"{last['loss']:.4g}"))
     found += [("forward passes", f"{last['forwards']:,}")] if last.get("forwards") else []
     return found
 
@@ -211,7 +220,7 @@ def _outcome(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def _changes(metrics: dict[str, Any], *, trained: bool) -> list[tuple[str, str]]:
     """Return the scores before and after, the one that the task is judged by first."""
     before, after = metrics["before"], metrics["after"]
-    names = [metrics.get("metric"), *(("pass_rate",) if metrics.get("metric") == "reward" else ("accuracy",)), "loss"]
+    names = [metrics.get("metric"), *(("pass_rate",) if raised(metrics) else ("accuracy", "loss"))]
     found = []
     for name in dict.fromkeys(name for name in names if name and name in after and name in before):
         first, last = _score(name, before[name]).rstrip("%"), _score(name, after[name])

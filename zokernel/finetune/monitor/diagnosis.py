@@ -129,6 +129,7 @@ def diagnose(
     options: Options | None = None,
     around: Surroundings | None = None,
     diverged: str | None = None,
+    known: str = "",
 ) -> Diagnosis:
     """Return whether a run learned and, if not, why.
 
@@ -139,6 +140,7 @@ def diagnose(
         options: What is known of the label words and of the answers.
         around: Losses around the weights that the run ended with.
         diverged: As for :func:`verdict`.
+        known: What was wrong before training, which makes every other reason meaningless; empty if nothing was.
 
     Returns:
         The diagnosis; silent about a run that learned.
@@ -150,6 +152,8 @@ def diagnose(
         return Diagnosis(said, outcome, tuple(reasons[:MOST]), options.forwards if options else 0)
     if said != NOT_LEARNED or change is None:
         return Diagnosis(said, outcome, tuple(reasons))
+    if known:
+        return Diagnosis(said, outcome, (known,))
     slopes = list(_of_eps(change, around))
     reasons += slopes or _of_rate(change, evaluated, directions, around)
     if options is not None:

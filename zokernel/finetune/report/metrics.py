@@ -21,7 +21,7 @@ MEASURED = {
     "choice": ("accuracy",),
     "generation": ("f1", "em"),
     "text": ("perplexity",),
-    "reward": ("reward", "pass_rate", "reward_error", "kl"),
+    "reward": ("reward", "pass_rate", "reward_error", "kl", "empty_answers"),
 }
 """What an evaluation measures beside the loss, by the kind of the task."""
 

@@ -18,9 +18,11 @@ from zokernel.finetune.report.told import (
     is_macro_f1,
     loss_told,
     method_told,
+    raised,
     rate_told,
     share_error,
     start_told,
+    warning_told,
     weights_told,
 )
 from zokernel.readable import counted
@@ -52,13 +54,14 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     first, last = (_measured(metric, found, examples) for found in (before, after))
     zero_shot = (f"{start} {metric}", f"{first} on {examples_told(metrics)}")
     if not metrics["steps"]:
-        return [model, zero_shot, ("loss", f"{before['loss']:.4f}"), ("time", f"{metrics['total_seconds']:.0f} s")]
+        loss = [] if metric == REWARD else [("loss", f"{before['loss']:.4f}")]
+        return [model, zero_shot, *loss, ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
         model,
         ("trained", f"{counted(metrics['num_trained'], 'parameter')} with {method_told(metrics)}"),
         zero_shot,
         (f"{metric} after training", f"{last} ({_change(metric, before, after)})"),
-        ("loss before -> after", loss_told(metrics)),
+        (f"{raised(metrics) or 'loss'} before -> after", loss_told(metrics)),
         ("steps, forwards", forwards_told(metrics)),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
         ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
@@ -107,7 +110,8 @@ def draw_loss(
         metric: Name of the metric.
     """
     forwards = np.array([row["forwards"] for row in rows])
-    loss = np.array([row["loss"] for row in rows])
+    sign = -1 if metric == REWARD else 1
+    loss = sign * np.array([row["loss"] for row in rows])
     with figures() as Figure:
         figure = Figure(figsize=(7.2, 6.0), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True)
@@ -118,11 +122,11 @@ def draw_loss(
             (test, "D", PALETTE[2], "test, before and after"),
         ):
             where = [row["forwards"] for row in points]
-            upper.plot(where, [row["loss"] for row in points], style, color=color, label=label)
+            upper.plot(where, [sign * row["loss"] for row in points], style, color=color, label=label)
             scale = 1 if metric in (PERPLEXITY, REWARD) else 100
             lower.plot(where, [scale * row[metric] for row in points], style, color=color, label=label)
         if metric == REWARD:
-            upper.set(ylabel="loss (negative reward)")
+            upper.set(ylabel="reward, less any penalty")
         else:
             upper.set(ylabel="loss (nats)", ylim=(0, None))
         lower.set(xlabel="forward passes", ylabel=metric)
@@ -172,7 +176,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         if forward_only
         else "Each step computed the gradient by backpropagation (a first-order baseline)."
     )
-    outcome = _outcome(metrics)
+    outcome, drawn = _outcome(metrics), raised(metrics) or "loss"
     if metrics["test_is_validation"]:
         outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
@@ -181,7 +185,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
     if metric == PERPLEXITY:
         asked = "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
     if metric == REWARD:
-        asked = "The model answered prompts, which reward functions judged; the loss is their negative mean."
+        asked = "The model answered prompts, which reward functions judged; a loss is minus the reward."
     bound = ", which is an upper bound for F1" if metric == "f1" else ""
     errors = f"The ± is the binomial standard error of {counted(examples, 'example')}{bound}."
     errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {counted(examples, 'prompt')}."}.get(
@@ -192,7 +196,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
 
 ## In plain words
 
-{how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
+{_warned(metrics)}{how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
 {asked}
 {_before(metrics)} {weights_told(metrics)}
@@ -207,7 +211,7 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
 
 ![loss](loss.png)
 
-Dots: the loss of each training batch; line: its moving average; circles: validation; diamonds: test.
+Dots: the {drawn} of each training batch; line: its moving average; circles: validation; diamonds: test.
 {errors}
 
 {samples_section(metrics.get("samples", []), trained=True)}
@@ -221,6 +225,12 @@ Files: `metrics.json` (these numbers), `steps.jsonl` (one line per step), and th
 plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
 """
     path.write_text(text, encoding="utf-8")
+
+
+def _warned(metrics: dict[str, Any]) -> str:
+    """Return a paragraph on what was wrong before training; empty if nothing was."""
+    told = warning_told(metrics)
+    return f"{told}\n\n" if told else ""
 
 
 def _before(metrics: dict[str, Any]) -> str:
@@ -266,7 +276,7 @@ def _evaluation_report(metrics: dict[str, Any]) -> str:
     table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     return f"""# Evaluation of {metrics["model"]}
 
-{_untrained(metrics)}
+{_warned(metrics)}{_untrained(metrics)}
 
 | | |
 |---|---|

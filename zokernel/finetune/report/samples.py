@@ -47,7 +47,8 @@ def samples_section(samples: Sequence[dict[str, Any]], *, trained: bool) -> str:
         written = {"Before training": sample["before"], "After training": sample["after"]}
         if not trained:
             written = {"Written": sample["before"]}
-        texts = {"Prompt": sample["prompt"], **written, "In the data": sample["answer"]}
+        data = {"In the data": sample["answer"]} if sample["answer"] else {}
+        texts = {"Prompt": sample["prompt"], **written, **data}
         parts.append("\n\n".join(f"{name}:\n\n{_indented(text)}" for name, text in texts.items()))
     return "## Samples\n\n" + "\n\n---\n\n".join(parts) + "\n\nGreedy decoding of held-out prompts.\n"
 

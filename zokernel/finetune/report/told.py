@@ -156,35 +156,50 @@ def weights_told(metrics: dict[str, Any]) -> str:
         'The weights are those with the best validation loss, of step 40 of 100.'
     """
     best, steps, wrong = metrics["best_step"], metrics["steps"], metrics.get("went_wrong")
+    score = raised(metrics) if metrics["selected_by"] == "loss" else ""
+    score = score or metrics["selected_by"]
     if best == 0 and is_diverged(metrics):
         told = (
-            f"No evaluation before that had a better validation {metrics['selected_by']} than the model had before "
+            f"No evaluation before that had a better validation {score} than the model had before "
             "training, so the weights are the untrained ones."
         )
     elif not metrics.get("evaluations"):
         told = f"The weights are those of the last step, {best:,}."
     elif best == 0:
         told = (
-            f"No evaluation in {counted(steps, 'step')} had a better validation {metrics['selected_by']} than the "
+            f"No evaluation in {counted(steps, 'step')} had a better validation {score} than the "
             "model had before training, so the weights are the untrained ones."
         )
     elif best == steps:
         told = f"The weights are those of the last step, {best:,}."
     else:
-        told = (
-            f"The weights are those with the best validation {metrics['selected_by']}, of step {best:,} of {steps:,}."
-        )
+        told = f"The weights are those with the best validation {score}, of step {best:,} of {steps:,}."
     return f"{wrong} {told}" if wrong else told
 
 
+def raised(metrics: dict[str, Any]) -> str:
+    """Return what a run of rewards raises, which is minus its loss; empty for every other run.
+
+    Example:
+        >>> raised({"metric": "reward", "after": {"loss": -0.8, "reward": 0.9, "kl": 2.5}})
+        'reward less penalty'
+    """
+    if metrics.get("metric") != "reward":
+        return ""
+    return "reward less penalty" if "kl" in metrics["after"] else "reward"
+
+
 def loss_told(metrics: dict[str, Any]) -> str:
-    """Return the loss before and after; of a run that diverged or got nowhere it is said.
+    """Return the loss before and after, or the reward; of a run that diverged or got nowhere it is said.
 
     Example:
         >>> loss_told({"before": {"loss": 1.4}, "after": {"loss": 1.1}, "best_step": 9})
         '1.4000 -> 1.1000'
+        >>> loss_told({"before": {"loss": -1}, "after": {"loss": -2, "reward": 2}, "best_step": 9, "metric": "reward"})
+        '1.000 -> 2.000'
     """
-    text = f"{metrics['before']['loss']:.4f} -> {metrics['after']['loss']:.4f}"
+    first, last = (metrics[when]["loss"] for when in ("before", "after"))
+    text = f"{-first:z.3f} -> {-last:z.3f}" if raised(metrics) else f"{first:.4f} -> {last:.4f}"
     if metrics["best_step"] == 0:
         text += " (the untrained weights were the best)"
     if metrics.get("went_wrong"):
@@ -212,3 +227,16 @@ def diagnosis_told(metrics: dict[str, Any]) -> str:
     if found.get("forwards"):
         parts.append(f"The reasons below took {counted(found['forwards'], 'more forward pass')}.")
     return " ".join(part for part in parts if part)
+
+
+def warning_told(metrics: dict[str, Any]) -> str:
+    """Return what was wrong before training, unless it is among the reasons why the loss did not fall.
+
+    Example:
+        >>> warning_told({"warning": "3 of 3 were empty."})
+        '3 of 3 were empty.'
+        >>> warning_told({"warning": "3 of 3 were empty.", "diagnosis": {"reasons": ["3 of 3 were empty."]}})
+        ''
+    """
+    found = str(metrics.get("warning") or "")
+    return "" if found in (metrics.get("diagnosis") or {}).get("reasons", ()) else found

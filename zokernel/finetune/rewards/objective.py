@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.models.scales import trains_scales
+from zokernel.finetune.monitor.progress import PENALISED, REWARD
 from zokernel.finetune.rewards.functions import Rewards
 from zokernel.finetune.rewards.generate import Answer, Sampling, generate
 from zokernel.finetune.rewards.start import Start, divergence, tokens_of
@@ -69,6 +70,11 @@ class RewardObjective:
     objective = "reward"
     can_stack = False  # there is no gradient, which first-order methods ask here
 
+    @property
+    def shown(self) -> str:
+        """What a step raises, in words: it is minus the loss."""
+        return REWARD if self.start is None else PENALISED
+
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch at the weights as they are, a scalar."""
         return -self._totals(self._scored(model, batch)).mean()
@@ -98,7 +104,10 @@ class RewardObjective:
         return torch.zeros(copies)
 
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of greedy answers, and as ``terms`` each prompt's negative loss, rewards and divergence."""
+        """Return the loss of greedy answers, and as ``terms`` what is known of each.
+
+        These are its negative loss, its rewards, its divergence if that is penalised, and 1 if nothing was written.
+        """
         values = self._scored(model, batch, greedy=True)
         terms = torch.cat([self._totals(values)[:, None], values], 1).float().to(batch["labels"].device)
         return -terms[:, 0].mean(), {"terms": terms}
@@ -113,9 +122,10 @@ class RewardObjective:
         return torch.stack([losses, torch.ones_like(losses)], 1)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        """Return the mean reward with its standard error, the pass rate where all rewards are 0 or 1, and ``kl``.
+        """Return the mean reward with its standard error, and what else is known of the answers.
 
-        That is the mean divergence from the starting weights, if it is penalised.
+        That is the pass rate where all rewards are 0 or 1, the share of ``empty_answers``, and ``kl``, the mean
+        divergence from the starting weights, if it is penalised.
         """
         terms = torch.as_tensor(prediction.predictions).double()
         values = terms[:, 1 : 1 + len(self.rewards.functions)]
@@ -125,8 +135,8 @@ class RewardObjective:
         if bool(((values == 0) | (values == 1)).all()):
             found["pass_rate"] = float((values == 1).all(1).double().mean())
         if self.start is not None:
-            found["kl"] = float(terms[:, -1].mean())
-        return found
+            found["kl"] = float(terms[:, -2].mean())
+        return found | {"empty_answers": float(terms[:, -1].mean())}
 
     def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Return the greedy answers, one per prompt."""
@@ -140,14 +150,15 @@ class RewardObjective:
     def _totals(self, values: Tensor) -> Tensor:
         """Return the negative losses of answers from what :meth:`_scored` returns."""
         rewards = self._rewards(values[:, : len(self.rewards.functions)])
-        return rewards if self.start is None else rewards - self.beta * values[:, -1]
+        return rewards if self.start is None else rewards - self.beta * values[:, -2]
 
     def _scored(
         self, model: nn.Module, batch: dict[str, Any], *, copies: int = 1, whole: bool = False, greedy: bool = False
     ) -> Tensor:
-        """Return the rewards of all answers, and their divergences if penalised, copy after copy, prompt after prompt.
+        """Return the rewards of all answers, and what else is known of them, copy after copy, prompt after prompt.
 
-        One column for each function, and one more for the divergence: (K B S, F) or (K B S, F + 1) float64.
+        One column for each function, one for the divergence if that is penalised, and one that is 1 where nothing was
+        written: (K B S, F + 1) or (K B S, F + 2) float64.
         """
         samples = 1 if greedy else self.samples
         sampling = Sampling() if greedy else Sampling(self.temperature, self.seed, self.step)
@@ -161,9 +172,10 @@ class RewardObjective:
         self._writing += time.perf_counter() - begun
         rows: list[Row] = [row for row in batch["rows"] for _ in range(samples)] * copies
         prompts = [row["prompt"] for row in rows]
+        written = list(map(self._text, answers))
         texts: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, map(self._text, answers))
+            for prompt, text in zip(prompts, written)
         ]
         values = self.rewards(prompts, texts, rows, [answer.tokens for answer in answers])
         self._tell_if_slow()
@@ -171,6 +183,7 @@ class RewardObjective:
             ids = [ids for ids in tokens_of(batch["prompts"], batch["prompts_mask"]) for _ in range(samples)] * copies
             divergences = self._divergences(model, ids, answers, sampling.temperature)
             values = [[*row, divergence] for row, divergence in zip(values, divergences)]
+        values = [[*row, float(not text.strip())] for row, text in zip(values, written)]
         return torch.tensor(values, dtype=torch.float64)
 
     def _tell_if_slow(self) -> None:

@@ -20,6 +20,7 @@ from zokernel.readable import counted
 logger = logging.getLogger(__name__)
 
 _ANSWER = {"role": "assistant", "content": "."}
+MANY = 0.5  # share of empty answers from which it is said
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,28 @@ def ends_of(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     own = getattr(bare.generation_config, "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own]), *turn_ends(rows, tokenizer)}
     return sorted(stops - {None})
+
+
+def empty_answers_told(share: float, rows: Sequence[Row], tokenizer: Any) -> str:
+    """Return that a model wrote nothing after many prompts, and what to do; an empty text if after few.
+
+    Args:
+        share: The share of empty answers.
+        rows: The rows of the prompts.
+        tokenizer: The model's tokenizer.
+    """
+    if share < MANY:
+        return ""
+    told = f"{round(share * len(rows)):,} of the answers to {counted(len(rows), 'held-out prompt')} were empty"
+    if getattr(tokenizer, "chat_template", None) and all(isinstance(row["prompt"], str) for row in rows):
+        return (
+            f"{told} before training: the model writes nothing after these prompts, so give rows of messages, such as "
+            'prompt: [{"role": "user", "content": "..."}], for which its chat template is used.'
+        )
+    return (
+        f"{told} before training: the model writes nothing after these prompts, so word them such that an answer "
+        "follows, or choose another model."
+    )
 
 
 def rewards_of(arguments: DataArguments) -> Rewards:

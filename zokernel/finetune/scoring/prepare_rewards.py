@@ -50,6 +50,11 @@ def reward_samples(datasets: dict[str, PromptDataset], tokenizer: Any) -> list[S
     found = []
     for example in datasets["test"].examples[:SAMPLES]:
         rest = {name: value for name, value in example.row.items() if name != "prompt"}
-        told = json.dumps(rest, ensure_ascii=False, default=str) if rest else ""
+        told = "\n".join(f"{name}: {_text(value)}" for name, value in rest.items())
         found.append(Sample(example.input_ids, shown_prompt(tokenizer, example.input_ids), told))
     return found
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; what is none as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

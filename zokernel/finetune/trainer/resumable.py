@@ -200,10 +200,13 @@ class ResumableTrainer(CheckpointTrainer):
         if self.diverged:
             logger.warning("%s The weights are those of step %d, before that.", self.diverged, best)
         elif best == 0:
+            name, value = self.args.metric_for_best_model, self.state.best_metric or 0.0
+            if name == "loss" and (raised := getattr(vars(self).get("objective"), "shown", "")):
+                name, value = raised, 0.0 - value
             logger.warning(
                 "No evaluation was better than that before training (%s %.4g): the weights are those of the start.",
-                self.args.metric_for_best_model,
-                self.state.best_metric,
+                name,
+                value,
             )
         if checkpoint.is_dir():
             files.load_weights(self.bare_model, checkpoint)

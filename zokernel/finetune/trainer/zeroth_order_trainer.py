@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from zokernel.finetune.monitor.diagnosis import FAILED, NOT_LEARNED, Diagnosis, 
 from zokernel.finetune.monitor.divergence import diverged
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.profile import Profile, check_profile
-from zokernel.finetune.monitor.progress import ForwardLines, ForwardProgress
+from zokernel.finetune.monitor.progress import LOSS, ForwardLines, ForwardProgress
 from zokernel.finetune.monitor.run_log import RunLog
 from zokernel.finetune.monitor.step_record import Consumer, StepRecord, projected_gradient
 from zokernel.finetune.monitor.warn import WarnOfDivergence
@@ -60,6 +61,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
     Attributes:
         settings: Every setting of the run, with who decided it.
         run_log: One row per step.
+        known_reason: What is wrong with the answers before training, in a sentence; empty if nothing is.
         diagnosis: Whether the last call of ``train`` lowered the loss and, if not, why; None before.
 
     Raises:
@@ -84,6 +86,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self._begun_at = self._rate = 0.0
         self._forwards = 0
         self._tried = False
+        self.known_reason = ""
         self.run_log = RunLog(writes=self.args.should_save)
         self._course = Course()
         self.diagnosis: Diagnosis | None = None
@@ -107,7 +110,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
             self._consumers.append(profile)
         self.pop_callback(PrinterCallback)
         has_bar = self.pop_callback(ProgressCallback) is not None
-        self.add_callback(ForwardProgress(self.run_log) if has_bar else ForwardLines(self.run_log))
+        self._shown = getattr(vars(self).get("objective"), "shown", LOSS)
+        self.add_callback((ForwardProgress if has_bar else ForwardLines)(self.run_log, self._shown))
 
     def _trial_loss(self) -> Tensor:
         """Return the loss of the first batch, which is taken once in a run."""
@@ -287,7 +291,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         around = options = None
         diverged = self.diverged if self.final_step in (0, self.state.global_step) else None
         said, outcome = verdict(change, seen, diverged)
-        if said in FAILED and self.args.world_size == 1:
+        if said in FAILED and self.args.world_size == 1 and not self.known_reason:
             model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
             assert collate is not None
             with evaluating(model), self.uncounted():
@@ -302,8 +306,10 @@ class ZerothOrderTrainer(MeasuringTrainer):
                     lambda features: self._prepare_inputs(collate(features)),
                     batch=batch if said == NOT_LEARNED else 0,
                 )
-        directions = self._course.directions
-        found = diagnose(change, seen, directions=directions, options=options, around=around, diverged=diverged)
+        why: dict[str, Any] = {"options": options, "around": around, "diverged": diverged, "known": self.known_reason}
+        found = diagnose(change, seen, directions=self._course.directions, **why)
+        if found.outcome and self._shown != LOSS:
+            found = replace(found, outcome=f"{found.outcome} (The loss is minus the {self._shown}.)")
         if found.reasons and self.args.should_save:
             told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
             cost = f"(Found with {counted(found.forwards, 'more forward pass')}.)"
