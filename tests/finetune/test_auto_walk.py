@@ -14,7 +14,14 @@ from transformers import AutoConfig
 
 from zokernel.cli import main
 from zokernel.finetune.models.streamed import load_streamed
-from zokernel.finetune.settings.auto import LEAST_WALK, NOISE_SCALE, WALK, learning_rate, shorter_walk
+from zokernel.finetune.settings.auto import (
+    LEAST_WALK,
+    NOISE_SCALE,
+    WALK,
+    learning_rate,
+    shorter_walk,
+    walk_within_swing,
+)
 from zokernel.finetune.trainer import measuring
 from zokernel.finetune.trainer.measure_rise import batches_to_try, measure_rise
 from zokernel.journal import Journal
@@ -103,6 +110,32 @@ def test_micro_batches_do_not_change_the_walk(sharing):
         for b in (16, 4, 1)
     ]
     assert shares == pytest.approx([4 / 9 / math.sqrt(1 + NOISE_SCALE / sharing)] * 3)
+
+
+def test_an_adapter_changes_the_loss_of_four_examples_by_15_percent_at_most():
+    """By its noise alone, a batch of b has slopes sqrt((1 + 10 / b) / 3.5) times those of four."""
+    for batch in (1, 4, 16):
+        slope = 4.2 * math.sqrt((1 + NOISE_SCALE / batch) / (1 + NOISE_SCALE / 4))
+        rise = Rise(0.065, 0.78, 0.2, 0.1, slope, 24)
+        assert walk_within_swing(rise, trained="LoRA", batch=batch) == pytest.approx(0.15 * 0.78 / (4.2 * 0.065))
+        assert walk_within_swing(rise, trained="full parameters", batch=batch) == 1
+    calm, wild = Rise(0.065, 1.2, 0.0, 0.1, 1.9, 24), Rise(0.065, 0.78, 0.2, 0.1, 100.0, 24)
+    assert walk_within_swing(calm, trained="LoRA", batch=4) == 1
+    assert walk_within_swing(wild, trained="LoRA", batch=4) == LEAST_WALK
+    for unknown in (Rise(0.065, -0.5, 0.2, 0.1, 4.2, 24), Rise(0.065, 1.0, math.inf, math.inf, math.nan, 24)):
+        assert walk_within_swing(unknown, trained="LoRA", batch=4) == 1
+
+
+def test_the_rate_of_an_adapter_follows_the_swing(trainer, monkeypatch, caplog):
+    swings = Rise(WALK["LoRA"], 0.7, 0.01, 0.1, 4.0, 24)
+    monkeypatch.setattr("zokernel.finetune.trainer.measuring.measure_rise", lambda *args, **options: swings)
+    monkeypatch.setattr("zokernel.finetune.trainer.measuring.what_is_trained", lambda model: "LoRA")
+    made = trainer()
+    with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
+        made._choose_rate(made.model, DEFAULT)
+    share = 0.15 * 0.7 / (4.0 * WALK["LoRA"])
+    assert made.args.learning_rate == pytest.approx(share * DEFAULT, rel=5e-3)
+    assert "changes the loss of a training batch by 37 % of itself (0.26 of 0.7; 24 forwards)" in caplog.text
 
 
 def test_a_walk_without_harm_stays(trainer, caplog):

@@ -91,7 +91,9 @@ def measure_rise(
     return rise_of(distance, list(zip(losses[::3], losses[1::3], losses[2::3])))
 
 
-def walk_told(found: Rise | None, walk: float, share: float, before: float, after: float) -> str:
+def walk_told(
+    found: Rise | None, walk: float, share: float, before: float, after: float, *, swings: bool = False
+) -> str:
     """Return in a sentence which rate a run takes, and why.
 
     Args:
@@ -100,16 +102,26 @@ def walk_told(found: Rise | None, walk: float, share: float, before: float, afte
         share: The share of it that the run walks.
         before: Its rate by default.
         after: Its rate.
+        swings: Whether it is lower since the loss of a batch changes by too much of itself.
 
     Example:
         >>> print(walk_told(Rise(0.065, 1.86, 0.21, 0.03, 0.4, 24), 0.065, 0.2, 0.0076, 0.0015))
         learning_rate 0.0015 instead of 0.0076: a random walk of 0.065 raises the loss of training batches by
         0.21 ± 0.03 (from 1.86; 24 forwards), more than following slopes of 0.4 can lower it, so the run walks 0.013.
+        >>> print(walk_told(Rise(0.065, 0.78, 0.2, 0.1, 4.2, 24), 0.065, 0.43, 0.0098, 0.0042, swings=True))
+        learning_rate 0.0042 instead of 0.0098: a random walk of 0.065 changes the loss of a training batch by 35 % of
+        itself (0.273 of 0.78; 24 forwards), which is too much for an adapter, so the run walks 0.028.
     """
     if found is None:
         return f"learning_rate {before:.3g}: for a random walk of {walk:.3g}, not measured: its losses cannot be taken."
     changes = f"a random walk of {walk:.3g} "
-    if math.isinf(found.rise):
+    if swings:
+        swing = found.slope * found.distance
+        changes += (
+            f"changes the loss of a training batch by {100 * swing / found.loss:.0f} % of itself ({swing:.3g} of "
+            f"{found.loss:.3g}; {found.forwards} forwards), which is too much for an adapter"
+        )
+    elif math.isinf(found.rise):
         changes += f"leads to losses that are not finite ({found.forwards} forwards)"
     else:
         changes += (
@@ -122,5 +134,5 @@ def walk_told(found: Rise | None, walk: float, share: float, before: float, afte
             "so the rate stays."
         )
     lowered = f", more than following slopes of {found.slope:.2g} can lower it"
-    slopes = "" if math.isinf(found.rise) else lowered
+    slopes = "" if swings or math.isinf(found.rise) else lowered
     return f"learning_rate {after:.3g} instead of {before:.3g}: {changes}{slopes}, so the run walks {walk * share:.2g}."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from zokernel.finetune.models.trained import what_is_trained
-from zokernel.finetune.settings.auto import WALK, shorter_walk
+from zokernel.finetune.settings.auto import WALK, shorter_walk, walk_within_swing
 from zokernel.finetune.settings.resolve import count_steps
 from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer.choose_perturb import max_copies
@@ -105,7 +105,8 @@ class MeasuringTrainer(SetUpTrainer):
 
     def _choose_rate(self, model: Any, rate: float) -> None:
         """Measure what a random walk as far as the run's does to the loss, and lower the rate if it is too far."""
-        walk = WALK[what_is_trained(model)]
+        trained = what_is_trained(model)
+        walk = WALK[trained]
         unmeasured = f"learning_rate {rate:.3g}: for a random walk of {walk:.3g}, not measured: "
         reason = self._not_measured()
         if reason:
@@ -126,17 +127,18 @@ class MeasuringTrainer(SetUpTrainer):
         self.bare_model.eval()
         with self.uncounted():
             rise = measure_rise(optimizer, self.training_batches(count), self._loss, walk, perturb=streams)
-        share = 1.0
+        share = within = 1.0
         if rise is not None:
             self.rate_forwards = rise.forwards
             self.measuring_forwards += rise.forwards
             sharing = 1 if args.method_options().get("per_example") else size
             every = args.num_perturbations * steps * (size // sharing)
-            share = shorter_walk(rise, directions=every, batch=small, sharing=sharing)
+            within = walk_within_swing(rise, trained=trained, batch=small)
+            share = min(within, shorter_walk(rise, directions=every, batch=small, sharing=sharing))
         share = from_main(share)
         if share < 1:
             self.decide("auto", learning_rate=float(f"{rate * share:.3g}"))
-        self._say(walk_told(rise, walk, share, rate, self.args.learning_rate))
+        self._say(walk_told(rise, walk, share, rate, self.args.learning_rate, swings=share == within < 1))
 
     def _not_measured(self) -> str:
         """Return why no losses are taken around the weights; empty if they are."""
