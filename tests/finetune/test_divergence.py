@@ -9,6 +9,8 @@ from trainers import make_trainer
 
 from zokernel.finetune.monitor.divergence import WINDOW, trouble
 
+WARNINGS = "zokernel.finetune.monitor.warn"
+
 
 def rows(losses, slope=1.0):
     return [{"loss": loss, "projected_gradient": slope} for loss in losses]
@@ -41,14 +43,14 @@ def test_equal_losses_are_told_whatever_the_loss():
 )
 def test_a_run_warns_once(parts, tmp_path, caplog, settings, warning):
     trainer = make_trainer(parts, tmp_path, max_steps=40, **settings)
-    with caplog.at_level(logging.WARNING, logger="zokernel.finetune.monitor.divergence"):
+    with caplog.at_level(logging.WARNING, logger=WARNINGS):
         trainer.train()
-    said = [record.message for record in caplog.records if record.name == "zokernel.finetune.monitor.divergence"]
+    said = [record.message for record in caplog.records if record.name == WARNINGS]
     assert [warning in message for message in said] == [True]
 
 
 def test_a_run_that_learns_is_silent(parts, tmp_path, caplog):
     trainer = make_trainer(parts, tmp_path, max_steps=40, num_perturbations=4, eps=1e-2, learning_rate=3e-3)
-    with caplog.at_level(logging.WARNING, logger="zokernel.finetune.monitor.divergence"):
+    with caplog.at_level(logging.WARNING, logger=WARNINGS):
         trainer.train()
-    assert [record for record in caplog.records if record.name == "zokernel.finetune.monitor.divergence"] == []
+    assert [record for record in caplog.records if record.name == WARNINGS] == []
