@@ -184,15 +184,7 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
     )
 
 
-def ways(
-    sizes: Sizes,
-    *,
-    losses: int,
-    rows: int,
-    tokens: int,
-    writes: int = 0,
-    gpu: bool = False,
-) -> list[Way]:
+def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, gpu: bool = False) -> list[Way]:
     """Return the ways to hold a model's weights, for each kind of training the quickest first.
 
     Args:
