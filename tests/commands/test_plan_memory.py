@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from quantized import KINDS, declare, save_gguf, save_llama, save_packed
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from zokernel.cli import main
+from zokernel.finetune.models import estimate
 from zokernel.finetune.models.check import check_model
-from zokernel.finetune.models.estimate import bytes_held
+from zokernel.finetune.models.estimate import QuantizedBytes, bytes_held
 from zokernel.finetune.models.load import load_pretrained
 from zokernel.finetune.models.needed import read_configuration
 from zokernel.finetune.models.quantized_layers import quantized_layers
@@ -69,10 +73,28 @@ def test_a_checkpoint_that_stays_quantized_takes_what_its_files_hold(base, table
     )
     assert found["--train scales"][1:3] == readable_bytes(held + factors).split()
     whole = read_configuration(scales)
-    assert whole.with_factors == held + factors
+    assert whole.stored == QuantizedBytes(held, factors)
     assert bytes_held(scales, str(tmp_path / "int8"), whole.architecture, whole.dtype, "causal") == held + factors
     declare(tmp_path / "int8", quant_method="torchao")  # a configuration alone tells no size
     assert list(table(tmp_path / "int8" / "config.json")) == [*ADAPTER, "--train scales"]
+
+
+def test_the_headers_of_a_quantized_checkpoint_are_read_once(base, table, tmp_path, monkeypatch):
+    folder = shutil.copytree(base, tmp_path / "int8")
+    stored = {
+        "model.layers.0.self_attn.q_proj._weight_qdata": torch.zeros(64, 64, dtype=torch.int8),
+        "model.layers.0.self_attn.q_proj._weight_scale": torch.ones(64, 1),
+        "model.norm.weight": torch.ones(64),
+    }
+    save_file(stored, folder / "model.safetensors")
+    declare(folder, quant_method="torchao")
+    read, real = [], estimate.tensor_types
+    monkeypatch.setattr(estimate, "tensor_types", lambda files: read.append(files) or real(files))
+    found = table(folder)
+    held = 64 * 64 + 4 * 64 + 4 * 64
+    assert read == [[folder / "model.safetensors"]]
+    assert found["--lora true"][2:4] == readable_bytes(held).split()
+    assert found["--train scales"][1:3] == readable_bytes(held + 4 * 64).split()
 
 
 def parts_of(model):

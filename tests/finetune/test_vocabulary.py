@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig, finetune, get_task
-from zokernel.finetune.models.estimate import estimate_memory, quantized_bytes
+from zokernel.finetune.models.estimate import QuantizedBytes, estimate_memory, quantized_bytes
 from zokernel.finetune.models.vocabulary import check_token_ids, choose_pad_token
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks.toy import toy_files
@@ -94,8 +94,8 @@ def test_a_quantized_base_is_counted_as_it_is_stored(tmp_path):
     assert quantized_bytes(str(tmp_path), config, torch.float32) is None
     config.quantization_config = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    assert quantized_bytes(str(tmp_path), config, torch.float32) == 1030 + 4 * 1600
+    assert quantized_bytes(str(tmp_path), config, torch.float32) == QuantizedBytes(1030 + 4 * 1600, 0)
     found = quantized_bytes(str(tmp_path), config, torch.bfloat16)
-    assert found == 1030 + 2 * 1600
+    assert found == QuantizedBytes(1030 + 2 * 1600, 0)
     run = ZOConfig(output_dir="unused", precision="fp32", use_cpu=True)
-    assert estimate_memory(config, torch.bfloat16, run, adapter=True, stored=found)["total"] == found
+    assert estimate_memory(config, torch.bfloat16, run, adapter=True, stored=found.weights)["total"] == found.weights

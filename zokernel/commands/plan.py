@@ -175,7 +175,6 @@ def _memory(
         adapter=wants_adapter(found.arguments),
         saved=found.arguments.adapter_name_or_path,
         stored=found.stored,
-        with_factors=found.with_factors,
         unpacked=found.unpacked,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,29 @@ def check_memory(
         )
 
 
+@dataclass(frozen=True)
+class QuantizedBytes:
+    """What the weights of a quantized model take, in bytes.
+
+    Attributes:
+        weights: The weights as their files hold them; 0 if the files say nothing yet.
+        factors: A trained factor on each scale of torchao.
+    """
+
+    weights: int = 0
+    factors: int = 0
+
+
 def quantized_bytes(
-    path: str, architecture: Any, dtype: torch.dtype, *, revision: str = "main", factors: bool = False
-) -> int | None:
-    """Return the bytes of a quantized model's weights, from the headers of its files.
+    path: str, architecture: Any, dtype: torch.dtype, *, revision: str = "main"
+) -> QuantizedBytes | None:
+    """Return the bytes of a quantized model's weights, from the headers of its files, which are read once.
 
     Args:
         path: The model's folder or hub id.
         architecture: Its configuration.
         dtype: Type of the weights that are not quantized.
         revision: Branch, tag or commit on the hub.
-        factors: Whether a trained factor on each scale of torchao is counted, too.
 
     Returns:
         Bytes; None if the model is not quantized, or unpacked as it is loaded.  If its files say nothing yet, 0, which
@@ -130,23 +143,24 @@ def quantized_bytes(
     if stored_as(architecture) in ("", *DEQUANTIZED):
         return None
     try:
-        if Path(path).is_dir():
-            return _bytes_of(tensor_types(weight_files(Path(path))), dtype.itemsize, factors=factors)
-        from huggingface_hub import HfApi
-
-        found = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata.values()
-        tensors = {name: (str(t.dtype), tuple(t.shape)) for file in found for name, t in file.tensors.items()}
-        return _bytes_of(tensors, dtype.itemsize, factors=factors)
+        tensors = _types_of(path, revision)
     except Exception as error:  # the hub may be out of reach while its files are cached
         logger.info(
             "The memory estimate leaves out the quantized weights, whose size is unknown: %s.", first_line(error)
         )
-        return 0
+        return QuantizedBytes()
+    scales = sum(math.prod(shape) for name, (_, shape) in tensors.items() if name.endswith(SCALE))
+    return QuantizedBytes(stored_bytes(tensors.values(), dtype.itemsize), FACTOR * scales)
 
 
-def _bytes_of(tensors: dict[str, tuple[str, tuple[int, ...]]], itemsize: int, *, factors: bool) -> int:
-    scales = [math.prod(shape) for name, (_, shape) in tensors.items() if name.endswith(SCALE)] if factors else []
-    return stored_bytes(tensors.values(), itemsize) + FACTOR * sum(scales)
+def _types_of(path: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return type and shape of every tensor by name, from the headers of files in a folder or on the hub."""
+    if Path(path).is_dir():
+        return tensor_types(weight_files(Path(path)))
+    from huggingface_hub import HfApi
+
+    files = HfApi().get_safetensors_metadata(path, revision=revision).files_metadata.values()
+    return {name: (str(t.dtype), tuple(t.shape)) for file in files for name, t in file.tensors.items()}
 
 
 def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: torch.dtype, kind: Kind) -> int | None:
@@ -164,7 +178,8 @@ def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: t
     """
     asked, trained = asked_for(arguments), arguments.train == "scales"
     if not asked:
-        return quantized_bytes(path, architecture, dtype, revision=arguments.model_revision, factors=trained)
+        found = quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
+        return None if found is None else found.weights + trained * found.factors
     layers = quantized_layers(architecture, kind, asked)
     factors = FACTOR * number_of_scales(asked, layers.shapes) if trained else 0
     quantized = bytes_once_quantized(asked, layers.shapes, dtype.itemsize)

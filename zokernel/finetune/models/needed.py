@@ -15,7 +15,7 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.models.adapters import check_peft, trained_by
 from zokernel.finetune.models.check import DTYPES, not_loaded, stored_dtype
-from zokernel.finetune.models.estimate import quantized_bytes
+from zokernel.finetune.models.estimate import QuantizedBytes, quantized_bytes
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, stored_as
@@ -34,8 +34,7 @@ class Configured:
         dtype: The type in which its weights will be held.
         kind: Which kind of language model it is.
         arguments: Which model and adapter: of an adapter's folder, its base and itself.
-        stored: Bytes of its weights if its files are quantized and it stays so, 0 if they are unknown.
-        with_factors: The same with a factor on each scale; None if it has none that are trained.
+        stored: Bytes of its weights if its files are quantized and it stays so.
         unpacked: Whether its files are quantized, and unpacked as it is loaded.
     """
 
@@ -43,8 +42,7 @@ class Configured:
     dtype: torch.dtype
     kind: Kind
     arguments: ModelArguments
-    stored: int | None = None
-    with_factors: int | None = None
+    stored: QuantizedBytes | None = None
     unpacked: bool = False
 
 
@@ -73,13 +71,10 @@ def read_configuration(arguments: ModelArguments) -> Configured:
         raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     place = str(Path(path).parent) if Path(path).is_file() else path
-    whole = (place, architecture, dtype)
-    stored = None if file else quantized_bytes(*whole, revision=arguments.model_revision)
-    scaled = stored is not None and stored_as(architecture) == "torchao"
-    factors = quantized_bytes(*whole, revision=arguments.model_revision, factors=True) if scaled else None
+    stored = None if file else quantized_bytes(place, architecture, dtype, revision=arguments.model_revision)
     unpacked = file is not None or stored_as(architecture) in DEQUANTIZED
     kind = language_model_kind(architecture, arguments.lm_type)
-    return Configured(architecture, dtype, kind, arguments, stored, factors, unpacked)
+    return Configured(architecture, dtype, kind, arguments, stored, unpacked)
 
 
 def needed(
@@ -94,8 +89,7 @@ def needed(
     adapter: bool = False,
     saved: str | None = None,
     gpu: bool | None = None,
-    stored: int | None = None,
-    with_factors: int | None = None,
+    stored: QuantizedBytes | None = None,
     unpacked: bool = False,
 ) -> str:
     """Return what each way to hold a model's weights takes, and the fastest that fits, as text.
@@ -112,13 +106,12 @@ def needed(
         saved: The saved adapter that will be trained on, if there is one.
         gpu: Whether the model computes on a GPU; by default, if there is one.
         stored: Bytes of the weights of a model that stays quantized as its files are; None of any other.
-        with_factors: The same with a factor on each scale; None if it has none that are trained.
         unpacked: Whether its files are quantized, and unpacked as it is loaded.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     available = psutil.virtual_memory().available
     free, host = (torch.cuda.mem_get_info()[0], available) if gpu else (available, None)
-    sizes = measure(architecture, dtype, kind=kind)
+    sizes, method = measure(architecture, dtype, kind=kind), stored_as(architecture)
     head = (
         f"{sizes.weights // sizes.itemsize:,} parameters in {str(dtype).removeprefix('torch.')}, "
         f"{counted(losses, 'loss')} per step of {counted(rows, 'row')} of {counted(tokens, 'token')}"
@@ -130,9 +123,10 @@ def needed(
         if unpacked or stored is not None:  # neither quantized again nor streamed
             found = [way for way in found if not any(word in way.flags for word in ("--offload", "_in_", "torchao"))]
         if stored is not None:
-            found = [replace(way, weights=stored) for way in found if way.trains == "an adapter"]
-        if with_factors is not None:
-            found.append(replace(found[-1], flags=SCALES, trains="scales", weights=with_factors))
+            found = [replace(way, weights=stored.weights) for way in found if way.trains == "an adapter"]
+            if method == "torchao":
+                whole = stored.weights + stored.factors
+                found.append(replace(found[-1], flags=SCALES, trains="scales", weights=whole))
         return found if saved is None else _continuing(found, saved)
 
     found = ways_of(rows, tokens)
@@ -143,7 +137,6 @@ def needed(
     }
     streams = not unpacked and stored is None
     last = "--offload disk --use_cpu true, which leaves the weights in their files" if gpu and streams else ""
-    method = stored_as(architecture)
     told = [_fastest(found, trains, free, host, smaller, last or "a smaller model", method) for trains in kinds]
     notes = [] if saved is None or stored is not None else _base_told(saved)
     return "\n".join([head, "", table(found, free, host), *told, *notes])
