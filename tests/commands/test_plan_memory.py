@@ -125,6 +125,21 @@ def test_the_folder_of_an_adapter_lists_how_that_is_trained_on(base, table, tmp_
     assert list(table(tmp_path / "tokens")) == ["--perturb in_place", *list(new)[1:]]
 
 
+def test_a_run_that_streams_the_base_of_a_saved_adapter_lists_how_that_is_trained_on(base, flags, tmp_path, caplog):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    caplog.set_level("INFO", logger="zokernel")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig())
+    adapted.save_pretrained(tmp_path / "lora")
+    streamed = ["--model_name_or_path", str(tmp_path / "lora"), "--offload", "disk", "--max_steps", "1"]
+    assert main(["finetune", *flags, *streamed]) == 0
+    told = next(message for message in caplog.messages if message.startswith("Memory of each way"))
+    listed = [line.partition("  ")[0] for line in told.split("\n\n")[1].splitlines()[1:]]
+    assert {"--perturb stacked", "--perturb in_place", "--offload disk"} <= set(listed)
+    assert not [flags for flags in listed if "--lora" in flags]
+
+
 def test_one_row_is_a_batch_for_the_table_and_none_is_not(base, table, capsys):
     assert table(base, "--update_examples", "1", told=[HEAD])
     words = ["plan", "--model_name_or_path", str(base), "--update_examples"]

@@ -17,8 +17,9 @@ import transformers
 
 from zokernel.cli import main
 from zokernel.finetune.models.estimate import check_memory
-from zokernel.finetune.models.needed import needed
+from zokernel.finetune.models.needed import Configured, needed
 from zokernel.finetune.models.ways import Way, fastest, measure, table, ways
+from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 
 CONFIG = transformers.LlamaConfig(
@@ -97,14 +98,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def of(free: int, *, rows: int = 2, tokens: int = 10, without: str = "", **more: Any) -> str:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == without else object())
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-        return needed(CONFIG, torch.float32, "causal", 6, rows, tokens, gpu=False, **more)
+        model = Configured(CONFIG, torch.float32, "causal", ModelArguments(**more))
+        return needed(model, 6, rows, tokens, gpu=False)
 
     return of
 
 
 def test_small_sizes_are_not_told_as_zero_and_an_adapter_is_advised_on_alone(told: Callable[..., str]) -> None:
     sizes = measure(CONFIG, torch.float32)
-    found = told(2**33, adapter=True)
+    found = told(2**33, lora=True)
     assert sizes.weights == 626_432
     first = found.split("\n\n")[1].splitlines()[1]
     assert first.split("  ")[0] == "--perturb in_place"
@@ -139,8 +141,8 @@ def test_where_nothing_fits_it_is_said_what_would_help(told: Callable[..., str])
         with_short - 1: "none, even with one short row: use a smaller model.",
     }
     for free, end in ends.items():
-        assert f"Fastest that fits for an adapter: {end}" in told(free, rows=4, adapter=True).splitlines()
-    assert "none; with fewer" not in told(with_one - 1, rows=1, adapter=True)
+        assert f"Fastest that fits for an adapter: {end}" in told(free, rows=4, lora=True).splitlines()
+    assert "none; with fewer" not in told(with_one - 1, rows=1, lora=True)
 
 
 def test_a_library_that_the_way_to_take_lacks_is_named(told: Callable[..., str]) -> None:

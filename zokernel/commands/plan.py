@@ -156,7 +156,6 @@ def _memory(
     Raises:
         UsageError: If there is no such model, or a flag has no effect on the table.
     """
-    from zokernel.finetune.models.adapters import wants_adapter
     from zokernel.finetune.models.needed import needed, read_configuration
     from zokernel.finetune.settings.resolve import given_sources
 
@@ -168,15 +167,7 @@ def _memory(
         )
     rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
     losses = 2 * min(arguments.num_perturbations)
-    batch = (losses, rows, tokens, arguments.new_tokens)
-    found = read_configuration(model_arguments)
-    return needed(
-        *(found.architecture, found.dtype, found.kind, *batch),
-        adapter=wants_adapter(found.arguments),
-        saved=found.arguments.adapter_name_or_path,
-        stored=found.stored,
-        unpacked=found.unpacked,
-    )
+    return needed(read_configuration(model_arguments), losses, rows, tokens, arguments.new_tokens)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.models.adapters import check_peft, trained_by
+from zokernel.finetune.models.adapters import check_peft, trained_by, wants_adapter
 from zokernel.finetune.models.check import DTYPES, not_loaded, stored_dtype
 from zokernel.finetune.models.estimate import QuantizedBytes, quantized_bytes
 from zokernel.finetune.models.gguf import with_gguf
@@ -77,50 +77,31 @@ def read_configuration(arguments: ModelArguments) -> Configured:
     return Configured(architecture, dtype, kind, arguments, stored, unpacked)
 
 
-def needed(
-    architecture: Any,
-    dtype: torch.dtype,
-    kind: Kind,
-    losses: int,
-    rows: int,
-    tokens: int,
-    writes: int = 0,
-    *,
-    adapter: bool = False,
-    saved: str | None = None,
-    gpu: bool | None = None,
-    stored: QuantizedBytes | None = None,
-    unpacked: bool = False,
-) -> str:
+def needed(model: Configured, losses: int, rows: int, tokens: int, writes: int = 0, *, gpu: bool | None = None) -> str:
     """Return what each way to hold a model's weights takes, and the fastest that fits, as text.
 
     Args:
-        architecture: The model's configuration.
-        dtype: Type in which weights are held.
-        kind: Which kind of language model it is.
+        model: The model; if it comes with an adapter, the ways are those that train an adapter.
         losses: Losses of a step.
         rows: Rows of a batch.
         tokens: Tokens of a row.
         writes: Tokens that are written after each row, if any are.
-        adapter: Whether an adapter is what will be trained.
-        saved: The saved adapter that will be trained on, if there is one.
         gpu: Whether the model computes on a GPU; by default, if there is one.
-        stored: Bytes of the weights of a model that stays quantized as its files are; None of any other.
-        unpacked: Whether its files are quantized, and unpacked as it is loaded.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
     available = psutil.virtual_memory().available
     free, host = (torch.cuda.mem_get_info()[0], available) if gpu else (available, None)
-    sizes, method = measure(architecture, dtype, kind=kind), stored_as(architecture)
+    stored, saved = model.stored, model.arguments.adapter_name_or_path
+    sizes, method = measure(model.architecture, model.dtype, kind=model.kind), stored_as(model.architecture)
     head = (
-        f"{sizes.weights // sizes.itemsize:,} parameters in {str(dtype).removeprefix('torch.')}, "
+        f"{sizes.weights // sizes.itemsize:,} parameters in {str(model.dtype).removeprefix('torch.')}, "
         f"{counted(losses, 'loss')} per step of {counted(rows, 'row')} of {counted(tokens, 'token')}"
         f"{f', after which {writes} are written' if writes else ''}."
     )
 
     def ways_of(rows: int, tokens: int) -> list[Way]:
         found = ways(sizes, losses=losses, rows=rows, tokens=tokens, writes=writes, gpu=gpu)
-        if unpacked or stored is not None:  # neither quantized again nor streamed
+        if model.unpacked or stored is not None:  # neither quantized again nor streamed
             found = [way for way in found if not any(word in way.flags for word in ("--offload", "_in_", "torchao"))]
         if stored is not None:
             found = [replace(way, weights=stored.weights) for way in found if way.trains == "an adapter"]
@@ -130,12 +111,12 @@ def needed(
         return found if saved is None else _continuing(found, saved)
 
     found = ways_of(rows, tokens)
-    kinds = ("an adapter",) if adapter else tuple(dict.fromkeys(way.trains for way in found))
+    kinds = ("an adapter",) if wants_adapter(model.arguments) else tuple(dict.fromkeys(way.trains for way in found))
     smaller = {
         "fewer rows (--update_examples here, --per_device_train_batch_size in a run)": ways_of(1, tokens),
         "one shorter row (--max_length)": ways_of(1, 1),
     }
-    streams = not unpacked and stored is None
+    streams = not model.unpacked and stored is None
     last = "--offload disk --use_cpu true, which leaves the weights in their files" if gpu and streams else ""
     told = [_fastest(found, trains, free, host, smaller, last or "a smaller model", method) for trains in kinds]
     notes = [] if saved is None or stored is not None else _base_told(saved)

@@ -12,7 +12,7 @@ from torch import nn
 from zokernel.errors import UsageError
 from zokernel.finetune.models.adapters import trained_by, wants_adapter
 from zokernel.finetune.models.check import CheckedModel
-from zokernel.finetune.models.needed import needed
+from zokernel.finetune.models.needed import Configured, needed
 from zokernel.finetune.models.streamed import load_streamed
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_output, draws_by_example, losses_per_step
@@ -125,11 +125,11 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     Raises:
         UsageError: If its weights cannot be streamed.
     """
-    batch = (losses_per_step(config), config.per_device_train_batch_size, TOKENS)
+    model = Configured(checked.architecture, checked.dtype, checked.kind, arguments)
     logger.info(
         "Memory of each way for rows of %d tokens; the real rows follow.\n%s",
         TOKENS,
-        needed(checked.architecture, checked.dtype, checked.kind, *batch, adapter=wants_adapter(arguments)),
+        needed(model, losses_per_step(config), config.per_device_train_batch_size, TOKENS),
     )
     folder = Path(checked.path)
     if not folder.is_dir():
