@@ -154,7 +154,7 @@ def test_the_model_card_has_the_runs_facts(flags, tmp_path, tiny_lm_path, monkey
         (["--hub_always_push", "true"], "--hub_always_push has no effect"),
         (["--include_for_metrics", "loss"], "include_for_metrics=['loss'] cannot be honoured here"),
         (["--protocol", "mezo"], "protocol must be one of mezo-opt, mezo-roberta"),
-        (["--num_demonstrations", "64"], "too few for 64 demonstrations"),
+        (["--num_demonstrations", "64"], "64 demonstrations would leave none of 64 training examples to train on"),
         (["--lm_type", "masked"], "no masked language model of type 'llama'"),
         (["--max_length", "1"], "raise --max_length"),
         (["--template", "{sentence} is {mask}"], "needs a masked language model"),

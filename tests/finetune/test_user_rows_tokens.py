@@ -105,6 +105,19 @@ def test_words_that_are_one_to_the_model_are_refused(causal):
         causal.backend_tokenizer.normalizer = normalizer or normalizers.Sequence([])
 
 
+def test_examples_are_counted_in_words(causal, caplog):
+    rows = [{"text": "a movie", "label": n % 2} for n in range(1002)]
+    with caplog.at_level(logging.INFO):
+        encode_splits(OWN, Splits(rows, rows[:2], rows[:1]), causal, max_length=64, masked=False)
+        encode_splits(OWN, Splits(rows[:2], [], []), causal, max_length=64, masked=False)
+    told = [message for message in caplog.messages if message.startswith("Data: ")]
+    assert told[0].startswith("Data: 1,002 train, 2 validation, 1 test example; ")
+    assert told[1].startswith("Data: 2 train examples; ")
+    for count, words in ((1, "1 demonstration would leave none of 1 training example"), (2, "2 demonstrations")):
+        with pytest.raises(UsageError, match=f"^{words}.* to train on: lower --num_demonstrations"):
+            encode_splits(OWN, Splits(rows[:1], [], []), causal, max_length=64, masked=False, num_demonstrations=count)
+
+
 @pytest.mark.parametrize("fill", [False, True])
 def test_prompts_that_are_cut_are_counted_once(fill, causal, masked, caplog):
     rows = [{"text": "bad " * length, "label": 0} for length in (1, 60, 80)]

@@ -19,6 +19,7 @@ from zokernel.commands.report import read
 from zokernel.errors import UsageError
 from zokernel.reporting.html import render
 from zokernel.reporting.page import Page, Section, cell, table_of_rows, tables_of
+from zokernel.reporting.plan_page import read_kernel, read_plan
 from zokernel.reporting.serve import live_data, make_server
 from zokernel.reporting.svg import draw, inline_svg
 from zokernel.reporting.training import read_training
@@ -129,6 +130,17 @@ def test_predictions_stand_next_to_what_was_measured(run_folders, tmp_path):
     found = live_data(folder)
     assert found["gradient_norm"][0] > 0
     assert len(found["prediction"]["expected_loss"]) == len(found["prediction"]["step"])
+
+
+def test_directions_are_counted_in_words(run_folders):
+    plan = json.loads((run_folders["plan"] / "plan.json").read_text())
+    for count, words in ((1, "1 direction"), (1200, "1,200 directions")):
+        plan["plan"]["required"] = {"0.3": count}
+        assert f"A relative error of 0.3 needs {words} per step." in read_plan(plan).summary
+    kernel = json.loads((run_folders["kernel"] / "kernel.json").read_text())
+    for count, words in ((1, "1 direction"), (1200, "1,200 directions")):
+        kernel["rows"][0]["P"] = count
+        assert read_kernel(kernel).summary[0].startswith(f"With {words} the kernel")
 
 
 def test_foreign_text_cannot_run():

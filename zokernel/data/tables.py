@@ -17,6 +17,7 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.data.json_rows import json_rows
 from zokernel.data.sources import SOURCES, fetch
 from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
+from zokernel.readable import counted
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
@@ -37,16 +38,6 @@ class Table(list[Row]):
     def __init__(self, rows: Iterable[Row], lines: Sequence[int] = ()):
         super().__init__(rows)
         self.lines = list(lines)
-
-
-def count_rows(number: int) -> str:
-    """Return a number of rows in words.
-
-    Example:
-        >>> count_rows(1), count_rows(2000)
-        ('1 row', '2,000 rows')
-    """
-    return f"{number:,} {'row' if number == 1 else 'rows'}"
 
 
 def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -> Table:
@@ -156,7 +147,7 @@ def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], l
             logger.warning(
                 "%s: %s %s half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",
                 path,
-                count_rows(changed),
+                counted(changed, "row"),
                 "has" if changed == 1 else "have",
             )
         rows = whole

@@ -47,9 +47,7 @@ def read_plan(record: dict[str, Any]) -> Page:
             )
         )
     if best is not None and best[1] is not None and best[1] > 0:
-        summary.append(
-            f"A relative error of {best[0]} needs {_count(best[1])} direction{'' if best[1] == 1 else 's'} per step."
-        )
+        summary.append(f"A relative error of {best[0]} needs {counted(best[1], 'direction')} per step.")
     return Page(
         title="Plan of a zeroth-order run",
         kind="plan",
@@ -150,7 +148,7 @@ def read_kernel(record: dict[str, Any]) -> Page:
         title="Zeroth-order against first-order kernel",
         kind="kernel",
         summary=[
-            f"With {first['P']:,} direction{'s' if first['P'] > 1 else ''} the kernel of zeroth-order training is "
+            f"With {counted(first['P'], 'direction')} the kernel of zeroth-order training is "
             f"off by {first['measured']:.3g} times the exact kernel; with {last['P']:,} by {last['measured']:.3g}.",
             f"The exact formula predicts these errors from rho = {rho:.3g} alone; measured and predicted differ by at "
             f"most {worst:.0%}.",

@@ -35,6 +35,7 @@ from zokernel.experiments.criteria import (
 from zokernel.experiments.entk.sentences import Tail, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def run(config: Config) -> Result:
         "d": dim,
         "V": task.vocab_size,
         "source": task.source,
-        "trained": f"the last {num_blocks} decoder block{'s' if num_blocks > 1 else ''} and the final norm",
+        "trained": f"the last {counted(num_blocks, 'decoder block')} and the final norm",
         "streams": streams,
         "slopes": slopes,
         "pooled_slope": pooled,

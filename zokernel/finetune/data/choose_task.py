@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
@@ -14,6 +14,7 @@ from zokernel.finetune.tasks.prompt import alternatives, as_label, on_a_scale, s
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.template import column_in_braces
 from zokernel.finetune.tasks.text import COLUMNS_OF_TEXT
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _labelled(values: Sequence[str], label: str) -> list[str]:
                 "Column %r: %r is taken for no label (%s): if it is a class, name all classes with --labels.",
                 label,
                 value,
-                count_rows(values.count(value)),
+                counted(values.count(value), "row"),
             )
     return [value for value in values if value not in hidden]
 

@@ -12,6 +12,7 @@ from zokernel.finetune.tasks import Task, demonstrations, encode
 from zokernel.finetune.tasks.encoding import report_cut, report_label_words
 from zokernel.finetune.tasks.seq2seq import Decoder
 from zokernel.finetune.tasks.typed import ControlTokens
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def encode_splits(
     """
     if num_demonstrations >= len(splits.train):
         raise UsageError(
-            f"There are {len(splits.train)} training examples, too few for {num_demonstrations} demonstrations."
+            f"{counted(num_demonstrations, 'demonstration')} would leave none of "
+            f"{counted(len(splits.train), 'training example')} to train on: lower --num_demonstrations."
         )
     shown, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
     hidden, seq2seq = ControlTokens(tokenizer).shadows(shown), decoder is not None
@@ -75,6 +77,7 @@ def encode_splits(
     else:
         single = report_label_words(everything, task)
         how = "one forward scores every option" if single else "options have several tokens"
-    *others, last = (f"{len(examples)} {split}" for split, examples in encoded.items() if examples)
-    logger.info("Data: %s; %s.", ", ".join([*others, f"{last} example{'' if last.startswith('1 ') else 's'}"]), how)
+    *others, (last, count) = ((split, len(examples)) for split, examples in encoded.items() if examples)
+    told = [*(f"{number:,} {split}" for split, number in others), counted(count, f"{last} example")]
+    logger.info("Data: %s; %s.", ", ".join(told), how)
     return {split: EncodedDataset(examples) for split, examples in encoded.items()}, context

@@ -14,6 +14,7 @@ from zokernel.finetune.rewards.prompts import PromptDataset, encode_prompts, end
 from zokernel.finetune.rewards.start import Start
 from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def prompt_datasets(splits: Splits, tokenizer: Any, *, max_length: int) -> dict[
         found[split] = encode_prompts(rows, tokenizer, max_length=max_length, where=split.capitalize())
         if split != "train":
             found[split] = found[split].longest(len(rows))
-    logger.info("Data: %s.", ", ".join(f"{len(prompts):,} {split} prompts" for split, prompts in found.items()))
+    logger.info("Data: %s.", ", ".join(counted(len(prompts), f"{split} prompt") for split, prompts in found.items()))
     return found
 
 

@@ -7,7 +7,6 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from zokernel.data.tables import count_rows
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import to_device
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset, pack
@@ -17,6 +16,7 @@ from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.typed import report_typed
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
     logger.info(
         "Data: %s.",
         "; ".join(
-            f"{_named(len(rows), split)} of {sum(e.size for e in rows):,} tokens, "
+            f"{counted(len(rows), f'{split} row')} of {sum(e.size for e in rows):,} tokens, "
             f"{sum(len(e.scored) for e in rows):,} of them learned"
             if split == "train"
-            else f"{_named(len(rows), split)}, {sum(len(e.scored) for e in rows):,} tokens scored"
+            else f"{counted(len(rows), f'{split} row')}, {sum(len(e.scored) for e in rows):,} tokens scored"
             for split, rows in found.items()
         ),
     )
@@ -60,16 +60,12 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
         packed = pack(found["train"], encoder.max_length)
         logger.info(
             "Packing: %s in %s of up to %d tokens, none of which sees another.",
-            f"{len(found['train']):,} {'text' if len(found['train']) == 1 else 'texts'}",
-            count_rows(len(packed)),
+            counted(len(found["train"]), "text"),
+            counted(len(packed), "row"),
             encoder.max_length,
         )
         found["train"] = packed
     return {split: TextDataset(rows) for split, rows in found.items()}
-
-
-def _named(number: int, split: str) -> str:
-    return f"{number:,} {split} {'row' if number == 1 else 'rows'}"
 
 
 def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sample]:

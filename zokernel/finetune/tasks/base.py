@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.template import MASK, fill, parse
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ def _say_left_out(
         logger.info(
             "%s: %s without %s %s left out (the first: %s).",
             where,
-            count_rows(len(before) - len(after)),
+            counted(len(before) - len(after), "row"),
             what,
             "is" if len(before) - len(after) == 1 else "are",
             place(first),

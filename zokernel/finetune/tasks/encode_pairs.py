@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.alpaca import alpaca_messages
 from zokernel.finetune.tasks.chat_template import TRAIN_WITH, has_chat_template
@@ -15,6 +15,7 @@ from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.encoded import keep_end
 from zokernel.finetune.tasks.seq2seq import Decoder
 from zokernel.finetune.tasks.text import Messages
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class PairEncoder(TextEncoder):
             unfit = [row for row in rows if _needs_template(self._pair(row)[0], row)]
             if unfit:
                 raise UsageError(
-                    f"{len(unfit)} of {count_rows(len(rows))} to train on, of several turns or with tools, "
+                    f"{len(unfit)} of {counted(len(rows), 'row')} to train on, of several turns or with tools, "
                     f"{'needs' if len(unfit) == 1 else 'need'} a chat template to become one text for the encoder, and "
                     "the tokenizer has none: name one with --chat_template (a file, the template itself, or chatml)."
                 )
@@ -59,7 +60,7 @@ class PairEncoder(TextEncoder):
             logger.info(
                 "%d of %s %s earlier answers, which are read and not learned.",
                 several,
-                count_rows(len(rows)),
+                counted(len(rows), "row"),
                 "has" if several == 1 else "have",
             )
 

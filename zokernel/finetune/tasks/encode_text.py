@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.alpaca import alpaca_messages, alpaca_prompt
 from zokernel.finetune.tasks.base import is_missing
 from zokernel.finetune.tasks.chat_template import assistant_tokens, has_chat_template, render
 from zokernel.finetune.tasks.text import messages_of, needed, read_as
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +88,11 @@ class TextEncoder:
                 empty += 1
         for part, count in cut.items():
             verb = f"loses {part.format('its')}" if count == 1 else f"lose {part.format('their')}"
-            logger.info("%s: %d of %s %s at %d tokens.", where, count, count_rows(len(rows)), verb, self.max_length)
+            logger.info("%s: %d of %s %s at %d tokens.", where, count, counted(len(rows), "row"), verb, self.max_length)
         if empty:
             verbs = ("has", "is") if empty == 1 else ("have", "are")
             told = "%s: %d of %s %s no token to learn and %s left out."
-            logger.info(told, where, empty, count_rows(len(rows)), *verbs)
+            logger.info(told, where, empty, counted(len(rows), "row"), *verbs)
         if not found:
             if any(map(self.is_too_long, rows)):
                 raise UsageError(

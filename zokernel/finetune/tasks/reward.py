@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task, is_missing
-from zokernel.finetune.tasks.text import count_rows, messages_of
+from zokernel.finetune.tasks.text import messages_of
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,8 @@ class RewardTask(Task):
                 "'prompt' of texts or messages."
             )
         if empty:
-            verb = "is" if len(empty) == 1 else "are"
-            logger.info(
-                "%s: %s without a prompt %s left out (the first: %s).", where, count_rows(len(empty)), verb, empty[0]
-            )
+            told, verb = counted(len(empty), "row"), "is" if len(empty) == 1 else "are"
+            logger.info("%s: %s without a prompt %s left out (the first: %s).", where, told, verb, empty[0])
         return kept
 
     def required_columns(self) -> tuple[str, ...]:

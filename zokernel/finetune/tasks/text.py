@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task, is_missing
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class TextTask(Task):
         if not kept:
             raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}{_absent(rows, self.form)}.")
         if empty:
-            told, verb = count_rows(len(empty)), "is" if len(empty) == 1 else "are"
+            told, verb = counted(len(empty), "row"), "is" if len(empty) == 1 else "are"
             logger.info("%s: %s without text %s left out (the first: %s).", where, told, verb, empty[0])
         return kept
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zokernel.data.tables import Row, count_rows
+from zokernel.data.tables import Row
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import literals
+from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def report_typed(rows: Sequence[Row], tokenizer: Any) -> None:
         "%d of %s %s control tokens typed into a message, which end it or open another's turn, as in trl: take them "
         "out if that is not meant (the first: %r).",
         count,
-        count_rows(len(rows)),
+        counted(len(rows), "row"),
         "has" if count == 1 else "have",
         text[begin:end],
     )
