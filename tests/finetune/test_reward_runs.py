@@ -6,47 +6,12 @@ import json
 
 import pytest
 import torch
-from chats import chat_model
 from interrupted import ctrl_c_in
 from safetensors.torch import load_file
 
 from zokernel.cli import main
 from zokernel.finetune.rewards import generate
 from zokernel.journal import Journal
-
-JUDGE = """
-import pathlib
-def goods(completions, **columns):
-    log = pathlib.Path(__file__).with_name("calls.txt")
-    log.write_text(log.read_text() + f"{len(completions)}\\n" if log.exists() else f"{len(completions)}\\n")
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(text.count("good")) for text in texts]
-def high(completions, completion_ids, **columns):
-    return [sum(ids) / (300 * max(1, len(ids))) for ids in completion_ids]
-def any_good(completions, level, **columns):
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return ["good" in text for text in texts]
-"""
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    return chat_model(tmp_path_factory.mktemp("reward-lm"))
-
-
-@pytest.fixture
-def flags(model_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    (tmp_path / "judge.py").write_text(JUDGE)
-    rows = [{"prompt": f"film {'good ' * (n % 3)}{n}", "level": n} for n in range(24)]
-    chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    for name, found in (("texts", rows), ("chats", chats)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    words = ["--model_name_or_path", str(model_path), "--train_file", str(tmp_path / "texts.jsonl")]
-    words += ["--objective", "reward", "--reward_function", f"{tmp_path}/judge.py:goods", "--max_new_tokens", "6"]
-    words += ["--method", "es", "--num_perturbations", "6", "--eps", "0.05", "--learning_rate", "0.05"]
-    words += ["--max_steps", "8", "--eval_steps", "4", "--per_device_train_batch_size", "4", "--precision", "fp32"]
-    return [*words, "--logging_steps", "1", "--output_dir", str(tmp_path / "run")]
 
 
 def without(flags, *names):
@@ -68,13 +33,13 @@ def same(left, right, name="model.safetensors"):
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_a_reward_rises_and_the_report_says_so(flags, tmp_path):
+def test_a_reward_rises_and_the_report_says_so(reward_flags, tmp_path):
     more = ["--max_steps", "16", "--reward_function", f"{tmp_path}/judge.py:high", "--reward_function", "length:30"]
     assert (
         main(
             [
                 "finetune",
-                *without(flags, "--reward_function"),
+                *without(reward_flags, "--reward_function"),
                 *more,
                 "--reward_weights",
                 "1",
@@ -103,7 +68,7 @@ def test_a_reward_rises_and_the_report_says_so(flags, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_populations_answer_chats_in_one_generate_and_sample(flags, tmp_path, monkeypatch, lora):
+def test_populations_answer_chats_in_one_generate_and_sample(reward_flags, tmp_path, monkeypatch, lora):
     rows = []
     real = generate.generate
     monkeypatch.setattr(
@@ -115,37 +80,36 @@ def test_populations_answer_chats_in_one_generate_and_sample(flags, tmp_path, mo
     more = ["--train_file", str(tmp_path / "chats.jsonl"), "--num_generations", "2", "--temperature", "1.0"]
     more += ["--max_steps", "2", "--lora", "true"] if lora else ["--max_steps", "2", "--method", "eggroll"]
     more += ["--per_device_eval_batch_size", "16", "--per_device_train_batch_size", "2"]
-    assert main(["finetune", *flags, *more]) == 0
+    assert main(["finetune", *reward_flags, *more]) == 0
     assert setting(tmp_path / "run", "perturb") == "stacked"
     training = [found for found in rows if found[0] > 1 and found[1] > 1]
     # 12 members with 2 prompts of 2 samples: at most 16 rows are 4 members.
     assert training == [(4, 4)] * 6
 
 
-def test_every_kind_of_method_learns_from_rewards(flags, tmp_path):
+def test_every_kind_of_method_learns_from_rewards(reward_flags, tmp_path):
     for method in ("mezo", "grzo", "forward_difference", "rloo", "zo_sign"):
         out = tmp_path / method
         options = ["--method", method, "--max_steps", "2", "--output_dir", str(out), "--num_perturbations", "2"]
         options += ["--method_args", "whiten=false"] if method == "grzo" else []
-        assert main(["finetune", *flags, *options]) == 0
+        assert main(["finetune", *reward_flags, *options]) == 0
         assert Journal.read(out).num_steps == 2
         assert setting(out, "perturb") == ("per_example" if method == "grzo" else "stacked")
 
 
-def test_members_that_answer_one_after_the_other_earn_the_same(flags, tmp_path):
-    flags = [*without(flags, "--reward_function"), "--reward_function", f"{tmp_path}/judge.py:high"]
+def test_members_that_answer_one_after_the_other_earn_the_same(reward_flags, tmp_path):
     more = ["--max_steps", "1", "--num_generations", "2", "--temperature", "1.0"]
     for perturb in ("stacked", "in_place:copy", "in_forward"):
         out = str(tmp_path / perturb)
-        assert main(["finetune", *flags, *more, "--perturb", perturb, "--output_dir", out]) == 0
+        assert main(["finetune", *reward_flags, *more, "--perturb", perturb, "--output_dir", out]) == 0
     first = Journal.read(tmp_path / "stacked").steps[0].losses
     assert len(set(first)) > 1
     assert Journal.read(tmp_path / "in_place:copy").steps[0].losses == pytest.approx(first, abs=1e-6)
     assert Journal.read(tmp_path / "in_forward").steps[0].losses == pytest.approx(first, abs=1e-6)
 
 
-def test_a_run_is_resumed_and_replayed_to_the_same_bits_without_generation(flags, tmp_path, monkeypatch):
-    whole = [*flags, "--save_strategy", "journal", "--load_best_model_at_end", "false"]
+def test_a_run_is_resumed_and_replayed_to_the_same_bits_without_generation(reward_flags, tmp_path, monkeypatch):
+    whole = [*reward_flags, "--save_strategy", "journal", "--load_best_model_at_end", "false"]
     whole += ["--num_generations", "2", "--temperature", "1.0", "--method", "eggroll", "--num_perturbations", "2"]
     assert main(["finetune", *whole]) == 0
     cut = [*whole, "--output_dir", str(tmp_path / "cut")]
@@ -157,35 +121,36 @@ def test_a_run_is_resumed_and_replayed_to_the_same_bits_without_generation(flags
     assert same(tmp_path / "cut", tmp_path / "run")
     # Four members of 4 prompts with 2 answers, of which 32 rows are one generate; 4 steps are taken, 4 replayed.
     assert calls.read_text().splitlines().count("32") == 4
-    base, out = flags[1], tmp_path / "rebuilt"
+    base, out = reward_flags[1], tmp_path / "rebuilt"
     calls.unlink()
     assert main(["replay", "--base", base, "--journal", str(tmp_path / "run"), "--output_dir", str(out)]) == 0
     assert not calls.exists()
     assert same(out, tmp_path / "run")
 
 
-def test_a_reward_that_fails_in_a_run_loses_nothing(flags, tmp_path, capsys):
+def test_a_reward_that_fails_in_a_run_loses_nothing(reward_flags, tmp_path, capsys):
     judge = tmp_path / "judge.py"
-    broken = "count = 0\n" + JUDGE.replace(
-        "    return [float(text",
-        "    global count\n    count += 1\n    return [float('nan') if count > 6 else float(text",
-    )
-    judge.write_text(broken)
-    assert main(["finetune", *flags, "--load_best_model_at_end", "false"]) == 1
+    right = judge.read_text()
+    scored = "    return [sum(ids)"
+    assert scored in right
+    failing = scored.replace("return [", "global count; count += 1; return [float('nan') if count > 6 else ")
+    judge.write_text("count = 0\n" + right.replace(scored, failing))
+    assert main(["finetune", *reward_flags, "--load_best_model_at_end", "false"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'The reward goods returned nan for a completion of the row {"prompt"' in said
+    assert 'The reward high returned nan for a completion of the row {"prompt"' in said
     done = Journal.read(tmp_path / "run").num_steps
     assert 1 <= done < 8
-    judge.write_text(JUDGE)
-    assert main(["finetune", *flags, "--load_best_model_at_end", "false"]) == 0
-    whole = [*flags, "--load_best_model_at_end", "false", "--output_dir", str(tmp_path / "whole")]
+    judge.write_text(right)
+    assert main(["finetune", *reward_flags, "--load_best_model_at_end", "false"]) == 0
+    whole = [*reward_flags, "--load_best_model_at_end", "false", "--output_dir", str(tmp_path / "whole")]
     assert main(["finetune", *whole]) == 0
     assert same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_pass_rates_and_evaluation_alone(flags, tmp_path):
+def test_pass_rates_and_evaluation_alone(reward_flags, tmp_path):
     judge = f"{tmp_path}/judge.py:any_good"
-    assert main(["finetune", *flags, "--reward_function", judge, "--do_train", "false"]) == 0
+    flags = [*without(reward_flags, "--reward_function"), "--reward_function", judge]
+    assert main(["finetune", *flags, "--do_train", "false"]) == 0
     before = metrics_of(tmp_path / "run")["before"]
     assert before["pass_rate"] == before["reward"] == -before["loss"]
     assert f"{100 * before['pass_rate']:.1f} % pass" in (tmp_path / "run" / "report.md").read_text()
@@ -197,7 +162,7 @@ def test_pass_rates_and_evaluation_alone(flags, tmp_path):
         (["--objective", "cross_entropy"], "--reward_function is for --objective reward"),
         (["--num_generations", "4"], "are all the same at --temperature 0"),
         (["--reward_weights", "1", "2"], "1 reward functions and 2 --reward_weights"),
-        (["--reward_function", "exact_match:gold"], "reads the column 'gold', and the rows have prompt, level"),
+        (["--reward_function", "exact_match:gold"], "reads the column 'gold', and the rows have prompt, level, review"),
         (["--reward_function", "jsn"], "There is no reward 'jsn'"),
         (["--perturb", "sideways"], "perturb must be one of"),
         (["--template", "{level}"], "--template does not go with --objective reward"),
@@ -210,26 +175,26 @@ def test_pass_rates_and_evaluation_alone(flags, tmp_path):
         (["--num_generations", "0"], "num_generations must be"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(more, message, flags, tmp_path, capsys):
+def test_what_cannot_be_is_refused_before_anything_is_written(more, message, reward_flags, tmp_path, capsys):
     extra = []
     if "cross_entropy" in more:
         (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 6)
-    assert main(["finetune", *flags, *extra, *more]) == 2
+    assert main(["finetune", *reward_flags, *extra, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_rows_without_a_prompt_are_named(flags, tmp_path, capsys):
+def test_rows_without_a_prompt_are_named(reward_flags, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"content": "b"}]}\n')
-    assert main(["finetune", *flags]) == 2
+    assert main(["finetune", *reward_flags]) == 2
     assert "The train split, line 2: A message in 'prompt' has no 'role'" in capsys.readouterr().err
     (tmp_path / "texts.jsonl").write_text('{"question": "a"}\n')
-    assert main(["finetune", *flags]) == 2
+    assert main(["finetune", *reward_flags]) == 2
     assert "has no row with a prompt (its columns are question)" in capsys.readouterr().err
 
 
-def test_first_order_methods_have_nothing_to_follow(flags, capsys):
-    kept = without(flags, "--method", "--num_perturbations", "--eps")
+def test_first_order_methods_have_nothing_to_follow(reward_flags, capsys):
+    kept = without(reward_flags, "--method", "--num_perturbations", "--eps")
     assert main(["finetune", *kept, "--method", "adamw"]) == 2
     assert "reward has no gradient for adamw to follow" in capsys.readouterr().err
 

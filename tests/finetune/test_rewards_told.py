@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from chats import chat_model, chat_tokenizer, turns
+from chats import chat_tokenizer, turns
 
 from zokernel.cli import main
 from zokernel.commands.report import read
@@ -16,31 +16,15 @@ CURE = "give rows of messages"
 NUMBER = r"(-?[\d.]+)"
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    return chat_model(tmp_path_factory.mktemp("told-lm"))
-
-
 @pytest.fixture
-def flags(model_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
-    (tmp_path / "judge.py").write_text(
-        "def high(completions, completion_ids, **columns):\n"
-        "    return [sum(ids) / (300 * max(1, len(ids))) for ids in completion_ids]\n"
-    )
-    rows = [{"prompt": f"film {n}", "level": n, "review": "so so"} for n in range(24)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model_name_or_path", str(model_path), "--train_file", str(tmp_path / "texts.jsonl")]
-    words += ["--objective", "reward", "--reward_function", f"{tmp_path}/judge.py:high", "--max_new_tokens", "4"]
-    words += ["--method", "es", "--num_perturbations", "4", "--eps", "0.05", "--learning_rate", "0.05"]
-    words += ["--max_steps", "4", "--eval_steps", "2", "--per_device_train_batch_size", "4", "--precision", "fp32"]
-    return ["finetune", *words, "--logging_steps", "2", "--output_dir", str(tmp_path / "run")]
+def flags(reward_flags):
+    return ["finetune", *reward_flags, "--max_steps", "4", "--eval_steps", "2", "--logging_steps", "2"]
 
 
-def silent(folder, model_path):
+def silent(folder, chat_model_path):
     """Copy a model, of which every token ends an answer."""
     folder.mkdir()
-    for file in model_path.iterdir():
+    for file in chat_model_path.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     settings = json.loads((folder / "generation_config.json").read_text())
     settings["eos_token_id"] = list(range(len(chat_tokenizer())))
@@ -96,9 +80,9 @@ def test_a_run_that_did_not_learn_says_what_its_loss_is(flags, tmp_path, caplog)
     assert f"(reward {metrics['before']['reward']:.4g})" in told
 
 
-def test_a_model_that_writes_nothing_is_noticed_before_training(flags, model_path, tmp_path, caplog, capsys):
+def test_a_model_that_writes_nothing_is_noticed_before_training(flags, chat_model_path, tmp_path, caplog, capsys):
     caplog.set_level("INFO", logger="zokernel")
-    more = ["--model_name_or_path", silent(tmp_path / "silent", model_path), "--max_steps", "20", "--lora", "true"]
+    more = ["--model_name_or_path", silent(tmp_path / "silent", chat_model_path), "--max_steps", "20", "--lora", "true"]
     assert main([*flags, *more]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["before"]["empty_answers"] == 1.0
@@ -118,8 +102,8 @@ def test_a_model_that_writes_nothing_is_noticed_before_training(flags, model_pat
     assert sentence not in page.summary
 
 
-def test_reports_of_short_runs_and_of_evaluations_say_it_too(flags, model_path, tmp_path):
-    more = ["--model_name_or_path", silent(tmp_path / "silent", model_path)]
+def test_reports_of_short_runs_and_of_evaluations_say_it_too(flags, chat_model_path, tmp_path):
+    more = ["--model_name_or_path", silent(tmp_path / "silent", chat_model_path)]
     for name, extra in (("short", ["--max_steps", "2"]), ("none", ["--do_train", "false"])):
         out = tmp_path / name
         assert main([*flags, *more, *extra, "--output_dir", str(out)]) == 0
