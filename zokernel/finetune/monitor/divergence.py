@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FIRST = 3  # losses that say where a run began: the largest, since one batch may hold only what the model knows
 WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
 OUTLIER = 30.0  # times the first losses: what no single batch reaches by chance
@@ -43,7 +44,7 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
             f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise eps, "
             "or, if the loss had risen before, start again with a lower learning_rate."
         )
-    start = statistics.median(row["loss"] for row in rows[:3])
+    start = max(row["loss"] for row in rows[:FIRST])
     now = statistics.median(row["loss"] for row in recent)
     if start > 0 and now > RISE * start:
         return (
@@ -80,17 +81,18 @@ def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, s
     if not rows:
         return None
     losses = np.array([row["loss"] for row in rows])
-    start = float(np.median(losses[:3]) if before is None else max(losses[0], before))
-    if not start > 0:
+    usual = float(np.median(losses[:FIRST]) if before is None else max(losses[0], before))
+    start = float(losses[:FIRST].max()) if before is None else usual
+    if not usual > 0:
         return None
-    if losses.max() > OUTLIER * max(start, 0.1) or (_medians(losses, WINDOW) > RISE * start).any():
+    if losses.max() > OUTLIER * max(usual, 0.1) or (_medians(losses, WINDOW) > RISE * start).any():
         return (
-            f"Training diverged: the loss of its batches rose from {start:.3g} to {losses.max():.3g} (a lower "
+            f"Training diverged: the loss of its batches rose from {usual:.3g} to {losses.max():.3g} (a lower "
             "learning_rate is needed)."
         )
     slopes = np.abs([row.get("projected_gradient", math.nan) for row in rows])
     first, later = slopes[:3].max(), _medians(slopes[3:], STILL)
-    gone = (later < GONE * first) & (_medians(losses[3:], STILL) > LEARNED * start)
+    gone = (later < GONE * first) & (_medians(losses[3:], STILL) > LEARNED * usual)
     if smooth and gone.any():
         return (
             f"Training diverged: its slopes fell from {first:.2g} to {later[gone].min():.2g} while the loss stayed, as "
