@@ -21,7 +21,7 @@ from typing import Any
 
 from zokernel._version import __version__
 from zokernel.commands import finetune_flags
-from zokernel.commands.messages import is_replica, set_up_messages
+from zokernel.commands.messages import is_replica, set_up_messages, shown, speak_of
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import MissingDependencyError, UsageError, ZokernelError, missing_extra
 from zokernel.private_apis import exit_at_once
@@ -124,6 +124,7 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
         finetune_flags.refuse_unknown_flags(name, argv)
     with _ending_at_once():
         command, parser = load(name)
+    speak_of(parser.flags)
     args = parser.parse(argv)
     look_for_packages(name)
     return command.main(args)
@@ -194,7 +195,7 @@ def _run(argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         if not (isinstance(error, UsageError) and is_replica()):  # the first process says the same
-            print(f"zokernel: error: {error}", file=sys.stderr)
+            print(shown(f"zokernel: error: {error}"), file=sys.stderr)
         return error.exit_code
 
 

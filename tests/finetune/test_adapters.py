@@ -147,7 +147,7 @@ def test_every_way_to_perturb_takes_the_same_losses_or_is_refused(kind, perturb,
     if perturb == "stacked" and kind in ("dora", "experts"):
         assert main(argv) != 0
         told = capsys.readouterr().err
-        assert "has no form for several copies of the weights: use perturb='in_place'" in told
+        assert "has no form for several copies of the weights: use --perturb in_place." in told
         assert "Traceback" not in told
         return
     assert main(argv) == 0

@@ -10,6 +10,7 @@ from interrupted import ctrl_c_in
 from safetensors.torch import load_file
 
 from zokernel.cli import main
+from zokernel.commands.messages import new_handler
 from zokernel.finetune.rewards import generate
 from zokernel.journal import Journal
 
@@ -106,6 +107,15 @@ def test_members_that_answer_one_after_the_other_earn_the_same(reward_flags, tmp
     assert len(set(first)) > 1
     assert Journal.read(tmp_path / "in_place:copy").steps[0].losses == pytest.approx(first, abs=1e-6)
     assert Journal.read(tmp_path / "in_forward").steps[0].losses == pytest.approx(first, abs=1e-6)
+
+
+def test_the_reason_why_members_cannot_answer_together_names_a_flag(reward_flags, caplog):
+    caplog.set_level("INFO", logger="zokernel")
+    assert main(["finetune", *reward_flags, "--max_steps", "1", "--lora", "true", "--use_dora", "true"]) == 0
+    record = next(record for record in caplog.records if "one member after the other" in record.getMessage())
+    assert "no form for several copies of the weights: use perturb='in_place')." in record.getMessage()
+    formatter = new_handler().formatter
+    assert "no form for several copies of the weights: use --perturb in_place)." in formatter.format(record)
 
 
 def test_a_run_is_resumed_and_replayed_to_the_same_bits_without_generation(reward_flags, tmp_path, monkeypatch):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from zokernel.secrets import hide_in_text
 
 _logger = logging.getLogger("zokernel")
+_flags: set[str] = set()  # of the command that runs
+
+# An argument in Python's words, perturb='in_place', max_grad_norm=0.5 or outputs= alone, but not in what is quoted.
+_ARGUMENT = re.compile(r"""("[^"]*")|(?<![^\s(])(\w+)=(?:'([^']*)'|([-+.\w]*\w))?(?=\.?[\s,:;)]|\.?$)""")
 
 
 def is_replica() -> bool:
@@ -35,20 +40,50 @@ def set_up_messages(*, debug: bool) -> None:
         # What a library warns of is for its programmers; a warning of zokernel is a sentence for its user.
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=r"zokernel(\.|$)")
-        warnings.formatwarning = lambda message, *rest, **more: hide_in_text(f"{message}\n")
+        warnings.formatwarning = lambda message, *rest, **more: shown(f"{message}\n")
 
 
 def new_handler() -> logging.Handler:
     """Return what writes log lines to standard error, without passwords and tokens."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    handler.setFormatter(_ForUsers("%(message)s"))
     return handler
 
 
-class _WithoutSecrets(logging.Formatter):
+class _ForUsers(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line without passwords and tokens."""
-        return hide_in_text(super().format(record))
+        """Return the line as a user of the command line reads it."""
+        return shown(super().format(record))
+
+
+def speak_of(flags: Iterable[str]) -> None:
+    """Let messages name the flags of the command that runs, by their names without dashes."""
+    _flags.clear()
+    _flags.update(flags)
+
+
+def shown(text: str) -> str:
+    """Return a message as a user of the command line reads it: with flags for arguments, and without secrets.
+
+    The library speaks of arguments as Python has them.  Those that are no flags of the command stay as they are.
+
+    Example:
+        >>> speak_of(["perturb", "outputs", "do_predict"])
+        >>> shown("use perturb='in_place', or restrict outputs= to a few of params=.")
+        'use --perturb in_place, or restrict --outputs to a few of params=.'
+        >>> shown('do_predict=True cannot be honoured here, nor is the row {"text": "so outputs= 1"}.')
+        '--do_predict true cannot be honoured here, nor is the row {"text": "so outputs= 1"}.'
+    """
+    return hide_in_text(_ARGUMENT.sub(_as_flag, text))
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    _, name, quoted, bare = found.groups()
+    if name not in _flags:
+        return found.group()
+    if quoted is not None:
+        return f"--{name} {shlex.quote(quoted)}"
+    return f"--{name} {bare.lower() if bare in ('True', 'False') else bare}" if bare else f"--{name}"
 
 
 @contextmanager

@@ -150,6 +150,11 @@ class CommandParser(argparse.ArgumentParser):
         """Raise a mistake as one sentence instead of two screens of usage."""
         raise UsageError(f"{message}: '{self.prog} --help' lists the flags.")
 
+    @property
+    def flags(self) -> list[str]:
+        """The names of its flags, without dashes."""
+        return [action.dest for action in self._actions if action.option_strings]
+
     def _spell_out(self, argv: Sequence[str]) -> list[str]:
         """Return the arguments with underscores in names of flags, and a value after every switch."""
         words: list[str] = []

@@ -82,7 +82,7 @@ class RewardTrainer(ZOTrainer):
                 with torch.no_grad(), self.compute_loss_context_manager():
                     trial.losses(lambda: torch.zeros(()), points, step=0)
             except UsageError as error:
-                reason = str(error)
+                reason = str(error).rstrip(".")
         if on_all(not reason and not self.args.torch_compile, self.args.device):
             logger.info("perturb: stacked, up to %d members of the population per generate.", copies)
             return "stacked"
