@@ -10,6 +10,7 @@ from plan_tasks import small_task
 from zokernel.cli import main
 from zokernel.kernels import prober
 from zokernel.kernels.plan import make_plan
+from zokernel.kernels.plan_verify import verify
 
 COUNT = r"(\d+) to (\d+) forward passes"
 
@@ -63,6 +64,31 @@ def test_a_plan_says_how_far_it_is_every_half_a_minute(caplog, monkeypatch, seco
     left = told[0][4]
     assert left == " to ".join(prober.readable_seconds(seconds * (count - done[0])) for count in (fewest, most))
     assert all(found[4].startswith("at most ") == (int(found[1]) >= fewest) for found in told)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 7.0])
+def test_a_verification_says_what_it_takes_and_how_far_it_is(caplog, monkeypatch, seconds):
+    task = small_task(classes=3, update=6, observe=4)
+    plan = make_plan(task, num_probes=16)
+    caplog.set_level("INFO", logger="zokernel")
+    monkeypatch.setattr(prober, "time", Clock(seconds))
+    verify(task, plan, num_draws=40)
+    # The loss, each example's, 2 differences of each of 4 observed examples, and 2 of each of 6 for the Fisher matrix.
+    parts = {"gradients": 1 + 6 + 2 * 4 + 2 * 6, "fresh directions": 40, "gradients at moved weights": 2 * 8}
+    parts["forward passes"] = 2 * 4 * 7
+    *most, last = (f"{count} {what}" for what, count in parts.items())
+    assert f"Verifying takes {', '.join(most)} and {last}." in caplog.messages
+    found = [re.fullmatch(r"(\d+) of (\d+) (.+) are done, (.+) left\.", message) for message in caplog.messages]
+    told = [match.groups() for match in found if match]
+    expected = []
+    for what, count in parts.items():
+        after, every = (-(-wait // seconds) if seconds else count for wait in (prober.FIRST_LINE, prober.NEXT_LINES))
+        while after < count:
+            left = prober.readable_seconds(seconds * (count - after))
+            expected.append((f"{after:.0f}", str(count), what, left))
+            after += every
+    assert told == expected
+    assert bool(told) == bool(seconds)
 
 
 def test_a_plan_of_rows_does_not_speak_of_a_test(caplog, tiny_lm_path, tiny_reviews_path, tmp_path):

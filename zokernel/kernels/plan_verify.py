@@ -6,8 +6,9 @@ inner products with them.  Errors at several P are measured on fresh directions,
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,12 @@ from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, inner_products, squared_norm
 from zokernel.kernels.model import Params
 from zokernel.kernels.plan import Plan
-from zokernel.kernels.prober import ProbedTask, Prober, wide
+from zokernel.kernels.prober import ProbedTask, Prober, Progress, wide
 from zokernel.kernels.probes import subset_error
 from zokernel.kernels.projections import SeededDirections
 from zokernel.theory.kernel_error import BeliefMoments, expected_belief_error
+
+logger = logging.getLogger(__name__)
 
 # Shape suffixes: B update examples, O observed examples, C classes, K = O (C - 1) score differences, Y = O C beliefs.
 
@@ -116,11 +119,18 @@ def verify(
         (num_rows + 3 + DRAWS_AT_ONCE) * plan.num_parameters * 4,
         "observe fewer examples, or train a LoRA adapter",
     )
+    logger.info(
+        "Verifying takes %d gradients, %d fresh directions, %d gradients at moved weights and %d forward passes.",
+        _num_gradients(task, num_rows),
+        num_draws,
+        2 * TRACE_DIRECTIONS,
+        2 * eps_directions * len(EPS_GRID),
+    )
     rows = gradients(task)
     moments = exact_moments(rows)
     size = math.sqrt(moments.product_sq)
     draw = SeededDirections(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
-    projected = torch.cat([_project(rows, draw, part) for part in torch.arange(num_draws).split(DRAWS_AT_ONCE)])
+    projected = torch.cat(_projections(rows, draw, num_draws))
     drift = rows.to_beliefs(projected[:, :-1]) * projected[:, -1:]
     deviations = drift - rows.to_beliefs(_products(rows)[None])
     found = [Comparison("rho", plan.rho.value, plan.rho.error, moments.rho)]
@@ -149,28 +159,45 @@ def verify(
 
 def gradients(task: ProbedTask) -> Rows:
     """Backpropagate the loss, each example's loss, and each observed score difference."""
-    leaves = list(task.params.values())
     with torch.enable_grad():
         scores = wide(task.score(task.batch))
+        progress = Progress(_num_gradients(task, scores[task.num_update :, 1:].numel()), what="gradients")
+
+        def grad(value: Tensor) -> Params:
+            found = _grad(value, task)
+            progress.step()
+            return found
+
         losses = F.cross_entropy(scores[: task.num_update], task.labels[: task.num_update], reduction="none")
         observed = scores[task.num_update :]
-        gradient = _grad(losses.mean(), task, leaves)
-        squared = sum(squared_norm(_grad(loss, task, leaves)) for loss in losses)
+        gradient = grad(losses.mean())
+        squared = sum(squared_norm(grad(loss)) for loss in losses)
         targets = (observed[:, 1:] - observed[:, :1]).flatten()
         differences = {name: p.new_empty(len(targets), *p.shape).detach() for name, p in task.params.items()}
         for k, target in enumerate(targets):
-            for name, row in _grad(target, task, leaves).items():
+            for name, row in grad(target).items():
                 differences[name][k] = row
-        traces, alongs = zip(*(_fisher(score, gradient, task, leaves) for score in scores[: task.num_update]))
+        traces, alongs = zip(*(_fisher(score, gradient, grad) for score in scores[: task.num_update]))
     count = task.num_update
     spread = (squared - count * squared_norm(gradient)) / (count - 1)
     beliefs = observed.detach().softmax(-1).double()
     return Rows(gradient, differences, spread, sum(traces) / count, sum(alongs) / count, beliefs)
 
 
-def _fisher(scores_C: Tensor, gradient: Params, task: ProbedTask, leaves: list[Tensor]) -> tuple[float, float]:
+def _num_gradients(task: ProbedTask, num_rows: int) -> int:
+    """Return how many gradients :func:`gradients` takes.
+
+    Args:
+        task: The task.
+        num_rows: K, the score differences at the observed examples.
+    """
+    num_classes = 1 + num_rows // (len(task.labels) - task.num_update)
+    return 1 + task.num_update * num_classes + num_rows
+
+
+def _fisher(scores_C: Tensor, gradient: Params, grad: Callable[[Tensor], Params]) -> tuple[float, float]:
     r"""Return :math:`tr F` and :math:`g^TFg` of an example, :math:`F = E_\pi \nabla\log\pi_c \nabla\log\pi_c^T`."""
-    rows = [_grad(score - scores_C[0], task, leaves) for score in scores_C[1:]]
+    rows = [grad(score - scores_C[0]) for score in scores_C[1:]]
     pi = scores_C.detach().softmax(-1).double()
     gram = torch.zeros(len(pi), len(pi), dtype=torch.float64)
     along = torch.zeros(len(pi), dtype=torch.float64)
@@ -202,8 +229,8 @@ def _num_classes(task: ProbedTask) -> int:
         return task.score(task.batch).shape[1]
 
 
-def _grad(value: Tensor, task: ProbedTask, leaves: list[Tensor]) -> Params:
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+def _grad(value: Tensor, task: ProbedTask) -> Params:
+    found = torch.autograd.grad(value, list(task.params.values()), retain_graph=True, allow_unused=True)
     return {
         name: torch.zeros_like(p) if grad is None else grad
         for (name, p), grad in zip(task.params.items(), found, strict=True)
@@ -217,6 +244,16 @@ def _products(rows: Rows) -> Tensor:
         total = total + inner_products(rows.differences[name].flatten(1), grad.flatten()[None])[:, 0]
     assert isinstance(total, Tensor)
     return total
+
+
+def _projections(rows: Rows, draw: SeededDirections, count: int) -> list[Tensor]:
+    """Return the slopes along the first ``count`` directions, some of them at a time."""
+    progress, found = Progress(count, what="fresh directions"), []
+    for indices in torch.arange(count).split(DRAWS_AT_ONCE):
+        found.append(_project(rows, draw, indices))
+        for _ in indices:
+            progress.step()
+    return found
 
 
 def _project(rows: Rows, draw: SeededDirections, indices: Tensor) -> Tensor:
@@ -235,10 +272,10 @@ def _curvature(
     task: ProbedTask, plan: Plan, rows: Rows, draw: SeededDirections, gradient_sq: float
 ) -> list[Comparison]:
     """Compare traces and learning-rate ratios; tr H is measured by differences of gradients on fresh directions."""
-    traces = []
+    traces, progress = [], Progress(2 * TRACE_DIRECTIONS, what="gradients at moved weights")
     for index in range(TRACE_DIRECTIONS):
         z = draw.directions(draw.params, seed=draw.seed, step=0, index=index)
-        traces.append(_hessian_form(task, z, plan.eps_derivatives))
+        traces.append(_hessian_form(task, z, plan.eps_derivatives, progress))
     trace = sum(traces) / len(traces)
     ratio = theory.curvature_ratio(rows.fisher_trace, gradient_sq, rows.fisher_along)
     name = f"trace of the Hessian, {TRACE_DIRECTIONS} directions"
@@ -253,9 +290,8 @@ def _curvature(
     return found
 
 
-def _hessian_form(task: ProbedTask, vector: Params, step: float) -> float:
+def _hessian_form(task: ProbedTask, vector: Params, step: float, progress: Progress) -> float:
     """Return v'Hv from the gradients at theta + step v and theta - step v."""
-    leaves = list(task.params.values())
     forms = []
     saved = {name: p.detach().clone() for name, p in task.params.items()}
     for sign in (1, -1):
@@ -265,10 +301,11 @@ def _hessian_form(task: ProbedTask, vector: Params, step: float) -> float:
         with torch.enable_grad():
             scores = wide(task.score(task.batch))[: task.num_update]
             loss = F.cross_entropy(scores, task.labels[: task.num_update])
-            forms.append(dot(_grad(loss, task, leaves), vector))
+            forms.append(dot(_grad(loss, task), vector))
         with torch.no_grad():
             for name, p in task.params.items():
                 p.copy_(saved[name])
+        progress.step()
     return (forms[0] - forms[1]) / (2 * step)
 
 
@@ -276,7 +313,8 @@ def _best_eps(task: ProbedTask, plan: Plan, rows: Rows, draw: SeededDirections, 
     """Compare finite differences at a grid of sizes with exact slopes; the best size is refined on its neighbours."""
     exact = _project(rows, draw, torch.arange(num_directions))[:, -1].tolist()
     errors = []
-    with Prober(task, draw.directions.distribution.name, draw.seed) as prober:
+    progress = Progress(2 * len(EPS_GRID) * num_directions)
+    with Prober(task, draw.directions.distribution.name, draw.seed, progress=progress) as prober:
         for eps in EPS_GRID:
             misses = []
             for index, slope in enumerate(exact):

@@ -57,28 +57,35 @@ def wide(scores: Tensor) -> Tensor:
 
 
 class Progress:
-    """Logs how far a plan is: after five seconds, then every half a minute.
+    """Logs how far a plan, or a part of its verification, is: after five seconds, then every half a minute.
 
     Args:
-        fewest: Forward passes that it takes about at least.
-        most: And at most.
+        fewest: How many parts it takes about at least.
+        most: And at most; as many if not given.
+        what: What they are, in the plural.
     """
 
-    def __init__(self, fewest: int, most: int):
-        self._fewest, self._most = fewest, most
+    def __init__(self, fewest: int, most: int | None = None, what: str = "forward passes"):
+        self._fewest, self._most = fewest, fewest if most is None else most
+        self._what, self._done = what, 0
         self._begun = time.monotonic()
         self._next = self._begun + FIRST_LINE
 
-    def on_forward(self, done: int) -> None:
-        """Note that so many forward passes are done."""
-        now = time.monotonic()
+    def step(self) -> None:
+        """Note that one more part is done."""
+        self._done += 1
+        done, now = self._done, time.monotonic()
         if now < self._next or done >= self._most:
             return
         self._next = now + NEXT_LINES
         least, most = ((now - self._begun) / done * (count - done) for count in (self._fewest, self._most))
-        left = f"{readable_seconds(least)} to {readable_seconds(most)}" if least > 0 else readable_seconds(most)
-        told = ("" if least > 0 else "at most ") + left
-        logger.info("%d of %d to %d forward passes are done, %s left.", done, self._fewest, self._most, told)
+        if self._fewest == self._most:
+            whole, left = f"{self._most}", readable_seconds(most)
+        else:
+            whole = f"{self._fewest} to {self._most}"
+            left = f"{readable_seconds(least)} to {readable_seconds(most)}"
+            left = left if least > 0 else f"at most {readable_seconds(most)}"
+        logger.info("%d of %s %s are done, %s left.", done, whole, self._what, left)
 
 
 class Prober:
@@ -129,7 +136,7 @@ class Prober:
                 self.restore()
         self.forwards += 1
         if self._progress is not None:
-            self._progress.on_forward(self.forwards)
+            self._progress.step()
         if not bool(torch.isfinite(scores).all()):
             raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
         count = self.task.num_update
