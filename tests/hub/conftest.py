@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from hub_runs import Run
 from hub_server import Hub
@@ -37,14 +36,8 @@ def run(tmp_path: Path) -> Run:
             "HF_HUB_DISABLE_XET": "1",
         }
         clean |= {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-        child = subprocess.run(
-            [sys.executable, str(CHILD)],
-            input=json.dumps(cases),
-            env=clean | environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=tmp_path,
+        child = preloaded.run(
+            [str(CHILD)], standard_input=json.dumps(cases), environment=clean | environment, folder=tmp_path
         )
         assert child.returncode == 0, child.stderr[-3000:]
         return json.loads(child.stdout.splitlines()[-1])
