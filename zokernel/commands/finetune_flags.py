@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from zokernel.commands.parser import no_such_flag
@@ -37,7 +38,7 @@ def refuse_unknown_flags(command: str, argv: Sequence[str]) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: There is no flag '--lerning-rate' (did you mean --learning_rate?).
     """
-    names = list(declared_flags())
+    names = declared_flags()
     known = {*names, *(f"no_{name}" for name in names), *OF_EVERY_COMMAND}
     flags = [word.partition("=")[0] for word in argv if word.startswith("--") and " " not in word]  # else a value
     spelled = {flag: flag[2:].replace("-", "_") for flag in flags}
@@ -48,8 +49,13 @@ def refuse_unknown_flags(command: str, argv: Sequence[str]) -> None:
             raise no_such_flag(flag, names, f"zokernel {command}")
 
 
-def declared_flags() -> Iterator[str]:
-    """Yield the names of the fields of the classes, in order; none if transformers is not installed."""
+@cache
+def declared_flags() -> tuple[str, ...]:
+    """Return the names of the fields of the classes, in order; none if transformers is not installed."""
+    return tuple(_declared())
+
+
+def _declared() -> Iterator[str]:
     for package, file in SOURCES:
         spec = importlib.util.find_spec(package)  # imports nothing
         if spec is None or spec.origin is None:

@@ -113,7 +113,8 @@ def draw_loss(
     sign = -1 if metric == REWARD else 1
     loss = sign * np.array([row["loss"] for row in rows])
     with figures() as Figure:
-        figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+        figure = Figure(figsize=(7.2, 6.0))  # without a layout that is drawn twice to be found
+        figure.subplots_adjust(left=0.11, right=0.985, top=0.965, bottom=0.085, hspace=0.09)
         upper, lower = figure.subplots(2, sharex=True)
         upper.plot(forwards, loss, ".", color=PALETTE[5], markersize=3, label="training batches")
         upper.plot(forwards, smooth(loss), color=PALETTE[0], label="training, smoothed")
@@ -133,7 +134,6 @@ def draw_loss(
         if metric not in (PERPLEXITY, REWARD):
             lower.set(ylabel=f"{metric} (%)", ylim=(0, 100))
         upper.legend(loc="upper right")
-        lower.legend(loc="lower right")
         figure.savefig(path, dpi=130)
 
 
