@@ -41,7 +41,7 @@ class Layers:
         return f"{', '.join(short_names(self.stacked, parts=3))}, {share:.0f} % of the model"
 
 
-def quantized_layers(architecture: Any, kind: Kind, asked: str) -> Layers:
+def quantized_layers(architecture: Any, kind: Kind, asked: str, *, model: Any = None) -> Layers:
     """Return which layers of a model are quantized while it is loaded.
 
     These are the linear layers but the head.  bitsandbytes also quantizes the ``Conv1D`` of GPT-2, and leaves what
@@ -51,6 +51,7 @@ def quantized_layers(architecture: Any, kind: Kind, asked: str) -> Layers:
         architecture: The model's configuration.
         kind: Which kind of language model it is.
         asked: How it is quantized, as :func:`~zokernel.finetune.models.quantization.asked_for` names it.
+        model: The model, if it is there already; its shapes are looked at.
 
     Example:
         >>> from transformers import GPT2Config
@@ -60,7 +61,7 @@ def quantized_layers(architecture: Any, kind: Kind, asked: str) -> Layers:
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = empty_model(architecture, kind)
+    model = empty_model(architecture, kind) if model is None else model
     head = model.get_output_embeddings()
     parameters = dict(model.named_parameters())
     last, by_bitsandbytes = [*parameters][-1], asked.endswith("bit")

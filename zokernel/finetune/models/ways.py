@@ -160,7 +160,7 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         blocks.append(count)
         # A gated layer holds two products and their own product.
         widest = max([widest, *(3 * max(parameter.shape[-2:]) for parameter in own if parameter.ndim > 1)])
-    found = {asked: quantized_layers(architecture, kind, asked) for asked in ("4bit", "torchao:int8")}
+    found = {asked: quantized_layers(architecture, kind, asked, model=model) for asked in ("4bit", "torchao:int8")}
     layers = {asked: found["4bit" if asked.endswith("bit") else "torchao:int8"] for asked in QUANTIZED}
     layers = {asked: own for asked, own in layers.items() if own.shapes}
     whole = sum(blocks) + outside
