@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import importlib
 import importlib.util
 import os
@@ -122,7 +123,7 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
     """Run the subcommand ``name`` on the arguments after it, and return its exit code."""
     if name in finetune_flags.COMMANDS:
         finetune_flags.refuse_unknown_flags(name, argv)
-    with _ending_at_once():
+    with _ending_at_once(), _collecting_no_garbage():
         command, parser = load(name)
     speak_of(parser.flags)
     args = parser.parse(argv)
@@ -156,6 +157,18 @@ def _ending_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """Spare libraries that load the looks for garbage, which take a sixth of the time and find none."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _end(number: int, frame: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -143,3 +144,17 @@ def test_debug_is_a_switch_of_every_command(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert main(["fetch", "--debug", "false", "gpt5"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_collected_while_a_command_loads(collecting, monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr("zokernel.cli.load", lambda name: (found.append(gc.isenabled()), load(name))[1])
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        assert main(["claims", "entk-root-p"]) == 0
+        assert found == [False]
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
