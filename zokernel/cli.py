@@ -25,6 +25,7 @@ from zokernel.commands import finetune_flags
 from zokernel.commands.messages import is_replica, set_up_messages, shown, speak_of
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import MissingDependencyError, UsageError, ZokernelError, missing_extra
+from zokernel.files import unwritten
 from zokernel.private_apis import exit_at_once
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -120,7 +121,11 @@ def load(name: str) -> tuple[Command, CommandParser]:
 
 
 def dispatch(name: str, argv: Sequence[str]) -> int:
-    """Run the subcommand ``name`` on the arguments after it, and return its exit code."""
+    """Run the subcommand ``name`` on the arguments after it, and return its exit code.
+
+    Raises:
+        RunError: If a file cannot be written, among others that the subcommand raises.
+    """
     if name in finetune_flags.COMMANDS:
         finetune_flags.refuse_unknown_flags(name, argv)
     with _ending_at_once(), _collecting_no_garbage():
@@ -128,7 +133,18 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
     speak_of(parser.flags)
     args = parser.parse(argv)
     look_for_packages(name)
-    return command.main(args)
+    try:
+        code = command.main(args)
+        sys.stdout.flush()  # into a file, perhaps
+        return code
+    except OSError as error:
+        if (told := unwritten(error)) is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _print_nowhere()
+        raise told from error
 
 
 def look_for_packages(name: str) -> None:
@@ -183,11 +199,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of the output has seen enough, as in 'zokernel claims | head'
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written goes nowhere
+        _print_nowhere()
         return 141
     except KeyboardInterrupt:
         print("zokernel: interrupted.", file=sys.stderr)
         return 130
+
+
+def _print_nowhere() -> None:
+    """Let what is still to be printed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str]) -> int:

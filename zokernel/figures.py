@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from zokernel.errors import MissingDependencyError
+from zokernel.files import whole_file
 
 # Okabe and Ito's palette: distinguishable with every common colour vision deficiency.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -44,3 +46,15 @@ def figures() -> Iterator[Any]:
 
     with matplotlib.rc_context(RC | {"axes.prop_cycle": cycler(color=PALETTE)}):
         yield Figure
+
+
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure in the format that the file's name ends with, whole or not at all.
+
+    Args:
+        figure: A figure of matplotlib.
+        path: File to create or replace.
+        options: Those of ``savefig``.
+    """
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], **options)

@@ -2,15 +2,93 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from zokernel.errors import RunError, UsageError
+
+# Why a file cannot be written, and what helps.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    errno.EIO: "check the disk",
+    errno.EFBIG: "raise the limit on the size of files",
+}
+
+
+def remedy(error: OSError) -> str:
+    """Return what helps where a file cannot be written, as a clause; nothing for an error of another kind.
+
+    Example:
+        >>> remedy(OSError(errno.ENOSPC, "No space left on device")), remedy(FileNotFoundError())
+        ('free some space', '')
+    """
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+def unwritten(error: OSError) -> RunError | None:
+    """Return the error that tells in one sentence which file cannot be written, why, and what to do.
+
+    Args:
+        error: What was raised.  A full disk names no file outside of :func:`writing`; that is what is printed.
+
+    Returns:
+        The error; None if it is of another kind.
+
+    Example:
+        >>> print(unwritten(OSError(errno.ENOSPC, "No space left on device", "runs/plan.json")))
+        runs/plan.json cannot be written (No space left on device): free some space and repeat the command, or choose \
+another place.
+    """
+    place, helps = error.filename2 or error.filename, remedy(error)
+    if not helps or (place is None and helps == "make it writable"):  # a port, or another process
+        return None
+    if place is not None and os.path.isfile(place) and not os.access(place, os.R_OK):
+        return RunError(f"{place} cannot be read ({error.strerror}): make it readable and repeat the command.")
+    return RunError(
+        f"{'The output' if place is None else place} cannot be written ({error.strerror}): {helps} and repeat the "
+        "command, or choose another place."
+    )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an error of writing name the file or folder: that of a full disk names none, and safetensors has its own.
+
+    Args:
+        path: The file or folder, for what is in it and for temporary names that begin with its own.
+
+    Raises:
+        OSError: What was raised, with the name.
+
+    Example:
+        >>> try:
+        ...     with writing(Path("runs/plan.json")):
+        ...         raise OSError(errno.ENOSPC, "No space left on device")
+        ... except OSError as error:
+        ...     print(error)
+        [Errno 28] No space left on device: 'runs/plan.json'
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename2 or error.filename
+        if remedy(error) and (place is None or str(place).startswith(str(path))):
+            setattr(error, "filename2" if error.filename2 else "filename", str(path))
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        number = int(found.group(1)) if found else 0
+        if number not in _REMEDIES:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def check_output_dir(folder: Path, what: str = "--output_dir") -> None:
@@ -54,6 +132,8 @@ def check_output_file(path: Path, what: str = "--output_file") -> None:
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a path beside ``path``, with ``.partial`` after its name, that takes its place when the block ends well.
 
+    It is removed if the block fails.
+
     Args:
         path: File to create or replace.
         durable: Wait until the new file and its name are on the disk, so that it survives a power cut, too.
@@ -70,12 +150,18 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         ['a.txt']
     """
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    if durable:
-        sync(partial)
-    partial.replace(path)
-    if durable:
-        sync(path.parent)
+    try:
+        with writing(path):
+            yield partial
+            if durable:
+                sync(partial)
+            partial.replace(path)
+            if durable:
+                sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

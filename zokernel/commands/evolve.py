@@ -26,6 +26,7 @@ from zokernel.dynamics.descent import resolve_moments
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
+from zokernel.figures import save
 from zokernel.files import check_output_dir, write_json
 from zokernel.readable import counted
 from zokernel.theory.stability import stability_limit_of_features
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     record["command"] = args.command_line
     _print(record)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    _figure(evolution, curve, runs, record).savefig(args.output_dir / "evolution.png", dpi=160)
+    save(_figure(evolution, curve, runs, record), args.output_dir / "evolution.png", dpi=160)
     write_json(args.output_dir / "evolution.json", record)
     print(f"written: {args.output_dir / 'evolution.json'}, {args.output_dir / 'evolution.png'}")
     return 0

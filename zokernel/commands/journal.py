@@ -133,7 +133,8 @@ def truncate(args: argparse.Namespace) -> int:
             raise UsageError(f"{path} holds {good}: choose one of 0 to {journal.num_steps}.")
         size = journal.end_of_step(args.step)
         backup = _unused(path.with_name(path.name + ".bak"))
-        shutil.copyfile(path, backup)
+        with whole_file(backup) as partial:
+            shutil.copyfile(path, partial)
         with whole_file(path) as partial:
             shutil.copyfile(path, partial)
             os.truncate(partial, size)

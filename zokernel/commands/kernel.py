@@ -204,7 +204,7 @@ def draw(table: Fidelity, exact: Tensor, kernels: dict[int, Tensor], names: Sequ
         names: Names of the outputs, for the axes.
         folder: Where to write.
     """
-    from zokernel.figures import PALETTE, figures
+    from zokernel.figures import PALETTE, figures, save
 
     panels = [("first-order", exact), *((f"P = {count}", kernel) for count, kernel in kernels.items())]
     with figures() as Figure:
@@ -218,7 +218,7 @@ def draw(table: Fidelity, exact: Tensor, kernels: dict[int, Tensor], names: Sequ
             ticks = range(len(matrix)) if names and len(names) == len(matrix) else []
             axis.set_xticks(ticks, names if ticks else [], rotation=45)
             axis.set_yticks(ticks, names if ticks and title == "first-order" else [""] * len(ticks))
-        figure.savefig(folder / "heatmaps.png", dpi=160)
+        save(figure, folder / "heatmaps.png", dpi=160)
         figure = Figure(layout="constrained")
         axis = figure.subplots()
         counts = table["P"]
@@ -229,4 +229,4 @@ def draw(table: Fidelity, exact: Tensor, kernels: dict[int, Tensor], names: Sequ
         axis.set(xscale="log", yscale="log", xlabel="perturbations P", ylabel="relative Frobenius error")
         axis.set_title(f"rho = {table.moments.rho:.3f}")
         axis.legend()
-        figure.savefig(folder / "curve.png", dpi=160)
+        save(figure, folder / "curve.png", dpi=160)

@@ -12,7 +12,7 @@ from pathlib import Path
 from zokernel._version import __version__
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
-from zokernel.files import check_output_dir, read_json, write_json
+from zokernel.files import check_output_dir, read_json, write_json, writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,6 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.predict import copy_record
     from zokernel.finetune.settings.arguments import ModelArguments
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
-    from zokernel.finetune.storage.run_folder import explained_errors
 
     quiet_transformers()
     folder, dtype = args.output_dir, args.dtype or _dtype_of_run(Path(args.model))
@@ -61,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
             "--base."
         )
     model = merge(adapted)
-    with explained_errors(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
-from zokernel.files import check_output_dir
+from zokernel.files import check_output_dir, writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,6 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.commands.messages import quiet_transformers
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
     from zokernel.finetune.storage.replay import load_base, source_of
-    from zokernel.finetune.storage.run_folder import explained_errors
     from zokernel.journal import Journal, replay_
 
     quiet_transformers()
@@ -43,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     optimizer = replay_(
         dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
     )
-    with explained_errors(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zokernel.errors import RunError, UsageError
+from zokernel.files import writing
 
 MANIFEST = "manifest.json"
 
@@ -98,7 +99,8 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
-        yield scratch
+        with writing(target.parent):
+            yield scratch
         for path in scratch.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         files = {

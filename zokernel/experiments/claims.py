@@ -17,6 +17,7 @@ from zokernel.errors import MissingDependencyError, UsageError
 from zokernel.experiments.base import MODULES
 from zokernel.experiments.criteria import NOT_RUN, VERDICTS, combined
 from zokernel.experiments.storage import load_record
+from zokernel.files import write_text
 
 LEDGER = Path(__file__).with_name("claims.yaml")
 PAPERS = ("ZO-eNTK", "NZK", "KerZOO", "Multi-query", "GRZO", "ES")
@@ -143,7 +144,7 @@ def save_claims(claims: Sequence[Claim], path: Path = LEDGER) -> None:
             ]
         entries.append(entry)
     text = _yaml().safe_dump(entries, sort_keys=False, width=118, allow_unicode=True)
-    path.write_text(_HEADER + text, encoding="utf-8")
+    write_text(path, _HEADER + text)
 
 
 _DEFAULTS = {("statistic", "value")}

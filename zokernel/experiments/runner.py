@@ -15,6 +15,7 @@ from pathlib import Path
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config
 from zokernel.experiments.storage import command, load_record, reproduce, same_settings
+from zokernel.files import write_text
 
 ERROR_FILE = "error.txt"
 LOG_FILE = "log.txt"
@@ -159,7 +160,7 @@ def _here(name: str, config: Config, output_dir: Path) -> Outcome:
         reproduce(name, config, output_dir)
     except Exception as error:  # one failure must not stop the others
         error_file.parent.mkdir(parents=True, exist_ok=True)
-        error_file.write_text(traceback.format_exc(), encoding="utf-8")
+        write_text(error_file, traceback.format_exc())
         return Outcome(name, "failed", time.perf_counter() - start, f"{type(error).__name__}: {error} ({error_file})")
     error_file.unlink(missing_ok=True)
     return Outcome(name, "finished", time.perf_counter() - start)

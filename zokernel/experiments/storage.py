@@ -19,7 +19,7 @@ import numpy as np
 from zokernel._version import __version__
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, get_experiment
-from zokernel.files import read_json, write_json
+from zokernel.files import read_json, whole_file, write_json
 
 RECORD = "result.json"
 
@@ -59,14 +59,15 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     if result.figures:
-        from zokernel.figures import figures
+        from zokernel.figures import figures, save
 
         with figures():  # text stays text in SVG files
             for stem, figure in result.figures.items():
                 for suffix in ("png", "svg"):
-                    figure.savefig(folder / f"{stem}.{suffix}", dpi=160, bbox_inches="tight")
+                    save(figure, folder / f"{stem}.{suffix}", dpi=160, bbox_inches="tight")
     if result.arrays:
-        np.savez_compressed(folder / "arrays.npz", **result.arrays)  # type: ignore[arg-type]
+        with whole_file(folder / "arrays.npz") as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, **result.arrays)  # type: ignore[arg-type]
     record = {
         "name": name,
         "title": title,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
-from zokernel.files import check_output_dir, read_json, write_json
+from zokernel.files import check_output_dir, read_json, remedy, write_json, writing
 from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
@@ -67,7 +64,6 @@ _MAY_DIFFER = (  # in a run that is continued
     *("offload", "offload_dir", "offload_updates"),
 )
 _OWN_CARDS = ("- zokernel", "# Model Card for Model ID")  # a line of the card of a run, or of peft's until it ends
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
 
@@ -275,20 +271,18 @@ def _rows_told(split: str, old: Any, new: Any) -> str:
 
 @contextmanager
 def explained_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk or read-only output into one sentence; other errors pass as they are.
+    """Turn a full disk or read-only output of a run into one sentence; other errors pass as they are.
 
     Raises:
         RunError: If the block could not write.
     """
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        unwritable = isinstance(error, OSError) and error.errno in _UNWRITABLE
-        # safetensors raises its own error, which only repeats the system's message in words.
-        if not (unwritable or (isinstance(error, SafetensorError) and "os error" in str(error))):
+        with writing(folder):
+            yield
+    except OSError as error:
+        if not (helps := remedy(error)):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RunError(
-            f"{folder} cannot be written ({reason}); checkpoints and journal are whole up to now. Free some space and "
-            "repeat the command to continue."
+            f"{folder} cannot be written ({error.strerror}), but checkpoints and journal are whole up to now: {helps} "
+            "and repeat the command to continue."
         ) from error
