@@ -15,6 +15,7 @@ from zokernel.finetune.models.streamed import load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
+from zokernel.process_memory import counted_by_kernel, release_heap
 
 FAMILIES: dict[str, Any] = {
     "llama": transformers.LlamaConfig(
@@ -157,6 +158,27 @@ def test_all_points_of_a_step_share_one_pass(tmp_path: Path) -> None:
     once = sum(unit.nbytes for unit in blocks.units)
     assert once == sum(p.nbytes for name, p in model.named_parameters() if not p.requires_grad)
     assert blocks.bytes_read == once * passes.pop()
+
+
+@pytest.mark.skipif(counted_by_kernel("RssAnon") is None, reason="only Linux counts memory without files apart")
+def test_a_pass_leaves_no_room_in_the_heaps_of_its_threads(tmp_path: Path) -> None:
+    """As activations do, whose room lies below what a thread allocated after them and keeps."""
+    model = with_lora(streamed(save(FAMILIES["llama"], tmp_path / "model"), trains_weights=False))
+    blocks, plain, kept = streamed_blocks(model), closure(model), []
+    assert blocks is not None
+
+    def loss() -> Tensor:
+        activations = [torch.ones(1 << 14) for _ in range(500)]  # 31 MiB
+        kept.append(torch.ones(100))
+        del activations
+        return plain()
+
+    perturb = StreamedForward(blocks, model)
+    train(model, perturb, steps=1)
+    release_heap()
+    before = counted_by_kernel("RssAnon")
+    assert len(perturb.losses_of([(loss, {})] * 6, step=1)) == len(kept) == 6
+    assert counted_by_kernel("RssAnon") - before < 25 << 20
 
 
 def test_each_trained_block_is_written_once_per_step(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from zokernel.perturb.base import Closure
 from zokernel.perturb.in_forward import InForward, Perturbed, Point
 from zokernel.perturb.in_place import loss_value
 from zokernel.perturb.intercept import Intercepted
+from zokernel.process_memory import release_heap
 
 
 class StreamedForward(InForward):
@@ -117,6 +118,7 @@ class StreamedForward(InForward):
                 losses = lockstep.run([partial(_loss_of, closure) for closure, _ in asked])
             finally:
                 blocks.pause = before
+        release_heap()  # the heap of every thread keeps some room, more with every pass
         if self.trained is not None:
             check_visited(blocks)
         if not schedule.learned:
