@@ -228,7 +228,7 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
         output_dir=str(tmp_path / "run"),
         method="mezo",
         learning_rate=1e-5,
-        max_steps=30,
+        max_steps=10,
         per_device_train_batch_size=4,
         eval_strategy="no",
         save_strategy="no",
