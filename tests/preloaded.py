@@ -17,6 +17,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -109,7 +110,6 @@ def serve(jobs: IO[str], answers: IO[str]) -> list[str]:
 
 def become(job: dict[str, Any]) -> None:
     """Take over the environment, the folder and the streams of a job."""
-    atexit.register(gc.unfreeze)  # what is never collected is told to have leaked
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
@@ -120,15 +120,34 @@ def become(job: dict[str, Any]) -> None:
     sys.stdin = os.fdopen(0, closefd=False)
 
 
-def execute(words: list[str]) -> None:
-    """Do what Python does with these words."""
+def execute(words: list[str]) -> int:
+    """Do what Python does with these words, and return its exit code."""
     module = words[0] == "-m"
     sys.argv = words[1:] if module else words
     sys.path[0] = os.getcwd() if module else str(Path(words[0]).resolve().parent)
-    if module:
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def end(code: int) -> None:
+    """End the process without taking apart, for seconds, the modules that it shares with the server."""
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        traceback.print_exc()
+        code = 120  # as Python
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
@@ -139,4 +158,4 @@ if __name__ == "__main__":
     gc.freeze()
     words = serve(sys.stdin, sys.stdout)
     if words:
-        execute(words)  # in the process, whose end is as that of any other
+        end(execute(words))
