@@ -177,7 +177,7 @@ def _ending_at_once() -> Iterator[None]:
 
 @contextmanager
 def _collecting_no_garbage() -> Iterator[None]:
-    """Spare libraries that load the looks for garbage, which take a sixth of the time and find none."""
+    """Spare libraries that load the looks for garbage, which take time and find none."""
     collecting = gc.isenabled()
     gc.disable()
     try:
