@@ -125,11 +125,11 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     Raises:
         UsageError: If its weights cannot be streamed.
     """
-    model = Configured(checked.architecture, checked.dtype, checked.kind, arguments)
+    configured = Configured(checked.architecture, checked.dtype, checked.kind, arguments)
     logger.info(
         "Memory of each way for rows of %d tokens; the real rows follow.\n%s",
         TOKENS,
-        needed(model, losses_per_step(config), config.per_device_train_batch_size, TOKENS),
+        needed(configured, losses_per_step(config), config.per_device_train_batch_size, TOKENS),
     )
     folder = Path(checked.path)
     if not folder.is_dir():
