@@ -158,7 +158,7 @@ def test_language_model(language_model):
     assert evolve(*flags, "--text_column", "review") == 2
     assert evolve(*flags, "--no_offset") == 2
     (language_model / "empty").mkdir()
-    assert evolve("--model_name_or_path", "./empty", "--train_file", "reviews.csv") == 1
+    assert evolve("--model_name_or_path", "./empty", "--train_file", "reviews.csv") == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zokernel.commands.evolve_inputs import EvolveInputs, TextTask, from_factory, from_features, from_language_model
+from zokernel.commands.loading import add_loading_flags, load_language_model, refuse_loading_flags
 from zokernel.commands.parser import add_switch
 from zokernel.distributions import Distribution
 from zokernel.dynamics.budget import QueryRow, query_budget, steps_to_reach
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", type=Path, help=".npz (features, targets, ...) or .csv/.tsv (target in the last column)")
     add("--target_column", help="target column of a table (default: the last)")
     add("--model_name_or_path", help="package.module:factory of an nn.Module, a hub id, or a local model folder")
+    add_loading_flags(parser)
     add("--train_file", type=Path, help="data for the model: .npz (inputs, targets), or a table")
     add("--text_column", default="sentence", help="text column for a language model")
     add("--label_column", default="label", help="label column, 0 or 1")
@@ -96,17 +99,20 @@ def _inputs(args: argparse.Namespace) -> EvolveInputs:
     if args.max_examples is not None and args.max_examples < 1:
         raise UsageError(f"--max_examples must be at least 1, not {args.max_examples}.")
     if args.features is not None:
+        refuse_loading_flags(args, str(args.features))
         return from_features(args.features, target_column=args.target_column, max_examples=args.max_examples)
     if args.train_file is None:
         raise UsageError("A model needs data: give --train_file.")
     name = args.model_name_or_path
     if ":" in name and not Path(name).exists():
+        refuse_loading_flags(args, name)
         return from_factory(name, args.train_file, offset=not args.no_offset, max_examples=args.max_examples)
     if args.no_offset:
         raise UsageError("--no_offset is for small networks (package.module:factory) only.")
     task = TextTask(args.text_column, args.label_column, tuple(args.label_words), args.template)
     trainable, count = args.trainable_parameters, args.max_examples or 16
-    return from_language_model(name, args.train_file, task, trainable=trainable, max_examples=count)
+    load = partial(load_language_model, args)
+    return from_language_model(name, load, args.train_file, task, trainable=trainable, max_examples=count)
 
 
 def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolution, float]:

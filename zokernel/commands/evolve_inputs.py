@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from zokernel.commands.arrays import read_arrays
 from zokernel.commands.label_tokens import label_tokens
-from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
+from zokernel.errors import UsageError
 from zokernel.kernels.features import MEMORY_BUDGET, jacobian_features
 from zokernel.readable import readable_bytes
 
@@ -207,6 +208,7 @@ class TextTask:
 
 def from_language_model(
     name: str,
+    load: Callable[[], tuple[Any, Any]],
     path: Path,
     task: TextTask,
     *,
@@ -217,7 +219,8 @@ def from_language_model(
     """Linearize a causal language model's difference of two word logits on labelled texts.
 
     Args:
-        name: Hub id or local folder.
+        name: What it is called.
+        load: Returns model and tokenizer.
         path: Table with a text and a label column.
         task: How the output is formed.
         trainable: Regular expression of the parameters that are trained; all when not given.
@@ -229,27 +232,11 @@ def from_language_model(
 
     Raises:
         UsageError: If columns, labels, words or parameters do not fit, or gradients would not fit in memory.
-        RunError: If the model cannot be loaded.
-        MissingDependencyError: If transformers is not installed.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise MissingDependencyError("transformers", "finetune", "Loading a language model") from error
-    from zokernel.commands.messages import quiet_transformers
-    from zokernel.data import hub, load_table, resolve_model_path
-    from zokernel.data.hub_requests import bounded_requests
+    from zokernel.data import load_table
 
-    quiet_transformers()
     prompts, y = _prompts(load_table(path)[:max_examples], task, path)
-    location = resolve_model_path(name)
-    try:
-        with bounded_requests():
-            tokenizer = AutoTokenizer.from_pretrained(location)
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        told = RunError(f"The model {name!r} could not be loaded: {first_line(error)}")
-        raise hub.explained(error, name, told) from error
+    model, tokenizer = load()
     low, high = label_tokens(tokenizer, task.words)
     if low == high:
         raise UsageError(f"{task.words[0]!r} and {task.words[1]!r} are the same token: choose other words.")
@@ -296,9 +283,10 @@ def _chosen(model: nn.Module, trainable: str | None) -> list[nn.Parameter]:
         pattern = re.compile(trainable or "")
     except re.error as error:
         raise UsageError(f"--trainable_parameters is not a regular expression: {error}.") from error
-    chosen = [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    chosen = [parameter for name, parameter in trained if pattern.search(name)]
     if not chosen:
-        names = [name for name, _ in model.named_parameters()]
+        names = [name for name, _ in trained]
         raise UsageError(f"No parameter matches {trainable!r}; there are {names[0]}, ..., {names[-1]}.")
     return chosen
 

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from zokernel.commands.loading import add_loading_flags
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("journal", type=Path, help="a .zkj file, or the output_dir of the run")
     parser.add_argument("--base", help="verify: check that the run started from this model")
     parser.add_argument("--step", type=int, help="show: this step; truncate: keep this many steps")
+    add_loading_flags(parser, what="that model", default="that of the run")
     add_switch(parser, "--damaged", help="truncate: a damaged journal, before the damage")
 
 
@@ -46,7 +48,8 @@ def main(args: argparse.Namespace) -> int:
             from zokernel.finetune.storage.replay import load_base
             from zokernel.journal.replay import check_base
 
-            check_base(journal.header, dict(load_base(args.base, journal).named_parameters()))
+            loading = {"model_revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+            check_base(journal.header, dict(load_base(args.base, journal, **loading).named_parameters()))
         left = counted(journal.torn_bytes, "byte")
         torn = f" A torn last record of {left} will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zokernel.commands.arrays import read_array
 from zokernel.commands.label_tokens import label_tokens
+from zokernel.commands.loading import add_loading_flags, load_language_model, refuse_loading_flags
 from zokernel.commands.messages import each_line_once
 from zokernel.errors import UsageError
 from zokernel.files import check_output_dir, write_json
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="lenet (untrained), or FILE.py:FUNCTION returning an nn.Module")
     which.add_argument("--model_name_or_path", help="a language model: smollm2, a local folder or a hub id")
+    add_loading_flags(parser)
     parser.add_argument("--x_o", required=True, help="observed input: text, a digit (lenet) or an .npy file")
     parser.add_argument("--x_u", required=True, help="updated input")
     parser.add_argument("--outputs", type=int, nargs="+", help="candidate outputs (classes or token ids)")
@@ -118,6 +120,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Batch, Batch, list[int] |
         return _language_model(args)
     if args.model is None:
         raise UsageError("Say which model: --model_name_or_path for a language model, --model for any other.")
+    refuse_loading_flags(args, args.model)
     if args.label_words:
         raise UsageError("--label_words is for language models: use --outputs.")
     names = None if args.outputs is None else [str(k) for k in args.outputs]
@@ -131,28 +134,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Batch, Batch, list[int] |
 
 
 def _language_model(args: argparse.Namespace):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from zokernel.commands.messages import quiet_transformers
-    from zokernel.data import hub, resolve_model_path
-    from zokernel.data.hub_requests import bounded_requests
-
     if bool(args.outputs) == bool(args.label_words):
         raise UsageError(
             "Name the candidate outputs of a language model with --label_words or --outputs (one of them)."
         )
-    quiet_transformers()
-    path = resolve_model_path(args.model_name_or_path)
-    try:
-        with bounded_requests():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        told = UsageError(
-            f"Model {args.model_name_or_path!r} could not be loaded: give 'smollm2', a folder written by "
-            "save_pretrained, or a hub id that can be reached."
-        )
-        raise hub.explained(error, args.model_name_or_path, told) from error
+    model, tokenizer = load_language_model(args)
     outputs, names = args.outputs, None if args.outputs is None else [str(k) for k in args.outputs]
     if args.label_words:
         outputs, names = label_tokens(tokenizer, args.label_words, ", or use --outputs"), list(args.label_words)

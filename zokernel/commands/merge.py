@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from zokernel._version import __version__
-from zokernel.commands.parser import add_switch
+from zokernel.commands.loading import add_loading_flags
 from zokernel.errors import UsageError
 from zokernel.files import check_output_dir, read_json, write_json, writing
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, type=Path, help="where the merged model goes")
     parser.add_argument("--base", help="the model it was trained on (default: what the adapter names)")
     parser.add_argument("--dtype", help="storage of the merged weights (default: the run's, else float32)")
-    add_switch(parser, "--trust_remote_code", help="run the Python code that comes with the base")
+    add_loading_flags(parser, what="the base", default="that of the run")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.check import check_model
     from zokernel.finetune.models.load import load_pretrained
     from zokernel.finetune.models.merge import merge
+    from zokernel.finetune.models.revision import with_revision
     from zokernel.finetune.models.same_base import other_base
     from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter
     from zokernel.finetune.predict import copy_record
@@ -49,8 +50,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.model} holds no adapter: give the folder of a run with --lora true.")
     else:
         named = {"model_name_or_path": args.model}
-    trusted = args.trust_remote_code
-    checked = check_model(ModelArguments(**named, dtype=dtype, merge_adapter=True, trust_remote_code=trusted))
+    arguments = ModelArguments(**named, dtype=dtype, merge_adapter=True, trust_remote_code=args.trust_remote_code)
+    checked = check_model(with_revision(arguments, args.model_revision))
     adapted = attach_adapter(load_pretrained(checked, checked.arguments), checked.arguments)
     arguments = checked.arguments
     base, adapter = arguments.model_name_or_path, str(arguments.adapter_name_or_path)

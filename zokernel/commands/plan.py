@@ -23,7 +23,9 @@ from zokernel.commands.parser import add_dataclasses, read_dataclasses
 from zokernel.commands.plan_told import describe
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, write_json
+from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.resolve import given_sources
 from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 
@@ -99,6 +101,9 @@ def main(args: argparse.Namespace) -> int:
     quiet_transformers()
     model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
     _check_numbers(arguments)
+    given = given_sources(None, shlex.split(args.command_line)[1:])
+    revision = model_arguments.model_revision if "model_revision" in given else None
+    model_arguments = with_revision(model_arguments, revision)
     if arguments.memory:
         print(_memory(model_arguments, data_arguments, arguments, args.command_line))
         return 0
@@ -157,7 +162,6 @@ def _memory(
         UsageError: If there is no such model, or a flag has no effect on the table.
     """
     from zokernel.finetune.models.needed import needed, read_configuration
-    from zokernel.finetune.settings.resolve import given_sources
 
     given = given_sources(None, shlex.split(command_line)[1:])
     if idle := [f"--{name}" for name in given if name not in COUNTED_WITH]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from zokernel.commands.parser import add_switch
+from zokernel.commands.loading import add_loading_flags
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, whole_file
 from zokernel.readable import counted
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_file", type=Path, help="rows with answers: .csv, .tsv or .jsonl (default: JSON lines, printed)"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
-    add_switch(parser, "--trust_remote_code", help="run the Python code that comes with the model")
+    add_loading_flags(parser, what="the run's model or base", default="that of the run")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)
     rows = read_rows(args.file, args.column_names)
-    predictor = load_predictor(args.model, trust_remote_code=args.trust_remote_code)
+    predictor = load_predictor(args.model, model_revision=args.model_revision, trust_remote_code=args.trust_remote_code)
     answers = predictor(rows, batch_size=args.batch_size)
     if output is None:
         write_rows(sys.stdout, rows, answers, ".jsonl")

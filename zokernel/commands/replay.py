@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from zokernel.commands.loading import add_loading_flags
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import check_output_dir, writing
@@ -20,17 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", required=True, type=Path, help="a .zkj file, or the output_dir of the run")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the model or adapter goes")
     parser.add_argument("--step", type=int, help="after how many steps (default: all)")
+    add_loading_flags(parser, what="the base", default="that of the run")
     add_switch(parser, "--allow_other_backend", help="accept last bits rounded by another backend or processor")
 
 
 def main(args: argparse.Namespace) -> int:
     """Carry out ``zokernel replay`` and return the exit code."""
     # transformers takes seconds to load, and --help needs none of it.
-    from transformers import AutoTokenizer
-
     from zokernel.commands.messages import quiet_transformers
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
-    from zokernel.finetune.storage.replay import load_base, source_of
+    from zokernel.finetune.storage.replay import load_base, load_tokenizer
     from zokernel.journal import Journal, replay_
 
     quiet_transformers()
@@ -38,7 +38,9 @@ def main(args: argparse.Namespace) -> int:
     journal, folder = Journal.read(args.journal), args.output_dir
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")
-    model = load_base(args.base, journal)
+    loading = {"model_revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    model = load_base(args.base, journal, **loading)
+    tokenizer = load_tokenizer(args.base, journal, **loading)
     optimizer = replay_(
         dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
     )
@@ -46,9 +48,6 @@ def main(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(folder) as scratch:
             model.save_pretrained(scratch)
-            path, options = source_of(args.base)
-            file = {name: value for name, value in options.items() if name == "gguf_file"}
-            tokenizer = AutoTokenizer.from_pretrained(path, **file)
             tokenizer.save_pretrained(scratch)
             move_files(scratch, folder)
     what = "adapter" if hasattr(model, "peft_config") else "model"

@@ -17,6 +17,7 @@ from zokernel.finetune.data.datasets import load_splits, load_task
 from zokernel.finetune.models.adapters import trained_by
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.offload import offloaded
+from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.models.scales import with_scales
 from zokernel.finetune.report.metrics import MEASURED
 from zokernel.finetune.run import Run
@@ -68,6 +69,8 @@ def finetune(
         given = given_sources(config, command) if command else {}
         refuse_unsupported(config, scored=True, given=given)
         check_push(config)
+        revision = model_arguments.model_revision if "model_revision" in given else None
+        model_arguments = with_revision(model_arguments, revision)
         model = check_model(model_arguments, trains=config.do_train)  # before the data are read, which may take minutes
         model_arguments = model.arguments
         if model_arguments.merge_adapter and not config.do_train:

@@ -14,6 +14,7 @@ from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, asked_for, check_library, library_of, loading_flags
+from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
@@ -280,13 +281,18 @@ def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) ->
 
 
 def load_predictor(
-    folder: str | Path, *, device: str | torch.device | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    model_revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Predictor:
     """Load a finished run of ``zokernel finetune`` to answer new rows.
 
     Args:
         folder: The output folder of the run, or one of its checkpoints.
         device: Where to run; the GPU if there is one.
+        model_revision: Branch, tag or commit of an adapter's base on the hub; that of the run by default.
         trust_remote_code: Whether the Python code that comes with the model, or with the base of an adapter, may run.
 
     Returns:
@@ -304,7 +310,7 @@ def load_predictor(
     record = read_record(folder)
     flags = {name: record[name] for name in LOADING if name in record}
     flags |= {"lm_type": record["language_model"], "trust_remote_code": trust_remote_code}
-    arguments = ModelArguments(model_name_or_path=str(folder), **flags)
+    arguments = with_revision(ModelArguments(model_name_or_path=str(folder), **flags), model_revision)
     if asked := asked_for(arguments):
         check_library(library_of(asked), f"{folder}, whose base is quantized ({asked.removeprefix('torchao:')}),")
     config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none", do_train=False)

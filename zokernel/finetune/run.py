@@ -223,7 +223,7 @@ class Run:
     ) -> dict[str, Any]:
         log, stepped = trainer.run_log, trainer.zeroth_order and trainer.optimizer is not None
         return {
-            **model_facts(self.model, self.model_arguments.model_name_or_path, trained=self.checked.is_trained),
+            **model_facts(self.model, self.model_arguments, trained=self.checked.is_trained),
             **task_facts(self.task, self.data_arguments, masked=self.masked),
             **settings_of(trainer.settings.arguments(), self.settings.requested),
             "num_train": len(self.encoded["train"]),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
 
 from zokernel.data import SOURCES
 from zokernel.errors import UsageError
 from zokernel.finetune.data.protocol import check_protocol
+from zokernel.finetune.models.revision import check_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
@@ -75,10 +75,8 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: C
     for flag in ("dataset_config", "dataset_revision"):
         if flag in given and data.dataset_name in SOURCES:
             raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
-    name = model.model_name_or_path
-    revised = model.model_revision != "main" or "model_revision" in named
-    if revised and (name in SOURCES or Path(name).expanduser().exists()):
-        raise UsageError(f"--model_revision is for models of the hub, which {name} is not: leave it out.")
+    if model.model_revision != "main" or "model_revision" in named:
+        check_revision(model.model_name_or_path)
 
 
 def _given(data: DataArguments, named: Collection[str]) -> set[str]:

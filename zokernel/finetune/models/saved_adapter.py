@@ -58,7 +58,7 @@ def with_base(arguments: ModelArguments) -> ModelArguments:
     if not is_adapter(name):
         return arguments
     folder = Path(name).expanduser()
-    base, run = _base_of(folder), _run_of(folder)
+    base, run = _base_of(folder), recorded_settings(folder)
     if run.get("model_name_or_path") == base:
         asked = arguments.model_revision
         revision = run.get("model_revision", asked) if asked == "main" else asked
@@ -262,7 +262,7 @@ def base_told(name: str) -> str:
 def _base_of(folder: Path) -> str:
     """Return what a saved adapter's run, or its configuration, calls the base."""
     stored = adapter_config(str(folder)).base_model_name_or_path
-    named, file = (_run_of(folder).get(key) for key in ("model_name_or_path", "gguf_file"))
+    named, file = (recorded_settings(folder).get(key) for key in ("model_name_or_path", "gguf_file"))
     if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
         return str(Path(named) / file) if file else str(named)
     if not stored:
@@ -270,8 +270,8 @@ def _base_of(folder: Path) -> str:
     return _found(str(stored), str(folder))
 
 
-def _run_of(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that left an adapter; empty if there is none."""
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that left a model or an adapter in a folder; empty if there is none."""
     for place in (folder, folder.parent):
         if (place / RUN_FILE).is_file():
             return read_json(place / RUN_FILE).get("settings") or {}
@@ -288,7 +288,7 @@ def base_flags(adapter: str) -> str:
         >>> base_flags("runs/none")
         ''
     """
-    settings = _run_of(Path(adapter).expanduser())
+    settings = recorded_settings(Path(adapter).expanduser())
     bits = [f"--{name} true" for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
     named = settings.get("quantization")
     return " ".join(bits + ([f"--quantization {named}"] if named else []))

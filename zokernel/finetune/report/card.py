@@ -116,7 +116,9 @@ def _usage(metrics: dict[str, Any], base: str | None) -> str:
     load = f'model = {auto}.from_pretrained("{HERE}")'
     if metrics["saved"] == "adapter":
         note = "" if base else "  # where the base was for training"
-        load = f'base = {auto}.from_pretrained("{base or metrics["model"]}"){note}\n'
+        revision = metrics.get("model_revision", "main")
+        at = "" if revision == "main" else f', revision="{revision}"'
+        load = f'base = {auto}.from_pretrained("{base or metrics["model"]}"{at}){note}\n'
         load += f'model = PeftModel.from_pretrained(base, "{HERE}")'
     extra = "from peft import PeftModel\n" if metrics["saved"] == "adapter" else ""
     return f"""```python

@@ -12,7 +12,7 @@ from zokernel._version import __version__
 from zokernel.finetune.data.datasets import task_name
 from zokernel.finetune.models.kind import kind_of_model
 from zokernel.finetune.models.quantization import count_parameters, told
-from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
 
@@ -41,10 +41,11 @@ def settings_of(config: ZOConfig, requested: ZOConfig) -> dict[str, Any]:
     }
 
 
-def model_facts(model: Any, name: str, *, trained: bool = False) -> dict[str, Any]:
+def model_facts(model: Any, arguments: ModelArguments, *, trained: bool = False) -> dict[str, Any]:
     """Return what a report shows about the model."""
     return {
-        "model": name,
+        "model": arguments.model_name_or_path,
+        "model_revision": arguments.model_revision,
         "trained_before": trained,
         "saved": "adapter" if hasattr(model, "peft_config") else "model",
         "num_parameters": count_parameters(model),

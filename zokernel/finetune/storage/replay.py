@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.data import resolve_model_path
-from zokernel.errors import RunError, UsageError, first_line
-from zokernel.finetune.models.kind import is_trusted
+from zokernel.data.hub_requests import bounded_requests
+from zokernel.errors import RunError, UsageError, ZokernelError
+from zokernel.finetune.models.check import not_loaded
+from zokernel.finetune.models.kind import auto_class, is_trusted, language_model_kind
 from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, keep_as_stored_, stored_as
-from zokernel.finetune.models.saved_adapter import load_saved, name_base_
+from zokernel.finetune.models.revision import check_revision
+from zokernel.finetune.models.saved_adapter import load_saved, name_base_, recorded_settings
 from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
 from zokernel.finetune.storage.checkpoint import load_adapter_
 from zokernel.journal import Journal, replay_
@@ -28,6 +31,8 @@ def replay(
     *,
     step: int | None = None,
     allow_other_backend: bool = False,
+    model_revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Tensor]:
     """Rebuild trained weights from base weights and a journal, bit for bit, without data or forward passes.
 
@@ -36,6 +41,8 @@ def replay(
         journal: The journal, its file, or the folder of the run.
         step: After how many steps; all of them by default.
         allow_other_backend: Accept a backend that may round differently from the run's.
+        model_revision: Branch, tag or commit of a base on the hub; the one that the run recorded by default.
+        trust_remote_code: Whether Python code that comes with the base may run.
 
     Returns:
         The trained parameters by name.
@@ -62,7 +69,7 @@ def replay(
     """
     journal = journal if isinstance(journal, Journal) else Journal.read(journal)
     if isinstance(base, (str, Path)):
-        model = load_base(str(base), journal)
+        model = load_base(str(base), journal, model_revision=model_revision, trust_remote_code=trust_remote_code)
         weights = dict(model.named_parameters())
     else:
         given = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
@@ -72,32 +79,37 @@ def replay(
     return {name: weights[name].detach() for name in journal.header["parameters"]}
 
 
-def load_base(name_or_path: str, journal: Journal) -> Any:
+def load_base(
+    name_or_path: str, journal: Journal, *, model_revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """Load the model, or the model and its untrained adapter, that a journal's run started from.
+
+    Args:
+        name_or_path: The base: a folder, a GGUF file or a hub id.
+        journal: The journal.
+        model_revision: Branch, tag or commit of a base on the hub; the one that the run recorded by default.
+        trust_remote_code: Whether Python code that comes with the base may run.
 
     Raises:
         UsageError: If it cannot be loaded, or the journal does not say of which class it is.
         RunError: If it is another one.
     """
-    import transformers
-
-    from zokernel.data import hub
-    from zokernel.data.hub_requests import bounded_requests
-
     described = journal.header.get("model") or {}
-    model_class: Any = getattr(transformers, str(described.get("class")), None)
-    if not hasattr(model_class, "from_pretrained"):
-        raise UsageError(
-            f"{journal.path} was written for a {described.get('class')}, which transformers cannot load: pass the base "
-            "weights themselves to zokernel.finetune.replay."
-        )
+    reading = read_as(name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code)
     try:
         with bounded_requests():
-            path, options = source_of(name_or_path, described.get("quantization"))
+            path, options = source_of(name_or_path, described.get("quantization"), reading)
+            model_class = _class_of(str(described.get("class")), path, reading, journal)
             model = model_class.from_pretrained(path, dtype=getattr(torch, described["dtype"]), **options).eval()
     except (OSError, ValueError) as error:
-        told = UsageError(f"The base {name_or_path!r} could not be loaded ({first_line(error)}).")
-        raise hub.explained(error, name_or_path, told) from error
+        if isinstance(error, ZokernelError):
+            raise
+        raise not_loaded(name_or_path, error, revision=reading.get("revision")) from error
+    if type(model).__name__ != described["class"]:
+        raise RunError(
+            f"The base is a {type(model).__name__}, and the run's was a {described['class']}: give the model it was "
+            "started with."
+        )
     keep_as_stored_(model)
     if described.get("trained") == "scales":
         model = train_scales_(model)
@@ -106,7 +118,7 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
         if not (folder / "adapter_model.safetensors").exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
         model = load_saved(model, str(folder))
-        name_base_(model, name_or_path)
+        name_base_(model, name_or_path, reading.get("revision") or "main")
     parameters, header = dict(model.named_parameters()), journal.header
     others = quantized_sha256(parameters) != header.get("quantized_sha256", quantized_sha256(parameters))
     if others or frozen_sha256(parameters, header["parameters"]) != header["frozen_sha256"]:
@@ -116,32 +128,100 @@ def load_base(name_or_path: str, journal: Journal) -> Any:
     return model
 
 
+def load_tokenizer(
+    name_or_path: str, journal: Journal, *, model_revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of a base that :func:`load_base` loads, by the same arguments.
+
+    Raises:
+        UsageError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    reading = read_as(name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code)
+    try:
+        with bounded_requests():
+            return AutoTokenizer.from_pretrained(_place(name_or_path), **reading)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise not_loaded(name_or_path, error, what="tokenizer", revision=reading.get("revision")) from error
+
+
+def read_as(
+    name: str, folder: Path, model_revision: str | None = None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told of a base: its revision, its GGUF file, and whether its code may run.
+
+    Args:
+        name: A model folder, a hub id or a GGUF file.
+        folder: The folder of the run, whose record names revision and file if it began with this model.
+        model_revision: The revision that was asked for.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Raises:
+        UsageError: If a revision was asked for and the base is not on the hub.
+    """
+    reading: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # without it, transformers asks the user
+    if model_revision is not None:
+        check_revision(name)
+    recorded = recorded_settings(folder)
+    recorded = recorded if recorded.get("model_name_or_path") == name else {}
+    place = Path(name).expanduser()
+    file = place.name if place.suffix == ".gguf" else recorded.get("gguf_file")
+    revision = model_revision or recorded.get("model_revision") or "main"
+    reading |= {"revision": revision} if revision != "main" else {}
+    return reading | ({"gguf_file": file} if file else {})
+
+
 def source_of(
-    name: str, quantization: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+    name: str, quantization: dict[str, Any] | None = None, reading: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Return where a base is read from, and what ``from_pretrained`` must be told to read it as the run did.
 
     Args:
         name: A model folder, a hub id or a GGUF file.
         quantization: How the run quantized it while it was loaded.
-        trust_remote_code: Whether code that comes with it may run.
+        reading: What :func:`read_as` returned.
     """
     from transformers import AutoConfig, CompressedTensorsConfig, GgufConfig
     from transformers.quantizers import AutoQuantizationConfig
 
-    path = resolve_model_path(name)
-    if path.endswith(".gguf"):
-        file = Path(path).expanduser()
-        return str(file.parent), {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-    stored = stored_as(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    path, options = _place(name), dict(reading or {"trust_remote_code": False})
+    if "gguf_file" in options:
+        return path, options | {"quantization_config": GgufConfig(dequantize=True)}
+    stored = stored_as(AutoConfig.from_pretrained(path, **options))
+    options["use_safetensors"] = True
     if stored in DEQUANTIZED:
-        return path, {"use_safetensors": True, "quantization_config": CompressedTensorsConfig(dequantize=True)}
-    options: dict[str, Any] = {"use_safetensors": True}
+        return path, options | {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     method = stored or str((quantization or {}).get("quant_method") or "")
     check_library(method, f"{name}, which {'is' if stored else 'the run'} quantized ({method}),")
     if not stored and quantization is not None:
         options["quantization_config"] = AutoQuantizationConfig.from_dict(quantization)
     return path, options
+
+
+def _place(name: str) -> str:
+    """Return the folder or hub id that ``from_pretrained`` reads: of a GGUF file, the folder."""
+    path = resolve_model_path(name)
+    return str(Path(path).expanduser().parent) if path.endswith(".gguf") else path
+
+
+def _class_of(name: str, path: str, reading: Mapping[str, Any], journal: Journal) -> Any:
+    """Return what loads a model of a class: transformers' own, or its ``AutoModel`` for code that comes with the base.
+
+    Raises:
+        UsageError: If the class is not one of transformers, and no other code may run.
+    """
+    import transformers
+
+    found: Any = getattr(transformers, name, None)
+    if hasattr(found, "from_pretrained"):
+        return found
+    if not reading.get("trust_remote_code"):
+        raise UsageError(
+            f"{journal.path} was written for a {name}, which transformers cannot load: if its code comes with the base "
+            "and may be run, pass --trust_remote_code true, else the base weights to zokernel.finetune.replay."
+        )
+    return auto_class(language_model_kind(transformers.AutoConfig.from_pretrained(path, **reading)))
 
 
 @torch.no_grad()
@@ -158,7 +238,8 @@ def restore_base_(model: Any, folder: Path) -> None:
         reset_factors_(model)
         return
     try:
-        path, options = source_of(model.name_or_path, trust_remote_code=is_trusted(model.config))
+        reading = read_as(model.name_or_path, folder, trust_remote_code=is_trusted(model.config))
+        path, options = source_of(model.name_or_path, reading=reading)
         again = type(model).from_pretrained(path, dtype=model.dtype, **options)
     except (OSError, ValueError) as error:
         raise RunError(
