@@ -155,7 +155,7 @@ def measure_start(
     for batch in task.batches:
         gradients = torch.autograd.grad(batch_loss(task, batch), parameters)
         squares.append(sum(g.square().sum(dtype=torch.float64).item() for g in gradients))
-    del gradients
+        del gradients  # before there are those of the next batch: each are as large as the model
     middle, loss, seen, rise = beliefs(task), mean_loss(task), list[tuple[Tensor, float]](), []
     odd: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     even: dict[str, list[Tensor]] = {measure: [] for measure in MEASURES}
