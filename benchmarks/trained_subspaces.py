@@ -8,8 +8,8 @@ all restricted to what is trained, with :math:`\bar g` the gradient of other exa
 Gradients are exact, and F sums over the classes, so nothing is left to chance but which examples are drawn.
 
 Subspaces of a layer's inputs: ``random 16`` has 16 random directions, as a new LoRA adapter has; ``fixed r`` the first
-r right singular vectors of the inputs of 32 other examples; ``own r`` those of the batch itself (AGZO, arXiv
-2601.17261).
+r right singular vectors of the inputs of 32 other examples; ``own r`` those of the batch itself (AGZO,
+Lin et al. 2026, arXiv:2601.17261).
 
     python benchmarks/trained_subspaces.py --data_folder DIR --tasks sst2 trec
 """
