@@ -74,6 +74,15 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
+    """Folder of the code that comes with models: one for the process, which imports from the first one alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("modules")
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def movie_reviews_path() -> Path:
     """Folder of the movie reviews, fetched on first use."""
     from zokernel.data import fetch

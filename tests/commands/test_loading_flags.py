@@ -44,10 +44,8 @@ def test_every_command_that_loads_a_model_has_them_with_help(command):
 
 
 @pytest.fixture
-def own(tiny_lm_path, tmp_path, monkeypatch):
+def own(tiny_lm_path, tmp_path, modules):
     """Folder of a Llama whose classes come with it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     place = shutil.copytree(tiny_lm_path, tmp_path / "own-model")
     (place / "configuration_own.py").write_text(CONFIGURATION)
     (place / "modeling_own.py").write_text(MODEL)

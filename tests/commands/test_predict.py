@@ -96,15 +96,6 @@ def test_the_model_is_run_with_the_attention_of_its_run(tmp_path, flags):
         assert attention_implementation(load_predictor(place).model) == "eager"
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    """The folder of code that comes with models: one for the process, which imports from the first one alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        yield folder
-
-
 OWN = """
 from transformers import LlamaForCausalLM
 
