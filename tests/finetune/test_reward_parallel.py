@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from ranks import environment, free_port, spawn
-from test_reward_runs import flags, model_path, same, without  # noqa: F401
+from test_reward_runs import same, without
 
 from zokernel.cli import main
 from zokernel.journal import Journal
@@ -17,8 +17,8 @@ MODES = {"perturbation": "4", "data": "2"}  # and the prompts per process
 
 
 @pytest.fixture
-def words(flags, tmp_path):  # noqa: F811
-    kept = without(flags, "--reward_function", "--max_steps", "--per_device_train_batch_size", "--output_dir")
+def words(reward_flags, tmp_path):
+    kept = without(reward_flags, "--reward_function", "--max_steps", "--per_device_train_batch_size", "--output_dir")
     kept += ["--reward_function", f"{tmp_path}/judge.py:high", "--max_steps", "3"]
     kept += ["--num_generations", "2", "--temperature", "1.0", "--lora", "true", "--train_sampling_strategy", "random"]
     return [*kept, "--save_strategy", "journal", "--load_best_model_at_end", "false"]
