@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zokernel.commands.loading import add_loading_flags
+from zokernel.commands.loading import add_loading_flags, loading_of
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
@@ -48,8 +48,7 @@ def main(args: argparse.Namespace) -> int:
             from zokernel.finetune.storage.replay import load_base
             from zokernel.journal.replay import check_base
 
-            loading = {"model_revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-            check_base(journal.header, dict(load_base(args.base, journal, **loading).named_parameters()))
+            check_base(journal.header, dict(load_base(args.base, journal, **loading_of(args)).named_parameters()))
         left = counted(journal.torn_bytes, "byte")
         torn = f" A torn last record of {left} will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""

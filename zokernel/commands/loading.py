@@ -23,6 +23,11 @@ def add_loading_flags(parser: argparse.ArgumentParser, *, what: str = "a hub mod
     add_switch(parser, "--trust_remote_code", help=f"run the Python code that comes with {what}")
 
 
+def loading_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of :func:`add_loading_flags` say, by name."""
+    return {name: getattr(args, name) for name in LOADING}
+
+
 def refuse_loading_flags(args: argparse.Namespace, other: str) -> None:
     """Refuse the flags where no language model is loaded.
 
@@ -33,8 +38,8 @@ def refuse_loading_flags(args: argparse.Namespace, other: str) -> None:
     Raises:
         UsageError: If one was given.
     """
-    for name in LOADING:
-        if getattr(args, name):
+    for name, value in loading_of(args).items():
+        if value:
             raise UsageError(f"--{name} is for language models, which {other} is not: leave it out.")
 
 
@@ -51,17 +56,16 @@ def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
         UsageError: If it cannot be loaded, or its weights cannot be perturbed.
         MissingDependencyError: If transformers is not installed.
     """
+    from zokernel.commands.messages import quiet_transformers
+
     try:
-        import transformers  # noqa: F401
+        from zokernel.finetune.models.adapters import attach_adapter
+        from zokernel.finetune.models.check import check_model
+        from zokernel.finetune.models.load import load_pretrained
+        from zokernel.finetune.models.revision import with_revision
+        from zokernel.finetune.settings.arguments import ModelArguments
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Loading a language model") or error from error
-    from zokernel.commands.messages import quiet_transformers
-    from zokernel.finetune.models.adapters import attach_adapter
-    from zokernel.finetune.models.check import check_model
-    from zokernel.finetune.models.load import load_pretrained
-    from zokernel.finetune.models.revision import with_revision
-    from zokernel.finetune.settings.arguments import ModelArguments
-
     quiet_transformers()
     named = ModelArguments(args.model_name_or_path, lm_type="causal", trust_remote_code=args.trust_remote_code)
     checked = check_model(with_revision(named, args.model_revision))

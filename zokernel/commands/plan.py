@@ -12,6 +12,7 @@ import argparse
 import logging
 import shlex
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
     revision = model_arguments.model_revision if "model_revision" in given else None
     model_arguments = with_revision(model_arguments, revision)
     if arguments.memory:
-        print(_memory(model_arguments, data_arguments, arguments, args.command_line))
+        print(_memory(model_arguments, data_arguments, arguments, given))
         return 0
     if arguments.output_file:
         check_output_file(Path(arguments.output_file))
@@ -154,7 +155,7 @@ def _check_numbers(arguments: PlanArguments) -> None:
 
 
 def _memory(
-    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments, command_line: str
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments, given: Collection[str]
 ) -> str:
     """Return what each way to hold the weights takes, as text.
 
@@ -163,7 +164,6 @@ def _memory(
     """
     from zokernel.finetune.models.needed import needed, read_configuration
 
-    given = given_sources(None, shlex.split(command_line)[1:])
     if idle := [f"--{name}" for name in given if name not in COUNTED_WITH]:
         raise UsageError(
             f"plan --memory shows every way to hold the weights, before any data are read, and {' and '.join(idle)} "

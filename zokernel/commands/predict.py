@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from zokernel.commands.loading import add_loading_flags
+from zokernel.commands.loading import add_loading_flags, loading_of
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, whole_file
 from zokernel.readable import counted
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)
     rows = read_rows(args.file, args.column_names)
-    predictor = load_predictor(args.model, model_revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    predictor = load_predictor(args.model, **loading_of(args))
     answers = predictor(rows, batch_size=args.batch_size)
     if output is None:
         write_rows(sys.stdout, rows, answers, ".jsonl")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zokernel.commands.loading import add_loading_flags
+from zokernel.commands.loading import add_loading_flags, loading_of
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import check_output_dir, writing
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     # transformers takes seconds to load, and --help needs none of it.
     from zokernel.commands.messages import quiet_transformers
     from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
-    from zokernel.finetune.storage.replay import load_base, load_tokenizer
+    from zokernel.finetune.storage.replay import load_base, load_tokenizer_of_base
     from zokernel.journal import Journal, replay_
 
     quiet_transformers()
@@ -38,9 +38,9 @@ def main(args: argparse.Namespace) -> int:
     journal, folder = Journal.read(args.journal), args.output_dir
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} already holds files: choose another --output_dir.")
-    loading = {"model_revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    loading = loading_of(args)
     model = load_base(args.base, journal, **loading)
-    tokenizer = load_tokenizer(args.base, journal, **loading)
+    tokenizer = load_tokenizer_of_base(args.base, journal, **loading)
     optimizer = replay_(
         dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
     )

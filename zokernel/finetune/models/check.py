@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     Raises:
         UsageError: If there is no such model, its files are damaged, or it cannot be trained in this way.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     check_values(arguments)
     check_flags(arguments)
@@ -124,11 +125,8 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     check_layers(arguments, architecture, kind)
     own = saved_tokenizer(arguments)
     if own is not None:
-        name, file, options = own, None, {"trust_remote_code": arguments.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(own or path, **options)
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise not_loaded(name, error, what="tokenizer", revision=options.get("revision"), gguf_file=file) from error
+        name, options = own, {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = load_tokenizer(own or path, name, options)
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise UsageError(
             f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "
@@ -136,6 +134,26 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
         )
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
+
+
+def load_tokenizer(path: str, name: str, options: Mapping[str, Any]) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        path: Where it lies: a folder or a hub id.
+        name: What the user calls it.
+        options: What ``from_pretrained`` is told.
+
+    Raises:
+        UsageError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # tokenizers raises bare exceptions
+        which = {key: options.get(key) for key in ("revision", "gguf_file")}
+        raise not_loaded(name, error, what="tokenizer", **which) from error
 
 
 def not_loaded(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError, ZokernelError
-from zokernel.finetune.models.check import not_loaded
+from zokernel.finetune.models.check import load_tokenizer, not_loaded
 from zokernel.finetune.models.kind import auto_class, is_trusted, language_model_kind
 from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, keep_as_stored_, stored_as
 from zokernel.finetune.models.revision import check_revision
@@ -128,7 +128,7 @@ def load_base(
     return model
 
 
-def load_tokenizer(
+def load_tokenizer_of_base(
     name_or_path: str, journal: Journal, *, model_revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """Load the tokenizer of a base that :func:`load_base` loads, by the same arguments.
@@ -136,14 +136,9 @@ def load_tokenizer(
     Raises:
         UsageError: If it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     reading = read_as(name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code)
-    try:
-        with bounded_requests():
-            return AutoTokenizer.from_pretrained(_place(name_or_path), **reading)
-    except Exception as error:  # tokenizers raises bare exceptions
-        raise not_loaded(name_or_path, error, what="tokenizer", revision=reading.get("revision")) from error
+    with bounded_requests():
+        return load_tokenizer(_place(name_or_path), name_or_path, reading)
 
 
 def read_as(
