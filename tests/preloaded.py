@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ IMPORTED = (
     *("scipy.optimize", "sympy", "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.fsdp"),
     *("torch.distributed.checkpoint", "torch.distributed.tensor", "triton", "yaml"),
 )
+LONGEST = 240  # seconds that a process may take
 SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "NUMBA_NUM_THREADS": "1"}
 
 
@@ -81,6 +83,8 @@ class Server:
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], LONGEST)[0]:
+                raise TimeoutError(f"{job['words']} had not ended after {LONGEST} seconds")
             return int(self.process.stdout.readline())
         except BaseException:
             self.process.kill()
