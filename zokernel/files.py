@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from zokernel.errors import RunError, UsageError
 
 # Why a file cannot be written, and what helps.
@@ -83,8 +85,8 @@ def writing(path: Path) -> Iterator[None]:
         if remedy(error) and (place is None or str(place).startswith(str(path))):
             setattr(error, "filename2" if error.filename2 else "filename", str(path))
         raise
-    except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
         number = int(found.group(1)) if found else 0
         if number not in _REMEDIES:
             raise
