@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from zokernel.errors import UsageError
 from zokernel.experiments import Config
 from zokernel.experiments.entk import model_sizes
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
-from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
+from zokernel.experiments.entk.sentences import FIVE, Tail, kept_folder, language_task
 
 CHECKS = {
     "entk/heatmaps": lambda n: n["errors"]["trained 4-9"]["125"][0] < n["errors"]["trained 4-9"]["1"][0],
@@ -132,6 +134,24 @@ def test_model_sizes_take_the_gradient_of_a_batch_once(monkeypatch):
     options = {"models": ["16"], "directions": 4, "batches": 2, "gradients": 3}
     model_sizes.run(Config("smoke", options=options))
     assert len(taken) == len(set(taken)) == 3
+
+
+def test_what_is_kept_belongs_to_one_model_and_one_file(tmp_path):
+    """Numbers on other sentences are other numbers: a file is known by what is in it, not by its name."""
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.tsv").write_text(text)
+
+    def place(model, folder=None):
+        options = {"cache": "kept"} | ({"train_file": str(tmp_path / folder / "train.tsv")} if folder else {})
+        return kept_folder(Config("cpu", options=options), model)
+
+    assert place("smollm2") == Path("kept/smollm2/movie-reviews")
+    assert place("models/0.5b", "a") == place("0.5b", "c") == Path("kept/0.5b/train-7692c3ad")
+    assert len({place("smollm2"), place("smollm2", "a"), place("smollm2", "b"), place("0.5b", "a")}) == 4
+    assert kept_folder(Config("cpu", options={"train_file": "no.tsv"}), "smollm2") is None
+    with pytest.raises(UsageError, match="There is no file no"):
+        kept_folder(Config("cpu", options={"cache": "kept", "train_file": "no.tsv"}), "smollm2")
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):

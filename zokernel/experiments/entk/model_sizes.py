@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown, student_quantile
-from zokernel.experiments.entk.sentences import LanguageTask, language_task
+from zokernel.experiments.entk.sentences import LanguageTask, kept_folder, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
 
@@ -97,12 +97,11 @@ def run(config: Config) -> Result:
     gradients = config.pick("gradients", smoke=4, cpu=24)  # batches whose v is measured; fewer have slopes, too
     batch_size = config.pick("batch_size", smoke=2, cpu=2)
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
-    kept = config.options.get("cache")
     rows: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
     for name, directions in zip(names, counts, strict=True):
         task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
-        source, place = task.source, Path(kept) / Path(name).name if kept else None
+        source, place = task.source, kept_folder(config, name)
         settings = f"{gradients}-{batch_size}-{config.seed}"
         gradient = gradients_of(task)
         squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task, gradient))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,23 @@ class LanguageTask:
     source: str
 
 
+def kept_folder(config: Config, name: str) -> Path | None:
+    """Return where a model's numbers on the training sentences are kept, or None without the option ``cache``."""
+    from zokernel.data.decode import read_bytes
+
+    if "cache" not in config.options:
+        return None
+    data, file = "movie-reviews", config.options.get("train_file")
+    if file is not None:
+        data = f"{Path(file).stem}-{hashlib.sha256(read_bytes(Path(file))).hexdigest()[:8]}"
+    return Path(config.options["cache"]) / Path(name).name / data
+
+
 def language_task(config: Config, *, steps: int, batch_size: int, name: str | None = None) -> LanguageTask:
     """Load a language model and sentences, or at smoke scale a tiny random Llama and random tokens.
 
-    The training sentences are SST-2's if the option ``train_file`` or the environment variable ``ZOKERNEL_SST2`` names
-    its train.tsv, and the movie reviews of ``zokernel fetch`` otherwise.
+    The training sentences are SST-2's if the option ``train_file`` names its train.tsv, and the movie reviews of
+    ``zokernel fetch`` otherwise.
 
     Args:
         config: The experiment's configuration.
@@ -70,7 +82,7 @@ def language_task(config: Config, *, steps: int, batch_size: int, name: str | No
     path = resolve_model_path(name or "smollm2")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    file = config.options.get("train_file", os.environ.get("ZOKERNEL_SST2"))
+    file = config.options.get("train_file")
     rows = load_table(file) if file else load_rows("movie-reviews", "train")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = [rows[n] for n in order[: steps * batch_size]]

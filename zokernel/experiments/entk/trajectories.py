@@ -35,7 +35,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, combined, interval, shown, student_quantile, within
 from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits, remembered
-from zokernel.experiments.entk.sentences import LanguageTask, language_task
+from zokernel.experiments.entk.sentences import LanguageTask, kept_folder, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
 
@@ -70,14 +69,13 @@ def run(config: Config) -> Result:
     batch_size = config.pick("batch_size", smoke=2, cpu=2)
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
     distribution = config.pick("distribution", smoke="rademacher", cpu="rademacher")
-    cache = config.options.get("cache")
     ways = {"eps": eps, "distribution": distribution}
     sizes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     agreement: list[dict[str, Any]] = []
     for name, of_model, runs, length, number in zip(names, counts, seeds, steps, directions, strict=True):
         fresh = partial(language_task, config, steps=length, batch_size=batch_size, name=name)
-        kept = partial(remembered, Path(cache) / Path(name).name if cache else None)
+        kept = partial(remembered, kept_folder(config, name))
         shared = f"{length}-{batch_size}-{config.seed}"
         way = f"{eps}-{distribution}-{shared}"
         start = kept(f"start-{number}-{way}", partial(measure_start, fresh, number, seed=config.seed, **ways))
@@ -343,7 +341,8 @@ def draw(rows: list[dict[str, Any]]):
             axis.set_title(f"{model}, {rate:g} nats per step")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.legend(fontsize=7)
+        panels = [axis.get_legend_handles_labels() for axis in axes.flat]
+        figure.legend(*max(panels, key=lambda found: len(found[1])), loc="outside upper center", ncols=6)
         figure.supxlabel("step")
         figure.supylabel("Hellinger gap / change by SGD")
     return figure

@@ -39,6 +39,7 @@ _ONE = np.float32(1)
 _BYTES = np.uint64(4 * SIGNS)
 _U3, _U7 = np.uint64(3), np.uint64(7)
 _TO_UNIT = 2.0**-32
+GATHER, SCATTER = np.uint64(0), np.uint64(1)  # typed: for a plain constant every function is compiled once per value
 
 
 @compiled
@@ -100,11 +101,18 @@ def fill_term(z, words, term, base, low, high, local):
     elif term.kind == 1:
         fill_product(out, low, term)
     else:
-        out[:] = carray(pointer_to(term.first, np.float32), high)[low:]
+        copy(out, carray(pointer_to(term.first + np.uint64(4 * low), np.float32), out.size))
     gain = np.float32(term.gain)
     if gain != _ONE:
         for j in range(out.size):
             out[j] *= gain
+
+
+@compiled
+def copy(out, source):
+    """Copy ``source`` into ``out``.  Assigning a slice would compile its error message too, for seconds."""
+    for j in range(out.size):
+        out[j] = source[j]
 
 
 @compiled
@@ -197,26 +205,27 @@ def rounding_words(out, words, base, count, job):
     fill_words(words, np.uint64(base // 4), groups * PLANE, job.step, job.index, job.key0, job.key1)
     for g in range(groups):
         for k in range(4):
-            out[g * GROUP + k * PLANE : g * GROUP + (k + 1) * PLANE] = words[k][g * PLANE : (g + 1) * PLANE]
+            begin = g * GROUP + k * PLANE
+            copy(out[begin : begin + PLANE], words[k][g * PLANE : (g + 1) * PLANE])
 
 
 @compiled
-def gather(scratch, address, width, n, stride, back):
-    """Copy ``n`` strided elements of ``width`` bytes to contiguous scratch memory, or back."""
+def move(scratch, address, width, n, stride, way):
+    """Copy ``n`` strided elements of ``width`` bytes to contiguous scratch memory (GATHER), or back (SCATTER)."""
     if width == 2:
         half, half_scratch = carray(pointer_to(address, np.uint16), 1 + (n - 1) * stride), scratch.view(np.uint16)
-        _exchange(half, half_scratch, n, stride, back)
+        _exchange(half, half_scratch, n, stride, way)
     elif width == 4:
         single, single_scratch = carray(pointer_to(address, np.uint32), 1 + (n - 1) * stride), scratch.view(np.uint32)
-        _exchange(single, single_scratch, n, stride, back)
+        _exchange(single, single_scratch, n, stride, way)
     else:
-        _exchange(carray(pointer_to(address, np.uint64), 1 + (n - 1) * stride), scratch, n, stride, back)
+        _exchange(carray(pointer_to(address, np.uint64), 1 + (n - 1) * stride), scratch, n, stride, way)
 
 
 @compiled
-def _exchange(memory, scratch, n, stride, back):
+def _exchange(memory, scratch, n, stride, way):
     for j in range(n):
-        if back:
+        if way == SCATTER:
             memory[j * stride] = scratch[j]
         else:
             scratch[j] = memory[j * stride]
@@ -259,7 +268,7 @@ def run_segments(segments, chosen, jobs, terms, peaks):
             address = segment.address + np.uint64((low - start) * segment.stride * width)
             place = address
             if segment.stride != 1:
-                gather(scratch, address, width, n, segment.stride, False)
+                move(scratch, address, width, n, segment.stride, GATHER)
                 place = np.uint64(scratch.ctypes.data)
             x, half = carray(pointer_to(place, np.float32), n), carray(pointer_to(place, np.uint16), n)
             if code == FLOAT64:
@@ -273,7 +282,7 @@ def run_segments(segments, chosen, jobs, terms, peaks):
             else:
                 store_nearest(half, code, np.float32(job.keep), np.float32(job.shift), sum32)
             if segment.stride != 1:
-                gather(scratch, address, width, n, segment.stride, True)
+                move(scratch, address, width, n, segment.stride, SCATTER)
             base += TILE
 
 
