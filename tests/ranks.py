@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from forked import context
@@ -55,6 +56,7 @@ def _command(rank: int, size: int, port: int, argv: list[str], folder: Path, hom
     from zokernel.cli import main
 
     os.environ.update(environment(rank, size, port), ZOKERNEL_HOME=home)
+    torch.set_num_threads(1)  # torchrun's OMP_NUM_THREADS, which this process would read too late
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.exit(main(argv))
