@@ -26,8 +26,10 @@ from typing import Any
 from directions import table
 
 from zokernel.experiments.kept_runs import KeptRuns
+from zokernel.experiments.kerzoo.language_model import DATA
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"
+WORDING = {name: value for name, value in DATA["headlines"].items() if not name.endswith("_file")}
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
 
@@ -66,26 +68,24 @@ CONTENDERS = {
 
 
 def write_rows(headlines: Path, folder: Path) -> dict[str, str]:
-    """Write the three splits, and return the flags that name them."""
+    """Write the three splits, and return their paths as ``train_file`` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for line in headlines.read_text(encoding="utf-8").splitlines()[: sum(SIZES.values())]:
         row = json.loads(line)
         rows.append(json.dumps({"headline": row["input"][1]["content"], "kind": row["ideal"]}))
-    flags, first = {}, 0
+    paths, first = {}, 0
     for name, size in SIZES.items():
         path = folder / f"{name}.jsonl"
         path.write_text("\n".join(rows[first : first + size]) + "\n", encoding="utf-8")
-        flags[f"--{name}_file"], first = str(path), first + size
-    return flags
+        paths[f"{name}_file"], first = str(path), first + size
+    return paths
 
 
 def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, rate: float | None, seed: int) -> None:
     """Train one contender; a run that is there goes on, and a finished one stays."""
     steps = budget // (contender.batch * contender.cost)
     flags = {
-        "--template": "Headline: {headline}\nThis headline is",
-        "--label_column": "kind",
         "--max_train_samples": "-1",
         "--max_eval_samples": "-1",
         "--max_test_samples": "-1",
@@ -97,11 +97,11 @@ def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, r
         "--seed": str(seed),
         "--report_to": "none",
         "--output_dir": str(folder),
-        **data,
         **({} if rate is None else {"--learning_rate": str(rate)}),
     }
     words = [word for pair in flags.items() for word in pair]
-    words += ["--labels", "0", "1", "--label_words", "news", "satire"]
+    for name, value in (data | WORDING).items():
+        words += [f"--{name}", *([value] if isinstance(value, str) else value)]
     subprocess.run([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words], check=True)
 
 

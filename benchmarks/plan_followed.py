@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import math
 import random
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 import paired
 import torch
 from directions import table
+from long_runs import WORDING, write_rows
 
 from zokernel.experiments.kept_runs import KeptRuns
 
@@ -86,13 +86,7 @@ class Sources:
                 "label_column": "team",
             }
         if task == "headlines":
-            return {
-                "train_file": str(self._headlines()),
-                "template": "Headline: {headline}\nThis headline is",
-                "label_words": ["news", "satire"],
-                "labels": ["0", "1"],
-                "label_column": "kind",
-            }
+            return {"train_file": write_rows(self.headlines, self.made)["train_file"], **WORDING}
         if task == "movie-reviews":
             return {"dataset_name": task}
         columns = {"column_names": ["label", "question"]} if task == "trec" else {}
@@ -107,14 +101,6 @@ class Sources:
                 team = draw.choice(list(MESSAGES))
                 text = draw.choice(MESSAGES[team]).format(n=draw.randrange(1000, 9999)) + draw.choice(ENDINGS)
                 writer.writerow([text, team])
-        return path
-
-    def _headlines(self) -> Path:
-        path = self.made / "headlines.jsonl"
-        lines = itertools.islice(self.headlines.read_text(encoding="utf-8").splitlines(), 3000)
-        rows = [json.loads(line) for line in lines]
-        pairs = [{"headline": row["input"][1]["content"], "kind": row["ideal"]} for row in rows]
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
         return path
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from zokernel.directions import Dense
+from zokernel.errors import UsageError
 from zokernel.experiments.base import MODULES
 from zokernel.experiments.criteria import interval
 from zokernel.experiments.kerzoo import methods
@@ -182,3 +183,20 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
     for folder, lines in (("first", 5), ("second", 10), ("first", 10)):
         language_model.run(Config("smoke", options=options | {"data_folder": folder}))
         assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == lines
+
+
+def test_every_task_is_read_from_its_files(tmp_path):
+    from zokernel.experiments.base import Config
+    from zokernel.experiments.kerzoo import language_model
+    from zokernel.finetune.settings.arguments import DataArguments
+
+    options = {"data_folder": str(tmp_path), "tasks": list(language_model.DATA)}
+    found = language_model.tasks(Config("cpu", options=options))
+    assert list(found) == ["SST-2", "TREC", "RTE", "headlines"]
+    assert list(language_model.tasks(Config("cpu", options={"data_folder": "d"}))) == ["SST-2", "TREC", "RTE"]
+    for name, arguments in found.items():
+        assert DataArguments(**arguments).train_file.startswith(str(tmp_path)), name
+    assert found["headlines"]["train_file"] == str(tmp_path / "headlines/train.jsonl")
+    assert found["headlines"]["label_words"] == ["news", "satire"]
+    with pytest.raises(UsageError, match="no task 'CB'"):
+        language_model.tasks(Config("cpu", options=options | {"tasks": ["CB"]}))

@@ -2,7 +2,8 @@
 
 Without data of one's own the movie reviews are used.  With ``--set data_folder=DIR`` the tasks are SST-2, TREC and RTE,
 read from ``DIR/sst2/{train,dev}.tsv``, ``DIR/trec/{train,test}.csv`` and ``DIR/rte/{train,dev}.tsv``;
-``--set tasks='["SST-2"]'`` takes some of them.
+``--set tasks='["SST-2"]'`` takes some of them.  A further task is ``headlines``, real or sarcastic, from
+``DIR/headlines/{train,test}.jsonl`` as ``benchmarks/long_runs.py`` writes them.
 
 ``--set lora=false`` trains all weights.  ``--set sweep=true`` also trains every method at three effective rates from
 the first seed, chooses one by the loss of the validation examples, and trains the other seeds there.  With
@@ -35,11 +36,25 @@ logger = logging.getLogger(__name__)
 
 KEPT = ("learning_rate", "effective_lr", "before", "after", "forwards", "train_seconds", "evaluations")
 MATCHED = "MeZO-3 at KerZOO's effective lr"
-FILES = {
-    "SST-2": ("sst2", "train.tsv", "dev.tsv", None),
-    "TREC": ("trec", "train.csv", "test.csv", ["label", "question"]),
-    "RTE": ("rte", "train.tsv", "dev.tsv", None),
+DATA: dict[str, dict[str, Any]] = {  # data arguments by task; files are relative to the folder of the data
+    "SST-2": {"task": "sst2", "train_file": "sst2/train.tsv", "validation_file": "sst2/dev.tsv"},
+    "TREC": {
+        "task": "trec",
+        "train_file": "trec/train.csv",
+        "validation_file": "trec/test.csv",
+        "column_names": ["label", "question"],
+    },
+    "RTE": {"task": "rte", "train_file": "rte/train.tsv", "validation_file": "rte/dev.tsv"},
+    "headlines": {
+        "train_file": "headlines/train.jsonl",
+        "validation_file": "headlines/test.jsonl",
+        "template": "Headline: {headline}\nThis headline is",
+        "label_column": "kind",
+        "labels": ["0", "1"],
+        "label_words": ["news", "satire"],
+    },
 }
+OF_THE_PAPER = ("SST-2", "TREC", "RTE")
 
 
 # Methods by name; KerZOO's rate is a quarter of its effective one.
@@ -123,17 +138,11 @@ def tasks(config: Config) -> dict[str, dict[str, Any]]:
             return {"SST-2": {"task": "sst2", "dataset_name": "stanfordnlp/sst2"}}
         return {"movie reviews": {"task": "movie-reviews", "dataset_name": "movie-reviews"}}
     found: dict[str, dict[str, Any]] = {}
-    for name in config.options.get("tasks", list(FILES)):
-        if name not in FILES:
-            raise UsageError(f"There is no task {name!r}: choose from {', '.join(FILES)}.")
-        task, train, test, columns = FILES[name]
-        place = Path(folder) / task
-        found[name] = {
-            "task": task,
-            "train_file": str(place / train),
-            "validation_file": str(place / test),
-            "column_names": columns,
-        }
+    for name in config.options.get("tasks", OF_THE_PAPER):
+        if name not in DATA:
+            raise UsageError(f"There is no task {name!r}: choose from {', '.join(DATA)}.")
+        files = {key: str(Path(folder) / DATA[name][key]) for key in ("train_file", "validation_file")}
+        found[name] = DATA[name] | files
     return found
 
 
@@ -167,7 +176,7 @@ def run(config: Config) -> Result:
         with tempfile.TemporaryDirectory() as temporary:
             arguments, model_arguments = data | limits, {"model_name_or_path": name, "lora": lora}
             if name == "tiny":
-                tiny, arguments = tiny_setup(Path(temporary), {"task": data["task"]})
+                tiny, arguments = tiny_setup(Path(temporary), {"task": data.get("task", "sst2")})
                 model_arguments |= tiny
 
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
