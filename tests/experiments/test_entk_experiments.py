@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from zokernel.errors import UsageError
 from zokernel.experiments import Config
 from zokernel.experiments.entk import model_sizes
+from zokernel.experiments.entk.kept import KeptArrays
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
-from zokernel.experiments.entk.sentences import FIVE, Tail, kept_folder, language_task
+from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
 
 CHECKS = {
     "entk/heatmaps": lambda n: n["errors"]["trained 4-9"]["125"][0] < n["errors"]["trained 4-9"]["1"][0],
@@ -136,29 +137,39 @@ def test_model_sizes_take_the_gradient_of_a_batch_once(monkeypatch):
     assert len(taken) == len(set(taken)) == 3
 
 
-def test_what_is_kept_belongs_to_one_model_and_one_file(tmp_path):
-    """Numbers on other sentences are other numbers: a file is known by what is in it, not by its name."""
+def test_what_is_kept_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
+    """Numbers on other sentences are other numbers: a file is known by what it says, not by its name."""
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.tsv").write_text(text)
+        (tmp_path / name / "train.tsv").write_text(f"sentence\tlabel\n{text}\t1\n")
 
-    def place(model, folder=None):
-        options = {"cache": "kept"} | ({"train_file": str(tmp_path / folder / "train.tsv")} if folder else {})
-        return kept_folder(Config("cpu", options=options), model)
+    def place(model, folder):
+        options = {"cache": "kept", "train_file": str(tmp_path / folder / "train.tsv")}
+        return KeptArrays(Config("cpu", options=options), model).folder
 
-    assert place("smollm2") == Path("kept/smollm2/movie-reviews")
-    assert place("models/0.5b", "a") == place("0.5b", "c") == Path("kept/0.5b/train-7692c3ad")
-    assert len({place("smollm2"), place("smollm2", "a"), place("smollm2", "b"), place("0.5b", "a")}) == 4
-    assert kept_folder(Config("cpu", options={"train_file": "no.tsv"}), "smollm2") is None
-    with pytest.raises(UsageError, match="There is no file no"):
-        kept_folder(Config("cpu", options={"cache": "kept", "train_file": "no.tsv"}), "smollm2")
+    assert place("org/0.5b", "a") == place("org/0.5b", "c") == Path("kept/org--0.5b/train-ae40a028")
+    assert len({place("x/0.5b", "a"), place("y/0.5b", "a"), place("x/0.5b", "b")}) == 3
+    assert KeptArrays(Config("smoke", options={"cache": "kept"}), "16").folder == Path("kept/16/random")
+    assert KeptArrays(Config("cpu", options={"train_file": "none"}), "smollm2").folder is None
+    with pytest.raises(UsageError, match="There is no file"):
+        place("smollm2", "no")
+
+
+def test_what_was_kept_counts_the_seconds_that_it_took(tmp_path, monkeypatch):
+    clock = iter([0.0, 100.0, 0.0, 20.0])
+    monkeypatch.setattr("zokernel.experiments.entk.kept.time.perf_counter", lambda: next(clock))
+    for _ in range(2):
+        kept = KeptArrays(Config("smoke", options={"cache": str(tmp_path)}), "16")
+        assert kept("a", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
+        assert list(kept("b", lambda: {"y": np.ones(2)})) == ["y"]
+        assert kept.seconds == 120.0
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):
     options = {"models": ["16"], "directions": 4, "batches": 1, "gradients": 2, "cache": str(tmp_path)}
     first = model_sizes.run(Config("smoke", options=options))
     monkeypatch.setattr(model_sizes, "along_gradient", None)
-    assert model_sizes.run(Config("smoke", options=options)).numbers["rows"] == first.numbers["rows"]
+    assert model_sizes.run(Config("smoke", options=options)).numbers == first.numbers
     alone = model_sizes.run(Config("smoke", options=options | {"directions": [[4, 0]]}))
     assert alone.numbers["rows"][0]["distribution"] == "gaussian"
     assert len(alone.numbers["rows"]) == 1

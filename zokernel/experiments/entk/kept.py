@@ -1,0 +1,63 @@
+"""Arrays that an experiment of hours keeps in a folder, so that it can be stopped and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from zokernel.experiments.base import Config
+from zokernel.experiments.entk.sentences import training_rows
+
+_SECONDS = "seconds"
+
+
+class KeptArrays:
+    """What was measured of one model on one set of sentences, in the folder of the option ``cache`` if there is one.
+
+    Args:
+        config: The experiment's configuration.
+        model: The model's folder or hub id.
+
+    Attributes:
+        folder: Where the arrays are; it is named after the model and after what its training sentences say.  None
+            keeps nothing.
+        seconds: How long it took to measure all that was asked for, now or earlier.
+
+    Example:
+        >>> kept = KeptArrays(Config("smoke"), "16")
+        >>> kept("squares", lambda: {"found": np.ones(2)}), kept.folder
+        ({'found': array([1., 1.])}, None)
+    """
+
+    def __init__(self, config: Config, model: str):
+        self.folder: Path | None = None
+        self.seconds = 0.0
+        if "cache" in config.options:
+            data = "random" if config.scale == "smoke" else _named(*training_rows(config))
+            self.folder = Path(config.options["cache"]) / model.strip("/").replace("/", "--") / data
+
+    def __call__(self, name: str, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the arrays of a name that says all they depend on, or measure and keep them."""
+        path = None if self.folder is None else self.folder / f"{name}.npz"
+        if path is not None and path.exists():
+            found = dict(np.load(path, allow_pickle=False))
+            self.seconds += float(found.pop(_SECONDS))
+            return found
+        start = time.perf_counter()
+        found = measure()
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, **found, **{_SECONDS: np.array(seconds)})  # type: ignore[arg-type]
+        return found
+
+
+def _named(rows: list[dict[str, object]], source: str) -> str:
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return f"{Path(source).stem}-{digest[:8]}"
