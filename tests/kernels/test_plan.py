@@ -21,7 +21,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_verify import exact_moments, gradients, table, verify
-from zokernel.kernels.prober import ProbedTask, Prober
+from zokernel.kernels.prober import ProbedTask, Prober, rms_third
 from zokernel.kernels.probes import Measurement
 from zokernel.optim import MeZO
 
@@ -127,6 +127,20 @@ def test_best_eps_balances_noise_and_bias():
     assert plan.loss_noise == pytest.approx(1e-7 / 6, rel=0.7)  # the mean residual is (2 - 1) / 3 * 1 / 2
     assert 1e-3 < plan.eps.value < 5e-2
     assert plan.finite_difference_error < 1e-3
+
+
+def test_a_third_derivative_within_its_rounding_noise_is_not_known():
+    """Values of known size and noise; its error counts the noise, and a mean square below that of the noise is none."""
+    generator, noise, eps, size = torch.Generator().manual_seed(0), 1e-3, 1e-2, 2e3
+    rounding = math.sqrt(2.5) * noise / eps**3
+    draws = torch.randn(4000, 2, generator=generator).double()
+    third = size * draws[:, 0] + rounding * draws[:, 1]
+    found = rms_third(third, noise, eps)
+    assert found.error == pytest.approx((size**2 + rounding**2) / (size * math.sqrt(8000)), rel=0.05)
+    assert abs(found.value - size) < 4 * found.error
+    assert rms_third(third, 0.0, eps).error == pytest.approx(math.hypot(size, rounding) / math.sqrt(8000), rel=0.05)
+    nothing = rms_third(0.9 * rounding * torch.ones(8).double(), noise, eps)
+    assert (nothing.value, nothing.error, nothing.known) == (0.0, math.inf, False)
 
 
 def test_weights_return_after_an_error():

@@ -213,7 +213,7 @@ def make_plan(
         slopes = probe(prober, range(num_probes), eps, center)
         noise = loss_noise(prober, eps)
         # Slopes bear a larger eps than higher derivatives do: a rough third one first says how close to look for those.
-        rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps)
+        rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps).value
         close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
         second, third = derivatives(prober, range(curvature_probes), close)
         start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
@@ -255,12 +255,11 @@ def _summarize(
     noise_scale = jackknife(slopes, _noise_scale)
     if not noise_scale.known:
         notes.append("The batch's mean gradient is lost in the spread of its examples: use a larger batch, if you can.")
-    rms_third_value = rms_third(measured.third, noise, measured.eps)
-    third_error = rms_third_value / math.sqrt(2 * len(measured.third))
-    if rms_third_value > 0 and noise > 0:
-        best = theory.optimal_eps(noise, rms_third_value)
-        eps_best = Measurement(best, best * third_error / rms_third_value / 3)
-        miss = theory.error_at_optimum(noise, rms_third_value) / math.sqrt(gradient_sq)
+    third = rms_third(measured.third, noise, measured.eps)
+    if third.known and noise > 0:
+        best = theory.optimal_eps(noise, third.value)
+        eps_best = Measurement(best, best * third.error / third.value / 3)
+        miss = theory.error_at_optimum(noise, third.value) / math.sqrt(gradient_sq)
     else:
         notes.append("Bias or rounding noise of the loss is below what the probes resolve: keep the probed eps.")
         eps_best, miss = Measurement(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
@@ -286,7 +285,7 @@ def _summarize(
         trace_fisher=fisher,
         curvature_ratio=ratio,
         loss_noise=noise,
-        third_derivative=Measurement(rms_third_value, third_error),
+        third_derivative=third,
         eps=eps_best,
         eps_probed=eps,
         eps_derivatives=measured.eps,

@@ -19,7 +19,7 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.directions import Dense
 from zokernel.errors import RunError
-from zokernel.kernels.probes import Slopes
+from zokernel.kernels.probes import Measurement, Slopes
 from zokernel.kernels.projections import SeededDirections
 from zokernel.readable import readable_seconds
 
@@ -198,6 +198,11 @@ def loss_noise(prober: Prober, eps: float) -> float:
     return theory.noise_from_differences(values, order=3)
 
 
-def rms_third(third: Tensor, noise: float, eps: float) -> float:
-    """Return the rms third derivative with the variance of its rounding noise taken out."""
-    return math.sqrt(max(third.square().mean().item() - 2.5 * (noise / eps**3) ** 2, 0.0))
+def rms_third(third: Tensor, noise: float, eps: float) -> Measurement:
+    """Return the rms third derivative with the variance of its rounding noise taken out.
+
+    Its error is that of the mean square with the noise in it; where nothing is left, the error is infinite.
+    """
+    square, rounding = third.square().mean().item(), 2.5 * (noise / eps**3) ** 2
+    value = math.sqrt(max(square - rounding, 0.0))
+    return Measurement(value, square / (value * math.sqrt(2 * len(third))) if value > 0 else math.inf)
