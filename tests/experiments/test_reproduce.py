@@ -57,7 +57,10 @@ def test_a_failure_is_reported_and_the_others_run(two_experiments, tmp_path, cap
     # again: the finished one is kept, and only with the same settings
     assert run("test/good", "--scale", "smoke", "--set", "size=7") == 0
     assert two_experiments == [7]
-    assert "1 kept" in capsys.readouterr().out
+    printed, record = capsys.readouterr().out, load_record(tmp_path / "test/good")
+    assert "1 kept" in printed
+    assert f"with zokernel {record['versions']['zokernel']}" in printed
+    assert (record["commit"] is None) or f", commit {record['commit']} (--overwrite" in printed
     with pytest.raises(ValueError, match="other settings"):
         run("test/good", "--scale", "smoke")
     assert run("test/good", "--scale", "smoke", "--overwrite") == 0
