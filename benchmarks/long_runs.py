@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from directions import table
+from kept import refuse_others, rows_sha256
 
 from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.experiments.kerzoo.language_model import DATA
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"
+OWN = Path("runs/long_runs.jsonl")
 WORDING = {name: value for name, value in DATA["headlines"].items() if not name.endswith("_file")}
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
@@ -102,7 +104,8 @@ def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, r
     words = [word for pair in flags.items() for word in pair]
     for name, value in (data | WORDING).items():
         words += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    subprocess.run([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words], check=True)
+    if code := subprocess.call([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words]):
+        raise SystemExit(code)
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -134,16 +137,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headlines", type=Path, help="without it nothing is trained")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/long"))
-    parser.add_argument("--runs", type=Path, default=COMMITTED, help="finished runs, to which new ones are added")
+    parser.add_argument("--runs", type=Path, help=f"finished runs, to which new ones are added: {OWN} by default")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--budget", type=int, default=36_000, help="example-forwards of a run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rate", type=float, help="one rate for the contenders named, not the middle of the sweep")
     parser.add_argument("--sweep", action="store_true", help="run every rate of the contenders named")
     args = parser.parse_args()
-    runs = KeptRuns(args.runs)
+    runs = KeptRuns(args.runs or (OWN if args.headlines else COMMITTED))
     if args.headlines is not None:
         data = write_rows(args.headlines, args.output_dir)
+        shared = {"data": rows_sha256(Path(path).read_text(encoding="utf-8") for path in data.values())}
+        refuse_others(runs, {}, **shared)
         for name, seed in itertools.product(args.contenders, args.seeds):
             contender = CONTENDERS[name]
             rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
@@ -153,7 +158,7 @@ def main() -> None:
                     label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")
                     folder = args.output_dir / label
                     run(folder, contender, data, args.budget, rate, seed)
-                    runs.add(key | measured(folder))
+                    runs.add(key | shared | measured(folder))
     head = ["method", "rate", "seed", "example-forwards", "before", "after (test)", "s", "peak MiB", "validation"]
     print(table(head, [described(row) for row in runs.rows]))
 

@@ -5,8 +5,8 @@ and at the five rates of the sweep, with the same batches and directions and the
 one direction per step, its default eps).  Losses are those of the same 64 training examples before and after.  Finished
 plans and runs are kept in a file, so that a stopped benchmark goes on.
 
-    python benchmarks/plan_followed.py --data_folder DIR --headlines samples.jsonl --runs plan_followed.jsonl
-    python benchmarks/plan_followed.py --runs plan_followed.jsonl     # only prints the table of finished runs
+    python benchmarks/plan_followed.py --data_folder DIR --headlines samples.jsonl
+    python benchmarks/plan_followed.py        # only prints the table of the committed runs
 
 ``DIR`` holds {sst2,rte}/train.tsv and trec/train.csv; ``samples.jsonl`` is evals/registry/data/sarcasm/samples.jsonl of
 the package evals 3.0.1.post1.  The tickets are made up here; movie-reviews comes with the library.
@@ -29,6 +29,7 @@ from typing import Any
 import paired
 import torch
 from directions import table
+from kept import refuse_others, rows_sha256
 from long_runs import WORDING, write_rows
 
 from zokernel.experiments.kept_runs import KeptRuns
@@ -36,7 +37,8 @@ from zokernel.experiments.kept_runs import KeptRuns
 TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
 SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 EPS = {"full": 1e-3, "lora": 1e-2}
-PROBES = 32  # of a plan, unless others are asked for
+COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "plan_followed.jsonl"
+OWN = Path("runs/plan_followed.jsonl")
 MEASURED = 64  # training examples whose loss is followed
 ROWS = 1000
 DIVERGED = 1.2  # a loss at the end of so many times that of the start
@@ -104,26 +106,32 @@ class Sources:
         return path
 
 
+def training_rows(data: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """Return a task and its training rows, given its data flags."""
+    from zokernel.finetune.data.datasets import load_splits, load_task
+    from zokernel.finetune.settings.arguments import DataArguments
+
+    arguments = DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data)
+    wording = load_task(arguments)
+    return wording, load_splits(arguments, wording, seed=0).train
+
+
 class Course:
     """A model, a task's examples, and the weights that every run starts from.
 
     Args:
-        data: Data flags of the task.
+        wording: The task.
+        rows: Its training rows.
         lora: Train a LoRA adapter, not all weights.
     """
 
-    def __init__(self, data: dict[str, Any], *, lora: bool):
+    def __init__(self, wording: Any, rows: list[dict[str, Any]], *, lora: bool):
         from transformers import AutoTokenizer
 
         from zokernel.data import resolve_model_path
         from zokernel.finetune.data.collate import Collator, EncodedDataset
-        from zokernel.finetune.data.datasets import load_splits, load_task
-        from zokernel.finetune.settings.arguments import DataArguments
         from zokernel.finetune.tasks import encode
 
-        arguments = DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data)
-        wording = load_task(arguments)
-        rows = load_splits(arguments, wording, seed=0).train
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("smollm2"))
         encoded = EncodedDataset(encode(wording, rows, tokenizer))
         self.examples = [encoded[n] for n in range(len(encoded))]
@@ -177,36 +185,32 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
     return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
 
 
-def read_records(path: Path) -> KeptRuns:
-    """Return the finished plans and runs of a file; plans of older files do not say that they have 32 probes."""
-    records = KeptRuns(path)
-    for row in records.rows:
-        if row["kind"] == "plan":
-            row.setdefault("num_probes", PROBES)
-    return records
-
-
 def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
     """Make every plan and run that is not there yet."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
+    loaded = {task: training_rows(sources.arguments(task)) for task in settings.tasks}
+    hashes = {task: {"data": rows_sha256(rows)} for task, (_, rows) in loaded.items()}
+    for task, shared in hashes.items():
+        refuse_others(records, {"task": task}, **shared)
     for seed, task, train in itertools.product(settings.seeds, settings.tasks, settings.train):
         place = {"task": task, "train": train, "seed": seed, **fixed}
-        data, course = sources.arguments(task), None
+        shared, course = hashes[task], None
         probes = {"num_probes": settings.num_probes}
         planned = None if settings.no_plan else records.find(kind="plan", **place, **probes)
         if planned is None and not settings.no_plan:
             begun = time.perf_counter()
-            found = advised(data, lora=train == "lora", seed=seed, **fixed, **probes)
-            planned = {"kind": "plan", **place, **probes, **found, "seconds": round(time.perf_counter() - begun)}
-            records.add(planned)
+            found = advised(sources.arguments(task), lora=train == "lora", seed=seed, **fixed, **probes)
+            planned = {"kind": "plan", **place, **shared, **probes, **found}
+            records.add(planned | {"seconds": round(time.perf_counter() - begun)})
             print(f"{task} {train} seed {seed}: advised {planned['lr']}", flush=True)
         rates = [planned["lr"]] if planned and planned["lr"] is not None else []
         for lr in [*rates, *(() if settings.no_sweep else SWEEP[train])]:
             if records.find(kind="run", lr=lr, **place) is None:
-                course = course or Course(data, lora=train == "lora")
+                course = course or Course(*loaded[task], lora=train == "lora")
                 begun = time.perf_counter()
                 losses = course.run(lr, eps=EPS[train], seed=seed, **fixed)
-                row = {"kind": "run", **place, "lr": lr, **{name: round(loss, 4) for name, loss in losses.items()}}
+                row = {"kind": "run", **place, **shared, "lr": lr}
+                row |= {name: round(loss, 4) for name, loss in losses.items()}
                 records.add(row | {"seconds": round(time.perf_counter() - begun)})
                 print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
 
@@ -261,17 +265,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_folder", type=Path, help="without it nothing is trained")
     parser.add_argument("--headlines", type=Path, default=Path("samples.jsonl"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/plan_followed.jsonl"))
+    parser.add_argument("--runs", type=Path, help=f"finished runs, to which new ones are added: {OWN} by default")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--train", nargs="+", choices=list(SWEEP), default=list(SWEEP))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--num_probes", type=int, default=PROBES, help="probes of a plan")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--num_probes", type=int, default=32, help="probes of a plan")
     parser.add_argument("--no_sweep", action="store_true", help="only plans and the runs that follow them")
     parser.add_argument("--no_plan", action="store_true", help="only the sweep")
     settings = parser.parse_args()
-    records = read_records(settings.runs)
+    records = KeptRuns(settings.runs or (OWN if settings.data_folder else COMMITTED))
     if settings.data_folder is not None:
         with tempfile.TemporaryDirectory() as made:
             follow(records, Sources(settings.data_folder, settings.headlines, Path(made)), settings)

@@ -2,9 +2,10 @@
 
     python benchmarks/quantized.py --data folder-with-train.tsv-and-dev.tsv --output_dir runs/quantized --seeds 0 1 2
 
-Each run is one process.  What is finished is not repeated, so the script may be stopped and started again.  The table
-has peak memory of training and, over the same held-out examples, mean differences with 95 % intervals: of an adapter to
-the adapter on the bf16 base, of scales to the scales before training.
+Each run is one process.  What is finished is not repeated, so the script may be stopped and started again; a folder
+with runs of other settings is refused.  The table has peak memory of training and, over the same held-out examples,
+mean differences with 95 % intervals: of an adapter to the adapter on the bf16 base, of scales to the scales before
+training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kept import rows_sha256
+
+from zokernel.experiments.kept_runs import KeptRuns
 
 COMMON = ["--task", "sst2", "--per_device_eval_batch_size", "16", "--report_to", "none", "--precision", "bf16"]
 COMMON += ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_eval_samples", "16"]
@@ -49,22 +54,23 @@ def write_rows(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def train(args: argparse.Namespace, name: str, seed: int, folder: Path) -> None:
-    """Train one contender, if that was not done."""
-    if (folder / "metrics.json").is_file():
-        return
+    """Train one contender; the command trains what is not finished, and refuses a run of other settings."""
     data = ["--train_file", str(args.data / "train.tsv"), "--max_train_samples", str(args.train)]
     data += ["--test_file", str(args.output_dir / "test.jsonl"), "--max_test_samples", "-1", "--data_seed", "0"]
     method = [] if name.startswith("scales") else ["--method", "auto"]
     flags = [*COMMON, *data, *method, *CONTENDERS[name], "--max_steps", str(args.steps), "--seed", str(seed)]
     command = [sys.executable, "-m", "zokernel", "finetune", "--model_name_or_path", args.model, *flags]
-    subprocess.run([*command, "--output_dir", str(folder)], check=True)
+    if code := subprocess.call([*command, "--output_dir", str(folder)]):
+        raise SystemExit(code)
 
 
 def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str]], *, untrained: bool) -> list[Any]:
     """Return (correct, loss) of every held-out row; with scales, also as they were before training."""
-    file = folder / ("answers-before.json" if untrained else "answers.json")
-    if file.is_file():
-        return json.loads(file.read_text())
+    kept = KeptRuns(folder / "answers.jsonl")
+    key = {"untrained": untrained, "model": args.model, "steps": args.steps, "train": args.train}
+    key |= {"data": str(args.data), "rows": rows_sha256(rows)}
+    if (known := kept.find(**key)) is not None:
+        return list(known["answers"])
     from zokernel.finetune import load_predictor
     from zokernel.finetune.models.load import load_model
     from zokernel.finetune.settings.arguments import ModelArguments
@@ -79,7 +85,7 @@ def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str
     for row, answer in zip(rows, predictor([{"sentence": row["sentence"]} for row in rows], batch_size=16)):
         share = max(answer["scores"][row["label"]], 1e-12)
         found.append((int(answer["prediction"] == row["label"]), -math.log(share)))
-    file.write_text(json.dumps(found))
+    kept.add(key | {"answers": found})
     return found
 
 

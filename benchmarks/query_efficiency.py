@@ -6,7 +6,7 @@ its rates that came close, of which the best sets the target.  Training loss is 
 between evaluations it is interpolated; tokens are those of the batches, padding included; evaluations are not counted.
 Finished runs are kept in a file, so that a stopped benchmark goes on.
 
-    python benchmarks/query_efficiency.py --tasks sst2 trec --train full lora --data_folder DIR --runs runs.jsonl
+    python benchmarks/query_efficiency.py --tasks sst2 trec --train full lora --data_folder DIR
     python benchmarks/query_efficiency.py                       # trains nothing: the tables of the committed runs
 
 ``DIR`` holds {sst2,rte}/{train,dev}.tsv and trec/{train,test}.csv.
@@ -29,6 +29,7 @@ import paired
 import torch
 import torch.nn.functional as F
 from directions import machine, table
+from kept import refuse_others, rows_sha256
 from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Contender, rates_of
 
 from zokernel.directions.families.blockwise import layer_of, natural_order
@@ -38,8 +39,9 @@ from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.settings.auto import SCHEDULE, cooldown_steps
 from zokernel.optim import get_method
 
-COLUMNS = ("task", "train", "contender", "lr", "seed", "curve", "held_out")
+COLUMNS = ("task", "train", "contender", "lr", "seed", "curve", "held_out", "data")  # committed runs have no data
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "queries.jsonl"
+OWN = Path("runs/queries.jsonl")
 FILES = {
     "sst2": ("train.tsv", "dev.tsv", None),
     "trec": ("train.csv", "test.csv", ["label", "question"]),
@@ -91,6 +93,7 @@ class Arena:
         )
         wording = load_task(arguments)
         splits = load_splits(arguments, wording, seed=0)
+        self.data = rows_sha256(splits.train + splits.test)
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path("smollm2"))
         encoded = (EncodedDataset(encode(wording, rows, tokenizer)) for rows in (splits.train, splits.test))
         self.examples, self.held_out = ([data[n] for n in range(len(data))] for data in encoded)
@@ -209,7 +212,7 @@ class Runs:
     def __init__(self, path: Path):
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [dict(zip(COLUMNS, json.loads(line), strict=True)) for line in lines]
+        self.rows: list[dict[str, Any]] = [dict(zip(COLUMNS, json.loads(line))) for line in lines]
 
     def find(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the runs with these settings."""
@@ -218,6 +221,7 @@ class Runs:
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished run."""
         self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps([row[name] for name in COLUMNS], separators=(",", ":")) + "\n")
 
@@ -255,10 +259,12 @@ def compete(arena: Arena, task: str, name: str, runs: Runs, seeds: int) -> None:
     """Run what is missing of a contender's sweep and of its best rate."""
     contender = CONTENDERS[name]
     key = {"task": task, "train": arena.train, "contender": name}
+    shared = {"data": arena.data}
+    refuse_others(runs, {"task": task}, **shared)
 
     def once(lr: float, seed: int) -> None:
         if not runs.find(lr=lr, seed=seed, **key):
-            runs.add(key | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, FORWARDS[task]))
+            runs.add(key | shared | {"lr": lr, "seed": seed} | race(arena, contender, lr, seed, FORWARDS[task]))
 
     rates = rates_of(name, task, arena.train)
     if contender.swept:
@@ -343,10 +349,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data_folder", type=Path, help="the data sets; without them nothing is trained")
-    parser.add_argument("--runs", type=Path, default=COMMITTED, help="finished runs, to which new ones are added")
+    parser.add_argument("--runs", type=Path, help=f"finished runs, to which new ones are added: {OWN} by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    runs = Runs(options.runs)
+    runs = Runs(options.runs or (OWN if options.data_folder else COMMITTED))
     if options.data_folder is not None:
         for task in options.tasks:
             for train in options.train:
@@ -354,7 +360,7 @@ def main() -> None:
                 for name in options.contenders:
                     compete(arena, task, name, runs, options.seeds)
         print(f"Machine: {machine()}.\n")
-    print(tables(runs) or f"{options.runs} holds no runs yet: give --data_folder.")
+    print(tables(runs) or f"{runs.path} holds no runs yet: give --data_folder.")
     print(f"\n{by_target(runs)}")
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import refuse_others
 from paired import median_ratios, take_turns
 from torch import nn
 
@@ -229,12 +230,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(output: Path, *, model: str, generations: int, only_table: bool) -> None:
-    runs = KeptRuns(output)
+    runs, shared = KeptRuns(output), {"model": model, "generations": generations}
+    refuse_others(runs, {}, **shared)
     bench = None if only_table else Bench(model)
 
     def need(method: str, rate: float, seed: int, split: str) -> None:
         if bench is not None and runs.find(method=method, rate=rate, seed=seed, split=split) is None:
-            print(json.dumps(runs.add(bench.run(method, rate, seed, split, generations))), flush=True)
+            print(json.dumps(runs.add(bench.run(method, rate, seed, split, generations) | shared)), flush=True)
 
     for method, contender in CONTENDERS.items():
         for rate in contender.rates:

@@ -24,6 +24,7 @@ import peft
 import torch
 import transformers
 import trl
+from kept import refuse_others
 
 from zokernel.data import load_rows, resolve_model_path
 from zokernel.experiments.kept_runs import KeptRuns
@@ -100,6 +101,11 @@ class Job:
     options: dict[str, Any] | None = None
     lora: str | None = None
     batch: int = 8
+
+    @property
+    def eps(self) -> float:
+        """The radius of its directions."""
+        return 1e-2 if self.lora else 1e-3
 
 
 def plain(model: str, head: type, rows: Callable[..., Row | None], collator: Any, **more: Any) -> Job:
@@ -222,7 +228,7 @@ def make_trainer(job: Job, folders: dict[str, str], rate: float, seed: int, step
         method="forward_difference",
         method_args=["normalize=true"],
         num_perturbations=4,
-        eps=1e-2 if job.lora else 1e-3,
+        eps=job.eps,
     )
     trainer = normalised(
         model=model, args=arguments, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, **keywords
@@ -252,7 +258,7 @@ def run(name: str, folders: dict[str, str], rate: float, seed: int, share: float
         after = losses(trainer, rows)
     changes = [there - here for here, there in zip(before, after, strict=True)]
     return {
-        **{"job": name, "rate": rate, "seed": seed, "share": share, "steps": round(share * job.steps)},
+        **{"job": name, "rate": rate, "seed": seed, "share": share},
         **{"forwards": trainer.run_log.forwards, "seconds": seconds, "rows": len(rows)},
         **{"before": statistics.mean(before), "after": statistics.mean(after), "change": statistics.mean(changes)},
         "standard_error": statistics.stdev(changes) / len(changes) ** 0.5,
@@ -282,9 +288,13 @@ def main() -> None:
     runs = KeptRuns(args.results)
 
     def once(name: str, rate: float, seed: int, share: float) -> dict[str, Any]:
+        job, folders = JOBS[name], {"bert": args.bert, "t5": args.t5}
+        shared = {"model": folders.get(job.model, job.model), "steps": round(share * job.steps)}
+        shared |= {"eps": job.eps, "batch": job.batch}
+        refuse_others(runs, {"job": name, "share": share}, **shared)
         row = runs.find(job=name, rate=rate, seed=seed, share=share)
         if row is None:
-            row = runs.add(run(name, {"bert": args.bert, "t5": args.t5}, rate, seed, share))
+            row = runs.add(run(name, folders, rate, seed, share) | shared)
             print(row, flush=True)
         return row
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +13,7 @@ from plan_tasks import small_task
 
 from zokernel.commands.plan_told import describe
 from zokernel.errors import RunError
+from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.kernels.plan import make_plan
 from zokernel.kernels.plan_walk import measure_growth, reach, walk_rate
 from zokernel.kernels.prober import ProbedTask
@@ -111,22 +111,19 @@ def test_slopes_that_do_not_grow_leave_the_rate_of_one_step():
 
 
 def test_kept_plans_of_the_benchmark_are_told_apart_by_their_probes(tmp_path, monkeypatch):
-    """Plans of its committed file do not say that they have 32, and are still found."""
+    """So are those of the committed file, each of which has 32."""
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
     benchmark = importlib.import_module("plan_followed")
-    place = {"task": "movie-reviews", "train": "full", "seed": 0, "steps": 40, "batch": 8}
-    (tmp_path / "runs.jsonl").write_text(json.dumps({"kind": "plan", **place, "lr": None}) + "\n")
+    path = tmp_path / "runs.jsonl"
     made = []
     monkeypatch.setattr(benchmark, "advised", lambda data, **told: made.append(told["num_probes"]) or {"lr": None})
-    asked = {"seeds": [0], "tasks": ["movie-reviews"], "train": ["full"], "steps": 40, "batch": 8, "no_sweep": True}
+    asked = {"seeds": [0], "tasks": ["tickets"], "train": ["full"], "steps": 40, "batch": 8, "no_sweep": True}
     for probes in (32, 64, 64):
-        records = benchmark.read_records(tmp_path / "runs.jsonl")
-        benchmark.follow(
-            records, benchmark.Sources(*[tmp_path] * 3), Namespace(**asked, no_plan=False, num_probes=probes)
-        )
-    assert made == [64]
-    records = benchmark.read_records(root / "docs" / "results" / "plan_followed.jsonl")
+        sources = benchmark.Sources(*[tmp_path] * 3)
+        benchmark.follow(KeptRuns(path), sources, Namespace(**asked, no_plan=False, num_probes=probes))
+    assert made == [32, 64]
+    records = KeptRuns(benchmark.COMMITTED)
     asked |= {"tasks": benchmark.TASKS, "train": list(benchmark.SWEEP)}
     found = [benchmark.summary(records, Namespace(**asked, num_probes=probes)) for probes in (32, 64)]
     assert [text.splitlines()[-1][:17] for text in found] == ["6 plans followed,", "0 plans followed,"]

@@ -31,8 +31,8 @@ class KeptRuns:
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """Return the run with these values, or None if there is none."""
-        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+        """Return the run that has all of these values, None among them, or None if there is no such run."""
+        return next((row for row in self.rows if key.items() <= row.items()), None)
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Keep a run, and return it."""

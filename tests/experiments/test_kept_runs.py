@@ -1,0 +1,104 @@
+"""Kept runs: which one answers for a setting, and which file may not take more."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from zokernel.experiments.kept_runs import KeptRuns
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def test_a_run_that_does_not_say_a_value_is_not_one_with_none(tmp_path):
+    runs = KeptRuns(tmp_path / "runs.jsonl")
+    runs.add({"seed": 0, "loss": 0.5})
+    runs.add({"seed": 0, "rate": None, "loss": 0.25})
+    runs.add({"seed": 0, "rate": [1, 2], "loss": 0.125})
+    for kept in (runs, KeptRuns(runs.path)):
+        assert kept.find(seed=0)["loss"] == 0.5
+        assert kept.find(seed=0, rate=None)["loss"] == 0.25
+        assert kept.find(seed=0, rate=[1, 2])["loss"] == 0.125
+        assert kept.find(seed=0, batch=None) is None
+
+
+def test_runs_of_other_settings_are_not_added_to(tmp_path, benchmark):
+    refuse_others = benchmark("kept").refuse_others
+    runs = KeptRuns(tmp_path / "runs.jsonl")
+    runs.add({"task": "sst2", "data": "66e12348"})
+    runs.add({"task": "trec"})
+    refuse_others(runs, {"task": "sst2"}, data="66e12348")
+    refuse_others(runs, {"task": "rte"}, data="0")
+    with pytest.raises(SystemExit, match="a run that has data 66e12348, not 0: keep"):
+        refuse_others(runs, {"task": "sst2"}, data="0")
+    with pytest.raises(SystemExit, match="a run that does not say its data, not 0: keep"):
+        refuse_others(runs, {"task": "trec"}, data="0")
+    with pytest.raises(SystemExit, match="does not say its data"):
+        refuse_others(runs, {}, data="66e12348")
+
+
+def test_the_hash_is_of_the_rows_in_their_order(benchmark):
+    rows_sha256 = benchmark("kept").rows_sha256
+    assert rows_sha256([{"text": "good", "label": 1}]) == rows_sha256([{"label": 1, "text": "good"}]) == "66e12348"
+    assert len({rows_sha256(rows) for rows in ([1, 2], [2, 1], [12], ["12"], [])}) == 5
+
+
+def test_committed_runs_are_found_by_their_benchmarks(benchmark):
+    rewards, long_runs, queries = map(benchmark, ("rewards", "long_runs", "query_efficiency"))
+    kept = KeptRuns(RESULTS / "rewards.jsonl")
+    benchmark("kept").refuse_others(kept, {}, model="smollm2", generations=rewards.GENERATIONS)
+    found = []
+    for name, contender in rewards.CONTENDERS.items():
+        wanted = [(rate, rewards.SWEPT_WITH, "validation") for rate in contender.rates]
+        wanted += [(rewards.best_rate(kept.rows, name), seed, "held-out") for seed in rewards.SEEDS]
+        found += [kept.find(method=name, rate=rate, seed=seed, split=split) for rate, seed, split in wanted]
+    assert len(found) == len(kept.rows) == 18
+    assert None not in found
+    kept = KeptRuns(long_runs.COMMITTED)
+    assert kept.find(method="AdamW, LoRA", rate=1e-3, budget=3600, seed=0)["steps"] == 150
+    for name, rate in (("auto, LoRA, batch 16", None), ("MeZO", 2e-5)):
+        assert kept.find(method=name, rate=rate, budget=36_000, seed=0)["steps"] == 1125
+    runs = queries.Runs(queries.COMMITTED)
+    found = runs.find(task="trec", train="full", contender="auto", lr=queries.rates_of("auto", "trec", "full")[0])
+    assert [row["seed"] for row in found] == list(range(1, 11))
+    assert not any("data" in row for row in runs.rows)
+
+
+def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, benchmark):
+    """Runs are kept with the hash of their headlines; the committed ones, which have none, are not added to."""
+    long_runs, trained = benchmark("long_runs"), []
+    results = {"learning_rate": 2e-5, "steps": 1125, "before": [0.5, 1], "after": [0.5, 1], "validation": []}
+    monkeypatch.setattr(long_runs, "run", lambda folder, *told: trained.append(folder.name))
+    monkeypatch.setattr(long_runs, "measured", lambda folder: results | {"seconds": 1, "peak_mib": 1})
+    monkeypatch.chdir(tmp_path)
+
+    def start(title: str, *flags: str) -> None:
+        row = {"input": [{}, {"content": title}], "ideal": "satire"}
+        Path("samples.jsonl").write_text(json.dumps(row) + "\n")
+        command = ["long_runs.py", "--headlines", "samples.jsonl", "--contenders", "MeZO", "--rate", "2e-5", *flags]
+        monkeypatch.setattr("sys.argv", command)
+        long_runs.main()
+
+    start("Area man")
+    start("Area man")
+    kept = KeptRuns(long_runs.OWN)
+    assert trained == ["MeZO-2e-05-36000-0"]
+    assert len(kept.rows) == 1
+    hashed = kept.rows[0]["data"]
+    assert len(hashed) == 8
+    with pytest.raises(SystemExit, match=f"runs/long_runs.jsonl holds a run that has data {hashed}, not "):
+        start("Area woman")
+    with pytest.raises(SystemExit, match="does not say its data"):
+        start("Area man", "--runs", str(long_runs.COMMITTED))
+    start("Area woman", "--runs", "others.jsonl")
+    assert len(trained) == 2
