@@ -19,6 +19,7 @@ from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.offload import offloaded
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.models.scales import with_scales
+from zokernel.finetune.models.starting_weights import starting_weights
 from zokernel.finetune.report.metrics import MEASURED
 from zokernel.finetune.run import Run
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -98,7 +99,8 @@ def finetune(
         settings = settings if config.overwrite_output_dir else keep_recorded(settings, folder)
         if model_arguments.offload and config.do_train:
             check_streamed(settings.arguments(), trains_weights=trained_by(model_arguments) == "full parameters")
-        deciding = output.run_settings(model_arguments, data_arguments, settings.arguments()) | splits.fingerprint
+        deciding = output.run_settings(model_arguments, data_arguments, settings.arguments())
+        deciding |= splits.fingerprint | starting_weights(model)
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
             logger.info("%s holds this very run, finished: nothing is left to do.", folder)

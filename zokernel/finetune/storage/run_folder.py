@@ -13,6 +13,8 @@ from typing import Any
 from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
 from zokernel.files import check_output_dir, read_json, remedy, write_json, writing
+from zokernel.finetune.models.starting_weights import STARTING_WEIGHTS
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
@@ -63,6 +65,11 @@ _MAY_DIFFER = (  # in a run that is continued
     *("max_steps", "num_train_epochs", "per_device_eval_batch_size"),
     *("offload", "offload_dir", "offload_updates"),
 )
+_ROWS = {"train_rows": "training", "validation_rows": "validation", "test_rows": "test"}
+_WHICH_ROWS = (  # what they are is compared, not how they were found
+    *("train_file", "validation_file", "test_file", "column_names", "dataset_name", "dataset_config"),
+    *("dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples", "protocol", "k_shot"),
+)
 _OWN_CARDS = ("- zokernel", "# Model Card for Model ID")  # a line of the card of a run, or of peft's until it ends
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
@@ -75,25 +82,27 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
     Args:
         folder: The output folder; created if missing.
         overwrite: Remove what an earlier run of zokernel left there.
-        resume: Continue the run that is there, even with other settings.
+        resume: Continue the run that is there, even if it becomes longer, or is evaluated at other steps.
         settings: What decides the run's result: see :func:`run_settings`.
 
     Returns:
         ``new``, ``unfinished`` or ``finished``.
 
     Raises:
-        UsageError: If the folder holds something else, or a run that was not asked to be resumed or overwritten.
+        UsageError: If the folder holds something else, a run that was not asked to be resumed or overwritten, or one
+            with other examples or starting weights.
         RunError: If it cannot be written.
     """
     check_output_dir(folder, "The output folder")
     folder.mkdir(parents=True, exist_ok=True)
     occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
     ours, finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
+    old = read_json(folder / RUN_FILE).get("settings") if ours and (resume or not overwrite) else None
     if resume:
         if not ours:
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
         refuse_old_run(folder)
-        _refuse_other_examples(folder, settings or {})
+        _refuse_other_start(folder, old or {}, settings or {})
         return "unfinished"
     if not occupied:
         return "new"
@@ -101,13 +110,15 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         if not ours:
             raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
         refuse_old_run(folder)
-        old, new = read_json(folder / RUN_FILE).get("settings"), settings
-        different = _different(old, new)
+        different = _different(old, settings)
         if not different:
             return "finished" if finished else "unfinished"
+        if different == [STARTING_WEIGHTS]:
+            raise _other_weights(folder)
         goes_on = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
+        told = _told(different, old, settings)
         raise UsageError(
-            f"{folder} already holds another run{'' if finished else ', unfinished'} ({_told(different, old, new)}): "
+            f"{folder} already holds another run{'' if finished else ', unfinished'} ({told}): "
             + ("" if finished else "repeat its settings to continue it, ")
             + ("lengthen it with --resume_from_checkpoint last, " if goes_on else "")
             + "choose another --output_dir, or start over with --overwrite_output_dir true."
@@ -224,30 +235,51 @@ def note_begin(folder: Path, run: dict[str, Any], *, settings: Mapping[str, Any]
     write_json(folder / RUN_FILE, run)
 
 
-def _refuse_other_examples(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other training examples; its evaluations may be of others.
+def _refuse_other_start(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other examples, phrased or scored otherwise, or from other weights.
+
+    What was measured before would stand beside what is measured now.
 
     Raises:
-        UsageError: If they have changed.
+        UsageError: If one of them has changed.
     """
-    before = (read_json(folder / RUN_FILE).get("settings") or {}).get("train_rows")
-    now = settings.get("train_rows")
-    if before is not None and now is not None and before != now:
+    changed = [name for name in _different(old, new) if name in old and name in new]
+    for name, split in _ROWS.items():
+        if name in changed:
+            raise UsageError(
+                f"The {split} examples are not those of the run in {folder} "
+                f"({_rows_told(name.removesuffix('_rows'), old[name], new[name])}): give it the same, or choose "
+                "another --output_dir."
+            )
+    if STARTING_WEIGHTS in changed:
+        raise _other_weights(folder)
+    own = {field.name for field in dataclasses.fields(DataArguments)}.difference(_WHICH_ROWS)
+    if shown := [name for name in changed if name in own]:
         raise UsageError(
-            f"The training examples are not those of the run in {folder} ({_rows_told('train', before, now)}): give "
-            "it the same, or choose another --output_dir."
+            f"The examples are not used as in the run in {folder} ({_told(shown, old, new)}): repeat its "
+            "settings, or choose another --output_dir."
         )
 
 
-def _different(old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[str]:
+def _other_weights(folder: Path) -> UsageError:
+    """Return the error for a model that was trained further, or replaced, since a run began."""
+    return UsageError(
+        f"The model's weights are not those that the run in {folder} began with: give it the same, choose another "
+        "--output_dir, or start over with --overwrite_output_dir true."
+    )
+
+
+def _different(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
     """Return the names of the settings that differ, those of data last."""
     if old is None or new is None:
         return ["settings"]
     names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if None in (old.get(STARTING_WEIGHTS), new.get(STARTING_WEIGHTS)):  # of an earlier version, or on the hub
+        names = [name for name in names if name != STARTING_WEIGHTS]
     return sorted(names, key=lambda name: str(old.get(name)).count(" rows, sha256 "))
 
 
-def _told(names: Sequence[str], old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+def _told(names: Sequence[str], old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
     """Return how settings differ."""
     if old is None or new is None:
         return "with settings that are not known"
@@ -256,6 +288,7 @@ def _told(names: Sequence[str], old: dict[str, Any] | None, new: dict[str, Any] 
         if " rows, sha256 " in str(old.get(name))
         else f"{name}: {_shown(old.get(name))} there, {_shown(new.get(name))} asked for"
         for name in names
+        if name != STARTING_WEIGHTS
     )
 
 
