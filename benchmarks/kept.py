@@ -1,24 +1,8 @@
-"""What keeps the runs of one file comparable: a hash of their data, and a refusal to add others to them."""
+"""What keeps the runs of one file comparable: a refusal to add others to them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
 from typing import Any
-
-
-def rows_sha256(rows: Iterable[Any]) -> str:
-    """Return the first eight hexadecimal digits of the SHA-256 of rows, each written as JSON.
-
-    Example:
-        >>> rows_sha256([{"text": "good", "label": 1}])
-        '66e12348'
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()[:8]
 
 
 def refuse_others(runs: Any, among: dict[str, Any], **shared: Any) -> None:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from directions import table
-from kept import refuse_others, rows_sha256
+from kept import refuse_others
 
-from zokernel.experiments.kept_runs import KeptRuns
+from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
 from zokernel.experiments.kerzoo.language_model import DATA
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"

@@ -29,10 +29,10 @@ from typing import Any
 import paired
 import torch
 from directions import table
-from kept import refuse_others, rows_sha256
+from kept import refuse_others
 from long_runs import WORDING, write_rows
 
-from zokernel.experiments.kept_runs import KeptRuns
+from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
 
 TASKS = ("tickets", "sst2", "trec", "rte", "movie-reviews", "headlines")
 SWEEP = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}

@@ -22,9 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kept import rows_sha256
-
-from zokernel.experiments.kept_runs import KeptRuns
+from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
 
 COMMON = ["--task", "sst2", "--per_device_eval_batch_size", "16", "--report_to", "none", "--precision", "bf16"]
 COMMON += ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_eval_samples", "16"]

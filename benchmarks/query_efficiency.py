@@ -29,11 +29,12 @@ import paired
 import torch
 import torch.nn.functional as F
 from directions import machine, table
-from kept import refuse_others, rows_sha256
+from kept import refuse_others
 from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Contender, rates_of
 
 from zokernel.directions.families.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
+from zokernel.experiments.kept_runs import rows_sha256
 from zokernel.finetune.models.freezing import freeze_
 from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.settings.auto import SCHEDULE, cooldown_steps

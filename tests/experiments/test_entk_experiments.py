@@ -147,7 +147,7 @@ def test_what_is_kept_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
         options = {"cache": "kept", "train_file": str(tmp_path / folder / "train.tsv")}
         return KeptArrays(Config("cpu", options=options), model).folder
 
-    assert place("org/0.5b", "a") == place("org/0.5b", "c") == Path("kept/org--0.5b/train-ae40a028")
+    assert place("org/0.5b", "a") == place("org/0.5b", "c") == Path("kept/org--0.5b/train-bc1c314a")
     assert len({place("x/0.5b", "a"), place("y/0.5b", "a"), place("x/0.5b", "b")}) == 3
     assert KeptArrays(Config("smoke", options={"cache": "kept"}), "16").folder == Path("kept/16/random")
     assert KeptArrays(Config("cpu", options={"train_file": "none"}), "smollm2").folder is None

@@ -12,6 +12,7 @@ from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.experiments.base import MODULES
 from zokernel.experiments.criteria import interval
+from zokernel.experiments.kept_runs import rows_sha256
 from zokernel.experiments.kerzoo import methods
 from zokernel.experiments.kerzoo.replicas import Task, iterations_to, train
 from zokernel.optim import KerZOO, MeZO
@@ -200,3 +201,17 @@ def test_every_task_is_read_from_its_files(tmp_path):
     assert found["headlines"]["label_words"] == ["news", "satire"]
     with pytest.raises(UsageError, match="no task 'CB'"):
         language_model.tasks(Config("cpu", options=options | {"tasks": ["CB"]}))
+
+
+def test_a_file_with_other_rows_is_other_data(tmp_path):
+    from zokernel.experiments.kerzoo.language_model import hashes
+
+    data = {"train_file": str(tmp_path / "train.csv"), "column_names": ["label", "question"]}
+    (tmp_path / "train.csv").write_text("1,Who?\n2,Where?\n")
+    first = hashes(data)
+    assert first == {
+        "train_file": rows_sha256([{"label": "1", "question": "Who?"}, {"label": "2", "question": "Where?"}])
+    }
+    (tmp_path / "train.csv").write_text("1,Who?\n3,Where?\n")
+    assert hashes(data) != first
+    assert hashes({"dataset_name": "movie-reviews"}) == {}

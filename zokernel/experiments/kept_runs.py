@@ -1,8 +1,10 @@
-"""Runs that are kept in a file, so that an experiment or benchmark of many hours can be stopped and goes on."""
+"""Runs that are kept in a file, so that an experiment or benchmark of many hours goes on; the hash of their data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,16 @@ class KeptRuns:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         return row
+
+
+def rows_sha256(rows: Iterable[Any]) -> str:
+    """Return the first eight hexadecimal digits of the SHA-256 of rows, each written as JSON.
+
+    Example:
+        >>> rows_sha256([{"text": "good", "label": 1}])
+        '66e12348'
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:8]

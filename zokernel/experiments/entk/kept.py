@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 
 from zokernel.experiments.base import Config
 from zokernel.experiments.entk.sentences import training_rows
+from zokernel.experiments.kept_runs import rows_sha256
 
 _SECONDS = "seconds"
 
@@ -38,7 +37,10 @@ class KeptArrays:
         self.folder: Path | None = None
         self.seconds = 0.0
         if "cache" in config.options:
-            data = "random" if config.scale == "smoke" else _named(*training_rows(config))
+            data = "random"
+            if config.scale != "smoke":
+                rows, source = training_rows(config)
+                data = f"{Path(source).stem}-{rows_sha256(rows)}"
             self.folder = Path(config.options["cache"]) / model.strip("/").replace("/", "--") / data
 
     def __call__(self, name: str, measure: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -56,8 +58,3 @@ class KeptArrays:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, **found, **{_SECONDS: np.array(seconds)})  # type: ignore[arg-type]
         return found
-
-
-def _named(rows: list[dict[str, object]], source: str) -> str:
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    return f"{Path(source).stem}-{digest[:8]}"

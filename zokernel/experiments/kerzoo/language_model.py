@@ -25,7 +25,7 @@ import numpy as np
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
-from zokernel.experiments.kept_runs import KeptRuns
+from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
 from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.figures import figures
@@ -146,6 +146,15 @@ def tasks(config: Config) -> dict[str, dict[str, Any]]:
     return found
 
 
+def hashes(data: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of the files of a task, which are those of other rows once a file is another."""
+    from zokernel.data import load_table
+
+    columns = data.get("column_names")
+    splits = [split for split in ("train_file", "validation_file") if split in data]
+    return {split: rows_sha256(load_table(data[split], column_names=columns)) for split in splits}
+
+
 @experiment(
     "kerzoo/language_model", "Figure 4, Table 13: SmolLM2 with LoRA on real tasks, at equal and matched learning rates"
 )
@@ -162,6 +171,7 @@ def run(config: Config) -> Result:
         "max_steps": steps,
         "eps": 1e-2 if lora else 1e-3,
         "per_device_train_batch_size": config.pick("batch_size", smoke=4, cpu=4, full=16),
+        "precision": config.pick("precision", smoke="fp32", cpu="fp32", full="auto"),
         "eval_strategy": "steps",
         "eval_steps": steps,
         "load_best_model_at_end": False,
@@ -179,10 +189,12 @@ def run(config: Config) -> Result:
                 tiny, arguments = tiny_setup(Path(temporary), {"task": data.get("task", "sst2")})
                 model_arguments |= tiny
 
+            rows_read = {} if name == "tiny" else hashes(data)
+
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
                 chosen = settings | line | {"seed": seed}
-                key = {"task": task, "data": data, "model": name, "lora": lora, "settings": chosen, **limits}  # noqa: B023
-                known = json.dumps(key, sort_keys=True)
+                key = {"task": task, "data": data, "rows": rows_read, "model": name, "lora": lora}  # noqa: B023
+                known = json.dumps(key | {"settings": chosen, **limits}, sort_keys=True)
                 found = runs.find(run=known)
                 if found is None:
                     metrics = outcome(model=model_arguments, data=arguments, settings=chosen)  # noqa: B023
