@@ -14,6 +14,7 @@ from zokernel.cli import main
 from zokernel.errors import UsageError
 from zokernel.finetune import ZOConfig
 from zokernel.finetune.settings import flag_files
+from zokernel.finetune.settings.config import faster_in_bf16
 from zokernel.finetune.settings.record import SOURCES, Setting, first_difference, read_settings
 from zokernel.finetune.settings.resolve import resolve
 from zokernel.finetune.storage.run_folder import refuse_old_run
@@ -227,6 +228,27 @@ def test_auto_perturbs_in_forward_under_bf16_autocast(parts, tmp_path, caplog):
     assert "perturb: in_forward, which is faster on a CPU under bf16 autocast (the same perturbed loss" in caplog.text
     # The check left the weights as they were.
     assert all(torch.equal(before[name], w) for name, w in parts[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("units", "faster", "why"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True, "this CPU has bf16 units"),
+        ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, False, "without AMX an Intel CPU"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9R14"}, True, "this CPU has bf16 units"),
+        ({"avx512_bf16": True}, True, "this CPU has bf16 units"),
+        ({"cpu_name": "Intel Xeon"}, False, "this CPU lacks bf16 units"),
+        ({}, False, "this CPU lacks bf16 units"),
+    ],
+)
+def test_auto_takes_bf16_where_it_is_faster(units, faster, why, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: units)
+    found, said = faster_in_bf16(use_cpu=True)
+    assert (found, why in said) == (faster, True)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert ZOConfig(**settings, precision="auto").bf16 is faster
+    assert ZOConfig(**settings, precision="bf16").bf16
+    assert not ZOConfig(**settings, precision="fp32").bf16
 
 
 def test_auto_stays_in_place_where_the_losses_differ(parts, tmp_path, caplog):

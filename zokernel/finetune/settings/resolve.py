@@ -16,7 +16,7 @@ from typing import Any
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
 from zokernel.finetune.settings.check import try_method
-from zokernel.finetune.settings.config import bf16_units, default_eval_steps
+from zokernel.finetune.settings.config import default_eval_steps, faster_in_bf16
 from zokernel.finetune.settings.flag_files import keys_of
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
@@ -133,9 +133,9 @@ def resolve(
 
 def _say_precision(use_cpu: bool) -> None:
     """Log which precision the hardware decided."""
-    supported, where = bf16_units(use_cpu=use_cpu)
-    told = ("forwards under bf16 autocast", where, "has") if supported else ("fp32", where, "lacks")
-    logger.info("Precision: %s (%s %s bf16 units; override with precision).", *told)
+    faster, why = faster_in_bf16(use_cpu=use_cpu)
+    precision = "forwards under bf16 autocast" if faster else "fp32"
+    logger.info("Precision: %s (%s; override with precision).", precision, why)
 
 
 def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
