@@ -24,7 +24,7 @@ from zokernel.experiments.storage import RECORD, command, load_record
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
 SECONDS = DOCS.parent / "zokernel" / "experiments" / "seconds.json"
-WIDEST = 1280  # pixels
+WIDEST = 1400  # pixels
 
 
 def compact(value: Any) -> Any:
@@ -157,7 +157,7 @@ def experiments_page() -> str:
         "# Every experiment",
         "",
         f"These are the recorded results of {len(records)} of {len(MODULES)} experiments.",
-        f"They took {duration(total)} in all, on one thread of shared cores.",
+        f"They took {duration(total)} in all, on one or two threads of shared cores.",
         "Each names the command that repeats it; most belong to `zokernel reproduce all --scale cpu`.",
         "The text comes from the experiments, and the numbers are in the `result.json` beside the figures.",
         "This page is written by `python docs/publish.py`.",
