@@ -116,7 +116,7 @@ def test_a_sweep_takes_the_rate_with_the_lowest_validation_loss_at_equal_effecti
 
     def train(line, seed):
         tried.append((line["learning_rate"], seed))
-        loss = {0: 0.7, 1: 0.4, 2: float("nan")}[len(tried) - 1]
+        loss = {0: 0.7, 1: 0.4, 2: 0.5, 3: float("nan")}[len(tried) - 1]
         return {"evaluations": [{"loss": loss}]}
 
     chosen = best("KerZOO as printed", 3e-4, 40, train, seed=5)
@@ -134,9 +134,9 @@ def test_a_stopped_comparison_goes_on_from_its_file(tmp_path, monkeypatch):
     options = {"sweep": True, "runs": str(tmp_path / "runs.jsonl"), "lora": False, "steps": 2}
     first = language_model.run(Config("smoke", options=dict(options))).numbers
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    # Four methods at one nominal rate; four methods at three effective ones.  MeZO-3 at KerZOO's is one of these, and
+    # Four methods at one nominal rate; four methods at four effective ones.  MeZO-3 at KerZOO's is one of these, and
     # so is KerZOO at the nominal one.
-    assert len(lines) == 4 + 4 * 3 - 2
+    assert len(lines) == 4 + 4 * 4 - 2
     (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     trained = []
     job = language_model.finetune_job
@@ -166,7 +166,7 @@ def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_go_on(t
     def diverges_above(line, seed):
         return {"evaluations": [] if line["learning_rate"] > 1.1e-3 else [{"loss": 9.0}]}
 
-    assert language_model.best("KerZOO", 1e-3, 3, diverges_above, 0)["learning_rate"] == pytest.approx(1e-3 / 3)
+    assert language_model.best("KerZOO", 1e-3, 3, diverges_above, 0)["learning_rate"] == pytest.approx(1e-3 / 9)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")

@@ -5,7 +5,7 @@ read from ``DIR/sst2/{train,dev}.tsv``, ``DIR/trec/{train,test}.csv`` and ``DIR/
 ``--set tasks='["SST-2"]'`` takes some of them.  A further task is ``headlines``, real or sarcastic, from
 ``DIR/headlines/{train,test}.jsonl`` as ``benchmarks/long_runs.py`` writes them.
 
-``--set lora=false`` trains all weights.  ``--set sweep=true`` also trains every method at three effective rates from
+``--set lora=false`` trains all weights.  ``--set sweep=true`` also trains every method at four effective rates from
 the first seed, chooses one by the loss of the validation examples, and trains the other seeds there.  With
 ``--set runs=FILE`` finished runs are kept in a file, and an experiment that was stopped goes on from it.
 """
@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "KerZOO": {"method": "kerzoo"},
     "KerZOO as printed": {"method": "kerzoo", "method_args": ["radius_schedule=literal", "averaging=journal"]},
 }
-SWEEP = (4 / 3, 4.0, 12.0)  # effective rates of the sweep, over the nominal rate of the experiment
+SWEEP = (4 / 9, 4 / 3, 4.0, 12.0)  # effective rates of the sweep, over the nominal rate of the experiment
 
 
 def rate_of(method: str, effective: float) -> float:
