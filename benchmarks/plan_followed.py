@@ -188,7 +188,8 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
 def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
     """Make every plan and run that is not there yet."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
-    loaded = {task: training_rows(sources.arguments(task)) for task in settings.tasks}
+    data = {task: sources.arguments(task) for task in settings.tasks}
+    loaded = {task: training_rows(data[task]) for task in settings.tasks}
     hashes = {task: {"data": rows_sha256(rows)} for task, (_, rows) in loaded.items()}
     for task, shared in hashes.items():
         refuse_others(records, {"task": task}, **shared)
@@ -199,7 +200,7 @@ def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) ->
         planned = None if settings.no_plan else records.find(kind="plan", **place, **probes)
         if planned is None and not settings.no_plan:
             begun = time.perf_counter()
-            found = advised(sources.arguments(task), lora=train == "lora", seed=seed, **fixed, **probes)
+            found = advised(data[task], lora=train == "lora", seed=seed, **fixed, **probes)
             planned = {"kind": "plan", **place, **shared, **probes, **found}
             records.add(planned | {"seconds": round(time.perf_counter() - begun)})
             print(f"{task} {train} seed {seed}: advised {planned['lr']}", flush=True)

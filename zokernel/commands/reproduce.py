@@ -91,9 +91,7 @@ def main(args: argparse.Namespace) -> int:
     todo, kept = plan(names, config, args.output_dir, overwrite=args.overwrite)
     for outcome in kept:
         folder = args.output_dir / outcome.name
-        print(
-            f"{outcome.name}: finished already in {folder}{_made_by(load_record(folder))} (--overwrite runs it again)"
-        )
+        print(f"{outcome.name}: finished already in {folder} with {_made_by(folder)} (--overwrite runs it again)")
     outcomes = run_all(todo, config, args.output_dir, jobs=args.jobs, report=lambda line: print(line, flush=True))
     finished = [outcome.name for outcome in outcomes if outcome.state == "finished"]
     _print_results([name for name in names if name in finished], args.output_dir)
@@ -120,12 +118,12 @@ def _print_list(scale: str, output_dir: Path) -> None:
     print(f"{'all':<{width}}  {duration(total):>6}  at scale {scale}, on two cores")
 
 
-def _made_by(record: dict[str, Any] | None) -> str:
+def _made_by(folder: Path) -> str:
     """Return which release and commit made a result, for it is kept whatever has changed since."""
-    if record is None:
-        return ""
+    record = load_record(folder)
+    assert record is not None
     source = f", commit {record['commit']}" if record.get("commit") else ""
-    return f" with zokernel {record['versions']['zokernel']}{source}"
+    return f"zokernel {record['versions']['zokernel']}{source}"
 
 
 def _print_results(names: list[str], output_dir: Path) -> None:

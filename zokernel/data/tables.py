@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -191,3 +193,16 @@ def resolve_model_path(name_or_path: str) -> str:
 
 
 __all__ = ["Row", "Table", "load_rows", "load_table", "resolve_model_path"]
+
+
+def rows_sha256(rows: Iterable[Any]) -> str:
+    """Return the SHA-256 of rows, each written as JSON on a line of its own.
+
+    Example:
+        >>> rows_sha256([{"text": "good", "label": 1}])[:8]
+        '66e12348'
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

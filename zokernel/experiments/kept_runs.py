@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +52,6 @@ def rows_sha256(rows: Iterable[Any]) -> str:
         >>> rows_sha256([{"text": "good", "label": 1}])
         '66e12348'
     """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()[:8]
+    from zokernel.data import tables
+
+    return tables.rows_sha256(rows)[:8]

@@ -189,7 +189,7 @@ def run(config: Config) -> Result:
                 tiny, arguments = tiny_setup(Path(temporary), {"task": data.get("task", "sst2")})
                 model_arguments |= tiny
 
-            rows_read = {} if name == "tiny" else hashes(data)
+            rows_read = {} if kept is None or name == "tiny" else hashes(data)
 
             def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
                 chosen = settings | line | {"seed": seed}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.data import load_rows, load_table
-from zokernel.data.tables import Row, Table
+from zokernel.data.tables import Row, Table, rows_sha256
 from zokernel.errors import UsageError
 from zokernel.finetune.data.choose_task import classification, task_of_data_set
 from zokernel.finetune.data.formats import form_of, recognise
@@ -56,16 +54,9 @@ class Splits:
     def fingerprint(self) -> dict[str, str]:
         """Number and SHA-256 of the rows of each split: what tells whether a run has other data than before."""
         return {
-            f"{split}_rows": f"{len(rows)} rows, sha256 {_digest(rows)}"
+            f"{split}_rows": f"{len(rows)} rows, sha256 {rows_sha256(rows)[:16]}"
             for split, rows in (("train", self.train), ("validation", self.validation), ("test", self.test))
         }
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()[:16]
 
 
 def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> Task:

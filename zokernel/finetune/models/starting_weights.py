@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from zokernel.finetune.models.check import CheckedModel
-from zokernel.finetune.models.stored import weight_files
+from zokernel.finetune.models.stored import stored_tensors, weight_files
 from zokernel.journal.hashes import SAMPLE
 
 STARTING_WEIGHTS = "starting_weights"
@@ -72,13 +71,10 @@ def stored_sha256(files: Iterable[Path]) -> str:
 
 def _tensors(file: Path) -> Iterator[tuple[str, int, int]]:
     """Return name, type and shape of each tensor of a ``.safetensors`` file as one text, and where its bytes lie."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    for name, told in header.items():
-        if name != "__metadata__":
-            begin, end = told["data_offsets"]
-            yield f"{name} {told['dtype']} {told['shape']}", 8 + length + begin, 8 + length + end
+    tensors, start = stored_tensors(file)
+    for name, told in tensors.items():
+        begin, end = told["data_offsets"]
+        yield f"{name} {told['dtype']} {told['shape']}", start + begin, start + end
 
 
 def _parts(file: Path) -> Iterator[tuple[str, int, int]]:

@@ -143,6 +143,15 @@ def sort_metadata_(file: Path) -> None:
             opened.write(text)
 
 
+def stored_tensors(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return what the header of a ``.safetensors`` file says of each tensor, and where the bytes of the first begin."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
 def stored_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) -> int:
     """Return how many bytes stored tensors take when loaded.
 

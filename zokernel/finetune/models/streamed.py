@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.loaded import check_complete, stop_rescaling_
-from zokernel.finetune.models.stored import weight_files
+from zokernel.finetune.models.stored import stored_tensors, weight_files
 from zokernel.offload.base_files import base_file
 from zokernel.offload.blocks import Blocks
 from zokernel.offload.mapping import MappedFile
@@ -43,11 +42,8 @@ class Stored:
         for path in weight_files(folder):
             status = path.stat()
             told.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-            with path.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(length))
-            header.pop("__metadata__", None)
-            self.entries |= {key: (path, 8 + length, entry) for key, entry in header.items()}
+            tensors, start = stored_tensors(path)
+            self.entries |= {key: (path, start, entry) for key, entry in tensors.items()}
         self.identity = told.hexdigest()
 
     def shape(self, key: str) -> tuple[int, ...]:

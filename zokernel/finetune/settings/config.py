@@ -256,11 +256,10 @@ def faster_in_bf16(*, use_cpu: bool) -> tuple[bool, str]:
         use_cpu: Whether the run is kept on the CPU.
     """
     if torch.cuda.is_available() and not use_cpu:
-        found = torch.cuda.is_bf16_supported(including_emulation=False)
-        return found, f"this GPU {'has' if found else 'lacks'} bf16 units"
-    units = torch.cpu.get_capabilities()
-    if units.get("amx_bf16") or not units.get("avx512_bf16"):
-        found = bool(units.get("amx_bf16"))
-        return found, f"this CPU {'has' if found else 'lacks'} bf16 units"
-    intel = str(units.get("cpu_name", "")).startswith("Intel")
-    return not intel, "without AMX an Intel CPU is slower in bf16" if intel else "this CPU has bf16 units"
+        found, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        units = torch.cpu.get_capabilities()
+        found, where = bool(units.get("amx_bf16") or units.get("avx512_bf16")), "this CPU"
+        if found and not units.get("amx_bf16") and str(units.get("cpu_name")).startswith("Intel"):
+            return False, "without AMX an Intel CPU is slower in bf16"
+    return found, f"{where} {'has' if found else 'lacks'} bf16 units"
