@@ -18,6 +18,8 @@ from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
+from zokernel.finetune.scoring.options import option_scores
+from zokernel.finetune.scoring.padding_free import choose_padding_free
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
@@ -181,6 +183,7 @@ class Predictor:
             context=record["context"],
             max_length=record["max_length"],
             max_new_tokens=record["max_new_tokens"],
+            padding_free=choose_padding_free(self.model, collator, dataset, option_scores),
         )
         found: list[dict[str, Any]] = []
         for begin in range(0, len(prepared), batch_size):

@@ -13,7 +13,7 @@ from torch import nn
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.vocabulary import embedding_rows
-from zokernel.finetune.scoring.options import option_logprobs, option_scores
+from zokernel.finetune.scoring.options import option_logprobs, option_scores, score_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
         else:
             finite = expected.isfinite()
             error_found = (found - expected)[finite].abs().max().item()
-            if error_found <= _tolerance(model):
+            if error_found <= score_tolerance(model):
                 logger.info("Options of several tokens share their prompt's computation.")
                 return packed
             reason = f"the scores would differ by {error_found:.2g}"
@@ -71,10 +71,6 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
         reason,
     )
     return plain
-
-
-def _tolerance(model: nn.Module) -> float:
-    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
 
 
 def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str, Any]]) -> None:
@@ -115,7 +111,7 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
         ) from error
     wanted = torch.stack(expected)
     error_found = ((found[0] - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    if not error_found <= _tolerance(model):
+    if not error_found <= score_tolerance(model):
         raise UsageError(
             f"The scores of {name} would differ by {error_found:.2g} from those of its own forward: train it with "
             "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.finetune.scoring.language_head import row_losses, token_losses
+from zokernel.finetune.scoring.padding_free import PaddingFree
 from zokernel.finetune.scoring.shared_encoder import refuse_trained_embeddings
 
 
@@ -25,16 +26,21 @@ class LanguageObjective:
 
     Args:
         whole: Compute the logits of all scored positions at once: for models whose head does not run block by block.
+        padding_free: Lays batches end to end where that is less work.
     """
 
     whole: bool = False
+    padding_free: PaddingFree | None = None
 
     objective = "cross_entropy"
     can_stack = True
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
-        return token_losses(model, batch, whole=self.whole).mean()
+        return token_losses(model, self._laid_out(batch), whole=self.whole).mean()
+
+    def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.padding_free is None else self.padding_free(batch)
 
     def weight(self, batch: dict[str, Any]) -> float:
         """Return how many tokens the loss of a batch is a mean over."""
@@ -42,7 +48,7 @@ class LanguageObjective:
 
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and as ``terms`` each row's sum of losses and number of tokens: (R, 2)."""
-        losses_N = token_losses(model, batch, whole=self.whole)[0]
+        losses_N = token_losses(model, self._laid_out(batch), whole=self.whole)[0]
         rows_N = (batch["targets"] >= 0).nonzero()[:, 0]
         sums_R = losses_N.new_zeros(len(batch["labels"])).index_add_(0, rows_N, losses_N)
         return losses_N.mean(), {"terms": torch.stack([sums_R, batch["labels"].to(sums_R)], 1)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.ways import BLOCK
-from zokernel.finetune.scoring.options import packed_mask, scored_logits
+from zokernel.finetune.scoring.options import packed_mask, score_tolerance, scored_logits
 from zokernel.finetune.scoring.wide_head import WideHead
 from zokernel.without_adapter import without_adapter
 
@@ -48,7 +48,8 @@ def token_losses(
         targets_X = batch["targets"][real_RK]
         logits_XV = _whole_logits(model, batch)[real_RK]
         return F.cross_entropy(logits_XV.float(), targets_X, reduction="none").view(copies, -1)
-    places = real_RK.nonzero()[:, 0], batch["positions"][real_RK]
+    rows_X = real_RK.nonzero()[:, 0]
+    places = torch.zeros_like(rows_X) if "rows" in batch else rows_X, batch["positions"][real_RK]
     return _by_blocks(model, batch, batch["targets"][real_RK].view(copies, -1), places, block)
 
 
@@ -88,7 +89,8 @@ def _by_blocks(
     bare = getattr(model, "module", model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
-        inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(bare, batch["segments"])}
+        mask = packed_mask(bare, batch["segments"], batch.get("rows"))
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
     encoder: AbstractContextManager[Any] = nullcontext()
     if "decoder_input_ids" in batch:
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
@@ -121,7 +123,7 @@ def blocks_agree(model: nn.Module, batch: dict[str, Any]) -> bool:
     except (UsageError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
     expected = token_losses(model, batch, whole=True)
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = score_tolerance(model)
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.scoring.padding_free import PaddingFree
 from zokernel.finetune.tasks import Task, encode
 from zokernel.finetune.tasks.generation import GenerationTask
 from zokernel.finetune.tasks.prompt import PromptTask
@@ -25,6 +26,7 @@ def make_objective(
     context: str = "",
     max_length: int = 2048,
     max_new_tokens: int = 50,
+    padding_free: PaddingFree | None = None,
 ) -> Objective:
     """Return the loss and metrics of a task.
 
@@ -39,6 +41,7 @@ def make_objective(
         context: What stands before every prompt, and so before the empty one.
         max_length: Longest sequence.
         max_new_tokens: Longest generated answer.
+        padding_free: Lays batches end to end where that is less work.
 
     Raises:
         UsageError: If the objective does not fit the task.
@@ -59,4 +62,5 @@ def make_objective(
         max_new_tokens=max_new_tokens,
         ending=task.ending if isinstance(task, GenerationTask) else "",
         calibration=calibration,
+        padding_free=padding_free,
     )

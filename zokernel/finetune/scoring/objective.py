@@ -20,6 +20,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import to_device
 from zokernel.finetune.scoring.decoding import greedy_answers
 from zokernel.finetune.scoring.options import classification_loss, mean_scores, option_logprobs, option_scores
+from zokernel.finetune.scoring.padding_free import PaddingFree
 from zokernel.finetune.scoring.shared_encoder import refuse_trained_embeddings
 from zokernel.finetune.tasks.metrics import exact_match, macro_f1, token_f1
 
@@ -39,6 +40,7 @@ class Objective:
         ending: What marks the end of a generated answer.
         calibration: A batch of one content-free example whose scores are subtracted when options are compared in an
             evaluation (``None``: no calibration).
+        padding_free: Lays batches end to end where that is less work (``None``: they stay padded).
 
     Raises:
         UsageError: If there is no such objective, or it does not fit the kind of task.
@@ -51,6 +53,7 @@ class Objective:
     max_new_tokens: int = 50
     ending: str = "\n"
     calibration: dict[str, Any] | None = None
+    padding_free: PaddingFree | None = None
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -62,6 +65,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
+        batch = self._laid_out(batch)
         if self.objective == "cross_entropy":
             if self.loss == "options":
                 return classification_loss(option_scores(model, batch), batch["labels"])
@@ -84,6 +88,7 @@ class Objective:
             (B, 2): sums and counts whose totals give the loss of any set of examples (see :meth:`total_loss`).  The F1
             of classes has no such sums, and has the predicted class in their place.
         """
+        batch = self._laid_out(batch)
         loss, scores_BC, terms_B2 = self._scored(model, batch)
         if self.kind == "generation":
             values = torch.tensor(self._generated(model, batch), device=scores_BC.device)
@@ -168,6 +173,9 @@ class Objective:
         if "decoder_input_ids" in batch:
             refuse_trained_embeddings(model)
         return self._scored(model, batch)[2]
+
+    def _laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.padding_free is None else self.padding_free(batch)
 
     def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cross entropy, the options' scores, and each example's part of the cross entropy: (B, 2)."""

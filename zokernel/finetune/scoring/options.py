@@ -37,7 +37,7 @@ class ScoredPositions:
 
     A forward pre-hook on the output embedding replaces its input (R, T, H) by (R, K, H); everything the model does to
     its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
-    the positions; the hook counts them off.
+    the positions; the hook counts them off.  A batch laid end to end has its scored positions in one row, T = N.
 
     With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
     of the matrix; another kind of head yields all, of which those are taken.
@@ -73,7 +73,7 @@ class ScoredPositions:
                 raise UsageError(f"{self._name} {_AHEAD}")
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
             index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
-            hidden_RKH = hidden_RTH.gather(1, index_RKH)
+            hidden_RKH = hidden_RTH.expand(len(index_RKH), -1, -1).gather(1, index_RKH)
             if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
                 self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
                 self._wide.__enter__()
@@ -117,7 +117,8 @@ def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | N
         return decoder_logits(model, batch, tokens_RC)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
-        inputs |= {"position_ids": batch["position_ids"], "attention_mask": packed_mask(base, batch["segments"])}
+        mask = packed_mask(base, batch["segments"], batch.get("rows"))
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
     if not batch.get("masked"):
         inputs["use_cache"] = False
     by_rows = None if base in _ALL_TOKENS else tokens_RC
@@ -161,15 +162,22 @@ def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | 
     return _of_tokens(logits_RKV, tokens_RC)  # not from their rows of the head: BART adds a bias to its logits
 
 
-def packed_mask(model: nn.Module, segments_RT: Tensor) -> Tensor:
+def packed_mask(model: nn.Module, segments_RT: Tensor, rows_RT: Tensor | None = None) -> Tensor:
     """Return the (R, 1, T, T) attention mask under which options see the prompt and themselves, but not each other.
 
     Boolean for SDPA, additive for eager attention, as each takes it.
+
+    Args:
+        model: The model that takes the mask.
+        segments_RT: 0 for the prompt, which all others see; -1 for padding.
+        rows_RT: Tokens of different rows do not see each other; needed where several rows are laid end to end.
     """
     query, key = segments_RT[:, :, None], segments_RT[:, None, :]
     length = segments_RT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments_RT.device).tril()
     seen = causal & (key != -1) & ((key == 0) | (key == query))
+    if rows_RT is not None:
+        seen = seen & (rows_RT[:, :, None] == rows_RT[:, None, :])
     # A padded position sees itself, so that no softmax is over nothing.
     seen = (seen | torch.eye(length, dtype=torch.bool, device=segments_RT.device))[:, None]
     if attention_implementation(model) == "sdpa":
@@ -219,6 +227,11 @@ def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         # One token per option: the normaliser of the softmax is common to all of them and cancels in the loss.
         return scored_logits(model, batch, batch["targets"])[:, 0].float()
     return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
+
+
+def score_tolerance(model: nn.Module) -> float:
+    """Return how far the scores of two layouts of a batch may be apart, from rounding alone."""
+    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
 
 
 def classification_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:

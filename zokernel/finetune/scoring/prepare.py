@@ -19,6 +19,8 @@ from zokernel.finetune.rewards.prompts import PromptCollator
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import Sample, turn_ends
 from zokernel.finetune.scoring.make_objective import make_objective
+from zokernel.finetune.scoring.options import option_scores
+from zokernel.finetune.scoring.padding_free import choose_padding_free
 from zokernel.finetune.scoring.prepare_rewards import prompt_datasets, reward_objective, reward_samples
 from zokernel.finetune.scoring.prepare_text import encode_texts, language_objective, samples_of
 from zokernel.finetune.settings.arguments import DataArguments
@@ -110,6 +112,7 @@ def prepare(
         context=context,
         max_length=max_length,
         max_new_tokens=data.max_new_tokens,
+        padding_free=choose_padding_free(model, collator, everything, option_scores),
     )
     return Prepared(encoded, collator, found, context=context)
 

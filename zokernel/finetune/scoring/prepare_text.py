@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
+from zokernel.finetune.scoring.padding_free import choose_padding_free
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.typed import report_typed
 from zokernel.readable import counted
@@ -101,6 +104,8 @@ def language_objective(model: nn.Module, collator: TextCollator, dataset: TextDa
             "%s cannot compute its logits in blocks: those of all scored tokens of a batch are in memory together.",
             type(model).__name__,
         )
+    losses = partial(token_losses, whole=objective.whole)
+    objective = replace(objective, padding_free=choose_padding_free(model, collator, dataset, losses))
     if any(len(e.lengths) > 1 for e in dataset.examples):
         whole = pack(documents, sum(len(e.input_ids) for e in documents))
         _check_packing(model, batch, to_device(collator([vars(e) for e in whole]), device), objective)

@@ -1,0 +1,162 @@
+"""Rows laid end to end have the scores and losses of padded ones, and are fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from models import CAUSAL, MASKED, save_model
+
+from zokernel.finetune import Collator, EncodedDataset, PromptTask, encode, option_scores
+from zokernel.finetune.data.collate_text import TextCollator, TextDataset
+from zokernel.finetune.models.adapters import attach_adapter
+from zokernel.finetune.scoring.language import LanguageObjective
+from zokernel.finetune.scoring.language_head import token_losses
+from zokernel.finetune.scoring.objective import Objective
+from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_free, laid_end_to_end
+from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.tasks.encode_text import EncodedText
+
+TEXTS = (
+    "so",
+    "a good movie",
+    "the movie the movie the movie was bad bad bad and the movie was bad",
+    "the end was good",
+)
+WORDS = {"one token": ("bad", "good"), "several tokens": ("so so", "quite ok")}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Fresh copies of the models in float64, so that layouts differ by the rounding of the arithmetic alone."""
+    root, kept = tmp_path_factory.mktemp("layouts"), {}
+
+    def get(family):
+        if family not in kept:
+            folder = save_model(root / family, family)
+            auto = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
+            kept[family] = (
+                auto.from_pretrained(folder, dtype=torch.float64).eval(),
+                transformers.AutoTokenizer.from_pretrained(folder),
+            )
+        return copy.deepcopy(kept[family][0]), kept[family][1]
+
+    return get
+
+
+def prompts(tokenizer, words, *, masked=False):
+    task = PromptTask("{text} It was {mask}" if masked else "{text} It was", words)
+    return EncodedDataset(
+        encode(task, [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)], tokenizer, masked=masked)
+    )
+
+
+def texts(vocabulary, lengths=(4, 20, 3, 9)):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return TextDataset([EncodedText(row, list(range(len(row) // 2, len(row))), [len(row)]) for row in ids])
+
+
+def batch_of(collator, dataset):
+    return collator([dataset[i] for i in range(len(dataset))])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_options_have_the_scores_of_padded_rows(load, family, words, shared, attention):
+    model, tokenizer = load(family)
+    model.set_attn_implementation(attention)
+    dataset = prompts(tokenizer, WORDS[words])
+    batch = batch_of(Collator(tokenizer.pad_token_id, shared_prompt=shared), dataset)
+    together = laid_end_to_end(batch)
+    assert together["input_ids"].shape == (1, batch["attention_mask"].sum())
+    assert together["input_ids"].numel() < batch["input_ids"].numel()
+    objective = Objective(padding_free=PaddingFree(hidden_size=32))
+    with torch.no_grad():
+        expected = option_scores(model, batch)
+        torch.testing.assert_close(option_scores(model, together), expected, rtol=0, atol=1e-5)
+        loss, found = objective.evaluate(model, batch)
+        torch.testing.assert_close(objective(model, batch), Objective()(model, batch), rtol=0, atol=1e-5)
+        torch.testing.assert_close(loss, Objective()(model, batch), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_texts_have_the_losses_of_padded_rows(load, family, whole):
+    model, tokenizer = load(family)
+    batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
+    padded, free = LanguageObjective(whole), LanguageObjective(whole, PaddingFree(hidden_size=32))
+    with torch.no_grad():
+        expected = token_losses(model, batch, whole=whole)
+        found = token_losses(model, laid_end_to_end(batch), whole=whole)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert free(model, batch).item() == pytest.approx(padded(model, batch).item(), abs=1e-6)
+        (_, terms), (_, wanted) = (objective.evaluate(model, batch) for objective in (free, padded))
+    torch.testing.assert_close(terms["terms"], wanted["terms"], rtol=0, atol=1e-5)
+
+
+def test_the_model_sees_only_the_real_tokens_and_each_row_alone(load):
+    model, tokenizer = load("llama")
+    batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    objective = LanguageObjective(padding_free=PaddingFree(hidden_size=32))
+    with torch.no_grad():
+        _, before = objective.evaluate(model, batch)
+        batch["input_ids"][1, :20] = torch.arange(5, 25)
+        _, after = objective.evaluate(model, batch)
+    assert set(seen) == {(1, 36)}
+    others = [0, 2, 3]
+    torch.testing.assert_close(after["terms"][others], before["terms"][others], rtol=0, atol=0)
+    assert not torch.equal(after["terms"][1], before["terms"][1])
+
+
+def test_a_batch_stays_padded_where_that_is_less_work():
+    mask = torch.tensor([[1] * 64, [1] * 60 + [0] * 4])
+    batch = {"attention_mask": mask, "input_ids": mask, "positions": torch.tensor([[63], [59]])}
+    assert PaddingFree(hidden_size=32)(batch) is batch  # 124 (1 + 124 / 192) against 128 (1 + 64 / 192)
+    assert PaddingFree(hidden_size=3200)(batch) is not batch  # 124 (1 + .0065) against 128 (1 + .0033)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_models_that_keep_rows_apart_are_found_and_the_log_says_so(load, family, caplog):
+    model, tokenizer = load(family)
+    dataset = prompts(tokenizer, WORDS["one token"])
+    with caplog.at_level("INFO"):
+        assert choose_padding_free(model, Collator(tokenizer.pad_token_id), dataset, option_scores)
+    assert "laid end to end, without padding" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["window", "alibi", "recurrent", "masked", "virtual tokens", "flash"])
+def test_models_that_cannot_keep_rows_apart_stay_padded(load, name):
+    tokenizer = load("llama")[1]
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    if name == "window":
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**shape, **heads, sliding_window=4))
+    elif name == "alibi":
+        model = transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+        )
+    elif name == "recurrent":
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape, state_size=4))
+    elif name == "masked":
+        model, tokenizer = load("roberta")
+    elif name == "virtual tokens":
+        model = attach_adapter(load("llama")[0], ModelArguments(prompt_tuning=True, num_virtual_tokens=3))
+    else:
+        model = load("llama")[0]
+        model.config._attn_implementation = "flash_attention_2"
+    if name in ("window", "alibi", "recurrent"):
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    dataset = prompts(tokenizer, WORDS["one token"], masked=name == "masked")
+    collator = Collator(tokenizer.pad_token_id)
+    assert choose_padding_free(model.eval(), collator, dataset, option_scores) is None
