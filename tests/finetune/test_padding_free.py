@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from models import CAUSAL, MASKED, save_model
 
 from zokernel.finetune import Collator, EncodedDataset, PromptTask, encode, option_scores
 from zokernel.finetune.data.collate_text import TextCollator, TextDataset
+from zokernel.finetune.data.repeat import repeat_batch
 from zokernel.finetune.models.adapters import attach_adapter
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import token_losses
@@ -18,6 +21,8 @@ from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_free, laid_end_to_end
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.tasks.encode_text import EncodedText
+from zokernel.optim import MeZO
+from zokernel.perturb import Stacked
 
 TEXTS = (
     "so",
@@ -98,6 +103,32 @@ def test_texts_have_the_losses_of_padded_rows(load, family, whole):
         assert free(model, batch).item() == pytest.approx(padded(model, batch).item(), abs=1e-6)
         (_, terms), (_, wanted) = (objective.evaluate(model, batch) for objective in (free, padded))
     torch.testing.assert_close(terms["terms"], wanted["terms"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one token", "several tokens", "shared prompt", "text", "text, whole head"])
+def test_stacked_losses_of_a_batch_laid_end_to_end_are_those_taken_in_place(load, kind):
+    model, tokenizer = load("llama")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config).eval()
+    if kind.startswith("text"):
+        objective = LanguageObjective("whole" in kind, PaddingFree(hidden_size=320))
+        batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
+    else:
+        objective = Objective(padding_free=PaddingFree(hidden_size=320))
+        words = WORDS["several tokens" if kind == "shared prompt" else kind]
+        collator = Collator(tokenizer.pad_token_id, shared_prompt=kind == "shared prompt")
+        batch = batch_of(collator, prompts(tokenizer, words))
+    padded, together = replace(objective, padding_free=None), objective.laid_out(batch)
+    assert together["input_ids"].shape[0] == 1
+    found = []
+    for perturb in ("in_place", Stacked(lambda n: objective.stacked(model, repeat_batch(together, n), n))):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = MeZO(named, lr=0.0, eps=1e-2, num_perturbations=3, perturb=perturb)
+        optimizer.step(lambda: padded(model, batch))
+        found.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert found[0].std() > 1e-4
 
 
 def test_the_model_sees_only_the_real_tokens_and_each_row_alone(load):

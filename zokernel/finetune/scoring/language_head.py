@@ -49,7 +49,9 @@ def token_losses(
         logits_XV = _whole_logits(model, batch)[real_RK]
         return F.cross_entropy(logits_XV.float(), targets_X, reduction="none").view(copies, -1)
     rows_X = real_RK.nonzero()[:, 0]
-    places = torch.zeros_like(rows_X) if "rows" in batch else rows_X, batch["positions"][real_RK]
+    if "rows" in batch:  # laid end to end, one row for every copy
+        rows_X = rows_X // (len(real_RK) // len(batch["rows"]))
+    places = rows_X, batch["positions"][real_RK]
     return _by_blocks(model, batch, batch["targets"][real_RK].view(copies, -1), places, block)
 
 

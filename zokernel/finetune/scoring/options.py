@@ -37,7 +37,7 @@ class ScoredPositions:
 
     A forward pre-hook on the output embedding replaces its input (R, T, H) by (R, K, H); everything the model does to
     its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
-    the positions; the hook counts them off.  A batch laid end to end has its scored positions in one row, T = N.
+    the positions; the hook counts them off.  In a batch laid end to end, one row has the positions of several.
 
     With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
     of the matrix; another kind of head yields all, of which those are taken.
@@ -72,8 +72,9 @@ class ScoredPositions:
             if hidden_RTH.ndim != 3:
                 raise UsageError(f"{self._name} {_AHEAD}")
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
-            index_RKH = (self._positions + in_front).unsqueeze(-1).expand(-1, -1, hidden_RTH.shape[-1])
-            hidden_RKH = hidden_RTH.expand(len(index_RKH), -1, -1).gather(1, index_RKH)
+            hidden = hidden_RTH.shape[-1]
+            index = (self._positions + in_front).reshape(len(hidden_RTH), -1, 1).expand(-1, -1, hidden)
+            hidden_RKH = hidden_RTH.gather(1, index).view(*self._positions.shape, hidden)
             if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
                 self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
                 self._wide.__enter__()

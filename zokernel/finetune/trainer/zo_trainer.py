@@ -111,7 +111,8 @@ class ZOTrainer(ZerothOrderTrainer):
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         with self.compute_loss_context_manager():
-            return self.objective.stacked(self.model_wrapped, repeat_batch(batch, copies), copies)
+            repeated = repeat_batch(self.objective.laid_out(batch), copies)
+            return self.objective.stacked(self.model_wrapped, repeated, copies)
 
     def _example_terms(self, batch: dict[str, Any]) -> Tensor:
         with self.compute_loss_context_manager():
