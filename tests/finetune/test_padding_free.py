@@ -1,4 +1,4 @@
-"""Rows laid end to end have the scores and losses of padded ones, and are fewer tokens."""
+"""Rows that share one have the scores and losses of padded ones, and are fewer tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zokernel.finetune.models.adapters import attach_adapter
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import token_losses
 from zokernel.finetune.scoring.objective import Objective
-from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_free, laid_end_to_end
+from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_free, in_shared_rows, share
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.tasks.encode_text import EncodedText
 from zokernel.optim import MeZO
@@ -68,17 +68,23 @@ def batch_of(collator, dataset):
     return collator([dataset[i] for i in range(len(dataset))])
 
 
+def in_rows(batch, count):
+    return in_shared_rows(batch, share(batch["attention_mask"].sum(1).tolist(), count))
+
+
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("family", CAUSAL)
-def test_options_have_the_scores_of_padded_rows(load, family, words, shared, attention):
+def test_options_have_the_scores_of_padded_rows(load, family, words, shared, attention, count):
     model, tokenizer = load(family)
     model.set_attn_implementation(attention)
     dataset = prompts(tokenizer, WORDS[words])
     batch = batch_of(Collator(tokenizer.pad_token_id, shared_prompt=shared), dataset)
-    together = laid_end_to_end(batch)
-    assert together["input_ids"].shape == (1, batch["attention_mask"].sum())
+    together = in_rows(batch, count)
+    assert together["attention_mask"].sum() == batch["attention_mask"].sum()
+    assert len(together["input_ids"]) == count
     assert together["input_ids"].numel() < batch["input_ids"].numel()
     objective = Objective(padding_free=PaddingFree(hidden_size=32))
     with torch.no_grad():
@@ -90,23 +96,25 @@ def test_options_have_the_scores_of_padded_rows(load, family, words, shared, att
         torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_texts_have_the_losses_of_padded_rows(load, family, whole):
+def test_texts_have_the_losses_of_padded_rows(load, family, whole, count):
     model, tokenizer = load(family)
     batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
     padded, free = LanguageObjective(whole), LanguageObjective(whole, PaddingFree(hidden_size=32))
     with torch.no_grad():
         expected = token_losses(model, batch, whole=whole)
-        found = token_losses(model, laid_end_to_end(batch), whole=whole)
+        found = token_losses(model, in_rows(batch, count), whole=whole)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert free(model, batch).item() == pytest.approx(padded(model, batch).item(), abs=1e-6)
         (_, terms), (_, wanted) = (objective.evaluate(model, batch) for objective in (free, padded))
     torch.testing.assert_close(terms["terms"], wanted["terms"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("kind", ["one token", "several tokens", "shared prompt", "text", "text, whole head"])
-def test_stacked_losses_of_a_batch_laid_end_to_end_are_those_taken_in_place(load, kind):
+def test_stacked_losses_of_rows_that_share_one_are_those_taken_in_place(load, kind, rows):
     model, tokenizer = load("llama")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -119,8 +127,8 @@ def test_stacked_losses_of_a_batch_laid_end_to_end_are_those_taken_in_place(load
         words = WORDS["several tokens" if kind == "shared prompt" else kind]
         collator = Collator(tokenizer.pad_token_id, shared_prompt=kind == "shared prompt")
         batch = batch_of(collator, prompts(tokenizer, words))
-    padded, together = replace(objective, padding_free=None), objective.laid_out(batch)
-    assert together["input_ids"].shape[0] == 1
+    padded, together = replace(objective, padding_free=None), in_rows(batch, rows)
+    assert len(together["input_ids"]) == rows
     found = []
     for perturb in ("in_place", Stacked(lambda n: objective.stacked(model, repeat_batch(together, n), n))):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -131,17 +139,17 @@ def test_stacked_losses_of_a_batch_laid_end_to_end_are_those_taken_in_place(load
     assert found[0].std() > 1e-4
 
 
-def test_the_model_sees_only_the_real_tokens_and_each_row_alone(load):
+def test_the_model_sees_few_tokens_that_are_not_real_and_each_row_alone(load):
     model, tokenizer = load("llama")
     batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    objective = LanguageObjective(padding_free=PaddingFree(hidden_size=32))
+    objective = LanguageObjective(padding_free=PaddingFree(hidden_size=64))
     with torch.no_grad():
         _, before = objective.evaluate(model, batch)
         batch["input_ids"][1, :20] = torch.arange(5, 25)
         _, after = objective.evaluate(model, batch)
-    assert set(seen) == {(1, 36)}
+    assert set(seen) == {(2, 20)}  # 20, and 9, 4 and 3
     others = [0, 2, 3]
     torch.testing.assert_close(after["terms"][others], before["terms"][others], rtol=0, atol=0)
     assert not torch.equal(after["terms"][1], before["terms"][1])
@@ -150,8 +158,8 @@ def test_the_model_sees_only_the_real_tokens_and_each_row_alone(load):
 def test_a_batch_stays_padded_where_that_is_less_work():
     mask = torch.tensor([[1] * 64, [1] * 60 + [0] * 4])
     batch = {"attention_mask": mask, "input_ids": mask, "positions": torch.tensor([[63], [59]])}
-    assert PaddingFree(hidden_size=32)(batch) is batch  # 124 (1 + 124 / 192) against 128 (1 + 64 / 192)
-    assert PaddingFree(hidden_size=3200)(batch) is not batch  # 124 (1 + .0065) against 128 (1 + .0033)
+    assert PaddingFree(hidden_size=32)(batch) is batch  # 124 (1 + 124 / 48) against 128 (1 + 64 / 48)
+    assert PaddingFree(hidden_size=3200)(batch) is not batch  # 124 (1 + 124 / 4800) against 128 (1 + 64 / 4800)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -160,7 +168,7 @@ def test_models_that_keep_rows_apart_are_found_and_the_log_says_so(load, family,
     dataset = prompts(tokenizer, WORDS["one token"])
     with caplog.at_level("INFO"):
         assert choose_padding_free(model, Collator(tokenizer.pad_token_id), dataset, option_scores)
-    assert "laid end to end, without padding" in caplog.text
+    assert "Short rows of a batch share one" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["window", "alibi", "recurrent", "masked", "virtual tokens", "flash"])

@@ -14,6 +14,9 @@ def repeat_batch(batch: dict[str, Any], copies: int) -> dict[str, Any]:
         key: value.repeat(copies, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
         for key, value in batch.items()
     }
+    if "rows" in batch:  # they number the rows of input_ids
+        shift = torch.arange(copies, device=batch["rows"].device) * len(batch["input_ids"])
+        repeated["rows"] = repeated["rows"] + shift.repeat_interleave(len(batch["rows"]))
     if "cells" in batch:
         # Cells number the options of the whole batch.
         shift = torch.arange(copies, device=batch["cells"].device) * batch["option_mask"].numel()

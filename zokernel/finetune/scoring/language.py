@@ -26,7 +26,7 @@ class LanguageObjective:
 
     Args:
         whole: Compute the logits of all scored positions at once: for models whose head does not run block by block.
-        padding_free: Lays batches end to end where that is less work.
+        padding_free: Lets short rows of a batch share one.
     """
 
     whole: bool = False
@@ -37,10 +37,10 @@ class LanguageObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
-        return token_losses(model, self.laid_out(batch), whole=self.whole).mean()
+        return token_losses(model, self.without_padding(batch), whole=self.whole).mean()
 
-    def laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch laid end to end if that is less work, or as it is."""
+    def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with short rows sharing one where that is less work, or as it is."""
         return batch if self.padding_free is None else self.padding_free(batch)
 
     def weight(self, batch: dict[str, Any]) -> float:
@@ -49,7 +49,7 @@ class LanguageObjective:
 
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and as ``terms`` each row's sum of losses and number of tokens: (R, 2)."""
-        losses_N = token_losses(model, self.laid_out(batch), whole=self.whole)[0]
+        losses_N = token_losses(model, self.without_padding(batch), whole=self.whole)[0]
         rows_N = (batch["targets"] >= 0).nonzero()[:, 0]
         sums_R = losses_N.new_zeros(len(batch["labels"])).index_add_(0, rows_N, losses_N)
         return losses_N.mean(), {"terms": torch.stack([sums_R, batch["labels"].to(sums_R)], 1)}

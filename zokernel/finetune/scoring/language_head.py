@@ -49,8 +49,8 @@ def token_losses(
         logits_XV = _whole_logits(model, batch)[real_RK]
         return F.cross_entropy(logits_XV.float(), targets_X, reduction="none").view(copies, -1)
     rows_X = real_RK.nonzero()[:, 0]
-    if "rows" in batch:  # laid end to end, one row for every copy
-        rows_X = rows_X // (len(real_RK) // len(batch["rows"]))
+    if "rows" in batch:
+        rows_X = batch["rows"][rows_X]
     places = rows_X, batch["positions"][real_RK]
     return _by_blocks(model, batch, batch["targets"][real_RK].view(copies, -1), places, block)
 
@@ -91,7 +91,7 @@ def _by_blocks(
     bare = getattr(model, "module", model)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
-        mask = packed_mask(bare, batch["segments"], batch.get("rows"))
+        mask = packed_mask(bare, batch["segments"], batch.get("owners"))
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
     encoder: AbstractContextManager[Any] = nullcontext()
     if "decoder_input_ids" in batch:

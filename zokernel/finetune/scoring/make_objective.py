@@ -41,7 +41,7 @@ def make_objective(
         context: What stands before every prompt, and so before the empty one.
         max_length: Longest sequence.
         max_new_tokens: Longest generated answer.
-        padding_free: Lays batches end to end where that is less work.
+        padding_free: Lets short rows of a batch share one.
 
     Raises:
         UsageError: If the objective does not fit the task.

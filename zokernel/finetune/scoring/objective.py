@@ -40,7 +40,7 @@ class Objective:
         ending: What marks the end of a generated answer.
         calibration: A batch of one content-free example whose scores are subtracted when options are compared in an
             evaluation (``None``: no calibration).
-        padding_free: Lays batches end to end where that is less work (``None``: they stay padded).
+        padding_free: Lets short rows of a batch share one (``None``: they stay padded).
 
     Raises:
         UsageError: If there is no such objective, or it does not fit the kind of task.
@@ -65,7 +65,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch as an fp32 scalar."""
-        batch = self.laid_out(batch)
+        batch = self.without_padding(batch)
         if self.objective == "cross_entropy":
             if self.loss == "options":
                 return classification_loss(option_scores(model, batch), batch["labels"])
@@ -88,7 +88,7 @@ class Objective:
             (B, 2): sums and counts whose totals give the loss of any set of examples (see :meth:`total_loss`).  The F1
             of classes has no such sums, and has the predicted class in their place.
         """
-        batch = self.laid_out(batch)
+        batch = self.without_padding(batch)
         loss, scores_BC, terms_B2 = self._scored(model, batch)
         if self.kind == "generation":
             values = torch.tensor(self._generated(model, batch), device=scores_BC.device)
@@ -174,8 +174,8 @@ class Objective:
             refuse_trained_embeddings(model)
         return self._scored(model, batch)[2]
 
-    def laid_out(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch laid end to end if that is less work, or as it is."""
+    def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with short rows sharing one where that is less work, or as it is."""
         return batch if self.padding_free is None else self.padding_free(batch)
 
     def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ class ScoredPositions:
 
     A forward pre-hook on the output embedding replaces its input (R, T, H) by (R, K, H); everything the model does to
     its logits afterwards (scaling, soft-capping) still happens.  Virtual tokens that prompt tuning puts in front shift
-    the positions; the hook counts them off.  In a batch laid end to end, one row has the positions of several.
+    the positions; the hook counts them off.
 
     With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
     of the matrix; another kind of head yields all, of which those are taken.
@@ -50,19 +50,26 @@ class ScoredPositions:
         positions_RK: Positions whose logits are wanted.
         length: Tokens in a row; not needed where nothing is put in front of them.
         tokens_RC: Tokens whose logits are wanted; all of the vocabulary if not given.
+        rows_R: The row of the model's input that holds each row of positions; one of its own if not given.
 
     Raises:
         UsageError: If the model has no output embedding.
     """
 
     def __init__(
-        self, model: nn.Module, positions_RK: Tensor, length: int | None = None, tokens_RC: Tensor | None = None
+        self,
+        model: nn.Module,
+        positions_RK: Tensor,
+        length: int | None = None,
+        tokens_RC: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ):
         finder = getattr(model, "get_output_embeddings", None)
         head = finder() if callable(finder) else None
         if head is None:
             raise UsageError(f"{type(model).__name__} has no LM head to score label words with: use a language model.")
         self._head, self._positions, self._length, self._tokens = head, positions_RK, length, tokens_RC
+        self._rows = torch.arange(len(positions_RK), device=positions_RK.device) if rows_R is None else rows_R
         self._name = type(without_adapter(model)).__name__
         self._wide: torch.autocast | None = None
 
@@ -72,9 +79,7 @@ class ScoredPositions:
             if hidden_RTH.ndim != 3:
                 raise UsageError(f"{self._name} {_AHEAD}")
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
-            hidden = hidden_RTH.shape[-1]
-            index = (self._positions + in_front).reshape(len(hidden_RTH), -1, 1).expand(-1, -1, hidden)
-            hidden_RKH = hidden_RTH.gather(1, index).view(*self._positions.shape, hidden)
+            hidden_RKH = hidden_RTH[self._rows[:, None], self._positions + in_front]
             if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
                 self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
                 self._wide.__enter__()
@@ -118,13 +123,13 @@ def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | N
         return decoder_logits(model, batch, tokens_RC)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "segments" in batch:
-        mask = packed_mask(base, batch["segments"], batch.get("rows"))
+        mask = packed_mask(base, batch["segments"], batch.get("owners"))
         inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
     if not batch.get("masked"):
         inputs["use_cache"] = False
     by_rows = None if base in _ALL_TOKENS else tokens_RC
     try:
-        with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], by_rows):
+        with ScoredPositions(base, batch["positions"], batch["input_ids"].shape[1], by_rows, batch.get("rows")):
             logits_RKV = model(**inputs).logits
     except RuntimeError as error:
         if by_rows is None or "must match the size of tensor" not in str(error):
@@ -163,7 +168,7 @@ def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | 
     return _of_tokens(logits_RKV, tokens_RC)  # not from their rows of the head: BART adds a bias to its logits
 
 
-def packed_mask(model: nn.Module, segments_RT: Tensor, rows_RT: Tensor | None = None) -> Tensor:
+def packed_mask(model: nn.Module, segments_RT: Tensor, owners_RT: Tensor | None = None) -> Tensor:
     """Return the (R, 1, T, T) attention mask under which options see the prompt and themselves, but not each other.
 
     Boolean for SDPA, additive for eager attention, as each takes it.
@@ -171,14 +176,15 @@ def packed_mask(model: nn.Module, segments_RT: Tensor, rows_RT: Tensor | None = 
     Args:
         model: The model that takes the mask.
         segments_RT: 0 for the prompt, which all others see; -1 for padding.
-        rows_RT: Tokens of different rows do not see each other; needed where several rows are laid end to end.
+        owners_RT: The row of the padded batch that each token comes from, where several share one.  Tokens of
+            different rows do not see each other.
     """
     query, key = segments_RT[:, :, None], segments_RT[:, None, :]
     length = segments_RT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments_RT.device).tril()
     seen = causal & (key != -1) & ((key == 0) | (key == query))
-    if rows_RT is not None:
-        seen = seen & (rows_RT[:, :, None] == rows_RT[:, None, :])
+    if owners_RT is not None:
+        seen = seen & (owners_RT[:, :, None] == owners_RT[:, None, :])
     # A padded position sees itself, so that no softmax is over nothing.
     seen = (seen | torch.eye(length, dtype=torch.bool, device=segments_RT.device))[:, None]
     if attention_implementation(model) == "sdpa":

@@ -1,18 +1,20 @@
-r"""Batches without padding: the rows of a batch laid end to end, kept apart by the attention mask.
+r"""Batches with little padding: several rows of a batch share one, kept apart by the attention mask.
 
-A padded batch of R rows computes as many tokens as R times its longest row.  Laid end to end the model computes only
-the real ones, but each of the N tokens attends over N places instead of T.  A token costs about :math:`24 H^2`
-operations in the matrices of a block and :math:`4 H` per place that it attends over, so that the work is
+A padded batch of R rows computes R times the tokens of its longest row.  Where short rows share one, fewer tokens are
+computed, but each attends over a longer row.  A token costs about :math:`24 H^2` operations in the matrices of a block
+and :math:`4 H` for every place of its row.  Those of attention take up to four times as long (bf16, on a CPU), so that
+r rows of L tokens cost
 
-.. math:: R T (1 + \tfrac{T}{6 H}) \quad\text{padded,}\qquad N (1 + \tfrac{N}{6 H}) \quad\text{laid end to end.}
+.. math:: r L \left(1 + \tfrac{4 L}{6 H}\right).
 
-The smaller is taken, batch by batch.
+The number of rows for which that is least is taken, batch by batch.
 
-Shapes: R rows, T tokens of the longest row, N tokens of all rows together, K scored positions per row, H hidden.
+Shapes: R rows of the padded batch, T tokens in each, r rows of L tokens that they share, K scored positions, H hidden.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,55 +33,105 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class PaddingFree:
-    """Lays the rows of a batch end to end where that is less work than padding.
+    """Lets rows of a batch share one where that is less work than padding.
 
     Args:
         hidden_size: Width of the model, H.
 
     Example:
-        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
-        >>> batch = {"attention_mask": mask, "input_ids": mask, "positions": torch.tensor([[5], [0], [1]])}
+        >>> mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
+        >>> batch = {"attention_mask": mask, "input_ids": mask, "positions": torch.tensor([[5], [0], [2]])}
         >>> PaddingFree(hidden_size=576)(batch)["input_ids"].shape
-        torch.Size([1, 9])
+        torch.Size([1, 10])
     """
 
     hidden_size: int
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch laid end to end, or as it is."""
-        rows, length = batch["attention_mask"].shape
-        tokens = int(batch["attention_mask"].sum())
-        padded, end_to_end = (n * (1 + t / (6 * self.hidden_size)) for n, t in ((rows * length, length), (tokens,) * 2))
-        return laid_end_to_end(batch) if end_to_end < padded else batch
+        """Return the batch in fewer rows, or as it is."""
+        lengths = batch["attention_mask"].sum(1).tolist()
+        count, length = batch["attention_mask"].shape
+        least, best = self._work(count, length), None
+        count = -(-sum(lengths) // length)
+        while count:
+            shared = share(lengths, count)
+            if (work := self._work(count, shared.length)) < least:
+                least, best = work, shared
+            count //= 2
+        return batch if best is None else in_shared_rows(batch, best)
+
+    def _work(self, rows: int, length: int) -> float:
+        return rows * length * (1 + 4 * length / (6 * self.hidden_size))
 
 
-def laid_end_to_end(batch: Batch) -> Batch:
-    """Return a padded batch as one row.
+@dataclass(frozen=True)
+class Shared:
+    """Where rows of a batch are in the rows that they share.
+
+    Attributes:
+        count: Number of shared rows, r.
+        length: Tokens in each, L.
+        rows: The shared row that each row is in, R of them.
+        begins: Where in it each row begins.
+    """
+
+    count: int
+    length: int
+    rows: tuple[int, ...]
+    begins: tuple[int, ...]
+
+
+def share(lengths: Sequence[int], count: int) -> Shared:
+    """Return how rows of these lengths share so many: the longest first, each where least is so far.
+
+    Example:
+        >>> share([9, 2, 5, 4], 2)
+        Shared(count=2, length=11, rows=(0, 0, 1, 1), begins=(0, 9, 0, 5))
+    """
+    filled = [(0, row) for row in range(count)]
+    places = [(0, 0)] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        begin, row = heapq.heappop(filled)
+        places[number] = (row, begin)
+        heapq.heappush(filled, (begin + lengths[number], row))
+    rows, begins = zip(*places)
+    return Shared(count, max(filled)[0], rows, begins)
+
+
+def in_shared_rows(batch: Batch, shared: Shared) -> Batch:
+    """Return a padded batch in the rows that its rows share.
 
     Args:
         batch: What ``Collator`` or ``TextCollator`` returns for a causal language model.
+        shared: Where its rows go.
 
     Returns:
-        The same batch with ``input_ids``, ``attention_mask``, ``position_ids`` and ``segments`` (1, N), ``rows``
-        (1, N), which row each token comes from, and ``positions`` (R, K) counted from the first row's beginning.
+        The same batch with ``input_ids``, ``attention_mask``, ``position_ids`` and ``segments`` (r, L); ``owners``
+        (r, L), the row that each token comes from; ``rows`` (R,), the shared row that each row is in; and
+        ``positions`` (R, K) in the shared rows.
     """
     real_RT = batch["attention_mask"].bool()
     R, T = real_RT.shape
     device = real_RT.device
-    lengths_R = real_RT.sum(1)
-    begins_R = lengths_R.cumsum(0) - lengths_R
-    places_RT = batch.get("position_ids", torch.arange(T, device=device).expand(R, T))
-    segments_RT = batch.get("segments", torch.zeros(R, T, dtype=torch.long, device=device))
+    rows_R, begins_R = (torch.tensor(found, device=device) for found in (shared.rows, shared.begins))
+    steps_T = torch.arange(T, device=device)
+    target_N = (rows_R * shared.length + begins_R)[:, None].add(steps_T)[real_RT]
+
+    def moved(value_RT: Tensor, padding: int) -> Tensor:
+        found = value_RT.new_full((shared.count * shared.length,), padding)
+        found[target_N] = value_RT[real_RT]
+        return found.view(shared.count, shared.length)
+
     numbers_RT = torch.arange(R, device=device)[:, None].expand(R, T)
-    together = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "position_ids": places_RT,
-        "segments": segments_RT,
-        "rows": numbers_RT,
+    return batch | {
+        "input_ids": moved(batch["input_ids"], 0),
+        "attention_mask": moved(batch["attention_mask"], 0),
+        "position_ids": moved(batch.get("position_ids", steps_T.expand(R, T)), 0),
+        "segments": moved(batch.get("segments", torch.zeros_like(numbers_RT)), -1),
+        "owners": moved(numbers_RT, -1),
+        "rows": rows_R,
+        "positions": batch["positions"] + begins_R[:, None],
     }
-    one_row = {name: value[real_RT][None] for name, value in together.items()}
-    return batch | one_row | {"positions": batch["positions"] + begins_R[:, None]}
 
 
 @torch.no_grad()
@@ -89,7 +141,7 @@ def choose_padding_free(
     dataset: Any,
     outputs: Callable[[nn.Module, Batch], Tensor],
 ) -> PaddingFree | None:
-    """Return what lays batches end to end, if the model gives the same outputs that way; None if it does not.
+    """Return what lets rows share one, if the model gives the same outputs that way; None if it does not.
 
     The claim is checked, not looked up.  It is tried on CPUs, where the time of a forward goes with its tokens.
 
@@ -115,17 +167,14 @@ def choose_padding_free(
         or any(c.is_prompt_learning for c in config.values())
     ):
         return None
-    layout = PaddingFree(hidden_size)
-    if layout(batch) is batch:
-        return None
     expected = outputs(model, batch)
     try:
-        found = outputs(model, laid_end_to_end(batch))
+        found = outputs(model, in_shared_rows(batch, share(batch["attention_mask"].sum(1).tolist(), 1)))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     finite = expected.isfinite()
     error = ((found - expected).abs() / expected.abs().clamp(min=1))[finite].max()
     if not error <= score_tolerance(model):
         return None
-    logger.info("Batches are laid end to end, without padding, where that is less work.")
-    return layout
+    logger.info("Short rows of a batch share one, without padding between them, where that is less work.")
+    return PaddingFree(hidden_size)

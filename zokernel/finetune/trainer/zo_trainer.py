@@ -111,7 +111,7 @@ class ZOTrainer(ZerothOrderTrainer):
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         with self.compute_loss_context_manager():
-            repeated = repeat_batch(self.objective.laid_out(batch), copies)
+            repeated = repeat_batch(self.objective.without_padding(batch), copies)
             return self.objective.stacked(self.model_wrapped, repeated, copies)
 
     def _example_terms(self, batch: dict[str, Any]) -> Tensor:
