@@ -11,15 +11,16 @@ import torch
 from zokernel.errors import UsageError
 from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_text import text_encoder
-from zokernel.finetune.data.collate import EncodedDataset, to_device
+from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, asked_for, check_library, library_of, loading_flags
 from zokernel.finetune.models.revision import with_revision
+from zokernel.finetune.models.saved_adapter import run_folders
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import option_scores
-from zokernel.finetune.scoring.padding_free import choose_padding_free
+from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_free
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
@@ -91,6 +92,8 @@ class Predictor:
         self.task: Any = task_of_values(record["task"])
         kind = record["language_model"]
         self._decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
+        self._longest = 0
+        self._chosen_layout: tuple[Collator, PaddingFree | None] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -171,7 +174,7 @@ class Predictor:
             context=record["context"],
         )
         dataset = EncodedDataset(examples)
-        collator = choose_collator(self.model, self.tokenizer.pad_token_id, dataset)
+        collator, padding_free = self._layout(dataset)
         objective = make_objective(
             task,
             self.tokenizer,
@@ -183,7 +186,7 @@ class Predictor:
             context=record["context"],
             max_length=record["max_length"],
             max_new_tokens=record["max_new_tokens"],
-            padding_free=choose_padding_free(self.model, collator, dataset, option_scores),
+            padding_free=padding_free,
         )
         found: list[dict[str, Any]] = []
         for begin in range(0, len(prepared), batch_size):
@@ -195,6 +198,15 @@ class Predictor:
                 scores = objective.evaluate(self.model, batch)[1]["logits"].float().softmax(-1).tolist()
                 found += [self._chosen(row, shares) for row, shares in zip(part, scores)]
         return found
+
+    def _layout(self, dataset: EncodedDataset) -> tuple[Collator, PaddingFree | None]:
+        """Return how batches are laid out, which is tried anew when a prompt is longer than all before."""
+        longest = max(len(example.prompt_ids) for example in dataset.examples)
+        if self._chosen_layout is None or longest > self._longest:
+            collator = choose_collator(self.model, self.tokenizer.pad_token_id, dataset)
+            padding_free = choose_padding_free(self.model, collator, dataset, option_scores)
+            self._longest, self._chosen_layout = longest, (collator, padding_free)
+        return self._chosen_layout
 
     def _row(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
         if isinstance(row, str):
@@ -265,8 +277,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def _record_of(folder: str | Path) -> Path:
     """Return the file that says how a model answers new rows: that of a run holds for its checkpoints, too."""
-    place = Path(folder).expanduser()
-    return (place.parent if place.name.startswith("checkpoint-") else place) / FILE
+    files = [place / FILE for place in run_folders(Path(folder).expanduser())]
+    return next((file for file in files if file.is_file()), files[-1])
 
 
 def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) -> None:

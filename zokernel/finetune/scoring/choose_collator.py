@@ -14,6 +14,7 @@ from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.vocabulary import embedding_rows
 from zokernel.finetune.scoring.options import option_logprobs, option_scores, score_tolerance
+from zokernel.finetune.scoring.tried import tried
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,8 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
         reason = "virtual tokens in front allow no packed attention mask"
     else:
         expected = option_scores(model, to_device(plain(trial), device))
-        try:
-            found = option_scores(model, to_device(packed(trial), device))
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        else:
+        found, reason = tried(lambda: option_scores(model, to_device(packed(trial), device)))
+        if found is not None:
             finite = expected.isfinite()
             error_found = (found - expected)[finite].abs().max().item()
             if error_found <= score_tolerance(model):

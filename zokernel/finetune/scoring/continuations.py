@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zokernel.finetune.data.collate_text import TextDataset
+from zokernel.finetune.models.greedy import end_tokens, greedy_settings
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ def shown_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(kept))
 
 
-def turn_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
-    """Return the control tokens with which the learned part of a row ends, such as the end of a turn."""
+def learned_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
+    """Return the control tokens that end the learned part of a row, such as the end of a turn."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(special & {example.input_ids[example.scored[-1]] for example in dataset.examples})
 
@@ -48,36 +49,21 @@ def continuations(
     ends: Sequence[int] = (),
     decoder_prompt: Sequence[int] = (),
 ) -> list[str]:
-    """Return what a model writes after each prompt until the text or the turn ends.
+    """Return what a model writes after each prompt, until the text or the turn ends.
 
     Args:
         model: A causal or sequence-to-sequence language model of transformers, or a peft wrapper of one.
         tokenizer: Its tokenizer.
         prompts: Token ids.
-        max_new_tokens: Longest continuation.
-        ends: Tokens that end a turn, beside those that the model says.
+        max_new_tokens: Length of the longest continuation.
+        ends: Tokens that end a turn, besides those of the tokenizer and the model.
         decoder_prompt: What the decoder of a sequence-to-sequence model begins with; its encoder reads the prompt.
 
     Returns:
         One text per prompt, without control tokens.
     """
-    from transformers import GenerationConfig
-
     bare: Any = getattr(model, "module", model)
-    own = bare.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own]), *ends} - {None}
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        # What a model was published with (beams, a least length, a penalty on repetition) is not greedy.
-        num_beams=1,
-        min_length=0,
-        no_repeat_ngram_size=0,
-        repetition_penalty=1.0,
-    )
+    settings = greedy_settings(max_new_tokens, end_tokens(bare, tokenizer).union(ends), tokenizer.pad_token_id)
     decoded: dict[str, Any] = {}
     device = next(bare.parameters()).device
     if decoder_prompt:

@@ -1,4 +1,4 @@
-"""Greedy decoding of short answers, a batch at a time, until what marks their end or the end of the text."""
+"""Greedy decoding of short answers, a batch at a time, until the mark of their end or the end of the text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.finetune.models.greedy import end_tokens, greedy_settings
+
 
 class _AtEnding:
     """Stopping criterion: the last tokens of a row, of those after the prompt, hold the ending.
 
-    A token is a byte or more, so that one token more than the ending has bytes holds all of it, and the space before
-    it, which some tokenizers drop from a first token.
+    A token is at least one byte, so as many tokens as the ending has bytes hold all of it.  One more holds the space
+    before it, which some tokenizers drop from a first token.
     """
 
     def __init__(self, tokenizer: Any, ending: str, start: int):
@@ -44,28 +46,16 @@ def greedy_answers(
         prompts: (B, T) token ids, padded on the left (on the right for an encoder).
         prompts_mask: (B, T) ones where there is a token.
         decoder_prompt: (B, D) what the decoder of a sequence-to-sequence model begins with.
-        max_new_tokens: Longest answer in tokens.
-        ending: What marks the end of an answer beside the model's own end of a text; empty if nothing does.
+        max_new_tokens: Length of the longest answer.
+        ending: What marks the end of an answer, besides the tokens that end a text; empty if nothing does.
 
     Returns:
         One text per prompt, without surrounding spaces.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     base: Any = getattr(model, "module", model)
-    ends = base.generation_config.eos_token_id
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        # What a model was published with (beams, a least length, a penalty on repetition) is not greedy.
-        num_beams=1,
-        min_length=0,
-        no_repeat_ngram_size=0,
-        repetition_penalty=1.0,
-    )
+    settings = greedy_settings(max_new_tokens, end_tokens(base, tokenizer), tokenizer.pad_token_id)
 
     def stop(start: int) -> Any:
         return StoppingCriteriaList([_AtEnding(tokenizer, ending, start)] if ending else [])

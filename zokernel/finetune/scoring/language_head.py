@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.ways import BLOCK
-from zokernel.finetune.scoring.options import packed_mask, score_tolerance, scored_logits
+from zokernel.finetune.scoring.options import model_inputs, score_tolerance, scored_logits
+from zokernel.finetune.scoring.shared_encoder import with_hidden
+from zokernel.finetune.scoring.tried import tried
 from zokernel.finetune.scoring.wide_head import WideHead
 from zokernel.without_adapter import without_adapter
 
@@ -89,10 +91,7 @@ def _by_blocks(
     """Return the cross entropy at N positions of each of C copies, or rows: (C, N)."""
     copies = len(targets_CN)
     bare = getattr(model, "module", model)
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if "segments" in batch:
-        mask = packed_mask(bare, batch["segments"], batch.get("owners"))
-        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
+    inputs = model_inputs(bare, batch)
     encoder: AbstractContextManager[Any] = nullcontext()
     if "decoder_input_ids" in batch:
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
@@ -120,9 +119,9 @@ def _whole_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def blocks_agree(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Return whether the losses of a batch are the same block by block as with all logits at once."""
-    try:
-        found = token_losses(model, batch, block=max(1, int((batch["targets"] >= 0).sum()) // 2))
-    except (UsageError, TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+    half = max(1, int((batch["targets"] >= 0).sum()) // 2)
+    found, _ = tried(lambda: token_losses(model, batch, block=half))
+    if found is None:
         return False
     expected = token_losses(model, batch, whole=True)
     tolerance = score_tolerance(model)
@@ -183,7 +182,7 @@ class _RunsOnce:
         self._output = output
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
-        """Return it again."""
+        """Return what the module returned in its first call."""
         return self._output
 
 
@@ -213,17 +212,10 @@ class _AnswersBlocks(_RunsOnce):
         in_front = hidden_RTH.shape[1] - self._length
         picked = hidden_RTH[self._rows, self._positions + in_front]
         self._hidden_CNH = picked.view(self._copies, -1, picked.shape[-1])
-        self._output = _with_hidden(output, picked)
+        self._output = with_hidden(output, picked)
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
         """Return those of the block: rows of one token, copy after copy, as the layers of stacked losses expect."""
         assert self._hidden_CNH is not None
         block = self._hidden_CNH[:, self.block]
-        return _with_hidden(self._output, block.reshape(-1, 1, block.shape[-1]))
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """Return a backbone's output with other hidden states."""
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    return type(output)(**{**output, "last_hidden_state": hidden})
+        return with_hidden(self._output, block.reshape(-1, 1, block.shape[-1]))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import Collator, EncodedDataset
 from zokernel.finetune.scoring.shared_encoder import SharedEncoder
-from zokernel.finetune.scoring.wide_head import is_plain_matrix
+from zokernel.finetune.scoring.wide_head import WideHead, is_plain_matrix
 from zokernel.private_apis import attention_implementation
 from zokernel.without_adapter import without_adapter
 
@@ -42,8 +42,8 @@ class ScoredPositions:
     With ``tokens_RC`` a head that is a plain matrix yields the logits of those tokens only, (R, K, C), from their rows
     of the matrix; another kind of head yields all, of which those are taken.
 
-    A head stored in fp32 runs in fp32 under autocast too: bf16 logits near 16 are 0.06 apart, which is more than a
-    perturbation changes them by.  At so few positions the head costs one read of its weights, in either type.
+    A head stored in fp32 runs in fp32 under autocast too, see :class:`WideHead`.  At so few positions it costs one read
+    of its weights, in either type.
 
     Args:
         model: A language model of transformers, or a peft wrapper of one.
@@ -71,7 +71,7 @@ class ScoredPositions:
         self._head, self._positions, self._length, self._tokens = head, positions_RK, length, tokens_RC
         self._rows = torch.arange(len(positions_RK), device=positions_RK.device) if rows_R is None else rows_R
         self._name = type(without_adapter(model)).__name__
-        self._wide: torch.autocast | None = None
+        self._wide = WideHead(model)
 
     def __enter__(self) -> None:
         def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -79,28 +79,18 @@ class ScoredPositions:
             if hidden_RTH.ndim != 3:
                 raise UsageError(f"{self._name} {_AHEAD}")
             in_front = 0 if self._length is None else hidden_RTH.shape[1] - self._length
-            hidden_RKH = hidden_RTH[self._rows[:, None], self._positions + in_front]
-            if getattr(module, "weight", None) is not None and module.weight.dtype == torch.float32:
-                self._wide = torch.autocast(hidden_RKH.device.type, enabled=False)
-                self._wide.__enter__()
-                hidden_RKH = hidden_RKH.float()
-            return (hidden_RKH, *args[1:])
+            return (hidden_RTH[self._rows[:, None], self._positions + in_front], *args[1:])
 
-        def leave(module: nn.Module, args: tuple[Any, ...], logits_RKV: Tensor) -> Tensor | None:
-            if self._wide is not None:
-                self._wide.__exit__(None, None, None)
-                self._wide = None
-            if self._tokens is None or self._by_rows:
-                return None
+        def pick(module: nn.Module, args: tuple[Any, ...], logits_RKV: Tensor) -> Tensor:
             return _of_tokens(logits_RKV, self._tokens)
 
         self._by_rows = self._tokens is not None and is_plain_matrix(self._head)
         if self._by_rows:
             self._head.forward = self._rows_only
-        self._handles = [
-            self._head.register_forward_pre_hook(select),
-            self._head.register_forward_hook(leave, always_call=True),
-        ]
+        self._handles = [self._head.register_forward_pre_hook(select)]
+        if self._tokens is not None and not self._by_rows:
+            self._handles.append(self._head.register_forward_hook(pick))
+        self._wide.__enter__()  # after select, whose hidden states it widens
 
     def _rows_only(self, hidden_RKH: Tensor) -> Tensor:
         assert self._tokens is not None
@@ -110,6 +100,7 @@ class ScoredPositions:
         return (hidden_RKH.to(dtype)[:, :, None] * rows_RCH.to(dtype)[:, None]).sum(-1)
 
     def __exit__(self, *exc_info: object) -> None:
+        self._wide.__exit__(*exc_info)
         for handle in self._handles:
             handle.remove()
         if self._by_rows:
@@ -121,10 +112,7 @@ def scored_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | N
     base = getattr(model, "module", model)
     if "decoder_input_ids" in batch:
         return decoder_logits(model, batch, tokens_RC)
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if "segments" in batch:
-        mask = packed_mask(base, batch["segments"], batch.get("owners"))
-        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
+    inputs = model_inputs(base, batch)
     if not batch.get("masked"):
         inputs["use_cache"] = False
     by_rows = None if base in _ALL_TOKENS else tokens_RC
@@ -166,6 +154,15 @@ def decoder_logits(model: nn.Module, batch: dict[str, Any], tokens_RC: Tensor | 
             use_cache=False,
         ).logits
     return _of_tokens(logits_RKV, tokens_RC)  # not from their rows of the head: BART adds a bias to its logits
+
+
+def model_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model's forward takes of a batch: tokens, mask and, where a row holds several parts, places."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "segments" in batch:
+        mask = packed_mask(model, batch["segments"], batch.get("owners"))
+        inputs |= {"position_ids": batch["position_ids"], "attention_mask": mask}
+    return inputs
 
 
 def packed_mask(model: nn.Module, segments_RT: Tensor, owners_RT: Tensor | None = None) -> Tensor:

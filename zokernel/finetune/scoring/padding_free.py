@@ -1,4 +1,4 @@
-r"""Batches with little padding: several rows of a batch share one, kept apart by the attention mask.
+r"""Batches without most of their padding: short rows share one, kept apart by the attention mask.
 
 A padded batch of R rows computes R times the tokens of its longest row.  Where short rows share one, fewer tokens are
 computed, but each attends over a longer row.  A token costs about :math:`24 H^2` operations in the matrices of a block
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.finetune.scoring.options import score_tolerance
+from zokernel.finetune.scoring.tried import tried
 from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class PaddingFree:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch in fewer rows, or as it is."""
-        lengths = batch["attention_mask"].sum(1).tolist()
+        lengths = _lengths(batch)
         count, length = batch["attention_mask"].shape
         least, best = self._work(count, length), None
         count = -(-sum(lengths) // length)
@@ -134,6 +135,11 @@ def in_shared_rows(batch: Batch, shared: Shared) -> Batch:
     }
 
 
+def _lengths(batch: Batch) -> list[int]:
+    found: list[int] = batch["attention_mask"].sum(1).tolist()
+    return found
+
+
 @torch.no_grad()
 def choose_padding_free(
     model: nn.Module,
@@ -151,11 +157,10 @@ def choose_padding_free(
         dataset: Encoded examples, of which the two with the shortest and longest prompts are tried.
         outputs: Returns what is computed of a batch: scores or losses.
     """
-    items = sorted((dataset[i] for i in range(len(dataset))), key=lambda item: len(item["input_ids"]))
-    device = next(model.parameters()).device
-    if not items or device.type != "cpu":
+    if not len(dataset) or next(model.parameters()).device.type != "cpu":
         return None
-    batch = collator(items[:1] + items[-1:])
+    by_length = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
+    batch = collator([dataset[by_length[0]], dataset[by_length[-1]]])
     text = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
     hidden_size = getattr(text, "hidden_size", None)
     config = getattr(model, "peft_config", None) or {}
@@ -167,14 +172,14 @@ def choose_padding_free(
         or any(c.is_prompt_learning for c in config.values())
     ):
         return None
-    expected = outputs(model, batch)
-    try:
-        found = outputs(model, in_shared_rows(batch, share(batch["attention_mask"].sum(1).tolist(), 1)))
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return None
-    finite = expected.isfinite()
-    error = ((found - expected).abs() / expected.abs().clamp(min=1))[finite].max()
-    if not error <= score_tolerance(model):
+    shared = in_shared_rows(batch, share(_lengths(batch), 1))
+    expected, (found, reason) = outputs(model, batch), tried(lambda: outputs(model, shared))
+    if found is not None:
+        finite = expected.isfinite()
+        error = ((found - expected).abs() / expected.abs().clamp(min=1))[finite].max().item()
+        reason = "" if error <= score_tolerance(model) else f"their scores would differ by {error:.2g}"
+    if reason:
+        logger.debug("Rows of a batch do not share one (%s).", reason)
         return None
     logger.info("Short rows of a batch share one, without padding between them, where that is less work.")
     return PaddingFree(hidden_size)

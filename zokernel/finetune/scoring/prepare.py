@@ -17,7 +17,7 @@ from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.vocabulary import check_token_ids
 from zokernel.finetune.rewards.prompts import PromptCollator
 from zokernel.finetune.scoring.choose_collator import choose_collator
-from zokernel.finetune.scoring.continuations import Sample, turn_ends
+from zokernel.finetune.scoring.continuations import Sample, learned_ends
 from zokernel.finetune.scoring.make_objective import make_objective
 from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.scoring.padding_free import choose_padding_free
@@ -133,7 +133,7 @@ def _texts(
         language_objective(model, collator, encoded["train"]),
         # The answer of a decoder takes no room from what is read.
         samples_of(encoder, splits, room=max_length if decoder else max_length - data.max_new_tokens),
-        turn_ends(encoded["train"], tokenizer),
+        learned_ends(encoded["train"], tokenizer),
         decoder.prompt if decoder else (),
     )
 

@@ -17,6 +17,7 @@ from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.scoring.padding_free import choose_padding_free
+from zokernel.finetune.scoring.tried import tried
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.typed import report_typed
 from zokernel.readable import counted
@@ -104,12 +105,11 @@ def language_objective(model: nn.Module, collator: TextCollator, dataset: TextDa
             "%s cannot compute its logits in blocks: those of all scored tokens of a batch are in memory together.",
             type(model).__name__,
         )
-    losses = partial(token_losses, whole=objective.whole)
-    objective = replace(objective, padding_free=choose_padding_free(model, collator, dataset, losses))
     if any(len(e.lengths) > 1 for e in dataset.examples):
         whole = pack(documents, sum(len(e.input_ids) for e in documents))
         _check_packing(model, batch, to_device(collator([vars(e) for e in whole]), device), objective)
-    return objective
+    losses = partial(token_losses, whole=objective.whole)
+    return replace(objective, padding_free=choose_padding_free(model, collator, dataset, losses))
 
 
 def _check_packing(
@@ -117,15 +117,13 @@ def _check_packing(
 ) -> None:
     """Check that packed documents have the losses that they have alone."""
     expected = token_losses(model, apart, whole=objective.whole).sum()
-    try:
-        found = token_losses(model, together, whole=objective.whole).sum()
-        reason = f"their loss would differ by {(found / expected - 1).abs().item():.2g} of itself"
+    found, reason = tried(lambda: token_losses(model, together, whole=objective.whole).sum())
+    if found is not None:
         tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
-        agrees = bool((found - expected).abs() <= tolerance * expected.abs())
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        agrees, reason = False, type(error).__name__
-    if not agrees:
-        raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing.")
+        if (found - expected).abs() <= tolerance * expected.abs():
+            return
+        reason = f"their loss would differ by {(found / expected - 1).abs().item():.2g} of itself"
+    raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing.")
 
 
 def _beginnings(dataset: TextDataset) -> list[EncodedText]:

@@ -74,7 +74,11 @@ class SharedEncoder:
         return value
 
     def _repeat(self, module: nn.Module, args: Any, output: Any) -> Any:
-        hidden_RSH = output[0][self._place_R]
-        if isinstance(output, tuple):
-            return (hidden_RSH, *output[1:])
-        return type(output)(**{**output, "last_hidden_state": hidden_RSH})
+        return with_hidden(output, output[0][self._place_R])
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """Return the output of a backbone or an encoder with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})

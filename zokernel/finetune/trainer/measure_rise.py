@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.errors import LossError, RunError, UsageError
+from zokernel.errors import LossError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.kernels.plan_walk import FIRST_WALK
 from zokernel.kernels.walk_rise import Rise, rise_of
@@ -85,8 +85,10 @@ def measure_rise(
         losses = perturb.losses_of(asked, step=0)
     except LossError:
         return Rise(distance, math.nan, math.inf, math.inf, math.nan, len(asked))
-    except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
-        logger.debug("The loss around the weights was not taken: %s", error)
+    except torch.OutOfMemoryError:
+        raise
+    except (UsageError, RuntimeError, TypeError) as error:
+        logger.info("The loss around the weights was not taken: %s", error)
         return None
     return rise_of(distance, list(zip(losses[::3], losses[1::3], losses[2::3])))
 

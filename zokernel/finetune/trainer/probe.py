@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import UsageError
 from zokernel.estimators import OneSided, Richardson, TwoPoint, TwoPointCurvature
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.monitor.findings import FARTHER, PROBED, Options, Surroundings
@@ -73,8 +73,10 @@ def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surrou
             perturb = InForward()
             perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
         centre, *losses = perturb.losses(loss, points, step=optimizer.step_count)
-    except (UsageError, RunError, RuntimeError, TypeError, NotImplementedError) as error:
-        logger.debug("The losses around the weights were not taken: %s", error)
+    except torch.OutOfMemoryError:
+        raise
+    except (UsageError, RuntimeError, TypeError) as error:
+        logger.info("The losses around the weights were not taken: %s", error)
         return None
     if not all(map(torch.isfinite, map(torch.tensor, (centre, *losses)))):
         return None

@@ -1,0 +1,27 @@
+"""A model tried on a batch in an unusual layout, which its own code may refuse in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zokernel.errors import first_line
+
+
+def tried(outputs: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+    """Return the outputs and an empty text, or None and why the model cannot compute them.
+
+    Running out of a GPU's memory says nothing about the model, so it is raised.
+
+    Example:
+        >>> tried(lambda: torch.zeros(2)[3])
+        (None, 'IndexError: index 3 is out of bounds for dimension 0 with size 2')
+    """
+    try:
+        return outputs(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {first_line(error)}"
