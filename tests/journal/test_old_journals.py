@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from zokernel.errors import RunError
 from zokernel.journal import Journal, replay_, weights_sha256
+from zokernel.journal.compat import upgraded
 
 FOLDER = Path(__file__).parent / "written_by_0_1"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.zkj"))
@@ -73,3 +74,12 @@ def test_another_end_is_refused_or_accepted_as_asked(caplog):
     replay_(weights, journal, allow_other_backend=True)
     assert weights_sha256(weights) == right
     assert "did not end with the weights that the run had at step 6" in caplog.text
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_bound_that_was_ignored_is_left_out(normalize):
+    """Without ``normalize`` it had no effect, and is refused now; the steps are those without it."""
+    options = {"eps": 1e-3, "normalize": normalize, "polyak_share": 0.35}
+    header = {"method": "forward_difference", "options": options, "perturb": "in_place"}
+    assert ("polyak_share" in upgraded(header)["options"]) == normalize
+    assert options["polyak_share"] == 0.35

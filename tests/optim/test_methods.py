@@ -127,6 +127,9 @@ def test_steps_are_normalised_by_what_they_can_be():
         ForwardDifference([weight()], beta=1.0)
     with pytest.raises(UsageError, match="polyak_share"):
         ForwardDifference([weight()], polyak_share=0.0)
+    with pytest.raises(UsageError, match=r"^polyak_share bounds a normalised step: set normalize to true, or leave"):
+        ForwardDifference([weight()], polyak_share=0.35)
+    assert len(ForwardDifference([weight()], polyak_share=math.inf).updates) == 1, "an infinite bound is none"
     w = weight()
     optimizer = ForwardDifference([("w", w)], lr=0.01, normalize=True, polyak_share=0.1, perturb="in_place:copy")
     with pytest.raises(UsageError, match="least value is zero"):

@@ -27,7 +27,7 @@ def is_old(header: Mapping[str, Any]) -> bool:
 
 
 def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a header of zokernel 0.1 as this version would have written it; any other unchanged.
+    """Return a header of zokernel 0.1 as this version would have written it; any other without options of no effect.
 
     Raises:
         RunError: If the run used something that this version rounds differently.
@@ -39,8 +39,9 @@ def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
         >>> new["perturb"], new["options"]
         ('in_place:copy', {'perturb': 'in_place:copy'})
     """
+    header = _without_idle_bound(header)
     if not is_old(header):
-        return dict(header)
+        return header
     options = dict(header["options"])
     if options.get("clip") == "grad" or options.get("step_schedule") == "accelerated":
         what = "clip='grad'" if options.get("clip") == "grad" else "step_schedule='accelerated'"
@@ -60,3 +61,12 @@ def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
     new = {key: value for key, value in header.items() if key not in OLD_KEYS}
     changed = {"method": method, "options": options, "perturb": perturb, "update": ""}
     return new | changed | {"upgraded_from": header["zokernel"]}
+
+
+def _without_idle_bound(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a header without a bound on steps that are not normalised, which was ignored before it was refused."""
+    options = dict(header.get("options", {}))
+    if header.get("method") != "forward_difference" or options.get("normalize") or "polyak_share" not in options:
+        return dict(header)
+    del options["polyak_share"]
+    return dict(header) | {"options": options}

@@ -6,6 +6,7 @@ import math
 from typing import Unpack
 
 from zokernel.directions import Dense, LowRank
+from zokernel.errors import UsageError
 from zokernel.estimators import Estimator, OneSided, PerExample
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
@@ -61,7 +62,8 @@ class ForwardDifference(ZerothOrder):
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 
     Raises:
-        UsageError: If a setting is out of range, or a loss is negative although Polyak's step bounds the step.
+        UsageError: If a setting is out of range, ``polyak_share`` is given without ``normalize``, or a loss is
+            negative although Polyak's step bounds the step.
 
     Example:
         >>> import torch
@@ -94,7 +96,9 @@ class ForwardDifference(ZerothOrder):
         check_beta(beta)
         update: list[Update] = [Normalized(beta)] if normalize else []
         bound = PolyakBound(polyak_share, beta)
-        if normalize and math.isfinite(polyak_share):
+        if math.isfinite(polyak_share):
+            if not normalize:
+                raise UsageError("polyak_share bounds a normalised step: set normalize to true, or leave it out.")
             update.append(bound)
         estimator: Estimator = OneSided(eps, num_perturbations)
         if per_example:
