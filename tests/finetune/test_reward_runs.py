@@ -181,7 +181,7 @@ def test_pass_rates_and_evaluation_alone(reward_flags, tmp_path):
         (["--chat_template", "chatml"], "does not apply to prompts that are plain texts"),
         (["--prompt_tuning", "true"], "--prompt_tuning puts virtual tokens"),
         (["--temperature", "-1"], "temperature must be"),
-        (["--beta", "-0.1"], "beta must be a number from 0 on, not -0.1"),
+        (["--beta", "-0.1"], "beta must be at least 0, not -0.1"),
         (["--num_generations", "0"], "num_generations must be"),
     ],
 )

@@ -89,7 +89,7 @@ def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
         ({"method": "adamw", "perturb": "in_place"}, "perturb says how the losses .* adamw takes gradients"),
         ({"method": "sgd", "zo_parallel": "perturbation"}, "zo_parallel says how .* sgd takes gradients"),
         ({"method_args": "kernel_order=3"}, r'write \["kernel_order=3"\]'),
-        *(({"learning_rate": rate}, "learning_rate must be a finite") for rate in (-1.0, float("nan"), "1e-3")),
+        *(({"learning_rate": rate}, "learning_rate must be at least 0, not") for rate in (-1.0, float("nan"), "1e-3")),
     ],
 )
 def test_wrong_settings_are_refused_when_the_class_is_made(settings, match):

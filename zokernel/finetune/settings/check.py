@@ -56,9 +56,9 @@ def _whole(value: Any) -> bool:
 
 
 POSITIVE = Rule(lambda value: _number(value) and value > 0, "positive")
-NOT_NEGATIVE = Rule(lambda value: _number(value) and value >= 0, "a number from 0 on")
+NOT_NEGATIVE = Rule(lambda value: _number(value) and value >= 0, "at least 0")
 COUNT = Rule(lambda value: _whole(value) and value >= 1, "at least 1")
-COUNT_OR_NONE = Rule(lambda value: _whole(value) and value >= 0, "a whole number from 0 on")
+COUNT_OR_NONE = Rule(lambda value: _whole(value) and value >= 0, "at least 0")
 COUNT_OR_ALL = Rule(lambda value: _whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for all")
 SHARE = Rule(lambda value: _number(value) and 0 <= value < 1, "at least 0 and below 1")
 INTERVAL = Rule(

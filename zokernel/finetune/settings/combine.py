@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -52,13 +51,13 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
         if given:
             raise UsageError(f"{type(args).__name__} holds {', '.join(given)} itself: set it there, not twice.")
         return args
-    names = [f.name for f in fields(ZOArguments)]
+    settings = [*(f.name for f in fields(ZOArguments)), *OWN]
     for name in given:
-        if name not in names and name not in OWN:
-            close = difflib.get_close_matches(name, [*names, *OWN], n=1)
+        if name not in settings:
+            close = difflib.get_close_matches(name, settings, n=1)
             raise UsageError(
                 f"zeroth_order has no setting {name!r}"
-                + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join([*names, *OWN])}.")
+                + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join(settings)}.")
             )
     kind: Any = type(args)
     combined: Any = object.__new__(_combined(kind))
@@ -66,12 +65,10 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
     combined.check_method(by_example=False)
     check_output(combined.output_dir)
-    rate = combined.learning_rate
-    if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
-        raise UsageError(f"learning_rate must be a finite number >= 0, not {rate!r}.")
-    check_rule("save_strategy", combined.save_strategy)
-    names = [f.name for f in fields(args) if f.init and getattr(args, f.name, None) != default_of(f)]
-    changed = {name for name in names if name not in FILLED_IN}
+    for name in OWN:
+        check_rule(name, getattr(combined, name))
+    own = [f for f in fields(args) if f.init and f.name not in FILLED_IN]
+    changed = {f.name for f in own if getattr(args, f.name, None) != default_of(f)}
     combined.given = frozenset(changed | given.keys())
     _rate(combined, type(args).__name__)
     if not is_first_order(combined.method):
