@@ -80,11 +80,9 @@ Change = Held | Thin | Flipped
 
 def stackable(parameters: Mapping[str, Tensor], directions: Directions, copies: int, max_bytes: int = 1 << 28) -> bool:
     """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
-    try:
-        stack(parameters, directions, [{0: 0.0}], max_bytes // copies, {}, seed=0, step=0)
-    except UsageError:
-        return False
-    return True
+    points: list[Offsets] = [{0: 0.0}]
+    thin = _thin(parameters, directions, points, seed=0, step=0)
+    return _size(parameters, thin, len(points)) <= max_bytes // copies
 
 
 def stack(
@@ -106,8 +104,7 @@ def stack(
     """
     thin = _thin(parameters, directions, points, seed=seed, step=step)
     held = {name: tensor for name, tensor in parameters.items() if name not in thin}
-    size = len(points) * sum(tensor.nbytes for tensor in held.values())
-    size += sum(change.nbytes for change in thin.values())
+    size = _size(parameters, thin, len(points))
     if size > max_bytes:
         raise UsageError(
             f"{len(points)} perturbed copies take {readable_bytes(size)}, more than {readable_bytes(max_bytes)}: train "
@@ -120,6 +117,12 @@ def stack(
             directions.add_(at_k, list(offsets.values()), seed=seed, step=step, index=list(offsets))
     by_name: dict[str, Change] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
     return {id(tensor): by_name[name] for name, tensor in parameters.items()}
+
+
+def _size(parameters: Mapping[str, Tensor], thin: Mapping[str, Thin | Flipped], copies: int) -> int:
+    """Return the bytes of so many perturbed copies: of changes, and of all tensors that are held."""
+    held = sum(tensor.nbytes for name, tensor in parameters.items() if name not in thin)
+    return copies * held + sum(change.nbytes for change in thin.values())
 
 
 def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:

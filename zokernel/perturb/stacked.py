@@ -150,15 +150,8 @@ class StackedParameters(Intercepted):
         change = self.changes.get(id(weight))
         if change is None:
             return x @ (weight if transposed else weight.T)
-        low = (
-            change.left.dtype
-            if isinstance(change, Thin)
-            else change.rows.dtype
-            if isinstance(change, Flipped)
-            else None
-        )
-        if low is not None and x.dtype != low:
-            x = x.to(low)  # as autocast would, but once
+        if not isinstance(change, Held) and x.dtype != change.dtype:
+            x = x.to(change.dtype)  # as autocast would, but once
         rows = self.grouped(x)
         if isinstance(change, Held):
             result = torch.bmm(rows, change.copies if transposed else change.copies.mT)

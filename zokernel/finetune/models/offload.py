@@ -31,7 +31,7 @@ from zokernel.readable import readable_bytes
 logger = logging.getLogger(__name__)
 
 TOKENS = 128  # of a row, in what is said before any row is read
-PERTURB = ("auto", "in_forward", "stacked")
+STREAMED_PERTURB = ("auto", "in_forward", "stacked")
 
 
 def offloaded(arguments: ModelArguments, config: ZOConfig, command: Sequence[str] = ()) -> ZOConfig:
@@ -81,7 +81,7 @@ def offloaded(arguments: ModelArguments, config: ZOConfig, command: Sequence[str
         raise UsageError("Compiled blocks do not stream their weights: leave out --offload or --torch_compile.")
     if config.world_size > 1:
         raise UsageError(f"Weights are streamed by one process, and there are {config.world_size}: start one.")
-    if config.perturb not in PERTURB or (full and config.perturb == "stacked"):
+    if config.perturb not in STREAMED_PERTURB or (full and config.perturb == "stacked"):
         raise UsageError(
             f"--perturb {config.perturb} would read all weights once for every loss, or hold copies of them: leave it "
             "out, and all losses of a step share one pass."

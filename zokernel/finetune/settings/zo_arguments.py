@@ -9,13 +9,14 @@ from typing import Any
 from zokernel.errors import UsageError
 from zokernel.optim import get_method, method_options
 from zokernel.optim.registry import is_plugin, methods
+from zokernel.perturb.registry import NAMES
 
 # Options that most methods share and that have a flag of their own; the others go through --method_args.
 SHARED_OPTIONS = ("eps", "num_perturbations", "distribution", "momentum")
 # Options of methods that are set by flags of other names, or that the trainer itself reads.
 HAVE_FLAGS = {"lr": "learning_rate", "seed": "seed", "weight_decay": "weight_decay", "perturb": "perturb"}
-PERTURB = ("auto", "in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked", "per_example")
 AUTO = "auto"
+PERTURB = (AUTO, *NAMES)
 
 
 @dataclass

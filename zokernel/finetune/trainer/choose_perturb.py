@@ -133,22 +133,34 @@ def stacking_pays(
         return False
     if not stackable(optimizer.named_params, optimizer.directions, copies):
         return False
-    if trial is not None:
-        try:
-            perturb = Stacked(trial)
-            perturb.attach(optimizer.named_params, optimizer.directions, seed=optimizer.seed)
-            points = list(islice(optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count), 2))
-            with torch.no_grad():
-                perturb.losses(lambda: trial(1).sum(), points, step=optimizer.step_count)
-        except UsageError as error:
-            logger.info("perturb: one loss after the other, since they cannot be stacked here. %s", error)
-            return False
+    reason = "" if trial is None else refuses_copies(optimizer, trial)
+    if reason:
+        logger.info("perturb: one loss after the other, since they cannot be stacked here. %s", reason)
+        return False
     logger.info(
         "perturb: stacked, since an adapter is trained on small batches: up to %d losses per forward "
         "(perturb in_place takes one after the other).",
         copies,
     )
     return True
+
+
+def refuses_copies(optimizer: ZerothOrder, losses: Callable[[int], Tensor]) -> str:
+    """Try two losses of the coming step in one forward, and return why that is refused; empty if it is not.
+
+    Args:
+        optimizer: The optimizer of the run.
+        losses: Returns the losses of several copies of a fixed batch, (copies,).
+    """
+    try:
+        perturb = Stacked(losses)
+        perturb.attach(optimizer.named_params, optimizer.directions, seed=optimizer.seed)
+        points = list(islice(optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count), 2))
+        with torch.no_grad():
+            perturb.losses(lambda: losses(1).sum(), points, step=optimizer.step_count)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def in_forward_suits(optimizer: ZerothOrder, closure: Closure, everywhere: Callable[[bool], bool]) -> bool:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zokernel.errors import UsageError
 from zokernel.finetune.rewards.objective import RewardObjective
-from zokernel.finetune.trainer.choose_perturb import innermost, max_copies
+from zokernel.finetune.trainer.choose_perturb import innermost, max_copies, refuses_copies
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.processes import on_all
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
@@ -74,15 +72,10 @@ class RewardTrainer(ZOTrainer):
             "" if stackable(optimizer.named_params, optimizer.directions, copies) else "dense directions of all weights"
         )
         if not reason and not self.args.torch_compile:
-            trial = Stacked(partial(self.objective.try_copies, self.bare_model, self._collated(self.train_dataset, 1)))
-            trial.attach(optimizer.named_params, optimizer.directions, seed=optimizer.seed)
-            points = list(islice(optimizer.estimator.points(seed=optimizer.seed, step=0), 2))
+            trial = partial(self.objective.try_copies, self.bare_model, self._collated(self.train_dataset, 1))
             self.bare_model.eval()
-            try:
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    trial.losses(lambda: torch.zeros(()), points, step=0)
-            except UsageError as error:
-                reason = str(error).rstrip(".")
+            with self.compute_loss_context_manager():
+                reason = refuses_copies(optimizer, trial).rstrip(".")
         if on_all(not reason and not self.args.torch_compile, self.args.device):
             logger.info("perturb: stacked, up to %d members of the population per generate.", copies)
             return "stacked"
