@@ -22,7 +22,8 @@ C0, C1, C2 = (tl.constexpr(c) for c in gm.COS_COEFFICIENTS)
 LOG_2, ANGLE_UNIT = tl.constexpr(gm.LOG_2), tl.constexpr(gm.ANGLE_UNIT)
 HALF_UNIT, UNIFORM_SCALE = tl.constexpr(gm.UNIFORM_UNIT), tl.constexpr(gm.UNIFORM_SCALE)
 SQRT_HALF_BITS = tl.constexpr(gm.SQRT_HALF_BITS)
-
+ROUNDS = tl.constexpr(philox.ROUNDS)
+GROUP, PLANE, BITS_PER_BLOCK = tl.constexpr(gm.GROUP), tl.constexpr(gm.PLANE), tl.constexpr(gm.BITS_PER_BLOCK)
 
 SIGN_COLUMNS, WORD_COLUMNS = 32, gm.PLANE
 
@@ -47,7 +48,7 @@ def philox_words(block, step, index, k0, k1):
     c0 = (block & 0xFFFFFFFF).to(tl.uint32)
     c1 = (block >> 32).to(tl.uint32)
     c2, c3 = tl.zeros_like(c0) + step, tl.zeros_like(c0) + index
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS):
         high0, low0 = tl.umulhi(c0, tl.full(c0.shape, M0, tl.uint32)), c0 * tl.full(c0.shape, M0, tl.uint32)
         high1, low1 = tl.umulhi(c2, tl.full(c0.shape, M1, tl.uint32)), c2 * tl.full(c0.shape, M1, tl.uint32)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -119,8 +120,8 @@ def sign_of(word, bit):
 @triton.jit
 def word_at(position, step, index, k0, k1):
     """The random word that rounds each position."""
-    w0, w1, w2, w3 = philox_words(position // 256 * 64 + position % 64, step, index, k0, k1)
-    return pick(position // 64 % 4, w0, w1, w2, w3)
+    w0, w1, w2, w3 = philox_words(position // GROUP * PLANE + position % PLANE, step, index, k0, k1)
+    return pick(position // PLANE % 4, w0, w1, w2, w3)
 
 
 @triton.jit
@@ -258,7 +259,7 @@ def sweep_kernel(
         x_ptr, y_ptr, length = tl.multiple_of(x_ptr, 16), tl.multiple_of(y_ptr, 16), tl.multiple_of(length, 16)
         lead, x_stride = 0, 1
     else:
-        lead, x_stride = (position % 256).to(tl.int32), tl.load(segment + S_STRIDE)
+        lead, x_stride = (position % GROUP).to(tl.int32), tl.load(segment + S_STRIDE)
     y_stride = x_stride if TARGET is None else 1
     first, last = tl.load(job + J_FIRST), tl.load(job + J_LAST)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -280,7 +281,7 @@ def sweep_kernel(
                 step, index = word(term + T_STEP), word(term + T_INDEX)
                 start = position + (begin - lead)
                 if DISTRIBUTION == 0:
-                    w0, w1, w2, w3 = philox_words(start // 128 + row, step, index, k0, k1)
+                    w0, w1, w2, w3 = philox_words(start // BITS_PER_BLOCK + row, step, index, k0, k1)
                     z0, z1, z2, z3 = sign_of(w0, column), sign_of(w1, column), sign_of(w2, column), sign_of(w3, column)
                 else:
                     z0, z1, z2, z3 = block_values(
