@@ -45,6 +45,24 @@ def test_a_merged_model_answers_new_rows_as_its_run(flags, tmp_path, tiny_review
     assert load_predictor(low).model.dtype == torch.bfloat16
 
 
+def test_what_a_run_made_in_its_folder_is_merged_as_the_run_itself(flags, tmp_path, other_bases, capsys):
+    low = ["--lora", "true", "--dtype", "bfloat16", "--save_strategy", "steps", "--save_steps", "3"]
+    assert main(["finetune", *flags, *RUN, *low, "--save_total_limit", "1"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    copies = [shutil.copytree(checkpoint, checkpoint.with_name(name)) for name in ("last-good", "of-my-own")]
+    for place in (checkpoint, *copies):
+        merged = tmp_path / f"checkpoint-{place.name}"  # a folder of its own, not in that of a run
+        assert main(["merge", "--model", str(place), "--output_dir", str(merged)]) == 0
+        assert {weight.dtype for weight in load_file(merged / "model.safetensors").values()} == {torch.bfloat16}
+    for place in (checkpoint, copies[0]):
+        other = ["--base", str(other_bases / "mistral"), "--output_dir", str(tmp_path / "other")]
+        assert main(["merge", "--model", str(place), *other]) == 2
+        assert "that was a LlamaForCausalLM" in capsys.readouterr().err
+        rows = [{"sentence": "a good movie"}]
+        answers = [load_predictor(model)(rows)[0] for model in (place, tmp_path / f"checkpoint-{place.name}")]
+        assert answers[1]["scores"] == pytest.approx(answers[0]["scores"], abs=1e-2)
+
+
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 

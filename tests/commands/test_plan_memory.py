@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from transformers import AutoTokenizer
 from zokernel.cli import main
 from zokernel.finetune.models import estimate
 from zokernel.finetune.models.check import check_model
-from zokernel.finetune.models.estimate import QuantizedBytes, bytes_held
+from zokernel.finetune.models.estimate import QuantizedBytes, bytes_held, check_memory, quantized_bytes
 from zokernel.finetune.models.load import load_pretrained
 from zokernel.finetune.models.needed import read_configuration
 from zokernel.finetune.models.quantized_layers import quantized_layers
 from zokernel.finetune.models.scales import train_scales_
 from zokernel.finetune.settings.arguments import ModelArguments
+from zokernel.finetune.settings.config import ZOConfig
 from zokernel.readable import readable_bytes
 
 ADAPTER = ["--lora true --perturb stacked", "--lora true"]
@@ -95,6 +97,30 @@ def test_the_headers_of_a_quantized_checkpoint_are_read_once(base, table, tmp_pa
     assert read == [[folder / "model.safetensors"]]
     assert found["--lora true"][2:4] == readable_bytes(held).split()
     assert found["--train scales"][1:3] == readable_bytes(held + 4 * 64).split()
+
+
+def test_weights_of_unknown_size_are_called_so(base, table, tmp_path, monkeypatch, caplog):
+    shutil.copy(base / "config.json", tmp_path)
+    declare(tmp_path, quant_method="torchao")
+    said = "unknown, as the size of the weights is."
+    told = [f"Fastest that fits for {what}: {said}" for what in ("an adapter", "scales")]
+    found = table(tmp_path / "config.json", told=told)
+    assert [row[-1] for row in found.values()] == ["unknown"] * 3
+    assert all(row.count("unknown") == 3 for row in found.values()), "weights, memory, and whether they fit"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"The size of the quantized weights is unknown ({tmp_path} holds no model.safetensors")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert [row[-1] for row in table(tmp_path / "config.json").values()] == ["no"] * 3
+    architecture = read_configuration(ModelArguments(model_name_or_path=str(tmp_path / "config.json"))).architecture
+    config = ZOConfig(output_dir="unused", precision="fp32", use_cpu=True)
+    caplog.set_level("INFO", logger="zokernel")
+    check_memory(architecture, torch.float32, config, adapter=True, stored=estimate.UNKNOWN)
+    assert caplog.messages[-1].startswith("Memory: at least 0 B (weights of unknown size) and activations")
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert quantized_bytes(str(tmp_path), architecture, torch.float32) == QuantizedBytes()
+    monkeypatch.setattr(estimate, "tensor_types", lambda files: {}["a mistake"])
+    with pytest.raises(KeyError, match="a mistake"):
+        quantized_bytes(str(tmp_path), architecture, torch.float32)
 
 
 def parts_of(model):

@@ -42,20 +42,23 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         words += ["--template", "{sentence} It was", "--label_words", "bad", "good", "--precision", "fp32"]
         return [*words, "--train_file", str(rows), "--max_steps", "2", *flags]
 
-    trained, scored, here, merged, *wrong = run(
+    plan = ["plan", "--memory", "true", "--model_name_or_path"]
+    trained, scored, here, merged, ways, *wrong = run(
         hub.endpoint,
         command("org/adapter", "trained"),
         command("org/adapter", "scored", "--do_train", "false"),
         command(str(tmp_path / "adapter"), "here", "--do_train", "false"),
         ["merge", "--model", "org/adapter", "--output_dir", str(tmp_path / "merged")],
+        [*plan, "org/adapter"],
         command("org/lost", "lost"),
         command("org/neither", "neither"),
         command("org/adapter", "old", "--model_revision", hub.repos["models", "org/adapter"].sha),
         command("org/adapter", "new", "--lora", "true", "--lora_r", "4"),
     )
-    for result in (trained, scored, here, merged):
+    for result in (trained, scored, here, merged, ways):
         assert result["code"] == 0, result["told"]
     assert "org/adapter is an adapter: its base is org/tiny." in trained["told"]
+    assert "Fastest that fits for an adapter: --perturb stacked." in ways["told"]
     one_sentence(wrong[0], "adapter org/lost is not at /home/somebody/model", "--adapter_name_or_path org/lost")
     one_sentence(wrong[1], "'org/neither' could not be loaded")
     one_sentence(wrong[2], "leave out --model_revision")

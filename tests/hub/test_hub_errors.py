@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -153,6 +154,24 @@ def test_a_full_disk_is_named(tmp_path: Path):
     told = explain(full, "org/fine")
     assert isinstance(told, RunError)
     assert str(told).startswith(f"The hub's cache cannot be written ({tmp_path}: No space left on device): free some")
+
+
+def test_a_hint_is_left_out_if_the_hub_does_not_answer_and_a_mistake_is_not_hidden(monkeypatch):
+    from zokernel.data import hub
+    from zokernel.data.hub_requests import transport_error
+
+    hints = {
+        "list_repo_refs": lambda: hub._revisions("org/fine", hub.MODEL),
+        "list_models": lambda: hub._close_names("org/fine", hub.MODEL),
+        "list_repo_files": lambda: hub._weights_there("org/fine", None),
+    }
+    for method, hint in hints.items():
+        for answer in (transport_error()("refused"), OSError("no cache"), ValueError("not JSON")):
+            monkeypatch.setattr(f"huggingface_hub.HfApi.{method}", Mock(side_effect=answer))
+            assert not hint()
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{method}", Mock(side_effect=TypeError("a mistake")))
+        with pytest.raises(TypeError, match="a mistake"):
+            hint()
 
 
 def test_other_errors_are_not_explained():

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from zokernel._version import __version__
 from zokernel.commands.loading import add_loading_flags
+from zokernel.commands.saving import check_new_folder, saved_whole
 from zokernel.errors import UsageError
-from zokernel.files import check_output_dir, read_json, write_json, writing
+from zokernel.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,16 +35,14 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.merge import merge
     from zokernel.finetune.models.revision import with_revision
     from zokernel.finetune.models.same_base import other_base
-    from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter
+    from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter, recorded_settings
     from zokernel.finetune.predict import copy_record
     from zokernel.finetune.settings.arguments import ModelArguments
-    from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
 
     quiet_transformers()
-    folder, dtype = args.output_dir, args.dtype or _dtype_of_run(Path(args.model))
-    check_output_dir(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} already holds files: choose another --output_dir.")
+    folder = args.output_dir
+    check_new_folder(folder)
+    dtype = args.dtype or recorded_settings(Path(args.model).expanduser()).get("dtype", "float32")
     if args.base is not None:
         named = {"model_name_or_path": args.base, "adapter_name_or_path": args.model}
     elif Path(args.model).is_dir() and not is_adapter(args.model):
@@ -61,19 +60,10 @@ def main(args: argparse.Namespace) -> int:
             "--base."
         )
     model = merge(adapted)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder) as scratch:
-            model.save_pretrained(scratch)
-            checked.tokenizer.save_pretrained(scratch)
-            copy_record(adapter, scratch, arguments)
-            write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_told(base)})
-            move_files(scratch, folder)
+    with saved_whole(folder) as scratch:
+        model.save_pretrained(scratch)
+        checked.tokenizer.save_pretrained(scratch)
+        copy_record(adapter, scratch, arguments)
+        write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_told(base)})
     print(f"Saved in {folder}: {base} with {args.model} merged into it.")
     return 0
-
-
-def _dtype_of_run(folder: Path) -> str:
-    """Return in which type a run held the base."""
-    run = folder / "run.json"
-    return str((read_json(run).get("settings") or {}).get("dtype", "float32")) if run.is_file() else "float32"

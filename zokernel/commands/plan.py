@@ -26,7 +26,7 @@ from zokernel.errors import UsageError
 from zokernel.files import check_output_file, write_json
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.resolve import given_sources
+from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, given_sources
 from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 
@@ -38,8 +38,6 @@ COUNTED_WITH = (
     *("lora", "prefix_tuning", "prompt_tuning", "adapter_name_or_path"),
     *("update_examples", "num_perturbations", "tokens", "max_length", "new_tokens", "config", "debug"),
 )
-
-EPS = {"LoRA": 1e-2, "others": 1e-3}  # the defaults of training
 
 
 @dataclass
@@ -200,7 +198,7 @@ def plan_for(model_arguments: ModelArguments, data_arguments: DataArguments, arg
     plan = make_plan(
         task,
         num_probes=arguments.num_probes,
-        eps=arguments.eps or EPS["LoRA" if lora else "others"],
+        eps=arguments.eps or (LORA_EPS if lora else PLAIN_EPS),
         distribution=arguments.distribution,
         seed=arguments.seed,
         counts=arguments.num_perturbations,

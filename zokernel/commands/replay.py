@@ -11,8 +11,7 @@ from pathlib import Path
 
 from zokernel.commands.loading import add_loading_flags, loading_of
 from zokernel.commands.parser import add_switch
-from zokernel.errors import UsageError
-from zokernel.files import check_output_dir, writing
+from zokernel.commands.saving import check_new_folder, saved_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,27 +28,21 @@ def main(args: argparse.Namespace) -> int:
     """Carry out ``zokernel replay`` and return the exit code."""
     # transformers takes seconds to load, and --help needs none of it.
     from zokernel.commands.messages import quiet_transformers
-    from zokernel.finetune.storage.checkpoint import move_files, scratch_folder
     from zokernel.finetune.storage.replay import load_base, load_tokenizer_of_base
     from zokernel.journal import Journal, replay_
 
     quiet_transformers()
-    check_output_dir(args.output_dir)
+    check_new_folder(args.output_dir)
     journal, folder = Journal.read(args.journal), args.output_dir
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} already holds files: choose another --output_dir.")
     loading = loading_of(args)
     model = load_base(args.base, journal, **loading)
     tokenizer = load_tokenizer_of_base(args.base, journal, **loading)
     optimizer = replay_(
         dict(model.named_parameters()), journal, step=args.step, allow_other_backend=args.allow_other_backend
     )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            move_files(scratch, folder)
+    with saved_whole(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     what = "adapter" if hasattr(model, "peft_config") else "model"
     print(f"Saved in {folder}: the {what} after step {optimizer.step_count} of {journal.num_steps}.")
     return 0

@@ -22,7 +22,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file that git-lfs has not fetched begins
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -49,7 +49,7 @@ def read_bytes(path: Path) -> bytes:
                     f"{path} is compressed and damaged or cut off ({error}): copy or download it again."
                 ) from error
             break
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise UsageError(f"{path} is a git-lfs pointer, not the data: run 'git lfs pull' in its repository.")
     return data
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zokernel.data.hub_requests import outage, seconds_to_wait
+from zokernel.data.hub_requests import outage, request_errors, seconds_to_wait, transport_error
 from zokernel.errors import RunError, UsageError, ZokernelError, first_line
 
 MODEL, DATA_SET = "model", "dataset"
@@ -194,10 +194,9 @@ def _unreachable(
     chain: list[BaseException], name: str, kind: str, revision: str | None, what: str, token_from: str
 ) -> ZokernelError | None:
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    transport = HfHubHTTPError.__mro__[1]
-    away = [e for e in chain if isinstance(e, (OfflineModeIsEnabled, ConnectionError, transport))]
+    away = [e for e in chain if isinstance(e, (OfflineModeIsEnabled, ConnectionError, transport_error()))]
     if not away and not any(isinstance(error, LocalEntryNotFoundError) for error in chain):
         return None
     if constants.is_offline_mode():
@@ -247,7 +246,7 @@ def _asked_again(name: str, kind: str) -> Exception | None:
 
     try:
         HfApi().auth_check(name, repo_type=kind)
-    except Exception as error:  # whatever it is, it tells more
+    except request_errors() as error:
         return error
     return None
 
@@ -258,7 +257,7 @@ def _revisions(name: str, kind: str) -> list[str]:
 
     try:
         refs = HfApi().list_repo_refs(name, repo_type=kind)
-    except Exception:  # the hint is not worth another error
+    except request_errors():  # the hint is not worth another error
         return []
     return [ref.name for ref in (*refs.branches, *refs.tags)] + [ref.ref for ref in refs.converts]
 
@@ -273,7 +272,7 @@ def _close_names(name: str, kind: str) -> list[str]:
         found = {repository.id for repository in listing(search=own, limit=20)}
         if owner:
             found |= {repository.id for repository in listing(author=owner, limit=200)}
-    except Exception:  # the hint is not worth another error
+    except request_errors():  # the hint is not worth another error
         return []
     return difflib.get_close_matches(name, sorted(found - {name}), n=3, cutoff=0.75)
 
@@ -284,7 +283,7 @@ def _weights_there(name: str, revision: str | None) -> str:
 
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-    except Exception:  # the hint is not worth another error
+    except request_errors():  # the hint is not worth another error
         return ""
     if any(file.endswith(".safetensors") for file in files):
         return ""

@@ -80,11 +80,25 @@ def bounded_requests() -> Iterator[None]:
         client.send = send
 
 
+def request_errors() -> tuple[type[Exception], ...]:
+    """Return what clients of the hub raise if it is out of reach, refuses, or a proxy answers in its place.
+
+    These are errors of connections and answers, of files of the cache, and of ids and JSON that cannot be read.
+    """
+    return transport_error(), OSError, ValueError
+
+
+def transport_error() -> Any:
+    """Return ``HTTPError`` of the HTTP library that this version of the hub's client uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
+
+
 def _send(send: Callable[..., Any], request: Any, options: dict[str, Any]) -> Any:
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    transport_error: Any = HfHubHTTPError.__mro__[1]  # HTTPError of the HTTP library that this version uses
     of_hub = request.url.host == urlsplit(constants.ENDPOINT).hostname
     if of_hub and _outage.now():
         raise OfflineModeIsEnabled(_outage.now())
@@ -94,7 +108,7 @@ def _send(send: Callable[..., Any], request: Any, options: dict[str, Any]) -> An
     for attempt in (1, 2):
         try:
             return send(request, **options)
-        except transport_error as error:
+        except transport_error() as error:
             if not (of_hub and type(error).__name__ in ("ConnectError", "ConnectTimeout")):
                 raise
             if attempt == 2 or type(error).__name__ == "ConnectTimeout":

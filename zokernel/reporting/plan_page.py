@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,8 +260,3 @@ def _evolution_picture(losses: dict[str, list[float | None]]) -> Picture:
     first, last = column["expected_loss"][0], column["expected_loss"][-1]
     alt = f"Predicted expected loss from {first:.3g} at step 0 to {last:.3g} at step {column['step'][-1]:,.0f}."
     return draw(paint, "evolution", title="Predicted loss", alt=alt)
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    return json.loads(path.read_text(encoding="utf-8"))

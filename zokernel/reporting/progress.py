@@ -11,10 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from zokernel.finetune.run_files import RUN_FILE, STEPS_FILE
 from zokernel.finetune.storage.lock import holder
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
 from zokernel.readable import readable_seconds
-from zokernel.reporting.training import RUN, STEPS, TrainingRun
+from zokernel.reporting.training import TrainingRun
 
 RECENT_STEPS = 50  # whose median time is that of the steps to come
 QUIET = 60.0  # seconds in which nothing was written that are worth a word
@@ -178,7 +179,7 @@ def _evaluations_left(run: TrainingRun, steps: int, total: int) -> float:
 
 def _last_written(folder: Path) -> float:
     """Return when one of the files that a run writes was last changed, in seconds since 1970."""
-    paths = [folder / name for name in (STEPS, RUN, JOURNAL_FILE)]
+    paths = [folder / name for name in (STEPS_FILE, RUN_FILE, JOURNAL_FILE)]
     return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from zokernel.errors import UsageError
+from zokernel.files import read_json
 from zokernel.reporting.page import Page
-from zokernel.reporting.plan_page import load_json, read_evolve, read_kernel, read_plan
+from zokernel.reporting.plan_page import read_evolve, read_kernel, read_plan
 from zokernel.reporting.training import find_plan, is_training
 from zokernel.reporting.training_page import read_finetune
 
@@ -24,7 +25,7 @@ def read_run(folder: Path) -> Page:
         UsageError: If it holds no run of zokernel.
     """
     if folder.is_file() and folder.suffix == ".json":
-        record = load_json(folder)
+        record = read_json(folder)
         if "plan" in record:
             return read_plan(record)
     if not folder.is_dir():
@@ -33,7 +34,7 @@ def read_run(folder: Path) -> Page:
         return read_finetune(folder)
     for name, reader in (("evolution.json", read_evolve), ("kernel.json", read_kernel)):
         if (folder / name).is_file():
-            return reader(load_json(folder / name))
+            return reader(read_json(folder / name))
     plan = find_plan(folder)
     if plan is not None:
         return read_plan(plan)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import RunError
+from zokernel.finetune.run_files import METRICS_FILE, RUN_FILE, STEPS_FILE
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
 from zokernel.journal.reader import Journal
 from zokernel.reporting.rewards import Band, band, is_rewarded
 
-METRICS, STEPS, RUN = "metrics.json", "steps.jsonl", "run.json"
 EVOLUTION = "evolution.json"
 _TIMINGS = {"model_preparation_time", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 
@@ -56,7 +56,7 @@ class TrainingRun:
 
 def is_training(folder: Path) -> bool:
     """Say whether a folder holds a training run, finished or not."""
-    return any((folder / name).is_file() for name in (METRICS, STEPS, JOURNAL_FILE))
+    return any((folder / name).is_file() for name in (METRICS_FILE, STEPS_FILE, JOURNAL_FILE))
 
 
 def read_training(folder: Path) -> TrainingRun:
@@ -68,8 +68,8 @@ def read_training(folder: Path) -> TrainingRun:
     Returns:
         The run; steps come from ``steps.jsonl`` if that reaches as far as the journal, else from the journal.
     """
-    rows = read_lines(folder / STEPS)
-    found = TrainingRun(folder, rows, metrics=_json(folder / METRICS), run=_json(folder / RUN))
+    rows = read_lines(folder / STEPS_FILE)
+    found = TrainingRun(folder, rows, metrics=_json(folder / METRICS_FILE), run=_json(folder / RUN_FILE))
     if (folder / JOURNAL_FILE).is_file():
         _add_journal(found)
     if found.metrics:

@@ -20,13 +20,14 @@ from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.models.quantization import check_flags, check_layers, check_stored, stays_quantized
 from zokernel.finetune.models.saved_adapter import (
     MERGED_FILE,
-    RUN_FILE,
     adapter_config,
+    run_folders,
     saved_tokenizer,
     with_base,
     with_base_on_hub,
 )
 from zokernel.finetune.models.stored import check_folder
+from zokernel.finetune.run_files import RUN_FILE
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_values
 
@@ -56,10 +57,8 @@ class CheckedModel:
     @property
     def is_trained(self) -> bool:
         """Whether it is a saved adapter, or what a run of zokernel or ``zokernel merge`` left."""
-        folder = Path(self.path)
-        places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
         return self.arguments.adapter_name_or_path is not None or any(
-            (place / file).is_file() for place in places for file in (RUN_FILE, MERGED_FILE)
+            (place / file).is_file() for place in run_folders(Path(self.path)) for file in (RUN_FILE, MERGED_FILE)
         )
 
     @property
@@ -83,8 +82,6 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     Raises:
         UsageError: If there is no such model, its files are damaged, or it cannot be trained in this way.
     """
-    from transformers import AutoConfig
-
     check_values(arguments)
     check_flags(arguments)
     arguments = with_gguf(with_base(arguments))
@@ -93,8 +90,7 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     if wants_adapter(arguments):
         check_peft("An adapter")
     name, file = arguments.model_name_or_path, arguments.gguf_file
-    if arguments.dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
+    check_dtype(arguments)
     path = resolve_model_path(name)
     if Path(path).exists():
         if file is None:  # a GGUF file may lie among others
@@ -104,15 +100,9 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
         adapter_config(arguments.adapter_name_or_path)
-    options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    options |= {"gguf_file": file} if file else {}
-    try:
-        architecture = AutoConfig.from_pretrained(path, **options)
-    except Exception as error:  # a configuration may be wrong in any way
-        both = with_base_on_hub(arguments, error)
-        if both is not None:
-            return check_model(both, trains=trains)
-        raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
+    architecture, both = read_architecture(path, arguments)
+    if both is not None:
+        return check_model(both, trains=trains)
     check_stored(arguments, architecture)
     if trains and stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
         raise UsageError(
@@ -123,7 +113,7 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
         check_mergeable(trained_by(arguments), architecture)
     kind = language_model_kind(architecture, arguments.lm_type)
     check_layers(arguments, architecture, kind)
-    own = saved_tokenizer(arguments)
+    own, options = saved_tokenizer(arguments), _options(arguments)
     if own is not None:
         name, options = own, {"trust_remote_code": arguments.trust_remote_code}
     tokenizer = load_tokenizer(own or path, name, options)
@@ -134,6 +124,48 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
         )
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     return CheckedModel(path, architecture, tokenizer, kind, dtype, arguments)
+
+
+def check_dtype(arguments: ModelArguments) -> None:
+    """Refuse a type that no weights are held in.
+
+    Raises:
+        UsageError: If ``dtype`` is none of :data:`DTYPES`, nor ``auto``.
+    """
+    if arguments.dtype not in (*DTYPES, "auto"):
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
+
+
+def read_architecture(path: str, arguments: ModelArguments) -> tuple[Any, ModelArguments | None]:
+    """Read the configuration of a model, or find that its hub id is that of an adapter.
+
+    Args:
+        path: Where it lies: a folder, a ``config.json`` or a hub id.
+        arguments: What the user named.
+
+    Returns:
+        The configuration and None; of an adapter, None and the arguments that name base and adapter.
+
+    Raises:
+        UsageError: If there is no configuration, or it is wrong.
+        RunError: If the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **_options(arguments)), None
+    except Exception as error:  # a configuration may be wrong in any way
+        both = with_base_on_hub(arguments, error)
+        if both is not None:
+            return None, both
+        name, revision = arguments.model_name_or_path, arguments.model_revision
+        raise not_loaded(name, error, revision=revision, gguf_file=arguments.gguf_file) from error
+
+
+def _options(arguments: ModelArguments) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told."""
+    options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    return options | ({"gguf_file": arguments.gguf_file} if arguments.gguf_file else {})
 
 
 def load_tokenizer(path: str, name: str, options: Mapping[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from zokernel.errors import RunError, first_line
+from zokernel.data.hub_requests import request_errors
+from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.kind import Kind, empty_model
 from zokernel.finetune.models.quantization import (
     DEQUANTIZED,
@@ -26,6 +27,7 @@ from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN = 0  # bytes of weights whose files say nothing yet
 SCALE = "_weight_scale"  # how the names of torchao's scales end in files
 
 
@@ -50,7 +52,7 @@ def estimate_memory(
         config: The run's settings.
         adapter: Whether only an adapter is trained, whose own copies are too small to count.
         kind: Which kind of language model it is.
-        stored: Bytes of a quantized model's weights, which stay as they are stored.
+        stored: Bytes of a quantized model's weights, which stay as they are stored; :data:`UNKNOWN` ones are left out.
 
     Returns:
         Bytes by part, with their ``total``.
@@ -97,8 +99,11 @@ def check_memory(
     listing = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items() if name != "total" and size)
     # Counted in the peak of a report, too, unless that is of a GPU's memory.
     held = "" if on_gpu else f", plus about {readable_bytes(psutil.Process().memory_info().rss)} of libraries and data"
+    if stored == UNKNOWN:
+        listing = ", ".join(["weights of unknown size", *filter(None, [listing])])
     logger.info(
-        "Memory: %s (%s) and activations%s; %s free.",
+        "Memory: %s%s (%s) and activations%s; %s free.",
+        "at least " if stored == UNKNOWN else "",
         readable_bytes(parts["total"]),
         listing,
         held,
@@ -117,12 +122,17 @@ class QuantizedBytes:
     """What the weights of a quantized model take, in bytes.
 
     Attributes:
-        weights: The weights as their files hold them; 0 if the files say nothing yet.
+        weights: The weights as their files hold them; :data:`UNKNOWN` if those cannot be read yet.
         factors: A trained factor on each scale of torchao.
     """
 
-    weights: int = 0
+    weights: int = UNKNOWN
     factors: int = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the files told what they hold."""
+        return self.weights != UNKNOWN
 
 
 def quantized_bytes(
@@ -137,16 +147,20 @@ def quantized_bytes(
         revision: Branch, tag or commit on the hub.
 
     Returns:
-        Bytes; None if the model is not quantized, or unpacked as it is loaded.  If its files say nothing yet, 0, which
-        is logged.
+        Bytes; None if the model is not quantized, or unpacked as it is loaded.  A warning says why they are unknown.
     """
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from safetensors import SafetensorError
+
     if stored_as(architecture) in ("", *DEQUANTIZED):
         return None
+    unreadable = (NotASafetensorsRepoError, SafetensorsParsingError, SafetensorError, UsageError)
     try:
         tensors = _types_of(path, revision)
-    except Exception as error:  # the hub may be out of reach while its files are cached
-        logger.info(
-            "The memory estimate leaves out the quantized weights, whose size is unknown: %s.", first_line(error)
+    except (*unreadable, *request_errors()) as error:  # the hub may be out of reach while its files are cached
+        logger.warning(
+            "The size of the quantized weights is unknown (%s), and estimates of memory leave them out.",
+            first_line(error).rstrip("."),
         )
         return QuantizedBytes()
     scales = sum(math.prod(shape) for name, (_, shape) in tensors.items() if name.endswith(SCALE))
@@ -174,7 +188,7 @@ def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: t
         kind: Which kind of language model it is.
 
     Returns:
-        Bytes; None if all weights are held in ``dtype``.
+        Bytes; :data:`UNKNOWN` if the files do not say, and None if all weights are held in ``dtype``.
     """
     asked, trained = asked_for(arguments), arguments.train == "scales"
     if not asked:

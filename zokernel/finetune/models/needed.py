@@ -12,9 +12,9 @@ import torch
 
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError
 from zokernel.finetune.models.adapters import check_peft, trained_by, wants_adapter
-from zokernel.finetune.models.check import DTYPES, not_loaded, stored_dtype
+from zokernel.finetune.models.check import DTYPES, check_dtype, read_architecture, stored_dtype
 from zokernel.finetune.models.estimate import QuantizedBytes, quantized_bytes
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
@@ -51,24 +51,18 @@ def read_configuration(arguments: ModelArguments) -> Configured:
     """Read a model's configuration, and no weights.
 
     Args:
-        arguments: Which model: a name, a folder, a hub id, a ``config.json``, a GGUF file, or the folder of an adapter.
+        arguments: Which model: a name, a folder, a hub id, a ``config.json``, a GGUF file, or the folder or hub id
+            of an adapter.
 
     Raises:
         UsageError: If there is no such configuration.
     """
-    from transformers import AutoConfig
-
     arguments = with_gguf(with_base(arguments))
-    name, file = arguments.model_name_or_path, arguments.gguf_file
-    if arguments.dtype not in (*DTYPES, "auto"):
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {arguments.dtype!r}.")
-    options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    options |= {"gguf_file": file} if file else {}
-    path = resolve_model_path(name)
-    try:
-        architecture = AutoConfig.from_pretrained(path, **options)
-    except Exception as error:  # a configuration may be wrong in any way
-        raise not_loaded(name, error, revision=arguments.model_revision, gguf_file=file) from error
+    check_dtype(arguments)
+    file, path = arguments.gguf_file, resolve_model_path(arguments.model_name_or_path)
+    architecture, both = read_architecture(path, arguments)
+    if both is not None:
+        return read_configuration(both)
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     place = str(Path(path).parent) if Path(path).is_file() else path
     stored = None if file else quantized_bytes(place, architecture, dtype, revision=arguments.model_revision)
@@ -104,7 +98,8 @@ def needed(model: Configured, losses: int, rows: int, tokens: int, writes: int =
         if model.unpacked or stored is not None:  # neither quantized again nor streamed
             found = [way for way in found if not any(word in way.flags for word in ("--offload", "_in_", "torchao"))]
         if stored is not None:
-            found = [replace(way, weights=stored.weights) for way in found if way.trains == "an adapter"]
+            found = [way for way in found if way.trains == "an adapter"]
+            found = [replace(way, weights=stored.weights, known=stored.known) for way in found]
             if method == "torchao":
                 whole = stored.weights + stored.factors
                 found.append(replace(found[-1], flags=SCALES, trains="scales", weights=whole))
@@ -164,12 +159,15 @@ def _fastest(
     """
     told = f"Fastest that fits for {trains}"
     best = fastest(found, free, trains, host)
+    if best is not None and not best.known:
+        return f"{told}: unknown, as the size of the weights is."
     if best is not None:
         return f"{told}: {best.flags}.{_lacking(best, method)}"
     for change, ways_then in smaller.items():
         then = fastest(ways_then, free, trains, host)
         if then is not None:
-            return f"{told}: none; with {change}, {then.flags} would fit.{_lacking(then, method)}"
+            fits = "would fit" if then.known else "might fit"
+            return f"{told}: none; with {change}, {then.flags} {fits}.{_lacking(then, method)}"
     return f"{told}: none, even with one short row: use {otherwise}."
 
 

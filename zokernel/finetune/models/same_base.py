@@ -8,7 +8,8 @@ from typing import Any
 
 from zokernel.files import read_json
 from zokernel.finetune.models.quantization import told
-from zokernel.finetune.models.saved_adapter import RUN_FILE, adapter_config, base_told
+from zokernel.finetune.models.saved_adapter import adapter_config, base_told, run_folders
+from zokernel.finetune.run_files import RUN_FILE
 from zokernel.journal import Journal
 from zokernel.journal.hashes import frozen_sha256
 from zokernel.journal.reader import FILE_NAME
@@ -69,7 +70,7 @@ def other_base(adapted: Any, name: str, base: str) -> str:
 
 def _recorded(folder: Path) -> dict[str, str]:
     """Return the :func:`base_facts` of the run that an adapter is from; those of its journal if it is an older one."""
-    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+    for place in run_folders(folder):
         if (place / RUN_FILE).is_file() and (facts := read_json(place / RUN_FILE).get("base")):
             return dict(facts)
         if (place / FILE_NAME).is_file():

@@ -16,12 +16,12 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
 from zokernel.files import read_json
 from zokernel.finetune.models.pickles import refuse_pickles
+from zokernel.finetune.run_files import LAST_GOOD, RUN_FILE
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
-RUN_FILE = "run.json"
 _TOKENIZER_FILE = "tokenizer_config.json"
 MERGED_FILE = "merged.json"  # beside a model that an adapter was merged into
 # Models from a package registry, and what they are called on the hub.
@@ -270,9 +270,31 @@ def _base_of(folder: Path) -> str:
     return _found(str(stored), str(folder))
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders that hold what a run wrote about a model or an adapter, the nearest first.
+
+    Args:
+        folder: Where the weights are: the folder of a run, or one that the run made in it.
+
+    Example:
+        >>> [str(place) for place in run_folders(Path("/runs/mine"))]
+        ['/runs/mine']
+        >>> [str(place) for place in run_folders(Path("/runs/mine/checkpoint-20"))]
+        ['/runs/mine/checkpoint-20', '/runs/mine']
+    """
+    whole = folder.absolute()
+    if whole.name == LAST_GOOD or whole.name.startswith("checkpoint-"):
+        return [folder, whole.parent]
+    return [folder]
+
+
 def recorded_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run that left a model or an adapter in a folder; empty if there is none."""
-    for place in (folder, folder.parent):
+    """Return the settings of the run that left a model or an adapter in a folder; empty if there is none.
+
+    Args:
+        folder: The folder of a run, or any in it: somebody may have copied a checkpoint to one of another name.
+    """
+    for place in (folder, folder.absolute().parent):
         if (place / RUN_FILE).is_file():
             return read_json(place / RUN_FILE).get("settings") or {}
     return {}

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from zokernel.data.decode import LFS_POINTER
 from zokernel.errors import UsageError, first_line
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_folder(folder: Path) -> None:
@@ -94,7 +94,7 @@ def check_weights(file: Path) -> None:
 def is_pointer(file: Path) -> bool:
     """Return whether git-lfs left a few lines of text in place of a file."""
     with file.open("rb") as opened:
-        return opened.read(len(_POINTER)) == _POINTER
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def tensor_types(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:

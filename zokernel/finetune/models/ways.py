@@ -28,6 +28,7 @@ QUANTIZED = {
 }
 SCALES = "--train scales"
 FACTOR = 4  # bytes of the trained factor on a scale
+UNKNOWN = "unknown"  # in the table
 BLOCK = 512  # scored positions whose logits are in memory at a time
 KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
@@ -117,6 +118,7 @@ class Way:
         written: Bytes that a step writes to the disk.
         moved: Bytes that a step copies between host and device.
         note: What is not in numbers.
+        known: Whether the size of the weights is known; if it is not, ``weights`` is 0.
     """
 
     flags: str
@@ -129,10 +131,11 @@ class Way:
     written: int = 0
     moved: int = 0
     note: str = ""
+    known: bool = True
 
     @property
     def memory(self) -> int:
-        """Bytes that are needed where the model computes."""
+        """Bytes that are needed where the model computes, as far as they are known."""
         return self.weights + self.activations + self.cache
 
 
@@ -277,10 +280,12 @@ def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
         (
             way.flags,
             way.trains,
-            *map(readable_bytes, (way.weights, way.activations, way.cache, way.memory)),
+            readable_bytes(way.weights) if way.known else UNKNOWN,
+            *map(readable_bytes, (way.activations, way.cache)),
+            readable_bytes(way.memory) if way.known else UNKNOWN,
             readable_bytes(way.read or way.moved),
             readable_bytes(way.written),
-            "yes" if way.memory <= free and way.host <= (host or free) else "no",
+            "no" if way.memory > free or way.host > (host or free) else "yes" if way.known else UNKNOWN,
         )
         for way in found
     ]

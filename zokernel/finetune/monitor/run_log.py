@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from zokernel.files import write_text
 from zokernel.finetune.monitor.step_record import StepRecord
+from zokernel.finetune.run_files import STEPS_FILE
 
-STEPS_FILE = "steps.jsonl"
 Row = dict[str, float]
 
 

@@ -14,6 +14,7 @@ from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
 from zokernel.files import check_output_dir, read_json, remedy, write_json, writing
 from zokernel.finetune.models.starting_weights import STARTING_WEIGHTS
+from zokernel.finetune.run_files import LAST_GOOD, METRICS_FILE, RUN_FILE, STEPS_FILE
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
@@ -22,13 +23,11 @@ from zokernel.journal import Journal
 from zokernel.journal.reader import FILE_NAME
 from zokernel.secrets import hide_in_values, hide_in_words
 
-RUN_FILE = "run.json"
 RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
-METRICS_FILE = "metrics.json"
 _CARD, _LOGS = "README.md", "runs"  # a run's model card, and the folder of its TensorBoard logs
 ARTEFACTS = (
     "checkpoint-*",
-    "last-good",
+    LAST_GOOD,
     _LOGS,
     "*.safetensors",
     "*.safetensors.index.json",
@@ -43,7 +42,7 @@ ARTEFACTS = (
     "training_args.bin",
     "trainer_state.json",
     _CARD,
-    "steps.jsonl",
+    STEPS_FILE,
     "held-out-start.json",
     "loss.png",
     "report.md",
@@ -162,7 +161,7 @@ def left_empty_if_refused(folder: Path, *, new: bool) -> Iterator[None]:
     try:
         yield
     except UsageError:
-        journal, later = folder / FILE_NAME, ("steps.jsonl", METRICS_FILE, "*.safetensors")
+        journal, later = folder / FILE_NAME, (STEPS_FILE, METRICS_FILE, "*.safetensors")
         begun = journal.exists() and Journal.read(journal).num_steps > 0
         if new and not begun and not any(list(folder.glob(pattern)) for pattern in later):
             _clear(folder)
