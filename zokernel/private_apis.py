@@ -1,4 +1,4 @@
-"""Every private API of torch, transformers and accelerate that this package uses, and why.
+"""Every private API of torch, transformers, accelerate and trl that this package uses, and why.
 
 What such an API does may change in any version, so nothing private is used anywhere else, and each of these has a test
 that fails when it is gone or behaves otherwise.  A public API is used wherever all allowed versions have one.
@@ -9,6 +9,7 @@ are overridden cannot be wrapped: :data:`TRAINER_HOOKS` lists them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -22,6 +23,7 @@ TRIED = {
     "transformers": ("5.6.2", "5.23.0"),
     "accelerate": ("1.10.0", "1.15.0"),
     "peft": ("0.18.0", "0.21.2"),
+    "trl": ("1.16.0", "1.16.0"),
 }
 """The versions that all of this was tried with."""
 
@@ -108,6 +110,51 @@ def set_train_batch_size(trainer: Any, size: int) -> None:
     made, and the largest batch that fits is found later.
     """
     trainer._train_batch_size = size
+
+
+_NOTED_BY_TRL = ("_metrics", "_total_train_tokens")
+
+
+def noted_by_trl(trainer: Any) -> dict[str, Any]:
+    """Return a copy of what a trainer of trl has noted of the losses it took; empty for any other trainer.
+
+    Private: ``SFTTrainer._metrics`` and ``_total_train_tokens``, and those of other trainers of trl.  Every call of
+    ``compute_loss`` adds to them, a loss that is only tried, too, and nothing public takes that back.
+    """
+    return copy.deepcopy({name: vars(trainer)[name] for name in _NOTED_BY_TRL if name in vars(trainer)})
+
+
+def set_noted_by_trl(trainer: Any, noted: dict[str, Any]) -> None:
+    """Set what :func:`noted_by_trl` returned.
+
+    Private: the attributes named there.
+    """
+    vars(trainer).update(noted)
+
+
+def tokens_counted_by_trl(trainer: Any) -> int:
+    """Return how many tokens a trainer of trl has counted in training; 0 for any other trainer.
+
+    Private: ``SFTTrainer._total_train_tokens``.  It is logged as ``num_tokens``, but not after every step.
+    """
+    return vars(trainer).get("_total_train_tokens", 0)
+
+
+def count_tokens_once(trainer: Any, before: int, losses: int) -> None:
+    """Count the tokens of a batch once, of which each of a step's losses was counted by a trainer of trl.
+
+    Private: ``SFTTrainer._total_train_tokens`` and ``_metrics``.  Every call of ``compute_loss`` counts, and a step
+    calls it for the same batch again and again.
+
+    Args:
+        trainer: Any trainer; those of others count no tokens.
+        before: What :func:`tokens_counted_by_trl` returned before the step.
+        losses: How many losses of the batch were taken since.
+    """
+    noted = vars(trainer)
+    if "_total_train_tokens" in noted and losses:
+        noted["_total_train_tokens"] = before + (noted["_total_train_tokens"] - before) // losses
+        noted["_metrics"]["train"]["num_tokens"] = [noted["_total_train_tokens"]]
 
 
 def exit_at_once(code: int) -> None:

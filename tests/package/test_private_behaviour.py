@@ -1,4 +1,4 @@
-"""What each function on private APIs of torch, transformers and accelerate promises still holds."""
+"""What each function on private APIs of torch, transformers, accelerate and trl promises still holds."""
 
 from __future__ import annotations
 
@@ -176,6 +176,41 @@ def test_one_gpu_of_several_is_used(tmp_path):
     arguments._n_gpu = 3
     assert arguments.train_batch_size == 12, "several GPUs are counted otherwise"
     assert (private_apis.use_one_gpu(arguments), arguments.n_gpu, arguments.train_batch_size) == (3, 1, 4)
+
+
+# trl
+
+
+def test_losses_that_trl_notes_are_taken_back_and_tokens_counted_once(tmp_path):
+    pytest.importorskip("trl")
+    from trainer_cases import CASES
+
+    kind, kwargs = CASES["supervised_finetuning"](tmp_path)
+    trainer = kind(**kwargs)
+    trainer.model.train()  # trl notes losses of evaluations elsewhere
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens = int(batch["attention_mask"].sum())
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert private_apis.tokens_counted_by_trl(trainer) == tokens, "trl counts tokens elsewhere"
+    noted = private_apis.noted_by_trl(trainer)
+    for _ in range(3):
+        trainer.compute_loss(trainer.model, dict(batch))
+    assert private_apis.tokens_counted_by_trl(trainer) == 4 * tokens
+    assert len(private_apis.noted_by_trl(trainer)["_metrics"]["train"]["entropy"]) == 4
+    private_apis.count_tokens_once(trainer, tokens, 3)
+    assert private_apis.tokens_counted_by_trl(trainer) == 2 * tokens
+    assert private_apis.noted_by_trl(trainer)["_metrics"]["train"]["num_tokens"] == [2 * tokens]
+    private_apis.set_noted_by_trl(trainer, noted)
+    assert private_apis.noted_by_trl(trainer) == noted
+    logged = trainer.state.log_history
+    trainer.log({})
+    assert logged[-1]["num_tokens"] == tokens, "trl logs something else"
+
+
+def test_other_trainers_note_nothing(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    private_apis.count_tokens_once(trainer, 0, 2)
+    assert (private_apis.noted_by_trl(trainer), private_apis.tokens_counted_by_trl(trainer)) == ({}, 0)
 
 
 # torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +22,9 @@ from zokernel.finetune.trainer.measure_rise import FEWEST_BATCHES, batches_to_tr
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.stream_points import many_in_a_pass
+from zokernel.private_apis import noted_by_trl, set_noted_by_trl
 
 logger = logging.getLogger(__name__)
-
-_NOTED = ("_metrics", "_total_train_tokens")  # of trl's trainers, by each call of compute_loss
 
 
 class MeasuringTrainer(SetUpTrainer):
@@ -77,11 +75,11 @@ class MeasuringTrainer(SetUpTrainer):
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Keep losses that are only tried out of what trainers of trl note of every loss."""
-        kept = copy.deepcopy({name: vars(self)[name] for name in _NOTED if name in vars(self)})
+        kept = noted_by_trl(self)
         try:
             yield
         finally:
-            vars(self).update(kept)
+            set_noted_by_trl(self, kept)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer; ``method="auto"`` first asks how far it may walk, unless a rate was given."""

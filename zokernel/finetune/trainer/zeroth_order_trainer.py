@@ -39,7 +39,7 @@ from zokernel.finetune.trainer.probe import coarsest, evaluating, look_at_option
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
-from zokernel.private_apis import set_train_batch_size
+from zokernel.private_apis import count_tokens_once, set_train_batch_size, tokens_counted_by_trl
 from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
@@ -192,20 +192,13 @@ class ZerothOrderTrainer(MeasuringTrainer):
             with self.uncounted():
                 self.check_loss()
             self._tried = True
-        before, tokens = optimizer.num_forwards, vars(self).get("_total_train_tokens", 0)
+        before, tokens = optimizer.num_forwards, tokens_counted_by_trl(self)
         take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
         self.last_loss = take(self._step_loss)
         self._forwards = (optimizer.num_forwards - before) * len(self.micro_batches)
         self.micro_batches.clear()
-        self._count_once(tokens, optimizer.num_forwards - before)
+        count_tokens_once(self, tokens, optimizer.num_forwards - before)
         return torch.tensor(self.last_loss, device=self.args.device)
-
-    def _count_once(self, tokens: int, losses: int) -> None:
-        """Count the tokens of a batch once, of which each of a step's losses was counted by trainers of trl."""
-        noted: Any = vars(self)
-        if "_total_train_tokens" in noted and losses:
-            noted["_total_train_tokens"] = tokens + (noted["_total_train_tokens"] - tokens) // losses
-            noted["_metrics"]["train"]["num_tokens"] = [noted["_total_train_tokens"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the forwards and the projected gradient."""
