@@ -152,6 +152,24 @@ def test_greedy_answers_ignore_a_penalty_that_the_model_was_published_with(model
     assert continuations(model, tokenizer, [prompt], max_new_tokens=8) == [expected]
 
 
+@pytest.mark.parametrize("own", [None, 1, [1, 2]])
+def test_decoding_stops_at_the_end_of_the_tokenizer_whatever_the_model_was_published_with(
+    own, model, tokenizer, tiny_lm_path, monkeypatch
+):
+    """Sequence-to-sequence models learn to end their answers with it, and text after it is no part of an answer."""
+    ids = torch.tensor([tokenizer("a good movie")["input_ids"]])
+    with torch.no_grad():
+        first = int(model(input_ids=ids).logits[0, -1].argmax())
+    ended = AutoTokenizer.from_pretrained(tiny_lm_path, eos_token=tokenizer.convert_ids_to_tokens(first))
+    assert ended.eos_token_id == first
+    monkeypatch.setattr(model.generation_config, "eos_token_id", own)
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    answers = greedy_answers(model, ended, ids, torch.ones_like(ids), max_new_tokens=6, ending="")
+    hook.remove()
+    assert (answers, len(forwards)) == ([""], 1)
+
+
 @pytest.mark.parametrize("mark", ["", " END"])
 def test_decoding_stops_at_the_ending(mark, model, tokenizer):
     """Of one token or several, and not at the same text in the prompt."""

@@ -1,6 +1,6 @@
 """Batches of encoded examples: right padding, explicit scored positions, and shared prompts.
 
-Shapes: B examples, C options of the example that has most, R rows of the batch, T tokens, K scored positions per row.
+Shapes: B examples, C options of the example with the most, R rows of the batch, T tokens, K scored positions per row.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zokernel.finetune.tasks.batching import Examples, left_padded, right_padded
 from zokernel.finetune.tasks.encoded import Encoded
 
 
-class EncodedDataset(torch.utils.data.Dataset):
+class EncodedDataset(Examples[Encoded]):
     """A list of encoded examples as the dictionaries that a collator takes.
 
     ``input_ids`` is the prompt; samplers that group by length read its length.
     """
 
-    def __init__(self, examples: Sequence[Encoded]):
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def longest(self, count: int) -> EncodedDataset:
-        """Return the ``count`` examples with the longest prompts."""
-        return EncodedDataset(sorted(self.examples, key=lambda e: -len(e.prompt_ids) - len(e.suffix_ids))[:count])
+    def _size(self, example: Encoded) -> int:
+        return len(example.prompt_ids) + len(example.suffix_ids)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         example = self.examples[position]
@@ -46,7 +40,7 @@ class EncodedDataset(torch.utils.data.Dataset):
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Return a batch with its tensors on a device; what is no tensor stays as it is."""
+    """Return a batch with its tensors on a device; other values stay as they are."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
@@ -66,10 +60,10 @@ class _Row:
 class Collator:
     """Batches examples.
 
-    Options of one token each are read off a single forward over the prompt.  Longer options are scored by the mean over
-    their tokens, in one of two layouts: every option in a row of its own, behind a copy of the prompt; or, with
-    ``shared_prompt``, all options of an example in one row behind one prompt, kept apart by the attention mask and each
-    with the positions it would have had on its own.
+    Options of one token each are read off a single forward pass over the prompt.  Longer options are scored by the mean
+    over their tokens, in one of two layouts.  Either every option has a row of its own, after a copy of the prompt.
+    Or, with ``shared_prompt``, all options of an example are in one row after one prompt: the attention mask keeps them
+    apart, and each has the positions that it would have in a row of its own.
 
     For a sequence-to-sequence model, all this happens in the decoder; the encoder's batch has one row per example.
 
@@ -85,12 +79,12 @@ class Collator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch.
 
-        Always ``labels`` (B,), ``input_ids`` and ``attention_mask`` (R, T), ``positions`` and ``targets``.  When all
-        options are single tokens and every example has as many, R = B, ``positions`` is (B, 1) and ``targets`` (B, C)
-        holds each option's token.  Otherwise both are (R, K), ``cells`` (R, K) says which option of which example a
-        position counts for (-1: none), and ``option_mask`` (B, C) which options there are.  Shared prompts add
-        ``position_ids`` and ``segments`` (R, T); masked language models add ``masked``; generation adds ``prompts``,
-        left-padded, and ``references``.
+        It always has ``labels`` (B,), ``input_ids`` and ``attention_mask`` (R, T), ``positions`` and ``targets``.  When
+        all options are single tokens and every example has the same number of them, R = B, ``positions`` is (B, 1) and
+        ``targets`` (B, C) holds each option's token.  Otherwise both are (R, K), ``cells`` (R, K) says which option of
+        which example a position counts for (-1: none), and ``option_mask`` (B, C) which options exist.  Shared prompts
+        add ``position_ids`` and ``segments`` (R, T); masked language models add ``masked``; generation adds
+        ``prompts``, left-padded, and ``references``.
 
         For sequence-to-sequence models, ``input_ids`` and ``attention_mask`` (B, S) are the encoder's, and
         ``decoder_input_ids`` (R, T) what the decoder reads; ``decoder_prompt`` (B, D) is what generated answers begin
@@ -152,7 +146,7 @@ class Collator:
         length = max(len(row.tokens) for row in rows)
         width = max(len(row.positions) for row in rows)
         padded = {
-            "input_ids": right_padded(([row.tokens for row in rows]), length, self._padding),
+            "input_ids": right_padded([row.tokens for row in rows], length, self._padding),
             "attention_mask": right_padded([[1] * len(row.tokens) for row in rows], length, 0),
             "positions": right_padded([row.positions for row in rows], width, 0),
         }
@@ -166,14 +160,14 @@ class Collator:
         prompts = [feature["input_ids"] for feature in features]
         length = max(map(len, prompts))
         return {
-            "prompts": torch.tensor([[self._padding] * (length - len(p)) + p for p in prompts]),
-            "prompts_mask": torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts]),
+            "prompts": left_padded(prompts, length, self._padding),
+            "prompts_mask": left_padded([[1] * len(prompt) for prompt in prompts], length, 0),
             "references": [feature["references"] for feature in features],
         }
 
 
 def _plain_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
-    """One row per option, behind a copy of the prompt."""
+    """One row per option, after a copy of the prompt."""
     prompt = feature["input_ids"]
     return [
         _Row(
@@ -206,7 +200,7 @@ def _packed_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
 
 
 def _masked_rows(number: int, feature: dict[str, Any]) -> list[_Row]:
-    """A row for every length that an option has: that many masks, from which all options of the length are read."""
+    """One row per length of options: that many masks, from which all options of the length are read."""
     prompt, rows = feature["input_ids"], []
     by_length: dict[int, list[int]] = {}
     for choice, option in enumerate(feature["option_ids"]):
@@ -229,13 +223,3 @@ def _targets(rows: Sequence[_Row], num_options: int) -> dict[str, Tensor]:
         "targets": right_padded([row.targets for row in rows], width, -100),
         "cells": right_padded([[example * num_options + c for example, c in row.cells] for row in rows], width, -1),
     }
-
-
-def right_padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
-    """Return rows as one tensor, filled up to a length with a value.
-
-    Example:
-        >>> right_padded([[1, 2], [3]], 3, 0).tolist()
-        [[1, 2, 0], [3, 0, 0]]
-    """
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -1,6 +1,6 @@
 """Batches of rows of text: right padding, explicit scored positions, and rows packed from several documents.
 
-Shapes: R rows, T tokens, K scored tokens of the row that has most.
+Shapes: R rows, T tokens, K scored tokens of the row with the most.
 """
 
 from __future__ import annotations
@@ -13,25 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zokernel.finetune.data.collate import right_padded
+from zokernel.finetune.tasks.batching import Examples, right_padded
 from zokernel.finetune.tasks.encode_text import EncodedText
 
 
-class TextDataset(torch.utils.data.Dataset):
+class TextDataset(Examples[EncodedText]):
     """A list of rows as the dictionaries that :class:`TextCollator` takes."""
 
-    def __init__(self, examples: Sequence[EncodedText]):
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def longest(self, count: int) -> TextDataset:
-        """Return the ``count`` longest rows."""
-        return TextDataset(sorted(self.examples, key=lambda e: -e.size)[:count])
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return vars(self.examples[position])
+    def _size(self, example: EncodedText) -> int:
+        return example.size
 
 
 @dataclass(frozen=True)

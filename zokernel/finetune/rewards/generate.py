@@ -1,12 +1,12 @@
-r"""What a population of perturbed models writes, all members, prompts and samples in one batched ``generate``.
+r"""What a population of perturbed models writes: all members, prompts and samples in one batched ``generate``.
 
 Row r of the batch is a sample of a prompt.  The token at position t of its answer is
 
 .. math:: \arg\max_v \; \ell_v / T + G(seed, step, r, t, v)
 
 with the logits :math:`\ell`, the temperature T and Gumbel noise :math:`G`, which is a draw from the softmax at
-temperature T (Gumbel, 1954).  The noise is a function of its five arguments: it depends on no batch and no chunk, and a
-run that is continued draws the same.
+temperature T (Gumbel, 1954).  The noise is a function of its five arguments.  It does not depend on batches or chunks,
+and a continued run draws the same noise.
 
 All members of a step see the same noise.  So an antithetic pair differs by its weights alone, and so do a member and
 the mean of the others, or the loss at the unperturbed weights: noise of its own for every member would add its whole
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.directions.philox import philox4x32, stream_key
+from zokernel.finetune.models.greedy import greedy_settings
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Answer:
 
     Attributes:
         tokens: Its tokens, without the one that ends it.
-        end: The token that ended it, if one did: no or one token.
-        log_probabilities: Of tokens and end at the weights that wrote them; empty unless they were asked for.
+        end: The token that ended it; empty if none did.
+        log_probabilities: Of tokens and end under the weights that wrote them; empty unless requested.
     """
 
     tokens: list[int]
@@ -133,38 +134,26 @@ def generate(
         prompts: (R, T) token ids, padded on the left.
         prompts_mask: (R, T) ones where there is a token.
         rows: Number of each row, which its noise depends on.
-        copies: How often the rows are repeated, copy after copy.
-        max_new_tokens: Longest answer.
+        copies: Number of copies of the rows, one after the other.
+        max_new_tokens: Length of the longest answer.
         ends: Tokens that end an answer.
         pad_token_id: Any token.
         sampling: How tokens are chosen.
-        log_probabilities: Whether those of the tokens are wanted: of the softmax at the temperature, or at temperature
-            1 where the most likely token is taken.
+        log_probabilities: Whether to return those of the tokens, under the softmax at the temperature, or at
+            temperature 1 where the most likely token is taken.
 
     Returns:
-        K R answers, copy after copy.
+        K R answers, one copy after the other.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     bare: Any = getattr(model, "module", model)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(set(ends)) or None,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-        # What a model was published with changes no reward here.
-        num_beams=1,
-        min_length=0,
-        no_repeat_ngram_size=0,
-        repetition_penalty=1.0,
-    )
     length = prompts.shape[1]
     choose = _Choose(rows, length, sampling, notes=log_probabilities)
     written = bare.generate(
         input_ids=prompts.repeat(copies, 1),
         attention_mask=prompts_mask.repeat(copies, 1),
-        generation_config=settings,
+        generation_config=greedy_settings(max_new_tokens, ends, pad_token_id),
         logits_processor=LogitsProcessorList([choose] if log_probabilities or sampling.temperature > 0 else []),
     )
     stops = set(ends)

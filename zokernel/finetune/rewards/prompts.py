@@ -1,4 +1,4 @@
-"""Prompts as tokens, batched for generation, and whether rewards, rows and model go together."""
+"""Prompts as tokens, batched for generation, and a check that rewards, rows and model fit together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
+from zokernel.finetune.models.greedy import end_tokens
 from zokernel.finetune.rewards.functions import Rewards, load_rewards
 from zokernel.finetune.settings.arguments import DataArguments
+from zokernel.finetune.tasks.batching import Examples, left_padded
 from zokernel.finetune.tasks.chat_template import choose_chat_template, render
 from zokernel.finetune.tasks.encoded import keep_end
 from zokernel.readable import counted
@@ -20,7 +22,7 @@ from zokernel.readable import counted
 logger = logging.getLogger(__name__)
 
 _ANSWER = {"role": "assistant", "content": "."}
-MANY = 0.5  # share of empty answers from which it is said
+MANY = 0.5  # share of empty answers from which a run warns
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class EncodedPrompt:
 
     Attributes:
         input_ids: Its tokens.
-        number: Which row of its split it is; the noise of its samples depends on it.
+        number: Number of its row in the split, on which the noise of its samples depends.
         row: The row, with the prompt as a text or messages.
     """
 
@@ -38,21 +40,11 @@ class EncodedPrompt:
     row: Row = field(repr=False)
 
 
-class PromptDataset(torch.utils.data.Dataset):
+class PromptDataset(Examples[EncodedPrompt]):
     """A list of prompts as the dictionaries that :class:`PromptCollator` takes."""
 
-    def __init__(self, examples: Sequence[EncodedPrompt]):
-        self.examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def longest(self, count: int) -> PromptDataset:
-        """Return the ``count`` longest prompts."""
-        return PromptDataset(sorted(self.examples, key=lambda e: -len(e.input_ids))[:count])
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return vars(self.examples[position])
+    def _size(self, example: EncodedPrompt) -> int:
+        return len(example.input_ids)
 
 
 @dataclass(frozen=True)
@@ -74,19 +66,18 @@ class PromptCollator:
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch."""
-        length = max(len(feature["input_ids"]) for feature in features)
-        missing = [length - len(feature["input_ids"]) for feature in features]
-        pad = self.pad_token_id or 0
+        prompts = [feature["input_ids"] for feature in features]
+        length = max(map(len, prompts))
         return {
             "labels": torch.tensor([feature["number"] for feature in features]),
-            "prompts": torch.tensor([[pad] * gap + feature["input_ids"] for gap, feature in zip(missing, features)]),
-            "prompts_mask": torch.tensor([[0] * gap + [1] * (length - gap) for gap in missing]),
+            "prompts": left_padded(prompts, length, self.pad_token_id or 0),
+            "prompts_mask": left_padded([[1] * len(prompt) for prompt in prompts], length, 0),
             "rows": [feature["row"] for feature in features],
         }
 
 
 def encode_prompts(rows: Sequence[Row], tokenizer: Any, *, max_length: int, where: str) -> PromptDataset:
-    """Tokenize prompts; one that is too long loses its front."""
+    """Tokenize prompts; one that is too long loses its beginning."""
     found, cut = [], 0
     for number, row in enumerate(rows):
         ids = prompt_ids(row, tokenizer)
@@ -114,7 +105,7 @@ def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
 
 
 def turn_ends(rows: Sequence[Row], tokenizer: Any) -> list[int]:
-    """Return the control tokens with which the template ends the assistant's turn in chats."""
+    """Return the control tokens with which the chat template ends the assistant's turn; none without chats."""
     chat = next((row["prompt"] for row in rows if not isinstance(row["prompt"], str)), None)
     if chat is None:
         return []
@@ -126,14 +117,11 @@ def turn_ends(rows: Sequence[Row], tokenizer: Any) -> list[int]:
 
 def ends_of(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     """Return the tokens that end an answer: those of the tokenizer and the model, and the end of a turn in chats."""
-    bare = getattr(model, "module", model)
-    own = getattr(bare.generation_config, "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own]), *turn_ends(rows, tokenizer)}
-    return sorted(stops - {None})
+    return sorted(end_tokens(model, tokenizer).union(turn_ends(rows, tokenizer)) - {None})
 
 
 def empty_answers_told(share: float, rows: Sequence[Row], tokenizer: Any) -> str:
-    """Return that a model wrote nothing after many prompts, and what to do; an empty text if after few.
+    """Return a warning that a model wrote nothing after many prompts; an empty text if there were few.
 
     Args:
         share: The share of empty answers.
@@ -160,7 +148,7 @@ def rewards_of(arguments: DataArguments) -> Rewards:
 
 
 def check_prompts(rows: Sequence[Row], tokenizer: Any, arguments: DataArguments, *, kind: str) -> None:
-    """Check rewards and prompts before the weights are loaded, and let the tokenizer use the chat template asked for.
+    """Check rewards and prompts before the weights are loaded, and set the tokenizer's chat template.
 
     Args:
         rows: Rows to train on, of which the first is tokenized.

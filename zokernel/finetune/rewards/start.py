@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.finetune.tasks.batching import left_padded
 from zokernel.readable import readable_bytes
 from zokernel.without_adapter import without_adapter
 
@@ -30,7 +31,7 @@ MAX_LOGITS = 1 << 24  # numbers held at once, 64 MiB in float32
 
 
 class Start:
-    """The trained tensors as they are when this is made; every other tensor is the model's own.
+    """A copy of the trained tensors as they were when it was made; every other tensor is the model's own.
 
     Args:
         model: A causal language model of transformers, or a peft wrapper of one.
@@ -75,12 +76,12 @@ class Start:
     def _of_rows(
         self, bare: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float, pad: int
     ) -> list[list[float]]:
-        """Return what a forward over prompts with their answers, padded on the left, says of the answers."""
+        """Return the log-probabilities of answers from one forward pass over left-padded prompts and answers."""
         device = next(bare.parameters()).device
-        length, most = max(len(p) + len(a) for p, a in pairs), max(len(a) for _, a in pairs)
-        gaps = [length - len(p) - len(a) for p, a in pairs]
-        ids = torch.tensor([[pad] * gap + [*p, *a] for gap, (p, a) in zip(gaps, pairs)], device=device)
-        mask = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps], device=device)
+        rows = [(*p, *a) for p, a in pairs]
+        length, most = max(map(len, rows)), max(len(a) for _, a in pairs)
+        ids = left_padded(rows, length, pad).to(device)
+        mask = left_padded([[1] * len(row) for row in rows], length, 0).to(device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         accepted = inspect.signature(without_adapter(bare).forward).parameters
         if "position_ids" in accepted and not _has_virtual_tokens(bare):
@@ -111,7 +112,7 @@ def divergence(log_probabilities: Sequence[float], start: Sequence[float]) -> fl
     """
     if not log_probabilities:
         return 0.0
-    # What is never reached by a token that was chosen keeps the exponential within a float.
+    # No chosen token reaches this bound, which keeps the exponential within a float.
     deltas = [min(before - now, 700.0) for now, before in zip(log_probabilities, start)]
     return sum(math.expm1(delta) - delta for delta in deltas) / len(deltas)
 
