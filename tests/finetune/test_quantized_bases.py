@@ -267,7 +267,7 @@ REFUSED = [
     ("load_in_4bit lora merge_adapter", "'zokernel merge' adds the adapter to the base in full precision"),
     ("load_in_4bit lora offload=disk", "Quantized weights are not streamed: leave out --offload or --load_in_4bit."),
     ("load_in_4bit gguf_file=x.gguf", "A GGUF file is quantized already: leave out --load_in_4bit, or name a model"),
-    ("gguf_file=x.gguf", "There is no GGUF file"),
+    ("gguf_file=x.gguf", "x.gguf: correct --gguf_file."),
     ("gguf_file=x.gguf offload=disk", "The weights of a GGUF file are unpacked as it is read, and not streamed"),
     ("train=all", "--train must be scales, or left out, not 'all'."),
     ("train=scales", "has no scales to train (it is not quantized)"),

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from interrupted import ctrl_c_in, interrupted_run, same, weights
+from safetensors.torch import save_file
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -300,6 +301,9 @@ def test_state_files_keep_every_bit_and_run_no_code(tmp_path):
     assert torch.equal(found["transposed"], state["transposed"])
     with pytest.raises(TypeError, match="without pickling"):
         save_state(path, {"x": object()})
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(RunError, match=r"holds tensors but no state of zokernel: resume from another checkpoint\."):
+        load_state(tmp_path / "other.safetensors")
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(RunError, match="damaged or missing"):
         load_state(path)

@@ -150,7 +150,7 @@ def test_rows_without_a_label_are_left_out_and_a_missing_column_is_named(caplog)
     with caplog.at_level("INFO"):
         assert len(snli.read(rows, where="train")) == 2
     assert "1 row without a label is left out" in caplog.text
-    with pytest.raises(UsageError, match="no labelled row"):
+    with pytest.raises(UsageError, match="no labelled row: fill its column"):
         snli.read(rows[1:2], where="train")
     with pytest.raises(UsageError, match="no column 'sentence2'"):
         snli.read([{"premise": "a", "label": 0}], where="train")

@@ -135,10 +135,10 @@ def test_a_split_without_a_column_names_it_and_those_it_has():
     [
         ("messages", {"messages": [{"content": "a"}]}, "row 1: .*no 'role'"),
         ("messages", {"messages": ["a"]}, "not a mapping"),
-        ("messages", {"messages": "{"}, "no JSON list"),
+        ("messages", {"messages": "{"}, "not a JSON list of messages: write each cell as"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text is trained on"),
         ("messages", {"messages": [{"role": "user", "content": 3}]}, "is 3, not a text"),
-        ("messages", {"messages": HI, "tools": "{"}, "'tools' holds a text that is no JSON"),
+        ("messages", {"messages": HI, "tools": "{"}, "'tools' holds a text that is not JSON: write it as JSON"),
         ("prompt-completion", {"prompt": "a", "completion": HI}, "must both be texts"),
         ("text", {"text": ["a"]}, "holds .'a'., not a text"),
         ("instruction", {"instruction": "a", "output": "b", "history": ["c"]}, "pairs"),

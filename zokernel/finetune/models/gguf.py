@@ -1,4 +1,4 @@
-"""Models in GGUF files, which transformers unpacks while it reads them."""
+"""Models in GGUF files, which transformers unpacks as it reads them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def with_gguf(arguments: ModelArguments) -> ModelArguments:
         if arguments.gguf_file is not None:
             raise UsageError(f"{place} is a GGUF file, and --gguf_file names another: give one of them.")
         if not place.is_file():
-            raise UsageError(f"There is no GGUF file {place}.")
+            raise UsageError(f"There is no GGUF file {place}: correct --model_name_or_path.")
         arguments = replace(arguments, model_name_or_path=str(place.parent), gguf_file=place.name)
     elif arguments.gguf_file is not None and place.is_dir() and not (place / arguments.gguf_file).is_file():
-        raise UsageError(f"There is no GGUF file {place / arguments.gguf_file}.")
+        raise UsageError(f"There is no GGUF file {place / arguments.gguf_file}: correct --gguf_file.")
     if arguments.gguf_file is not None:
         check_library("gguf", f"{arguments.gguf_file}")
     return arguments

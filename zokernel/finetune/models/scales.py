@@ -164,7 +164,7 @@ def load_factors_(model: nn.Module, folder: Path) -> None:
     if {name: factors.shape for name, factors in saved.items()} != {
         n: layer.scale.shape for n, layer in layers.items()
     }:
-        raise RunError(f"{file} holds the factors of another model.")
+        raise RunError(f"{file} holds the factors of another model: load the one that its run was started with.")
     for name, factors in saved.items():
         layers[name].scale.copy_(factors)
 

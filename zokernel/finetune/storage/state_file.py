@@ -53,7 +53,7 @@ def load_state(path: Path) -> Any:
         with safe_open(path, "pt") as archive:
             metadata = archive.metadata() or {}
             if _KEY not in metadata:
-                raise RunError(f"{path} holds tensors but no state of zokernel.")
+                raise RunError(f"{path} holds tensors but no state of zokernel: resume from another checkpoint.")
             return _unpack(json.loads(metadata[_KEY]), {name: archive.get_tensor(name) for name in archive.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged or missing ({error}): resume from another checkpoint.") from error

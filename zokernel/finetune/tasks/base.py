@@ -1,4 +1,4 @@
-"""What every task is: a template over the columns of a table, options or answers, and which of them is right."""
+"""What every task has: a template over the columns of a table, options or answers, and which of them is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 from zokernel.data.tables import Row
@@ -17,7 +16,7 @@ from zokernel.readable import counted
 logger = logging.getLogger(__name__)
 
 MANY = 20  # values that are still listed one by one
-NO_LABEL = ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null")  # unless it is one of the task's labels
+NO_LABEL = ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null")  # except those that are the task's labels
 
 
 @dataclass(frozen=True)
@@ -145,23 +144,26 @@ class Task:
         if renamed:
             numbered = [(n, {renamed.get(name, name): value for name, value in row.items()}) for n, row in numbered]
         self.check_columns([row for _, row in numbered], where=where)
-        place = partial(_place, getattr(rows, "lines", ()))
-        labelled = [(n, row) for n, row in numbered if not self.unlabelled(row)]
-        _say_left_out(where, "a label", numbered, labelled, place)
+        labelled, unlabelled = _parted(numbered, lambda n, row: not self.unlabelled(row))
+        say_left_out(where, "a label", [place_of(rows, n) for n, _ in unlabelled])
         if not labelled:
-            raise UsageError(f"{where} has no labelled row.")
-        kept = [(n, row) for n, row in labelled if self._has_text(row, where, place(n))]
-        _say_left_out(where, f"text ({', '.join(self.text_columns())})", labelled, kept, place)
+            raise UsageError(
+                f"{where} has no labelled row: fill its column {self.label_column!r}, or name another with "
+                "--label_column."
+            )
+        texts = ", ".join(self.text_columns())
+        kept, empty = _parted(labelled, lambda n, row: self._has_text(row, where, place_of(rows, n)))
+        say_left_out(where, f"text ({texts})", [place_of(rows, n) for n, _ in empty])
         if not kept:
-            raise UsageError(f"{where} has no row with text in {', '.join(self.text_columns())}.")
+            raise UsageError(f"{where} has no row with text in {texts}: name other columns in --template.")
         for n, row in kept:
             try:
                 self.correct(row)
             except UsageError as error:
                 held = list(dict.fromkeys(str(row[self.label_column]) for _, row in kept)) if self.fixed_options else []
                 listed = f"; the column holds {', '.join(held)}." if 1 < len(held) <= MANY else "."
-                raise UsageError(f"{where}, {place(n)}: {str(error).removesuffix('.')}{listed}") from error
-        return self.read_labels(kept, lambda n: f"{where}, {place(n)}")
+                raise UsageError(f"{where}, {place_of(rows, n)}: {str(error).removesuffix('.')}{listed}") from error
+        return self.read_labels(kept, lambda n: f"{where}, {place_of(rows, n)}")
 
     def read_labels(self, numbered: Sequence[tuple[int, Row]], place: Callable[[int], str]) -> list[Row]:
         """Return the rows with labels that mean one thing, for tasks in which only the whole column tells what.
@@ -253,26 +255,36 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _place(lines: Sequence[int], number: int) -> str:
-    """Return how a row is found in its file."""
+def place_of(rows: Sequence[Row], number: int) -> str:
+    """Return how a row is found in its file: by its line if the table knows it, or else by its number from 1.
+
+    Example:
+        >>> place_of([{"text": "a"}, {"text": "b"}], 1)
+        'row 2'
+    """
+    lines = getattr(rows, "lines", ())
     return f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
 
 
-def _say_left_out(
-    where: str,
-    what: str,
-    before: Sequence[tuple[int, Row]],
-    after: Sequence[tuple[int, Row]],
-    place: Callable[[int], str],
-) -> None:
-    if len(after) < len(before):
-        kept = {id(row) for _, row in after}
-        first = next(n for n, row in before if id(row) not in kept)
-        logger.info(
-            "%s: %s without %s %s left out (the first: %s).",
-            where,
-            counted(len(before) - len(after), "row"),
-            what,
-            "is" if len(before) - len(after) == 1 else "are",
-            place(first),
-        )
+def say_left_out(where: str, what: str, places: Sequence[str]) -> None:
+    """Log how many rows are left out, if any are.
+
+    Args:
+        where: What their table is called in messages.
+        what: What they lack.
+        places: How each of them is found.
+    """
+    if places:
+        told, verb = counted(len(places), "row"), "is" if len(places) == 1 else "are"
+        logger.info("%s: %s without %s %s left out (the first: %s).", where, told, what, verb, places[0])
+
+
+def _parted(
+    numbered: Sequence[tuple[int, Row]], keeps: Callable[[int, Row], bool]
+) -> tuple[list[tuple[int, Row]], list[tuple[int, Row]]]:
+    """Return the numbered rows that are kept, and the others."""
+    kept: list[tuple[int, Row]] = []
+    others: list[tuple[int, Row]] = []
+    for number, row in numbered:
+        (kept if keeps(number, row) else others).append((number, row))
+    return kept, others

@@ -1,4 +1,4 @@
-"""Question answering by generation: trained on the answer's tokens, scored on what greedy decoding writes."""
+"""Question answering by generation: trained on the answer's tokens, scored by what greedy decoding writes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class GenerationTask(Task):
     r"""A task whose answer is written out.
 
     The label column holds the answer, or a list of answers that all count (the first is trained on).  Decoding stops at
-    the ending that stands after an answer, or at the token that ends a text.
+    the ending after an answer, or at a token that ends a text.
 
     Args:
         template: Text with columns in braces.
-        ending: What marks the end of an answer, as the tokenizer writes it: a line break or some other text.  Only a
-            sequence-to-sequence model, which learns to end its answers, does without (``ending=""``).
+        ending: What marks the end of an answer, as the tokenizer writes it: a line break or some other text.  Only
+            sequence-to-sequence models, which learn to end their answers, need none (``ending=""``).
 
     Example:
         >>> task = GenerationTask("Question: {question}\nAnswer:", label_column="answers")
@@ -40,12 +40,7 @@ class GenerationTask(Task):
         Raises:
             UsageError: If there is none.
         """
-        value = row[self.label_column]
-        if isinstance(value, Mapping):  # a list of answers as published: {"text": [...], ...} or {"spans": [...], ...}
-            value = value.get("text", value.get("spans"))
-        values = value if isinstance(value, (list, tuple)) else [value]
-        answers = [str(answer).strip() for answer in values if not is_missing(answer)]
-        answers = [answer for answer in answers if answer]
+        answers = self._answers(row)
         if not answers:
             raise UsageError(f"Column {self.label_column!r} holds no answer in the row {dict(row)!r:.200}.")
         return tuple(dict.fromkeys(answers))
@@ -71,8 +66,12 @@ class GenerationTask(Task):
 
     def unlabelled(self, row: Row) -> bool:
         """Whether the row has no answer."""
+        return not self._answers(row)
+
+    def _answers(self, row: Row) -> list[str]:
+        """Return every answer in the label column that holds text."""
         value = row.get(self.label_column)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping):  # a list of answers as published: {"text": [...], ...} or {"spans": [...], ...}
             value = value.get("text", value.get("spans"))
-        answers = value if isinstance(value, (list, tuple)) else [value]
-        return all(is_missing(answer) or not str(answer).strip() for answer in answers)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [text for answer in values if not is_missing(answer) and (text := str(answer).strip())]

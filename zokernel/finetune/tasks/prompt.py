@@ -54,7 +54,9 @@ class PromptTask(Task):
         if len(words) < 2 or len(words) != len(self.label_words):
             raise UsageError(f"label_words must be two or more distinct words, not {list(self.label_words)}.")
         if self.labels and len(self.labels) != len(self.label_words):
-            raise UsageError(f"There are {len(self.labels)} labels for {len(self.label_words)} label words.")
+            raise UsageError(
+                f"There are {len(self.labels)} labels for {len(self.label_words)} label words: give one for each."
+            )
         object.__setattr__(self, "_classes", self._lookup())
         folded: dict[str, int | None] = {}
         for name, choice in self._classes.items():
@@ -63,7 +65,8 @@ class PromptTask(Task):
         object.__setattr__(self, "_classes_in_any_case", folded)
         if self.masked_label_words and len(self.masked_label_words) != len(self.label_words):
             raise UsageError(
-                f"There are {len(self.masked_label_words)} masked label words for {len(self.label_words)} label words."
+                f"There are {len(self.masked_label_words)} masked label words for {len(self.label_words)} label words: "
+                "give one for each."
             )
 
     def _lookup(self) -> dict[str, int]:
@@ -91,7 +94,7 @@ class PromptTask(Task):
         return tuple(self._lead() + word for word in self.label_words)
 
     def fillers(self, row: Row | None = None) -> tuple[str, ...]:
-        """Return the words that may stand in place of the mask."""
+        """Return the words that may take the place of the mask."""
         return self.masked_label_words or self.label_words
 
     def correct(self, row: Row) -> tuple[int, ...]:

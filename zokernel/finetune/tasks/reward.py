@@ -1,20 +1,16 @@
-"""Prompts whose answers are judged by a reward: rows need a prompt and nothing else."""
+"""Prompts whose answers get a reward: rows need a prompt and nothing else."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task, is_missing
+from zokernel.finetune.tasks.base import Task, is_missing, place_of, say_left_out
 from zokernel.finetune.tasks.text import messages_of
-from zokernel.readable import counted
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,10 @@ class RewardTask(Task):
         Raises:
             UsageError: If a prompt is neither a text nor messages (its line is named), or nothing is left.
         """
-        lines = getattr(rows, "lines", ())
         kept: list[Row] = []
         empty: list[str] = []
         for number, row in enumerate(rows):
-            place = f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
+            place = place_of(rows, number)
             try:
                 prompt = prompt_of(row.get("prompt"))
             except UsageError as error:
@@ -64,9 +59,7 @@ class RewardTask(Task):
                 f"{where} has no row with a prompt (its columns are {columns}): --objective reward needs a column "
                 "'prompt' of texts or messages."
             )
-        if empty:
-            told, verb = counted(len(empty), "row"), "is" if len(empty) == 1 else "are"
-            logger.info("%s: %s without a prompt %s left out (the first: %s).", where, told, verb, empty[0])
+        say_left_out(where, "a prompt", empty)
         return kept
 
     def required_columns(self) -> tuple[str, ...]:
@@ -88,7 +81,7 @@ def prompt_of(value: object) -> str | list[dict[str, Any]]:
 
 
 def _holds_messages(text: str) -> bool:
-    """Whether a text is messages as a table of text holds them: written out as JSON."""
+    """Whether a text is JSON of messages, which is how a table of text holds them."""
     if not text.lstrip().startswith("["):
         return False
     try:

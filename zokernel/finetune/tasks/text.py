@@ -1,4 +1,4 @@
-"""Text that is learned as it stands: chats, prompts with completions, instructions, and documents."""
+"""Text that is learned as it is: chats, prompts with completions, instructions, and documents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task, is_missing
-from zokernel.readable import counted
+from zokernel.finetune.tasks.base import Task, is_missing, place_of, say_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ ROLES = {
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 _EXTRAS = ("tools", "chat_template_kwargs")
-# What each form reads; the first names are those of the form, the others may be absent.
+# The columns that each form reads; the first ones name the form, the others may be absent.
 READ = {
     "messages": ("messages", "conversations", "system", *_EXTRAS),
     "prompt-completion": ("prompt", "completion", "system", *_EXTRAS),
@@ -44,7 +43,7 @@ COLUMNS_OF_TEXT = "messages; prompt and completion; instruction, input and outpu
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """Language modelling: the loss is that of the tokens that count, and nothing is chosen among.
+    """Language modelling: the loss is that of the tokens that count, and there are no options.
 
     Rows are read into one of four forms, whose columns are trl's where trl has them: ``messages``; ``prompt`` and
     ``completion``, each a text or messages; ``instruction``, ``input`` and ``output`` (Alpaca); or ``text``.
@@ -76,12 +75,12 @@ class TextTask(Task):
         Raises:
             UsageError: If a row is in another form (its line is named), or nothing is left.
         """
-        lines, form = getattr(rows, "lines", ()), _FORMS[self.form]
+        form = _FORMS[self.form]
         kept: list[Row] = []
         empty: list[str] = []
         strange: dict[str, str] = {}
         for number, row in enumerate(rows):
-            place = f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
+            place = place_of(rows, number)
             try:
                 found = form(row)
             except UsageError as error:
@@ -102,9 +101,7 @@ class TextTask(Task):
             logger.warning("%s, %s: %r is not a usual role; it is left to the chat template.", where, place, role)
         if not kept:
             raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}{_absent(rows, self.form)}.")
-        if empty:
-            told, verb = counted(len(empty), "row"), "is" if len(empty) == 1 else "are"
-            logger.info("%s: %s without text %s left out (the first: %s).", where, told, verb, empty[0])
+        say_left_out(where, "text", empty)
         return kept
 
     def required_columns(self) -> tuple[str, ...]:
@@ -112,7 +109,7 @@ class TextTask(Task):
         return ()
 
     def options(self, row: Row) -> tuple[str, ...]:
-        """Refuse: there is nothing to choose among.
+        """Refuse: there are no options.
 
         Raises:
             UsageError: Always.
@@ -244,7 +241,10 @@ def messages_of(value: object, column: str) -> Messages:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{column!r} holds a text that is no JSON list of messages.") from error
+            raise UsageError(
+                f"{column!r} holds a text that is not a JSON list of messages: write each cell as "
+                '[{"role": "user", "content": "..."}].'
+            ) from error
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"{column!r} must hold a list of messages, each with a role and a content.")
     found = [_message(message, column) for message in value]
@@ -328,7 +328,9 @@ def _extras(row: Row) -> dict[str, Any]:
             try:
                 value = json.loads(value) if value.strip() else None
             except json.JSONDecodeError as error:
-                raise UsageError(f"{name!r} holds a text that is no JSON.") from error
+                raise UsageError(
+                    f"{name!r} holds a text that is not JSON: write it as JSON, or leave it empty."
+                ) from error
         if not is_missing(value) and value:
             found[name] = value
     return found
