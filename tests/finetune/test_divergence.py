@@ -26,9 +26,11 @@ def test_sound_runs_are_not_warned_about():
 
 
 def test_a_rise_is_told_from_the_losses_at_the_start():
-    assert "risen from 0.9 to 900" in trouble(rows([0.9] * 4 + [900.0] * WINDOW))
+    kind, sentence = trouble(rows([0.9] * 4 + [900.0] * WINDOW))
+    assert kind == "rise"
+    assert "risen from 0.9 to 900" in sentence
     assert trouble(rows([4.0] * 4 + [8.0] * WINDOW)) is None
-    assert "risen from 4 to 12.1" in trouble(rows([4.0] * 4 + [12.1] * WINDOW))
+    assert "risen from 4 to 12.1" in trouble(rows([4.0] * 4 + [12.1] * WINDOW))[1]
 
 
 def test_batches_of_four_that_begin_with_easy_ones_are_no_divergence():
@@ -45,7 +47,9 @@ def test_batches_of_four_that_begin_with_easy_ones_are_no_divergence():
 
 def test_equal_losses_are_told_whatever_the_loss():
     still = rows([0.9] * 5) + rows([0.693] * WINDOW, slope=0.0)
-    assert "did not move" in trouble(still)
+    kind, sentence = trouble(still)
+    assert kind == "standstill"
+    assert "did not move" in sentence
     assert trouble(still[:-1]) is None
     assert trouble([*still, *rows([0.693], slope=1e-9)]) is None
 

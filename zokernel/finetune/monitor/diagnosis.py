@@ -71,45 +71,65 @@ def verdict(change: Change | None, evaluated: HeldOut | None, diverged: str | No
 
 
 def _seen(change: Change | None, evaluated: HeldOut | None) -> tuple[str, str]:
-    """Return the verdict by the losses that were seen."""
-    paired = evaluated is not None and evaluated.change is not None
-    if evaluated is not None and (evaluated.improved or (paired and evaluated.fell)):
+    """Return the verdict by the losses that were seen, and one sentence if the run did not learn."""
+    if evaluated is not None and (evaluated.improved or (evaluated.change is not None and evaluated.fell)):
         return LEARNED, ""
-    known = evaluated is not None and evaluated.from_start and not evaluated.fell
+    if change is None:
+        return TOO_SHORT, f"Fewer than {FEW_STEPS} steps are too few to tell whether the loss falls."
+    if evaluated is None:
+        return _seen_in_batches(change)
+    known = evaluated.from_start and not evaluated.fell
     # Few held-out examples may hide a fall that is worth having.
-    hidden = evaluated is not None and not evaluated.rose and evaluated.may_have_fallen > UNSEEN * abs(evaluated.start)
-    if change is not None and change.fell and known and not hidden and evaluated is not None:
+    hidden = not evaluated.rose and evaluated.may_have_fallen > UNSEEN * abs(evaluated.start)
+    if change.fell and (hidden or not known):
+        return LEARNED, ""
+    if change.fell:
         return ONLY_TRAINING, (
             f"The loss of training batches fell from {change.first:.4g} to {change.last:.4g}, but the held-out loss "
             f"was {evaluated.start:.4g} at the start and {evaluated.best:.4g} at best afterwards"
             f"{_difference(evaluated)}."
         )
-    if change is not None and change.fell:
+    if hidden and _undecided(change):
+        return TOO_SHORT, (
+            f"The losses vary too much to tell whether they fell: {_thirds(change)}; held out {evaluated.start:.4g} at "
+            f"the start and {evaluated.last:.4g} at the end{_difference(evaluated)}."
+        )
+    if not known and _undecided(change):
+        return TOO_SHORT, f"The losses of batches vary too much to tell whether they fell: {_thirds(change)}."
+    when = "at the start" if evaluated.from_start else "at the first evaluation"
+    return NOT_LEARNED, (
+        f"{_no_fall(evaluated)}: {_thirds(change)}; held out {evaluated.start:.4g} {when} and {evaluated.best:.4g} at "
+        f"best afterwards{_difference(evaluated)}."
+    )
+
+
+def _seen_in_batches(change: Change) -> tuple[str, str]:
+    """Return the verdict of a run without evaluations."""
+    if change.fell:
         return LEARNED, ""
-    if change is None:
-        return TOO_SHORT, f"Fewer than {FEW_STEPS} steps are too few to tell whether the loss falls."
-    batches = f"{change.first:.4g} in the first third of {change.steps:,} steps and {change.last:.4g} in the last"
-    batches += f" (± {change.error:.2g})"
+    if _undecided(change):
+        return TOO_SHORT, f"The losses of batches vary too much to tell whether they fell: {_thirds(change)}."
+    return NOT_LEARNED, f"The loss did not fall: {_thirds(change)}."
+
+
+def _undecided(change: Change) -> bool:
+    """Return whether the loss of batches may have fallen unnoticed, in a run whose steps could lower it."""
     may_have_fallen = 2 * change.error - change.change > UNSEEN * abs(change.first)
     could_not = change.still >= STILL or (change.total is not None and change.total < SMALL * abs(change.first))
-    if may_have_fallen and hidden and evaluated is not None and not (change.rose or could_not):
-        return TOO_SHORT, (
-            f"The losses vary too much to tell whether they fell: {batches}; held out {evaluated.start:.4g} at the "
-            f"start and {evaluated.last:.4g} at the end{_difference(evaluated)}."
-        )
-    if may_have_fallen and not (change.rose or could_not or known):
-        return TOO_SHORT, f"The losses of batches vary too much to tell whether they fell: {batches}."
-    told = f"{_no_fall(evaluated)}: {batches}"
-    if evaluated is not None:
-        when = "at the start" if evaluated.from_start else "at the first evaluation"
-        told += f"; held out {evaluated.start:.4g} {when} and {evaluated.best:.4g} at best afterwards"
-        told += _difference(evaluated)
-    return NOT_LEARNED, told + "."
+    return may_have_fallen and not (change.rose or could_not)
 
 
-def _no_fall(evaluated: HeldOut | None) -> str:
+def _thirds(change: Change) -> str:
+    """Return the losses of the first and the last third of the steps in words."""
+    return (
+        f"{change.first:.4g} in the first third of {change.steps:,} steps and {change.last:.4g} in the last "
+        f"(± {change.error:.2g})"
+    )
+
+
+def _no_fall(evaluated: HeldOut) -> str:
     """Return that the loss did not fall, or by how little, where the held-out examples leave room for a little."""
-    if evaluated is None or evaluated.rose or evaluated.may_have_fallen <= NOTICED * abs(evaluated.start):
+    if evaluated.rose or evaluated.may_have_fallen <= NOTICED * abs(evaluated.start):
         return "The loss did not fall"
     return f"The held-out loss fell by {100 * evaluated.may_have_fallen / abs(evaluated.start):.2g} % at most"
 
@@ -169,7 +189,7 @@ def _of_examples(options: Options) -> Iterator[str]:
     most, count = max(options.labels), options.examples
     if most >= NEARLY_ALL * count:
         yield (
-            f"{most:,} of {count:,} training examples have the same label, so there is next to nothing to tell apart: "
+            f"{most:,} of {count:,} training examples have the same label, so there is almost nothing to learn: "
             "train on rows of all classes."
         )
     if options.prompts < 2 <= count:
@@ -209,46 +229,82 @@ def _of_eps(change: Change, around: Surroundings | None) -> Iterator[str]:
 def _of_rate(change: Change, evaluated: HeldOut | None, directions: int, around: Surroundings | None) -> Iterator[str]:
     """Yield what the rate, or the noise of the slopes, does to a run whose slopes are sound."""
     curvature, error = around.curvature() if around is not None else (0.0, math.inf)
-    certain = curvature > 2 * error
     # Share of a step's gain that curvature takes back; a rate of 2P / z^T H z takes all of it.
-    taken = change.rate * curvature / (2 * directions) if change.rate and certain else None
-    if change.rose or (taken is not None and taken > OVERSHOT):
-        # The curvature at weights that have gone astray says little about those at the start.
-        lower = min(max(3.0, 4 * taken), 10.0 if change.rose else 1e3) if taken is not None else 10.0
-        why = f"rose from {change.first:.3g} to {change.last:.3g}" if change.rose else "did not fall"
-        if taken is not None:
-            why += (
-                f", and curvature ({curvature:.3g} along a direction) takes back {100 * taken:.0f} % of a step's gain"
-            )
-        yield f"The learning_rate is too large: the loss {why}; lower learning_rate about {_round(lower)} times."
-        return
+    taken = change.rate * curvature / (2 * directions) if change.rate and curvature > 2 * error else None
+    # What curvature can be at most.
+    highest = max(curvature + 2 * error, 0.0) if around is not None else 0.0
+    reason = (
+        _rate_too_large(change, curvature, taken)
+        or _rate_too_small(change, taken)
+        or _hardly_moved(change, evaluated)
+        or _below_noise(change, highest)
+    )
+    if reason:
+        yield reason
+
+
+def _rate_too_large(change: Change, curvature: float, taken: float | None) -> str:
+    """Return that the rate is too large; empty if it is not known to be.
+
+    Args:
+        change: The losses of batches.
+        curvature: Curvature along a direction.
+        taken: Share of a step's gain that curvature takes back; None if that is not certain.
+    """
+    if not (change.rose or (taken is not None and taken > OVERSHOT)):
+        return ""
+    # The curvature at weights that have gone astray says little about those at the start.
+    lower = min(max(3.0, 4 * taken), 10.0 if change.rose else 1e3) if taken is not None else 10.0
+    why = f"rose from {change.first:.3g} to {change.last:.3g}" if change.rose else "did not fall"
+    if taken is not None:
+        why += f", and curvature ({curvature:.3g} along a direction) takes back {100 * taken:.0f} % of a step's gain"
+    return f"The learning_rate is too large: the loss {why}; lower learning_rate about {_round(lower)} times."
+
+
+def _rate_too_small(change: Change, taken: float | None) -> str:
+    """Return that the steps together could not lower the loss; empty if they could."""
     loss = abs(change.first)
-    if change.total is not None and change.total < max(SMALL * loss, change.error):
-        higher = 0.5 * loss / change.total if change.total > 0 else 10.0
-        if taken:
-            higher = min(higher, 0.25 / taken)
-        yield (
-            f"The learning_rate is too small: had all of every slope been signal, the {change.steps:,} steps together "
-            f"would have lowered the loss by {change.total:.2g} of {loss:.3g}; raise learning_rate about "
-            f"{_round(max(higher, 3.0))} times, or take more steps."
-        )
-        return
-    if change.total is None and evaluated is not None and evaluated.moved < UNMOVED and not evaluated.scores_moved:
-        yield (
-            f"The learning_rate is too small: in {change.steps:,} steps the held-out loss changed by at most "
-            f"{100 * evaluated.moved:.2g} % and no answer changed; raise learning_rate 10 times."
-        )
-        return
-    if change.promised is not None and change.promised > 2 * change.error:
-        back = change.squared * max(curvature + 2 * error, 0.0) if change.squared and around is not None else 0.0
-        share = max(-change.change + 2 * change.error + back, 0.0) / change.promised
-        if share < NOISE:
-            yield (
-                f"The slopes are below their noise: if they were all signal, the loss would have fallen by "
-                f"{change.promised:.2g}, and it changed by {change.change:+.2g} ± {change.error:.2g}, so at most "
-                f"{max(100 * share, 1):.0f} % of their mean square is common to the batches; the examples teach little "
-                "this way, so raise the batch, check the labels and the prompt, or take many more steps."
-            )
+    if change.total is None or not change.total < max(SMALL * loss, change.error):
+        return ""
+    higher = 0.5 * loss / change.total if change.total > 0 else 10.0
+    if taken:
+        higher = min(higher, 0.25 / taken)
+    return (
+        f"The learning_rate is too small: even if every slope were pure signal, the {change.steps:,} steps together "
+        f"would have lowered the loss by {change.total:.2g} of {loss:.3g}; raise learning_rate about "
+        f"{_round(max(higher, 3.0))} times, or take more steps."
+    )
+
+
+def _hardly_moved(change: Change, evaluated: HeldOut | None) -> str:
+    """Return that the held-out loss hardly changed, where slopes do not tell what steps could do; empty if it did."""
+    if change.total is not None or evaluated is None or not evaluated.moved < UNMOVED or evaluated.scores_moved:
+        return ""
+    return (
+        f"The learning_rate is too small: in {change.steps:,} steps the held-out loss changed by at most "
+        f"{100 * evaluated.moved:.2g} % and no answer changed; raise learning_rate 10 times."
+    )
+
+
+def _below_noise(change: Change, curvature: float) -> str:
+    """Return that the slopes are mostly noise of their batches; empty if not, or if that is not known.
+
+    Args:
+        change: The losses of batches.
+        curvature: What the curvature along a direction can be at most; 0 where it is not known.
+    """
+    if change.promised is None or not change.promised > 2 * change.error:
+        return ""
+    back = change.squared * curvature if change.squared else 0.0
+    share = max(-change.change + 2 * change.error + back, 0.0) / change.promised
+    if not share < NOISE:
+        return ""
+    return (
+        f"The slopes are below their noise: if they were all signal, the loss would have fallen by "
+        f"{change.promised:.2g}, and it changed by {change.change:+.2g} ± {change.error:.2g}, so at most "
+        f"{max(100 * share, 1):.0f} % of their mean square is common to the batches; the examples teach little "
+        "this way, so raise the batch, check the labels and the prompt, or take many more steps."
+    )
 
 
 def _of_words(options: Options) -> Iterator[str]:

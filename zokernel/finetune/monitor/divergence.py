@@ -17,7 +17,7 @@ GONE = 0.02  # of the first slopes: batches differ by more than that, as long as
 LEARNED = 0.25  # of the first losses: a model that has learned this much may have lost its slopes
 
 
-def trouble(rows: Sequence[dict[str, float]]) -> str | None:
+def trouble(rows: Sequence[dict[str, float]]) -> tuple[str, str] | None:
     """Return what is wrong with a run and what to do, or None.
 
     A run whose weights have grown without bound can end at a loss that looks like guessing: when every option gets the
@@ -28,26 +28,25 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
             ``projected_gradient``.
 
     Returns:
-        One sentence, or None if the last ten steps look sound.
+        The kind of trouble, ``standstill`` or ``rise``, and one sentence; None if the last ten steps look sound.
 
     Example:
         >>> trouble([{"loss": 0.7}] * 10 + [{"loss": 30.0}] * 10)
-        'The loss has risen from 0.7 to 30: training diverges, so start again with a lower learning_rate.'
+        ('rise', 'The loss has risen from 0.7 to 30: training diverges, so start again with a lower learning_rate.')
         >>> trouble([{"loss": 0.7}] * 20) is None
         True
     """
     if len(rows) < WINDOW:
         return None
-    recent = rows[-WINDOW:]
-    if all(row.get("projected_gradient") == 0 for row in recent):
-        return (
+    if _stands_still(rows):
+        return "standstill", (
             f"All losses of a step were equal in the last {WINDOW} steps, so the weights did not move: raise eps, "
             "or, if the loss had risen before, start again with a lower learning_rate."
         )
     start = max(row["loss"] for row in rows[:FIRST])
-    now = statistics.median(row["loss"] for row in recent)
+    now = statistics.median(row["loss"] for row in rows[-WINDOW:])
     if start > 0 and now > RISE * start:
-        return (
+        return "rise", (
             f"The loss has risen from {start:.3g} to {now:.3g}: training diverges, so start again with a lower "
             "learning_rate."
         )
@@ -55,10 +54,10 @@ def trouble(rows: Sequence[dict[str, float]]) -> str | None:
 
 
 def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, smooth: bool = True) -> str | None:
-    """Return that a run has diverged, or None: its weights are no better than any, whatever their loss looks like.
+    """Return that a run has diverged, or None: weights after that are worth nothing, whatever their loss looks like.
 
-    Its last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.  Its loss has
-    risen far on the way there, or its slopes have gone while the loss stayed.
+    The last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.  But on the way
+    its loss has risen far, or its slopes have vanished while the loss stayed.
 
     Args:
         rows: The steps so far, as in ``steps.jsonl``.
@@ -91,8 +90,8 @@ def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, s
             "learning_rate is needed)."
         )
     slopes = np.abs([row.get("projected_gradient", math.nan) for row in rows])
-    first, later = slopes[:3].max(), _medians(slopes[3:], STILL)
-    gone = (later < GONE * first) & (_medians(losses[3:], STILL) > LEARNED * usual)
+    first, later = slopes[:FIRST].max(), _medians(slopes[FIRST:], STILL)
+    gone = (later < GONE * first) & (_medians(losses[FIRST:], STILL) > LEARNED * usual)
     if smooth and gone.any():
         return (
             f"Training diverged: its slopes fell from {first:.2g} to {later[gone].min():.2g} while the loss stayed, as "
@@ -101,8 +100,13 @@ def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, s
     return None
 
 
+def _stands_still(rows: Sequence[dict[str, float]]) -> bool:
+    """Return whether no slope of the last ten steps differs from zero."""
+    return len(rows) >= WINDOW and all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:])
+
+
 def _medians(values_T: np.ndarray, length: int) -> np.ndarray:
-    """Return the medians of all stretches of so many values."""
+    """Return the median of every ``length`` consecutive values."""
     if len(values_T) < length:
         return np.empty(0)
     return np.median(np.lib.stride_tricks.sliding_window_view(values_T, length), axis=1)
@@ -125,7 +129,7 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
         True
     """
     found = diverged(rows, smooth=False)
-    if found is None and len(rows) >= WINDOW and all(row.get("projected_gradient") == 0 for row in rows[-WINDOW:]):
+    if found is None and _stands_still(rows):
         return (
             f"Training came to a standstill: all losses of a step were equal in the last {WINDOW} steps, as they are "
             "when the model's scores have collapsed (lower learning_rate) or eps is too small."

@@ -27,8 +27,9 @@ class WarnOfDivergence(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the last steps."""
         found = trouble(self._rows)
-        if found is not None and state.is_world_process_zero:
-            kind = found.split()[0]
-            if kind not in self._logged:
-                logger.warning("Step %d: %s", state.global_step, found)
-            self._logged.add(kind)
+        if found is None or not state.is_world_process_zero:
+            return
+        kind, sentence = found
+        if kind not in self._logged:
+            logger.warning("Step %d: %s", state.global_step, sentence)
+        self._logged.add(kind)
