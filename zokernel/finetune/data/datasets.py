@@ -97,10 +97,10 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
 
 
 def reward_task(arguments: DataArguments) -> RewardTask:
-    """Return the task of prompts, which no flag changes.
+    """Return the task of prompts, which takes no flags.
 
     Raises:
-        UsageError: If one is to.
+        UsageError: If a flag describes another task.
     """
     for flag in ("task", "task_file", "template", "label_words", "labels", "label_column", "protocol"):
         if getattr(arguments, flag):
@@ -138,7 +138,7 @@ def _task_of_rows(arguments: DataArguments) -> Task:
 
 
 def task_name(arguments: DataArguments) -> str:
-    """Return what reports call the task: its name, or that of its file or of the data.
+    """Return what reports call the task: its name, or the name of its file or data set.
 
     Example:
         >>> task_name(DataArguments(train_file="data/tickets.csv"))
@@ -183,8 +183,8 @@ def _training_file(arguments: DataArguments) -> Table:
     return _read_once(path, tuple(arguments.column_names or ()), (stat.st_mtime_ns, stat.st_size) if stat else ())
 
 
-@lru_cache(maxsize=1)  # the file that the task was chosen by is not read again for its rows
-def _read_once(path: Path, column_names: tuple[str, ...], state: tuple[int, ...]) -> Table:
+@lru_cache(maxsize=1)  # the file by which the task was chosen is not read again for its rows
+def _read_once(path: Path, column_names: tuple[str, ...], mtime_and_size: tuple[int, ...]) -> Table:
     return load_table(path, column_names=column_names)
 
 
@@ -199,7 +199,7 @@ def load_splits(arguments: DataArguments, task: Task, *, seed: int, tests: bool 
         arguments: Where the data are, and how much of them to use.
         task: The columns and labels to check.
         seed: Seed of the draw.
-        tests: Whether anything is reported on the test split; if not, nothing is said of it.
+        tests: Whether anything is reported on the test split; if not, the log does not mention it.
 
     Returns:
         The splits.
@@ -260,7 +260,7 @@ def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed
 
 
 def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
-    """Read the splits that there are, as rows with the task's columns and labels.
+    """Read the splits that exist, as rows with the task's columns and labels.
 
     Raises:
         UsageError: If no data are named, or a file, column or label is wrong.

@@ -1,4 +1,4 @@
-"""Layers in evaluation mode, inside a model that says that it trains.
+"""Layers in evaluation mode, in a model whose ``training`` is true.
 
 The losses of a step are comparable only without dropout and with fixed batch statistics.  But some trainers read
 ``model.training`` to tell a training step from an evaluation, and would log the one as the other.
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class EvaluationLayers:
-    """Keeps the layers of a model in evaluation mode while ``model.training`` is true outside of its forward.
+    """Keeps the layers of a model in evaluation mode while ``model.training`` is true outside its forward.
 
     Args:
         model: The model.
@@ -29,28 +29,28 @@ class EvaluationLayers:
     def __init__(self, model: nn.Module):
         self._model = model
         self._handles: list[RemovableHandle] = []
-        self._in_step = False
+        self._was_training = False
 
     def begin_step(self) -> None:
-        """Put the layers into evaluation mode, as an evaluation in between may have changed."""
+        """Put the layers into evaluation mode, which an evaluation since the last step may have changed."""
         if not self._handles:
             self._handles = [
                 self._model.register_forward_pre_hook(self._enter),
                 self._model.register_forward_hook(self._leave, always_call=True),
             ]
         self._model.eval()
-        self._model.training = self._in_step = True
+        self._model.training = self._was_training = True
 
     def remove(self) -> None:
-        """Take the hooks off, and leave the whole model in evaluation mode."""
+        """Remove the hooks, and leave the whole model in evaluation mode."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._in_step = [], False
+        self._handles, self._was_training = [], False
         self._model.eval()
 
     def _enter(self, model: nn.Module, args: Any) -> None:
-        self._in_step = model.training
+        self._was_training = model.training
         model.training = False
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        model.training = self._in_step
+        model.training = self._was_training
