@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import subprocess
@@ -132,7 +133,7 @@ def test_without_a_command_all_are_listed(capsys):
 def test_help_of_a_command_by_name(capsys):
     with pytest.raises(SystemExit):
         main(["help", "claims"])
-    assert capsys.readouterr().out.startswith("The claims of the papers: what came out")
+    assert capsys.readouterr().out.startswith("List the papers' claims: the verdict on each")
 
 
 @pytest.mark.parametrize(
@@ -164,3 +165,20 @@ def test_a_default_follows_a_text_that_ends_in_anything(end):
     action = parser.add_argument("--steps", default=3)
     assert with_default(action, f"how many{end}") == "how many (default: 3)"
     assert with_default(parser.add_argument("--off", default=False), "or not,") == "or not,"
+
+
+@pytest.mark.parametrize("way", ["format_help", "format_all"])
+def test_a_command_that_changes_defaults_of_another_says_its_own(way):
+    from zokernel.commands.demo import DEFAULTS
+
+    parser = load("demo")[1]
+    shown = getattr(parser, way)()
+    for flag, value in DEFAULTS.items():
+        found = re.search(rf"^  --{flag} .*?(?=^  -|^\S|\Z)", shown, re.DOTALL | re.MULTILINE)
+        if found is None:  # it is in --help-all alone
+            assert way == "format_help"
+            continue
+        text = " ".join(found[0].split())
+        assert text.count("(default:") == 1
+        assert f"(default: {value})" in text
+        assert "(required)" not in text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zokernel.private_apis import flags_of
@@ -29,12 +30,13 @@ class Group:
     example: str = ""
 
 
-def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> str:
+def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group], own_defaults: Collection[str] = ()) -> str:
     """Return the help of a command: its description, the flags of some groups, and where the others are.
 
     Args:
         parser: The parser of the command.
         groups: The flags that are shown.
+        own_defaults: Flags whose default in this command is another than their texts say.
 
     Returns:
         Text of at most 100 columns.
@@ -53,7 +55,10 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> str:
     blocks = [(parser.description or "").strip().replace("``", "'")]
     for group in groups:
         head = group.title + (f": {group.example}" if group.example else "")
-        rows = [_row(actions[name], *shown) for name, shown in group.flags.items()]
+        rows = [
+            _row(actions[name], example, without_default(text) if name in own_defaults else text)
+            for name, (example, text) in group.flags.items()
+        ]
         blocks.append("\n".join([head, *rows]))
     listed = {name for group in groups for name in group.flags} | {"help", "help_all", "config"}
     rest = [action for action in flags_of(parser) if action.dest not in listed]
@@ -62,6 +67,16 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group]) -> str:
             f"'{parser.prog} --help-all' lists {len(rest)} more flags. --config FILE reads flags from a YAML file."
         )
     return "\n\n".join(blocks) + "\n"
+
+
+def without_default(text: str) -> str:
+    """Return what a flag does without its default, or that it is required.
+
+    Example:
+        >>> without_default("folder of the results (required)"), without_default("steps (default: 1000, or fewer)")
+        ('folder of the results', 'steps')
+    """
+    return re.sub(r" ?\((default:[^)]*|required)\)|; default:[^)]*(?=\))", "", text)
 
 
 def with_default(action: argparse.Action, text: str | None) -> str:

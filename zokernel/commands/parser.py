@@ -16,9 +16,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from zokernel.commands.help_text import WIDTH, short_help, with_default
+from zokernel.commands.help_text import WIDTH, short_help, with_default, without_default
 from zokernel.commands.shown_flags import SHOWN
 from zokernel.errors import UsageError
+from zokernel.private_apis import flags_of
 from zokernel.secrets import hide_in_words
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
@@ -104,6 +105,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.shown = SHOWN.get(name)
+        self.own_defaults: set[str] = set()
         self.add_argument("--help_all", action=_HelpAll, nargs=0, help="list all flags and stop")
         self.add_argument(
             "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line overrides it"
@@ -111,7 +113,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the flags that matter, in groups."""
-        return self.format_all() if self.shown is None else short_help(self, self.shown)
+        return self.format_all() if self.shown is None else short_help(self, self.shown, self.own_defaults)
+
+    def set_defaults(self, **kwargs: Any) -> None:
+        """Set defaults of flags, whose help texts may have said others."""
+        super().set_defaults(**kwargs)
+        self.own_defaults |= kwargs.keys()
+        for action in flags_of(self):
+            if action.dest in kwargs and action.help:
+                action.help = without_default(action.help)
 
     def format_all(self) -> str:
         """Return all flags."""

@@ -10,7 +10,7 @@ from zokernel.commands.help_text import Group
 
 _MODEL = {
     "model_name_or_path": ("smollm2", "smollm2 (from a package registry), a folder or a hub id"),
-    "dtype": ("bfloat16", "storage of the weights"),
+    "dtype": ("bfloat16", "data type in which the weights are stored"),
     "lm_type": ("masked", "causal, masked or seq2seq"),
 }
 _DATA = {
@@ -31,7 +31,7 @@ _FINETUNE = (
         {
             **_MODEL,
             "load_in_4bit": ("true", "quantize the base while it is loaded; with --lora true"),
-            "quantization": ("torchao:int8", "the same with torchao, int8 or int4; also with --train scales"),
+            "quantization": ("torchao:int8", "quantize with torchao instead, int8 or int4; also with --train scales"),
             "offload": ("disk", "leave the weights in their files (disk) or in host memory (cpu)"),
             "adapter_name_or_path": ("runs/lora", "continue training this saved adapter"),
         },
@@ -45,29 +45,29 @@ _FINETUNE = (
     Group(
         "what is trained",
         {
-            "lora": ("true", "a LoRA adapter instead of all weights"),
+            "lora": ("true", "train a LoRA adapter instead of all weights"),
             "lora_r": ("16", "rank of the adapter"),
-            "train": ("scales", "only the scales of a model that torchao quantizes"),
+            "train": ("scales", "train only the scales of a model quantized by torchao"),
         },
         "--lora true --lora_r 16",
     ),
     Group(
         "method",
         {
-            "method": ("auto", "auto (chooses), mezo, kerzoo, forward_difference, ..."),
+            "method": ("auto", "auto (chooses the method and its settings), mezo, kerzoo, ..."),
             "learning_rate": ("1e-5", "step size (default: 1e-5 for all weights, 1e-3 for LoRA)"),
             "lr_scheduler_type": ("linear", "schedule of the rate (default: constant)"),
             "eps": ("1e-3", "radius of the perturbation (default: the method's own)"),
             "num_perturbations": ("8", "directions per step (default: the method's own)"),
             "method_args": ("kernel_order=3", "further options of the method, as key=value"),
-            "perturb": ("in_forward", "in_place, in_place:copy, in_forward or stacked"),
+            "perturb": ("in_forward", "how losses are taken: in_place, in_place:copy, in_forward or stacked"),
         },
         "--method mezo --learning_rate 1e-5 --eps 1e-3",
     ),
     Group(
         "rewards",
         {
-            "objective": ("reward", "cross_entropy, accuracy, f1, or reward: what judges the answers to a 'prompt'"),
+            "objective": ("reward", "cross_entropy, accuracy, f1, or reward (a function judges the answers)"),
             "reward_function": ("judge.py:score", "a function as for trl's GRPO, json:key,key, regex:..., exact_match"),
             "num_generations": ("4", "answers to each prompt per loss, at a --temperature above 0"),
         },
@@ -76,11 +76,11 @@ _FINETUNE = (
     Group(
         "run",
         {
-            "max_steps": ("1000", "steps (default: 1000, or what --num_train_epochs comes to)"),
+            "max_steps": ("1000", "steps (default: 1000, or as many as --num_train_epochs needs)"),
             "num_train_epochs": ("3", "passes over the training examples, instead of --max_steps"),
             "per_device_train_batch_size": ("16", "examples per batch (default: 16; 4 with --method auto)"),
-            "gradient_accumulation_steps": ("4", "batches per step, in the memory of one"),
-            "precision": ("bf16", "fp32, bf16 (autocast), or auto: what the hardware is good at"),
+            "gradient_accumulation_steps": ("4", "batches per step; takes the memory of one"),
+            "precision": ("bf16", "fp32, bf16 (autocast), or auto: whichever is faster on this hardware"),
             "seed": ("1", "seed of everything random"),
             "do_train": ("false", "only score the model"),
         },
@@ -92,7 +92,7 @@ _FINETUNE = (
             "eval_steps": ("200", "steps between evaluations (default: a fifth of the run)"),
             "metric_for_best_model": ("accuracy", "validation measure that chooses the best step"),
             "early_stopping_patience": ("3", "stop after this many evaluations without improvement"),
-            "save_strategy": ("journal", "checkpoints: best, steps, epoch; journal or no: none"),
+            "save_strategy": ("journal", "when to save checkpoints: best, steps or epoch; journal and no save none"),
             "resume_from_checkpoint": ("last", "continue the run in output_dir with a longer --max_steps"),
         },
         "--eval_steps 200 --early_stopping_patience 3",
@@ -102,7 +102,7 @@ _FINETUNE = (
         {
             "output_dir": ("runs/mine", "folder of the results (required)"),
             "overwrite_output_dir": ("true", "start over in a folder that already holds a run"),
-            "report_to": ("tensorboard", "trackers that follow the run: wandb, trackio, ..."),
+            "report_to": ("tensorboard", "trackers to log to: tensorboard, wandb, trackio, ..."),
         },
         "--output_dir runs/mine --report_to tensorboard",
     ),
@@ -117,7 +117,7 @@ SHOWN: dict[str, tuple[Group, ...]] = {
         Group(
             "memory",
             {
-                "memory": ("true", "only print what memory each setup takes: nothing is loaded"),
+                "memory": ("true", "only print the memory that each setup needs; load nothing"),
                 "tokens": ("512", "tokens per row that --memory assumes"),
             },
         ),
