@@ -9,6 +9,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from zokernel.cli import main
 from zokernel.commands.predict import write_rows
@@ -55,7 +56,6 @@ def test_texts_rows_and_batches_give_the_same_scores(run):
 
 
 def test_the_loss_of_its_scores_is_that_of_plain_transformers(run):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
@@ -68,7 +68,6 @@ def test_the_loss_of_its_scores_is_that_of_plain_transformers(run):
 
 @pytest.mark.parametrize("lora", ["false", "true"])
 def test_a_checkpoint_answers_with_its_own_weights(lora, tmp_path, tiny_lm_path, tiny_reviews_path):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--learning_rate", "1e-2"]
@@ -348,3 +347,40 @@ def test_dates_are_written_and_a_failure_leaves_the_old_answers(run, tmp_path, m
     with pytest.raises(ZeroDivisionError):
         main(["predict", "--model", str(run), *files])
     assert output.read_text() == before
+
+
+def test_rows_longer_than_all_before_are_tried_in_their_layout_again(run):
+    """With a window of 12 tokens short rows can share one, and long rows would see too much of themselves there."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    whole = load_predictor(run)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = MistralConfig(
+        vocab_size=len(whole.tokenizer), **sizes, num_key_value_heads=2, sliding_window=12, pad_token_id=1
+    )
+    model = MistralForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    short = ["a", "a joy", "bad", "so good"]
+    long = [*short, "it was good and bad " * 6, "bad " * 20]
+    predictor = Predictor(model, whole.tokenizer, whole.record)
+    tokens = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: tokens.append(args[0].shape))
+
+    def together(rows):
+        """The answers, and the shapes of the batches that gave them."""
+        tokens.clear()
+        answers = predictor(rows)
+        return [answer["scores"] for answer in answers], list(tokens)
+
+    first, shapes = together(short)
+    assert len(shapes) == 3  # two of the trial
+    assert together(short) == (first, shapes[-1:])
+    assert len(shapes[-1]) == 2 and shapes[-1][0] < len(short)  # noqa: PT018
+    later, shapes = together(long)
+    assert shapes[-1][0] == len(long)  # padded
+    for row, scores in zip(long, later):
+        alone = Predictor(model, whole.tokenizer, whole.record)([row])[0]["scores"]
+        assert scores == pytest.approx(alone, abs=1e-5)
