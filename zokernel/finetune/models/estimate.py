@@ -154,10 +154,11 @@ def quantized_bytes(
 
     if stored_as(architecture) in ("", *DEQUANTIZED):
         return None
-    unreadable = (NotASafetensorsRepoError, SafetensorsParsingError, SafetensorError, UsageError)
+    broken = (NotASafetensorsRepoError, SafetensorsParsingError, SafetensorError, UsageError)
+    unreadable: tuple[type[Exception], ...] = (*broken, *request_errors())
     try:
         tensors = _types_of(path, revision)
-    except (*unreadable, *request_errors()) as error:  # the hub may be out of reach while its files are cached
+    except unreadable as error:  # the hub may be out of reach while its files are cached
         logger.warning(
             "The size of the quantized weights is unknown (%s), and estimates of memory leave them out.",
             first_line(error).rstrip("."),
