@@ -14,22 +14,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zokernel.errors import RunError, UsageError
 from zokernel.kernels.batches import Batch, concatenate, num_examples, slice_batch
 from zokernel.kernels.model import FunctionalModel, Params
+from zokernel.optim.layers import BATCH_NORMS, DROPOUTS
 from zokernel.optim.random_state import random_state, same_random_state
 
 logger = logging.getLogger(__name__)
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_BATCH_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
-)
 _UNFUSED = "run inside `with zokernel.kernels.forward_mode():`"
 _CAUSES = {  # part of torch's message: cause, and what makes forward mode work
     "scaled_dot_product": (
@@ -115,9 +111,9 @@ def check_modes(model: FunctionalModel) -> None:
     if model.module is None:
         return
     for name, module in model.module.named_modules():
-        if module.training and isinstance(module, _DROPOUTS) and module.p > 0:
+        if module.training and isinstance(module, DROPOUTS) and module.p > 0:
             raise UsageError(f"Dropout {name!r} is in train mode, so the model is random: call model.eval() first.")
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             if module.training:
                 raise UsageError(
                     f"BatchNorm {name!r} is in train mode, so every output depends on the whole batch and the running "

@@ -14,12 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from zokernel.estimators.base import Offsets
+from zokernel.optim.layers import BATCH_NORMS, DROPOUTS
 from zokernel.optim.random_state import random_state, same_random_state
 from zokernel.perturb import Perturb, Recorded
 from zokernel.perturb.base import Closure
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Losses of a step closer to each other than this share of their size are not looked at again.
 SPREAD = 0.01
 # A loss taken again may differ by this share of what the perturbations do to it.
@@ -108,7 +107,7 @@ class LossWatch:
             self._looked = True
         acting = [layer for layer in self._layers if layer.training]
         if acting:
-            dropout = "dropout is drawn anew in every forward" if any(isinstance(x, _DROPOUTS) for x in acting) else ""
+            dropout = "dropout is drawn anew in every forward" if any(isinstance(x, DROPOUTS) for x in acting) else ""
             norm = "batch norm couples the examples and moves its statistics" if not dropout else ""
             kinds = " and ".join(sorted({type(layer).__name__ for layer in acting}))
             self._warn(
@@ -126,7 +125,7 @@ class LossWatch:
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of a module whose train mode changes its loss."""
     for layer in module.modules():
-        if isinstance(layer, _BATCH_NORMS) or (isinstance(layer, _DROPOUTS) and layer.p > 0):
+        if isinstance(layer, BATCH_NORMS) or (isinstance(layer, DROPOUTS) and layer.p > 0):
             yield layer
 
 

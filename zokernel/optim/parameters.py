@@ -11,16 +11,9 @@ from torch import Tensor, nn
 
 from zokernel.directions.placement import place_all
 from zokernel.errors import UsageError
+from zokernel.optim.layers import NORMS
 
 Params = nn.Module | Iterable[Any]
-
-_NORMS = (
-    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
-)
 
 
 class Origin:
@@ -200,4 +193,4 @@ def is_norm(module: nn.Module) -> bool:
         >>> is_norm(nn.RMSNorm(4)), is_norm(nn.Linear(4, 4))
         (True, False)
     """
-    return isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm")
+    return isinstance(module, NORMS) or type(module).__name__.lower().endswith("norm")
