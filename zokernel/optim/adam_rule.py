@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
@@ -52,17 +53,30 @@ class Adam(Rule):
         firsts, seconds = trained.buffers("exp_avg", names), trained.buffers("exp_avg_sq", names)
         maxima = trained.buffers("max_exp_avg_sq", names) if self.amsgrad else seconds
         for name, gradient in gradients.items():
-            first_bias[name] = 1 - self.beta1 ** steps_of[name]
-            second_bias = 1 - self.beta2 ** steps_of[name]
-            firsts[name].lerp_(gradient.to(firsts[name].dtype), 1 - self.beta1)
-            if self.of_momentum:
-                torch.div(firsts[name], first_bias[name], out=gradient)
-            seconds[name].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-            if self.amsgrad:
-                torch.maximum(maxima[name], seconds[name], out=maxima[name])
-            root = torch.div(maxima[name], second_bias, out=gradient).sqrt_().add_(self.delta)
-            torch.div(firsts[name], root, out=gradient)
+            first_bias[name] = self.advance(gradient, firsts[name], seconds[name], maxima[name], steps=steps_of[name])
         return gradients, first_bias
+
+    def advance(self, gradient: Tensor, first: Tensor, second: Tensor, maximum: Tensor, *, steps: int) -> float:
+        """Advance the moments of one tensor, put their ratio in place of the gradient, and return what divides it.
+
+        Args:
+            gradient: The estimate, which is overwritten.
+            first: First moment.
+            second: Second moment.
+            maximum: Running maximum of the second moment; ``second`` itself without ``amsgrad``.
+            steps: Steps of these moments, this one included.
+        """
+        first_bias = 1 - self.beta1**steps
+        second_bias = 1 - self.beta2**steps
+        first.lerp_(gradient.to(first.dtype), 1 - self.beta1)
+        if self.of_momentum:
+            torch.div(first, first_bias, out=gradient)
+        second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        if self.amsgrad:
+            torch.maximum(maximum, second, out=maximum)
+        root = torch.div(maximum, second_bias, out=gradient).sqrt_().add_(self.delta)
+        torch.div(first, root, out=gradient)
+        return first_bias
 
     def _count(self, trained: Trained, name: str) -> int:
         """Count and return the steps of one parameter, which may have been added later or rested."""

@@ -65,14 +65,11 @@ class SubspaceAdam(Adam):
             }
         state["steps"] += 1
         first, second = state["exp_avg"], state["exp_avg_sq"]
-        first.lerp_(core, 1 - self.beta1)
-        second.mul_(self.beta2).addcmul_(core, core, value=1 - self.beta2)
-        root = (second / (1 - self.beta2 ** state["steps"])).sqrt_().add_(self.delta)
-        moved = first / root / (1 - self.beta1 ** state["steps"])
+        first_bias = self.advance(core, first, second, second, steps=state["steps"])  # core is their ratio now
         left = self.directions.basis(name, "left", rows, rank, seed, epoch, device)
         right = self.directions.basis(name, "right", columns, rank, seed, epoch, device)
         scale = math.sqrt(rows * columns) / rank
-        return Factors((left.double() @ moved).float(), right.T.contiguous(), scale)
+        return Factors((left.double() @ (core / first_bias)).float(), right.T.contiguous(), scale)
 
 
 @register("subzero_plus")
