@@ -31,24 +31,24 @@ from zokernel.private_apis import exit_at_once
 SECTIONS: dict[str, dict[str, str]] = {
     "train": {
         "finetune": "fine-tune a language model with forward passes only",
-        "demo": "the same on a real model and real text, in minutes, without a GPU",
+        "demo": "run finetune on a real model and movie reviews, in minutes, without a GPU",
     },
     "before training": {
-        "plan": "how many perturbations, which eps and rate, from forward passes only",
-        "kernel": "zeroth-order against first-order kernels: heatmaps and error curves",
-        "evolve": "predict loss and predictions under zeroth-order training (NZK)",
+        "plan": "choose perturbations, eps and learning rate, from forward passes only",
+        "kernel": "compare zeroth-order and first-order kernels: heatmaps and error curves",
+        "evolve": "predict loss and outputs under zeroth-order training (NZK)",
         "fetch": "download a model or data set that installs from a package registry",
     },
     "after training": {
         "predict": "answer new rows with a finished run",
-        "report": "one HTML page of any run; --serve shows it live",
+        "report": "write one HTML page about a run; --serve shows it live",
         "journal": "show, verify or truncate the journal of a run",
-        "replay": "rebuild the weights of any step from base and journal",
+        "replay": "rebuild the weights of any step from the base and the journal",
         "merge": "add a trained adapter to the weights of its base",
     },
     "the three papers": {
         "reproduce": "reproduce their figures and tables",
-        "claims": "what they claim, how it is tested here, what came out",
+        "claims": "list their claims, how each is tested here, and the verdicts",
     },
 }
 COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in section.items()}

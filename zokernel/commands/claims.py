@@ -1,4 +1,4 @@
-"""The claims of the papers: what came out of each, on what evidence, and what would refute it.
+"""List the papers' claims: the verdict on each, its evidence, and what would refute it.
 
 zokernel claims
 zokernel claims --paper KerZOO --verdict "does not hold"
@@ -22,7 +22,7 @@ from zokernel.experiments.claims import PAPERS, Claim, as_json, contradictions, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel claims``."""
-    parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full (default: a line for each)")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="claims to show in full (default: one line per claim)")
     parser.add_argument("--paper", choices=PAPERS, help="only this paper's claims")
     parser.add_argument("--verdict", choices=VERDICTS, help="only claims with this verdict")
     add_switch(parser, "--json", help="print JSON")

@@ -1,4 +1,4 @@
-"""Predict how predictions and loss evolve under zeroth-order training, before running it.
+"""Predict how outputs and loss evolve under zeroth-order training, before running it.
 
 zokernel evolve --features features.npz --output_dir runs/evolve
 zokernel evolve --model_name_or_path my_package.models:build --train_file data.npz --simulate 200
@@ -54,15 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label_words", nargs=2, default=(" terrible", " great"), metavar=("ZERO", "ONE"), help="words of the labels")
     add("--template", default="{} It was", help="prompt, with columns in braces ({}: the text)")
     add("--trainable_parameters", metavar="REGEX", help="train only the parameters whose name matches")
-    add("--max_examples", type=int, help="use only the first N examples (language models: 16 unless given)")
+    add("--max_examples", type=int, help="use only the first N examples (default for language models: 16)")
     add_switch(parser, "--no_offset", help="start from J theta_0, as the paper's code does, not from f(theta_0)")
     add("--learning_rate", type=float, help="default: half of the stability limit")
     add("--num_perturbations", type=int, default=1, help="directions averaged per step")
     add("--distribution", default="gaussian", help="distribution of the directions")
     add("--coupling", default="zo_sgd", help="zo_sgd, shared or independent")
     add("--steps", type=int, nargs="+", default=[10, 100, 1000, 10_000], help="steps to report")
-    add("--target_loss", type=float, help="loss to reach (default: a tenth of the reducible loss is left)")
-    add("--simulate", type=int, default=0, metavar="N", help="overlay N runs of the real process")
+    add("--target_loss", type=float, help="loss to reach (default: a tenth of the reducible loss remaining)")
+    simulated = "add N simulated runs of the linearised model to the figure and the table"
+    add("--simulate", type=int, default=0, metavar="N", help=simulated)
     add("--seed", type=int, default=0, help="seed of the simulated runs")
     add("--output_dir", type=Path, default=Path("runs/evolve"), help="folder of the results")
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="verify: check that the run started from this model")
     parser.add_argument("--step", type=int, help="show: this step; truncate: keep this many steps")
     add_loading_flags(parser, what="that model", default="that of the run")
-    add_switch(parser, "--damaged", help="truncate: a damaged journal, before the damage")
+    add_switch(parser, "--damaged", help="truncate: keep what precedes the damage in a damaged journal")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to project; finite_difference is what training measures",
     )
     parser.add_argument("--eps", type=float, default=1e-3, help="perturbation size")
-    parser.add_argument("--replicates", type=int, help="independent streams (default: 4, or 1 from 1e7 parameters on)")
+    parser.add_argument(
+        "--replicates", type=int, help="independent streams (default: 4; 1 for models of 1e7 parameters or more)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the directions")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/kernel"), help="folder of the results")
 

@@ -47,44 +47,44 @@ class PlanArguments:
     memory: bool = field(
         default=False,
         metadata={
-            "help": "Only print how much memory each way to hold the weights needs (in memory, quantized, streamed), "
-            "from the model's configuration, for batches of --update_examples rows."
+            "help": "only print how much memory each way to hold the weights needs (in memory, quantized, streamed), "
+            "from the model's configuration, for batches of --update_examples rows"
         },
     )
-    tokens: int = field(default=128, metadata={"help": "Tokens per row that --memory assumes."})
+    tokens: int = field(default=128, metadata={"help": "tokens per row that --memory assumes"})
     new_tokens: int = field(
-        default=0, metadata={"help": "Tokens written after each row that --memory assumes (answers, rewards)."}
+        default=0, metadata={"help": "tokens written after each row that --memory assumes (answers, rewards)"}
     )
-    num_probes: int = field(default=64, metadata={"help": "Random directions; each costs two forward passes."})
+    num_probes: int = field(default=64, metadata={"help": "random directions; each costs two forward passes"})
     curvature_probes: int = field(
         default=8,
         metadata={
-            "help": "Directions for second and third derivatives, and random walks that show how far noise may take "
-            "the weights; each costs about twelve forward passes."
+            "help": "directions for second and third derivatives, and random walks that show how far noise may take "
+            "the weights; each costs about twelve forward passes"
         },
     )
-    max_steps: int = field(default=1000, metadata={"help": "Steps of the run that the learning rate is for."})
-    update_examples: int = field(
-        default=16, metadata={"help": "Examples in the batch a step is taken on: the batch of the run."}
-    )
-    observe_examples: int = field(default=4, metadata={"help": "Held-out examples whose beliefs are predicted."})
+    max_steps: int = field(default=1000, metadata={"help": "steps of the run that the learning rate is for"})
+    update_examples: int = field(default=16, metadata={"help": "examples per step: the batch size of the run"})
+    observe_examples: int = field(default=4, metadata={"help": "held-out examples whose beliefs are predicted"})
     eps: float | None = field(
-        default=None, metadata={"help": "Perturbation size of the probes (default: that of training, 1e-3; LoRA 1e-2)."}
+        default=None,
+        metadata={"help": "perturbation size of the probes (default: that of training: 1e-3, or 1e-2 with LoRA)"},
     )
-    distribution: str = field(default="rademacher", metadata={"help": "Distribution of the directions."})
+    distribution: str = field(default="rademacher", metadata={"help": "distribution of the directions"})
     num_perturbations: list[int] = field(
-        default_factory=lambda: [1, 10, 100], metadata={"help": "Values of P to predict for."}
+        default_factory=lambda: [1, 10, 100], metadata={"help": "values of P to predict for"}
     )
     tolerances: list[float] = field(
-        default_factory=lambda: [0.1, 0.3, 1.0], metadata={"help": "Relative errors to reach."}
+        default_factory=lambda: [0.1, 0.3, 1.0], metadata={"help": "relative errors to reach"}
     )
-    verify: bool = field(default=False, metadata={"help": "Also measure everything with real gradients."})
-    verify_draws: int = field(default=200, metadata={"help": "Fresh directions for the measured errors."})
+    verify: bool = field(default=False, metadata={"help": "also measure everything with real gradients"})
+    verify_draws: int = field(default=200, metadata={"help": "fresh directions for the measured errors"})
     precision: str = field(
-        default="auto", metadata={"help": "Forwards as training would run them: fp32, bf16 (autocast), or auto."}
+        default="auto",
+        metadata={"help": "precision of the forward passes, as in training: fp32, bf16 (autocast), or auto"},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the examples and directions."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the numbers to this .json file."})
+    seed: int = field(default=0, metadata={"help": "seed of the examples and directions"})
+    output_file: str | None = field(default=None, metadata={"help": "write the numbers to this .json file"})
 
 
 GROUPS = (ModelArguments, DataArguments, PlanArguments)

@@ -1,4 +1,4 @@
-"""One HTML page of any run, or a live view of a run in progress.
+"""Write one HTML page about a run, or show a run in progress.
 
 zokernel report runs/reviews                 # writes runs/reviews/report.html
 zokernel report runs/reproduce --output page.html

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names", nargs="*", metavar="NAME", help="experiments to run, a prefix such as 'nzk/', or 'all'"
     )
     add_switch(parser, "--list", help="list the experiments and stop")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="how large")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="size of the experiments: smoke, cpu or full")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random quantity")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"), help="folder of the results")
     parser.add_argument("--jobs", type=int, default=1, help="experiments to run at once")

@@ -45,7 +45,7 @@ class ModelArguments:
         default=None, metadata={"help": "Dropout of the adapter: stored with it, and off in a zeroth-order step."}
     )
     prefix_tuning: bool = field(
-        default=False, metadata={"help": "Train keys and values of virtual tokens before every layer's own."}
+        default=False, metadata={"help": "Train keys and values of virtual tokens that precede those of every layer."}
     )
     prompt_tuning: bool = field(default=False, metadata={"help": "Train embeddings of virtual tokens."})
     num_virtual_tokens: int | None = field(
@@ -89,9 +89,11 @@ class ModelArguments:
     )
     offload_dir: str | None = field(
         default=None,
-        metadata={"help": "Where --offload disk keeps trained or converted weights (default: offload in the output)."},
+        metadata={
+            "help": "Where --offload disk keeps trained or converted weights (default: offload in the output folder)."
+        },
     )
-    skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the estimate does not fit."})
+    skip_memory_check: bool = field(default=False, metadata={"help": "Start even if the memory estimate does not fit."})
 
 
 @dataclass
@@ -157,7 +159,7 @@ class DataArguments:
         default=0, metadata={"help": "Solved training examples before every prompt: in-context learning."}
     )
     calibrate: bool = field(
-        default=False, metadata={"help": "Evaluate with each option's score in an empty prompt subtracted."}
+        default=False, metadata={"help": "Subtract each option's score in an empty prompt before options are compared."}
     )
     max_new_tokens: int = field(default=50, metadata={"help": "Longest generated answer in tokens."})
     chat_template: str | None = field(
@@ -202,5 +204,5 @@ class DataArguments:
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "Texts: several of them in each training row of --max_length tokens, kept apart."},
+        metadata={"help": "Texts: pack several into each training row of --max_length tokens, kept apart."},
     )
