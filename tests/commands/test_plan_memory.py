@@ -160,7 +160,7 @@ def test_a_run_that_streams_the_base_of_a_saved_adapter_lists_how_that_is_traine
     adapted.save_pretrained(tmp_path / "lora")
     streamed = ["--model_name_or_path", str(tmp_path / "lora"), "--offload", "disk", "--max_steps", "1"]
     assert main(["finetune", *flags, *streamed]) == 0
-    told = next(message for message in caplog.messages if message.startswith("Memory of each way"))
+    told = next(message for message in caplog.messages if message.startswith("Memory of each setup"))
     listed = [line.partition("  ")[0] for line in told.split("\n\n")[1].splitlines()[1:]]
     assert {"--perturb stacked", "--perturb in_place", "--offload disk"} <= set(listed)
     assert not [flags for flags in listed if "--lora" in flags]

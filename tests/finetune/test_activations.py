@@ -84,4 +84,4 @@ def test_a_run_says_what_its_own_rows_take(flags, tmp_path, caplog):
     assert 16 * 4 < tokens < 16 * 32
     assert mebibytes < 1
     assert "(1 loss at a time of at most" in told[0]
-    assert re.search(r"of which [1-9][\d.]* KiB are kept between two blocks \(2 losses of at most", told[1])
+    assert re.search(r"of which [1-9][\d.]* KiB are kept between blocks \(2 losses of at most", told[1])

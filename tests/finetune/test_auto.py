@@ -155,7 +155,7 @@ def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
     found = [step.learning_rates[0] for step in Journal.read(tmp_path / "run").steps]
     assert found == pytest.approx(expected)
     run([*flags[:place], *flags[place + 2 :]])  # the same command again: finished, nothing is done
-    assert "holds this very run, finished" in caplog.text
+    assert "already holds this run, finished" in caplog.text
 
 
 def test_an_adapter_is_rebuilt_from_its_journal(flags, tmp_path, tiny_lm_path):

@@ -136,8 +136,8 @@ def test_a_run_on_chats_says_it_once(tmp_path, caplog, causal):
     with caplog.at_level(logging.WARNING):
         encode_texts(encoder, Splits(rows, rows[1:], rows[1:]), packing=False)
     assert [line for line in caplog.messages if "control tokens" in line] == [
-        "3 of 3 rows have control tokens typed into a message, which end it or open another's turn, as in trl: take "
-        "them out if that is not meant (the first: 'a</s>b')."
+        "3 of 3 rows have control tokens typed into a message, which end it or open another's turn, as in trl; remove "
+        "them if that is not intended (the first: 'a</s>b')."
     ]
     ids, _ = encoder.tokens(rows[0])
     assert ids.count(tokenizer.eos_token_id) == 1, "as trl's tokenization has it"

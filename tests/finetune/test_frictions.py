@@ -79,7 +79,7 @@ def test_the_same_command_again_says_so_in_one_line_and_prints_the_table(flags, 
     caplog.clear()
     assert main(["finetune", *flags]) == 0
     assert capsys.readouterr().out == table
-    assert caplog.messages[-1].endswith("holds this very run, finished: nothing is left to do.")
+    assert caplog.messages[-1].endswith("already holds this run, finished: nothing to do.")
     assert "setting  " not in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

@@ -114,7 +114,7 @@ def test_max_steps_counts_before_epochs_as_in_transformers_and_it_is_said_once(f
         caplog.clear()
         with caplog.at_level(logging.INFO):
             assert main(["finetune", *flags, *words, "--output_dir", str(tmp_path / str(n))]) == 0
-        assert caplog.text.count("num_train_epochs 0.1 does not count") == said
+        assert caplog.text.count("num_train_epochs 0.1 is ignored") == said
         assert json.loads((tmp_path / str(n) / "metrics.json").read_text())["steps"] == 6
 
 
@@ -155,7 +155,7 @@ def test_null_in_a_file_is_said_and_leaves_the_default(flags, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert main(["finetune", *flags, "--config", str(tmp_path / "run.yaml")]) == 0
     for name in ("eps", "seed"):
-        assert f"{tmp_path / 'run.yaml'} leaves {name} open (null): its default counts." in caplog.messages
+        assert f"{tmp_path / 'run.yaml'} sets {name} to null, so its default is used." in caplog.messages
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["seed"], metrics["method_options"]["eps"]) == (42, 0.001)
 

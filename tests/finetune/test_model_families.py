@@ -102,7 +102,7 @@ def test_a_model_that_ignores_the_packed_mask_gets_a_row_an_option_and_a_warning
     model.__class__ = NoPositions
     dataset = EncodedDataset(unequal_examples(tokenizer))
     assert not choose_collator(model, tokenizer.pad_token_id, dataset).shared_prompt
-    assert "every option repeats it" in caplog.text
+    assert "each option gets its own copy of it" in caplog.text
 
 
 def other_architecture(name, vocabulary):
@@ -130,7 +130,7 @@ def test_an_architecture_that_cannot_share_prompts_is_found_out(load, name, capl
     dataset = EncodedDataset(unequal_examples(tokenizer))
     collator = choose_collator(model, tokenizer.pad_token_id, dataset)
     assert not collator.shared_prompt
-    assert "every option repeats it" in caplog.text
+    assert "each option gets its own copy of it" in caplog.text
     with torch.no_grad():
         found = option_scores(model, collator([dataset[i] for i in range(3)]))
         expected = one_by_one(model, dataset.examples[0])

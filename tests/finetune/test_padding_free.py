@@ -168,7 +168,7 @@ def test_models_that_keep_rows_apart_are_found_and_the_log_says_so(load, family,
     dataset = prompts(tokenizer, WORDS["one token"])
     with caplog.at_level("INFO"):
         assert choose_padding_free(model, Collator(tokenizer.pad_token_id), dataset, option_scores)
-    assert "Short rows of a batch share one" in caplog.text
+    assert "Short examples of a batch share one row" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["window", "alibi", "recurrent", "masked", "virtual tokens", "flash"])

@@ -128,7 +128,7 @@ def test_recipes_are_run_in_full_by_one_command(tiny, tmp_path, monkeypatch, cap
     words = ["mezo-opt-sst2", "--seeds", "1", "2", "--output_dir", str(tmp_path / "runs"), "--", *flags]
     with caplog.at_level(logging.INFO):
         assert script(words) == 0
-    assert any("nobody ran it in full" in message for message in caplog.messages)
+    assert any("it has not been run in full" in message for message in caplog.messages)
     lines = (tmp_path / "runs" / "results.md").read_text().splitlines()[2:]
     metrics = json.loads((tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").read_text())
     assert [line.split(" | ")[2:4] for line in lines] == [["1", "2"], ["2", "2"]]

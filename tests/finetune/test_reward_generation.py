@@ -225,9 +225,9 @@ def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, 
     objective._writing = -60.0  # as if the model were fast
     for _ in range(3):
         objective(model, batch)
-    told = [record.getMessage() for record in caplog.records if "rewards took" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "Rewards have taken" in record.getMessage()]
     assert len(told) == 1
-    assert "most of that is dawdle" in told[0]
+    assert "dawdle takes most of it" in told[0]
 
 
 def test_a_template_that_alternates_roles_ends_an_answer_that_was_begun():

@@ -107,7 +107,7 @@ def test_the_same_weights_in_other_files_continue_a_run(model, flags, tmp_path, 
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
     (model / "model.safetensors").unlink()
     assert main(words) == 0
-    assert caplog.messages[-1].endswith("holds this very run, finished: nothing is left to do.")
+    assert caplog.messages[-1].endswith("already holds this run, finished: nothing to do.")
     assert main([*words, *LONGER]) == 0
     assert metrics_of(tmp_path / "run")["steps"] == 8
 

@@ -141,7 +141,7 @@ def test_a_token_within_a_setting_reaches_no_file_and_no_line(kind, flags, tmp_p
     out = capsys.readouterr()
     told = out.out + out.err + caplog.text
     assert (SECRET in told, TOKEN in told) == (False, False)
-    assert caplog.text.count("a placeholder takes its place, in training and in every file") == 1
+    assert caplog.text.count("it is replaced by a placeholder in training and in every file") == 1
     placed = "chat_template.jinja" if kind == "chat" else "predictor.json"
     assert "<token>" in (folder / placed).read_text()
     row = "Hi" if kind == "chat" else {"sentence": "a good movie"}

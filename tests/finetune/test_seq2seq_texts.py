@@ -239,5 +239,5 @@ def test_flags_that_say_what_happens_anyway_are_taken_and_the_log_says_what_is_l
     chats = [{"messages": turns("a", "b")}, {"messages": turns("a", "b", "c", "d")}]
     check("messages", chats, tokenizer, chat_template="chatml")
     assert "before the last answer as the chat template renders it" in caplog.text
-    assert "1 of 2 rows has earlier answers, which are read and not learned." in caplog.text
+    assert "1 of 2 rows has earlier answers, which the encoder reads but the decoder does not learn." in caplog.text
     check("instruction", [ALPACA], tokenizer, completion_only_loss=True)

@@ -204,5 +204,5 @@ def test_each_trial_of_a_search_has_its_own_model_and_folder(strategy, tmp_path,
 def test_what_a_trainer_was_made_with_cannot_be_changed(made):
     trainer = made("run")
     trainer.args.method = "kerzoo"
-    with pytest.raises(UsageError, match="The trainer was made with another method: make it anew to change that"):
+    with pytest.raises(UsageError, match="The trainer was made with another method: make a new one to change that"):
         trainer.train()

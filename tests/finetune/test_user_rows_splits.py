@@ -93,7 +93,8 @@ def test_what_stands_for_no_label_is_no_label_word(cells, words, named, tmp_path
         task = load_task(arguments)
     assert task.label_words == task.labels == words
     for value, rows in named.items():
-        assert f"Column 'label': {value!r} is taken for no label ({rows}): if it is a class, name all" in caplog.text
+        told = f"Column 'label': {value!r} is treated as a missing label ({rows}): if it is a class, name all"
+        assert told in caplog.text
     assert len(caplog.records) == len(named)
     read = task.read(load_table(tmp_path / "a.csv"), where="Train")
     assert [words[task.label(row)] for row in read] == [cell for cell in cells.split() if cell in words]
@@ -154,7 +155,7 @@ def test_a_published_data_set_brings_its_task(caplog):
     with caplog.at_level(logging.INFO):
         task = load_task(DataArguments(dataset_name="movie-reviews"))
     assert task.template.startswith("Movie review: ")
-    assert "The data set movie-reviews brings its task: movie-reviews." in caplog.text
+    assert "The data set movie-reviews comes with the task movie-reviews." in caplog.text
     assert load_task(DataArguments(dataset_name="nyu-mll/glue", dataset_config="cola")).label_words == (
         "incorrect",
         "correct",
@@ -185,7 +186,7 @@ def test_classes_are_counted(tmp_path, caplog):
     assert f"Training labels: {32 - good} bad, {good} good." in said
     caplog.clear()
     _, said = load(tmp_path, caplog, [{"text": str(n), "label": 1} for n in range(40)], max_eval_samples=8)
-    assert said.count("All 32 training examples have one label (good): there is nothing to tell apart.") == 1
+    assert said.count("All 32 training examples have one label (good): there is nothing to learn.") == 1
 
 
 def test_a_class_without_an_example_is_named(tmp_path, caplog):

@@ -103,7 +103,7 @@ def test_files_of_an_earlier_run_go_in_the_commit_of_the_next(hub: Hub, run: Run
     assert repository.commits == 2, "the deletion is part of the upload; the same run again deletes nothing"
     assert mine.keys() <= repository.files.keys()
     assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= repository.files.keys()
-    assert "deleted with the upload, since they are of an earlier run: " in ours["told"]
+    assert "deleted by the upload, since they belong to an earlier run: " in ours["told"]
     other = hub.repos["models", "bob/theirs"]
     assert other.deleted == []
     assert other.files["model.safetensors"] == b"theirs"

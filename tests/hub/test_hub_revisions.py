@@ -120,7 +120,7 @@ def test_runs_are_continued_answered_and_rebuilt_from_the_revision_they_began_wi
     one_sentence(wrong[0], "The base has the right shapes but other values than the run started from")
     one_sentence(wrong[1], "frozen weights of the base are not those of the run")
     one_sentence(wrong[2], "org/tiny", "v3")
-    one_sentence(wrong[3], "org/tiny is not the model that the adapter", "its weights were others")
+    one_sentence(wrong[3], "org/tiny is not the model that the adapter", "its weights were different")
     one_sentence(wrong[4], "The base has the right shapes but other values than the run started from")
     one_sentence(wrong[5], f"--model_revision is for models of the hub, which {full} is not: leave it out.")
     one_sentence(wrong[6], f"--model_revision is for models of the hub, which {base} is not: leave it out.")

@@ -50,7 +50,7 @@ def test_full_parameters_end_at_the_same_bits(flags, tmp_path, precision, caplog
     assert Journal.read(found / "journal.zkj").steps == Journal.read(expected / "journal.zkj").steps
     assert measured(found) == measured(expected)
     assert "Offload disk" in caplog.text
-    assert "KiB are kept between two blocks (2 losses of at most" in caplog.text
+    assert "KiB are kept between blocks (2 losses of at most" in caplog.text
     base = flags[flags.index("--model_name_or_path") + 1]
     assert main(["replay", "--base", base, "--journal", str(found), "--output_dir", str(tmp_path / "again")]) == 0
     assert stored(tmp_path / "again", "model.safetensors") == stored(found, "model.safetensors")

@@ -226,7 +226,7 @@ def test_losses_of_other_weights_are_forgotten_and_said(caplog):
     with torch.no_grad():
         weights["a"].fill_(2.0)
     assert optimizer.ask() == [(0, 0), (0, 1)]
-    assert "all of step 0 are due" in caplog.text
+    assert "all losses of step 0 are needed again" in caplog.text
     assert (optimizer.weights_at((0, 0))["a"] - 2.0).abs().max() < 0.01
     optimizer.tell({Point(0, 0): 1.0})
     optimizer.step(lambda: loss_of(weights))  # the ordinary way, in the middle

@@ -103,7 +103,7 @@ def finetune(
         deciding |= splits.fingerprint | starting_weights(model)
         there, resume = _look(folder, config, deciding, held)
         if there == "finished":
-            logger.info("%s holds this very run, finished: nothing is left to do.", folder)
+            logger.info("%s already holds this run, finished: nothing to do.", folder)
             push_finished(folder, config)
             return read_json(folder / output.METRICS_FILE)
         if config.should_save and config.do_train:

@@ -73,7 +73,8 @@ class ToldJournal:
         other = [key for key in own if key not in ("zokernel", "torch") and found.header.get(key) != own[key]]
         if other:
             raise RunError(
-                f"The journal {self.path} is of another run, with other {' and '.join(other)}: choose another file."
+                f"The journal {self.path} belongs to another run, with different {' and '.join(other)}: choose another "
+                "file."
             )
         replay_steps(optimizer, found.steps)
         self._writer = JournalWriter.append_to(found)

@@ -154,7 +154,7 @@ class AskTell(Checkpointed):
         count, told = self._count(), dict(self._told)
         for point, loss in _pairs(losses):
             if point.step < self.step_count or point in told:
-                logger.info("The loss at %s is known already: the first one counts.", point)
+                logger.info("The loss at %s is already known; the first one is kept.", point)
                 continue
             self._check(point, count)
             told[point] = loss_value(loss)
@@ -208,7 +208,10 @@ class AskTell(Checkpointed):
             self._take_stock()
             self._note_versions()
         if self._told and (changed or next(iter(self._told)).step != self.step_count):
-            logger.warning("The weights have changed since losses were told: all of step %d are due.", self.step_count)
+            logger.warning(
+                "The weights have changed since losses were told, so all losses of step %d are needed again.",
+                self.step_count,
+            )
             self._told = {}
 
 

@@ -287,8 +287,9 @@ class ZerothOrder(AskTell):
             )
         if self.step_count == 0 and len(set(numbers)) == 1 < len(numbers):
             logger.warning(
-                "All %d losses of the first step are equal (%g), which says nothing: eps may be below the loss's "
-                "rounding, all answers may have one reward, or the closure may not see the weights being perturbed.",
+                "All %d losses of the first step are equal (%g), so the step has no direction: eps may be below the "
+                "loss's rounding, all answers may have the same reward, or the closure may not see the weights being "
+                "perturbed.",
                 len(numbers),
                 numbers[0],
             )

@@ -118,7 +118,7 @@ def _labelled(values: Sequence[str], label: str) -> list[str]:
     for value in sorted(hidden - {""}):
         if value in values:
             logger.warning(
-                "Column %r: %r is taken for no label (%s): if it is a class, name all classes with --labels.",
+                "Column %r: %r is treated as a missing label (%s): if it is a class, name all classes with --labels.",
                 label,
                 value,
                 counted(values.count(value), "row"),

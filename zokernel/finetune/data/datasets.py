@@ -82,7 +82,7 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
         if isinstance(task, PromptTask) and task.source and _uses_source(arguments, task) and not arguments.labels:
             task = replace(task, labels=task.source.labels or task.labels)
         if not arguments.task:
-            logger.info("The data set %s brings its task: %s.", arguments.dataset_name, name)
+            logger.info("The data set %s comes with the task %s.", arguments.dataset_name, name)
     else:
         task = _task_of_rows(arguments)
     wording = {name: text for name in ("template", "masked_template") if (text := getattr(task, name))}
@@ -90,7 +90,7 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
     task = replace(task, **told) if told else task
     if task.label_column in task.columns:
         logger.warning(
-            "The template names the label column %r: the answer stands in the prompt, and accuracy says nothing.",
+            "The template names the label column %r: the prompt contains the answer, so accuracy is meaningless.",
             task.label_column,
         )
     return task

@@ -87,14 +87,14 @@ def _first_and_last(pool: list[Row], limits: Mapping[str, int | None]) -> tuple[
     num_train = limits["train"] if limits["train"] is not None else len(pool)
     if num_dev is None or num_dev >= len(pool):
         raise UsageError(
-            f"There are {len(pool)} training examples, of which {num_dev or 'all'} would validate: lower "
+            f"There are {len(pool)} training examples, of which {num_dev or 'all'} are needed for validation: lower "
             "--max_eval_samples."
         )
     drawn = pool[: num_train + num_dev]
     train, validation = drawn[: len(drawn) - num_dev], drawn[len(drawn) - num_dev :]
     if len(train) < num_train:
         logger.info(
-            "Only %d of %s are left to train on beside %d to validate; --max_eval_samples changes that.",
+            "Only %d of %s remain for training after %d for validation; --max_eval_samples changes that.",
             len(train),
             counted(num_train, "example"),
             num_dev,

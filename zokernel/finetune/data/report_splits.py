@@ -54,7 +54,7 @@ def _report_classes(task: PromptTask, train: Sequence[Row]) -> None:
     absent = [repr(word) for choice, word in enumerate(task.label_words) if not counts[choice]]
     if len(found) == 1:
         logger.warning(
-            "All %s training examples have one label (%s): there is nothing to tell apart.",
+            "All %s training examples have one label (%s): there is nothing to learn.",
             f"{len(train):,}",
             task.label_words[next(iter(counts))],
         )

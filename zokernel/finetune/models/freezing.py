@@ -51,7 +51,7 @@ def freeze_(model: nn.Module, *, layers: float = 0.0, vectors: bool = False) -> 
         parameter.requires_grad_(False)
     if frozen:
         count = sum(parameter.numel() for parameter in {id(p): p for p in frozen}.values())
-        logger.info("Not trained: %s parameters, of the first layers or vectors.", f"{count:,}")
+        logger.info("%s parameters are frozen (first layers or vectors).", f"{count:,}")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

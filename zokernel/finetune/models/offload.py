@@ -127,7 +127,7 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
     """
     configured = Configured(checked.architecture, checked.dtype, checked.kind, arguments)
     logger.info(
-        "Memory of each way for rows of %d tokens; the real rows follow.\n%s",
+        "Memory of each setup for rows of %d tokens (the estimate for the actual rows follows).\n%s",
         TOKENS,
         needed(configured, losses_per_step(config), config.per_device_train_batch_size, TOKENS),
     )

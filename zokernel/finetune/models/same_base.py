@@ -60,7 +60,7 @@ def other_base(adapted: Any, name: str, base: str) -> str:
             logger.info("%s was trained on its base %s, and here the base is %s.", name, *words)
             return ""
         if recorded["dtype"] == found["dtype"] and recorded["frozen_sha256"] != found["frozen_sha256"]:
-            return "its weights were others"
+            return "its weights were different"
         return ""
     told, here = str(adapter_config(name).base_model_name_or_path or ""), base_told(base)
     if told and told != here and not any(Path(place).is_absolute() for place in (told, here)):

@@ -34,7 +34,8 @@ def attach_prefix(model: nn.Module, count: int, task_type: Any, *, seed: int) ->
     weight = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
     if weight.shape != start.shape:
         logger.warning(
-            "The prefix starts at random: peft holds %s numbers for it where the model's activations are %s.",
+            "The prefix starts from random values: peft stores it with shape %s, but the model's activations have "
+            "shape %s.",
             tuple(weight.shape),
             tuple(start.shape),
         )

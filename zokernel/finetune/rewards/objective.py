@@ -194,8 +194,8 @@ class RewardObjective:
             return
         self._told, slowest = True, max(taken, key=lambda name: taken[name])
         logger.warning(
-            "The rewards took %.1f s so far and writing the answers %.1f s; most of that is %s: a faster function, or "
-            "one that works on all completions together, makes the run faster.",
+            "Rewards have taken %.1f s so far and generation %.1f s; %s takes most of it: a faster function, or one "
+            "that works on all completions together, makes the run faster.",
             total,
             self._writing,
             slowest,

@@ -84,7 +84,8 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Any, *, max_length: int, wher
         cut += len(ids) > max_length
         found.append(EncodedPrompt(keep_end(ids, max_length, tokenizer), number, row))
     if cut:
-        logger.info("%s: %d of %s lose their front at %d tokens.", where, cut, counted(len(rows), "prompt"), max_length)
+        prompts = counted(len(rows), "prompt")
+        logger.info("%s: %d of %s are cut at the front to %d tokens.", where, cut, prompts, max_length)
     return PromptDataset(found)
 
 

@@ -64,7 +64,8 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
                 return packed
             reason = f"the scores would differ by {error_found:.2g}"
     logger.warning(
-        "%s cannot share a prompt between its options (%s): every option repeats it, which is slower but right.",
+        "%s cannot share a prompt between its options (%s): each option gets its own copy of it, which is slower but "
+        "correct.",
         type(model).__name__,
         reason,
     )

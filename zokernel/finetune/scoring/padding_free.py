@@ -181,5 +181,5 @@ def choose_padding_free(
     if reason:
         logger.debug("Rows of a batch do not share one (%s).", reason)
         return None
-    logger.info("Short rows of a batch share one, without padding between them, where that is less work.")
+    logger.info("Short examples of a batch share one row, without padding between them, where that is less work.")
     return PaddingFree(hidden_size)

@@ -139,7 +139,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
         check_values(self)
         if both and self.max_steps > 0:
             logger.info(
-                "max_steps %d says how long the run is; num_train_epochs %g does not count, as in transformers.",
+                "max_steps %d sets the length of the run, and num_train_epochs %g is ignored, as in transformers.",
                 self.max_steps,
                 self.num_train_epochs,
             )

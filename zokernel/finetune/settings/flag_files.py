@@ -56,10 +56,11 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         hint = f"the recipe of the nearest name is {close[0]}" if close else "check the path"
         raise UsageError(f"There is no config file {path}: {hint}.")
     if path in _below:
-        raise UsageError(f"{path} extends itself: break the circle.")
+        raise UsageError(f"{path} extends itself: remove one of the extends lines.")
     if path == packaged and not _below:
         logger.info(
-            "Recipe %s holds published settings; tests take two steps with it, nobody ran it in full.", path.stem
+            "Recipe %s holds published settings; the tests take two steps with it, and it has not been run in full.",
+            path.stem,
         )
     values, written = read_mapping(path), read_mapping(path, as_written=True)
     for name, kind in {**get_type_hints(ModelArguments), **get_type_hints(DataArguments)}.items():
@@ -75,7 +76,7 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         if value in ("", [], {}):
             raise UsageError(f"{path} leaves {name!r} empty: give it a value, or take the line out.")
         if value is None and not taken_back:
-            logger.info("%s leaves %s open (null): its default counts.", path, name)
+            logger.info("%s sets %s to null, so its default is used.", path, name)
     _keys[asked] = {*below, *values}
     return {**below, **values}
 

@@ -162,7 +162,7 @@ def _left_from_before(there: list[str], folder: Path, name: str) -> list[str]:
         )
         return []
     if stale:
-        logger.info("%s: deleted with the upload, since they are of an earlier run: %s.", name, ", ".join(stale))
+        logger.info("%s: deleted by the upload, since they belong to an earlier run: %s.", name, ", ".join(stale))
     return stale
 
 

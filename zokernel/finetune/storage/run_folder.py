@@ -185,7 +185,7 @@ def refuse_old_run(folder: Path) -> None:
     version = (run or {}).get("zokernel") or Journal.read(journal).header.get("zokernel", "an earlier version")
     raise UsageError(
         f"{folder} holds a run of zokernel {version}, which this version ({__version__}) cannot continue: rebuild its "
-        "weights with 'zokernel replay', start anew with --overwrite_output_dir true, or choose another --output_dir."
+        "weights with 'zokernel replay', start over with --overwrite_output_dir true, or choose another --output_dir."
     )
 
 

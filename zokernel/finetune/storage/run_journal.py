@@ -70,7 +70,7 @@ class RunJournal:
         elif self.path.exists() and not overwrite:
             raise UsageError(
                 f"{folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
-                "overwrite_output_dir=True to start anew, or choose another output_dir."
+                "overwrite_output_dir=True to start over, or choose another output_dir."
             )
         self._hashes = _hashes(model)
         self._left_out: set[str] = set()
@@ -227,7 +227,7 @@ class RunJournal:
         if recorded and recorded[-1]["weights_sha256"] != digest:
             raise RunError(
                 f"The replay of {self.path} ended with other weights than the run had at step {step}: the machine, "
-                "torch or zokernel has changed since; start anew with overwrite_output_dir true."
+                "torch or zokernel has changed since; start over with overwrite_output_dir true."
             )
         if not recorded and step >= self.num_steps:
             self._append(Event({"event": "end", "step": step, "weights_sha256": digest}))

@@ -58,7 +58,7 @@ class PairEncoder(TextEncoder):
         several = sum(any(message["role"] == "assistant" for message in before) for before in chats)
         if several:
             logger.info(
-                "%d of %s %s earlier answers, which are read and not learned.",
+                "%d of %s %s earlier answers, which the encoder reads but the decoder does not learn.",
                 several,
                 counted(len(rows), "row"),
                 "has" if several == 1 else "have",

@@ -154,7 +154,8 @@ def without_secrets(text: str, what: str) -> str:
     hidden = "".join(map(hide_in_text, re.split(r"(\{[^{}]*\})", text)))
     if hidden != text:
         logger.warning(
-            "The %s holds an access token or a password: a placeholder takes its place, in training and in every file.",
+            "The %s holds an access token or a password: it is replaced by a placeholder in training and in every "
+            "file.",
             what,
         )
     return hidden

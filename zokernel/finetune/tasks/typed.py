@@ -119,8 +119,8 @@ def report_typed(rows: Sequence[Row], tokenizer: Any) -> None:
     begin, end = max(0, match.start() - _AROUND), match.end() + _AROUND
     count = len({n for n, _, _ in found})
     logger.warning(
-        "%d of %s %s control tokens typed into a message, which end it or open another's turn, as in trl: take them "
-        "out if that is not meant (the first: %r).",
+        "%d of %s %s control tokens typed into a message, which end it or open another's turn, as in trl; remove "
+        "them if that is not intended (the first: %r).",
         count,
         counted(len(rows), "row"),
         "has" if count == 1 else "have",

@@ -42,7 +42,7 @@ def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, An
     logger.info(
         "Activations: about %s%s (%s of at most %s, of which %d %s scored).",
         readable_bytes(total),
-        f", of which {readable_bytes(border)} are kept between two blocks" if streams else "",
+        f", of which {readable_bytes(border)} are kept between blocks" if streams else "",
         counted(losses, "loss") if losses > 1 else "1 loss at a time",
         counted(tokens, "token"),
         scored,

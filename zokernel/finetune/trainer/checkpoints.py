@@ -74,7 +74,7 @@ class CheckpointTrainer(Trainer):
         old, new = (as_json(args.to_dict()) for args in (loop_arguments(self.settings), self.args))
         changed = {name: new[name] for name in old if new[name] != old[name]}
         if used := sorted(changed.keys() & _USED):
-            raise UsageError(f"The trainer was made with another {used[0]}: make it anew to change that.")
+            raise UsageError(f"The trainer was made with another {used[0]}: make a new one to change that.")
         changed = {name: value for name, value in changed.items() if name in self.settings.values()}
         if not changed:
             return

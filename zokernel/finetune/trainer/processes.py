@@ -47,7 +47,7 @@ def make_parallel(mode: str | None, point_ranks: int | None, weight: Callable[[]
         return None
     parallel = Parallel(mode or "data", point_ranks=point_ranks, weight=weight)
     logger.info(
-        "%d processes: %s per step, each shared by %d; only losses travel.",
+        "%d processes: %s per step, each shared by %d; only losses are exchanged.",
         num_processes(),
         counted(parallel.data_ranks, "batch"),
         parallel.point_ranks,

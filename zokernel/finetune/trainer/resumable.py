@@ -117,7 +117,7 @@ class ResumableTrainer(CheckpointTrainer):
                     )
                 checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
                 if self.continues and checkpoint is None and (self.journal is None or not self.journal.num_steps):
-                    logger.info("%s holds no step to continue from: the run begins anew.", folder)
+                    logger.info("%s holds no step to continue from, so the run starts from the beginning.", folder)
                 if self._moved:
                     self.forget_optimizer()
                     if self.continues and checkpoint is None and self.journal is not None and self.comes_back:
@@ -204,7 +204,7 @@ class ResumableTrainer(CheckpointTrainer):
             if name == "loss" and (raised := getattr(vars(self).get("objective"), "shown", "")):
                 name, value = raised, 0.0 - value
             logger.warning(
-                "No evaluation was better than that before training (%s %.4g): the weights are those of the start.",
+                "No evaluation was better than the one before training (%s %.4g), so the starting weights are kept.",
                 name,
                 value,
             )
