@@ -384,3 +384,11 @@ def test_rows_longer_than_all_before_are_tried_in_their_layout_again(run):
     for row, scores in zip(long, later):
         alone = Predictor(model, whole.tokenizer, whole.record)([row])[0]["scores"]
         assert scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_run_that_only_scored_has_no_model_to_ask(tmp_path, tiny_lm_path, tiny_reviews_path):
+    words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--do_train", "false"]
+    files = ["--train_file", str(tiny_reviews_path / "train.jsonl"), "--model_name_or_path", str(tiny_lm_path)]
+    assert main(["finetune", *files, *words, "--output_dir", str(tmp_path / "run")]) == 0
+    with pytest.raises(UsageError, match="only scored its model and saved none: train at least one step"):
+        load_predictor(tmp_path / "run")

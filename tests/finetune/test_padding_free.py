@@ -172,7 +172,7 @@ def test_models_that_keep_rows_apart_are_found_and_the_log_says_so(load, family,
 
 
 @pytest.mark.parametrize("name", ["window", "alibi", "recurrent", "masked", "virtual tokens", "flash"])
-def test_models_that_cannot_keep_rows_apart_stay_padded(load, name):
+def test_models_that_cannot_keep_rows_apart_stay_padded(load, name, caplog):
     tokenizer = load("llama")[1]
     shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -198,4 +198,6 @@ def test_models_that_cannot_keep_rows_apart_stay_padded(load, name):
                 torch.nn.init.normal_(parameter, std=0.2)
     dataset = prompts(tokenizer, WORDS["one token"], masked=name == "masked")
     collator = Collator(tokenizer.pad_token_id)
-    assert choose_padding_free(model.eval(), collator, dataset, option_scores) is None
+    with caplog.at_level("INFO"):
+        assert choose_padding_free(model.eval(), collator, dataset, option_scores) is None
+    assert ("Batches stay padded" in caplog.text) == (name in ("window", "alibi", "recurrent"))

@@ -135,6 +135,19 @@ def test_packing_is_refused_where_documents_would_see_each_other():
         language_objective(other("mamba"), TextCollator(1), dataset)
 
 
+def test_a_refusal_to_pack_names_the_window_of_attention(caplog):
+    config = transformers.MistralConfig(**GROUPED, sliding_window=8, pad_token_id=1)
+    torch.manual_seed(0)
+    model = loud(transformers.MistralForCausalLM(config))
+    dataset = TextDataset(pack(documents(20, 9, 33, 14), 44))
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(UsageError, match="leave out --packing, or lower --max_length to .* 8 tok"),
+    ):
+        language_objective(model, TextCollator(1), dataset)
+    assert "share one row" not in caplog.text
+
+
 def test_a_model_without_a_known_backbone_computes_all_logits_at_once(llama, monkeypatch, caplog):
     monkeypatch.setattr(type(llama), "base_model_prefix", "nothing")
     monkeypatch.setattr(type(llama), "get_decoder", lambda self: self)

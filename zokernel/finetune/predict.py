@@ -16,6 +16,7 @@ from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import LOADING, asked_for, check_library, library_of, loading_flags
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.models.saved_adapter import run_folders
+from zokernel.finetune.run_files import METRICS_FILE
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
@@ -268,6 +269,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise UsageError(f"There is no folder {folder}: give that of a finished run, or one of its checkpoints.")
     path = _record_of(folder)
     if not path.is_file():
+        metrics = path.parent / METRICS_FILE
+        if metrics.is_file() and not read_json(metrics).get("steps"):
+            raise UsageError(f"The run in {path.parent} only scored its model and saved none: train at least one step.")
         raise UsageError(
             f"{path.parent} has no {FILE}, which 'zokernel finetune' writes when a run ends: give the folder of a "
             "finished run, or one of its checkpoints."

@@ -179,7 +179,7 @@ def choose_padding_free(
         error = ((found - expected).abs() / expected.abs().clamp(min=1))[finite].max().item()
         reason = "" if error <= score_tolerance(model) else f"their scores would differ by {error:.2g}"
     if reason:
-        logger.debug("Rows of a batch do not share one (%s).", reason)
+        logger.info("Batches stay padded, since this model cannot keep apart examples that share a row (%s).", reason)
         return None
     logger.info("Short examples of a batch share one row, without padding between them, where that is less work.")
     return PaddingFree(hidden_size)

@@ -123,7 +123,9 @@ def _check_packing(
         if (found - expected).abs() <= tolerance * expected.abs():
             return
         reason = f"their loss would differ by {(found / expected - 1).abs().item():.2g} of itself"
-    raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing.")
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    shorter = f", or lower --max_length to its window of {window} tokens" if window else ""
+    raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing{shorter}.")
 
 
 def _beginnings(dataset: TextDataset) -> list[EncodedText]:
