@@ -195,36 +195,62 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize("name", STACKED)
-@pytest.mark.parametrize("asked", [None, ["all-linear"]])
-def test_stacked_experts_that_are_left_out_are_named(name, asked, caplog):
-    """Nothing is said where there are none (a convolution of Mamba has three dimensions, too), or of those adapted.
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+WITHOUT_EXPERTS = ("Llama", "Mamba")  # a convolution of Mamba has three dimensions, too
+# peft adapts the experts of some models by itself, since they were linear layers once.
+ADAPTED_BY_PEFT = [
+    *(("Qwen3Moe", None), ("Olmoe", None)),
+    *(("Mixtral", "all-linear"), ("Qwen3Moe", "all-linear"), ("Olmoe", "all-linear")),
+]
+EVERY = [(name, asked) for name in STACKED for asked in (None, "all-linear")]
+LEFT_OUT = [case for case in EVERY if case[0] not in WITHOUT_EXPERTS and case not in ADAPTED_BY_PEFT]
 
-    peft adapts the experts of some models when all linear layers are asked for, since they were linear layers once.
-    """
+
+def small(name):
     config = getattr(transformers, f"{name}Config")(**STACKED[name])
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def adapted_in(model, asked, **more):
+    """Return the names of what LoRA adapts, those of experts apart."""
+    targets = None if asked is None else [asked]
+    found = adapted_modules(attach_adapter(model, ModelArguments(lora=True, lora_target_modules=targets, **more)))
+    experts = {name for name in found if "experts" in name}
+    return set(found) - experts, experts
+
+
+@pytest.mark.parametrize(("name", "asked"), [case for case in EVERY if case[0] in WITHOUT_EXPERTS])
+def test_nothing_is_said_of_experts_where_there_are_none(name, asked, caplog):
     caplog.set_level("INFO")
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    experts = [p.numel() for key, p in model.named_parameters() if key.endswith(("gate_up_proj", "experts.down_proj"))]
-    share = 100 * sum(experts) / sum(p.numel() for p in model.parameters())
-    adapted = adapted_modules(attach_adapter(model, ModelArguments(lora=True, lora_target_modules=asked)))
-    said = [message for message in caplog.messages if "stacked parameters" in message]
-    if any("experts" in found for found in adapted) or not experts:
-        assert said == []
-        assert not experts or asked or name in ("Qwen3Moe", "Olmoe")
-        return
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    assert said == [
-        f"{', '.join(names)}: not modules but stacked parameters, {share:.0f} % of the model, so LoRA leaves them out; "
-        f"--target_parameters {' '.join(names)} adapts them."
+    others, experts = adapted_in(small(name), asked)
+    assert others
+    assert not experts
+    assert "stacked parameters" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "asked"), ADAPTED_BY_PEFT)
+def test_nothing_is_said_of_experts_that_are_adapted(name, asked, caplog):
+    caplog.set_level("INFO")
+    _, experts = adapted_in(small(name), asked)
+    assert experts == {f"model.layers.0.{name}" for name in EXPERTS}
+    assert "stacked parameters" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "asked"), LEFT_OUT)
+def test_stacked_experts_that_are_left_out_are_named(name, asked, caplog):
+    caplog.set_level("INFO")
+    model = small(name)
+    stacked = [p.numel() for key, p in model.named_parameters() if key.endswith(("gate_up_proj", "experts.down_proj"))]
+    share = 100 * sum(stacked) / sum(p.numel() for p in model.parameters())
+    assert adapted_in(model, asked)[1] == set()
+    assert [message for message in caplog.messages if "stacked parameters" in message] == [
+        f"{', '.join(EXPERTS)}: not modules but stacked parameters, {share:.0f} % of the model, so LoRA leaves them "
+        f"out; --target_parameters {' '.join(EXPERTS)} adapts them."
     ]
     caplog.clear()
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    adapted = attach_adapter(model, ModelArguments(lora=True, lora_target_modules=asked, target_parameters=names))
+    _, experts = adapted_in(small(name), asked, target_parameters=EXPERTS)
     assert "stacked parameters" not in caplog.text
-    assert {found for found in adapted_modules(adapted) if "experts" in found} == {
-        f"model.layers.0.{name}" for name in names
-    }
+    assert experts == {f"model.layers.0.{name}" for name in EXPERTS}
 
 
 def test_modules_by_name_by_pattern_and_by_parameter():

@@ -138,7 +138,12 @@ def test_a_run_that_diverged_ends_with_the_weights_before_that(end, flags, tmp_p
     assert re.match(f"Training diverged: {wrong}", metrics["went_wrong"])
     losses = [row["loss"] for row in metrics["evaluations"]]
     assert losses[0] > math.log(2)
-    assert end in ("never evaluated", "of an adapter") or losses[-1] == pytest.approx(math.log(2), abs=1e-3)
+    if end == "never evaluated":
+        assert len(losses) == 1
+    elif slopes:
+        assert losses[1:] == pytest.approx(losses[:1] * (len(losses) - 1), abs=0.1)
+    else:
+        assert losses[-1] == pytest.approx(math.log(2), abs=1e-3)
     assert metrics["best_step"] == 0
     assert metrics["after"] == pytest.approx(metrics["before"])
     table = capsys.readouterr().out

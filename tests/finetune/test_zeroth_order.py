@@ -302,8 +302,14 @@ def test_rows_without_a_length_are_drawn_at_random(base, tmp_path):
 
 def test_positional_arguments_are_those_of_the_trainer(tmp_path):
     _, kwargs = CASES["token_classification"](tmp_path)
+    kwargs["eval_dataset"] = kwargs["eval_dataset"].select(range(2))
     parts = [kwargs[name] for name in ("model", "args", "data_collator", "train_dataset", "eval_dataset")]
-    zeroth_order(Trainer)(*parts, kwargs["processing_class"]).train()
+    trainer = zeroth_order(Trainer)(*parts, kwargs["processing_class"])
+    trainer.train()
+    assert trainer.state.global_step == kwargs["args"].max_steps
+    assert (trainer.train_dataset, trainer.eval_dataset) == (parts[3], parts[4])
+    assert (trainer.model, trainer.processing_class) == (parts[0], kwargs["processing_class"])
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[0] == 2
 
 
 def test_one_plain_class_is_trained_by_gradients_with_the_same_words(tmp_path):
