@@ -142,7 +142,7 @@ def test_a_refusal_to_pack_names_the_window_of_attention(caplog):
     dataset = TextDataset(pack(documents(20, 9, 33, 14), 44))
     with (
         caplog.at_level("INFO"),
-        pytest.raises(UsageError, match="leave out --packing, or lower --max_length to .* 8 tok"),
+        pytest.raises(UsageError, match=r"leave out --packing, or lower --max_length to .* 8 tok"),
     ):
         language_objective(model, TextCollator(1), dataset)
     assert "share one row" not in caplog.text
