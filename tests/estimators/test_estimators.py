@@ -11,8 +11,10 @@ import pytest
 from zokernel.errors import UsageError
 from zokernel.estimators import smoothed
 from zokernel.estimators.curvature import TwoPointCurvature
+from zokernel.estimators.forward_derivative import ForwardDerivative
 from zokernel.estimators.leave_one_out import LeaveOneOut
 from zokernel.estimators.one_sided import OneSided
+from zokernel.estimators.per_example import PerExample
 from zokernel.estimators.richardson import Richardson
 from zokernel.estimators.smoothed import Smoothed, signed_uniform
 from zokernel.estimators.two_point import TwoPoint
@@ -354,3 +356,9 @@ def test_at_equal_forwards_leaving_one_out_costs_a_direction_and_ignores_the_tra
     assert raised == pytest.approx(same)
     assert same == pytest.approx({0: -1 / 0.3, 1: 0.0, 2: 2 / 0.3, 3: -1 / 0.3})
     assert LeaveOneOut(0.1, 4).forwards_at(0) == 4
+
+
+def test_an_estimator_says_how_far_it_moves_the_weights():
+    assert [(kind(eps=0.5).eps, kind(eps=0.5).reach) for kind in (TwoPoint, OneSided, Smoothed)] == [(0.5, 0.5)] * 3
+    assert (PerExample(OneSided(0.5)).eps, PerExample(OneSided(0.5)).reach) == (0.5, 0.5)
+    assert (ForwardDerivative().eps, ForwardDerivative().reach) == (None, 0.01)

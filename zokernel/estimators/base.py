@@ -59,10 +59,17 @@ class Estimator(ABC):
         num_perturbations: How many directions one estimate uses at most.
         numbers_per_point: How many numbers :meth:`combine` takes for each point: its loss, or a derivative besides;
             None if one for every example.
+        eps: Radius of the perturbation, in units of the weights; None if the weights are not moved.
     """
 
     num_perturbations: int
     numbers_per_point: ClassVar[int | None] = 1
+    eps: float | None = None
+
+    @property
+    def reach(self) -> float:
+        """Largest perturbation to make room for, in units of the weights: ``eps``, or a hundredth without one."""
+        return 0.01 if self.eps is None else self.eps
 
     @abstractmethod
     def points(self, *, seed: int, step: int) -> list[Offsets]:

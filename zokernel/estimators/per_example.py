@@ -102,9 +102,9 @@ class PerExample(Estimator):
         return self.inner.num_perturbations
 
     @property
-    def eps(self) -> float:
+    def eps(self) -> float | None:  # type: ignore[override]
         """Radius of the perturbation, in units of the weights."""
-        return float(getattr(self.inner, "eps", 0.01))
+        return self.inner.eps
 
     def points(self, *, seed: int, step: int) -> list[Offsets]:
         """Return the points of the inner estimator, by direction of one example."""
@@ -121,7 +121,7 @@ class PerExample(Estimator):
         if self.whiten:
             slopes = [estimate.coefficients[0] for estimate in by_example]
             spread = statistics.stdev(slopes) if num_examples > 1 else 0.0
-            scale /= 2 * (self.eps * spread + WHITEN_FLOOR)
+            scale /= 2 * (self.reach * spread + WHITEN_FLOOR)
         means = [sum(losses[k * num_examples : (k + 1) * num_examples]) / num_examples for k in range(num_points)]
         together = {
             index_of(direction, example): coefficient * scale

@@ -159,8 +159,7 @@ class ZerothOrder(AskTell):
         """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
         self._check_density()
         check_together(self.estimator, self.perturb)
-        eps = getattr(self.estimator, "eps", 0.01)
-        self.perturb.attach(self.active, self.directions, seed=self.seed, reach=eps)
+        self.perturb.attach(self.active, self.directions, seed=self.seed, reach=self.estimator.reach)
         self._named_groups = self.moving_groups()  # the same dictionaries, found by name once
         self._note_versions()
 

@@ -62,7 +62,7 @@ def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surrou
     Returns:
         The losses; None if they cannot be taken without moving the weights.
     """
-    eps = getattr(optimizer.estimator, "eps", None)
+    eps = optimizer.estimator.eps
     if eps is None or optimizer.estimator.numbers_per_point != 1:
         return None
     offsets = [sign * times * eps for times in (1.0, FARTHER) for sign in (1.0, -1.0)]
