@@ -352,7 +352,7 @@ def test_a_collapsed_run_did_not_learn_whatever_its_scores(tiny_lm_path, tiny_re
 
 
 def test_the_report_says_why_and_that_the_last_weights_are_worse(tiny_lm_path, tiny_reviews_path, tmp_path, caplog):
-    flags = ["--learning_rate", "0.03", "--load_best_model_at_end", "false"]
+    flags = ["--learning_rate", "0.02", "--load_best_model_at_end", "false"]
     metrics, report = finetune(tmp_path / "run", tiny_lm_path, tiny_reviews_path, *flags)
     assert metrics["after"]["loss"] > metrics["before"]["loss"]
     assert "## Why the loss did not fall" in report
