@@ -125,7 +125,7 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(record, flags, tm
     caplog.clear()
     again = ["--model_name_or_path", str(other_bases / "retrained"), "--adapter_name_or_path", str(run)]
     assert main(["finetune", *flags, *again, "--do_train", "false", "--output_dir", str(tmp_path / "score")]) == 0
-    assert caplog.text.count(f"was trained on: {told['retrained']} others.") == 1
+    assert caplog.text.count(f"was trained on: {told['retrained']} different.") == 1
     copy = ["--base", str(other_bases / "copy")]
     assert main(["merge", "--model", str(run), *copy, "--output_dir", str(merged)]) == 0
     low = ["--dtype", "bfloat16", "--output_dir", str(tmp_path / "low")]

@@ -262,7 +262,7 @@ def test_two_processes_speak_once(flags, tmp_path):
     assert "Warning" not in log
     out, err = ranks.command(words, tmp_path / "again", size=2)
     assert out == first
-    assert err.count("nothing is left to do") == 1
+    assert err.count("nothing to do") == 1
     _, err = ranks.command([*words, "--eps", "0"], tmp_path / "refused", size=2)
     assert err.count("zokernel: error: eps must be positive, not 0.0.") == 1
 

@@ -69,7 +69,7 @@ def test_the_same_command_continues_an_unfinished_run_without_its_forwards(run, 
     assert "steps 1 to 9 are taken from the journal" in caplog.text
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert run("cut", "--save_strategy", "journal") == 0
-    assert "finished: nothing is left to do" in caplog.text
+    assert "finished: nothing to do" in caplog.text
 
 
 def test_other_settings_or_data_do_not_continue_a_run(run, tmp_path, monkeypatch, capsys, tiny_reviews_path):

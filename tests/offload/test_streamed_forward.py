@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import forked
 import peft
 import pytest
 import torch
@@ -16,7 +15,6 @@ from zokernel.finetune.models.streamed import load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
-from zokernel.process_memory import counted_by_kernel, release_heap
 
 FAMILIES: dict[str, Any] = {
     "llama": transformers.LlamaConfig(
@@ -159,38 +157,6 @@ def test_all_points_of_a_step_share_one_pass(tmp_path: Path) -> None:
     once = sum(unit.nbytes for unit in blocks.units)
     assert once == sum(p.nbytes for name, p in model.named_parameters() if not p.requires_grad)
     assert blocks.bytes_read == once * passes.pop()
-
-
-def left_by_six_losses(folder: Path, left: Any) -> None:
-    """Put how many bytes six losses of one pass leave, each of which needs 31 MiB and keeps little above it."""
-    model = with_lora(streamed(folder, trains_weights=False))
-    blocks, plain, kept = streamed_blocks(model), closure(model), []
-    assert blocks is not None
-
-    def loss() -> Tensor:
-        activations = [torch.ones(1 << 14) for _ in range(500)]
-        kept.append(torch.ones(100))
-        del activations
-        return plain()
-
-    perturb = StreamedForward(blocks, model)
-    train(model, perturb, steps=1)
-    release_heap()
-    before = counted_by_kernel("RssAnon")
-    assert len(perturb.losses_of([(loss, {})] * 6, step=1)) == len(kept) == 6
-    left.put(counted_by_kernel("RssAnon") - before)
-
-
-@pytest.mark.skipif(counted_by_kernel("RssAnon") is None, reason="only Linux counts memory without files apart")
-def test_a_pass_leaves_no_room_in_the_heaps_of_its_threads(tmp_path: Path) -> None:
-    """In a process of its own, since threads of other tests keep memory, too."""
-    processes = forked.context()
-    left = processes.SimpleQueue()
-    process = processes.Process(target=left_by_six_losses, args=(save(FAMILIES["llama"], tmp_path / "model"), left))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert left.get() < 25 << 20
 
 
 def test_each_trained_block_is_written_once_per_step(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ class ZerothOrder(AskTell):
             self.perturb.weights.resync()
         self._note_versions()
         self.step_count += 1
-        return estimate.loss
+        return sum(estimate.losses) / len(estimate.losses)
 
     def _check_numbers(self, numbers: Sequence[float], num_points: int) -> None:
         expected = num_points * (self.estimator.numbers_per_point or max(1, len(numbers) // num_points))
@@ -306,7 +306,7 @@ class ZerothOrder(AskTell):
     def update(self, estimate: Estimate) -> None:
         """Restore the weights and step along the estimate, after decoupled weight decay."""
         dense = [self._is_dense(group) for group in self.param_groups]
-        scaled = estimate.scaled
+        scaled = {index: c * estimate.factor for index, c in estimate.coefficients.items()}
         scales = [
             {} if is_dense else {i: -group["lr"] * c for i, c in scaled.items()}
             for group, is_dense in zip(self.param_groups, dense)

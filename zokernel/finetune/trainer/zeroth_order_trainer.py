@@ -39,7 +39,7 @@ from zokernel.finetune.trainer.probe import coarsest, evaluating, look_at_option
 from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
-from zokernel.private_apis import count_tokens_once, set_train_batch_size, tokens_counted_by_trl
+from zokernel.private_apis import count_tokens_once, noted_by_trl, set_train_batch_size, tokens_counted_by_trl
 from zokernel.readable import counted
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self.last_loss = self.effective_lr = float("nan")
         self._begun_at = self._rate = 0.0
         self._forwards = 0
-        self._tried = False
+        self._tried = self._counts_tokens = False
         self.known_reason = ""
         self.run_log = RunLog(writes=self.args.should_save)
         self._course = Course()
@@ -125,6 +125,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
             raise UsageError(f"{type(self).__name__} makes an optimizer of its own: let zokernel's method make it.")
         self._layers = EvaluationLayers(self.bare_model)
         self._tried, self._trial_batch = False, None
+        self._counts_tokens = bool(noted_by_trl(self))
         if self.args.perturb == "auto" and self.zeroth_order:
             self.bare_model.eval()
             with self.uncounted():
@@ -192,12 +193,13 @@ class ZerothOrderTrainer(MeasuringTrainer):
             with self.uncounted():
                 self.check_loss()
             self._tried = True
-        before, tokens = optimizer.num_forwards, tokens_counted_by_trl(self)
+        before, tokens = optimizer.num_forwards, tokens_counted_by_trl(self) if self._counts_tokens else 0
         take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
         self.last_loss = take(self._step_loss)
         self._forwards = (optimizer.num_forwards - before) * len(self.micro_batches)
         self.micro_batches.clear()
-        count_tokens_once(self, tokens, optimizer.num_forwards - before)
+        if self._counts_tokens:
+            count_tokens_once(self, tokens, optimizer.num_forwards - before)
         return torch.tensor(self.last_loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

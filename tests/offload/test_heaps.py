@@ -1,0 +1,47 @@
+"""A pass over streamed weights gives back what the heaps of its threads kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from test_streamed_forward import FAMILIES, closure, save, streamed, train, with_lora
+from torch import Tensor
+
+from zokernel.offload import StreamedForward, streamed_blocks
+from zokernel.process_memory import counted_by_kernel, release_heap
+
+
+def left_by_six_losses(folder: Path, left: Any) -> None:
+    """Put how many bytes six losses of one pass leave, each of which needs 31 MiB and keeps little above it."""
+    model = with_lora(streamed(folder, trains_weights=False))
+    blocks, plain, kept = streamed_blocks(model), closure(model), []
+    assert blocks is not None
+
+    def loss() -> Tensor:
+        activations = [torch.ones(1 << 14) for _ in range(500)]
+        kept.append(torch.ones(100))
+        del activations
+        return plain()
+
+    perturb = StreamedForward(blocks, model)
+    train(model, perturb, steps=1)
+    release_heap()
+    before = counted_by_kernel("RssAnon")
+    assert len(perturb.losses_of([(loss, {})] * 6, step=1)) == len(kept) == 6
+    left.put(counted_by_kernel("RssAnon") - before)
+
+
+@pytest.mark.skipif(counted_by_kernel("RssAnon") is None, reason="only Linux counts memory without files apart")
+def test_a_pass_leaves_no_room_in_the_heaps_of_its_threads(tmp_path: Path) -> None:
+    """In a process of its own, since threads of other tests keep memory, too."""
+    processes = forked.context()
+    left = processes.SimpleQueue()
+    process = processes.Process(target=left_by_six_losses, args=(save(FAMILIES["llama"], tmp_path / "model"), left))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert left.get() < 25 << 20
