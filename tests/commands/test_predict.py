@@ -378,7 +378,8 @@ def test_rows_longer_than_all_before_are_tried_in_their_layout_again(run):
     first, shapes = together(short)
     assert len(shapes) == 3  # two of the trial
     assert together(short) == (first, shapes[-1:])
-    assert len(shapes[-1]) == 2 and shapes[-1][0] < len(short)  # noqa: PT018
+    assert len(shapes[-1]) == 2
+    assert shapes[-1][0] < len(short)
     later, shapes = together(long)
     assert shapes[-1][0] == len(long)  # padded
     for row, scores in zip(long, later):

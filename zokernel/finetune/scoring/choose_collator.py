@@ -13,8 +13,8 @@ from torch import nn
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.vocabulary import embedding_rows
-from zokernel.finetune.scoring.options import option_logprobs, option_scores, score_tolerance
-from zokernel.finetune.scoring.tried import tried
+from zokernel.finetune.scoring.options import option_logprobs, option_scores
+from zokernel.finetune.scoring.tried import score_tolerance, tried
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.ways import BLOCK
-from zokernel.finetune.scoring.options import model_inputs, score_tolerance, scored_logits
+from zokernel.finetune.scoring.options import model_inputs, scored_logits
 from zokernel.finetune.scoring.shared_encoder import with_hidden
-from zokernel.finetune.scoring.tried import tried
+from zokernel.finetune.scoring.tried import score_tolerance, tried
 from zokernel.finetune.scoring.wide_head import WideHead
 from zokernel.without_adapter import without_adapter
 

@@ -233,11 +233,6 @@ def option_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return mean_scores(*option_logprobs(model, batch), batch["option_mask"])
 
 
-def score_tolerance(model: nn.Module) -> float:
-    """Return how far the scores of two layouts of a batch may be apart, from rounding alone."""
-    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-
-
 def classification_loss(scores_BC: Tensor, labels_B: Tensor) -> Tensor:
     """Cross entropy of the softmax over the options' scores, in fp32."""
     return F.cross_entropy(scores_BC.float(), labels_B)

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernel.finetune.scoring.options import score_tolerance
-from zokernel.finetune.scoring.tried import tried
+from zokernel.finetune.scoring.tried import score_tolerance, tried
 from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -154,13 +153,13 @@ def choose_padding_free(
     Args:
         model: The model to train.
         collator: Batches examples.
-        dataset: Encoded examples, of which the two with the shortest and longest prompts are tried.
+        dataset: Encoded examples, of which the shortest and the longest are tried.
         outputs: Returns what is computed of a batch: scores or losses.
     """
     if not len(dataset) or next(model.parameters()).device.type != "cpu":
         return None
-    by_length = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
-    batch = collator([dataset[by_length[0]], dataset[by_length[-1]]])
+    by_length = dataset.longest(len(dataset))
+    batch = collator([by_length[len(dataset) - 1], by_length[0]])
     text = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
     hidden_size = getattr(text, "hidden_size", None)
     config = getattr(model, "peft_config", None) or {}

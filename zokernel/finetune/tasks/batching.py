@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, Self, TypeVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 Example = TypeVar("Example")
 
 
-class Examples(torch.utils.data.Dataset, Generic[Example]):
+class Examples(torch.utils.data.Dataset, Generic[Example], ABC):
     """A list of encoded examples as the dictionaries that a collator takes.
 
     Args:
@@ -31,9 +32,9 @@ class Examples(torch.utils.data.Dataset, Generic[Example]):
         """Return the ``count`` longest examples, the longest first."""
         return type(self)(sorted(self.examples, key=lambda example: -self._size(example))[:count])
 
+    @abstractmethod
     def _size(self, example: Example) -> int:
         """Return the length of an example in tokens."""
-        raise NotImplementedError
 
 
 def right_padded(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
