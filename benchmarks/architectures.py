@@ -46,56 +46,65 @@ def check(model_type: str, kind: Kind, folder: Path) -> str:
     rows = [{"text": text, "label": n % 2} for n, text in enumerate(["good day", "bad day", "Rome", "a bad one"] * 3)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(name: str, steps: int, resume: str | None = None) -> dict[str, Any]:
-        config = ZOConfig(
-            output_dir=str(folder / name),
-            max_steps=steps,
-            learning_rate=1e-2,
-            eval_steps=2,
-            save_steps=2,
-            save_strategy="steps",
-            per_device_train_batch_size=4,
-            precision="fp32",
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-            load_best_model_at_end=False,
-            resume_from_checkpoint=resume,
-        )
-        data = DataArguments(
-            train_file=str(folder / "rows.jsonl"), template="{text} It was", label_words=["bad", "good"]
-        )
-        return finetune(ModelArguments(model_name_or_path=str(base), lm_type=kind), data, config)
+    whole = _train(folder / "whole", base, kind, steps=4)
+    _train(folder / "parts", base, kind, steps=2)
+    _train(folder / "parts", base, kind, steps=4, resume="last")
+    if difference := _difference(folder, base, kind):
+        return difference
+    if whole["after"]["loss"] == whole["before"]["loss"]:
+        return "nothing was learnt"
+    before = _score(folder / "whole", base, kind, folder)
+    if abs(before - whole["after"]["loss"]) > 1e-6:
+        return f"reloaded model scores {before} where training ended at {whole['after']['loss']}"
+    return "passed"
 
-    metrics = run("whole", 4)
-    run("parts", 2)
-    run("parts", 4, "last")
+
+def _train(output: Path, base: Path, kind: Kind, *, steps: int, resume: str | None = None) -> dict[str, Any]:
+    config = ZOConfig(
+        output_dir=str(output),
+        max_steps=steps,
+        learning_rate=1e-2,
+        eval_steps=2,
+        save_steps=2,
+        save_strategy="steps",
+        per_device_train_batch_size=4,
+        precision="fp32",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        load_best_model_at_end=False,
+        resume_from_checkpoint=resume,
+    )
+    return finetune(ModelArguments(model_name_or_path=str(base), lm_type=kind), _data(output.parent), config)
+
+
+def _difference(folder: Path, base: Path, kind: Kind) -> str:
+    """Return in what the saved models and the replayed journal differ; nothing if they hold the same bits."""
     auto = auto_class(kind)
-    saved, again = (auto.from_pretrained(folder / name).eval() for name in ("whole", "parts"))
+    saved, continued = (auto.from_pretrained(folder / name).eval() for name in ("whole", "parts"))
     expected = auto.from_pretrained(base).eval()
     with torch.no_grad():
         for name, value in replay(base, folder / "whole").items():
             expected.get_parameter(name).copy_(value)
-    differing = [n for n, p in saved.named_parameters() if not torch.equal(p, again.get_parameter(n))]
+    differing = [n for n, p in saved.named_parameters() if not torch.equal(p, continued.get_parameter(n))]
     if differing:
         return f"continued run differs in {differing[0]}"
     differing = [n for n, p in saved.named_parameters() if not torch.equal(p, expected.get_parameter(n))]
-    if differing:
-        return f"reloaded model differs from the journal in {differing[0]}"
-    if metrics["after"]["loss"] == metrics["before"]["loss"]:
-        return "nothing was learnt"
-    before = _score(folder / "whole", base, kind, folder)
-    if abs(before - metrics["after"]["loss"]) > 1e-6:
-        return f"reloaded model scores {before} where training ended at {metrics['after']['loss']}"
-    return "passed"
+    return f"reloaded model differs from the journal in {differing[0]}" if differing else ""
 
 
 def _score(model: Path, base: Path, kind: Kind, folder: Path) -> float:
     config = ZOConfig(
         output_dir=str(folder / "score"), do_train=False, precision="fp32", use_cpu=True, disable_tqdm=True
     )
-    data = DataArguments(train_file=str(folder / "rows.jsonl"), template="{text} It was", label_words=["bad", "good"])
-    return finetune(ModelArguments(model_name_or_path=str(model), lm_type=kind), data, config)["before"]["loss"]
+    return finetune(ModelArguments(model_name_or_path=str(model), lm_type=kind), _data(folder), config)["before"][
+        "loss"
+    ]
+
+
+def _data(folder: Path) -> DataArguments:
+    rows = str(folder / "rows.jsonl")
+    return DataArguments(train_file=rows, template="{text} It was", label_words=["bad", "good"])
 
 
 def _stop(*_: Any) -> None:
@@ -114,7 +123,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGALRM, _stop)
-    found = {}
+    results = {}
     for kind, table in TABLES.items():
         for model_type in table:
             if args.only and model_type not in args.only:
@@ -129,11 +138,11 @@ def main() -> None:
                 result = f"failed: {type(error).__name__} {' '.join(str(error).split())[:200]}"
             finally:
                 signal.alarm(0)
-            found[f"{kind} {model_type}"] = result
+            results[f"{kind} {model_type}"] = result
             print(f"{kind:7} {model_type:28} {result}", flush=True)
-    print(Counter(result.split(":")[0] if result != "passed" else result for result in found.values()))
+    print(Counter(result.split(":")[0] if result != "passed" else result for result in results.values()))
     if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

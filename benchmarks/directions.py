@@ -119,7 +119,7 @@ def compare_distributions(rounds: int) -> str:
     rows = []
     for name, seconds in times.items():
         speedup = statistics.median(e / s for e, s in zip(eager, seconds))
-        fraction = statistics.median(one / s for one, s in zip(limit, seconds))
+        fraction = statistics.median(bound / s for bound, s in zip(limit, seconds))
         rows.append(
             [
                 name,
@@ -247,14 +247,14 @@ def compile_cost() -> str:
 
 def run_python(code: str, **environment: str) -> str:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); " + code
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout
+    return process.stdout
 
 
 def machine() -> str:

@@ -78,9 +78,12 @@ def compare_sweeps(device: str, shape: str, rounds: int) -> str:
     times = paired.take_turns(repeated, rounds, warm_up=2)
     names = list(contenders)
     rows = []
-    for name, found in times.items():
+    for name, times_of_sweep in times.items():
         base = times[names[0]]
-        seconds, (of_limit, _) = paired.median_seconds(found) / SWEEPS, paired.median_ratios(found, base)
+        seconds, (of_limit, _) = (
+            paired.median_seconds(times_of_sweep) / SWEEPS,
+            paired.median_ratios(times_of_sweep, base),
+        )
         width = 4 if "bf16" in name else 8
         rows.append([name, f"{1e3 * seconds:.2f}", f"{of_limit:.2f}", f"{width * count / seconds / 1e9:.0f}"])
     return table([f"sweep of {count / 1e6:.0f}M weights", "ms", "times of limit", "GB/s"], rows)
@@ -100,8 +103,8 @@ def measure_steps(device: str, shape: str, rounds: int, counts: Sequence[int], i
                     if method == "fzoo" and count == 1:
                         continue
                     ways = ("in_place", "in_forward", *(["stacked"] if train == "lora" else []))
-                    made = {way: make_optimizer(method, count, way, model, batch, bf16=bf16) for way in ways}
-                    forwards = made["in_place"].forwards_per_step
+                    optimizers = {way: make_optimizer(method, count, way, model, batch, bf16=bf16) for way in ways}
+                    forwards = optimizers["in_place"].forwards_per_step
 
                     @torch.no_grad()
                     def bare(forwards: int = forwards, closure: Any = closure) -> None:
@@ -109,7 +112,7 @@ def measure_steps(device: str, shape: str, rounds: int, counts: Sequence[int], i
                             float(closure())
 
                     contenders: dict[str, Any] = {"bare": bare}
-                    contenders |= {way: lambda o=o, c=closure: o.step(c) for way, o in made.items()}
+                    contenders |= {way: lambda o=o, c=closure: o.step(c) for way, o in optimizers.items()}
                     times = paired.take_turns(contenders, rounds, warm_up=2)
                     cells = [f"{1e3 * paired.median_seconds(times['bare']):.1f}"]
                     for way in ("in_place", "in_forward", "stacked"):
@@ -126,9 +129,11 @@ def compare_public(device: str, shape: str, rounds: int, items: Items) -> str:
     models = {name: paired.build(shape, device=device, dtype=d) for name, d in DTYPES.items()}
     closures = {bf16: paired.make_closure(models["fp32"], batch, bf16=bf16) for bf16 in (False, True)}
     with torch.no_grad():
-        found = public["fp32"].loss(), float(closures[False]())
-    if not abs(found[0] - found[1]) <= AGREE:
-        raise SystemExit(f"The losses are {found[0]:.6f} and {found[1]:.6f}: the two steps would not be the same job.")
+        losses = public["fp32"].loss(), float(closures[False]())
+    if not abs(losses[0] - losses[1]) <= AGREE:
+        raise SystemExit(
+            f"The losses are {losses[0]:.6f} and {losses[1]:.6f}: the two steps would not be the same job."
+        )
     contenders: dict[str, Any] = {f"public, {name}": step for name, step in public.items()}
     for bf16, closure in closures.items():
         for way in ("in_place", "in_forward"):
@@ -146,12 +151,12 @@ def compare_public(device: str, shape: str, rounds: int, items: Items) -> str:
     contenders["bf16 weights, in_forward"] = lambda: optimizer.step(closure)
     times = paired.take_turns(contenders, rounds, warm_up=3)
     rows = []
-    for name, found_times in times.items():
-        ratios = [paired.median_ratios(times[f"public, {kind}"], found_times)[0] for kind in DTYPES]
-        seconds = 1e3 * paired.median_seconds(found_times)
+    for name, times_of_step in times.items():
+        ratios = [paired.median_ratios(times[f"public, {kind}"], times_of_step)[0] for kind in DTYPES]
+        seconds = 1e3 * paired.median_seconds(times_of_step)
         rows.append([name, f"{seconds:.1f}", *(f"{ratio:.1f}x" for ratio in ratios)])
     header = ["step", "ms", "steps/s against public fp32", "against public bf16"]
-    return f"Losses {found[0]:.6f} and {found[1]:.6f}.\n\n{table(header, rows)}"
+    return f"Losses {losses[0]:.6f} and {losses[1]:.6f}.\n\n{table(header, rows)}"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

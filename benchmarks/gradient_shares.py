@@ -36,14 +36,14 @@ def moments(arena: Arena, batches: int) -> dict[str, tuple[float, float]]:
     for _ in range(batches):
         batch = next(stream)
         loss = classification_loss(option_scores(arena.model, batch), batch["labels"])
-        for (name, found), gradient in zip(total.items(), torch.autograd.grad(loss, list(weights.values()))):
-            found += gradient
+        for (name, gradient_sum), gradient in zip(total.items(), torch.autograd.grad(loss, list(weights.values()))):
+            gradient_sum += gradient
             squares[name] += float(gradient.square().sum())
     # The squared sum holds every batch's own square once, which is no signal.
     pairs = batches * (batches - 1)
     return {
-        name: ((float(found.square().sum()) - squares[name]) / pairs, squares[name] / batches)
-        for name, found in total.items()
+        name: ((float(gradient_sum.square().sum()) - squares[name]) / pairs, squares[name] / batches)
+        for name, gradient_sum in total.items()
     }
 
 
@@ -52,11 +52,11 @@ def groups(arena: Arena) -> dict[str, str]:
     stack = layers_of(arena.model)
     first = {id(p) for layer in stack[: round(len(stack) / 6)] for p in layer.parameters()}
     layered = {id(p) for layer in stack for p in layer.parameters()}
-    found = {}
+    group_of = {}
     for name, p in arena.trained:
         where = "first sixth of the layers" if id(p) in first else "other layers" if id(p) in layered else "embeddings"
-        found[name] = "vectors" if p.dim() < 2 else f"matrices, {where}"
-    return found
+        group_of[name] = "vectors" if p.dim() < 2 else f"matrices, {where}"
+    return group_of
 
 
 def main() -> None:
@@ -73,11 +73,11 @@ def main() -> None:
         arena = Arena(task, "full", options.data_folder)
         if options.trained:
             race(arena, CONTENDERS["auto"], rates_of("auto", task, "full")[0], 11, FORWARDS[task])
-        found, of_group = moments(arena, options.batches), groups(arena)
+        moments_of, group_of = moments(arena, options.batches), groups(arena)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for name, p in paired.trained(arena.model):
-            for number, value in enumerate((p.numel(), *found[name])):
-                sums[of_group[name]][number] += value
+            for number, value in enumerate((p.numel(), *moments_of[name])):
+                sums[group_of[name]][number] += value
         whole = [sum(column) for column in zip(*sums.values())]
         rows = [
             [group, f"{count:,.0f}", *(f"{100 * part / all_:.1f}%" for part, all_ in zip(parts, whole[1:]))]

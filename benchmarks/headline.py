@@ -52,16 +52,16 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def draw(found: dict[str, dict[str, Any]], *, dark: bool) -> bytes:
+def draw(rows: dict[str, dict[str, Any]], *, dark: bool) -> bytes:
     """Return accuracy against peak memory as SVG."""
     with themed(dark=dark) as (Figure, colours):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for name, row in found.items():
+        for name, row in rows.items():
             memory, colour = row["memory"] / row["inference"], colours[2 if name in FORWARD_ONLY else 1]
             axes.errorbar(memory, 100 * row["accuracy"], 196 * row["error"], fmt="o", color=colour, markersize=7)
             axes.annotate(name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", va="center")
-        before, where = 100 * found["MeZO"]["before"], {"transform": axes.get_yaxis_transform()}
+        before, where = 100 * rows["MeZO"]["before"], {"transform": axes.get_yaxis_transform()}
         label = axes.text(0.99, before, "before training", fontsize=9, ha="right", va="bottom", **where)
         axes.axhline(before, color=label.get_color(), linestyle=":", linewidth=1)
         axes.set(xlabel="peak memory of training, relative to inference", ylabel="accuracy, %")
@@ -76,16 +76,16 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
-    found = {name: run(name, args.output_dir / name.replace(", ", "-")) for name in args.contenders}
+    rows = {name: run(name, args.output_dir / name.replace(", ", "-")) for name in args.contenders}
     print("| | accuracy before | after | training / inference memory | training, s |\n|---|---|---|---|---|")
-    for name, row in found.items():
+    for name, row in rows.items():
         after = f"{100 * row['accuracy']:.1f} ± {196 * row['error']:.1f}"
         ratio, before = row["memory"] / row["inference"], 100 * row["before"]
         print(f"| {name} | {before:.1f} % | {after} % | {ratio:.2f} | {row['seconds']:.0f} |")
     if args.draw:
         for dark in (False, True):
             path = IMAGES / f"headline-{'dark' if dark else 'light'}.svg"
-            path.write_bytes(draw(found, dark=dark))
+            path.write_bytes(draw(rows, dark=dark))
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def main() -> None:
     instants = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(command(whole, args), check=True, capture_output=True)
-        duration = time.perf_counter() - begun
+        duration = time.perf_counter() - start
         print(f"uninterrupted: {args.steps} steps in {duration:.0f} s")
         for number in range(args.kills):
             # Some time after some step, each later than the last kill's: a process must be killed at work.
@@ -63,9 +63,9 @@ def main() -> None:
             print(
                 f"kill {number + 1}: {'struck' if struck else 'too late'} with {steps_in(killed)} steps in the journal"
             )
-        begun = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(command(killed, args), check=True, capture_output=True)
-        print(f"continued to the end in {time.perf_counter() - begun:.0f} s")
+        print(f"continued to the end in {time.perf_counter() - start:.0f} s")
         same = sha256(whole / "model.safetensors") == sha256(killed / "model.safetensors")
         print(f"weights bit-identical: {same}")
         measure(whole)
@@ -91,18 +91,18 @@ def measure(folder: Path) -> None:
     model = (folder / "model.safetensors").stat().st_size
     record = len(encode(journal.steps[0])) + 8
     print(f"journal: {journal.size:,} bytes, {record} of them a step; model: {model:,} bytes")
-    begun = time.perf_counter()
+    start = time.perf_counter()
     replay("smollm2", journal)
     seconds = json.loads((folder / "metrics.json").read_text())["train_seconds"]
-    print(f"replay with loading and hashing: {time.perf_counter() - begun:.1f} s; the run's steps: {seconds:.1f} s")
+    print(f"replay with loading and hashing: {time.perf_counter() - start:.1f} s; the run's steps: {seconds:.1f} s")
     writer = JournalWriter.create(folder / "timing.zkj", {})
-    for what, sync in (("without", False), ("with", True)):
-        begun = time.perf_counter()
+    for kind, sync in (("without", False), ("with", True)):
+        start = time.perf_counter()
         for _ in range(200):
             writer.append(journal.steps[0])
             if sync:
                 writer.sync()
-        print(f"append {what} a sync each: {(time.perf_counter() - begun) / 200 * 1e6:.0f} microseconds")
+        print(f"append {kind} a sync each: {(time.perf_counter() - start) / 200 * 1e6:.0f} microseconds")
     writer.close()
 
 

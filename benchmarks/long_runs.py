@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from directions import table
-from kept import refuse_others
+from same_settings import require_same_settings
 
 from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
-from zokernel.experiments.kerzoo.language_model import DATA
+from zokernel.experiments.kerzoo.real_tasks import DATA
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "long_runs.jsonl"
 OWN = Path("runs/long_runs.jsonl")
@@ -108,7 +108,7 @@ def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, r
         raise SystemExit(code)
 
 
-def measured(folder: Path) -> dict[str, Any]:
+def read_measurements(folder: Path) -> dict[str, Any]:
     """Return what a finished run measured."""
     metrics = json.loads((folder / "metrics.json").read_text())
     return {
@@ -122,7 +122,7 @@ def measured(folder: Path) -> dict[str, Any]:
     }
 
 
-def described(row: dict[str, Any]) -> list[str]:
+def table_row(row: dict[str, Any]) -> list[str]:
     """Return a line of the table."""
     contender, (before, _), (after, _) = CONTENDERS[row["method"]], row["before"], row["after"]
     half = 1.96 * math.sqrt(after * (1 - after) / SIZES["test"])
@@ -148,7 +148,7 @@ def main() -> None:
     if args.headlines is not None:
         data = write_rows(args.headlines, args.output_dir)
         shared = {"data": rows_sha256(Path(path).read_text(encoding="utf-8") for path in data.values())}
-        refuse_others(runs, {}, **shared)
+        require_same_settings(runs, {}, **shared)
         for name, seed in itertools.product(args.contenders, args.seeds):
             contender = CONTENDERS[name]
             rates = contender.rates if args.sweep else (args.rate or next(iter(contender.rates), None),)
@@ -158,9 +158,9 @@ def main() -> None:
                     label = f"{name} {rate or 'chosen'} {args.budget} {seed}".replace(",", "").replace(" ", "-")
                     folder = args.output_dir / label
                     run(folder, contender, data, args.budget, rate, seed)
-                    runs.add(key | shared | measured(folder))
+                    runs.add(key | shared | read_measurements(folder))
     head = ["method", "rate", "seed", "example-forwards", "before", "after (test)", "s", "peak MiB", "validation"]
-    print(table(head, [described(row) for row in runs.rows]))
+    print(table(head, [table_row(row) for row in runs.rows]))
 
 
 if __name__ == "__main__":

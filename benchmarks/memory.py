@@ -100,10 +100,10 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", name, "--model", args.model]
         command += ["--batch", str(args.batch), "--length", str(args.length)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = json.loads(output.splitlines()[-1])
-        ratio = found["training"] / found["inference"]
-        copies = (found["training"] - found["inference"]) / found["weights"]
-        inference, training = found["inference"] / 2**20, found["training"] / 2**20
+        peaks = json.loads(output.splitlines()[-1])
+        ratio = peaks["training"] / peaks["inference"]
+        copies = (peaks["training"] - peaks["inference"]) / peaks["weights"]
+        inference, training = peaks["inference"] / 2**20, peaks["training"] / 2**20
         print(f"{name:<16}{inference:>14.0f}{training:>10.0f}{ratio:>8.3f}{copies:>14.2f}", flush=True)
 
 

@@ -16,24 +16,25 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from zokernel.finetune.models.streamed import load_streamed
+from zokernel.finetune.models.streamed import Streaming, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
-from zokernel.process_memory import counted_by_kernel
+from zokernel.process_memory import memory_count
 
 HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
 
 
 def anonymous() -> int:
     """Return the anonymous memory of this process in bytes, by the kernel's count."""
-    counted = counted_by_kernel("RssAnon")
-    assert counted is not None, "only Linux counts memory by kind"
-    return counted
+    count = memory_count("RssAnon")
+    assert count is not None, "only Linux counts memory by kind"
+    return count
 
 
 def forget_pages(folder: Path) -> None:
@@ -48,11 +49,11 @@ def forget_pages(folder: Path) -> None:
 def seconds_to_read(path: Path) -> float:
     """Return the seconds that one read of a file takes, from the disk."""
     forget_pages(path.parent)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with path.open("rb", buffering=0) as file:
         while file.read(1 << 24):
             pass
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def compare(folder: Path, step: float, forwards: int, ids: torch.Tensor) -> None:
@@ -61,11 +62,11 @@ def compare(folder: Path, step: float, forwards: int, ids: torch.Tensor) -> None
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with torch.no_grad():
             for _ in range(forwards):
                 model(input_ids=ids, labels=ids, use_cache=False)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     compute = min(times[1:])
     print(
         f"one read of the weights: {read:.2f} s; {forwards} plain forwards in memory: {compute:.2f} s; a step takes "
@@ -108,6 +109,48 @@ def save(folder: Path, gigabytes: float) -> None:
     config.save_pretrained(folder)
 
 
+class PeakWatch:
+    """Follows the anonymous memory of this process in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._peak, self._stopped = anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(0.01):
+            self._peak = max(self._peak, anonymous())
+
+    def stop(self) -> int:
+        """Return the peak in bytes."""
+        self._stopped.set()
+        self._thread.join()
+        return self._peak
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model, and the working copy of its weights if they are streamed."""
+    folder = args.folder / "model"
+    if args.where == "memory":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        copy = None
+    else:
+        model = load_streamed(
+            transformers.AutoConfig.from_pretrained(folder),
+            folder,
+            torch.bfloat16,
+            Streaming(args.folder / "copy", args.train == "full", where=args.where, updates=args.updates),
+            kind="causal",
+            name="random",
+        )
+        copy = model.working_copy
+    if args.train == "lora":
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).eval()
+    return model, copy
+
+
 def main() -> None:
     """Run some steps and print what they took."""
     parser = argparse.ArgumentParser()
@@ -123,39 +166,11 @@ def main() -> None:
     parser.add_argument("--directions", type=int, default=2)
     args = parser.parse_args()
     save(args.folder / "model", args.gigabytes)
-    config = transformers.AutoConfig.from_pretrained(args.folder / "model")
-    peak, done = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if args.where == "memory":
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.folder / "model", dtype=torch.bfloat16).eval()
-        copy = None
-    else:
-        model = load_streamed(
-            config,
-            args.folder / "model",
-            torch.bfloat16,
-            kind="causal",
-            offload_dir=args.folder / "copy",
-            trains_weights=args.train == "full",
-            name="random",
-            where=args.where,
-            updates=args.updates,
-        )
-        copy = model.working_copy
-    if args.train == "lora":
-        import peft
-
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).eval()
+    watch = PeakWatch()
+    model, copy = load(args)
     blocks = streamed_blocks(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = ZerothOrder(
-        trained,
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         lr=1e-6,
         estimator=f"two_point(1e-3, {args.directions})",
         perturb=InForward() if blocks is None else StreamedForward(blocks, model, copy),
@@ -163,22 +178,20 @@ def main() -> None:
     ids = torch.randint(0, VOCABULARY, (args.rows, args.tokens), generator=torch.Generator().manual_seed(0))
     if blocks is not None:
         print(f"{blocks.nbytes / 2**30:.2f} GiB of weights in {len(blocks.units)} units; {2 * args.directions} losses")
-    taken = []
+    seconds = []
     for step in range(args.steps):
         if args.where == "disk":
             forget_pages(args.folder)
         read = blocks.bytes_read if blocks else 0
-        written, begun = copy.bytes_written if copy else 0, time.perf_counter()
+        written, start = copy.bytes_written if copy else 0, time.perf_counter()
         loss = optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
-        taken.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
         read = ((blocks.bytes_read if blocks else 0) - read) / 2**30
         written = ((copy.bytes_written if copy else 0) - written) / 2**30
-        print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {taken[-1]:.1f} s")
-    done.set()
-    watcher.join()
-    print(f"peak of anonymous memory: {peak[0] / 2**30:.2f} GiB")
+        print(f"step {step + 1}: loss {loss:.4f}, read {read:.2f} GiB, written {written:.2f} GiB, {seconds[-1]:.1f} s")
+    print(f"peak of anonymous memory: {watch.stop() / 2**30:.2f} GiB")
     if args.compare:
-        compare(args.folder / "model", min(taken[1:]), 2 * args.directions, ids)
+        compare(args.folder / "model", min(seconds[1:]), 2 * args.directions, ids)
 
 
 if __name__ == "__main__":

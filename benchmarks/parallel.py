@@ -83,12 +83,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    one_losses, one, _ = run(1, options)
-    two_losses, two, sent = run(2, options)
+    one_losses, one_process, _ = run(1, options)
+    two_losses, two_processes, sent = run(2, options)
     assert one_losses == two_losses, "the runs differ"
-    what = "full" if options.full else "LoRA"
-    print(f"{what}, P = {options.num_perturbations}, batch {options.batch}: {one:.3f} s a step with one process,")
-    print(f"{two:.3f} s with two: {one / two:.2f}x; each sends {sent} bytes per step (8 P); same losses to the bit")
+    weights = "full" if options.full else "LoRA"
+    run_name = f"{weights}, P = {options.num_perturbations}, batch {options.batch}"
+    print(f"{run_name}: {one_process:.3f} s a step with one process,")
+    print(
+        f"{two_processes:.3f} s with two: {one_process / two_processes:.2f}x; each sends {sent} bytes per step (8 P); "
+        "same losses to the bit"
+    )
 
 
 if __name__ == "__main__":

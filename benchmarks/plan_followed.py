@@ -29,8 +29,8 @@ from typing import Any
 import paired
 import torch
 from directions import table
-from kept import refuse_others
 from long_runs import WORDING, write_rows
+from same_settings import require_same_settings
 
 from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
 
@@ -75,7 +75,7 @@ class Sources:
 
     data: Path
     headlines: Path
-    made: Path
+    scratch: Path
 
     def arguments(self, task: str) -> dict[str, Any]:
         """Return the data flags of a task."""
@@ -88,14 +88,14 @@ class Sources:
                 "label_column": "team",
             }
         if task == "headlines":
-            return {"train_file": write_rows(self.headlines, self.made)["train_file"], **WORDING}
+            return {"train_file": write_rows(self.headlines, self.scratch)["train_file"], **WORDING}
         if task == "movie-reviews":
             return {"dataset_name": task}
         columns = {"column_names": ["label", "question"]} if task == "trec" else {}
         return {"task": task, "train_file": str(self.data / task / f"train.{'csv' if columns else 'tsv'}"), **columns}
 
     def _tickets(self) -> Path:
-        path, draw = self.made / "tickets.csv", random.Random(0)
+        path, draw = self.scratch / "tickets.csv", random.Random(0)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["message", "team"])
@@ -170,7 +170,7 @@ class Course:
         return {"before": before, "after": self.loss(), "highest": highest}
 
 
-def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int, num_probes: int) -> dict[str, Any]:
+def advice(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int, num_probes: int) -> dict[str, Any]:
     """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and what it rests on."""
     from zokernel.commands.plan import PlanArguments, plan_for
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
@@ -181,8 +181,8 @@ def advised(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: i
         PlanArguments(seed=seed, max_steps=steps, update_examples=batch, num_probes=num_probes, num_perturbations=[1]),
     ).plan
     rate = plan.run_rate[min(plan.run_rate)]
-    found = plan.as_dict()
-    return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": found}
+    record = plan.as_dict()
+    return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": record}
 
 
 def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
@@ -192,27 +192,27 @@ def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) ->
     loaded = {task: training_rows(data[task]) for task in settings.tasks}
     hashes = {task: {"data": rows_sha256(rows)} for task, (_, rows) in loaded.items()}
     for task, shared in hashes.items():
-        refuse_others(records, {"task": task}, **shared)
+        require_same_settings(records, {"task": task}, **shared)
     for seed, task, train in itertools.product(settings.seeds, settings.tasks, settings.train):
         place = {"task": task, "train": train, "seed": seed, **fixed}
         shared, course = hashes[task], None
         probes = {"num_probes": settings.num_probes}
         planned = None if settings.no_plan else records.find(kind="plan", **place, **probes)
         if planned is None and not settings.no_plan:
-            begun = time.perf_counter()
-            found = advised(data[task], lora=train == "lora", seed=seed, **fixed, **probes)
-            planned = {"kind": "plan", **place, **shared, **probes, **found}
-            records.add(planned | {"seconds": round(time.perf_counter() - begun)})
+            start = time.perf_counter()
+            advised = advice(data[task], lora=train == "lora", seed=seed, **fixed, **probes)
+            planned = {"kind": "plan", **place, **shared, **probes, **advised}
+            records.add(planned | {"seconds": round(time.perf_counter() - start)})
             print(f"{task} {train} seed {seed}: advised {planned['lr']}", flush=True)
         rates = [planned["lr"]] if planned and planned["lr"] is not None else []
         for lr in [*rates, *(() if settings.no_sweep else SWEEP[train])]:
             if records.find(kind="run", lr=lr, **place) is None:
                 course = course or Course(*loaded[task], lora=train == "lora")
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 losses = course.run(lr, eps=EPS[train], seed=seed, **fixed)
                 row = {"kind": "run", **place, **shared, "lr": lr}
                 row |= {name: round(loss, 4) for name, loss in losses.items()}
-                records.add(row | {"seconds": round(time.perf_counter() - begun)})
+                records.add(row | {"seconds": round(time.perf_counter() - start)})
                 print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
 
 
@@ -242,22 +242,22 @@ def summary(records: KeptRuns, settings: argparse.Namespace) -> str:
         if not any((own, *swept.values())):
             continue
         whole = {lr: losses for lr, losses in swept.items() if own and losses.keys() >= own.keys()}
-        apart = [math.nan]
+        gaps = [math.nan]
         if whole:
             best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in own))
-            apart = [own[seed] - whole[best][seed] for seed in own]
-        spread = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+            gaps = [own[seed] - whole[best][seed] for seed in own]
+        spread = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
         row = {"task": task, "trained": train, "start": f"{before:.3f}", "advised rates": " ".join(rates)}
         row |= {"ends at": " ".join(f"{loss:.3f}" for loss in own.values())}
-        row |= {f"rate {n}": shown(swept[lr], lr) for n, lr in enumerate(SWEEP[train], 1)}
-        lines.append(row | {"advised - best": f"{statistics.fmean(apart):.3f} ± {spread:.3f}"})
+        row |= {f"rate {n}": rate_cell(swept[lr], lr) for n, lr in enumerate(SWEEP[train], 1)}
+        lines.append(row | {"advised - best": f"{statistics.fmean(gaps):.3f} ± {spread:.3f}"})
     if not lines:
         return "Nothing yet."
     printed = table(list(lines[0]), [list(line.values()) for line in lines])
     return f"{printed}\n\n{followed} plans followed, {diverged} of the runs diverged."
 
 
-def shown(losses: dict[int, float], lr: float) -> str:
+def rate_cell(losses: dict[int, float], lr: float) -> str:
     """Return a rate of the sweep with the mean of its losses at the end."""
     return f"{lr:g}: {statistics.fmean(losses.values()):.3f}" if losses else f"{lr:g}:"
 
@@ -278,8 +278,8 @@ def main() -> None:
     settings = parser.parse_args()
     records = KeptRuns(settings.runs or (OWN if settings.data_folder else COMMITTED))
     if settings.data_folder is not None:
-        with tempfile.TemporaryDirectory() as made:
-            follow(records, Sources(settings.data_folder, settings.headlines, Path(made)), settings)
+        with tempfile.TemporaryDirectory() as scratch:
+            follow(records, Sources(settings.data_folder, settings.headlines, Path(scratch)), settings)
     print(summary(records, settings))
 
 

@@ -65,9 +65,9 @@ class PublicStep:
             ids, mask, of_option = self.inputs()
             logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
             logprobs = F.log_softmax(logits, dim=-1)
-            wanted = of_option[:, 1:]
+            is_option = of_option[:, 1:]
             tokens = torch.gather(logprobs, 2, ids[:, 1:, None])[..., 0]
-            scores = (tokens * wanted).sum(1) / wanted.sum(1)
+            scores = (tokens * is_option).sum(1) / is_option.sum(1)
             labels = torch.tensor([item["label"] for item in self.items], device=self.device)
             loss = F.cross_entropy(scores.view(len(self.items), -1), labels).item()
         self.forward_seconds += time.perf_counter() - start
@@ -109,6 +109,24 @@ def make_products(model: nn.Module, rows: int) -> Callable[[], None]:
     return products
 
 
+def own_contenders(
+    model: nn.Module, batch: dict[str, Any], closures: dict[str, Callable[[], Tensor]]
+) -> dict[str, Callable[[], Any]]:
+    """Return zokernel's steps in both precisions and ways to perturb, a compiled one, and the bound."""
+    contenders: dict[str, Callable[[], Any]] = {}
+    for precision, closure in closures.items():
+        for way in ("in_place", "in_forward"):
+            optimizer = make_optimizer("mezo", 1, way, model, batch, bf16=precision == "bf16")
+            contenders[f"{precision}, {way}"] = lambda o=optimizer, c=closure: o.step(c)  # type: ignore[misc]
+    compiled = paired.load()
+    compile_blocks(compiled)
+    closure = paired.make_closure(compiled, batch, bf16=True)
+    optimizer = make_optimizer("mezo", 1, "in_place", compiled, batch, bf16=True)
+    contenders["bf16, in place, compiled"] = lambda: optimizer.step(closure)
+    contenders["bf16, matrix products only"] = make_products(model, batch["input_ids"].numel())
+    return contenders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
@@ -135,22 +153,13 @@ def main() -> None:
     )
     print(f"Loss, public {losses[0]:.6f}, here {losses[1]:.6f}: {difference:.1e} apart (bf16 autocast {losses[2]:.6f})")
     contenders: dict[str, Callable[[], Any]] = {"public, fp32": public}
-    for precision, closure in closures.items():
-        for way in ("in_place", "in_forward"):
-            optimizer = make_optimizer("mezo", 1, way, model, batch, bf16=precision == "bf16")
-            contenders[f"{precision}, {way}"] = lambda o=optimizer, c=closure: o.step(c)  # type: ignore[misc]
-    compiled = paired.load()
-    compile_blocks(compiled)
-    closure = paired.make_closure(compiled, batch, bf16=True)
-    optimizer = make_optimizer("mezo", 1, "in_place", compiled, batch, bf16=True)
-    contenders["bf16, in place, compiled"] = lambda: optimizer.step(closure)
-    contenders["bf16, matrix products only"] = make_products(model, batch["input_ids"].numel())
+    contenders |= own_contenders(model, batch, closures)
     public.sweep_seconds = public.forward_seconds = 0.0
     times = paired.take_turns(contenders, options.rounds)
     rows = []
-    for name, found in times.items():
-        wall, cpu = paired.median_ratios(times["public, fp32"], found)
-        rows.append([name, f"{paired.median_seconds(found):.3f}", f"{wall:.1f}x", f"{cpu:.1f}x"])
+    for name, own in times.items():
+        wall, cpu = paired.median_ratios(times["public, fp32"], own)
+        rows.append([name, f"{paired.median_seconds(own):.3f}", f"{wall:.1f}x", f"{cpu:.1f}x"])
     print(table(["step", "s", "steps/s against public", "by CPU time"], rows))
     steps = options.rounds + 1
     print(

@@ -64,11 +64,11 @@ def train(args: argparse.Namespace, name: str, seed: int, folder: Path) -> None:
 
 def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str]], *, untrained: bool) -> list[Any]:
     """Return (correct, loss) of every held-out row; with scales, also as they were before training."""
-    kept = KeptRuns(folder / "answers.jsonl")
+    stored = KeptRuns(folder / "answers.jsonl")
     key = {"untrained": untrained, "model": args.model, "steps": args.steps, "train": args.train}
     key |= {"data": str(args.data), "rows": rows_sha256(rows)}
-    if (known := kept.find(**key)) is not None:
-        return list(known["answers"])
+    if (answered := stored.find(**key)) is not None:
+        return list(answered["answers"])
     from zokernel.finetune import load_predictor
     from zokernel.finetune.models.load import load_model
     from zokernel.finetune.settings.arguments import ModelArguments
@@ -79,12 +79,12 @@ def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str
         settings = json.loads((folder / "run.json").read_text())["settings"]
         arguments = ModelArguments(args.model, quantization=settings["quantization"], train="scales")
         predictor.model = load_model(arguments, ZOConfig(output_dir=str(folder), report_to="none"))[0].eval()
-    found = []
+    answers_of_rows = []
     for row, answer in zip(rows, predictor([{"sentence": row["sentence"]} for row in rows], batch_size=16)):
         share = max(answer["scores"][row["label"]], 1e-12)
-        found.append((int(answer["prediction"] == row["label"]), -math.log(share)))
-    kept.add(key | {"answers": found})
-    return found
+        answers_of_rows.append((int(answer["prediction"] == row["label"]), -math.log(share)))
+    stored.add(key | {"answers": answers_of_rows})
+    return answers_of_rows
 
 
 def interval(differences: Sequence[float]) -> str:
@@ -118,12 +118,12 @@ def main() -> None:
             if name == "bf16":
                 bf16[seed] = after
             beside = answers(args, folder, rows, untrained=True) if scales else bf16.get(seed)
-            told = ["", ""]
+            differences = ["", ""]
             if beside is not None and beside is not after:
-                told = [interval([a[k] - b[k] for a, b in zip(after, beside)]) for k in (0, 1)]
+                differences = [interval([a[k] - b[k] for a, b in zip(after, beside)]) for k in (0, 1)]
             accuracy, loss = (statistics.fmean(answer[k] for answer in after) for k in (0, 1))
             zero_shot, peak = metrics["before"]["accuracy"], metrics["peak_memory_training"] / 2**20
-            cells = [name, seed, f"{zero_shot:.3f}", f"{accuracy:.3f}", f"{loss:.4f}", *told, f"{peak:.0f}"]
+            cells = [name, seed, f"{zero_shot:.3f}", f"{accuracy:.3f}", f"{loss:.4f}", *differences, f"{peak:.0f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
     print(f"\n{args.model}, {args.steps} steps, {len(rows)} held-out examples\n")

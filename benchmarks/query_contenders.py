@@ -42,7 +42,7 @@ class Contender:
     walk: float | None = None
 
 
-def one(factor: float) -> dict[str, float]:
+def same_factor(factor: float) -> dict[str, float]:
     return {"full": factor, "lora": factor}
 
 
@@ -59,15 +59,15 @@ AT_EIGHT = {train: 4 * factor for train, factor in AT_TWO.items()}
 
 
 CONTENDERS = {
-    REFERENCE: Contender("mezo", 16, {}, one(1)),
-    "MeZO, batch 4": Contender("mezo", 4, {}, one(1)),
+    REFERENCE: Contender("mezo", 16, {}, same_factor(1)),
+    "MeZO, batch 4": Contender("mezo", 4, {}, same_factor(1)),
     # Its smoothing kernel makes scalars several times as large: MeZO's own rates diverge.
-    "KerZOO, batch 4": Contender("kerzoo", 4, {"num_perturbations": 1}, one(0.1)),
+    "KerZOO, batch 4": Contender("kerzoo", 4, {"num_perturbations": 1}, same_factor(0.1)),
     "FZOO, batch 4": Contender("fzoo", 4, {"num_perturbations": 8}, {"full": 267, "lora": 33}),
-    "HiZOO, batch 4": Contender("hizoo", 4, {}, one(1)),
-    "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, one(3)),
-    "SubZero, batch 4": Contender("subzero", 4, {}, one(1)),
-    "LOZO, batch 4": Contender("lozo", 4, {}, one(1)),
+    "HiZOO, batch 4": Contender("hizoo", 4, {}, same_factor(1)),
+    "Sparse-MeZO, batch 4": Contender("sparse_mezo", 4, {}, same_factor(3)),
+    "SubZero, batch 4": Contender("subzero", 4, {}, same_factor(1)),
+    "LOZO, batch 4": Contender("lozo", 4, {}, same_factor(1)),
     "auto": Contender("forward_difference", 4, AUTO | {"num_perturbations": 2}, None, **AS_AUTO),
     "auto, batch 16": Contender("forward_difference", 16, AUTO | {"num_perturbations": 8}, None, **AS_AUTO),
     # As auto was until its rate came to stay for a while; so are all that follow.
@@ -112,10 +112,10 @@ def rates_of(name: str, task: str, train: str) -> list[float]:
     contender = CONTENDERS[name]
     if contender.factor is None:
         count = contender.options["num_perturbations"]
-        what = {"full": "full parameters", "lora": "LoRA"}[train]
+        trained = {"full": "full parameters", "lora": "LoRA"}[train]
         steps, schedule = FORWARDS[task] // (count + 1), contender.schedule
-        rate = learning_rate(what, num_perturbations=count, steps=steps, schedule=schedule)
-        rates = [rate * (contender.walk or WALK[what]) / WALK[what]]
+        rate = learning_rate(trained, num_perturbations=count, steps=steps, schedule=schedule)
+        rates = [rate * (contender.walk or WALK[trained]) / WALK[trained]]
     else:
         rates = [rate * contender.factor[train] for rate in RATES[train]]
         rates = rates if contender.swept else rates[1:2]

@@ -29,8 +29,8 @@ import paired
 import torch
 import torch.nn.functional as F
 from directions import machine, table
-from kept import refuse_others
 from query_contenders import CONTENDERS, EPS, FORWARDS, RATES, REFERENCE, Contender, rates_of
+from same_settings import require_same_settings
 
 from zokernel.directions.families.blockwise import layer_of, natural_order
 from zokernel.errors import LossError
@@ -60,8 +60,8 @@ BY_TARGET = {"auto": 1, "auto, batch 16": 0}  # whose costs are followed over ta
 def in_last_third(weights: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
     """Return the weights of the last third of a model's layers."""
     layers = sorted({layer_of(name) for name, _ in weights}, key=natural_order)
-    kept = set(layers[len(layers) - len(layers) // 3 :])
-    return [(name, tensor) for name, tensor in weights if layer_of(name) in kept]
+    last_layers = set(layers[len(layers) - len(layers) // 3 :])
+    return [(name, tensor) for name, tensor in weights if layer_of(name) in last_layers]
 
 
 class Arena:
@@ -116,13 +116,13 @@ class Arena:
         while True:
             indices = list(range(len(self.examples)))
             order.shuffle(indices)
-            found = []
+            batches = []
             for first in range(0, len(indices), 50 * size):
                 several = sorted(indices[first : first + 50 * size], key=self.length)
-                found += [several[k : k + size] for k in range(0, len(several) - size + 1, size)]
-            order.shuffle(found)
-            for chosen in found:
-                yield self.collate([self.examples[n] for n in chosen])
+                batches += [several[k : k + size] for k in range(0, len(several) - size + 1, size)]
+            order.shuffle(batches)
+            for batch in batches:
+                yield self.collate([self.examples[n] for n in batch])
 
     def length(self, index: int) -> int:
         """Return the tokens of a training example."""
@@ -157,7 +157,7 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
     method: Any = get_method(contender.method)
     optimizer = method(weights, lr=lr, **options)
     steps = forwards // optimizer.forwards_per_step
-    every = max(1, round(steps / POINTS))
+    interval = max(1, round(steps / POINTS))
     tokens, seconds = 0, 0.0
     measured = arena.examples[:MEASURED]
     curve = [(0, 0, 0.0, arena.score(measured)[0])]
@@ -174,7 +174,7 @@ def race(arena: Arena, contender: Contender, lr: float, seed: int, forwards: int
             break
         seconds += time.process_time() - start
         tokens += (optimizer.num_forwards - before) * batch["input_ids"].numel()
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if (step + 1) % interval == 0 or step + 1 == steps:
             curve.append((optimizer.num_forwards, tokens, seconds, arena.score(measured)[0]))
     # Rounded, since runs are committed.
     rounded = [(*counts, round(spent), round(loss, 4)) for *counts, spent, loss in curve]
@@ -215,9 +215,9 @@ class Runs:
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [dict(zip(COLUMNS, json.loads(line))) for line in lines]
 
-    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+    def find(self, **settings: Any) -> list[dict[str, Any]]:
         """Return the runs with these settings."""
-        return [row for row in self.rows if all(row[key] == value for key, value in wanted.items())]
+        return [row for row in self.rows if all(row[key] == value for key, value in settings.items())]
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished run."""
@@ -226,34 +226,34 @@ class Runs:
         with self.path.open("a") as file:
             file.write(json.dumps([row[name] for name in COLUMNS], separators=(",", ":")) + "\n")
 
-    def finalists(self, *, several: bool, **wanted: Any) -> list[float]:
+    def finalists(self, *, several: bool, **settings: Any) -> list[float]:
         """Return the rate whose sweep ended lowest; or several, if others came close; none if all diverged."""
-        sweep = [row for row in self.find(seed=SWEEP_SEED, **wanted) if not diverged(row["curve"])]
+        sweep = [row for row in self.find(seed=SWEEP_SEED, **settings) if not diverged(row["curve"])]
         ends = {row["lr"]: row["curve"][-1][3] for row in sweep}
         best = min(ends.values(), default=math.inf)
         return [lr for lr, end in ends.items() if end == best or (several and end <= CLOSE * best)]
 
-    def all_diverged(self, **wanted: Any) -> bool:
+    def all_diverged(self, **settings: Any) -> bool:
         """Return whether there was a sweep of which no rate is left."""
-        return bool(self.find(seed=SWEEP_SEED, **wanted)) and not self.finalists(several=False, **wanted)
+        return bool(self.find(seed=SWEEP_SEED, **settings)) and not self.finalists(several=False, **settings)
 
-    def measured(self, **wanted: Any) -> list[dict[str, Any]]:
+    def evaluation_runs(self, **settings: Any) -> list[dict[str, Any]]:
         """Return the runs that did not serve to choose a rate."""
-        return [row for row in self.find(**wanted) if row["seed"] != SWEEP_SEED]
+        return [row for row in self.find(**settings) if row["seed"] != SWEEP_SEED]
 
-    def best_lr(self, **wanted: Any) -> float:
+    def best_lr(self, **settings: Any) -> float:
         """Return the contender's default rate, or the one that ended lowest on average over the other seeds."""
-        name, task, train = wanted["contender"], wanted["task"], wanted["train"]
+        name, task, train = settings["contender"], settings["task"], settings["train"]
         if not CONTENDERS[name].swept:
             return rates_of(name, task, train)[0]
         ends: dict[float, list[float]] = {}
-        for row in self.measured(**wanted):
+        for row in self.evaluation_runs(**settings):
             ends.setdefault(row["lr"], []).append(row["curve"][-1][3])
         return min(ends, key=lambda lr: statistics.mean(ends[lr]))
 
-    def final(self, **wanted: Any) -> list[dict[str, Any]]:
+    def final(self, **settings: Any) -> list[dict[str, Any]]:
         """Return the runs at the best rate."""
-        return self.measured(lr=self.best_lr(**wanted), **wanted)
+        return self.evaluation_runs(lr=self.best_lr(**settings), **settings)
 
 
 def compete(arena: Arena, task: str, name: str, runs: Runs, seeds: int) -> None:
@@ -261,7 +261,7 @@ def compete(arena: Arena, task: str, name: str, runs: Runs, seeds: int) -> None:
     contender = CONTENDERS[name]
     key = {"task": task, "train": arena.train, "contender": name}
     shared = {"data": arena.data}
-    refuse_others(runs, {"task": task}, **shared)
+    require_same_settings(runs, {"task": task}, **shared)
 
     def once(lr: float, seed: int) -> None:
         if not runs.find(lr=lr, seed=seed, **key):
@@ -282,25 +282,25 @@ def tables(runs: Runs) -> str:
     parts = []
     for task, train in itertools.product(FILES, RATES):
         key = {"task": task, "train": train}
-        if not runs.measured(contender=REFERENCE, **key):
+        if not runs.evaluation_runs(contender=REFERENCE, **key):
             continue
         reference = runs.final(contender=REFERENCE, **key)
         target = statistics.mean(row["curve"][-1][3] for row in reference)
         spent = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
         rows = []
         for name in CONTENDERS:
-            found = runs.final(contender=name, **key) if runs.measured(contender=name, **key) else []
-            if not found:
+            final_runs = runs.final(contender=name, **key) if runs.evaluation_runs(contender=name, **key) else []
+            if not final_runs:
                 if runs.all_diverged(contender=name, **key):
                     rows.append([name, "diverges at all three", *[""] * 7])
                 continue
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):
-                shares, arrived = costs(found, target, column, spent[column])
+                shares, num_reached = costs(final_runs, target, column, spent[column])
                 cells.append(spread(shares))
-            cells.append(arrived)
-            cells.append(mean_error([row["curve"][-1][3] for row in found]))
-            cells += [mean_error([row["held_out"][column] for row in found]) for column in (0, 1)]
+            cells.append(num_reached)
+            cells.append(mean_error([row["curve"][-1][3] for row in final_runs]))
+            cells += [mean_error([row["held_out"][column] for row in final_runs]) for column in (0, 1)]
             rows.append(cells)
         header = ["method", "lr", "tokens", "forwards", "CPU time", "reached", "training loss at the end"]
         header += ["held-out loss", "held-out accuracy"]
@@ -314,7 +314,7 @@ def by_target(runs: Runs) -> str:
     rows = []
     for task, train in itertools.product(FILES, RATES):
         key = {"task": task, "train": train}
-        if not all(runs.measured(contender=name, **key) for name in (REFERENCE, *BY_TARGET)):
+        if not all(runs.evaluation_runs(contender=name, **key) for name in (REFERENCE, *BY_TARGET)):
             continue
         curves = [row["curve"] for row in runs.final(contender=REFERENCE, **key)]
         points = len(curves[0]) - 1
@@ -323,8 +323,8 @@ def by_target(runs: Runs) -> str:
             cells = [f"{task}, {train}", f"{curves[0][point][0] / 2:.0f}", f"{target:.3f}"]
             for name, column in BY_TARGET.items():
                 spent = statistics.median(curve[point][column] for curve in curves)
-                shares, arrived = costs(runs.final(contender=name, **key), target, column, spent)
-                cells.append(f"{spread(shares)}, {arrived}")
+                shares, num_reached = costs(runs.final(contender=name, **key), target, column, spent)
+                cells.append(f"{spread(shares)}, {num_reached}")
             rows.append(cells)
     header = ["", "MeZO's steps", "training loss", *(f"{name}: {AXES[column]}" for name, column in BY_TARGET.items())]
     return table(header, rows) if rows else ""

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import refuse_others
 from paired import median_ratios, take_turns
+from same_settings import require_same_settings
 from torch import nn
 
 from zokernel.experiments.kept_runs import KeptRuns
@@ -65,15 +65,15 @@ def score(completions: list[str], **columns: Any) -> list[float]:
 
 def splits(tokenizer: Any, *, held_out: int = 48, validation: int = 24, train: int = 96) -> dict[str, PromptDataset]:
     """Return prompts to train on, to choose a rate by, and to judge by: no two are the same."""
-    every = [f"{a} {sign} {b} =" for a in range(10, 60) for b in range(2, 10) for sign in "+-*"]
-    random.Random(0).shuffle(every)
+    prompts = [f"{a} {sign} {b} =" for a in range(10, 60) for b in range(2, 10) for sign in "+-*"]
+    random.Random(0).shuffle(prompts)
     sizes = {"held-out": held_out, "validation": validation, "train": train}
-    found, begin = {}, 0
+    datasets, begin = {}, 0
     for name, size in sizes.items():
-        rows = [{"prompt": prompt} for prompt in every[begin : begin + size]]
-        found[name] = encode_prompts(rows, tokenizer, max_length=64, where=name)
+        rows = [{"prompt": prompt} for prompt in prompts[begin : begin + size]]
+        datasets[name] = encode_prompts(rows, tokenizer, max_length=64, where=name)
         begin += size
-    return found
+    return datasets
 
 
 class Bench:
@@ -119,7 +119,7 @@ class Bench:
         """Train once, and judge before and after."""
         torch.manual_seed(seed)
         contender, model = CONTENDERS[method], self.adapted(method)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if split not in self.before:  # no method has changed anything yet
             self.before[split] = self.judge(model, split)
         batch: dict[str, Any] = {}
@@ -135,12 +135,12 @@ class Bench:
             course.append(round(-optimizer.step(lambda: 0.0), 4))
             print(f"{method} {rate:g}, seed {seed}, generation {step + 1}: {course[-1]}", flush=True)
         after = self.judge(model, split)
-        found = {"method": method, "rate": rate, "seed": seed, "split": split, "generations": generations}
-        return found | {
+        settings = {"method": method, "rate": rate, "seed": seed, "split": split, "generations": generations}
+        return settings | {
             "before": self.before[split],
             "after": after,
             "course": course,
-            "seconds": round(time.perf_counter() - begun, 1),
+            "seconds": round(time.perf_counter() - start, 1),
         }
 
 
@@ -213,15 +213,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for method, contender in CONTENDERS.items():
         rate = best_rate(rows, method)
-        found = [r for r in rows if r["method"] == method and r["split"] == "held-out" and r["rate"] == rate]
-        found.sort(key=lambda row: row["seed"])
-        if not found:
+        runs = [r for r in rows if r["method"] == method and r["split"] == "held-out" and r["rate"] == rate]
+        runs.sort(key=lambda row: row["seed"])
+        if not runs:
             lines.append(f"| `{method}` | {contender.trains} | not measured | | | | |")
             continue
-        gains = [100 * (row["after"]["pass_rate"] - row["before"]["pass_rate"]) for row in found]
-        after = ", ".join(f"{100 * row['after']['pass_rate']:.0f}" for row in found)
-        means = [statistics.mean(row[when]["reward"] for row in found) for when in ("before", "after")]
-        before = 100 * found[0]["before"]["pass_rate"]
+        gains = [100 * (row["after"]["pass_rate"] - row["before"]["pass_rate"]) for row in runs]
+        after = ", ".join(f"{100 * row['after']['pass_rate']:.0f}" for row in runs)
+        means = [statistics.mean(row[when]["reward"] for row in runs) for when in ("before", "after")]
+        before = 100 * runs[0]["before"]["pass_rate"]
         lines.append(
             f"| `{method}` | {contender.trains} | {rate:g} | {before:.0f} % | {after} % | "
             f"{statistics.mean(gains):+.1f} ± {interval(gains):.1f} | {means[0]:.2f} → {means[1]:.2f} |"
@@ -231,21 +231,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(output: Path, *, model: str, generations: int, only_table: bool) -> None:
     runs, shared = KeptRuns(output), {"model": model, "generations": generations}
-    refuse_others(runs, {}, **shared)
+    require_same_settings(runs, {}, **shared)
     bench = None if only_table else Bench(model)
 
-    def need(method: str, rate: float, seed: int, split: str) -> None:
+    def ensure_run(method: str, rate: float, seed: int, split: str) -> None:
         if bench is not None and runs.find(method=method, rate=rate, seed=seed, split=split) is None:
             print(json.dumps(runs.add(bench.run(method, rate, seed, split, generations) | shared)), flush=True)
 
     for method, contender in CONTENDERS.items():
         for rate in contender.rates:
-            need(method, rate, SWEPT_WITH, "validation")
+            ensure_run(method, rate, SWEPT_WITH, "validation")
     for seed in SEEDS:
         for method in CONTENDERS:
             rate = best_rate(runs.rows, method)
             if rate is not None:
-                need(method, rate, seed, "held-out")
+                ensure_run(method, rate, seed, "held-out")
     print(table(runs.rows))
 
 
@@ -258,8 +258,8 @@ if __name__ == "__main__":
     parser.add_argument("--speed", choices=list(CONTENDERS))
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
-    given = parser.parse_args()
-    if given.speed:
-        print(speed(Bench(given.model), given.speed, tokens=given.tokens, rounds=given.rounds))
+    arguments = parser.parse_args()
+    if arguments.speed:
+        print(speed(Bench(arguments.model), arguments.speed, tokens=arguments.tokens, rounds=arguments.rounds))
         raise SystemExit
-    main(given.output, model=given.model, generations=given.generations, only_table=given.table)
+    main(arguments.output, model=arguments.model, generations=arguments.generations, only_table=arguments.table)

@@ -81,12 +81,12 @@ def measure(size: int, repeats: int) -> dict[str, float]:
         Dense("rademacher").add_(weights, 1e-6, seed=0, step=next(steps), index=0)
 
     optimizer = MeZO(model, lr=1e-6)
-    found = {"parameters": float(sum(p.numel() for p in weights.values()))}
-    found["sweep"], found["two forwards"] = seconds(sweep, repeats), seconds(forwards, repeats)
-    found["step"] = seconds(lambda: optimizer.step(closure), repeats)
-    found["record"] = record_seconds(optimizer)
-    found["plan"] = seconds(lambda: make_plan(plan_task(model, size), num_probes=16), 1)
-    return found
+    costs = {"parameters": float(sum(p.numel() for p in weights.values()))}
+    costs["sweep"], costs["two forwards"] = seconds(sweep, repeats), seconds(forwards, repeats)
+    costs["step"] = seconds(lambda: optimizer.step(closure), repeats)
+    costs["record"] = record_seconds(optimizer)
+    costs["plan"] = seconds(lambda: make_plan(plan_task(model, size), num_probes=16), 1)
+    return costs
 
 
 def record_seconds(optimizer: MeZO) -> float:
@@ -94,9 +94,9 @@ def record_seconds(optimizer: MeZO) -> float:
     with tempfile.TemporaryDirectory() as folder:
         writer = JournalWriter.create(Path(folder) / "journal.zkj", {})
         numbers = iter(range(10**9))
-        one = seconds(lambda: writer.append(Step(next(numbers), (1e-6,), tuple(optimizer.record()))), 200)
+        best = seconds(lambda: writer.append(Step(next(numbers), (1e-6,), tuple(optimizer.record()))), 200)
         writer.close()
-    return one
+    return best
 
 
 def plan_task(model: torch.nn.Module, size: int) -> ProbedTask:
@@ -116,35 +116,37 @@ def slope(sizes: list[float], costs: list[float]) -> float:
 
 
 def scaling(sizes: list[int], repeats: int) -> str:
-    found = [measure(size, repeats) for size in sizes]
-    parameters = [row["parameters"] for row in found]
+    measurements = [measure(size, repeats) for size in sizes]
+    parameters = [row["parameters"] for row in measurements]
     rows = []
-    for what in ("sweep", "two forwards", "step", "record", "plan"):
-        costs = [row[what] for row in found]
-        last = f"{slope(parameters[-2:], costs[-2:]):.2f}" if len(found) > 1 else "-"
-        every = f"{slope(parameters, costs):.2f}" if len(found) > 1 else "-"
-        rows.append([what, *(f"{1e3 * cost:.3g}" for cost in costs), every, last])
+    for quantity in ("sweep", "two forwards", "step", "record", "plan"):
+        costs = [row[quantity] for row in measurements]
+        slope_of_last = f"{slope(parameters[-2:], costs[-2:]):.2f}" if len(measurements) > 1 else "-"
+        slope_of_all = f"{slope(parameters, costs):.2f}" if len(measurements) > 1 else "-"
+        rows.append([quantity, *(f"{1e3 * cost:.3g}" for cost in costs), slope_of_all, slope_of_last])
     return table(["ms", *(f"{p / 1e6:.1f}M" for p in parameters), "slope", "slope of the last two"], rows)
 
 
 def start(repeats: int) -> str:
     """Time the import of zokernel after torch, and ``zokernel --help``, each in fresh processes."""
     code = "import torch, time; s = time.perf_counter(); import zokernel; print(time.perf_counter() - s)"
-    bare = "import time; s = time.perf_counter(); import zokernel; print(time.perf_counter() - s)"
-    used = code.replace("; print", "; zokernel.optim.MeZO; print")
+    code_alone = "import time; s = time.perf_counter(); import zokernel; print(time.perf_counter() - s)"
+    code_with_use = code.replace("; print", "; zokernel.optim.MeZO; print")
     imports, uses, alone, helps = [], [], [], []
     for _ in range(repeats):
         imports.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
-        uses.append(float(subprocess.run([sys.executable, "-c", used], capture_output=True, check=True).stdout))
-        alone.append(float(subprocess.run([sys.executable, "-c", bare], capture_output=True, check=True).stdout))
-        begun = time.perf_counter()
+        uses.append(
+            float(subprocess.run([sys.executable, "-c", code_with_use], capture_output=True, check=True).stdout)
+        )
+        alone.append(float(subprocess.run([sys.executable, "-c", code_alone], capture_output=True, check=True).stdout))
+        begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "zokernel", "--help"], capture_output=True, check=True)
-        helps.append(time.perf_counter() - begun)
+        helps.append(time.perf_counter() - begin)
     names = ("import zokernel, torch there", "... and use an optimizer", "import zokernel alone", "zokernel --help")
-    asked = ("< 0.3", "not asked", "not asked", "< 1")
+    limits = ("< 0.3", "not asked", "not asked", "< 1")
     rows = [
         [name, limit, f"{statistics.median(times):.3f}", f"{min(times):.3f}"]
-        for name, limit, times in zip(names, asked, (imports, uses, alone, helps))
+        for name, limit, times in zip(names, limits, (imports, uses, alone, helps))
     ]
     return table(["s", "asked", "median", "best"], rows)
 

@@ -33,12 +33,12 @@ def compare(train: str, count: int, batch: dict[str, Any], model: torch.nn.Modul
     loop, stacked = (make_optimizer(method, count, way, model, batch, bf16=bf16) for way in ("in_place", "stacked"))
     largest = 0.0
     forwards, at_once = loop.forwards_per_step, stacked.perturb.max_copies
-    several = [repeat_batch(batch, min(at_once, forwards - done)) for done in range(0, forwards, at_once)]
-    closures = [paired.make_closure(model, part, bf16=bf16) for part in several]
+    parts = [repeat_batch(batch, min(at_once, forwards - first)) for first in range(0, forwards, at_once)]
+    closures = [paired.make_closure(model, part, bf16=bf16) for part in parts]
 
     @torch.no_grad()
-    def bare(what: list[Callable[[], torch.Tensor]]) -> None:
-        for evaluate in what:
+    def bare(evaluations: list[Callable[[], torch.Tensor]]) -> None:
+        for evaluate in evaluations:
             float(evaluate())
 
     contenders = {
@@ -49,8 +49,8 @@ def compare(train: str, count: int, batch: dict[str, Any], model: torch.nn.Modul
     }
     times: paired.Times = {name: [] for name in contenders}
     for number in range(rounds):
-        for name, found in paired.take_turns(contenders, 1, warm_up=int(number == 0)).items():
-            times[name] += found
+        for name, round_times in paired.take_turns(contenders, 1, warm_up=int(number == 0)).items():
+            times[name] += round_times
         largest = max(largest, float((losses_of(loop) - losses_of(stacked)).abs().max()))
     wall, cpu = paired.median_ratios(times["loop"], times["stacked"])
     bound, _ = paired.median_ratios(times["bare loop"], times["bare at once"])

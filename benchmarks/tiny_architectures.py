@@ -114,21 +114,21 @@ def _shrunk(cls: Any, ids: dict[str, int], depth: int = 0) -> dict[str, Any]:
     for base in cls.__mro__:
         names |= set(getattr(base, "__annotations__", {}))
     renamed = getattr(cls, "attribute_map", None) or {}
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for name, size in (SIZES | ids).items():
         own = renamed.get(name, name) if renamed.get(name) in names else name
         if own in names:
-            found.setdefault(own, size)
-    for name in list(found) if default is not None else ():
+            sizes.setdefault(own, size)
+    for name in list(sizes) if default is not None else ():
         value = getattr(default, name, None)
         if isinstance(value, bool) or (value is None and name not in ids):
-            del found[name]
+            del sizes[name]
         elif isinstance(value, (list, tuple)):
-            found[name] = [found[name]] * 2
+            sizes[name] = [sizes[name]] * 2
     for name, part in (getattr(cls, "sub_configs", None) or {}).items():
         if getattr(part, "model_type", None) and depth < 2:
-            found[name] = _shrunk(part, ids, depth + 1)
-    return found
+            sizes[name] = _shrunk(part, ids, depth + 1)
+    return sizes
 
 
 def tiny_model(model_type: str, kind: Kind, **ids: int) -> Any:

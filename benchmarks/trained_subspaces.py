@@ -62,17 +62,17 @@ class Subspace:
     def begin(self, gradients: list[Tensors]) -> None:
         """Take the gradients of the batches."""
         self.of_batch = [self.restricted(gradient, batch) for batch, gradient in enumerate(gradients)]
-        self.norms = [product(found, found) for found in self.of_batch]
+        self.norms = [product(gradient, gradient) for gradient in self.of_batch]
         self.along, self.trace, self.curvature = ([0.0] * len(gradients) for _ in range(3))
 
     def add(self, gradient: Tensors, *, along: float, fisher: float) -> None:
         """Add a gradient of one of the other examples, to their mean and to their Fisher matrix, by these weights."""
-        found: Tensors = {}
+        restricted: Tensors = {}
         for batch, own in enumerate(self.of_batch):
             if batch < max(1, len(self.bases)):
-                found = self.restricted(gradient, batch)
-                square = product(found, found)
-            slope = product(found, own)
+                restricted = self.restricted(gradient, batch)
+                square = product(restricted, restricted)
+            slope = product(restricted, own)
             self.along[batch] += along * slope
             self.trace[batch] += fisher * square
             self.curvature[batch] += fisher * slope**2
@@ -90,18 +90,18 @@ def product(left: Tensors, right: Tensors) -> float:
 
 def gradient_of(layers: dict[str, nn.Linear], loss: Callable[[], Tensor]) -> Tensors:
     with torch.enable_grad():
-        found = torch.autograd.grad(loss(), [layer.weight for layer in layers.values()])
-    return dict(zip(layers, found, strict=True))
+        gradients = torch.autograd.grad(loss(), [layer.weight for layer in layers.values()])
+    return dict(zip(layers, gradients, strict=True))
 
 
 @torch.no_grad()
 def bases_of(layers: dict[str, nn.Linear], loss: Callable[[], Tensor]) -> Tensors:
     """Return right singular vectors of the inputs of every layer."""
-    seen: Tensors = {}
+    inputs_of: Tensors = {}
 
     def keeper(name: str) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0].detach().flatten(0, -2).float()
+            inputs_of[name] = args[0].detach().flatten(0, -2).float()
 
         return keep
 
@@ -110,7 +110,8 @@ def bases_of(layers: dict[str, nn.Linear], loss: Callable[[], Tensor]) -> Tensor
     for handle in handles:
         handle.remove()
     return {
-        name: torch.linalg.svd(inputs, full_matrices=False)[2][:RANK].T.contiguous() for name, inputs in seen.items()
+        name: torch.linalg.svd(inputs, full_matrices=False)[2][:RANK].T.contiguous()
+        for name, inputs in inputs_of.items()
     }
 
 
@@ -118,7 +119,7 @@ def first(bases: list[Tensors], rank: int) -> list[Tensors]:
     return [{name: base[:, :rank] for name, base in of_batch.items()} for of_batch in bases]
 
 
-def measured(course: Course, settings: argparse.Namespace) -> dict[str, Subspace]:
+def measure_gains(course: Course, settings: argparse.Namespace) -> dict[str, Subspace]:
     """Return what each choice of trained weights gains on a task."""
     model, rows = course.model, course.examples
     for parameter in model.parameters():
@@ -135,13 +136,16 @@ def measured(course: Course, settings: argparse.Namespace) -> dict[str, Subspace
     generator = torch.Generator().manual_seed(0)
     random = {name: torch.randn(m.in_features, RANK, generator=generator) / RANK**0.5 for name, m in linear.items()}
     fixed, own = [bases_of(linear, loss_of(rows[:CALIBRATION]))], [bases_of(linear, batch) for batch in batches]
-    every, attention = list(linear), [name for name in linear if name.endswith(("q_proj", "v_proj"))]
-    found = {"all layers": Subspace(every), "q, v": Subspace(attention)}
-    found |= {"all layers, random 16": Subspace(every, [random]), "q, v, random 16": Subspace(attention, [random])}
-    found |= {f"all layers, fixed {rank}": Subspace(every, first(fixed, rank)) for rank in (1, 4, 16)}
-    found |= {f"all layers, own {rank}": Subspace(every, first(own, rank)) for rank in (1, 4, 16)}
+    all_layers, attention = list(linear), [name for name in linear if name.endswith(("q_proj", "v_proj"))]
+    subspaces = {"all layers": Subspace(all_layers), "q, v": Subspace(attention)}
+    subspaces |= {
+        "all layers, random 16": Subspace(all_layers, [random]),
+        "q, v, random 16": Subspace(attention, [random]),
+    }
+    subspaces |= {f"all layers, fixed {rank}": Subspace(all_layers, first(fixed, rank)) for rank in (1, 4, 16)}
+    subspaces |= {f"all layers, own {rank}": Subspace(all_layers, first(own, rank)) for rank in (1, 4, 16)}
     gradients = [gradient_of(linear, batch) for batch in batches]
-    for subspace in found.values():
+    for subspace in subspaces.values():
         subspace.begin(gradients)
     for row in rows[-settings.others :]:
         batch = course.collate([row])
@@ -151,18 +155,18 @@ def measured(course: Course, settings: argparse.Namespace) -> dict[str, Subspace
         for label, share in enumerate(shares.tolist()):
             batch["labels"] = torch.full_like(batch["labels"], label)
             gradient = gradient_of(linear, paired.make_closure(model, batch, bf16=False))
-            for subspace in found.values():
+            for subspace in subspaces.values():
                 subspace.add(gradient, along=(label == true) / settings.others, fisher=share / settings.others)
-    return found
+    return subspaces
 
 
-def shown(found: dict[str, Subspace], batches: int) -> str:
+def gain_table(subspaces: dict[str, Subspace], batches: int) -> str:
     """Return the table; errors of ratios by leaving out one batch at a time."""
     whole = list(range(batches))
     without = [[n for n in whole if n != left] for left in whole]
-    usual = found["all layers"]
+    usual = subspaces["all layers"]
     lines = []
-    for name, subspace in found.items():
+    for name, subspace in subspaces.items():
         ratios = torch.tensor([subspace.gain(some) / usual.gain(some) for some in without])
         error = ((batches - 1) / batches * (ratios - ratios.mean()).square().sum()).sqrt()
         means = [sum(values) / batches for values in (subspace.along, subspace.norms, subspace.trace)]
@@ -181,10 +185,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--others", type=int, default=24)
     settings = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as scratch:
         for task in settings.tasks:
-            data = Sources(settings.data_folder, Path("samples.jsonl"), Path(made)).arguments(task)
-            print(f"{task}\n{shown(measured(Course(data, lora=False), settings), settings.batches)}\n", flush=True)
+            data = Sources(settings.data_folder, Path("samples.jsonl"), Path(scratch)).arguments(task)
+            print(
+                f"{task}\n{gain_table(measure_gains(Course(data, lora=False), settings), settings.batches)}\n",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

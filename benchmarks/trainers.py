@@ -24,7 +24,7 @@ import peft
 import torch
 import transformers
 import trl
-from kept import refuse_others
+from same_settings import require_same_settings
 
 from zokernel.data import load_rows, resolve_model_path
 from zokernel.experiments.kept_runs import KeptRuns
@@ -53,11 +53,11 @@ def causal(row: Row, tokenizer: Any) -> Row:
 
 def number_span(row: Row, tokenizer: Any) -> Row | None:
     """A question whose answer is a span: the first number of the review."""
-    found = re.search(r"\d+", row["sentence"])
+    match = re.search(r"\d+", row["sentence"])
     encoded = tokenizer("Which number?", row["sentence"], truncation=True, max_length=48)
-    if found is None:
+    if match is None:
         return None
-    begin, end = (encoded.char_to_token(place, sequence_index=1) for place in (found.start(), found.end() - 1))
+    begin, end = (encoded.char_to_token(place, sequence_index=1) for place in (match.start(), match.end() - 1))
     return None if begin is None or end is None else {**encoded, "start_positions": begin, "end_positions": end}
 
 
@@ -77,13 +77,13 @@ def answered(row: Row) -> Row:
 
 
 def completion(row: Row) -> Row:
-    found = preference(row)
-    return {"prompt": found["prompt"], "completion": found["chosen"]}
+    pair = preference(row)
+    return {"prompt": pair["prompt"], "completion": pair["chosen"]}
 
 
 def unpaired(row: Row) -> Row:
-    found, kept = answered(row), len(row["sentence"]) % 2 == 0
-    return {"prompt": found["prompt"], "completion": found["chosen" if kept else "rejected"], "label": kept}
+    pair, is_answered = answered(row), len(row["sentence"]) % 2 == 0
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if is_answered else "rejected"], "label": is_answered}
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,15 @@ JOBS = {
 
 
 def splits(job: Job, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, datasets.Dataset]:
-    made = []
+    datasets_of_splits = []
     for split, part in (("train", TRAIN), ("validation", CHOOSE), ("validation", HELD_OUT)):
         rare = job.rows is number_span  # few reviews have a number
         split, part = ("test", TRAIN) if rare and part == HELD_OUT else (split, part)
         rows = load_rows("movie-reviews", split)
         rows = [row for row in rows if re.search(r"\d", row["sentence"])] if rare else rows
-        found = [job.rows(row, tokenizer) if job.collator else job.rows(row) for row in rows[part]]
-        made.append(datasets.Dataset.from_list([row for row in found if row is not None]))
-    return tuple(made)
+        encoded = [job.rows(row, tokenizer) if job.collator else job.rows(row) for row in rows[part]]
+        datasets_of_splits.append(datasets.Dataset.from_list([row for row in encoded if row is not None]))
+    return tuple(datasets_of_splits)
 
 
 def make_trainer(job: Job, folders: dict[str, str], rate: float, seed: int, steps: int, folder: str) -> tuple[Any, ...]:
@@ -238,11 +238,11 @@ def make_trainer(job: Job, folders: dict[str, str], rate: float, seed: int, step
 
 def losses(trainer: Any, rows: datasets.Dataset) -> list[float]:
     """Mean loss of every eight rows, masks drawn alike each time."""
-    found = []
+    means = []
     for begin in range(0, len(rows), 8):
         torch.manual_seed(begin)
-        found.append(trainer.evaluate(rows.select(range(begin, min(begin + 8, len(rows)))))["eval_loss"])
-    return found
+        means.append(trainer.evaluate(rows.select(range(begin, min(begin + 8, len(rows)))))["eval_loss"])
+    return means
 
 
 def run(name: str, folders: dict[str, str], rate: float, seed: int, share: float) -> dict[str, Any]:
@@ -252,11 +252,11 @@ def run(name: str, folders: dict[str, str], rate: float, seed: int, share: float
         trainer, choose, held_out = make_trainer(job, folders, rate, seed, round(share * job.steps), folder)
         rows = held_out if share == 1 else choose
         before = losses(trainer, rows)
-        began = time.perf_counter()
+        start = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         after = losses(trainer, rows)
-    changes = [there - here for here, there in zip(before, after, strict=True)]
+    changes = [after_loss - before_loss for before_loss, after_loss in zip(before, after, strict=True)]
     return {
         **{"job": name, "rate": rate, "seed": seed, "share": share},
         **{"forwards": trainer.run_log.forwards, "seconds": seconds, "rows": len(rows)},
@@ -291,7 +291,7 @@ def main() -> None:
         job, folders = JOBS[name], {"bert": args.bert, "t5": args.t5}
         shared = {"model": folders.get(job.model, job.model), "steps": round(share * job.steps)}
         shared |= {"eps": job.eps, "batch": job.batch}
-        refuse_others(runs, {"job": name, "share": share}, **shared)
+        require_same_settings(runs, {"job": name, "share": share}, **shared)
         row = runs.find(job=name, rate=rate, seed=seed, share=share)
         if row is None:
             row = runs.add(run(name, folders, rate, seed, share) | shared)

@@ -81,8 +81,8 @@ def check_core() -> None:
     assert zk.__version__ in zokernel("--version")
     assert "smollm2" in zokernel("fetch")
     if importlib.util.find_spec("transformers") is None:
-        said = zokernel("finetune", "--train_file", "none.jsonl", "--output_dir", "run", fails=True)
-        assert "pip install 'zokernel[finetune]'" in said, said
+        printed = zokernel("finetune", "--train_file", "none.jsonl", "--output_dir", "run", fails=True)
+        assert "pip install 'zokernel[finetune]'" in printed, printed
 
     torch.manual_seed(0)
     x = torch.randn(256, 10)
@@ -173,11 +173,11 @@ def check_onnx() -> None:
     optimizer = zk.optim.MeZO(model, lr=5e-2, eps=1e-3)
     losses = []
     for _ in range(100):
-        told = {}
+        losses_at = {}
         for point in optimizer.ask():
             feed = {name: weight.detach().numpy() for name, weight in optimizer.weights_at(point).items()}
-            told[point] = float(session.run(None, feed)[0])
-        losses.append(optimizer.tell(told))
+            losses_at[point] = float(session.run(None, feed)[0])
+        losses.append(optimizer.tell(losses_at))
     assert losses[-1] < 0.05 * losses[0], losses
 
 

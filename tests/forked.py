@@ -20,7 +20,7 @@ IMPORTED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "zokernel.cli",
-    "zokernel.directions.backends.numba_backend",
+    "zokernel.directions.backends.numba.backend",
     "zokernel.commands.finetune",
     "zokernel.finetune.trainer.zo_trainer",
     "forked",  # prepares what the others have imported

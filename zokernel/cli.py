@@ -22,10 +22,10 @@ from typing import Any
 
 from zokernel._version import __version__
 from zokernel.commands import finetune_flags
-from zokernel.commands.messages import is_replica, set_up_messages, shown, speak_of
+from zokernel.commands.messages import format_message, is_replica, set_message_flags, set_up_messages
 from zokernel.commands.parser import BOOLEANS, Command, CommandParser
 from zokernel.errors import MissingDependencyError, UsageError, ZokernelError, missing_extra
-from zokernel.files import unwritten
+from zokernel.files import explain_write_error
 from zokernel.private_apis import exit_at_once
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -55,8 +55,8 @@ COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in 
 
 # What the commands around a fine-tuning run need beside zokernel's own dependencies.
 PACKAGES = ("transformers", "accelerate")
-NEED_THEM = ("finetune", "demo", "plan", "predict", "merge", "replay")
-NEED_THEM_FOR_HELP = ("finetune", "demo", "plan")  # whose flags are those of their classes
+NEED_PACKAGES = ("finetune", "demo", "plan", "predict", "merge", "replay")
+NEED_PACKAGES_FOR_HELP = ("finetune", "demo", "plan")  # whose flags are those of their classes
 
 # Read when torch loads, unless the user has set them.
 ENVIRONMENT = {
@@ -109,7 +109,7 @@ def load(name: str) -> tuple[Command, CommandParser]:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else f": choose one of {', '.join(COMMANDS)}"
         raise UsageError(f"There is no command {name!r}{hint}.")
-    if name in NEED_THEM_FOR_HELP:
+    if name in NEED_PACKAGES_FOR_HELP:
         look_for_packages(name)
     try:
         module = importlib.import_module(f"zokernel.commands.{name}")
@@ -128,9 +128,9 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
     """
     if name in finetune_flags.COMMANDS:
         finetune_flags.refuse_unknown_flags(name, argv)
-    with _ending_at_once(), _collecting_no_garbage():
+    with _exit_on_interrupt(), _without_garbage_collection():
         command, parser = load(name)
-    speak_of(parser.flags)
+    set_message_flags(parser.flags)
     args = parser.parse(argv)
     look_for_packages(name)
     try:
@@ -138,13 +138,13 @@ def dispatch(name: str, argv: Sequence[str]) -> int:
         sys.stdout.flush()  # into a file, perhaps
         return code
     except OSError as error:
-        if (told := unwritten(error)) is None:
+        if (failure := explain_write_error(error)) is None:
             raise
         try:
             sys.stdout.flush()
         except OSError:
             _print_nowhere()
-        raise told from error
+        raise failure from error
 
 
 def look_for_packages(name: str) -> None:
@@ -156,19 +156,19 @@ def look_for_packages(name: str) -> None:
     Raises:
         MissingDependencyError: If one is missing, naming the extra that brings it.
     """
-    for package in PACKAGES if name in NEED_THEM else ():
+    for package in PACKAGES if name in NEED_PACKAGES else ():
         if importlib.util.find_spec(package) is None:  # imports nothing
             raise MissingDependencyError(package, "finetune", f"'zokernel {name}'")
 
 
 @contextmanager
-def _ending_at_once() -> Iterator[None]:
+def _exit_on_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process while libraries load: one that is cut off half-way fails later, in other words."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGINT, _exit_interrupted)
     try:
         yield
     finally:
@@ -176,18 +176,18 @@ def _ending_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _collecting_no_garbage() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """Spare libraries that load the looks for garbage, which take time and find none."""
-    collecting = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()
 
 
-def _end(number: int, frame: Any) -> None:
+def _exit_interrupted(number: int, frame: Any) -> None:
     os.write(2, b"zokernel: interrupted.\n")
     exit_at_once(130)
 
@@ -229,7 +229,7 @@ def _run(argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         if not (isinstance(error, UsageError) and is_replica()):  # the first process says the same
-            print(shown(f"zokernel: error: {error}"), file=sys.stderr)
+            print(format_message(f"zokernel: error: {error}"), file=sys.stderr)
         return error.exit_code
 
 

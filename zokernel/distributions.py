@@ -186,7 +186,7 @@ class Distribution:
         r"""Return the mean :math:`\mu`, shape (d,), float64.
 
         Raises:
-            UsageError: If the distribution was given a mean of another dimension.
+            UsageError: If the distribution has a mean of another dimension.
         """
         if self.mean is None:
             return torch.zeros(dim, dtype=torch.float64)
@@ -291,8 +291,8 @@ def direction_distribution(distribution: str | Distribution) -> Distribution:
     """
     name = distribution.name if isinstance(distribution, Distribution) else distribution
     if name not in DIRECTION_DISTRIBUTIONS:
-        known = ", ".join(DIRECTION_DISTRIBUTIONS)
-        raise UsageError(f"There is no distribution {name!r} of directions: choose one of {known}.")
+        names = ", ".join(DIRECTION_DISTRIBUTIONS)
+        raise UsageError(f"There is no distribution {name!r} of directions: choose one of {names}.")
     if isinstance(distribution, Distribution) and distribution != Distribution(name):
         raise UsageError("Directions have mean zero and variance one: scale eps and the learning rate instead.")
     return Distribution(name)

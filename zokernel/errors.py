@@ -62,13 +62,13 @@ def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingDependency
     package = _PACKAGES.get(module, module).replace("_", "-")
     extras: dict[str, set[str]] = {}
     for requirement in importlib.metadata.requires("zokernel") or ():
-        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)", requirement)
-        if found:
-            extras.setdefault(found.group(2), set()).add(found.group(1))
-    bring = [extra for extra, packages in extras.items() if package in packages]
-    if not bring:
+        match = re.match(r"([\w.-]+).*extra == ['\"](\w+)", requirement)
+        if match:
+            extras.setdefault(match.group(2), set()).add(match.group(1))
+    candidates = [extra for extra, packages in extras.items() if package in packages]
+    if not candidates:
         return None
-    return MissingDependencyError(package, min(bring, key=lambda extra: len(extras[extra])), purpose)
+    return MissingDependencyError(package, min(candidates, key=lambda extra: len(extras[extra])), purpose)
 
 
 def first_line(error: BaseException) -> str:

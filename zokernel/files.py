@@ -35,7 +35,7 @@ def remedy(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "")
 
 
-def unwritten(error: OSError) -> RunError | None:
+def explain_write_error(error: OSError) -> RunError | None:
     """Return the error that tells in one sentence which file cannot be written, why, and what to do.
 
     Args:
@@ -45,17 +45,17 @@ def unwritten(error: OSError) -> RunError | None:
         The error; None if it is of another kind.
 
     Example:
-        >>> print(unwritten(OSError(errno.ENOSPC, "No space left on device", "runs/plan.json")))
+        >>> print(explain_write_error(OSError(errno.ENOSPC, "No space left on device", "runs/plan.json")))
         runs/plan.json cannot be written (No space left on device): free some space and repeat the command, or choose \
 another place.
     """
-    place, helps = error.filename2 or error.filename, remedy(error)
-    if not helps or (place is None and helps == "make it writable"):  # a port, or another process
+    path, cure = error.filename2 or error.filename, remedy(error)
+    if not cure or (path is None and cure == "make it writable"):  # a port, or another process
         return None
-    if place is not None and os.path.isfile(place) and not os.access(place, os.R_OK):
-        return RunError(f"{place} cannot be read ({error.strerror}): make it readable and repeat the command.")
+    if path is not None and os.path.isfile(path) and not os.access(path, os.R_OK):
+        return RunError(f"{path} cannot be read ({error.strerror}): make it readable and repeat the command.")
     return RunError(
-        f"{'The output' if place is None else place} cannot be written ({error.strerror}): {helps} and repeat the "
+        f"{'The output' if path is None else path} cannot be written ({error.strerror}): {cure} and repeat the "
         "command, or choose another place."
     )
 
@@ -86,8 +86,8 @@ def writing(path: Path) -> Iterator[None]:
             setattr(error, "filename2" if error.filename2 else "filename", str(path))
         raise
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found.group(1)) if found else 0
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(match.group(1)) if match else 0
         if number not in _REMEDIES:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error

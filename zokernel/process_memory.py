@@ -40,14 +40,14 @@ def release_code(library: str) -> int:
     return released
 
 
-def counted_by_kernel(name: str) -> int | None:
+def memory_count(name: str) -> int | None:
     """Return a memory count of this process in bytes, as Linux keeps it; None where the system does not tell.
 
     Args:
         name: The count: ``VmHWM`` (the peak resident set), ``VmRSS``, ``RssAnon`` (what no file backs), ...
 
     Example:
-        >>> counted_by_kernel("there is none") is None
+        >>> memory_count("there is none") is None
         True
     """
     if not _STATUS.exists():

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, noun: str) -> str:
     """Return a number of things, in the plural unless it is one.
 
     Args:
         number: How many.
-        what: One of them.
+        noun: What one of them is called.
 
     Example:
-        >>> counted(1, "step"), counted(2000, "step"), counted(0, "forward pass"), counted(2, "batch")
+        >>> plural(1, "step"), plural(2000, "step"), plural(0, "forward pass"), plural(2, "batch")
         ('1 step', '2,000 steps', '0 forward passes', '2 batches')
     """
-    ending = "" if number == 1 else "es" if what.endswith(("s", "ch")) else "s"
-    return f"{number:,} {what}{ending}"
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def readable_bytes(count: float) -> str:

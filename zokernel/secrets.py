@@ -47,17 +47,17 @@ def hide_in_words(words: Sequence[str]) -> list[str]:
         >>> hide_in_words(["--hub_token", "abc", "--seed", "1", "--hub-token=abc", "--extra", "token=abc"])
         ['--hub_token', '<hub_token>', '--seed', '1', '--hub-token=<hub_token>', '--extra', 'token=<secret>']
     """
-    shown: list[str] = []
+    hidden: list[str] = []
     secret = ""
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             name = flag[2:].replace("-", "_")
             secret = f"<{name}>" if is_secret(name) else ""
-            shown.append(flag + equals + (secret if secret and equals else _hide_pairs(value)))
+            hidden.append(flag + equals + (secret if secret and equals else _hide_pairs(value)))
         else:
-            shown.append(secret or _hide_pairs(word))
-    return shown
+            hidden.append(secret or _hide_pairs(word))
+    return hidden
 
 
 def hide_in_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def _hide_pairs(text: str) -> str:
     """Hide ``name=secret``, unless spaces show that it is a sentence, such as a template."""
     if text.startswith(_COMMAND):
         return hide_in_text(_COMMAND + _hide_in_command(text.removeprefix(_COMMAND)))
-    paired = text if re.search(r"\s", text) and not text.lstrip().startswith('{"') else _PAIR.sub(r"\1<secret>", text)
-    return hide_in_text(paired)
+    is_sentence = re.search(r"\s", text) and not text.lstrip().startswith('{"')
+    return hide_in_text(text if is_sentence else _PAIR.sub(r"\1<secret>", text))
 
 
 def _hide_in_command(command: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from zokernel.cli import main
-from zokernel.files import unwritten, write_text, writing
+from zokernel.files import explain_write_error, write_text, writing
 
 END = "(File too large): raise the limit on the size of files and repeat the command, or choose another place."
 
@@ -109,12 +109,13 @@ def test_what_is_printed_to_a_full_disk_is_said_once():
 
 def test_a_file_that_may_not_be_read_is_not_said_to_be_unwritable(tmp_path, monkeypatch):
     error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "rows.npz"))
-    assert str(unwritten(error)).startswith(f"{tmp_path}/rows.npz cannot be written (Permission denied): make it wri")
-    (tmp_path / "rows.npz").write_text("")
+    rows = tmp_path / "rows.npz"
+    assert str(explain_write_error(error)).startswith(f"{rows} cannot be written (Permission denied): make it wri")
+    rows.write_text("")
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, to whom all is permitted
-    assert str(unwritten(error)).startswith(f"{tmp_path}/rows.npz cannot be read (Permission denied): make it read")
+    assert str(explain_write_error(error)).startswith(f"{rows} cannot be read (Permission denied): make it read")
     for other in (PermissionError(errno.EACCES, "Permission denied"), FileNotFoundError(errno.ENOENT, "no", "a")):
-        assert unwritten(other) is None
+        assert explain_write_error(other) is None
 
 
 def test_only_errors_of_writing_get_the_name_of_what_is_written(tmp_path):

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from zokernel.cli import COMMANDS, load, main
+from zokernel.commands.help_groups import HELP_GROUPS
 from zokernel.commands.help_text import WIDTH, Group, short_help, with_default
 from zokernel.commands.parser import CommandParser
-from zokernel.commands.shown_flags import SHOWN
 
 LONGEST = {"finetune": 90, "demo": 90, "plan": 60}
 
@@ -36,14 +36,14 @@ def test_help_says_what_it_does_in_two_lines_and_shows_it_in_use(helps, name):
     lines = helps[name]
     assert 1 <= lines.index("") <= 2
     assert lines[lines.index("") + 1].startswith(f"zokernel {name}")
-    titles = [group.title for group in SHOWN.get(name, ())]
+    titles = [group.title for group in HELP_GROUPS.get(name, ())]
     assert [line.partition(":")[0] for line in lines if line.partition(":")[0] in titles] == titles
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name in SHOWN])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name in HELP_GROUPS])
 def test_every_flag_that_is_shown_exists_and_takes_its_example(name):
     parser = load(name)[1]
-    flags = [(flag, value) for group in SHOWN[name] for flag, (value, _) in group.flags.items()]
+    flags = [(flag, value) for group in HELP_GROUPS[name] for flag, (value, _) in group.flags.items()]
     assert len(dict(flags)) == len(flags)
     alone = [value for flag, value in flags if not _action(parser, flag).option_strings]
     for action in parser._actions:
@@ -62,7 +62,7 @@ def _action(parser, flag):
 
 def test_the_examples_of_groups_use_flags_that_exist():
     parser = load("finetune")[1]
-    for group in SHOWN["finetune"]:
+    for group in HELP_GROUPS["finetune"]:
         assert group.example.startswith("--")
         assert parser.parse(shlex.split(group.example)).command_line
 
@@ -77,7 +77,7 @@ def test_ways_to_hold_the_weights_are_in_the_short_help(command, flags, helps):
 
 
 def test_finetune_shows_about_forty_of_its_flags(capsys):
-    shown = [flag for group in SHOWN["finetune"] for flag in group.flags]
+    shown = [flag for group in HELP_GROUPS["finetune"] for flag in group.flags]
     assert len(shown) == len(set(shown))
     assert 36 <= len(shown) <= 46
     with pytest.raises(SystemExit) as stop:

@@ -17,7 +17,7 @@ from zokernel.finetune.models import estimate
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import QuantizedBytes, bytes_held, check_memory, quantized_bytes
 from zokernel.finetune.models.load import load_pretrained
-from zokernel.finetune.models.needed import read_configuration
+from zokernel.finetune.models.memory_report import read_configuration
 from zokernel.finetune.models.quantized_layers import quantized_layers
 from zokernel.finetune.models.scales import train_scales_
 from zokernel.finetune.settings.arguments import ModelArguments

@@ -17,7 +17,7 @@ from zokernel.data import load_table
 from zokernel.errors import UsageError
 from zokernel.finetune import get_task, load_predictor
 from zokernel.finetune.predict import Predictor
-from zokernel.finetune.tasks.saved import task_values
+from zokernel.finetune.tasks.serialization import task_values
 from zokernel.private_apis import attention_implementation
 from zokernel.without_adapter import without_adapter
 

@@ -20,13 +20,13 @@ def places():
 @pytest.fixture
 def drawn(monkeypatch):
     """The directions that were drawn, call by call."""
-    found, draw = [], FactorBlocks._drawn
+    found, draw = [], FactorBlocks._draw_blocks
 
     def note(self, places, backend, seed, step, indices):
         found.append(list(indices))
         return draw(self, places, backend, seed, step, indices)
 
-    monkeypatch.setattr(FactorBlocks, "_drawn", note)
+    monkeypatch.setattr(FactorBlocks, "_draw_blocks", note)
     return found
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from zokernel.errors import UsageError
 from zokernel.experiments import Config
 from zokernel.experiments.entk import model_sizes
-from zokernel.experiments.entk.kept import KeptArrays
+from zokernel.experiments.entk.array_cache import ArrayCache
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
 from zokernel.experiments.entk.sentences import FIVE, Tail, language_task
@@ -103,7 +103,9 @@ def test_model_sizes_errors_are_those_of_the_means_of_directions():
             expected = np.square(mean - change[batch]).sum() / squares[batch]
             assert found.errors(2)[batch, group] == pytest.approx(expected)
     assert found.variance(5.0) == pytest.approx(1 + 5 * np.array([3.0, 4.0]) / squares)
-    both = model_sizes.pooled({"a": found, "b": found}, {"gradient_sq": found.gradient_sq, "change_sq": squares})
+    both = model_sizes.pooled_variance(
+        {"a": found, "b": found}, {"gradient_sq": found.gradient_sq, "change_sq": squares}
+    )
     assert both["v_by_batch"] == pytest.approx(found.variance(np.diagonal(gram).mean()))
 
 
@@ -145,24 +147,24 @@ def test_what_is_kept_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
 
     def place(model, folder):
         options = {"cache": "kept", "train_file": str(tmp_path / folder / "train.tsv")}
-        return KeptArrays(Config("cpu", options=options), model).folder
+        return ArrayCache(Config("cpu", options=options), model).folder
 
     assert place("org/0.5b", "a") == place("org/0.5b", "c") == Path("kept/org--0.5b/train-bc1c314a")
     assert len({place("x/0.5b", "a"), place("y/0.5b", "a"), place("x/0.5b", "b")}) == 3
-    assert KeptArrays(Config("smoke", options={"cache": "kept"}), "16").folder == Path("kept/16/random")
-    assert KeptArrays(Config("cpu", options={"train_file": "none"}), "smollm2").folder is None
+    assert ArrayCache(Config("smoke", options={"cache": "kept"}), "16").folder == Path("kept/16/random")
+    assert ArrayCache(Config("cpu", options={"train_file": "none"}), "smollm2").folder is None
     with pytest.raises(UsageError, match="There is no file"):
         place("smollm2", "no")
 
 
-def test_what_was_kept_counts_the_seconds_that_it_took(tmp_path, monkeypatch):
+def test_what_was_cached_counts_the_seconds_that_it_took(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 0.0, 20.0])
-    monkeypatch.setattr("zokernel.experiments.entk.kept.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("zokernel.experiments.entk.array_cache.time.perf_counter", lambda: next(clock))
     for _ in range(2):
-        kept = KeptArrays(Config("smoke", options={"cache": str(tmp_path)}), "16")
-        assert kept("a", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
-        assert list(kept("b", lambda: {"y": np.ones(2)})) == ["y"]
-        assert kept.seconds == 120.0
+        cached = ArrayCache(Config("smoke", options={"cache": str(tmp_path)}), "16")
+        assert cached("a", lambda: {"x": np.ones(2)})["x"].tolist() == [1, 1]
+        assert list(cached("b", lambda: {"y": np.ones(2)})) == ["y"]
+        assert cached.seconds == 120.0
 
 
 def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):

@@ -33,18 +33,18 @@ def test_a_run_that_does_not_say_a_value_is_not_one_with_none(tmp_path):
 
 
 def test_runs_of_other_settings_are_not_added_to(tmp_path, benchmark):
-    refuse_others = benchmark("kept").refuse_others
+    require_same_settings = benchmark("same_settings").require_same_settings
     runs = KeptRuns(tmp_path / "runs.jsonl")
     runs.add({"task": "sst2", "data": "66e12348"})
     runs.add({"task": "trec"})
-    refuse_others(runs, {"task": "sst2"}, data="66e12348")
-    refuse_others(runs, {"task": "rte"}, data="0")
+    require_same_settings(runs, {"task": "sst2"}, data="66e12348")
+    require_same_settings(runs, {"task": "rte"}, data="0")
     with pytest.raises(SystemExit, match="a run that has data 66e12348, not 0: keep"):
-        refuse_others(runs, {"task": "sst2"}, data="0")
+        require_same_settings(runs, {"task": "sst2"}, data="0")
     with pytest.raises(SystemExit, match="a run that does not say its data, not 0: keep"):
-        refuse_others(runs, {"task": "trec"}, data="0")
+        require_same_settings(runs, {"task": "trec"}, data="0")
     with pytest.raises(SystemExit, match="does not say its data"):
-        refuse_others(runs, {}, data="66e12348")
+        require_same_settings(runs, {}, data="66e12348")
 
 
 def test_the_hash_is_of_the_rows_in_their_order():
@@ -55,7 +55,7 @@ def test_the_hash_is_of_the_rows_in_their_order():
 def test_committed_runs_are_found_by_their_benchmarks(benchmark):
     rewards, long_runs, queries = map(benchmark, ("rewards", "long_runs", "query_efficiency"))
     kept = KeptRuns(RESULTS / "rewards.jsonl")
-    benchmark("kept").refuse_others(kept, {}, model="smollm2", generations=rewards.GENERATIONS)
+    benchmark("same_settings").require_same_settings(kept, {}, model="smollm2", generations=rewards.GENERATIONS)
     found = []
     for name, contender in rewards.CONTENDERS.items():
         wanted = [(rate, rewards.SWEPT_WITH, "validation") for rate in contender.rates]
@@ -77,8 +77,8 @@ def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, 
     """Runs are kept with the hash of their headlines; the committed ones, which have none, are not added to."""
     long_runs, trained = benchmark("long_runs"), []
     results = {"learning_rate": 2e-5, "steps": 1125, "before": [0.5, 1], "after": [0.5, 1], "validation": []}
-    monkeypatch.setattr(long_runs, "run", lambda folder, *told: trained.append(folder.name))
-    monkeypatch.setattr(long_runs, "measured", lambda folder: results | {"seconds": 1, "peak_mib": 1})
+    monkeypatch.setattr(long_runs, "run", lambda folder, *arguments: trained.append(folder.name))
+    monkeypatch.setattr(long_runs, "read_measurements", lambda folder: results | {"seconds": 1, "peak_mib": 1})
     monkeypatch.chdir(tmp_path)
 
     def start(title: str, *flags: str) -> None:

@@ -131,7 +131,7 @@ def test_a_stopped_comparison_goes_on_from_its_file(tmp_path, monkeypatch):
     from zokernel.experiments.base import Config
     from zokernel.experiments.kerzoo import language_model
 
-    options = {"sweep": True, "runs": str(tmp_path / "runs.jsonl"), "lora": False, "steps": 2}
+    options = {"sweep": True, "runs": str(tmp_path / "runs.jsonl"), "trained": ["all weights"], "steps": 2}
     first = language_model.run(Config("smoke", options=dict(options))).numbers
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     # Four methods at one nominal rate; four methods at four effective ones.  MeZO-3 at KerZOO's is one of these, and
@@ -152,7 +152,11 @@ def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_go_on(t
     from zokernel.experiments.kerzoo import language_model
 
     kept = tmp_path / "runs.jsonl"
-    options = {"runs": str(kept), "lora": False, "lr": 1e38}  # four times this is above the largest fp32 number
+    options = {
+        "runs": str(kept),
+        "trained": ["all weights"],
+        "lr": 1e38,
+    }  # four times this is above the largest fp32 number
     for _ in range(2):  # the second time from the file
         found = language_model.run(Config("smoke", options=dict(options)))
         rows = {row["method"]: row for row in found.numbers["rows"]}
@@ -180,7 +184,7 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
     from zokernel.experiments.base import Config
     from zokernel.experiments.kerzoo import language_model
 
-    options = {"runs": str(tmp_path / "runs.jsonl"), "tasks": ["SST-2"], "lora": False}
+    options = {"runs": str(tmp_path / "runs.jsonl"), "tasks": ["SST-2"], "trained": ["all weights"]}
     for folder, lines in (("first", 5), ("second", 10), ("first", 10)):
         language_model.run(Config("smoke", options=options | {"data_folder": folder}))
         assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == lines
@@ -188,23 +192,23 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
 
 def test_every_task_is_read_from_its_files(tmp_path):
     from zokernel.experiments.base import Config
-    from zokernel.experiments.kerzoo import language_model
+    from zokernel.experiments.kerzoo import real_tasks
     from zokernel.finetune.settings.arguments import DataArguments
 
-    options = {"data_folder": str(tmp_path), "tasks": list(language_model.DATA)}
-    found = language_model.tasks(Config("cpu", options=options))
+    options = {"data_folder": str(tmp_path), "tasks": list(real_tasks.DATA)}
+    found = real_tasks.tasks(Config("cpu", options=options))
     assert list(found) == ["SST-2", "TREC", "RTE", "headlines"]
-    assert list(language_model.tasks(Config("cpu", options={"data_folder": "d"}))) == ["SST-2", "TREC", "RTE"]
+    assert list(real_tasks.tasks(Config("cpu", options={"data_folder": "d"}))) == ["SST-2", "TREC", "RTE"]
     for name, arguments in found.items():
         assert DataArguments(**arguments).train_file.startswith(str(tmp_path)), name
     assert found["headlines"]["train_file"] == str(tmp_path / "headlines/train.jsonl")
     assert found["headlines"]["label_words"] == ["news", "satire"]
     with pytest.raises(UsageError, match="no task 'CB'"):
-        language_model.tasks(Config("cpu", options=options | {"tasks": ["CB"]}))
+        real_tasks.tasks(Config("cpu", options=options | {"tasks": ["CB"]}))
 
 
 def test_a_file_with_other_rows_is_other_data(tmp_path):
-    from zokernel.experiments.kerzoo.language_model import hashes
+    from zokernel.experiments.kerzoo.real_tasks import hashes
 
     data = {"train_file": str(tmp_path / "train.csv"), "column_names": ["label", "question"]}
     (tmp_path / "train.csv").write_text("1,Who?\n2,Where?\n")

@@ -11,7 +11,7 @@ import torch
 from zokernel.directions import Dense
 from zokernel.estimators import OneSided, TwoPoint
 from zokernel.experiments.multi_query import budget
-from zokernel.experiments.multi_query.runs import EPS, Quadratic, Softmax, aligned, train
+from zokernel.experiments.multi_query.runs import EPS, Quadratic, Softmax, aligned_coefficients, train
 from zokernel.optim import ForwardDifference, MeZO
 
 
@@ -52,7 +52,7 @@ def test_the_softmax_problem_has_its_loss_and_trace():
 def test_an_aligned_estimate_is_the_projection_and_nearly_the_average():
     generator = np.random.default_rng(0)
     z, gradient = generator.choice([-1.0, 1.0], size=(4, 1, 9)), generator.normal(size=9)
-    found = aligned((z[:, 0] @ gradient / 4)[None], z)[0] @ z[:, 0]
+    found = aligned_coefficients((z[:, 0] @ gradient / 4)[None], z)[0] @ z[:, 0]
     basis = np.linalg.qr(z[:, 0].T)[0]
     assert found == pytest.approx(basis @ (basis.T @ gradient), rel=1e-10)
     for row in budget.distance_table((400, 6400), draws=60):

@@ -55,7 +55,7 @@ def test_the_gap_follows_the_law_of_a_kernel_that_stays():
     lr = 1e-3 / start["gradient_sq"].mean()
     reference = trajectories.first_order(fresh, lr)
     paths = [trajectories.zeroth_order(fresh, lr, 2, seed=seed, **WAYS) for seed in range(40)]
-    row = trajectories.compared(start, reference, paths, lr=lr, count=2)
+    row = trajectories.compare_runs(start, reference, paths, lr=lr, count=2)
     for measure in ("l2", "hellinger"):
         found, sizes = row[measure], start[f"odd_{measure}"]
         ratios = np.square(np.array(found["gap_by_seed"]) / found["law"][-1])
@@ -112,7 +112,7 @@ def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
         {"P": 1, "l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}},
         {"P": 5, "l2": {"gap_by_seed": [1.0], "law": [1.0]}},
     ]
-    found = trajectories.agreed(rows, "l2")
+    found = trajectories.agreement_with_law(rows, "l2")
     middle, low, high = found["over_law"]  # ratios 3, 1 and 1
     assert found["slope"][1:] == (-math.inf, math.inf)  # a single run has no error
     assert middle == pytest.approx(math.sqrt(11 / 3))
@@ -128,7 +128,7 @@ def test_the_slope_and_its_error_are_those_of_simulated_runs():
             {"P": count, "l2": {"law": [1.0], "gap_by_seed": np.sqrt(rng.gamma(10, 0.1 / count, size=8)).tolist()}}
             for count in (1, 5, 20)
         ]
-        slope, low, high = trajectories.agreed(rows, "l2")["slope"]
+        slope, low, high = trajectories.agreement_with_law(rows, "l2")["slope"]
         slopes.append(slope)
         inside.append(low < -0.5 < high)
     assert abs(np.mean(slopes) + 0.5) < 4 * np.std(slopes) / math.sqrt(2000)
@@ -174,6 +174,6 @@ def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
 
 
 def test_settings_are_one_for_all_models_or_one_for_each():
-    assert trajectories.of_each((1, 5), ["a", "b"]) == [[1, 5], [1, 5]]
+    assert trajectories.one_for_each((1, 5), ["a", "b"]) == [[1, 5], [1, 5]]
     with pytest.raises(UsageError, match="3 settings for 2 of"):
-        trajectories.of_each([1, 2, 3], ["a", "b"])
+        trajectories.one_for_each([1, 2, 3], ["a", "b"])

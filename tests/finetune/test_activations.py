@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
-from zokernel.finetune.models.ways import BLOCK, KEPT, Sizes, measure
+from zokernel.finetune.models.memory_setups import BLOCK, HEAP_THRESHOLD, Sizes, measure
 from zokernel.finetune.scoring import language_head
 from zokernel.finetune.scoring.options import scored_logits
 from zokernel.finetune.trainer.activations import scored_of, tokens_of
@@ -57,7 +57,7 @@ def test_logits_are_counted_for_as_many_positions_as_are_taken_together():
     assert sizes.activations(4096, scored=2) == 4096 * (4 * 64 + 288) * 4
     assert sizes.activations(100, scored=100, losses=8) == 800 * 64 * 4 + 512 * 50_000 * 8
     one, border = sizes.activations(4096), 4096 * 64 * 4
-    assert sizes.streamed(4096, losses=3) == one + 2 * KEPT + 3 * border
+    assert sizes.streamed(4096, losses=3) == one + 2 * HEAP_THRESHOLD + 3 * border
     small = sizes.activations(10, scored=1)
     assert sizes.streamed(10, losses=3, scored=1) == 3 * (small + 10 * 64 * 4)
 

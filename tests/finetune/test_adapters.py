@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
-from zokernel.finetune.models.adapters import attach_adapter, check_adapter, trained_by
+from zokernel.finetune.models.adapters import attach_adapter, check_adapter, part_to_train
 from zokernel.finetune.models.lora import adapted_modules
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_, with_base
 from zokernel.finetune.settings.arguments import ModelArguments
@@ -318,7 +318,7 @@ def test_saved_adapters_are_told_by_their_own_configuration(bases, tmp_path):
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "elsewhere")
     arguments = ModelArguments(str(bases["llama"]), adapter_name_or_path=str(tmp_path / "elsewhere"))
-    assert trained_by(arguments) == "virtual tokens"
+    assert part_to_train(arguments) == "virtual tokens"
     with pytest.raises(UsageError, match="is of another kind: leave out --lora"):
         check_adapter(ModelArguments(adapter_name_or_path=str(tmp_path / "elsewhere"), lora=True))
     named = with_base(ModelArguments(str(tmp_path / "elsewhere")))
@@ -346,9 +346,9 @@ def test_an_adapter_of_another_model_and_a_missing_base_are_one_sentence(bases, 
         with pytest.raises(UsageError, match=told):
             with_base(ModelArguments(str(tmp_path / "a")))
     with pytest.raises(UsageError, match=r"holds no adapter_config\.json"):
-        trained_by(ModelArguments(adapter_name_or_path=str(bases["llama"])))
+        part_to_train(ModelArguments(adapter_name_or_path=str(bases["llama"])))
     with pytest.raises(UsageError, match="There is no adapter folder"):
-        trained_by(ModelArguments(adapter_name_or_path=str(tmp_path / "nothing")))
+        part_to_train(ModelArguments(adapter_name_or_path=str(tmp_path / "nothing")))
 
 
 def test_the_base_is_named_by_what_means_something_elsewhere(bases, monkeypatch, tmp_path):

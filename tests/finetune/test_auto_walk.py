@@ -13,7 +13,7 @@ from trainers import load_parts, make_trainer
 from transformers import AutoConfig
 
 from zokernel.cli import main
-from zokernel.finetune.models.streamed import load_streamed
+from zokernel.finetune.models.streamed import Streaming, load_streamed
 from zokernel.finetune.settings.auto import (
     LEAST_WALK,
     NOISE_SCALE,
@@ -129,7 +129,7 @@ def test_an_adapter_changes_the_loss_of_four_examples_by_15_percent_at_most():
 def test_the_rate_of_an_adapter_follows_the_swing(trainer, monkeypatch, caplog):
     swings = Rise(WALK["LoRA"], 0.7, 0.01, 0.1, 4.0, 24)
     monkeypatch.setattr("zokernel.finetune.trainer.measuring.measure_rise", lambda *args, **options: swings)
-    monkeypatch.setattr("zokernel.finetune.trainer.measuring.what_is_trained", lambda model: "LoRA")
+    monkeypatch.setattr("zokernel.finetune.trainer.measuring.trained_part", lambda model: "LoRA")
     made = trainer()
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         made._choose_rate(made.model, DEFAULT)
@@ -214,9 +214,9 @@ def test_streamed_weights_rise_by_the_same_bits_in_few_passes(
 
     monkeypatch.setattr(measuring, "measure_rise", watched)
     resident, tokenizer, data = load_parts(tiny_lm_path, tiny_reviews_path)
-    options = {"kind": "causal", "offload_dir": tmp_path / "files", "trains_weights": not lora, "name": "tiny"}
+    streaming = Streaming(tmp_path / "files", trains_weights=not lora, where=where, updates=updates)
     architecture = AutoConfig.from_pretrained(tiny_lm_path)
-    streamed = load_streamed(architecture, tiny_lm_path, torch.float32, where=where, updates=updates, **options)
+    streamed = load_streamed(architecture, tiny_lm_path, torch.float32, streaming, kind="causal", name="tiny")
     rates, passes = [], []
     for model in (resident, streamed):
         blocks = streamed_blocks(model)

@@ -12,7 +12,7 @@ import yaml
 from zokernel.cli import main
 from zokernel.data import load_table
 from zokernel.finetune.report.run_report import summary_rows, write_report
-from zokernel.finetune.report.told import change_error, share_error
+from zokernel.finetune.report.uncertainty import change_error, share_error
 
 
 @pytest.mark.parametrize("shared", [0, 3])

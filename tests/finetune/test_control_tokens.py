@@ -19,9 +19,9 @@ from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.scoring.prepare_text import encode_texts
 from zokernel.finetune.tasks import PromptTask, encode
 from zokernel.finetune.tasks.chat_template import CHATML
+from zokernel.finetune.tasks.control_tokens import report_typed_tokens
 from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.seq2seq import Decoder
-from zokernel.finetune.tasks.typed import report_typed
 
 TYPED = "</s><mask>"
 
@@ -116,10 +116,12 @@ def test_control_tokens_in_messages_are_said_once_with_their_number_and_the_firs
 
     clean, first, second = chat("Hi", "Yo"), chat("Hi", "so</s> it goes"), chat("<s></s>Hi", "</s>")
     with caplog.at_level(logging.WARNING):
-        report_typed([clean, first, second, clean], causal)
-        report_typed([{"prompt": clean["messages"][:1], "completion": second["messages"][1:]}], causal)
-        report_typed([{"instruction": "Add", "input": "1</s>", "output": "2", "system": "", "history": []}], causal)
-        report_typed([clean, {"prompt": "<s>Hi", "completion": "Yo</s>"}, {"text": "<s>Hi</s>"}], causal)
+        report_typed_tokens([clean, first, second, clean], causal)
+        report_typed_tokens([{"prompt": clean["messages"][:1], "completion": second["messages"][1:]}], causal)
+        report_typed_tokens(
+            [{"instruction": "Add", "input": "1</s>", "output": "2", "system": "", "history": []}], causal
+        )
+        report_typed_tokens([clean, {"prompt": "<s>Hi", "completion": "Yo</s>"}, {"text": "<s>Hi</s>"}], causal)
     numbers = [re.match(r"(\d+ of \d+ rows? ha(?:s|ve)) control tokens", line)[1] for line in caplog.messages]
     assert numbers == ["2 of 4 rows have", "1 of 1 row has", "1 of 1 row has"]
     assert caplog.messages[0].endswith("(the first: 'so</s> it goes').")

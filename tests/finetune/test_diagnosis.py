@@ -17,9 +17,10 @@ from transformers import Trainer
 
 from zokernel.cli import main
 from zokernel.finetune import EncodedDataset, zeroth_order
-from zokernel.finetune.monitor.course import Course, change_of, held_out
-from zokernel.finetune.monitor.diagnosis import LEARNED, NOT_LEARNED, ONLY_TRAINING, TOO_SHORT, diagnose, verdict
+from zokernel.finetune.monitor.course import Course, change_of, summarise_evaluations
+from zokernel.finetune.monitor.diagnosis import diagnose
 from zokernel.finetune.monitor.findings import Options, Surroundings
+from zokernel.finetune.monitor.verdict import LEARNED, NOT_LEARNED, ONLY_TRAINING, TOO_SHORT, judge_run
 from zokernel.finetune.storage.run_folder import METRICS_FILE
 
 LOGGER = "zokernel.finetune.trainer.zeroth_order_trainer"
@@ -173,16 +174,16 @@ def test_label_words_that_begin_alike_are_named_and_can_learn(run):
     assert (trainer.diagnosis.verdict, said) == (LEARNED, "")
 
 
-def options(**known):
-    given = {"words": [(1,), (2,)], "labels": [30, 30], "prompts": 60, "scored": 60, "right": 40, "spread": 1.0}
-    return Options(**given | {"answers": (30, 30)} | known)
+def options(**changes):
+    counts = {"labels": [30, 30], "num_prompts": 60, "num_scored": 60, "num_right": 40, "answers": (30, 30)}
+    return Options(**{"words": [(1,), (2,)], "spread": 1.0} | counts | changes)
 
 
 STUCK = change_of(Course([0.7, 0.71, 0.69] * 20, [1.0] * 60, [1e-6] * 60))
 
 
 def test_reasons_are_two_at_most_and_the_certain_come_first():
-    known = options(words=[(1,), (1, 2)], labels=[0, 60], prompts=1, spread=0.0, answers=(0, 60))
+    known = options(words=[(1,), (1, 2)], labels=[0, 60], num_prompts=1, spread=0.0, answers=(0, 60))
     found = diagnose(STUCK, None, options=known)
     assert [reason.split()[0] for reason in found.reasons] == ["60", "All"]
     assert diagnose(STUCK, None, options=options()).reasons[0].startswith("The learning_rate is too small")
@@ -198,20 +199,20 @@ def test_label_words_of_several_lengths_are_named_if_the_longest_always_wins():
 
 
 def test_too_few_steps_and_losses_that_vary_too_much_tell_nothing():
-    assert verdict(change_of(Course([0.7] * 19)), None)[0] == TOO_SHORT
+    assert judge_run(change_of(Course([0.7] * 19)), None)[0] == TOO_SHORT
     noisy = Course([0.2, 1.4] * 20)
-    assert verdict(change_of(noisy), None)[0] == TOO_SHORT
-    at_start = held_out([{"step": 0, "loss": 0.7}, {"step": 40, "loss": 0.7}], 100)
-    assert verdict(change_of(noisy), at_start)[0] == NOT_LEARNED
-    assert verdict(change_of(noisy), replace(at_start, from_start=False))[0] == TOO_SHORT
+    assert judge_run(change_of(noisy), None)[0] == TOO_SHORT
+    at_start = summarise_evaluations([{"step": 0, "loss": 0.7}, {"step": 40, "loss": 0.7}], 100)
+    assert judge_run(change_of(noisy), at_start)[0] == NOT_LEARNED
+    assert judge_run(change_of(noisy), replace(at_start, from_start=False))[0] == TOO_SHORT
 
 
 def test_a_better_score_counts_only_above_its_noise():
     rows = [{"step": 0, "loss": 0.7, "accuracy": 0.5}, {"step": 9, "loss": 0.7, "accuracy": 0.6}]
     # Three errors of 100 examples at one half are 15 points.
-    assert not held_out(rows, 100).improved
-    assert held_out(rows, 400).improved
-    assert not held_out([rows[0], rows[1] | {"loss": 1.5}], 400).improved, "at twice the loss it is luck"
+    assert not summarise_evaluations(rows, 100).improved
+    assert summarise_evaluations(rows, 400).improved
+    assert not summarise_evaluations([rows[0], rows[1] | {"loss": 1.5}], 400).improved, "at twice the loss it is luck"
 
 
 def test_curvature_is_that_of_a_quadratic_and_uncertain_where_losses_are_rounded():
@@ -236,7 +237,7 @@ def test_the_promise_of_plain_descent_is_kept_by_one():
         course.rates.append(rate)
         weight -= rate * h * weight
     change = change_of(course)
-    assert change.promised - change.squared * h == pytest.approx(-change.change, rel=1e-9)
+    assert change.promised_fall - change.curvature_term * h == pytest.approx(-change.change, rel=1e-9)
 
 
 def test_a_continued_run_is_told_by_all_of_its_steps(tmp_path):
@@ -294,7 +295,7 @@ def test_the_rounding_of_a_frozen_base_counts(tmp_path, monkeypatch):
 
     given = []
     monkeypatch.setattr(
-        "zokernel.finetune.trainer.zeroth_order_trainer.surroundings", lambda *_, dtype: given.append(dtype)
+        "zokernel.finetune.trainer.zeroth_order_trainer.probe_surroundings", lambda *_, dtype: given.append(dtype)
     )
     for base in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(base)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from zokernel.cli import main
 from zokernel.errors import RunError
-from zokernel.finetune.report.told import loss_told, method_told, rate_told, weights_told
+from zokernel.finetune.report.text import describe_loss, describe_method, describe_rate, describe_weights
 
 
 def weights_in(folder):
@@ -199,12 +199,14 @@ def test_what_is_told_of_a_run():
         "went_wrong": None,
         "best_step": 60,
     }
-    assert method_told(run) == "mezo"
-    assert rate_told(run) == "0.001"
-    assert loss_told(run) == "1.4222 -> 1.0986"
-    assert weights_told(run) == "The weights are those with the best validation loss, of step 60 of 100."
-    assert weights_told(run | {"evaluations": [], "best_step": 100}) == "The weights are those of the last step, 100."
-    assert loss_told(run | {"went_wrong": "Training diverged."}) == "1.4222 -> 1.0986 (the run diverged)"
+    assert describe_method(run) == "mezo"
+    assert describe_rate(run) == "0.001"
+    assert describe_loss(run) == "1.4222 -> 1.0986"
+    assert describe_weights(run) == "The weights are those with the best validation loss, of step 60 of 100."
+    assert (
+        describe_weights(run | {"evaluations": [], "best_step": 100}) == "The weights are those of the last step, 100."
+    )
+    assert describe_loss(run | {"went_wrong": "Training diverged."}) == "1.4222 -> 1.0986 (the run diverged)"
 
 
 SCREEN = """

@@ -9,9 +9,9 @@ import pytest
 import torch
 from trainers import load_parts, make_trainer
 
-from zokernel.finetune.monitor.course import Course, change_of, held_out
-from zokernel.finetune.monitor.diagnosis import LEARNED, NOT_LEARNED, ONLY_TRAINING, TOO_SHORT, verdict
+from zokernel.finetune.monitor.course import Course, change_of, summarise_evaluations
 from zokernel.finetune.monitor.paired import StartLosses, paired_change
+from zokernel.finetune.monitor.verdict import LEARNED, NOT_LEARNED, ONLY_TRAINING, TOO_SHORT, judge_run
 
 EVALUATED = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "journal"}
 LEARNING = {"num_perturbations": 4, "eps": 1e-2, "learning_rate": 3e-3}
@@ -38,7 +38,7 @@ def paired(change, error, *, before=()):
         {"step": 10 * n, "loss": 2 * (1 + part), "loss_change": 2 * part, "loss_change_error": 2 * error}
         for n, part in enumerate((*before, change), 1)
     ]
-    return held_out(rows, 64)
+    return summarise_evaluations(rows, 64)
 
 
 FLAT = change_of(Course([2.0, 2.01, 1.99] * 20))  # losses that did not fall, for certain
@@ -49,9 +49,9 @@ FALLEN = change_of(Course([2.0, 1.99, 2.01] * 10 + [1.5, 1.49, 1.51] * 10))
 @pytest.mark.parametrize("course", [FLAT, NOISY], ids=["flat", "noisy"])
 def test_a_small_fall_of_the_same_examples_is_a_fall(course):
     """0.3 % is below half a percent, but five errors of the paired differences."""
-    assert verdict(course, paired(-0.003, 0.0006)) == (LEARNED, "")
-    unpaired = held_out([{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.994}], 64)
-    assert verdict(course, unpaired)[0] == NOT_LEARNED
+    assert judge_run(course, paired(-0.003, 0.0006)) == (LEARNED, "")
+    unpaired = summarise_evaluations([{"step": 0, "loss": 2.0}, {"step": 10, "loss": 1.994}], 64)
+    assert judge_run(course, unpaired)[0] == NOT_LEARNED
 
 
 @pytest.mark.parametrize("course", [FLAT, NOISY], ids=["flat", "noisy"])
@@ -66,24 +66,24 @@ def test_a_small_fall_of_the_same_examples_is_a_fall(course):
 )
 def test_no_fall_of_the_same_examples_is_none(course, change, told):
     """The error is small, so a fall by 3 % is excluded; how large it may be is said."""
-    said, outcome = verdict(course, paired(change, 0.0002))
-    assert said == NOT_LEARNED
+    verdict, outcome = judge_run(course, paired(change, 0.0002))
+    assert verdict == NOT_LEARNED
     assert outcome.startswith(told)
     assert f"(the same examples, at the end: {2 * change:+.2g} ± 0.0004)" in outcome
 
 
 def test_differences_that_vary_too_much_are_undecided():
-    said, outcome = verdict(NOISY, paired(-0.01, 0.02))
-    assert said == TOO_SHORT
+    verdict, outcome = judge_run(NOISY, paired(-0.01, 0.02))
+    assert verdict == TOO_SHORT
     assert outcome.endswith(
         "held out 2 at the start and 1.98 at the end (the same examples, at the end: -0.02 ± 0.04)."
     )
-    assert verdict(FLAT, paired(-0.01, 0.02))[0] == NOT_LEARNED, "the training losses tell"
-    assert verdict(NOISY, paired(0.05, 0.02))[0] == NOT_LEARNED, "it rose"
+    assert judge_run(FLAT, paired(-0.01, 0.02))[0] == NOT_LEARNED, "the training losses tell"
+    assert judge_run(NOISY, paired(0.05, 0.02))[0] == NOT_LEARNED, "it rose"
     # A training loss that fell stands unless the held-out examples contradict it.
-    assert verdict(FALLEN, paired(-0.01, 0.02)) == (LEARNED, "")
-    assert verdict(FALLEN, paired(-0.0001, 0.0002))[0] == ONLY_TRAINING
-    assert verdict(FALLEN, paired(0.05, 0.02))[0] == ONLY_TRAINING
+    assert judge_run(FALLEN, paired(-0.01, 0.02)) == (LEARNED, "")
+    assert judge_run(FALLEN, paired(-0.0001, 0.0002))[0] == ONLY_TRAINING
+    assert judge_run(FALLEN, paired(0.05, 0.02))[0] == ONLY_TRAINING
 
 
 def test_the_best_of_several_evaluations_must_be_better_by_more_than_one():

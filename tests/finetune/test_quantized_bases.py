@@ -21,7 +21,7 @@ from zokernel.finetune import load_predictor
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import bytes_held
 from zokernel.finetune.models.load import load_model, load_pretrained
-from zokernel.finetune.models.quantization import count_parameters, told
+from zokernel.finetune.models.quantized_model import count_parameters, describe_quantization
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.storage.replay import source_of
@@ -91,7 +91,7 @@ def test_a_run_is_resumed_saved_and_read_again(kind, base, run, tmp_path, monkey
 
     # 'predict' quantizes the base as the run did; peft alone puts the adapter on the base in full precision.
     predictor = load_predictor(tmp_path / "whole")
-    assert told(predictor.model) == WORDS[kind]
+    assert describe_quantization(predictor.model) == WORDS[kind]
     rows = ["a movie bad", "the good"]
     shares = [answer["scores"]["1"] for answer in predictor(rows)]
     full = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "whole").eval()

@@ -16,8 +16,8 @@ from zokernel.errors import UsageError
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import bytes_held, estimate_memory
 from zokernel.finetune.models.load import load_pretrained
+from zokernel.finetune.models.memory_setups import list_setups, measure
 from zokernel.finetune.models.quantized_layers import quantized_layers
-from zokernel.finetune.models.ways import measure, ways
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.journal.hashes import stored_bits
@@ -68,7 +68,7 @@ def test_the_estimate_knows_which_layers_are_quantized(family, kind, folders):
     estimate = bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind)
     assert estimate == held_by(model)
     sizes = measure(checked.architecture, checked.dtype, kind=checked.kind)
-    found = {way.flags: way.weights for way in ways(sizes, losses=2, rows=1, tokens=8)}
+    found = {way.flags: way.weights for way in list_setups(sizes, losses=2, rows=1, tokens=8)}
     assert found[" ".join(["--lora", "true", *KINDS[kind]])] == held_by(model)
     assert any("torchao" in flags for flags in found) == (family != "gpt2")
 

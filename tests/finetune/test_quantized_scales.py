@@ -18,7 +18,7 @@ from zokernel.finetune import ZOConfig, load_predictor
 from zokernel.finetune.models.check import check_model
 from zokernel.finetune.models.estimate import bytes_held
 from zokernel.finetune.models.load import load_model
-from zokernel.finetune.models.quantization import loading_options
+from zokernel.finetune.models.quantization_config import loading_options
 from zokernel.finetune.models.scales import FACTORS_FILE, scaled_layers
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.journal.hashes import stored_bits

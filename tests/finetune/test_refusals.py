@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 
 from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.models.check import not_loaded
+from zokernel.finetune.models.check import loading_error
 from zokernel.finetune.scoring.continuations import shown_prompt
 from zokernel.finetune.settings.check import check_output
-from zokernel.finetune.storage.run_folder import METRICS_FILE, RUN_FILE, left_empty_if_refused
+from zokernel.finetune.storage.run_folder import METRICS_FILE, RUN_FILE, clear_if_refused
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.text import TextTask
 
@@ -34,7 +34,7 @@ def test_a_run_refused_before_its_first_step_leaves_nothing(flags, tmp_path, mon
 def test_only_a_new_run_without_a_step_is_removed(file, new, kept, tmp_path):
     for name in (RUN_FILE, file):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UsageError), left_empty_if_refused(tmp_path, new=new):
+    with pytest.raises(UsageError), clear_if_refused(tmp_path, new=new):
         raise UsageError("No.")
     assert (tmp_path / RUN_FILE).exists() == kept
 
@@ -64,7 +64,7 @@ def test_only_the_flags_that_were_given_are_to_be_left_out(given, told):
 
 def test_a_damaged_gguf_file_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    error = not_loaded(str(tmp_path), ValueError("no magic"), gguf_file="bad.gguf")
+    error = loading_error(str(tmp_path), ValueError("no magic"), gguf_file="bad.gguf")
     assert str(error) == f"GGUF file {tmp_path / 'bad.gguf'} could not be loaded (no magic): fetch it again."
 
 

@@ -222,7 +222,7 @@ def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, 
     assert not caplog.records, "a few seconds do not matter"
     assert objective.rewards.seconds["dawdle"] > 0.3 > objective.rewards.seconds["quick"]
     monkeypatch.setattr("zokernel.finetune.rewards.objective.SLOW", 0.5)
-    objective._writing = -60.0  # as if the model were fast
+    objective._generation_seconds = -60.0  # as if the model were fast
     for _ in range(3):
         objective(model, batch)
     told = [record.getMessage() for record in caplog.records if "Rewards have taken" in record.getMessage()]

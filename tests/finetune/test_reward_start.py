@@ -41,13 +41,13 @@ def test_the_penalised_losses_of_a_population_are_those_of_plain_forwards(family
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         now = {name: p.clone() for name, p in trained.items()}
 
-    written = objective._written
+    written = objective._sample_answers
 
     def noted(*args, **kwargs):
         seen.append(written(*args, **kwargs))
         return seen[-1]
 
-    objective._written = noted
+    objective._sample_answers = noted
     stacked = Stacked(lambda k: objective.stacked(model, batch, k), max_bytes=1 << 30)
     found = losses(stacked, model, directions, objective, batch, points)
     (answers,) = seen

@@ -57,7 +57,7 @@ def test_a_collapsed_model_is_no_candidate_for_the_best(save, stops, tmp_path, c
 
     trainer, losses = run("best", load_best_model_at_end=True)
     assert (losses[0], losses[-1]) == (1.0, 0.5)
-    assert trainer.diverged.startswith("Training diverged: the loss of its batches rose from 1 to")
+    assert trainer.divergence.startswith("Training diverged: the loss of its batches rose from 1 to")
     assert (trainer.final_step, trainer.state.best_global_step, trainer.state.best_metric) == (0, 0, 1.0)
     assert trainer.model.weight.item() == 0.0
     assert "The weights are those of step 0, before that." in caplog.text

@@ -151,19 +151,21 @@ def test_a_full_disk_is_named(tmp_path: Path):
     from zokernel.errors import RunError
 
     full = OSError(28, "No space left on device", str(tmp_path))
-    told = explain(full, "org/fine")
-    assert isinstance(told, RunError)
-    assert str(told).startswith(f"The hub's cache cannot be written ({tmp_path}: No space left on device): free some")
+    explanation = explain(full, "org/fine")
+    assert isinstance(explanation, RunError)
+    begin = f"The hub's cache cannot be written ({tmp_path}: No space left on device): free some"
+    assert str(explanation).startswith(begin)
 
 
 def test_a_hint_is_left_out_if_the_hub_does_not_answer_and_a_mistake_is_not_hidden(monkeypatch):
-    from zokernel.data import hub
+    from zokernel.data.hub_repository import Repository
     from zokernel.data.hub_requests import transport_error
 
+    repository = Repository("org/fine")
     hints = {
-        "list_repo_refs": lambda: hub._revisions("org/fine", hub.MODEL),
-        "list_models": lambda: hub._close_names("org/fine", hub.MODEL),
-        "list_repo_files": lambda: hub._weights_there("org/fine", None),
+        "list_repo_refs": repository.revisions,
+        "list_models": repository.close_names,
+        "list_repo_files": repository.other_weights_hint,
     }
     for method, hint in hints.items():
         for answer in (transport_error()("refused"), OSError("no cache"), ValueError("not JSON")):

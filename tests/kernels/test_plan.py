@@ -15,7 +15,7 @@ from plan_tasks import small_task
 
 from zokernel.cli import main
 from zokernel.commands.plan import PlanArguments, load_task
-from zokernel.commands.plan_told import describe
+from zokernel.commands.plan_text import describe
 from zokernel.directions import Dense
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments

@@ -11,7 +11,7 @@ import pytest
 import torch
 from plan_tasks import small_task
 
-from zokernel.commands.plan_told import describe
+from zokernel.commands.plan_text import describe
 from zokernel.errors import RunError
 from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.kernels.plan import make_plan
@@ -117,14 +117,14 @@ def test_kept_plans_of_the_benchmark_are_told_apart_by_their_probes(tmp_path, mo
     monkeypatch.syspath_prepend(root / "benchmarks")
     benchmark = importlib.import_module("plan_followed")
     path = tmp_path / "runs.jsonl"
-    made = []
-    monkeypatch.setattr(benchmark, "advised", lambda data, **told: made.append(told["num_probes"]) or {"lr": None})
-    asked = {"seeds": [0], "tasks": ["tickets"], "train": ["full"], "steps": 40, "batch": 8, "no_sweep": True}
+    planned = []
+    monkeypatch.setattr(benchmark, "advice", lambda data, **flags: planned.append(flags["num_probes"]) or {"lr": None})
+    settings = {"seeds": [0], "tasks": ["tickets"], "train": ["full"], "steps": 40, "batch": 8, "no_sweep": True}
     for probes in (32, 64, 64):
         sources = benchmark.Sources(*[tmp_path] * 3)
-        benchmark.follow(KeptRuns(path), sources, Namespace(**asked, no_plan=False, num_probes=probes))
-    assert made == [32, 64]
+        benchmark.follow(KeptRuns(path), sources, Namespace(**settings, no_plan=False, num_probes=probes))
+    assert planned == [32, 64]
     records = KeptRuns(benchmark.COMMITTED)
-    asked |= {"tasks": benchmark.TASKS, "train": list(benchmark.SWEEP)}
-    found = [benchmark.summary(records, Namespace(**asked, num_probes=probes)) for probes in (32, 64)]
-    assert [text.splitlines()[-1][:17] for text in found] == ["6 plans followed,", "0 plans followed,"]
+    settings |= {"tasks": benchmark.TASKS, "train": list(benchmark.SWEEP)}
+    summaries = [benchmark.summary(records, Namespace(**settings, num_probes=probes)) for probes in (32, 64)]
+    assert [text.splitlines()[-1][:17] for text in summaries] == ["6 plans followed,", "0 plans followed,"]

@@ -12,7 +12,7 @@ from test_streamed_forward import FAMILIES, closure, save, streamed, train, with
 from torch import Tensor
 
 from zokernel.offload import StreamedForward, streamed_blocks
-from zokernel.process_memory import counted_by_kernel, release_heap
+from zokernel.process_memory import memory_count, release_heap
 
 
 def left_by_six_losses(folder: Path, left: Any) -> None:
@@ -30,12 +30,12 @@ def left_by_six_losses(folder: Path, left: Any) -> None:
     perturb = StreamedForward(blocks, model)
     train(model, perturb, steps=1)
     release_heap()
-    before = counted_by_kernel("RssAnon")
+    before = memory_count("RssAnon")
     assert len(perturb.losses_of([(loss, {})] * 6, step=1)) == len(kept) == 6
-    left.put(counted_by_kernel("RssAnon") - before)
+    left.put(memory_count("RssAnon") - before)
 
 
-@pytest.mark.skipif(counted_by_kernel("RssAnon") is None, reason="only Linux counts memory without files apart")
+@pytest.mark.skipif(memory_count("RssAnon") is None, reason="only Linux counts memory without files apart")
 def test_a_pass_leaves_no_room_in_the_heaps_of_its_threads(tmp_path: Path) -> None:
     """In a process of its own, since threads of other tests keep memory, too."""
     processes = forked.context()

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from zokernel.cli import main
-from zokernel.finetune.models.offload import offloaded
+from zokernel.finetune.models.offload import with_offload
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import read_settings
@@ -175,7 +175,7 @@ def test_runs_that_cannot_stream_are_refused(arguments, settings, told, tmp_path
 
     config = ZOConfig(output_dir=str(tmp_path), **({"method": "mezo"} | settings))
     with pytest.raises(UsageError, match=told):
-        offloaded(ModelArguments(**arguments), config)
+        with_offload(ModelArguments(**arguments), config)
 
 
 @pytest.mark.parametrize("updates", ["disk", "journal"])

@@ -180,7 +180,7 @@ def test_a_column_space_stays_for_an_epoch():
     u = law.basis("w", "left", 20, 2, 1, 0, torch.device("cpu")).double()
     z = 2 * law(like, seed=1, step=7, index=0)["w"] - law(like, seed=1, step=7, index=3)["w"]
     torch.testing.assert_close(z.double(), math.sqrt(20 / 2) * u @ core, rtol=0, atol=1e-5)
-    assert len(law._bases._kept) == 1, "bases of past epochs are let go"
+    assert len(law._bases._results) == 1, "bases of past epochs are let go"
 
 
 def test_the_rank_of_a_column_space_is_bounded_by_the_rows_alone():

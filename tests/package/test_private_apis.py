@@ -1,4 +1,4 @@
-"""Every private API that the package relies on exists, has a test of what it does, and is used in one module only."""
+"""Every private API that the package relies on exists, has a test of what it does, and is used in one place only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import textwrap
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from zokernel import private_apis
 transformers = pytest.importorskip("transformers")
 
 PACKAGE = Path(zokernel.__file__).parent
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "private_apis.py")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "private_apis")
 PUBLIC_OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 
 
@@ -164,7 +165,7 @@ def foreign_uses(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_file_uses_nothing_private_of_others(path):
     uses = foreign_uses(ast.parse(path.read_text(encoding="utf-8")))
-    assert not uses, f"{path}: {uses} belong into zokernel/private_apis.py, with a reason and a test"
+    assert not uses, f"{path}: {uses} belong into zokernel/private_apis/, with a reason and a test"
 
 
 @pytest.mark.parametrize(
@@ -229,12 +230,29 @@ def test_the_check_of_classes_finds():
     assert inherited_private_names(Overrides) == {"_init_group"}
 
 
+def private_api_modules() -> list[ModuleType]:
+    names = [module.name for module in pkgutil.iter_modules(private_apis.__path__, f"{private_apis.__name__}.")]
+    return [importlib.import_module(name) for name in names]
+
+
+@pytest.mark.parametrize("module", private_api_modules(), ids=lambda module: module.__name__)
+def test_every_name_of_a_dependency_is_exported(module):
+    tree = ast.parse(inspect.getsource(module))
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined |= {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)}
+    missing = {name for name in defined if not is_private(name)} - set(private_apis.__all__)
+    assert not missing, f"zokernel.private_apis does not export {missing} of {module.__name__}"
+
+
 def test_every_function_says_what_is_private():
     functions = [
-        f for f in vars(private_apis).values() if inspect.isfunction(f) and f.__module__ == private_apis.__name__
+        value
+        for module in private_api_modules()
+        for value in vars(module).values()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
     ]
     tests = Path(__file__).with_name("test_private_behaviour.py").read_text(encoding="utf-8")
-    assert len(functions) > 10
+    assert len(functions) > 20
     for function in functions:
         assert "Private: " in (function.__doc__ or ""), function.__name__
         assert f"private_apis.{function.__name__}(" in tests, f"{function.__name__} has no test"

@@ -100,8 +100,9 @@ def test_other_models_name_no_attention():
 
 def test_what_bitsandbytes_leaves_is_named():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
-    assert private_apis.kept_in_full(transformers.T5ForConditionalGeneration(config)) == {"wo"}
-    assert private_apis.kept_in_full(tiny_llama()) == private_apis.kept_in_full(nn.Linear(2, 2)) == set()
+    assert private_apis.full_precision_suffixes(transformers.T5ForConditionalGeneration(config)) == {"wo"}
+    others = (tiny_llama(), nn.Linear(2, 2))
+    assert all(private_apis.full_precision_suffixes(model) == set() for model in others)
 
 
 def test_repeated_blocks_are_named():
@@ -191,17 +192,17 @@ def test_losses_that_trl_notes_are_taken_back_and_tokens_counted_once(tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     tokens = int(batch["attention_mask"].sum())
     trainer.compute_loss(trainer.model, dict(batch))
-    assert private_apis.tokens_counted_by_trl(trainer) == tokens, "trl counts tokens elsewhere"
-    noted = private_apis.noted_by_trl(trainer)
+    assert private_apis.trl_token_count(trainer) == tokens, "trl counts tokens elsewhere"
+    noted = private_apis.trl_metrics(trainer)
     for _ in range(3):
         trainer.compute_loss(trainer.model, dict(batch))
-    assert private_apis.tokens_counted_by_trl(trainer) == 4 * tokens
-    assert len(private_apis.noted_by_trl(trainer)["_metrics"]["train"]["entropy"]) == 4
+    assert private_apis.trl_token_count(trainer) == 4 * tokens
+    assert len(private_apis.trl_metrics(trainer)["_metrics"]["train"]["entropy"]) == 4
     private_apis.count_tokens_once(trainer, tokens, 3)
-    assert private_apis.tokens_counted_by_trl(trainer) == 2 * tokens
-    assert private_apis.noted_by_trl(trainer)["_metrics"]["train"]["num_tokens"] == [2 * tokens]
-    private_apis.set_noted_by_trl(trainer, noted)
-    assert private_apis.noted_by_trl(trainer) == noted
+    assert private_apis.trl_token_count(trainer) == 2 * tokens
+    assert private_apis.trl_metrics(trainer)["_metrics"]["train"]["num_tokens"] == [2 * tokens]
+    private_apis.set_trl_metrics(trainer, noted)
+    assert private_apis.trl_metrics(trainer) == noted
     logged = trainer.state.log_history
     trainer.log({})
     assert logged[-1]["num_tokens"] == tokens, "trl logs something else"
@@ -210,7 +211,7 @@ def test_losses_that_trl_notes_are_taken_back_and_tokens_counted_once(tmp_path):
 def test_other_trainers_note_nothing(tmp_path):
     trainer = plain_trainer(tmp_path)
     private_apis.count_tokens_once(trainer, 0, 2)
-    assert (private_apis.noted_by_trl(trainer), private_apis.tokens_counted_by_trl(trainer)) == ({}, 0)
+    assert (private_apis.trl_metrics(trainer), private_apis.trl_token_count(trainer)) == ({}, 0)
 
 
 # torch
@@ -312,7 +313,7 @@ def test_the_state_of_modules_is_exchanged():
     seen: list[str] = []
     layer.register_forward_pre_hook(lambda *_: seen.append("first"))
     base = private_apis.ModuleState([layer])
-    own = base.own()
+    own = base.copy()
     own.install()
     handle = layer.register_forward_hook(lambda *_: seen.append("own"), always_call=True)
     layer.forward = lambda x: -x

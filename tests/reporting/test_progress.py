@@ -47,7 +47,7 @@ def test_a_running_run(folder):
         found = progress_of(read_training(folder))
         assert (found.state, found.steps, found.total, found.percent) == ("running", 126, 300, 42)
         assert found.seconds_left == pytest.approx(174 * 0.5)
-        assert (found.done, found.left) == ("126 of 300", "about 1 min 27 s")
+        assert (found.steps_done, found.time_left) == ("126 of 300", "about 1 min 27 s")
         assert live_data(folder)["title"] == "42 % · runs/reviews"
         assert "<title>42 % · runs/reviews</title>" in live_page(folder)
     assert holder(folder) is None
@@ -69,23 +69,26 @@ def test_what_is_not_known_is_not_made_up(folder):
     (folder / "run.json").write_text(json.dumps({"settings": {"max_steps": -1}}))
     found = progress_of(read_training(folder))
     assert (found.total, found.percent, found.seconds_left) == (None, None, None)
-    assert (found.done, found.left) == ("126 of an unknown number", "not known: no number of steps was noted")
+    assert (found.steps_done, found.time_left) == (
+        "126 of an unknown number",
+        "not known: no number of steps was noted",
+    )
     assert found.title("a/b") == "step 126 · a/b"
     (folder / "run.json").write_text(json.dumps({"settings": {"max_steps": 300}}))
     rows = [{"step": n, "loss": 1.0} for n in range(1, 4)]
     (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = progress_of(read_training(folder))
-    assert (found.total, found.seconds_left, found.left) == (300, None, "not known yet")
+    assert (found.total, found.seconds_left, found.time_left) == (300, None, "not known yet")
 
 
 def test_a_run_that_died_stopped_or_is_quiet(folder):
     stopped = progress_of(read_training(folder))
-    assert (stopped.state, stopped.left) == ("stopped", "none: the run stopped")
+    assert (stopped.state, stopped.time_left) == ("stopped", "none: the run stopped")
     (folder / LOCK_FILE).write_text(f"pid {dead_process()}")
     assert progress_of(read_training(folder)).state == "running", "it may write from another machine"
     age(folder, 500)
     died = progress_of(read_training(folder))
-    assert (died.state, died.left, died.seconds_left) == ("died", "none: the run died", None)
+    assert (died.state, died.time_left, died.seconds_left) == ("died", "none: the run died", None)
     assert live_data(folder)["title"] == "died at 42 % · runs/reviews"
     assert read(folder).alert == (
         "The run died after step 126 of 300: its process is gone. The same command continues it."
@@ -94,12 +97,12 @@ def test_a_run_that_died_stopped_or_is_quiet(folder):
     age(folder, 500)
     quiet = progress_of(read_training(folder))
     assert quiet.state == "running"
-    assert quiet.told == "Running: step 126 of 300. Nothing was written for 8 min 20 s."
+    assert quiet.description == "Running: step 126 of 300. Nothing was written for 8 min 20 s."
 
 
 def test_a_finished_run_and_one_that_waits(kinds, tmp_path):
     found = progress_of(read_training(kinds("classification")))
-    assert (found.state, found.done, found.percent, found.left) == ("finished", "60 of 60", 100, "none")
+    assert (found.state, found.steps_done, found.percent, found.time_left) == ("finished", "60 of 60", 100, "none")
     waiting = live_data(tmp_path)
     assert (waiting["state"], waiting["status"]) == ("waiting", "Waiting for the run to begin.")
     assert waiting["title"] == f"waiting · {run_name(tmp_path)}"

@@ -26,12 +26,12 @@ def read_arrays(path: Path, *, kind: str = ".npz") -> dict[str, np.ndarray]:
         UsageError: If it is no such file, or a damaged one.
     """
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            arrays = {"": found}
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"": loaded}
         else:
-            with found:
-                arrays = {name: found[name] for name in found.files}
+            with loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is not a readable {kind} file of plain arrays: {first_line(error)}.") from error
     if ("" in arrays) != (kind == ".npy"):

@@ -41,10 +41,10 @@ def main(args: argparse.Namespace) -> int:
         update(claims, args.update)
         save_claims(claims)
     if args.check or args.update:
-        found = contradictions(claims, args.check or args.update)
-        print("\n".join(found) if found else f"{len(claims)} claims agree with {args.check or args.update}.")
-        return 1 if found else 0
-    shown = [
+        conflicts = contradictions(claims, args.check or args.update)
+        print("\n".join(conflicts) if conflicts else f"{len(claims)} claims agree with {args.check or args.update}.")
+        return 1 if conflicts else 0
+    selected = [
         claim
         for claim in claims
         if (not args.ids or claim.id in args.ids)
@@ -55,16 +55,16 @@ def main(args: argparse.Namespace) -> int:
     if missing:
         raise UsageError(f"There is no claim {sorted(missing)[0]!r}: 'zokernel claims' lists them.")
     if args.json:
-        print(as_json(shown))
+        print(as_json(selected))
         return 0
     full = args.full or bool(args.ids)
     for paper in PAPERS:
-        of_paper = [claim for claim in shown if claim.paper == paper]
+        of_paper = [claim for claim in selected if claim.paper == paper]
         if of_paper:
             print(f"{paper}\n")
             print("\n".join(describe(claim) if full else line(claim) for claim in of_paper), end="\n\n")
-    counts = Counter(claim.verdict for claim in shown)
-    print(f"{len(shown)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    counts = Counter(claim.verdict for claim in selected)
+    print(f"{len(selected)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from zokernel.dynamics.simulation import Simulation, record_steps, simulate
 from zokernel.errors import UsageError
 from zokernel.figures import save
 from zokernel.files import check_output_dir, write_json
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.theory.stability import stability_limit_of_features
 
 if TYPE_CHECKING:
@@ -79,12 +80,13 @@ def main(args: argparse.Namespace) -> int:
     evolution, limit = _evolution(args, inputs)
     floor, start = evolution.floor, float(evolution.expected_loss(0)[0])
     target = args.target_loss if args.target_loss is not None else floor + 0.1 * (start - floor)
-    reached = None if evolution.lr >= limit else steps_to_reach(evolution, target)
+    target_step = None if evolution.lr >= limit else steps_to_reach(evolution, target)
     budget = _budget(args, inputs, target)
     reported = sorted({0, *args.steps})
     curve = sorted({*record_steps(max(reported), 120), *reported})
-    runs = _simulated(args, inputs, evolution, curve) if args.simulate else None
-    record = _record(args, inputs, evolution, limit, reported, target, reached, budget, runs)
+    runs = _simulate(args, inputs, evolution, curve) if args.simulate else None
+    prediction = Prediction(evolution, limit, reported, target, target_step, budget, runs)
+    record = _record(args, inputs, prediction)
     record["command"] = args.command_line
     _print(record)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,7 @@ def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolutio
             )
             features = None
     moments = resolve_moments(distribution, args.coupling, features, inputs.dim)
-    kept = features if moments.diagonal else None
+    exact_features = features if moments.diagonal else None
     evolution = Evolution(
         inputs.f0,
         inputs.y,
@@ -135,10 +137,12 @@ def _evolution(args: argparse.Namespace, inputs: EvolveInputs) -> tuple[Evolutio
         1.0,
         moments=moments,
         num_perturbations=args.num_perturbations,
-        features=kept,
+        features=exact_features,
     )
-    if kept is not None:
-        limit = stability_limit_of_features(kept, args.num_perturbations, args.coupling, distribution=distribution)
+    if exact_features is not None:
+        limit = stability_limit_of_features(
+            exact_features, args.num_perturbations, args.coupling, distribution=distribution
+        )
     else:
         limit = evolution.stability_limit
     return evolution.at(0.5 * limit if args.learning_rate is None else args.learning_rate), limit
@@ -156,7 +160,7 @@ def _budget(args: argparse.Namespace, inputs: EvolveInputs, target: float) -> li
     )
 
 
-def _simulated(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolution, steps: list[int]) -> Simulation:
+def _simulate(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolution, steps: list[int]) -> Simulation:
     distribution = Distribution.parse(args.distribution)
     features = inputs.features
     if distribution.is_rotation_invariant:  # any basis of the span will do, and the kernel gives one
@@ -178,17 +182,59 @@ def _simulated(args: argparse.Namespace, inputs: EvolveInputs, evolution: Evolut
     )
 
 
-def _record(
-    args: argparse.Namespace,
-    inputs: EvolveInputs,
-    evolution: Evolution,
-    limit: float,
-    steps: list[int],
-    target: float,
-    reached: int | None,
-    budget: list[QueryRow],
-    runs: Simulation | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted of a training run.
+
+    Attributes:
+        evolution: Loss and outputs at every step.
+        limit: Largest learning rate at which the expected loss stays bounded.
+        steps: The steps that are reported.
+        target: Loss to reach.
+        target_step: The step that reaches it in expectation; None if none does.
+        budget: Loss evaluations that reach it, for several numbers of perturbations.
+        runs: Simulated runs, if any were asked for.
+    """
+
+    evolution: Evolution
+    limit: float
+    steps: list[int]
+    target: float
+    target_step: int | None
+    budget: list[QueryRow]
+    runs: Simulation | None
+
+
+def _record(args: argparse.Namespace, inputs: EvolveInputs, prediction: Prediction) -> dict[str, Any]:
+    """Return the content of ``evolution.json``."""
+    evolution, target_step = prediction.evolution, prediction.target_step
+    usable = [row for row in prediction.budget if row.queries is not None]
+    best = min(usable, key=lambda row: (row.queries, row.num_perturbations), default=None)
+    return {
+        "source": inputs.source,
+        "examples": len(inputs.y),
+        "parameters": inputs.dim,
+        "rank": evolution.rank,
+        "distribution": args.distribution,
+        "coupling": args.coupling,
+        "num_perturbations": args.num_perturbations,
+        "learning_rate": evolution.lr,
+        "stability_limit": prediction.limit,
+        "first_order_limit": 2.0 / float(evolution.eigenvalues.max()),
+        "stable": evolution.lr < prediction.limit,
+        "loss_floor": evolution.floor,
+        "target_loss": prediction.target,
+        "steps_to_target": target_step,
+        "queries_to_target": None if target_step is None else 2 * args.num_perturbations * target_step,
+        "best_num_perturbations": None if best is None else best.num_perturbations,
+        "per_query": [vars(row) for row in prediction.budget],
+        "losses": _loss_table(inputs, prediction),
+    }
+
+
+def _loss_table(inputs: EvolveInputs, prediction: Prediction) -> dict[str, Any]:
+    """Return the losses at the reported steps, column by column."""
+    evolution, steps, runs = prediction.evolution, prediction.steps, prediction.runs
     low, high = evolution.loss_band(steps)
     table: dict[str, Any] = {
         "step": steps,
@@ -200,32 +246,11 @@ def _record(
     if runs is not None:
         index = [int((runs.steps == step).nonzero()[0, 0]) for step in steps]
         table["simulated_mean"] = _plain(runs.losses.mean(1)[index])
-        table["simulated_error"] = _plain(runs.losses.std(1)[index] / math.sqrt(args.simulate))
+        table["simulated_error"] = _plain(runs.losses.std(1)[index] / math.sqrt(runs.losses.shape[1]))
         table["simulated_median"] = _plain(runs.losses.median(1).values[index])
     if inputs.test is not None:
         table |= _test_losses(evolution, inputs, steps)
-    usable = [row for row in budget if row.queries is not None]
-    best = min(usable, key=lambda row: (row.queries, row.num_perturbations), default=None)
-    return {
-        "source": inputs.source,
-        "examples": len(inputs.y),
-        "parameters": inputs.dim,
-        "rank": evolution.rank,
-        "distribution": args.distribution,
-        "coupling": args.coupling,
-        "num_perturbations": args.num_perturbations,
-        "learning_rate": evolution.lr,
-        "stability_limit": limit,
-        "first_order_limit": 2.0 / float(evolution.eigenvalues.max()),
-        "stable": evolution.lr < limit,
-        "loss_floor": evolution.floor,
-        "target_loss": target,
-        "steps_to_target": reached,
-        "queries_to_target": None if reached is None else 2 * args.num_perturbations * reached,
-        "best_num_perturbations": None if best is None else best.num_perturbations,
-        "per_query": [vars(row) for row in budget],
-        "losses": table,
-    }
+    return table
 
 
 def _test_losses(evolution: Evolution, inputs: EvolveInputs, steps: list[int]) -> dict[str, list[float | None]]:
@@ -252,13 +277,13 @@ def _plain(values: Tensor) -> list[float | None]:
 
 def _print(record: dict[str, Any]) -> None:
     print(
-        f"{record['source']}: {counted(record['examples'], 'example')}, {counted(record['parameters'], 'parameter')}, "
+        f"{record['source']}: {plural(record['examples'], 'example')}, {plural(record['parameters'], 'parameter')}, "
         f"rank {record['rank']}"
     )
     state = "stable" if record["stable"] else "UNSTABLE: the expected loss diverges"
     print(
         f"learning rate {record['learning_rate']:.4g} ({state}); mean-square limit {record['stability_limit']:.4g} "
-        f"with {counted(record['num_perturbations'], record['distribution'] + ' perturbation')}, gradient descent "
+        f"with {plural(record['num_perturbations'], record['distribution'] + ' perturbation')}, gradient descent "
         f"{record['first_order_limit']:.4g}"
     )
     columns = list(record["losses"])
@@ -271,7 +296,7 @@ def _print(record: dict[str, Any]) -> None:
     else:
         print(
             f"loss {record['target_loss']:.4g} is reached in expectation after "
-            f"{counted(record['steps_to_target'], 'step')}, {counted(record['queries_to_target'], 'loss evaluation')} "
+            f"{plural(record['steps_to_target'], 'step')}, {plural(record['queries_to_target'], 'loss evaluation')} "
             f"(the floor is {record['loss_floor']:.4g})"
         )
     for row in record["per_query"]:
@@ -288,10 +313,10 @@ def _figure(evolution: Evolution, steps: list[int], runs: Simulation | None, rec
         axes = figure.subplots()
         expected, (low, high) = evolution.expected_loss(steps), evolution.loss_band(steps)
         ceiling = 100 * float(expected[0])
-        shown = torch.where(expected <= ceiling, expected, torch.nan)
+        visible = torch.where(expected <= ceiling, expected, torch.nan)
         low, high = low.clamp_max(ceiling), high.clamp_max(ceiling)
         axes.fill_between(steps, low, high, color=PALETTE[0], alpha=0.2, lw=0, label="predicted, about 90% of runs")
-        axes.plot(steps, shown, color=PALETTE[0], label="predicted expected loss")
+        axes.plot(steps, visible, color=PALETTE[0], label="predicted expected loss")
         mean = evolution.mean_loss(steps)
         axes.plot(
             steps, torch.where(mean <= ceiling, mean, torch.nan), ":", color=PALETTE[6], label="loss of the mean path"

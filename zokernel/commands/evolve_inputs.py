@@ -155,10 +155,10 @@ def from_factory(spec: str, path: Path, *, offset: bool, max_examples: int | Non
     if path.suffix == ".npz":
         if not path.is_file():
             raise UsageError(f"There is no file {path}: check the path.")
-        held = read_arrays(path)
-        if not {"inputs", "targets"} <= held.keys():
-            raise UsageError(f"{path} needs arrays inputs and targets; it holds {', '.join(held)}.")
-        arrays = {name: _numbers(held[name], f"{path}: {name}") for name in ("inputs", "targets")}
+        file_arrays = read_arrays(path)
+        if not {"inputs", "targets"} <= file_arrays.keys():
+            raise UsageError(f"{path} needs arrays inputs and targets; it holds {', '.join(file_arrays)}.")
+        arrays = {name: _numbers(file_arrays[name], f"{path}: {name}") for name in ("inputs", "targets")}
         x, y = arrays["inputs"], arrays["targets"].reshape(-1)
     else:
         table = _read_table(path, None)
@@ -240,12 +240,12 @@ def from_language_model(
     low, high = label_tokens(tokenizer, task.words)
     if low == high:
         raise UsageError(f"{task.words[0]!r} and {task.words[1]!r} are the same token: choose other words.")
-    parameters = _chosen(model, trainable)
+    parameters = _matching_parameters(model, trainable)
     dim = sum(parameter.numel() for parameter in parameters)
-    needed = 4 * dim * len(prompts)
-    if needed > memory_budget:
+    gradient_bytes = 4 * dim * len(prompts)
+    if gradient_bytes > memory_budget:
         raise UsageError(
-            f"Gradients of {len(prompts)} texts in {dim:,} parameters need {readable_bytes(needed)} (allowed: "
+            f"Gradients of {len(prompts)} texts in {dim:,} parameters need {readable_bytes(gradient_bytes)} (allowed: "
             f"{readable_bytes(memory_budget)}): lower --max_examples, or choose fewer with --trainable_parameters."
         )
     rows, outputs = torch.empty(len(prompts), dim), []
@@ -278,7 +278,7 @@ def _prompts(rows: list[dict[str, Any]], task: TextTask, path: Path) -> tuple[li
     return [fill(template, row) for row in rows], torch.tensor([2.0 * int(label) - 1 for label in labels]).double()
 
 
-def _chosen(model: nn.Module, trainable: str | None) -> list[nn.Parameter]:
+def _matching_parameters(model: nn.Module, trainable: str | None) -> list[nn.Parameter]:
     try:
         pattern = re.compile(trainable or "")
     except re.error as error:

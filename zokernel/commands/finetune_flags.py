@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from zokernel.commands.parser import no_such_flag
+from zokernel.commands.parser import unknown_flag_error
 
 COMMANDS = ("finetune", "demo")
 SOURCES = (
@@ -39,23 +39,23 @@ def refuse_unknown_flags(command: str, argv: Sequence[str]) -> None:
         zokernel.errors.UsageError: There is no flag '--lerning-rate' (did you mean --learning_rate?).
     """
     names = declared_flags()
-    known = {*names, *(f"no_{name}" for name in names), *OF_EVERY_COMMAND}
+    accepted = {*names, *(f"no_{name}" for name in names), *OF_EVERY_COMMAND}
     flags = [word.partition("=")[0] for word in argv if word.startswith("--") and " " not in word]  # else a value
     spelled = {flag: flag[2:].replace("-", "_") for flag in flags}
     if not names or spelled.keys() & {"--", "--help"} or "help_all" in spelled.values():
         return
     for flag, name in spelled.items():
-        if name not in known:
-            raise no_such_flag(flag, names, f"zokernel {command}")
+        if name not in accepted:
+            raise unknown_flag_error(flag, names, f"zokernel {command}")
 
 
 @cache
 def declared_flags() -> tuple[str, ...]:
     """Return the names of the fields of the classes, in order; none if transformers is not installed."""
-    return tuple(_declared())
+    return tuple(_declared_fields())
 
 
-def _declared() -> Iterator[str]:
+def _declared_fields() -> Iterator[str]:
     for package, file in SOURCES:
         spec = importlib.util.find_spec(package)  # imports nothing
         if spec is None or spec.origin is None:

@@ -86,15 +86,15 @@ def with_default(action: argparse.Action, text: str | None) -> str:
     if default is None or default is False or default == [] or default is argparse.SUPPRESS or "default:" in text:
         return text
     values = default if isinstance(default, (list, tuple)) else [default]
-    shown = " ".join(str(value).lower() if isinstance(value, bool) else str(value).strip() for value in values)
-    return f"{text.rstrip(' .,;:')} (default: {shown})"
+    default_text = " ".join(str(value).lower() if isinstance(value, bool) else str(value).strip() for value in values)
+    return f"{text.rstrip(' .,;:')} (default: {default_text})"
 
 
 def _row(action: argparse.Action, example: str, text: str) -> str:
     name = action.option_strings[0] if action.option_strings else ""
     left = f"  {name} {example}".rstrip() if name else f"  {example}"
-    told = with_default(action, text or (action.help or "").replace("%%", "%"))
-    lines = textwrap.wrap(told, WIDTH - _LEFT, break_long_words=False, break_on_hyphens=False)
+    description = with_default(action, text or (action.help or "").replace("%%", "%"))
+    lines = textwrap.wrap(description, WIDTH - _LEFT, break_long_words=False, break_on_hyphens=False)
     if len(left) + 2 > _LEFT:
         lines.insert(0, "")
     return "\n".join(f"{left if n == 0 else '':<{_LEFT}}{line}".rstrip() for n, line in enumerate(lines or [""]))

@@ -15,11 +15,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zokernel.commands.loading import add_loading_flags, loading_of
+from zokernel.commands.loading import add_loading_flags, loading_arguments
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 # How the names of an evaluation's measures end that say how long it took.
 TIMINGS = ("runtime", "per_second", "preparation_time", "epoch")
@@ -48,11 +48,13 @@ def main(args: argparse.Namespace) -> int:
             from zokernel.finetune.storage.replay import load_base
             from zokernel.journal.replay import check_base
 
-            check_base(journal.header, dict(load_base(args.base, journal, **loading_of(args)).named_parameters()))
-        left = counted(journal.torn_bytes, "byte")
-        torn = f" A torn last record of {left} will be dropped." if journal.torn_bytes else ""
+            check_base(
+                journal.header, dict(load_base(args.base, journal, **loading_arguments(args)).named_parameters())
+            )
+        torn_bytes = plural(journal.torn_bytes, "byte")
+        torn = f" A torn last record of {torn_bytes} will be dropped." if journal.torn_bytes else ""
         base = " The base is the run's." if args.base is not None else ""
-        print(f"{journal.path}: {counted(journal.num_steps, 'step')}, every checksum right.{torn}{base}")
+        print(f"{journal.path}: {plural(journal.num_steps, 'step')}, every checksum right.{torn}{base}")
         return 0
     print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
     return 0
@@ -64,19 +66,19 @@ def describe(journal: Any) -> list[str]:
     from zokernel.journal.replay import HEADER_KEYS
 
     header, steps, events = journal.header, journal.steps, journal.events
-    held = f"{journal.path}: {counted(journal.num_steps, 'step')} in {journal.size:,} bytes"
+    summary = f"{journal.path}: {plural(journal.num_steps, 'step')} in {journal.size:,} bytes"
     if is_old(header):
         header = {**header, "perturb": f"{header['restore']} (as zokernel 0.1 called it)", "update": ""}
     if not header.keys() >= HEADER_KEYS:
-        return [held, f"header      {header}"]
+        return [summary, f"header      {header}"]
     numbers = sum(math.prod(shape) for _, shape in header["parameters"].values())
     lines = [
-        held,
+        summary,
         f"method      {header['method']}  {header['options']}",
         f"estimator   {header['estimator']}",
         f"directions  {header['directions']}, seed {header['seed']}, by {header['backend']}",
         f"perturb     {header['perturb']}",
-        f"parameters  {counted(len(header['parameters']), 'tensor')}, {counted(numbers, 'number')}",
+        f"parameters  {plural(len(header['parameters']), 'tensor')}, {plural(numbers, 'number')}",
         f"base        sha256 {header['base_sha256']}",
         f"written by  zokernel {header['zokernel']}, torch {header['torch']}",
     ]
@@ -87,16 +89,18 @@ def describe(journal: Any) -> list[str]:
         lines.append(f"losses      {steps[0].losses[0]:.4f} at step 1, {steps[-1].losses[0]:.4f} at step {len(steps)}")
     for event in events:
         if event["event"] == "evaluation":
-            shown = {k: v for k, v in event["metrics"].items() if not k.endswith(TIMINGS)}
-            found = ", ".join(f"{k} {v:.4f}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in shown.items())
-            lines.append(f"evaluation  after step {event['step']}: {found}")
+            results = {k: v for k, v in event["metrics"].items() if not k.endswith(TIMINGS)}
+            result_text = ", ".join(
+                f"{k} {v:.4f}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in results.items()
+            )
+            lines.append(f"evaluation  after step {event['step']}: {result_text}")
         elif event["event"] == "conditions":
-            frozen = f", {counted(len(event['frozen']), 'parameter')} frozen" if event["frozen"] else ""
+            frozen = f", {plural(len(event['frozen']), 'parameter')} frozen" if event["frozen"] else ""
             lines.append(f"conditions  from step {event['step'] + 1} on: perturb {event['perturb']}{frozen}")
         elif event["event"] == "end":
             lines.append(f"end         after step {event['step']}: weights sha256 {event['weights_sha256']}")
     if journal.torn_bytes:
-        torn = counted(journal.torn_bytes, "byte")
+        torn = plural(journal.torn_bytes, "byte")
         lines.append(f"torn        half a record at the end of the file, {torn}, which is ignored")
     return lines
 
@@ -108,8 +112,8 @@ def describe_step(journal: Any, step: int) -> list[str]:
         UsageError: If the journal has no such step.
     """
     if not 1 <= step <= journal.num_steps:
-        held = counted(journal.num_steps, "step")
-        raise UsageError(f"{journal.path} holds {held}: choose one of 1 to {journal.num_steps}, not {step}.")
+        num_steps = plural(journal.num_steps, "step")
+        raise UsageError(f"{journal.path} holds {num_steps}: choose one of 1 to {journal.num_steps}, not {step}.")
     record = journal.steps[step - 1]
     rates = ", ".join(f"{rate:g}" for rate in record.learning_rates)
     return [f"step {step}: learning rate {rates}", *(f"  loss {loss!r}" for loss in record.losses)]
@@ -131,20 +135,20 @@ def truncate(args: argparse.Namespace) -> int:
     with exclusive(path.parent):
         journal = Journal.read(path, up_to_damage=args.damaged)
         if args.step > journal.num_steps or args.step < 0:
-            good = counted(journal.num_steps, "good step")
+            good = plural(journal.num_steps, "good step")
             raise UsageError(f"{path} holds {good}: choose one of 0 to {journal.num_steps}.")
         size = journal.end_of_step(args.step)
-        backup = _unused(path.with_name(path.name + ".bak"))
+        backup = _unused_path(path.with_name(path.name + ".bak"))
         with whole_file(backup) as partial:
             shutil.copyfile(path, partial)
         with whole_file(path) as partial:
             shutil.copyfile(path, partial)
             os.truncate(partial, size)
-    print(f"{path}: {counted(args.step, 'step')} kept; the file as it was is {backup}.")
+    print(f"{path}: {plural(args.step, 'step')} kept; the file as it was is {backup}.")
     return 0
 
 
-def _unused(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     """Return the path, or the first one with a number after it, that is not taken: an earlier backup is kept."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
-    return next(found for found in itertools.chain([path], numbered) if not found.exists())
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())

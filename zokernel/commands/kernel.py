@@ -150,10 +150,10 @@ def _language_model(args: argparse.Namespace):
     return model, x_o, x_u, outputs, names
 
 
-def _digit(images: np.ndarray, labels: np.ndarray, wanted: str) -> Tensor:
-    if not (wanted.isdigit() and int(wanted) < 10):
-        raise UsageError(f"{wanted!r} is not a digit: --x_o and --x_u of lenet are classes 0 to 9.")
-    image = images[np.flatnonzero(labels == int(wanted))[0]]
+def _digit(images: np.ndarray, labels: np.ndarray, digit: str) -> Tensor:
+    if not (digit.isdigit() and int(digit) < 10):
+        raise UsageError(f"{digit!r} is not a digit: --x_o and --x_u of lenet are classes 0 to 9.")
+    image = images[np.flatnonzero(labels == int(digit))[0]]
     return torch.as_tensor(image).float().div(255)[None, None]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError, missing_extra
 
-LOADING = ("model_revision", "trust_remote_code")
+LOADING_FLAGS = ("model_revision", "trust_remote_code")
 
 
 def add_loading_flags(parser: argparse.ArgumentParser, *, what: str = "a hub model", default: str = "main") -> None:
@@ -23,9 +23,9 @@ def add_loading_flags(parser: argparse.ArgumentParser, *, what: str = "a hub mod
     add_switch(parser, "--trust_remote_code", help=f"run the Python code that comes with {what}")
 
 
-def loading_of(args: argparse.Namespace) -> dict[str, Any]:
+def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags of :func:`add_loading_flags` say, by name."""
-    return {name: getattr(args, name) for name in LOADING}
+    return {name: getattr(args, name) for name in LOADING_FLAGS}
 
 
 def refuse_loading_flags(args: argparse.Namespace, other: str) -> None:
@@ -38,7 +38,7 @@ def refuse_loading_flags(args: argparse.Namespace, other: str) -> None:
     Raises:
         UsageError: If one was given.
     """
-    for name, value in loading_of(args).items():
+    for name, value in loading_arguments(args).items():
         if value:
             raise UsageError(f"--{name} is for language models, which {other} is not: leave it out.")
 
@@ -67,8 +67,8 @@ def load_language_model(args: argparse.Namespace) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "Loading a language model") or error from error
     quiet_transformers()
-    named = ModelArguments(args.model_name_or_path, lm_type="causal", trust_remote_code=args.trust_remote_code)
-    checked = check_model(with_revision(named, args.model_revision))
+    arguments = ModelArguments(args.model_name_or_path, lm_type="causal", trust_remote_code=args.trust_remote_code)
+    checked = check_model(with_revision(arguments, args.model_revision))
     model: Any = load_pretrained(checked, checked.arguments)
     if checked.arguments.adapter_name_or_path is not None:
         model = attach_adapter(model, checked.arguments)

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.merge import merge
     from zokernel.finetune.models.revision import with_revision
     from zokernel.finetune.models.same_base import other_base
-    from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_told, is_adapter, recorded_settings
+    from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_name, is_adapter, recorded_settings
     from zokernel.finetune.predict import copy_record
     from zokernel.finetune.settings.arguments import ModelArguments
 
@@ -44,12 +44,12 @@ def main(args: argparse.Namespace) -> int:
     check_new_folder(folder)
     dtype = args.dtype or recorded_settings(Path(args.model).expanduser()).get("dtype", "float32")
     if args.base is not None:
-        named = {"model_name_or_path": args.base, "adapter_name_or_path": args.model}
+        names = {"model_name_or_path": args.base, "adapter_name_or_path": args.model}
     elif Path(args.model).is_dir() and not is_adapter(args.model):
         raise UsageError(f"{args.model} holds no adapter: give the folder of a run with --lora true.")
     else:
-        named = {"model_name_or_path": args.model}
-    arguments = ModelArguments(**named, dtype=dtype, merge_adapter=True, trust_remote_code=args.trust_remote_code)
+        names = {"model_name_or_path": args.model}
+    arguments = ModelArguments(**names, dtype=dtype, merge_adapter=True, trust_remote_code=args.trust_remote_code)
     checked = check_model(with_revision(arguments, args.model_revision))
     adapted = attach_adapter(load_pretrained(checked, checked.arguments), checked.arguments)
     arguments = checked.arguments
@@ -64,6 +64,6 @@ def main(args: argparse.Namespace) -> int:
         model.save_pretrained(scratch)
         checked.tokenizer.save_pretrained(scratch)
         copy_record(adapter, scratch, arguments)
-        write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_told(base)})
+        write_json(scratch / MERGED_FILE, {"zokernel": __version__, "base": base_name(base)})
     print(f"Saved in {folder}: {base} with {args.model} merged into it.")
     return 0

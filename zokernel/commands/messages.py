@@ -40,7 +40,7 @@ def set_up_messages(*, debug: bool) -> None:
         # What a library warns of is for its programmers; a warning of zokernel is a sentence for its user.
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("default", module=r"zokernel(\.|$)")
-        warnings.formatwarning = lambda message, *rest, **more: shown(f"{message}\n")
+        warnings.formatwarning = lambda message, *rest, **more: format_message(f"{message}\n")
 
 
 def new_handler() -> logging.Handler:
@@ -53,34 +53,34 @@ def new_handler() -> logging.Handler:
 class _ForUsers(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line as a user of the command line reads it."""
-        return shown(super().format(record))
+        return format_message(super().format(record))
 
 
-def speak_of(flags: Iterable[str]) -> None:
+def set_message_flags(flags: Iterable[str]) -> None:
     """Let messages name the flags of the command that runs, by their names without dashes."""
     _flags.clear()
     _flags.update(flags)
 
 
-def shown(text: str) -> str:
+def format_message(text: str) -> str:
     """Return a message as a user of the command line reads it: with flags for arguments, and without secrets.
 
     The library speaks of arguments as Python has them.  Those that are no flags of the command stay as they are.
 
     Example:
-        >>> speak_of(["perturb", "outputs", "do_predict"])
-        >>> shown("use perturb='in_place', or restrict outputs= to a few of params=.")
+        >>> set_message_flags(["perturb", "outputs", "do_predict"])
+        >>> format_message("use perturb='in_place', or restrict outputs= to a few of params=.")
         'use --perturb in_place, or restrict --outputs to a few of params=.'
-        >>> shown('do_predict=True cannot be honoured here, nor is the row {"text": "so outputs= 1"}.')
+        >>> format_message('do_predict=True cannot be honoured here, nor is the row {"text": "so outputs= 1"}.')
         '--do_predict true cannot be honoured here, nor is the row {"text": "so outputs= 1"}.'
     """
     return hide_in_text(_ARGUMENT.sub(_as_flag, text))
 
 
-def _as_flag(found: re.Match[str]) -> str:
-    _, name, quoted, bare = found.groups()
+def _as_flag(match: re.Match[str]) -> str:
+    _, name, quoted, bare = match.groups()
     if name not in _flags:
-        return found.group()
+        return match.group()
     if quoted is not None:
         return f"--{name} {shlex.quote(quoted)}"
     return f"--{name} {bare.lower() if bare in ('True', 'False') else bare}" if bare else f"--{name}"
@@ -93,26 +93,26 @@ def each_line_once(*names: str) -> Iterator[None]:
     Args:
         names: Names of loggers.
     """
-    said = _EachOnce()
+    once = _EachOnce()
     for name in names:
-        logging.getLogger(name).addFilter(said)
+        logging.getLogger(name).addFilter(once)
     try:
         yield
     finally:
         for name in names:
-            logging.getLogger(name).removeFilter(said)
+            logging.getLogger(name).removeFilter(once)
 
 
 class _EachOnce(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether nothing like it has been said yet."""
-        said = re.sub(r"[\d.]+ ?[KMG]?B?", "", record.getMessage())
-        new = said not in self._said
-        self._said.add(said)
+        line = re.sub(r"[\d.]+ ?[KMG]?B?", "", record.getMessage())
+        new = line not in self._seen
+        self._seen.add(line)
         return new
 
 
@@ -121,8 +121,8 @@ def quiet_transformers() -> None:
     import huggingface_hub.utils
     import transformers
 
-    shown = not huggingface_hub.utils.are_progress_bars_disabled()
+    shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # the hub's bars, too
-    if shown:
+    if shows_downloads:
         huggingface_hub.utils.enable_progress_bars()

@@ -16,8 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from zokernel.commands.help_groups import HELP_GROUPS
 from zokernel.commands.help_text import WIDTH, short_help, with_default, without_default
-from zokernel.commands.shown_flags import SHOWN
 from zokernel.errors import UsageError
 from zokernel.private_apis import flags_of
 from zokernel.secrets import hide_in_words
@@ -33,7 +33,7 @@ class Command(Protocol):
     """What every subcommand's module provides; its docstring is the description in ``--help``.
 
     The docstring says in one or two lines what the command does, then shows it in use.  The groups of flags are in
-    :mod:`zokernel.commands.shown_flags`.
+    :mod:`zokernel.commands.help_groups`.
     """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -56,8 +56,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text.replace("%", "%%")
 
     def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
-        shown = action.metavar or (action.dest.upper() if action.choices else default_metavar)
-        return lambda size: shown if isinstance(shown, tuple) else (shown,) * size
+        metavar = action.metavar or (action.dest.upper() if action.choices else default_metavar)
+        return lambda size: metavar if isinstance(metavar, tuple) else (metavar,) * size
 
 
 class _HelpAll(argparse.Action):
@@ -104,7 +104,7 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self.shown = SHOWN.get(name)
+        self.help_groups = HELP_GROUPS.get(name)
         self.own_defaults: set[str] = set()
         self.add_argument("--help_all", action=_HelpAll, nargs=0, help="list all flags and stop")
         self.add_argument(
@@ -113,7 +113,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the flags that matter, in groups."""
-        return self.format_all() if self.shown is None else short_help(self, self.shown, self.own_defaults)
+        return self.format_all() if self.help_groups is None else short_help(self, self.help_groups, self.own_defaults)
 
     def set_defaults(self, **kwargs: Any) -> None:
         """Set defaults of flags, whose help texts may have said others."""
@@ -148,7 +148,7 @@ class CommandParser(argparse.ArgumentParser):
             word = unknown[0]
             flag, place = word.partition("=")[0], list(argv).index(word) if word in argv else 0
             if flag.startswith("-"):
-                raise no_such_flag(flag, self._names(), self.prog)
+                raise unknown_flag_error(flag, self._names(), self.prog)
             flags = [before.partition("=")[0] for before in argv[:place] if before.startswith("--")]
             after = f" after {flags[-1]}" if flags else ""
             word = hide_in_words([*flags[-1:], word])[-1]
@@ -197,14 +197,14 @@ class CommandParser(argparse.ArgumentParser):
             return None
 
     def _read(self, config: Path) -> None:
-        from zokernel.finetune.settings.flag_files import none_means_something, read_yaml  # takes seconds to load
+        from zokernel.finetune.settings.flag_files import nullable_settings, read_yaml  # takes seconds to load
 
         values = read_yaml(config)
         for key in values:
             if key not in self._names():
-                near = _suggest(key, self._names(), self.prog)
-                raise UsageError(f"{config} sets {key!r}, which is not a flag{near}.")
-        nullable = none_means_something()
+                suggestion = _suggest(key, self._names(), self.prog)
+                raise UsageError(f"{config} sets {key!r}, which is not a flag{suggestion}.")
+        nullable = nullable_settings()
         values = {key: value for key, value in values.items() if value is not None or key in nullable}
         self.set_defaults(**values)
         for action in self._actions:
@@ -215,7 +215,7 @@ class CommandParser(argparse.ArgumentParser):
         return [action.dest for action in self._actions if action.dest not in ("help", "help_all", "config")]
 
 
-def no_such_flag(flag: str, names: Sequence[str], prog: str) -> UsageError:
+def unknown_flag_error(flag: str, names: Sequence[str], prog: str) -> UsageError:
     """Return the error of a flag that a command does not have.
 
     Args:
@@ -267,7 +267,7 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
     from zokernel.finetune.settings.unsupported import ALWAYS, SCORED, ZEROTH_ORDER
 
     refused = ALWAYS | ZEROTH_ORDER | SCORED
-    headings = {name: f"zokernel's {cls.__name__}" for cls in classes for name in _declared_here(cls)}
+    headings = {name: f"zokernel's {cls.__name__}" for cls in classes for name in _own_fields(cls)}
     groups = {title: parser.add_argument_group(title) for title in [*dict.fromkeys(headings.values()), _OTHERS]}
 
     class Declares(HfArgumentParser):
@@ -287,7 +287,7 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
     Declares(classes, add_help=False)
 
 
-def _declared_here(cls: Any) -> list[str]:
+def _own_fields(cls: Any) -> list[str]:
     """Return the fields of a dataclass that one of zokernel's own classes declares."""
     return [
         name

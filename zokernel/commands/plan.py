@@ -21,19 +21,19 @@ import torch
 
 from zokernel.commands.messages import quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
-from zokernel.commands.plan_told import describe
+from zokernel.commands.plan_text import describe
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, write_json
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, given_sources
+from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, setting_sources
 from zokernel.kernels.plan import Plan, make_plan, plain
 from zokernel.kernels.prober import ProbedTask
 
 logger = logging.getLogger(__name__)
 
 # The flags that plan --memory counts with, and those of every command.
-COUNTED_WITH = (
+MEMORY_FLAGS = (
     *("memory", "model_name_or_path", "model_revision", "dtype", "lm_type", "gguf_file", "trust_remote_code"),
     *("lora", "prefix_tuning", "prompt_tuning", "adapter_name_or_path"),
     *("update_examples", "num_perturbations", "tokens", "max_length", "new_tokens", "config", "debug"),
@@ -100,17 +100,17 @@ def main(args: argparse.Namespace) -> int:
     quiet_transformers()
     model_arguments, data_arguments, arguments = read_dataclasses(args, *GROUPS)
     _check_numbers(arguments)
-    given = given_sources(None, shlex.split(args.command_line)[1:])
-    revision = model_arguments.model_revision if "model_revision" in given else None
+    explicit = setting_sources(None, shlex.split(args.command_line)[1:])
+    revision = model_arguments.model_revision if "model_revision" in explicit else None
     model_arguments = with_revision(model_arguments, revision)
     if arguments.memory:
-        print(_memory(model_arguments, data_arguments, arguments, given))
+        print(_memory(model_arguments, data_arguments, arguments, explicit))
         return 0
     if arguments.output_file:
         check_output_file(Path(arguments.output_file))
     start = time.perf_counter()
-    found = plan_for(model_arguments, data_arguments, arguments)
-    plan, task = found.plan, found.task
+    planned = plan_for(model_arguments, data_arguments, arguments)
+    plan, task = planned.plan, planned.task
     seconds = time.perf_counter() - start
     print(describe(plan, task, seconds))
     record: dict[str, Any] = {"plan": plan.as_dict(), "seconds": round(seconds, 2)}
@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> int:
 
         start = time.perf_counter()
         comparisons = verify(
-            found.exact,
+            planned.exact,
             plan,
             as_trained=task,
             distribution=arguments.distribution,
@@ -153,23 +153,23 @@ def _check_numbers(arguments: PlanArguments) -> None:
 
 
 def _memory(
-    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments, given: Collection[str]
+    model_arguments: ModelArguments, data_arguments: DataArguments, arguments: PlanArguments, explicit: Collection[str]
 ) -> str:
     """Return what each way to hold the weights takes, as text.
 
     Raises:
         UsageError: If there is no such model, or a flag has no effect on the table.
     """
-    from zokernel.finetune.models.needed import needed, read_configuration
+    from zokernel.finetune.models.memory_report import describe_setups, read_configuration
 
-    if idle := [f"--{name}" for name in given if name not in COUNTED_WITH]:
+    if unused := [f"--{name}" for name in explicit if name not in MEMORY_FLAGS]:
         raise UsageError(
-            f"plan --memory shows every way to hold the weights, before any data are read, and {' and '.join(idle)} "
-            f"would change nothing: leave {'it' if len(idle) == 1 else 'them'} out."
+            f"plan --memory shows every way to hold the weights, before any data are read, and {' and '.join(unused)} "
+            f"would change nothing: leave {'it' if len(unused) == 1 else 'them'} out."
         )
     rows, tokens = arguments.update_examples, data_arguments.max_length or arguments.tokens
     losses = 2 * min(arguments.num_perturbations)
-    return needed(read_configuration(model_arguments), losses, rows, tokens, arguments.new_tokens)
+    return describe_setups(read_configuration(model_arguments), losses, rows, tokens, arguments.new_tokens)
 
 
 @dataclass(frozen=True)
@@ -225,36 +225,12 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     """
     from transformers import set_seed
 
-    from zokernel.finetune.data.check_flags import check_flags
-    from zokernel.finetune.data.datasets import Splits, load_splits
-    from zokernel.finetune.data.datasets import load_task as load_prompt_task
-    from zokernel.finetune.data.encode_splits import encode_splits
-    from zokernel.finetune.models.adapters import virtual_tokens
-    from zokernel.finetune.models.kind import fills_masks, kind_of_model
-    from zokernel.finetune.models.load import load_model, longest_input
-    from zokernel.finetune.scoring.options import Collator, option_scores
-    from zokernel.finetune.settings.check import check_values
+    from zokernel.finetune.models.load import load_model
+    from zokernel.finetune.scoring.options import option_scores
     from zokernel.finetune.settings.config import ZOConfig
-    from zokernel.finetune.tasks.seq2seq import decoder_of
 
-    check_values(data_arguments)
-    if model_arguments.offload or model_arguments.offload_dir:
-        raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
-    prompt = load_prompt_task(data_arguments)
-    if prompt.kind != "classification":
-        raise UsageError(f"A plan is made for classification{_instead(prompt, data_arguments)}.")
-    check_flags(prompt, data_arguments, model_arguments)
-    for flag, given in (("calibrate", data_arguments.calibrate), ("merge_adapter", model_arguments.merge_adapter)):
-        if given:
-            raise UsageError(f"--{flag} changes nothing in training, which a plan is made for: leave it out.")
-    splits = load_splits(data_arguments, prompt, seed=arguments.seed, tests=False)
-    needed = arguments.update_examples + data_arguments.num_demonstrations
-    rows = Splits(splits.train[:needed], splits.validation[: arguments.observe_examples], [])
-    if len(rows.train) < needed or len(rows.validation) < arguments.observe_examples:
-        raise UsageError(
-            "There are fewer examples than the plan needs: lower --update_examples, --observe_examples or "
-            "--num_demonstrations."
-        )
+    prompt = _classification_task(model_arguments, data_arguments)
+    rows = _draw_rows(prompt, data_arguments, arguments)
     config = ZOConfig(
         output_dir="runs/plan",
         perturb="in_place:copy",
@@ -263,17 +239,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     )
     set_seed(arguments.seed)  # of a new adapter's weights
     model, tokenizer = load_model(model_arguments, config)
-    encoded, _ = encode_splits(
-        prompt,
-        rows,
-        tokenizer,
-        max_length=longest_input(model, tokenizer, data_arguments.max_length, reserved=virtual_tokens(model)),
-        masked=fills_masks(model),
-        decoder=decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None,
-        num_demonstrations=data_arguments.num_demonstrations,
-    )
-    parts = encoded["train"], encoded["validation"]
-    batch = Collator(tokenizer.pad_token_id)([part[n] for part in parts for n in range(len(part))])
+    batch = _encode_batch(prompt, rows, model, tokenizer, data_arguments)
     exact = ProbedTask(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),
@@ -291,12 +257,69 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     return replace(exact, score=score_as_trained), exact
 
 
-def _instead(task: Any, data: Any) -> str:
+def _classification_task(model_arguments: Any, data_arguments: Any) -> Any:
+    """Return the task that the flags describe, refusing what no plan is made for."""
+    from zokernel.finetune.data.check_flags import check_flags
+    from zokernel.finetune.data.datasets import load_task as load_prompt_task
+    from zokernel.finetune.settings.check import check_values
+
+    check_values(data_arguments)
+    if model_arguments.offload or model_arguments.offload_dir:
+        raise UsageError("A plan holds all weights in memory: leave out --offload and --offload_dir.")
+    prompt = load_prompt_task(data_arguments)
+    if prompt.kind != "classification":
+        raise UsageError(f"A plan is made for classification{_describe_other_task(prompt, data_arguments)}.")
+    check_flags(prompt, data_arguments, model_arguments)
+    unused = {"calibrate": data_arguments.calibrate, "merge_adapter": model_arguments.merge_adapter}
+    for flag, is_set in unused.items():
+        if is_set:
+            raise UsageError(f"--{flag} changes nothing in training, which a plan is made for: leave it out.")
+    return prompt
+
+
+def _draw_rows(prompt: Any, data_arguments: Any, arguments: PlanArguments) -> Any:
+    """Return the rows that the plan needs: to demonstrate with and to update on, and to observe."""
+    from zokernel.finetune.data.datasets import Splits, load_splits
+
+    splits = load_splits(data_arguments, prompt, seed=arguments.seed, tests=False)
+    num_train = arguments.update_examples + data_arguments.num_demonstrations
+    rows = Splits(splits.train[:num_train], splits.validation[: arguments.observe_examples], [])
+    if len(rows.train) < num_train or len(rows.validation) < arguments.observe_examples:
+        raise UsageError(
+            "There are fewer examples than the plan needs: lower --update_examples, --observe_examples or "
+            "--num_demonstrations."
+        )
+    return rows
+
+
+def _encode_batch(prompt: Any, rows: Any, model: Any, tokenizer: Any, data_arguments: Any) -> dict[str, Any]:
+    """Return one batch of all rows, those to update on first."""
+    from zokernel.finetune.data.encode_splits import encode_splits
+    from zokernel.finetune.models.adapters import virtual_tokens
+    from zokernel.finetune.models.kind import fills_masks, kind_of_model
+    from zokernel.finetune.models.load import longest_input
+    from zokernel.finetune.scoring.options import Collator
+    from zokernel.finetune.tasks.seq2seq import decoder_of
+
+    encoded, _ = encode_splits(
+        prompt,
+        rows,
+        tokenizer,
+        max_length=longest_input(model, tokenizer, data_arguments.max_length, reserved=virtual_tokens(model)),
+        masked=fills_masks(model),
+        decoder=decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None,
+        num_demonstrations=data_arguments.num_demonstrations,
+    )
+    parts = encoded["train"], encoded["validation"]
+    return Collator(tokenizer.pad_token_id)([part[n] for part in parts for n in range(len(part))])
+
+
+def _describe_other_task(task: Any, data: Any) -> str:
     """Return what the data are instead of a classification, and which flags make them one."""
     if task.kind == "text" and not (data.task or data.task_file):
-        from zokernel.finetune.tasks.text import needed
+        from zokernel.finetune.tasks.text import columns_of_form
 
-        columns = " and ".join(map(repr, needed(task.form)))
+        columns = " and ".join(map(repr, columns_of_form(task.form)))
         return f", and these rows have {columns}, to be learned as text: say --template and --label_words"
     flag = "task" if data.task else "task_file" if data.task_file else "dataset_name"
     return f", not for a {task.kind} task: choose another --{flag}"

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from zokernel.commands.loading import add_loading_flags, loading_of
+from zokernel.commands.loading import add_loading_flags, loading_arguments
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file, whole_file
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--batch_size must be at least 1, not {args.batch_size}.")
     read_record(args.model)
     rows = read_rows(args.file, args.column_names)
-    predictor = load_predictor(args.model, **loading_of(args))
+    predictor = load_predictor(args.model, **loading_arguments(args))
     answers = predictor(rows, batch_size=args.batch_size)
     if output is None:
         write_rows(sys.stdout, rows, answers, ".jsonl")
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         write_rows(stream, rows, answers, output.suffix.lower())
-    print(f"{counted(len(answers), 'answer')} in {output}.")
+    print(f"{plural(len(answers), 'answer')} in {output}.")
     return 0
 
 
@@ -111,7 +111,7 @@ def write_rows(stream: TextIO, rows: Sequence[Any], answers: Sequence[dict[str, 
         a joy,1,0.1,0.9
     """
     table = suffix != ".jsonl"
-    joined = _joined(rows, [_flat(answer) for answer in answers] if table else answers)
+    joined = _join(rows, [_flat(answer) for answer in answers] if table else answers)
     if not table:
         stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in joined)
         return
@@ -127,19 +127,21 @@ def _flat(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name != "scores"} | scores
 
 
-def _joined(rows: Sequence[Any], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _join(rows: Sequence[Any], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each row with its answer, under names that keep both."""
-    given = [{"text": row} if isinstance(row, str) else row for row in rows]
-    columns = dict.fromkeys(name for row in given for name in row)
-    taken = {name for answer in answers for name in answer}
+    records = [{"text": row} if isinstance(row, str) else row for row in rows]
+    columns = dict.fromkeys(name for row in records for name in row)
+    answer_columns = {name for answer in answers for name in answer}
     names = {}
     for name in columns:
         new = name
-        while new in taken or (new != name and new in columns):
+        while new in answer_columns or (new != name and new in columns):
             new = f"input:{new}"
         if new != name:
             names[name] = new
     if names:
-        told = ", ".join(f"{old!r} is {new!r}" for old, new in names.items())
-        print(f"Columns with the names of answers are renamed: {told}.", file=sys.stderr)
-    return [{names.get(name, name): cell for name, cell in row.items()} | answer for row, answer in zip(given, answers)]
+        renames = ", ".join(f"{old!r} is {new!r}" for old, new in names.items())
+        print(f"Columns with the names of answers are renamed: {renames}.", file=sys.stderr)
+    return [
+        {names.get(name, name): cell for name, cell in row.items()} | answer for row, answer in zip(records, answers)
+    ]

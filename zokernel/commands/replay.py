@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zokernel.commands.loading import add_loading_flags, loading_of
+from zokernel.commands.loading import add_loading_flags, loading_arguments
 from zokernel.commands.parser import add_switch
 from zokernel.commands.saving import check_new_folder, saved_whole
 
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     quiet_transformers()
     check_new_folder(args.output_dir)
     journal, folder = Journal.read(args.journal), args.output_dir
-    loading = loading_of(args)
+    loading = loading_arguments(args)
     model = load_base(args.base, journal, **loading)
     tokenizer = load_tokenizer_of_base(args.base, journal, **loading)
     optimizer = replay_(

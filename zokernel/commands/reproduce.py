@@ -44,16 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def select(names: list[str]) -> list[str]:
     """Expand ``all`` and prefixes ending in ``/`` into experiment names, in their listed order."""
-    wanted: list[str] = []
+    selected: list[str] = []
     for name in names:
         if name == "all":
-            wanted += MODULES
-        elif name.endswith("/") and any(known.startswith(name) for known in MODULES):
-            wanted += [known for known in MODULES if known.startswith(name)]
+            selected += MODULES
+        elif name.endswith("/") and any(experiment.startswith(name) for experiment in MODULES):
+            selected += [experiment for experiment in MODULES if experiment.startswith(name)]
         else:
             get_experiment(name)
-            wanted.append(name)
-    return list(dict.fromkeys(wanted))
+            selected.append(name)
+    return list(dict.fromkeys(selected))
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -88,16 +88,16 @@ def main(args: argparse.Namespace) -> int:
     config = Config(args.scale, args.seed, parse_options(args.options))
     names = select(args.names)
     check_output_dir(args.output_dir)
-    todo, kept = plan(names, config, args.output_dir, overwrite=args.overwrite)
-    for outcome in kept:
+    todo, reused = plan(names, config, args.output_dir, overwrite=args.overwrite)
+    for outcome in reused:
         folder = args.output_dir / outcome.name
-        print(f"{outcome.name}: finished already in {folder} with {_made_by(folder)} (--overwrite runs it again)")
+        print(f"{outcome.name}: finished already in {folder} with {_origin(folder)} (--overwrite runs it again)")
     outcomes = run_all(todo, config, args.output_dir, jobs=args.jobs, report=lambda line: print(line, flush=True))
     finished = [outcome.name for outcome in outcomes if outcome.state == "finished"]
     _print_results([name for name in names if name in finished], args.output_dir)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     print(
-        f"\n{len(finished)} run, {len(kept)} kept, {len(failed)} failed. "
+        f"\n{len(finished)} run, {len(reused)} kept, {len(failed)} failed. "
         f"'zokernel report {args.output_dir}' makes a page of the results."
     )
     for outcome in failed:
@@ -118,7 +118,7 @@ def _print_list(scale: str, output_dir: Path) -> None:
     print(f"{'all':<{width}}  {duration(total):>6}  at scale {scale}, on two cores")
 
 
-def _made_by(folder: Path) -> str:
+def _origin(folder: Path) -> str:
     """Return which release and commit made a result, for it is kept whatever has changed since."""
     record = load_record(folder)
     assert record is not None
@@ -135,9 +135,9 @@ def _print_results(names: list[str], output_dir: Path) -> None:
             print(f"  {verdict['verdict']:>22}: {verdict['claim']} {verdict['reason']}")
 
 
-def _unread(names: list[str], output_dir: Path, given: set[str]) -> list[str]:
+def _unread(names: list[str], output_dir: Path, options: set[str]) -> list[str]:
     """Return the options that none of the finished experiments has asked for."""
     records = [record for name in names if (record := load_record(output_dir / name))]
     if not records:
         return []
-    return sorted(given.intersection(*(record.get("unread_options", []) for record in records)))
+    return sorted(options.intersection(*(record.get("unread_options", []) for record in records)))

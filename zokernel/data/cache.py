@@ -40,10 +40,10 @@ def check_sha256(path: Path, expected: str) -> None:
     Raises:
         RunError: If it differs; the file is not what it should be and must not be used.
     """
-    found = sha256(path)
-    if found != expected:
+    actual = sha256(path)
+    if actual != expected:
         raise RunError(
-            f"{path.name} has sha256 {found[:12]}... where {expected[:12]}... was expected: "
+            f"{path.name} has sha256 {actual[:12]}... where {expected[:12]}... was expected: "
             "the download is damaged or was changed; delete it and fetch again."
         )
 
@@ -93,7 +93,7 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
     Raises:
         UsageError: If ``target`` holds what was not fetched, which replacing it would delete.
     """
-    _refuse_others(target)
+    _refuse_foreign_content(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -109,7 +109,7 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
             if path.is_file()
         }
         (scratch / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n")
-        _refuse_others(target)
+        _refuse_foreign_content(target)
         if target.exists():
             shutil.rmtree(target)
         scratch.chmod(0o755)
@@ -118,16 +118,16 @@ def atomic_folder(target: Path, *, source: str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _refuse_others(target: Path) -> None:
+def _refuse_foreign_content(target: Path) -> None:
     """Refuse to replace a file, or a folder with content but without a manifest of :func:`atomic_folder`."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
         manifest = json.loads((target / MANIFEST).read_text())
-        ours = {"source", "files"} <= manifest.keys()
+        is_fetched = {"source", "files"} <= manifest.keys()
     except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
+        is_fetched = False
+    if not is_fetched:
         raise UsageError(
             f"{target} was not fetched by zokernel, so it is not replaced: move it away, or set ZOKERNEL_HOME."
         )

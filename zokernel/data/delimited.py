@@ -68,9 +68,9 @@ def written_with_quotes(text: str) -> bool:
         return False
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(text, newline="")
-    plain: Counter[int] = Counter()
-    needless: Counter[int] = Counter()
-    some = False
+    unquoted: Counter[int] = Counter()
+    needless_quotes: Counter[int] = Counter()
+    any_quoted = False
     try:
         widths = {len(cells) for cells in csv.reader(lines, delimiter="\t", strict=True)}
     except csv.Error:
@@ -82,11 +82,11 @@ def written_with_quotes(text: str) -> bool:
             if not cell.startswith('"'):
                 if '"' in cell:
                     return False
-                plain[column] += bool(cell) and number > 0
+                unquoted[column] += bool(cell) and number > 0
             else:
-                some = True
-                needless[column] += not any(sign in cell[1:-1] for sign in '"\t\r\n,;') and number > 0
-    return some and not any(needless[column] and plain[column] for column in needless)
+                any_quoted = True
+                needless_quotes[column] += not any(sign in cell[1:-1] for sign in '"\t\r\n,;') and number > 0
+    return any_quoted and not any(needless_quotes[column] and unquoted[column] for column in needless_quotes)
 
 
 def _raw_cells(text: str) -> Iterator[list[str]]:
@@ -114,9 +114,9 @@ def _delimiter(text: str, width: int | None) -> tuple[str, str]:
     first, _, rest = text.partition("\n")
     if len(first.rstrip("\r")) == 5 and first.lower().startswith("sep="):
         return "\n" + rest, first[4]  # the blank line keeps the count of lines right
-    bare = "".join(first.split('"')[::2])  # what is not quoted
-    for sign in "," if "," in bare else ";\t|":
-        if sign in bare and width in (None, bare.count(sign) + 1):
+    unquoted = "".join(first.split('"')[::2])  # what is not quoted
+    for sign in "," if "," in unquoted else ";\t|":
+        if sign in unquoted and width in (None, unquoted.count(sign) + 1):
             return text, sign
     return text, ","
 
@@ -127,17 +127,18 @@ def _cells(text: str, path: Path, delimiter: str, quoting: int) -> Iterator[tupl
     # A quote that is never closed swallows the line that is added here.
     lines = chain(io.StringIO(text if text.endswith(("\n", "\r")) else text + "\n", newline=""), [_END])
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
-    begins = 1
+    first_line = 1
     for cells in reader:
         if cells == [_END]:
             return
         if cells and _END in cells[-1]:
             raise UsageError(
-                f"A quote that opens on line {begins} of {path} is never closed: close it, or double it if it is text."
+                f"A quote that opens on line {first_line} of {path} is never closed: close it, or double it if it is "
+                "text."
             )
         if any(cell.strip() for cell in cells):
-            yield begins, cells
-        begins = reader.line_num + 1
+            yield first_line, cells
+        first_line = reader.line_num + 1
 
 
 def _table(
@@ -170,8 +171,8 @@ def refuse_repeated(names: Sequence[str], path: Path) -> None:
     Raises:
         UsageError: If there are such; the message names them.
     """
-    twice = [name for name, count in Counter(names).items() if count > 1 and name]
-    if twice:
+    repeated = [name for name, count in Counter(names).items() if count > 1 and name]
+    if repeated:
         raise UsageError(
-            f"{path} has the column {', '.join(map(repr, twice))} more than once: remove or rename all but one."
+            f"{path} has the column {', '.join(map(repr, repeated))} more than once: remove or rename all but one."
         )

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 10
 REFUSALS = 2
-_PASSING = (408, 429, 500, 502, 503, 504)
+_TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
 class _Outage:
@@ -29,7 +29,7 @@ class _Outage:
         """Return why the hub is out of reach; nothing if that is not known."""
         return self.reason if time.monotonic() < self.since + self.SECONDS else ""
 
-    def begins(self, reason: str) -> None:
+    def start(self, reason: str) -> None:
         """Remember it."""
         self.reason, self.since = reason, time.monotonic()
 
@@ -64,7 +64,7 @@ def bounded_requests() -> Iterator[None]:
     def bounded_send(request: Any, **options: Any) -> Any:
         nonlocal refusals
         response = _send(send, request, options)
-        if response.status_code not in _PASSING:
+        if response.status_code not in _TRANSIENT_STATUSES:
             refusals = 0
             return response
         refusals += 1
@@ -99,8 +99,8 @@ def _send(send: Callable[..., Any], request: Any, options: dict[str, Any]) -> An
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    of_hub = request.url.host == urlsplit(constants.ENDPOINT).hostname
-    if of_hub and _outage.now():
+    is_hub = request.url.host == urlsplit(constants.ENDPOINT).hostname
+    if is_hub and _outage.now():
         raise OfflineModeIsEnabled(_outage.now())
     timeout = request.extensions.get("timeout")
     if timeout is not None:
@@ -109,11 +109,11 @@ def _send(send: Callable[..., Any], request: Any, options: dict[str, Any]) -> An
         try:
             return send(request, **options)
         except transport_error() as error:
-            if not (of_hub and type(error).__name__ in ("ConnectError", "ConnectTimeout")):
+            if not (is_hub and type(error).__name__ in ("ConnectError", "ConnectTimeout")):
                 raise
             if attempt == 2 or type(error).__name__ == "ConnectTimeout":
                 reason = str(error) or "it does not answer"
-                _outage.begins(reason)
+                _outage.start(reason)
                 logger.warning(
                     "The hub %s cannot be reached (%s): what is cached is used; HF_HUB_OFFLINE=1 does so at once.",
                     constants.ENDPOINT,
@@ -135,5 +135,5 @@ def seconds_to_wait(response: Any) -> int:
     limit = parse_ratelimit_headers(response.headers)
     if limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds
-    asked = str(response.headers.get("Retry-After") or "").strip()
-    return int(asked) if asked.isdigit() else 0
+    header = str(response.headers.get("Retry-After") or "").strip()
+    return int(header) if header.isdigit() else 0

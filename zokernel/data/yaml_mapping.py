@@ -31,10 +31,10 @@ def read_mapping(path: Path, *, as_written: bool = False) -> dict[str, Any]:
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
-        if twice is not None:
-            line = [key.start_mark.line + 1 for key, _ in node.value if key.value == twice]
-            raise UsageError(f"{path} sets {twice!r} twice, on lines {line[0]} and {line[1]}: remove one of them.")
+        repeated = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if repeated is not None:
+            line = [key.start_mark.line + 1 for key, _ in node.value if key.value == repeated]
+            raise UsageError(f"{path} sets {repeated!r} twice, on lines {line[0]} and {line[1]}: remove one of them.")
         loader.flatten_mapping(node)
         return {loader.construct_object(key, deep=True): loader.construct_object(v, deep=True) for key, v in node.value}
 

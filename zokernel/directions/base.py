@@ -271,8 +271,8 @@ def once_each(values: Mapping[str, V], make: Callable[[V], T]) -> dict[str, T]:
 
     Hundreds of tensors mostly share their coefficients, and there are several sweeps per step.
     """
-    made = {key: make(value) for key, value in {id(value): value for value in values.values()}.items()}
-    return {name: made[id(value)] for name, value in values.items()}
+    results = {key: make(value) for key, value in {id(value): value for value in values.values()}.items()}
+    return {name: results[id(value)] for name, value in values.items()}
 
 
 def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], count: int) -> list[list[float]]:
@@ -281,8 +281,8 @@ def scales_by_tensor(scale: Scale | Mapping[str, Scale], names: Sequence[str], c
         return [scales_of(scale, "", count)] * len(names)
     if any(name not in scale for name in names):
         return [scales_of(scale, name, count) for name in names]  # which raises the error that names the tensor
-    found = once_each({name: scale[name] for name in names}, lambda given: scales_of(given, "", count))
-    return [found[name] for name in names]
+    scales = once_each({name: scale[name] for name in names}, lambda value: scales_of(value, "", count))
+    return [scales[name] for name in names]
 
 
 def scales_of(scale: Scale | Mapping[str, Scale], name: str, count: int) -> list[float]:

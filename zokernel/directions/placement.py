@@ -51,7 +51,7 @@ class Placement:
 
     Attributes:
         name: Its name, which keys its stream.
-        tensor: The tensor as it was given, detached.
+        tensor: The tensor itself, detached.
         local: The elements held by this process, a plain tensor sharing the weights' memory.
         shape: Shape of the whole tensor.
         offset: Index in the whole tensor of the first local element.
@@ -177,15 +177,15 @@ def place_all(tensors: Mapping[str, Tensor]) -> list[Placement]:
     places: list[Placement] = []
     by_storage: dict[int, list[tuple[int, int, Placement]]] = {}
     for name, tensor in tensors.items():
-        this = place(name, tensor)
-        if this.local.numel() and this.local.device.type != "meta":
-            sharing = by_storage.setdefault(this.local.untyped_storage().data_ptr(), [])
-            begin, end = _reach(this.local)
+        placement = place(name, tensor)
+        if placement.local.numel() and placement.local.device.type != "meta":
+            sharing = by_storage.setdefault(placement.local.untyped_storage().data_ptr(), [])
+            begin, end = _reach(placement.local)
             # Weights cut from one buffer are many, and lie one after the other.
-            if _is_tied(this, [other for first, last, other in sharing if first < end and begin < last]):
+            if _is_tied(placement, [other for first, last, other in sharing if first < end and begin < last]):
                 continue
-            sharing.append((begin, end, this))
-        places.append(this)
+            sharing.append((begin, end, placement))
+        places.append(placement)
     return places
 
 
@@ -206,15 +206,15 @@ def pieces(place: Placement, begin: int, end: int) -> list[Placement]:
         >>> [(piece.offset, piece.local.tolist()) for piece in pieces(shard, 3, 8)]
         [((0,), [3.0]), ((3,), [6.0, 7.0])]
     """
-    runs, found = place.runs, []
+    runs, parts = place.runs, []
     first = place.local.storage_offset()
     for memory, position in zip(runs.memory.tolist(), runs.position.tolist()):
         low, high = max(position, begin), min(position + runs.length, end)
         if low < high:
             start = first + memory + (low - position) * runs.stride
             local = place.local.as_strided((high - low,), (runs.stride,), start)
-            found.append(Placement(place.name, local, local, (end - begin,), (low - begin,)))
-    return found
+            parts.append(Placement(place.name, local, local, (end - begin,), (low - begin,)))
+    return parts
 
 
 def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -227,14 +227,14 @@ def _local_shard(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return shard, shard_offset(tensor)
 
 
-def _is_tied(this: Placement, sharing: list[Placement]) -> bool:
+def _is_tied(placement: Placement, sharing: list[Placement]) -> bool:
     for other in sharing:
-        if _same_memory(this.local, other.local):
-            logger.debug("%s is tied to %s and moves with it", this.name, other.name)
+        if _same_memory(placement.local, other.local):
+            logger.debug("%s is tied to %s and moves with it", placement.name, other.name)
             return True
-        if _overlap(this.local, other.local):
+        if _overlap(placement.local, other.local):
             raise UsageError(
-                f"Tensors {other.name!r} and {this.name!r} share some of their memory: pass only one of them."
+                f"Tensors {other.name!r} and {placement.name!r} share some of their memory: pass only one of them."
             )
     return False
 

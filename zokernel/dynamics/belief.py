@@ -175,20 +175,23 @@ def belief_change(
     logits_o = model.logits(x_o)
     beliefs = logits_o.softmax(-1)
     gradient = vector_jacobian_product(model, x_u, residual)
-    first = -lr * center(jacobian_vector_product(model, x_o, gradient), beliefs)
     before = logits_o.log_softmax(-1)
 
-    def taken(step: Params) -> Tensor:
-        weights = {name: tensor - lr * step[name] for name, tensor in model.params.items()}
+    def predict(estimate: Params) -> Tensor:
+        """Return the change by a step along an estimate of the gradient, to first order."""
+        return -lr * center(jacobian_vector_product(model, x_o, estimate), beliefs)
+
+    def take(estimate: Params) -> Tensor:
+        """Return the change when the step is taken."""
+        weights = {name: tensor - lr * estimate[name] for name, tensor in model.params.items()}
         return model.logits_at(weights, x_o).log_softmax(-1) - before
 
+    first = predict(gradient)
     zeroth = actual_zeroth = gap = None
     if num_perturbations is not None:
         draw = SeededDirections(Dense(distribution), model.params, seed)
-        exact = [_slope(draw, gradient, p) / num_perturbations for p in range(num_perturbations)]
-        zeroth = -lr * center(jacobian_vector_product(model, x_o, _combine(draw, exact)), beliefs)
-        seen = loss_differences(model, x_u, labels, draw, range(num_perturbations), eps)
-        actual_zeroth = taken(_combine(draw, [slope / num_perturbations for slope in seen]))
+        zeroth = predict(_average(draw, [_slope(draw, gradient, p) for p in range(num_perturbations)]))
+        actual_zeroth = take(_average(draw, loss_differences(model, x_u, labels, draw, range(num_perturbations), eps)))
         moments = _moments(model, x_o, beliefs, gradient)
         gap = None if moments is None else expected_belief_error(moments, num_perturbations, distribution)
     return BeliefChange(
@@ -196,7 +199,7 @@ def belief_change(
         G=residual,
         first_order=first,
         zeroth_order=zeroth,
-        actual_first_order=taken(gradient),
+        actual_first_order=take(gradient),
         actual_zeroth_order=actual_zeroth,
         expected_gap=gap,
         num_perturbations=num_perturbations or 0,
@@ -214,10 +217,10 @@ def loss_residual(model: FunctionalModel, x_u: Batch, labels: Tensor, count: int
     logits = model.logits(x_u)
     if len(labels) != len(logits):
         raise UsageError(f"{len(labels)} labels do not fit {len(logits)} rows of logits: give one label for each row.")
-    kept = labels != IGNORED
+    scored = labels != IGNORED
     residual = logits.softmax(-1)
-    residual[torch.arange(len(labels))[kept], labels[kept]] -= 1
-    return residual * kept[:, None] / count
+    residual[torch.arange(len(labels))[scored], labels[scored]] -= 1
+    return residual * scored[:, None] / count
 
 
 def answer_loss(logits_RV: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -258,9 +261,10 @@ def _slope(draw: SeededDirections, gradient: Params, index: int) -> float:
     return dot(gradient, draw.directions(draw.params, seed=draw.seed, step=0, index=index))
 
 
-def _combine(draw: SeededDirections, scales: list[float]) -> Params:
+def _average(draw: SeededDirections, slopes: list[float]) -> Params:
+    """Return the mean over directions of slope times direction."""
     total = {name: torch.zeros_like(tensor) for name, tensor in draw.params.items()}
-    draw.add_(total, scales, list(range(len(scales))))
+    draw.add_(total, [slope / len(slopes) for slope in slopes], list(range(len(slopes))))
     return total
 
 
@@ -273,8 +277,8 @@ def _moments(model: FunctionalModel, x_o: Batch, beliefs_RV: Tensor, gradient: P
     product: Tensor | float = 0.0
     for name, grad in gradient.items():
         jac = torch.cat([part[name].flatten(1) for part in rows]).double().reshape(*beliefs_RV.shape, -1)
-        moved = jac - torch.einsum("rv,rvd->rd", beliefs_RV.double(), jac)[:, None, :]
-        flat, g = moved.flatten(0, 1), grad.double().flatten()
+        centered = jac - torch.einsum("rv,rvd->rd", beliefs_RV.double(), jac)[:, None, :]
+        flat, g = centered.flatten(0, 1), grad.double().flatten()
         rows_sq += flat.square().sum().item()
         gradient_sq += g.square().sum().item()
         overlap += (flat.square().sum(0) @ g.square()).item()
@@ -284,8 +288,8 @@ def _moments(model: FunctionalModel, x_o: Batch, beliefs_RV: Tensor, gradient: P
 
 
 def _pick(change_RV: Tensor, labels: Tensor) -> Tensor:
-    kept = labels != IGNORED
-    return torch.where(kept, change_RV.gather(1, labels.clamp_min(0)[:, None])[:, 0], 0.0)
+    scored = labels != IGNORED
+    return torch.where(scored, change_RV.gather(1, labels.clamp_min(0)[:, None])[:, 0], 0.0)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

@@ -48,17 +48,17 @@ def steps_to_reach(
             f"predictions, and the targets outside its range leave {evolution.floor:.4g}."
         )
     if evolution.moments.diagonal and not of_mean:
-        wanted = 2 * evolution.n * (loss - evolution.floor)
+        target_trace = 2 * evolution.n * (loss - evolution.floor)
         states = evolution.dense_states(min(max_steps, MAX_DENSE_STEPS))
-        return next((step for step, state in enumerate(states) if state.trace() <= wanted), None)
+        return next((step for step, state in enumerate(states) if state.trace() <= target_trace), None)
     curve = evolution.mean_loss if of_mean else evolution.expected_loss
     low, high = 0, max_steps
     while True:  # ever finer grids around the first point at or below the wanted loss
         points = _between(low, high)
-        reached = (curve(points) <= loss).nonzero().flatten()
-        if not len(reached):
+        hits = (curve(points) <= loss).nonzero().flatten()
+        if not len(hits):
             return None
-        first = int(reached[0])
+        first = int(hits[0])
         if first == 0 or points[first] - points[first - 1] == 1:
             return points[first]
         low, high = points[first - 1], points[first]

@@ -42,7 +42,7 @@ def as_steps(steps: Steps, like: Tensor) -> Tensor:
     Raises:
         UsageError: If one is negative or there is none.
     """
-    wanted = torch.as_tensor(steps if isinstance(steps, int | Tensor) else list(steps)).reshape(-1).to(like)
-    if not len(wanted) or (wanted < 0).any() or not (wanted == wanted.round()).all():
+    numbers = torch.as_tensor(steps if isinstance(steps, int | Tensor) else list(steps)).reshape(-1).to(like)
+    if not len(numbers) or (numbers < 0).any() or not (numbers == numbers.round()).all():
         raise UsageError("Steps must be whole numbers, zero or more, at least one.")
-    return wanted
+    return numbers

@@ -119,10 +119,10 @@ def zo_descent(
         features=features,
         num_examples=f0.shape[0] if f0.ndim else 1,
     )
-    wanted = range(steps + 1) if isinstance(steps, int) else steps
-    mean = evolution.mean(wanted).reshape(-1, *f0.shape)
-    second = evolution.second_moment(wanted).reshape(-1, *f0.shape)
-    return ZoDescent(mean, second, evolution.expected_loss(wanted))
+    requested = range(steps + 1) if isinstance(steps, int) else steps
+    mean = evolution.mean(requested).reshape(-1, *f0.shape)
+    second = evolution.second_moment(requested).reshape(-1, *f0.shape)
+    return ZoDescent(mean, second, evolution.expected_loss(requested))
 
 
 def resolve_moments(

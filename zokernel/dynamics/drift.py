@@ -7,7 +7,7 @@ For a linear model the expected NZK is constant because features do not depend o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from zokernel.dynamics.checks import check_learning_rate
 from zokernel.dynamics.evolution import Evolution
 from zokernel.dynamics.parametric import zo_sgd_run
 from zokernel.errors import UsageError
-from zokernel.kernels.features import jacobian_features
+from zokernel.kernels.features import Linearization, jacobian_features
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
 
 
@@ -86,55 +86,81 @@ def kernel_drift(
         raise UsageError(f"The kernel of one output is followed, but the model has {start.features.shape[1]} outputs.")
     target = y.reshape(-1).to(start.outputs)
 
-    def predict(theta: Tensor) -> Tensor:
-        weights, offset = {}, 0
-        for name, shape in start.names:
-            size = math.prod(shape)
-            weights[name] = theta[offset : offset + size].reshape(shape)
-            offset += size
-        return functional_call(model, weights, (x,)).reshape(-1)
+    loss = _loss_of_weights(model, x, target, start)
+    gradient = torch.func.grad(loss)
 
-    def loss(theta: Tensor) -> Tensor:
-        return (predict(theta) - target).square().mean() / 2
+    def train(theta: Tensor, first: int, last: int) -> Tensor:
+        """Return the weights after step ``last``, from those after step ``first``."""
+        if num_perturbations is None:
+            for _ in range(last - first):
+                theta = theta - lr * gradient(theta)
+            return theta
+        if last == first:
+            return theta
+        run = zo_sgd_run(
+            vmap(loss),
+            theta,
+            lr,
+            [last - first],
+            num_perturbations=num_perturbations,
+            distribution=distribution,
+            eps=eps,
+            seed=seed + first,
+        )
+        return run.theta[0]
 
     kernel0 = start.features @ start.features.T
-    moments = ProcessMoments.deterministic()
-    if num_perturbations is not None:
-        moments = process_moments(distribution, len(start.theta), "zo_sgd")
-    evolution = Evolution(
-        start.outputs,
-        target,
-        kernel0,
-        lr,
-        moments=moments,
-        num_perturbations=num_perturbations or 1,
-        features=start.features if moments.diagonal else None,
+    evolution = _linear_evolution(
+        start, target, kernel0, lr, num_perturbations=num_perturbations, distribution=distribution
     )
-    predicted = evolution.expected_loss(steps).tolist()
-    theta, done, rows = start.theta.clone(), 0, []
-    gradient = torch.func.grad(loss)
-    for step, expected in zip(steps, predicted):
-        if num_perturbations is None:
-            for _ in range(step - done):
-                theta = theta - lr * gradient(theta)
-        elif step > done:
-            theta = zo_sgd_run(
-                vmap(loss),
-                theta,
-                lr,
-                [step - done],
-                num_perturbations=num_perturbations,
-                distribution=distribution,
-                eps=eps,
-                seed=seed + done,
-            ).theta[0]
-        done = step
+    theta, rows = start.theta.clone(), []
+    for previous, step, expected in zip([0, *steps], steps, evolution.expected_loss(steps).tolist()):
+        theta = train(theta, previous, step)
         kernel = _kernel_at(model, x, start.names, theta)
         change = float((kernel - kernel0).norm() / kernel0.norm())
         cosine = float((kernel * kernel0).sum() / (kernel.norm() * kernel0.norm()))
         with torch.no_grad():
             rows.append(DriftRow(step, change, cosine, float(loss(theta)), expected))
     return rows
+
+
+def _loss_of_weights(model: nn.Module, x: Tensor, target: Tensor, start: Linearization) -> Callable[[Tensor], Tensor]:
+    """Return the squared loss of a network as a function of its flattened weights (d,)."""
+
+    def loss(theta: Tensor) -> Tensor:
+        weights, offset = {}, 0
+        for name, shape in start.names:
+            size = math.prod(shape)
+            weights[name] = theta[offset : offset + size].reshape(shape)
+            offset += size
+        predictions = functional_call(model, weights, (x,)).reshape(-1)
+        return (predictions - target).square().mean() / 2
+
+    return loss
+
+
+def _linear_evolution(
+    start: Linearization,
+    target: Tensor,
+    kernel: Tensor,
+    lr: float,
+    *,
+    num_perturbations: int | None,
+    distribution: str,
+) -> Evolution:
+    """Return how the model linearised at the start evolves in the same training."""
+    moments = ProcessMoments.deterministic()
+    if num_perturbations is not None:
+        moments = process_moments(distribution, len(start.theta), "zo_sgd")
+    return Evolution(
+        start.outputs,
+        target,
+        kernel,
+        lr,
+        moments=moments,
+        num_perturbations=num_perturbations or 1,
+        features=start.features if moments.diagonal else None,
+    )
 
 
 def _kernel_at(model: nn.Module, x: Tensor, names: tuple[tuple[str, tuple[int, ...]], ...], theta: Tensor) -> Tensor:

@@ -84,12 +84,12 @@ class Evolution:
         residual = self.f0 - self.y
         self.residual_R = self.vectors.T @ residual
         self.fixed_N = residual - self.vectors @ self.residual_R
-        self._left: np.ndarray | None = None
+        self._scaled_features: np.ndarray | None = None
         if features is not None:
             rows = features.detach().to(matrix)
             if rows.shape[0] != len(self.f0):
                 raise UsageError(f"There are {len(self.f0)} predictions but features of {rows.shape[0]}.")
-            self._left = (self.vectors.T @ rows).cpu().numpy() / math.sqrt(self.n)
+            self._scaled_features = (self.vectors.T @ rows).cpu().numpy() / math.sqrt(self.n)
 
     def at(
         self, lr: float, *, moments: ProcessMoments | None = None, num_perturbations: int | None = None
@@ -145,11 +145,11 @@ class Evolution:
         Raises:
             UsageError: If the distribution has a diagonal term and no features were given.
         """
-        wanted = as_steps(steps, self.f0)
+        steps_T = as_steps(steps, self.f0)
         if self._diagonal:
-            diagonals = torch.stack([state.diagonal() for state in self._dense_states(wanted)])
+            diagonals = torch.stack([state.diagonal() for state in self._dense_states(steps_T)])
         else:
-            diagonals = self._diagonal_modes(wanted)
+            diagonals = self._diagonal_modes(steps_T)
         return self.floor + diagonals.sum(1) / (2 * self.n)
 
     def variance(self, steps: Steps) -> Tensor:
@@ -174,11 +174,11 @@ class Evolution:
         Returns:
             Lower and upper ends, each (T,).
         """
-        wanted = as_steps(steps, self.f0)
-        means, spreads = self._mean_modes(wanted), self._spreads(wanted)
+        steps_T = as_steps(steps, self.f0)
+        means, spreads = self._mean_modes(steps_T), self._spreads(steps_T)
         variances = [2 * spread.square().sum() + 4 * mean @ spread @ mean for mean, spread in zip(means, spreads)]
         variance = torch.stack(variances) / (4 * self.n**2)
-        centre = self.expected_loss(wanted) - self.floor
+        centre = self.expected_loss(steps_T) - self.floor
         root = (variance.clamp_min(0).sqrt() / centre.clamp_min(torch.finfo(centre.dtype).tiny) / 3).nan_to_num(0.0)
         ends = [(1 - root.square() + sign * z * root).clamp_min(0) ** 3 * centre for sign in (-1, 1)]
         return self.floor + ends[0], self.floor + ends[1].nan_to_num(nan=math.inf)
@@ -195,8 +195,8 @@ class Evolution:
             Mean predictions, (T, m).
         """
         start = as_vector(f0, "initial test predictions")
-        moved = self._mean_modes(as_steps(steps, self.f0)) - self.residual_R
-        return start + moved @ self._test_weights(cross_kernel, len(start)).T
+        change = self._mean_modes(as_steps(steps, self.f0)) - self.residual_R
+        return start + change @ self._test_weights(cross_kernel, len(start)).T
 
     def test_variance(self, steps: Steps, cross_kernel: Tensor, diagonal: Tensor) -> Tensor:
         r"""Return the variance of predictions at other points.
@@ -218,19 +218,19 @@ class Evolution:
         """
         if self._diagonal:
             raise UsageError("The variance at test points is known for the Gaussian and the sphere: simulate instead.")
-        wanted = as_steps(steps, self.f0)
+        steps_T = as_steps(steps, self.f0)
         own = as_vector(diagonal, "test kernel diagonal")
         weights_MR = self._test_weights(cross_kernel, len(own))
         unseen = (own - weights_MR.square() @ (self.n * self.eigenvalues)).clamp_min(0)
         values, vectors = self._mode_matrix()
         start = vectors.T @ self.residual_R.square()
-        sums = torch.stack([_geometric_sum(values, t) * start for t in wanted]) @ vectors.T
+        sums = torch.stack([_geometric_sum(values, t) * start for t in steps_T]) @ vectors.T
         walk = self.lr**2 * self._trace * (sums @ self.eigenvalues) / self.n
-        return self._quadratic(wanted, weights_MR) + walk[:, None] * unseen
+        return self._quadratic(steps_T, weights_MR) + walk[:, None] * unseen
 
-    def _mean_modes(self, wanted: Tensor) -> Tensor:
+    def _mean_modes(self, steps_T: Tensor) -> Tensor:
         decay = 1 - self.lr * self.moments.mean * self.eigenvalues
-        return _power(decay, wanted) * self.residual_R
+        return _power(decay, steps_T) * self.residual_R
 
     def _mode_matrix(self) -> tuple[Tensor, Tensor]:
         if self._modes is None:
@@ -240,28 +240,28 @@ class Evolution:
             self._modes = torch.linalg.eigh(matrix)
         return self._modes
 
-    def _diagonal_modes(self, wanted: Tensor) -> Tensor:
+    def _diagonal_modes(self, steps_T: Tensor) -> Tensor:
         values, vectors = self._mode_matrix()
         start = vectors.T @ self.residual_R.square()
-        return ((_power(values, wanted) * start) @ vectors.T).nan_to_num(nan=math.inf).clamp_min(0)
+        return ((_power(values, steps_T) * start) @ vectors.T).nan_to_num(nan=math.inf).clamp_min(0)
 
-    def _quadratic(self, wanted: Tensor, weights: Tensor) -> Tensor:
+    def _quadratic(self, steps_T: Tensor, weights: Tensor) -> Tensor:
         """Return the variance of ``weights @ residual modes`` for every row of weights, (T, rows)."""
-        rows = [((weights @ spread) * weights).sum(1) for spread in self._spreads(wanted)]
+        rows = [((weights @ spread) * weights).sum(1) for spread in self._spreads(steps_T)]
         return torch.stack(rows).nan_to_num(nan=math.inf).clamp_min(0)
 
-    def _spreads(self, wanted: Tensor) -> Iterator[Tensor]:
+    def _spreads(self, steps_T: Tensor) -> Iterator[Tensor]:
         """Yield the covariance of the residual modes after each number of steps, (R, R)."""
-        means = self._mean_modes(wanted)
+        means = self._mean_modes(steps_T)
         if self._diagonal:
-            for state, mean in zip(self._dense_states(wanted), means):
+            for state, mean in zip(self._dense_states(steps_T), means):
                 yield state - torch.outer(mean, mean)
             return
         level, pair = self.eigenvalues, torch.outer(self.residual_R, self.residual_R)
         step, c = self.lr, self.moments.mean
         off = 1 - step * c * (level[:, None] + level) + step**2 * self._kappa * torch.outer(level, level)
         alone = (1 - step * c * level[:, None]) * (1 - step * c * level)
-        for t, mean, diagonal in zip(wanted, means, self._diagonal_modes(wanted)):
+        for t, mean, diagonal in zip(steps_T, means, self._diagonal_modes(steps_T)):
             spread = (off**t - alone**t) * pair
             spread.diagonal().copy_((diagonal - mean.square()).clamp_min(0))
             yield spread
@@ -278,20 +278,22 @@ class Evolution:
         Raises:
             UsageError: If no features were given.
         """
-        if self._left is None:
+        if self._scaled_features is None:
             raise UsageError(
                 "The second moment of distributions other than the Gaussian and the sphere needs the features: "
                 "pass features=."
             )
         start = torch.outer(self.residual_R, self.residual_R).cpu().numpy()
         levels = self.eigenvalues.cpu().numpy()
-        path = dense_path(start, levels, self._left, self.lr, self.moments, self.num_perturbations, steps=steps)
+        path = dense_path(
+            start, levels, self._scaled_features, self.lr, self.moments, self.num_perturbations, steps=steps
+        )
         yield from (torch.as_tensor(state).to(self.f0) for state in path)
 
-    def _dense_states(self, wanted: Tensor) -> list[Tensor]:
-        keep = {int(t) for t in wanted}
-        kept = {t: state for t, state in enumerate(self.dense_states(max(keep))) if t in keep}
-        return [kept[int(t)] for t in wanted]
+    def _dense_states(self, steps_T: Tensor) -> list[Tensor]:
+        requested = {int(t) for t in steps_T}
+        states = {t: state for t, state in enumerate(self.dense_states(max(requested))) if t in requested}
+        return [states[int(t)] for t in steps_T]
 
     def _test_weights(self, cross_kernel: Tensor, count: int) -> Tensor:
         cross = cross_kernel.detach().to(self.f0)
@@ -302,8 +304,8 @@ class Evolution:
         return cross @ self.vectors / (self.n * self.eigenvalues)
 
 
-def _power(base_R: Tensor, wanted_T: Tensor) -> Tensor:
-    return base_R[None, :] ** wanted_T[:, None]
+def _power(base_R: Tensor, steps_T: Tensor) -> Tensor:
+    return base_R[None, :] ** steps_T[:, None]
 
 
 def _geometric_sum(ratio: Tensor, count: Tensor) -> Tensor:

@@ -92,25 +92,25 @@ def zo_sgd_run(
     if not eps > 0 or runs < 1:
         raise UsageError("eps must be positive and there must be at least one run.")
     distribution = Distribution.parse(distribution)
-    wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, theta.double())
-    recorded = sorted({int(step) for step in wanted})
+    requested = as_steps(range(steps + 1) if isinstance(steps, int) else steps, theta.double())
+    recorded = sorted({int(step) for step in requested})
     generator = torch.Generator(theta.device).manual_seed(seed)
     dim = theta.numel()
     theta_RD = theta.detach().reshape(1, dim).repeat(runs, 1)
-    losses, done = [], 0
+    losses, previous = [], 0
     for step in recorded:
-        for _ in range(step - done):
+        for _ in range(step - previous):
             z_RPD = distribution.sample((runs, count), dim, generator, dtype=theta.dtype)
             shifted = torch.stack([theta_RD[:, None] + eps * z_RPD, theta_RD[:, None] - eps * z_RPD])
             up_RP, down_RP = loss(shifted.reshape(-1, dim)).reshape(2, runs, count)
             slope_RP = (up_RP - down_RP) / (2 * eps)
             if estimator == "best_of":
                 best_R = slope_RP.abs().argmax(1)
-                chosen = torch.arange(runs, device=theta.device), best_R
-                theta_RD = theta_RD - lr * slope_RP[chosen][:, None] * z_RPD[chosen]
+                steepest = torch.arange(runs, device=theta.device), best_R
+                theta_RD = theta_RD - lr * slope_RP[steepest][:, None] * z_RPD[steepest]
             else:
                 theta_RD = theta_RD - (lr / count) * torch.einsum("rp,rpd->rd", slope_RP, z_RPD)
-        done = step
+        previous = step
         value = loss(theta_RD)
         if value.isnan().any():
             raise RunError(f"The loss is not a number at step {step}: lower the learning rate ({lr:g}).")

@@ -111,20 +111,20 @@ def simulate(
     distribution = Distribution.parse(distribution)
     zeta = None if coupling != "independent" else Distribution.parse(zeta_distribution or distribution)
     sampler = _Sampler(x, distribution, zeta, coupling, seed, x.shape[1] if dim is None else dim)
-    wanted = as_steps(range(steps + 1) if isinstance(steps, int) else steps, target)
-    recorded = sorted({int(step) for step in wanted})
+    requested = as_steps(range(steps + 1) if isinstance(steps, int) else steps, target)
+    recorded = sorted({int(step) for step in requested})
     x = sampler.basis
     n, d = x.shape
     offset_D = (start - target) @ x / n
     hessian_DD = x.T @ x / n
-    moved_RD = x.new_zeros(runs, d)
-    records, done = [], 0
+    change_RD = x.new_zeros(runs, d)
+    records, previous = [], 0
     for step in recorded:
-        for _ in range(step - done):
-            gradient_RD = moved_RD @ hessian_DD + offset_D
-            moved_RD -= (lr / count) * sampler.apply(gradient_RD, count)
-        done = step
-        residual_RN = (start - target) + moved_RD @ x.T
+        for _ in range(step - previous):
+            gradient_RD = change_RD @ hessian_DD + offset_D
+            change_RD -= (lr / count) * sampler.apply(gradient_RD, count)
+        previous = step
+        residual_RN = (start - target) + change_RD @ x.T
         records.append(_summary(residual_RN, target))
     losses, means, mean_errors, squares, square_errors = (torch.stack(column) for column in zip(*records))
     return Simulation(torch.tensor(recorded), losses, means, mean_errors, squares, square_errors)

@@ -123,7 +123,7 @@ class PerExample(Estimator):
             spread = statistics.stdev(slopes) if num_examples > 1 else 0.0
             scale /= 2 * (self.reach * spread + WHITEN_FLOOR)
         means = [sum(losses[k * num_examples : (k + 1) * num_examples]) / num_examples for k in range(num_points)]
-        together = {
+        coefficients = {
             index_of(direction, example): coefficient * scale
             for example, estimate in enumerate(by_example)
             for direction, coefficient in estimate.coefficients.items()
@@ -131,7 +131,7 @@ class PerExample(Estimator):
         centred = by_example[0].centre is not None
         return replace(
             by_example[0],
-            coefficients=together,
+            coefficients=coefficients,
             losses=means,
             centre=sum(estimate.centre or 0.0 for estimate in by_example) / num_examples if centred else None,
         )

@@ -80,8 +80,8 @@ class Smoothed(Estimator):
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
         if self.schedule not in RADIUS_SCHEDULES:
-            known = ", ".join(RADIUS_SCHEDULES)
-            raise UsageError(f"There is no radius schedule {self.schedule!r}: choose one of {known}.")
+            names = ", ".join(RADIUS_SCHEDULES)
+            raise UsageError(f"There is no radius schedule {self.schedule!r}: choose one of {names}.")
         if self.schedule != "none" and not self.total_steps:
             raise UsageError(
                 f"The radius schedule {self.schedule!r} needs total_steps, the number of steps of the run."

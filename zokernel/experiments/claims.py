@@ -179,11 +179,11 @@ def values_at(numbers: Any, path: str) -> list[Any]:
         >>> values_at({"a": {"x": [1, 2], "y": [3]}}, "/a/*/*")
         [1, 2, 3]
     """
-    found = [numbers]
+    values = [numbers]
     for raw in path.strip("/").split("/"):
         segment = raw.replace("~1", "/")
-        found = [item for value in found for item in _step(value, segment, path)]
-    return found
+        values = [item for node in values for item in _step(node, segment, path)]
+    return values
 
 
 def _step(value: Any, segment: str, path: str) -> list[Any]:
@@ -194,8 +194,8 @@ def _step(value: Any, segment: str, path: str) -> list[Any]:
     if isinstance(value, list):
         if segment.lstrip("-").isdigit() and -len(value) <= int(segment) < len(value):
             return [value[int(segment)]]
-        wanted = [part.partition("=")[::2] for part in segment.split("&")]
-        rows = [row for row in value if isinstance(row, dict) and all(_field(row, k) == v for k, v in wanted)]
+        conditions = [part.partition("=")[::2] for part in segment.split("&")]
+        rows = [row for row in value if isinstance(row, dict) and all(_field(row, k) == v for k, v in conditions)]
         if len(rows) == 1:
             return rows
     raise UsageError(f"There is no single {segment!r} in the results at {path!r}.")
@@ -218,15 +218,15 @@ def measure(number: Measured, record: dict[str, Any]) -> tuple[float, float | No
     Raises:
         UsageError: If the result has no such number.
     """
-    found = values_at(record["numbers"], number.at.partition("#")[2])
+    values = values_at(record["numbers"], number.at.partition("#")[2])
     if number.statistic == "interval":
-        ((value, low, high),) = found
+        ((value, low, high),) = values
     elif number.statistic == "mean":
-        value, low, high = sum(found) / len(found), min(found), max(found)
+        value, low, high = sum(values) / len(values), min(values), max(values)
     elif number.statistic in ("max", "min"):
-        value, low, high = (max if number.statistic == "max" else min)(found), None, None
+        value, low, high = (max if number.statistic == "max" else min)(values), None, None
     else:
-        (value,), low, high = found, None, None
+        (value,), low, high = values, None, None
     return _rounded(value), _rounded(low), _rounded(high)
 
 
@@ -262,43 +262,43 @@ def contradictions(claims: Sequence[Claim], folder: Path) -> list[str]:
         result's, or a verdict on a claim that is not in the ledger.
     """
     by_id = {claim.id: claim for claim in claims}
-    said: dict[str, dict[str, str]] = {}
-    found = []
+    verdicts_by_claim: dict[str, dict[str, str]] = {}
+    sentences = []
     for name in MODULES:
         record = load_record(folder / name)
         for verdict in record["verdicts"] if record else ():
             claim = by_id.get(verdict["id"])
             if claim is None:
-                found.append(f"{name} judges {verdict['id']!r}, which is not in the ledger.")
+                sentences.append(f"{name} judges {verdict['id']!r}, which is not in the ledger.")
             elif name not in claim.experiments:
-                found.append(f"{name} judges {claim.id}, whose entry does not name it.")
+                sentences.append(f"{name} judges {claim.id}, whose entry does not name it.")
             elif verdict["verdict"] != NOT_RUN:
-                said.setdefault(claim.id, {})[name] = verdict["verdict"]
+                verdicts_by_claim.setdefault(claim.id, {})[name] = verdict["verdict"]
     for claim in claims:
-        runs = said.get(claim.id, {})
+        runs = verdicts_by_claim.get(claim.id, {})
         if runs and combined(runs.values()) != claim.verdict:
             texts = " and ".join(f"{name} says {verdict!r}" for name, verdict in runs.items())
-            found.append(f"{claim.id}: the ledger says {claim.verdict!r}, {texts}.")
+            sentences.append(f"{claim.id}: the ledger says {claim.verdict!r}, {texts}.")
         for number in claim.measured:
             record = load_record(folder / number.at.partition("#")[0])
             if record is not None:
-                found += _compare(claim, number, measure(number, record))
-    return found
+                sentences += _compare(claim, number, measure(number, record))
+    return sentences
 
 
-def _compare(claim: Claim, number: Measured, now: tuple[float, float | None, float | None]) -> list[str]:
-    found = []
-    for stored, measured in zip((number.value, number.low, number.high), now, strict=True):
+def _compare(claim: Claim, number: Measured, results: tuple[float, float | None, float | None]) -> list[str]:
+    sentences = []
+    for stored, measured in zip((number.value, number.low, number.high), results, strict=True):
         if (stored is None) != (measured is None) or (
             stored is not None and measured is not None and not math.isclose(stored, measured, rel_tol=1e-4)
         ):
-            found.append(f"{claim.id}: {number.what} is {stored} in the ledger and {measured} in the results.")
-    least, most = now[1:] if number.statistic == "interval" else (now[0], now[0])
+            sentences.append(f"{claim.id}: {number.what} is {stored} in the ledger and {measured} in the results.")
+    least, most = results[1:] if number.statistic == "interval" else (results[0], results[0])
     if number.above is not None and not (least is not None and least > number.above):
-        found.append(f"{claim.id}: {number.what} is {least}, not above {number.above}.")
+        sentences.append(f"{claim.id}: {number.what} is {least}, not above {number.above}.")
     if number.below is not None and not (most is not None and most < number.below):
-        found.append(f"{claim.id}: {number.what} is {most}, not below {number.below}.")
-    return found
+        sentences.append(f"{claim.id}: {number.what} is {most}, not below {number.below}.")
+    return sentences
 
 
 def as_json(claims: Sequence[Claim]) -> str:

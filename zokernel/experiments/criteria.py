@@ -53,13 +53,13 @@ def interval(values: np.ndarray | Sequence[float], *, logs: bool | None = None) 
         >>> [round(x, 3) for x in interval([1.0, 2.0, 4.0], logs=False)]
         [2.333, -1.462, 6.128]
     """
-    found = np.asarray(values, dtype=float)
-    if not np.isfinite(found).all():
-        return float(found.mean()), -math.inf, math.inf
-    positive = bool((found > 0).all()) if logs is None else logs
-    used = np.log(found) if positive else found
-    half = student_quantile(len(used) - 1) * used.std(ddof=1) / len(used) ** 0.5 if len(used) > 1 else math.inf
-    centre = used.mean()
+    numbers = np.asarray(values, dtype=float)
+    if not np.isfinite(numbers).all():
+        return float(numbers.mean()), -math.inf, math.inf
+    positive = bool((numbers > 0).all()) if logs is None else logs
+    terms = np.log(numbers) if positive else numbers
+    half = student_quantile(len(terms) - 1) * terms.std(ddof=1) / len(terms) ** 0.5 if len(terms) > 1 else math.inf
+    centre = terms.mean()
     mean, low, high = (float(np.exp(b) if positive else b) for b in (centre, centre - half, centre + half))
     return mean, low, high
 
@@ -89,12 +89,12 @@ def median_interval(values: np.ndarray | Sequence[float]) -> Interval:
         >>> median_interval(range(1, 101))
         (50.5, 40.0, 61.0)
     """
-    found = np.sort(np.asarray(values, dtype=float))
-    count = len(found)
+    ordered = np.sort(np.asarray(values, dtype=float))
+    count = len(ordered)
     if count < 6:
-        return float(np.median(found)), -math.inf, math.inf
+        return float(np.median(ordered)), -math.inf, math.inf
     rank = max(0, math.floor((count - NormalDist().inv_cdf(0.975) * count**0.5) / 2))
-    return float(np.median(found)), float(found[max(0, rank - 1)]), float(found[min(count - 1, count - rank)])
+    return float(np.median(ordered)), float(ordered[max(0, rank - 1)]), float(ordered[min(count - 1, count - rank)])
 
 
 def share_interval(hits: int, count: int) -> Interval:
@@ -121,48 +121,48 @@ def less(first: Interval, second: Interval) -> str:
     return HOLDS if first[2] < second[1] else FAILS if first[1] > second[2] else OPEN
 
 
-def below(found: Interval, bound: float) -> str:
+def below(value: Interval, bound: float) -> str:
     """Return whether an interval lies below a bound.
 
     Example:
         >>> below((0.5, 0.4, 0.6), 1.0), below((0.9, 0.7, 1.1), 1.0), below((2.0, 1.5, 2.5), 1.0)
         ('holds', 'not resolved', 'does not hold')
     """
-    _, low, high = found
+    _, low, high = value
     return HOLDS if high < bound else FAILS if math.inf > low > bound else OPEN
 
 
-def above(found: Interval, bound: float) -> str:
+def above(value: Interval, bound: float) -> str:
     """Return whether an interval lies above a bound.
 
     Example:
         >>> above((0.5, 0.4, 0.6), 1.0), above((2.0, 1.5, 2.5), 1.0)
         ('does not hold', 'holds')
     """
-    _, low, high = found
+    _, low, high = value
     return HOLDS if low > bound else FAILS if high < bound else OPEN
 
 
-def within(found: Interval, least: float, most: float) -> str:
+def within(value: Interval, least: float, most: float) -> str:
     """Return whether an interval lies between two bounds: equal up to a margin, which no test against zero can show.
 
     Example:
         >>> within((1.0, 0.9, 1.1), 0.8, 1.25), within((1.0, 0.7, 1.4), 0.8, 1.25), within((2.0, 1.5, 2.5), 0.8, 1.25)
         ('holds', 'not resolved', 'does not hold')
     """
-    _, low, high = found
+    _, low, high = value
     return HOLDS if least < low and high < most else FAILS if low > most or high < least else OPEN
 
 
-def graded(found: Interval, good: float, fair: float) -> str:
+def graded(value: Interval, good: float, fair: float) -> str:
     """Return a verdict on a size that should be small: below ``good``, below ``fair``, or above it.
 
     Example:
         >>> graded((0.1, 0.05, 0.15), 0.2, 0.5), graded((0.2, 0.1, 0.3), 0.2, 0.5), graded((0.4, 0.2, 0.7), 0.2, 0.5)
         ('holds', 'holds under conditions', 'not resolved')
     """
-    small = below(found, good)
-    return small if small == HOLDS else PARTLY if below(found, fair) == HOLDS else below(found, fair)
+    small = below(value, good)
+    return small if small == HOLDS else PARTLY if below(value, fair) == HOLDS else below(value, fair)
 
 
 def combined(parts: Iterable[str]) -> str:
@@ -174,12 +174,12 @@ def combined(parts: Iterable[str]) -> str:
         >>> combined(["does not hold", "not resolved"]), combined(["not resolved", "not resolved"])
         ('does not hold', 'not resolved')
     """
-    found = list(parts)
-    if all(part == HOLDS for part in found):
+    verdicts = list(parts)
+    if all(part == HOLDS for part in verdicts):
         return HOLDS
-    if HOLDS in found or PARTLY in found:
+    if HOLDS in verdicts or PARTLY in verdicts:
         return PARTLY
-    return FAILS if FAILS in found else OPEN
+    return FAILS if FAILS in verdicts else OPEN
 
 
 def worst(parts: Iterable[str]) -> str:
@@ -212,12 +212,12 @@ def log_slope(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) 
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def shown(found: Interval, digits: int = 2) -> str:
+def format_interval(value: Interval, digits: int = 2) -> str:
     """Return a mean and its interval as text.
 
     Example:
-        >>> shown((0.5, 0.25, 1.0))
+        >>> format_interval((0.5, 0.25, 1.0))
         '0.50 [0.25, 1.00]'
     """
-    mean, low, high = found
+    mean, low, high = value
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -37,8 +37,23 @@ def read_reproduction(folder: Path) -> Page:
             made_with=_made_with(single),
         )
     records = [record for name in MODULES if (record := load_record(folder / name))]
-    failed = [name for name in MODULES if (folder / name / ERROR_FILE).exists()]
-    scales = sorted({record["config"]["scale"] for record in records})
+    return Page(
+        title="Reproducing the three papers",
+        kind="reproduce",
+        summary=_summary(records, failed=[name for name in MODULES if (folder / name / ERROR_FILE).exists()]),
+        facts=_facts(records),
+        sections=[
+            _verdict_section(records),
+            *(experiment_section(record, folder / record["name"]) for record in records),
+        ],
+        command=_command(records),
+        made_with=_made_with(records[0]),
+    )
+
+
+def _summary(records: list[dict[str, Any]], failed: list[str]) -> list[str]:
+    """Return what was run and judged, in plain words."""
+    scales = _scales(records)
     verdicts = Counter(verdict["verdict"] for record in records for verdict in record["verdicts"])
     summary = [
         f"{len(records)} of {len(MODULES)} experiments of the three papers, at scale {', '.join(scales)}, took "
@@ -51,23 +66,20 @@ def read_reproduction(folder: Path) -> Page:
         )
     if failed:
         summary.append(f"Failed: {', '.join(failed)}; see {ERROR_FILE} in their folders.")
-    options = "".join(
-        f" --seed {seed}" if seed else "" for seed in sorted({record["config"]["seed"] for record in records})[:1]
-    )
+    return summary
+
+
+def _scales(records: list[dict[str, Any]]) -> list[str]:
+    return sorted({record["config"]["scale"] for record in records})
+
+
+def _command(records: list[dict[str, Any]]) -> str:
+    """Return the command that repeats all of the experiments."""
+    if len(records) == 1:
+        return records[0].get("command", "")
+    seeds = sorted({record["config"]["seed"] for record in records})
     names = "all" if len(records) == len(MODULES) else " ".join(record["name"] for record in records)
-    together = f"zokernel reproduce {names} --scale {scales[0]}{options}"
-    return Page(
-        title="Reproducing the three papers",
-        kind="reproduce",
-        summary=summary,
-        facts=_facts(records),
-        sections=[
-            _verdict_section(records),
-            *(experiment_section(record, folder / record["name"]) for record in records),
-        ],
-        command=together if len(records) > 1 else records[0].get("command", ""),
-        made_with=_made_with(records[0]),
-    )
+    return f"zokernel reproduce {names} --scale {_scales(records)[0]}" + (f" --seed {seeds[0]}" if seeds[0] else "")
 
 
 def experiment_section(record: dict[str, Any], folder: Path) -> Section:

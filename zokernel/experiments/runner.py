@@ -46,25 +46,25 @@ class Clock:
     Attributes:
         expected: Seconds by experiment.
         jobs: Experiments run at once.
-        done: (expected, measured) seconds of those finished in this run.
+        finished: (expected, measured) seconds of those finished in this run.
 
     Example:
         >>> clock = Clock({"a": 10.0, "b": 30.0}, jobs=1)
-        >>> clock.done.append((10.0, 20.0))
-        >>> clock.left(["b"])
+        >>> clock.finished.append((10.0, 20.0))
+        >>> clock.seconds_left(["b"])
         60.0
     """
 
     expected: dict[str, float]
     jobs: int
-    done: list[tuple[float, float]] = field(default_factory=list)
+    finished: list[tuple[float, float]] = field(default_factory=list)
 
-    def left(self, names: list[str]) -> float:
+    def seconds_left(self, names: list[str]) -> float:
         """Return the seconds that ``names`` will still take."""
-        planned = [self.expected[name] for name in names]
-        before, measured = (sum(column) for column in zip(*self.done)) if self.done else (1.0, 1.0)
+        expected = [self.expected[name] for name in names]
+        before, measured = (sum(column) for column in zip(*self.finished)) if self.finished else (1.0, 1.0)
         speed = measured / before if before > 0 else 1.0
-        return speed * max(sum(planned) / self.jobs, max(planned, default=0.0))
+        return speed * max(sum(expected) / self.jobs, max(expected, default=0.0))
 
 
 def expected_seconds(name: str, scale: str, output_dir: Path) -> float:
@@ -100,19 +100,19 @@ def plan(names: list[str], config: Config, output_dir: Path, *, overwrite: bool)
     Raises:
         UsageError: If a finished one was run with other settings.
     """
-    todo, kept = [], []
+    todo, finished = [], []
     for name in names:
         record = None if overwrite else load_record(output_dir / name)
         if record is None:
             todo.append(name)
         elif same_settings(record, config):
-            kept.append(Outcome(name, "kept", float(record["seconds"])))
+            finished.append(Outcome(name, "kept", float(record["seconds"])))
         else:
             raise UsageError(
                 f"{output_dir / name} holds a result with other settings ({record['config']}): choose another "
                 "--output_dir, or --overwrite."
             )
-    return todo, kept
+    return todo, finished
 
 
 def run_all(
@@ -133,23 +133,23 @@ def run_all(
     clock = Clock({name: expected_seconds(name, config.scale, output_dir) for name in names}, jobs)
     outcomes: list[Outcome] = []
 
-    def ended(outcome: Outcome) -> None:
+    def finish(outcome: Outcome) -> None:
         outcomes.append(outcome)
         if outcome.state == "finished":
-            clock.done.append((clock.expected[outcome.name], outcome.seconds))
-        finished = {one.name for one in outcomes}
-        rest = [name for name in names if name not in finished]
-        left = f"; about {duration(clock.left(rest))} left" if rest else ""
+            clock.finished.append((clock.expected[outcome.name], outcome.seconds))
+        names_done = {one.name for one in outcomes}
+        remaining = [name for name in names if name not in names_done]
+        time_left = f"; about {duration(clock.seconds_left(remaining))} left" if remaining else ""
         text = f"{outcome.seconds:.1f} s" if outcome.state == "finished" else f"FAILED: {outcome.message}"
-        report(f"[{len(outcomes)}/{len(names)}] {outcome.name}: {text}{left}")
+        report(f"[{len(outcomes)}/{len(names)}] {outcome.name}: {text}{time_left}")
 
     if names:
-        report(f"{len(names)} to run at scale {config.scale}: about {duration(clock.left(names))}.")
+        report(f"{len(names)} to run at scale {config.scale}: about {duration(clock.seconds_left(names))}.")
     if jobs == 1:
         for name in names:
-            ended(_here(name, config, output_dir))
+            finish(_here(name, config, output_dir))
     else:
-        _in_processes(names, config, output_dir, jobs, ended)
+        _in_processes(names, config, output_dir, jobs, finish)
     return outcomes
 
 
@@ -167,7 +167,7 @@ def _here(name: str, config: Config, output_dir: Path) -> Outcome:
 
 
 def _in_processes(
-    names: list[str], config: Config, output_dir: Path, jobs: int, ended: Callable[[Outcome], None]
+    names: list[str], config: Config, output_dir: Path, jobs: int, finish: Callable[[Outcome], None]
 ) -> None:
     share = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": share, "NUMBA_NUM_THREADS": share}
@@ -186,7 +186,7 @@ def _in_processes(
             for name, (process, start) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    ended(_outcome(name, process.returncode, time.perf_counter() - start, output_dir / name))
+                    finish(_outcome(name, process.returncode, time.perf_counter() - start, output_dir / name))
             time.sleep(0.05)
     finally:
         for process, _ in running.values():

@@ -69,7 +69,7 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
     if result.arrays:
         with whole_file(folder / "arrays.npz") as partial, partial.open("wb") as stream:
             np.savez_compressed(stream, **result.arrays)  # type: ignore[arg-type]
-    took = seconds + time.perf_counter() - start
+    elapsed = seconds + time.perf_counter() - start
     record = {
         "name": name,
         "title": title,
@@ -79,7 +79,7 @@ def save(result: Result, folder: Path, *, name: str, title: str, config: Config,
         "figures": sorted(result.figures),
         "config": {"scale": config.scale, "seed": config.seed, "options": dict(config.options)},
         "unread_options": sorted(config.options.unread()),  # type: ignore[attr-defined]
-        "seconds": round(max(took, result.numbers.get("seconds", 0.0)), 2),
+        "seconds": round(max(elapsed, result.numbers.get("seconds", 0.0)), 2),
         "command": command(name, config),
         "commit": commit(),
         "versions": versions(),
@@ -142,11 +142,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions that a number can depend on; only of packages that this process has imported."""
-    found = {"zokernel": __version__, "python": platform.python_version()}
+    installed = {"zokernel": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "numba", "scipy", "transformers", "peft", "matplotlib"):
         if package in sys.modules:
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def _threads() -> dict[str, int | None]:

@@ -1,10 +1,10 @@
-"""The main job from end to end: what the user asked for is checked, data are read, settings decided, and a run made."""
+"""The main job from end to end: it checks the request, reads data, decides the settings and carries out the run."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,25 @@ from zokernel.files import check_output_dir, read_json
 from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import load_splits, load_task
-from zokernel.finetune.models.adapters import trained_by
-from zokernel.finetune.models.check import check_model
-from zokernel.finetune.models.offload import offloaded
+from zokernel.finetune.models.adapters import part_to_train
+from zokernel.finetune.models.check import CheckedModel, check_model
+from zokernel.finetune.models.offload import with_offload
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.models.scales import with_scales
 from zokernel.finetune.models.starting_weights import starting_weights
 from zokernel.finetune.report.metrics import MEASURED
 from zokernel.finetune.run import Run
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
-from zokernel.finetune.settings.auto import suits_examples
+from zokernel.finetune.settings.auto import supports_per_example
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.record import keep_recorded
-from zokernel.finetune.settings.resolve import given_sources, resolve
+from zokernel.finetune.settings.record import RunSettings, keep_recorded
+from zokernel.finetune.settings.resolve import resolve, setting_sources
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.lock import exclusive
-from zokernel.finetune.storage.push import check_push, open_repository, push_finished, pushed_by_nobody_else
+from zokernel.finetune.storage.push import check_push, open_repository, push_finished, without_trainer_push
+from zokernel.finetune.tasks import Task
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.stream_points import check_streamed
 
@@ -62,47 +63,26 @@ def finetune(
         Interrupted: If a signal stopped it after a checkpoint was saved.
     """
     folder = Path(str(config.output_dir))
-    with ExitStack() as held, output.explained_errors(folder):
+    with ExitStack() as resources, output.explained_errors(folder):
         start = time.perf_counter()
         check_values(data_arguments)
         if config.should_save:
             check_output_dir(folder, "The output folder")
-        given = given_sources(config, command) if command else {}
-        refuse_unsupported(config, scored=True, given=given)
+        sources = setting_sources(config, command) if command else {}
+        refuse_unsupported(config, scored=True, explicit=sources)
         check_push(config)
-        revision = model_arguments.model_revision if "model_revision" in given else None
-        model_arguments = with_revision(model_arguments, revision)
-        model = check_model(model_arguments, trains=config.do_train)  # before the data are read, which may take minutes
-        model_arguments = model.arguments
-        if model_arguments.merge_adapter and not config.do_train:
-            raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
-        task = load_task(data_arguments, objective=config.objective)
-        check_flags(task, data_arguments, model_arguments, given)
-        measured = MEASURED.get(task.kind, ())
-        if task.metric not in measured:
-            raise UsageError(
-                f"The task's metric is {task.metric!r}, and a {task.kind} task measures {' or '.join(measured)}: name "
-                "one of these."
-            )
-        check_metric(config.metric_for_best_model, measured)
-        config = lower_is_better(with_scales(model_arguments, offloaded(model_arguments, config, command), command))
+        model = _find_model(model_arguments, config, sources)
+        task = _find_task(data_arguments, model.arguments, config, sources)
+        config = with_scales(model.arguments, with_offload(model.arguments, config, command), command)
+        config = lower_is_better(config)
         splits = load_splits(data_arguments, task, seed=config.seed if config.data_seed is None else config.data_seed)
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
-        settings = resolve(
-            pushed_by_nobody_else(config),
-            trained=trained_by(model_arguments),
-            num_examples=len(splits.train) - data_arguments.num_demonstrations,
-            by_example=suits_examples(model.kind, model_arguments, config),
-            low_precision=model.trained_low,
-            command=command,
-        )
-        settings = settings if config.overwrite_output_dir else keep_recorded(settings, folder)
-        if model_arguments.offload and config.do_train:
-            check_streamed(settings.arguments(), trains_weights=trained_by(model_arguments) == "full parameters")
-        deciding = output.run_settings(model_arguments, data_arguments, settings.arguments())
-        deciding |= splits.fingerprint | starting_weights(model)
-        there, resume = _look(folder, config, deciding, held)
-        if there == "finished":
+        num_examples = len(splits.train) - data_arguments.num_demonstrations
+        settings = _resolve(config, model, num_examples, folder, command)
+        identity = output.run_settings(model.arguments, data_arguments, settings.arguments())
+        identity |= splits.fingerprint | starting_weights(model)
+        state, resume = _open_folder(folder, config, identity, resources)
+        if state == "finished":
             logger.info("%s already holds this run, finished: nothing to do.", folder)
             push_finished(folder, config)
             return read_json(folder / output.METRICS_FILE)
@@ -111,18 +91,63 @@ def finetune(
         open_repository(config)
         if resume:
             logger.info("Continuing the run in %s.", folder)
-        run = Run(model, model_arguments, data_arguments, settings, command, task, splits, start)
-        metrics = run.carry_out(folder, deciding, resume)
+        run = Run(model, task, splits, settings, data_arguments=data_arguments, command=command, start=start)
+        metrics = run.carry_out(folder, identity, resume)
         push_finished(folder, config)
         return metrics
 
 
-def _look(folder: Path, config: ZOConfig, deciding: dict[str, Any], held: ExitStack) -> tuple[str, str | bool]:
-    """Return what is in the output folder, and what to resume from; of several processes, one looks and tells."""
-    asked, there = str(config.resume_from_checkpoint or ""), ""
+def _find_model(arguments: ModelArguments, config: ZOConfig, sources: Mapping[str, str]) -> CheckedModel:
+    """Find and check the model, before data are read, which may take minutes."""
+    revision = arguments.model_revision if "model_revision" in sources else None
+    model = check_model(with_revision(arguments, revision), trains=config.do_train)
+    if model.arguments.merge_adapter and not config.do_train:
+        raise UsageError("--merge_adapter merges what was trained: 'zokernel merge' merges a saved adapter.")
+    return model
+
+
+def _find_task(data: DataArguments, model: ModelArguments, config: ZOConfig, sources: Mapping[str, str]) -> Task:
+    """Find the task, and check flags and metrics that depend on it."""
+    task = load_task(data, objective=config.objective)
+    check_flags(task, data, model, sources)
+    metrics = MEASURED.get(task.kind, ())
+    if task.metric not in metrics:
+        raise UsageError(
+            f"The task's metric is {task.metric!r}, and a {task.kind} task measures {' or '.join(metrics)}: name "
+            "one of these."
+        )
+    check_metric(config.metric_for_best_model, metrics)
+    return task
+
+
+def _resolve(
+    config: ZOConfig, model: CheckedModel, num_examples: int, folder: Path, command: Sequence[str]
+) -> RunSettings:
+    """Return the settings of the run, with what an unfinished run in its folder began with."""
+    trained = part_to_train(model.arguments)
+    settings = resolve(
+        without_trainer_push(config),
+        trained=trained,
+        num_examples=num_examples,
+        by_example=supports_per_example(model.kind, model.arguments, config),
+        low_precision=model.low_precision,
+        command=command,
+    )
+    if not config.overwrite_output_dir:
+        settings = keep_recorded(settings, folder)
+    if model.arguments.offload and config.do_train:
+        check_streamed(settings.arguments(), trains_weights=trained == "full parameters")
+    return settings
+
+
+def _open_folder(
+    folder: Path, config: ZOConfig, identity: dict[str, Any], resources: ExitStack
+) -> tuple[str, str | bool]:
+    """Return the state of the output folder, and what to resume from; of several processes, one looks and tells."""
+    requested, state = str(config.resume_from_checkpoint or ""), ""
     if config.should_save:
-        held.enter_context(exclusive(folder))
-        there = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(asked), settings=deciding)
-        held.enter_context(output.left_empty_if_refused(folder, new=there == "new"))
-    there = from_main(there)
-    return there, asked if asked.lower() not in ("", "last", "true") else there == "unfinished"
+        resources.enter_context(exclusive(folder))
+        state = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(requested), settings=identity)
+        resources.enter_context(output.clear_if_refused(folder, new=state == "new"))
+    state = from_main(state)
+    return state, requested if requested.lower() not in ("", "last", "true") else state == "unfinished"

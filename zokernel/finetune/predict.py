@@ -13,7 +13,13 @@ from zokernel.files import read_json, write_json
 from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
-from zokernel.finetune.models.quantization import LOADING, asked_for, check_library, library_of, loading_flags
+from zokernel.finetune.models.quantization import (
+    LOADING_FLAGS,
+    check_library,
+    library_of,
+    loading_flags,
+    requested_quantization,
+)
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.models.saved_adapter import run_folders
 from zokernel.finetune.run_files import METRICS_FILE
@@ -27,8 +33,8 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
 from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.prompt import alternatives
-from zokernel.finetune.tasks.saved import task_of_values, task_values
 from zokernel.finetune.tasks.seq2seq import decoder_of
+from zokernel.finetune.tasks.serialization import task_of_values, task_values
 from zokernel.finetune.tasks.text import TextTask
 from zokernel.secrets import hide_in_text
 
@@ -94,7 +100,7 @@ class Predictor:
         kind = record["language_model"]
         self._decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
         self._longest = 0
-        self._chosen_layout: tuple[Collator, PaddingFree | None] | None = None
+        self._last_layout: tuple[Collator, PaddingFree | None] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -127,8 +133,8 @@ class Predictor:
         with torch.autocast(self._device.type, precision, enabled=precision == torch.bfloat16):
             if isinstance(self.task, TextTask):
                 encoder = self._text_encoder()
-                asked = [self._request(encoder, row, number) for number, row in enumerate(rows, start=1)]
-                return [{"prediction": text} for text in self._continuations(asked)]
+                requests = [self._request(encoder, row, number) for number, row in enumerate(rows, start=1)]
+                return [{"prediction": text} for text in self._continuations(requests)]
             return self._answers(rows, batch_size)
 
     @property
@@ -153,61 +159,67 @@ class Predictor:
             raise UsageError(f"Row {number} has {len(ids)} tokens, and {room} leave room for an answer: shorten it.")
         return ids
 
-    def _continuations(self, asked: Sequence[list[int]]) -> list[str]:
+    def _continuations(self, requests: Sequence[list[int]]) -> list[str]:
         """Return what the model writes after each request."""
         settings = {"max_new_tokens": self.record["max_new_tokens"], "ends": self.record["ends"]}
-        frame = self._decoder.prompt if self._decoder else ()
-        return continuations(self.model, self.tokenizer, asked, decoder_prompt=frame, **settings)
+        decoder_prompt = self._decoder.prompt if self._decoder else ()
+        return continuations(self.model, self.tokenizer, requests, decoder_prompt=decoder_prompt, **settings)
 
     def _answers(self, rows: Sequence[Mapping[str, Any] | str], batch_size: int) -> list[dict[str, Any]]:
         """Return which option each row gets, or the answer that is written."""
-        record, task, masked = self.record, self.task, self.record["language_model"] == "masked"
         prepared = [self._row(row, number) for number, row in enumerate(rows, start=1)]
         if not prepared:
             return []
-        examples = encode(
-            task,
-            prepared,
-            self.tokenizer,
-            max_length=record["max_length"],
-            masked=masked,
-            decoder=self._decoder,
-            context=record["context"],
-        )
-        dataset = EncodedDataset(examples)
+        dataset = self._encode(prepared)
         collator, padding_free = self._layout(dataset)
-        objective = make_objective(
-            task,
-            self.tokenizer,
-            collator,
-            objective="cross_entropy",
-            masked=masked,
-            decoder=self._decoder,
-            calibrate=record["calibrate"],
-            context=record["context"],
-            max_length=record["max_length"],
-            max_new_tokens=record["max_new_tokens"],
-            padding_free=padding_free,
-        )
-        found: list[dict[str, Any]] = []
+        objective = self._objective(collator, padding_free)
+        answers: list[dict[str, Any]] = []
         for begin in range(0, len(prepared), batch_size):
             part = prepared[begin : begin + batch_size]
             batch = to_device(collator([dataset[n] for n in range(begin, begin + len(part))]), self._device)
-            if task.kind == "generation":
-                found += [{"prediction": text} for text in objective.generate(self.model, batch)]
+            if self.task.kind == "generation":
+                answers += [{"prediction": text} for text in objective.generate(self.model, batch)]
             else:
                 scores = objective.evaluate(self.model, batch)[1]["logits"].float().softmax(-1).tolist()
-                found += [self._chosen(row, shares) for row, shares in zip(part, scores)]
-        return found
+                answers += [self._answer(row, shares) for row, shares in zip(part, scores)]
+        return answers
+
+    def _encode(self, rows: Sequence[dict[str, Any]]) -> EncodedDataset:
+        examples = encode(
+            self.task,
+            rows,
+            self.tokenizer,
+            max_length=self.record["max_length"],
+            masked=self.record["language_model"] == "masked",
+            decoder=self._decoder,
+            context=self.record["context"],
+        )
+        return EncodedDataset(examples)
+
+    def _objective(self, collator: Collator, padding_free: PaddingFree | None) -> Any:
+        """Return what scores options, or writes answers, as the run did."""
+        return make_objective(
+            self.task,
+            self.tokenizer,
+            collator,
+            objective="cross_entropy",
+            masked=self.record["language_model"] == "masked",
+            decoder=self._decoder,
+            calibrate=self.record["calibrate"],
+            context=self.record["context"],
+            max_length=self.record["max_length"],
+            max_new_tokens=self.record["max_new_tokens"],
+            padding_free=padding_free,
+        )
 
     def _layout(self, dataset: EncodedDataset) -> tuple[Collator, PaddingFree | None]:
         """Return how batches are laid out, which is tried anew when a prompt is longer than all before."""
         longest = max(len(example.prompt_ids) for example in dataset.examples)
-        if self._chosen_layout is None or longest > self._longest:
+        if self._last_layout is None or longest > self._longest:
             collator = choose_collator(self.model, self.tokenizer.pad_token_id, dataset)
             padding_free = choose_padding_free(self.model, collator, dataset, option_scores)
-            self._longest, self._chosen_layout = longest, (collator, padding_free)
-        return self._chosen_layout
+            self._longest, self._last_layout = longest, (collator, padding_free)
+        return self._last_layout
 
     def _row(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
         if isinstance(row, str):
@@ -217,9 +229,9 @@ class Predictor:
         row = self._with_columns(row, number)
         missing = [name for name in self.columns if row.get(name) is None]
         if missing:
-            lacks = f"no {missing[0]!r} (it has {', '.join(map(str, row))})"
-            lacks = f"nothing in {missing[0]!r}" if missing[0] in row else lacks
-            raise UsageError(f"Row {number} has {lacks}; the template is {self.task.template!r}.")
+            lack = f"no {missing[0]!r} (it has {', '.join(map(str, row))})"
+            lack = f"nothing in {missing[0]!r}" if missing[0] in row else lack
+            raise UsageError(f"Row {number} has {lack}; the template is {self.task.template!r}.")
         # Tasks phrase an example with its label; any will do, since it is not read here.
         return {**row, self.task.label_column: self._labels()[0] if self.task.kind == "classification" else "0"}
 
@@ -228,15 +240,15 @@ class Predictor:
         task = self.task
         if task.prepare is not None and not set(self.columns) <= row.keys():
             try:
-                made = task.prepare({task.label_column: [], **row})
+                prepared = task.prepare({task.label_column: [], **row})
             except (KeyError, TypeError, AttributeError):
                 return row  # what it lacks is named as for any other row
-            if len(made) != 1:
+            if len(prepared) != 1:
                 raise UsageError(
-                    f"Row {number} stands for {len(made)} examples: give each its own row with the columns "
+                    f"Row {number} stands for {len(prepared)} examples: give each its own row with the columns "
                     f"{', '.join(self.columns)}."
                 )
-            row = made[0]
+            row = prepared[0]
         names = task.renamed_columns([(0, row)])
         return {names.get(name, name): value for name, value in row.items()}
 
@@ -244,7 +256,7 @@ class Predictor:
         """Return the label of each class as the training data had it."""
         return [alternatives(name)[0] for name in self.task.names()]
 
-    def _chosen(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
+    def _answer(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
         best = max(range(len(shares)), key=shares.__getitem__)
         if self.task.kind == "choice":
             options = self.task.fillers(row)
@@ -281,7 +293,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def _record_of(folder: str | Path) -> Path:
     """Return the file that says how a model answers new rows: that of a run holds for its checkpoints, too."""
-    files = [place / FILE for place in run_folders(Path(folder).expanduser())]
+    files = [path / FILE for path in run_folders(Path(folder).expanduser())]
     return next((file for file in files if file.is_file()), files[-1])
 
 
@@ -327,12 +339,12 @@ def load_predictor(
         ```
     """
     record = read_record(folder)
-    flags = {name: record[name] for name in LOADING if name in record}
+    flags = {name: record[name] for name in LOADING_FLAGS if name in record}
     flags |= {"lm_type": record["language_model"], "trust_remote_code": trust_remote_code}
     arguments = with_revision(ModelArguments(model_name_or_path=str(folder), **flags), model_revision)
-    if asked := asked_for(arguments):
-        check_library(library_of(asked), f"{folder}, whose base is quantized ({asked.removeprefix('torchao:')}),")
+    if name := requested_quantization(arguments):
+        check_library(library_of(name), f"{folder}, whose base is quantized ({name.removeprefix('torchao:')}),")
     config = ZOConfig(output_dir=str(folder), precision=record["precision"], report_to="none", do_train=False)
     model, tokenizer = load_model(arguments, config)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Predictor(model.to(where).eval(), tokenizer, record)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(model.to(device).eval(), tokenizer, record)

@@ -13,15 +13,15 @@ from transformers import set_seed
 
 from zokernel.files import read_json, write_json
 from zokernel.finetune.data.datasets import Splits
-from zokernel.finetune.models.adapters import say_base, virtual_tokens
+from zokernel.finetune.models.adapters import log_base, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel
 from zokernel.finetune.models.kind import fills_masks, kind_of_model
 from zokernel.finetune.models.load import load_model, longest_input
 from zokernel.finetune.models.memory import PeakMemory
 from zokernel.finetune.models.merge import save_merged
 from zokernel.finetune.models.same_base import base_facts
-from zokernel.finetune.monitor.diagnosis import diagnosed
-from zokernel.finetune.monitor.divergence import went_wrong
+from zokernel.finetune.monitor.diagnosis import diagnosis_metrics
+from zokernel.finetune.monitor.divergence import describe_failure
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.streaming import Streaming
 from zokernel.finetune.predict import write_predictor
@@ -35,13 +35,13 @@ from zokernel.finetune.report.metrics import (
     task_facts,
 )
 from zokernel.finetune.report.run_report import draw_loss, write_report
-from zokernel.finetune.report.samples import shown_samples
-from zokernel.finetune.report.told import number, start_told
-from zokernel.finetune.report.zero_shot import fingerprint, remembered
-from zokernel.finetune.rewards.prompts import empty_answers_told
+from zokernel.finetune.report.samples import pair_samples
+from zokernel.finetune.report.text import describe_start, finite_or_none
+from zokernel.finetune.report.zero_shot import cached_score, fingerprint
+from zokernel.finetune.rewards.prompts import describe_empty_answers
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
@@ -51,7 +51,7 @@ from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.journal.reader import FILE_NAME
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.secrets import hide_in_text, hide_in_values, hide_in_words
 
 logger = logging.getLogger(__name__)
@@ -62,30 +62,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Run:
-    """One run of the job, whose settings are decided and whose folder is free."""
+    """One run of the job, whose settings are decided and whose folder is free.
+
+    Args:
+        checked: The model.
+        task: What the rows are.
+        splits: The rows.
+        settings: Every setting of the run.
+        data_arguments: Which rows they are, and how they are phrased.
+        command: The command line, for the report.
+        start: When the job began, by ``time.perf_counter``.
+    """
 
     def __init__(
         self,
         checked: CheckedModel,
-        model_arguments: ModelArguments,
-        data_arguments: DataArguments,
-        settings: RunSettings,
-        command: Sequence[str],
         task: Task,
         splits: Splits,
+        settings: RunSettings,
+        *,
+        data_arguments: DataArguments,
+        command: Sequence[str],
         start: float,
     ):
-        self.checked, self.config = checked, settings.arguments()
-        self.model_arguments, self.data_arguments, self.settings = model_arguments, data_arguments, settings
-        self.command, self.task, self.splits, self.start = hide_in_words(command), task, splits, start
+        self.checked, self.task, self.splits, self.settings = checked, task, splits, settings
+        self.config, self.model_arguments, self.data_arguments = settings.arguments(), checked.arguments, data_arguments
+        self.command, self.start = hide_in_words(command), start
         self.max_length, self.warning = 0, ""
 
-    def carry_out(self, folder: Path, deciding: dict[str, Any], resume: str | bool) -> dict[str, Any]:
+    def carry_out(self, folder: Path, identity: dict[str, Any], resume: str | bool) -> dict[str, Any]:
         """Train and write the results.
 
         Args:
             folder: The output folder.
-            deciding: The settings that tell this run from others.
+            identity: The settings that tell this run from others.
             resume: Whether the run that is there is continued, or from which checkpoint.
 
         Returns:
@@ -99,14 +109,14 @@ class Run:
         self.model, tokenizer = load_model(self.model_arguments, config, self.checked)
         self.masked = fills_masks(self.model)
         trainer = self._make_trainer(tokenizer)
-        record = self._open_record(folder, deciding, continues=bool(resume))
+        record = self._open_record(folder, identity, continues=bool(resume))
         if "before" not in record:
             self._score_before(trainer, record)
             if main:
                 write_json(folder / output.RUN_FILE, record)
-        self._say_start(record["before"])
+        self._log_start(record["before"])
         trainer.known_reason = self.warning
-        trainer.when_begun = partial(self._note_begin, folder, trainer, record, deciding)
+        trainer.on_loop_begin = partial(self._note_begin, folder, trainer, record, identity)
         with PeakMemory() as training, Streaming(self.model) as streaming:
             if config.do_train:
                 trainer.train(resume_from_checkpoint=resume)
@@ -116,50 +126,51 @@ class Run:
                 write_json(folder / output.RUN_FILE, record | {"seconds": self._seconds(trainer, record)})
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else record["before"]
-        written = self._written() if config.do_train else record["written"]
+        answers = self._sample_answers() if config.do_train else record["written"]
         if config.do_train:
             trainer.save_model(str(folder))
             if main and self._journal_suffices(trainer, folder):
                 remove_checkpoints(folder)
-        samples = shown_samples(self.prepared.samples, record["written"], written)
-        measured = self._metrics(trainer, record, after, training.peak_bytes) | streaming.facts | {"samples": samples}
-        metrics = hide_in_values(measured)
+        samples = pair_samples(self.prepared.samples, record["written"], answers)
+        metrics = self._metrics(trainer, record, after, training.peak_bytes) | streaming.facts | {"samples": samples}
+        metrics = hide_in_values(metrics)
         if main:
             write_json(folder / output.RUN_FILE, record | {"seconds": metrics["total_seconds"]})
             if config.do_train and self.model_arguments.merge_adapter:
                 save_merged(trainer.bare_model, folder)
                 metrics["saved"] = "model"
             elif config.do_train:
-                say_base(self.model, self.model_arguments.model_name_or_path)
+                log_base(self.model, self.model_arguments.model_name_or_path)
             self._write(folder, trainer, metrics)
         return metrics
 
-    def _open_record(self, folder: Path, deciding: dict[str, Any], *, continues: bool) -> dict[str, Any]:
+    def _open_record(self, folder: Path, identity: dict[str, Any], *, continues: bool) -> dict[str, Any]:
         """Return what the folder tells of a run that is continued, or begin to write that of a new one."""
-        record = output.new_record(self.command, deciding, base_facts(self.model))
+        record = output.new_record(self.command, identity, base_facts(self.model))
         if self.config.should_save and continues:
             record = read_json(folder / output.RUN_FILE)
         elif self.config.should_save:
             write_json(folder / output.RUN_FILE, record)
         return from_main(record)
 
-    def _say_start(self, before: dict[str, float]) -> None:
+    def _log_start(self, before: dict[str, float]) -> None:
         """Log the score before training."""
-        how = start_told(self.data_arguments.num_demonstrations, trained=self.checked.is_trained)
+        how = describe_start(self.data_arguments.num_demonstrations, trained=self.checked.is_trained)
         metric, where = self.task.metric, "validation" if self.splits.test_is_validation else "test"
-        told = (how.capitalize(), metric, counted(len(self.splits.test), f"{where} example"), before[metric])
-        logger.info("%s %s on %s: %.3f.", *told)
+        examples = plural(len(self.splits.test), f"{where} example")
+        logger.info("%s %s on %s: %.3f.", how.capitalize(), metric, examples, before[metric])
         empty = before.get("empty_answers", 0.0)
-        self.warning = empty_answers_told(empty, self.splits.test, self.checked.tokenizer)
+        self.warning = describe_empty_answers(empty, self.splits.test, self.checked.tokenizer)
         if self.warning:
             logger.warning("%s", self.warning)
 
-    def _note_begin(self, folder: Path, trainer: ZOTrainer, record: dict[str, Any], deciding: dict[str, Any]) -> None:
+    def _note_begin(self, folder: Path, trainer: ZOTrainer, record: dict[str, Any], identity: dict[str, Any]) -> None:
         """Write down that the loop begins, and the forwards that settings were chosen by."""
         for name in ("measuring_forwards", "rate_forwards"):
             record[name] = record.get(name, 0) + getattr(trainer, name)
-        taken = max(trainer.state.global_step, trainer.journal.num_steps if trainer.journal else 0)
-        output.note_begin(folder, record, settings=deciding, total_steps=trainer.state.max_steps, taken=taken)
+        steps_taken = max(trainer.state.global_step, trainer.journal.num_steps if trainer.journal else 0)
+        total_steps = trainer.state.max_steps
+        output.note_begin(folder, record, settings=identity, total_steps=total_steps, steps_taken=steps_taken)
 
     def _seconds(self, trainer: ZOTrainer, record: dict[str, Any]) -> float:
         """Return the seconds of the run so far, those of earlier processes included."""
@@ -167,15 +178,11 @@ class Run:
         return round(earlier + time.perf_counter() - self.start, 2)
 
     def _journal_suffices(self, trainer: ZOTrainer, folder: Path) -> bool:
-        """Return whether the journal makes the checkpoints superfluous: nobody asked to keep them."""
-        asked = {name: trainer.settings.setting(name) for name in ("save_strategy", "save_total_limit")}
-        periodic = asked["save_strategy"].value in ("steps", "epoch") and asked["save_strategy"].source != "default"
-        return (
-            trainer.zeroth_order
-            and (folder / FILE_NAME).exists()
-            and not periodic
-            and asked["save_total_limit"].source == "default"
-        )
+        """Return whether the journal makes the checkpoints superfluous: no setting says to keep them."""
+        strategy, limit = map(trainer.settings.setting, ("save_strategy", "save_total_limit"))
+        is_periodic = strategy.value in ("steps", "epoch") and strategy.source != "default"
+        keeps_checkpoints = is_periodic or limit.source != "default"
+        return trainer.zeroth_order and (folder / FILE_NAME).exists() and not keeps_checkpoints
 
     def _make_trainer(self, tokenizer: Any) -> ZOTrainer:
         data, task = self.data_arguments, self.task
@@ -205,11 +212,11 @@ class Run:
             # Several processes score together, and not each of them may remember; nobody knows what a reward reads.
             shared = config.world_size > 1 or self.task.kind == "reward"
             score = partial(evaluate, trainer, test)
-            record["before"] = score() if shared else remembered(fingerprint(self.model, test, scoring), score)
+            record["before"] = score() if shared else cached_score(fingerprint(self.model, test, scoring), score)
         record["peak_memory_inference"] = inference.peak_bytes
-        record["written"] = self._written()
+        record["written"] = self._sample_answers()
 
-    def _written(self) -> list[str]:
+    def _sample_answers(self) -> list[str]:
         """Return what the model writes now after the held-out prompts that are shown."""
         prompts = [sample.prompt_ids for sample in self.prepared.samples]
         if not prompts:
@@ -221,7 +228,7 @@ class Run:
     def _metrics(
         self, trainer: ZOTrainer, record: dict[str, Any], after: dict[str, float], peak_memory: int
     ) -> dict[str, Any]:
-        log, stepped = trainer.run_log, trainer.zeroth_order and trainer.optimizer is not None
+        log, has_steps = trainer.run_log, trainer.zeroth_order and trainer.optimizer is not None
         return {
             **model_facts(self.model, self.model_arguments, trained=self.checked.is_trained),
             **task_facts(self.task, self.data_arguments, masked=self.masked),
@@ -237,19 +244,19 @@ class Run:
             "forwards": log.forwards,
             "measuring_forwards": record.get("measuring_forwards", 0),
             "rate_forwards": record.get("rate_forwards", 0),
-            "forwards_per_step": trainer.forwards_per_step if stepped else None,
+            "forwards_per_step": trainer.forwards_per_step if has_steps else None,
             "train_seconds": round(log.seconds, 2),
             "total_seconds": self._seconds(trainer, record),
             "peak_memory_inference": record["peak_memory_inference"],
             "peak_memory_training": peak_memory,
-            "effective_lr": number(trainer.effective_lr) if self.config.do_train else None,
+            "effective_lr": finite_or_none(trainer.effective_lr) if self.config.do_train else None,
             "warning": self.warning,
-            "went_wrong": trainer.diverged or went_wrong(log.rows),
-            "diagnosis": diagnosed(
+            "went_wrong": trainer.divergence or describe_failure(log.rows),
+            "diagnosis": diagnosis_metrics(
                 trainer.diagnosis,
                 record["before"],
                 after,
-                kept=self.config.load_best_model_at_end,
+                keeps_best=self.config.load_best_model_at_end,
                 streamed=self.model_arguments.offload is not None,
             ),
             "evaluations": evaluations(trainer.state.log_history, log.forwards_at),

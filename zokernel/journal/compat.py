@@ -44,10 +44,10 @@ def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
         return header
     options = dict(header["options"])
     if options.get("clip") == "grad" or options.get("step_schedule") == "accelerated":
-        what = "clip='grad'" if options.get("clip") == "grad" else "step_schedule='accelerated'"
+        option = "clip='grad'" if options.get("clip") == "grad" else "step_schedule='accelerated'"
         raise RunError(
-            f"The journal was written by zokernel {header['zokernel']} with {what}, whose step is rounded differently "
-            "since 0.2: replay it with the version that wrote it."
+            f"The journal was written by zokernel {header['zokernel']} with {option}, whose step is rounded "
+            "differently since 0.2: replay it with the version that wrote it."
         )
     # With "fold" and unmoved weights every step is one rounded sum, as it is with in_forward.
     perturb = _RESTORE[header["restore"]] if header["visits_points"] else "in_forward"
@@ -56,8 +56,8 @@ def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
     options.pop("restore", None)
     if perturb.startswith("in_place:"):
         options["perturb"] = perturb
-    printed = options.keys() & {"paper_k5", "grad_at", "step_schedule"} or options.get("clip", "none") != "none"
-    method = "kerzoo_printed" if header["method"] == "kerzoo" and printed else header["method"]
+    is_printed = options.keys() & {"paper_k5", "grad_at", "step_schedule"} or options.get("clip", "none") != "none"
+    method = "kerzoo_printed" if header["method"] == "kerzoo" and is_printed else header["method"]
     new = {key: value for key, value in header.items() if key not in OLD_KEYS}
     changed = {"method": method, "options": options, "perturb": perturb, "update": ""}
     return new | changed | {"upgraded_from": header["zokernel"]}

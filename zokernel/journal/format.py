@@ -93,7 +93,7 @@ class Step:
     Attributes:
         step: Which step, from zero.
         learning_rates: One for all parameter groups, or one each.
-        losses: Every loss the estimator asked for, in its order (forward gradients: losses, then derivatives).
+        losses: Every loss the estimator requested, in its order (forward gradients: losses, then derivatives).
         conditions: What held during the step, as far as it is known.
     """
 
@@ -171,9 +171,9 @@ def encode(record: Record) -> bytes:
         rates = rates[:1]
     if len(losses) > 0xFFFF or len(rates) > 0xFF:
         raise UsageError("A journal holds up to 65535 losses and 255 learning rates per step: use fewer perturbations.")
-    narrow = all(_fits_float32(loss) for loss in losses)
-    head = _STEP_HEAD.pack(STEP_NARROW if narrow else STEP_WIDE, len(rates), len(losses), record.step)
-    return head + struct.pack(f"<{len(rates)}d{len(losses)}{'f' if narrow else 'd'}", *rates, *losses)
+    is_narrow = all(_fits_float32(loss) for loss in losses)
+    head = _STEP_HEAD.pack(STEP_NARROW if is_narrow else STEP_WIDE, len(rates), len(losses), record.step)
+    return head + struct.pack(f"<{len(rates)}d{len(losses)}{'f' if is_narrow else 'd'}", *rates, *losses)
 
 
 def record_length(data: bytes | memoryview, offset: int) -> int | None:

@@ -23,7 +23,7 @@ from zokernel.journal.format import (
     decode_header,
     record_end,
 )
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 FILE_NAME = "journal.zkj"
 _STARTS = re.compile(b"[%c%c%c]" % (STEP_WIDE, STEP_NARROW, EVENT), re.DOTALL)
@@ -73,12 +73,12 @@ class Journal:
         """Return the size in bytes of the journal cut after ``step`` steps."""
         if step == 0:
             return decode_header(self.path.read_bytes())[1]
-        taken = 0
+        count = 0
         for record, end in zip(self.records, self.ends):
-            taken += isinstance(record, Step)
-            if taken == step:
+            count += isinstance(record, Step)
+            if count == step:
                 return end
-        raise UsageError(f"{self.path} holds {counted(taken, 'step')}: choose one of 0 to {taken}, not {step}.")
+        raise UsageError(f"{self.path} holds {plural(count, 'step')}: choose one of 0 to {count}, not {step}.")
 
     @classmethod
     def read(cls, path: str | Path, *, up_to_damage: bool = False) -> Journal:
@@ -121,7 +121,7 @@ class Journal:
                 raise RunError(
                     f"The record of step {steps} (at byte {offset}) is damaged, and whole records follow (at byte "
                     f"{later}), so it was not torn off by a crash. Restore the file from a copy, or keep the first "
-                    f"{counted(steps, 'step')} with 'zokernel journal truncate {path} --step {steps} --damaged'."
+                    f"{plural(steps, 'step')} with 'zokernel journal truncate {path} --step {steps} --damaged'."
                 )
         except RunError as error:
             raise RunError(f"{path}: {error}") from error

@@ -91,14 +91,14 @@ class JournalWriter:
         return writer
 
     def append(self, record: Record) -> None:
-        """Write a record; before a step that was taken under other conditions than the one before it, these.
+        """Write a record, after the conditions of a step if they differ from those of the step before it.
 
         Raises:
             UsageError: If the step moved parameter groups that the journal does not know.
             RunError: If it cannot be written whole; the journal then ends with the record before it.
         """
         if isinstance(record, Step) and record.conditions is not None:
-            self._note(record.step, record.conditions)
+            self._record_conditions(record.step, record.conditions)
         body = encode(record)
         digest = checksum(self._previous, body)
         data = body + digest
@@ -117,16 +117,17 @@ class JournalWriter:
         self._previous = digest
         self.size += len(data)
 
-    def _note(self, step: int, now: Conditions) -> None:
-        known = self._conditions
-        if None not in (known.groups, now.groups) and known.groups != now.groups:
+    def _record_conditions(self, step: int, conditions: Conditions) -> None:
+        last = self._conditions
+        if None not in (last.groups, conditions.groups) and last.groups != conditions.groups:
             raise UsageError(
-                f"The journal {self.path} began with {known.groups} parameter groups, and the optimizer has "
-                f"{now.groups}: begin another one after add_param_group."
+                f"The journal {self.path} began with {last.groups} parameter groups, and the optimizer has "
+                f"{conditions.groups}: begin another one after add_param_group."
             )
-        if not now.same_steps(known):
-            self.append(Event({"event": CONDITIONS, "step": step, "perturb": now.perturb, "frozen": list(now.frozen)}))
-        self._conditions = now
+        if not conditions.same_steps(last):
+            content = {"perturb": conditions.perturb, "frozen": list(conditions.frozen)}
+            self.append(Event({"event": CONDITIONS, "step": step, **content}))
+        self._conditions = conditions
 
     def sync(self) -> None:
         """Force what was written to the disk."""

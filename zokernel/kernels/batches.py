@@ -76,18 +76,18 @@ def concatenate(batches: Sequence[Batch]) -> Batch | None:
     """
     first: Any = batches[0]
     if isinstance(first, Tensor):
-        alike = all(isinstance(b, Tensor) and b.ndim > 1 and b.shape[1:] == first.shape[1:] for b in batches)
-        return torch.cat(list(batches)) if alike else None  # type: ignore[arg-type]
+        same_kind = all(isinstance(b, Tensor) and b.ndim > 1 and b.shape[1:] == first.shape[1:] for b in batches)
+        return torch.cat(list(batches)) if same_kind else None  # type: ignore[arg-type]
     named = isinstance(first, Mapping)
     keys: Any = list(first.keys()) if named else range(len(first))
     if any(isinstance(b, Tensor) or isinstance(b, Mapping) != named or len(b) != len(first) for b in batches):
         return None
     if named and any(set(b) != set(keys) for b in batches):
         return None
-    joined: dict[Any, Any] = {key: concatenate([b[key] for b in batches]) for key in keys}
-    if any(value is None for value in joined.values()):
+    concatenated: dict[Any, Any] = {key: concatenate([b[key] for b in batches]) for key in keys}
+    if any(value is None for value in concatenated.values()):
         return None
-    return joined if named else tuple(joined.values())
+    return concatenated if named else tuple(concatenated.values())
 
 
 def teacher_forcing(

@@ -164,14 +164,14 @@ def check_examples(model: FunctionalModel, batches: Sequence[Batch]) -> Tensor:
             raise
         raise UsageError(f"The model takes no example alone ({str(error).splitlines()[0]}): {_COUPLED}.") from error
     eps = torch.finfo(logits.dtype).eps
-    differ = _differ(together[: len(logits)], logits, max(1e-3, 4 * eps))
-    if random or (differ and _differ(model.logits(example), logits, 100 * eps)):
+    differs = _differ(together[: len(logits)], logits, max(1e-3, 4 * eps))
+    if random or (differs and _differ(model.logits(example), logits, 100 * eps)):
         raise UsageError(
             "The model is random (it draws random numbers, or two forward passes of the same example differ), so it "
             "has no kernel: switch off its dropout or sampling, for example with F.dropout(x, training=self.training) "
             "and model.eval()."
         )
-    if differ:
+    if differs:
         raise UsageError(f"The output of one example changes with its neighbours in the batch: {_COUPLED}.")
     return logits
 
@@ -180,8 +180,8 @@ def _company(batches: Sequence[Batch]) -> Batch:
     """Return up to two examples of each batch as one, the first example first."""
     different = [batch for n, batch in enumerate(batches) if all(batch is not other for other in batches[:n])]
     singles = [slice_batch(b, n, n + 1) for b in different for n in range(min(2, num_examples(b)))]
-    joined = concatenate(singles)
-    return slice_batch(batches[0], 0, 2) if joined is None else joined
+    concatenated = concatenate(singles)
+    return slice_batch(batches[0], 0, 2) if concatenated is None else concatenated
 
 
 def _differ(logits: Tensor, reference: Tensor, tolerance: float) -> bool:
@@ -209,8 +209,8 @@ def directional(model: FunctionalModel, example: Batch, tangent: Params) -> Tens
             return jvp(lambda params: model(params, example), (model.params,), (tangent,))[1]
     except NotImplementedError as error:
         text = str(error)
-        unknown = text.split("\n")[0].rstrip("."), None
-        cause, remedy = next((found for key, found in _CAUSES.items() if key in text), unknown)
+        default = text.split("\n")[0].rstrip("."), None
+        cause, remedy = next((known for key, known in _CAUSES.items() if key in text), default)
         remedies = _WITHOUT_FORWARD_MODE if remedy is None else f"{remedy}, or {_WITHOUT_FORWARD_MODE}"
         raise UsageError(f"This model cannot be differentiated in forward mode: {cause}; {remedies}.") from error
 
@@ -238,15 +238,15 @@ def check_adjoint(model: FunctionalModel, example: Batch, *, forward: bool) -> N
     reverse = sum(torch.sum(tangent[name].double() * cotangent[name].double()).item() for name in tangent)
     size = sum(tensor.double().square().sum().item() for tensor in cotangent.values()) ** 0.5
     if forward:
-        moved, tolerance = directional(model, example, tangent), 0.02
+        derivative, tolerance = directional(model, example, tangent), 0.02
     else:
         eps = 1e-5 if model.itemsize == 8 else 1e-3
         ends = [
             model.logits_at({name: p + sign * eps * tangent[name] for name, p in model.params.items()}, example)
             for sign in (1, -1)
         ]
-        moved, tolerance = (ends[0] - ends[1]) / (2 * eps), 0.3
-    direct = torch.sum(moved.double() * weights.double()).item()
+        derivative, tolerance = (ends[0] - ends[1]) / (2 * eps), 0.3
+    direct = torch.sum(derivative.double() * weights.double()).item()
     if abs(direct - reverse) > tolerance * max(size, abs(direct), 1e-30):
         raise UsageError(
             f"Reverse mode disagrees with the model (<Jv,w> = {direct:.3g}, <v,J'w> = {reverse:.3g}): part of the "

@@ -51,8 +51,8 @@ class ErrorCurves:
 
     def band(self, low: float = 0.05, high: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return two quantiles over seeds, each (N, P)."""
-        found = torch.quantile(self.errors_SNP, self.errors_SNP.new_tensor([low, high]), dim=0)
-        return found[0], found[1]
+        quantiles = torch.quantile(self.errors_SNP, self.errors_SNP.new_tensor([low, high]), dim=0)
+        return quantiles[0], quantiles[1]
 
 
 def error_curves(

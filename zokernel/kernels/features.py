@@ -103,11 +103,11 @@ def jacobian_features(
         raise UsageError(f"The model must return (N,) or (N, V) for N = {len(x)} inputs, not {tuple(outputs.shape)}.")
     if not outputs.isfinite().all():
         raise UsageError("The model's outputs are not finite: check its weights and inputs.")
-    needed = outputs.numel() * theta.numel() * theta.element_size()
-    if needed > memory_budget:
+    size = outputs.numel() * theta.numel() * theta.element_size()
+    if size > memory_budget:
         raise UsageError(
             f"The Jacobian of {outputs.numel():,} outputs in {theta.numel():,} parameters needs "
-            f"{readable_bytes(needed)} (allowed: {readable_bytes(memory_budget)}): use fewer examples, or choose fewer "
+            f"{readable_bytes(size)} (allowed: {readable_bytes(memory_budget)}): use fewer examples, or choose fewer "
             "parameters with params=."
         )
     if check:

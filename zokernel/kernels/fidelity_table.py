@@ -115,9 +115,9 @@ def fidelity(
     if streams not in ("nested", "independent"):
         raise UsageError(f"There are no {streams!r} streams: choose 'nested' or 'independent'.")
     model = wrap(model, params=params, outputs=outputs)
-    exact, moments, held = _exact(model, x_o, x_u, check)
+    exact, moments, forms_jacobian = _exact(model, x_o, x_u, check)
     if method == "auto":
-        method = "jacobian" if held else "jvp"
+        method = "jacobian" if forms_jacobian else "jvp"
 
     def draw(repeat: int, count: int, first: int) -> ZOKernel:
         return zo_entk_factors(
@@ -133,15 +133,14 @@ def fidelity(
             check=check and repeat == 0,
         )
 
-    errors = []
-    for repeat in range(replicates):
+    def errors_of(repeat: int) -> Tensor:
         if streams == "nested":
-            errors.append(draw(repeat, max(counts), 0).relative_errors(exact, counts))
-        else:
-            starts = [sum(counts[:i]) for i in range(len(counts))]
-            parts = [draw(repeat, p, start).relative_errors(exact, [p]) for p, start in zip(counts, starts)]
-            errors.append(torch.cat(parts))
-    return tabulate(torch.stack(errors), counts, moments, model.output_shape(x_u)[1], distribution)
+            return draw(repeat, max(counts), 0).relative_errors(exact, counts)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return torch.cat([draw(repeat, p, start).relative_errors(exact, [p]) for p, start in zip(counts, starts)])
+
+    errors = torch.stack([errors_of(repeat) for repeat in range(replicates)])
+    return tabulate(errors, counts, moments, model.output_shape(x_u)[1], distribution)
 
 
 def tabulate(
@@ -175,6 +174,7 @@ def _predict(moments: KernelMoments, count: int, distribution: str | Distributio
 def _exact(
     model: FunctionalModel, x_o: Batch, x_u: Batch, check: bool
 ) -> tuple[Tensor | HeadKernel, KernelMoments, bool]:
+    """Return the exact kernel, its moments, and whether its Jacobian was formed."""
     if check:
         checks.validate(model, x_u, x_o)
     method = choose_method(model, x_o, x_u)

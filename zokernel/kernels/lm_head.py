@@ -156,13 +156,13 @@ def body_model(model: FunctionalModel, head: Head) -> FunctionalModel:
     """Return the model up to the input of its head, as a function of the same parameters: h (R, H)."""
 
     def hidden(params, batch: Batch) -> Tensor:
-        seen: list[Tensor] = []
-        handle = head.module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        inputs: list[Tensor] = []
+        handle = head.module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         try:
             model._forward(params, batch)
         finally:
             handle.remove()
-        return model._select(seen[-1], batch)
+        return model._select(inputs[-1], batch)
 
     return FunctionalModel(hidden, params=model.params)
 
@@ -238,8 +238,8 @@ def _tied_rows(body: FunctionalModel, head: Head, example: Batch, direction_H: T
         tangent = torch.zeros_like(body.params[name])
         tangent[token] = direction_H
         with torch.no_grad():
-            moved = jvp(lambda w: body({**body.params, name: w}, example), (body.params[name],), (tangent,))[1]
-        rows.append(moved[0])
+            derivative = jvp(lambda w: body({**body.params, name: w}, example), (body.params[name],), (tangent,))[1]
+        rows.append(derivative[0])
     return tokens, torch.stack(rows)
 
 

@@ -209,108 +209,136 @@ def make_plan(
     examples = len(task.labels)
     logger.info("The plan takes %d to %d forward passes of %d examples each.", fewest, most, examples)
     with Prober(task, distribution, seed, progress=Progress(fewest, most)) as prober:
-        center = prober.evaluate()
-        slopes = probe(prober, range(num_probes), eps, center)
-        noise = loss_noise(prober, eps)
-        # Slopes bear a larger eps than higher derivatives do: a rough third one first says how close to look for those.
-        rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps).value
-        close = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
-        second, third = derivatives(prober, range(curvature_probes), close)
-        start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
-        growth = measure_growth(prober, start_sq, eps, curvature_probes)
-    logger.info("Second and third derivatives were measured at eps = %.2g.", close)
-    measured = _Derivatives(second, third, close, growth)
-    loss = center.losses_B.mean().item()
-    return _summarize(task, slopes, measured, noise, loss, eps, prober.forwards, counts, tolerances, num_steps)
+        probes = _run_probes(prober, num_probes, curvature_probes, eps)
+    logger.info("Second and third derivatives were measured at eps = %.2g.", probes.eps_derivatives)
+    return _summarize(task, probes, counts, tolerances, num_steps)
 
 
 @dataclass(frozen=True)
-class _Derivatives:
-    """Second and third derivatives along probes, the size they were measured at, and slopes far from the start."""
+class _Probes:
+    """What the forward passes of a plan measured.
 
+    Attributes:
+        slopes: Slopes along the probes.
+        second: Second derivatives of the loss along the first probes.
+        third: Third derivatives along the same probes.
+        growth: Slopes far from the start.
+        noise: Standard deviation of one loss evaluation.
+        loss: Loss at the current weights.
+        eps: Size at which the slopes were measured.
+        eps_derivatives: Size at which the second and third derivatives were measured.
+        forwards: Forward passes used.
+    """
+
+    slopes: Slopes
     second: Tensor
     third: Tensor
-    eps: float
     growth: Growth
+    noise: float
+    loss: float
+    eps: float
+    eps_derivatives: float
+    forwards: int
+
+
+def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: float) -> _Probes:
+    center = prober.evaluate()
+    slopes = probe(prober, range(num_probes), eps, center)
+    noise = loss_noise(prober, eps)
+    # Slopes bear a larger eps than higher derivatives do: a rough third derivative first says which eps those need.
+    rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps).value
+    eps_derivatives = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
+    second, third = derivatives(prober, range(curvature_probes), eps_derivatives)
+    start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
+    growth = measure_growth(prober, start_sq, eps, curvature_probes)
+    loss = center.losses_B.mean().item()
+    return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, prober.forwards)
 
 
 def _summarize(
-    task: ProbedTask,
-    slopes: Slopes,
-    measured: _Derivatives,
-    noise: float,
-    loss: float,
-    eps: float,
-    forwards: int,
-    counts: Sequence[int],
-    tolerances: Sequence[float],
-    num_steps: int,
+    task: ProbedTask, probes: _Probes, counts: Sequence[int], tolerances: Sequence[float], num_steps: int
 ) -> Plan:
-    notes = []
+    slopes = probes.slopes
     variance = jackknife(slopes, single_draw_variance)
-    one = jackknife(slopes, lambda part: math.sqrt(single_draw_variance(part)))
-    rho = jackknife(slopes, _similarity)
-    gradient_sq = belief_moments(slopes).gradient_sq
-    norm = jackknife(slopes, lambda part: math.sqrt(belief_moments(part).gradient_sq))
+    error_one = jackknife(slopes, lambda part: math.sqrt(single_draw_variance(part)))
+    gradient_norm = jackknife(slopes, lambda part: math.sqrt(belief_moments(part).gradient_sq))
     noise_scale = jackknife(slopes, _noise_scale)
+    third = rms_third(probes.third, probes.noise, probes.eps_derivatives)
+    eps, difference_error = _best_eps(probes, third)
+    ratio = jackknife(slopes, fisher_ratio)
+    hessian, fisher = mean_estimate(probes.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
+    reach = measured_reach(probes.growth)
+    # Two standard errors above the estimate: too little curvature is what wrecks a run.
+    hessian_bound = hessian.value + 2 * hessian.error if hessian.known else 0.0
+    damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0
+
+    def run_rate(count: int) -> Measurement:
+        one_step = jackknife(slopes, partial(_rate, count=count, hessian_trace=hessian_bound, damping=damping))
+        return _smaller_rate(one_step, walk_rate(reach, gradient_norm, num_perturbations=count, num_steps=num_steps))
+
+    return Plan(
+        relative_error_one=error_one,
+        rho=jackknife(slopes, _similarity),
+        gradient_norm=gradient_norm,
+        noise_scale=noise_scale,
+        trace_hessian=hessian,
+        trace_fisher=fisher,
+        curvature_ratio=ratio,
+        loss_noise=probes.noise,
+        third_derivative=third,
+        eps=eps,
+        eps_probed=probes.eps,
+        eps_derivatives=probes.eps_derivatives,
+        finite_difference_error=difference_error,
+        required={t: math.ceil(variance.value / t**2) if variance.known else None for t in tolerances},
+        predicted_error={
+            p: Measurement(error_one.value / math.sqrt(p), error_one.error / math.sqrt(p)) for p in counts
+        },
+        learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
+        learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
+        reach=reach,
+        run_rate={p: run_rate(p) for p in counts},
+        num_steps=num_steps,
+        loss=probes.loss,
+        forwards=probes.forwards,
+        tokens=probes.forwards * task.num_tokens,
+        num_probes=slopes.count,
+        num_curvature_probes=len(probes.second),
+        num_parameters=sum(tensor.numel() for tensor in task.params.values()),
+        notes=_notes(noise_scale, eps, hessian, fisher, reach),
+    )
+
+
+def _best_eps(probes: _Probes, third: Measurement) -> tuple[Measurement, float]:
+    """Return the best perturbation size, and the relative error of a projected gradient there.
+
+    Where the probes do not tell, it is their own size, with an infinite error.
+    """
+    gradient_norm = math.sqrt(belief_moments(probes.slopes).gradient_sq)
+    if not (third.known and probes.noise > 0):
+        return Measurement(probes.eps, math.inf), probes.noise / (math.sqrt(2) * probes.eps) / gradient_norm
+    best = theory.optimal_eps(probes.noise, third.value)
+    error = theory.error_at_optimum(probes.noise, third.value) / gradient_norm
+    return Measurement(best, best * third.error / third.value / 3), error
+
+
+def _notes(
+    noise_scale: Measurement, eps: Measurement, hessian: Measurement, fisher: Measurement, reach: Measurement
+) -> list[str]:
+    """Return the caveats that the measurements call for."""
+    notes = []
     if not noise_scale.known:
         notes.append("The batch's mean gradient is lost in the spread of its examples: use a larger batch, if you can.")
-    third = rms_third(measured.third, noise, measured.eps)
-    if third.known and noise > 0:
-        best = theory.optimal_eps(noise, third.value)
-        eps_best = Measurement(best, best * third.error / third.value / 3)
-        miss = theory.error_at_optimum(noise, third.value) / math.sqrt(gradient_sq)
-    else:
+    if math.isinf(eps.error):
         notes.append("Bias or rounding noise of the loss is below what the probes resolve: keep the probed eps.")
-        eps_best, miss = Measurement(eps, math.inf), noise / (math.sqrt(2) * eps) / math.sqrt(gradient_sq)
-    ratio = jackknife(slopes, fisher_ratio)
-    hessian, fisher = mean_estimate(measured.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
     if abs(hessian.value - fisher.value) > 2 * math.hypot(hessian.error, fisher.error):
         notes.append(
             "The Hessian's trace is not the Fisher matrix's: curvature of the network itself matters, so take the "
             "rates for one step as upper limits."
         )
-    far = measured_reach(measured.growth)
-    if math.isinf(far.value):
+    if math.isinf(reach.value):
         notes.append("Slopes do not grow far from the start: the rate of a run is the best for one step.")
-    # Two standard errors above the estimate: too little curvature is what wrecks a run.
-    top = hessian.value + 2 * hessian.error if hessian.known else 0.0
-    damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0
-    return Plan(
-        relative_error_one=one,
-        rho=rho,
-        gradient_norm=norm,
-        noise_scale=noise_scale,
-        trace_hessian=hessian,
-        trace_fisher=fisher,
-        curvature_ratio=ratio,
-        loss_noise=noise,
-        third_derivative=third,
-        eps=eps_best,
-        eps_probed=eps,
-        eps_derivatives=measured.eps,
-        finite_difference_error=miss,
-        required={t: math.ceil(variance.value / t**2) if variance.known else None for t in tolerances},
-        predicted_error={p: Measurement(one.value / math.sqrt(p), one.error / math.sqrt(p)) for p in counts},
-        learning_rate_ratio={p: _rate_ratio(p, ratio) for p in counts},
-        learning_rate={p: jackknife(slopes, partial(_rate, count=p)) for p in counts},
-        reach=far,
-        run_rate={
-            p: _run_rate(
-                jackknife(slopes, partial(_rate, count=p, hessian_trace=top, damping=damping)),
-                walk_rate(far, norm, num_perturbations=p, num_steps=num_steps),
-            )
-            for p in counts
-        },
-        num_steps=num_steps,
-        loss=loss,
-        forwards=forwards,
-        tokens=forwards * task.num_tokens,
-        num_probes=slopes.count,
-        num_curvature_probes=len(measured.second),
-        num_parameters=sum(tensor.numel() for tensor in task.params.values()),
-        notes=notes,
-    )
+    return notes
 
 
 def _similarity(slopes: Slopes) -> float:
@@ -327,8 +355,8 @@ def _rate_ratio(count: int, ratio: Measurement) -> Measurement:
     """Return eta_zo / eta_fo with its standard error to first order."""
     if not math.isfinite(ratio.value):
         return Measurement(math.nan, math.inf)
-    part = theory.learning_rate_ratio(count, ratio.value)
-    return Measurement(part, part * ratio.error / (count + 1 + ratio.value))
+    value = theory.learning_rate_ratio(count, ratio.value)
+    return Measurement(value, value * ratio.error / (count + 1 + ratio.value))
 
 
 def _rate(slopes: Slopes, count: int, hessian_trace: float = 0.0, damping: float = 1.0) -> float:
@@ -345,8 +373,8 @@ def _rate(slopes: Slopes, count: int, hessian_trace: float = 0.0, damping: float
     return step / damping
 
 
-def _run_rate(one_step: Measurement, walked: Measurement) -> Measurement:
+def _smaller_rate(one_step: Measurement, of_walk: Measurement) -> Measurement:
     """Return the smaller of two rates; one that nothing bounds does not count, one that is not known does."""
-    if math.isinf(walked.value):
+    if math.isinf(of_walk.value):
         return one_step
-    return walked if not walked.known or not one_step.known or walked.value < one_step.value else one_step
+    return of_walk if not of_walk.known or not one_step.known or of_walk.value < one_step.value else one_step

@@ -114,9 +114,10 @@ def verify(
         RunError: If the gradients do not fit in memory.
     """
     num_rows = (len(task.labels) - task.num_update) * (_num_classes(task) - 1)
+    held = num_rows + 3 + DRAWS_AT_ONCE  # vectors of the size of the weights
     checks.announce(
-        f"gradients for verification: {num_rows + 3 + DRAWS_AT_ONCE} x {plan.num_parameters:,}",
-        (num_rows + 3 + DRAWS_AT_ONCE) * plan.num_parameters * 4,
+        f"gradients for verification: {held} x {plan.num_parameters:,}",
+        held * plan.num_parameters * 4,
         "observe fewer examples, or train a LoRA adapter",
     )
     logger.info(
@@ -128,22 +129,13 @@ def verify(
     )
     rows = gradients(task)
     moments = exact_moments(rows)
-    size = math.sqrt(moments.product_sq)
     draw = SeededDirections(Dense(distribution), {name: p.detach() for name, p in task.params.items()}, seed + 1)
-    projected = torch.cat(_projections(rows, draw, num_draws))
-    drift = rows.to_beliefs(projected[:, :-1]) * projected[:, -1:]
-    deviations = drift - rows.to_beliefs(_products(rows)[None])
-    found = [Comparison("rho", plan.rho.value, plan.rho.error, moments.rho)]
-    for count, guess in plan.predicted_error.items():
-        exact = expected_belief_error(moments, count, distribution)
-        found.append(Comparison(f"relative error at P = {count}, exact formula", guess.value, guess.error, exact))
-        if count <= num_draws // 2:
-            seen = subset_error(deviations, count) / size
-            name = f"relative error at P = {count}, {num_draws} fresh directions"
-            found.append(Comparison(name, guess.value, guess.error, seen))
+    deviations = _deviations(rows, draw, num_draws)
     gradient_sq = moments.gradient_sq
     signal = gradient_sq - rows.spread / task.num_update
-    found += [
+    return [
+        Comparison("rho", plan.rho.value, plan.rho.error, moments.rho),
+        *_compare_errors(plan, moments, deviations, distribution),
         Comparison("gradient norm", plan.gradient_norm.value, plan.gradient_norm.error, math.sqrt(gradient_sq)),
         Comparison(
             "gradient noise scale (batch size)",
@@ -154,7 +146,26 @@ def verify(
         *_curvature(task, plan, rows, draw, gradient_sq),
         _best_eps(as_trained or task, plan, rows, draw, eps_directions),
     ]
-    return found
+
+
+def _deviations(rows: Rows, draw: SeededDirections, count: int) -> Tensor:
+    """Return by how much the changes of beliefs along single directions miss their mean, (P, Y)."""
+    slopes = torch.cat(_projections(rows, draw, count))
+    changes = rows.to_beliefs(slopes[:, :-1]) * slopes[:, -1:]
+    return changes - rows.to_beliefs(_products(rows)[None])
+
+
+def _compare_errors(plan: Plan, moments: BeliefMoments, deviations: Tensor, distribution: str) -> list[Comparison]:
+    """Compare the relative error at each P with its exact formula, and with fresh directions if there are enough."""
+    comparisons, num_draws = [], len(deviations)
+    for count, guess in plan.predicted_error.items():
+        exact = expected_belief_error(moments, count, distribution)
+        comparisons.append(Comparison(f"relative error at P = {count}, exact formula", guess.value, guess.error, exact))
+        if count <= num_draws // 2:
+            measured = subset_error(deviations, count) / math.sqrt(moments.product_sq)
+            name = f"relative error at P = {count}, {num_draws} fresh directions"
+            comparisons.append(Comparison(name, guess.value, guess.error, measured))
+    return comparisons
 
 
 def gradients(task: ProbedTask) -> Rows:
@@ -164,9 +175,9 @@ def gradients(task: ProbedTask) -> Rows:
         progress = Progress(_num_gradients(task, scores[task.num_update :, 1:].numel()), what="gradients")
 
         def grad(value: Tensor) -> Params:
-            found = _grad(value, task)
+            by_name = _grad(value, task)
             progress.step()
-            return found
+            return by_name
 
         losses = F.cross_entropy(scores[: task.num_update], task.labels[: task.num_update], reduction="none")
         observed = scores[task.num_update :]
@@ -230,10 +241,10 @@ def _num_classes(task: ProbedTask) -> int:
 
 
 def _grad(value: Tensor, task: ProbedTask) -> Params:
-    found = torch.autograd.grad(value, list(task.params.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(value, list(task.params.values()), retain_graph=True, allow_unused=True)
     return {
         name: torch.zeros_like(p) if grad is None else grad
-        for (name, p), grad in zip(task.params.items(), found, strict=True)
+        for (name, p), grad in zip(task.params.items(), grads, strict=True)
     }
 
 
@@ -248,12 +259,12 @@ def _products(rows: Rows) -> Tensor:
 
 def _projections(rows: Rows, draw: SeededDirections, count: int) -> list[Tensor]:
     """Return the slopes along the first ``count`` directions, some of them at a time."""
-    progress, found = Progress(count, what="fresh directions"), []
+    progress, parts = Progress(count, what="fresh directions"), []
     for indices in torch.arange(count).split(DRAWS_AT_ONCE):
-        found.append(_project(rows, draw, indices))
+        parts.append(_project(rows, draw, indices))
         for _ in indices:
             progress.step()
-    return found
+    return parts
 
 
 def _project(rows: Rows, draw: SeededDirections, indices: Tensor) -> Tensor:
@@ -279,15 +290,15 @@ def _curvature(
     trace = sum(traces) / len(traces)
     ratio = theory.curvature_ratio(rows.fisher_trace, gradient_sq, rows.fisher_along)
     name = f"trace of the Hessian, {TRACE_DIRECTIONS} directions"
-    found = [
+    comparisons = [
         Comparison(name, plan.trace_hessian.value, plan.trace_hessian.error, trace),
         Comparison("trace of the Fisher matrix", plan.trace_fisher.value, plan.trace_fisher.error, rows.fisher_trace),
         Comparison("curvature ratio r", plan.curvature_ratio.value, plan.curvature_ratio.error, ratio),
     ]
     for count, guess in plan.learning_rate_ratio.items():
         real = theory.learning_rate_ratio(count, ratio)
-        found.append(Comparison(f"eta_zo / eta_fo at P = {count}", guess.value, guess.error, real))
-    return found
+        comparisons.append(Comparison(f"eta_zo / eta_fo at P = {count}", guess.value, guess.error, real))
+    return comparisons
 
 
 def _hessian_form(task: ProbedTask, vector: Params, step: float, progress: Progress) -> float:

@@ -72,19 +72,19 @@ def measure_growth(prober: Prober, start_sq: float, eps: float, num_walks: int) 
         The slopes at the least distance tried where they have doubled.
     """
 
-    def at(distance: float) -> Growth:
+    def growth_at(distance: float) -> Growth:
         ends = [_slope_at(prober, distance, eps, FIRST_WALK + 2 * walk) for walk in range(num_walks)]
         return Growth(start_sq, distance, torch.tensor(ends, dtype=torch.float64))
 
-    tried = [at(FIRST_DISTANCE * eps)]
-    factor = 0.5 if _doubled(tried[0]) else 2.0
+    growths = [growth_at(FIRST_DISTANCE * eps)]
+    factor = 0.5 if _doubled(growths[0]) else 2.0
     for _ in range(MOST_DOUBLINGS):
-        tried.append(at(tried[-1].distance * factor))
-        if _doubled(tried[-1]) != _doubled(tried[0]):
-            tried.append(at(tried[-1].distance / math.sqrt(factor)))
+        growths.append(growth_at(growths[-1].distance * factor))
+        if _doubled(growths[-1]) != _doubled(growths[0]):
+            growths.append(growth_at(growths[-1].distance / math.sqrt(factor)))
             break
-    found = min(filter(_doubled, tried), key=lambda growth: growth.distance, default=None)
-    return Growth(start_sq, math.inf, tried[-1].slopes_W) if found is None else found
+    nearest = min(filter(_doubled, growths), key=lambda growth: growth.distance, default=None)
+    return Growth(start_sq, math.inf, growths[-1].slopes_W) if nearest is None else nearest
 
 
 def walk_forwards(num_walks: int) -> tuple[int, int]:
@@ -136,11 +136,11 @@ def measured_reach(growth: Growth) -> Measurement:
         >>> measured_reach(Growth(1.0, 0.2, torch.tensor([1e9, 2e9], dtype=torch.float64)))
         Measurement(value=0.1414..., error=0.0169...)
     """
-    found = jackknife(growth, reach)
+    estimate = jackknife(growth, reach)
     if not growth.ratio > GROWTH**4:
-        return found
-    apart = growth.distance * (1 - 1 / math.sqrt(2)) / math.sqrt(12)
-    return Measurement(found.value, math.hypot(found.error, apart))
+        return estimate
+    spacing = growth.distance * (1 - 1 / math.sqrt(2)) / math.sqrt(12)
+    return Measurement(estimate.value, math.hypot(estimate.error, spacing))
 
 
 def walk_rate(distance: Measurement, slope: Measurement, *, num_perturbations: int, num_steps: int) -> Measurement:

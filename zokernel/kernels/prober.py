@@ -60,32 +60,32 @@ class Progress:
     """Logs how far a plan, or a part of its verification, is: after five seconds, then every half a minute.
 
     Args:
-        fewest: How many parts it takes about at least.
-        most: And at most; as many if not given.
-        what: What they are, in the plural.
+        fewest: The least number of parts.
+        most: The largest number of parts; the same if not given.
+        what: What the parts are, in the plural.
     """
 
     def __init__(self, fewest: int, most: int | None = None, what: str = "forward passes"):
         self._fewest, self._most = fewest, fewest if most is None else most
-        self._what, self._done = what, 0
-        self._begun = time.monotonic()
-        self._next = self._begun + FIRST_LINE
+        self._unit, self._num_done = what, 0
+        self._start = time.monotonic()
+        self._next = self._start + FIRST_LINE
 
     def step(self) -> None:
         """Note that one more part is done."""
-        self._done += 1
-        done, now = self._done, time.monotonic()
+        self._num_done += 1
+        done, now = self._num_done, time.monotonic()
         if now < self._next or done >= self._most:
             return
         self._next = now + NEXT_LINES
-        least, most = ((now - self._begun) / done * (count - done) for count in (self._fewest, self._most))
+        least, most = ((now - self._start) / done * (count - done) for count in (self._fewest, self._most))
         if self._fewest == self._most:
-            whole, left = f"{self._most}", readable_seconds(most)
+            total, remaining = f"{self._most}", readable_seconds(most)
         else:
-            whole = f"{self._fewest} to {self._most}"
-            left = f"{readable_seconds(least)} to {readable_seconds(most)}"
-            left = left if least > 0 else f"at most {readable_seconds(most)}"
-        logger.info("%d of %s %s are done, %s left.", done, whole, self._what, left)
+            total = f"{self._fewest} to {self._most}"
+            remaining = f"{readable_seconds(least)} to {readable_seconds(most)}"
+            remaining = remaining if least > 0 else f"at most {readable_seconds(most)}"
+        logger.info("%d of %s %s are done, %s left.", done, total, self._unit, remaining)
 
 
 class Prober:
@@ -95,7 +95,7 @@ class Prober:
         task: The task.
         distribution: Distribution of the directions.
         seed: Seed of the directions.
-        progress: What is told of every forward pass.
+        progress: Counts every forward pass.
     """
 
     def __init__(

@@ -62,9 +62,9 @@ class Measurement:
             (150, 64)
         """
         finite = math.isfinite(self.value) and math.isfinite(self.error) and self.value != 0
-        needed = used * max(4.0, (2 * self.error / abs(self.value)) ** 2 if finite else 0.0)
-        unit = 10 ** max(0, math.floor(math.log10(needed)) - 1)  # two digits say as much as is known
-        return math.ceil(needed / unit) * unit
+        count = used * max(4.0, (2 * self.error / abs(self.value)) ** 2 if finite else 0.0)
+        unit = 10 ** max(0, math.floor(math.log10(count)) - 1)  # two digits say as much as is known
+        return math.ceil(count / unit) * unit
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ def jackknife(slopes: Drawn, statistic: Callable[[Drawn], float]) -> Measurement
     """
     value = statistic(slopes)
     count = slopes.count
-    every = torch.arange(count)
-    partial = torch.tensor([statistic(slopes.keep(every[every != p])) for p in range(count)], dtype=torch.float64)
+    indices = torch.arange(count)
+    partial = torch.tensor([statistic(slopes.keep(indices[indices != p])) for p in range(count)], dtype=torch.float64)
     if not (math.isfinite(value) and bool(torch.isfinite(partial).all())):
         return Measurement(value, math.inf)
     return Measurement(value, math.sqrt((count - 1) * partial.var(unbiased=False).item()))

@@ -86,8 +86,8 @@ def project(
     model = wrap(model, params=params, outputs=outputs)
     if check:
         checks.validate(model, *batches, forward=method == "jvp", reverse=method == "jacobian")
-    joined = concatenate(batches)
-    inputs = list(batches) if joined is None else [joined]
+    concatenated = concatenate(batches)
+    inputs = list(batches) if concatenated is None else [concatenated]
     shapes = [model.output_shape(batch) for batch in batches]
     size = sum(shape.numel() for shape in shapes)
     checks.announce(

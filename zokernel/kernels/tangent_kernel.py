@@ -79,10 +79,10 @@ def entk(
     if check:
         checks.check_derivatives(model, x_u, forward=method != "contraction", reverse=True)
     shape_o, shape_u = model.output_shape(x_o), model.output_shape(x_u)
-    held = blocks.block_bytes(model, x_o, x_u) if method == "contraction" else 4 * model.dim * model.itemsize
+    working_bytes = blocks.block_bytes(model, x_o, x_u) if method == "contraction" else 4 * model.dim * model.itemsize
     checks.announce(
         f"eNTK block {shape_o.numel():,} x {shape_u.numel():,} by {method}",
-        shape_o.numel() * shape_u.numel() * model.itemsize + held,
+        shape_o.numel() * shape_u.numel() * model.itemsize + working_bytes,
         "restrict outputs= to the candidates of interest, or use method='lm_head' through head_kernel, whose norms "
         "and products need no V x V matrix",
     )
@@ -96,14 +96,14 @@ def entk(
 
 def choose_method(model: FunctionalModel, x_o: Batch, x_u: Batch) -> str:
     """Return what ``auto`` means for this model and these inputs, and log why."""
-    needed, head = blocks.block_bytes(model, x_o, x_u), find_head(model)
-    if needed <= min(CONTRACTION_BUDGET, checks.available_bytes() // 2):
+    jacobian_bytes, head = blocks.block_bytes(model, x_o, x_u), find_head(model)
+    if jacobian_bytes <= min(CONTRACTION_BUDGET, checks.available_bytes() // 2):
         method = "contraction"
     elif head is not None and model.output_shape(x_u)[1] > head.hidden_size:
         method = "lm_head"
     else:
         method = "ntk_vp"
-    logger.info("eNTK method: %s (Jacobians would take %s)", method, checks.human_bytes(needed))
+    logger.info("eNTK method: %s (Jacobians would take %s)", method, checks.human_bytes(jacobian_bytes))
     return method
 
 

@@ -54,8 +54,8 @@ def rise_of(distance: float, losses: Sequence[tuple[float, float, float]]) -> Ri
         losses: Losses at the start, and forth and back along a direction, for each of two batches or more.
 
     Example:
-        >>> found = rise_of(0.5, [(1.0, 1.5, 1.1), (2.0, 2.1, 2.5)])
-        >>> round(found.rise, 6), round(found.error, 6), round(found.slope, 6), found.forwards
+        >>> measured = rise_of(0.5, [(1.0, 1.5, 1.1), (2.0, 2.1, 2.5)])
+        >>> round(measured.rise, 6), round(measured.error, 6), round(measured.slope, 6), measured.forwards
         (0.3, 0.0, 0.4, 6)
     """
     count = len(losses)
@@ -70,11 +70,11 @@ def rise_of(distance: float, losses: Sequence[tuple[float, float, float]]) -> Ri
     return Rise(distance, start, rise, error, slope, 3 * count)
 
 
-def walk_worth(found: Rise, *, directions: int, noise: float) -> float:
+def walk_worth(measured: Rise, *, directions: int, noise: float) -> float:
     r"""Return the walk :math:`R^*` that lowers a loss most, where it is certain that R is too far; else R.
 
     Args:
-        found: The rise over R.
+        measured: The rise over R.
         directions: Directions of all steps, PT.
         noise: D, what noise takes of the slopes.
 
@@ -88,9 +88,9 @@ def walk_worth(found: Rise, *, directions: int, noise: float) -> float:
         >>> walk_worth(Rise(0.125, 1.0, 0.5, 0.15, 1.0, 24), directions=400, noise=5.0)
         0.125
     """
-    if math.isinf(found.rise):
+    if math.isinf(measured.rise):
         return 0.0
-    bearable = math.sqrt(directions) / (2 * noise) * found.slope * found.distance
-    if found.rise - 2 * found.error <= bearable:
-        return found.distance
-    return found.distance * bearable / found.rise
+    bearable = math.sqrt(directions) / (2 * noise) * measured.slope * measured.distance
+    if measured.rise - 2 * measured.error <= bearable:
+        return measured.distance
+    return measured.distance * bearable / measured.rise

@@ -46,7 +46,7 @@ def base_file(
         RunError: If the file cannot be written.
     """
     make_folder(folder)
-    header, offsets, size = layout(shapes, dtype, about(Updates(identity), 0))
+    header, offsets, size = layout(shapes, dtype, version_metadata(Updates(identity), 0))
     path = folder / f"{unit.name or 'model'}.base.safetensors"
     if not (path.exists() and path.stat().st_size == size and _read(path, len(header)) == header):
         partial = path.with_suffix(".partial")
@@ -62,12 +62,12 @@ def base_file(
     return {name: Span(path, offsets[name], tuple(shapes[name]), dtype) for name in shapes}
 
 
-def about(updates: Updates, version: int) -> dict[str, str]:
+def version_metadata(updates: Updates, version: int) -> dict[str, str]:
     """Return what a file says of the version that it holds."""
     return {"version": f"{version:012d}", "history": updates.history[version]}
 
 
-def said(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """Return what a file says of the version that it holds; nothing if it is no such file."""
     with path.open("rb") as file:
         text = file.read(int.from_bytes(file.read(8), "little"))
@@ -78,10 +78,10 @@ def said(path: Path) -> dict[str, str]:
 
 
 def layout(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, told: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
     """Return the header of a ``.safetensors`` file, where its tensors begin, and its size."""
-    entries: dict[str, Any] = {"__metadata__": dict(told)}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end, starts = 0, {}
     for name, shape in shapes.items():
         starts[name], size = end, dtype.itemsize
@@ -102,14 +102,14 @@ def reserve(path: Path, size: int) -> None:
         RunError: If there is no room.
     """
     path.unlink(missing_ok=True)
-    opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(opened, 0, size)  # a page that finds no room when it is written would end the process
+        os.posix_fallocate(descriptor, 0, size)  # a page that finds no room when it is written would end the process
     except OSError as error:
         path.unlink()
         raise no_room(path, error) from error
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -119,11 +119,11 @@ def put_in_place(partial: Path, path: Path) -> None:
         RunError: If it cannot be written.
     """
     try:
-        opened = os.open(partial, os.O_RDWR)
+        descriptor = os.open(partial, os.O_RDWR)
         try:
-            os.fdatasync(opened)
+            os.fdatasync(descriptor)
         finally:
-            os.close(opened)
+            os.close(descriptor)
         partial.replace(path)
     except OSError as error:
         raise no_room(path, error) from error

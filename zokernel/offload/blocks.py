@@ -41,7 +41,7 @@ class Blocks:
         self._current: Unit | None = None
         self._next: dict[str, Unit] = {}
         self._reader = ThreadPoolExecutor(1, "zokernel-reader")
-        self._ahead: tuple[Unit, Future[None]] | None = None
+        self._prefetch: tuple[Unit, Future[None]] | None = None
         for unit in units:
             for module in unit.modules:
                 module.register_forward_pre_hook(self._hook(Stop(unit, module)))
@@ -60,11 +60,11 @@ class Blocks:
         if previous is unit:
             store.settle(unit)
             return
-        waited = self._fetched_ahead(unit)
+        prefetched = self._take_prefetched(unit)
         rows = stop.reads_rows and store.lazy
         if not rows:
             if store.fetches(unit):
-                if not waited:
+                if not prefetched:
                     store.fetch(unit)
                 self.bytes_read += unit.nbytes
             self.passes[unit.name] += 1
@@ -75,7 +75,7 @@ class Blocks:
         store.settle(unit)
         following = self._next.get(unit.name)
         if following is not None and following is not unit and following.is_block and store.fetches(following):
-            self._ahead = following, self._reader.submit(store.fetch, following)
+            self._prefetch = following, self._reader.submit(store.fetch, following)
 
     def settle_all(self) -> None:
         """Bring every unit up to date, before its tensors are read from outside of a forward.
@@ -83,7 +83,7 @@ class Blocks:
         Raises:
             RunError: If an update could not be written.
         """
-        self._fetched_ahead(None)
+        self._take_prefetched(None)
         if self._current is not None:
             self.store.leave(self._current)
             self._current = None
@@ -91,22 +91,22 @@ class Blocks:
             self.store.keep(unit)
         self.store.wait()
 
-    def _fetched_ahead(self, unit: Unit | None) -> bool:
+    def _take_prefetched(self, unit: Unit | None) -> bool:
         """Return whether it was this unit that was fetched ahead, once it is there; let go of another."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
+        prefetch, self._prefetch = self._prefetch, None
+        if prefetch is None:
             return False
-        ahead[1].result()
-        if ahead[0] is not unit:
-            self.store.leave(ahead[0])
-        return ahead[0] is unit
+        prefetch[1].result()
+        if prefetch[0] is not unit:
+            self.store.leave(prefetch[0])
+        return prefetch[0] is unit
 
     def _hook(self, stop: Stop) -> Callable[..., None]:
-        def before(*_: Any) -> None:
+        def visit_first(*_: Any) -> None:
             if not self.pause(stop):
                 self.visit(stop)
 
-        return before
+        return visit_first
 
 
 def streamed_blocks(model: nn.Module) -> Blocks | None:
@@ -120,13 +120,13 @@ def streamed_blocks(model: nn.Module) -> Blocks | None:
 
 def outside(model: nn.Module, blocks: Blocks) -> list[nn.Module]:
     """Return the modules of a model that are in none of its blocks, and the blocks themselves."""
-    block = {module for unit in blocks.units if unit.is_block for module in unit.modules}
-    found, waiting = [], [model]
-    while waiting:
-        module = waiting.pop()
-        found.append(module)
-        waiting += [] if module in block else module.children()
-    return found
+    block_modules = {module for unit in blocks.units if unit.is_block for module in unit.modules}
+    modules, stack = [], [model]
+    while stack:
+        module = stack.pop()
+        modules.append(module)
+        stack += [] if module in block_modules else module.children()
+    return modules
 
 
 def check_visited(blocks: Blocks) -> None:

@@ -41,16 +41,16 @@ class Lockstep(Generic[T, P]):
         modules: Modules whose hooks, ``forward`` and training flag each function has for itself.
 
     Example:
-        >>> told = []
-        >>> lockstep = Lockstep(told.append, lambda number, place: None, [])
+        >>> log = []
+        >>> lockstep = Lockstep(log.append, lambda number, place: None, [])
         >>> def walk(number):
         ...     for place in ("a", "b"):
         ...         lockstep.pause(place)
-        ...         told.append(number)
+        ...         log.append(number)
         ...     return number
         >>> lockstep.run([lambda: walk(0), lambda: walk(1)])
         [0, 1]
-        >>> told
+        >>> log
         ['a', 0, 1, 'b', 0, 1]
     """
 
@@ -60,7 +60,7 @@ class Lockstep(Generic[T, P]):
         self._arrive, self._turn, self._modules = arrive, turn, modules
         self._running: int | None = None
         self._stopping = False
-        self._told: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self._reports: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._wake: list[threading.Semaphore] = []
 
     @property
@@ -72,7 +72,7 @@ class Lockstep(Generic[T, P]):
         """Wait until it is this function's turn to go on from a place."""
         number = self._running
         assert number is not None
-        self._told.put(("paused", place))
+        self._reports.put(("paused", place))
         self._wake[number].acquire()
         if self._stopping:
             raise _Stop
@@ -82,23 +82,23 @@ class Lockstep(Generic[T, P]):
         count = len(functions)
         self._wake, self._stopping = [threading.Semaphore(0) for _ in functions], False
         base = ModuleState(self._modules)
-        states = [base.own() for _ in functions]
+        states = [base.copy() for _ in functions]
         places: dict[int, P | None] = dict.fromkeys(range(count))
         results: dict[int, T] = {}
         surroundings = _surroundings()
         pool = ThreadPoolExecutor(count, "zokernel-forward")
         for number, function in enumerate(functions):
-            pool.submit(contextvars.copy_context().run, self._carry_out, number, function, surroundings)
+            pool.submit(contextvars.copy_context().run, self._execute, number, function, surroundings)
         try:
             while places:
                 place = next(iter(places.values()))
-                here = [number for number, waits in places.items() if waits is place]
+                numbers = [number for number, other_place in places.items() if other_place is place]
                 if place is not None:
                     self._arrive(place)
-                for number in here:
+                for number in numbers:
                     self._turn(number, place)
                     states[number].install()
-                    kind, value = self._go_on(number)
+                    kind, value = self._resume(number)
                     states[number] = ModuleState(self._modules)
                     if kind == "paused":
                         places[number] = value
@@ -113,36 +113,36 @@ class Lockstep(Generic[T, P]):
             pool.shutdown()
         return [results[number] for number in range(count)]
 
-    def _go_on(self, number: int) -> tuple[str, Any]:
+    def _resume(self, number: int) -> tuple[str, Any]:
         self._running = number
         self._wake[number].release()
-        told = self._told.get()
+        report = self._reports.get()
         self._running = None
-        return told
+        return report
 
     def _stop(self, unfinished: Any) -> None:
         """Let every function that has not ended end now, one at a time."""
         self._stopping = True
         if self._running is not None:  # interrupted while it ran: it ends at its next pause, or by itself
-            kind, _ = self._told.get()
+            kind, _ = self._reports.get()
             if kind != "paused":
                 unfinished.pop(self._running, None)
         for number in list(unfinished):
-            while self._go_on(number)[0] == "paused":
+            while self._resume(number)[0] == "paused":
                 pass
         self._running = None
 
     @torch.no_grad()
-    def _carry_out(self, number: int, function: Callable[[], T], surroundings: Surroundings) -> None:
+    def _execute(self, number: int, function: Callable[[], T], surroundings: Surroundings) -> None:
         self._wake[number].acquire()
         try:
             if self._stopping:
                 raise _Stop
             with surroundings():
-                told: tuple[str, Any] = ("returned", function())
+                report: tuple[str, Any] = ("returned", function())
         except BaseException as error:
-            told = ("raised", error)
-        self._told.put(told)
+            report = ("raised", error)
+        self._reports.put(report)
 
 
 def _surroundings() -> Surroundings:

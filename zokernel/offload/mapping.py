@@ -81,12 +81,12 @@ class MappedFile:
         Raises:
             RunError: If there is no room for it.
         """
-        held = memoryview((ctypes.c_char * self.length).from_address(self.address)).cast("B")
+        content = memoryview((ctypes.c_char * self.length).from_address(self.address)).cast("B")
         try:
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 written = 0
                 while written < self.length:
-                    written += file.write(held[written:])
+                    written += file.write(content[written:])
                 self._map(self.address, file.fileno(), 0)
         except OSError as error:
             raise no_room(folder, error) from error
@@ -96,9 +96,9 @@ class MappedFile:
         size = prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
-        held: Any = (ctypes.c_char * size).from_address(self.address + offset - self._begin)
-        held.mapping = self  # the addresses live as long as the tensor does
-        return torch.frombuffer(held, dtype=dtype).view(shape)
+        buffer: Any = (ctypes.c_char * size).from_address(self.address + offset - self._begin)
+        buffer.mapping = self  # the addresses live as long as the tensor does
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     def populate(self, begin: int, end: int) -> None:
         """Read the pages from one offset to another, and wait until they are there."""
@@ -129,14 +129,14 @@ class MappedFile:
         first = (start + begin) // PAGE * PAGE
         return first, -(-(start + end - first) // PAGE) * PAGE if end > begin else 0
 
-    def _map(self, address: int | None, opened: int, begin: int) -> Any:
+    def _map(self, address: int | None, descriptor: int, begin: int) -> Any:
         protection = _READ | (_WRITE if self._writable else 0)
         # Few of the pages that may be written to are memory at a time.
         flags = (_PRIVATE | _NORESERVE if self._private else _SHARED) | (_FIXED if address is not None else 0)
-        found = _libc().mmap(address, max(self.length, 1), protection, flags, opened, begin)
-        if found == _FAILED:
+        mapped = _libc().mmap(address, max(self.length, 1), protection, flags, descriptor, begin)
+        if mapped == _FAILED:
             raise RunError(f"Weights could not be mapped ({os.strerror(ctypes.get_errno())}).")
-        return found
+        return mapped
 
 
 def no_room(path: Path, error: OSError) -> RunError:

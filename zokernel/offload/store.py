@@ -86,15 +86,15 @@ class Store:
         Raises:
             RunError: If they cannot be written.
         """
-        known = self.updates.known
-        version = self.versions.get(unit.name, known)
-        if version == known:
+        newest = self.updates.newest
+        version = self.versions.get(unit.name, newest)
+        if version == newest:
             return
         if names := self.updates.names(unit):
             with uninterrupted():
                 self._make(unit, names, version)
-                self.versions[unit.name] = known
-        self.versions[unit.name] = known
+                self.versions[unit.name] = newest
+        self.versions[unit.name] = newest
         self.updates.forget(self._oldest())
 
     def keep(self, unit: Unit) -> None:
@@ -182,10 +182,10 @@ def stretches(spans: Iterable[Span]) -> list[tuple[Path, int, int]]:
         >>> stretches([Span(Path("a"), 16, (1,), torch.float32), one])
         [(PosixPath('a'), 8, 20)]
     """
-    found: list[tuple[Path, int, int]] = []
+    regions: list[tuple[Path, int, int]] = []
     for span in sorted(spans, key=lambda span: (span.path, span.begin)):
-        if found and found[-1][0] == span.path and found[-1][2] == span.begin:
-            found[-1] = (span.path, found[-1][1], span.end)
+        if regions and regions[-1][0] == span.path and regions[-1][2] == span.begin:
+            regions[-1] = (span.path, regions[-1][1], span.end)
         else:
-            found.append((span.path, span.begin, span.end))
-    return found
+            regions.append((span.path, span.begin, span.end))
+    return regions

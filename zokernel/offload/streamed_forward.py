@@ -56,7 +56,7 @@ class StreamedForward(InForward):
         assert self.schedule is not None
         unit_of = {id(tensor): unit for unit in self.blocks.units for tensor in unit.tensors.values()}
         keys = [key for key in self.schedule.places if key in unit_of]
-        self.schedule.apart = {key: unit_of[key].name for key in keys}
+        self.schedule.group_of = {key: unit_of[key].name for key in keys}
         # Vectors of a unit are copied when the unit is there.
         small = [key for key in self.schedule.small if key in unit_of]
         self._keys = {unit.name: [key for key in keys if unit_of[key] is unit] for unit in self.blocks.units}
@@ -67,25 +67,17 @@ class StreamedForward(InForward):
         if self.trained is not None:
             self.weights = StreamedWeights(directions, parameters, seed=seed, blocks=self.blocks)
 
-    def losses_of(self, asked: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
+    def losses_of(self, requests: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
         """Return the loss of each closure at its point, all together."""
-        found: list[float] = []
-        for begin in range(0, len(asked), self.max_together):
-            found += self._together(asked[begin : begin + self.max_together], step)
-        return found
+        losses: list[float] = []
+        for begin in range(0, len(requests), self.max_together):
+            losses += self._joint_losses(requests[begin : begin + self.max_together], step)
+        return losses
 
-    def _together(self, asked: Sequence[tuple[Closure, Offsets]], step: int) -> list[float]:
-        schedule, directions, seed, blocks = self.schedule, self.weights.directions, self.weights.seed, self.blocks
+    def _joint_losses(self, requests: Sequence[tuple[Closure, Offsets]], step: int) -> list[float]:
+        schedule, blocks = self.schedule, self.blocks
         assert schedule is not None
-        store = blocks.store
-        if not (schedule.learned or store.moves):
-            schedule.prepare(directions, seed=seed)
-        forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for _, offsets in asked]
-        for unit in blocks.units:
-            if not unit.is_block:  # a few weights that anything may use at any time
-                store.settle(unit)
-                for forward in forwards:
-                    forward.fixed |= self._small_copies(forward, unit)
+        forwards = self._forwards([offsets for _, offsets in requests], step)
         fixed = [forward.fixed for forward in forwards]
         running = forwards[0]
 
@@ -93,19 +85,13 @@ class StreamedForward(InForward):
             nonlocal running
             running = forwards[number]
             running.copies = {}  # the buffer holds those of another point
-            own = self._small_copies(running, stop.unit) if stop is not None and stop.unit.is_block else {}
-            running.fixed = fixed[number] | own
+            copies = self._small_copies(running, stop.unit) if stop is not None and stop.unit.is_block else {}
+            running.fixed = fixed[number] | copies
 
         def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return running.run(func, args, kwargs)
 
-        def arrive(stop: Stop) -> None:
-            blocks.visit(stop)
-            if store.moves and stop.unit.is_block:
-                schedule.find_again(self._keys[stop.unit.name])
-                self._copiers[stop.unit.name] = self._copier(self._small[stop.unit.name])
-
-        lockstep: Lockstep[float, Stop] = Lockstep(arrive, turn, self._outside)
+        lockstep: Lockstep[float, Stop] = Lockstep(self._arrive, turn, self._outside)
 
         def pause(stop: Stop) -> bool:
             if lockstep.active:
@@ -113,19 +99,41 @@ class StreamedForward(InForward):
             return lockstep.active
 
         with Intercepted(schedule.parameters.values(), run):
-            before, blocks.pause = blocks.pause, pause
+            previous, blocks.pause = blocks.pause, pause
             try:
-                losses = lockstep.run([partial(_loss_of, closure) for closure, _ in asked])
+                losses = lockstep.run([partial(_loss_of, closure) for closure, _ in requests])
             finally:
-                blocks.pause = before
+                blocks.pause = previous
         release_heap()  # the heap of every thread keeps some room, more with every pass
         if self.trained is not None:
             check_visited(blocks)
         if not schedule.learned:
             schedule.finish()
-            if not store.moves:
-                schedule.prepare(directions, seed=seed)
+            if not blocks.store.moves:
+                schedule.prepare(self.weights.directions, seed=self.weights.seed)
         return losses
+
+    def _forwards(self, points: Sequence[Offsets], step: int) -> list[Perturbed]:
+        """Return a forward for each point, with perturbed copies of the weights outside of all blocks."""
+        schedule, directions, seed, store = self.schedule, self.weights.directions, self.weights.seed, self.blocks.store
+        assert schedule is not None
+        if not (schedule.learned or store.moves):
+            schedule.prepare(directions, seed=seed)
+        forwards = [Perturbed(schedule, directions, Point(offsets, seed, step)) for offsets in points]
+        for unit in self.blocks.units:
+            if not unit.is_block:  # a few weights that anything may use at any time
+                store.settle(unit)
+                for forward in forwards:
+                    forward.fixed |= self._small_copies(forward, unit)
+        return forwards
+
+    def _arrive(self, stop: Stop) -> None:
+        """Bring in the block that all forwards wait for."""
+        self.blocks.visit(stop)
+        if self.blocks.store.moves and stop.unit.is_block:
+            assert self.schedule is not None
+            self.schedule.relocate(self._keys[stop.unit.name])
+            self._copiers[stop.unit.name] = self._copier(self._small[stop.unit.name])
 
     def _copier(self, keys: Sequence[int]) -> Copier:
         assert self.schedule is not None

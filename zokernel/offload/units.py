@@ -78,10 +78,10 @@ def find_units(model: nn.Module) -> list[Unit]:
     owner: dict[int, Unit] = {}
     units: list[Unit] = []
     for name, module, is_block in _pieces(model, ""):
-        held = list(module.named_parameters(prefix=name, recurse=is_block))
-        if not held:
+        parameters = list(module.named_parameters(prefix=name, recurse=is_block))
+        if not parameters:
             continue
-        shared = {id(owner[id(p)]): owner[id(p)] for _, p in held if id(p) in owner}
+        shared = {id(owner[id(p)]): owner[id(p)] for _, p in parameters if id(p) in owner}
         if shared:
             unit, *others = shared.values()
             if is_block or any(other.is_block for other in shared.values()):
@@ -94,11 +94,11 @@ def find_units(model: nn.Module) -> list[Unit]:
                 unit.modules += other.modules
                 unit.names += other.names
                 units.remove(other)
-                owner |= {key: unit for key, held_by in owner.items() if held_by is other}
+                owner |= {key: unit for key, current in owner.items() if current is other}
         else:
             unit = Unit(name, [module], [], is_block)
             units.append(unit)
-        for key, parameter in held:
+        for key, parameter in parameters:
             if id(parameter) not in owner:
                 owner[id(parameter)] = unit
                 unit.names.append(key)

@@ -17,7 +17,7 @@ Draw = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Noted:
+class RecordedUpdate:
     """One step's update: groups of names that share their coefficients and decay."""
 
     step: int
@@ -36,14 +36,14 @@ class Updates:
 
     def __init__(self, identity: str):
         self.history = [hashlib.sha256(identity.encode()).hexdigest()]
-        self._noted: list[Noted] = []
-        self._forgotten = 0
-        self._apply: Callable[[dict[str, Tensor], Noted], None] | None = None
+        self._recorded: list[RecordedUpdate] = []
+        self._num_forgotten = 0
+        self._apply: Callable[[dict[str, Tensor], RecordedUpdate], None] | None = None
         self._names: dict[str, dict[str, str]] = {}
 
     @property
-    def known(self) -> int:
-        """Number of the newest version."""
+    def newest(self) -> int:
+        """The number of the newest version."""
         return len(self.history) - 1
 
     def train(self, directions: Directions, tensors: Mapping[str, Tensor], *, seed: int, units: list[Unit]) -> None:
@@ -53,10 +53,10 @@ class Updates:
             unit.name: {key: trained[id(p)] for key, p in unit.tensors.items() if id(p) in trained} for unit in units
         }
 
-        def apply(own: dict[str, Tensor], noted: Noted) -> None:
-            by_name = {n: (c, d) for names, c, d in noted.groups for n in names if n in own}
-            Unmoved(directions, own, seed=seed).commit(
-                noted.step,
+        def apply(weights: dict[str, Tensor], update: RecordedUpdate) -> None:
+            by_name = {n: (c, d) for names, c, d in update.groups for n in names if n in weights}
+            Unmoved(directions, weights, seed=seed).commit(
+                update.step,
                 {name: coefficients for name, (coefficients, _) in by_name.items()},
                 {name: decay for name, (_, decay) in by_name.items()},
             )
@@ -73,23 +73,23 @@ class Updates:
         for name, coefficients in update.items():
             grouped.setdefault((id(coefficients), decay if isinstance(decay, float) else decay[name]), []).append(name)
         groups = [(frozenset(names), update[names[0]], factor) for (_, factor), names in grouped.items()]
-        told = json.dumps([step, sorted([sorted(names), sorted(c.items()), d] for names, c, d in groups)])
-        self.history.append(hashlib.sha256((self.history[-1] + told).encode()).hexdigest())
-        self._noted.append(Noted(step, groups))
+        text = json.dumps([step, sorted([sorted(names), sorted(c.items()), d] for names, c, d in groups)])
+        self.history.append(hashlib.sha256((self.history[-1] + text).encode()).hexdigest())
+        self._recorded.append(RecordedUpdate(step, groups))
 
-    def carry_out(self, own: dict[str, Tensor], version: int) -> None:
+    def carry_out(self, weights: dict[str, Tensor], version: int) -> None:
         """Make the updates that come after a version, in place.
 
         Args:
-            own: Weights by their names in the optimizer.
+            weights: Weights by their names in the optimizer.
             version: Which version they are.
         """
         assert self._apply is not None
-        for noted in self._noted[version - self._forgotten :]:
-            self._apply(own, noted)
+        for update in self._recorded[version - self._num_forgotten :]:
+            self._apply(weights, update)
 
     def forget(self, version: int) -> None:
         """Forget the updates up to a version: nothing older is left."""
-        if version > self._forgotten:
-            del self._noted[: version - self._forgotten]
-            self._forgotten = version
+        if version > self._num_forgotten:
+            del self._recorded[: version - self._num_forgotten]
+            self._num_forgotten = version

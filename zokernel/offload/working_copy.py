@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from zokernel.offload.base_files import about, layout, put_in_place, reserve, said
+from zokernel.offload.base_files import layout, put_in_place, read_metadata, reserve, version_metadata
 from zokernel.offload.mapping import MappedFile
 from zokernel.offload.store import Files
 from zokernel.offload.units import Unit
@@ -30,8 +30,8 @@ class WorkingCopy(Files):
     def __init__(self, folder: Path, identity: str):
         super().__init__(identity)
         self.folder = folder
-        self._durable = ThreadPoolExecutor(1, "zokernel-writer")
-        self._renamed: dict[str, Future[None]] = {}
+        self._writer = ThreadPoolExecutor(1, "zokernel-writer")
+        self._pending: dict[str, Future[None]] = {}
 
     def wait(self) -> None:
         """Wait until every version is on the disk under its name.
@@ -39,31 +39,31 @@ class WorkingCopy(Files):
         Raises:
             RunError: If one could not be written.
         """
-        for future in self._renamed.values():
+        for future in self._pending.values():
             future.result()
 
     def _make(self, unit: Unit, names: Mapping[str, str], version: int) -> None:
         if version == 0:
-            version = self._found(unit)
-        if version < self.updates.known:
+            version = self._resume_version(unit)
+        if version < self.updates.newest:
             self._write(unit, names, version)
 
-    def _found(self, unit: Unit) -> int:
+    def _resume_version(self, unit: Unit) -> int:
         """Go on with the version that an earlier process of the same run left, and return which it is."""
         path, file = self._path(unit), unit.parts[0][0]
         if not path.exists() or path.stat().st_size != file.length:
             return 0
-        found = said(path)
-        version = int(found.get("version", 0))
-        if not 0 < version <= self.updates.known or found != about(self.updates, version):
+        metadata = read_metadata(path)
+        version = int(metadata.get("version", 0))
+        if not 0 < version <= self.updates.newest or metadata != version_metadata(self.updates, version):
             return 0
         file.replace(path)
         return version
 
     def _write(self, unit: Unit, names: Mapping[str, str], version: int) -> None:
         file = unit.parts[0][0]
-        if unit.name in self._renamed:
-            self._renamed.pop(unit.name).result()
+        if unit.name in self._pending:
+            self._pending.pop(unit.name).result()
         path = self._path(unit)
         partial = path.with_suffix(".partial")
         reserve(partial, file.length)
@@ -71,7 +71,7 @@ class WorkingCopy(Files):
         ctypes.memmove(target.address, file.address, file.length)
         shapes = {key: tuple(tensor.shape) for key, tensor in unit.tensors.items()}
         dtype = next(iter(unit.tensors.values())).dtype
-        header, offsets, _ = layout(shapes, dtype, about(self.updates, self.updates.known))
+        header, offsets, _ = layout(shapes, dtype, version_metadata(self.updates, self.updates.newest))
         ctypes.memmove(target.address, header, len(header))
         self.updates.carry_out(
             {n: target.tensor(offsets[key], shapes[key], dtype) for key, n in names.items()}, version
@@ -79,7 +79,7 @@ class WorkingCopy(Files):
         file.replace(partial)
         self.bytes_written += file.length
         # The pages are the file's already; only the name waits until they are on the disk.
-        self._renamed[unit.name] = self._durable.submit(put_in_place, partial, path)
+        self._pending[unit.name] = self._writer.submit(put_in_place, partial, path)
 
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name or 'model'}.weights.safetensors"

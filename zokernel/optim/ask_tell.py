@@ -59,7 +59,7 @@ class AskTell(Checkpointed):
 
     estimator: Estimator
     _told: Mapping[Point, float] = MappingProxyType({})
-    _elsewhere = False
+    _is_at_point = False
 
     def replay(self, record: Sequence[float], *, frozen: Collection[str] | None = None) -> float:
         """Repeat the step that recorded numbers led to."""
@@ -71,7 +71,7 @@ class AskTell(Checkpointed):
     @property
     def told(self) -> dict[Point, float]:
         """The losses of the coming step that are known already, by point."""
-        self._look_at_weights()
+        self._forget_stale_losses()
         return dict(self._told)
 
     def ask(self) -> list[Point]:
@@ -93,7 +93,7 @@ class AskTell(Checkpointed):
             >>> found < 1e-2, optimizer.step_count
             (True, 200)
         """
-        self._look_at_weights()
+        self._forget_stale_losses()
         points = [Point(self.step_count, index) for index in range(self._count())]
         return [point for point in points if point not in self._told]
 
@@ -114,7 +114,7 @@ class AskTell(Checkpointed):
         Raises:
             UsageError: If the point is not one of the coming step, or the method needs more than losses.
         """
-        self._look_at_weights()
+        self._forget_stale_losses()
         self._check(point := _point(point), self._count())
         offsets = self.estimator.points(seed=self.seed, step=point.step)[point.index]
         copies = self.perturb.weights.copies_at(point.step, offsets)
@@ -122,17 +122,17 @@ class AskTell(Checkpointed):
 
     @contextmanager
     def at(self, point: Sequence[int]) -> Iterator[None]:
-        """Put the weights at a point into the model for the length of a ``with`` block; they come back exactly.
+        """Put the weights at a point into the model for the length of a ``with`` block, then restore them exactly.
 
         Args:
             point: As for :meth:`weights_at`.
         """
         with self._holding(self.weights_at(point)):
-            self._elsewhere = True
+            self._is_at_point = True
             try:
                 yield
             finally:
-                self._elsewhere = False
+                self._is_at_point = False
 
     def tell(self, losses: Losses) -> float | None:
         """Take losses at points of the coming step; when all are there, take the step.
@@ -150,7 +150,7 @@ class AskTell(Checkpointed):
             UsageError: If a point is none of this step or an earlier one, or a loss is not one number.
             LossError: If a loss is NaN or infinite; nothing of the call is kept.
         """
-        self._look_at_weights()
+        self._forget_stale_losses()
         count, told = self._count(), dict(self._told)
         for point, loss in _pairs(losses):
             if point.step < self.step_count or point in told:
@@ -175,7 +175,7 @@ class AskTell(Checkpointed):
         super().load_extra_state(state)
         self._told = {}
 
-    def _why_not(self) -> str | None:
+    def _ask_tell_obstacle(self) -> str | None:
         """Return why losses at points are not all that a step takes; None if they are."""
         if self.estimator.numbers_per_point == 1:
             return None
@@ -183,7 +183,7 @@ class AskTell(Checkpointed):
 
     def _count(self) -> int:
         """Return the number of points of the coming step."""
-        if reason := self._why_not():
+        if reason := self._ask_tell_obstacle():
             raise UsageError(
                 f"This {type(self).__name__} has no ask and tell, because {reason}: call step(closure), or use a "
                 "method such as mezo."
@@ -199,13 +199,13 @@ class AskTell(Checkpointed):
         if point.index not in range(count):
             raise UsageError(f"{point} is not a point: step {point.step} has {count}, counted from 0.")
 
-    def _look_at_weights(self) -> None:
+    def _forget_stale_losses(self) -> None:
         """Forget told losses of weights that are not those of the coming step."""
-        if self._elsewhere:
+        if self._is_at_point:
             raise UsageError("The weights are those of a point: ask and tell after the with block of at(point).")
         changed = self._versions != self._versions_now()
         if changed:
-            self._take_stock()
+            self._refresh_base()
             self._note_versions()
         if self._told and (changed or next(iter(self._told)).step != self.step_count):
             logger.warning(

@@ -23,7 +23,7 @@ class Checkpointed(Trained, Copied):
 
     Attributes:
         updates: The parts of the update.
-        perturb: How the losses are taken, and how the weights come back.
+        perturb: How the losses are taken, and how the weights are restored.
         num_forwards: Times the closure was called.
         last_factor: Factor that the update put on the last estimate.
     """
@@ -38,16 +38,16 @@ class Checkpointed(Trained, Copied):
 
     @property
     def perturb(self) -> Perturb:
-        """How the losses at perturbed weights are taken, and how the weights come back."""
+        """How the losses at perturbed weights are taken, and how the weights are restored."""
         raise NotImplementedError
 
     def _attach(self) -> None:
         raise NotImplementedError
 
-    def _take_stock(self) -> None:
+    def _refresh_base(self) -> None:
         """Before a step, take note of weights that someone else wrote to, and of parameters frozen or not any more."""
         changed = self.changed_by_others
-        if self._settle():
+        if self._choose_active():
             self.perturb.release()
             changed = True
         if changed:
@@ -100,14 +100,14 @@ class Checkpointed(Trained, Copied):
         Raises:
             UsageError: If the group does not fit the others.
         """
-        begun, count, known = bool(self.named_params), len(self.param_groups), set(self.named_params)
+        is_started, count, names = bool(self.named_params), len(self.param_groups), set(self.named_params)
         super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
         try:
             check_group(self.param_groups[-1])
-            if begun:
+            if is_started:
                 self._check_density()
                 self.named_params |= name_parameters(self.param_groups)
-                self._settle()
+                self._choose_active()
                 self.perturb.release()
                 self.directions.prepare(self.named_params)
                 self._attach()
@@ -115,10 +115,10 @@ class Checkpointed(Trained, Copied):
                     part.attach(self)
         except UsageError:
             del self.param_groups[count:]
-            for name in self.named_params.keys() - known:
+            for name in self.named_params.keys() - names:
                 del self.named_params[name]
-            if begun:
-                self._settle()
+            if is_started:
+                self._choose_active()
                 self.perturb.release()
                 self._attach()
             raise
@@ -172,9 +172,9 @@ class Checkpointed(Trained, Copied):
     @torch.no_grad()
     def _swap(self, values: dict[str, Tensor]) -> None:
         for name, tensor in self.named_params.items():
-            held = tensor.detach().clone()
+            current = tensor.detach().clone()
             tensor.copy_(values[name])
-            values[name] = held
+            values[name] = current
 
     def extra_state(self) -> dict[str, Any]:
         """Return what must be saved beside torch's own state: counters, the seed, and the state of the parts."""
@@ -206,7 +206,7 @@ class Checkpointed(Trained, Copied):
         for part, saved in zip(self.updates, state["updates"], strict=True):
             part.load_state_dict(saved)
             part.attach(self)
-        self._take_stock()
+        self._refresh_base()
         self.perturb.weights.seed = self.seed
         self.perturb.weights.load_state_dict(state["perturb"])
         self._note_versions()
@@ -235,14 +235,14 @@ class Checkpointed(Trained, Copied):
                 "This state was saved by zokernel 0.1, whose optimizers kept other state: continue with that version, "
                 "or start from its weights."
             )
-        for kind, own in self._parts().items():
-            if saved["parts"][kind] != own:
+        for kind, part in self._parts().items():
+            if saved["parts"][kind] != part:
                 raise UsageError(
-                    f"This state was saved with {kind} {saved['parts'][kind]!r}, and this optimizer has {own!r}: make "
+                    f"This state was saved with {kind} {saved['parts'][kind]!r}, and this optimizer has {part!r}: make "
                     "the optimizer as it was."
                 )
-        kept = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
-        super().load_state_dict(kept | {"state": {}})
+        torch_state = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
+        super().load_state_dict(torch_state | {"state": {}})
         self._named_groups = self.moving_groups()  # torch has made new dictionaries
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         saved_ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]

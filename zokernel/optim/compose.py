@@ -67,22 +67,22 @@ def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
     raise UsageError(f"{text!r} is not of the form name or name(value, key=value).")
 
 
-def build(text: str, known: Mapping[str, Callable[..., Any]], kind: str) -> Any:
+def build(text: str, constructors: Mapping[str, Callable[..., Any]], kind: str) -> Any:
     """Make the part that ``text`` describes.
 
     Args:
         text: As for :func:`parse_call`.
-        known: Constructors by name.
+        constructors: Constructors by name.
         kind: What the parts are, for messages.
 
     Raises:
         UsageError: If there is no such part, or it does not take these arguments.
     """
     name, arguments, keywords = parse_call(text)
-    if name not in known:
-        raise UsageError(f"There is no {kind} {name!r}: choose one of {', '.join(known)}.")
+    if name not in constructors:
+        raise UsageError(f"There is no {kind} {name!r}: choose one of {', '.join(constructors)}.")
     try:
-        return known[name](*arguments, **keywords)
+        return constructors[name](*arguments, **keywords)
     except TypeError as error:
         raise UsageError(f"The {kind} {text!r} cannot be made: {error}.") from error
 
@@ -187,6 +187,6 @@ def _check_order(parts: Sequence[Update]) -> None:
     """
     kinds = (Normalized, PolyakBound, Clip, ClipSlopes, CurvatureWeights, SignOfProjections)
     for earlier, later in pairwise(part for part in parts if isinstance(part, kinds)):
-        kept = isinstance(earlier, CurvatureWeights)  # whose weights a common factor leaves as they are
-        if isinstance(later, SignOfProjections) or (isinstance(later, Normalized) and not kept):
+        is_unaffected = isinstance(earlier, CurvatureWeights)  # whose weights a common factor leaves as they are
+        if isinstance(later, SignOfProjections) or (isinstance(later, Normalized) and not is_unaffected):
             raise UsageError(f"{later!r} would undo {earlier!r}: put it first, or leave one of them out.")

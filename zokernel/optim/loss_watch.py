@@ -22,22 +22,22 @@ from zokernel.perturb.base import Closure
 # Losses of a step closer to each other than this share of their size are not looked at again.
 SPREAD = 0.01
 # A loss taken again may differ by this share of what the perturbations do to it.
-AGAIN = 0.1
+REPEAT_TOLERANCE = 0.1
 
 
 class LossWatch:
     """Warns, once, of a closure whose losses cannot be compared with each other.
 
     Args:
-        params: What the optimizer was given; a module is looked at.
+        params: The optimizer's ``params``; if they are a module, its layers are checked.
     """
 
     def __init__(self, params: Any = None):
         self._layers = list(_layers(params)) if isinstance(params, nn.Module) else []
-        self._looked, self._warned = False, False
+        self._has_searched, self._warned = False, False
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(LossWatch()) | {"_looked": self._looked, "_warned": self._warned}
+        return vars(LossWatch()) | {"_has_searched": self._has_searched, "_warned": self._warned}
 
     def around(self, perturb: Perturb, parameters: Mapping[str, Tensor]) -> Callable[..., list[float]]:
         """Return how losses are taken and watched: see :meth:`losses`."""
@@ -77,7 +77,7 @@ class LossWatch:
             return loss
 
         before = [] if self._warned else [random_state()]
-        found = perturb.losses(closure if self._warned else watched, points, step=step)
+        losses = perturb.losses(closure if self._warned else watched, points, step=step)
         # A closure that seeds itself ends every call in the same state.
         ends = ends or ([*before, random_state()] if before else [])
         if len(ends) == 2 and not same_random_state(*ends):
@@ -86,30 +86,30 @@ class LossWatch:
                 "step differ by more than the weights: call model.eval(), and draw the batch before optimizer.step."
             )
         # All processes must come to the same decision, so it depends on the losses alone.
-        spread = max(found) - min(found)
-        if step == 0 and len(found) == len(points) > 1 and spread > SPREAD * max(map(abs, found)):
-            (again,) = perturb.losses(closure, points[-1:], step=step)
+        spread = max(losses) - min(losses)
+        if step == 0 and len(losses) == len(points) > 1 and spread > SPREAD * max(map(abs, losses)):
+            (repeated,) = perturb.losses(closure, points[-1:], step=step)
             # Not "> tolerance", which a NaN would pass.
-            if not abs(again - found[-1]) <= AGAIN * spread:
+            if not abs(repeated - losses[-1]) <= REPEAT_TOLERANCE * spread:
                 self._warn(
-                    f"The same weights gave the loss {found[-1]:.6g} and then {again:.6g}: the closure must return the "
-                    "loss of one fixed batch, drawn before optimizer.step, by a deterministic model (model.eval())."
+                    f"The same weights gave the loss {losses[-1]:.6g} and then {repeated:.6g}: the closure must return "
+                    "the loss of one fixed batch, drawn before optimizer.step, by a deterministic model (model.eval())."
                 )
-        return found
+        return losses
 
     def _check_layers(self, closure: Closure, parameters: Mapping[str, Tensor]) -> None:
-        """Warn of layers in train mode, in the module that was given or those that the closure refers to."""
-        if not self._looked:
+        """Warn of layers in train mode, in the optimizer's module or those that the closure refers to."""
+        if not self._has_searched:
             owned = {id(tensor) for tensor in parameters.values()}
             for module in _modules_of(closure):
                 if any(id(tensor) in owned for tensor in module.parameters()):
                     self._layers += _layers(module)
-            self._looked = True
-        acting = [layer for layer in self._layers if layer.training]
-        if acting:
-            dropout = "dropout is drawn anew in every forward" if any(isinstance(x, DROPOUTS) for x in acting) else ""
+            self._has_searched = True
+        active = [layer for layer in self._layers if layer.training]
+        if active:
+            dropout = "dropout is drawn anew in every forward" if any(isinstance(x, DROPOUTS) for x in active) else ""
             norm = "batch norm couples the examples and moves its statistics" if not dropout else ""
-            kinds = " and ".join(sorted({type(layer).__name__ for layer in acting}))
+            kinds = " and ".join(sorted({type(layer).__name__ for layer in active}))
             self._warn(
                 f"The model has {kinds} in train mode, where {dropout or norm}: call model.eval() before "
                 "optimizer.step.",
@@ -131,13 +131,13 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def _modules_of(closure: Callable[..., Any], depth: int = 3) -> Iterator[nn.Module]:
     """Yield the modules that a function refers to: in its cells and globals, and through functions among these."""
-    seen: set[int] = set()
-    found: list[Any] = [closure]
+    visited: set[int] = set()
+    frontier: list[Any] = [closure]
     for _ in range(depth):
-        values = [value for item in found for value in _referred(item) if id(value) not in seen]
-        seen |= set(map(id, values))
+        values = [value for item in frontier for value in _referred(item) if id(value) not in visited]
+        visited |= set(map(id, values))
         yield from (value for value in values if isinstance(value, nn.Module))
-        found = [value for value in values if not isinstance(value, nn.Module)]
+        frontier = [value for value in values if not isinstance(value, nn.Module)]
 
 
 def _referred(value: Any) -> Iterable[Any]:
@@ -146,8 +146,8 @@ def _referred(value: Any) -> Iterable[Any]:
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, types.FunctionType):
-        held = [content for cell in value.__closure__ or () for content in _contents(cell)]
-        return held + [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+        contents = [content for cell in value.__closure__ or () for content in _contents(cell)]
+        return contents + [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
     if isinstance(value, (types.ModuleType, type, str, bytes, Tensor)):
         return []
     return list(vars(value).values()) if hasattr(value, "__dict__") else []

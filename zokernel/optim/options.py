@@ -40,7 +40,7 @@ def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, i
     """Return the shared options of a method, checked.
 
     Args:
-        options: What its constructor was given beyond its own options.
+        options: Keyword arguments of its constructor beyond its own options.
         owner: The method's class.
 
     Returns:
@@ -52,8 +52,8 @@ def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, i
     """
     unknown = sorted(set(options) - set(SHARED_DEFAULTS) - {"restore"})
     if unknown:
-        known = ", ".join(name for name in constructor_options(owner) if name != "lr")
-        raise TypeError(f"{owner.__name__} has no option {unknown[0]!r}: it has {known}.")
+        names = ", ".join(name for name in constructor_options(owner) if name != "lr")
+        raise TypeError(f"{owner.__name__} has no option {unknown[0]!r}: it has {names}.")
     perturb = options.get("perturb", SHARED_DEFAULTS["perturb"])
     if "restore" in options:
         if "perturb" in options:
@@ -86,10 +86,10 @@ def constructor_options(cls: type) -> dict[str, Any]:
         (0.001, 0)
     """
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    own = {
+    defaults = {
         name: parameter.default
         for name, parameter in parameters.items()
         if name not in ("self", "params") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     takes_shared = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return own | (SHARED_DEFAULTS if takes_shared else {})
+    return defaults | (SHARED_DEFAULTS if takes_shared else {})

@@ -20,7 +20,7 @@ class Origin:
     """The module that an optimizer was made from, which knows the names of tensors that are added later.
 
     Args:
-        params: What the optimizer was given; only a module is remembered, and it is not kept alive.
+        params: The optimizer's ``params``; only a module is remembered, and it is not kept alive.
     """
 
     def __init__(self, params: Any = None):
@@ -29,8 +29,8 @@ class Origin:
     def name_of(self, tensor: Tensor) -> str | None:
         """Return the name of a parameter of the module; None if it is none of its."""
         module = None if self._module is None else self._module()
-        found = () if module is None else module.named_parameters()
-        return next((name for name, own in found if own is tensor), None)
+        parameters = () if module is None else module.named_parameters()
+        return next((name for name, parameter in parameters if parameter is tensor), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         module = None if self._module is None else self._module()
@@ -62,12 +62,12 @@ def trainable(params: Params) -> Any:
     return params
 
 
-def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]], origin: Origin) -> dict[str, Any]:
+def trainable_group(group: dict[str, Any], earlier: Sequence[dict[str, Any]], origin: Origin) -> dict[str, Any]:
     """Return a parameter group in a form that ``torch.optim.Optimizer`` takes, named as the groups before it are.
 
     Args:
         group: Its ``params`` may be a module.
-        others: The groups that the optimizer has already.
+        earlier: The groups that the optimizer has already.
         origin: Names tensors that come without a name, or in a part of the module that the optimizer was made from.
 
     Raises:
@@ -82,11 +82,11 @@ def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]], ori
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise UsageError(f"params must be tensors, (name, tensor) pairs or a module, and one is a {kind}.")
-        if any(tensor is known for other in others for known in other["params"]):
+        if any(tensor is trained for other in earlier for trained in other["params"]):
             raise UsageError(
                 "A tensor of this parameter group is trained already, in another group: leave it out of one."
             )
-    if others and "param_names" in others[0]:
+    if earlier and "param_names" in earlier[0]:
         of_module = isinstance(params, nn.Module)
         pairs = [(origin.name_of(p) or name if of_module or name is None else name, p) for name, p in pairs]
         if any(name is None for name, _ in pairs):
@@ -94,10 +94,10 @@ def trainable_group(group: dict[str, Any], others: Sequence[dict[str, Any]], ori
                 "The parameters of this optimizer have names, and a tensor of the new group has none: pass (name, "
                 "tensor) pairs, as in {'params': head.named_parameters(prefix='head')}."
             )
-    elif others and isinstance(params, nn.Module):
+    elif earlier and isinstance(params, nn.Module):
         pairs = [(None, tensor) for _, tensor in pairs]
     named = [name is not None for name, _ in pairs]
-    if any(named) and (not all(named) or (others and "param_names" not in others[0])):
+    if any(named) and (not all(named) or (earlier and "param_names" not in earlier[0])):
         raise UsageError("Some parameters have names and others none: give (name, tensor) pairs for all or for none.")
     return group | {"params": pairs if all(named) else [tensor for _, tensor in pairs]}
 

@@ -17,7 +17,7 @@ OptimizerClass = TypeVar("OptimizerClass", bound=type[torch.optim.Optimizer])
 
 _METHODS: dict[str, type[torch.optim.Optimizer]] = {}
 PLUGINS = "zokernel.methods"
-"""Entry points of this group are methods that live elsewhere, in other packages too; they are loaded when asked for."""
+"""Entry points of this group are methods that live elsewhere, in other packages too; they are loaded when requested."""
 
 
 def register(name: str) -> Callable[[OptimizerClass], OptimizerClass]:
@@ -49,12 +49,12 @@ def get_method(name: str) -> type[torch.optim.Optimizer]:
     Raises:
         UsageError: If there is no method of that name.
     """
-    known = methods()
-    if name not in known:
+    classes = methods()
+    if name not in classes:
         for plugin in importlib.metadata.entry_points(group=PLUGINS, name=name):
             return plugin.load()
-        raise UsageError(f"There is no method {name!r}: choose one of {', '.join(known)}.")
-    return known[name]
+        raise UsageError(f"There is no method {name!r}: choose one of {', '.join(classes)}.")
+    return classes[name]
 
 
 def is_plugin(name: str) -> bool:

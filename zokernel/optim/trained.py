@@ -42,20 +42,20 @@ class Trained:
     step_count: int
     param_groups: list[dict[str, Any]]
     state: Any
-    _wanted: set[str]
-    _held: Collection[str] | None = None
+    _trainable: set[str]
+    _frozen_in_step: Collection[str] | None = None
 
-    def _settle(self) -> bool:
+    def _choose_active(self) -> bool:
         """Choose which parameters the coming step moves; return whether they are others than before.
 
         A parameter that has required gradients and no longer does is frozen.  Plain tensors never required any and are
         trained.
         """
-        self._wanted |= {name for name, tensor in self.named_params.items() if tensor.requires_grad}
-        if self._held is None:
-            resting = {name for name in self._wanted if not self.named_params[name].requires_grad}
+        self._trainable |= {name for name, tensor in self.named_params.items() if tensor.requires_grad}
+        if self._frozen_in_step is None:
+            resting = {name for name in self._trainable if not self.named_params[name].requires_grad}
         else:
-            resting = set(self._held)
+            resting = set(self._frozen_in_step)
         if resting == self.named_params.keys() - self.active.keys():
             return False
         moving = {name: tensor for name, tensor in self.named_params.items() if name not in resting}
@@ -78,7 +78,7 @@ class Trained:
         """Split names into those whose directions must be made together.
 
         Temporaries are made for one parameter at a time.  A direction on one tensor may depend on which other tensors
-        there are; then all that move are taken at once, whichever were asked for.
+        there are; then all that move are taken at once, whichever were requested.
         """
         if not names:
             return []
@@ -86,14 +86,14 @@ class Trained:
 
     def buffers(self, key: str, names: Sequence[str]) -> dict[str, Tensor]:
         """Return one state tensor per parameter, in fp32 or wider and zero when new."""
-        found = {}
+        buffers = {}
         for name in names:
             tensor = self.named_params[name]
             state = self.state[tensor]
             if key not in state:
                 state[key] = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            found[name] = state[key]
-        return found
+            buffers[name] = state[key]
+        return buffers
 
     def add_estimate(
         self, tensors: Mapping[str, Tensor], estimate: Estimate, *, decay: float | Mapping[str, float] = 1.0

@@ -100,7 +100,7 @@ class ZerothOrder(AskTell):
         self._followers = [part for part in self.updates if type(part).after_move is not Update.after_move]
         defaults = {"lr": lr, "weight_decay": weight_decay, **self.rule.group_defaults()}
         self.named_params: dict[str, Tensor] = {}
-        self.active, self._wanted = self.named_params, set()
+        self.active, self._trainable = self.named_params, set()
         torch.optim.Optimizer.__init__(self, trainable(params), defaults)
         self.directions = make_directions(Dense("rademacher") if directions is None else directions)
         self.estimator = make_estimator(TwoPoint() if estimator is None else estimator)
@@ -111,7 +111,7 @@ class ZerothOrder(AskTell):
         self._versions: list[tuple[Any, bool]] = []
         self._perturb, self._watch, self._origin = perturb, LossWatch(params), Origin(params)
         self.named_params |= name_parameters(self.param_groups)
-        self._settle()
+        self._choose_active()
         self.directions.prepare(self.named_params)
         self._check_parts()
         self._attach()
@@ -124,8 +124,8 @@ class ZerothOrder(AskTell):
         return [written for written, _ in self._versions_now()] != [written for written, _ in self._versions]
 
     def _versions_now(self) -> list[tuple[Any, bool]]:  # writes to each parameter, and whether it requires gradients
-        where = memory_of if self.perturb.weights.stay else (lambda p: None)
-        return [((write_count(p), where(p)), p.requires_grad) for p in self.named_params.values()]
+        location = memory_of if self.perturb.weights.stay else (lambda p: None)
+        return [((write_count(p), location(p)), p.requires_grad) for p in self.named_params.values()]
 
     def _note_versions(self) -> None:
         self._versions = self._versions_now()
@@ -143,7 +143,7 @@ class ZerothOrder(AskTell):
 
     @property
     def perturb(self) -> Perturb:
-        """How the losses at perturbed weights are taken, and how the weights come back."""
+        """How the losses at perturbed weights are taken, and how the weights are restored."""
         return self._perturb
 
     @perturb.setter
@@ -171,8 +171,8 @@ class ZerothOrder(AskTell):
 
     def _is_dense(self, group: Mapping[str, Any]) -> bool:
         """Return whether a group's step is more than scalars times directions."""
-        where = self.rule.dense_where
-        return where is None or group[where] > 0
+        setting = self.rule.dense_where
+        return setting is None or group[setting] > 0
 
     @property
     def forwards_per_step(self) -> int:
@@ -237,18 +237,18 @@ class ZerothOrder(AskTell):
             >>> replayed.replay(optimizer.record()) == loss and torch.equal(weight, again)
             True
         """
-        self._held = frozen
+        self._frozen_in_step = frozen
         try:
-            self._take_stock()
+            self._refresh_base()
             return self._step(Recorded(self.perturb, record), lambda: math.nan)
         finally:
-            self._held = None
+            self._frozen_in_step = None
 
     def _step(self, perturb: Perturb, closure: Closure) -> float:
         if not self.moves_along_directions:  # a schedule may have given a group momentum
             self._check_density()
         if self._versions != self._versions_now():
-            self._take_stock()
+            self._refresh_base()
         try:
             points = self.estimator.points(seed=self.seed, step=self.step_count)
             take = self._watch.around(perturb, self.active) if self.watches_loss else perturb.losses
@@ -278,11 +278,11 @@ class ZerothOrder(AskTell):
                 "it was written with other settings."
             )
         self.num_forwards += num_points
-        bad = [number for number in numbers if not math.isfinite(number)]
-        if bad:
+        not_finite = [number for number in numbers if not math.isfinite(number)]
+        if not_finite:
             raise LossError(
-                f"The loss is {bad[0]} at step {self.step_count + 1}: the weights were put back to before this step; "
-                "lower the learning rate or eps, or train in fp32."
+                f"The loss is {not_finite[0]} at step {self.step_count + 1}: the weights were put back to before this "
+                "step; lower the learning rate or eps, or train in fp32."
             )
         if self.step_count == 0 and len(set(numbers)) == 1 < len(numbers):
             logger.warning(
@@ -312,13 +312,13 @@ class ZerothOrder(AskTell):
             for group, is_dense in zip(self.param_groups, dense)
         ]
         moves: Sequence[AffineMove] = self.move(scales)
-        dense_groups = (found for found, is_dense in zip(self._named_groups, dense) if is_dense)
+        dense_groups = (named for named, is_dense in zip(self._named_groups, dense) if is_dense)
         rates = {name: -group["lr"] for group, names in dense_groups for name in names}
         for batch in self.batches(list(rates)) if rates else ():
             step, divisor = self.rule.step(self, batch, estimate)
-            own = {name: change for name, change in step.items() if name in rates}
-            by_name = divisor if isinstance(divisor, dict) else dict.fromkeys(own, divisor)
-            self.add(own, {name: rates[name] / by_name[name] for name in own})
+            changes = {name: change for name, change in step.items() if name in rates}
+            by_name = divisor if isinstance(divisor, dict) else dict.fromkeys(changes, divisor)
+            self.add(changes, {name: rates[name] / by_name[name] for name in changes})
         for part in self._followers:
             moves = part.after_move(self, estimate, moves)
 

@@ -1,4 +1,4 @@
-"""How the losses at perturbed weights are taken, and how the weights come back."""
+"""How the losses at perturbed weights are taken, and how the weights are restored."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def matches_in_place(
 ) -> tuple[bool, str]:
     """Take one perturbed loss in place and one with ``in_forward``, and compare them.
 
-    Three forwards are run.  The weights come back to the same bits, at the memory of the few that rounding would
+    Three forwards are run.  The weights are restored to the same bits, at the memory of the few that rounding would
     change.
 
     Args:
@@ -58,26 +58,29 @@ def matches_in_place(
         try:
             inside = InForward()
             inside.attach(parameters, directions, seed=seed)
-            (there,) = inside.losses(closure, [offsets], step=0)
+            (loss_in_forward,) = inside.losses(closure, [offsets], step=0)
         except (UsageError, RunError) as error:
             return False, f"in_forward does not suit this model ({error})"
         base = loss_value(closure())
         with moved_in_place(parameters, directions, offsets, seed=seed):
-            here = loss_value(closure())
-    found = f"the same perturbed loss is {here:.6g} in place and {there:.6g} with in_forward ({base:.6g} unperturbed)"
-    return abs(here - there) <= TOLERANCE * abs(here - base), found
+            loss_in_place = loss_value(closure())
+    comparison = (
+        f"the same perturbed loss is {loss_in_place:.6g} in place and {loss_in_forward:.6g} with in_forward "
+        f"({base:.6g} unperturbed)"
+    )
+    return abs(loss_in_place - loss_in_forward) <= TOLERANCE * abs(loss_in_place - base), comparison
 
 
 @contextmanager
 def moved_in_place(
     parameters: Mapping[str, Tensor], directions: Directions, offsets: Offsets, *, seed: int
 ) -> Iterator[None]:
-    """Move weights along directions of step 0 for the length of a ``with`` block; they come back to the same bits.
+    """Move weights along directions of step 0 for the length of a ``with`` block, and restore the same bits.
 
     Adding and subtracting restores most float32 numbers exactly.  The others are found beforehand, tensor by tensor,
     and kept; while a tensor is searched, a copy of it is held.
     """
-    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    changed_pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(name: str, sign: float) -> None:
         scales = [sign * offset for offset in offsets.values()]
@@ -96,12 +99,12 @@ def moved_in_place(
 
     try:
         for name in parameters:
-            found = find_changed(name)
+            pieces = find_changed(name)
             add(name, 1.0)
-            kept[name] = found
+            changed_pieces[name] = pieces
         yield
     finally:
-        for name, pieces in kept.items():
+        for name, pieces in changed_pieces.items():
             add(name, -1.0)
             weights = parameters[name].detach().view(-1)
             for piece, (places, values) in zip(weights.split(PIECE), pieces):

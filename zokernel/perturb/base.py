@@ -23,7 +23,7 @@ Closure = Callable[[], Tensor | float]
 
 
 class Perturb(ABC):
-    """How a step's losses are taken and how the weights come back.
+    """How a step's losses are taken and how the weights are restored.
 
     An object serves one optimizer, which calls :meth:`attach`.
 

@@ -28,7 +28,7 @@ SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
-class Held:
+class Copies:
     """A tensor's perturbed copies, (K, ...)."""
 
     copies: Tensor
@@ -75,7 +75,7 @@ class Flipped:
         return self.rows.nbytes + self.columns.nbytes
 
 
-Change = Held | Thin | Flipped
+Change = Copies | Thin | Flipped
 
 
 def stackable(parameters: Mapping[str, Tensor], directions: Directions, copies: int, max_bytes: int = 1 << 28) -> bool:
@@ -103,26 +103,26 @@ def stack(
         UsageError: If they would take more than ``max_bytes``.
     """
     thin = _thin(parameters, directions, points, seed=seed, step=step)
-    held = {name: tensor for name, tensor in parameters.items() if name not in thin}
+    remaining = {name: tensor for name, tensor in parameters.items() if name not in thin}
     size = _size(parameters, thin, len(points))
     if size > max_bytes:
         raise UsageError(
             f"{len(points)} perturbed copies take {readable_bytes(size)}, more than {readable_bytes(max_bytes)}: train "
             "an adapter, use low-rank directions (lozo, subzero), or perturb='in_place'."
         )
-    copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in held.items()}
+    copies = {name: _repeat(tensor, len(points), buffers, name) for name, tensor in remaining.items()}
     for k, offsets in enumerate(points):
         at_k = {name: tensor[k] for name, tensor in copies.items()}
         if offsets and at_k:
             directions.add_(at_k, list(offsets.values()), seed=seed, step=step, index=list(offsets))
-    by_name: dict[str, Change] = {**thin, **{name: Held(tensor) for name, tensor in copies.items()}}
+    by_name: dict[str, Change] = {**thin, **{name: Copies(tensor) for name, tensor in copies.items()}}
     return {id(tensor): by_name[name] for name, tensor in parameters.items()}
 
 
 def _size(parameters: Mapping[str, Tensor], thin: Mapping[str, Thin | Flipped], copies: int) -> int:
     """Return the bytes of so many perturbed copies: of changes, and of all tensors that are held."""
-    held = sum(tensor.nbytes for name, tensor in parameters.items() if name not in thin)
-    return copies * held + sum(change.nbytes for change in thin.values())
+    remaining = sum(tensor.nbytes for name, tensor in parameters.items() if name not in thin)
+    return copies * remaining + sum(change.nbytes for change in thin.values())
 
 
 def _repeat(tensor: Tensor, count: int, buffers: dict[str, Tensor], name: str) -> Tensor:
@@ -143,7 +143,7 @@ def _thin(
     places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
     one_each = all(len(offsets) == 1 for offsets in points)
     if one_each and (isinstance(directions, Flipout) or (isinstance(directions, LowRank) and directions.refresh == 0)):
-        return _own_changes(places, directions, points, seed=seed, step=step)
+        return _separate_changes(places, directions, points, seed=seed, step=step)
     drawn: dict[int, dict[str, Factors]] = {}
     for index in sorted({index for offsets in points for index in offsets}):
         terms = directions.terms(places, seed=seed, step=step, index=index)
@@ -160,7 +160,7 @@ def _thin(
     }
 
 
-def _own_changes(
+def _separate_changes(
     places: Sequence[Placement],
     directions: LowRank | Flipout,
     points: Sequence[Offsets],
@@ -181,15 +181,15 @@ def _own_changes(
         places, seed=seed, step=step, indices=indices, dtype=dtype
     )
     scales = torch.tensor(offsets, device=device)[:, None, None]
-    found: dict[str, Thin | Flipped] = {}
+    changes: dict[str, Thin | Flipped] = {}
     for place in places:
         left, right = blocks[place.name]
         if isinstance(directions, LowRank):
-            found[place.name] = Thin(left * (scales / math.sqrt(left.shape[2])).to(dtype), right)
+            changes[place.name] = Thin(left * (scales / math.sqrt(left.shape[2])).to(dtype), right)
         else:
             shared = partial(_as_type, partial(directions.shared, place, seed=seed, step=step), dtype)
-            found[place.name] = Flipped(left * scales.to(dtype), right, shared)
-    return found
+            changes[place.name] = Flipped(left * scales.to(dtype), right, shared)
+    return changes
 
 
 def _as_type(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:

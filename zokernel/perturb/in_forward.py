@@ -95,25 +95,25 @@ class InForward(Perturb):
         """Evaluate the closure at each point, with perturbed copies in place of the weights."""
         return self.losses_of([(closure, offsets) for offsets in points], step=step)
 
-    def losses_of(self, asked: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
+    def losses_of(self, requests: Sequence[tuple[Closure, Offsets]], *, step: int) -> list[float]:
         """Return the loss of each closure at a point of its own, as losses of several batches are taken.
 
         Args:
-            asked: Closures, each with the offsets of the directions of the step.
+            requests: Closures, each with the offsets of the directions of the step.
             step: Step of the run.
         """
         seed, schedule = self.weights.seed, self.schedule
         assert schedule is not None
         if not schedule.learned:
             schedule.prepare(self.weights.directions, seed=seed)
-        found = []
-        for closure, offsets in asked:
+        losses = []
+        for closure, offsets in requests:
             with Perturbed(schedule, self.weights.directions, Point(offsets, seed, step)):
-                found.append(loss_value(closure()))
+                losses.append(loss_value(closure()))
             if not schedule.learned:
                 schedule.finish()
                 schedule.prepare(self.weights.directions, seed=seed)
-        return found
+        return losses
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class CopySchedule:
         self.stretch_of: dict[int, int] = {}
         self.dtypes: dict[int, torch.dtype] = {}
         self.touched = False
-        self.apart: dict[int, str] = {}  # parameters of different groups are not copied together
+        self.group_of: dict[int, str] = {}  # parameters of different groups are not copied together
         self.copy_small = Copier([self.places[key] for key in self.small])
         self._copiers: dict[tuple[int, ...], Copier] = {}
         self._pieces: dict[tuple[int, int], list[Copier]] = {}
@@ -192,29 +192,29 @@ class CopySchedule:
         for key, dtype in dict(self.used).items():
             size = self.places[key].numel
             last = self.stretches[-1] if self.stretches else []
-            other = not last or self.dtypes[last[0]] != dtype or self.apart.get(last[0]) != self.apart.get(key)
-            if other or sizes[-1] + size > self.stretch:
+            fits = bool(last) and self.dtypes[last[0]] == dtype and sizes[-1] + size <= self.stretch
+            if not fits or self.group_of.get(last[0]) != self.group_of.get(key):
                 self.stretches.append([])
                 sizes.append(0)
             self.stretches[-1].append(key)
             sizes[-1] += size
             self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
 
-    def find_again(self, keys: Sequence[int]) -> None:
+    def relocate(self, keys: Sequence[int]) -> None:
         """Find parameters in memory again, whose addresses have changed."""
         for key in keys:
             name = self.places[key].name
             self.places[key] = place_all({name: self.parameters[name].data})[0]  # which is not intercepted
         moved = set(keys)
-        self._copiers = {held: copier for held, copier in self._copiers.items() if moved.isdisjoint(held)}
-        self._pieces = {held: pieces for held, pieces in self._pieces.items() if held[0] not in moved}
+        self._copiers = {copied: copier for copied, copier in self._copiers.items() if moved.isdisjoint(copied)}
+        self._pieces = {copied: pieces for copied, pieces in self._pieces.items() if copied[0] not in moved}
 
     def copier(self, keys: Sequence[int]) -> Copier:
         """Return what copies some parameters together."""
-        found = self._copiers.get(tuple(keys))
-        if found is None:
-            found = self._copiers[tuple(keys)] = Copier([self.places[key] for key in keys])
-        return found
+        copier = self._copiers.get(tuple(keys))
+        if copier is None:
+            copier = self._copiers[tuple(keys)] = Copier([self.places[key] for key in keys])
+        return copier
 
     def pieces(self, key: int, rows: int) -> list[Copier]:
         """Return what copies a matrix ``rows`` rows at a time."""
@@ -237,10 +237,10 @@ class CopySchedule:
 
     def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
         """Return the scratch buffer of a type, grown if need be."""
-        found = self._scratch.get(dtype)
-        if found is None or found.numel() < size or found.device != device:
-            found = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=device)
-        return found[:size]
+        buffer = self._scratch.get(dtype)
+        if buffer is None or buffer.numel() < size or buffer.device != device:
+            buffer = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size]
 
 
 class Perturbed(Intercepted):
@@ -275,8 +275,8 @@ class Perturbed(Intercepted):
         values, structure = _flatten((args, kwargs)) if nested else (list(args), None)
         large = [value for value in values if id(value) in places and id(value) not in self.fixed]
         # One stretch is held at a time, so operands that may be of several are set aside.
-        aside = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
-        read = [aside[id(value)] if id(value) in aside else self.copy(value, low) for value in values]
+        operands = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
+        read = [operands[id(value)] if id(value) in operands else self.copy(value, low) for value in values]
         args, kwargs = (read, {}) if structure is None else _unflatten(read, structure)
         result = func(*args, **kwargs)
         # A view of the scratch buffer would change under its holder's hands.
@@ -290,33 +290,33 @@ class Perturbed(Intercepted):
         if key in self.fixed:
             return self.fixed[key]
         dtype = self.dtype(value, low)
-        found = self.copies.get(key)
-        if found is None or found.dtype != dtype:
+        copy = self.copies.get(key)
+        if copy is None or copy.dtype != dtype:
             self._make(key, dtype)
-            found = self.copies[key]
-        return found
+            copy = self.copies[key]
+        return copy
 
     def dtype(self, weight: Tensor, low: bool) -> torch.dtype:
         """Return the type in which an operation reads a weight."""
         device = weight.device.type
         if low and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
-            wanted = torch.get_autocast_dtype(device)
-            return wanted if wanted == torch.bfloat16 else weight.dtype
+            dtype = torch.get_autocast_dtype(device)
+            return dtype if dtype == torch.bfloat16 else weight.dtype
         return weight.dtype
 
     def _make(self, key: int, dtype: torch.dtype) -> None:
         schedule = self.schedule
         if not schedule.learned:
             schedule.used.append((key, dtype))
-        known = schedule.dtypes.get(key) == dtype
-        keys = schedule.stretches[schedule.stretch_of[key]] if known else [key]
+        is_grouped = schedule.dtypes.get(key) == dtype
+        keys = schedule.stretches[schedule.stretch_of[key]] if is_grouped else [key]
         copier = schedule.copier(keys)
         sizes = [place.numel for place in copier.places]
         flat = schedule.buffer(dtype, sum(sizes), copier.places[0].local.device)
         targets = [part.view(place.shape) for part, place in zip(flat.split(sizes), copier.places)]
         schedule.copy(self.directions, copier, targets, self.point)
         # The buffer holds these now, and nothing else of their type.
-        self.copies = {k: held for k, held in self.copies.items() if held.dtype != dtype}
+        self.copies = {k: copy for k, copy in self.copies.items() if copy.dtype != dtype}
         self.copies |= dict(zip(keys, targets))
 
     def _is_scratch(self, result: Tensor) -> bool:
@@ -329,11 +329,11 @@ def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwa
     if id(weight) not in mode.schedule.places or id(weight) in mode.fixed:
         return None
     # A GPU makes a row anew wherever it occurs sooner than it tells how many rows there are.
-    again = on_gpu(mode.directions.backend, weight)
-    rows, inverse = (input.reshape(-1), None) if again else torch.unique(input, return_inverse=True)
-    found = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    mode.schedule.copy_rows(mode.directions, mode.schedule.places[id(weight)], rows, found, mode.point)
-    return found.view(*input.shape, -1) if inverse is None else F.embedding(inverse, found)
+    repeats_rows = on_gpu(mode.directions.backend, weight)
+    rows, inverse = (input.reshape(-1), None) if repeats_rows else torch.unique(input, return_inverse=True)
+    values = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    mode.schedule.copy_rows(mode.directions, mode.schedule.places[id(weight)], rows, values, mode.point)
+    return values.view(*input.shape, -1) if inverse is None else F.embedding(inverse, values)
 
 
 def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -343,7 +343,7 @@ def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None 
     if weight.numel() <= mode.schedule.stretch or type(mode.directions) not in BY_POSITION:
         return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
     dtype = mode.dtype(weight, low=True)
-    mode.copies = {key: held for key, held in mode.copies.items() if held.dtype != dtype}
+    mode.copies = {key: copy for key, copy in mode.copies.items() if copy.dtype != dtype}
     pieces = []
     for copier in mode.schedule.pieces(id(weight), max(1, mode.schedule.stretch // weight.shape[1])):
         local = copier.places[0].local

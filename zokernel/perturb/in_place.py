@@ -55,11 +55,11 @@ class InPlace(Perturb):
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Move the weights to each point and evaluate the closure there."""
-        found = []
+        losses = []
         for offsets in points:
             self.weights.move_to(step, offsets)
-            found.append(loss_value(closure()))
-        return found
+            losses.append(loss_value(closure()))
+        return losses
 
 
 def loss_value(value: Any) -> float:

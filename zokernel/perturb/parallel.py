@@ -132,14 +132,14 @@ class Parallel(Perturb):
             self.check_same_weights(self.weights.tensors)
             self._checked = True
         if isinstance(self.inner, PerExampleRows):
-            return self._of_examples(self.inner, closure, points, step)
-        mine = points[self.point_rank :: self.point_ranks]
+            return self._example_losses(self.inner, closure, points, step)
+        my_points = points[self.point_rank :: self.point_ranks]
         if self.walks_points:
-            own = self._along_the_path(closure, points, step)
+            my_losses = self._losses_along_path(closure, points, step)
         else:
-            own = self.inner.losses(closure, mine, step=step) if mine else []
+            my_losses = self.inner.losses(closure, my_points, step=step) if my_points else []
         rows = math.ceil(len(points) / self.point_ranks)
-        table = self._gather([*own, *[math.nan] * (rows - len(own)), *self._own_weight()])
+        table = self._gather([*my_losses, *[math.nan] * (rows - len(my_losses)), *self._batch_weight()])
         losses = []
         for number in range(len(points)):
             row, share = divmod(number, self.point_ranks)
@@ -151,20 +151,20 @@ class Parallel(Perturb):
                 losses.append(sum(values[row] * values[-1] for values in column) / total)
         return losses
 
-    def _of_examples(
+    def _example_losses(
         self, inner: PerExampleRows, closure: Closure, points: Sequence[Offsets], step: int
     ) -> list[float]:
         """Return the losses of all processes' examples at the first point, then those at the second, and so on."""
         count = inner.num_examples()
-        sizes = self._gather([count, *(self._own_weight() or [count])])[:: self.point_ranks]
+        sizes = self._gather([count, *(self._batch_weight() or [count])])[:: self.point_ranks]
         counts, weights = [int(size[0]) for size in sizes], [size[1] for size in sizes]
         inner.first = sum(counts[: self.data_rank])
-        mine = points[self.point_rank :: self.point_ranks]
-        found = inner.losses(closure, mine, step=step) if mine else []
+        my_points = points[self.point_rank :: self.point_ranks]
+        my_losses = inner.losses(closure, my_points, step=step) if my_points else []
         # The mean of a process's own losses is that of its batch; the mean of all is to be that of all batches.
         share = weights[self.data_rank] / count * sum(counts) / sum(weights)
         room = math.ceil(len(points) / self.point_ranks) * max(counts)
-        table = self._gather([*(loss * share for loss in found), *[math.nan] * (room - len(found))])
+        table = self._gather([*(loss * share for loss in my_losses), *[math.nan] * (room - len(my_losses))])
         losses = []
         for number in range(len(points)):
             row, point_rank = divmod(number, self.point_ranks)
@@ -172,17 +172,17 @@ class Parallel(Perturb):
                 losses += table[data_rank * self.point_ranks + point_rank][row * size : (row + 1) * size]
         return losses
 
-    def _own_weight(self) -> list[float]:
+    def _batch_weight(self) -> list[float]:
         return [] if self.weight is None else [float(self.weight())]
 
-    def _along_the_path(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
+    def _losses_along_path(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[float]:
         """Return the losses at this process's points; folded weights round along the path, so all walk all of it."""
-        own = []
+        losses = []
         for number, offsets in enumerate(points):
             self.weights.move_to(step, offsets)
             if number % self.point_ranks == self.point_rank:
-                own.append(loss_value(closure()))
-        return own
+                losses.append(loss_value(closure()))
+        return losses
 
     def check_same_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Check that all processes hold the same weights, by two sums of each.
@@ -207,9 +207,9 @@ class Parallel(Perturb):
 
     def _gather(self, values: list[float]) -> list[list[float]]:
         """Return every process's values by rank; all have equally many."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
-        gathered = [torch.empty_like(mine) for _ in range(self.point_ranks * self.data_ranks)]
-        dist.all_gather(gathered, mine, group=self.group)
+        local = torch.tensor(values, dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(local) for _ in range(self.point_ranks * self.data_ranks)]
+        dist.all_gather(gathered, local, group=self.group)
         if self._checked:
             self.bytes_sent += 8 * len(values)
         return [row.tolist() for row in gathered]

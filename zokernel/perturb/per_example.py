@@ -91,10 +91,10 @@ class PerExampleRows(Perturb):
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses of all examples at the first point, then those at the second, and so on."""
         if self.batches is not None:
-            found = self._losses(self.batches(), points, step)
+            by_point = self._losses(self.batches(), points, step)
         else:
-            found = self._losses_of(closure, points, step)
-        return [loss for at_point in found for loss in at_point]
+            by_point = self._losses_of(closure, points, step)
+        return [loss for at_point in by_point for loss in at_point]
 
     def num_examples(self) -> int:
         """Return how many examples the coming step has.
@@ -110,13 +110,13 @@ class PerExampleRows(Perturb):
         return sum(batch.count for batch in self.batches())
 
     def _losses(self, batches: Sequence[Examples], points: Sequence[Offsets], step: int) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in points]
+        by_point: list[list[float]] = [[] for _ in points]
         begin = self.first
         for batch in batches:
-            for at_point, point in zip(found, points, strict=True):
-                at_point += self._at(batch, point, begin, step)
+            for at_point, point in zip(by_point, points, strict=True):
+                at_point += self._point_losses(batch, point, begin, step)
             begin += batch.count
-        return found
+        return by_point
 
     def _losses_of(self, closure: Closure, points: Sequence[Offsets], step: int) -> list[list[float]]:
         """Return the losses of one batch, of as many examples as the last unless it turns out to have others."""
@@ -126,16 +126,16 @@ class PerExampleRows(Perturb):
             self._examples = error.examples or len(example_losses(closure()))
         return self._losses([Examples(self._examples, closure)], points, step)
 
-    def _at(self, batch: Examples, point: Offsets, begin: int, step: int) -> list[float]:
+    def _point_losses(self, batch: Examples, point: Offsets, begin: int, step: int) -> list[float]:
         """Return the losses of a micro-batch, whose first example is number ``begin`` of the step."""
         parameters, weights = self.weights.tensors, self.weights
         if point:
             rows = range(batch.count) if batch.rows is None else batch.rows
-            own = [offsets_of(point, begin + row) for row in rows]
+            row_offsets = [offsets_of(point, begin + row) for row in rows]
             changes = stack(
-                parameters, weights.directions, own, self.max_bytes, self._buffers, seed=weights.seed, step=step
+                parameters, weights.directions, row_offsets, self.max_bytes, self._buffers, seed=weights.seed, step=step
             )
-            with StackedParameters(parameters.values(), changes, len(own)):
+            with StackedParameters(parameters.values(), changes, len(row_offsets)):
                 losses = example_losses(batch.losses())
         else:
             losses = example_losses(batch.losses())
@@ -149,40 +149,40 @@ class PerExampleRows(Perturb):
                 stacklevel=8,
             )
             self._warned = True
-        found: list[float] = losses.tolist()
-        return found
+        values: list[float] = losses.tolist()
+        return values
 
 
-def per_example_perturb(given: str | Perturb | None, method: str) -> Perturb:
+def per_example_perturb(perturb: str | Perturb | None, method: str) -> Perturb:
     """Return the way of perturbing of a method whose examples see weights of their own.
 
     Args:
-        given: What the user asked for.  The weights stay, so every way of restoring them comes to the same, and
+        perturb: What the user requested.  The weights stay, so every way of restoring them comes to the same, and
             ``in_place`` is what generic code passes.
         method: The method's name, for the message.
 
     Raises:
-        UsageError: If another way was asked for.
+        UsageError: If another way was requested.
 
     Example:
         >>> per_example_perturb("in_place", "grzo").name
         'per_example'
     """
-    name = "in_place" if given is None else given if isinstance(given, str) else given.name
-    if isinstance(given, Perturb) and name == "per_example":
-        return given
+    name = "in_place" if perturb is None else perturb if isinstance(perturb, str) else perturb.name
+    if isinstance(perturb, Perturb) and name == "per_example":
+        return perturb
     if name != "per_example" and not name.startswith("in_place"):
         raise UsageError(f"Every example sees weights of its own with {method}: leave out perturb.")
     return PerExampleRows()
 
 
-def example_losses(found: Tensor | float) -> Tensor:
+def example_losses(loss: Tensor | float) -> Tensor:
     """Return the losses of a batch's examples, (B,), as a closure returned them; one number is that of one example.
 
     Raises:
         UsageError: If it returned anything else.
     """
-    losses = torch.as_tensor(found).detach()
+    losses = torch.as_tensor(loss).detach()
     if losses.ndim > 1:
         raise UsageError(
             f"Directions per example need the loss of every example, (B,), and the closure returned "

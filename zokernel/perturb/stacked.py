@@ -24,7 +24,7 @@ from torch import Tensor
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
-from zokernel.perturb.changes import Change, Flipped, Held, Thin, stack
+from zokernel.perturb.changes import Change, Copies, Flipped, Thin, stack
 from zokernel.perturb.intercept import Intercepted
 from zokernel.private_apis import flatten_and_unflatten
 
@@ -75,7 +75,7 @@ class Stacked(Perturb):
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses at ``points``; ``closure`` is not called."""
-        parameters, found = self.weights.tensors, []
+        parameters, results = self.weights.tensors, []
         draw = {"seed": self.weights.seed, "step": step}
         for begin in range(0, len(points), self.max_copies):
             chunk = points[begin : begin + self.max_copies]
@@ -86,8 +86,8 @@ class Stacked(Perturb):
                 raise UsageError(
                     f"losses({len(chunk)}) returned shape {tuple(losses.shape)}: return one loss per copy, (copies,)."
                 )
-            found += losses.tolist()
-        return found
+            results += losses.tolist()
+        return results
 
 
 class StackedParameters(Intercepted):
@@ -109,7 +109,7 @@ class StackedParameters(Intercepted):
         if self.copies == 1:
             values, structure = _flatten((args, kwargs))
             if not any(isinstance(self.changes.get(id(value)), (Thin, Flipped)) for value in values):
-                args, kwargs = _unflatten([self._only(value) for value in values], structure)
+                args, kwargs = _unflatten([self._single(value) for value in values], structure)
                 return func(*args, **kwargs)
         if func not in _LAYERS:
             raise UsageError(
@@ -118,17 +118,17 @@ class StackedParameters(Intercepted):
             )
         return _LAYERS[func](self, *args, **kwargs)
 
-    def _only(self, value: Any) -> Any:
+    def _single(self, value: Any) -> Any:
         """Return the one perturbed copy of a parameter, anything else as it is."""
         change = self.changes.get(id(value))
-        return change.copies[0] if isinstance(change, Held) else value
+        return change.copies[0] if isinstance(change, Copies) else value
 
     def spread(self, value: Tensor, like: Tensor) -> Tensor:
         """Return a vector (or its copies) so that it broadcasts over rows of ``like``, (K*B, ..., H)."""
         change = self.changes.get(id(value))
         if change is None:
             return value
-        assert isinstance(change, Held)
+        assert isinstance(change, Copies)
         rows = change.copies.repeat_interleave(like.shape[0] // self.copies, 0)
         return rows.view(rows.shape[0], *[1] * (like.ndim - 2), rows.shape[-1])
 
@@ -150,27 +150,27 @@ class StackedParameters(Intercepted):
         change = self.changes.get(id(weight))
         if change is None:
             return x @ (weight if transposed else weight.T)
-        if not isinstance(change, Held) and x.dtype != change.dtype:
+        if not isinstance(change, Copies) and x.dtype != change.dtype:
             x = x.to(change.dtype)  # as autocast would, but once
         rows = self.grouped(x)
-        if isinstance(change, Held):
+        if isinstance(change, Copies):
             result = torch.bmm(rows, change.copies if transposed else change.copies.mT)
             return result.view(*x.shape[:-1], -1)
         base = x @ weight if transposed else F.linear(x, weight)
         # In place, into what nobody else has seen yet: one more read and write of the result, whatever the rank.
-        together = base.view(self.copies, -1, base.shape[-1])
+        by_copy = base.view(self.copies, -1, base.shape[-1])
         if isinstance(change, Flipped):
             before, after = (change.rows.mT, change.columns) if transposed else (change.columns, change.rows.mT)
             matrix = change.shared()
             product = F.linear(rows * before, matrix.mT if transposed else matrix)
-            together.addcmul_(product.to(base.dtype), after.to(base.dtype))
+            by_copy.addcmul_(product.to(base.dtype), after.to(base.dtype))
             return base
         first, second = (change.left, change.right) if transposed else (change.right.mT, change.left.mT)
         inner = torch.bmm(rows, first).to(base.dtype)
         if inner.shape[-1] == 1:
-            together.addcmul_(inner, second.to(base.dtype))
+            by_copy.addcmul_(inner, second.to(base.dtype))
         else:
-            together.baddbmm_(inner, second.to(base.dtype))
+            by_copy.baddbmm_(inner, second.to(base.dtype))
         return base
 
 
@@ -189,15 +189,15 @@ def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: An
     if input.shape[0] == 1 and mode.rows:  # positions that all rows share
         input = input.expand(mode.rows, *input.shape[1:])
     ids = mode.grouped(input.unsqueeze(-1)).squeeze(-1)
-    if isinstance(change, Held):
-        found = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
+    if isinstance(change, Copies):
+        output = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
     elif isinstance(change, Flipped):
         flips = change.rows.gather(1, ids.unsqueeze(-1)) * F.embedding(ids, change.shared()) * change.columns
-        found = F.embedding(ids, weight, *args, **kwargs) + flips
+        output = F.embedding(ids, weight, *args, **kwargs) + flips
     else:
-        looked_up = change.left.gather(1, ids.unsqueeze(-1).expand(-1, -1, change.left.shape[-1]))
-        found = torch.baddbmm(F.embedding(ids, weight, *args, **kwargs), looked_up, change.right)
-    return found.view(*input.shape, -1)
+        left_rows = change.left.gather(1, ids.unsqueeze(-1).expand(-1, -1, change.left.shape[-1]))
+        output = torch.baddbmm(F.embedding(ids, weight, *args, **kwargs), left_rows, change.right)
+    return output.view(*input.shape, -1)
 
 
 def _layer_norm(

@@ -31,14 +31,14 @@ class Tangents(Perturb):
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Return the losses, then the derivatives over their number."""
-        found, slopes = [], []
+        losses, slopes = [], []
         for offsets in points:
             (index,) = offsets
             tangents = self.weights.directions(self.weights.tensors, seed=self.weights.seed, step=step, index=index)
             loss, slope = _differentiate(closure, self.weights.tensors, tangents)
-            found.append(loss)
+            losses.append(loss)
             slopes.append(slope / len(points))
-        return found + slopes
+        return losses + slopes
 
 
 def _differentiate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.reporting.page import Page, Picture, Section, number, table_of_rows, words
 from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
@@ -20,36 +20,10 @@ def read_plan(record: dict[str, Any]) -> Page:
         record: What ``zokernel plan --output_file`` wrote.
     """
     plan = record["plan"]
-    best = next(iter(plan["required"].items()), None)
-    summary = [
-        f"Probing {plan['num_probes']} random directions of {counted(plan['num_parameters'], 'parameter')} with "
-        f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
-        f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
-        "that gradient descent would make; with P directions by that over the root of P."
-        if _known(plan["relative_error_one"])
-        else "How far one step along a single direction would be off is not known from these probes; about "
-        f"{_needed(plan, 'relative_error_one')} would be needed.",
-        f"The best perturbation size is {_estimate(plan['eps'])}; the batch size at which noise equals signal is "
-        f"{_estimate(plan['noise_scale'])}.",
-    ]
-    rates = [(count, rate) for count, rate in plan.get("run_rate", {}).items() if _known(rate)]
-    if rates:
-        summary.append(
-            f"For a run of {counted(plan['num_steps'], 'step')} along {counted(int(rates[0][0]), 'direction')} per "
-            f"step, the learning rate {rates[0][1]['value']:.2g} is advised."
-            + (
-                f" Slopes double once noise has taken every weight {plan['reach']['value']:.2g} from its start; such a "
-                "run stays well below that."
-                if _known(plan.get("reach"))
-                else ""
-            )
-        )
-    if best is not None and best[1] is not None and best[1] > 0:
-        summary.append(f"A relative error of {best[0]} needs {counted(best[1], 'direction')} per step.")
     return Page(
         title="Plan of a zeroth-order run",
         kind="plan",
-        summary=[*summary, *plan["notes"]],
+        summary=[*_plan_summary(plan), *plan["notes"]],
         facts=[
             ("relative error at P = 1", _estimate(plan["relative_error_one"])),
             ("best eps", _estimate(plan["eps"])),
@@ -60,6 +34,37 @@ def read_plan(record: dict[str, Any]) -> Page:
         sections=[plan_section(record)],
         command=record.get("command", ""),
     )
+
+
+def _plan_summary(plan: dict[str, Any]) -> list[str]:
+    """Return what the probes say, in plain words."""
+    summary = [
+        f"Probing {plan['num_probes']} random directions of {plural(plan['num_parameters'], 'parameter')} with "
+        f"{plan['forwards']:,} forward passes says how training would go; no gradient was taken.",
+        f"One step along a single direction would be off by {_estimate(plan['relative_error_one'])} times the change "
+        "that gradient descent would make; with P directions by that over the root of P."
+        if _is_resolved(plan["relative_error_one"])
+        else "How far one step along a single direction would be off is not known from these probes; about "
+        f"{_probes_needed(plan, 'relative_error_one')} would be needed.",
+        f"The best perturbation size is {_estimate(plan['eps'])}; the batch size at which noise equals signal is "
+        f"{_estimate(plan['noise_scale'])}.",
+    ]
+    rates = [(count, rate) for count, rate in plan.get("run_rate", {}).items() if _is_resolved(rate)]
+    if rates:
+        summary.append(
+            f"For a run of {plural(plan['num_steps'], 'step')} along {plural(int(rates[0][0]), 'direction')} per "
+            f"step, the learning rate {rates[0][1]['value']:.2g} is advised."
+            + (
+                f" Slopes double once noise has taken every weight {plan['reach']['value']:.2g} from its start; such a "
+                "run stays well below that."
+                if _is_resolved(plan.get("reach"))
+                else ""
+            )
+        )
+    tolerance, count = next(iter(plan["required"].items()), (None, None))
+    if count is not None and count > 0:
+        summary.append(f"A relative error of {tolerance} needs {plural(count, 'direction')} per step.")
+    return summary
 
 
 def plan_section(record: dict[str, Any]) -> Section:
@@ -92,45 +97,45 @@ def plan_section(record: dict[str, Any]) -> Section:
     if record.get("verify"):
         verified = [{"quantity": row["quantity"], **row} for row in record["verify"]]
         tables.insert(0, table_of_rows("Predicted and measured with real gradients", verified))
-    resolved = _known(plan["relative_error_one"])
+    resolved = _is_resolved(plan["relative_error_one"])
     pictures = [_plan_picture(plan, record.get("verify") or [])] if resolved else []
     return Section("Plan", "plan", pictures=pictures, tables=tables)
 
 
 def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Picture:
-    one = plan["relative_error_one"]
+    first = plan["relative_error_one"]
     counts = np.geomspace(1, max(map(int, plan["predicted_error"])), 60)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        low, high = ((one["value"] + sign * 2 * one["error"]) / np.sqrt(counts) for sign in (-1, 1))
+        low, high = ((first["value"] + sign * 2 * first["error"]) / np.sqrt(counts) for sign in (-1, 1))
         axes.fill_between(counts, np.maximum(low, 1e-6), high, label="2 standard errors", **band_look("predicted band"))
-        axes.plot(counts, one["value"] / np.sqrt(counts), label="predicted", **look("predicted"))
-        measured = [
+        axes.plot(counts, first["value"] / np.sqrt(counts), label="predicted", **look("predicted"))
+        measurements = [
             (int(row["quantity"].split("P = ")[1].split(",")[0]), row["measured"])
             for row in verified
             if "relative error at P = " in row["quantity"]
         ]
-        if measured:
-            axes.plot(*zip(*measured), label="measured with real gradients", **look("test"))
+        if measurements:
+            axes.plot(*zip(*measurements), label="measured with real gradients", **look("test"))
         axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative error of one step")
 
-    alt = f"Predicted relative error of one step against P: {one['value']:.3g} over the root of P."
+    alt = f"Predicted relative error of one step against P: {first['value']:.3g} over the root of P."
     return draw(paint, "plan-error", title="Error of one step", alt=alt)
 
 
-def _known(value: dict[str, float] | None) -> bool:
+def _is_resolved(value: dict[str, float] | None) -> bool:
     """Return whether probes carry an estimate; older plans wrote what they do not carry as infinite."""
     return value is not None and math.isfinite(value["error"]) and value["error"] <= abs(value["value"])
 
 
 def _estimate(value: dict[str, float] | None) -> str:
-    return f"{value['value']:.3g} ± {value['error']:.1g}" if value is not None and _known(value) else "not known"
+    return f"{value['value']:.3g} ± {value['error']:.1g}" if value is not None and _is_resolved(value) else "not known"
 
 
-def _needed(plan: dict[str, Any], name: str) -> str:
-    needed = plan.get("probes_needed", {}).get(name)
-    return f"{needed:,}" if needed else f"{4 * plan['num_probes']:,}"
+def _probes_needed(plan: dict[str, Any], name: str) -> str:
+    count = plan.get("probes_needed", {}).get(name)
+    return f"{count:,}" if count else f"{4 * plan['num_probes']:,}"
 
 
 def _count(count: int | None) -> str:
@@ -146,7 +151,7 @@ def read_kernel(record: dict[str, Any]) -> Page:
         title="Zeroth-order against first-order kernel",
         kind="kernel",
         summary=[
-            f"With {counted(first['P'], 'direction')} the kernel of zeroth-order training is "
+            f"With {plural(first['P'], 'direction')} the kernel of zeroth-order training is "
             f"off by {first['measured']:.3g} times the exact kernel; with {last['P']:,} by {last['measured']:.3g}.",
             f"The exact formula predicts these errors from rho = {rho:.3g} alone; measured and predicted differ by at "
             f"most {worst:.0%}.",
@@ -187,13 +192,13 @@ def _heatmap(kernel: list[Any], names: list[str] | None) -> Picture:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         limit = float(np.abs(matrix).max())
-        drawn = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.grid(False)
         axes.set(xlabel="output of the updated input", ylabel="output of the observed input")
         if names and len(names) == len(matrix):
             axes.set_xticks(range(len(names)), names, rotation=45)
             axes.set_yticks(range(len(names)), names)
-        figure.colorbar(drawn, label="kernel")
+        figure.colorbar(image, label="kernel")
 
     alt = f"Heatmap of the exact first-order kernel, {matrix.shape[0]} by {matrix.shape[1]} outputs."
     return draw(paint, "kernel-heatmap", title="Exact kernel", alt=alt, size=(5.0, 4.0))
@@ -203,15 +208,15 @@ def read_evolve(record: dict[str, Any]) -> Page:
     """Return the page of ``evolution.json``."""
     stable = record["stable"]
     summary = [
-        f"{record['source']}: {counted(record['examples'], 'example')}, {counted(record['parameters'], 'parameter')}. "
+        f"{record['source']}: {plural(record['examples'], 'example')}, {plural(record['parameters'], 'parameter')}. "
         f"At learning rate {record['learning_rate']:.3g} with "
-        f"{counted(record['num_perturbations'], record['distribution'] + ' direction')} per step, training is "
+        f"{plural(record['num_perturbations'], record['distribution'] + ' direction')} per step, training is "
         f"{'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
         f"{record['stability_limit']:.3g} (gradient descent: {record['first_order_limit']:.3g}).",
         f"The loss {record['target_loss']:.3g} is never reached in expectation at this rate."
         if record["steps_to_target"] is None
-        else f"The loss {record['target_loss']:.3g} is expected after {counted(record['steps_to_target'], 'step')}: "
-        f"{counted(record['queries_to_target'], 'loss evaluation')}.",
+        else f"The loss {record['target_loss']:.3g} is expected after {plural(record['steps_to_target'], 'step')}: "
+        f"{plural(record['queries_to_target'], 'loss evaluation')}.",
     ]
     losses = record["losses"]
     rows = [dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True)]

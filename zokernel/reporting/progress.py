@@ -62,27 +62,27 @@ class Progress:
             >>> Progress("died", 126, None).title("runs/reviews")
             'died at step 126 · runs/reviews'
         """
-        far = f"step {self.steps:,}" if self.percent is None else f"{self.percent} %"
+        position = f"step {self.steps:,}" if self.percent is None else f"{self.percent} %"
         if self.state in ("waiting", "finished"):
             return f"{self.state} · {name}"
-        return f"{far} · {name}" if self.state == "running" else f"{self.state} at {far} · {name}"
+        return f"{position} · {name}" if self.state == "running" else f"{self.state} at {position} · {name}"
 
     @property
-    def done(self) -> str:
+    def steps_done(self) -> str:
         """The steps done, of how many.
 
         Example:
-            >>> Progress("running", 1260, 3000).done, Progress("running", 7, None).done
+            >>> Progress("running", 1260, 3000).steps_done, Progress("running", 7, None).steps_done
             ('1,260 of 3,000', '7 of an unknown number')
         """
         return f"{self.steps:,} of " + ("an unknown number" if self.total is None else f"{self.total:,}")
 
     @property
-    def left(self) -> str:
+    def time_left(self) -> str:
         """The time left, or why there is none.
 
         Example:
-            >>> Progress("running", 126, 300, seconds_left=93.4).left, Progress("died", 126, 300).left
+            >>> Progress("running", 126, 300, seconds_left=93.4).time_left, Progress("died", 126, 300).time_left
             ('about 1 min 33 s', 'none: the run died')
         """
         if self.state == "running" and self.seconds_left is not None:
@@ -92,22 +92,26 @@ class Progress:
         return {"waiting": "not known yet", "finished": "none"}.get(self.state, f"none: the run {self.state}")
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What the run is doing, in a sentence or two.
 
         Example:
-            >>> Progress("died", 126, 300).told
+            >>> Progress("died", 126, 300).description
             'The run died after step 126 of 300: its process is gone. The same command continues it.'
         """
         at = f"{self.steps:,}" + ("" if self.total is None else f" of {self.total:,}")
-        told = {
+        description = {
             "waiting": "Waiting for the run to begin.",
             "finished": "The run has finished.",
             "running": f"Running: step {at}.",
             "stopped": f"The run stopped after step {at}, before its end. The same command continues it.",
             "died": f"The run died after step {at}: its process is gone. The same command continues it.",
         }[self.state]
-        return told if self.quiet is None else f"{told} Nothing was written for {readable_seconds(self.quiet)}."
+        return (
+            description
+            if self.quiet is None
+            else f"{description} Nothing was written for {readable_seconds(self.quiet)}."
+        )
 
 
 def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progress:
@@ -129,16 +133,18 @@ def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progres
         return Progress("finished", steps, total, seconds)
     silence = (time.time() if now is None else now) - _last_written(run.folder)
     step_seconds = seconds_per_step(run.rows)
-    usual = max(20 * (step_seconds or 0.0), 3 * max(run.evaluation_seconds, default=0.0))
+    usual_silence = max(20 * (step_seconds or 0.0), 3 * max(run.evaluation_seconds, default=0.0))
     process = holder(run.folder)
     if process is None:
         return Progress("stopped", steps, total, seconds)
-    if not _is_alive(process) and silence > max(SEEN, usual):
+    if not _is_alive(process) and silence > max(SEEN, usual_silence):
         return Progress("died", steps, total, seconds)
-    left = None
+    seconds_left = None
     if total is not None and step_seconds is not None:
-        left = max(0, total - steps) * step_seconds + _evaluations_left(run, steps, total)
-    return Progress("running", steps, total, seconds, left, silence if silence > max(QUIET, usual) else None)
+        seconds_left = max(0, total - steps) * step_seconds + _evaluations_left(run, steps, total)
+    return Progress(
+        "running", steps, total, seconds, seconds_left, silence if silence > max(QUIET, usual_silence) else None
+    )
 
 
 def total_steps(run: dict[str, Any]) -> int | None:
@@ -151,8 +157,8 @@ def total_steps(run: dict[str, Any]) -> int | None:
     if isinstance(run.get("total_steps"), int) and run["total_steps"] > 0:
         return int(run["total_steps"])
     settings = run.get("settings")  # of a run that an earlier version wrote
-    asked = settings.get("max_steps") if isinstance(settings, dict) else None
-    return asked if isinstance(asked, int) and asked > 0 else None
+    max_steps = settings.get("max_steps") if isinstance(settings, dict) else None
+    return max_steps if isinstance(max_steps, int) and max_steps > 0 else None
 
 
 def seconds_per_step(rows: list[dict[str, float]]) -> float | None:
@@ -162,19 +168,19 @@ def seconds_per_step(rows: list[dict[str, float]]) -> float | None:
         >>> seconds_per_step([{"step": 1, "seconds": 9.0}, {"step": 2, "seconds": 9.5}, {"step": 4, "seconds": 10.7}])
         0.55
     """
-    known = [(row["step"], row["seconds"]) for row in rows[-RECENT_STEPS - 1 :] if "seconds" in row]
-    taken = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(known) if b[0] > a[0] and b[1] >= a[1]]
-    return round(statistics.median(taken), 9) if taken else known[0][1] / known[0][0] if known else None
+    times = [(row["step"], row["seconds"]) for row in rows[-RECENT_STEPS - 1 :] if "seconds" in row]
+    durations = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(times) if b[0] > a[0] and b[1] >= a[1]]
+    return round(statistics.median(durations), 9) if durations else times[0][1] / times[0][0] if times else None
 
 
 def _evaluations_left(run: TrainingRun, steps: int, total: int) -> float:
     """Return the seconds of the evaluations to come, as far as the settings say when they are."""
     settings = run.run.get("settings") or {}
-    every = settings.get("eval_steps")
-    if settings.get("eval_strategy") != "steps" or not every or not run.evaluation_seconds:
+    interval = settings.get("eval_steps")
+    if settings.get("eval_strategy") != "steps" or not interval or not run.evaluation_seconds:
         return 0.0
-    every = math.ceil(every * total) if every < 1 else int(every)
-    return (total // every - steps // every) * statistics.median(run.evaluation_seconds)
+    interval = math.ceil(interval * total) if interval < 1 else int(interval)
+    return (total // interval - steps // interval) * statistics.median(run.evaluation_seconds)
 
 
 def _last_written(folder: Path) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.reporting.page import Picture
 from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
@@ -74,19 +74,19 @@ def reward_picture(
             axes.plot(*zip(*test), label=f"{test_name}, before and after", **look("test"))
         axes.set(xlabel=label, ylabel="reward")
 
-    known = value["median"][np.isfinite(value["median"])]
-    ends = f", from {known[0]:.3g} to {known[-1]:.3g} at the median" if len(known) else ""
+    medians = value["median"][np.isfinite(value["median"])]
+    ends = f", from {medians[0]:.3g} to {medians[-1]:.3g} at the median" if len(medians) else ""
     return draw(
         paint,
         "rewards",
         title="Rewards of the population",
-        alt=f"Rewards of the members over {counted(len(bands), 'step')}{ends}.",
+        alt=f"Rewards of the members over {plural(len(bands), 'step')}{ends}.",
         caption="Members differ by their weights; each answered the prompts of the step. Circles and diamonds are "
         "greedy answers to other prompts. A band of no width says nothing about which way to go.",
     )
 
 
-def rewards_told(metrics: dict[str, Any], examples: str) -> str:
+def describe_rewards(metrics: dict[str, Any], examples: str) -> str:
     """Return how the reward on held-out prompts changed, as a sentence.
 
     Args:
@@ -94,12 +94,14 @@ def rewards_told(metrics: dict[str, Any], examples: str) -> str:
         examples: What the prompts are.
     """
     before, after = metrics["before"], metrics["after"]
-    told = f"The mean reward on {examples} went from {before['reward']:.3f} to {after['reward']:.3f}"
-    errors = [found.get("reward_error") for found in (before, after)]
+    sentence = f"The mean reward on {examples} went from {before['reward']:.3f} to {after['reward']:.3f}"
+    errors = [scores.get("reward_error") for scores in (before, after)]
     if None not in errors:
-        told += f" (standard errors {errors[0]:.3f} and {errors[1]:.3f})"
+        sentence += f" (standard errors {errors[0]:.3f} and {errors[1]:.3f})"
     if "pass_rate" in before and "pass_rate" in after:
-        told += f", and the share that passes from {100 * before['pass_rate']:.1f}% to {100 * after['pass_rate']:.1f}%"
+        sentence += (
+            f", and the share that passes from {100 * before['pass_rate']:.1f}% to {100 * after['pass_rate']:.1f}%"
+        )
     if "kl" in after:
-        told += f"; the answers are {after['kl']:.3g} nats per token from the starting weights"
-    return f"{told}."
+        sentence += f"; the answers are {after['kl']:.3g} nats per token from the starting weights"
+    return f"{sentence}."

@@ -63,13 +63,13 @@ def series_of(figure: Any) -> list[Series]:
         [Series(panel=0, name='a line', color='#0072b2', shape='-')]
     """
     return [
-        Series(panel, name, *_drawn(handle))
+        Series(panel, name, *_appearance(handle))
         for panel, axes in enumerate(figure.axes)
         for handle, name in zip(*axes.get_legend_handles_labels())
     ]
 
 
-def _drawn(handle: Any) -> tuple[str, str]:
+def _appearance(handle: Any) -> tuple[str, str]:
     """Return the colour of a line, of points with error bars or of a band, and its dash and marker."""
     from matplotlib.colors import to_hex
 

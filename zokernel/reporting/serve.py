@@ -19,7 +19,7 @@ from zokernel.reporting.progress import progress_of
 from zokernel.reporting.rewards import is_rewarded
 from zokernel.reporting.run_page import read_run
 from zokernel.reporting.training import TrainingRun, is_training, read_training
-from zokernel.reporting.training_told import facts_so_far, score_name
+from zokernel.reporting.training_text import facts_so_far, score_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,17 @@ def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
     """
     run = read_training(folder) if is_training(folder) else None
     progress = progress_of(run)
-    told = {
+    state = {
         "state": progress.state,
         "title": progress.title(run_name(folder)),
-        "status": progress.told,
+        "status": progress.description,
         "percent": progress.percent,
     }
     if run is None:
-        return told | {"facts": [], "rows": [], "evaluations": []}
+        return state | {"facts": [], "rows": [], "evaluations": []}
     rows = [row for row in run.rows if row["step"] > since]
     keep = max(1, math.ceil(len(rows) / MOST_POINTS))
-    return told | {
+    return state | {
         "facts": facts_so_far(run, progress),
         "steps": progress.steps,
         "scores": [(name, score_name(name)) for name in SCORES if any(name in row for row in run.evaluations)],
@@ -64,8 +64,8 @@ def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
 
 def _rewards(run: TrainingRun, row: dict[str, Any]) -> dict[str, Any]:
     """Return the quantiles of the members' rewards of a step, if they are known."""
-    found = run.rewards.get(int(row["step"]))
-    return {} if found is None else {"rewards": found}
+    quantiles = run.rewards.get(int(row["step"]))
+    return {} if quantiles is None else {"rewards": quantiles}
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def live_page(folder: Path) -> str:
         "live.html.j2",
         run_name=run_name(folder),
         title=progress.title(run_name(folder)),
-        told=progress.told,
+        status=progress.description,
         style=read_asset("style.css"),
         **script_of(read_asset("live.js")),
     )
@@ -112,8 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, "text/html", live_page(self.server.folder))
         elif address.path == "/data.json":
             since = parse_qs(address.query).get("since", ["0"])[0]
-            found = live_data(self.server.folder, int(since) if since.isdecimal() else 0)
-            self._send(HTTPStatus.OK, "application/json", json.dumps(found))
+            data = live_data(self.server.folder, int(since) if since.isdecimal() else 0)
+            self._send(HTTPStatus.OK, "application/json", json.dumps(data))
         elif address.path == "/report":
             self._report()
         else:

@@ -69,37 +69,37 @@ def read_training(folder: Path) -> TrainingRun:
         The run; steps come from ``steps.jsonl`` if that reaches as far as the journal, else from the journal.
     """
     rows = read_lines(folder / STEPS_FILE)
-    found = TrainingRun(folder, rows, metrics=_json(folder / METRICS_FILE), run=_json(folder / RUN_FILE))
+    run = TrainingRun(folder, rows, metrics=_json(folder / METRICS_FILE), run=_json(folder / RUN_FILE))
     if (folder / JOURNAL_FILE).is_file():
-        _add_journal(found)
-    if found.metrics:
-        found.evaluations = found.metrics.get("evaluations", [])
+        _add_journal(run)
+    if run.metrics:
+        run.evaluations = run.metrics.get("evaluations", [])
     losses = _json(folder / EVOLUTION).get("losses", {})
     if "expected_loss" in losses:
-        found.prediction = {key: losses[key] for key in ("step", "expected_loss", "band_low", "band_high")}
+        run.prediction = {key: losses[key] for key in ("step", "expected_loss", "band_low", "band_high")}
     plan = find_plan(folder)
     if plan is not None:
         norm = plan["plan"]["gradient_norm"]
-        found.gradient_norm = (float(norm["value"]), float(norm["error"]))
-    return found
+        run.gradient_norm = (float(norm["value"]), float(norm["error"]))
+    return run
 
 
-def _add_journal(found: TrainingRun) -> None:
+def _add_journal(run: TrainingRun) -> None:
     try:
-        journal = Journal.read(found.folder, up_to_damage=True)
+        journal = Journal.read(run.folder, up_to_damage=True)
     except RunError:  # its header is still being written
         return
-    if is_rewarded(found.metrics, found.run):
-        found.rewards = {record.step + 1: band(record.losses) for record in journal.steps if record.losses}
+    if is_rewarded(run.metrics, run.run):
+        run.rewards = {record.step + 1: band(record.losses) for record in journal.steps if record.losses}
     header = journal.header
-    found.method = str(header.get("method", ""))
+    run.method = str(header.get("method", ""))
     two_point = re.search(r"TwoPoint\(eps=([0-9.e+-]+)", str(header.get("estimator", "")))
     eps = float(two_point.group(1)) if two_point else None
-    known = {int(row["step"]) for row in found.rows}
+    steps_in_file = {int(row["step"]) for row in run.rows}
     for record in journal.steps:
-        if record.step + 1 not in known and record.losses:
-            found.rows.append(_row(record, eps))
-    found.rows.sort(key=lambda row: row["step"])
+        if record.step + 1 not in steps_in_file and record.losses:
+            run.rows.append(_row(record, eps))
+    run.rows.sort(key=lambda row: row["step"])
     for event in journal.events:
         if event.get("event") == "evaluation" and event.get("prefix") == "eval":
             metrics = {
@@ -107,9 +107,9 @@ def _add_journal(found: TrainingRun) -> None:
                 for name, value in event["metrics"].items()
                 if name.removeprefix("eval_") not in _TIMINGS and isinstance(value, (int, float))
             }
-            found.evaluations.append({"step": event["step"], **metrics})
+            run.evaluations.append({"step": event["step"], **metrics})
             if "eval_runtime" in event["metrics"]:
-                found.evaluation_seconds.append(float(event["metrics"]["eval_runtime"]))
+                run.evaluation_seconds.append(float(event["metrics"]["eval_runtime"]))
 
 
 def _row(record: Any, eps: float | None) -> dict[str, float]:
@@ -142,16 +142,16 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:  # being written
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def find_plan(folder: Path) -> dict[str, Any] | None:
     """Return the record of ``zokernel plan`` in a folder, if there is one."""
     for path in sorted(folder.glob("*.json")):
-        found = _json(path)
-        if isinstance(found.get("plan"), dict) and "relative_error_one" in found["plan"]:
-            return found
+        record = _json(path)
+        if isinstance(record.get("plan"), dict) and "relative_error_one" in record["plan"]:
+            return record
     return None

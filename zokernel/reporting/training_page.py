@@ -7,12 +7,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from zokernel.readable import counted, readable_bytes, readable_seconds
+from zokernel.readable import plural, readable_bytes, readable_seconds
 from zokernel.reporting.page import Page, Section, Table, table_of_rows, words
 from zokernel.reporting.plan_page import plan_section
 from zokernel.reporting.training import TrainingRun, find_plan, read_training
 from zokernel.reporting.training_pictures import pictures
-from zokernel.reporting.training_told import alert, facts, has_reasons, summary, title
+from zokernel.reporting.training_text import alert, facts, has_reasons, summary, title
 
 SHOWN_STEPS = 200
 SHOWN_CHARACTERS = 600  # of each text of a sample
@@ -60,10 +60,10 @@ def _reasons(metrics: dict[str, Any]) -> Section | None:
     """Return why the loss did not fall; None if it fell, or nobody looked."""
     if not has_reasons(metrics):
         return None
-    found, text = metrics["diagnosis"], []
+    diagnosis, text = metrics["diagnosis"], []
     if metrics.get("went_wrong"):  # else the alert says it
-        text = [f"{found['outcome']} The reasons took {counted(found.get('forwards', 0), 'more forward pass')}."]
-    return Section("Why the loss did not fall", "reasons", text=text, items=list(found["reasons"]))
+        text = [f"{diagnosis['outcome']} The reasons took {plural(diagnosis.get('forwards', 0), 'more forward pass')}."]
+    return Section("Why the loss did not fall", "reasons", text=text, items=list(diagnosis["reasons"]))
 
 
 def _samples(metrics: dict[str, Any]) -> Section | None:
@@ -72,13 +72,13 @@ def _samples(metrics: dict[str, Any]) -> Section | None:
     if not samples:
         return None
     trained = bool(metrics["steps"])
-    shown = []
+    samples_as_text = []
     for sample in samples:
         written = [("Before training", sample["before"]), ("After training", sample["after"])]
         texts = [("Prompt", sample["prompt"]), *(written if trained else [("Written", sample["before"])])]
         texts += [("In the data", sample["answer"])] if sample["answer"] else []
-        shown.append([(name, _short(text or "")) for name, text in texts])
-    return Section("Samples", "samples", text=["Greedy answers to held-out prompts."], samples=shown)
+        samples_as_text.append([(name, _short(text or "")) for name, text in texts])
+    return Section("Samples", "samples", text=["Greedy answers to held-out prompts."], samples=samples_as_text)
 
 
 def _short(text: str) -> str:
@@ -86,30 +86,30 @@ def _short(text: str) -> str:
     return (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ...") or "(nothing)"
 
 
-def _offload(measured: dict[str, Any] | None) -> Section | None:
+def _offload(offload: dict[str, Any] | None) -> Section | None:
     """Return what streaming the weights took; None if they were in memory."""
-    if not measured:
+    if not offload:
         return None
-    passes, peak, before = measured["passes"], measured["anonymous_peak"], measured["anonymous_before"]
-    each = (lambda count: f" ({readable_bytes(count / passes)} per pass)") if passes else (lambda count: "")
+    passes, peak, before = offload["passes"], offload["anonymous_peak"], offload["anonymous_before"]
+    per_pass = (lambda count: f" ({readable_bytes(count / passes)} per pass)") if passes else (lambda count: "")
     rows = {
-        "weights that were streamed": readable_bytes(measured["weights_bytes"]),
+        "weights that were streamed": readable_bytes(offload["weights_bytes"]),
         "passes over them": f"{passes:,}",
-        "bytes read": f"{readable_bytes(measured['bytes_read'])}{each(measured['bytes_read'])}",
-        "bytes written": f"{readable_bytes(measured['bytes_written'])}{each(measured['bytes_written'])}",
-        "time per pass": "not measured" if not passes else readable_seconds(measured["seconds_per_pass"]),
+        "bytes read": f"{readable_bytes(offload['bytes_read'])}{per_pass(offload['bytes_read'])}",
+        "bytes written": f"{readable_bytes(offload['bytes_written'])}{per_pass(offload['bytes_written'])}",
+        "time per pass": "not measured" if not passes else readable_seconds(offload["seconds_per_pass"]),
         "peak anonymous memory": "not told by this system"
         if peak is None
         else f"{readable_bytes(peak)} ({readable_bytes(before)} before training)",
     }
-    told = (
+    explanation = (
         "Weights stay in files, or in host memory, and come in block by block; all losses of a step share one pass. "
         "These numbers are of the last process of the run and include evaluations between steps. Rows of an embedding "
         "that are looked up are not counted as read. Anonymous memory is what no file backs: the weights in their "
         "files are not in it, Python and its libraries are."
     )
     table = table_of_rows("What it took", [{"quantity": name, "value": value} for name, value in rows.items()])
-    return Section("Streamed weights", "offload", text=[told], tables=[table])
+    return Section("Streamed weights", "offload", text=[explanation], tables=[table])
 
 
 def _numbers(metrics: dict[str, Any]) -> Table:
@@ -132,9 +132,9 @@ def _steps(run: TrainingRun) -> Section | None:
     """Return evaluations and steps as tables; of rewards with the spread of the members."""
     tables = [table_of_rows("Validation during training", run.evaluations)] if run.evaluations else []
     if run.rows:
-        every = math.ceil(len(run.rows) / SHOWN_STEPS)
-        note = "" if every == 1 else f"Every {every}th step; all of them are in steps.jsonl."
-        tables.append(table_of_rows("Steps", [_step(run, row) for row in run.rows[::every]], note))
+        interval = math.ceil(len(run.rows) / SHOWN_STEPS)
+        note = "" if interval == 1 else f"Every {interval}th step; all of them are in steps.jsonl."
+        tables.append(table_of_rows("Steps", [_step(run, row) for row in run.rows[::interval]], note))
     return Section("Steps", "steps", tables=tables) if tables else None
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.reporting.page import Picture
 from zokernel.reporting.rewards import is_rewarded, reward_picture
 from zokernel.reporting.series import band_look, look
 from zokernel.reporting.svg import draw
 from zokernel.reporting.training import TrainingRun
-from zokernel.reporting.training_told import SHARES, loss_ends, score_name
+from zokernel.reporting.training_text import SHARES, loss_ends, score_name
 
 MOST_POINTS = 1000  # of a series, so that a page stays small
 WIDE_RANGE = 50.0  # largest over smallest value from which an axis is logarithmic
@@ -26,19 +26,21 @@ def pictures(run: TrainingRun) -> list[Picture]:
     if not rows:
         return []
     label = "forward passes" if axis == "forwards" else "step"
-    found = [_reward_picture(run, rows, label, axis)] if run.rewards else []
-    found.append(_loss_picture(run, rows, label, axis))
-    found += [_score_picture(run, name, label, axis) for name in _scores(run, axis)]
+    drawings = [_reward_picture(run, rows, label, axis)] if run.rewards else []
+    drawings.append(_loss_picture(run, rows, label, axis))
+    drawings += [_score_picture(run, name, label, axis) for name in _scores(run, axis)]
     if any(row.get("projected_gradient") for row in rows):
-        found.append(_gradient_picture(run, rows, label, axis))
-    return found
+        drawings.append(_gradient_picture(run, rows, label, axis))
+    return drawings
 
 
 def _scores(run: TrainingRun, axis: str) -> list[str]:
     """Return the scores to draw: the one that the task is judged by, and of rewards the share that passes."""
-    known = {name for row in run.evaluations if axis in row for name in row}
-    judged = run.metrics.get("metric") or next((n for n in ("accuracy", "f1", "em", "perplexity") if n in known), "")
-    return [name for name in (judged, "pass_rate") if name in known and name != "reward"]
+    recorded = {name for row in run.evaluations if axis in row for name in row}
+    main_score = run.metrics.get("metric") or next(
+        (n for n in ("accuracy", "f1", "em", "perplexity") if n in recorded), ""
+    )
+    return [name for name in (main_score, "pass_rate") if name in recorded and name != "reward"]
 
 
 def _reward_picture(run: TrainingRun, rows: list[dict[str, float]], label: str, axis: str) -> Picture:
@@ -68,8 +70,8 @@ def _ends(run: TrainingRun, name: str, axis: str) -> list[tuple[float, float]]:
 
 def _thinned(rows: list[Any]) -> list[Any]:
     """Return every n-th row, and the last, so that a figure has not too many points."""
-    every = math.ceil(len(rows) / MOST_POINTS) or 1
-    return rows[::-every][::-1]
+    interval = math.ceil(len(rows) / MOST_POINTS) or 1
+    return rows[::-interval][::-1]
 
 
 def _dots(count: int) -> float:
@@ -81,30 +83,35 @@ def _loss_picture(run: TrainingRun, rows: list[dict[str, float]], label: str, ax
     smoothed = smooth(np.array([row["loss"] for row in rows], dtype=float))
     points = _thinned([(row[axis], row["loss"], mean) for row, mean in zip(rows, smoothed)])
     x, loss, mean = np.array(points, dtype=float).T
-    known = [row for row in run.evaluations if "loss" in row and axis in row]
+    evaluations = [row for row in run.evaluations if "loss" in row and axis in row]
     ends = _ends(run, "loss", axis)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot(x, loss, markersize=_dots(len(x)), label="training batches", **look("batches"))
         axes.plot(x, mean, label="their moving average", **look("training"))
-        if known:
-            axes.plot([r[axis] for r in known], [r["loss"] for r in known], label="validation", **look("validation"))
+        if evaluations:
+            axes.plot(
+                [r[axis] for r in evaluations],
+                [r["loss"] for r in evaluations],
+                label="validation",
+                **look("validation"),
+            )
         if ends:
             axes.plot(*zip(*ends), label=f"{_test_name(run)}, before and after", **look("test"))
         if run.prediction:
             _add_prediction(axes, run, rows[-1], x[-1])
         rewarded = is_rewarded(run.metrics, run.run)
         axes.set(xlabel=label, ylabel="loss (negative reward)" if rewarded else "loss (nats)")
-        shown = [*loss[np.isfinite(loss)], *(row["loss"] for row in known), *(value for _, value in ends)]
-        _scale(axes, shown)
+        visible = [*loss[np.isfinite(loss)], *(row["loss"] for row in evaluations), *(value for _, value in ends)]
+        _scale(axes, visible)
 
     start, end = loss_ends(rows)
     return draw(
         paint,
         "loss",
         title="Loss",
-        alt=f"Training loss over {counted(len(rows), 'step')}, from {start:.3g} at the beginning to {end:.3g} at the "
+        alt=f"Training loss over {plural(len(rows), 'step')}, from {start:.3g} at the beginning to {end:.3g} at the "
         "end.",
         caption="Batches differ far more than steps improve: judge by the line and the circles.",
     )
@@ -122,26 +129,26 @@ def _scale(axes: Any, values: list[float]) -> None:
 def _add_prediction(axes: Any, run: TrainingRun, last: dict[str, float], end: float) -> None:
     scale = end / last["step"] if last["step"] else 1.0
     steps = np.array(run.prediction["step"], dtype=float)
-    chosen = steps <= last["step"]
+    in_range = steps <= last["step"]
     low, high, expected = (
-        np.array([math.nan if v is None else v for v in run.prediction[key]], dtype=float)[chosen]
+        np.array([math.nan if v is None else v for v in run.prediction[key]], dtype=float)[in_range]
         for key in ("band_low", "band_high", "expected_loss")
     )
-    at = steps[chosen] * scale
+    at = steps[in_range] * scale
     axes.fill_between(at, low, high, label="90% of runs, predicted", **band_look("predicted band"))
     axes.plot(at, expected, label="predicted (zokernel evolve)", **look("predicted"))
 
 
 def _score_picture(run: TrainingRun, name: str, label: str, axis: str) -> Picture:
-    known = [row for row in run.evaluations if name in row and axis in row]
+    evaluations = [row for row in run.evaluations if name in row and axis in row]
     share, title = name in SHARES, score_name(name)[0].upper() + score_name(name)[1:]
     scale = 100 if share else 1
     ends = _ends(run, name, axis)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        values = [scale * row[name] for row in known]
-        axes.plot([row[axis] for row in known], values, label="validation", **look("validation"))
+        values = [scale * row[name] for row in evaluations]
+        axes.plot([row[axis] for row in evaluations], values, label="validation", **look("validation"))
         if ends:
             places = [(at, scale * value) for at, value in ends]
             axes.plot(*zip(*places), label=f"{_test_name(run)}, before and after", **look("test"))
@@ -149,7 +156,7 @@ def _score_picture(run: TrainingRun, name: str, label: str, axis: str) -> Pictur
         if share:
             axes.set_ylim(-2, 102)
 
-    values = ", ".join(f"{100 * row[name]:.1f}%" if share else f"{row[name]:.4g}" for row in known)
+    values = ", ".join(f"{100 * row[name]:.1f}%" if share else f"{row[name]:.4g}" for row in evaluations)
     alt = f"{title} on validation examples during training: {values}."
     caption = f"Circles: validation; diamonds: {_test_name(run)} before and after." if ends else ""
     return draw(paint, name.replace("_", "-"), title=title, alt=alt, caption=caption)
@@ -193,7 +200,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
         array([1.5, 1. , 1.5, 0. ])
     """
     ones = np.ones(min(len(values), max(3, len(values) // 20)))
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), ones, mode="same")
-    count = np.convolve(known.astype(float), ones, mode="same")
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
+    count = np.convolve(finite.astype(float), ones, mode="same")
     return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0.5)

@@ -125,8 +125,8 @@ def batch_stability_limit(
         [1.333, 0.423, 0.481]
     """
     kernel = as_kernel(kernel).cpu()
-    found, vectors = torch.linalg.eigh(kernel)
-    values = torch.as_tensor(clean_eigenvalues(found))
+    eigenvalues, vectors = torch.linalg.eigh(kernel)
+    values = torch.as_tensor(clean_eigenvalues(eigenvalues))
     keep = values > 0
     values, vectors = values[keep], vectors[:, keep]
     pairs = (values[:, None] + values) / (len(kernel) // outputs)

@@ -267,16 +267,17 @@ def step_second_moment(
     kernel, total, local = kernel.double(), total.double(), local.double()
     if kernel.shape != total.shape:
         raise UsageError(f"The kernel has shape {tuple(kernel.shape)}, its weights {tuple(total.shape)}.")
-    given = direction_distribution(distribution)
-    if features is None and (scheme == "flipout" or given.is_sphere):
-        raise UsageError(f"The second moment of {scheme!r} {given.name} directions needs the features: pass features=.")
-    moments = scheme_moments(scheme, given, 2 if features is None else features.shape[1])
+    parsed = direction_distribution(distribution)
+    if features is None and (scheme == "flipout" or parsed.is_sphere):
+        name = f"{scheme!r} {parsed.name}"
+        raise UsageError(f"The second moment of {name} directions needs the features: pass features=.")
+    moments = scheme_moments(scheme, parsed, 2 if features is None else features.shape[1])
     spread = total if scheme == "shared" else local
     noise = (moments.outer - 1) * kernel @ spread @ kernel + moments.trace * (kernel * spread).sum() * kernel
-    for factor, matrix in ((moments.diagonal, spread), (flipout_excess(scheme, given), total)):
+    for factor, matrix in ((moments.diagonal, spread), (flipout_excess(scheme, parsed), total)):
         if factor:
             if features is None:
-                raise UsageError(f"The second moment of {given.name} directions needs the features: pass features=.")
+                raise UsageError(f"The second moment of {parsed.name} directions needs the features: pass features=.")
             x = features.double()
             noise = noise + factor * (x * torch.einsum("nk,nm,mk->k", x, matrix, x)) @ x.T
     return kernel @ total @ kernel + noise / count

@@ -141,7 +141,7 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
         The kernel.
 
     Raises:
-        UsageError: If the order is below one, or ``paper_k5`` is asked for another order than 5.
+        UsageError: If the order is below one, or ``paper_k5`` is requested for another order than 5.
 
     Example:
         >>> [str(c) for c in smoothing_kernel(5).coefficients]

@@ -40,14 +40,14 @@ def clean_eigenvalues(eigenvalues: Tensor | np.ndarray | Sequence[float]) -> np.
     Raises:
         UsageError: If there is none, one is not finite, one is clearly negative or all are zero.
     """
-    given = eigenvalues if isinstance(eigenvalues, Tensor) else torch.as_tensor(np.asarray(eigenvalues))
-    given = given.detach().cpu() if given.is_floating_point() else given.detach().cpu().double()
-    values = np.atleast_1d(given.double().numpy())
+    tensor = eigenvalues if isinstance(eigenvalues, Tensor) else torch.as_tensor(np.asarray(eigenvalues))
+    tensor = tensor.detach().cpu() if tensor.is_floating_point() else tensor.detach().cpu().double()
+    values = np.atleast_1d(tensor.double().numpy())
     if values.ndim != 1 or values.size == 0:
         raise UsageError(f"Eigenvalues must be a list of numbers, not an array of shape {values.shape}.")
     if not np.isfinite(values).all():
         raise UsageError("Eigenvalues must be finite: check the features or the kernel for NaN and infinity.")
-    floor = values.size * torch.finfo(given.dtype).eps * np.abs(values).max()
+    floor = values.size * torch.finfo(tensor.dtype).eps * np.abs(values).max()
     if values.min() < -100 * floor:
         raise UsageError(
             f"The kernel has a negative eigenvalue ({values.min():.3g}; the largest is {values.max():.3g}): "

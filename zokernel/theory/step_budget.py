@@ -171,14 +171,14 @@ def step_choices(
 
     reference_size = reference_batch if population is None else min(reference_batch, population)
     reference = choice("shared", reference_size, 1, one_sided=False).gain
-    found = [
+    choices = [
         choice(scheme, size, count, one_sided)
         for scheme in schemes
         for one_sided in (False, True)
         for count in sorted(draws)
         for size in sizes
     ]
-    scaled = [StepChoice(**{**vars(one), "gain": one.gain / reference}) for one in found]
+    scaled = [StepChoice(**{**vars(one), "gain": one.gain / reference}) for one in choices]
     return sorted(scaled, key=lambda one: -round(one.gain, 9))
 
 

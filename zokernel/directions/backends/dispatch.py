@@ -47,8 +47,8 @@ def sweep(jobs: Sequence[Job], backend: str = "auto") -> list[float]:
     peaks = [0.0] * len(jobs)
     with torch.no_grad():
         for name, numbers in by_backend.items():
-            found = _load(name).sweep([jobs[n] for n in numbers])
-            for number, peak in zip(numbers, found):
+            job_peaks = _load(name).sweep([jobs[n] for n in numbers])
+            for number, peak in zip(numbers, job_peaks):
                 peaks[number] = peak
     # Compiled backends write behind torch's back: let autograd notice that saved weights have changed.
     torch.autograd.graph.increment_version([job.place.local for job in jobs if not job.place.local.is_inference()])
@@ -73,8 +73,8 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
     for device, numbers in by_device.items():
         module = _load(choose_backend(device, backend))
         sizes = [places[number].numel for number in numbers]
-        for number, found in zip(numbers, module.sums_of_squares([noises[n] for n in numbers], sizes, device)):
-            sums[number] = found
+        for number, total in zip(numbers, module.sums_of_squares([noises[n] for n in numbers], sizes, device)):
+            sums[number] = total
     return sum(sums)
 
 

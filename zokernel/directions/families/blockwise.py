@@ -27,8 +27,8 @@ def layer_of(name: str) -> str:
         >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("model.norm.weight")
         ('model.layers.3', '')
     """
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return found.group() if found else ""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return match.group() if match else ""
 
 
 class Blockwise(Directions):
@@ -110,9 +110,9 @@ class Blockwise(Directions):
         if not places:
             return []
         block = self.active([place.name for place in places], step)
-        chosen = [place for place in places if self.block_of(place.name) == block]
-        found = iter(self.inner.terms(chosen, seed=seed, step=step, index=index))
-        return [next(found) if self.block_of(place.name) == block else None for place in places]
+        active = [place for place in places if self.block_of(place.name) == block]
+        inner_terms = iter(self.inner.terms(active, seed=seed, step=step, index=index))
+        return [next(inner_terms) if self.block_of(place.name) == block else None for place in places]
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

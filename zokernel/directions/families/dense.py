@@ -18,8 +18,8 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import NEAR_ONE, Job, Noise, Rule, Term
 from zokernel.distributions import Distribution, direction_distribution
 
-GAINS_KEPT = 256
-SWEEPS_KEPT = 8
+MAX_GAINS = 256
+MAX_SWEEPS = 8
 PLAIN = frozenset({Tensor, nn.Parameter})
 Fingerprint = tuple[list[str], list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
 """Names, addresses, shapes, strides and dtypes of some tensors: all that a prepared sweep depends on."""
@@ -55,11 +55,11 @@ class Dense(Directions):
         # Norms of recent sphere directions: each is needed three times per step, but measured once.
         self._gains: dict[tuple[object, ...], float] = {}
         # Recent prepared sweeps, by weights, seed and number of directions.
-        self._prepared: deque[tuple[object, Fingerprint, Any]] = deque(maxlen=SWEEPS_KEPT)
+        self._prepared: deque[tuple[object, Fingerprint, Any]] = deque(maxlen=MAX_SWEEPS)
 
     def __getstate__(self) -> dict[str, Any]:
         # Prepared sweeps hold the addresses of weights, and a copy may serve others.
-        return vars(self) | {"_gains": {}, "_prepared": deque(maxlen=SWEEPS_KEPT)}
+        return vars(self) | {"_gains": {}, "_prepared": deque(maxlen=MAX_SWEEPS)}
 
     def __repr__(self) -> str:
         return f"Dense({self.distribution.name!r})"
@@ -80,7 +80,7 @@ class Dense(Directions):
     def _sphere_gain(self, places: Sequence[Placement], noises: Sequence[Noise], draw: tuple[int, int, int]) -> float:
         cache_key = (*draw, *((p.name, p.shape) for p in places))
         if cache_key not in self._gains:
-            if len(self._gains) >= GAINS_KEPT:
+            if len(self._gains) >= MAX_GAINS:
                 self._gains.pop(next(iter(self._gains)))
             dim = sum(place.numel for place in places)
             norm = math.sqrt(dispatch.squared_norm(places, noises, self.backend))
@@ -117,13 +117,13 @@ class Dense(Directions):
     ) -> Any:
         """Return the prepared sweep over these weights, made if need be; None if no backend has one."""
         key = (seed, count, rule)
-        for known, known_weights, prepared in self._prepared:
-            if known == key and known_weights == weights:
+        for sweep_key, sweep_weights, prepared in self._prepared:
+            if sweep_key == key and sweep_weights == weights:
                 return prepared
         places = place_all(tensors)
         devices = {place.local.device for place in places}
         backend = dispatch.preparing(self.distribution.name, set(weights[-1]), devices, self.backend, rule)
-        made = None
+        new_sweep = None
         if backend is not None:
             by_index = [self.terms(places, seed=seed, step=0, index=index) for index in range(count)]
             ones = (1.0,) * count
@@ -131,11 +131,11 @@ class Dense(Directions):
                 Job(place, terms, ones, rule, rounding=(*stream_key(seed, place.name, "rounding"), 0, 0))
                 for place, terms in zip(places, zip(*by_index))
             ]
-            kept = {place.name for place in places}
-            rows = [number for number, name in enumerate(tensors) if name in kept]
-            made = backend.PreparedSweep(jobs, rows)
-        self._prepared.append((key, weights, made))
-        return made
+            names = {place.name for place in places}
+            rows = [number for number, name in enumerate(tensors) if name in names]
+            new_sweep = backend.PreparedSweep(jobs, rows)
+        self._prepared.append((key, weights, new_sweep))
+        return new_sweep
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zokernel.directions.backends import dispatch
 from zokernel.directions.base import Directions, Sweep
-from zokernel.directions.families.factors import APART, Draw
+from zokernel.directions.families.factors import ALIGNMENT, Draw
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Job, Noise, Rule, Term
 
@@ -34,12 +34,12 @@ class FactorBlocks:
     def __init__(self, sides: Callable[[Placement, int, int, int], tuple[Draw, Draw]]):
         self._sides = sides
         self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._kept: dict[torch.dtype, dict[str, Blocks]] = {}
+        self._blocks: dict[torch.dtype, dict[str, Blocks]] = {}
         self._key: tuple[object, ...] = ()
         self._indices: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_sides": self._sides, "_flat": {}, "_kept": {}, "_key": (), "_indices": []}
+        return {"_sides": self._sides, "_flat": {}, "_blocks": {}, "_key": (), "_indices": []}
 
     def __call__(
         self,
@@ -53,7 +53,7 @@ class FactorBlocks:
     ) -> dict[str, Blocks]:
         """Return the factors of some directions on some matrices, which stay until others are drawn.
 
-        Every direction is drawn once, however often it is asked for: by both members of an antithetic pair, and by the
+        Every direction is drawn once, however often it is requested: by both members of an antithetic pair, and by the
         update after the losses.
 
         Args:
@@ -70,24 +70,24 @@ class FactorBlocks:
         key = (seed, step, *((place.name, place.shape, place.local.device) for place in places))
         if key != self._key or not set(indices) <= set(self._indices):
             self._key, self._indices = key, sorted(set(indices))
-            self._kept = {torch.float32: self._drawn(places, backend, seed, step, self._indices)}
-        if dtype not in self._kept:
-            self._kept[dtype] = self._cast(dtype)
-        kept = self._kept[dtype]
+            self._blocks = {torch.float32: self._draw_blocks(places, backend, seed, step, self._indices)}
+        if dtype not in self._blocks:
+            self._blocks[dtype] = self._cast(dtype)
+        by_name = self._blocks[dtype]
         if list(indices) == self._indices:
-            return kept
+            return by_name
         numbers = {index: number for number, index in enumerate(self._indices)}
         rows = torch.tensor([numbers[index] for index in indices], device=places[0].local.device)
-        return {name: Blocks(own.left[rows], own.right[rows]) for name, own in kept.items()}
+        return {name: Blocks(blocks.left[rows], blocks.right[rows]) for name, blocks in by_name.items()}
 
-    def _drawn(
+    def _draw_blocks(
         self, places: Sequence[Placement], backend: str, seed: int, step: int, indices: Sequence[int]
     ) -> dict[str, Blocks]:
         # Runs of consecutive indices, each one piece of a stream.
         runs = [[index for _, index in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
         starts = [[self._sides(place, seed, step, run[0]) for run in runs] for place in places]
         sides = [draw for own in starts for draw in own[0]]
-        sizes = [-(-len(indices) * draw.rows * draw.columns // APART) * APART for draw in sides]
+        sizes = [-(-len(indices) * draw.rows * draw.columns // ALIGNMENT) * ALIGNMENT for draw in sides]
         room = self._room(sides[0].device, torch.float32, sum(sizes))
         blocks, jobs = [], []
         for number, (draw, piece) in enumerate(zip(sides, room.split(sizes))):
@@ -108,37 +108,37 @@ class FactorBlocks:
 
     def _cast(self, dtype: torch.dtype) -> dict[str, Blocks]:
         """Return the drawn factors in another type, all converted at once."""
-        drawn = self._kept[torch.float32]
+        drawn = self._blocks[torch.float32]
         first = next(iter(drawn.values())).left
         wide = self._flat[first.device, torch.float32]
         narrow = self._room(first.device, dtype, wide.numel())
         narrow.copy_(wide)
 
-        def same(block: Tensor) -> Tensor:
+        def convert(block: Tensor) -> Tensor:
             offset = block.storage_offset()
             return narrow[offset : offset + block.numel()].view(block.shape)
 
-        return {name: Blocks(same(found.left), same(found.right)) for name, found in drawn.items()}
+        return {name: Blocks(convert(blocks.left), convert(blocks.right)) for name, blocks in drawn.items()}
 
     def _room(self, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
         """Return memory for all factors: sweeps over the same memory are prepared only once."""
-        found = self._flat.get((device, dtype))
-        if found is None or found.numel() != size:
-            found = self._flat[device, dtype] = torch.zeros(size, dtype=dtype, device=device)
-        return found
+        memory = self._flat.get((device, dtype))
+        if memory is None or memory.numel() != size:
+            memory = self._flat[device, dtype] = torch.zeros(size, dtype=dtype, device=device)
+        return memory
 
 
 def adds_in_float32(places: Sequence[Placement], sweep: Sweep) -> bool:
     """Return whether several directions of one step may be summed in float32 before they are added to some tensors."""
     rules = set(sweep.rule.values()) if isinstance(sweep.rule, Mapping) else {sweep.rule}
     steps, devices = {step for step, _ in sweep.draws}, {place.local.device for place in places}
-    narrow = all(place.local.dtype != torch.float64 for place in places)
-    several = len(sweep.draws) > 1 and len(steps) == len(devices) == 1
-    return narrow and several and sweep.old_scale is None and rules == {Rule.NEAREST}
+    fits_float32 = all(place.local.dtype != torch.float64 for place in places)
+    is_sum = len(sweep.draws) > 1 and len(steps) == len(devices) == 1
+    return fits_float32 and is_sum and sweep.old_scale is None and rules == {Rule.NEAREST}
 
 
-class Given(Directions):
-    """Adds terms that have been summed already.
+class SummedTerms(Directions):
+    """Adds, to each tensor, one term that is already the sum of several.
 
     Args:
         sums: One term for each tensor, by name.

@@ -18,7 +18,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 # Matrices of one buffer begin where 16 bytes can be moved at once, and their sizes count in whole sixteens.
-APART = 16
+ALIGNMENT = 16
 
 
 def matrix_shape(shape: Sequence[int], most_square: bool = False) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def draw_matrices(draws: Sequence[Draw], backend: str) -> list[Tensor]:
     Returns:
         The matrices, (rows, columns) float32, contiguous.
     """
-    sizes = [-(-draw.rows * draw.columns // APART) * APART for draw in draws]
+    sizes = [-(-draw.rows * draw.columns // ALIGNMENT) * ALIGNMENT for draw in draws]
     devices = {draw.device for draw in draws}
     room = {device: sum(size for size, draw in zip(sizes, draws) if draw.device == device) for device in devices}
     free = {device: torch.zeros(size, dtype=torch.float32, device=device) for device, size in room.items()}
@@ -101,10 +101,10 @@ class Recent(Generic[K, T]):
 
     def __init__(self, size: int):
         self.size = size
-        self._kept: OrderedDict[K, T] = OrderedDict()
+        self._results: OrderedDict[K, T] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"size": self.size, "_kept": OrderedDict()}  # a copy makes its own
+        return {"size": self.size, "_results": OrderedDict()}  # a copy makes its own
 
     def get(self, key: K, make: Callable[[], T]) -> T:
         """Return the result kept under ``key``, or make and keep it.
@@ -128,14 +128,14 @@ class Recent(Generic[K, T]):
         Returns:
             The results.
         """
-        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
-        made = dict(zip(missing, make(missing))) if missing else {}
-        found = [made[key] if key in made else self._kept[key] for key in keys]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._results]
+        new = dict(zip(missing, make(missing))) if missing else {}
+        results = [new[key] if key in new else self._results[key] for key in keys]
         for key in keys:
-            if key in made:
-                self._kept[key] = made[key]
+            if key in new:
+                self._results[key] = new[key]
             else:
-                self._kept.move_to_end(key)
-        while len(self._kept) > self.size:
-            self._kept.popitem(last=False)
-        return found
+                self._results.move_to_end(key)
+        while len(self._results) > self.size:
+            self._results.popitem(last=False)
+        return results

@@ -10,10 +10,10 @@ from zokernel.directions.terms import Factors, Term, Values
 
 
 class Fixed(Directions):
-    """Directions that are given: the same for every seed, step and index.
+    """Directions that are the same for every seed, step and index.
 
     Args:
-        given: What to add, by name: fp32 values, or low-rank factors.
+        values: What to add, by name: fp32 values, or low-rank factors.
 
     Example:
         >>> import torch
@@ -25,13 +25,13 @@ class Fixed(Directions):
 
     seeded = False
 
-    def __init__(self, given: Mapping[str, Values | Factors]):
+    def __init__(self, values: Mapping[str, Values | Factors]):
         super().__init__()
-        self.given = given
+        self.values = values
 
     def __repr__(self) -> str:
-        return f"Fixed({dict(self.given)!r})"
+        return f"Fixed({dict(self.values)!r})"
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
-        """Return what was given for each tensor; see :meth:`Directions.terms`."""
-        return [self.given[place.name] for place in places]
+        """Return what is to be added to each tensor; see :meth:`Directions.terms`."""
+        return [self.values[place.name] for place in places]

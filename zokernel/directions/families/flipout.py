@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.base import Directions, Sweep, scales_of
-from zokernel.directions.families.factor_blocks import Blocks, Given, adds_in_float32
+from zokernel.directions.families.factor_blocks import Blocks, SummedTerms, adds_in_float32
 from zokernel.directions.families.factors import Draw, draw_matrices
 from zokernel.directions.families.low_rank import LowRank
 from zokernel.directions.philox import stream_key
@@ -94,9 +94,9 @@ class Flipout(Directions):
         (step,) = {step for step, _ in sweep.draws}
         peaks: dict[str, float] = {}
         for place in matrices:
-            peaks |= Given({place.name: self._sum(place, sweep, step)}, self.backend).sweep_once([place], sweep)
-        others = [place for place in places if len(place.shape) < 2 or not place.numel]
-        return peaks | (super()._sweep_places(others, sweep) if others else {})
+            peaks |= SummedTerms({place.name: self._sum(place, sweep, step)}, self.backend).sweep_once([place], sweep)
+        vectors = [place for place in places if len(place.shape) < 2 or not place.numel]
+        return peaks | (super()._sweep_places(vectors, sweep) if vectors else {})
 
     def _sum(self, place: Placement, sweep: Sweep, step: int) -> Values:
         """Return the sum of all directions of a sweep on one matrix."""

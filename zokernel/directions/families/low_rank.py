@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zokernel.directions.base import Sweep, scales_of
-from zokernel.directions.families.factor_blocks import Blocks, FactorBlocks, Given, adds_in_float32
+from zokernel.directions.families.factor_blocks import Blocks, FactorBlocks, SummedTerms, adds_in_float32
 from zokernel.directions.families.factored import Factored
 from zokernel.directions.families.factors import Draw, Recent, matrix_shape
 from zokernel.directions.philox import stream_key
@@ -154,7 +154,7 @@ class LowRank(Factored):
 
         Returns:
             By name, U (K, m, r) and the transpose of V (K, r, n), without the factor :math:`1/\sqrt r`.  They stay as
-            they are until those of another step, or of other directions, are asked for.
+            they are until those of another step, or of other directions, are requested.
         """
         return self._blocks(places, self.backend, seed=seed, step=step, indices=indices, dtype=dtype)
 
@@ -172,7 +172,7 @@ class LowRank(Factored):
             weighted = left * (scales / math.sqrt(left.shape[2]))[:, None, None]
             wide = weighted.permute(1, 0, 2).reshape(left.shape[1], -1).contiguous()
             sums[place.name] = Factors(wide, right.reshape(-1, right.shape[2]))
-        peaks = Given(sums, self.backend).sweep_once(matrices, sweep)
+        peaks = SummedTerms(sums, self.backend).sweep_once(matrices, sweep)
         vectors = [p for p in places if len(p.shape) < 2 or not p.numel]
         return peaks | (super()._sweep_places(vectors, sweep) if vectors else {})
 

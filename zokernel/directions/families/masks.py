@@ -31,8 +31,8 @@ def mask_of_small(weight: Tensor, density: float, *, whole: Tensor | None = None
         tensor([5], dtype=torch.uint8)
     """
     flat = weight.detach().reshape(-1)
-    judged = flat if whole is None else whole.detach().reshape(-1)
-    threshold = kth_magnitude(judged, round(density * judged.numel()))
+    ranked = flat if whole is None else whole.detach().reshape(-1)
+    threshold = kth_magnitude(ranked, round(density * ranked.numel()))
     return torch.cat([pack_bits(chunk.abs() <= threshold) for chunk in flat.split(CHUNK)])
 
 
@@ -49,11 +49,11 @@ def kth_magnitude(values: Tensor, k: int) -> Tensor:
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=values.device)
         for chunk in values.split(CHUNK):
             bits = chunk.abs().view(patterns).to(torch.int64) >> shift
-            alike = bits[(bits >> 16) == (prefix >> shift >> 16)]
-            counts += torch.bincount(alike & 0xFFFF, minlength=1 << 16)
-        cumulated = counts.cumsum(0)
-        digit = torch.searchsorted(cumulated, torch.tensor(k, device=values.device))
-        k -= int(cumulated[digit] - counts[digit])
+            matching = bits[(bits >> 16) == (prefix >> shift >> 16)]
+            counts += torch.bincount(matching & 0xFFFF, minlength=1 << 16)
+        cumulative = counts.cumsum(0)
+        digit = torch.searchsorted(cumulative, torch.tensor(k, device=values.device))
+        k -= int(cumulative[digit] - counts[digit])
         prefix += digit << shift
     return prefix.to(patterns).view(values.dtype)
 

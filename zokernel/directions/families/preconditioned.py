@@ -97,12 +97,12 @@ class Preconditioned(Directions):
         """
         for name in self.curvature if names is None else names:
             curvature = self.curvature[name]
-            here = place(name, curvature)
-            for begin, end in windows(here):
-                parts = pieces(here, begin, end)
+            placement = place(name, curvature)
+            for begin, end in windows(placement):
+                parts = pieces(placement, begin, end)
                 if not parts:
                     continue
-                growth = torch.full((end - begin,), 1 - smooth, dtype=torch.float32, device=here.local.device)
+                growth = torch.full((end - begin,), 1 - smooth, dtype=torch.float32, device=placement.local.device)
                 for index, value in enumerate(curvatures):
                     z = self.draw(name, begin, end, seed=seed, step=step, index=index)
                     growth.add_(z.square_(), alpha=smooth * abs(value) / 2 / len(curvatures))
@@ -125,10 +125,10 @@ class Preconditioned(Directions):
         """
         curvature = self.curvature[name]
         z = torch.zeros(end - begin, dtype=torch.float32, device=curvature.device)
-        here = Placement(name, z, z, (curvature.numel(),), (begin,))
-        (term,) = self.base.terms([here], seed=seed, step=step, index=index)
+        placement = Placement(name, z, z, (curvature.numel(),), (begin,))
+        (term,) = self.base.terms([placement], seed=seed, step=step, index=index)
         if term is not None:
-            dispatch.sweep([Job(here, (term,), (1.0,))], self.backend)
+            dispatch.sweep([Job(placement, (term,), (1.0,))], self.backend)
         return z
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
@@ -153,8 +153,8 @@ class Preconditioned(Directions):
                 # Windows count positions from their own start: they need their own bits to round with.
                 rounding = sweep.rounding[0], sweep.rounding[1] + (number << 20)
                 if parts:
-                    found = _Window(self, begin, end)._sweep_places(parts, sweep._replace(rounding=rounding))
-                    peaks[whole.name] = max(peaks[whole.name], found[whole.name])
+                    window_peaks = _Window(self, begin, end)._sweep_places(parts, sweep._replace(rounding=rounding))
+                    peaks[whole.name] = max(peaks[whole.name], window_peaks[whole.name])
         return peaks
 
     def _scale(self, z: Tensor, name: str, begin: int, end: int) -> None:

@@ -51,7 +51,7 @@ def _carry_out(jobs: Sequence[Job], targets: Sequence[Tensor], backend: str) -> 
 
         triton_backend.copy(jobs, targets)
         return
-    if _all_fast(jobs, targets):
+    if _all_are_fast(jobs, targets):
         from zokernel.directions.backends.numba import backend as numba_backend
 
         numba_backend.PreparedCopies(jobs)(targets)
@@ -83,9 +83,9 @@ class Copier:
         self, family: Directions, targets: Sequence[Tensor], offsets: Mapping[int, float], *, seed: int, step: int
     ) -> None:
         """Do what :func:`copy_perturbed` does; targets must have the dtypes they had before."""
-        along = [(index, scale) for index, scale in offsets.items() if scale != 0.0]
-        if len(along) == 1 and targets[0].dtype in QUICK and self.prepare(family, seed=seed):
-            self._prepared.along(step, *along[0])(targets)
+        nonzero = [(index, scale) for index, scale in offsets.items() if scale != 0.0]
+        if len(nonzero) == 1 and targets[0].dtype in QUICK and self.prepare(family, seed=seed):
+            self._prepared.along(step, *nonzero[0])(targets)
             return
         _carry_out(_jobs(family, self.places, offsets, seed=seed, step=step), targets, family.backend)
 
@@ -103,7 +103,7 @@ class Copier:
             # A dense direction of another step is another part of the same streams.
             jobs = _jobs(family, self.places, {0: 1.0}, seed=seed, step=0) if type(family) is Dense else []
             self._prepared, self._streams = None, (family, seed)
-            if jobs and all(map(_plain, jobs)):
+            if jobs and all(map(_is_plain, jobs)):
                 distribution = cast(Noise, jobs[0].terms[0]).distribution
                 weights = [place.local for place in self.places]
                 kinds = {tensor.dtype for tensor in weights}, {tensor.device for tensor in weights}
@@ -139,7 +139,7 @@ def copy_perturbed_rows(
 
         triton_backend.copy_rows(job, rows, target)
         return
-    if _fast(job, target.dtype):
+    if _is_fast(job, target.dtype):
         from zokernel.directions.backends.numba import backend as numba_backend
 
         numba_backend.copy_rows(job, rows, target)
@@ -169,22 +169,22 @@ def _jobs(
     by_index = [family.terms(places, seed=seed, step=step, index=index) for index in offsets]
     jobs = []
     for number, place in enumerate(places):
-        found = [(terms[number], scale) for terms, scale in zip(by_index, offsets.values())]
-        live = [(term, scale) for term, scale in found if term is not None and scale != 0.0]
+        pairs = [(terms[number], scale) for terms, scale in zip(by_index, offsets.values())]
+        live = [(term, scale) for term, scale in pairs if term is not None and scale != 0.0]
         jobs.append(Job(place, tuple(term for term, _ in live), tuple(scale for _, scale in live)))
     return jobs
 
 
-def _all_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
-    return len({t.dtype for t in targets}) == 1 and all(_fast(job, targets[0].dtype) for job in jobs)
+def _all_are_fast(jobs: Sequence[Job], targets: Sequence[Tensor]) -> bool:
+    return len({t.dtype for t in targets}) == 1 and all(_is_fast(job, targets[0].dtype) for job in jobs)
 
 
-def _plain(job: Job) -> bool:
+def _is_plain(job: Job) -> bool:
     """Whether a job adds one plain noise to whole rows of its tensor."""
     return job.place.is_rows and len(job.terms) == 1 and adds_plain_noise(job.terms[0])
 
 
-def _fast(job: Job, dtype: torch.dtype) -> bool:
+def _is_fast(job: Job, dtype: torch.dtype) -> bool:
     if job.place.local.device.type != "cpu" or dtype not in QUICK:
         return False
     from zokernel.directions.backends.numba import backend as numba_backend

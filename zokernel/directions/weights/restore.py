@@ -156,8 +156,8 @@ class Restore(ABC):
                 raise UsageError(
                     f"There is no update for tensor {missing[0]!r}: give one for every name, or one for all."
                 )
-            given = {name: update[name] for name in self.tensors}  # type: ignore[index]
-            return once_each(given, lambda coefficients: as_draws(step, coefficients))  # type: ignore[arg-type]
+            ordered = {name: update[name] for name in self.tensors}  # type: ignore[index]
+            return once_each(ordered, lambda coefficients: as_draws(step, coefficients))  # type: ignore[arg-type]
         draws = as_draws(step, update)  # type: ignore[arg-type]
         return dict.fromkeys(self.tensors, draws)
 
@@ -214,12 +214,12 @@ class Fold(Restore):
         for name, scales in self._scales(update, draws).items():
             by_factor[factors[name]][name] = scales
         scale: dict[str, list[float]] = {}
-        for factor, alike in by_factor.items():
-            scale |= once_each(alike, _less([factor * offset for offset in offsets]))
+        for factor, scales_by_name in by_factor.items():
+            scale |= once_each(scales_by_name, _subtract([factor * offset for offset in offsets]))
         self.directions.add_(self.tensors, scale, seed=self.seed, decay=decay, **step_and_index(draws))
 
 
-def _less(offsets: list[float]) -> Callable[[list[float]], list[float]]:
+def _subtract(offsets: list[float]) -> Callable[[list[float]], list[float]]:
     return lambda scales: [scale - offset for scale, offset in zip(scales, offsets)]
 
 
@@ -242,8 +242,8 @@ def uninterrupted() -> Iterator[None]:
 def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of tensors; two names of the same memory (tied weights) get one copy."""
     keys = {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in tensors.items()}
-    made = {keys[name]: tensor.detach().clone() for name, tensor in tensors.items()}
-    return {name: made[keys[name]] for name in tensors}
+    copies = {keys[name]: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: copies[keys[name]] for name in tensors}
 
 
 def as_draws(step: int, coefficients: Update) -> dict[Draw, float]:

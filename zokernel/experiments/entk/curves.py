@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from zokernel.experiments.criteria import (
     Interval,
     below,
     combined,
+    format_interval,
     jackknife,
-    shown,
     within,
 )
 from zokernel.experiments.entk.lenet import CHECKPOINTS, Checkpoints, checkpoints, updated_image
@@ -30,77 +30,107 @@ from zokernel.theory import KernelMoments, kernel_bound, relative_error
 
 HIGH, LOW = ((4, 9), (1, 7)), ((0, 1), (0, 5))
 
+Curves = dict[tuple[str, int], ErrorCurves]
+"""By checkpoint and updated digit, the curves of its pairs with ten observed images."""
+
 
 @experiment("entk/curves", "ZO-eNTK Fig. 3, 7, 9, 11: error against P = 1..1000, ten classes, three checkpoints")
 def run(config: Config) -> Result:
     """Measure all curves with common directions and put the exact prediction on top."""
     stages = checkpoints(config)
     digits = stages.digits
-    observed = digits.first_of_each()
     largest = config.pick("max_perturbations", smoke=100, cpu=1000)
     seeds = range(config.seed, config.seed + config.pick("num_seeds", smoke=3, cpu=20, full=200))
     updated = config.pick("x_u", smoke=(4,), cpu=(0, 1, 2, 4))
     counts = np.unique(np.geomspace(1, largest, 25).astype(int)).tolist()
-    result = Result(
-        summary="", numbers={"accuracies": stages.accuracies, "recipe": stages.recipe, "num_seeds": len(seeds)}
-    )
-    found: dict[tuple[str, int], ErrorCurves] = {}
-    table: dict[str, Any] = {}
     images = {u: updated_image(digits, u) for u in updated}
-    for stage, by_digit in zip(CHECKPOINTS, all_curves(stages, observed, images, largest, seeds), strict=True):
-        for u, curves in by_digit.items():
-            found[stage, u] = curves
-            rms, predicted = curves.rms(), curves.predicted(counts)
-            result.arrays[f"rms_{stage}_xu{u}"] = rms.numpy()
-            result.arrays[f"predicted_{stage}_xu{u}"] = predicted.numpy()
-            at = torch.tensor(counts) - 1
-            ratio = rms[:, at] / predicted
-            table[f"{stage} x_u={u}"] = {
-                "rho": [pair.rho for pair in curves.moments],
-                "measured_over_predicted_rms": ratio.square().mean().sqrt().item(),
-                "slopes": [slope(counts, row) for row in rms[:, at]],
-                "rank_correlation_with_inverse_rho": rank_correlation(
-                    rms[:, at].log().mean(1), torch.tensor([-pair.rho for pair in curves.moments])
-                ),
-            }
-    result.arrays["counts"] = np.array(counts)
-    result.numbers["pairs"] = table
-    for number, u in zip((7, 9, 11), (1, 2, 4), strict=True):
-        if u in updated:
-            result.figures[f"fig{number}_xu{u}"] = panels(found["trained", u], counts, f"LeNet, trained, $x_u$={u}")
-    if 0 in updated:
-        result.figures["fig3_pairs"] = pairs_figure(found, counts)
-    result.figures["checkpoints"] = stages_figure({s: found[s, updated[-1]] for s in CHECKPOINTS}, counts, updated[-1])
-    slopes = np.concatenate([entry["slopes"] for entry in table.values()])
-    ratios = [entry["measured_over_predicted_rms"] for entry in table.values()]
-    orders = [entry["rank_correlation_with_inverse_rho"] for key, entry in table.items() if "trained" in key]
-    every = list(found.values())
-    trained = [found["trained", u] for u in updated]
-    mean_slope = over_seeds(lambda keep: mean_of_slopes(every, counts, keep), len(seeds))
-    faster = over_seeds(lambda keep: slope_difference(trained, counts, keep), len(seeds))
-    bounds = [bound_over_rms(pair) for curves in trained for pair in curves.moments]
-    least_favourable = {str(v): 1 / bound_over_rms(KernelMoments(1.0, 1.0, 1.0), v) for v in (2, 10)}
-    result.numbers |= {
-        "mean_slope": mean_slope,
-        "slope_of_similar_pairs_minus_others": faster,
+    of_stages = all_curves(stages, digits.first_of_each(), images, largest, seeds)
+    curves = {
+        (stage, u): pairs
+        for stage, by_digit in zip(CHECKPOINTS, of_stages, strict=True)
+        for u, pairs in by_digit.items()
+    }
+    tables = {f"{stage} x_u={u}": describe_pairs(pairs, counts) for (stage, u), pairs in curves.items()}
+    statistics = _statistics(curves, tables, counts, len(seeds))
+    slopes = np.concatenate([table["slopes"] for table in tables.values()])
+    similar_order = [table["rank_correlation_with_inverse_rho"] for name, table in tables.items() if "trained" in name]
+    bounds = [
+        bound_over_rms(pair) for (stage, _), pairs in curves.items() if stage == "trained" for pair in pairs.moments
+    ]
+    rho = {stage: rho_range(curves, stage) for stage in ("init", "trained")}
+    summary = (
+        f"LeNet on {digits.source}, {len(seeds)} seeds of directions, P = 1..{largest}: the rms error follows the "
+        f"exact formula (measured over predicted {statistics['ratio_rms']:.3f}) with slope "
+        f"{format_interval(statistics['mean_slope'], 3)} (spread {slopes.std():.3f} over {len(slopes)} pairs). rho "
+        f"spans {rho['init'][0]:.2f}-{rho['init'][1]:.2f} at initialisation and {rho['trained'][0]:.3f}-"
+        f"{rho['trained'][1]:.2f} when trained, so curves separate only after training."
+    )
+    return Result(
+        summary,
+        numbers={
+            "accuracies": stages.accuracies,
+            "recipe": stages.recipe,
+            "num_seeds": len(seeds),
+            "pairs": tables,
+            **statistics,
+        },
+        arrays=_arrays(curves, counts),
+        figures=_draw_all(curves, updated, counts),
+        verdicts=[
+            judge_root(statistics["mean_slope"], len(slopes), len(seeds)),
+            judge_similar(statistics["slope_of_similar_pairs_minus_others"], similar_order, len(seeds)),
+            judge_bound(bounds, statistics["rms_over_jl_bound_at_rho_1"]),
+        ],
+    )
+
+
+def describe_pairs(curves: ErrorCurves, counts: list[int]) -> dict[str, Any]:
+    """Return how the pairs of one updated image follow the exact formula, and in which order they lie."""
+    at = torch.tensor(counts) - 1
+    rms = curves.rms()[:, at]
+    ratio = rms / curves.predicted(counts)
+    inverse_rho = torch.tensor([-pair.rho for pair in curves.moments])
+    return {
+        "rho": [pair.rho for pair in curves.moments],
+        "measured_over_predicted_rms": ratio.square().mean().sqrt().item(),
+        "slopes": [slope(counts, row) for row in rms],
+        "rank_correlation_with_inverse_rho": rank_correlation(rms.log().mean(1), inverse_rho),
+    }
+
+
+def _statistics(curves: Curves, tables: dict[str, Any], counts: list[int], seeds: int) -> dict[str, Any]:
+    """Return what the verdicts rest on, over all pairs."""
+    trained = [pairs for (stage, _), pairs in curves.items() if stage == "trained"]
+    bounds = [bound_over_rms(pair) for pairs in trained for pair in pairs.moments]
+    ratios = [table["measured_over_predicted_rms"] for table in tables.values()]
+    return {
+        "mean_slope": over_seeds(lambda keep: mean_of_slopes(list(curves.values()), counts, keep), seeds),
+        "slope_of_similar_pairs_minus_others": over_seeds(lambda keep: slope_difference(trained, counts, keep), seeds),
         "rms_over_jl_bound": {"largest": 1 / min(bounds), "smallest": 1 / max(bounds)},
-        "rms_over_jl_bound_at_rho_1": least_favourable,
+        "rms_over_jl_bound_at_rho_1": {str(v): 1 / bound_over_rms(KernelMoments(1.0, 1.0, 1.0), v) for v in (2, 10)},
         "ratio_rms": float(np.sqrt(np.mean(np.square(ratios)))),
     }
-    spread = {stage: rho_range(found, stage) for stage in ("init", "trained")}
-    result.summary = (
-        f"LeNet on {digits.source}, {len(seeds)} seeds of directions, P = 1..{largest}: the rms error follows the "
-        f"exact formula (measured over predicted {result.numbers['ratio_rms']:.3f}) with slope {shown(mean_slope, 3)} "
-        f"(spread {slopes.std():.3f} over {len(slopes)} pairs). rho spans {spread['init'][0]:.2f}-"
-        f"{spread['init'][1]:.2f} at initialisation and {spread['trained'][0]:.3f}-{spread['trained'][1]:.2f} when "
-        "trained, so curves separate only after training."
-    )
-    result.verdicts = [
-        judge_root(mean_slope, len(slopes), len(seeds)),
-        judge_similar(faster, orders, len(seeds)),
-        judge_bound(bounds, least_favourable),
-    ]
-    return result
+
+
+def _arrays(curves: Curves, counts: list[int]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for (stage, u), pairs in curves.items():
+        arrays[f"rms_{stage}_xu{u}"] = pairs.rms().numpy()
+        arrays[f"predicted_{stage}_xu{u}"] = pairs.predicted(counts).numpy()
+    return arrays | {"counts": np.array(counts)}
+
+
+def _draw_all(curves: Curves, updated: Sequence[int], counts: list[int]) -> dict[str, Any]:
+    """Draw the figures of the digits that were updated."""
+    drawn = {}
+    for number, u in zip((7, 9, 11), (1, 2, 4), strict=True):
+        if u in updated:
+            drawn[f"fig{number}_xu{u}"] = panels(curves["trained", u], counts, f"LeNet, trained, $x_u$={u}")
+    if 0 in updated:
+        drawn["fig3_pairs"] = pairs_figure(curves, counts)
+    last = updated[-1]
+    drawn["checkpoints"] = stages_figure({stage: curves[stage, last] for stage in CHECKPOINTS}, counts, last)
+    return drawn
 
 
 def judge_root(mean_slope: Interval, pairs: int, seeds: int) -> Verdict:
@@ -108,7 +138,8 @@ def judge_root(mean_slope: Interval, pairs: int, seeds: int) -> Verdict:
     return Verdict(
         "The error decays as the inverse root of P (Fig. 3, 7, 9, 11).",
         within(mean_slope, -0.52, -0.48),
-        f"Mean log-log slope {shown(mean_slope, 3)} (95%, {seeds} seeds, {pairs} pairs); required: -0.5 within 0.02.",
+        f"Mean log-log slope {format_interval(mean_slope, 3)} (95%, {seeds} seeds, {pairs} pairs); required: -0.5 "
+        "within 0.02.",
         id="entk-root-p",
     )
 
@@ -119,8 +150,8 @@ def judge_similar(faster: Interval, orders: list[float], seeds: int) -> Verdict:
     return Verdict(
         "Similar pairs converge faster (Fig. 3).",
         combined([below(faster, -0.02), lower]),
-        f"Slope of the five most similar pairs minus that of the others: {shown(faster, 3)} (95%, {seeds} seeds; "
-        f"faster would be below -0.02). Their level is lower: rank correlation of the error with 1 / rho "
+        f"Slope of the five most similar pairs minus that of the others: {format_interval(faster, 3)} (95%, {seeds} "
+        "seeds; faster would be below -0.02). Their level is lower: rank correlation of the error with 1 / rho "
         f"{min(orders):.3f} or more on the trained net (required: 0.9).",
         id="entk-similar-pairs",
     )
@@ -146,8 +177,8 @@ def judge_bound(bounds: list[float], least_favourable: dict[str, float]) -> Verd
 
 def over_seeds(statistic: Callable[[list[int]], float], seeds: int) -> Interval:
     """Return a statistic of the curves of all seeds, with its interval by the jackknife."""
-    every = list(range(seeds))
-    return jackknife(statistic(every), [statistic(every[:n] + every[n + 1 :]) for n in every])
+    indices = list(range(seeds))
+    return jackknife(statistic(indices), [statistic(indices[:n] + indices[n + 1 :]) for n in indices])
 
 
 def slopes_of(curves: ErrorCurves, counts: list[int], keep: list[int]) -> np.ndarray:
@@ -156,20 +187,20 @@ def slopes_of(curves: ErrorCurves, counts: list[int], keep: list[int]) -> np.nda
     return np.polyfit(np.log(counts), np.log(errors.numpy()).T, 1)[0]
 
 
-def mean_of_slopes(every: list[ErrorCurves], counts: list[int], keep: list[int]) -> float:
+def mean_of_slopes(curve_sets: list[ErrorCurves], counts: list[int], keep: list[int]) -> float:
     """Return the mean slope of all pairs."""
-    return float(np.mean([slopes_of(curves, counts, keep) for curves in every]))
+    return float(np.mean([slopes_of(curves, counts, keep) for curves in curve_sets]))
 
 
-def slope_difference(every: list[ErrorCurves], counts: list[int], keep: list[int]) -> float:
+def slope_difference(curve_sets: list[ErrorCurves], counts: list[int], keep: list[int]) -> float:
     """Return the mean slope of the more similar half of the pairs minus that of the other half."""
-    found = []
-    for curves in every:
+    differences = []
+    for curves in curve_sets:
         order = np.argsort([-pair.rho for pair in curves.moments])
         slopes = slopes_of(curves, counts, keep)[order]
         half = len(order) // 2
-        found.append(slopes[:half].mean() - slopes[half:].mean())
-    return float(np.mean(found))
+        differences.append(slopes[:half].mean() - slopes[half:].mean())
+    return float(np.mean(differences))
 
 
 def bound_over_rms(pair: KernelMoments, outputs: int = 10) -> float:
@@ -187,31 +218,35 @@ def all_curves(
         [flatten(example_jacobian(model, image)) for image in (*observed.split(1), *images.values())]
         for model in models
     ]
-    every = torch.cat([jac for of_stage in jacs for jac in of_stage])
-    measured: dict[tuple[int, int], list[torch.Tensor]] = {}
+    all_rows = torch.cat([jac for stage_jacs in jacs for jac in stage_jacs])
+    errors: dict[tuple[int, int], list[torch.Tensor]] = {}
     for seed in seeds:
         draw = SeededDirections(Dense("gaussian"), models[0].params, seed)
         parts = torch.arange(largest).split(250)
-        projections = torch.cat([draw.matrix(part.tolist()) @ every.T for part in parts])
-        blocks = projections.split([len(jac) for of_stage in jacs for jac in of_stage], dim=1)
+        projections = torch.cat([draw.matrix(part.tolist()) @ all_rows.T for part in parts])
+        blocks = projections.split([len(jac) for stage_jacs in jacs for jac in stage_jacs], dim=1)
         width = len(jacs[0])
-        for s, of_stage in enumerate(jacs):
+        for s, stage_jacs in enumerate(jacs):
             shared = blocks[s * width : s * width + len(observed)]
             for k in range(len(images)):
                 right = len(observed) + k
-                kernels = torch.stack([jac.double() @ of_stage[right].double().T for jac in of_stage[: len(observed)]])
-                joined = torch.cat([*shared, blocks[s * width + right]], dim=1)
-                measured.setdefault((s, k), []).append(curves_from_projections(joined, kernels, len(of_stage[right])))
-    found: list[dict[int, ErrorCurves]] = []
-    for s, of_stage in enumerate(jacs):
+                kernels = torch.stack(
+                    [jac.double() @ stage_jacs[right].double().T for jac in stage_jacs[: len(observed)]]
+                )
+                side_by_side = torch.cat([*shared, blocks[s * width + right]], dim=1)
+                errors.setdefault((s, k), []).append(
+                    curves_from_projections(side_by_side, kernels, len(stage_jacs[right]))
+                )
+    curves_by_stage: list[dict[int, ErrorCurves]] = []
+    for s, stage_jacs in enumerate(jacs):
         by_digit = {}
         for k, u in enumerate(images):
-            right_jac = of_stage[len(observed) + k]
-            moments = [KernelMoments.from_jacobians(jac, right_jac) for jac in of_stage[: len(observed)]]
-            kernels = torch.stack([jac.double() @ right_jac.double().T for jac in of_stage[: len(observed)]])
-            by_digit[u] = ErrorCurves(torch.stack(measured[s, k]), moments, kernels, "gaussian")
-        found.append(by_digit)
-    return found
+            right_jac = stage_jacs[len(observed) + k]
+            moments = [KernelMoments.from_jacobians(jac, right_jac) for jac in stage_jacs[: len(observed)]]
+            kernels = torch.stack([jac.double() @ right_jac.double().T for jac in stage_jacs[: len(observed)]])
+            by_digit[u] = ErrorCurves(torch.stack(errors[s, k]), moments, kernels, "gaussian")
+        curves_by_stage.append(by_digit)
+    return curves_by_stage
 
 
 def slope(counts: list[int], errors: torch.Tensor) -> float:
@@ -225,9 +260,9 @@ def rank_correlation(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(np.corrcoef(ranks[0].numpy(), ranks[1].numpy())[0, 1])
 
 
-def rho_range(found: dict[tuple[str, int], ErrorCurves], stage: str) -> tuple[float, float]:
+def rho_range(curves: Curves, stage: str) -> tuple[float, float]:
     """Return the smallest and largest rho of a checkpoint."""
-    values = [pair.rho for (s, _), curves in found.items() if s == stage for pair in curves.moments]
+    values = [pair.rho for (s, _), pairs in curves.items() if s == stage for pair in pairs.moments]
     return min(values), max(values)
 
 
@@ -256,14 +291,14 @@ def panels(curves: ErrorCurves, counts: list[int], title: str):
     return figure
 
 
-def pairs_figure(found: dict[tuple[str, int], ErrorCurves], counts: list[int]):
+def pairs_figure(curves: Curves, counts: list[int]):
     """Draw the paper's four pairs (Fig. 3)."""
     with figures() as Figure:
         figure = Figure(layout="constrained")
         axis = figure.subplots()
         for color, (u, o) in zip(PALETTE, (*HIGH, *LOW), strict=False):
-            curves = found["trained", u]
-            draw(axis, curves, o, counts, color, f"({u}, {o}), rho={curves.moments[o].rho:.3f}")
+            pairs = curves["trained", u]
+            draw(axis, pairs, o, counts, color, f"({u}, {o}), rho={pairs.moments[o].rho:.3f}")
         axis.set(xlabel="perturbations P", ylabel="relative Frobenius error", title="LeNet, trained; exact rms dashed")
         axis.legend()
     return figure

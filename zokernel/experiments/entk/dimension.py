@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zokernel.dynamics.belief import center
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import Interval, graded, interval, log_slope, shown, worst
+from zokernel.experiments.criteria import Interval, format_interval, graded, interval, log_slope, worst
 from zokernel.experiments.entk.lenet import Digits, accuracy, load_digits, train, updated_image
 from zokernel.experiments.entk.nets import mlp
 from zokernel.figures import PALETTE, figures
@@ -41,7 +41,7 @@ def run(config: Config) -> Result:
             for stage in STAGES:
                 if stage == "trained":
                     train(net, digits.train_x[:samples], digits.train_y[:samples], epochs=2, lr=2e-2, seed=seed)
-                found = variances(net, digits)
+                by_measure = variances(net, digits)
                 rows.append(
                     {
                         "d": sum(p.numel() for p in net.parameters()),
@@ -49,8 +49,11 @@ def run(config: Config) -> Result:
                         "seed": seed,
                         "stage": stage,
                         "accuracy": accuracy(net, digits.test_x, digits.test_y),
-                        **{name: float(np.median(values)) for name, values in found.items()},
-                        **{f"{name}_range": [float(min(values)), float(max(values))] for name, values in found.items()},
+                        **{name: float(np.median(values)) for name, values in by_measure.items()},
+                        **{
+                            f"{name}_range": [float(min(values)), float(max(values))]
+                            for name, values in by_measure.items()
+                        },
                     }
                 )
         logger.info("width %d is done", width)
@@ -58,7 +61,7 @@ def run(config: Config) -> Result:
     slopes = {f"{stage} {name}": slopes_by_seed(rows, stage, name) for stage in STAGES for name in MEASURES}
     upper = {f"{stage} {name}": slopes_by_seed(wide, stage, name) for stage in STAGES for name in MEASURES}
     span, width_span = (f"d = {part[0]['d']:,} to {part[-1]['d']:,}" for part in (rows, wide))
-    text = "; ".join(f"{name} d^{shown(value, 3)}" for name, value in upper.items())
+    text = "; ".join(f"{name} d^{format_interval(value, 3)}" for name, value in upper.items())
     return Result(
         summary=(
             f"Two-layer tanh networks on {digits.source}, {span}, {seeds} seeds of initialisation and training, the "
@@ -76,7 +79,7 @@ def judge(slopes: dict[str, Interval], span: str, seeds: int) -> Verdict:
     verdict = worst(
         graded((high, low, high), 0.1, 0.5) for low, high in zip(*sizes, strict=True)
     )  # the interval of the slope's size
-    text = "; ".join(f"{name} {shown(value, 3)}" for name, value in slopes.items())
+    text = "; ".join(f"{name} {format_interval(value, 3)}" for name, value in slopes.items())
     return Verdict(
         "The fidelity of the ZO kernel does not depend on the number of parameters.",
         verdict,
@@ -88,10 +91,10 @@ def judge(slopes: dict[str, Interval], span: str, seeds: int) -> Verdict:
 
 def slopes_by_seed(rows: list[dict[str, Any]], stage: str, name: str) -> Interval:
     """Return the log-log slope of the median variance against d, with its interval over seeds."""
-    of_stage = [row for row in rows if row["stage"] == stage]
-    seeds = sorted({row["seed"] for row in of_stage})
-    chosen = [[row for row in of_stage if row["seed"] == seed] for seed in seeds]
-    return interval([log_slope([r["d"] for r in part], [r[name] for r in part]) for part in chosen], logs=False)
+    stage_rows = [row for row in rows if row["stage"] == stage]
+    seeds = sorted({row["seed"] for row in stage_rows})
+    rows_by_seed = [[row for row in stage_rows if row["seed"] == seed] for seed in seeds]
+    return interval([log_slope([r["d"] for r in part], [r[name] for r in part]) for part in rows_by_seed], logs=False)
 
 
 def variances(net: nn.Module, digits: Digits) -> dict[str, list[float]]:
@@ -102,7 +105,7 @@ def variances(net: nn.Module, digits: Digits) -> dict[str, list[float]]:
     residual = model.logits(x).softmax(-1)
     residual[torch.arange(len(y)), y] -= 1
     gradient = vector_jacobian_product(model, x, residual / len(y))
-    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    by_measure: dict[str, list[float]] = {name: [] for name in MEASURES}
     for image in digits.first_of_each().split(1):
         jac_o = example_jacobian(model, image)
         beliefs = model.logits(image).softmax(-1)
@@ -111,19 +114,19 @@ def variances(net: nn.Module, digits: Digits) -> dict[str, list[float]]:
         product: Tensor | float = 0.0
         for name, grad in gradient.items():
             left, right = jac_o[name].flatten(1), jac_u[name].flatten(1)
-            moved = center(left.T, beliefs).T
+            centered = center(left.T, beliefs).T
             norm_o += left.square().sum(dtype=torch.float64).item()
             norm_u += right.square().sum(dtype=torch.float64).item()
             kernel = kernel + inner_products(left, right)
-            rows_sq += moved.square().sum(dtype=torch.float64).item()
+            rows_sq += centered.square().sum(dtype=torch.float64).item()
             gradient_sq += grad.square().sum(dtype=torch.float64).item()
-            product = product + inner_products(moved, grad.flatten()[None])
+            product = product + inner_products(centered, grad.flatten()[None])
         assert isinstance(kernel, Tensor)
         assert isinstance(product, Tensor)
-        found["kernel"].append(KernelMoments(norm_o, norm_u, kernel.square().sum().item()).single_draw_variance)
+        by_measure["kernel"].append(KernelMoments(norm_o, norm_u, kernel.square().sum().item()).single_draw_variance)
         moments = BeliefMoments(rows_sq, gradient_sq, product.square().sum().item())
-        found["step"].append(moments.as_kernel.single_draw_variance)
-    return found
+        by_measure["step"].append(moments.as_kernel.single_draw_variance)
+    return by_measure
 
 
 def draw_figure(rows: list[dict[str, Any]]):
@@ -134,10 +137,12 @@ def draw_figure(rows: list[dict[str, Any]]):
         for axis, name in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
             for stage, color in zip(STAGES, PALETTE, strict=False):
                 d = sorted({row["d"] for row in rows})
-                chosen = [[row for row in rows if (row["stage"], row["d"]) == (stage, size)] for size in d]
-                axis.plot(d, [np.median([r[name] for r in part]) for part in chosen], "o-", color=color, label=stage)
-                low = [min(row[f"{name}_range"][0] for row in part) for part in chosen]
-                high = [max(row[f"{name}_range"][1] for row in part) for part in chosen]
+                rows_by_size = [[row for row in rows if (row["stage"], row["d"]) == (stage, size)] for size in d]
+                axis.plot(
+                    d, [np.median([r[name] for r in part]) for part in rows_by_size], "o-", color=color, label=stage
+                )
+                low = [min(row[f"{name}_range"][0] for row in part) for part in rows_by_size]
+                high = [max(row[f"{name}_range"][1] for row in part) for part in rows_by_size]
                 axis.fill_between(d, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log", xlabel="parameters d", title=titles[name])
             axis.tick_params(axis="x", which="minor", labelbottom=False)

@@ -14,7 +14,7 @@ from zokernel.experiments.entk.lenet import lenet, load_digits, updated_image
 from zokernel.experiments.entk.nets import flattened, group_norm_net, random_prompt, tiny_language_model
 from zokernel.figures import PALETTE, figures
 from zokernel.kernels import entk, kernel_moments, zo_entk_factors
-from zokernel.theory import expected_squared_error, relative_error
+from zokernel.theory import KernelMoments, expected_squared_error, relative_error
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 COUNT = 25
@@ -30,28 +30,11 @@ def run(config: Config) -> Result:
         vector_model = flattened(model, outputs)
         moments = kernel_moments(vector_model, x_o, x_u)
         exact = entk(vector_model, x_o, x_u, check=False).double()
+        repeats = min(replicates, 200) if vector_model.dim > 100_000 else replicates
         for distribution in DISTRIBUTIONS:
-            repeats = min(replicates, 200) if vector_model.dim > 100_000 else replicates
             kernels = draw(vector_model, x_o, x_u, distribution, repeats, config.seed)
-            squared = (kernels - exact).square().sum((1, 2))
-            expected = expected_squared_error(moments, COUNT, distribution)
-            bias = (kernels.mean(0) - exact).square().sum().item() * repeats / expected
-            resolution = math.sqrt(expected / repeats) / exact.norm().item()
-            rows.append(
-                {
-                    "model": name,
-                    "distribution": distribution,
-                    "d": vector_model.dim,
-                    "rho": moments.rho,
-                    "replicates": repeats,
-                    "measured_over_predicted": math.sqrt(squared.mean().item() / expected),
-                    "z": ((squared.mean() - expected) / (squared.std() / math.sqrt(repeats))).item(),
-                    "bias_in_units_of_its_spread": math.sqrt(bias),
-                    "bias_by_chance": chance_of_bias(kernels, exact, draws),
-                    "spread_of_the_mean": resolution,
-                    "predicted_rms_error": relative_error(moments, COUNT, distribution),
-                }
-            )
+            row = {"model": name, "distribution": distribution, "d": vector_model.dim, "rho": moments.rho}
+            rows.append(row | compare_kernels(kernels, exact, moments, distribution, draws))
     worst = max(abs(row["measured_over_predicted"] - 1) for row in rows)
     bias = max(row["bias_in_units_of_its_spread"] for row in rows)
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -67,6 +50,33 @@ def run(config: Config) -> Result:
         figures={"laws": draw_figure(rows, names)},
         verdicts=[judge_bias(rows), judge_distributions(rows)],
     )
+
+
+def compare_kernels(
+    kernels: Tensor, exact: Tensor, moments: KernelMoments, distribution: str, draws: int
+) -> dict[str, Any]:
+    """Return the error and the bias of sampled kernels beside the closed forms.
+
+    Args:
+        kernels: Independent kernels of ``COUNT`` directions, (R, V, V).
+        exact: K, (V, V).
+        moments: Moments of the pair.
+        distribution: That of the directions.
+        draws: Sums to sample for the probability of the bias.
+    """
+    repeats = len(kernels)
+    squared = (kernels - exact).square().sum((1, 2))
+    expected = expected_squared_error(moments, COUNT, distribution)
+    bias = (kernels.mean(0) - exact).square().sum().item() * repeats / expected
+    return {
+        "replicates": repeats,
+        "measured_over_predicted": math.sqrt(squared.mean().item() / expected),
+        "z": ((squared.mean() - expected) / (squared.std() / math.sqrt(repeats))).item(),
+        "bias_in_units_of_its_spread": math.sqrt(bias),
+        "bias_by_chance": chance_of_bias(kernels, exact, draws),
+        "spread_of_the_mean": math.sqrt(expected / repeats) / exact.norm().item(),
+        "predicted_rms_error": relative_error(moments, COUNT, distribution),
+    }
 
 
 def judge_bias(rows: list[dict[str, Any]]) -> Verdict:
@@ -86,13 +96,13 @@ def judge_distributions(rows: list[dict[str, Any]]) -> Verdict:
     """Judge equal fidelity: errors on the closed forms (largest z), which differ by less than 5% in each model."""
     z, bound = max(abs(row["z"]) for row in rows), largest_z_by_chance(len(rows))
     predicted = {(row["model"], row["distribution"]): row["predicted_rms_error"] for row in rows}
-    apart = [abs(value / predicted[m, "rademacher"] - 1) for (m, d), value in predicted.items() if d == "gaussian"]
-    verdict = combined(HOLDS if gap < 0.05 else FAILS for gap in apart) if z < bound else OPEN
+    gaps = [abs(value / predicted[m, "rademacher"] - 1) for (m, d), value in predicted.items() if d == "gaussian"]
+    verdict = combined(HOLDS if gap < 0.05 else FAILS for gap in gaps) if z < bound else OPEN
     return Verdict(
         "Gaussian and Rademacher directions behave alike (Fig. 4, 5).",
         verdict,
         f"The measured errors are on their closed forms (largest |z| of {len(rows)} {z:.2f}; by chance up to "
-        f"{bound:.2f}), and the forms of Gaussian and Rademacher directions differ by {max(apart):.2%} or less "
+        f"{bound:.2f}), and the forms of Gaussian and Rademacher directions differ by {max(gaps):.2%} or less "
         "(required: 5%).",
         id="entk-laws-of-kernels",
     )
@@ -151,8 +161,8 @@ def models(config: Config):
     words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" terrible", " great")]
     texts = ("a joy from start to finish . It was", "dull and far too long . It was")
     batches: list[dict[str, Tensor]] = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
-    kept = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
-    yield "SmolLM2, LoRA, label words", model, kept[0], kept[1], words
+    inputs = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+    yield "SmolLM2, LoRA, label words", model, inputs[0], inputs[1], words
 
 
 def draw(model, x_o, x_u, distribution: str, repeats: int, seed: int) -> Tensor:
@@ -183,10 +193,10 @@ def draw_figure(rows: list[dict[str, Any]], names: list[str]):
         figure = Figure(layout="constrained")
         axis = figure.subplots()
         for offset, (distribution, color) in enumerate(zip(DISTRIBUTIONS, PALETTE, strict=False)):
-            chosen = [row for row in rows if row["distribution"] == distribution]
-            x = [names.index(row["model"]) + 0.2 * (offset - 1) for row in chosen]
-            y = [row["measured_over_predicted"] for row in chosen]
-            spread = [abs((r**2 - 1) / row["z"]) / r if row["z"] else 0.0 for r, row in zip(y, chosen, strict=True)]
+            points = [row for row in rows if row["distribution"] == distribution]
+            x = [names.index(row["model"]) + 0.2 * (offset - 1) for row in points]
+            y = [row["measured_over_predicted"] for row in points]
+            spread = [abs((r**2 - 1) / row["z"]) / r if row["z"] else 0.0 for r, row in zip(y, points, strict=True)]
             axis.errorbar(x, y, yerr=spread, fmt="o", color=color, label=distribution, capsize=3)
         axis.axhspan(0.95, 1.05, color="grey", alpha=0.15, linewidth=0)
         axis.axhline(1, color="black", linewidth=0.8)

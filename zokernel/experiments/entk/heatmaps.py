@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
-from zokernel.experiments.entk.lenet import CHECKPOINTS, checkpoints, updated_image
+from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, format_interval, interval
+from zokernel.experiments.entk.lenet import CHECKPOINTS, Checkpoints, Digits, checkpoints, updated_image
 from zokernel.figures import figures
 from zokernel.kernels import ZOKernel, entk, kernel_moments, zo_entk_factors
 
@@ -22,50 +24,64 @@ def run(config: Config) -> Result:
     """Draw K and K_hat for the paper's pairs and for every class against x_u in {1, 2, 4}."""
     stages = checkpoints(config)
     digits = stages.digits
-    observed = digits.first_of_each()
     updated = config.pick("x_u", smoke=(4,), cpu=(1, 2, 4))
-    numbers: dict[str, Any] = {"accuracies": stages.accuracies, "recipe": stages.recipe, "errors": {}, "rho": {}}
-    result = Result(summary="", numbers=numbers)
     streams = config.pick("streams", smoke=2, cpu=10)
-    found: dict[tuple[str, tuple[int, int]], np.ndarray] = {}
-    for stage in CHECKPOINTS:
-        net = stages.nets[stage]
-        pairs = [(f"$x_u$={u}, $x_o$={o}", observed[o : o + 1], updated_image(digits, u)) for u, o in PAIRS]
-        result.figures[f"fig1_{stage}"] = grid(net, pairs, config.seed, f"LeNet, {stage}")
-        for u, o in PAIRS:
-            x_u, x_o = updated_image(digits, u), observed[o : o + 1]
-            runs = [measure(net, x_o, x_u, config.seed + stream) for stream in range(streams)]
-            found[stage, (u, o)] = np.array([errors for errors, _ in runs])
-            means = [interval(column) for column in found[stage, (u, o)].T]
-            exact = runs[0][1]
-            numbers["errors"][f"{stage} {u}-{o}"] = dict(zip(map(str, COUNTS), means, strict=True))
-            numbers["rho"][f"{stage} {u}-{o}"] = kernel_moments(net, x_o, x_u).rho
-            result.arrays[f"K_{stage}_{u}_{o}"] = exact.numpy()
-    stage = "trained"
-    for figure_number, u in zip((6, 8, 10), (1, 2, 4), strict=True):
-        if u in updated:
-            rows = [(f"$x_o$={o}", observed[o : o + 1], updated_image(digits, u)) for o in range(10)]
-            result.figures[f"fig{figure_number}_xu{u}"] = grid(
-                stages.nets[stage], rows, config.seed, f"LeNet, {stage}, $x_u$={u}"
-            )
-    high, low = (numbers["errors"][f"trained {u}-{o}"] for u, o in PAIRS)
-    rho_high, rho_low = (numbers["rho"][f"trained {u}-{o}"] for u, o in PAIRS)
-    result.summary = (
+    seeds = range(config.seed, config.seed + streams)
+    errors, rho, arrays = {}, {}, {}
+    for stage, (u, o) in itertools.product(CHECKPOINTS, PAIRS):
+        net, x_o, x_u = stages.nets[stage], observed_image(digits, o), updated_image(digits, u)
+        exact = entk(net, x_o, x_u)
+        errors[stage, (u, o)] = np.array([relative_errors(net, x_o, x_u, exact, seed) for seed in seeds])
+        rho[f"{stage} {u}-{o}"] = kernel_moments(net, x_o, x_u).rho
+        arrays[f"K_{stage}_{u}_{o}"] = exact.numpy()
+    means = {
+        f"{stage} {u}-{o}": dict(zip(map(str, COUNTS), map(interval, by_stream.T), strict=True))
+        for (stage, (u, o)), by_stream in errors.items()
+    }
+    high, low = (means[f"trained {u}-{o}"] for u, o in PAIRS)
+    rho_high, rho_low = (rho[f"trained {u}-{o}"] for u, o in PAIRS)
+    summary = (
         f"LeNet with 29,624 parameters on {digits.source}, {streams} streams of directions. Trained (test accuracy "
         f"{stages.accuracies['trained']:.1%}), the relative error falls from {high['1'][0]:.1f} at P = 1 to "
         f"{high['125'][0]:.2f} at P = 125 for the pair (4, 9) with rho = {rho_high:.3f}, and from {low['1'][0]:.1f} to "
         f"{low['125'][0]:.2f} for (1, 0) with rho = {rho_low:.3f}."
     )
     falls = {
-        f"({u}, {o})": interval(found["trained", (u, o)][:, -1] / found["trained", (u, o)][:, 0]) for u, o in PAIRS
+        f"({u}, {o})": interval(errors["trained", (u, o)][:, -1] / errors["trained", (u, o)][:, 0]) for u, o in PAIRS
     }
     similar = {
-        stage: interval(np.exp(np.log(found[stage, PAIRS[0]] / found[stage, PAIRS[1]]).mean(1)), logs=True)
+        stage: interval(np.exp(np.log(errors[stage, PAIRS[0]] / errors[stage, PAIRS[1]]).mean(1)), logs=True)
         for stage in CHECKPOINTS
     }
-    numbers |= {"streams": streams, "error_at_125_over_1": falls, "similar_over_dissimilar": similar}
-    result.verdicts = [judge_denoising(falls, streams), judge_similar(similar, streams, small=config.scale == "smoke")]
-    return result
+    numbers = {
+        "accuracies": stages.accuracies,
+        "recipe": stages.recipe,
+        "errors": means,
+        "rho": rho,
+        "streams": streams,
+        "error_at_125_over_1": falls,
+        "similar_over_dissimilar": similar,
+    }
+    verdicts = [judge_denoising(falls, streams), judge_similar(similar, streams, small=config.scale == "smoke")]
+    return Result(summary, numbers, arrays, draw_all(stages, updated, config.seed), verdicts)
+
+
+def observed_image(digits: Digits, label: int) -> Tensor:
+    """Return the first test image of a class, (1, 1, 28, 28)."""
+    return digits.first_of_each()[label : label + 1]
+
+
+def draw_all(stages: Checkpoints, updated: Sequence[int], seed: int) -> dict[str, Any]:
+    """Draw the paper's pairs at every checkpoint, then every class against each updated digit."""
+    digits, drawn = stages.digits, {}
+    for stage in CHECKPOINTS:
+        pairs = [(f"$x_u$={u}, $x_o$={o}", observed_image(digits, o), updated_image(digits, u)) for u, o in PAIRS]
+        drawn[f"fig1_{stage}"] = grid(stages.nets[stage], pairs, seed, f"LeNet, {stage}")
+    for number, u in zip((6, 8, 10), (1, 2, 4), strict=True):
+        if u in updated:
+            rows = [(f"$x_o$={o}", observed_image(digits, o), updated_image(digits, u)) for o in range(10)]
+            drawn[f"fig{number}_xu{u}"] = grid(stages.nets["trained"], rows, seed, f"LeNet, trained, $x_u$={u}")
+    return drawn
 
 
 def judge_denoising(falls: dict[str, Interval], streams: int) -> Verdict:
@@ -74,7 +90,7 @@ def judge_denoising(falls: dict[str, Interval], streams: int) -> Verdict:
         "More perturbations denoise the kernel (Fig. 1).",
         combined(below(fall, 1.0) for fall in falls.values()),
         f"Error at P = 125 over that at P = 1 (95%, {streams} streams, trained net): "
-        + ", ".join(f"{shown(fall, 3)} for {pair}" for pair, fall in falls.items())
+        + ", ".join(f"{format_interval(fall, 3)} for {pair}" for pair, fall in falls.items())
         + "; the exact rms errors have 0.089.",
         id="entk-denoising",
     )
@@ -87,16 +103,15 @@ def judge_similar(similar: dict[str, Interval], streams: int, *, small: bool = F
         "Similar pairs converge faster (Fig. 1).",
         NOT_RUN if small else verdict,  # the stand-in patterns have no similar digits
         f"Error of (4, 9) over that of (1, 0) at equal P (95%, {streams} streams): "
-        + ", ".join(f"{shown(ratio)} ({stage})" for stage, ratio in similar.items())
+        + ", ".join(f"{format_interval(ratio)} ({stage})" for stage, ratio in similar.items())
         + "; required: below 1.",
         id="entk-similar-pairs",
     )
 
 
-def measure(net: nn.Module, x_o: Tensor, x_u: Tensor, seed: int) -> tuple[list[float], Tensor]:
-    """Return the relative errors at ``COUNTS`` (one nested Gaussian stream) and the exact kernel."""
-    exact = entk(net, x_o, x_u)
-    return _factors(net, x_o, x_u, seed).relative_errors(exact, COUNTS).tolist(), exact
+def relative_errors(net: nn.Module, x_o: Tensor, x_u: Tensor, exact: Tensor, seed: int) -> list[float]:
+    """Return the relative errors at ``COUNTS`` of one nested Gaussian stream."""
+    return _factors(net, x_o, x_u, seed).relative_errors(exact, COUNTS).tolist()
 
 
 def _factors(net: nn.Module, x_o: Tensor, x_u: Tensor, seed: int) -> ZOKernel:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import HOLDS, Interval, above, below, combined, jackknife, shown
+from zokernel.experiments.criteria import HOLDS, Interval, above, below, combined, format_interval, jackknife
 from zokernel.experiments.entk.lenet import checkpoints
 from zokernel.figures import PALETTE, figures
 from zokernel.kernels import FunctionalModel, jacobian_vector_product, vector_jacobian_product
@@ -39,9 +39,11 @@ def run(config: Config) -> Result:
         for perturbations in counts:
             gaps = []
             for seed in seeds:
-                trained = zeroth_order(net, x, y, total / steps, steps, perturbations, config.seed + seed)
-                moved = trained(probe).detach() - start
-                gaps.append(((moved - reference).norm() / reference.norm()).item())
+                trained = zeroth_order(
+                    net, x, y, lr=total / steps, steps=steps, count=perturbations, seed=config.seed + seed
+                )
+                change = trained(probe).detach() - start
+                gaps.append(((change - reference).norm() / reference.norm()).item())
             rms = math.sqrt(np.mean(np.square(gaps)))
             by_root = rms * math.sqrt(perturbations * steps)
             rows.append({"P": perturbations, "T": steps, "gap": rms, "scaled": by_root, "gap_by_seed": gaps})
@@ -52,8 +54,8 @@ def run(config: Config) -> Result:
         summary=(
             f"LeNet on {digits.source}, the same total step {total:g} cut into T = {min(horizons)}..{max(horizons)} "
             f"steps with P = {min(counts)}..{max(counts)}, {len(seeds)} seeds of directions: the gap falls as "
-            f"P^{shown(powers['P'])} T^{shown(powers['T'])}, and gap x sqrt(P T) is {scaled.min():.1f} to "
-            f"{scaled.max():.1f}; one step predicts {predicted:.1f}."
+            f"P^{format_interval(powers['P'])} T^{format_interval(powers['T'])}, and gap x sqrt(P T) is "
+            f"{scaled.min():.1f} to {scaled.max():.1f}; one step predicts {predicted:.1f}."
         ),
         numbers={"rows": rows, "exponents": powers, "seeds": len(seeds), "predicted_scaled_gap": predicted},
         figures={"horizon": draw_figure(rows, predicted)},
@@ -69,20 +71,21 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, Interval]:
     design = np.array([[1.0, math.log(row["P"]), math.log(row["T"])] for row in rows])
     squares = np.square([row["gap_by_seed"] for row in rows])
 
-    def fitted(kept: np.ndarray) -> np.ndarray:
-        return np.linalg.lstsq(design, 0.5 * np.log(kept.mean(1)), rcond=None)[0]
+    def fit(squares_of_seeds: np.ndarray) -> np.ndarray:
+        return np.linalg.lstsq(design, 0.5 * np.log(squares_of_seeds.mean(1)), rcond=None)[0]
 
-    whole, without = fitted(squares), [fitted(np.delete(squares, n, axis=1)) for n in range(squares.shape[1])]
-    return {name: jackknife(whole[k], [one[k] for one in without]) for name, k in (("P", 1), ("T", 2))}
+    whole, without_each = fit(squares), [fit(np.delete(squares, n, axis=1)) for n in range(squares.shape[1])]
+    return {name: jackknife(whole[k], [powers[k] for powers in without_each]) for name, k in (("P", 1), ("T", 2))}
 
 
 def judge(powers: dict[str, Interval], seeds: int) -> Verdict:
     """Judge the need for a large P: it helps (below -0.35), and more steps do not help as well (above -0.1)."""
-    needed = [below(powers["P"], -0.35), above(powers["T"], -0.1)]
+    parts = [below(powers["P"], -0.35), above(powers["T"], -0.1)]
     return Verdict(
         "A large P is needed for ZO training to follow FO training (Fig. 4, one-step analysis).",
-        combined(needed) if needed[0] == HOLDS else needed[0],
-        f"At a given total step the gap to gradient descent goes as P^{shown(powers['P'])} T^{shown(powers['T'])} "
+        combined(parts) if parts[0] == HOLDS else parts[0],
+        f"At a given total step the gap to gradient descent goes as P^{format_interval(powers['P'])} "
+        f"T^{format_interval(powers['T'])} "
         f"(95%, {seeds} seeds). P is needed if the power of P is below -0.35 and that of T above -0.1. Where steps "
         "help as much as directions, P x T counts, and P = 1 works over a run.",
         id="entk-large-p",
@@ -95,9 +98,9 @@ def lazy_variance(net: nn.Module, x: Tensor, y: Tensor, probe: Tensor) -> float:
     residual = model.logits(x).softmax(-1)
     residual[torch.arange(len(y)), y] -= 1
     gradient = vector_jacobian_product(model, x, residual / len(y))
-    moved = jacobian_vector_product(model, probe, gradient)
+    change = jacobian_vector_product(model, probe, gradient)
     rows_sq = sum(squared_norm(example_jacobian(model, image)) for image in examples(probe))
-    return 1 + rows_sq * squared_norm(gradient) / moved.double().square().sum().item()
+    return 1 + rows_sq * squared_norm(gradient) / change.double().square().sum().item()
 
 
 def gradient_descent(net: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int) -> nn.Module:
@@ -111,7 +114,7 @@ def gradient_descent(net: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int
     return trained
 
 
-def zeroth_order(net: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int, count: int, seed: int) -> nn.Module:
+def zeroth_order(net: nn.Module, x: Tensor, y: Tensor, *, lr: float, steps: int, count: int, seed: int) -> nn.Module:
     """Return a copy of the network after as many zeroth-order steps."""
     trained = copy.deepcopy(net)
     optimizer = MeZO(trained, lr=lr, num_perturbations=count, distribution="rademacher", seed=seed)
@@ -126,10 +129,10 @@ def draw_figure(rows: list[dict[str, Any]], predicted: float):
         figure = Figure(layout="constrained")
         axis = figure.subplots()
         for color, count in zip(PALETTE, sorted({row["P"] for row in rows}), strict=False):
-            chosen = [row for row in rows if row["P"] == count]
+            points = [row for row in rows if row["P"] == count]
             axis.plot(
-                [row["P"] * row["T"] for row in chosen],
-                [row["gap"] for row in chosen],
+                [row["P"] * row["T"] for row in points],
+                [row["gap"] for row in points],
                 "o",
                 color=color,
                 label=f"P = {count}",

@@ -8,6 +8,7 @@ perturbation size; they are settings here.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -24,23 +25,26 @@ from zokernel.experiments.criteria import (
     Interval,
     below,
     combined,
+    format_interval,
     graded,
     interval,
     jackknife,
     log_slope,
-    shown,
     within,
     worst,
 )
 from zokernel.experiments.entk.sentences import Tail, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
 COUNTS = (1, 5, 10, 20, 50, 100)
 DISTRIBUTIONS = ("gaussian", "rademacher")
+
+Ends = dict[tuple[str, int], list[Tensor]]
+"""By distribution and P, the beliefs of every stream after the last step."""
 
 
 @experiment("entk/language_model", "ZO-eNTK Fig. 4, 5: beliefs of a language model under SGD and ZO-SGD")
@@ -57,76 +61,111 @@ def run(config: Config) -> Result:
     tail = Tail(task.model, num_blocks)
     batches = [tail.cache(task.model, batch) for batch in task.batches]
     targets = [batch["targets"] for batch in task.batches]
-    watched, answers = tail.cache(task.model, task.observed), task.observed["targets"]
-    dim = sum(p.numel() for p in tail.parameters())
-    reference = trajectory(tail, batches, targets, watched, lr=lr)
-    change = (reference[-1] - reference[0]).norm().item()
+    train = partial(trajectory, tail, batches, targets, tail.cache(task.model, task.observed), lr=lr)
+    reference = train()
+    answers = task.observed["targets"]
     table: list[dict[str, Any]] = []
     arrays = {"fo": label_beliefs(reference, answers).numpy()}
-    ends: dict[tuple[str, int], list[Tensor]] = {}
-    for distribution in DISTRIBUTIONS:
-        for count in counts:
-            chosen = {"lr": lr, "count": count, "distribution": distribution, "eps": eps}
-            found = [
-                trajectory(tail, batches, targets, watched, **chosen, seed=config.seed + stream)
-                for stream in range(streams)
-            ]
-            apart = torch.stack([run - reference for run in found]).norm(dim=-1)  # (streams, steps + 1, sentences)
-            ends[distribution, count] = [run[-1] for run in found]
-            relative = [((run[-1] - reference[-1]).norm() / change).item() for run in found]
-            table.append(
-                {
-                    "distribution": distribution,
-                    "P": count,
-                    "final_l2": interval(apart[:, -1].mean(-1).numpy()),
-                    "mean_l2": apart[:, 1:].mean().item(),
-                    "relative": interval(relative),
-                    "final_l2_by_stream": apart[:, -1].mean(-1).tolist(),
-                    "relative_by_stream": relative,
-                }
-            )
-            arrays[f"{distribution}_{count}"] = label_beliefs(found[0], answers).numpy()
-            logger.info("%s, P = %d: %s of the change", distribution, count, shown(table[-1]["relative"]))
-    slopes = {name: rms_slope(table, (name,)) for name in DISTRIBUTIONS}
-    pooled = rms_slope(table, DISTRIBUTIONS)
-    alike = distance_ratio(table)
-    crossed = {str(count): crossing(*(ends[name, count] for name in DISTRIBUTIONS)) for count in counts}
-    nearest = [interval(pair_distances(*(ends[n, counts[-1]] for n in DISTRIBUTIONS)) / change)]
+    ends: Ends = {}
+    for distribution, count in itertools.product(DISTRIBUTIONS, counts):
+        seeds = range(config.seed, config.seed + streams)
+        paths = [train(count=count, distribution=distribution, eps=eps, seed=seed) for seed in seeds]
+        table.append({"distribution": distribution, "P": count} | distances(paths, reference))
+        arrays[f"{distribution}_{count}"] = label_beliefs(paths[0], answers).numpy()
+        ends[distribution, count] = [path[-1] for path in paths]
+        logger.info("%s, P = %d: %s of the change", distribution, count, format_interval(table[-1]["relative"]))
+    agreement = agreement_of_distributions(table, ends, counts, change_of(reference))
     numbers = {
         "rows": table,
-        "d": dim,
+        "d": sum(p.numel() for p in tail.parameters()),
         "V": task.vocab_size,
         "source": task.source,
-        "trained": f"the last {counted(num_blocks, 'decoder block')} and the final norm",
+        "trained": f"the last {plural(num_blocks, 'decoder block')} and the final norm",
         "streams": streams,
-        "slopes": slopes,
-        "pooled_slope": pooled,
-        "distance_gaussian_over_rademacher": alike,
-        "distance_between_distributions_over_within": crossed,
-        "distance_between_distributions_over_change_at_largest_P": nearest[0],
+        **agreement,
         "lr": lr,
         "steps": steps,
         "eps": eps,
     }
-    largest = min(50, max(counts))
-    fifty = {row["distribution"]: row["relative"] for row in table if row["P"] == largest}
-    summary = (
-        f"{task.source}; trained: {numbers['trained']}, {dim:,} parameters; V = {task.vocab_size:,}, {steps} steps of "
-        f"{batch_size} sentences, {streams} streams of directions. The l2 distance between ZO and FO beliefs after all "
-        f"steps falls with slope {shown(pooled)}; at P = {largest} it is "
-        + " and ".join(f"{shown(value)} ({name})" for name, value in fifty.items())
-        + " of what FO training changed."
-    )
     drawn = {
         "fig4_trajectories": trajectories_figure(arrays, counts),
         "fig5_difference": difference_figure(table, task.source),
     }
-    judged = [
-        judge_root(pooled, streams, (min(counts), max(counts))),
-        judge_fifty(fifty, largest, streams, small=config.scale == "smoke"),
-        judge_distributions(alike, crossed[str(counts[-1])], nearest[0], counts[-1], streams),
+    summary = _summary(numbers, batch_size)
+    return Result(summary, numbers, arrays, drawn, _verdicts(numbers, counts, small=config.scale == "smoke"))
+
+
+def change_of(path: Tensor) -> float:
+    """Return by how much beliefs have changed at the end of a trajectory."""
+    return (path[-1] - path[0]).norm().item()
+
+
+def distances(paths: list[Tensor], reference: Tensor) -> dict[str, Any]:
+    """Return the distances of the trajectories of several streams to that of first-order training."""
+    distance = torch.stack([path - reference for path in paths]).norm(dim=-1)  # (streams, steps + 1, sentences)
+    relative = [((path[-1] - reference[-1]).norm() / change_of(reference)).item() for path in paths]
+    return {
+        "final_l2": interval(distance[:, -1].mean(-1).numpy()),
+        "mean_l2": distance[:, 1:].mean().item(),
+        "relative": interval(relative),
+        "final_l2_by_stream": distance[:, -1].mean(-1).tolist(),
+        "relative_by_stream": relative,
+    }
+
+
+def agreement_of_distributions(
+    table: list[dict[str, Any]], ends: Ends, counts: Sequence[int], change: float
+) -> dict[str, Any]:
+    """Return how distances fall with P, and how far the trajectories of both distributions are apart."""
+    gaussian, rademacher = (ends[name, counts[-1]] for name in DISTRIBUTIONS)
+    return {
+        "slopes": {name: rms_slope(table, (name,)) for name in DISTRIBUTIONS},
+        "pooled_slope": rms_slope(table, DISTRIBUTIONS),
+        "distance_gaussian_over_rademacher": distance_ratio(table),
+        "distance_between_distributions_over_within": {
+            str(count): crossing(*(ends[name, count] for name in DISTRIBUTIONS)) for count in counts
+        },
+        "distance_between_distributions_over_change_at_largest_P": interval(
+            pair_distances(gaussian, rademacher) / change
+        ),
+    }
+
+
+def gaps_at(table: list[dict[str, Any]], count: int) -> dict[str, Interval]:
+    """Return the gap at P directions over the change by first-order training, by distribution."""
+    return {row["distribution"]: row["relative"] for row in table if row["P"] == count}
+
+
+def _largest_count(table: list[dict[str, Any]]) -> int:
+    """Return the P whose gaps are judged: 50, or the largest if that is smaller."""
+    return min(50, max(row["P"] for row in table))
+
+
+def _summary(numbers: dict[str, Any], batch_size: int) -> str:
+    largest = _largest_count(numbers["rows"])
+    return (
+        f"{numbers['source']}; trained: {numbers['trained']}, {numbers['d']:,} parameters; V = {numbers['V']:,}, "
+        f"{numbers['steps']} steps of {batch_size} sentences, {numbers['streams']} streams of directions. The l2 "
+        f"distance between ZO and FO beliefs after all steps falls with slope "
+        f"{format_interval(numbers['pooled_slope'])}; at P = {largest} it is "
+        + " and ".join(f"{format_interval(gap)} ({name})" for name, gap in gaps_at(numbers["rows"], largest).items())
+        + " of what FO training changed."
+    )
+
+
+def _verdicts(numbers: dict[str, Any], counts: Sequence[int], *, small: bool) -> list[Verdict]:
+    largest, streams = _largest_count(numbers["rows"]), numbers["streams"]
+    return [
+        judge_root(numbers["pooled_slope"], streams, (min(counts), max(counts))),
+        judge_fifty(gaps_at(numbers["rows"], largest), largest, streams, small=small),
+        judge_distributions(
+            numbers["distance_gaussian_over_rademacher"],
+            numbers["distance_between_distributions_over_within"][str(counts[-1])],
+            numbers["distance_between_distributions_over_change_at_largest_P"],
+            counts[-1],
+            streams,
+        ),
     ]
-    return Result(summary, numbers, arrays, drawn, judged)
 
 
 def judge_root(slope: Interval, streams: int, span: tuple[int, int]) -> Verdict:
@@ -134,8 +173,8 @@ def judge_root(slope: Interval, streams: int, span: tuple[int, int]) -> Verdict:
     return Verdict(
         "The difference of beliefs tends to zero as P grows, as the inverse root (Fig. 5).",
         within(slope, -0.65, -0.35),
-        f"Log-log slope {shown(slope)} (95%, {streams} streams, mean of both distributions) over P = {span[0]}.."
-        f"{span[1]}; required: within 0.15 of -0.5.",
+        f"Log-log slope {format_interval(slope)} (95%, {streams} streams, mean of both distributions) over P = "
+        f"{span[0]}..{span[1]}; required: within 0.15 of -0.5.",
         id="entk-beliefs-root-p",
     )
 
@@ -146,20 +185,23 @@ def judge_fifty(gaps: dict[str, Interval], count: int, streams: int, *, small: b
         "P = 50 effectively mimics first-order training (Fig. 4).",
         NOT_RUN if small else worst(graded(gap, 0.2, 0.5) for gap in gaps.values()),
         f"The gap at P = {count} over the change by FO training is "
-        + " and ".join(f"{shown(gap)} ({name})" for name, gap in gaps.items())
+        + " and ".join(f"{format_interval(gap)} ({name})" for name, gap in gaps.items())
         + f" (95%, {streams} streams); required: below 0.2, or under conditions below 0.5.",
         id="entk-p50",
     )
 
 
-def judge_distributions(alike: Interval, crossed: Interval, nearest: Interval, count: int, streams: int) -> Verdict:
+def judge_distributions(ratio: Interval, across: Interval, gap: Interval, count: int, streams: int) -> Verdict:
     """Judge whether trajectories agree: in distribution (equal distances up to 25%), and one by one (a fifth apart)."""
     return Verdict(
         "Gaussian and Rademacher trajectories agree (Fig. 4, 5).",
-        combined([within(alike, 0.8, 1.25), within(crossed, 0.8, 1.25), below(nearest, 0.2)]),
-        f"Distance to FO, Gaussian over Rademacher: {shown(alike)}; required: within 0.8 to 1.25. At P = {count} two "
-        f"trajectories of different distributions are {shown(crossed)} times as far apart as two of the same one "
-        f"(required: the same), and {shown(nearest)} of the change apart (required: below 0.2); {streams} streams.",
+        combined([within(ratio, 0.8, 1.25), within(across, 0.8, 1.25), below(gap, 0.2)]),
+        f"Distance to FO, Gaussian over Rademacher: {format_interval(ratio)}; required: within 0.8 to 1.25. At P = "
+        f"{count} two "
+        f"trajectories of different distributions are {format_interval(across)} times as far apart as two of the "
+        "same one "
+        f"(required: the same), and {format_interval(gap)} of the change apart (required: below 0.2); {streams} "
+        "streams.",
         id="entk-laws-of-trajectories",
     )
 
@@ -171,12 +213,12 @@ def rms_slope(table: list[dict[str, Any]], distributions: Sequence[str]) -> Inte
     def fitted(keep: Sequence[int]) -> float:
         squares = [[np.square(np.array(row["final_l2_by_stream"])[keep]).mean() for row in part] for part in parts]
         slopes = [
-            log_slope([row["P"] for row in part], np.sqrt(found)) for part, found in zip(parts, squares, strict=True)
+            log_slope([row["P"] for row in part], np.sqrt(square)) for part, square in zip(parts, squares, strict=True)
         ]
         return float(np.mean(slopes))
 
-    every = list(range(len(parts[0][0]["final_l2_by_stream"])))
-    return jackknife(fitted(every), [fitted(every[:n] + every[n + 1 :]) for n in every])
+    streams = list(range(len(parts[0][0]["final_l2_by_stream"])))
+    return jackknife(fitted(streams), [fitted(streams[:n] + streams[n + 1 :]) for n in streams])
 
 
 def distance_ratio(table: list[dict[str, Any]]) -> Interval:
@@ -203,7 +245,7 @@ def trajectory(
     tail: nn.Module,
     batches: list[Any],
     targets: list[Tensor],
-    watched: Any,
+    observed: Any,
     *,
     lr: float,
     count: int | None = None,
@@ -211,13 +253,13 @@ def trajectory(
     eps: float = 1e-3,
     seed: int = 0,
 ) -> Tensor:
-    """Return beliefs over the whole vocabulary at the watched sentences, (steps + 1, sentences, V).
+    """Return beliefs over the whole vocabulary at the observed sentences, (steps + 1, sentences, V).
 
     Args:
         tail: The model; a copy is trained.
         batches: One cached batch per step.
         targets: Their target tokens.
-        watched: The cached sentences to watch.
+        observed: The cached sentences to observe.
         lr: Learning rate of both methods.
         count: P; ``None`` for gradient descent.
         distribution: That of the directions.
@@ -236,9 +278,9 @@ def trajectory(
 
     def beliefs() -> Tensor:
         with torch.no_grad():
-            return net(watched).softmax(-1)
+            return net(observed).softmax(-1)
 
-    found = [beliefs()]
+    path = [beliefs()]
     for batch, target in zip(batches, targets, strict=True):
         if count is None:
             optimizer.zero_grad()
@@ -246,8 +288,8 @@ def trajectory(
             optimizer.step()
         else:
             optimizer.step(partial(_loss, net, batch, target))
-        found.append(beliefs())
-    return torch.stack(found)
+        path.append(beliefs())
+    return torch.stack(path)
 
 
 def _loss(net: nn.Module, batch: Any, target: Tensor) -> float:

@@ -31,8 +31,16 @@ from torch import Tensor, nn
 
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, graded, interval, log_slope, shown, student_quantile
-from zokernel.experiments.entk.kept import KeptArrays
+from zokernel.experiments.criteria import (
+    NOT_RUN,
+    Interval,
+    format_interval,
+    graded,
+    interval,
+    log_slope,
+    student_quantile,
+)
+from zokernel.experiments.entk.array_cache import ArrayCache
 from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
@@ -73,14 +81,14 @@ class Changes:
     def errors(self, count: int) -> np.ndarray:
         """Return the squared relative errors of disjoint groups of ``count`` directions, (B, groups)."""
         groups = len(self.gram) // count
-        found = np.empty((len(self.slopes), groups))
+        errors = np.empty((len(self.slopes), groups))
         for batch, group in itertools.product(range(len(self.slopes)), range(groups)):
-            chosen = slice(group * count, (group + 1) * count)
-            slopes = self.slopes[batch, chosen]
-            change = slopes @ self.gram[chosen, chosen] @ slopes / count**2
-            shared = slopes @ self.along_gradient[batch, chosen] / count
-            found[batch, group] = 1 + (change - 2 * shared) / self.change_sq[batch]
-        return found
+            part = slice(group * count, (group + 1) * count)
+            slopes = self.slopes[batch, part]
+            change = slopes @ self.gram[part, part] @ slopes / count**2
+            shared = slopes @ self.along_gradient[batch, part] / count
+            errors[batch, group] = 1 + (change - 2 * shared) / self.change_sq[batch]
+        return errors
 
 
 @experiment("entk/model_sizes", "ZO-eNTK Fig. 4, 5: the P that one step needs, by model size, all weights")
@@ -88,9 +96,9 @@ def run(config: Config) -> Result:
     """Measure v and the errors at each P for every model; compare sizes."""
     names = config.pick("models", smoke=("16", "32", "64"), cpu=("smollm2",))
     names = [names] if isinstance(names, str) else list(names)
-    chosen = config.pick("directions", smoke=20, cpu=100)
+    directions = config.pick("directions", smoke=20, cpu=100)
     # One number for all, one for each model, or a pair for a model, of Gaussian and of Rademacher directions.
-    counts = chosen if isinstance(chosen, list) else [chosen] * len(names)
+    counts = directions if isinstance(directions, list) else [directions] * len(names)
     if len(counts) != len(names):
         raise UsageError(f"directions has {len(counts)} numbers for {len(names)} models.")
     batches = config.pick("batches", smoke=2, cpu=4)
@@ -99,28 +107,12 @@ def run(config: Config) -> Result:
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
     rows: list[dict[str, Any]] = []
     sizes: list[dict[str, Any]] = []
-    for name, directions in zip(names, counts, strict=True):
-        task = language_task(config, steps=gradients, batch_size=batch_size, name=name)
-        kept = KeptArrays(config, name)
-        settings = f"{gradients}-{batch_size}-{config.seed}"
-        gradient = gradients_of(task)
-        squares = kept(f"gradients-{settings}", partial(measure_gradients, task, gradient))
-        measured = {}
-        pair = directions if isinstance(directions, list) else [directions] * len(DISTRIBUTIONS)
-        for distribution, number in zip(DISTRIBUTIONS, pair, strict=True):
-            if number == 0:
-                continue
-            options = {"distribution": distribution, "eps": eps, "seed": config.seed}
-            settings = f"{distribution}-{number}-{batches}-{batch_size}-{eps}-{config.seed}"
-            found = kept(settings, partial(measure, task, gradient, batches, number, **options))
-            measured[distribution] = Changes(**found)
-        shared = {"model": task.source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
-        of_model = {"source": task.source, "V": task.vocab_size, "directions": directions, "seconds": kept.seconds}
-        sizes.append(shared | of_model | pooled(measured, squares))
-        del task
-        for distribution, changes in measured.items():
-            rows.append(shared | {"distribution": distribution} | described(changes, sizes[-1]["jacobian_sq"]))
-        logger.info("%s: v = %s", name, shown(sizes[-1]["v"]))
+    for name, number in zip(names, counts, strict=True):
+        sampling = Sampling(number, batches, gradients, batch_size, eps)
+        size, errors = measure_model(config, name, sampling)
+        sizes.append(size)
+        rows += errors
+        logger.info("%s: v = %s", name, format_interval(size["v"]))
     exponent = size_exponent(sizes)
     numbers = {
         "sizes": sizes,
@@ -133,14 +125,61 @@ def run(config: Config) -> Result:
         "eps": eps,
         "seconds": sum(size["seconds"] for size in sizes),
     }
-    text = "; ".join(f"{row['model']} ({row['d']:,}) {shown(row['v'], 0)}" for row in sizes)
+    text = "; ".join(f"{row['model']} ({row['d']:,}) {format_interval(row['v'], 0)}" for row in sizes)
     summary = (
         f"All weights, {gradients} batches of {batch_size} sentences, its five sentences, the whole vocabulary. "
-        f"Relative variance v of one direction: {text}; as a power of d: {shown(exponent)}. "
+        f"Relative variance v of one direction: {text}; as a power of d: {format_interval(exponent)}. "
         f"A relative error of {FIDELITY:g} needs v / {FIDELITY**2:g} directions, of one step or of all steps together."
     )
     verdict = judge(exponent, len({row["d"] for row in sizes}), gradients, small=config.scale == "smoke")
     return Result(summary, numbers, {}, {"fig5_sizes": draw(rows)}, [verdict])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much is measured of one model.
+
+    Attributes:
+        directions: Single directions of each distribution, or a pair: of Gaussian and of Rademacher ones.
+        batches: Batches whose slopes along the directions are measured.
+        gradients: Batches whose gradient is taken.
+        batch_size: Sentences in each.
+        eps: Half of the distance between the two points of a direction.
+    """
+
+    directions: int | list[int]
+    batches: int
+    gradients: int
+    batch_size: int
+    eps: float
+
+
+def measure_model(config: Config, name: str, sampling: Sampling) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the row of a model, and a row of its errors per distribution."""
+    task = language_task(config, steps=sampling.gradients, batch_size=sampling.batch_size, name=name)
+    cached = ArrayCache(config, name)
+    gradient = gradients_of(task)
+    settings = f"{sampling.gradients}-{sampling.batch_size}-{config.seed}"
+    squares = cached(f"gradients-{settings}", partial(measure_gradients, task, gradient))
+    directions = sampling.directions
+    changes = {}
+    for distribution, number in zip(
+        DISTRIBUTIONS, directions if isinstance(directions, list) else [directions] * len(DISTRIBUTIONS), strict=True
+    ):
+        if number == 0:
+            continue
+        options: dict[str, Any] = {"distribution": distribution, "eps": sampling.eps, "seed": config.seed}
+        settings = f"{distribution}-{number}-{sampling.batches}-{sampling.batch_size}-{sampling.eps}-{config.seed}"
+        arrays = cached(settings, partial(measure, task, gradient, sampling.batches, number, **options))
+        changes[distribution] = Changes(**arrays)
+    model: dict[str, Any] = {"model": task.source.split(",")[0], "d": sum(p.numel() for p in task.model.parameters())}
+    details = {"source": task.source, "V": task.vocab_size, "directions": directions, "seconds": cached.seconds}
+    size = model | details | pooled_variance(changes, squares)
+    rows = [
+        model | {"distribution": distribution} | error_table(of_distribution, size["jacobian_sq"])
+        for distribution, of_distribution in changes.items()
+    ]
+    return size, rows
 
 
 def along_gradient(task: LanguageTask, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
@@ -193,27 +232,27 @@ def measure(
     model, batches = task.model, task.batches[:num_batches]
     gradient_sq, along = zip(*map(gradient, range(num_batches)), strict=True)
     widths = [batch["input_ids"].shape[1] for batch in batches]
-    joined = {
+    padded = {
         key: torch.cat([F.pad(b[key], (0, max(widths) - width)) for b, width in zip(batches, widths, strict=True)])
         for key in ("input_ids", "attention_mask")
     }
     targets = torch.cat([batch["targets"] for batch in batches])
-    seen: list[tuple[Tensor, Tensor]] = []
+    evaluations: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> float:
-        losses = F.cross_entropy(last_logits(model, joined), targets, reduction="none")
-        seen.append((losses.double().view(len(batches), -1).mean(1), beliefs(task)))
+        losses = F.cross_entropy(last_logits(model, padded), targets, reduction="none")
+        evaluations.append((losses.double().view(len(batches), -1).mean(1), beliefs(task)))
         return losses.mean().item()
 
     optimizer = MeZO(model, lr=0.0, eps=eps, distribution=distribution, seed=seed)  # step p evaluates direction p
-    slopes, moved = [], []
+    slopes, changes = [], []
     for _ in range(directions):
-        seen.clear()
+        evaluations.clear()
         optimizer.step(closure)
-        (plus, plus_beliefs), (minus, minus_beliefs) = seen[:2]  # the first step takes its last loss twice
+        (plus, plus_beliefs), (minus, minus_beliefs) = evaluations[:2]  # the first step takes its last loss twice
         slopes.append((plus - minus).numpy() / (2 * eps))
-        moved.append((plus_beliefs - minus_beliefs).flatten() / (2 * eps))
-    stacked, gradient_changes = torch.stack(moved), torch.stack(along).flatten(1)
+        changes.append((plus_beliefs - minus_beliefs).flatten() / (2 * eps))
+    stacked, gradient_changes = torch.stack(changes), torch.stack(along).flatten(1)
     return {
         "slopes": np.array(slopes).T,
         "gram": inner(stacked, stacked),
@@ -232,12 +271,12 @@ def inner(left: Tensor, right: Tensor) -> np.ndarray:
 @torch.no_grad()
 def difference(task: LanguageTask, parameters: list[nn.Parameter], vector: Sequence[Tensor], step: float) -> Tensor:
     """Return the change of beliefs per unit along a vector, by a central difference; the weights are restored."""
-    found = []
+    at_points = []
     for move in (step, -2 * step, step):
         for parameter, direction in zip(parameters, vector, strict=True):
             parameter.add_(direction, alpha=move)
-        found.append(beliefs(task))
-    return (found[0] - found[1]) / (2 * step)
+        at_points.append(beliefs(task))
+    return (at_points[0] - at_points[1]) / (2 * step)
 
 
 @torch.no_grad()
@@ -253,33 +292,33 @@ def last_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model.get_output_embeddings()(hidden[torch.arange(len(mask)), mask.sum(1) - 1])
 
 
-def pooled(measured: dict[str, Changes], squares: dict[str, np.ndarray]) -> dict[str, Any]:
+def pooled_variance(changes: dict[str, Changes], squares: dict[str, np.ndarray]) -> dict[str, Any]:
     r"""Return v of every batch whose gradient was taken; :math:`E\|Jz\|^2 = \|J\|_F^2` for either distribution."""
-    moved = np.concatenate([np.diagonal(changes.gram) for changes in measured.values()])
-    variance = 1 + squares["gradient_sq"] * moved.mean() / squares["change_sq"]
+    change_sq = np.concatenate([np.diagonal(one.gram) for one in changes.values()])
+    variance = 1 + squares["gradient_sq"] * change_sq.mean() / squares["change_sq"]
     return {
-        "jacobian_sq": float(moved.mean()),
-        "jacobian_sq_relative_error": float(moved.std(ddof=1) / moved.mean() / len(moved) ** 0.5),
+        "jacobian_sq": float(change_sq.mean()),
+        "jacobian_sq_relative_error": float(change_sq.std(ddof=1) / change_sq.mean() / len(change_sq) ** 0.5),
         "v": interval(variance),
         "v_by_batch": variance.tolist(),
         "directions_for_fidelity": interval(variance / FIDELITY**2),
     }
 
 
-def described(changes: Changes, jacobian_sq: float) -> dict[str, Any]:
+def error_table(changes: Changes, jacobian_sq: float) -> dict[str, Any]:
     """Return the errors at each P, measured and by the law, of one model and distribution."""
     variance = changes.variance(jacobian_sq)
     errors = []
     for count in COUNTS:
         if count <= len(changes.gram):
-            of_batch = changes.errors(count).mean(1)
+            mean_squares = changes.errors(count).mean(1)
             errors.append(
                 {
                     "P": count,
                     "groups": len(changes.gram) // count,
-                    "relative_rms": interval(np.sqrt(of_batch)),
+                    "relative_rms": interval(np.sqrt(mean_squares)),
                     "predicted": float(np.exp(np.log(variance / count).mean() / 2)),
-                    "measured_over_predicted": interval(np.sqrt(of_batch * count / variance)),
+                    "measured_over_predicted": interval(np.sqrt(mean_squares * count / variance)),
                 }
             )
     return {
@@ -312,8 +351,8 @@ def judge(exponent: Interval, sizes: int, batches: int, *, small: bool = False) 
         "The number of perturbations that suffices does not depend on the model's size.",
         NOT_RUN if small or sizes < 3 else graded(size, 0.1, 0.5),
         f"Exponent of v in d over {sizes} sizes (95%, {batches} batches of sentences, all weights, one step): "
-        f"{shown(exponent, 3)}; required: below 0.1 in size, or under conditions below 0.5. A parameter-space view "
-        "would give 1.",
+        f"{format_interval(exponent, 3)}; required: below 0.1 in size, or under conditions below 0.5. A "
+        "parameter-space view would give 1.",
         id="entk-threshold-across-sizes",
     )
 
@@ -323,14 +362,16 @@ def draw(rows: list[dict[str, Any]]):
     with figures() as Figure:
         figure = Figure(figsize=(8.5, 3.4), layout="constrained")
         for axis, distribution in zip(figure.subplots(1, 2, sharey=True), DISTRIBUTIONS, strict=True):
-            chosen = [row for row in rows if row["distribution"] == distribution]
-            for row, color in zip(chosen, itertools.cycle(PALETTE)):
-                counts = [found["P"] for found in row["errors"]]
-                middle, low, high = (np.array([found["relative_rms"][k] for found in row["errors"]]) for k in range(3))
+            models = [row for row in rows if row["distribution"] == distribution]
+            for row, color in zip(models, itertools.cycle(PALETTE)):
+                counts = [at_count["P"] for at_count in row["errors"]]
+                middle, low, high = (
+                    np.array([at_count["relative_rms"][k] for at_count in row["errors"]]) for k in range(3)
+                )
                 label = f"{row['model']}, {row['d'] / 1e6:,.0f} million"
                 spread = [middle - low, high - middle]
                 axis.errorbar(counts, middle, spread, fmt="o", color=color, label=label, capsize=3)
-                axis.plot(counts, [found["predicted"] for found in row["errors"]], "--", color=color, linewidth=1)
+                axis.plot(counts, [at_count["predicted"] for at_count in row["errors"]], "--", color=color, linewidth=1)
             axis.set(xscale="log", yscale="log", xlabel="perturbations P", title=distribution)
             axis.legend(fontsize=7)
         figure.supylabel("relative error of the change of beliefs")

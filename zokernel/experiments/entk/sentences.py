@@ -81,8 +81,8 @@ def language_task(config: Config, *, steps: int, batch_size: int, name: str | No
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows, data_name = training_rows(config)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    chosen = [rows[n] for n in order[: steps * batch_size]]
-    pairs = [(str(row["sentence"]).strip(), int(row["label"])) for row in chosen]
+    sample = [rows[n] for n in order[: steps * batch_size]]
+    pairs = [(str(row["sentence"]).strip(), int(row["label"])) for row in sample]
     model_name = "SmolLM2-135M" if name in (None, "smollm2") else Path(name).name
     targets = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
 
@@ -106,8 +106,8 @@ def _tiny_task(config: Config, steps: int, batch_size: int, width: int) -> Langu
 
     def batch(first: int, count: int) -> dict[str, Tensor]:
         parts = [random_prompt(first + n) for n in range(count)]
-        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return joined | {"targets": torch.tensor([3 + (first + n) % 2 for n in range(count)])}
+        batch_of_prompts = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return batch_of_prompts | {"targets": torch.tensor([3 + (first + n) % 2 for n in range(count)])}
 
     batches = [batch(100 * (step + 1), batch_size) for step in range(steps)]
     return LanguageTask(model, batches, batch(0, 5), 97, "a tiny random Llama on random tokens (no download)")
@@ -132,18 +132,18 @@ class Tail(nn.Module):
     @torch.no_grad()
     def cache(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Run the model once and keep what enters the first kept block."""
-        seen: dict[str, Any] = {}
+        cached: dict[str, Any] = {}
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["hidden"], seen["kwargs"] = args[0], dict(kwargs)
+            cached["hidden"], cached["kwargs"] = args[0], dict(kwargs)
 
         handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         finally:
             handle.remove()
-        seen["last"] = batch["attention_mask"].sum(1) - 1
-        return seen
+        cached["last"] = batch["attention_mask"].sum(1) - 1
+        return cached
 
     def forward(self, cached: dict[str, Any]) -> Tensor:
         """Return the logits at the last token of every row, (N, V)."""

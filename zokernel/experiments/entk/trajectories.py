@@ -34,6 +34,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,8 +45,16 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, combined, interval, shown, student_quantile, within
-from zokernel.experiments.entk.kept import KeptArrays
+from zokernel.experiments.criteria import (
+    NOT_RUN,
+    Interval,
+    combined,
+    format_interval,
+    interval,
+    student_quantile,
+    within,
+)
+from zokernel.experiments.entk.array_cache import ArrayCache
 from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits
 from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.figures import PALETTE, figures
@@ -54,7 +63,7 @@ from zokernel.optim import MeZO
 logger = logging.getLogger(__name__)
 
 MEASURES = {"l2": 1.0, "hellinger": 0.5}  # the power of the beliefs whose distances are taken
-Found = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 
 @experiment("entk/trajectories", "ZO-eNTK Fig. 4, 5: trajectories of SGD and ZO-SGD, by model size, all weights")
@@ -62,44 +71,26 @@ def run(config: Config) -> Result:
     """Train every model by both methods at two rates; compare the gaps with the law."""
     names = config.pick("models", smoke=("16",), cpu=("smollm2",))
     names = [names] if isinstance(names, str) else list(names)
-    counts = of_each(config.pick("counts", smoke=(1, 4, 16), cpu=(1, 5, 20), full=(1, 5, 10, 20, 50, 100)), names)
-    steps = of_each(config.pick("steps", smoke=4, cpu=8), names)
-    directions = of_each(config.pick("directions", smoke=16, cpu=16), names)
+    counts = one_for_each(config.pick("counts", smoke=(1, 4, 16), cpu=(1, 5, 20), full=(1, 5, 10, 20, 50, 100)), names)
+    steps = one_for_each(config.pick("steps", smoke=4, cpu=8), names)
+    directions = one_for_each(config.pick("directions", smoke=16, cpu=16), names)
     decreases = config.pick("decreases", smoke=(0.1, 1.0), cpu=(0.1, 1.0))  # of a batch's loss, by a step of SGD
-    seeds = of_each(config.pick("seeds", smoke=2, cpu=3), names)  # of a model: for all P, or a list, for each
+    seeds = one_for_each(config.pick("seeds", smoke=2, cpu=3), names)  # of a model: for all P, or a list, for each
     batch_size = config.pick("batch_size", smoke=2, cpu=2)
     eps = config.pick("eps", smoke=1e-3, cpu=2.5e-4)
     distribution = config.pick("distribution", smoke="rademacher", cpu="rademacher")
-    ways = {"eps": eps, "distribution": distribution}
     sizes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     agreement: list[dict[str, Any]] = []
-    for name, of_model, runs, length, number in zip(names, counts, seeds, steps, directions, strict=True):
-        fresh = partial(language_task, config, steps=length, batch_size=batch_size, name=name)
-        kept = KeptArrays(config, name)
-        shared = f"{length}-{batch_size}-{config.seed}"
-        way = f"{eps}-{distribution}-{shared}"
-        start = kept(f"start-{number}-{way}", partial(measure_start, fresh, number, seed=config.seed, **ways))
-        sizes.append(described(start) | {"steps": length, "directions": number})
-        for decrease in decreases:
-            which = {"model": sizes[-1]["model"], "decrease": decrease}
-            lr = decrease / float(start["gradient_sq"].mean())
-            reference = kept(f"sgd-{lr:.8g}-{shared}", partial(first_order, fresh, lr))
-            of_rate = []
-            for count, number_of_runs in zip(of_model, of_each(runs, of_model), strict=True):
-                train = partial(zeroth_order, fresh, lr, count, **ways)
-                paths = [
-                    kept(f"zo-{lr:.8g}-{count}-{seed}-{way}", partial(train, seed=seed))
-                    for seed in range(config.seed, config.seed + number_of_runs)
-                ]
-                of_rate.append(which | compared(start, reference, paths, lr=lr, count=count))
-                logger.info("%s, %g, P = %d: %s", name, decrease, count, shown(of_rate[-1]["hellinger"]["gap"]))
-            rows += of_rate
-            agreement.append(which | {measure: agreed(of_rate, measure) for measure in MEASURES})
-        sizes[-1]["seconds"] = kept.seconds
-    largest = {size["model"]: max(of_model) for size, of_model in zip(sizes, counts, strict=True)}
+    for name, model_counts, runs, length, number in zip(names, counts, seeds, steps, directions, strict=True):
+        plan = ModelRuns(model_counts, runs, length, number, batch_size, eps, distribution)
+        size, model_rows, model_agreement = run_model(config, name, plan, decreases)
+        sizes.append(size)
+        rows += model_rows
+        agreement += model_agreement
+    largest = {size["model"]: max(model_counts) for size, model_counts in zip(sizes, counts, strict=True)}
     text = "; ".join(
-        f"{row['model']}, {row['decrease']:g} per step, P = {row['P']}: {shown(row['hellinger']['gap'])} "
+        f"{row['model']}, {row['decrease']:g} per step, P = {row['P']}: {format_interval(row['hellinger']['gap'])} "
         f"(kernel that stays {row['hellinger']['law'][-1]:.2f})"
         for row in rows
         if row["P"] == largest[row["model"]]
@@ -115,18 +106,86 @@ def run(config: Config) -> Result:
     return Result(summary, numbers, {}, {"fig4_gaps": draw(rows)}, [verdict])
 
 
-def of_each(chosen: Any, names: Sequence[Any]) -> list[Any]:
+@dataclass(frozen=True)
+class ModelRuns:
+    """What is measured and run with one model.
+
+    Attributes:
+        counts: Numbers of directions per step.
+        runs: Runs of each number: one for all, or a list with one for each.
+        steps: Steps of a run.
+        directions: Single directions whose changes of beliefs are measured at the start.
+        batch_size: Sentences in each batch.
+        eps: Perturbation size.
+        distribution: That of the directions.
+    """
+
+    counts: list[int]
+    runs: Any
+    steps: int
+    directions: int
+    batch_size: int
+    eps: float
+    distribution: str
+
+
+def run_model(
+    config: Config, name: str, plan: ModelRuns, decreases: Sequence[float]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train one model by both methods at each rate.
+
+    Args:
+        config: The experiment's configuration.
+        name: The model.
+        plan: What is measured and run.
+        decreases: By how much a step of SGD lowers the loss of its batch, at each rate.
+
+    Returns:
+        The row of the model, a row for each rate and P, and a row of the agreement with the law for each rate.
+    """
+    load = partial(language_task, config, steps=plan.steps, batch_size=plan.batch_size, name=name)
+    cached = ArrayCache(config, name)
+    perturbation: dict[str, Any] = {"eps": plan.eps, "distribution": plan.distribution}
+    data = f"{plan.steps}-{plan.batch_size}-{config.seed}"
+    key = f"{plan.eps}-{plan.distribution}-{data}"
+    start = cached(
+        f"start-{plan.directions}-{key}",
+        partial(measure_start, load, plan.directions, seed=config.seed, **perturbation),
+    )
+    size = describe_start(start) | {"steps": plan.steps, "directions": plan.directions}
+    rows, agreement = [], []
+    for decrease in decreases:
+        labels = {"model": size["model"], "decrease": decrease}
+        lr = decrease / float(start["gradient_sq"].mean())
+        reference = cached(f"sgd-{lr:.8g}-{data}", partial(first_order, load, lr))
+        rows_of_rate = []
+        for count, num_runs in zip(plan.counts, one_for_each(plan.runs, plan.counts), strict=True):
+            train = partial(zeroth_order, load, lr, count, **perturbation)
+            paths = [
+                cached(f"zo-{lr:.8g}-{count}-{seed}-{key}", partial(train, seed=seed))
+                for seed in range(config.seed, config.seed + num_runs)
+            ]
+            rows_of_rate.append(labels | compare_runs(start, reference, paths, lr=lr, count=count))
+            logger.info(
+                "%s, %g, P = %d: %s", name, decrease, count, format_interval(rows_of_rate[-1]["hellinger"]["gap"])
+            )
+        rows += rows_of_rate
+        agreement.append(labels | {measure: agreement_with_law(rows_of_rate, measure) for measure in MEASURES})
+    return size | {"seconds": cached.seconds}, rows, agreement
+
+
+def one_for_each(setting: Any, names: Sequence[Any]) -> list[Any]:
     """Return a setting of each of some models: the same for all (a number or tuple), or a list with one for each.
 
     Example:
-        >>> of_each((1, 5), ["a", "b"]), of_each([4, 5], ["a", "b"])
+        >>> one_for_each((1, 5), ["a", "b"]), one_for_each([4, 5], ["a", "b"])
         ([[1, 5], [1, 5]], [4, 5])
     """
-    if not isinstance(chosen, list):
-        return [list(chosen) if isinstance(chosen, tuple) else chosen] * len(names)
-    if len(chosen) != len(names):
-        raise UsageError(f"There are {len(chosen)} settings for {len(names)} of {list(names)}: give one for each.")
-    return chosen
+    if not isinstance(setting, list):
+        return [list(setting) if isinstance(setting, tuple) else setting] * len(names)
+    if len(setting) != len(names):
+        raise UsageError(f"There are {len(setting)} settings for {len(names)} of {list(names)}: give one for each.")
+    return setting
 
 
 def batch_loss(task: LanguageTask, batch: dict[str, Tensor]) -> Tensor:
@@ -141,8 +200,8 @@ def mean_loss(task: LanguageTask) -> float:
 
 
 def measure_start(
-    fresh: Callable[[], LanguageTask], directions: int, *, eps: float, distribution: str, seed: int
-) -> Found:
+    load: Callable[[], LanguageTask], directions: int, *, eps: float, distribution: str, seed: int
+) -> Arrays:
     """Measure the gradients of all batches, and what D single directions do to the beliefs, to both orders.
 
     Returns:
@@ -150,36 +209,36 @@ def measure_start(
         and the inner products of the halved second differences, (D, D); ``rise``, those of the loss, (D,), whose mean
         is half the trace of its Hessian; ``loss`` of the batches; and what the model is.
     """
-    task = fresh()
+    task = load()
     parameters = list(task.model.parameters())
     squares = []
     for batch in task.batches:
         gradients = torch.autograd.grad(batch_loss(task, batch), parameters)
         squares.append(sum(g.square().sum(dtype=torch.float64).item() for g in gradients))
         del gradients  # before there are those of the next batch: each are as large as the model
-    middle, loss, seen, rise = beliefs(task), mean_loss(task), list[tuple[Tensor, float]](), []
+    middle, loss, evaluations, rise = beliefs(task), mean_loss(task), list[tuple[Tensor, float]](), []
     odd: dict[str, list[float]] = {measure: [] for measure in MEASURES}
     even: dict[str, list[Tensor]] = {measure: [] for measure in MEASURES}
 
     def closure() -> float:
-        seen.append((beliefs(task), mean_loss(task)))
-        return seen[-1][1]
+        evaluations.append((beliefs(task), mean_loss(task)))
+        return evaluations[-1][1]
 
     optimizer = MeZO(task.model, lr=0.0, eps=eps, distribution=distribution, seed=seed + 1000)  # a stream of its own
     for _ in range(directions):
-        seen.clear()
+        evaluations.clear()
         optimizer.step(closure)
-        (plus, loss_plus), (minus, loss_minus) = seen[:2]  # the first step takes its last loss twice
+        (plus, loss_plus), (minus, loss_minus) = evaluations[:2]  # the first step takes its last loss twice
         for measure, power in MEASURES.items():
             up, down, centre = plus**power, minus**power, middle**power
             odd[measure].append((up - down).square().sum(dtype=torch.float64).item() / (2 * eps) ** 2)
             even[measure].append(((up - centre) + (down - centre)).flatten() / (2 * eps**2))
         rise.append((loss_plus + loss_minus - 2 * loss) / (2 * eps**2))
-    stacked = {measure: torch.stack(found) for measure, found in even.items()}
+    stacked = {measure: torch.stack(values) for measure, values in even.items()}
     return {
         "gradient_sq": np.array(squares),
-        **{f"odd_{measure}": np.array(found) for measure, found in odd.items()},
-        **{f"even_{measure}": inner(found, found) for measure, found in stacked.items()},
+        **{f"odd_{measure}": np.array(values) for measure, values in odd.items()},
+        **{f"even_{measure}": inner(values, values) for measure, values in stacked.items()},
         "rise": np.array(rise),
         "loss": np.array(loss),
         "d": np.array(sum(p.numel() for p in parameters)),
@@ -188,9 +247,9 @@ def measure_start(
     }
 
 
-def first_order(fresh: Callable[[], LanguageTask], lr: float) -> Found:
+def first_order(load: Callable[[], LanguageTask], lr: float) -> Arrays:
     """Return the beliefs under SGD, (T + 1, N, V), its squared gradients, (T,), and the loss after the last step."""
-    task = fresh()
+    task = load()
     optimizer = torch.optim.SGD(task.model.parameters(), lr=lr)
     path, squares = [beliefs(task)], []
     for batch in task.batches:
@@ -204,10 +263,10 @@ def first_order(fresh: Callable[[], LanguageTask], lr: float) -> Found:
 
 
 def zeroth_order(
-    fresh: Callable[[], LanguageTask], lr: float, count: int, *, eps: float, distribution: str, seed: int
-) -> Found:
+    load: Callable[[], LanguageTask], lr: float, count: int, *, eps: float, distribution: str, seed: int
+) -> Arrays:
     """Return the beliefs under ZO-SGD with P directions per step, (T + 1, N, V), and the loss after the last step."""
-    task = fresh()
+    task = load()
     optimizer = MeZO(task.model, lr=lr, eps=eps, num_perturbations=count, distribution=distribution, seed=seed)
 
     @torch.no_grad()
@@ -227,7 +286,7 @@ def curvature_sq(even: np.ndarray) -> float:
     return max(0.0, float(even.sum() - np.trace(even)) / (count * (count - 1)))
 
 
-def described(start: Found) -> dict[str, Any]:
+def describe_start(start: Arrays) -> dict[str, Any]:
     """Return what a model is and what its start says."""
     return {
         "model": str(start["source"]).split(",")[0],
@@ -252,32 +311,39 @@ def predicted(
         >>> spread.tolist(), shift.tolist()
         ([5.0, 10.0, 15.0], [1.0, 4.0, 9.0])
     """
-    walked = lr**2 * np.cumsum(gradient_sq) / count
-    return jacobian_sq * walked + np.cumsum(change_sq) / count, curvature * walked**2
+    walk_sq = lr**2 * np.cumsum(gradient_sq) / count
+    return jacobian_sq * walk_sq + np.cumsum(change_sq) / count, curvature * walk_sq**2
 
 
-def compared(start: Found, reference: Found, paths: list[Found], *, lr: float, count: int) -> dict[str, Any]:
+def compare_runs(start: Arrays, reference: Arrays, paths: list[Arrays], *, lr: float, count: int) -> dict[str, Any]:
     """Return the losses of the runs of one rate and P, and their gaps by either measure."""
     drop = float(start["loss"] - reference["loss"])
-    walked = lr**2 * float(reference["gradient_sq"].sum()) / count  # mean square of the move of a weight
-    falls, eaten = [float(start["loss"] - path["loss"]) / drop for path in paths], walked * start["rise"].mean() / drop
+    walk_sq = lr**2 * float(reference["gradient_sq"].sum()) / count  # mean square of the move of a weight
+    shares, loss_share = (
+        [float(start["loss"] - path["loss"]) / drop for path in paths],
+        walk_sq * start["rise"].mean() / drop,
+    )
     return {
         "P": count,
         "lr": lr,
-        "walk": math.sqrt(walked),
+        "walk": math.sqrt(walk_sq),
         "sgd_lowers_loss": drop,
-        "share_of_sgds_decrease": interval(falls, logs=False),
-        "share_predicted": float(1 - eaten),
-        "least_count": float(count * eaten),
+        "share_of_sgds_decrease": interval(shares, logs=False),
+        "share_predicted": float(1 - loss_share),
+        "least_count": float(count * loss_share),
     } | {measure: gaps(measure, start, reference, paths, lr=lr, count=count) for measure in MEASURES}
 
 
-def gaps(measure: str, start: Found, reference: Found, paths: list[Found], *, lr: float, count: int) -> dict[str, Any]:
+def gaps(
+    measure: str, start: Arrays, reference: Arrays, paths: list[Arrays], *, lr: float, count: int
+) -> dict[str, Any]:
     """Return the gaps of the runs of one rate and P after every step, measured and predicted."""
-    exact, *found = (one["beliefs"].astype(np.float64) ** MEASURES[measure] for one in (reference, *paths))
+    exact, *beliefs_of_runs = (
+        arrays["beliefs"].astype(np.float64) ** MEASURES[measure] for arrays in (reference, *paths)
+    )
     changed_sq = np.square(exact[1:] - exact[0]).sum((1, 2))
     moves_sq = np.square(np.diff(exact, axis=0)).sum((1, 2))
-    relative = np.sqrt([np.square(path - exact).sum((1, 2))[1:] / changed_sq for path in found])  # (seeds, T)
+    relative = np.sqrt([np.square(path - exact).sum((1, 2))[1:] / changed_sq for path in beliefs_of_runs])  # (seeds, T)
     jacobian_sq, curvature = float(start[f"odd_{measure}"].mean()), curvature_sq(start[f"even_{measure}"])
     gradient_sq = reference["gradient_sq"]
     spread, shift = predicted(jacobian_sq, curvature, gradient_sq, moves_sq, lr=lr, count=count)
@@ -294,18 +360,18 @@ def gaps(measure: str, start: Found, reference: Found, paths: list[Found], *, lr
     }
 
 
-def agreed(rows: list[dict[str, Any]], measure: str) -> dict[str, Interval]:
+def agreement_with_law(rows: list[dict[str, Any]], measure: str) -> dict[str, Interval]:
     """Return the gap after the last step over the law, rms over the runs of all P, and its log-log slope against P."""
     squares = [np.square(row[measure]["gap_by_seed"]) for row in rows]
-    ratios = [found / row[measure]["law"][-1] ** 2 for found, row in zip(squares, rows, strict=True)]
+    ratios = [square / row[measure]["law"][-1] ** 2 for square, row in zip(squares, rows, strict=True)]
     mean, low, high = interval(np.concatenate(ratios), logs=False)
     over_law = math.sqrt(mean), math.sqrt(max(0.0, low)), math.sqrt(high)
     if len(rows) < 2 or min(map(len, squares)) < 2:
         return {"over_law": over_law, "slope": (math.nan, -math.inf, math.inf)}
     logs = np.log([row["P"] for row in rows])
     weights = (logs - logs.mean()) / np.square(logs - logs.mean()).sum()
-    slope = float(weights @ [math.log(found.mean()) / 2 for found in squares])
-    errors = [found.std(ddof=1) / found.mean() / len(found) ** 0.5 / 2 for found in squares]
+    slope = float(weights @ [math.log(square.mean()) / 2 for square in squares])
+    errors = [square.std(ddof=1) / square.mean() / len(square) ** 0.5 / 2 for square in squares]
     half = student_quantile(sum(map(len, squares)) - len(rows)) * math.hypot(*(weights * errors))
     return {"over_law": over_law, "slope": (slope, slope - half, slope + half)}
 
@@ -313,7 +379,10 @@ def agreed(rows: list[dict[str, Any]], measure: str) -> dict[str, Interval]:
 def judge(agreement: list[dict[str, Any]], *, small: bool = False) -> Verdict:
     """Judge Fig. 4 and 5 at every model and rate: the slope in P is -1/2 up to 0.15, the size the law's up to 1.5."""
     slopes, sizes = (
-        "; ".join(f"{row['model']} at {row['decrease']:g} per step {shown(row['hellinger'][key])}" for row in agreement)
+        "; ".join(
+            f"{row['model']} at {row['decrease']:g} per step {format_interval(row['hellinger'][key])}"
+            for row in agreement
+        )
         for key in ("slope", "over_law")
     )
     parts = [within(row["hellinger"]["slope"], -0.65, -0.35) for row in agreement]
@@ -335,18 +404,18 @@ def draw(rows: list[dict[str, Any]]):
         figure = Figure(figsize=(4.2 * len(rates), 3.3 * len(models)), layout="constrained")
         axes = figure.subplots(len(models), len(rates), sharey="row", squeeze=False)
         for (model, rate), axis in zip(itertools.product(models, rates), axes.flat, strict=True):
-            chosen = [row for row in rows if (row["model"], row["decrease"]) == (model, rate)]
-            for row, color in zip(chosen, itertools.cycle(PALETTE)):
-                of = row["hellinger"]
-                steps = np.arange(1, len(of["law"]) + 1)
-                axis.loglog(steps, of["gap_by_step"], "o", base=2, color=color, markersize=4, label=f"P = {row['P']}")
-                axis.loglog(steps, of["law"], "--", base=2, color=color, linewidth=1)
-                axis.loglog(steps, of["with_curvature"], base=2, color=color, linewidth=1)
+            curves = [row for row in rows if (row["model"], row["decrease"]) == (model, rate)]
+            for row, color in zip(curves, itertools.cycle(PALETTE)):
+                gaps = row["hellinger"]
+                steps = np.arange(1, len(gaps["law"]) + 1)
+                axis.loglog(steps, gaps["gap_by_step"], "o", base=2, color=color, markersize=4, label=f"P = {row['P']}")
+                axis.loglog(steps, gaps["law"], "--", base=2, color=color, linewidth=1)
+                axis.loglog(steps, gaps["with_curvature"], base=2, color=color, linewidth=1)
             axis.set_title(f"{model}, {rate:g} nats per step")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
         panels = [axis.get_legend_handles_labels() for axis in axes.flat]
-        figure.legend(*max(panels, key=lambda found: len(found[1])), loc="outside upper center", ncols=6)
+        figure.legend(*max(panels, key=lambda entries: len(entries[1])), loc="outside upper center", ncols=6)
         figure.supxlabel("step")
         figure.supylabel("Hellinger gap / change by SGD")
     return figure

@@ -131,11 +131,11 @@ def judge_constant(by_factor: dict[float, dict[str, Any]], seeds: int) -> Verdic
 def judge_eps(pairs: dict[str, list[dict[str, Any]]], seeds: int) -> Verdict:
     """Judge Table 14: MeZO ends higher at the smallest eps, at the base and at the best rate, in each precision."""
     rules = {"base rate": "final_loss", "best rate": "final_loss_at_best_lr"}
-    found = {(p, r): (large[k], small[k]) for p, (large, small) in pairs.items() for r, k in rules.items()}
-    numbers = "; ".join(f"{p}, {rule} {show(a)} and {show(b)}" for (p, rule), (a, b) in found.items())
+    pairs_by_rule = {(p, r): (large[k], small[k]) for p, (large, small) in pairs.items() for r, k in rules.items()}
+    numbers = "; ".join(f"{p}, {rule} {show(a)} and {show(b)}" for (p, rule), (a, b) in pairs_by_rule.items())
     return Verdict(
         "A smaller eps gives a worse loss, so bias must be removed by the kernel instead (appendix B.3.4, Table 14).",
-        combined(less(a, b) for a, b in found.values()),
+        combined(less(a, b) for a, b in pairs_by_rule.values()),
         f"Final loss of MeZO at eps = 1e-3 and at the smallest eps (95%, {seeds} seeds): {numbers}. A smaller eps "
         "takes bias away and adds round-off, which matters only with fp16 weights.",
         id="kerzoo-eps",
@@ -160,12 +160,12 @@ def order(config: Config) -> Result:
     ]
     gains = [m.make(1).gain_at(0) for m in methods]
     rows, sweep, sizes = compare(config, methods, gains)
-    by = {row["setting"]: row for row in rows}
-    verdict = judge_order(by["order 1"], by["order 3"], sizes["seeds"])
+    by_setting = {row["setting"]: row for row in rows}
+    verdict = judge_order(by_setting["order 1"], by_setting["order 3"], sizes["seeds"])
+    losses = {setting: show(row["final_loss"]) for setting, row in by_setting.items()}
     summary = (
-        f"At the same nominal learning rate, order 1 ends at {show(by['order 1']['final_loss'])}, order 3 at "
-        f"{show(by['order 3']['final_loss'])} and order 5 at {show(by['order 5']['final_loss'])} (MeZO-3: "
-        f"{show(by['MeZO-3']['final_loss'])}): higher orders only add variance."
+        f"At the same nominal learning rate, order 1 ends at {losses['order 1']}, order 3 at {losses['order 3']} and "
+        f"order 5 at {losses['order 5']} (MeZO-3: {losses['MeZO-3']}): higher orders only add variance."
     )
     figure = draw(sweep, sizes, gains, "Table 5: order of the kernel (mean and 5-95% of seeds)")
     return Result(
@@ -184,15 +184,15 @@ def constant(config: Config) -> Result:
     ]
     gains = [m.make(1).gain_at(0) * m.lr_factor for m in methods]
     rows, sweep, sizes = compare(config, methods, gains)
-    by = {row["setting"]: row for row in rows}
-    half, full = (by[f"KerZOO, C = {CONSTANT * f:g}"]["iterations_to_first"] for f in (0.5, 1.0))
-    mezo_best, kerzoo_best = (by[k]["final_loss_at_best_lr"] for k in ("MeZO-3", f"KerZOO, C = {CONSTANT:g}"))
+    by_setting = {row["setting"]: row for row in rows}
+    half, full = (by_setting[f"KerZOO, C = {CONSTANT * f:g}"]["iterations_to_first"] for f in (0.5, 1.0))
+    mezo_best, kerzoo_best = (by_setting[k]["final_loss_at_best_lr"] for k in ("MeZO-3", f"KerZOO, C = {CONSTANT:g}"))
     summary = (
         f"KerZOO reaches MeZO-3's final loss after {half[0]:.0f} iterations with C = 2 and {full[0]:.0f} with C = 4, a "
         f"ratio of {half[0] / full[0]:.2f} (Table 6: 2600/1200 = 2.2): C acts as a factor on the learning rate. At its "
         f"best learning rate MeZO-3 ends at {show(mezo_best)} and KerZOO at {show(kerzoo_best)}."
     )
-    verdict = judge_constant({f: by[f"KerZOO, C = {CONSTANT * f:g}"] for f in factors}, sizes["seeds"])
+    verdict = judge_constant({f: by_setting[f"KerZOO, C = {CONSTANT * f:g}"] for f in factors}, sizes["seeds"])
     figure = draw(sweep, sizes, gains, "Table 6: the kernel's constant (mean and 5-95% of seeds)")
     return Result(
         summary, {"rows": rows} | sizes, {"iterations": sweep["MeZO-3"].iterations}, {"constant": figure}, [verdict]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, above, share_interval, shown
+from zokernel.experiments.criteria import NOT_RUN, above, format_interval, share_interval
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
 from zokernel.finetune.data.protocol import SEEDS
 
@@ -81,19 +81,22 @@ class Row:
 
     def data(self) -> dict[str, Any]:
         """Return the job's data arguments: the task's own data in the published splits."""
-        found: dict[str, Any] = {"task": TASKS[self.task], "protocol": "mezo-roberta" if self.masked else "mezo-opt"}
+        arguments: dict[str, Any] = {
+            "task": TASKS[self.task],
+            "protocol": "mezo-roberta" if self.masked else "mezo-opt",
+        }
         if self.k_shot:
-            found |= {"k_shot": self.k_shot, "max_length": 256 if self.task in ("SNLI", "MNLI", "RTE") else 128}
-        return found
+            arguments |= {"k_shot": self.k_shot, "max_length": 256 if self.task in ("SNLI", "MNLI", "RTE") else 128}
+        return arguments
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the job's model arguments."""
-        found: dict[str, Any] = {"model_name_or_path": MODELS[self.model], "lora": self.lora}
+        arguments: dict[str, Any] = {"model_name_or_path": MODELS[self.model], "lora": self.lora}
         if self.masked:
-            found["lm_type"] = "masked"
+            arguments["lm_type"] = "masked"
             if self.lora:
-                found["lora_target_modules"] = ["query", "value"]
-        return found
+                arguments["lora_target_modules"] = ["query", "value"]
+        return arguments
 
     def full_steps(self) -> int:
         """Return the steps of the published protocol: KerZOO's 4000, MeZO's 20 000 (100 000 for RoBERTa)."""
@@ -241,13 +244,13 @@ def select(config: Config) -> list[Row]:
     rows = [row for row in ROWS if tables is None or row.table in tables]
     if config.scale == "full":
         return rows
-    kept: dict[Any, Row] = {}
+    selected: dict[Any, Row] = {}
     for row in rows:
         form = row.masked, row.task in ("SQuAD", "DROP")
         line = row.table, row.method, row.lora, row.k_shot
         for key in ((row.method,), form) if config.scale == "smoke" else (line, (row.table, *form)):
-            kept.setdefault(key, row)
-    return list(dict.fromkeys(kept.values()))
+            selected.setdefault(key, row)
+    return list(dict.fromkeys(selected.values()))
 
 
 def run_row(row: Row, config: Config) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def run_row(row: Row, config: Config) -> dict[str, Any]:
     full = config.scale == "full"
     steps = config.options.get("steps", {"smoke": 2, "cpu": 5}.get(config.scale, row.full_steps()))
     data, model, settings = row.data(), row.model_arguments(), row.settings(steps)
-    found = []
+    scores = []
     for seed in SEEDS if full and row.masked else (config.seed,):
         with tempfile.TemporaryDirectory() as temporary:
             if full:
@@ -269,10 +272,10 @@ def run_row(row: Row, config: Config) -> dict[str, Any]:
                 job_settings |= {"per_device_train_batch_size": 4}
             seeds = {"seed": config.seed, "data_seed": seed}
             metrics = finetune_job(model=job_model, data=job_data, settings=job_settings | seeds)
-        found.append(100 * metrics["after"][metrics["metric"]])
-    spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
-    logger.info("Table %s, %s, %s, %s: %.1f", row.table, row.model, row.task, row.method, np.mean(found))
-    measured = {"metric": metrics["metric"], "measured": float(np.mean(found)), "std": spread, "draws": len(found)}
+        scores.append(100 * metrics["after"][metrics["metric"]])
+    spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    logger.info("Table %s, %s, %s, %s: %.1f", row.table, row.model, row.task, row.method, np.mean(scores))
+    measured = {"metric": metrics["metric"], "measured": float(np.mean(scores)), "std": spread, "draws": len(scores)}
     return vars(row) | measured | {"steps": metrics["steps"]}
 
 
@@ -305,14 +308,17 @@ def judge(results: list[dict[str, Any]], claim: str, *, ran_on: str, full: bool)
     if not full:
         reason = f"Needs --scale full and GPUs: the rows are configured, and {len(results)} ran on {ran_on}."
         return Verdict(sentence, NOT_RUN, reason, id=claim)
-    kept = [row for row in results if (row["model"] == "RoBERTa-large") == masked and not row["num_perturbations"]]
+    relevant = [row for row in results if (row["model"] == "RoBERTa-large") == masked and not row["num_perturbations"]]
     key = operator.itemgetter("table", "model", "task", "lora", "k_shot")
-    scores = {method: {key(r): r["measured"] for r in kept if r["method"] == method} for method in ("mezo", "kerzoo")}
-    both = scores["mezo"].keys() & scores["kerzoo"].keys()
-    hits = sum(scores["kerzoo"][one] >= scores["mezo"][one] for one in both)
-    share = share_interval(hits, len(both)) if both else (0.5, 0.0, 1.0)
+    scores = {
+        method: {key(r): r["measured"] for r in relevant if r["method"] == method} for method in ("mezo", "kerzoo")
+    }
+    shared = scores["mezo"].keys() & scores["kerzoo"].keys()
+    hits = sum(scores["kerzoo"][one] >= scores["mezo"][one] for one in shared)
+    share = share_interval(hits, len(shared)) if shared else (0.5, 0.0, 1.0)
     reason = (
-        f"KerZOO is at least as good in {hits} of {len(both)} rows, a share of {shown(share)} (95%; required: above "
+        f"KerZOO is at least as good in {hits} of {len(shared)} rows, a share of {format_interval(share)} (95%; "
+        "required: above "
         "0.5). RoBERTa rows are means over five draws, others one; rates are the paper's and are not matched."
     )
     return Verdict(sentence, above(share, 0.5), reason, id=claim)

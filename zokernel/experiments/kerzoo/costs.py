@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import below, combined, interval, less, shown
+from zokernel.experiments.criteria import below, combined, format_interval, interval, less
 from zokernel.experiments.kerzoo.replicas import Task, iterations_to
 from zokernel.optim import get_method
 
@@ -92,20 +92,20 @@ def tabulate(config: Config, lines: list[Line], reference: str) -> list[dict[str
     target = np.array([run["losses"][-1] for run in runs[reference]])
     base_seconds = min(run["seconds"] for run in runs[reference]) * iterations
     rows = []
-    for label, found in runs.items():
-        curves = np.stack([run["losses"] for run in found])
-        reached = interval(iterations_to(curves, found[0]["iterations"], target))
-        per_step = min(run["seconds"] for run in found)
+    for label, repeats in runs.items():
+        curves = np.stack([run["losses"] for run in repeats])
+        reached = interval(iterations_to(curves, repeats[0]["iterations"], target))
+        per_step = min(run["seconds"] for run in repeats)
         rows.append(
             {
                 "method": label,
-                "state_copies": found[0]["copies"],
-                "forwards_per_iteration": found[0]["forwards"],
+                "state_copies": repeats[0]["copies"],
+                "forwards_per_iteration": repeats[0]["forwards"],
                 "iterations_share": tuple(v / iterations for v in reached),
                 "seconds_share": tuple(v * per_step / base_seconds for v in reached),
                 "milliseconds_per_iteration": 1e3 * per_step,
                 "final_loss": interval(curves[:, -1]),
-                "final_loss_averaged": interval(np.array([run["final_averaged"] for run in found])),
+                "final_loss_averaged": interval(np.array([run["final_averaged"] for run in repeats])),
             }
         )
     return rows
@@ -131,22 +131,23 @@ def memory_and_time(config: Config) -> Result:
         ("KerZOO, journal average", "kerzoo", lr, {"averaging": "journal"}),
     ]
     rows = tabulate(config, lines, "MeZO")
-    by = {row["method"]: row for row in rows}
-    kerzoo, longer = by["KerZOO, journal average"], by["MeZO at 4 lr"]
+    by_method = {row["method"]: row for row in rows}
+    kerzoo, longer = by_method["KerZOO, journal average"], by_method["MeZO at 4 lr"]
     summary = (
         f"To MeZO's final loss KerZOO takes {share(kerzoo)} at the same nominal learning rate; MeZO at KerZOO's "
         f"effective learning rate takes {share(longer)}. Beside the weights KerZOO keeps "
-        f"{by['KerZOO, fp32 average']['state_copies']:.2f} copies with an fp32 average, "
-        f"{by['KerZOO, int8 average']['state_copies']:.2f} with int8 and {kerzoo['state_copies']:.2f} with the journal."
+        f"{by_method['KerZOO, fp32 average']['state_copies']:.2f} copies with an fp32 average, "
+        f"{by_method['KerZOO, int8 average']['state_copies']:.2f} with int8 and {kerzoo['state_copies']:.2f} with the "
+        "journal."
     )
     return Result(summary, {"rows": rows, "lr": lr}, {}, {}, [judge_costs(rows)])
 
 
 def judge_costs(rows: list[dict[str, Any]]) -> Verdict:
     """Judge the printed ranges and fewer or faster at all, at one nominal rate; and MeZO at the same effective one."""
-    by = {row["method"]: row for row in rows}
+    by_method = {row["method"]: row for row in rows}
     variants = [row for row in rows if row["method"].startswith("KerZOO")]
-    kerzoo, longer = variants[-1], by["MeZO at 4 lr"]
+    kerzoo, longer = variants[-1], by_method["MeZO at 4 lr"]
     parts = [
         below(kerzoo["iterations_share"], 0.25),
         below(kerzoo["iterations_share"], 1.0),
@@ -154,13 +155,14 @@ def judge_costs(rows: list[dict[str, Any]]) -> Verdict:
         less(kerzoo["iterations_share"], longer["iterations_share"]),
         less(kerzoo["seconds_share"], longer["seconds_share"]),
     ]
-    times = ", ".join(f"{shown(row['seconds_share'])} ({row['method'].split(', ')[-1]})" for row in variants)
+    times = ", ".join(f"{format_interval(row['seconds_share'])} ({row['method'].split(', ')[-1]})" for row in variants)
     return Verdict(
         "KerZOO reaches MeZO's loss in 17-25% of the iterations and 58-76% of the time (Tables 4, 11, 12).",
         combined(parts),
-        f"At the same nominal learning rate it takes {shown(kerzoo['iterations_share'])} of MeZO's iterations and of "
+        f"At the same nominal learning rate it takes {format_interval(kerzoo['iterations_share'])} of MeZO's "
+        "iterations and of "
         f"its time {times} (95%; claimed: 0.25 and 0.76 or less). One-perturbation MeZO at 4 times the learning rate "
-        f"takes {shown(longer['iterations_share'])} of both.",
+        f"takes {format_interval(longer['iterations_share'])} of both.",
         id="kerzoo-costs",
     )
 
@@ -179,33 +181,34 @@ def three_perturbations(config: Config) -> Result:
         ("KerZOO* (int8)", "kerzoo", lr, {"averaging": "int8"}),
     ]
     rows = tabulate(config, lines, "MeZO-1")
-    by = {row["method"]: row for row in rows}
-    kept, packed_row = by["KerZOO"], by["KerZOO* (int8)"]
-    full, packed = kept["final_loss_averaged"], packed_row["final_loss_averaged"]
+    by_method = {row["method"]: row for row in rows}
+    full_row, packed_row = by_method["KerZOO"], by_method["KerZOO* (int8)"]
+    full_loss, packed_loss = full_row["final_loss_averaged"], packed_row["final_loss_averaged"]
     summary = (
-        f"The averaged iterate ends at {full[0]:.4f} in fp32 and {packed[0]:.4f} in int8, for "
-        f"{packed_row['state_copies']:.2f} instead of {kept['state_copies']:.2f} copies. With "
-        f"three perturbations at 4 times the learning rate MeZO ends at {by['MeZO-3 at 4 lr']['final_loss'][0]:.4f}, "
-        f"KerZOO's iterate at {kept['final_loss'][0]:.4f}."
+        f"The averaged iterate ends at {full_loss[0]:.4f} in fp32 and {packed_loss[0]:.4f} in int8, for "
+        f"{packed_row['state_copies']:.2f} instead of {full_row['state_copies']:.2f} copies. With three perturbations "
+        f"at 4 times the learning rate MeZO ends at {by_method['MeZO-3 at 4 lr']['final_loss'][0]:.4f}, "
+        f"KerZOO's iterate at {full_row['final_loss'][0]:.4f}."
     )
     verdict = Verdict(
         "INT8 quantization of the average saves memory at nearly the same accuracy (Table 15).",
-        "holds" if abs(full[0] - packed[0]) < 0.01 * full[0] else "does not hold",
-        f"Final losses of the average {full[0]:.4f} (fp32) and {packed[0]:.4f} (int8 offsets, stochastic rounding).",
+        "holds" if abs(full_loss[0] - packed_loss[0]) < 0.01 * full_loss[0] else "does not hold",
+        f"Final losses of the average {full_loss[0]:.4f} (fp32) and {packed_loss[0]:.4f} (int8 offsets, stochastic "
+        "rounding).",
         id="kerzoo-int8",
     )
-    return Result(summary, {"rows": rows, "lr": lr}, {}, {}, [verdict, judge_three(by)])
+    return Result(summary, {"rows": rows, "lr": lr}, {}, {}, [verdict, judge_three(by_method)])
 
 
-def judge_three(by: dict[str, dict[str, Any]]) -> Verdict:
+def judge_three(by_method: dict[str, dict[str, Any]]) -> Verdict:
     """Judge whether KerZOO ends below MeZO with three perturbations, at its nominal and at its effective rate."""
-    kerzoo = by["KerZOO"]["final_loss"]
-    others = {name: by[name]["final_loss"] for name in ("MeZO-3", "MeZO-3 at 4 lr")}
+    kerzoo = by_method["KerZOO"]["final_loss"]
+    others = {name: by_method[name]["final_loss"] for name in ("MeZO-3", "MeZO-3 at 4 lr")}
     return Verdict(
         "Three perturbations do not bring MeZO to KerZOO's loss (Table 15, Fig. 4).",
         combined(less(kerzoo, loss) for loss in others.values()),
-        f"Final loss of KerZOO {shown(kerzoo, 3)}, of "
-        + " and of ".join(f"{name} {shown(loss, 3)}" for name, loss in others.items())
+        f"Final loss of KerZOO {format_interval(kerzoo, 3)}, of "
+        + " and of ".join(f"{name} {format_interval(loss, 3)}" for name, loss in others.items())
         + "; required: KerZOO lower.",
         id="kerzoo-three-perturbations",
     )

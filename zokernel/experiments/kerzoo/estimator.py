@@ -20,7 +20,14 @@ from zokernel.theory.smoothing import smoothing_kernel
 
 SLOPE = np.array([0.9, -0.5, 0.4])
 CENTRE = np.array([0.3, 0.1, -0.2])
-Function = Callable[[np.ndarray], float]
+ESTIMATORS: dict[str, Callable[[float], Any]] = {
+    "MeZO": lambda eps: TwoPoint(eps),
+    "K1": lambda eps: Smoothed(eps, 1, order=1, constant=1.0),
+    "K3": lambda eps: Smoothed(eps, 1, order=3, constant=1.0),
+    "K5": lambda eps: Smoothed(eps, 1, order=5, constant=1.0),
+    "K3, radius 1/2, literal": lambda eps: Smoothed(eps, 1, order=3, constant=1.0, radius=0.5),
+    "Richardson": lambda eps: Richardson(eps),
+}
 
 
 def smooth(theta: np.ndarray) -> float:
@@ -63,37 +70,11 @@ def exact_bias(estimator: Any, *, step: int = 0) -> float:
 def run(config: Config) -> Result:
     """Integrate the bias over eps, and tabulate what shrinking the range of r does to every moment."""
     radii = np.geomspace(0.05, 0.5, config.pick("points", smoke=5, cpu=13))
-    lines: dict[str, Callable[[float], Any]] = {
-        "MeZO": lambda e: TwoPoint(e),
-        "K1": lambda e: Smoothed(e, 1, order=1, constant=1.0),
-        "K3": lambda e: Smoothed(e, 1, order=3, constant=1.0),
-        "K5": lambda e: Smoothed(e, 1, order=5, constant=1.0),
-        "K3, radius 1/2, literal": lambda e: Smoothed(e, 1, order=3, constant=1.0, radius=0.5),
-        "Richardson": lambda e: Richardson(e),
-    }
-    bias = {name: np.array([exact_bias(make(eps)) for eps in radii]) for name, make in lines.items()}
+    bias = {name: np.array([exact_bias(make(eps)) for eps in radii]) for name, make in ESTIMATORS.items()}
     slopes = {name: float(np.polyfit(np.log(radii[:4]), np.log(b[:4]), 1)[0]) for name, b in bias.items()}
     ranges = [1.0, 0.9, 0.75, 0.5, 0.25, 0.1]
     table = {order: [vars(smoothing_kernel(order).facts(a)) for a in ranges] for order in (1, 3, 5)}
     second = {f"K{order}": table[order][0]["second_moment_ratio"] for order in (1, 3, 5)}
-    with figures() as Figure:
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name, values in bias.items():
-            left.loglog(radii, values, marker="o", markersize=3, label=f"{name} (slope {slopes[name]:.1f})")
-        left.xaxis.set_minor_formatter("")
-        left.set(xlabel="eps", ylabel="relative bias of the mean estimate", title="Bias of the mean, exact")
-        left.legend(fontsize=8)
-        widths = np.linspace(0.05, 1, 96)
-        facts = [smoothing_kernel(3).facts(float(a)) for a in widths]
-        right.plot(widths, [4 * f.gain for f in facts], label="mean gradient (C = 4)")
-        right.plot(widths, [f.second_moment_ratio for f in facts], label="second moment / MeZO's")
-        right.plot(widths, [10 * f.bias_ratio for f in facts], label="10 x bias / MeZO's")
-        right.plot(widths, np.minimum([f.noise_ratio for f in facts], 40), label="loss noise / MeZO's (cut at 40)")
-        right.set(
-            xlabel="half-width a of the range of r, kernel unchanged", ylim=(0, 25), title="K3 as the range shrinks"
-        )
-        right.legend(fontsize=8)
     k1, k3, k5 = second.values()
     summary = (
         f"The bias falls as eps^{slopes['MeZO']:.1f} (MeZO), eps^{slopes['K3']:.1f} (K3) and eps^{slopes['K5']:.1f} "
@@ -115,7 +96,36 @@ def run(config: Config) -> Result:
         "shrunk_ranges": table,
         "misprinted_gain": str(misprinted),
     }
-    return Result(summary, numbers, {f"bias.{k}": v for k, v in bias.items()}, {"bias_and_range": figure}, verdicts)
+    return Result(
+        summary,
+        numbers,
+        {f"bias.{k}": v for k, v in bias.items()},
+        {"bias_and_range": draw_figure(radii, bias, slopes)},
+        verdicts,
+    )
+
+
+def draw_figure(radii: np.ndarray, bias: dict[str, np.ndarray], slopes: dict[str, float]) -> Any:
+    """Draw the bias against eps, and the moments of K3 as the range of r shrinks."""
+    with figures() as Figure:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for name, values in bias.items():
+            left.loglog(radii, values, marker="o", markersize=3, label=f"{name} (slope {slopes[name]:.1f})")
+        left.xaxis.set_minor_formatter("")
+        left.set(xlabel="eps", ylabel="relative bias of the mean estimate", title="Bias of the mean, exact")
+        left.legend(fontsize=8)
+        widths = np.linspace(0.05, 1, 96)
+        facts = [smoothing_kernel(3).facts(float(a)) for a in widths]
+        right.plot(widths, [4 * f.gain for f in facts], label="mean gradient (C = 4)")
+        right.plot(widths, [f.second_moment_ratio for f in facts], label="second moment / MeZO's")
+        right.plot(widths, [10 * f.bias_ratio for f in facts], label="10 x bias / MeZO's")
+        right.plot(widths, np.minimum([f.noise_ratio for f in facts], 40), label="loss noise / MeZO's (cut at 40)")
+        right.set(
+            xlabel="half-width a of the range of r, kernel unchanged", ylim=(0, 25), title="K3 as the range shrinks"
+        )
+        right.legend(fontsize=8)
+    return figure
 
 
 def judge_bias(slopes: dict[str, float]) -> Verdict:

@@ -1,13 +1,14 @@
-"""Figure 4 and Table 13 on a real language model: SmolLM2-135M with LoRA, at matched effective learning rates.
+"""Figure 4 and Table 13 on a real language model, SmolLM2-135M, at matched effective learning rates.
 
 Without data of one's own the movie reviews are used.  With ``--set data_folder=DIR`` the tasks are SST-2, TREC and RTE,
 read from ``DIR/sst2/{train,dev}.tsv``, ``DIR/trec/{train,test}.csv`` and ``DIR/rte/{train,dev}.tsv``;
 ``--set tasks='["SST-2"]'`` takes some of them.  A further task is ``headlines``, real or sarcastic, from
 ``DIR/headlines/{train,test}.jsonl`` as ``benchmarks/long_runs.py`` writes them.
 
-``--set lora=false`` trains all weights.  ``--set sweep=true`` also trains every method at four effective rates from
-the first seed, chooses one by the loss of the validation examples, and trains the other seeds there.  With
-``--set runs=FILE`` finished runs are kept in a file, and an experiment that was stopped goes on from it.
+LoRA is trained, ``--set trained='["LoRA", "all weights"]'`` compares the methods on both.  ``--set sweep=true`` also
+trains every method at four effective rates from the first seed, chooses one by the loss of the validation examples,
+and trains the other seeds there.  With ``--set runs=FILE`` finished runs are kept in a file, and an experiment that was
+stopped goes on from it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ import numpy as np
 
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval, shown
-from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
+from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, format_interval, interval
+from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
 from zokernel.experiments.kerzoo.methods import CONSTANT
+from zokernel.experiments.kerzoo.real_tasks import hashes, tasks
 from zokernel.figures import figures
 from zokernel.files import read_json
 from zokernel.kernels.plan import plain
@@ -36,25 +39,7 @@ logger = logging.getLogger(__name__)
 
 KEPT = ("learning_rate", "effective_lr", "before", "after", "forwards", "train_seconds", "evaluations")
 MATCHED = "MeZO-3 at KerZOO's effective lr"
-DATA: dict[str, dict[str, Any]] = {  # data arguments by task; files are relative to the folder of the data
-    "SST-2": {"task": "sst2", "train_file": "sst2/train.tsv", "validation_file": "sst2/dev.tsv"},
-    "TREC": {
-        "task": "trec",
-        "train_file": "trec/train.csv",
-        "validation_file": "trec/test.csv",
-        "column_names": ["label", "question"],
-    },
-    "RTE": {"task": "rte", "train_file": "rte/train.tsv", "validation_file": "rte/dev.tsv"},
-    "headlines": {
-        "train_file": "headlines/train.jsonl",
-        "validation_file": "headlines/test.jsonl",
-        "template": "Headline: {headline}\nThis headline is",
-        "label_column": "kind",
-        "labels": ["0", "1"],
-        "label_words": ["news", "satire"],
-    },
-}
-OF_THE_PAPER = ("SST-2", "TREC", "RTE")
+TRAINED = ("LoRA", "all weights")
 
 
 # Methods by name; KerZOO's rate is a quarter of its effective one.
@@ -130,46 +115,67 @@ def outcome(**job: Any) -> dict[str, Any]:
     return dict.fromkeys(KEPT) | lost | {"learning_rate": job["settings"]["learning_rate"], "before": before}
 
 
-def tasks(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the data arguments of every task, by its name."""
-    folder = config.options.get("data_folder")
-    if folder is None:
-        if config.scale == "full":
-            return {"SST-2": {"task": "sst2", "dataset_name": "stanfordnlp/sst2"}}
-        return {"movie reviews": {"task": "movie-reviews", "dataset_name": "movie-reviews"}}
-    found: dict[str, dict[str, Any]] = {}
-    for name in config.options.get("tasks", OF_THE_PAPER):
-        if name not in DATA:
-            raise UsageError(f"There is no task {name!r}: choose from {', '.join(DATA)}.")
-        files = {key: str(Path(folder) / DATA[name][key]) for key in ("train_file", "validation_file")}
-        found[name] = DATA[name] | files
-    return found
+@dataclass(frozen=True)
+class Panel:
+    """What all runs of one comparison share: the model, what is trained of it, the data, and the settings.
+
+    Attributes:
+        task: Name of the task.
+        trained: ``LoRA`` or ``all weights``.
+        lr: The nominal learning rate.
+        model: Fields of ``ModelArguments``.
+        data: Fields of ``DataArguments``.
+        settings: Fields of ``ZOConfig`` that all runs share.
+        key: What a kept run is known by, beside its settings; empty for the tiny model, whose files are temporary.
+        runs: Where finished runs are kept.
+    """
+
+    task: str
+    trained: str
+    lr: float
+    model: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    key: dict[str, Any]
+    runs: KeptRuns
+
+    def train(self, line: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Return what one run gave; a run that is kept is not trained again."""
+        settings = self.settings | line | {"seed": seed}
+        key = json.dumps(self.key | {"settings": settings}, sort_keys=True)
+        run = self.runs.find(run=key)
+        if run is None:
+            metrics = outcome(model=self.model, data=self.data, settings=settings)
+            run = self.runs.add({"run": key, "metrics": plain({part: metrics[part] for part in KEPT})})
+        return dict(run["metrics"])
+
+    def compare(self, steps: int, seeds: range, *, sweep: bool) -> list[dict[str, Any]]:
+        """Return the numbers of every line, each trained from all seeds."""
+        compared = lines(self.lr, steps)
+        if sweep:
+            best_rates = {method: best(method, self.lr, steps, self.train, seeds[0]) for method in METHODS}
+            compared |= {f"{method}, best rate": line for method, line in best_rates.items()}
+        rows = []
+        for method, line in compared.items():
+            numbers = summarise([self.train(line, seed) for seed in seeds])
+            rows.append({"task": self.task, "trained": self.trained, "method": method} | numbers)
+            logger.info("%s, %s, %s: test loss %s", self.task, self.trained, method, rows[-1]["test_loss"])
+        return rows
 
 
-def hashes(data: dict[str, Any]) -> dict[str, str]:
-    """Return the hashes of the files of a task, which are those of other rows once a file is another."""
-    from zokernel.data import load_table
+def panels(config: Config, steps: int, temporary: Path) -> list[Panel]:
+    """Return every task with everything that is trained on it.
 
-    columns = data.get("column_names")
-    splits = [split for split in ("train_file", "validation_file") if split in data]
-    return {split: rows_sha256(load_table(data[split], column_names=columns)) for split in splits}
-
-
-@experiment(
-    "kerzoo/language_model", "Figure 4, Table 13: SmolLM2 with LoRA on real tasks, at equal and matched learning rates"
-)
-def run(config: Config) -> Result:
-    """Train every line from several seeds on the same data."""
-    steps = config.pick("steps", smoke=3, cpu=60, full=4000)
-    seeds = config.pick("seeds", smoke=1, cpu=5, full=5)
-    lora = config.options.get("lora", True)
-    lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
+    Args:
+        config: The configuration of the experiment.
+        steps: Steps of every run.
+        temporary: An empty folder for the tiny model of the smoke scale.
+    """
     name = config.pick("model", smoke="tiny", cpu="smollm2", full="facebook/opt-2.7b")
     limits = {"max_train_samples": 1000, "max_eval_samples": 100}
     limits["max_test_samples"] = config.pick("test", smoke=8, cpu=200)
     settings = {
         "max_steps": steps,
-        "eps": 1e-2 if lora else 1e-3,
         "per_device_train_batch_size": config.pick("batch_size", smoke=4, cpu=4, full=16),
         "precision": config.pick("precision", smoke="fp32", cpu="fp32", full="auto"),
         "eval_strategy": "steps",
@@ -179,54 +185,71 @@ def run(config: Config) -> Result:
     }
     kept = config.options.get("runs")
     runs = KeptRuns(None if kept is None else Path(kept))
+    found = []
+    for trained in config.options.get("trained", ["LoRA"]):
+        if trained not in TRAINED:
+            raise UsageError(f"There is no {trained!r} to train: choose from {', '.join(TRAINED)}.")
+        lora = trained == "LoRA"
+        lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
+        for task, data in tasks(config).items():
+            model: dict[str, Any] = {"model_name_or_path": name, "lora": lora}
+            rows: dict[str, str] = {}
+            key = {"task": task, "data": data, "rows": rows, "model": name, "lora": lora} | limits
+            arguments = data | limits
+            if name == "tiny":
+                tiny, arguments = tiny_setup(temporary / f"{task} {trained}", {"task": data.get("task", "sst2")})
+                model |= tiny
+            elif kept is not None:
+                rows |= hashes(data)
+            eps = {"eps": 1e-2 if lora else 1e-3}
+            found.append(Panel(task, trained, lr, model, arguments, settings | eps, key, runs))
+    return found
+
+
+@experiment(
+    "kerzoo/language_model", "Figure 4, Table 13: SmolLM2 on real tasks, at equal, matched and swept learning rates"
+)
+def run(config: Config) -> Result:
+    """Train every line from several seeds on the same data."""
+    steps = config.pick("steps", smoke=3, cpu=60, full=4000)
+    seeds = config.pick("seeds", smoke=1, cpu=5, full=5)
     sweep = config.options.get("sweep", False)
     rows: list[dict[str, Any]] = []
-    data_by_task = tasks(config)
-    for task, data in data_by_task.items():
-        with tempfile.TemporaryDirectory() as temporary:
-            arguments, model_arguments = data | limits, {"model_name_or_path": name, "lora": lora}
-            if name == "tiny":
-                tiny, arguments = tiny_setup(Path(temporary), {"task": data.get("task", "sst2")})
-                model_arguments |= tiny
-
-            rows_read = {} if kept is None or name == "tiny" else hashes(data)
-
-            def train(line: dict[str, Any], seed: int) -> dict[str, Any]:
-                chosen = settings | line | {"seed": seed}
-                key = {"task": task, "data": data, "rows": rows_read, "model": name, "lora": lora}  # noqa: B023
-                known = json.dumps(key | {"settings": chosen, **limits}, sort_keys=True)
-                found = runs.find(run=known)
-                if found is None:
-                    metrics = outcome(model=model_arguments, data=arguments, settings=chosen)  # noqa: B023
-                    found = runs.add({"run": known, "metrics": plain({part: metrics[part] for part in KEPT})})
-                return dict(found["metrics"])
-
-            compared = lines(lr, steps)
-            if sweep:
-                compared |= {f"{method}, best rate": best(method, lr, steps, train, config.seed) for method in METHODS}
-            for label, line in compared.items():
-                found = [train(line, seed) for seed in range(config.seed, config.seed + seeds)]
-                rows.append({"task": task, "method": label} | summarise(found))
-                logger.info("%s, %s: test loss %s", task, label, rows[-1]["test_loss"])
-    gaps = {task: gap(rows, task) for task in data_by_task}
-    verdict = judge(gaps, seeds, steps)
-    parts = []
-    for task, (mean, low, high) in gaps.items():
-        losses = ", ".join(f"{np.mean(row['test_loss']):.3f} ({row['method']})" for row in rows if row["task"] == task)
-        before = next(row["test_loss_before"] for row in rows if row["task"] == task)
-        parts.append(
-            f"{task}: the test loss went from {before:.3f} to {losses}; KerZOO minus MeZO-3 at the same effective rate "
-            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]."
-        )
-    summary = f"After {steps} steps with {seeds} seeds. " + " ".join(parts)
+    with tempfile.TemporaryDirectory() as temporary:
+        for panel in panels(config, steps, Path(temporary)):
+            rows += panel.compare(steps, range(config.seed, config.seed + seeds), sweep=sweep)
+    gaps = gaps_by_panel(rows, "KerZOO", MATCHED)
     numbers = {"rows": rows, "gaps": gaps, "steps": steps}
     if sweep:
-        numbers["gaps_best"] = {
-            task: gap(rows, task, "KerZOO, best rate", "MeZO-3, best rate") for task in data_by_task
-        }
-        told = "; ".join(f"{task} {shown(found, 3)}" for task, found in numbers["gaps_best"].items())
-        summary += f" Each at the best rate of its sweep, KerZOO minus MeZO-3: {told}."
-    return Result(summary, numbers, {}, {"language_model": draw(rows)}, [verdict])
+        numbers["gaps_best"] = gaps_by_panel(rows, "KerZOO, best rate", "MeZO-3, best rate")
+    summary = f"After {steps} steps with {seeds} seeds. {summary_of(rows, gaps)}"
+    if sweep:
+        best_gaps = "; ".join(f"{name} {format_interval(gap, 3)}" for name, gap in numbers["gaps_best"].items())
+        summary += f" Each at the best rate of its sweep, KerZOO minus MeZO-3: {best_gaps}."
+    return Result(summary, numbers, {}, {"language_model": draw(rows)}, [judge(gaps, seeds, steps)])
+
+
+def panel_name(row: dict[str, Any]) -> str:
+    """Return the name of the comparison that a row belongs to.
+
+    Example:
+        >>> panel_name({"task": "TREC", "trained": "LoRA"})
+        'TREC, LoRA'
+    """
+    return f"{row['task']}, {row['trained']}"
+
+
+def summary_of(rows: list[dict[str, Any]], gaps: dict[str, Interval]) -> str:
+    """Return the mean test losses of all lines and the gap that decides, one sentence per comparison."""
+    sentences = []
+    for name, (mean, low, high) in gaps.items():
+        chosen = [row for row in rows if panel_name(row) == name]
+        losses = ", ".join(f"{np.mean(row['test_loss']):.3f} ({row['method']})" for row in chosen)
+        sentences.append(
+            f"{name}: the test loss went from {chosen[0]['test_loss_before']:.3f} to {losses}; KerZOO minus MeZO-3 at "
+            f"the same effective rate {mean:+.3f} [{low:+.3f}, {high:+.3f}]."
+        )
+    return " ".join(sentences)
 
 
 def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,11 +267,13 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gap(rows: list[dict[str, Any]], task: str, method: str = "KerZOO", beside: str = MATCHED) -> Interval:
-    """Return the test loss of one line minus that of another, paired by seed, with its interval."""
-    after = {row["method"]: np.array(row["test_loss"]) for row in rows if row["task"] == task}
+def gaps_by_panel(rows: list[dict[str, Any]], method: str, beside: str) -> dict[str, Interval]:
+    """Return the test loss of one line minus that of another, paired by seed, with its interval, per comparison."""
+    losses: dict[str, dict[str, np.ndarray]] = {}
+    for row in rows:
+        losses.setdefault(panel_name(row), {})[row["method"]] = np.array(row["test_loss"])
     with np.errstate(invalid="ignore"):  # two runs that diverged
-        return interval(after[method] - after[beside], logs=False)
+        return {name: interval(after[method] - after[beside], logs=False) for name, after in losses.items()}
 
 
 def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
@@ -264,20 +289,38 @@ def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    """Draw the test loss of every seed, one panel per task."""
-    names = list(dict.fromkeys(row["task"] for row in rows))
+    """Draw the test loss of every seed, one panel per comparison, two in a row."""
+    names = list(dict.fromkeys(map(panel_name, rows)))
+    columns = min(2, len(names))
     with figures() as Figure:
-        figure = Figure(figsize=(3.4 * len(names) + 1, 3.6), layout="constrained")
-        for axis, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-            chosen = [row for row in rows if row["task"] == task]
-            for position, row in enumerate(chosen):
-                loss = row["test_loss"]
-                axis.plot([position] * len(loss), loss, "o", color=f"C{position}", alpha=0.7)
-                axis.plot([position - 0.2, position + 0.2], [np.mean(loss)] * 2, color=f"C{position}")
-            axis.axhline(chosen[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
-            costs = [f"{row['forwards']} forwards" if row["forwards"] else "diverged" for row in chosen]
-            ticks = [f"{row['method'].split(' ')[0]}\n{cost}" for row, cost in zip(chosen, costs)]
-            axis.set_xticks(range(len(chosen)), ticks, fontsize=8)
-            axis.set(ylabel="test loss", title=f"{task}, one dot per seed")
-            axis.legend()
+        lines_per_panel = len(rows) // len(names)
+        size = (max(4.4, 0.7 * lines_per_panel) * columns, 3.6 * math.ceil(len(names) / columns))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).flat
+        for axis in list(axes)[len(names) :]:
+            axis.set_axis_off()
+        for axis, name in zip(axes, names):
+            _draw_panel(axis, name, [row for row in rows if panel_name(row) == name])
     return figure
+
+
+def _draw_panel(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    for position, row in enumerate(rows):
+        loss = row["test_loss"]
+        axis.plot([position] * len(loss), loss, "o", color=f"C{position % 5}", alpha=0.7)
+        axis.plot([position - 0.2, position + 0.2], [np.mean(loss)] * 2, color=f"C{position % 5}")
+    axis.axhline(rows[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
+    costs = [f"{row['forwards']} forwards" if row["forwards"] else "diverged" for row in rows]
+    ticks = [f"{_short(row['method'])}\n{cost}" for row, cost in zip(rows, costs)]
+    axis.set_xticks(range(len(rows)), ticks, fontsize=6)
+    axis.set(ylabel="test loss", title=f"{name}, one dot per seed")
+    axis.legend()
+
+
+def _short(method: str) -> str:
+    """Return the name of a line in two short lines of text."""
+    if method == MATCHED:
+        return "MeZO-3\nKerZOO's rate"
+    if method.endswith(", best rate"):
+        return f"{method.removesuffix(', best rate').replace(' as printed', ',')}\nbest rate"
+    return method.replace(" as ", "\nas ") if " as " in method else f"{method}\n"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from zokernel.experiments.base import Config, Result, Verdict, experiment
-from zokernel.experiments.criteria import OPEN, Interval, below, combined, interval, shown
+from zokernel.experiments.criteria import OPEN, Interval, below, combined, format_interval, interval
 from zokernel.experiments.kerzoo.methods import CONSTANT, comparison, kerzoo, mezo, published_time_scale
 from zokernel.experiments.kerzoo.replicas import Curves, Method, Task, best_lr, iterations_to, train
 from zokernel.figures import PALETTE, figures
@@ -23,6 +24,60 @@ from zokernel.figures import PALETTE, figures
 logger = logging.getLogger(__name__)
 
 CLAIM = "KerZOO needs about 70% fewer iterations than MeZO (abstract, Figure 1, Table 5)."
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The curves of every line at a grid of learning rates.
+
+    Attributes:
+        curves: By line.
+        lrs: The grid.
+        base: Place of the base rate in it.
+        data_sets: How many there are along the axis of the seeds.
+    """
+
+    curves: dict[str, Curves]
+    lrs: list[float]
+    base: int
+    data_sets: int
+
+    @cached_property
+    def best(self) -> dict[str, int]:
+        """Place of each line's best rate in the grid."""
+        return {label: best_lr(curves) for label, curves in self.curves.items()}
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether KerZOO's best rates lie inside the grid.
+
+        A best rate at the end of the grid may not be the best one.  For MeZO that only favours KerZOO, so that a
+        verdict against KerZOO needs KerZOO's own best rates inside the grid.
+        """
+        return all(0 < k < len(self.lrs) - 1 for label, k in self.best.items() if label.startswith("KerZOO"))
+
+    @property
+    def best_variant(self) -> str:
+        """The line of KerZOO that ends lowest at its best rate."""
+        variants = [label for label in self.curves if label.startswith("KerZOO")]
+        return min(variants, key=lambda label: self.curves[label].losses[self.best[label]][:, -1].mean())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all curves by name."""
+        arrays: dict[str, np.ndarray] = {}
+        for label, curves in self.curves.items():
+            key = label.replace(" ", "_").replace(",", "").replace("/", "_")
+            arrays |= {f"{key}.losses": curves.losses, f"{key}.averaged": curves.averaged}
+        return arrays | {"iterations": self.curves["MeZO-1"].iterations}
+
+    def average_over_iterate(self) -> dict[str, Interval]:
+        """Return the final loss of the average over that of the iterate, at KerZOO's base and best rates."""
+        return {
+            f"{label}, {kind}": over_data_sets(curves.averaged[k][:, -1] / curves.losses[k][:, -1], self.data_sets)
+            for label, curves in self.curves.items()
+            if label.startswith("KerZOO")
+            for kind, k in (("base lr", self.base), ("best lr", self.best[label]))
+        }
 
 
 @experiment("kerzoo/loss_curves", "Figures 1 and 4, Table 13: loss curves, at equal, matched and best learning rates")
@@ -34,127 +89,111 @@ def run(config: Config) -> Result:
     base_lr = config.pick("base_lr", smoke=4e-4, cpu=4e-4)
     exponents = config.pick("exponents", smoke=[0, 2], cpu=[-1, 0, 1, 2, 3, 4, 5, 6])
     lrs = [base_lr * 2.0**k for k in exponents]
-    base = exponents.index(0)
     examples = config.pick("examples", smoke=300, cpu=1000)
     tasks = [Task.make(examples=examples, seed=config.seed + k) for k in range(data_sets)]
     sizes = {"seeds": seeds, "iterations": iterations, "every": max(1, iterations // 60)}
 
-    def sweep_of(method: Method, rates: list[float]) -> Curves:
-        found = [train(task, method, lrs=rates, seed=config.seed + k, **sizes) for k, task in enumerate(tasks)]
+    def train_on_all(method: Method, rates: list[float]) -> Curves:
+        parts = [train(task, method, lrs=rates, seed=config.seed + k, **sizes) for k, task in enumerate(tasks)]
         logger.info("%s is done", method.label)
-        return joined(found)
+        return concatenate(parts)
 
-    sweep = {method.label: sweep_of(method, lrs) for method in comparison()}
+    curves = {method.label: train_on_all(method, lrs) for method in comparison()}
+    sweep = Sweep(curves, lrs, exponents.index(0), data_sets)
     half = kerzoo(radius=0.5).make(iterations).gain_at(0)
-    matched_half = sweep_of(mezo(3, lr_factor=half), [base_lr])
-    best = {label: best_lr(curves) for label, curves in sweep.items()}
-    seconds = {label: seconds_per_iteration(label) for label in sweep}
-    one = sweep["MeZO-1"]
-    rows = [
-        row
-        for label, curves in sweep.items()
-        for row in table_rows(label, curves, base, best[label], lrs, one, best["MeZO-1"], seconds[label])
-    ]
-    variant = best_variant(sweep, best)
-    ratios = headline(sweep, base, best, variant, matched_half, data_sets)
-    # A best rate at the end of the grid may not be the best one.  For MeZO that only favours KerZOO, so that a verdict
-    # against KerZOO needs KerZOO's own best rates inside the grid.
-    bracketed = all(0 < best[k] < len(lrs) - 1 for k in sweep if k.startswith("KerZOO"))
+    ratios = headline(sweep, train_on_all(mezo(3, lr_factor=half), [base_lr]))
+    seconds = {label: seconds_per_iteration(label) for label in curves}
+    lag = sweep.average_over_iterate()
     numbers = {
-        "rows": rows,
+        "rows": [row for label in curves for row in table_rows(sweep, label, seconds[label])],
         "iteration_ratios": ratios,
         "published": published_time_scale(),
         "base_lr": base_lr,
         "lrs": lrs,
-        "best_lrs": {label: lrs[k] for label, k in best.items()},
-        "best_lrs_bracketed": bracketed,
-        "best_variant": variant,
+        "best_lrs": {label: lrs[k] for label, k in sweep.best.items()},
+        "best_lrs_bracketed": sweep.bracketed,
+        "best_variant": sweep.best_variant,
         "seeds": seeds,
         "data_sets": data_sets,
         "iterations": iterations,
         "batch_size": 64,
+        "average_over_iterate": lag,
     }
-    arrays: dict[str, np.ndarray] = {}
-    for label, curves in sweep.items():
-        key = label.replace(" ", "_").replace(",", "").replace("/", "_")
-        arrays |= {f"{key}.losses": curves.losses, f"{key}.averaged": curves.averaged}
-    arrays["iterations"] = one.iterations
     drawn = {
-        "equal_lr": draw(sweep, dict.fromkeys(sweep, base), seconds, "same nominal learning rate"),
-        "best_lr": draw(sweep, best, seconds, "each at its own best learning rate"),
+        "equal_lr": draw(curves, dict.fromkeys(curves, sweep.base), seconds, "same nominal learning rate"),
+        "best_lr": draw(curves, sweep.best, seconds, "each at its own best learning rate"),
     }
-    lag = {
-        f"{label}, {kind}": over_data_sets(curves.averaged[k][:, -1] / curves.losses[k][:, -1], data_sets)
-        for label, curves in sweep.items()
-        if label.startswith("KerZOO")
-        for kind, k in (("base lr", base), ("best lr", best[label]))
-    }
-    numbers["average_over_iterate"] = lag
-    judged = [judge_iterations(ratios, bracketed, variant), judge_mechanism(ratios, bracketed), judge_average(lag)]
-    return Result(summarise(ratios, variant, published_time_scale()), numbers, arrays, drawn, judged)
+    verdicts = [
+        judge_iterations(ratios, sweep.bracketed, sweep.best_variant),
+        judge_mechanism(ratios, sweep.bracketed),
+        judge_average(lag),
+    ]
+    summary = summarise(ratios, sweep.best_variant, published_time_scale())
+    return Result(summary, numbers, sweep.arrays(), drawn, verdicts)
 
 
-def joined(found: list[Curves]) -> Curves:
+def concatenate(parts: list[Curves]) -> Curves:
     """Return the curves of several data sets as one, data set by data set along the axis of the seeds."""
-    losses, averaged = (np.concatenate([getattr(c, name) for c in found], axis=1) for name in ("losses", "averaged"))
-    return Curves(found[0].iterations, losses, averaged, found[0].forwards_per_iteration)
+    losses, averaged = (np.concatenate([getattr(c, name) for c in parts], axis=1) for name in ("losses", "averaged"))
+    return Curves(parts[0].iterations, losses, averaged, parts[0].forwards_per_iteration)
 
 
-def table_rows(
-    label: str,
-    curves: Curves,
-    base: int,
-    best: int,
-    lrs: list[float],
-    mezo: Curves,
-    mezo_best: int,
-    seconds: float,
-) -> list[dict[str, Any]]:
-    """Return final losses and costs to MeZO-1's final loss: at the base rate, and at the best ones."""
+def table_rows(sweep: Sweep, label: str, seconds: float) -> list[dict[str, Any]]:
+    """Return a line's final losses and its costs to MeZO-1's final loss: at the base rate, and at the best ones.
+
+    Args:
+        sweep: All curves.
+        label: The line.
+        seconds: Its seconds per iteration.
+    """
+    curves, mezo = sweep.curves[label], sweep.curves["MeZO-1"]
     rows = []
-    for kind, mine, reference in (("base", base, base), ("best", best, mezo_best)):
-        target = mezo.losses[reference][:, -1]
-        reached = interval(iterations_to(curves.losses[mine], curves.iterations, target))
+    for kind, rate, mezo_rate in (
+        ("base", sweep.base, sweep.base),
+        ("best", sweep.best[label], sweep.best["MeZO-1"]),
+    ):
+        target = mezo.losses[mezo_rate][:, -1]
+        iterations = interval(iterations_to(curves.losses[rate], curves.iterations, target))
         rows.append(
             {
                 "method": label,
                 "learning_rate": kind,
-                "lr": lrs[mine],
-                "final_loss": interval(curves.losses[mine][:, -1]),
-                "final_loss_averaged": interval(curves.averaged[mine][:, -1]),
-                "iterations_to_mezo": reached,
-                "forwards_to_mezo": tuple(v * curves.forwards_per_iteration for v in reached),
-                "seconds_to_mezo": tuple(v * seconds for v in reached),
+                "lr": sweep.lrs[rate],
+                "final_loss": interval(curves.losses[rate][:, -1]),
+                "final_loss_averaged": interval(curves.averaged[rate][:, -1]),
+                "iterations_to_mezo": iterations,
+                "forwards_to_mezo": tuple(v * curves.forwards_per_iteration for v in iterations),
+                "seconds_to_mezo": tuple(v * seconds for v in iterations),
                 "forwards_per_iteration": curves.forwards_per_iteration,
             }
         )
     return rows
 
 
-def best_variant(sweep: dict[str, Curves], best: dict[str, int]) -> str:
-    """Return the line of KerZOO that ends lowest at its best rate."""
-    own = [label for label in sweep if label.startswith("KerZOO")]
-    return min(own, key=lambda label: sweep[label].losses[best[label]][:, -1].mean())
-
-
-def headline(
-    sweep: dict[str, Curves], base: int, best: dict[str, int], variant: str, matched_half: Curves, data_sets: int
-) -> dict[str, Interval]:
+def headline(sweep: Sweep, matched_half: Curves) -> dict[str, Interval]:
     """Return ratios of iterations (KerZOO over a MeZO) to the higher of the two final losses, which both reach.
 
     Ratios are paired by seed and averaged over the seeds of a data set; the 95% intervals are over data sets, or over
     seeds where there is one data set.
+
+    Args:
+        sweep: All curves.
+        matched_half: MeZO-3 at the effective rate of KerZOO with radius 1/2, at the base rate only.
     """
+    base, best, variant = sweep.base, sweep.best, sweep.best_variant
 
     def ratio(mezo: Curves, mezo_lr: int, label: str, lr: int) -> Interval:
-        mine = sweep[label]
-        target = np.maximum(mezo.losses[mezo_lr][:, -1], mine.losses[lr][:, -1])
-        taken = iterations_to(mine.losses[lr], mine.iterations, target)
-        return over_data_sets(taken / iterations_to(mezo.losses[mezo_lr], mezo.iterations, target), data_sets)
+        own = sweep.curves[label]
+        target = np.maximum(mezo.losses[mezo_lr][:, -1], own.losses[lr][:, -1])
+        iterations = iterations_to(own.losses[lr], own.iterations, target)
+        return over_data_sets(
+            iterations / iterations_to(mezo.losses[mezo_lr], mezo.iterations, target), sweep.data_sets
+        )
 
-    widest, half = "KerZOO, radius 1", "KerZOO, radius 1/2"
-    one, three, matched = (sweep[k] for k in ("MeZO-1", "MeZO-3", "MeZO-3 at KerZOO's effective lr"))
-    sequential = "3 sequential MeZO-1 steps"
+    widest, half, sequential = "KerZOO, radius 1", "KerZOO, radius 1/2", "3 sequential MeZO-1 steps"
+    one, three, matched, steps = (
+        sweep.curves[label] for label in ("MeZO-1", "MeZO-3", "MeZO-3 at KerZOO's effective lr", sequential)
+    )
     return {
         "same lr, over MeZO-1": ratio(one, base, widest, base),
         "same lr, over MeZO-3": ratio(three, base, widest, base),
@@ -163,7 +202,7 @@ def headline(
         "best lrs and best variant, over MeZO-3": ratio(three, best["MeZO-3"], variant, best[variant]),
         "best lrs, over MeZO-1": ratio(one, best["MeZO-1"], widest, best[widest]),
         "best lrs, over MeZO-3": ratio(three, best["MeZO-3"], widest, best[widest]),
-        "best lrs, over 3 sequential MeZO-1 steps": ratio(sweep[sequential], best[sequential], widest, best[widest]),
+        "best lrs, over 3 sequential MeZO-1 steps": ratio(steps, best[sequential], widest, best[widest]),
     }
 
 
@@ -202,25 +241,25 @@ def fastest_step(*, kerzoo: bool, perturbations: int, steps: int = 60) -> float:
     return min(seconds)
 
 
-def draw(sweep: dict[str, Curves], chosen: dict[str, int], seconds: dict[str, float], title: str) -> Any:
+def draw(lines: dict[str, Curves], rates: dict[str, int], seconds: dict[str, float], title: str) -> Any:
     """Draw mean and 5-95% band over seeds against iterations, forwards, examples forwarded and seconds."""
     with figures() as Figure:
         figure = Figure(figsize=(10, 7.5), layout="constrained")
         axes = figure.subplots(2, 2, sharey=True).flatten()
-        for (label, curves), colour in zip(sweep.items(), [*PALETTE, "#999999"]):
-            losses = curves.losses[chosen[label]]
+        for (label, curves), colour in zip(lines.items(), [*PALETTE, "#999999"]):
+            losses = curves.losses[rates[label]]
             low, high = np.quantile(losses, [0.05, 0.95], axis=0)
             forwards = curves.iterations * curves.forwards_per_iteration
             for axis, x in zip(axes, (curves.iterations, forwards, forwards * 64, curves.iterations * seconds[label])):
                 axis.plot(x, losses.mean(0), color=colour, label=label)
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             if label == "KerZOO, radius 1":
-                averaged = curves.averaged[chosen[label]].mean(0)
+                averaged = curves.averaged[rates[label]].mean(0)
                 axes[0].plot(curves.iterations, averaged, color=colour, linestyle=":", label="... its average")
         names = ("iterations", "forward passes", "examples forwarded", "seconds (one core)")
         for axis, name in zip(axes, names):
             axis.set(xlabel=name)
-        shortest = min(c.iterations[-1] * c.forwards_per_iteration for c in sweep.values())
+        shortest = min(c.iterations[-1] * c.forwards_per_iteration for c in lines.values())
         for axis, scale in ((axes[1], 1), (axes[2], 64)):
             axis.set_xlim(0, 3 * shortest * scale)
         axes[0].set_ylabel("training loss")
@@ -233,7 +272,7 @@ def draw(sweep: dict[str, Curves], chosen: dict[str, int], seconds: dict[str, fl
 def summarise(ratios: dict[str, Interval], variant: str, published: dict[str, list[float]]) -> str:
     """Say in plain words what the ratios mean."""
     same, matched, best, widest = (
-        shown(ratios[key])
+        format_interval(ratios[key])
         for key in (
             "same lr, over MeZO-1",
             "same effective lr, over MeZO-3",
@@ -259,7 +298,7 @@ def judge_iterations(ratios: dict[str, Interval], bracketed: bool, variant: str)
         f"best lrs, best variant ({variant})": "best lrs and best variant, over MeZO-3",
         "best lrs, variant of largest variance (radius 1)": "best lrs, over MeZO-3",
     }
-    numbers = "; ".join(f"{name} {shown(ratios[key])}" for name, key in rules.items())
+    numbers = "; ".join(f"{name} {format_interval(ratios[key])}" for name, key in rules.items())
     return Verdict(
         CLAIM,
         combined(below(ratios[key], 0.4) for key in rules.values()) if bracketed else OPEN,
@@ -277,7 +316,7 @@ def judge_average(lag: dict[str, Interval]) -> Verdict:
         "The averaged iterate is the one to return (Algorithm 1).",
         combined(below(ratio, 1.0) for ratio in lag.values()),
         f"Final loss of the average over that of the iterate: {min(ratios):.3f} to {max(ratios):.3f} in {len(lag)} "
-        f"settings ({first}: {shown(lag[first], 3)}, 95%; required: below 1).",
+        f"settings ({first}: {format_interval(lag[first], 3)}, 95%; required: below 1).",
         id="kerzoo-average",
     )
 
@@ -289,7 +328,7 @@ def judge_mechanism(ratios: dict[str, Interval], bracketed: bool) -> Verdict:
     return Verdict(
         "The speed-up comes from the kernel's removal of low-order bias (sections 1 and 3).",
         combined(below(ratio, 0.9) for ratio in (effective, best)) if bracketed else OPEN,
-        f"Iterations relative to MeZO-3, which has no kernel: {shown(effective)} at the same effective lr, "
-        f"{shown(best)} at the best lrs and with the best variant (95%; required: below 0.9).",
+        f"Iterations relative to MeZO-3, which has no kernel: {format_interval(effective)} at the same effective lr, "
+        f"{format_interval(best)} at the best lrs and with the best variant (95%; required: below 0.9).",
         id="kerzoo-mechanism",
     )

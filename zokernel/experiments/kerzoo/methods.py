@@ -72,15 +72,15 @@ def published_time_scale() -> dict[str, list[float]]:
         >>> [round(ratio, 2) for ratio in published_time_scale()["iterations_ratio"]]
         [3.02, 2.98, 2.97, 3.01, 3.02]
     """
-    reached = [k for k, loss in enumerate(PUBLISHED_KERZOO) if loss >= PUBLISHED_MEZO[-1]]
+    within_range = [k for k, loss in enumerate(PUBLISHED_KERZOO) if loss >= PUBLISHED_MEZO[-1]]
     order = np.argsort(PUBLISHED_MEZO)
-    losses = PUBLISHED_KERZOO[reached]
+    losses = PUBLISHED_KERZOO[within_range]
     # Between two printed points the loss is close to linear in the logarithm of the iterations.
     mezo_at = np.exp(np.interp(losses, PUBLISHED_MEZO[order], np.log(PUBLISHED_ITERATIONS[order])))
     seconds_at = np.interp(losses, PUBLISHED_MEZO[order], PUBLISHED_SECONDS_MEZO[order])
     return {
-        "kerzoo_iterations": PUBLISHED_ITERATIONS[reached].tolist(),
+        "kerzoo_iterations": PUBLISHED_ITERATIONS[within_range].tolist(),
         "mezo_iterations": mezo_at.tolist(),
-        "iterations_ratio": (mezo_at / PUBLISHED_ITERATIONS[reached]).tolist(),
-        "seconds_ratio": (seconds_at / PUBLISHED_SECONDS_KERZOO[reached]).tolist(),
+        "iterations_ratio": (mezo_at / PUBLISHED_ITERATIONS[within_range]).tolist(),
+        "seconds_ratio": (seconds_at / PUBLISHED_SECONDS_KERZOO[within_range]).tolist(),
     }

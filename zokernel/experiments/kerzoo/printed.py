@@ -108,32 +108,9 @@ class PrintedKerZOO(KerZOO):
             shrink_to,
             total_steps,
         )
-        for what, value, known in (
-            ("clip", clip, CLIPS),
-            ("grad_at", grad_at, ("theta", "md")),
-            ("step_schedule", step_schedule, STEP_SCHEDULES),
-            ("averaging", averaging, ("none", *STORAGES)),
-        ):
-            if value not in known:
-                raise UsageError(f"There is no {what} {value!r}: choose one of {', '.join(known)}.")
-        if (clip == "none") != (clip_radius is None) or (clip_radius is not None and not clip_radius > 0):
-            raise UsageError("clip and a positive clip_radius go together: give both or neither.")
-        if grad_at == "md" and averaging not in ("fp32", "int8"):
-            raise UsageError(
-                "grad_at='md' needs the averaged iterate at every step: set averaging to 'fp32' or 'int8'."
-            )
+        _check_settings(clip, clip_radius, grad_at, step_schedule, averaging)
         average = None if averaging == "none" else iterate_average(averaging)
-        update: list[Update] = [SGD()]
-        if clip == "grad" and clip_radius is not None:
-            update.insert(0, Clip(clip_radius))
-        if step_schedule == "accelerated":
-            update.insert(0, LengtheningSteps())
-        if grad_at == "md" and average is not None:
-            update.append(ShiftedPoint(average))
-        if clip in ("param_origin", "param_init") and clip_radius is not None:
-            update.append(Projection(clip_radius, around_initial=clip == "param_init"))
-        if average is not None:
-            update.append(average)
+        update = _updates(average, clip, clip_radius, grad_at, step_schedule)
         ZerothOrder.__init__(
             self, params, lr, directions=Dense(distribution), estimator=estimator, update=update, **options
         )
@@ -150,16 +127,16 @@ class PrintedKerZOO(KerZOO):
         factor = self.step_count + 1.0 if lengthens else 1.0
         return self.param_groups[0]["lr"] * self.estimator.gain_at(self.step_count) * factor
 
-    def _why_not(self) -> str | None:
+    def _ask_tell_obstacle(self) -> str | None:
         shifted = "grad_at='md' takes its losses around another point than the weights"
-        return shifted if self.grad_at == "md" else super()._why_not()
+        return shifted if self.grad_at == "md" else super()._ask_tell_obstacle()
 
     def _step(self, perturb: Perturb, closure: Closure) -> float:
         """Take a step whose losses are evaluated around the shifted point, if there is one."""
         shifts = [part for part in self.updates if isinstance(part, ShiftedPoint)]
         if not shifts:
             return super()._step(perturb, closure)
-        self._take_stock()
+        self._refresh_base()
         self._shift(shifts[0], 1.0)
         try:
             return super()._step(perturb, closure)
@@ -171,6 +148,40 @@ class PrintedKerZOO(KerZOO):
         part.shift(self, factor)
         self.perturb.weights.resync()
         self._note_versions()
+
+
+def _check_settings(clip: str, clip_radius: float | None, grad_at: str, step_schedule: str, averaging: str) -> None:
+    """Refuse settings that do not exist or do not go together."""
+    for setting, value, choices in (
+        ("clip", clip, CLIPS),
+        ("grad_at", grad_at, ("theta", "md")),
+        ("step_schedule", step_schedule, STEP_SCHEDULES),
+        ("averaging", averaging, ("none", *STORAGES)),
+    ):
+        if value not in choices:
+            raise UsageError(f"There is no {setting} {value!r}: choose one of {', '.join(choices)}.")
+    if (clip == "none") != (clip_radius is None) or (clip_radius is not None and not clip_radius > 0):
+        raise UsageError("clip and a positive clip_radius go together: give both or neither.")
+    if grad_at == "md" and averaging not in ("fp32", "int8"):
+        raise UsageError("grad_at='md' needs the averaged iterate at every step: set averaging to 'fp32' or 'int8'.")
+
+
+def _updates(
+    average: IterateAverage | None, clip: str, clip_radius: float | None, grad_at: str, step_schedule: str
+) -> list[Update]:
+    """Return the parts of the update in their order."""
+    updates: list[Update] = [SGD()]
+    if clip == "grad" and clip_radius is not None:
+        updates.insert(0, Clip(clip_radius))
+    if step_schedule == "accelerated":
+        updates.insert(0, LengtheningSteps())
+    if grad_at == "md" and average is not None:
+        updates.append(ShiftedPoint(average))
+    if clip in ("param_origin", "param_init") and clip_radius is not None:
+        updates.append(Projection(clip_radius, around_initial=clip == "param_init"))
+    if average is not None:
+        updates.append(average)
+    return updates
 
 
 class LengtheningSteps(Update):
@@ -233,8 +244,8 @@ class Projection(Update):
         """Project, and return the moves that end where the weights are now."""
         squared = 0.0
         for name, tensor in trained.active.items():
-            moved = tensor - trained.state[tensor]["initial"] if self.around_initial else tensor
-            squared += total_norm({name: moved}) ** 2
+            offset = tensor - trained.state[tensor]["initial"] if self.around_initial else tensor
+            squared += total_norm({name: offset}) ** 2
         shrink = 1.0 if squared <= self.radius**2 else self.radius / squared**0.5
         for tensor in trained.active.values() if shrink < 1.0 else ():
             if self.around_initial:

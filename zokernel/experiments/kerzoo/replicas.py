@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,45 +151,65 @@ def train(
     theta = task.start.repeat(count * seeds, 1)
     average = theta.clone()
     draw = draw or rademacher(seeds, dim, seed)
-    measured: list[np.ndarray] = []
-    averaged: list[np.ndarray] = []
-    at: list[int] = []
+    records: list[tuple[int, np.ndarray, np.ndarray]] = []
 
-    def measure(iteration: int) -> None:
-        at.append(iteration)
-        full = task.x[None], task.y[None]
-        for values, store in ((theta, measured), (average, averaged)):
-            found = task.losses(values, *full).reshape(count, seeds)
-            store.append(torch.where(found.isfinite(), found, torch.inf).numpy())
+    def full_losses(values: Tensor) -> np.ndarray:
+        """Return the losses over all examples, (L, S)."""
+        losses = task.losses(values, task.x[None], task.y[None]).reshape(count, seeds)
+        return torch.where(losses.isfinite(), losses, torch.inf).numpy()
 
-    measure(0)
+    records.append((0, full_losses(theta), full_losses(average)))
     forwards = 0
     for step in range(steps):
         rows = torch.randint(0, len(task.y), (seeds, batch_size), generator=batches)
-        x, y = task.x[rows].repeat(count, 1, 1), task.y[rows].repeat(count, 1)
-        directions: dict[int, Tensor] = {}
-
-        def evaluate(offsets: Mapping[int, Any], theta=theta, x=x, y=y, directions=directions, step=step) -> Any:
-            nonlocal forwards
-            forwards += 1
-            shifted = theta
-            for index, offset in offsets.items():
-                if index not in directions:
-                    directions[index] = draw(step, index).repeat(count, 1)
-                scale = torch.as_tensor(np.asarray(offset), dtype=torch.float32).reshape(-1, 1)
-                if scale.shape[0] > 1:
-                    scale = scale.repeat(count, 1)
-                shifted = shifted + scale * directions[index]
-            return task.losses(shifted, x, y).double().numpy().reshape(count, seeds)
-
+        evaluate = _PerturbedLosses(task, theta, rows, partial(draw, step))
         estimate = estimator(evaluate, seed=run_seeds, step=step)  # type: ignore[arg-type]
+        forwards += evaluate.forwards
         for index, coefficient in estimate.coefficients.items():
             c = torch.as_tensor(np.asarray(coefficient), dtype=torch.float32).reshape(-1, 1)
-            theta = theta - rates * c * directions[index]
+            theta = theta - rates * c * evaluate.directions[index]
         average = torch.lerp(average, theta, average_weight(step))
         if (step + 1) % (every * method.steps_per_iteration) == 0:
-            measure((step + 1) // method.steps_per_iteration)
-    return Curves(np.array(at), np.stack(measured, axis=-1), np.stack(averaged, axis=-1), forwards / iterations)
+            iteration = (step + 1) // method.steps_per_iteration
+            records.append((iteration, full_losses(theta), full_losses(average)))
+    measured_at, losses, averaged = zip(*records)
+    return Curves(np.array(measured_at), np.stack(losses, axis=-1), np.stack(averaged, axis=-1), forwards / iterations)
+
+
+class _PerturbedLosses:
+    """The losses of one step's batches at weights that are moved along its directions.
+
+    Args:
+        task: The problem.
+        theta: (R, d) weights.
+        rows: (S, B) examples of each seed's batch.
+        draw: Directions (S, d) by index.
+
+    Attributes:
+        directions: (R, d) directions that were needed, by index.
+        forwards: Forward passes so far.
+    """
+
+    def __init__(self, task: Task, theta: Tensor, rows: Tensor, draw: Callable[[int], Tensor]):
+        self.task, self.theta, self.draw = task, theta, draw
+        self.num_lrs, self.num_seeds = len(theta) // len(rows), len(rows)
+        self.x, self.y = task.x[rows].repeat(self.num_lrs, 1, 1), task.y[rows].repeat(self.num_lrs, 1)
+        self.directions: dict[int, Tensor] = {}
+        self.forwards = 0
+
+    def __call__(self, offsets: Mapping[int, Any]) -> np.ndarray:
+        """Return the losses at the weights plus multiples of directions, (L, S)."""
+        self.forwards += 1
+        shifted = self.theta
+        for index, offset in offsets.items():
+            if index not in self.directions:
+                self.directions[index] = self.draw(index).repeat(self.num_lrs, 1)
+            scale = torch.as_tensor(np.asarray(offset), dtype=torch.float32).reshape(-1, 1)
+            if scale.shape[0] > 1:
+                scale = scale.repeat(self.num_lrs, 1)
+            shifted = shifted + scale * self.directions[index]
+        losses = self.task.losses(shifted, self.x, self.y).double().numpy()
+        return losses.reshape(self.num_lrs, self.num_seeds)
 
 
 def rademacher(seeds: int, dim: int, seed: int) -> Draw:
@@ -222,13 +243,13 @@ def iterations_to(curve: np.ndarray, iterations: np.ndarray, target: np.ndarray)
         >>> iterations_to(np.array([[3.0, 2.0, 1.0]]), np.array([0, 10, 20]), np.array([1.5]))
         array([15.])
     """
-    found = np.full(len(curve), np.inf)
+    reached = np.full(len(curve), np.inf)
     for s, (values, goal) in enumerate(zip(curve, target)):
         below = np.nonzero(values <= goal)[0]
         if len(below) and below[0] > 0:
             k = below[0]
             share = (values[k - 1] - goal) / (values[k - 1] - values[k])
-            found[s] = iterations[k - 1] + share * (iterations[k] - iterations[k - 1])
+            reached[s] = iterations[k - 1] + share * (iterations[k] - iterations[k - 1])
         elif len(below):
-            found[s] = iterations[0]
-    return found
+            reached[s] = iterations[0]
+    return reached

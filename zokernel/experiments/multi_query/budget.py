@@ -10,7 +10,7 @@ import numpy as np
 from zokernel.estimators import Estimator, OneSided, TwoPoint
 from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import above, below, combined, interval
-from zokernel.experiments.multi_query.runs import EPS, Problem, Quadratic, Softmax, aligned, train
+from zokernel.experiments.multi_query.runs import EPS, Problem, Quadratic, Softmax, aligned_coefficients, train
 from zokernel.figures import PALETTE, figures
 
 MULTIPLES = [2.0 ** (k / 2) for k in range(-5, 3)]
@@ -74,10 +74,10 @@ def compare(
         unit = (dim if scheme == "aligned" else count) / problem.trace
         rates = [multiple * unit for multiple in MULTIPLES] + ([single_rate] if rows else [])
         aligns = scheme == "aligned"
-        fallen = train(problem, estimator, rates, forwards=forwards, seeds=seeds, seed=seed, align=aligns)
-        best = int(np.argmax(fallen[: len(MULTIPLES)].mean(axis=1)))
+        decreases = train(problem, estimator, rates, forwards=forwards, seeds=seeds, seed=seed, align=aligns)
+        best = int(np.argmax(decreases[: len(MULTIPLES)].mean(axis=1)))
         if not rows:
-            single_rate, single_best, baseline = rates[best], best, fallen[best]
+            single_rate, single_best, baseline = rates[best], best, decreases[best]
         rows.append(
             {
                 "problem": problem.name,
@@ -87,10 +87,10 @@ def compare(
                 "forwards": forwards,
                 "steps": forwards // estimator.forwards_at(0),
                 "best_rate_per_direction": MULTIPLES[best],
-                "fallen": float(fallen[best].mean()),
-                "best": interval(fallen[best] / baseline),
-                "equal_rate_per_direction": interval(fallen[single_best] / baseline),
-                "equal_rate": interval(fallen[-1 if rows else best] / baseline),
+                "fallen": float(decreases[best].mean()),
+                "best": interval(decreases[best] / baseline),
+                "equal_rate_per_direction": interval(decreases[single_best] / baseline),
+                "equal_rate": interval(decreases[-1 if rows else best] / baseline),
                 "predicted": predicted(problem, scheme, count),
             }
         )
@@ -123,7 +123,7 @@ def distance_table(dimensions: tuple[int, ...], count: int = 8, draws: int = 20)
         for _ in range(draws):
             z = generator.integers(0, 2, (count, 1, dim), dtype=np.int8) * 2.0 - 1.0
             average = z[:, 0] @ generator.normal(size=dim) / count
-            exact, scaled = aligned(average[None], z)[0], count / dim * average
+            exact, scaled = aligned_coefficients(average[None], z)[0], count / dim * average
             difference, reference = ((c @ z[:, 0]) for c in (exact - scaled, scaled))
             errors.append(float(difference @ difference) / float(reference @ reference))
         expected = math.sqrt((count - 1) / dim)
@@ -134,12 +134,14 @@ def distance_table(dimensions: tuple[int, ...], count: int = 8, draws: int = 20)
 def judge_average(rows: list[dict[str, Any]]) -> Verdict:
     """Judge by the 95% intervals of all averages of several directions, at each one's best rate."""
     several = [row for row in rows if row["P"] > 1 and row["scheme"] != "aligned"]
-    two, one = ([row for row in several if row["scheme"] == s and row["P"] == 16] for s in ("two-point", "one-sided"))
-    naive = [row["equal_rate"][0] for row in two]
+    two_point, one_sided = (
+        [row for row in several if row["scheme"] == scheme and row["P"] == 16] for scheme in ("two-point", "one-sided")
+    )
+    naive = [row["equal_rate"][0] for row in two_point]
     reason = (
         f"At one nominal rate 16 directions get {min(naive):.2f} to {max(naive):.2f} times as far as one with the same "
-        f"forwards. Each at its best rate, two losses per direction: {listed(two)}; with a shared base loss (P + 1 "
-        f"forwards): {listed(one)}."
+        f"forwards. Each at its best rate, two losses per direction: {format_ratios(two_point)}; with a shared base "
+        f"loss (P + 1 forwards): {format_ratios(one_sided)}."
     )
     return Verdict(AVERAGE, combined(below(row["best"], 1.0) for row in several), reason, id="multi-query-average")
 
@@ -147,17 +149,17 @@ def judge_average(rows: list[dict[str, Any]]) -> Verdict:
 def judge_alignment(rows: list[dict[str, Any]], distances: list[dict[str, float]]) -> Verdict:
     """Judge by the 95% intervals of all aligned estimates from several directions, at each one's best rate."""
     several = [row for row in rows if row["P"] > 1 and row["scheme"] == "aligned"]
-    far = distances[-1]
+    largest = distances[-1]
     reason = (
         f"Aligned, 16 directions at their best rate get as far as one times: "
-        f"{listed([row for row in several if row['P'] == 16])}. The aligned estimate is P/d times the average up to "
-        f"{far['distance']:.2g} (predicted {far['predicted']:.2g}) of its length at d = {far['d']:,}, P = {far['P']}: "
-        f"it differs only where P is not small beside d."
+        f"{format_ratios([row for row in several if row['P'] == 16])}. The aligned estimate is P/d times the average "
+        f"up to {largest['distance']:.2g} (predicted {largest['predicted']:.2g}) of its length at "
+        f"d = {largest['d']:,}, P = {largest['P']}: it differs only where P is not small beside d."
     )
     return Verdict(ALIGN, combined(above(row["best"], 1.0) for row in several), reason, id="multi-query-align")
 
 
-def listed(rows: list[dict[str, Any]]) -> str:
+def format_ratios(rows: list[dict[str, Any]]) -> str:
     """Return the ratios at the best rates with their intervals, by problem."""
     return ", ".join(
         f"{row['problem']} {row['best'][0]:.3f} [{row['best'][1]:.3f}, {row['best'][2]:.3f}]" for row in rows
@@ -171,12 +173,12 @@ def draw_figure(rows: list[dict[str, Any]]):
         names = list(dict.fromkeys(row["problem"] for row in rows))
         for axis, scheme in zip(figure.subplots(1, 3, sharey=True), SCHEMES, strict=True):
             for name, color in zip(names, PALETTE, strict=False):
-                chosen = [row for row in rows if row["problem"] == name and row["scheme"] == scheme]
-                mean, low, high = (np.array([row["best"][k] for row in chosen]) for k in range(3))
-                label = f"{name}, d = {chosen[0]['d']}"
-                directions = [row["P"] for row in chosen]
+                points = [row for row in rows if row["problem"] == name and row["scheme"] == scheme]
+                mean, low, high = (np.array([row["best"][k] for row in points]) for k in range(3))
+                label = f"{name}, d = {points[0]['d']}"
+                directions = [row["P"] for row in points]
                 axis.errorbar(directions, mean, [mean - low, high - mean], fmt="o-", color=color, label=label)
-                naive = [row["equal_rate"][0] for row in chosen]
+                naive = [row["equal_rate"][0] for row in points]
                 axis.plot(directions, naive, ":", color=color)
             axis.axhline(1.0, color="0.6", linewidth=0.8)
             axis.set(xscale="log", ylim=(0, 2.5), xlabel="directions per step", title=scheme)

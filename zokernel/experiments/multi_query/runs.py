@@ -151,20 +151,20 @@ def train(
             z = draw(step) if draw else generator.integers(0, 2, shape, dtype=np.int8) * 2.0 - 1.0
 
             def evaluate(offsets: Mapping[int, float], theta=theta, batch=batch, z=z) -> Any:
-                moved = theta
+                shifted = theta
                 for index, offset in offsets.items():
-                    moved = moved + offset * z[index]
-                return problem.losses(moved, batch)
+                    shifted = shifted + offset * z[index]
+                return problem.losses(shifted, batch)
 
             coefficients = np.stack(list(estimator(evaluate, seed=seed, step=step).coefficients.values()), axis=-1)
             if align:
-                coefficients = aligned(coefficients, z)
+                coefficients = aligned_coefficients(coefficients, z)
             theta = theta - eta * np.einsum("lsp,psd->lsd", coefficients, z, optimize=True)
-        fallen = np.log(first / problem.full_loss(theta))
-    return np.where(np.isfinite(fallen), fallen, -np.inf)
+        decrease = np.log(first / problem.full_loss(theta))
+    return np.where(np.isfinite(decrease), decrease, -np.inf)
 
 
-def aligned(coefficients: np.ndarray, z: np.ndarray) -> np.ndarray:
+def aligned_coefficients(coefficients: np.ndarray, z: np.ndarray) -> np.ndarray:
     r"""Return the coefficients of :math:`Z (Z^T Z)^{-1} y` from those of the average :math:`Z y / P`.
 
     Args:
@@ -172,7 +172,7 @@ def aligned(coefficients: np.ndarray, z: np.ndarray) -> np.ndarray:
         z: (P, S, d) directions.
 
     Example:
-        >>> aligned(np.array([[1.5, 0.5]]), np.array([[[2.0, 0.0]], [[0.0, 1.0]]])).tolist()
+        >>> aligned_coefficients(np.array([[1.5, 0.5]]), np.array([[[2.0, 0.0]], [[0.0, 1.0]]])).tolist()
         [[0.75, 1.0]]
     """
     gram = np.einsum("psd,qsd->spq", z, z, optimize=True)

@@ -20,7 +20,7 @@ from zokernel.experiments.nzk.problems import (
     stand_in_images,
     synthetic_network_problem,
 )
-from zokernel.experiments.nzk.record import attained, numbers
+from zokernel.experiments.nzk.record import attainment, numbers
 from zokernel.experiments.nzk.study import Size, Study, Variant, study
 
 SMOKE_FIGURES = ("losses",)  # drawing takes longer than everything else at that scale
@@ -36,12 +36,14 @@ class Entry:
         problem: Builds the data and the model for a configuration.
         variants: Its kernels.
         best_of: Directions of the biased best-of baseline; 0 leaves it out.
+        same_problem: The experiment on the same problem that draws the figures that no kernel changes; empty if none.
     """
 
     title: str
     problem: Callable[[Config], Problem]
     variants: tuple[Variant, ...] = (SHARED,)
     best_of: int = 0
+    same_problem: str = ""
 
 
 def _linear(config: Config, *, dim: int, noise: float, steps: int = 16_000) -> Problem:
@@ -102,6 +104,7 @@ ENTRIES: dict[str, Entry] = {
         "one shared vector, three deviations (notebook variance; the numbers are standard deviations)",
         partial(_linear, dim=2, noise=1 / 50),
         tuple(Variant(f"shared, deviation {s}", f"gaussian({s})") for s in (1.0, 0.5, 1.5)),
+        same_problem="nzk/mixture",
     ),
     "nzk/laws": Entry(
         "one shared vector, five distributions (notebook distribution)",
@@ -113,6 +116,7 @@ ENTRIES: dict[str, Entry] = {
             Variant("Student t, 1000", "student_t(1000)"),
             Variant("Laplace 0.605", "laplace(0.605)"),
         ),
+        same_problem="nzk/mixture",
     ),
     "nzk/ffn_synthetic": Entry("linearised 2-5-5-1 network, synthetic teacher (notebook FFN)", _synthetic_network),
     "nzk/mnist": Entry(
@@ -151,51 +155,71 @@ def run(config: Config, *, entry: Entry) -> Result:
     except RunError as error:
         if "Tiny ImageNet" not in entry.title:
             raise
-        claims = {
-            verdicts.CONSTANT_ID: verdicts.CONSTANT,
-            verdicts.FASTER_ID: verdicts.FASTER,
-            verdicts.ATTAINED_ID: verdicts.ATTAINED,
-        }
-        return Result(
-            f"Not run here. {error}",
-            verdicts=[Verdict(claim, "not run here", str(error), id=name) for name, claim in claims.items()],
-        )
-    size = Size(
+        return _not_run(error)
+    size = _size(config, problem, best_of=entry.best_of)
+    result = study(problem, list(entry.variants), size, config.seed)
+    drift = _drift(problem, config)
+    record = numbers(result)
+    if drift:
+        record["drift"] = [asdict(row) for row in drift]
+    return Result(
+        summary=_summary(result, drift),
+        numbers=record,
+        arrays=_arrays(result),
+        figures=figures.draw(result, stems=_stems(config, entry)),
+        verdicts=[
+            verdicts.constancy(
+                result.check,
+                {name: result.fourth_moment[name] for name in ("rademacher", "laplace")},
+                len(problem.y),
+                drift,
+            ),
+            verdicts.acceleration(result),
+            *([verdicts.attainability(attainment(result))] if result.stated else []),
+        ],
+    )
+
+
+def _not_run(error: RunError) -> Result:
+    """Return the result of an experiment whose data cannot be reached."""
+    claims = {
+        verdicts.CONSTANT_ID: verdicts.CONSTANT,
+        verdicts.FASTER_ID: verdicts.FASTER,
+        verdicts.ATTAINED_ID: verdicts.ATTAINED,
+    }
+    return Result(
+        f"Not run here. {error}",
+        verdicts=[Verdict(claim, "not run here", str(error), id=name) for name, claim in claims.items()],
+    )
+
+
+def _size(config: Config, problem: Problem, *, best_of: int) -> Size:
+    return Size(
         nzk_samples=config.pick("nzk_samples", smoke=2_000, cpu=10_000),
         runs=config.pick("runs", smoke=50, cpu=200),
         process_steps=min(problem.steps, config.pick("process_steps", smoke=50, cpu=1_000)),
         baseline_steps=min(problem.steps, config.pick("baseline_steps", smoke=100, cpu=16_000)),
         check_runs=config.pick("check_runs", smoke=300, cpu=4_000),
-        best_of=entry.best_of,
+        best_of=best_of,
         stated_steps=config.pick("stated_steps", smoke=50, cpu=16_000),
     )
-    found = study(problem, list(entry.variants), size, config.seed)
-    drift = _drift(problem, config)
-    record = numbers(found)
-    arrays = {"steps": np.array(found.steps), "ntk": problem.kernel.numpy()}
-    for number, curve in enumerate(found.curves):
+
+
+def _arrays(result: Study) -> dict[str, np.ndarray]:
+    arrays = {"steps": np.array(result.steps), "ntk": result.problem.kernel.numpy()}
+    for number, curve in enumerate(result.curves):
         arrays[f"loss_{number}"] = curve.losses.numpy()
         arrays[f"predictions_{number}"] = curve.predictions.numpy()
         if curve.sampled is not None:
             arrays[f"nzk_{number}"] = curve.sampled.mean.numpy()
-    if drift:
-        record["drift"] = [asdict(row) for row in drift]
-    return Result(
-        summary=_summary(found, drift),
-        numbers=record,
-        arrays=arrays,
-        figures=figures.draw(found, only=SMOKE_FIGURES if config.scale == "smoke" else ()),
-        verdicts=[
-            verdicts.constancy(
-                found.check,
-                {name: found.fourth_moment[name] for name in ("rademacher", "laplace")},
-                len(problem.y),
-                drift,
-            ),
-            verdicts.acceleration(found),
-            *([verdicts.attainability(attained(found))] if found.stated else []),
-        ],
-    )
+    return arrays
+
+
+def _stems(config: Config, entry: Entry) -> tuple[str, ...]:
+    """Return which figures an experiment draws."""
+    if config.scale == "smoke":
+        return SMOKE_FIGURES
+    return tuple(stem for stem in figures.STEMS if not (entry.same_problem and stem in figures.OF_THE_PROBLEM))
 
 
 def _drift(problem: Problem, config: Config) -> list[DriftRow]:
@@ -205,21 +229,21 @@ def _drift(problem: Problem, config: Config) -> list[DriftRow]:
     return kernel_drift(problem.network, problem.inputs, problem.y, 0.1, sorted({0, last // 20, last // 4, last}))
 
 
-def _summary(found: Study, drift: list[DriftRow]) -> str:
-    first, main = found.curves[0], found.curves[1]
-    assert found.baseline is not None
+def _summary(result: Study, drift: list[DriftRow]) -> str:
+    first, main = result.curves[0], result.curves[1]
+    assert result.baseline is not None
     sentences = [
-        *found.problem.remarks,
-        f"Final losses at learning rate {found.problem.lr:g}: gradient descent {float(first.losses[-1]):.4g}, "
-        f"{main.label} {float(main.losses[-1]):.4g} (floor {found.floor:.3g}).",
+        *result.problem.remarks,
+        f"Final losses at learning rate {result.problem.lr:g}: gradient descent {float(first.losses[-1]):.4g}, "
+        f"{main.label} {float(main.losses[-1]):.4g} (floor {result.floor:.3g}).",
         f"The second curve is the first with time multiplied by {main.factor:.4g} (largest difference "
         f"{100 * main.collapse:.2g}%).",
-        f"Corrected ZO-SGD ends at {float(found.baseline.losses[-1].mean()):.4g} after "
-        f"{int(found.baseline.steps[-1]):,} steps; the public baseline cannot go below {found.line_minimum:.4g}.",
+        f"Corrected ZO-SGD ends at {float(result.baseline.losses[-1].mean()):.4g} after "
+        f"{int(result.baseline.steps[-1]):,} steps; the public baseline cannot go below {result.line_minimum:.4g}.",
     ]
     if drift:
-        moved = 100 * drift[-1].relative_change
-        sentences.append(f"The real network's kernel moves by {moved:.1f}% in {drift[-1].step:,} gradient steps.")
+        change = 100 * drift[-1].relative_change
+        sentences.append(f"The real network's kernel moves by {change:.1f}% in {drift[-1].step:,} gradient steps.")
     return " ".join(sentences)
 
 

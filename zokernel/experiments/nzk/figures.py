@@ -18,23 +18,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES = ("-", "--", "-.", ":")
+STEMS = ("losses", "comparison", "kernels", "evolution", "fit", "process")
+OF_THE_PROBLEM = ("comparison", "process")  # the same for all kernels on one problem
 
 
-def draw(study: Study, *, only: tuple[str, ...] = ()) -> dict[str, Figure]:
+def draw(study: Study, *, stems: tuple[str, ...] = STEMS) -> dict[str, Figure]:
     """Return the figures of a study by file stem.
 
     Args:
         study: What was computed.
-        only: Stems to draw; all when empty.
-
-    Returns:
-        ``losses``, ``comparison``, ``kernels``, ``evolution``, ``fit`` and ``process``.
+        stems: Which figures to draw.
     """
     with figures() as new:
         return {
             stem: painter(study, new(figsize=size, layout="constrained"))
             for stem, (painter, size) in _PAINTERS.items()
-            if stem in only or not only
+            if stem in stems
         }
 
 
@@ -104,12 +103,12 @@ def _comparison(study: Study, figure: Figure) -> Figure:
 
 def _kernels(study: Study, figure: Figure) -> Figure:
     """The NTK, then every sampled NZK, each with its own colour bar; examples sorted by the leading eigenvector."""
-    problem, shown = study.problem, study.curves[1:4]
-    figure.set_size_inches(3.3 * (len(shown) + 1), 3.0)
+    problem, curves = study.problem, study.curves[1:4]
+    figure.set_size_inches(3.3 * (len(curves) + 1), 3.0)
     order = torch.linalg.eigh(problem.kernel).eigenvectors[:, -1].argsort() if problem.network is None else None
     rows = order if order is not None else torch.arange(len(problem.y))
     panels = [("NTK", problem.kernel)]
-    for curve in shown:
+    for curve in curves:
         assert curve.sampled is not None
         panels.append(
             (f"{curve.label}, sampled\n= {curve.factor:.4g} NTK (z rms {curve.z_rms:.2f})", curve.sampled.mean)

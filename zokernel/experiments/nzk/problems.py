@@ -134,8 +134,8 @@ def image_network_problem(
     Returns:
         The problem, in float64.
     """
-    chosen, y = _choose(labels, per_class, seed)
-    x = shrink(images[chosen])
+    indices, y = _choose(labels, per_class, seed)
+    x = shrink(images[indices])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _mlp(64, 10, 5, 1).double()
@@ -158,8 +158,8 @@ def projected_image_problem(
     Returns:
         The problem, in float64.
     """
-    chosen, y = _choose(labels, per_class, seed)
-    flat = torch.as_tensor(images[chosen]).double().flatten(1) / 255
+    indices, y = _choose(labels, per_class, seed)
+    flat = torch.as_tensor(images[indices]).double().flatten(1) / 255
     generator = torch.Generator().manual_seed(seed)
     projection = 0.5 * torch.randn(flat.shape[1], 24, generator=generator).double() / 10
     theta = torch.randn(24, generator=generator).double()
@@ -212,9 +212,9 @@ Loader = Callable[[], tuple[np.ndarray, np.ndarray]]
 def _choose(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, Tensor]:
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
-    chosen = np.concatenate([rng.choice(np.flatnonzero(labels == one), per_class, replace=False) for one in classes])
+    indices = np.concatenate([rng.choice(np.flatnonzero(labels == one), per_class, replace=False) for one in classes])
     y = torch.arange(len(classes)).repeat_interleave(per_class).double()
-    return chosen, y
+    return indices, y
 
 
 def _mlp(*sizes: int) -> nn.Module:

@@ -27,17 +27,17 @@ def loss_table(result: Study, steps: tuple[int, ...], *, lr: float, offset: bool
         Losses by curve, and the steps themselves.
     """
     problem = result.problem
-    wanted = [step for step in steps if step <= problem.steps]
-    table: dict[str, list[float]] = {"step": [float(step) for step in wanted]}
+    recorded = [step for step in steps if step <= problem.steps]
+    table: dict[str, list[float]] = {"step": [float(step) for step in recorded]}
     start = problem.linearization.outputs if offset and problem.linearization is not None else problem.f0
     first = Evolution(start, problem.y, problem.kernel, lr)
     for curve in result.curves:
         run = first.at(lr, moments=ProcessMoments.deterministic(curve.factor))
-        table[curve.label] = run.mean_loss(wanted).tolist()
+        table[curve.label] = run.mean_loss(recorded).tolist()
     return table
 
 
-def attained(result: Study) -> dict[str, dict[str, Any]]:
+def attainment(result: Study) -> dict[str, dict[str, Any]]:
     """Return how real runs of the shared-vector process end beside the mean path, at each learning rate.
 
     Args:
@@ -53,19 +53,19 @@ def attained(result: Study) -> dict[str, dict[str, Any]]:
     runs = {"public code": (problem.notebook_lr or problem.lr, result.process, result.process_curves[0])}
     if result.stated is not None:
         runs = {"paper": (problem.lr, *result.stated)} | runs
-    found = {}
+    by_rate = {}
     for name, (lr, process, path) in runs.items():
         last, mean_path = process.losses[-1], float(path[-1])
-        risen = int((~(last <= process.losses[0])).sum())
-        found[name] = {
+        num_risen = int((~(last <= process.losses[0])).sum())
+        by_rate[name] = {
             "lr": lr,
             "runs": len(last),
             "steps": int(process.steps[-1]),
             "loss_of_mean_path": mean_path,
             "median_loss_over_mean_path": median_interval(last.nan_to_num(math.inf).numpy() / mean_path),
-            "share_of_runs_above_their_start": share_interval(risen, len(last)),
+            "share_of_runs_above_their_start": share_interval(num_risen, len(last)),
         }
-    return found
+    return by_rate
 
 
 def numbers(result: Study) -> dict[str, object]:
@@ -100,7 +100,7 @@ def numbers(result: Study) -> dict[str, object]:
     record["sampled_factors"] = result.fourth_moment
     record["stability_limit_of_shared_vector"] = result.row("equal_lr", "shared").limit
     if result.stated is not None:
-        record["attained"] = attained(result)
+        record["attained"] = attainment(result)
     if problem.notebook_lr is not None:
         record["losses_at_notebook_lr"] = loss_table(result, (0, 2000, 8000, 14_000), lr=problem.notebook_lr)
     if problem.linearization is not None:

@@ -190,14 +190,14 @@ def study(problem: Problem, variants: list[Variant], size: Size, seed: int) -> S
 def sampled_factor(problem: Problem, distribution: str, samples: int, seed: int, batches: int = 8) -> Interval:
     """Return the factor of the sampled shared-vector kernel over the NTK, with its interval over batches of samples."""
     kernel = problem.kernel
-    found = []
+    factors = []
     for batch in range(batches):
         stream = 7_000_003 * (batch + 1) + seed  # other streams than those of the curves
         sampled = sample_nzk(
             problem.features, distribution=distribution, num_samples=max(1, samples // batches), seed=stream
         )
-        found.append(float((sampled.mean * kernel).sum() / kernel.square().sum()))
-    return interval(found)
+        factors.append(float((sampled.mean * kernel).sum() / kernel.square().sum()))
+    return interval(factors)
 
 
 def paper_curves(
@@ -266,11 +266,11 @@ def compare(result: Study) -> None:
         for rule, lr in rates.items():
             run = first.at(lr, moments=method.moments)
             result.expected[rule, method.name] = run.expected_loss(result.steps)
-            taken = steps_to_reach(run, target) if lr < limit else None
-            result.rows.append(_row(rule, method, lr, limit, taken))
+            num_steps = steps_to_reach(run, target) if lr < limit else None
+            result.rows.append(_row(rule, method, lr, limit, num_steps))
         fractions = [share * limit for share in LR_FRACTIONS]
         options = [(steps_to_reach(first.at(lr, moments=method.moments), target), lr) for lr in fractions]
-        best = min((taken, lr) for taken, lr in options if taken is not None)
+        best = min((num_steps, lr) for num_steps, lr in options if num_steps is not None)
         result.rows.append(_row("best_lr", method, best[1], limit, best[0]))
 
 

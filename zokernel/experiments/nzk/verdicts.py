@@ -13,8 +13,8 @@ from zokernel.experiments.criteria import (
     Interval,
     below,
     combined,
+    format_interval,
     largest_z_by_chance,
-    shown,
     within,
     worst,
 )
@@ -50,7 +50,8 @@ def constancy(
     reason = (
         f"Mean and second moment of {check['runs']:.0f} simulated runs are on the constant-kernel closed form (largest "
         f"|z| {z:.2f}, required: below {bound:.2f}). Sampled factors of the shared vector for {names}, of equal mean "
-        f"and variance: {shown(first)} and {shown(second)}; two moments suffice if they are equal to 5%."
+        f"and variance: {format_interval(first)} and {format_interval(second)}; two moments suffice if they are "
+        "equal to 5%."
     )
     if drift:
         last = drift[-1]
@@ -71,20 +72,20 @@ def equal_factors(first: Interval, second: Interval) -> str:
     return within((math.exp(centre), math.exp(centre - half), math.exp(centre + half)), 0.95, 1.05)
 
 
-def attainability(found: dict[str, dict[str, Any]]) -> Verdict:
+def attainability(by_rate: dict[str, dict[str, Any]]) -> Verdict:
     """Judge the plotted curve: real runs end on it to a tenth (the median), and none in a hundred ends above its start.
 
     Args:
-        found: By learning rate, see :func:`zokernel.experiments.nzk.record.attained`.
+        by_rate: By learning rate, see :func:`zokernel.experiments.nzk.record.attainment`.
     """
     parts, texts = [], []
-    for name, one in found.items():
-        median, risen = one["median_loss_over_mean_path"], one["share_of_runs_above_their_start"]
-        parts.append(worst([within(median, 0.9, 1.1), below(risen, 0.01)]))
+    for name, run in by_rate.items():
+        median, share_risen = run["median_loss_over_mean_path"], run["share_of_runs_above_their_start"]
+        parts.append(worst([within(median, 0.9, 1.1), below(share_risen, 0.01)]))
         texts.append(
-            f"at the rate of the {name}, {one['lr']:g}, after {one['steps']:,} steps of {one['runs']} runs the median "
-            f"loss is {short(median)} times that of the plotted mean path, and {100 * risen[0]:.1f}% "
-            f"[{100 * risen[1]:.1f}, {100 * risen[2]:.1f}] of the runs are above their start"
+            f"at the rate of the {name}, {run['lr']:g}, after {run['steps']:,} steps of {run['runs']} runs the median "
+            f"loss is {short(median)} times that of the plotted mean path, and {100 * share_risen[0]:.1f}% "
+            f"[{100 * share_risen[1]:.1f}, {100 * share_risen[2]:.1f}] of the runs are above their start"
         )
     text = "; ".join(texts)
     return Verdict(
@@ -95,9 +96,9 @@ def attainability(found: dict[str, dict[str, Any]]) -> Verdict:
     )
 
 
-def short(found: Interval) -> str:
+def short(value: Interval) -> str:
     """Return an interval of any magnitude as text."""
-    mean, low, high = found
+    mean, low, high = value
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
@@ -120,11 +121,11 @@ def acceleration(study: Study) -> Verdict:
         f"At equal effective learning rate {_ratio(matched)}; at half of each stability limit {_ratio(distance)}; "
         f"at each one's best learning rate {_ratio(best)}."
     )
-    two = study.row("best_lr", "independent")
-    if two.steps is not None and best[1].steps is not None:
+    two_vectors = study.row("best_lr", "independent")
+    if two_vectors.steps is not None and best[1].steps is not None:
         reason += (
-            f" Two independent vectors, the paper's other kernel, need {two.steps:,} steps at their best learning rate "
-            f"({two.steps / best[1].steps:.3g} times the shared vector's)."
+            f" Two independent vectors, the paper's other kernel, need {two_vectors.steps:,} steps at their best "
+            f"learning rate ({two_vectors.steps / best[1].steps:.3g} times the shared vector's)."
         )
     pairs = (matched, distance, best)
     verdict = combined(fewer_steps(shared.steps, zo.steps) for zo, shared in pairs)

@@ -13,9 +13,9 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.text import TextTask
 
-_OF_TEXTS = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
-_OF_REWARDS = ("reward_function", "reward_weights", "num_generations", "temperature", "beta")
-_OF_OPTIONS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
+_TEXT_FLAGS = ("chat_template", "assistant_only_loss", "completion_only_loss", "packing")
+_REWARD_FLAGS = ("reward_function", "reward_weights", "num_generations", "temperature", "beta")
+_OPTION_FLAGS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
 
 
 def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: Collection[str] = ()) -> None:
@@ -36,34 +36,36 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: C
         Traceback (most recent call last):
         zokernel.errors.UsageError: --k_shot is for --protocol mezo-roberta: add it, or leave both out.
     """
-    given = _given(data, named)
+    user_flags = _user_set_flags(data, named)
     rewarded = task.kind == "reward"
-    for flag in _OF_REWARDS if not rewarded else ():
-        if flag in given:
+    for flag in _REWARD_FLAGS if not rewarded else ():
+        if flag in user_flags:
             raise UsageError(f"--{flag} is for --objective reward: add it, or leave both out.")
     if rewarded and model.prompt_tuning:
         raise UsageError(
             "--prompt_tuning puts virtual tokens before prompts that are padded on the left: train --lora or "
             "--prefix_tuning on rewards."
         )
-    for flag in _OF_TEXTS if not isinstance(task, TextTask) else ():
-        if flag in given and not (rewarded and flag == "chat_template"):
+    for flag in _TEXT_FLAGS if not isinstance(task, TextTask) else ():
+        if flag in user_flags and not (rewarded and flag == "chat_template"):
             raise UsageError(
                 f"--{flag} is for chats, instructions and texts, and this is a {task.kind} task: leave it out."
             )
-    for flag, what in _OF_OPTIONS.items() if rewarded or isinstance(task, TextTask) else ():
-        if flag in given:
-            raise UsageError(f"--{flag} {what}, which {'rewards' if rewarded else 'texts'} do not have: leave it out.")
-    if "max_new_tokens" in given and task.kind in ("classification", "choice"):
+    for flag, purpose in _OPTION_FLAGS.items() if rewarded or isinstance(task, TextTask) else ():
+        if flag in user_flags:
+            raise UsageError(
+                f"--{flag} {purpose}, which {'rewards' if rewarded else 'texts'} do not have: leave it out."
+            )
+    if "max_new_tokens" in user_flags and task.kind in ("classification", "choice"):
         raise UsageError(
             f"--max_new_tokens is for answers that are written, and a {task.kind} task chooses among options: leave it "
             "out."
         )
     by_class = data.protocol == "mezo-roberta"
-    if "k_shot" in given and not by_class:
+    if "k_shot" in user_flags and not by_class:
         raise UsageError("--k_shot is for --protocol mezo-roberta: add it, or leave both out.")
     for flag in ("max_train_samples", "max_eval_samples"):
-        if by_class and flag in given:
+        if by_class and flag in user_flags:
             raise UsageError(f"--{flag} has no effect with --protocol mezo-roberta: --k_shot says how many are drawn.")
     if data.protocol:
         check_protocol(data.protocol)
@@ -73,13 +75,13 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: C
             "--validation_file."
         )
     for flag in ("dataset_config", "dataset_revision"):
-        if flag in given and data.dataset_name in SOURCES:
+        if flag in user_flags and data.dataset_name in SOURCES:
             raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
     if model.model_revision != "main" or "model_revision" in named:
         check_revision(model.model_name_or_path)
 
 
-def _given(data: DataArguments, named: Collection[str]) -> set[str]:
+def _user_set_flags(data: DataArguments, named: Collection[str]) -> set[str]:
     """Return the flags that were given something else than their defaults, or are named and switch something on."""
     values = {f.name: (getattr(data, f.name), f.default) for f in fields(data)}
     return {name for name, (value, default) in values.items() if value != default or (value and name in named)}

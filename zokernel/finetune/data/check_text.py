@@ -107,23 +107,23 @@ def text_encoder(
 
 def _check_answers(task: GenerationTask, rows: Sequence[Row], tokenizer: Any, *, kind: str) -> None:
     """Refuse an ending at which decoding does not stop, and name answers that it cannot write."""
-    ending, ended = task.ending, kind == "seq2seq"  # by the token that ends a sequence
-    if not ended and not ending.strip(" "):
+    ending, is_seq2seq = task.ending, kind == "seq2seq"  # by the token that ends a sequence
+    if not is_seq2seq and not ending.strip(" "):
         raise UsageError(
             f"The answers end with {ending!r}, at which decoding cannot stop: leave out the task's ending (a line "
             "break), or let it hold more than spaces."
         )
-    written = tokenizer.decode(tokenizer(f"a{ending}", add_special_tokens=False)["input_ids"])
-    if ending not in written and (ending.strip() or not ended):
+    decoded = tokenizer.decode(tokenizer(f"a{ending}", add_special_tokens=False)["input_ids"])
+    if ending not in decoded and (ending.strip() or not is_seq2seq):
         raise UsageError(
-            f"The answers end with {ending!r}, which this tokenizer writes as {written[1:]!r}: choose another ending."
+            f"The answers end with {ending!r}, which this tokenizer writes as {decoded[1:]!r}: choose another ending."
         )
-    long = sum(all(ending in reference for reference in task.references(row)) for row in rows) if ending else 0
-    if long:
+    num_cut = sum(all(ending in reference for reference in task.references(row)) for row in rows) if ending else 0
+    if num_cut:
         logger.warning(
             "%d of %d training examples have answers that hold their ending, %r; decoding stops there, so such an "
             "answer is never scored as an exact match.",
-            long,
+            num_cut,
             len(rows),
             ending,
         )

@@ -10,11 +10,11 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
 from zokernel.finetune.tasks.base import NO_LABEL, is_missing
-from zokernel.finetune.tasks.prompt import alternatives, as_label, on_a_scale, spelled
+from zokernel.finetune.tasks.prompt import alternatives, as_label, is_on_scale, label_as_text
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.template import column_in_braces
 from zokernel.finetune.tasks.text import COLUMNS_OF_TEXT
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,10 @@ ANSWER = "\nAnswer:"  # what follows the text if there is no template
 
 def task_of_data_set(arguments: DataArguments) -> str | None:
     """Return the name of the one published task whose data ``--dataset_name`` and ``--dataset_config`` name."""
-    asked = arguments.dataset_name, arguments.dataset_config
-    names = [name for name, task in TASKS.items() if task.source and (task.source.dataset, task.source.config) == asked]
+    requested = arguments.dataset_name, arguments.dataset_config
+    names = [
+        name for name, task in TASKS.items() if task.source and (task.source.dataset, task.source.config) == requested
+    ]
     return names[0] if len(names) == 1 and arguments.dataset_name else None
 
 
@@ -93,23 +95,23 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
         ['0', '1']
     """
     values = [row.get(label) for row in rows]
-    present = _labelled([spelled(value) for value in values if not is_missing(value)], label)
+    present = _without_missing_labels([label_as_text(value) for value in values if not is_missing(value)], label)
     words = list(dict.fromkeys(present))
     structured = any(isinstance(value, (list, dict)) for value in values)
-    if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(on_a_scale, words)):
-        shown = f"{', '.join(f'{word:.30}' for word in words[:4])}{', ...' if words[4:] else ''}"
+    if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(is_on_scale, words)):
+        examples = f"{', '.join(f'{word:.30}' for word in words[:4])}{', ...' if words[4:] else ''}"
         numbers = [word for word in words if word.isdigit()]
         if words and len(numbers) == len(words) and len(set(map(int, words))) == max(map(int, words)) + 1:
-            named = f"--label_words sport art ... (one word for each of 0 to {len(words) - 1}, in order)"
-            raise UsageError(f"Column {label!r} holds {len(words)} classes by number: name them with {named}.")
+            flag = f"--label_words sport art ... (one word for each of 0 to {len(words) - 1}, in order)"
+            raise UsageError(f"Column {label!r} holds {len(words)} classes by number: name them with {flag}.")
         raise UsageError(
-            f"Column {label!r} holds {len(words)} different values ({shown}), which are not taken for classes: give "
+            f"Column {label!r} holds {len(words)} different values ({examples}), which are not taken for classes: give "
             "--label_words, or describe the task in a --task_file (answers that are written out, for example)."
         )
     return sorted(words, key=lambda word: (0, int(word), word) if word.lstrip("+-").isdigit() else (1, 0, word))
 
 
-def _labelled(values: Sequence[str], label: str) -> list[str]:
+def _without_missing_labels(values: Sequence[str], label: str) -> list[str]:
     """Return the values that are labels; those that may have been meant as one are named."""
     hidden = {value for value in values if value in NO_LABEL and value != "-1"}
     others = set(values) - hidden - {"-1"}
@@ -121,7 +123,7 @@ def _labelled(values: Sequence[str], label: str) -> list[str]:
                 "Column %r: %r is treated as a missing label (%s): if it is a class, name all classes with --labels.",
                 label,
                 value,
-                counted(values.count(value), "row"),
+                plural(values.count(value), "row"),
             )
     return [value for value in values if value not in hidden]
 
@@ -143,9 +145,9 @@ def text_column(rows: Sequence[Row], label: str) -> str:
     texts = [name for name in columns if _holds_text([row.get(name) for row in rows])]
     if len(texts) == 1:
         return texts[0]
-    found = f"the columns {', '.join(texts)} might be it" if texts else "no column holds text"
+    candidates = f"the columns {', '.join(texts)} might be it" if texts else "no column holds text"
     example = column_in_braces(texts[0]) if texts else "{column}"
-    raise UsageError(f"Say what the prompt is ({found}): --template '{example} It was'.")
+    raise UsageError(f"Say what the prompt is ({candidates}): --template '{example} It was'.")
 
 
 def _holds_text(values: Sequence[object]) -> bool:

@@ -17,14 +17,14 @@ from zokernel.finetune.data.choose_task import classification, task_of_data_set
 from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.data.protocol import published_splits
 from zokernel.finetune.data.report_splits import report_splits
-from zokernel.finetune.rewards.reasoning import make_prompts, task_among
+from zokernel.finetune.rewards.reasoning import find_gym_task, make_prompts
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task, get_task, read_task
 from zokernel.finetune.tasks.base import Source
 from zokernel.finetune.tasks.registry import customize
 from zokernel.finetune.tasks.reward import RewardTask
 from zokernel.finetune.tasks.template import without_secrets
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
     _check(arguments)
     if objective == "reward":
         return reward_task(arguments)
-    own: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "template": arguments.template,
         "label_words": arguments.label_words,
         "labels": arguments.labels,
@@ -76,9 +76,9 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
     }
     name = arguments.task or task_of_data_set(arguments)
     if arguments.task_file:
-        task = customize(read_task(arguments.task_file), **own)
+        task = customize(read_task(arguments.task_file), **overrides)
     elif name:
-        task = get_task(name, **own)
+        task = get_task(name, **overrides)
         if isinstance(task, PromptTask) and task.source and _uses_source(arguments, task) and not arguments.labels:
             task = replace(task, labels=task.source.labels or task.labels)
         if not arguments.task:
@@ -86,8 +86,8 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
     else:
         task = _task_of_rows(arguments)
     wording = {name: text for name in ("template", "masked_template") if (text := getattr(task, name))}
-    told: dict[str, Any] = {n: shown for n, text in wording.items() if (shown := without_secrets(text, n)) != text}
-    task = replace(task, **told) if told else task
+    redacted: dict[str, Any] = {n: clean for n, text in wording.items() if (clean := without_secrets(text, n)) != text}
+    task = replace(task, **redacted) if redacted else task
     if task.label_column in task.columns:
         logger.warning(
             "The template names the label column %r: the prompt contains the answer, so accuracy is meaningless.",
@@ -129,9 +129,9 @@ def _task_of_rows(arguments: DataArguments) -> Task:
     elif not (arguments.template or arguments.label_column):
         form = form_of(rows)
         if form not in (None, "text") and not any("label" in row for row in rows):
-            given = " and ".join(f"--{name}" for name in ("label_words", "labels") if getattr(arguments, name))
+            flags = " and ".join(f"--{name}" for name in ("label_words", "labels") if getattr(arguments, name))
             raise UsageError(
-                f"The columns are of the form {form!r}, which is trained on without label words: leave out {given}, "
+                f"The columns are of the form {form!r}, which is trained on without label words: leave out {flags}, "
                 "or name --template and --label_column to classify."
             )
     return classification(rows, arguments)
@@ -145,9 +145,9 @@ def task_name(arguments: DataArguments) -> str:
         'tickets.csv'
     """
     file = arguments.task_file or arguments.train_file
-    named = arguments.task or task_of_data_set(arguments)
-    made = next(iter(arguments.reward_function or []), None)
-    return named or (Path(file).name if file else str(arguments.dataset_name or made))
+    task = arguments.task or task_of_data_set(arguments)
+    reward = next(iter(arguments.reward_function or []), None)
+    return task or (Path(file).name if file else str(arguments.dataset_name or reward))
 
 
 def _check(arguments: DataArguments) -> None:
@@ -233,12 +233,12 @@ def _draw(parts: Mapping[str, list[Row]], limits: Mapping[str, int | None], seed
     generator = random.Random(seed)
     parts = {split: generator.sample(rows, len(rows)) for split, rows in parts.items()}
     if "validation" not in parts:
-        fifth, wanted = len(parts["train"]) // 5, limits["validation"]
-        held_out = fifth if wanted is None else min(wanted, fifth)
+        fifth, limit = len(parts["train"]) // 5, limits["validation"]
+        held_out = fifth if limit is None else min(limit, fifth)
         if held_out == 0:
             raise UsageError("There are too few training examples to hold some out: give --validation_file.")
         parts["validation"], parts["train"] = parts["train"][:held_out], parts["train"][held_out:]
-        logger.info("Validation: %s held out from the training examples.", counted(held_out, "example"))
+        logger.info("Validation: %s held out from the training examples.", plural(held_out, "example"))
     drawn = {split: rows[: limits[split]] for split, rows in parts.items()}
     for split, flag in _LIMITS.items():
         if split in drawn and len(drawn[split]) < len(parts[split]) and (tests or split != "test"):
@@ -272,11 +272,15 @@ def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
             if path:
                 tables[split] = load_table(path, column_names=arguments.column_names)
         return {split: task.read(table, where=f"The {split} split") for split, table in tables.items()}
-    if task.kind == "reward" and not arguments.dataset_name and (made := task_among(arguments.reward_function or [])):
+    if (
+        task.kind == "reward"
+        and not arguments.dataset_name
+        and (gym_task := find_gym_task(arguments.reward_function or []))
+    ):
         # A thousand answers are too many to write where nobody asked for them.
         test = None if arguments.max_test_samples == DataArguments.max_test_samples else arguments.max_test_samples
         limits = (arguments.max_train_samples, arguments.max_eval_samples, test)
-        return make_prompts(made, **dict(zip(("train", "validation", "test"), map(_limit, limits))))
+        return make_prompts(gym_task, **dict(zip(("train", "validation", "test"), map(_limit, limits))))
     source = task.source
     if source is None or not _uses_source(arguments, task):
         if not arguments.dataset_name:
@@ -293,19 +297,19 @@ def read_parts(arguments: DataArguments, task: Task) -> dict[str, list[Row]]:
                 raise
             logger.info("%s has no split %r.", source.dataset, name)
             continue
-        if split == "test" and task.prepare is None and all(map(_hidden(task), rows)):
+        if split == "test" and task.prepare is None and all(map(_has_hidden_label(task), rows)):
             logger.info("%s has no labelled test split.", source.dataset)
             continue
         parts[split] = task.read(rows, where=f"The {split} split")
     return parts
 
 
-def _hidden(task: Task):
+def _has_hidden_label(task: Task):
     return lambda row: task.label_column in row and task.unlabelled(row)
 
 
-def _limit(given: int | None, default: int | None = None) -> int | None:
+def _limit(requested: int | None, default: int | None = None) -> int | None:
     """Return how many rows to draw; ``None`` means all."""
-    if given is None:
+    if requested is None:
         return default
-    return None if given < 0 else given
+    return None if requested < 0 else requested

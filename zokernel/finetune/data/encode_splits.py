@@ -8,11 +8,11 @@ from typing import Any
 from zokernel.errors import UsageError
 from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.data.datasets import Splits
-from zokernel.finetune.tasks import Task, demonstrations, encode
+from zokernel.finetune.tasks import Encoded, Task, demonstrations, encode
+from zokernel.finetune.tasks.control_tokens import ControlTokens
 from zokernel.finetune.tasks.encoding import report_cut, report_label_words
 from zokernel.finetune.tasks.seq2seq import Decoder
-from zokernel.finetune.tasks.typed import ControlTokens
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def encode_splits(
     num_demonstrations: int = 0,
     only_answer: bool = False,
 ) -> tuple[dict[str, EncodedDataset], str]:
-    """Tokenize the three splits for a model and log what was found.
+    """Tokenize the three splits for a model, and log how many examples there are and how they are scored.
 
     Demonstrations, if asked for, are the first training examples; the others remain to train on.
 
@@ -50,8 +50,8 @@ def encode_splits(
     """
     if num_demonstrations >= len(splits.train):
         raise UsageError(
-            f"{counted(num_demonstrations, 'demonstration')} would leave none of "
-            f"{counted(len(splits.train), 'training example')} to train on: lower --num_demonstrations."
+            f"{plural(num_demonstrations, 'demonstration')} would leave none of "
+            f"{plural(len(splits.train), 'training example')} to train on: lower --num_demonstrations."
         )
     shown, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
     hidden, seq2seq = ControlTokens(tokenizer).shadows(shown), decoder is not None
@@ -70,6 +70,12 @@ def encode_splits(
             context_shadow=context_shadow,
             only_answer=only_answer and split == "train",
         )
+    _report(task, encoded, max_length)
+    return {split: EncodedDataset(examples) for split, examples in encoded.items()}, context
+
+
+def _report(task: Task, encoded: dict[str, list[Encoded]], max_length: int) -> None:
+    """Log how many examples there are, how they are scored, and which prompts were cut."""
     everything = [example for examples in encoded.values() for example in examples]
     report_cut(everything, max_length)
     if task.kind == "generation":
@@ -78,6 +84,5 @@ def encode_splits(
         single = report_label_words(everything, task)
         how = "one forward scores every option" if single else "options have several tokens"
     *others, (last, count) = ((split, len(examples)) for split, examples in encoded.items() if examples)
-    told = [*(f"{number:,} {split}" for split, number in others), counted(count, f"{last} example")]
-    logger.info("Data: %s; %s.", ", ".join(told), how)
-    return {split: EncodedDataset(examples) for split, examples in encoded.items()}, context
+    counts = [*(f"{number:,} {split}" for split, number in others), plural(count, f"{last} example")]
+    logger.info("Data: %s; %s.", ", ".join(counts), how)

@@ -10,11 +10,11 @@ from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.base import is_missing
-from zokernel.finetune.tasks.text import READ, TextTask
+from zokernel.finetune.tasks.text import FORM_COLUMNS, TextTask
 
 logger = logging.getLogger(__name__)
 
-_SAID = {
+_DESCRIPTIONS = {
     "messages": "chats: the loss is that of the assistant's tokens (see --assistant_only_loss)",
     "prompt-completion": "prompts with completions: the loss is that of the completion (see --completion_only_loss)",
     "instruction": "instructions in Alpaca's columns: the loss is that of the output (see --completion_only_loss)",
@@ -46,10 +46,13 @@ def recognise(rows: Sequence[Row], arguments: DataArguments) -> Task | None:
                 "'content', or name --template and --label_column to classify."
             )
         return None
-    read, present = READ[form], _columns(rows)
-    used, left = [name for name in present if name in read], [name for name in present if name not in read]
-    aside = f"; {', '.join(left)} left out" if left else ""
-    logger.info("The rows are %s. Columns: %s%s.", _SAID[form], ", ".join(used), aside)
+    form_columns, present = FORM_COLUMNS[form], _columns(rows)
+    used, ignored = (
+        [name for name in present if name in form_columns],
+        [name for name in present if name not in form_columns],
+    )
+    ignored_text = f"; {', '.join(ignored)} left out" if ignored else ""
+    logger.info("The rows are %s. Columns: %s%s.", _DESCRIPTIONS[form], ", ".join(used), ignored_text)
     return TextTask(form=form)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _first_and_last(pool: list[Row], limits: Mapping[str, int | None]) -> tuple[
         logger.info(
             "Only %d of %s remain for training after %d for validation; --max_eval_samples changes that.",
             len(train),
-            counted(num_train, "example"),
+            plural(num_train, "example"),
             num_dev,
         )
     return train, validation
@@ -114,7 +114,7 @@ def _by_class(pool: list[Row], task: Task, k_shot: int) -> tuple[list[Row], list
         share = min(k_shot, len(rows) // 2)
         if share < k_shot:
             logger.info(
-                "Class %d has %s: %d to train and as many to validate.", label, counted(len(rows), "example"), share
+                "Class %d has %s: %d to train and as many to validate.", label, plural(len(rows), "example"), share
             )
         train += rows[:share]
         validation += rows[share : 2 * share]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from zokernel.data.tables import Row
 from zokernel.finetune.tasks import PromptTask, Task
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def report_splits(task: Task, train: Sequence[Row], others: Mapping[str, Sequenc
             logger.warning(
                 "%d of %s %s: their score says less about new ones.",
                 count,
-                counted(len(others[split]), f"{split} example"),
+                plural(len(others[split]), f"{split} example"),
                 "is also a training example" if count == 1 else "are also training examples",
             )
     return shared
@@ -50,16 +50,16 @@ def report_splits(task: Task, train: Sequence[Row], others: Mapping[str, Sequenc
 
 def _report_classes(task: PromptTask, train: Sequence[Row]) -> None:
     counts = Counter(task.label(row) for row in train)
-    found = [f"{counts[choice]:,} {word}" for choice, word in enumerate(task.label_words) if counts[choice]]
+    present = [f"{counts[choice]:,} {word}" for choice, word in enumerate(task.label_words) if counts[choice]]
     absent = [repr(word) for choice, word in enumerate(task.label_words) if not counts[choice]]
-    if len(found) == 1:
+    if len(present) == 1:
         logger.warning(
             "All %s training examples have one label (%s): there is nothing to learn.",
             f"{len(train):,}",
             task.label_words[next(iter(counts))],
         )
         return
-    logger.info("Training labels: %s%s.", ", ".join(found[:MANY]), ", ..." if found[MANY:] else "")
+    logger.info("Training labels: %s%s.", ", ".join(present[:MANY]), ", ..." if present[MANY:] else "")
     if absent:
         logger.warning("No training example has the label %s.", ", ".join(absent[:MANY]))
 

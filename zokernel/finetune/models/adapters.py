@@ -11,11 +11,11 @@ from torch import nn
 from zokernel.errors import MissingDependencyError, UsageError, first_line
 from zokernel.finetune.models.kind import Kind, kind_of_model
 from zokernel.finetune.models.lora import attach_lora
-from zokernel.finetune.models.saved_adapter import adapter_config, load_saved, name_base_, say_base
+from zokernel.finetune.models.saved_adapter import adapter_config, load_saved, log_base, name_base_
 from zokernel.finetune.models.virtual_tokens import attach_prefix, attach_prompt
 from zokernel.finetune.settings.arguments import ModelArguments
 
-__all__ = ["attach_adapter", "check_adapter", "say_base", "trained_by", "virtual_tokens", "wants_adapter"]
+__all__ = ["attach_adapter", "check_adapter", "log_base", "part_to_train", "trains_adapter", "virtual_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,15 @@ LORA_OPTIONS = (
 )
 
 
-def wants_adapter(arguments: ModelArguments) -> bool:
+def trains_adapter(arguments: ModelArguments) -> bool:
     """Return whether only an adapter is trained."""
     return bool(arguments.lora or arguments.prefix_tuning or arguments.prompt_tuning or arguments.adapter_name_or_path)
 
 
-def trained_by(arguments: ModelArguments) -> str:
-    """Return what is trained, of a saved adapter what it is: a key of ``settings.resolve.LEARNING_RATES``.
+def part_to_train(arguments: ModelArguments) -> str:
+    """Return which part of a model will be trained, as a key of ``settings.resolve.LEARNING_RATES``.
+
+    A saved adapter is trained as what it is.
 
     Raises:
         UsageError: If there is no such adapter.
@@ -66,8 +68,8 @@ def check_adapter(arguments: ModelArguments) -> None:
     kinds = [name for name in KINDS if getattr(arguments, name)]
     if len(kinds) > 1:
         raise UsageError(f"One adapter is trained at a time: choose one of {', '.join(f'--{k}' for k in kinds)}.")
-    given = {name: getattr(arguments, name) for name in LORA_OPTIONS}
-    lora = [name for name, value in given.items() if value is not None and value is not False]
+    options = {name: getattr(arguments, name) for name in LORA_OPTIONS}
+    lora = [name for name, value in options.items() if value is not None and value is not False]
     tokens = ["num_virtual_tokens"] if arguments.num_virtual_tokens is not None else []
     if arguments.adapter_name_or_path:
         _check_saved(arguments, kinds, lora + tokens)
@@ -156,5 +158,5 @@ def _check_saved(arguments: ModelArguments, kinds: list[str], options: list[str]
     name = arguments.adapter_name_or_path
     if options:
         raise UsageError(f"The saved adapter {name} has its own {options[0]}: leave out --{options[0]}.")
-    if kinds and (kinds[0] == "lora") != (trained_by(arguments) == "LoRA"):
+    if kinds and (kinds[0] == "lora") != (part_to_train(arguments) == "LoRA"):
         raise UsageError(f"The saved adapter {name} is of another kind: leave out --{kinds[0]}.")

@@ -12,10 +12,11 @@ import torch
 from zokernel.data import hub, resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
-from zokernel.finetune.models.adapters import check_adapter, check_peft, trained_by, wants_adapter
+from zokernel.finetune.models.adapters import check_adapter, check_peft, part_to_train, trains_adapter
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
+from zokernel.finetune.models.model_files import check_folder
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.models.quantization import check_flags, check_layers, check_stored, stays_quantized
 from zokernel.finetune.models.saved_adapter import (
@@ -26,7 +27,6 @@ from zokernel.finetune.models.saved_adapter import (
     with_base,
     with_base_on_hub,
 )
-from zokernel.finetune.models.stored import check_folder
 from zokernel.finetune.run_files import RUN_FILE
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_values
@@ -62,9 +62,9 @@ class CheckedModel:
         )
 
     @property
-    def trained_low(self) -> str:
+    def low_precision(self) -> str:
         """The type in which all weights are stored and trained, if it is below fp32."""
-        whole = trained_by(self.arguments) == "full parameters"
+        whole = part_to_train(self.arguments) == "full parameters"
         return str(self.dtype) if whole and self.dtype in (torch.bfloat16, torch.float16) else ""
 
 
@@ -87,7 +87,7 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
     arguments = with_gguf(with_base(arguments))
     check_flags(arguments)  # of a GGUF file, too, that was named as the model
     check_adapter(arguments)
-    if wants_adapter(arguments):
+    if trains_adapter(arguments):
         check_peft("An adapter")
     name, file = arguments.model_name_or_path, arguments.gguf_file
     check_dtype(arguments)
@@ -100,23 +100,23 @@ def check_model(arguments: ModelArguments, *, trains: bool = True) -> CheckedMod
         raise UsageError(f"There is no model folder {path}.")
     if arguments.adapter_name_or_path:
         adapter_config(arguments.adapter_name_or_path)
-    architecture, both = read_architecture(path, arguments)
-    if both is not None:
-        return check_model(both, trains=trains)
+    architecture, with_adapter = read_architecture(path, arguments)
+    if with_adapter is not None:
+        return check_model(with_adapter, trains=trains)
     check_stored(arguments, architecture)
-    if trains and stays_quantized(arguments, architecture) and trained_by(arguments) == "full parameters":
+    if trains and stays_quantized(arguments, architecture) and part_to_train(arguments) == "full parameters":
         raise UsageError(
             f"{name} is quantized, so its weights cannot be perturbed: train an adapter with --lora true, or, of a "
             "model quantized by torchao, the scales with --train scales."
         )
     if arguments.merge_adapter:
-        check_mergeable(trained_by(arguments), architecture)
+        check_mergeable(part_to_train(arguments), architecture)
     kind = language_model_kind(architecture, arguments.lm_type)
     check_layers(arguments, architecture, kind)
-    own, options = saved_tokenizer(arguments), _options(arguments)
-    if own is not None:
-        name, options = own, {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer = load_tokenizer(own or path, name, options)
+    adapter_tokenizer, options = saved_tokenizer(arguments), _pretrained_options(arguments)
+    if adapter_tokenizer is not None:
+        name, options = adapter_tokenizer, {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = load_tokenizer(adapter_tokenizer or path, name, options)
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise UsageError(
             f"{name} fills masks, and its tokenizer has no mask token: save the tokenizer that it was trained with in "
@@ -153,16 +153,16 @@ def read_architecture(path: str, arguments: ModelArguments) -> tuple[Any, ModelA
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, **_options(arguments)), None
+        return AutoConfig.from_pretrained(path, **_pretrained_options(arguments)), None
     except Exception as error:  # a configuration may be wrong in any way
-        both = with_base_on_hub(arguments, error)
-        if both is not None:
-            return None, both
+        with_adapter = with_base_on_hub(arguments, error)
+        if with_adapter is not None:
+            return None, with_adapter
         name, revision = arguments.model_name_or_path, arguments.model_revision
-        raise not_loaded(name, error, revision=revision, gguf_file=arguments.gguf_file) from error
+        raise loading_error(name, error, revision=revision, gguf_file=arguments.gguf_file) from error
 
 
-def _options(arguments: ModelArguments) -> dict[str, Any]:
+def _pretrained_options(arguments: ModelArguments) -> dict[str, Any]:
     """Return what ``from_pretrained`` is told."""
     options = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     return options | ({"gguf_file": arguments.gguf_file} if arguments.gguf_file else {})
@@ -185,10 +185,10 @@ def load_tokenizer(path: str, name: str, options: Mapping[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # tokenizers raises bare exceptions
         which = {key: options.get(key) for key in ("revision", "gguf_file")}
-        raise not_loaded(name, error, what="tokenizer", **which) from error
+        raise loading_error(name, error, what="tokenizer", **which) from error
 
 
-def not_loaded(
+def loading_error(
     name: str, error: Exception, *, what: str = "model", revision: str | None = None, gguf_file: str | None = None
 ) -> ZokernelError:
     """Return the error that tells in one sentence why a model, or its tokenizer, could not be loaded."""
@@ -202,20 +202,20 @@ def not_loaded(
             return explained
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     if gguf_file is not None:
-        whole = "GGUF file" if what == "model" else "The tokenizer of"
-        return UsageError(f"{whole} {Path(name) / gguf_file} could not be loaded ({reason}): fetch it again.")
-    told = f"{'Model' if what == 'model' else 'The tokenizer of'} {name!r} could not be loaded ({reason})"
+        subject = "GGUF file" if what == "model" else "The tokenizer of"
+        return UsageError(f"{subject} {Path(name) / gguf_file} could not be loaded ({reason}): fetch it again.")
+    problem = f"{'Model' if what == 'model' else 'The tokenizer of'} {name!r} could not be loaded ({reason})"
     if not Path(name).is_dir():
         return UsageError(
-            f"{told}: give 'smollm2', a folder written by save_pretrained, or a hub id that can be reached."
+            f"{problem}: give 'smollm2', a folder written by save_pretrained, or a hub id that can be reached."
         )
     if what == "tokenizer":
-        return UsageError(f"{told}: tokenizer.save_pretrained writes its files into the model's folder.")
-    return UsageError(f"{told}: compare its config.json with the one it was saved with.")
+        return UsageError(f"{problem}: tokenizer.save_pretrained writes its files into the model's folder.")
+    return UsageError(f"{problem}: compare its config.json with the one it was saved with.")
 
 
 def stored_dtype(architecture: Any) -> torch.dtype:
     """Return the type that a configuration says its weights are stored in; fp32 if it does not."""
     text = architecture.get_text_config()
-    found = getattr(architecture, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    return getattr(torch, found) if isinstance(found, str) else found
+    dtype = getattr(architecture, "dtype", None) or getattr(text, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

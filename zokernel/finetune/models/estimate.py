@@ -13,14 +13,10 @@ import torch
 from zokernel.data.hub_requests import request_errors
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.models.kind import Kind, empty_model
-from zokernel.finetune.models.quantization import (
-    DEQUANTIZED,
-    asked_for,
-    stored_as,
-)
+from zokernel.finetune.models.memory_setups import FACTOR
+from zokernel.finetune.models.model_files import stored_bytes, tensor_types, weight_files
+from zokernel.finetune.models.quantization import DEQUANTIZED, requested_quantization, stored_quantization
 from zokernel.finetune.models.quantized_layers import bytes_once_quantized, number_of_scales, quantized_layers
-from zokernel.finetune.models.stored import stored_bytes, tensor_types, weight_files
-from zokernel.finetune.models.ways import FACTOR
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.readable import readable_bytes
@@ -98,7 +94,9 @@ def check_memory(
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     listing = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items() if name != "total" and size)
     # Counted in the peak of a report, too, unless that is of a GPU's memory.
-    held = "" if on_gpu else f", plus about {readable_bytes(psutil.Process().memory_info().rss)} of libraries and data"
+    overhead = (
+        "" if on_gpu else f", plus about {readable_bytes(psutil.Process().memory_info().rss)} of libraries and data"
+    )
     if stored == UNKNOWN:
         listing = ", ".join(["weights of unknown size", *filter(None, [listing])])
     logger.info(
@@ -106,7 +104,7 @@ def check_memory(
         "at least " if stored == UNKNOWN else "",
         readable_bytes(parts["total"]),
         listing,
-        held,
+        overhead,
         readable_bytes(free),
     )
     if parts["total"] > free and not skip:
@@ -130,7 +128,7 @@ class QuantizedBytes:
     factors: int = 0
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether the files told what they hold."""
         return self.weights != UNKNOWN
 
@@ -152,12 +150,12 @@ def quantized_bytes(
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
     from safetensors import SafetensorError
 
-    if stored_as(architecture) in ("", *DEQUANTIZED):
+    if stored_quantization(architecture) in ("", *DEQUANTIZED):
         return None
     broken = (NotASafetensorsRepoError, SafetensorsParsingError, SafetensorError, UsageError)
     unreadable: tuple[type[Exception], ...] = (*broken, *request_errors())
     try:
-        tensors = _types_of(path, revision)
+        tensors = _tensor_types(path, revision)
     except unreadable as error:  # the hub may be out of reach while its files are cached
         logger.warning(
             "The size of the quantized weights is unknown (%s), and estimates of memory leave them out.",
@@ -168,7 +166,7 @@ def quantized_bytes(
     return QuantizedBytes(stored_bytes(tensors.values(), dtype.itemsize), FACTOR * scales)
 
 
-def _types_of(path: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _tensor_types(path: str, revision: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return type and shape of every tensor by name, from the headers of files in a folder or on the hub."""
     if Path(path).is_dir():
         return tensor_types(weight_files(Path(path)))
@@ -191,11 +189,11 @@ def bytes_held(arguments: ModelArguments, path: str, architecture: Any, dtype: t
     Returns:
         Bytes; :data:`UNKNOWN` if the files do not say, and None if all weights are held in ``dtype``.
     """
-    asked, trained = asked_for(arguments), arguments.train == "scales"
-    if not asked:
-        found = quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
-        return None if found is None else found.weights + trained * found.factors
-    layers = quantized_layers(architecture, kind, asked)
-    factors = FACTOR * number_of_scales(asked, layers.shapes) if trained else 0
-    quantized = bytes_once_quantized(asked, layers.shapes, dtype.itemsize)
+    quantization, trains_factors = requested_quantization(arguments), arguments.train == "scales"
+    if not quantization:
+        stored = quantized_bytes(path, architecture, dtype, revision=arguments.model_revision)
+        return None if stored is None else stored.weights + trains_factors * stored.factors
+    layers = quantized_layers(architecture, kind, quantization)
+    factors = FACTOR * number_of_scales(quantization, layers.shapes) if trains_factors else 0
+    quantized = bytes_once_quantized(quantization, layers.shapes, dtype.itemsize)
     return (layers.count - layers.quantized) * dtype.itemsize + quantized + factors

@@ -117,24 +117,24 @@ def _classes(architecture: Any) -> dict[Kind, set[str]]:
     )
 
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
-    own = getattr(architecture, "auto_map", None) or {}
-    found: dict[Kind, set[str]] = {
-        kind: {str(own[name]).rpartition(".")[2]} for kind, name in _AUTO_CLASSES.items() if name in own
+    auto_map = getattr(architecture, "auto_map", None) or {}
+    classes: dict[Kind, set[str]] = {
+        kind: {str(auto_map[name]).rpartition(".")[2]} for kind, name in _AUTO_CLASSES.items() if name in auto_map
     }
     for kind, mapping in zip(KINDS, mappings):
         if type(architecture) in mapping:
-            classes: Any = mapping[type(architecture)]
-            named = {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}
-            found[kind] = found.get(kind, set()) | named
+            mapped: Any = mapping[type(architecture)]
+            names = {c.__name__ for c in (mapped if isinstance(mapped, tuple) else (mapped,))}
+            classes[kind] = classes.get(kind, set()) | names
     # Models of speech are listed as seq2seq, too; some of them continue text after an encoded sound.  BART is listed as
     # masked, but writes the text anew in its decoder.
-    found.pop("masked" if getattr(architecture, "is_encoder_decoder", False) else "seq2seq", None)
-    return found
+    classes.pop("masked" if getattr(architecture, "is_encoder_decoder", False) else "seq2seq", None)
+    return classes
 
 
 def _kind(architecture: Any, classes: dict[Kind, set[str]], names: Iterable[str]) -> Kind | None:
-    named = {kind for kind, own in classes.items() if own & set(names)}
-    possible = named or set(classes)
+    matching = {kind for kind, class_names in classes.items() if class_names & set(names)}
+    possible = matching or set(classes)
     decodes = getattr(architecture, "is_decoder", False) or getattr(architecture, "causal", False)
     order: tuple[Kind, ...] = ("seq2seq", "causal", "masked") if decodes is True else ("seq2seq", "masked", "causal")
     return next((kind for kind in order if kind in possible), None)

@@ -9,23 +9,25 @@ from typing import Any
 from torch import nn
 
 from zokernel.data.hub_requests import bounded_requests
-from zokernel.finetune.models.adapters import attach_adapter, wants_adapter
-from zokernel.finetune.models.check import CheckedModel, check_model, not_loaded
+from zokernel.finetune.models.adapters import attach_adapter, trains_adapter
+from zokernel.finetune.models.check import CheckedModel, check_model, loading_error
+from zokernel.finetune.models.check_loaded import (
+    check_complete,
+    check_finite,
+    reload_if_changed_,
+    stop_rescaling_,
+    warn_of_zeros,
+)
 from zokernel.finetune.models.estimate import bytes_held, check_memory
 from zokernel.finetune.models.gguf import gguf_options
 from zokernel.finetune.models.kind import auto_class
-from zokernel.finetune.models.loaded import check_complete, check_finite, read_again_, stop_rescaling_, warn_of_zeros
 from zokernel.finetune.models.offload import load_offloaded
-from zokernel.finetune.models.quantization import (
-    asked_for,
-    count_parameters,
-    keep_as_stored_,
-    leave_files_,
-    loading_options,
-)
+from zokernel.finetune.models.quantization import requested_quantization
+from zokernel.finetune.models.quantization_config import loading_options
+from zokernel.finetune.models.quantized_model import copy_from_files_, count_parameters, prevent_repacking_
 from zokernel.finetune.models.same_base import other_base
-from zokernel.finetune.models.scales import say_scales, train_scales_
-from zokernel.finetune.models.trained import accept_quantized_
+from zokernel.finetune.models.scales import log_trained_scales, train_scales_
+from zokernel.finetune.models.trainable import accept_quantized_
 from zokernel.finetune.models.vocabulary import choose_pad_token
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
@@ -53,7 +55,7 @@ def load_model(
     """
     checked = checked or check_model(arguments)
     arguments = checked.arguments
-    name, kind, adapter = arguments.model_name_or_path, checked.kind, wants_adapter(arguments)
+    name, kind, adapter = arguments.model_name_or_path, checked.kind, trains_adapter(arguments)
     streams = arguments.offload is not None
     if not streams:
         check_memory(
@@ -77,7 +79,7 @@ def load_model(
     if arguments.train == "scales":
         model = train_scales_(model)
         if config.do_train:
-            say_scales(model)
+            log_trained_scales(model)
     accept_quantized_(model, first_order=is_first_order(config.method))
     saved = arguments.adapter_name_or_path
     if saved and (difference := other_base(model, saved, name)):
@@ -103,7 +105,7 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
     Raises:
         UsageError: If it cannot be loaded, or some of its weights are not in its files.
     """
-    from transformers.utils import logging as library
+    from transformers.utils import logging as library_logging
 
     options: dict[str, Any] = gguf_options(arguments)
     options |= loading_options(arguments, checked.architecture, checked.dtype, kind=checked.kind)
@@ -111,10 +113,10 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
         options["attn_implementation"] = arguments.attn_implementation
     if device is not None and (arguments.load_in_4bit or arguments.load_in_8bit):
         options["device_map"] = {"": str(device)}
-    name, verbosity = arguments.model_name_or_path, library.get_verbosity()
-    library.set_verbosity_error()  # what it would report about names is said below, in a sentence
+    name, verbosity = arguments.model_name_or_path, library_logging.get_verbosity()
+    library_logging.set_verbosity_error()  # what it would report about names is said below, in a sentence
     try:
-        model, found = auto_class(checked.kind).from_pretrained(
+        model, loading_info = auto_class(checked.kind).from_pretrained(
             checked.path,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -126,33 +128,33 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
         )
     except Exception as error:  # files may be wrong in any way
         revision, file = arguments.model_revision, arguments.gguf_file
-        raise not_loaded(name, error, revision=revision, gguf_file=file) from error
+        raise loading_error(name, error, revision=revision, gguf_file=file) from error
     finally:
-        library.set_verbosity(verbosity)
-    check_complete(model, found, name)
-    keep_as_stored_(model)
-    if asked_for(arguments):
-        leave_files_(model)
+        library_logging.set_verbosity(verbosity)
+    check_complete(model, loading_info, name)
+    prevent_repacking_(model)
+    if requested_quantization(arguments):
+        copy_from_files_(model)
     if Path(checked.path).is_dir() and arguments.gguf_file is None:
-        read_again_(model, Path(checked.path))
+        reload_if_changed_(model, Path(checked.path))
     stop_rescaling_(model)
     return model.eval()
 
 
-def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reserved: int = 0) -> int:
+def longest_input(model: nn.Module, tokenizer: Any, requested: int | None, *, reserved: int = 0) -> int:
     """Return how many tokens an example may have: as asked for, or 2048, and never more than the model takes.
 
     Args:
         model: The model, whose configuration may limit positions.
         tokenizer: Its tokenizer, which may know a limit too.
-        wanted: What was asked for, if anything.
+        requested: What was asked for, if anything.
         reserved: Positions that are not for the example: virtual tokens and what will be generated.
 
     Returns:
         A number of tokens.
     """
     architecture: Any = getattr(model, "config", None)
-    limits = [wanted or 2048]
+    limits = [requested or 2048]
     positions = getattr(architecture, "max_position_embeddings", None)
     if positions:
         # RoBERTa and its kin number positions from the padding token's id on.
@@ -160,6 +162,6 @@ def longest_input(model: nn.Module, tokenizer: Any, wanted: int | None, *, reser
         limits.append(positions - starts_at - reserved)
     if tokenizer.model_max_length < 10**9:
         limits.append(tokenizer.model_max_length - reserved)
-    if wanted and min(limits) < wanted:
+    if requested and min(limits) < requested:
         logger.info("max_length: %d tokens, the most that this model takes.", min(limits))
     return min(limits)

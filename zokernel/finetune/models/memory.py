@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from zokernel.process_memory import counted_by_kernel, release_heap
+from zokernel.process_memory import memory_count, release_heap
 
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -49,9 +49,9 @@ class PeakMemory:
 
 
 def _peak_resident() -> int:
-    counted = counted_by_kernel("VmHWM")
-    if counted is not None:
-        return counted
+    count = memory_count("VmHWM")
+    if count is not None:
+        return count
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.models.quantization import DEQUANTIZED, stored_as
+from zokernel.finetune.models.quantization import DEQUANTIZED, stored_quantization
 from zokernel.finetune.models.saved_adapter import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def check_mergeable(trained: str, architecture: Any) -> None:
         raise UsageError(f"There is no adapter to merge: {what} are trained, so leave out --merge_adapter.")
     if trained == "virtual tokens":
         raise UsageError("Virtual tokens are inputs, not weights, and cannot be merged: keep the adapter.")
-    if stored_as(architecture) not in ("", *DEQUANTIZED):
+    if stored_quantization(architecture) not in ("", *DEQUANTIZED):
         raise UsageError(
             "The base is quantized, and an adapter merged into it would be rounded away: keep the adapter, or name "
             "the base in full precision."

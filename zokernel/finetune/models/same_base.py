@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.files import read_json
-from zokernel.finetune.models.quantization import told
-from zokernel.finetune.models.saved_adapter import adapter_config, base_told, run_folders
+from zokernel.finetune.models.quantized_model import describe_quantization
+from zokernel.finetune.models.saved_adapter import adapter_config, base_name, run_folders
 from zokernel.finetune.run_files import RUN_FILE
 from zokernel.journal import Journal
 from zokernel.journal.hashes import frozen_sha256
@@ -34,7 +34,7 @@ def base_facts(adapted: Any) -> dict[str, str]:
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     facts = {"class": type(base).__name__, "dtype": dtype, "frozen_sha256": frozen_sha256(parameters, trained)}
-    return facts | ({"quantization": told(adapted)} if told(adapted) else {})
+    return facts | ({"quantization": describe_quantization(adapted)} if describe_quantization(adapted) else {})
 
 
 def other_base(adapted: Any, name: str, base: str) -> str:
@@ -50,21 +50,25 @@ def other_base(adapted: Any, name: str, base: str) -> str:
     Returns:
         What differs; empty if nothing is known to.
     """
-    found, recorded = base_facts(adapted), _recorded(Path(name).expanduser())
+    current, recorded = base_facts(adapted), _recorded(Path(name).expanduser())
     if recorded:
-        if recorded["class"] != found["class"]:
-            return f"that was a {recorded['class']}, and this is a {found['class']}"
-        before, now = (facts.get("quantization", "") for facts in (recorded, found))
+        if recorded["class"] != current["class"]:
+            return f"that was a {recorded['class']}, and this is a {current['class']}"
+        before, now = (facts.get("quantization", "") for facts in (recorded, current))
         if before != now:
             words = [f"quantized ({how})" if how else "in full precision" for how in (before, now)]
             logger.info("%s was trained on its base %s, and here the base is %s.", name, *words)
             return ""
-        if recorded["dtype"] == found["dtype"] and recorded["frozen_sha256"] != found["frozen_sha256"]:
+        if recorded["dtype"] == current["dtype"] and recorded["frozen_sha256"] != current["frozen_sha256"]:
             return "its weights were different"
         return ""
-    told, here = str(adapter_config(name).base_model_name_or_path or ""), base_told(base)
-    if told and told != here and not any(Path(place).is_absolute() for place in (told, here)):
-        return f"that was {told}"
+    recorded_name, name_here = str(adapter_config(name).base_model_name_or_path or ""), base_name(base)
+    if (
+        recorded_name
+        and recorded_name != name_here
+        and not any(Path(place).is_absolute() for place in (recorded_name, name_here))
+    ):
+        return f"that was {recorded_name}"
     return ""
 
 

@@ -58,13 +58,13 @@ def with_base(arguments: ModelArguments) -> ModelArguments:
     if not is_adapter(name):
         return arguments
     folder = Path(name).expanduser()
-    base, run = _base_of(folder), recorded_settings(folder)
+    base, run = _recorded_base(folder), recorded_settings(folder)
     if run.get("model_name_or_path") == base:
-        asked = arguments.model_revision
-        revision = run.get("model_revision", asked) if asked == "main" else asked
+        requested = arguments.model_revision
+        revision = run.get("model_revision", requested) if requested == "main" else requested
         file = arguments.gguf_file or run.get("gguf_file")
         arguments = replace(arguments, model_revision=revision, gguf_file=file)
-    return _naming_both(arguments, base)
+    return _with_base_and_adapter(arguments, base)
 
 
 def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelArguments | None:
@@ -98,7 +98,7 @@ def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelAr
     base = adapter_config(name).base_model_name_or_path
     if not base:
         raise UsageError(f"The adapter {name} does not say what its base is: {_hint(name)}.")
-    return _naming_both(arguments, _found(str(base), name))
+    return _with_base_and_adapter(arguments, _loadable_base(str(base), name))
 
 
 def saved_tokenizer(arguments: ModelArguments) -> str | None:
@@ -126,7 +126,7 @@ def saved_tokenizer(arguments: ModelArguments) -> str | None:
     return name
 
 
-def _naming_both(arguments: ModelArguments, base: str) -> ModelArguments:
+def _with_base_and_adapter(arguments: ModelArguments, base: str) -> ModelArguments:
     name = arguments.model_name_or_path
     if arguments.adapter_name_or_path:
         raise UsageError(
@@ -165,7 +165,7 @@ def adapter_config(name: str) -> Any:
             warnings.simplefilter("ignore")
             return peft.PeftConfig.from_pretrained(str(folder) if folder.is_dir() else name)
     except Exception as error:  # a configuration may be wrong in any way
-        raise _not_loaded(name, error) from error
+        raise _loading_error(name, error) from error
 
 
 @bounded_requests()
@@ -193,13 +193,13 @@ def load_saved(model: nn.Module, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing weights, which are named below
             adapted: Any = peft.PeftModel.from_pretrained(model, path, is_trainable=not tokens)
-            found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=not tokens)
+            loading_report = adapted.load_adapter(path, adapted.active_adapter, is_trainable=not tokens)
     except Exception as error:  # shapes, names, files: each fails in its own way
-        raise _not_loaded(name, error) from error
-    unexpected = [key for key in found.unexpected_keys if key != "prompt_embeddings"]
-    lacking = [] if tokens else list(found.missing_keys)
-    if lacking or unexpected:
-        what = f"lacks {lacking[0]}" if lacking else f"holds {unexpected[0]}, which is not in this model"
+        raise _loading_error(name, error) from error
+    unexpected = [key for key in loading_report.unexpected_keys if key != "prompt_embeddings"]
+    missing = [] if tokens else list(loading_report.missing_keys)
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which is not in this model"
         raise UsageError(
             f"The adapter {name} does not fit {type(model).__name__}: it {what}; give the base it was trained on "
             f"({configuration.base_model_name_or_path}) as --model_name_or_path."
@@ -218,13 +218,13 @@ def name_base_(adapted: Any, name: str, revision: str = "main") -> None:
         revision: Its branch, tag or commit on the hub.
     """
     for configuration in adapted.peft_config.values():
-        configuration.base_model_name_or_path = base_told(name)
+        configuration.base_model_name_or_path = base_name(name)
         configuration.revision = None if revision == "main" else revision
     # Embeddings never change their size here; to find that out, peft would ask the hub at every save.
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
 
 
-def say_base(model: Any, name: str) -> None:
+def log_base(model: Any, name: str) -> None:
     """Log once, when an adapter was saved, what ``adapter_config.json`` calls its base where that is no hub id.
 
     Args:
@@ -233,14 +233,18 @@ def say_base(model: Any, name: str) -> None:
     """
     if not hasattr(model, "peft_config"):
         return
-    told = base_told(name)
+    recorded_name = base_name(name)
     if name in ON_THE_HUB:
-        logger.info("%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, told, name)
-    elif told != name or Path(name).is_dir():
-        logger.info("%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, told)
+        logger.info(
+            "%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, recorded_name, name
+        )
+    elif recorded_name != name or Path(name).is_dir():
+        logger.info(
+            "%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, recorded_name
+        )
 
 
-def base_told(name: str) -> str:
+def base_name(name: str) -> str:
     """Return what a saved adapter calls its base.
 
     Args:
@@ -250,7 +254,7 @@ def base_told(name: str) -> str:
         A hub id, or the absolute path of a local folder.
 
     Example:
-        >>> base_told("smollm2")
+        >>> base_name("smollm2")
         'HuggingFaceTB/SmolLM2-135M-Instruct'
     """
     folder = Path(name).expanduser()
@@ -259,15 +263,15 @@ def base_told(name: str) -> str:
     return ON_THE_HUB.get(name, name)
 
 
-def _base_of(folder: Path) -> str:
+def _recorded_base(folder: Path) -> str:
     """Return what a saved adapter's run, or its configuration, calls the base."""
-    stored = adapter_config(str(folder)).base_model_name_or_path
-    named, file = (recorded_settings(folder).get(key) for key in ("model_name_or_path", "gguf_file"))
-    if named and (named in SOURCES or Path(named).expanduser().is_dir()) and not is_adapter(named):
-        return str(Path(named) / file) if file else str(named)
-    if not stored:
+    peft_base = adapter_config(str(folder)).base_model_name_or_path
+    run_base, file = (recorded_settings(folder).get(key) for key in ("model_name_or_path", "gguf_file"))
+    if run_base and (run_base in SOURCES or Path(run_base).expanduser().is_dir()) and not is_adapter(run_base):
+        return str(Path(run_base) / file) if file else str(run_base)
+    if not peft_base:
         raise UsageError(f"The adapter {folder} does not say what its base is: {_hint(str(folder))}.")
-    return _found(str(stored), str(folder))
+    return _loadable_base(str(peft_base), str(folder))
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -312,23 +316,23 @@ def base_flags(adapter: str) -> str:
     """
     settings = recorded_settings(Path(adapter).expanduser())
     bits = [f"--{name} true" for name in ("load_in_4bit", "load_in_8bit") if settings.get(name)]
-    named = settings.get("quantization")
-    return " ".join(bits + ([f"--quantization {named}"] if named else []))
+    quantization = settings.get("quantization")
+    return " ".join(bits + ([f"--quantization {quantization}"] if quantization else []))
 
 
-def _found(base: str, adapter: str) -> str:
+def _loadable_base(base: str, adapter: str) -> str:
     """Return what an adapter calls its base if it can be loaded by that: a hub id, or a folder that is there."""
     if not Path(base).is_dir() and (base.startswith(("/", ".", "~")) or base.count("/") > 1):
         raise UsageError(f"The base of the adapter {adapter} is not at {base} any more: {_hint(adapter)}.")
-    fetched = {there: here for here, there in ON_THE_HUB.items()}.get(base)
-    return fetched if fetched and _only_fetched(fetched, base) else base
+    fetched = {hub_id: name for name, hub_id in ON_THE_HUB.items()}.get(base)
+    return fetched if fetched and _is_only_fetched(fetched, base) else base
 
 
 def _hint(adapter: str) -> str:
     return f"give it: --model_name_or_path BASE --adapter_name_or_path {adapter}"
 
 
-def _only_fetched(name: str, on_hub: str) -> bool:
+def _is_only_fetched(name: str, on_hub: str) -> bool:
     """Return whether a model is here as it was fetched from a package registry, and not as it is on the hub."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -337,10 +341,10 @@ def _only_fetched(name: str, on_hub: str) -> bool:
     return is_complete(cache_home() / name) and not isinstance(try_to_load_from_cache(on_hub, "config.json"), str)
 
 
-def _not_loaded(name: str, error: Exception) -> ZokernelError:
+def _loading_error(name: str, error: Exception) -> ZokernelError:
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    told = UsageError(
+    refusal = UsageError(
         f"The adapter {name!r} could not be attached ({reason}): give a folder that peft or a run saved, and the base "
         "it was trained on as --model_name_or_path."
     )
-    return hub.explained(error, name, told)
+    return hub.explain_or(error, name, refusal)

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.models.stored import sort_metadata_, weight_files
+from zokernel.finetune.models.model_files import sort_metadata_, weight_files
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import draws_by_example
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.resolve import given_sources
+from zokernel.finetune.settings.resolve import setting_sources
 from zokernel.finetune.settings.zo_arguments import AUTO
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def with_scales(arguments: ModelArguments, config: ZOConfig, command: Sequence[s
             f"--perturb {config.perturb} gives rows of one batch weights of their own, which a quantized layer with "
             "trained scales has no form for: use in_place or in_forward."
         )
-    if "method" in given_sources(config, command):
+    if "method" in setting_sources(config, command):
         if config.method != AUTO and draws_by_example(config):
             raise UsageError(
                 f"{config.method} gives every example directions of its own, which a quantized layer with trained "
@@ -116,26 +116,26 @@ def train_scales_(model: Any) -> Any:
     Raises:
         UsageError: If it has no such scales.
     """
-    found = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and _has_scale(layer)}
-    if not found:
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and _has_scale(layer)}
+    if not layers:
         raise UsageError(
             "The model has no layers with a floating-point scale of torchao to train: use --quantization torchao:int8 "
             "or torchao:int4."
         )
     model.requires_grad_(False)
-    for name, layer in found.items():
+    for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, ScaledLinear(layer))
     model.save_pretrained = partial(_save, model)
     return model
 
 
-def say_scales(model: nn.Module) -> None:
+def log_trained_scales(model: nn.Module) -> None:
     """Log that the scales of a model are what is trained."""
     layers = scaled_layers(model)
     count = sum(layer.scale.numel() for layer in layers.values())
-    told = counted(count, "scale"), counted(len(layers), "layer")
-    logger.info("Trained: a factor on each of %s of %s, and nothing else.", *told)
+    counts = plural(count, "scale"), plural(len(layers), "layer")
+    logger.info("Trained: a factor on each of %s of %s, and nothing else.", *counts)
 
 
 def scaled_layers(model: nn.Module) -> dict[str, ScaledLinear]:

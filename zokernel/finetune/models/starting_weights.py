@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from zokernel.finetune.models.check import CheckedModel
-from zokernel.finetune.models.stored import stored_tensors, weight_files
+from zokernel.finetune.models.model_files import stored_tensors, weight_files
 from zokernel.journal.hashes import SAMPLE
 
 STARTING_WEIGHTS = "starting_weights"
@@ -27,10 +27,10 @@ def starting_weights(model: CheckedModel) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     gguf = model.arguments.gguf_file
-    found = [stored_sha256([folder / gguf] if gguf else weight_files(folder))]
+    digests = [stored_sha256([folder / gguf] if gguf else weight_files(folder))]
     if adapter.is_dir():
-        found.append(stored_sha256(sorted(adapter.glob("*.safetensors"))))
-    return {STARTING_WEIGHTS: f"sha256 {' and '.join(digest[:16] for digest in found)}"}
+        digests.append(stored_sha256(sorted(adapter.glob("*.safetensors"))))
+    return {STARTING_WEIGHTS: f"sha256 {' and '.join(digest[:16] for digest in digests)}"}
 
 
 def stored_sha256(files: Iterable[Path]) -> str:
@@ -55,7 +55,7 @@ def stored_sha256(files: Iterable[Path]) -> str:
         ...     stored_sha256([file]) == before
         False
     """
-    total, found = hashlib.sha256(), []
+    total, tensors = hashlib.sha256(), []
     for file in files:
         with file.open("rb", buffering=0) as opened:
             for name, begin, end in _tensors(file) if file.suffix == ".safetensors" else _parts(file):
@@ -63,8 +63,8 @@ def stored_sha256(files: Iterable[Path]) -> str:
                 for at in (begin, max(begin, end - SAMPLE)):
                     opened.seek(at)
                     ends += opened.read(min(SAMPLE, end - begin))
-                found.append((name, ends))
-    for name, ends in sorted(found):
+                tensors.append((name, ends))
+    for name, ends in sorted(tensors):
         total.update(f"{name}\n".encode() + hashlib.sha256(ends).digest())
     return total.hexdigest()
 
@@ -72,9 +72,9 @@ def stored_sha256(files: Iterable[Path]) -> str:
 def _tensors(file: Path) -> Iterator[tuple[str, int, int]]:
     """Return name, type and shape of each tensor of a ``.safetensors`` file as one text, and where its bytes lie."""
     tensors, start = stored_tensors(file)
-    for name, told in tensors.items():
-        begin, end = told["data_offsets"]
-        yield f"{name} {told['dtype']} {told['shape']}", start + begin, start + end
+    for name, entry in tensors.items():
+        begin, end = entry["data_offsets"]
+        yield f"{name} {entry['dtype']} {entry['shape']}", start + begin, start + end
 
 
 def _parts(file: Path) -> Iterator[tuple[str, int, int]]:

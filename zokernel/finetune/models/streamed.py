@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.kind import auto_class
-from zokernel.finetune.models.loaded import check_complete, stop_rescaling_
-from zokernel.finetune.models.stored import stored_tensors, weight_files
+from zokernel.finetune.models.check_loaded import check_complete, stop_rescaling_
+from zokernel.finetune.models.kind import Kind, auto_class
+from zokernel.finetune.models.model_files import stored_tensors, weight_files
 from zokernel.offload.base_files import base_file
 from zokernel.offload.blocks import Blocks
 from zokernel.offload.mapping import MappedFile
@@ -28,7 +29,7 @@ from zokernel.private_apis import converts_weights, keep_in_place, offloaded_par
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-class Stored:
+class StoredTensors:
     """The tensors of a model's files, mapped.
 
     Args:
@@ -38,13 +39,13 @@ class Stored:
     def __init__(self, folder: Path):
         self.entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         self._mapped: dict[Path, MappedFile] = {}
-        told = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in weight_files(folder):
             status = path.stat()
-            told.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
             tensors, start = stored_tensors(path)
             self.entries |= {key: (path, start, entry) for key, entry in tensors.items()}
-        self.identity = told.hexdigest()
+        self.identity = digest.hexdigest()
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -76,7 +77,7 @@ class Stored:
         return _DTYPES.get(entry["dtype"]) == dtype and begin % dtype.itemsize == 0
 
 
-class Converted:
+class ConvertedWeights:
     """Weights that transformers stores in another form than it computes with: the experts of Mixtral, one by one.
 
     It converts them a few at a time, into files of their own, when the first one is asked for.
@@ -104,7 +105,7 @@ class Converted:
             )
         return offloaded_parameter(self._model, name)
 
-    def __enter__(self) -> Converted:
+    def __enter__(self) -> ConvertedWeights:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -112,18 +113,50 @@ class Converted:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Streaming:
+    """Where the weights of a streamed model are held, and what becomes of their updates.
+
+    Attributes:
+        offload_dir: Where files of its own are kept.
+        trains_weights: Whether the weights themselves are trained, not only an adapter.
+        where: ``disk``: weights stay in files; ``cpu``: in host memory.
+        updates: Of trained weights in files: ``disk`` writes them, ``journal`` repeats all of them on each read.
+        device: Where the model computes, if weights are in host memory; the CPU if not given.
+    """
+
+    offload_dir: Path
+    trains_weights: bool
+    where: str = "disk"
+    updates: str = "disk"
+    device: torch.device | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether updated weights are written."""
+        return self.trains_weights and self.updates == "disk"
+
+    def make_store(self, identity: str) -> Memory | Files:
+        """Return an empty store for the weights of a model.
+
+        Args:
+            identity: What tells its weights from others.
+        """
+        if self.where == "cpu":
+            return host_store(self.device or torch.device("cpu"), identity)
+        if self.writes:
+            return WorkingCopy(self.offload_dir, identity)
+        return Replayed(self.offload_dir, identity) if self.trains_weights else Files(identity)
+
+
 def load_streamed(
     architecture: Any,
     folder: Path,
     dtype: torch.dtype,
+    streaming: Streaming,
     *,
-    kind: Any,
-    offload_dir: Path,
-    trains_weights: bool,
+    kind: Kind,
     name: str,
-    where: str = "disk",
-    updates: str = "disk",
-    device: torch.device | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -133,13 +166,9 @@ def load_streamed(
         architecture: Its configuration.
         folder: Where its files are.
         dtype: Type in which the weights are held; files of another type are converted once, into ``offload_dir``.
+        streaming: Where the weights are held, and what becomes of their updates.
         kind: Which kind of language model it is.
-        offload_dir: Where files of its own are kept.
-        trains_weights: Whether the weights themselves are trained, not only an adapter.
         name: What the user calls the model.
-        where: ``disk``: weights stay in files; ``cpu``: in host memory.
-        updates: Of trained weights in files: ``disk`` writes them, ``journal`` repeats all of them on each read.
-        device: Where the model computes, if weights are in host memory; the CPU if not given.
         attn_implementation: Attention to use.
         trust_remote_code: Whether code that comes with the model may run.
 
@@ -149,54 +178,60 @@ def load_streamed(
     Raises:
         UsageError: If its weights are not all in its files, or cannot be streamed.
     """
-    from accelerate import init_empty_weights
-
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with init_empty_weights(include_buffers=False):
-        model: Any = auto_class(kind).from_config(
-            architecture, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
-    model.tie_weights()
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = _without_weights(kind, architecture, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if getattr(architecture, "quantization_config", None) is not None:
         raise UsageError(f"{name} is quantized, and quantized weights are not streamed: leave out --offload.")
-    stored = Stored(folder)
-    units = find_units(model)
-    converts = converts_weights(model)
+    stored, units, converts = StoredTensors(folder), find_units(model), converts_weights(model)
     keys = {} if converts else _stored_names(model, stored, name)
-    writes = trains_weights and updates == "disk"
-    weights = [own for unit in units for own in unit.names]
-    direct = not (converts or writes) and all(stored.fits(keys[own], dtype) for own in weights)
+    as_stored = not (converts or streaming.writes) and all(
+        stored.fits(keys[own], dtype) for unit in units for own in unit.names
+    )
     identity = f"{stored.identity} {dtype} {type(model).__name__}"
-    store: Memory | Files
-    if where == "cpu":
-        store = host_store(device or torch.device("cpu"), identity)
-    elif writes:
-        store = WorkingCopy(offload_dir, identity)
-    else:
-        store = Replayed(offload_dir, identity) if trains_weights else Files(identity)
-    with Converted(type(model), folder, dtype, offload_dir) as converted:
+    store = streaming.make_store(identity)
+    with ConvertedWeights(type(model), folder, dtype, streaming.offload_dir) as converted:
         load = converted if converts else lambda own: stored.tensor(keys[own])
         for unit in units:
             shapes = {own: tuple(model.get_parameter(own).shape) for own in unit.names}
             if isinstance(store, Memory):
                 store.place(unit, shapes, load, dtype)
-            elif direct:
+            elif as_stored:
                 store.place(unit, {own: stored.span(keys[own]) for own in unit.names})
             else:
-                store.place(unit, base_file(offload_dir, unit, identity, shapes, load, dtype))
+                store.place(unit, base_file(streaming.offload_dir, unit, identity, shapes, load, dtype))
     _assign(model, units)
-    for own, buffer in _persistent_buffers(model).items():
-        if (key := keys.get(own, own)) in stored.entries:
-            buffer.copy_(stored.read(key))
-    model.working_copy = store if trains_weights else None
+    _copy_buffers(model, stored, keys)
+    model.working_copy = store if streaming.trains_weights else None
     model.name_or_path = model.config.name_or_path = str(folder)
     stop_rescaling_(model)
     if store.moves:
-        for unit in units:
-            for module in unit.modules if unit.is_block else []:
-                keep_in_place(module, unit.tensors.values())
+        _keep_blocks_in_place(units)
     Blocks(model, units, store)
     return model.eval()
+
+
+def _without_weights(kind: Kind, architecture: Any, **options: Any) -> Any:
+    """Return a model of some kind whose weights have shapes and no memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(kind).from_config(architecture, **options)
+    model.tie_weights()
+    return model
+
+
+def _copy_buffers(model: nn.Module, stored: StoredTensors, keys: dict[str, str]) -> None:
+    """Fill the buffers that a model saves from its files, where they are there."""
+    for own, buffer in _persistent_buffers(model).items():
+        if (key := keys.get(own, own)) in stored.entries:
+            buffer.copy_(stored.read(key))
+
+
+def _keep_blocks_in_place(units: list[Unit]) -> None:
+    """Let a move of the model to a device leave the weights of blocks where their store has them."""
+    for unit in units:
+        for module in unit.modules if unit.is_block else []:
+            keep_in_place(module, unit.tensors.values())
 
 
 def host_store(device: torch.device, identity: str) -> Memory:
@@ -204,34 +239,34 @@ def host_store(device: torch.device, identity: str) -> Memory:
     return Memory(identity) if device.type == "cpu" else Staged(device, identity)
 
 
-def _stored_names(model: Any, stored: Stored, name: str) -> dict[str, str]:
+def _stored_names(model: Any, stored: StoredTensors, name: str) -> dict[str, str]:
     """Return the name in the files of every parameter, and of buffers that are there.
 
     Tied parameters need be there only once.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    named = parameters | _persistent_buffers(model)
+    tensors = parameters | _persistent_buffers(model)
     prefix = f"{model.base_model_prefix}."
-    found: dict[int, str] = {}
+    keys: dict[int, str] = {}
     used = set()
-    wrong = []
-    for own, tensor in named.items():
+    mismatched = []
+    for own, tensor in tensors.items():
         for key in (own, own.removeprefix(prefix), prefix + own):
             if key in stored.entries:
                 used.add(key)
-                found.setdefault(id(tensor), key)
+                keys.setdefault(id(tensor), key)
                 if stored.shape(key) != tuple(tensor.shape):
-                    wrong.append((own, stored.shape(key), tuple(tensor.shape)))
+                    mismatched.append((own, stored.shape(key), tuple(tensor.shape)))
                 break
-    missing = [own for own, parameter in parameters.items() if id(parameter) not in found]
+    missing = [own for own, parameter in parameters.items() if id(parameter) not in keys]
     buffers = {key for key, _ in model.named_buffers()}
     report = {
-        "mismatched_keys": wrong,
+        "mismatched_keys": mismatched,
         "missing_keys": missing,
         "unexpected_keys": stored.entries.keys() - used - buffers,
     }
     check_complete(model, report, name)
-    return {own: found[id(tensor)] for own, tensor in named.items() if id(tensor) in found}
+    return {own: keys[id(tensor)] for own, tensor in tensors.items() if id(tensor) in keys}
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -243,13 +278,13 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _assign(model: nn.Module, units: list[Unit]) -> None:
     """Put the mapped tensors of units in place of a model's parameters; tied ones stay one parameter."""
     empty = dict(model.named_parameters(remove_duplicate=False))
-    made = {
+    assigned = {
         id(empty[own]): nn.Parameter(tensor, requires_grad=empty[own].requires_grad)
         for unit in units
         for own, tensor in unit.tensors.items()
     }
     for own, parameter in empty.items():
         owner, _, attribute = own.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, made[id(parameter)])
+        setattr(model.get_submodule(owner), attribute, assigned[id(parameter)])
     for unit in units:
-        unit.tensors = {own: made[id(empty[own])] for own in unit.tensors}
+        unit.tensors = {own: assigned[id(empty[own])] for own in unit.tensors}

@@ -30,17 +30,17 @@ def choose_pad_token(model: nn.Module, tokenizer: Any) -> None:
         tokenizer: Its tokenizer, which is changed in place.
     """
     rows = embedding_rows(model) or len(tokenizer)
-    known, found = tokenizer.pad_token, tokenizer.pad_token_id
-    if found is not None and found < rows:
+    pad_token, pad_token_id = tokenizer.pad_token, tokenizer.pad_token_id
+    if pad_token_id is not None and pad_token_id < rows:
         return
     ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(i for i in ids if i is not None and i < rows))
-    if known is not None:
+    if pad_token is not None:
         logger.info(
             "Padding: %r in place of %r, whose id %d is beyond the model's %d embeddings; padding is masked.",
             tokenizer.pad_token,
-            known,
-            found,
+            pad_token,
+            pad_token_id,
             rows,
         )
 

@@ -43,7 +43,7 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         _load_file_(model, file)
 
 
-def begins_as_saved(model: nn.Module, folder: Path) -> bool:
+def matches_saved_weights(model: nn.Module, folder: Path) -> bool:
     """Return whether the trained weights seem to be those in a folder, as far as the first row of each shows.
 
     A head that is new, or weights that were changed after they were loaded, are in no file.
@@ -59,7 +59,7 @@ def begins_as_saved(model: nn.Module, folder: Path) -> bool:
     if converts_weights(model):
         return folder.is_dir()  # other names and shapes; transformers knows them
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    found = set()
+    matching = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as archive:
             for name in trained.keys() & set(archive.keys()):
@@ -68,8 +68,8 @@ def begins_as_saved(model: nn.Module, folder: Path) -> bool:
                     return False
                 row = saved[:1] if target.ndim else archive.get_tensor(name)
                 if torch.equal(row.to(target.dtype), target[:1].cpu() if target.ndim else target.cpu()):
-                    found.add(name)
-    return found == trained.keys()
+                    matching.add(name)
+    return matching == trained.keys()
 
 
 def _load_file_(model: nn.Module, file: Path) -> None:
@@ -99,7 +99,7 @@ def _load_converted_(model: Any, folder: Path) -> None:
     # The widest type holds every bit of the others; the copy below rounds to what was saved.
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in targets.values() if tensor.is_floating_point()})
     try:
-        saved, found = type(model).from_pretrained(
+        saved, loading_info = type(model).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -107,12 +107,12 @@ def _load_converted_(model: Any, folder: Path) -> None:
             f"{folder} could not be read as the weights of this {type(model).__name__} ({first_line(error)})."
         ) from error
     weights = saved.state_dict()
-    strange = sorted(found["missing_keys"] | found["unexpected_keys"])
-    strange += sorted(name for name in targets if name not in weights or weights[name].shape != targets[name].shape)
-    if strange:
+    differing = sorted(loading_info["missing_keys"] | loading_info["unexpected_keys"])
+    differing += sorted(name for name in targets if name not in weights or weights[name].shape != targets[name].shape)
+    if differing:
         raise RunError(
-            f"{folder} could not be read as the weights of this {type(model).__name__} ({strange[0]!r} differs): it is "
-            "another model's checkpoint."
+            f"{folder} could not be read as the weights of this {type(model).__name__} ({differing[0]!r} differs): it "
+            "is another model's checkpoint."
         )
     for name, target in targets.items():
         target.copy_(weights[name])

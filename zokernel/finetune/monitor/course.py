@@ -68,12 +68,13 @@ class Change:
         error: Standard error of their difference.
         fell: Whether the loss fell, by more than two errors and half a percent.
         highest: The highest loss of a step.
-        promised: Sum of :math:`\eta s^2` between the middles of the thirds; None if the update is not plain descent.
-        squared: Sum of :math:`\eta^2 s^2 / 2P` likewise: times :math:`z^T H z` it is what curvature takes back.
+        promised_fall: Sum of :math:`\eta s^2` between the middles of the thirds; None if the update is not plain
+            descent.
+        curvature_term: Sum of :math:`\eta^2 s^2 / 2P` likewise: times :math:`z^T H z` it is what curvature takes back.
         total: Sum of :math:`\eta s^2` over all steps.
         rate: Mean of :math:`\eta`.
         slope: Root mean square of the slopes; None without slopes.
-        still: Share of the steps whose losses were all equal.
+        flat_share: Share of the steps whose losses were all equal.
     """
 
     steps: int
@@ -82,12 +83,12 @@ class Change:
     error: float
     fell: bool
     highest: float = -math.inf
-    promised: float | None = None
-    squared: float | None = None
+    promised_fall: float | None = None
+    curvature_term: float | None = None
     total: float | None = None
     rate: float | None = None
     slope: float | None = None
-    still: float = 0.0
+    flat_share: float = 0.0
 
     @property
     def change(self) -> float:
@@ -105,7 +106,7 @@ def change_of(course: Course) -> Change | None:
 
     Example:
         >>> change = change_of(Course([0.7, 0.6, 0.5] * 3 + [0.4] * 12, [1.0] * 21, [0.01] * 21))
-        >>> change.fell, round(change.first, 2), change.last, round(change.promised, 2)
+        >>> change.fell, round(change.first, 2), change.last, round(change.promised_fall, 2)
         (True, 0.61, 0.4, 0.14)
     """
     losses, steps = course.losses, len(course.losses)
@@ -120,24 +121,24 @@ def change_of(course: Course) -> Change | None:
         statistics.fmean(a) - statistics.fmean(b) > max(2 * _error(a, b), FELL * abs(statistics.fmean(a)))
         for a, b in ((first, last), (early, rest))
     )
-    found = Change(steps, statistics.fmean(first), statistics.fmean(last), error, fell, max(losses))
+    change = Change(steps, statistics.fmean(first), statistics.fmean(last), error, fell, max(losses))
     slopes = [slope for slope in course.slopes if math.isfinite(slope)]
     if not slopes:
-        return found
+        return change
     facts = {
         "slope": math.sqrt(statistics.fmean(slope**2 for slope in slopes)),
-        "still": sum(slope == 0 for slope in slopes) / len(slopes),
+        "flat_share": sum(slope == 0 for slope in slopes) / len(slopes),
     }
     if all(map(math.isfinite, (*course.rates, *course.slopes))):
         falls = [rate * slope**2 for rate, slope in zip(course.rates, course.slopes)]
         squares = [fall * rate / (2 * course.directions) for fall, rate in zip(falls, course.rates)]
         facts |= {
-            "promised": _between_thirds(falls, third),
-            "squared": _between_thirds(squares, third),
+            "promised_fall": _between_thirds(falls, third),
+            "curvature_term": _between_thirds(squares, third),
             "total": sum(falls),
             "rate": statistics.fmean(course.rates),
         }
-    return Change(**{**vars(found), **facts})
+    return Change(**{**vars(change), **facts})
 
 
 def _error(first: Sequence[float], last: Sequence[float]) -> float:
@@ -167,8 +168,8 @@ class HeldOut:
             thousandth; by half a percent where these are not known.
         improved: Whether the best evaluation fell by more than the best of so many does by chance (by two percent where
             paired differences are not known), or a score rose by three errors while the loss did not double.
-        moved: Largest relative change of the loss.
-        scores_moved: Whether any score changed.
+        largest_change: Largest relative change of the loss.
+        scores_changed: Whether any score changed.
         change: Mean paired difference of the examples' losses between the start and the last evaluation; None where
             they are not known.
         error: Its standard error.
@@ -180,13 +181,13 @@ class HeldOut:
     from_start: bool
     fell: bool
     improved: bool
-    moved: float
-    scores_moved: bool
+    largest_change: float
+    scores_changed: bool
     change: float | None = None
     error: float = math.inf
 
     @property
-    def may_have_fallen(self) -> float:
+    def possible_fall(self) -> float:
         """By how much the loss may have fallen at most: by two paired errors more than was seen; 0 where unknown."""
         return 0.0 if self.change is None else max(CERTAIN * self.error - self.change, 0.0)
 
@@ -198,13 +199,14 @@ class HeldOut:
         return beyond_chance(self.change, self.error, self.start)
 
 
-def evaluated(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def logged_evaluations(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return step, loss and scores of each evaluation that the Trainer logged, by their bare names.
 
     A score is one number: metrics that are lists or texts are left out.
 
     Example:
-        >>> evaluated([{"step": 3, "loss": 0.7}, {"step": 4, "eval_loss": 0.6, "eval_f1": 0.5, "eval_em": [0, 1]}])
+        >>> history = [{"step": 3, "loss": 0.7}, {"step": 4, "eval_loss": 0.6, "eval_f1": 0.5, "eval_em": [0, 1]}]
+        >>> logged_evaluations(history)
         [{'step': 4, 'loss': 0.6, 'f1': 0.5}]
     """
     return [
@@ -219,8 +221,8 @@ def evaluated(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
-    """Return what the evaluations say; None if there are not two.
+def summarise_evaluations(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldOut | None:
+    """Return what evaluations say together; None if there are not two.
 
     Args:
         evaluations: Each with ``step``, ``loss`` and scores, in the order of steps; later ones with ``loss_change`` and
@@ -228,46 +230,47 @@ def held_out(evaluations: Sequence[Mapping[str, float]], examples: int) -> HeldO
         examples: How many examples were evaluated.
 
     Example:
-        >>> held_out([{"step": 0, "loss": 0.7}, {"step": 9, "loss": 0.5}, {"step": 18, "loss": 0.6}], 100).improved
+        >>> rows = [{"step": 0, "loss": 0.7}, {"step": 9, "loss": 0.5}, {"step": 18, "loss": 0.6}]
+        >>> summarise_evaluations(rows, 100).improved
         True
     """
     if len(evaluations) < 2 or not all(math.isfinite(row["loss"]) for row in evaluations):
         return None
     first, *later = evaluations
     start, best = first["loss"], min(row["loss"] for row in later)
-    paired = all(CHANGE in row for row in later)
-    scores_moved = False
-    if paired:
+    is_paired = all(CHANGE in row for row in later)
+    scores_changed = False
+    if is_paired:
         # The best of k evaluations is as far down by chance as one is at a k-th of the probability.
-        certain = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
-        improved = any(beyond_chance(-row[CHANGE], row[ERROR], start, certain) for row in later)
+        errors = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
+        improved = any(beyond_chance(-row[CHANGE], row[ERROR], start, errors) for row in later)
     else:
         improved = start - best > IMPROVED * abs(start)
-    sound = [row for row in later if row["loss"] < 2 * abs(start)]
+    sound_rows = [row for row in later if row["loss"] < 2 * abs(start)]
     for name in SCORES:
         if all(name in row for row in evaluations):
             share = min(max(first[name], 0.0), 1.0)
             noise = max(0.02, 3 * math.sqrt(share * (1 - share) / max(examples, 1)))
-            improved |= any(row[name] > first[name] + noise for row in sound)
-            scores_moved |= any(row[name] != first[name] for row in later)
-    moved = max(abs(row["loss"] - start) for row in later) / max(abs(start), 1e-12)
+            improved |= any(row[name] > first[name] + noise for row in sound_rows)
+            scores_changed |= any(row[name] != first[name] for row in later)
+    largest_change = max(abs(row["loss"] - start) for row in later) / max(abs(start), 1e-12)
     last = later[-1]
-    fell = beyond_chance(-last[CHANGE], last[ERROR], start) if paired else start - last["loss"] > FELL * abs(start)
-    found = HeldOut(start, best, last["loss"], first["step"] == 0, fell, improved, moved, scores_moved)
-    return replace(found, change=last[CHANGE], error=last[ERROR]) if paired else found
+    fell = beyond_chance(-last[CHANGE], last[ERROR], start) if is_paired else start - last["loss"] > FELL * abs(start)
+    held_out = HeldOut(start, best, last["loss"], first["step"] == 0, fell, improved, largest_change, scores_changed)
+    return replace(held_out, change=last[CHANGE], error=last[ERROR]) if is_paired else held_out
 
 
-def beyond_chance(rise: float, error: float, start: float, certain: float = CERTAIN) -> bool:
+def beyond_chance(rise: float, error: float, start: float, errors: float = CERTAIN) -> bool:
     """Return whether a paired difference is above zero by so many errors, and by a thousandth of the loss at the start.
 
     Args:
         rise: By how much the loss rose; minus that asks whether it fell.
         error: Standard error of the difference.
         start: The loss at the start.
-        certain: Errors.
+        errors: By how many standard errors.
 
     Example:
         >>> beyond_chance(0.3, 0.1, 2.0), beyond_chance(0.1, 0.1, 2.0), beyond_chance(0.001, 0.0, 2.0)
         (True, False, False)
     """
-    return rise > max(certain * error, NOTICED * abs(start))
+    return rise > max(errors * error, NOTICED * abs(start))

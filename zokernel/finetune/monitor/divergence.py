@@ -13,11 +13,11 @@ WINDOW = 10  # steps looked at: the median of this many losses does not follow s
 RISE = 3.0  # times the first losses
 OUTLIER = 30.0  # times the first losses: what no single batch reaches by chance
 STILL = 5  # steps whose slopes are looked at
-GONE = 0.02  # of the first slopes: batches differ by more than that, as long as the weights matter to the loss
+VANISHED = 0.02  # of the first slopes: batches differ by more than that, as long as the weights matter to the loss
 LEARNED = 0.25  # of the first losses: a model that has learned this much may have lost its slopes
 
 
-def trouble(rows: Sequence[dict[str, float]]) -> tuple[str, str] | None:
+def find_trouble(rows: Sequence[dict[str, float]]) -> tuple[str, str] | None:
     """Return what is wrong with a run and what to do, or None.
 
     A run whose weights have grown without bound can end at a loss that looks like guessing: when every option gets the
@@ -31,9 +31,9 @@ def trouble(rows: Sequence[dict[str, float]]) -> tuple[str, str] | None:
         The kind of trouble, ``standstill`` or ``rise``, and one sentence; None if the last ten steps look sound.
 
     Example:
-        >>> trouble([{"loss": 0.7}] * 10 + [{"loss": 30.0}] * 10)
+        >>> find_trouble([{"loss": 0.7}] * 10 + [{"loss": 30.0}] * 10)
         ('rise', 'The loss has risen from 0.7 to 30: training diverges, so start again with a lower learning_rate.')
-        >>> trouble([{"loss": 0.7}] * 20) is None
+        >>> find_trouble([{"loss": 0.7}] * 20) is None
         True
     """
     if len(rows) < WINDOW:
@@ -53,7 +53,9 @@ def trouble(rows: Sequence[dict[str, float]]) -> tuple[str, str] | None:
     return None
 
 
-def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, smooth: bool = True) -> str | None:
+def describe_divergence(
+    rows: Sequence[dict[str, float]], before: float | None = None, *, smooth: bool = True
+) -> str | None:
     """Return that a run has diverged, or None: weights after that are worth nothing, whatever their loss looks like.
 
     The last losses do not tell: a model that has collapsed to equal scores has the loss of guessing.  But on the way
@@ -68,13 +70,13 @@ def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, s
         One sentence, or None.
 
     Example:
-        >>> diverged([{"loss": 0.7}, {"loss": 6e5}, {"loss": 0.69}])
+        >>> describe_divergence([{"loss": 0.7}, {"loss": 6e5}, {"loss": 0.69}])
         'Training diverged: the loss of its batches rose from 0.7 to 6e+05 (a lower learning_rate is needed).'
         >>> rows = [{"loss": 0.7, "projected_gradient": slope} for slope in (1.0, 2.0, 1.0, *[1e-3] * 5)]
-        >>> diverged(rows)
+        >>> describe_divergence(rows)
         'Training diverged: its slopes fell from 2 to 0.001 while the loss stayed, as they do when the model no longer
         depends on its input (a lower learning_rate is needed).'
-        >>> diverged([row | {"loss": 0.01} for row in rows[3:]], 0.7) is None
+        >>> describe_divergence([row | {"loss": 0.01} for row in rows[3:]], 0.7) is None
         True
     """
     if not rows:
@@ -91,11 +93,11 @@ def diverged(rows: Sequence[dict[str, float]], before: float | None = None, *, s
         )
     slopes = np.abs([row.get("projected_gradient", math.nan) for row in rows])
     first, later = slopes[:FIRST].max(), _medians(slopes[FIRST:], STILL)
-    gone = (later < GONE * first) & (_medians(losses[FIRST:], STILL) > LEARNED * usual)
-    if smooth and gone.any():
+    vanished = (later < VANISHED * first) & (_medians(losses[FIRST:], STILL) > LEARNED * usual)
+    if smooth and vanished.any():
         return (
-            f"Training diverged: its slopes fell from {first:.2g} to {later[gone].min():.2g} while the loss stayed, as "
-            "they do when the model no longer depends on its input (a lower learning_rate is needed)."
+            f"Training diverged: its slopes fell from {first:.2g} to {later[vanished].min():.2g} while the loss "
+            "stayed, as they do when the model no longer depends on its input (a lower learning_rate is needed)."
         )
     return None
 
@@ -112,7 +114,7 @@ def _medians(values_T: np.ndarray, length: int) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(values_T, length), axis=1)
 
 
-def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
+def describe_failure(rows: Sequence[dict[str, float]]) -> str | None:
     """Return that a finished run diverged or came to a standstill, or None.
 
     Args:
@@ -123,15 +125,15 @@ def went_wrong(rows: Sequence[dict[str, float]]) -> str | None:
 
     Example:
         >>> rows = [{"loss": 1.4}] * 10 + [{"loss": 2e4}] * 10 + [{"loss": 1.1}] * 10
-        >>> went_wrong(rows)
+        >>> describe_failure(rows)
         'Training diverged: the loss of its batches rose from 1.4 to 2e+04 (a lower learning_rate is needed).'
-        >>> went_wrong([{"loss": 1.4}] * 20 + [{"loss": 0.7}] * 10) is None
+        >>> describe_failure([{"loss": 1.4}] * 20 + [{"loss": 0.7}] * 10) is None
         True
     """
-    found = diverged(rows, smooth=False)
-    if found is None and _stands_still(rows):
+    divergence = describe_divergence(rows, smooth=False)
+    if divergence is None and _stands_still(rows):
         return (
             f"Training came to a standstill: all losses of a step were equal in the last {WINDOW} steps, as they are "
             "when the model's scores have collapsed (lower learning_rate) or eps is too small."
         )
-    return found
+    return divergence

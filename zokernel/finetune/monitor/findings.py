@@ -44,13 +44,13 @@ class Surroundings:
         r"""Return the mean of :math:`(L_+ + L_-)/2 - L_0`: what the perturbation itself costs."""
         return statistics.fmean(sum(pair) / 2 - self.centre for pair in (self.far if far else self.near))
 
-    def apart(self) -> float:
+    def slope_difference(self) -> float:
         """Return the root mean square of the differences between slopes at eps and at 4 eps."""
         return statistics.fmean((a - b) ** 2 for a, b in zip(self.slopes(), self.slopes(far=True))) ** 0.5
 
     def may_be_rounding(self) -> bool:
         """Return whether these differences are small enough to come from rounding, not from the loss's own bends."""
-        return 2**0.5 * self.eps * self.apart() <= max(2 * self.resolution, 1e-5) * abs(self.centre)
+        return 2**0.5 * self.eps * self.slope_difference() <= max(2 * self.resolution, 1e-5) * abs(self.centre)
 
     def curvature(self) -> tuple[float, float]:
         r"""Return the mean of :math:`z^T H z` and its standard error, from the far points, whose rounding weighs less.
@@ -62,9 +62,10 @@ class Surroundings:
             (4.0, 0.0)
         """
         radius = FARTHER * self.eps
-        each = [(plus + minus - 2 * self.centre) / radius**2 for plus, minus in self.far]
-        rounding = max(2**0.5 * self.eps * self.apart(), 2**-23 * abs(self.centre))
-        return statistics.fmean(each), math.hypot(statistics.stdev(each) / len(each) ** 0.5, 2 * rounding / radius**2)
+        curvatures = [(plus + minus - 2 * self.centre) / radius**2 for plus, minus in self.far]
+        rounding = max(2**0.5 * self.eps * self.slope_difference(), 2**-23 * abs(self.centre))
+        error = statistics.stdev(curvatures) / len(curvatures) ** 0.5
+        return statistics.fmean(curvatures), math.hypot(error, 2 * rounding / radius**2)
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Options:
     Attributes:
         words: Tokens of each option.
         labels: How many training examples have each option.
-        prompts: How many different prompts the training examples have.
-        cut: How many training examples were cut to the longest input.
-        scored: How many examples were scored at the weights that the run ended with; 0 if none were.
-        right: How many of them were answered rightly.
+        num_prompts: How many different prompts the training examples have.
+        num_cut: How many training examples were cut to the longest input.
+        num_scored: How many examples were scored at the weights that the run ended with; 0 if none were.
+        num_right: How many of them were answered correctly.
         spread: Standard deviation over examples of the differences between options' scores, in nats.
         answers: How many of them were answered with each option.
         forwards: Forward passes that the scores took.
@@ -85,10 +86,10 @@ class Options:
 
     words: Sequence[Sequence[int]]
     labels: Sequence[int]
-    prompts: int
-    cut: int = 0
-    scored: int = 0
-    right: int = 0
+    num_prompts: int
+    num_cut: int = 0
+    num_scored: int = 0
+    num_right: int = 0
     spread: float = 0.0
     answers: Sequence[int] = ()
     forwards: int = 0

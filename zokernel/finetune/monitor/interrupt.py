@@ -46,9 +46,9 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
-        self.give_back()
+        self.restore_handlers()
 
-    def give_back(self) -> None:
+    def restore_handlers(self) -> None:
         """Give the signals back to whoever had them before training; done also where training ends with an error."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

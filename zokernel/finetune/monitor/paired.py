@@ -39,12 +39,12 @@ def paired_change(before_N2: Tensor, after_N2: Tensor) -> tuple[float, float]:
         (-0.2, 0.0577)
     """
     before, after = before_N2.double(), after_N2.double()
-    moved_N, counts_N = after[:, 0] - before[:, 0], before[:, 1]
-    size, total = len(moved_N), float(counts_N.sum())
-    change = float(moved_N.sum()) / total
+    changes_N, counts_N = after[:, 0] - before[:, 0], before[:, 1]
+    size, total = len(changes_N), float(counts_N.sum())
+    change = float(changes_N.sum()) / total
     if size < 2:
         return change, math.inf
-    squares = float((moved_N - change * counts_N).square().sum())
+    squares = float((changes_N - change * counts_N).square().sum())
     return change, math.sqrt(size / (size - 1) * squares) / total
 
 

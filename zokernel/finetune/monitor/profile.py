@@ -108,9 +108,9 @@ def check_profile(method: str, *, zeroth_order: bool, max_steps: int) -> None:
     Raises:
         UsageError: If it has too few steps, or follows gradients.
     """
-    needed = WARM_UP + TIMED + TRACED
-    if 0 < max_steps < needed:
-        raise UsageError(f"profile takes {needed} steps: set max_steps {needed} or more.")
+    num_steps = WARM_UP + TIMED + TRACED
+    if 0 < max_steps < num_steps:
+        raise UsageError(f"profile takes {num_steps} steps: set max_steps {num_steps} or more.")
     if not zeroth_order:
         raise UsageError(f"profile knows the parts of zeroth-order steps, not those of {method}.")
 
@@ -235,7 +235,7 @@ class Profile(TrainerCallback):
 
 
 def _activities() -> list[ProfilerActivity]:
-    found = [ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
-        found.append(ProfilerActivity.CUDA)
-    return found
+        activities.append(ProfilerActivity.CUDA)
+    return activities

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 LOSS = "loss"  # what a step lowers, or raises: minus the loss
 REWARD, PENALISED = "reward", "reward less penalty"
 
-_SHOWN = {
+_LABELS = {
     "loss": "loss",
     "projected_gradient": "|projected gradient|",
     "forwards_per_second": "forwards/s",
@@ -24,7 +24,7 @@ _SHOWN = {
     "eval_accuracy": "validation accuracy",
     "eval_f1": "validation F1",
 }
-_REWARDS = {"eval_reward": "validation reward", "eval_pass_rate": "pass rate", "eval_kl": "KL divergence"}
+_REWARD_LABELS = {"eval_reward": "validation reward", "eval_pass_rate": "pass rate", "eval_kl": "KL divergence"}
 
 
 class ForwardProgress(ProgressCallback):
@@ -32,12 +32,12 @@ class ForwardProgress(ProgressCallback):
 
     Args:
         log: The log that is shown.
-        shown: ``loss``, or what the run of rewards raises.
+        quantity: ``loss``, or what the run of rewards raises.
     """
 
-    def __init__(self, log: RunLog, shown: str = LOSS):
+    def __init__(self, log: RunLog, quantity: str = LOSS):
         super().__init__()
-        self._log, self._shown = log, shown
+        self._log, self._quantity = log, quantity
         self._smooth_loss: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class ForwardProgress(ProgressCallback):
             self._smooth_loss = 0.9 * previous + 0.1 * row["loss"]
             self.training_bar.set_postfix(
                 {
-                    self._shown: f"{_sign(self._shown) * self._smooth_loss:z.4f}",
+                    self._quantity: f"{_sign(self._quantity) * self._smooth_loss:z.4f}",
                     **({"|pg|": f"{row['projected_gradient']:.3g}"} if "projected_gradient" in row else {}),
                     "fwd/s": f"{self._log.forwards_per_second():.1f}",
                 },
@@ -58,9 +58,9 @@ class ForwardProgress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Print evaluations above the bar; the loss is in the bar already."""
-        shown = state.is_world_process_zero and not self._log.replayed
-        if logs and shown and self.training_bar is not None and "eval_loss" in logs:
-            self.training_bar.write(_line(state.global_step, logs, self._shown), file=sys.stderr)
+        is_shown = state.is_world_process_zero and not self._log.replayed
+        if logs and is_shown and self.training_bar is not None and "eval_loss" in logs:
+            self.training_bar.write(_line(state.global_step, logs, self._quantity), file=sys.stderr)
 
 
 class ForwardLines(TrainerCallback):
@@ -68,24 +68,24 @@ class ForwardLines(TrainerCallback):
 
     Args:
         log: The log that is shown.
-        shown: ``loss``, or what the run of rewards raises.
+        quantity: ``loss``, or what the run of rewards raises.
     """
 
-    def __init__(self, log: RunLog, shown: str = LOSS):
-        self._log, self._shown = log, shown
+    def __init__(self, log: RunLog, quantity: str = LOSS):
+        self._log, self._quantity = log, quantity
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Log one line."""
-        shown = state.is_world_process_zero and not self._log.replayed
-        if logs and shown and ("loss" in logs or "eval_loss" in logs):
-            logger.info("%s", _line(state.global_step, logs, self._shown))
+        is_shown = state.is_world_process_zero and not self._log.replayed
+        if logs and is_shown and ("loss" in logs or "eval_loss" in logs):
+            logger.info("%s", _line(state.global_step, logs, self._quantity))
 
 
-def _sign(shown: str) -> int:
-    return 1 if shown == LOSS else -1
+def _sign(quantity: str) -> int:
+    return 1 if quantity == LOSS else -1
 
 
-def _line(step: int, logs: dict[str, float], shown: str = LOSS) -> str:
+def _line(step: int, logs: dict[str, float], quantity: str = LOSS) -> str:
     """Return what was logged; of a held-out loss also by how much the same examples have changed.
 
     Example:
@@ -94,14 +94,16 @@ def _line(step: int, logs: dict[str, float], shown: str = LOSS) -> str:
         >>> _line(20, {"eval_loss": -0.9, "eval_reward": 0.9, "eval_pass_rate": 0.9}, "reward")
         'step 20: validation reward 0.900, pass rate 0.9'
     """
-    found = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-    told = {key: f"{label} {found[key]:.4g}" for key, label in _SHOWN.items() if key in found}
-    if shown != LOSS:
-        names = {"loss": shown, "eval_loss": f"validation {shown}"}
-        told |= {key: f"{label} {-found[key]:z.3f}" for key, label in names.items() if key in found}
-        hidden = "eval_reward" if shown == REWARD else ""  # it is the one that is shown already
-        told |= {key: f"{label} {found[key]:.4g}" for key, label in _REWARDS.items() if key in found and key != hidden}
+    numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+    parts = {key: f"{label} {numbers[key]:.4g}" for key, label in _LABELS.items() if key in numbers}
+    if quantity != LOSS:
+        labels = {"loss": quantity, "eval_loss": f"validation {quantity}"}
+        parts |= {key: f"{label} {-numbers[key]:z.3f}" for key, label in labels.items() if key in numbers}
+        others = dict(_REWARD_LABELS)
+        if quantity == REWARD:
+            del others["eval_reward"]  # already there, as minus the loss
+        parts |= {key: f"{label} {numbers[key]:.4g}" for key, label in others.items() if key in numbers}
     if f"eval_{CHANGE}" in logs:
-        change = _sign(shown) * logs[f"eval_{CHANGE}"]
-        told["eval_loss"] += f" ({change:+z.2g} ± {logs[f'eval_{ERROR}']:.2g} since the start)"
-    return f"step {step}: " + ", ".join(told.values())
+        change = _sign(quantity) * logs[f"eval_{CHANGE}"]
+        parts["eval_loss"] += f" ({change:+z.2g} ± {logs[f'eval_{ERROR}']:.2g} since the start)"
+    return f"step {step}: " + ", ".join(parts.values())

@@ -36,7 +36,7 @@ class RunLog(TrainerCallback):
         self.replayed = False
         self.earlier_seconds = 0.0
         self._seconds_at: dict[int, float] = {}
-        self._saved = False
+        self._has_saved = False
 
     def begin(self, folder: Path, step: int, *, continues: bool) -> None:
         """Keep the rows of the steps already taken.
@@ -47,13 +47,13 @@ class RunLog(TrainerCallback):
             continues: Whether an earlier process's run is continued.
         """
         self._folder = folder
-        kept = read_rows(self._folder / STEPS_FILE) if continues else []
-        self._seconds_at = {int(row["step"]): row["seconds"] for row in kept}
-        self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
-        self.rows[:] = [row for row in kept if row["step"] <= step]
+        earlier_rows = read_rows(self._folder / STEPS_FILE) if continues else []
+        self._seconds_at = {int(row["step"]): row["seconds"] for row in earlier_rows}
+        self.earlier_seconds = earlier_rows[-1]["seconds"] if earlier_rows else 0.0
+        self.rows[:] = [row for row in earlier_rows if row["step"] <= step]
         self.forwards = int(self.rows[-1]["forwards"]) if self.rows else 0
         self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-        self._saved = False
+        self._has_saved = False
 
     def on_record(self, record: StepRecord) -> None:
         """Append a row."""
@@ -78,10 +78,10 @@ class RunLog(TrainerCallback):
             self._write(row)
 
     def _write(self, row: Row) -> None:
-        if not self._saved:
+        if not self._has_saved:
             # What an earlier process wrote after the last whole step is replaced.
             self.save()
-            self._saved = True
+            self._has_saved = True
             return
         with (self._folder / STEPS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

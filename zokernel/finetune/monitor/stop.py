@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 3  # evaluations in a row
 
 
-def worse_in_a_row(history: Sequence[Mapping[str, float]]) -> int:
+def count_worse(history: Sequence[Mapping[str, float]]) -> int:
     """Return how many of the last evaluations were worse than the weights before training, one after the other.
 
     One is worse if the loss of the same examples rose by two standard errors and by a thousandth.
@@ -27,16 +27,16 @@ def worse_in_a_row(history: Sequence[Mapping[str, float]]) -> int:
     Example:
         >>> rows = [{"eval_loss": 2.0, "eval_loss_change": change, "eval_loss_change_error": 0.1}
         ...     for change in (0.5, 0.1, 0.3, 0.4)]
-        >>> worse_in_a_row(rows)
+        >>> count_worse(rows)
         2
     """
-    found = 0
+    count = 0
     for row in reversed([row for row in history if "eval_loss" in row]):
         change, error = row.get(f"eval_{CHANGE}"), row.get(f"eval_{ERROR}")
         if change is None or error is None or not beyond_chance(change, error, row["eval_loss"] - change):
             break
-        found += 1
-    return found
+        count += 1
+    return count
 
 
 class StopWhenWorse(TrainerCallback):
@@ -47,7 +47,7 @@ class StopWhenWorse(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the last evaluations."""
-        if control.should_training_stop or worse_in_a_row(state.log_history) < PATIENCE:
+        if control.should_training_stop or count_worse(state.log_history) < PATIENCE:
             return
         control.should_training_stop = True
         if state.is_world_process_zero:

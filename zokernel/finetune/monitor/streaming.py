@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zokernel.offload.blocks import Blocks, streamed_blocks
-from zokernel.process_memory import counted_by_kernel
+from zokernel.process_memory import memory_count
 
 SECONDS_BETWEEN_LOOKS = 5e-3
 
@@ -36,7 +36,7 @@ class Streaming:
     def __enter__(self) -> Streaming:
         if self._blocks is not None:
             self._before, self._begun_at = _counts(self._blocks), time.perf_counter()
-            self._first = self._peak = counted_by_kernel("RssAnon")
+            self._first = self._peak = memory_count("RssAnon")
             self._watcher = threading.Thread(target=self._watch, name="zokernel-memory", daemon=True)
             self._watcher.start()
         return self
@@ -70,7 +70,7 @@ class Streaming:
 
     def _watch(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
-            now = counted_by_kernel("RssAnon")
+            now = memory_count("RssAnon")
             if now is None or self._peak is None:
                 return
             self._peak = max(self._peak, now)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from zokernel.finetune.monitor.divergence import trouble
+from zokernel.finetune.monitor.divergence import find_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ class WarnOfDivergence(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the last steps."""
-        found = trouble(self._rows)
-        if found is None or not state.is_world_process_zero:
+        trouble = find_trouble(self._rows)
+        if trouble is None or not state.is_world_process_zero:
             return
-        kind, sentence = found
+        kind, sentence = trouble
         if kind not in self._logged:
             logger.warning("Step %d: %s", state.global_step, sentence)
         self._logged.add(kind)

@@ -8,7 +8,7 @@ from typing import Any
 
 from zokernel.finetune.models.saved_adapter import ON_THE_HUB
 from zokernel.finetune.report.run_report import PERPLEXITY, REWARD, summary_rows
-from zokernel.finetune.report.told import examples_told, method_told, rate_told, weights_told
+from zokernel.finetune.report.text import describe_examples, describe_method, describe_rate, describe_weights
 from zokernel.finetune.tasks.template import parse
 from zokernel.optim import method_options
 
@@ -17,7 +17,7 @@ KINDS = {
     "masked": ("fill-mask", "AutoModelForMaskedLM"),
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
 }
-ELSEWHERE = ("lr", "seed", "perturb")  # options that the card tells elsewhere, or that do not change what is learned
+OMITTED = ("lr", "seed", "perturb")  # options that the card shows elsewhere, or that do not change what is learned
 HERE = "."  # the card lies beside the weights, wherever they are copied
 
 
@@ -31,19 +31,9 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
     base, name = base_of(metrics["model"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics | {"model": name}))
     options = ", ".join(f"{name}={value}" for name, value in _options(metrics).items())
-    pipeline, _ = KINDS[metrics["language_model"]]
-    known = f'base_model: "{base}"\n' if base else ""  # the hub takes no paths
     path.write_text(
-        f"""---
-{known}library_name: {"peft" if metrics["saved"] == "adapter" else "transformers"}
-pipeline_tag: {pipeline}
-tags:
-- zokernel
-- zeroth-order
-- {metrics["method"]}
----
-
-# {name} fine-tuned with {method_told(metrics)}
+        f"""{_front_matter(metrics, base)}
+# {name} fine-tuned with {describe_method(metrics)}
 
 Trained by zokernel {metrics["versions"]["zokernel"]} with forward passes only, on {metrics["num_train"]:,} examples.
 
@@ -56,11 +46,11 @@ Trained by zokernel {metrics["versions"]["zokernel"]} with forward passes only, 
 | | |
 |---|---|
 {rows}
-| learning rate | {rate_told(metrics)} |
+| learning rate | {describe_rate(metrics)} |
 | method's options | {options} |
 | precision, seed | {metrics["precision"]}, {metrics["seed"]} |
 
-{weights_told(metrics)}
+{describe_weights(metrics)}
 
 {_uncertainty(metrics)}
 
@@ -72,6 +62,21 @@ Trained with:
 """,
         encoding="utf-8",
     )
+
+
+def _front_matter(metrics: dict[str, Any], base: str | None) -> str:
+    """Return the metadata that the hub reads."""
+    pipeline, _ = KINDS[metrics["language_model"]]
+    base_line = f'base_model: "{base}"\n' if base else ""  # the hub takes no paths
+    return f"""---
+{base_line}library_name: {"peft" if metrics["saved"] == "adapter" else "transformers"}
+pipeline_tag: {pipeline}
+tags:
+- zokernel
+- zeroth-order
+- {metrics["method"]}
+---
+"""
 
 
 def base_of(model: str) -> tuple[str | None, str]:
@@ -87,15 +92,15 @@ def base_of(model: str) -> tuple[str | None, str]:
 
 
 def _options(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the method's options in effect: its defaults, but those that are off, and what was set.
+    """Return the method's options in effect: its defaults that are on, and what was set.
 
     Example:
         >>> _options({"method": "qzo", "method_options": {"eps": 0.01, "momentum": 0.0}})
         {'eps': 0.01, 'num_perturbations': 1, 'clip_slope': 100.0, 'distribution': 'gaussian', 'momentum': 0.0}
     """
-    defaults = {name: value for name, value in method_options(metrics["method"]).items() if name not in ELSEWHERE}
-    on = {name: value for name, value in defaults.items() if value not in (None, False, 0, math.inf, "none")}
-    return on | metrics["method_options"]
+    defaults = {name: value for name, value in method_options(metrics["method"]).items() if name not in OMITTED}
+    active = {name: value for name, value in defaults.items() if value not in (None, False, 0, math.inf, "none")}
+    return active | metrics["method_options"]
 
 
 def _usage(metrics: dict[str, Any], base: str | None) -> str:
@@ -127,7 +132,7 @@ from zokernel.finetune import load_predictor
 load_predictor("{HERE}")([{example}])  # "{HERE}" is the folder of this card, or its copy
 ```
 
-{phrased} The weights load without zokernel, too{_needing(metrics)}:
+{phrased} The weights load without zokernel, too{_library_note(metrics)}:
 
 ```python
 {extra}from transformers import {auto}
@@ -136,7 +141,7 @@ load_predictor("{HERE}")([{example}])  # "{HERE}" is the folder of this card, or
 ```"""
 
 
-def _needing(metrics: dict[str, Any]) -> str:
+def _library_note(metrics: dict[str, Any]) -> str:
     """Return which library the saved weights need beside transformers, in words; empty if none."""
     quantized = metrics["saved"] == "model" and str(metrics.get("quantization", "")).startswith("torchao")
     return " (they are quantized, which needs torchao: `pip install torchao`)" if quantized else ""
@@ -144,10 +149,12 @@ def _needing(metrics: dict[str, Any]) -> str:
 
 def _uncertainty(metrics: dict[str, Any]) -> str:
     if metrics["metric"] == PERPLEXITY:
-        return f"Perplexity is that of the {examples_told(metrics)}, from one data set; nothing else was evaluated."
+        return f"Perplexity is that of the {describe_examples(metrics)}, from one data set; nothing else was evaluated."
     if metrics["metric"] == REWARD:
-        return f"The ± is the standard error of the {examples_told(metrics)}, answered greedily, and of nothing else."
+        return (
+            f"The ± is the standard error of the {describe_examples(metrics)}, answered greedily, and of nothing else."
+        )
     return (
-        f"The ± is the standard error of the {examples_told(metrics)}, from one data set and one template; nothing "
+        f"The ± is the standard error of the {describe_examples(metrics)}, from one data set and one template; nothing "
         "else was evaluated."
     )

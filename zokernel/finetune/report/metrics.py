@@ -11,7 +11,7 @@ import torch
 from zokernel._version import __version__
 from zokernel.finetune.data.datasets import task_name
 from zokernel.finetune.models.kind import kind_of_model
-from zokernel.finetune.models.quantization import count_parameters, told
+from zokernel.finetune.models.quantized_model import count_parameters, describe_quantization
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task
@@ -51,7 +51,7 @@ def model_facts(model: Any, arguments: ModelArguments, *, trained: bool = False)
         "num_parameters": count_parameters(model),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "language_model": kind_of_model(model),
-        "quantization": told(model),
+        "quantization": describe_quantization(model),
     }
 
 
@@ -89,9 +89,8 @@ def evaluations(history: Sequence[dict[str, Any]], forwards_at: Callable[[float]
 
 def measures(row: dict[str, Any], prefix: str) -> dict[str, float]:
     """Pick loss and metrics, as ``loss``, ``accuracy`` and so on, from what the Trainer reports."""
-    known = dict.fromkeys(("loss", *(name for names in MEASURED.values() for name in names)))
-    names = [name for name in known if f"{prefix}_{name}" in row]
-    return {name: row[f"{prefix}_{name}"] for name in names}
+    names = dict.fromkeys(("loss", *(name for names in MEASURED.values() for name in names)))
+    return {name: row[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in row}
 
 
 def repeat_facts(command: Sequence[str]) -> dict[str, Any]:

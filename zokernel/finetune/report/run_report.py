@@ -10,22 +10,21 @@ import numpy as np
 
 from zokernel.figures import PALETTE, figures
 from zokernel.finetune.report.samples import samples_section
-from zokernel.finetune.report.told import (
-    change_error,
-    diagnosis_told,
-    examples_told,
-    forwards_told,
+from zokernel.finetune.report.text import (
+    describe_diagnosis,
+    describe_examples,
+    describe_forwards,
+    describe_loss,
+    describe_method,
+    describe_rate,
+    describe_start,
+    describe_warning,
+    describe_weights,
     is_macro_f1,
-    loss_told,
-    method_told,
-    raised,
-    rate_told,
-    share_error,
-    start_told,
-    warning_told,
-    weights_told,
+    reward_name,
 )
-from zokernel.readable import counted
+from zokernel.finetune.report.uncertainty import change_error, share_error
+from zokernel.readable import plural
 
 PERPLEXITY, REWARD = "perplexity", "reward"  # the metrics that are no shares
 
@@ -49,20 +48,20 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     before, after, metric = metrics["before"], metrics["after"], metrics["metric"]
     examples = metrics["num_test"]
     shots = metrics["num_demonstrations"]
-    start = start_told(shots, trained=metrics.get("trained_before", False))
+    start = describe_start(shots, trained=metrics.get("trained_before", False))
     model = ("model", f"{metrics['model']} ({metrics['num_parameters'] / 1e6:.1f}M parameters)")
-    first, last = (_measured(metric, found, examples) for found in (before, after))
-    zero_shot = (f"{start} {metric}", f"{first} on {examples_told(metrics)}")
+    first, last = (_format_metric(metric, scores, examples) for scores in (before, after))
+    zero_shot = (f"{start} {metric}", f"{first} on {describe_examples(metrics)}")
     if not metrics["steps"]:
         loss = [] if metric == REWARD else [("loss", f"{before['loss']:.4f}")]
         return [model, zero_shot, *loss, ("time", f"{metrics['total_seconds']:.0f} s")]
     return [
         model,
-        ("trained", f"{counted(metrics['num_trained'], 'parameter')} with {method_told(metrics)}"),
+        ("trained", f"{plural(metrics['num_trained'], 'parameter')} with {describe_method(metrics)}"),
         zero_shot,
-        (f"{metric} after training", f"{last} ({_change(metric, before, after)})"),
-        (f"{raised(metrics) or 'loss'} before -> after", loss_told(metrics)),
-        ("steps, forwards", forwards_told(metrics)),
+        (f"{metric} after training", f"{last} ({_format_change(metric, before, after)})"),
+        (f"{reward_name(metrics) or 'loss'} before -> after", describe_loss(metrics)),
+        ("steps, forwards", describe_forwards(metrics)),
         ("time", f"{metrics['train_seconds']:.0f} s training, {metrics['total_seconds']:.0f} s in all"),
         ("peak memory, training", f"{metrics['peak_memory_training'] / 2**20:,.0f} MiB"),
         ("peak memory, inference", f"{metrics['peak_memory_inference'] / 2**20:,.0f} MiB"),
@@ -70,20 +69,20 @@ def summary_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _measured(metric: str, found: dict[str, float], examples: int) -> str:
+def _format_metric(metric: str, scores: dict[str, float], examples: int) -> str:
     """Format a metric: a perplexity and an F1 of classes as they are, the others with their standard error."""
-    value = found[metric]
+    value = scores[metric]
     if metric == REWARD:
-        passed = f", {100 * found['pass_rate']:.1f} % pass" if "pass_rate" in found else ""
-        return f"{value:.3f} (± {found.get('reward_error', math.nan):.3f}){passed}"
+        passed = f", {100 * scores['pass_rate']:.1f} % pass" if "pass_rate" in scores else ""
+        return f"{value:.3f} (± {scores.get('reward_error', math.nan):.3f}){passed}"
     if metric == PERPLEXITY:
         return f"{value:.3f}"
-    if is_macro_f1(metric, found):
+    if is_macro_f1(metric, scores):
         return f"{100 * value:.1f} %"
     return f"{100 * value:.1f} % (± {100 * share_error(value, examples):.1f})"
 
 
-def _change(metric: str, before: dict[str, float], after: dict[str, float]) -> str:
+def _format_change(metric: str, before: dict[str, float], after: dict[str, float]) -> str:
     """Format how a metric changed: a perplexity by its ratio, a share in points."""
     if metric == PERPLEXITY:
         return f"{100 * (after[metric] / before[metric] - 1):+z.1f} %"
@@ -122,10 +121,10 @@ def draw_loss(
             (evaluations, "o--", PALETTE[1], "validation"),
             (test, "D", PALETTE[2], "test, before and after"),
         ):
-            where = [row["forwards"] for row in points]
-            upper.plot(where, [sign * row["loss"] for row in points], style, color=color, label=label)
+            at = [row["forwards"] for row in points]
+            upper.plot(at, [sign * row["loss"] for row in points], style, color=color, label=label)
             scale = 1 if metric in (PERPLEXITY, REWARD) else 100
-            lower.plot(where, [scale * row[metric] for row in points], style, color=color, label=label)
+            lower.plot(at, [scale * row[metric] for row in points], style, color=color, label=label)
         if metric == REWARD:
             upper.set(ylabel="reward, less any penalty")
         else:
@@ -163,56 +162,34 @@ def write_report(metrics: dict[str, Any], path: Path) -> None:
         metrics: What ``metrics.json`` holds.
         path: The file to write.
     """
-    if not metrics["steps"]:
-        path.write_text(_evaluation_report(metrics), encoding="utf-8")
-        return
-    examples, metric = metrics["num_test"], metrics["metric"]
+    report = _training_report(metrics) if metrics["steps"] else _evaluation_report(metrics)
+    path.write_text(report, encoding="utf-8")
+
+
+def _training_report(metrics: dict[str, Any]) -> str:
     ratio = metrics["peak_memory_training"] / metrics["peak_memory_inference"]
-    forward_only = metrics["forwards_per_step"] is not None
-    how = (
-        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
-        "compared the losses, and moved the weights along the random directions that had been tried. "
-        "No gradient was computed and no activation was kept."
-        if forward_only
-        else "Each step computed the gradient by backpropagation (a first-order baseline)."
-    )
-    outcome, drawn = _outcome(metrics), raised(metrics) or "loss"
-    if metrics["test_is_validation"]:
-        outcome += " These examples also chose the checkpoint, so the second number is somewhat optimistic."
-    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
-    words = ", ".join(metrics["label_words"])
-    asked = f"The model was asked to complete `{metrics['template']!r}`" + (f" with one of: {words}." if words else ".")
-    if metric == PERPLEXITY:
-        asked = "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
-    if metric == REWARD:
-        asked = "The model answered prompts, which reward functions judged; a loss is minus the reward."
-    bound = ", which is an upper bound for F1" if metric == "f1" else ""
-    errors = f"The ± is the binomial standard error of {counted(examples, 'example')}{bound}."
-    errors = {PERPLEXITY: "", REWARD: f"The ± is the standard error of {counted(examples, 'prompt')}."}.get(
-        metric, errors
-    )
-    errors = "" if is_macro_f1(metric, metrics["after"]) else errors
-    text = f"""# Fine-tuning {metrics["model"]} with {method_told(metrics)}
+    step, outcome, quantity = _describe_step(metrics), _describe_outcome(metrics), reward_name(metrics) or "loss"
+    return f"""# Fine-tuning {metrics["model"]} with {describe_method(metrics)}
 
 ## In plain words
 
-{_warned(metrics)}{how} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
+{_warning_paragraph(metrics)}{step} {outcome} Training needed {ratio:.2f} times the memory of plain inference.
 
-{asked}
-{_before(metrics)} {weights_told(metrics)}
-{_not_learned(metrics)}
+{_describe_task(metrics)}
+{_describe_start_row(metrics)} {describe_weights(metrics)}
+{_diagnosis_section(metrics)}
 ## Numbers
 
 | | |
 |---|---|
-{table_lines}
-| learning rate | {rate_told(metrics)} |
+{_table_lines(metrics)}
+| learning rate | {describe_rate(metrics)} |
 | precision | {metrics["precision"]} |
 
 ![loss](loss.png)
 
-Dots: the {drawn} of each training batch; line: its moving average; circles: validation; diamonds: test.
-{errors}
+Dots: the {quantity} of each training batch; line: its moving average; circles: validation; diamonds: test.
+{_describe_errors(metrics)}
 
 {samples_section(metrics.get("samples", []), trained=True)}
 ## Repeat it
@@ -224,63 +201,106 @@ Dots: the {drawn} of each training batch; line: its moving average; circles: val
 Files: `metrics.json` (these numbers), `steps.jsonl` (one line per step), and the trained {metrics["saved"]}, which
 plain {"peft" if metrics["saved"] == "adapter" else "transformers"} loads from this folder.
 """
-    path.write_text(text, encoding="utf-8")
 
 
-def _warned(metrics: dict[str, Any]) -> str:
+def _table_lines(metrics: dict[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
+
+
+def _describe_step(metrics: dict[str, Any]) -> str:
+    """Return how a step was taken."""
+    if metrics["forwards_per_step"] is None:
+        return "Each step computed the gradient by backpropagation (a first-order baseline)."
+    return (
+        f"Each step ran the model {metrics['forwards_per_step']} times on one batch with slightly different weights, "
+        "compared the losses, and moved the weights along the random directions that had been tried. "
+        "No gradient was computed and no activation was kept."
+    )
+
+
+def _describe_task(metrics: dict[str, Any]) -> str:
+    """Return what the model was to do."""
+    if metrics["metric"] == PERPLEXITY:
+        return "The model predicted each token that counts from those before it; perplexity is e to the mean loss."
+    if metrics["metric"] == REWARD:
+        return "The model answered prompts, which reward functions judged; a loss is minus the reward."
+    words = ", ".join(metrics["label_words"])
+    options = f" with one of: {words}." if words else "."
+    return f"The model was asked to complete `{metrics['template']!r}`{options}"
+
+
+def _describe_errors(metrics: dict[str, Any]) -> str:
+    """Return what the ± in the table is; empty where there is none."""
+    examples, metric = metrics["num_test"], metrics["metric"]
+    if metric == PERPLEXITY or is_macro_f1(metric, metrics["after"]):
+        return ""
+    if metric == REWARD:
+        return f"The ± is the standard error of {plural(examples, 'prompt')}."
+    bound = ", which is an upper bound for F1" if metric == "f1" else ""
+    return f"The ± is the binomial standard error of {plural(examples, 'example')}{bound}."
+
+
+def _warning_paragraph(metrics: dict[str, Any]) -> str:
     """Return a paragraph on what was wrong before training; empty if nothing was."""
-    told = warning_told(metrics)
-    return f"{told}\n\n" if told else ""
+    warning = describe_warning(metrics)
+    return f"{warning}\n\n" if warning else ""
 
 
-def _before(metrics: dict[str, Any]) -> str:
+def _describe_start_row(metrics: dict[str, Any]) -> str:
     """Return what the first row of scores is."""
-    start = start_told(metrics["num_demonstrations"], trained=metrics.get("trained_before", False))
+    start = describe_start(metrics["num_demonstrations"], trained=metrics.get("trained_before", False))
     if metrics.get("trained_before"):
         return f"It had been trained before this run; the {start} row is its score then."
     return f"Before training it answered from what it had read; that is the {start} row."
 
 
-def _not_learned(metrics: dict[str, Any]) -> str:
+def _diagnosis_section(metrics: dict[str, Any]) -> str:
     """Return the section on a loss that did not fall; empty if it fell."""
-    told, reasons = diagnosis_told(metrics), metrics.get("diagnosis", {}).get("reasons", [])
-    if not told:
+    diagnosis, reasons = describe_diagnosis(metrics), metrics.get("diagnosis", {}).get("reasons", [])
+    if not diagnosis:
         return ""
-    listed = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
+    reason_lines = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
     title = "Why the loss did not fall" if reasons else "Whether the loss fell"
-    return f"\n## {title}\n\n{told}\n" + (f"\n{listed}" if listed else "")
+    return f"\n## {title}\n\n{diagnosis}\n" + (f"\n{reason_lines}" if reason_lines else "")
 
 
-def _outcome(metrics: dict[str, Any]) -> str:
+def _describe_outcome(metrics: dict[str, Any]) -> str:
+    """Return what the metric was before and after, and whether its examples chose the checkpoint."""
+    if metrics["test_is_validation"]:
+        warning = "These examples also chose the checkpoint, so the second number is somewhat optimistic."
+        return f"{_describe_change(metrics)} {warning}"
+    return _describe_change(metrics)
+
+
+def _describe_change(metrics: dict[str, Any]) -> str:
     """Return one sentence on what the metric was before and after, and on which examples."""
     before, after, examples, metric = metrics["before"], metrics["after"], metrics["num_test"], metrics["metric"]
     shared = metrics.get("test_trained_on", 0)
-    which = examples_told(metrics) if shared else f"{counted(examples, 'example')} the run never trained on"
-    where = f"{metric.capitalize()} on {which} went from"
+    group = describe_examples(metrics) if shared else f"{plural(examples, 'example')} the run never trained on"
+    subject = f"{metric.capitalize()} on {group} went from"
     if metric == PERPLEXITY:
         return (
-            f"{where} {before[metric]:.3f} to {after[metric]:.3f}, the loss from {before['loss']:.4f} to "
+            f"{subject} {before[metric]:.3f} to {after[metric]:.3f}, the loss from {before['loss']:.4f} to "
             f"{after['loss']:.4f}."
         )
     if metric == REWARD:
-        return f"{where} {_measured(metric, before, examples)} to {_measured(metric, after, examples)}."
-    told = f"{where} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {_change(metric, before, after)}"
+        return f"{subject} {_format_metric(metric, before, examples)} to {_format_metric(metric, after, examples)}."
+    points = _format_change(metric, before, after)
+    outcome = f"{subject} {100 * before[metric]:.1f} % to {100 * after[metric]:.1f} %: {points}"
     if is_macro_f1(metric, after):
-        return f"{told}."
-    return (
-        f"{told}, with a standard error of at most {100 * change_error(before[metric], after[metric], examples):.1f}."
-    )
+        return f"{outcome}."
+    error = 100 * change_error(before[metric], after[metric], examples)
+    return f"{outcome}, with a standard error of at most {error:.1f}."
 
 
 def _evaluation_report(metrics: dict[str, Any]) -> str:
-    table_lines = "\n".join(f"| {name} | {value} |" for name, value in summary_rows(metrics))
     return f"""# Evaluation of {metrics["model"]}
 
-{_warned(metrics)}{_untrained(metrics)}
+{_warning_paragraph(metrics)}{_describe_evaluation(metrics)}
 
 | | |
 |---|---|
-{table_lines}
+{_table_lines(metrics)}
 
 {samples_section(metrics.get("samples", []), trained=False)}
 ```
@@ -289,6 +309,6 @@ def _evaluation_report(metrics: dict[str, Any]) -> str:
 """
 
 
-def _untrained(metrics: dict[str, Any]) -> str:
+def _describe_evaluation(metrics: dict[str, Any]) -> str:
     template = f" The template was `{metrics['template']!r}`." if metrics["template"] else ""
     return f"Nothing was trained.{template}"

@@ -20,7 +20,7 @@ class Prompt(Protocol):
         """The answer in the data."""
 
 
-def shown_samples(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+def pair_samples(prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
     """Return prompts and what was written after them, as ``metrics.json`` holds them."""
     return [
         {"prompt": sample.prompt, "answer": sample.answer, "before": first, "after": last}
@@ -32,7 +32,7 @@ def samples_section(samples: Sequence[dict[str, Any]], *, trained: bool) -> str:
     r"""Return the part of ``report.md`` that shows them; empty if there are none.
 
     Args:
-        samples: What :func:`shown_samples` returned.
+        samples: What :func:`pair_samples` returned.
         trained: Whether there is something after training to show.
 
     Example:

@@ -1,4 +1,4 @@
-"""The zero-shot score, remembered: the same weights on the same examples need not be scored twice."""
+"""The zero-shot score, kept in a cache: the same weights on the same examples need not be scored twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module, dataset: EncodedDataset, settings: str) -> str
     return digest.hexdigest()
 
 
-def remembered(key: str, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+def cached_score(key: str, score: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Return the score kept under ``key`` in the cache folder, or compute and keep it.
 
     Args:
@@ -52,11 +52,11 @@ def remembered(key: str, score: Callable[[], dict[str, float]]) -> dict[str, flo
     Returns:
         Loss and metrics.
     """
-    kept = cache_home() / "zero-shot" / f"{key}.json"
-    if kept.exists():
-        logger.info("The score of these weights on these examples is known from %s.", kept)
-        return read_json(kept)
-    found = score()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, found)
-    return found
+    path = cache_home() / "zero-shot" / f"{key}.json"
+    if path.exists():
+        logger.info("The score of these weights on these examples is known from %s.", path)
+        return read_json(path)
+    metrics = score()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, metrics)
+    return metrics

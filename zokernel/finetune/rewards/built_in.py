@@ -36,13 +36,13 @@ def exact_match(column: str = "answer") -> Function:
     """
 
     def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
-        found = []
+        rewards = []
         for completion, answer in zip(completions, columns[column]):
             answers = answer if isinstance(answer, (list, tuple)) else [answer]
-            found.append(float(text_of(completion).strip() in {str(one).strip() for one in answers}))
-        return found
+            rewards.append(float(text_of(completion).strip() in {str(text).strip() for text in answers}))
+        return rewards
 
-    return _needing(reward, column)
+    return _with_columns(reward, column)
 
 
 def valid_json(keys: str = "") -> Function:
@@ -55,16 +55,16 @@ def valid_json(keys: str = "") -> Function:
         >>> valid_json("name,age")(completions=['{"name": "Ada", "age": 36}', '{"name": "Ada"}', "Ada"])
         [1.0, 0.0, 0.0]
     """
-    wanted = {key.strip() for key in keys.split(",") if key.strip()}
+    required = {key.strip() for key in keys.split(",") if key.strip()}
 
     def holds(text: str) -> bool:
         try:
             value = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return False
-        return not wanted or (isinstance(value, dict) and wanted <= value.keys())
+        return not required or (isinstance(value, dict) and required <= value.keys())
 
-    return _needing(lambda completions, **columns: [float(holds(text_of(c))) for c in completions])
+    return _with_columns(lambda completions, **columns: [float(holds(text_of(c))) for c in completions])
 
 
 def regex(pattern: str = "") -> Function:
@@ -83,7 +83,7 @@ def regex(pattern: str = "") -> Function:
         compiled = re.compile(pattern)
     except re.error as error:
         raise UsageError(f"The reward regex has a pattern that Python does not read ({error}): {pattern}.") from error
-    return _needing(lambda completions, **columns: [float(bool(compiled.search(text_of(c)))) for c in completions])
+    return _with_columns(lambda completions, **columns: [float(bool(compiled.search(text_of(c)))) for c in completions])
 
 
 def length(target: str = "") -> Function:
@@ -103,9 +103,11 @@ def length(target: str = "") -> Function:
         raise UsageError(
             f"The reward length needs a number of characters after a colon, such as length:80, not {target!r}."
         )
-    wanted = int(target)
-    return _needing(
-        lambda completions, **columns: [max(0.0, 1 - abs(len(text_of(c)) - wanted) / wanted) for c in completions]
+    target_length = int(target)
+    return _with_columns(
+        lambda completions, **columns: [
+            max(0.0, 1 - abs(len(text_of(c)) - target_length) / target_length) for c in completions
+        ]
     )
 
 
@@ -122,7 +124,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _needing(function: Function, *columns: str) -> Function:
+def _with_columns(function: Function, *columns: str) -> Function:
     """Return a reward that says which columns it reads."""
     function.columns = columns  # type: ignore[attr-defined]
     return function

@@ -85,19 +85,19 @@ class Reward:
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", *_RESERVED))
         arguments |= {name: [row.get(name) for row in rows] for name in names}
         try:
-            returned = self._called(arguments)
+            returned = self._call(arguments)
         except Exception as error:  # a user's function may raise anything
-            raise self._failed(arguments, rows, error) from error
-        return self._checked(returned, rows)
+            raise self._failure(arguments, rows, error) from error
+        return self._finite_numbers(returned, rows)
 
-    def _called(self, arguments: Mapping[str, Any]) -> Any:
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
         parameters = _parameters(self.function)
         if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
             arguments = {name: value for name, value in arguments.items() if name in parameters}
         returned = self.function(**arguments)
-        return _waited_for(returned) if inspect.isawaitable(returned) else returned
+        return _wait_for(returned) if inspect.isawaitable(returned) else returned
 
-    def _failed(
+    def _failure(
         self, arguments: Mapping[str, list[Any]], rows: Sequence[Mapping[str, Any]], error: Exception
     ) -> RunError:
         """Return what to raise, with the first row that alone makes the function raise."""
@@ -105,23 +105,23 @@ class Reward:
             return error
         for number, row in enumerate(rows if len(rows) > 1 else ()):
             try:
-                self._called({name: values[number : number + 1] for name, values in arguments.items()})
+                self._call({name: values[number : number + 1] for name, values in arguments.items()})
             except Exception as alone:
-                return self._raised(alone, row)
+                return self._row_failure(alone, row)
         if len(rows) == 1:
-            return self._raised(error, rows[0])
+            return self._row_failure(error, rows[0])
         return RunError(
             f"The reward {self.name} raised {type(error).__name__} ({first_line(error)}) on {len(rows)} completions "
-            f"together, and on none of them alone; the first is of the row {_shown(rows[0])}."
+            f"together, and on none of them alone; the first is of the row {_shorten(rows[0])}."
         )
 
-    def _raised(self, error: Exception, row: Mapping[str, Any]) -> RunError:
+    def _row_failure(self, error: Exception, row: Mapping[str, Any]) -> RunError:
         return RunError(
             f"The reward {self.name} raised {type(error).__name__} ({first_line(error)}) on a completion of the row "
-            f"{_shown(row)}: mend it and repeat the command, which continues the run."
+            f"{_shorten(row)}: mend it and repeat the command, which continues the run."
         )
 
-    def _checked(self, returned: Any, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    def _finite_numbers(self, returned: Any, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)):
             raise RunError(
@@ -131,9 +131,9 @@ class Reward:
         if len(values) != len(rows):
             raise RunError(
                 f"The reward {self.name} returned {len(values)} numbers for {len(rows)} completions, the first of them "
-                f"of the row {_shown(rows[0])}: let it return one for each."
+                f"of the row {_shorten(rows[0])}: let it return one for each."
             )
-        found = []
+        numbers = []
         for value, row in zip(values, rows):
             try:
                 number = math.nan if isinstance(value, str) else float(value)
@@ -141,11 +141,11 @@ class Reward:
                 number = math.nan
             if not math.isfinite(number):
                 raise RunError(
-                    f"The reward {self.name} returned {value!r:.60} for a completion of the row {_shown(row)}: let it "
-                    "return a finite number for every completion, such as 0."
+                    f"The reward {self.name} returned {value!r:.60} for a completion of the row {_shorten(row)}: let "
+                    "it return a finite number for every completion, such as 0."
                 )
-            found.append(number)
-        return found
+            numbers.append(number)
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class Rewards:
         """Return the reward of every function for every completion; see :meth:`Reward.__call__`."""
         by_function = []
         for reward in self.functions:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             by_function.append(reward(prompts, completions, rows, completion_ids))
-            self.seconds[reward.name] = self.seconds.get(reward.name, 0.0) + time.perf_counter() - begun
+            self.seconds[reward.name] = self.seconds.get(reward.name, 0.0) + time.perf_counter() - start
         return [list(values) for values in zip(*by_function)]
 
     def total(self, values: Sequence[float]) -> float:
@@ -258,10 +258,12 @@ def _from_file(path: Path, name: str) -> Reward:
     module = _module(path.resolve(), text)
     function = getattr(module, name, None)
     if not callable(function) or inspect.isclass(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise UsageError(f"{path} has no function {name!r} (it has {', '.join(known) or 'none'}).")
-    taken = _parameters(function)
-    if "completions" not in taken and not any(p.kind == p.VAR_KEYWORD for p in taken.values()):
+        functions = [
+            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
+        ]
+        raise UsageError(f"{path} has no function {name!r} (it has {', '.join(functions) or 'none'}).")
+    parameters = _parameters(function)
+    if "completions" not in parameters and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         raise UsageError(f"The reward {name} of {path} takes no completions: write def {name}(completions, **columns).")
     return Reward(name, function, text)
 
@@ -291,8 +293,8 @@ def _command(command: str) -> Callable[..., list[float]]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        shown = hide_in_words([f"{COMMAND}:{command}"])[0]
-        raise UsageError(f"The reward {shown!r} is not a command ({error}).") from error
+        text = hide_in_words([f"{COMMAND}:{command}"])[0]
+        raise UsageError(f"The reward {text!r} is not a command ({error}).") from error
     if not words or shutil.which(words[0]) is None:
         raise UsageError(f"There is no program {(words or [''])[0]!r} for the reward command: check its path.")
 
@@ -305,11 +307,11 @@ def _command(command: str) -> Callable[..., list[float]]:
             )
             for n, (prompt, completion) in enumerate(zip(prompts, completions))
         ]
-        done = subprocess.run(words, input="\n".join(lines) + "\n", capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing was written to its standard error"])[-1]
-            raise RuntimeError(f"exit code {done.returncode}: {said}")
-        return [float(line) for line in done.stdout.split()]
+        process = subprocess.run(words, input="\n".join(lines) + "\n", capture_output=True, text=True, encoding="utf-8")
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or ["nothing was written to its standard error"])[-1]
+            raise RuntimeError(f"exit code {process.returncode}: {reason}")
+        return [float(line) for line in process.stdout.split()]
 
     reward.columns = ()  # type: ignore[attr-defined]
     return reward
@@ -319,21 +321,21 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
     return inspect.signature(function).parameters
 
 
-def _waited_for(value: Awaitable[Any]) -> Any:
+def _wait_for(value: Awaitable[Any]) -> Any:
     """Return what an awaitable returns, also where a loop is running already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_awaited(value))
+        return asyncio.run(_await(value))
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, _awaited(value)).result()
+        return thread.submit(asyncio.run, _await(value)).result()
 
 
-async def _awaited(value: Awaitable[Any]) -> Any:
+async def _await(value: Awaitable[Any]) -> Any:
     return await value
 
 
-def _shown(row: Mapping[str, Any]) -> str:
+def _shorten(row: Mapping[str, Any]) -> str:
     """Return a row, short enough for a message."""
     text = json.dumps(dict(row), ensure_ascii=False, default=str)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -82,22 +82,23 @@ def gumbel_noise(rows: Sequence[int], position: int, vocabulary: int, sampling: 
     return -torch.log(-torch.log(uniform)).float()
 
 
-class _Choose:
+class _TokenChooser:
     """Logits processor: adds the noise of each row, the same for every copy of the batch.
 
     Args:
         rows: Number of each row.
         prompt_length: Tokens of the prompts, padding included.
         sampling: How tokens are chosen.
-        notes: Whether the log-probabilities of the chosen tokens are noted.
+        keeps_log_probabilities: Whether the log-probabilities of the chosen tokens are kept.
 
     Attributes:
-        noted: One tensor per position, (K R,).
+        log_probabilities: One tensor per position, (K R,).
     """
 
-    def __init__(self, rows: Sequence[int], prompt_length: int, sampling: Sampling, *, notes: bool):
-        self._rows, self._prompt_length, self._sampling, self._notes = rows, prompt_length, sampling, notes
-        self.noted: list[Tensor] = []
+    def __init__(self, rows: Sequence[int], prompt_length: int, sampling: Sampling, *, keeps_log_probabilities: bool):
+        self._rows, self._prompt_length, self._sampling = rows, prompt_length, sampling
+        self._keeps_log_probabilities = keeps_log_probabilities
+        self.log_probabilities: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scaled, chosen = scores.float(), scores
@@ -106,9 +107,9 @@ class _Choose:
             noise = gumbel_noise(self._rows, position, width, self._sampling, scores.device)
             scaled = scaled / self._sampling.temperature
             chosen = (scaled.view(-1, len(self._rows), width) + noise).view(scores.shape)
-        if self._notes:
+        if self._keeps_log_probabilities:
             picked = scaled.gather(-1, chosen.argmax(-1, keepdim=True)).squeeze(-1)
-            self.noted.append(picked - scaled.logsumexp(-1))
+            self.log_probabilities.append(picked - scaled.logsumexp(-1))
         return chosen
 
 
@@ -149,17 +150,17 @@ def generate(
 
     bare: Any = getattr(model, "module", model)
     length = prompts.shape[1]
-    choose = _Choose(rows, length, sampling, notes=log_probabilities)
-    written = bare.generate(
+    chooser = _TokenChooser(rows, length, sampling, keeps_log_probabilities=log_probabilities)
+    sequences = bare.generate(
         input_ids=prompts.repeat(copies, 1),
         attention_mask=prompts_mask.repeat(copies, 1),
         generation_config=greedy_settings(max_new_tokens, ends, pad_token_id),
-        logits_processor=LogitsProcessorList([choose] if log_probabilities or sampling.temperature > 0 else []),
+        logits_processor=LogitsProcessorList([chooser] if log_probabilities or sampling.temperature > 0 else []),
     )
     stops = set(ends)
-    noted = torch.stack(choose.noted, 1).tolist() if choose.noted else [[] for _ in written]
+    kept = torch.stack(chooser.log_probabilities, 1).tolist() if chooser.log_probabilities else [[] for _ in sequences]
     answers = []
-    for tokens, values in zip(written[:, length:].tolist(), noted):
+    for tokens, values in zip(sequences[:, length:].tolist(), kept):
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
         answers.append(Answer(tokens[:end], tokens[end : end + 1], values[: end + 1]))
     return answers

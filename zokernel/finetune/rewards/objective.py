@@ -30,7 +30,7 @@ from zokernel.finetune.rewards.start import Start, divergence, tokens_of
 logger = logging.getLogger(__name__)
 
 SLOW = 10.0  # seconds of rewards from which it is said that they take longer than the answers
-TRIED = 2  # tokens of an answer with which is tried whether layers take several copies of the weights
+TRIAL_TOKENS = 2  # tokens of an answer with which is tried whether layers take several copies of the weights
 
 
 @dataclass
@@ -64,8 +64,8 @@ class RewardObjective:
     start: Start | None = None
     seed: int = field(default=0, init=False)
     step: int = field(default=0, init=False)
-    _writing: float = field(default=0.0, init=False, repr=False)
-    _told: bool = field(default=False, init=False, repr=False)
+    _generation_seconds: float = field(default=0.0, init=False, repr=False)
+    _has_warned: bool = field(default=False, init=False, repr=False)
 
     objective = "reward"
     can_stack = False  # there is no gradient, which first-order methods ask here
@@ -77,11 +77,11 @@ class RewardObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch at the weights as they are, a scalar."""
-        return -self._totals(self._scored(model, batch)).mean()
+        return -self._totals(self._score(model, batch)).mean()
 
     def stacked(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
         """Return the loss of the batch for every copy of the weights, (copies,); ``batch`` is not repeated."""
-        return -self._totals(self._scored(model, batch, copies=copies, whole=True)).view(copies, -1).mean(1)
+        return -self._totals(self._score(model, batch, copies=copies, whole=True)).view(copies, -1).mean(1)
 
     def weight(self, batch: dict[str, Any]) -> float:
         """Return how many prompts the loss of a batch is a mean over."""
@@ -89,7 +89,7 @@ class RewardObjective:
 
     def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return each prompt's loss and the number 1: (B, 2)."""
-        losses = -self._totals(self._scored(model, batch, whole=True)).view(-1, self.samples).mean(1)
+        losses = -self._totals(self._score(model, batch, whole=True)).view(-1, self.samples).mean(1)
         return torch.stack([losses, torch.ones_like(losses)], 1)
 
     def try_copies(self, model: nn.Module, batch: dict[str, Any], copies: int) -> Tensor:
@@ -100,7 +100,15 @@ class RewardObjective:
         """
         if trains_scales(model):
             raise UsageError("rows of one batch cannot have scales of their own")
-        self._written(model, batch, range(len(batch["labels"])), 1, Sampling(), copies=copies, max_new_tokens=TRIED)
+        self._sample_answers(
+            model,
+            batch,
+            range(len(batch["labels"])),
+            samples=1,
+            sampling=Sampling(),
+            copies=copies,
+            max_new_tokens=TRIAL_TOKENS,
+        )
         return torch.zeros(copies)
 
     def evaluate(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,7 +116,7 @@ class RewardObjective:
 
         These are its negative loss, its rewards, its divergence if that is penalised, and 1 if nothing was written.
         """
-        values = self._scored(model, batch, greedy=True)
+        values = self._score(model, batch, greedy=True)
         terms = torch.cat([self._totals(values)[:, None], values], 1).float().to(batch["labels"].device)
         return -terms[:, 0].mean(), {"terms": terms}
 
@@ -131,16 +139,16 @@ class RewardObjective:
         values = terms[:, 1 : 1 + len(self.rewards.functions)]
         total = self._rewards(values)
         error = float(total.std()) / math.sqrt(len(total)) if len(total) > 1 else 0.0
-        found = {"reward": float(total.mean()), "reward_error": error}
+        results = {"reward": float(total.mean()), "reward_error": error}
         if bool(((values == 0) | (values == 1)).all()):
-            found["pass_rate"] = float((values == 1).all(1).double().mean())
+            results["pass_rate"] = float((values == 1).all(1).double().mean())
         if self.start is not None:
-            found["kl"] = float(terms[:, -2].mean())
-        return found | {"empty_answers": float(terms[:, -1].mean())}
+            results["kl"] = float(terms[:, -2].mean())
+        return results | {"empty_answers": float(terms[:, -1].mean())}
 
     def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Return the greedy answers, one per prompt."""
-        answers = self._written(model, batch, range(len(batch["labels"])), 1, Sampling())
+        answers = self._sample_answers(model, batch, range(len(batch["labels"])), samples=1, sampling=Sampling())
         return [self._text(answer) for answer in answers]
 
     def _rewards(self, values: Tensor) -> Tensor:
@@ -148,11 +156,11 @@ class RewardObjective:
         return torch.tensor([self.rewards.total(row) for row in values.tolist()], dtype=torch.float64)
 
     def _totals(self, values: Tensor) -> Tensor:
-        """Return the negative losses of answers from what :meth:`_scored` returns."""
+        """Return the negative losses of answers from what :meth:`_score` returns."""
         rewards = self._rewards(values[:, : len(self.rewards.functions)])
         return rewards if self.start is None else rewards - self.beta * values[:, -2]
 
-    def _scored(
+    def _score(
         self, model: nn.Module, batch: dict[str, Any], *, copies: int = 1, whole: bool = False, greedy: bool = False
     ) -> Tensor:
         """Return the rewards of all answers, and what else is known of them, copy after copy, prompt after prompt.
@@ -165,39 +173,39 @@ class RewardObjective:
         count = len(batch["labels"])
         answers: list[Answer] = []
         at_once = count if whole else max(1, self.max_rows // samples)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for begin in range(0, count, at_once):
             places = range(begin, min(count, begin + at_once))
-            answers += self._written(model, batch, places, samples, sampling, copies=copies)
-        self._writing += time.perf_counter() - begun
+            answers += self._sample_answers(model, batch, places, samples=samples, sampling=sampling, copies=copies)
+        self._generation_seconds += time.perf_counter() - start
         rows: list[Row] = [row for row in batch["rows"] for _ in range(samples)] * copies
         prompts = [row["prompt"] for row in rows]
-        written = list(map(self._text, answers))
-        texts: list[Any] = [
+        texts = list(map(self._text, answers))
+        completions: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, written)
+            for prompt, text in zip(prompts, texts)
         ]
-        values = self.rewards(prompts, texts, rows, [answer.tokens for answer in answers])
-        self._tell_if_slow()
+        values = self.rewards(prompts, completions, rows, [answer.tokens for answer in answers])
+        self._warn_if_slow()
         if self.start is not None:
             ids = [ids for ids in tokens_of(batch["prompts"], batch["prompts_mask"]) for _ in range(samples)] * copies
             divergences = self._divergences(model, ids, answers, sampling.temperature)
             values = [[*row, divergence] for row, divergence in zip(values, divergences)]
-        values = [[*row, float(not text.strip())] for row, text in zip(values, written)]
+        values = [[*row, float(not text.strip())] for row, text in zip(values, texts)]
         return torch.tensor(values, dtype=torch.float64)
 
-    def _tell_if_slow(self) -> None:
+    def _warn_if_slow(self) -> None:
         """Say once that the rewards take longer than writing the answers, and which of them."""
-        taken = self.rewards.seconds
-        total = sum(taken.values())
-        if self._told or total < max(SLOW, self._writing):
+        seconds = self.rewards.seconds
+        total = sum(seconds.values())
+        if self._has_warned or total < max(SLOW, self._generation_seconds):
             return
-        self._told, slowest = True, max(taken, key=lambda name: taken[name])
+        self._has_warned, slowest = True, max(seconds, key=lambda name: seconds[name])
         logger.warning(
             "Rewards have taken %.1f s so far and generation %.1f s; %s takes most of it: a faster function, or one "
             "that works on all completions together, makes the run faster.",
             total,
-            self._writing,
+            self._generation_seconds,
             slowest,
         )
 
@@ -215,14 +223,14 @@ class RewardObjective:
         )
         return [divergence(answer.log_probabilities, before) for answer, before in zip(answers, at_start)]
 
-    def _written(
+    def _sample_answers(
         self,
         model: nn.Module,
         batch: dict[str, Any],
         places: range,
+        *,
         samples: int,
         sampling: Sampling,
-        *,
         copies: int = 1,
         max_new_tokens: int | None = None,
     ) -> list[Answer]:

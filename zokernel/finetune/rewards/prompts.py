@@ -17,7 +17,7 @@ from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks.batching import Examples, left_padded
 from zokernel.finetune.tasks.chat_template import choose_chat_template, render
 from zokernel.finetune.tasks.encoded import keep_end
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +78,15 @@ class PromptCollator:
 
 def encode_prompts(rows: Sequence[Row], tokenizer: Any, *, max_length: int, where: str) -> PromptDataset:
     """Tokenize prompts; one that is too long loses its beginning."""
-    found, cut = [], 0
+    prompts, cut = [], 0
     for number, row in enumerate(rows):
         ids = prompt_ids(row, tokenizer)
         cut += len(ids) > max_length
-        found.append(EncodedPrompt(keep_end(ids, max_length, tokenizer), number, row))
+        prompts.append(EncodedPrompt(keep_end(ids, max_length, tokenizer), number, row))
     if cut:
-        prompts = counted(len(rows), "prompt")
-        logger.info("%s: %d of %s are cut at the front to %d tokens.", where, cut, prompts, max_length)
-    return PromptDataset(found)
+        count = plural(len(rows), "prompt")
+        logger.info("%s: %d of %s are cut at the front to %d tokens.", where, cut, count, max_length)
+    return PromptDataset(prompts)
 
 
 def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
@@ -111,8 +111,8 @@ def turn_ends(rows: Sequence[Row], tokenizer: Any) -> list[int]:
     if chat is None:
         return []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    said = chat[:-1] if chat[-1]["role"] == "assistant" else chat  # many templates take no two answers in a row
-    ids = render(tokenizer, [*said, _ANSWER], tokenize=True)
+    messages = chat[:-1] if chat[-1]["role"] == "assistant" else chat  # many templates take no two answers in a row
+    ids = render(tokenizer, [*messages, _ANSWER], tokenize=True)
     return [next((token for token in reversed(ids) if token in special), tokenizer.eos_token_id)]
 
 
@@ -121,7 +121,7 @@ def ends_of(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[int]:
     return sorted(end_tokens(model, tokenizer).union(turn_ends(rows, tokenizer)) - {None})
 
 
-def empty_answers_told(share: float, rows: Sequence[Row], tokenizer: Any) -> str:
+def describe_empty_answers(share: float, rows: Sequence[Row], tokenizer: Any) -> str:
     """Return a warning that a model wrote nothing after many prompts; an empty text if there were few.
 
     Args:
@@ -131,14 +131,14 @@ def empty_answers_told(share: float, rows: Sequence[Row], tokenizer: Any) -> str
     """
     if share < MANY:
         return ""
-    told = f"{round(share * len(rows)):,} of the answers to {counted(len(rows), 'held-out prompt')} were empty"
+    finding = f"{round(share * len(rows)):,} of the answers to {plural(len(rows), 'held-out prompt')} were empty"
     if getattr(tokenizer, "chat_template", None) and all(isinstance(row["prompt"], str) for row in rows):
         return (
-            f"{told} before training: the model writes nothing after these prompts, so give rows of messages, such as "
-            'prompt: [{"role": "user", "content": "..."}], for which its chat template is used.'
+            f"{finding} before training: the model writes nothing after these prompts, so give rows of messages, such "
+            'as prompt: [{"role": "user", "content": "..."}], for which its chat template is used.'
         )
     return (
-        f"{told} before training: the model writes nothing after these prompts, so word them such that an answer "
+        f"{finding} before training: the model writes nothing after these prompts, so word them such that an answer "
         "follows, or choose another model."
     )
 

@@ -48,25 +48,25 @@ def scorer(name: str) -> Callable[..., list[float]]:
         metadata: Sequence[Any],
         **columns: Any,
     ) -> list[float]:
-        found = []
-        for prompt, completion, right, facts in zip(prompts, completions, answer, metadata):
+        rewards = []
+        for prompt, completion, right, details in zip(prompts, completions, answer, metadata):
             text = text_of(completion)
-            said = extract_answer(text)
+            extracted = extract_answer(text)
             question = prompt if isinstance(prompt, str) else text_of(prompt[-1:])
             entry = {"question": question, "answer": right}
-            entry["metadata"] = json.loads(facts) if isinstance(facts, str) else facts
-            found.append(float(score(text.strip() if said is None else said, entry)))
-        return found
+            entry["metadata"] = json.loads(details) if isinstance(details, str) else details
+            rewards.append(float(score(text.strip() if extracted is None else extracted, entry)))
+        return rewards
 
     reward.columns = ("answer", "metadata")  # type: ignore[attr-defined]
     return reward
 
 
-def task_among(functions: Sequence[str]) -> str:
+def find_gym_task(functions: Sequence[str]) -> str:
     """Return the first task of reasoning-gym that ``--reward_function`` names; empty if there is none.
 
     Example:
-        >>> task_among(["length:80", "reasoning_gym:countdown"])
+        >>> find_gym_task(["length:80", "reasoning_gym:countdown"])
         'countdown'
     """
     prefix = f"{KIND}:"
@@ -91,18 +91,18 @@ def make_prompts(
         UsageError: If it has no such task.
     """
     gym = _gym(name)
-    asked = {"test": test, "validation": validation, "train": train}
-    sizes = {split: SIZES[split] if size is None else size for split, size in asked.items()}
+    requested = {"test": test, "validation": validation, "train": train}
+    sizes = {split: SIZES[split] if size is None else size for split, size in requested.items()}
     # One data set for all: those of neighbouring seeds share most of their entries.
     entries = {entry["question"]: entry for entry in gym.create_dataset(name, size=sum(sizes.values()), seed=0)}
     rows = [{"prompt": question, "answer": e["answer"], "metadata": e["metadata"]} for question, e in entries.items()]
-    found, begin = {}, 0
+    splits, begin = {}, 0
     for split, size in sizes.items():
-        found[split] = rows[begin : begin + size]
+        splits[split] = rows[begin : begin + size]
         begin += size
-    counts = ", ".join(f"{len(found[split]):,} {split}" for split in SIZES)
+    counts = ", ".join(f"{len(splits[split]):,} {split}" for split in SIZES)
     logger.info("Prompts: made by reasoning-gym's %s, since no data are named (%s, no two the same).", name, counts)
-    return found
+    return splits
 
 
 def _gym(name: str) -> Any:

@@ -39,8 +39,8 @@ class Start:
 
     def __init__(self, model: nn.Module):
         self._tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        held = readable_bytes(sum(tensor.nbytes for tensor in self._tensors.values()))
-        logger.info("beta: a copy of the starting weights is kept for the divergence from them: %s.", held)
+        size = readable_bytes(sum(tensor.nbytes for tensor in self._tensors.values()))
+        logger.info("beta: a copy of the starting weights is kept for the divergence from them: %s.", size)
 
     @torch.no_grad()
     def log_probabilities(
@@ -61,17 +61,17 @@ class Start:
             temperature: What the logits are divided by.
             pad_token_id: Any token.
         """
-        wanted = list(dict.fromkeys((tuple(p), tuple(a)) for p, a in zip(prompts, answers)))
-        wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        pairs = list(dict.fromkeys((tuple(p), tuple(a)) for p, a in zip(prompts, answers)))
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         bare: Any = getattr(model, "module", model)
         words = bare.get_input_embeddings().weight.shape[0]
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
-        rows = max(1, MAX_LOGITS // (words * max(1, max(len(answer) for _, answer in wanted))))
-        for begin in range(0, len(wanted), rows):
-            chunk = wanted[begin : begin + rows]
+        values_by_pair: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+        rows = max(1, MAX_LOGITS // (words * max(1, max(len(answer) for _, answer in pairs))))
+        for begin in range(0, len(pairs), rows):
+            chunk = pairs[begin : begin + rows]
             values = self._of_rows(bare, chunk, temperature, pad_token_id or 0)
-            found |= dict(zip(chunk, values))
-        return [found[tuple(p), tuple(a)] for p, a in zip(prompts, answers)]
+            values_by_pair |= dict(zip(chunk, values))
+        return [values_by_pair[tuple(p), tuple(a)] for p, a in zip(prompts, answers)]
 
     def _of_rows(
         self, bare: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float, pad: int
@@ -125,6 +125,6 @@ def tokens_of(prompts: Tensor, mask: Tensor) -> list[list[int]]:
         [[5], [6, 7]]
     """
     return [
-        [token for token, there in zip(row, there_of) if there]
-        for row, there_of in zip(prompts.tolist(), mask.tolist())
+        [token for token, is_token in zip(row, row_mask) if is_token]
+        for row, row_mask in zip(prompts.tolist(), mask.tolist())
     ]

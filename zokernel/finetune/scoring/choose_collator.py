@@ -14,7 +14,7 @@ from zokernel.errors import UsageError, first_line
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.vocabulary import embedding_rows
 from zokernel.finetune.scoring.options import option_logprobs, option_scores
-from zokernel.finetune.scoring.tried import score_tolerance, tried
+from zokernel.finetune.scoring.trial import score_tolerance, try_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +45,24 @@ def choose_collator(model: nn.Module, pad_token_id: int | None, dataset: Encoded
     if items and "decoder_start" in items[0]:
         check_decoder(model, plain, items)
         return plain
-    several = [i for i in items if len(i["option_ids"]) > 1 and max(map(len, i["option_ids"])) > 1]
-    if not several or "mask_id" in several[0]:
+    multi_token = [i for i in items if len(i["option_ids"]) > 1 and max(map(len, i["option_ids"])) > 1]
+    if not multi_token or "mask_id" in multi_token[0]:
         return plain
-    several.sort(key=lambda item: len(item["input_ids"]))
-    trial = several[:1] + several[-1:]
+    multi_token.sort(key=lambda item: len(item["input_ids"]))
+    trial = multi_token[:1] + multi_token[-1:]
     config = getattr(model, "peft_config", None)
     if config and any(c.is_prompt_learning for c in config.values()):
         reason = "virtual tokens in front allow no packed attention mask"
     else:
         expected = option_scores(model, to_device(plain(trial), device))
-        found, reason = tried(lambda: option_scores(model, to_device(packed(trial), device)))
-        if found is not None:
+        scores, reason = try_outputs(lambda: option_scores(model, to_device(packed(trial), device)))
+        if scores is not None:
             finite = expected.isfinite()
-            error_found = (found - expected)[finite].abs().max().item()
-            if error_found <= score_tolerance(model):
+            largest_error = (scores - expected)[finite].abs().max().item()
+            if largest_error <= score_tolerance(model):
                 logger.info("Options of several tokens share their prompt's computation.")
                 return packed
-            reason = f"the scores would differ by {error_found:.2g}"
+            reason = f"the scores would differ by {largest_error:.2g}"
     logger.warning(
         "%s cannot share a prompt between its options (%s): each option gets its own copy of it, which is slower but "
         "correct.",
@@ -89,7 +89,7 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
     try:
         # Outside of autocast, which would round the head of the plain forward.
         with torch.autocast(device.type, enabled=False):
-            expected = []
+            means = []
             for option in item["option_ids"]:
                 logits = model(
                     input_ids=torch.tensor([item["input_ids"]], device=device),
@@ -98,9 +98,9 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
                     use_cache=False,
                 ).logits[0, len(start) - 1 :]
                 losses = F.cross_entropy(logits.float(), torch.tensor(option, device=device), reduction="none")
-                expected.append(-losses.mean())
+                means.append(-losses.mean())
             sums, counts = option_logprobs(model, to_device(collator([item]), device))
-            found = sums / counts
+            scores = sums / counts
     except UsageError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
@@ -108,10 +108,10 @@ def check_decoder(model: nn.Module, collator: Collator, items: Sequence[dict[str
             f"The decoder of {name} cannot score options ({type(error).__name__}: {first_line(error)}): train it with "
             "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
         ) from error
-    wanted = torch.stack(expected)
-    error_found = ((found[0] - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    if not error_found <= score_tolerance(model):
+    expected = torch.stack(means)
+    largest_error = ((scores[0] - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    if not largest_error <= score_tolerance(model):
         raise UsageError(
-            f"The scores of {name} would differ by {error_found:.2g} from those of its own forward: train it with "
+            f"The scores of {name} would differ by {largest_error:.2g} from those of its own forward: train it with "
             "zokernel.finetune.zeroth_order(Seq2SeqTrainer)."
         )

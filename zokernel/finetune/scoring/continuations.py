@@ -25,12 +25,12 @@ class Sample:
 def shown_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return a prompt as text, without what the tokenizer puts around every text; the marks of turns stay."""
     around = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep", "pad")}
-    kept = list(ids)
-    while kept and kept[0] in around:
-        kept.pop(0)
-    while kept and kept[-1] in around:
-        kept.pop()
-    return str(tokenizer.decode(kept))
+    inner = list(ids)
+    while inner and inner[0] in around:
+        inner.pop(0)
+    while inner and inner[-1] in around:
+        inner.pop()
+    return str(tokenizer.decode(inner))
 
 
 def learned_ends(dataset: TextDataset, tokenizer: Any) -> list[int]:
@@ -69,10 +69,12 @@ def continuations(
     if decoder_prompt:
         settings.decoder_start_token_id = decoder_prompt[0]
         decoded["decoder_input_ids"] = torch.tensor([list(decoder_prompt)], device=device)
-    written = []
+    texts = []
     for prompt in prompts:  # one by one: padding would move a prompt away from virtual tokens
         ids = torch.tensor([list(prompt)], device=device)
-        found = bare.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, **decoded)
+        output = bare.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, **decoded
+        )
         begin = len(decoder_prompt) or len(prompt)
-        written.append(tokenizer.decode(found[0, begin:], skip_special_tokens=True).strip())
-    return written
+        texts.append(tokenizer.decode(output[0, begin:], skip_special_tokens=True).strip())
+    return texts

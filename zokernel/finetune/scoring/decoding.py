@@ -62,30 +62,30 @@ def greedy_answers(
 
     if decoder_prompt is not None:
         settings.decoder_start_token_id = int(decoder_prompt[0, 0])
-        written = base.generate(
+        output = base.generate(
             input_ids=prompts,
             attention_mask=prompts_mask,
             decoder_input_ids=decoder_prompt,
             generation_config=settings,
             stopping_criteria=stop(decoder_prompt.shape[1]),
         )
-        return _texts(tokenizer, written[:, decoder_prompt.shape[1] :], ending)
+        return _texts(tokenizer, output[:, decoder_prompt.shape[1] :], ending)
     answers = [""] * len(prompts)
     for rows, length in _batches(base, prompts_mask):
         start = prompts.shape[1] - length
-        written = base.generate(
+        output = base.generate(
             input_ids=prompts[rows, start:],
             attention_mask=prompts_mask[rows, start:],
             generation_config=settings,
             stopping_criteria=stop(length),
         )
-        for row, text in zip(rows, _texts(tokenizer, written[:, length:], ending)):
+        for row, text in zip(rows, _texts(tokenizer, output[:, length:], ending)):
             answers[row] = text
     return answers
 
 
-def _texts(tokenizer: Any, written: Tensor, ending: str) -> list[str]:
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+def _texts(tokenizer: Any, tokens: Tensor, ending: str) -> list[str]:
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [(text.split(ending, 1)[0] if ending else text).strip() for text in texts]
 
 

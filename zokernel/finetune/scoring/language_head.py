@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.ways import BLOCK
+from zokernel.finetune.models.memory_setups import BLOCK
 from zokernel.finetune.scoring.options import model_inputs, scored_logits
 from zokernel.finetune.scoring.shared_encoder import with_hidden
-from zokernel.finetune.scoring.tried import score_tolerance, tried
+from zokernel.finetune.scoring.trial import score_tolerance, try_outputs
 from zokernel.finetune.scoring.wide_head import WideHead
 from zokernel.without_adapter import without_adapter
 
@@ -96,7 +96,7 @@ def _by_blocks(
     if "decoder_input_ids" in batch:
         inputs["decoder_input_ids"] = batch["decoder_input_ids"]
         encoder = _RunsOnce([without_adapter(bare).get_encoder()])
-    found, step = [], max(1, block // copies)
+    losses, step = [], max(1, block // copies)
     length = batch.get("decoder_input_ids", batch["input_ids"]).shape[1]
     with WideHead(bare), encoder, _AnswersBlocks(_backbones(bare), *places, copies, length=length) as backbone:
         for begin in range(0, targets_CN.shape[1], step):
@@ -104,8 +104,8 @@ def _by_blocks(
             targets_CB = targets_CN[:, backbone.block]
             logits_XV = model(**inputs, use_cache=False).logits.flatten(0, 1).float()
             losses_X = F.cross_entropy(logits_XV, targets_CB.flatten(), reduction="none", ignore_index=-100)
-            found.append(losses_X.view(copies, -1))
-    return torch.cat(found, 1)
+            losses.append(losses_X.view(copies, -1))
+    return torch.cat(losses, 1)
 
 
 def _whole_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -120,12 +120,12 @@ def _whole_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def blocks_agree(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Return whether the losses of a batch are the same block by block as with all logits at once."""
     half = max(1, int((batch["targets"] >= 0).sum()) // 2)
-    found, _ = tried(lambda: token_losses(model, batch, block=half))
-    if found is None:
+    by_block, _ = try_outputs(lambda: token_losses(model, batch, block=half))
+    if by_block is None:
         return False
     expected = token_losses(model, batch, whole=True)
     tolerance = score_tolerance(model)
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    return torch.allclose(by_block, expected, rtol=tolerance, atol=tolerance)
 
 
 def _backbones(model: nn.Module) -> list[nn.Module]:
@@ -134,10 +134,10 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     Most models call the module of their ``base_model_prefix``; some, such as OPT, the decoder within it.
     """
     inner = without_adapter(model)
-    found = [getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)]
+    candidates = [getattr(inner, getattr(inner, "base_model_prefix", "") or "model", None)]
     if hasattr(inner, "get_decoder"):
-        found.append(inner.get_decoder())
-    modules = {id(module): module for module in found if isinstance(module, nn.Module) and module is not inner}
+        candidates.append(inner.get_decoder())
+    modules = {id(module): module for module in candidates if isinstance(module, nn.Module) and module is not inner}
     if not modules:
         raise UsageError(f"{type(inner).__name__} has no backbone that can be told from its head.")
     return list(modules.values())

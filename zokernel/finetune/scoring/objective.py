@@ -69,10 +69,10 @@ class Objective:
         if self.objective == "cross_entropy":
             if self.loss == "options":
                 return classification_loss(option_scores(model, batch), batch["labels"])
-            return self._scored(model, batch)[0]
+            return self._score(model, batch)[0]
         if self.kind == "generation":
-            return 1 - torch.tensor([f1 for f1, _ in self._generated(model, batch)]).mean()
-        return self._missed(option_scores(model, batch), batch)
+            return 1 - torch.tensor([f1 for f1, _ in self._score_generated(model, batch)]).mean()
+        return self._metric_loss(option_scores(model, batch), batch)
 
     def weight(self, batch: dict[str, Any]) -> float:
         """Return how many terms the loss of a batch is a mean over: scored tokens, or examples."""
@@ -89,21 +89,21 @@ class Objective:
             of classes has no such sums, and has the predicted class in their place.
         """
         batch = self.without_padding(batch)
-        loss, scores_BC, terms_B2 = self._scored(model, batch)
+        loss, scores_BC, terms_B2 = self._score(model, batch)
         if self.kind == "generation":
-            values = torch.tensor(self._generated(model, batch), device=scores_BC.device)
+            values = torch.tensor(self._score_generated(model, batch), device=scores_BC.device)
             if self.objective == "f1":
                 loss, terms_B2 = 1 - values[:, 0].mean(), _as_terms(1 - values[:, 0])
             return loss, {"logits": scores_BC, "predicted": batch["labels"], "values": values, "terms": terms_B2}
         if self.objective != "cross_entropy":
-            loss = self._missed(scores_BC, batch)
+            loss = self._metric_loss(scores_BC, batch)
             uncalibrated = scores_BC.argmax(-1)
-            wrong = 1 - _right(uncalibrated, batch).float()
+            wrong = 1 - _is_right(uncalibrated, batch).float()
             terms_B2 = _as_terms(uncalibrated.float() if self.objective == "f1" else wrong)
         if self.calibration is not None:
             scores_BC = scores_BC - option_scores(model, to_device(self.calibration, scores_BC.device))
         predicted = scores_BC.argmax(-1)
-        values = _right(predicted, batch)[:, None].float()
+        values = _is_right(predicted, batch)[:, None].float()
         return loss, {"logits": scores_BC, "predicted": predicted, "values": values, "terms": terms_B2}
 
     def total_loss(self, prediction: Any) -> float:
@@ -131,10 +131,10 @@ class Objective:
         means = values.float().mean(0).tolist()
         if self.kind == "generation":
             return {"f1": means[0], "em": means[1]}
-        found = {"accuracy": means[0]}
+        results = {"accuracy": means[0]}
         if self.kind == "classification":
-            found["f1"] = macro_f1(predicted, torch.as_tensor(prediction.label_ids))
-        return found
+            results["f1"] = macro_f1(predicted, torch.as_tensor(prediction.label_ids))
+        return results
 
     @property
     def can_stack(self) -> bool:
@@ -156,7 +156,7 @@ class Objective:
             losses = F.cross_entropy(option_scores(model, batch).float(), labels, reduction="none")
             return losses.view(copies, -1).mean(1)
         right = labels[:, None]
-        sums, counts = (found.gather(1, right).view(copies, -1).sum(1) for found in option_logprobs(model, batch))
+        sums, counts = (totals.gather(1, right).view(copies, -1).sum(1) for totals in option_logprobs(model, batch))
         return -sums / counts
 
     def example_terms(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -172,13 +172,13 @@ class Objective:
             )
         if "decoder_input_ids" in batch:
             refuse_trained_embeddings(model)
-        return self._scored(model, batch)[2]
+        return self._score(model, batch)[2]
 
     def without_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with short rows sharing one where that is less work, or as it is."""
         return batch if self.padding_free is None else self.padding_free(batch)
 
-    def _scored(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _score(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cross entropy, the options' scores, and each example's part of the cross entropy: (B, 2)."""
         labels = batch["labels"]
         if self.loss == "options":
@@ -193,11 +193,11 @@ class Objective:
         terms_B2 = torch.stack([-sums_B, counts_B.to(sums_B.dtype)], 1)
         return -sums_B.sum() / counts_B.sum(), mean_scores(sums, counts, mask), terms_B2
 
-    def _missed(self, scores_BC: Tensor, batch: dict[str, Any]) -> Tensor:
+    def _metric_loss(self, scores_BC: Tensor, batch: dict[str, Any]) -> Tensor:
         predicted = scores_BC.argmax(-1)
         if self.objective == "f1":
             return torch.tensor(1 - macro_f1(predicted, batch["labels"]), device=scores_BC.device)
-        return 1 - _right(predicted, batch).float().mean()
+        return 1 - _is_right(predicted, batch).float().mean()
 
     def generate(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Return the answers that greedy decoding writes, one per example."""
@@ -211,7 +211,7 @@ class Objective:
             ending=self.ending,
         )
 
-    def _generated(self, model: nn.Module, batch: dict[str, Any]) -> list[tuple[float, float]]:
+    def _score_generated(self, model: nn.Module, batch: dict[str, Any]) -> list[tuple[float, float]]:
         answers = self.generate(model, batch)
         return [(token_f1(a, refs), exact_match(a, refs)) for a, refs in zip(answers, batch["references"])]
 
@@ -232,7 +232,7 @@ def _as_terms(each_B: Tensor) -> Tensor:
     return torch.stack([each_B, torch.ones_like(each_B)], 1)
 
 
-def _right(predicted_B: Tensor, batch: dict[str, Any]) -> Tensor:
+def _is_right(predicted_B: Tensor, batch: dict[str, Any]) -> Tensor:
     """Return whether each prediction is (one of) the right options."""
     if "correct" in batch:
         return batch["correct"].gather(1, predicted_B[:, None])[:, 0]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zokernel.finetune.scoring.tried import score_tolerance, tried
+from zokernel.finetune.scoring.trial import score_tolerance, try_outputs
 from zokernel.private_apis import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -113,30 +113,30 @@ def in_shared_rows(batch: Batch, shared: Shared) -> Batch:
     real_RT = batch["attention_mask"].bool()
     R, T = real_RT.shape
     device = real_RT.device
-    rows_R, begins_R = (torch.tensor(found, device=device) for found in (shared.rows, shared.begins))
+    rows_R, begins_R = (torch.tensor(values, device=device) for values in (shared.rows, shared.begins))
     steps_T = torch.arange(T, device=device)
     target_N = (rows_R * shared.length + begins_R)[:, None].add(steps_T)[real_RT]
 
-    def moved(value_RT: Tensor, padding: int) -> Tensor:
-        found = value_RT.new_full((shared.count * shared.length,), padding)
-        found[target_N] = value_RT[real_RT]
-        return found.view(shared.count, shared.length)
+    def move(value_RT: Tensor, padding: int) -> Tensor:
+        moved = value_RT.new_full((shared.count * shared.length,), padding)
+        moved[target_N] = value_RT[real_RT]
+        return moved.view(shared.count, shared.length)
 
     numbers_RT = torch.arange(R, device=device)[:, None].expand(R, T)
     return batch | {
-        "input_ids": moved(batch["input_ids"], 0),
-        "attention_mask": moved(batch["attention_mask"], 0),
-        "position_ids": moved(batch.get("position_ids", steps_T.expand(R, T)), 0),
-        "segments": moved(batch.get("segments", torch.zeros_like(numbers_RT)), -1),
-        "owners": moved(numbers_RT, -1),
+        "input_ids": move(batch["input_ids"], 0),
+        "attention_mask": move(batch["attention_mask"], 0),
+        "position_ids": move(batch.get("position_ids", steps_T.expand(R, T)), 0),
+        "segments": move(batch.get("segments", torch.zeros_like(numbers_RT)), -1),
+        "owners": move(numbers_RT, -1),
         "rows": rows_R,
         "positions": batch["positions"] + begins_R[:, None],
     }
 
 
 def _lengths(batch: Batch) -> list[int]:
-    found: list[int] = batch["attention_mask"].sum(1).tolist()
-    return found
+    lengths: list[int] = batch["attention_mask"].sum(1).tolist()
+    return lengths
 
 
 @torch.no_grad()
@@ -172,10 +172,10 @@ def choose_padding_free(
     ):
         return None
     shared = in_shared_rows(batch, share(_lengths(batch), 1))
-    expected, (found, reason) = outputs(model, batch), tried(lambda: outputs(model, shared))
-    if found is not None:
+    expected, (outputs_shared, reason) = outputs(model, batch), try_outputs(lambda: outputs(model, shared))
+    if outputs_shared is not None:
         finite = expected.isfinite()
-        error = ((found - expected).abs() / expected.abs().clamp(min=1))[finite].max().item()
+        error = ((outputs_shared - expected).abs() / expected.abs().clamp(min=1))[finite].max().item()
         reason = "" if error <= score_tolerance(model) else f"their scores would differ by {error:.2g}"
     if reason:
         logger.info("Batches stay padded, since this model cannot keep apart examples that share a row (%s).", reason)

@@ -68,7 +68,7 @@ def prepare(
     Args:
         task: What the rows are.
         splits: The rows.
-        model: The model, on which is tried in which layout batches may be.
+        model: The model, which is tried on batches in several layouts.
         tokenizer: Its tokenizer.
         data: What the user said about the data.
         max_length: Longest sequence.
@@ -81,9 +81,22 @@ def prepare(
         UsageError: If the examples do not fit the model.
     """
     if isinstance(task, RewardTask):
-        return _rewards(splits, model, tokenizer, data, max_length)
+        return _prepare_prompts(splits, model, tokenizer, data, max_length)
     if isinstance(task, TextTask):
-        return _texts(task, splits, model, tokenizer, data, max_length)
+        return _prepare_texts(task, splits, model, tokenizer, data, max_length)
+    return _prepare_options(task, splits, model, tokenizer, data, max_length=max_length, objective=objective)
+
+
+def _prepare_options(
+    task: Task,
+    splits: Splits,
+    model: nn.Module,
+    tokenizer: Any,
+    data: DataArguments,
+    *,
+    max_length: int,
+    objective: str,
+) -> Prepared:
     masked, kind = fills_masks(model), kind_of_model(model)
     decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
     encoded, context = encode_splits(
@@ -101,7 +114,7 @@ def prepare(
     parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
     check_token_ids(model, tokenizer, chain.from_iterable(parts))
     collator = choose_collator(model, tokenizer.pad_token_id, everything)
-    found = make_objective(
+    loss = make_objective(
         task,
         tokenizer,
         collator,
@@ -114,10 +127,10 @@ def prepare(
         max_new_tokens=data.max_new_tokens,
         padding_free=choose_padding_free(model, collator, everything, option_scores),
     )
-    return Prepared(encoded, collator, found, context=context)
+    return Prepared(encoded, collator, loss, context=context)
 
 
-def _texts(
+def _prepare_texts(
     task: TextTask, splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
 ) -> Prepared:
     kind = kind_of_model(model)
@@ -138,7 +151,9 @@ def _texts(
     )
 
 
-def _rewards(splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int) -> Prepared:
+def _prepare_prompts(
+    splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
+) -> Prepared:
     encoded = prompt_datasets(splits, tokenizer, max_length=max_length)
     check_token_ids(model, tokenizer, (e.input_ids for dataset in encoded.values() for e in dataset.examples))
     objective = reward_objective(model, tokenizer, splits, data)

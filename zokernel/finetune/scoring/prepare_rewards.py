@@ -14,7 +14,7 @@ from zokernel.finetune.rewards.prompts import PromptDataset, encode_prompts, end
 from zokernel.finetune.rewards.start import Start
 from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ SAMPLES = 3  # prompts whose answers the report shows
 
 def prompt_datasets(splits: Splits, tokenizer: Any, *, max_length: int) -> dict[str, PromptDataset]:
     """Tokenize the prompts of the splits; those to evaluate on are sorted by length, which wastes less on padding."""
-    found = {}
+    datasets = {}
     for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        found[split] = encode_prompts(rows, tokenizer, max_length=max_length, where=split.capitalize())
+        datasets[split] = encode_prompts(rows, tokenizer, max_length=max_length, where=split.capitalize())
         if split != "train":
-            found[split] = found[split].longest(len(rows))
-    logger.info("Data: %s.", ", ".join(counted(len(prompts), f"{split} prompt") for split, prompts in found.items()))
-    return found
+            datasets[split] = datasets[split].longest(len(rows))
+    logger.info("Data: %s.", ", ".join(plural(len(prompts), f"{split} prompt") for split, prompts in datasets.items()))
+    return datasets
 
 
 def reward_objective(model: nn.Module, tokenizer: Any, splits: Splits, data: DataArguments) -> RewardObjective:
@@ -48,12 +48,12 @@ def reward_objective(model: nn.Module, tokenizer: Any, splits: Splits, data: Dat
 
 def reward_samples(datasets: dict[str, PromptDataset], tokenizer: Any) -> list[Sample]:
     """Return the first held-out prompts; in the place of an answer, the other columns of their rows."""
-    found = []
+    samples = []
     for example in datasets["test"].examples[:SAMPLES]:
         rest = {name: value for name, value in example.row.items() if name != "prompt"}
-        told = "\n".join(f"{name}: {_text(value)}" for name, value in rest.items())
-        found.append(Sample(example.input_ids, shown_prompt(tokenizer, example.input_ids), told))
-    return found
+        columns = "\n".join(f"{name}: {_text(value)}" for name, value in rest.items())
+        samples.append(Sample(example.input_ids, shown_prompt(tokenizer, example.input_ids), columns))
+    return samples
 
 
 def _text(value: Any) -> str:

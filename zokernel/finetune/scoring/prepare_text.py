@@ -17,14 +17,14 @@ from zokernel.finetune.scoring.continuations import Sample, shown_prompt
 from zokernel.finetune.scoring.language import LanguageObjective
 from zokernel.finetune.scoring.language_head import blocks_agree, token_losses
 from zokernel.finetune.scoring.padding_free import choose_padding_free
-from zokernel.finetune.scoring.tried import tried
+from zokernel.finetune.scoring.trial import try_outputs
+from zokernel.finetune.tasks.control_tokens import report_typed_tokens
 from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
-from zokernel.finetune.tasks.typed import report_typed
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
-TRIED = 256  # tokens of each row that is tried, so that trying costs less than a step
+TRIAL_TOKENS = 256  # tokens of each row that is tried, so that trying costs less than a step
 SAMPLES = 3  # prompts that are continued for the report
 
 
@@ -42,46 +42,46 @@ def encode_texts(encoder: TextEncoder, splits: Splits, *, packing: bool) -> dict
         ``train``, ``validation`` and ``test``.
     """
     held_out = splits.validation if splits.test == splits.validation else [*splits.validation, *splits.test]
-    report_typed([*splits.train, *held_out], encoder.tokenizer)
-    found: dict[str, list[EncodedText]] = {}
+    report_typed_tokens([*splits.train, *held_out], encoder.tokenizer)
+    encoded: dict[str, list[EncodedText]] = {}
     for split, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         # The same rows are not tokenized, and reported, twice.
         same = split == "test" and rows == splits.validation
-        found[split] = found["validation"] if same else encoder.encode(rows, where=split.capitalize())
+        encoded[split] = encoded["validation"] if same else encoder.encode(rows, where=split.capitalize())
     for split in ("validation", "test"):
-        found[split] = sorted(found[split], key=lambda example: example.size)
+        encoded[split] = sorted(encoded[split], key=lambda example: example.size)
     logger.info(
         "Data: %s.",
         "; ".join(
-            f"{counted(len(rows), f'{split} row')} of {sum(e.size for e in rows):,} tokens, "
+            f"{plural(len(rows), f'{split} row')} of {sum(e.size for e in rows):,} tokens, "
             f"{sum(len(e.scored) for e in rows):,} of them learned"
             if split == "train"
-            else f"{counted(len(rows), f'{split} row')}, {sum(len(e.scored) for e in rows):,} tokens scored"
-            for split, rows in found.items()
+            else f"{plural(len(rows), f'{split} row')}, {sum(len(e.scored) for e in rows):,} tokens scored"
+            for split, rows in encoded.items()
         ),
     )
     if packing:
-        packed = pack(found["train"], encoder.max_length)
+        packed = pack(encoded["train"], encoder.max_length)
         logger.info(
             "Packing: %s in %s of up to %d tokens, none of which sees another.",
-            counted(len(found["train"]), "text"),
-            counted(len(packed), "row"),
+            plural(len(encoded["train"]), "text"),
+            plural(len(packed), "row"),
             encoder.max_length,
         )
-        found["train"] = packed
-    return {split: TextDataset(rows) for split, rows in found.items()}
+        encoded["train"] = packed
+    return {split: TextDataset(rows) for split, rows in encoded.items()}
 
 
 def samples_of(encoder: TextEncoder, splits: Splits, *, room: int) -> list[Sample]:
     """Return the first held-out prompts that leave room for an answer."""
-    found: list[Sample] = []
+    samples: list[Sample] = []
     for row in splits.test:
         ids, answer = encoder.prompt(row)
         if ids and len(ids) <= room:
-            found.append(Sample(ids, shown_prompt(encoder.tokenizer, ids), answer))
-        if len(found) == SAMPLES:
+            samples.append(Sample(ids, shown_prompt(encoder.tokenizer, ids), answer))
+        if len(samples) == SAMPLES:
             break
-    return found
+    return samples
 
 
 @torch.no_grad()
@@ -116,13 +116,13 @@ def _check_packing(
     model: nn.Module, apart: dict[str, Tensor], together: dict[str, Tensor], objective: LanguageObjective
 ) -> None:
     """Check that packed documents have the losses that they have alone."""
-    expected = token_losses(model, apart, whole=objective.whole).sum()
-    found, reason = tried(lambda: token_losses(model, together, whole=objective.whole).sum())
-    if found is not None:
+    expected_loss = token_losses(model, apart, whole=objective.whole).sum()
+    loss, reason = try_outputs(lambda: token_losses(model, together, whole=objective.whole).sum())
+    if loss is not None:
         tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
-        if (found - expected).abs() <= tolerance * expected.abs():
+        if (loss - expected_loss).abs() <= tolerance * expected_loss.abs():
             return
-        reason = f"their loss would differ by {(found / expected - 1).abs().item():.2g} of itself"
+        reason = f"their loss would differ by {(loss / expected_loss - 1).abs().item():.2g} of itself"
     window = getattr(getattr(model, "config", None), "sliding_window", None)
     shorter = f", or lower --max_length to its window of {window} tokens" if window else ""
     raise UsageError(f"{type(model).__name__} cannot keep packed texts apart ({reason}): leave out --packing{shorter}.")
@@ -130,19 +130,19 @@ def _check_packing(
 
 def _beginnings(dataset: TextDataset) -> list[EncodedText]:
     """Return the beginnings of the first documents that have a scored token there: two if there are two."""
-    found: list[EncodedText] = []
+    beginnings: list[EncodedText] = []
     for example in dataset.examples:
         begin = 0
         for length in example.lengths:
-            end = begin + min(length, TRIED)
+            end = begin + min(length, TRIAL_TOKENS)
             scored = [place - begin for place in example.scored if begin < place < end]
             if scored:
-                ids, source = example.input_ids[begin:end], example.source_ids[:TRIED]
-                found.append(EncodedText(ids, scored, [end - begin], source))
+                ids, source = example.input_ids[begin:end], example.source_ids[:TRIAL_TOKENS]
+                beginnings.append(EncodedText(ids, scored, [end - begin], source))
             begin += length
-            if len(found) == 2:
-                return found
-    if not found:  # all that counts lies behind long prompts
+            if len(beginnings) == 2:
+                return beginnings
+    if not beginnings:  # all that counts lies behind long prompts
         example, end = dataset.examples[0], dataset.examples[0].scored[0] + 1
-        found.append(EncodedText(example.input_ids[:end], [end - 1], [end], example.source_ids[:TRIED]))
-    return found
+        beginnings.append(EncodedText(example.input_ids[:end], [end - 1], [end], example.source_ids[:TRIAL_TOKENS]))
+    return beginnings

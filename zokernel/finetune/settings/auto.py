@@ -53,7 +53,7 @@ COOLDOWN = 0.4  # share of the steps over which the rate falls
 MEAN_SQUARE = {SCHEDULE: 1 - 2 / 3 * COOLDOWN, "linear": 1 / 3, "cosine": 3 / 8}
 
 
-def suits_examples(kind: str, model: Any, config: Any) -> bool:
+def supports_per_example(kind: str, model: Any, config: Any) -> bool:
     """Return whether examples may have directions of their own: with plain LoRA and a loss that is a mean over them.
 
     Args:
@@ -66,18 +66,18 @@ def suits_examples(kind: str, model: Any, config: Any) -> bool:
     return plain and whole and kind != "seq2seq" and config.objective == "cross_entropy"
 
 
-def says_how_to_draw(given: Sequence[str]) -> bool:
+def chooses_directions(pairs: Sequence[str]) -> bool:
     """Return whether options of the method say what its directions are.
 
     Example:
-        >>> says_how_to_draw(["per_example=false"]), says_how_to_draw(["beta=0.5"])
+        >>> chooses_directions(["per_example=false"]), chooses_directions(["beta=0.5"])
         (True, False)
     """
-    return any(pair.partition("=")[0] in ("per_example", "rank") for pair in given)
+    return any(pair.partition("=")[0] in ("per_example", "rank") for pair in pairs)
 
 
-def method_args(given: Sequence[str], *, learning_rate: float | None, per_example: bool = False) -> list[str]:
-    """Return the options of the method: those given, slopes normalised, a bound on the step, directions per example.
+def method_args(pairs: Sequence[str], *, learning_rate: float | None, per_example: bool = False) -> list[str]:
+    """Return the method's options: the explicit ones, slopes normalised, a bound on the step, directions per example.
 
     Raises:
         UsageError: If slopes are not to be normalised and no learning rate is given.
@@ -86,13 +86,13 @@ def method_args(given: Sequence[str], *, learning_rate: float | None, per_exampl
         >>> method_args(["beta=0.5"], learning_rate=None)
         ['beta=0.5', 'normalize=true', 'polyak_share=0.35']
     """
-    given = [*given, "per_example=true"] if per_example else list(given)
-    if any(pair.startswith("normalize=") for pair in given):
+    pairs = [*pairs, "per_example=true"] if per_example else list(pairs)
+    if any(pair.startswith("normalize=") for pair in pairs):
         if learning_rate is None:
             raise UsageError("The rate that method auto chooses is one for normalised slopes: give learning_rate too.")
-        return list(given)
-    bound = [] if any(pair.startswith("polyak_share=") for pair in given) else [f"polyak_share={POLYAK_SHARE}"]
-    return [*given, "normalize=true", *bound]
+        return pairs
+    bound = [] if any(pair.startswith("polyak_share=") for pair in pairs) else [f"polyak_share={POLYAK_SHARE}"]
+    return [*pairs, "normalize=true", *bound]
 
 
 def num_perturbations(batch: int) -> int:
@@ -126,13 +126,13 @@ def learning_rate(trained: str, *, num_perturbations: int, steps: int, schedule:
     return WALK[trained] * math.sqrt(num_perturbations / (steps * MEAN_SQUARE.get(schedule, 1.0)))
 
 
-def walk_within_swing(found: Rise, *, trained: str, batch: int) -> float:
+def walk_within_swing(rise: Rise, *, trained: str, batch: int) -> float:
     r"""Return the share of its walk over which the loss of a batch changes by :data:`SWING` of itself.
 
     The slope of b examples is :math:`\sqrt{1 + \nu / b}` times that of all; a batch of four is what counts.
 
     Args:
-        found: The change of the loss of batches of ``batch`` examples over the walk.
+        rise: The change of the loss of batches of ``batch`` examples over the walk.
         trained: What is trained: a key of :data:`WALK`.
         batch: Examples per batch, b.
 
@@ -140,23 +140,23 @@ def walk_within_swing(found: Rise, *, trained: str, batch: int) -> float:
         The share; 1 if the loss changes by less, or bounds nothing since it is not above zero.
 
     Example:
-        >>> found = Rise(0.065, 0.78, 0.2, 0.1, 4.2, 24)  # 0.27 of 0.78
-        >>> round(walk_within_swing(found, trained="LoRA", batch=4), 2)
+        >>> rise = Rise(0.065, 0.78, 0.2, 0.1, 4.2, 24)  # 0.27 of 0.78
+        >>> round(walk_within_swing(rise, trained="LoRA", batch=4), 2)
         0.43
-        >>> walk_within_swing(found, trained="full parameters", batch=4)
+        >>> walk_within_swing(rise, trained="full parameters", batch=4)
         1.0
     """
-    if trained not in SWING or not found.loss > 0 or not found.slope > 0:
+    if trained not in SWING or not rise.loss > 0 or not rise.slope > 0:
         return 1.0
-    slope = found.slope * math.sqrt((1 + NOISE_SCALE / BATCH) / (1 + NOISE_SCALE / batch))
-    return min(1.0, max(LEAST_WALK, SWING[trained] * found.loss / (slope * found.distance)))
+    slope = rise.slope * math.sqrt((1 + NOISE_SCALE / BATCH) / (1 + NOISE_SCALE / batch))
+    return min(1.0, max(LEAST_WALK, SWING[trained] * rise.loss / (slope * rise.distance)))
 
 
-def shorter_walk(found: Rise, *, directions: int, batch: int, sharing: int) -> float:
+def shorter_walk(rise: Rise, *, directions: int, batch: int, sharing: int) -> float:
     r"""Return the share of its walk that a run should take, by the rise of the loss over the whole of it.
 
     Args:
-        found: The rise of the loss of batches of ``batch`` examples.
+        rise: The rise of the loss of batches of ``batch`` examples.
         directions: Directions of all steps; those of all examples with directions of their own.
         batch: Examples per batch, b.
         sharing: Examples that share the directions of a step, B.
@@ -170,4 +170,4 @@ def shorter_walk(found: Rise, *, directions: int, batch: int, sharing: int) -> f
         0.5
     """
     noise = math.sqrt((1 + NOISE_SCALE / batch) * (1 + NOISE_SCALE / sharing))
-    return max(LEAST_WALK, walk_worth(found, directions=directions, noise=noise) / found.distance)
+    return max(LEAST_WALK, walk_worth(rise, directions=directions, noise=noise) / rise.distance)

@@ -22,7 +22,7 @@ from zokernel.errors import RunError, UsageError
 from zokernel.finetune.settings.zo_arguments import AUTO, default_of
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 OBJECTIVES = ("cross_entropy", "accuracy", "f1", "reward")
 MAX_SEED = 2**32 - 1  # numpy's
@@ -35,7 +35,7 @@ class Rule:
 
     Attributes:
         holds: Whether a value is one.
-        must_be: How it is said.
+        must_be: What it must be, for the message.
     """
 
     holds: Callable[[Any], bool]
@@ -47,25 +47,25 @@ def _one_of(names: Sequence[Any]) -> Rule:
     return Rule(lambda value: str(getattr(value, "value", value)) in words, f"one of {', '.join(words)}")
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _whole(value: Any) -> bool:
-    return _number(value) and value == int(value)
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
 
 
-POSITIVE = Rule(lambda value: _number(value) and value > 0, "positive")
-NOT_NEGATIVE = Rule(lambda value: _number(value) and value >= 0, "at least 0")
-COUNT = Rule(lambda value: _whole(value) and value >= 1, "at least 1")
-COUNT_OR_NONE = Rule(lambda value: _whole(value) and value >= 0, "at least 0")
-COUNT_OR_ALL = Rule(lambda value: _whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for all")
-SHARE = Rule(lambda value: _number(value) and 0 <= value < 1, "at least 0 and below 1")
+POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "positive")
+NOT_NEGATIVE = Rule(lambda value: _is_number(value) and value >= 0, "at least 0")
+COUNT = Rule(lambda value: _is_whole(value) and value >= 1, "at least 1")
+COUNT_OR_NONE = Rule(lambda value: _is_whole(value) and value >= 0, "at least 0")
+COUNT_OR_ALL = Rule(lambda value: _is_whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for all")
+SHARE = Rule(lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
 INTERVAL = Rule(
-    lambda value: _number(value) and value > 0 and (value < 1 or _whole(value)),
+    lambda value: _is_number(value) and value > 0 and (value < 1 or _is_whole(value)),
     "a number of steps from 1 on, or a share of the run below 1",
 )
-SEED = Rule(lambda value: _whole(value) and 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
+SEED = Rule(lambda value: _is_whole(value) and 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
 
 RULES: dict[str, Rule] = {
     "eps": POSITIVE,
@@ -74,7 +74,7 @@ RULES: dict[str, Rule] = {
     "momentum": SHARE,
     "weight_decay": NOT_NEGATIVE,
     "max_steps": Rule(
-        lambda value: _whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for whole epochs"
+        lambda value: _is_whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for whole epochs"
     ),
     "num_train_epochs": POSITIVE,
     "per_device_train_batch_size": COUNT,
@@ -216,7 +216,7 @@ def _small_optimizer(arguments: Any) -> Any:
         options["perturb"] = perturb
     small = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32))
     disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # what a method says of itself is said when the run makes it
+    logging.disable(logging.INFO)  # a method logs about itself when the run makes it
     try:
         make: Any = get_method(arguments.method)
         return make([("small", small)], lr=1e-5 if rate is None else rate, **options)
@@ -235,7 +235,7 @@ def _check_warmup(values: dict[str, Any]) -> None:
     warmup, steps = values["warmup_steps"] or 0, values["max_steps"] or -1
     if warmup >= 1 and 0 < steps < warmup:
         raise UsageError(
-            f"warmup_steps {warmup:g} is longer than the run of {counted(steps, 'step')}: lower it, or give a share "
+            f"warmup_steps {warmup:g} is longer than the run of {plural(steps, 'step')}: lower it, or give a share "
             "below 1."
         )
     if warmup and values.get("method") != AUTO and values["lr_scheduler_type"] in _CONSTANT:
@@ -245,12 +245,12 @@ def _check_warmup(values: dict[str, Any]) -> None:
         )
 
 
-def check_metric(name: str | None, known: Sequence[str]) -> None:
+def check_metric(name: str | None, metrics: Sequence[str]) -> None:
     """Refuse to choose the best step by a measure that the evaluations do not have.
 
     Args:
         name: ``metric_for_best_model``.
-        known: What the evaluations measure beside the loss.
+        metrics: What the evaluations measure beside the loss.
 
     Raises:
         UsageError: If it is none of them.
@@ -261,7 +261,7 @@ def check_metric(name: str | None, known: Sequence[str]) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: metric_for_best_model must be one of loss, accuracy, f1, not 'bleu'.
     """
-    names = list(dict.fromkeys(["loss", *known]))
+    names = list(dict.fromkeys(["loss", *metrics]))
     if name is not None and name.removeprefix("eval_") not in names:
         raise UsageError(f"metric_for_best_model must be one of {', '.join(names)}, not {name!r}.")
 
@@ -273,9 +273,9 @@ def check_login(report_to: str | Sequence[str] | None) -> None:
         UsageError: If nobody is logged in.
     """
     names = [report_to] if isinstance(report_to, str) else report_to or []
-    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    wanted = "wandb" in names or ("all" in names and "wandb" in get_available_reporting_integrations())
-    if not wanted or offline or os.environ.get("WANDB_API_KEY") or _has_login():
+    is_offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
+    reports_to_wandb = "wandb" in names or ("all" in names and "wandb" in get_available_reporting_integrations())
+    if not reports_to_wandb or is_offline or os.environ.get("WANDB_API_KEY") or _has_login():
         return
     raise UsageError(
         "report_to wandb needs a login: run 'wandb login' or set WANDB_API_KEY (WANDB_MODE=offline keeps the log "
@@ -286,8 +286,8 @@ def check_login(report_to: str | Sequence[str] | None) -> None:
 def _has_login() -> bool:
     """Return whether ``wandb login`` has left a key in the netrc file."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
-    given = os.environ.get("NETRC")
-    for path in [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    netrc_file = os.environ.get("NETRC")
+    for path in [Path(netrc_file)] if netrc_file else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
             if netrc.netrc(path).authenticators(host):
                 return True

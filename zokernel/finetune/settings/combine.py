@@ -27,14 +27,14 @@ FILLED_IN = (
 )
 
 
-def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
+def add_zeroth_order(args: TrainingArguments, settings: Mapping[str, Any]) -> Any:
     """Return a copy of a trainer's arguments that has the fields of :class:`ZOArguments`, too.
 
     The copy is of a class derived from that of ``args``, so that a trainer finds what it expects.
 
     Args:
         args: The arguments of a trainer, such as ``SFTConfig``.
-        given: Settings of ``ZOArguments`` by name, and those in :data:`OWN`.
+        settings: Settings of ``ZOArguments`` by name, and those in :data:`OWN`.
 
     Returns:
         The copy, with the names of all settings that are not defaults in ``given``.
@@ -48,29 +48,29 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
         ('kerzoo', 0.0001, True, ['learning_rate', 'method', 'output_dir'])
     """
     if isinstance(args, ZOArguments):
-        if given:
-            raise UsageError(f"{type(args).__name__} holds {', '.join(given)} itself: set it there, not twice.")
+        if settings:
+            raise UsageError(f"{type(args).__name__} holds {', '.join(settings)} itself: set it there, not twice.")
         return args
-    settings = [*(f.name for f in fields(ZOArguments)), *OWN]
-    for name in given:
-        if name not in settings:
-            close = difflib.get_close_matches(name, settings, n=1)
+    names = [*(f.name for f in fields(ZOArguments)), *OWN]
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
             raise UsageError(
                 f"zeroth_order has no setting {name!r}"
-                + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join(settings)}.")
+                + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join(names)}.")
             )
     kind: Any = type(args)
     combined: Any = object.__new__(_combined(kind))
     vars(combined).update(vars(args))
-    vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(given))
+    vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(settings))
     combined.check_method(by_example=False)
     check_output(combined.output_dir)
     for name in OWN:
         check_rule(name, getattr(combined, name))
-    own = [f for f in fields(args) if f.init and f.name not in FILLED_IN]
-    changed = {f.name for f in own if getattr(args, f.name, None) != default_of(f)}
-    combined.given = frozenset(changed | given.keys())
-    _rate(combined, type(args).__name__)
+    own_fields = [f for f in fields(args) if f.init and f.name not in FILLED_IN]
+    changed = {f.name for f in own_fields if getattr(args, f.name, None) != default_of(f)}
+    combined.given = frozenset(changed | settings.keys())
+    _check_rate(combined, type(args).__name__)
     if not is_first_order(combined.method):
         keep_no_activations(combined)
         if combined.max_grad_norm == 1.0:
@@ -79,7 +79,7 @@ def add_zeroth_order(args: TrainingArguments, given: Mapping[str, Any]) -> Any:
     return combined
 
 
-def _rate(combined: Any, name: str) -> None:
+def _check_rate(combined: Any, name: str) -> None:
     """Leave the rate of ``auto`` open, and warn of a rate that was made for gradients."""
     if "learning_rate" in combined.given:
         return

@@ -131,13 +131,13 @@ class ZOConfig(ZOArguments, TrainingArguments):
         if self.restore is not None:
             self.perturb, self.restore = perturb_of_restore(self.restore, self.perturb), None
         self.check_method()
-        both = self.max_steps is not None and self.num_train_epochs is not None
+        has_both = self.max_steps is not None and self.num_train_epochs is not None
         if self.max_steps is None:
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
         check_values(self)
-        if both and self.max_steps > 0:
+        if has_both and self.max_steps > 0:
             logger.info(
                 "max_steps %d sets the length of the run, and num_train_epochs %g is ignored, as in transformers.",
                 self.max_steps,
@@ -146,7 +146,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
         refuse_unsupported(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("early_stopping_patience counts evaluations: set eval_strategy steps.")
-        # transformers allows bf16 on a CPU only when the CPU was asked for.
+        # transformers allows bf16 on a CPU only when the CPU was requested.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
@@ -154,10 +154,10 @@ class ZOConfig(ZOArguments, TrainingArguments):
         rejoin()
         # transformers checks everything at once, so what is open has a stand-in meanwhile.
         stand_ins = {name: value for name, value in self._stand_ins().items() if value is not None}
-        left = {name: getattr(self, name) for name in stand_ins}
+        open_values = {name: getattr(self, name) for name in stand_ins}
         vars(self).update(stand_ins)
         super().__post_init__()
-        vars(self).update(left)
+        vars(self).update(open_values)
         if self.torch_compile and self.perturb in ("in_forward", "stacked"):
             raise UsageError(
                 f"perturb {self.perturb} replaces weights operation by operation, which a compiled graph does not "
@@ -218,8 +218,8 @@ def check_reporting(names: str | list[str] | None) -> None:
         logger.info("report_to all: %s.", ", ".join(available) or "none of the loggers is installed")
     for name in [names] if isinstance(names, str) else names or []:
         if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UsageError(f"report_to knows no {name!r}: name one of {known}, or none.")
+            choices = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UsageError(f"report_to knows no {name!r}: name one of {choices}, or none.")
         if name not in (*available, "all", "none"):
             package = packages.get(name, name)
             raise UsageError(f"report_to {name} needs {package}, which is not installed: pip install {package}.")
@@ -256,10 +256,10 @@ def faster_in_bf16(*, use_cpu: bool) -> tuple[bool, str]:
         use_cpu: Whether the run is kept on the CPU.
     """
     if torch.cuda.is_available() and not use_cpu:
-        found, where = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+        has_units, device = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
     else:
         units = torch.cpu.get_capabilities()
-        found, where = bool(units.get("amx_bf16") or units.get("avx512_bf16")), "this CPU"
-        if found and not units.get("amx_bf16") and str(units.get("cpu_name")).startswith("Intel"):
+        has_units, device = bool(units.get("amx_bf16") or units.get("avx512_bf16")), "this CPU"
+        if has_units and not units.get("amx_bf16") and str(units.get("cpu_name")).startswith("Intel"):
             return False, "without AMX an Intel CPU is slower in bf16"
-    return found, f"{where} {'has' if found else 'lacks'} bf16 units"
+    return has_units, f"{device} {'has' if has_units else 'lacks'} bf16 units"

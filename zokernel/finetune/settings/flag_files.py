@@ -28,7 +28,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-_keys: dict[Path, set[str]] = {}  # what the files that were read set
+_keys: dict[Path, set[str]] = {}  # which flags each file sets that was read
 
 
 def keys_of(path: Path) -> set[str]:
@@ -47,7 +47,7 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
     """
-    asked = path
+    requested = path
     packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
     if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
         path = packaged
@@ -62,26 +62,26 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
             "Recipe %s holds published settings; the tests take two steps with it, and it has not been run in full.",
             path.stem,
         )
-    values, written = read_mapping(path), read_mapping(path, as_written=True)
+    values, texts = read_mapping(path), read_mapping(path, as_written=True)
     for name, kind in {**get_type_hints(ModelArguments), **get_type_hints(DataArguments)}.items():
         kinds = {*get_args(kind), kind}
         if values.get(name) is not None and kinds & {str, list[str]}:
-            values[name] = _words(written[name], f"{path} sets {name!r}", kinds)
+            values[name] = _words(texts[name], f"{path} sets {name!r}", kinds)
     base, below = values.pop("extends", None), {}
     if base is not None:
         beside = path.parent / f"{str(base).removesuffix('.yaml')}.yaml"
         below = read_yaml(beside if beside.is_file() else Path(str(base)), _below=(*_below, path))
     for name, value in values.items():
-        taken_back = value is None and (name in below or name in none_means_something())
+        is_reset = value is None and (name in below or name in nullable_settings())
         if value in ("", [], {}):
             raise UsageError(f"{path} leaves {name!r} empty: give it a value, or take the line out.")
-        if value is None and not taken_back:
+        if value is None and not is_reset:
             logger.info("%s sets %s to null, so its default is used.", path, name)
-    _keys[asked] = {*below, *values}
+    _keys[requested] = {*below, *values}
     return {**below, **values}
 
 
-def none_means_something() -> set[str]:
+def nullable_settings() -> set[str]:
     """Return the settings that may be None and by default are not, such as ``max_train_samples``."""
     groups: tuple[Any, ...] = (ModelArguments, DataArguments, ZOConfig)
     defaults = {f.name: f.default for group in groups for f in fields(group)}

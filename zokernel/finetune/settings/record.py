@@ -31,7 +31,7 @@ _FREE = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "zo_parallel", "zo_point_ranks"),
     *("do_train", "do_eval", "do_predict", "use_cpu", "restore"),
 }
-_OPEN = ("perturb", "decided when the model is loaded", "auto")
+_OPEN_ROW = ("perturb", "decided when the model is loaded", "auto")
 _FREE_PREFIXES = ("eval_", "save_", "torch_empty_cache")
 
 
@@ -87,7 +87,7 @@ class RunSettings:
         return replace(self, settings=tuple(decided.get(setting.name, setting) for setting in self.settings))
 
     def arguments(self) -> Any:
-        """Return a copy of what was asked for, with everything filled in."""
+        """Return a copy of the request, with everything filled in."""
         filled = copy.copy(self.requested)
         requested = as_json(self.requested.to_dict())
         changed = {setting.name: setting.value for setting in self.settings if setting.value != requested[setting.name]}
@@ -104,7 +104,7 @@ class RunSettings:
         """Return the settings that matter most, and those that are no plain defaults, as an aligned table."""
         values = hide_in_values(self.values())
         rows = [
-            (s.name, _text(values[s.name]), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN
+            (s.name, _text(values[s.name]), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN_ROW
             for s in self.settings
             if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
         ]
@@ -134,7 +134,7 @@ def read_settings(folder: Path) -> dict[str, Setting] | None:
 
 
 def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:
-    """Return the settings with what a run in a folder began with, where nobody chooses it now.
+    """Return the settings with what a run in a folder began with, where it is not chosen now.
 
     That is an ``eps`` that nobody chose then, either, and that the run ends with its last weights, as one of streamed
     weights does.
@@ -143,8 +143,8 @@ def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:
         new: The settings that were resolved.
         folder: The output folder, which may hold a run of a version with another default.
     """
-    known = read_settings(folder) or {}
-    eps, best = known.get("eps"), known.get("load_best_model_at_end")
+    recorded = read_settings(folder) or {}
+    eps, best = recorded.get("eps"), recorded.get("load_best_model_at_end")
     if eps is not None and eps.source == new.setting("eps").source == "default":
         new = new.with_("default", eps=eps.value)
     if best is not None and not best.value and new.setting("load_best_model_at_end").source == "default":
@@ -157,21 +157,21 @@ def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None
 
     Args:
         old: The recorded settings by name.
-        new: Those asked for.
+        new: The requested ones.
 
     Returns:
         ``NAME: OLD there, NEW asked for``, or None if the run may be continued.
     """
     for setting in new:
-        known = old.get(setting.name)
-        if known is None or known.value == setting.value or setting.name in _FREE:
+        recorded = old.get(setting.name)
+        if recorded is None or recorded.value == setting.value or setting.name in _FREE:
             continue
         if setting.name.endswith("_token"):  # transformers writes no token down, not even one of a tokenizer
             continue
         # How a schedule ends follows from the run's length; the journal compares the rates.
-        derived = known.source == setting.source == "auto" and setting.name == "lr_scheduler_kwargs"
-        if not derived and not setting.name.startswith(_FREE_PREFIXES):
-            return f"{setting.name}: {_text(known.value)} there, {_text(setting.value)} asked for"
+        is_derived = recorded.source == setting.source == "auto" and setting.name == "lr_scheduler_kwargs"
+        if not is_derived and not setting.name.startswith(_FREE_PREFIXES):
+            return f"{setting.name}: {_text(recorded.value)} there, {_text(setting.value)} asked for"
     return None
 
 

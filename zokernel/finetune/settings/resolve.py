@@ -79,41 +79,20 @@ def resolve(
         >>> settings["eps"], settings.setting("eps").source
         (0.01, 'default')
     """
-    requested, sources = config.to_dict(), given_sources(config, command)
+    requested, sources = config.to_dict(), setting_sources(config, command)
     choices = _Choices(requested, sources, [f.name for f in dataclasses.fields(config) if f.init])
-    chosen_by_auto = config.method == AUTO
-    if chosen_by_auto:
-        choices.decide("auto", method=auto.METHOD)
-        given, rate = config.method_args or [], config.learning_rate
-        own = by_example and trained == "LoRA" and not auto.says_how_to_draw(given)
-        choices.decide("auto", method_args=auto.method_args(given, learning_rate=rate, per_example=own))
-        choices.fill("auto", per_device_train_batch_size=auto.BATCH, lr_scheduler_type=auto.SCHEDULE)
-        batch = choices["per_device_train_batch_size"]
-        choices.fill("auto", num_perturbations=1 if own else auto.num_perturbations(batch))
-        if trained == "LoRA":
-            choices.fill("auto", eps=auto.LORA_EPS)
+    if config.method == AUTO:
+        _choose_method(choices, config, trained, by_example=by_example)
     choices.fill("default", per_device_train_batch_size=BATCH, lr_scheduler_type=SCHEDULE)
     choices.fill("default", eval_steps=default_eval_steps(config.max_steps))
     if "precision" in choices.values:
-        decided_by = sources.get("bf16", "hardware") if config.precision == "auto" else None
-        choices.decide(decided_by, precision="bf16" if config.bf16 else "fp32")
+        source = sources.get("bf16", "hardware") if config.precision == "auto" else None
+        choices.decide(source, precision="bf16" if config.bf16 else "fp32")
     if config.save_strategy == "journal" and str(requested["eval_strategy"]) == "no":
         choices.decide("auto", load_best_model_at_end=False)
     if choices["learning_rate"] is None:
         choices.fill("auto", learning_rate=_learning_rate(choices, trained, num_examples, config.world_size))
-    options = method_options(choices["method"])
-    pairs = read_pairs(choices["method_args"] or [], options)
-    named = set(pairs) & set(SHARED_OPTIONS)
-    for name in sorted(named):
-        if requested[name] is not None:
-            raise UsageError(f"{name} is given twice, by itself and in method_args: give it once.")
-    choices.decide(sources.get("method_args", "auto"), **{name: pairs[name] for name in named})
-    if trained == "LoRA" and options.get("eps") == PLAIN_EPS and choices["eps"] is None:
-        choices.fill("default", eps=LORA_EPS)
-        logger.info("eps: %g, the default for LoRA.", LORA_EPS)
-    for name in SHARED_OPTIONS:
-        if options.get(name) is not None and name not in named:
-            choices.fill("default", **{name: options[name]})
+    _choose_options(choices, requested, trained, source=sources.get("method_args", "auto"))
     if low_precision and choices["perturb"] == AUTO:
         choices.decide("auto", perturb="in_forward")  # exact, without a copy of the weights
     if low_precision:
@@ -127,19 +106,59 @@ def resolve(
     settings = RunSettings(config, choices.settings())
     try_method(settings.arguments())
     if "precision" in choices.values and config.precision == "auto" and not (config.bf16 and "bf16" in sources):
-        _say_precision(config.use_cpu)
+        _log_precision(config.use_cpu)
     return settings
 
 
-def _say_precision(use_cpu: bool) -> None:
+def _choose_method(choices: _Choices, config: Any, trained: str, *, by_example: bool) -> None:
+    """Decide what ``--method auto`` stands for: method and options, batch, schedule, directions and radius."""
+    choices.decide("auto", method=auto.METHOD)
+    pairs, rate = config.method_args or [], config.learning_rate
+    per_example = by_example and trained == "LoRA" and not auto.chooses_directions(pairs)
+    choices.decide("auto", method_args=auto.method_args(pairs, learning_rate=rate, per_example=per_example))
+    choices.fill("auto", per_device_train_batch_size=auto.BATCH, lr_scheduler_type=auto.SCHEDULE)
+    batch = choices["per_device_train_batch_size"]
+    choices.fill("auto", num_perturbations=1 if per_example else auto.num_perturbations(batch))
+    if trained == "LoRA":
+        choices.fill("auto", eps=auto.LORA_EPS)
+
+
+def _choose_options(choices: _Choices, requested: Mapping[str, Any], trained: str, *, source: str) -> None:
+    """Decide the options that have flags of their own: by ``method_args``, else by the defaults of the method.
+
+    Args:
+        choices: The choices, with the method.
+        requested: What the user asked for.
+        trained: What is trained.
+        source: Who gave ``method_args``.
+
+    Raises:
+        UsageError: If an option is given by its flag and in ``method_args``.
+    """
+    options = method_options(choices["method"])
+    pairs = read_pairs(choices["method_args"] or [], options)
+    names_in_args = set(pairs) & set(SHARED_OPTIONS)
+    for name in sorted(names_in_args):
+        if requested[name] is not None:
+            raise UsageError(f"{name} is given twice, by itself and in method_args: give it once.")
+    choices.decide(source, **{name: pairs[name] for name in names_in_args})
+    if trained == "LoRA" and options.get("eps") == PLAIN_EPS and choices["eps"] is None:
+        choices.fill("default", eps=LORA_EPS)
+        logger.info("eps: %g, the default for LoRA.", LORA_EPS)
+    for name in SHARED_OPTIONS:
+        if options.get(name) is not None and name not in names_in_args:
+            choices.fill("default", **{name: options[name]})
+
+
+def _log_precision(use_cpu: bool) -> None:
     """Log which precision the hardware decided."""
     faster, why = faster_in_bf16(use_cpu=use_cpu)
     precision = "forwards under bf16 autocast" if faster else "fp32"
     logger.info("Precision: %s (%s; override with precision).", precision, why)
 
 
-def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
-    """Return who gave the settings that were given: the user, or a recipe.
+def setting_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
+    """Return where each explicit setting comes from: from the user, or from a recipe.
 
     Args:
         config: What the user asked for.
@@ -151,7 +170,7 @@ def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
     Example:
         >>> command = ["finetune", "--config", "mezo-opt-sst2", "--max-steps=10"]
         >>> from zokernel.finetune import ZOConfig
-        >>> sources = given_sources(ZOConfig(output_dir="runs/mine"), command)
+        >>> sources = setting_sources(ZOConfig(output_dir="runs/mine"), command)
         >>> sources["max_steps"], sources["eps"]
         ('user', 'recipe')
     """
@@ -163,8 +182,8 @@ def given_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
         for word, following in zip(command, [*command[1:], ""])
         if word.partition("=")[0] == "--config"
     ]
-    read = {key for recipe in recipes for key in keys_of(Path(recipe))}
-    return _renamed(dict.fromkeys(read, "recipe") | dict.fromkeys(flags, "user"))
+    recipe_keys = {key for recipe in recipes for key in keys_of(Path(recipe))}
+    return _renamed(dict.fromkeys(recipe_keys, "recipe") | dict.fromkeys(flags, "user"))
 
 
 def _renamed(sources: dict[str, str]) -> dict[str, str]:
@@ -229,10 +248,10 @@ def _learning_rate(choices: _Choices, trained: str, num_examples: int | None, wo
 class _Choices:
     """Values and their sources while they are being decided."""
 
-    def __init__(self, requested: Mapping[str, Any], given: Mapping[str, str], names: Sequence[str]):
-        kept = [name for name in names if not name.startswith(COSMETIC) and name != "restore"]
-        self.values = as_json({name: requested[name] for name in kept})
-        self.sources = {name: given.get(name, "default") for name in self.values}
+    def __init__(self, requested: Mapping[str, Any], sources: Mapping[str, str], names: Sequence[str]):
+        names = [name for name in names if not name.startswith(COSMETIC) and name != "restore"]
+        self.values = as_json({name: requested[name] for name in names})
+        self.sources = {name: sources.get(name, "default") for name in self.values}
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -65,7 +65,7 @@ def keep_no_activations(args: Any) -> None:
             setattr(args, f"{name}_kwargs", None)
 
 
-def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str] = ()) -> None:
+def refuse_unsupported(args: Any, *, scored: bool = False, explicit: Collection[str] = ()) -> None:
     """Refuse settings that would be ignored.
 
     A setting that only a zeroth-order step ignores may be given at its default, so that the same flags serve a
@@ -74,24 +74,24 @@ def refuse_unsupported(args: Any, *, scored: bool = False, given: Collection[str
     Args:
         args: ``TrainingArguments`` with the fields of ``ZOArguments``.
         scored: Whether zokernel's own objective scores the examples.
-        given: Settings that are known to be asked for, even if their values are the defaults.
+        explicit: Settings that the user set, even if their values are the defaults.
 
     Raises:
         UsageError: If any is set; all of them are named.
     """
     refused = ALWAYS | (FIRST_ORDER if is_first_order(args.method) else ZEROTH_ORDER) | (SCORED if scored else {})
-    found: dict[str, str] = {}  # why each is refused
+    reasons: dict[str, str] = {}
     for f in fields(args):
         if f.name not in refused:
             continue
         default, value = default_of(f), getattr(args, f.name)
-        off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
-        changed = value != default and (value or off)
-        if not changed and value and f.name in given and f.name in ZEROTH_ORDER:
+        turned_off = default is True and f.name not in _CHECKPOINTING  # which is off in any case
+        changed = value != default and (value or turned_off)
+        if not changed and value and f.name in explicit and f.name in ZEROTH_ORDER:
             logger.info("%s %s has no effect on %s: %s.", f.name, value, args.method, refused[f.name])
-        elif changed or (value and f.name in given):
+        elif changed or (value and f.name in explicit):
             value = getattr(value, "value", value)  # of an enumeration
-            found[f"{f.name}={value!r}"] = refused[f.name]
-    if found:
-        reasons, them = "; ".join(dict.fromkeys(found.values())), "it" if len(found) == 1 else "them"
-        raise UsageError(f"{', '.join(found)} cannot be honoured here ({reasons}): leave {them} out.")
+            reasons[f"{f.name}={value!r}"] = refused[f.name]
+    if reasons:
+        why, them = "; ".join(dict.fromkeys(reasons.values())), "it" if len(reasons) == 1 else "them"
+        raise UsageError(f"{', '.join(reasons)} cannot be honoured here ({why}): leave {them} out.")

@@ -87,16 +87,16 @@ class ZOArguments:
         Raises:
             UsageError: If something does not exist, or would be ignored.
         """
-        known = methods()
-        if self.method not in (AUTO, *known) and not is_plugin(self.method):
-            names = [name for name, kind in known.items() if by_example or not getattr(kind, "by_example", False)]
+        kinds = methods()
+        if self.method not in (AUTO, *kinds) and not is_plugin(self.method):
+            names = [name for name, kind in kinds.items() if by_example or not getattr(kind, "by_example", False)]
             raise UsageError(f"There is no method {self.method!r}: choose one of {', '.join([AUTO, *names])}.")
         if self.perturb not in PERTURB:
             raise UsageError(f"perturb must be one of {', '.join(PERTURB)}, not {self.perturb!r}.")
         if is_first_order(self.method):
             # Gradients of several processes are averaged over their batches, as zo_parallel data has it.
-            for name, kept in (("perturb", (AUTO,)), ("zo_parallel", (None, "data")), ("zo_point_ranks", (None,))):
-                if getattr(self, name) not in kept:
+            for name, allowed in (("perturb", (AUTO,)), ("zo_parallel", (None, "data")), ("zo_point_ranks", (None,))):
+                if getattr(self, name) not in allowed:
                     raise UsageError(
                         f"{name} says how the losses of a zeroth-order step are taken, and {self.method} takes "
                         "gradients: leave it out."
@@ -112,9 +112,9 @@ class ZOArguments:
         Raises:
             UsageError: If the method has no such option, or a value is not of the option's type.
         """
-        rest: Any = self  # the fields of TrainingArguments
-        given: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
-        given = {name: value for name, value in given.items() if value is not None}
+        arguments: Any = self  # with the fields of TrainingArguments
+        options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
+        options = {name: value for name, value in options.items() if value is not None}
         defaults = method_options(self.method)
         for pair in self.method_args or []:
             name, equals, text = pair.partition("=")
@@ -122,8 +122,8 @@ class ZOArguments:
                 raise UsageError(f"method_args takes key=value pairs, not {pair!r}.")
             if name in HAVE_FLAGS:
                 raise UsageError(f"{name} is not an option for method_args: set {HAVE_FLAGS[name]}.")
-            given[name] = _parse_value(name, text, defaults.get(name))
-        for name in given:
+            options[name] = _parse_value(name, text, defaults.get(name))
+        for name in options:
             if name not in defaults or name == "perturb":
                 hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
                 allowed = ", ".join(option for option in defaults if option not in hidden)
@@ -131,14 +131,14 @@ class ZOArguments:
                 hint = f" (--method {others[0]} has {name})" if others else ""
                 raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}{hint}.")
         if "weight_decay" in defaults:
-            given["weight_decay"] = rest.weight_decay
+            options["weight_decay"] = arguments.weight_decay
         if "seed" in defaults:
-            given.setdefault("seed", rest.seed)
+            options.setdefault("seed", arguments.seed)
         # Without a schedule the length of the run changes nothing, so that it may be extended.
-        scheduled = any(name.endswith("_schedule") for name in given)
-        if scheduled and "total_steps" in defaults and rest.max_steps > 0:
-            given.setdefault("total_steps", rest.max_steps)
-        return given
+        scheduled = any(name.endswith("_schedule") for name in options)
+        if scheduled and "total_steps" in defaults and arguments.max_steps > 0:
+            options.setdefault("total_steps", arguments.max_steps)
+        return options
 
 
 def is_first_order(method: str) -> bool:
@@ -167,8 +167,8 @@ def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, A
         >>> read_pairs(["eps=1e-2", "sign_of=projection"], {"eps": 1e-3, "sign_of": "estimate"})
         {'eps': 0.01, 'sign_of': 'projection'}
     """
-    found = (pair.partition("=") for pair in pairs)
-    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in found}
+    parts = (pair.partition("=") for pair in pairs)
+    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in parts}
 
 
 def _parse_value(name: str, text: str, default: Any) -> Any:

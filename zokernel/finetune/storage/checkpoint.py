@@ -29,13 +29,13 @@ TRAINER_STATE = "trainer_state.json"
 _HIDDEN = (".partial-", ".stale-")
 
 
-def hidden(target: Path) -> Path:
+def hidden_path(target: Path) -> Path:
     """Return the name under which a folder is written before it is complete."""
     return target.with_name(f".partial-{target.name}")
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder that takes the name ``target`` when the block ends well, and is removed when it does not.
 
     Args:
@@ -44,7 +44,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Yields:
         The hidden folder.
     """
-    scratch = hidden(target)
+    scratch = hidden_path(target)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
@@ -77,9 +77,9 @@ def move_files(source: Path, target: Path) -> None:
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: (path.suffix == ".json", path.name == "config.json")):
         sync(path)
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(destination)
     sync(target)
 
 
@@ -103,8 +103,13 @@ def remove_leftovers(folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()]
+    return sorted(folders, key=step_of)
+
+
+def newest_checkpoint(folder: Path, *, last_step: float) -> Path | None:
+    """Return the newest checkpoint in a run's folder after at most so many steps; None if there is none."""
+    return next((path for path in reversed(checkpoints(folder)) if step_of(path) <= last_step), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -115,21 +120,21 @@ def step_of(checkpoint: Path) -> int:
 
 def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beyond ``limit``, but neither the newest nor the best."""
-    found = checkpoints(folder)
+    paths = checkpoints(folder)
     if not limit or limit < 1:
         return
-    protected = {found[-1].name} | ({Path(best).name} if best else set()) if found else set()
-    surplus = len(found) - max(limit, len(protected))
-    for path in [path for path in found if path.name not in protected][: max(0, surplus)]:
+    protected = {paths[-1].name} | ({Path(best).name} if best else set()) if paths else set()
+    surplus = len(paths) - max(limit, len(protected))
+    for path in [path for path in paths if path.name not in protected][: max(0, surplus)]:
         remove_folder(path)
 
 
 def remove_checkpoints(folder: Path) -> int:
     """Remove all checkpoints of a run, and return how many there were."""
-    found = checkpoints(folder)
-    for path in found:
+    paths = checkpoints(folder)
+    for path in paths:
         remove_folder(path)
-    return len(found)
+    return len(paths)
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -34,7 +34,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     if key in _held:
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     with _locked(folder) as file:
         _held.add(key)
         file.truncate(0)
@@ -47,7 +47,7 @@ def exclusive(folder: Path) -> Iterator[None]:
                 _held.discard(key)
                 with suppress(OSError):  # a folder that cannot be written any more, or holds something
                     (folder / LOCK_FILE).unlink()
-                    for path in made:
+                    for path in new_folders:
                         path.rmdir()
 
 

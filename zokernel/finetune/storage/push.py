@@ -62,7 +62,7 @@ def check_push(config: ZOConfig) -> None:
         raise RunError(
             "--push_to_hub needs an access token that may write: log in with 'hf auth login', or set HF_TOKEN."
         )
-    with _Explained(config):
+    with _HubErrors(config):
         who = _api(config).whoami()
     role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
@@ -72,7 +72,7 @@ def check_push(config: ZOConfig) -> None:
         )
 
 
-def pushed_by_nobody_else(config: ZOConfig) -> ZOConfig:
+def without_trainer_push(config: ZOConfig) -> ZOConfig:
     """Return settings with which ``transformers.Trainer`` does not upload: it would at every save, and all there is."""
     config = copy.copy(config)
     config.push_to_hub = False
@@ -93,7 +93,7 @@ def open_repository(config: ZOConfig) -> str:
     """
     if not (config.push_to_hub and config.should_save):
         return ""
-    with _Explained(config):
+    with _HubErrors(config):
         api = _api(config)
         name = str(api.create_repo(_name(config), private=config.hub_private_repo, exist_ok=True).repo_id)
         api.auth_check(name, write=True)
@@ -116,11 +116,11 @@ def push_finished(folder: Path, config: ZOConfig) -> str:
     name = open_repository(config)
     if not name:
         return ""
-    with _Explained(config, f"the finished run is in {folder}, and the same command uploads it"):
+    with _HubErrors(config, f"the finished run is in {folder}, and the same command uploads it"):
         api = _api(config)
         if config.hub_revision:
             api.create_branch(name, branch=config.hub_revision, exist_ok=True)
-        stale = _left_from_before(api.list_repo_files(name, revision=config.hub_revision), folder, name)
+        stale = _stale_files(api.list_repo_files(name, revision=config.hub_revision), folder, name)
         api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -134,27 +134,27 @@ def push_finished(folder: Path, config: ZOConfig) -> str:
     return address
 
 
-def _left_from_before(there: list[str], folder: Path, name: str) -> list[str]:
+def _stale_files(remote: list[str], folder: Path, name: str) -> list[str]:
     """Return the files of an earlier run that the upload does not replace, such as a whole model beside an adapter.
 
     They are deleted in the commit of the upload, and the history of the repository keeps them.  Where no run of
     zokernel was uploaded before, files are somebody else's: they stay, and are named.
 
     Args:
-        there: Paths in the repository.
+        remote: Paths in the repository.
         folder: The finished run.
         name: Id of the repository.
     """
     from huggingface_hub.utils import filter_repo_objects
 
     local = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    coming = set(filter_repo_objects(local, ignore_patterns=list(LEFT_OUT)))
+    uploaded = set(filter_repo_objects(local, ignore_patterns=list(LEFT_OUT)))
     stale = [
         path
-        for path in filter_repo_objects(sorted(there), ignore_patterns=list(LEFT_OUT))
-        if path not in coming and any(fnmatch(path.split("/")[0], pattern) for pattern in ARTEFACTS)
+        for path in filter_repo_objects(sorted(remote), ignore_patterns=list(LEFT_OUT))
+        if path not in uploaded and any(fnmatch(path.split("/")[0], pattern) for pattern in ARTEFACTS)
     ]
-    if stale and RUN_FILE not in there:
+    if stale and RUN_FILE not in remote:
         logger.warning(
             "%s holds files that no run of zokernel wrote, and they stay beside the new ones: %s.",
             name,
@@ -176,11 +176,11 @@ def _api(config: ZOConfig) -> Any:
     return HfApi(token=config.hub_token)
 
 
-class _Explained:
+class _HubErrors:
     """Turns what the hub answers within the block into one sentence."""
 
-    def __init__(self, config: ZOConfig, then: str = ""):
-        self.name, self.given, self.then = _name(config), config.hub_token, then
+    def __init__(self, config: ZOConfig, advice: str = ""):
+        self.name, self.token, self.advice = _name(config), config.hub_token, advice
         self.requests = bounded_requests()
 
     def __enter__(self) -> None:
@@ -190,7 +190,10 @@ class _Explained:
         self.requests.__exit__(None, None, None)
         if not isinstance(error, Exception):
             return
-        told: ZokernelError | None = hub.explain(error, self.name, token_from="--hub_token" if self.given else "")
-        if told is None:
+        explanation: ZokernelError | None = hub.explain(
+            error, self.name, token_from="--hub_token" if self.token else ""
+        )
+        if explanation is None:
             return
-        raise type(told)(str(told).rstrip(".") + (f" ({self.then})." if self.then else ".")) from error
+        ending = f" ({self.advice})." if self.advice else "."
+        raise type(explanation)(str(explanation).rstrip(".") + ending) from error

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from zokernel.data import resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError, ZokernelError
-from zokernel.finetune.models.check import load_tokenizer, not_loaded
+from zokernel.finetune.models.check import load_tokenizer, loading_error
 from zokernel.finetune.models.kind import auto_class, is_trusted, language_model_kind
-from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, keep_as_stored_, stored_as
+from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, stored_quantization
+from zokernel.finetune.models.quantized_model import prevent_repacking_
 from zokernel.finetune.models.revision import check_revision
 from zokernel.finetune.models.saved_adapter import load_saved, name_base_, recorded_settings
 from zokernel.finetune.models.scales import reset_factors_, train_scales_, trains_scales
@@ -72,9 +73,9 @@ def replay(
         model = load_base(str(base), journal, model_revision=model_revision, trust_remote_code=trust_remote_code)
         weights = dict(model.named_parameters())
     else:
-        given = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
-        names = [name for name in journal.header.get("parameters", ()) if name in given]
-        weights = {name: given[name].detach().clone() for name in names}
+        tensors = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
+        names = [name for name in journal.header.get("parameters", ()) if name in tensors]
+        weights = {name: tensors[name].detach().clone() for name in names}
     replay_(weights, journal, step=step, allow_other_backend=allow_other_backend)
     return {name: weights[name].detach() for name in journal.header["parameters"]}
 
@@ -94,34 +95,36 @@ def load_base(
         UsageError: If it cannot be loaded, or the journal does not say of which class it is.
         RunError: If it is another one.
     """
-    described = journal.header.get("model") or {}
-    reading = read_as(name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code)
+    description = journal.header.get("model") or {}
+    load_options = load_options_of(
+        name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code
+    )
     try:
         with bounded_requests():
-            path, options = source_of(name_or_path, described.get("quantization"), reading)
-            model_class = _class_of(str(described.get("class")), path, reading, journal)
-            model = model_class.from_pretrained(path, dtype=getattr(torch, described["dtype"]), **options).eval()
+            path, options = source_of(name_or_path, description.get("quantization"), load_options)
+            model_class = _class_of(str(description.get("class")), path, load_options, journal)
+            model = model_class.from_pretrained(path, dtype=getattr(torch, description["dtype"]), **options).eval()
     except (OSError, ValueError) as error:
         if isinstance(error, ZokernelError):
             raise
-        raise not_loaded(name_or_path, error, revision=reading.get("revision")) from error
-    if type(model).__name__ != described["class"]:
+        raise loading_error(name_or_path, error, revision=load_options.get("revision")) from error
+    if type(model).__name__ != description["class"]:
         raise RunError(
-            f"The base is a {type(model).__name__}, and the run's was a {described['class']}: give the model it was "
+            f"The base is a {type(model).__name__}, and the run's was a {description['class']}: give the model it was "
             "started with."
         )
-    keep_as_stored_(model)
-    if described.get("trained") == "scales":
+    prevent_repacking_(model)
+    if description.get("trained") == "scales":
         model = train_scales_(model)
-    if described["adapter"]:
+    if description["adapter"]:
         folder = journal.path.parent / BASE_ADAPTER
         if not (folder / "adapter_model.safetensors").exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
         model = load_saved(model, str(folder))
-        name_base_(model, name_or_path, reading.get("revision") or "main")
+        name_base_(model, name_or_path, load_options.get("revision") or "main")
     parameters, header = dict(model.named_parameters()), journal.header
-    others = quantized_sha256(parameters) != header.get("quantized_sha256", quantized_sha256(parameters))
-    if others or frozen_sha256(parameters, header["parameters"]) != header["frozen_sha256"]:
+    is_other_base = quantized_sha256(parameters) != header.get("quantized_sha256", quantized_sha256(parameters))
+    if is_other_base or frozen_sha256(parameters, header["parameters"]) != header["frozen_sha256"]:
         raise RunError("The frozen weights of the base are not those of the run: give the model it was started with.")
     if str(journal.header["backend"]).endswith(" on cuda") and torch.cuda.is_available():
         model.cuda()  # where the same roundings are repeated
@@ -136,26 +139,28 @@ def load_tokenizer_of_base(
     Raises:
         UsageError: If it cannot be loaded.
     """
-    reading = read_as(name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code)
+    load_options = load_options_of(
+        name_or_path, journal.path.parent, model_revision, trust_remote_code=trust_remote_code
+    )
     with bounded_requests():
-        return load_tokenizer(_place(name_or_path), name_or_path, reading)
+        return load_tokenizer(_load_path(name_or_path), name_or_path, load_options)
 
 
-def read_as(
+def load_options_of(
     name: str, folder: Path, model_revision: str | None = None, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Return what ``from_pretrained`` is told of a base: its revision, its GGUF file, and whether its code may run.
+    """Return what ``from_pretrained`` needs for a base: its revision, its GGUF file, and whether its code may run.
 
     Args:
         name: A model folder, a hub id or a GGUF file.
         folder: The folder of the run, whose record names revision and file if it began with this model.
-        model_revision: The revision that was asked for.
+        model_revision: The requested revision.
         trust_remote_code: Whether code that comes with it may run.
 
     Raises:
-        UsageError: If a revision was asked for and the base is not on the hub.
+        UsageError: If a revision is requested and the base is not on the hub.
     """
-    reading: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # without it, transformers asks the user
+    load_options: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # without it, transformers asks the user
     if model_revision is not None:
         check_revision(name)
     recorded = recorded_settings(folder)
@@ -163,27 +168,27 @@ def read_as(
     place = Path(name).expanduser()
     file = place.name if place.suffix == ".gguf" else recorded.get("gguf_file")
     revision = model_revision or recorded.get("model_revision") or "main"
-    reading |= {"revision": revision} if revision != "main" else {}
-    return reading | ({"gguf_file": file} if file else {})
+    load_options |= {"revision": revision} if revision != "main" else {}
+    return load_options | ({"gguf_file": file} if file else {})
 
 
 def source_of(
-    name: str, quantization: dict[str, Any] | None = None, reading: Mapping[str, Any] | None = None
+    name: str, quantization: dict[str, Any] | None = None, load_options: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Return where a base is read from, and what ``from_pretrained`` must be told to read it as the run did.
+    """Return where a base is read from, and what ``from_pretrained`` needs to read it as the run did.
 
     Args:
         name: A model folder, a hub id or a GGUF file.
         quantization: How the run quantized it while it was loaded.
-        reading: What :func:`read_as` returned.
+        load_options: What :func:`load_options_of` returned.
     """
     from transformers import AutoConfig, CompressedTensorsConfig, GgufConfig
     from transformers.quantizers import AutoQuantizationConfig
 
-    path, options = _place(name), dict(reading or {"trust_remote_code": False})
+    path, options = _load_path(name), dict(load_options or {"trust_remote_code": False})
     if "gguf_file" in options:
         return path, options | {"quantization_config": GgufConfig(dequantize=True)}
-    stored = stored_as(AutoConfig.from_pretrained(path, **options))
+    stored = stored_quantization(AutoConfig.from_pretrained(path, **options))
     options["use_safetensors"] = True
     if stored in DEQUANTIZED:
         return path, options | {"quantization_config": CompressedTensorsConfig(dequantize=True)}
@@ -194,13 +199,13 @@ def source_of(
     return path, options
 
 
-def _place(name: str) -> str:
+def _load_path(name: str) -> str:
     """Return the folder or hub id that ``from_pretrained`` reads: of a GGUF file, the folder."""
     path = resolve_model_path(name)
     return str(Path(path).expanduser().parent) if path.endswith(".gguf") else path
 
 
-def _class_of(name: str, path: str, reading: Mapping[str, Any], journal: Journal) -> Any:
+def _class_of(name: str, path: str, load_options: Mapping[str, Any], journal: Journal) -> Any:
     """Return what loads a model of a class: transformers' own, or its ``AutoModel`` for code that comes with the base.
 
     Raises:
@@ -208,15 +213,15 @@ def _class_of(name: str, path: str, reading: Mapping[str, Any], journal: Journal
     """
     import transformers
 
-    found: Any = getattr(transformers, name, None)
-    if hasattr(found, "from_pretrained"):
-        return found
-    if not reading.get("trust_remote_code"):
+    model_class: Any = getattr(transformers, name, None)
+    if hasattr(model_class, "from_pretrained"):
+        return model_class
+    if not load_options.get("trust_remote_code"):
         raise UsageError(
             f"{journal.path} was written for a {name}, which transformers cannot load: if its code comes with the base "
             "and may be run, pass --trust_remote_code true, else the base weights to zokernel.finetune.replay."
         )
-    return auto_class(language_model_kind(transformers.AutoConfig.from_pretrained(path, **reading)))
+    return auto_class(language_model_kind(transformers.AutoConfig.from_pretrained(path, **load_options)))
 
 
 @torch.no_grad()
@@ -233,14 +238,14 @@ def restore_base_(model: Any, folder: Path) -> None:
         reset_factors_(model)
         return
     try:
-        reading = read_as(model.name_or_path, folder, trust_remote_code=is_trusted(model.config))
-        path, options = source_of(model.name_or_path, reading=reading)
-        again = type(model).from_pretrained(path, dtype=model.dtype, **options)
+        load_options = load_options_of(model.name_or_path, folder, trust_remote_code=is_trusted(model.config))
+        path, options = source_of(model.name_or_path, load_options=load_options)
+        base = type(model).from_pretrained(path, dtype=model.dtype, **options)
     except (OSError, ValueError) as error:
         raise RunError(
             f"The base {model.name_or_path!r} can no longer be loaded: rebuild the wanted step with "
             f"'zokernel replay --base BASE --journal {folder} --output_dir DIR --step N'."
         ) from error
     targets = dict(model.named_parameters())
-    for name, tensor in again.named_parameters():
+    for name, tensor in base.named_parameters():
         targets[name].copy_(tensor)

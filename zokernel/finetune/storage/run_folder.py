@@ -74,7 +74,7 @@ _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
 
 def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, Any] | None = None) -> str:
-    """Make sure that a run may write to ``folder``, and return what is there.
+    """Make sure that a run may write to ``folder``, and return its state.
 
     A run that was cut off is continued by the settings it was started with; nobody has to know that it was.
 
@@ -88,45 +88,36 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         ``new``, ``unfinished`` or ``finished``.
 
     Raises:
-        UsageError: If the folder holds something else, a run that was not asked to be resumed or overwritten, or one
+        UsageError: If the folder holds something else, a run that is not to be resumed or overwritten, or one
             with other examples or starting weights.
         RunError: If it cannot be written.
     """
     check_output_dir(folder, "The output folder")
     folder.mkdir(parents=True, exist_ok=True)
-    occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
-    ours, finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
-    old = read_json(folder / RUN_FILE).get("settings") if ours and (resume or not overwrite) else None
+    is_occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
+    is_run, is_finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
+    old = read_json(folder / RUN_FILE).get("settings") if is_run and (resume or not overwrite) else None
     if resume:
-        if not ours:
+        if not is_run:
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
         refuse_old_run(folder)
         _refuse_other_start(folder, old or {}, settings or {})
         return "unfinished"
-    if not occupied:
+    if not is_occupied:
         return "new"
     if not overwrite:
-        if not ours:
+        if not is_run:
             raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
         refuse_old_run(folder)
         different = _different(old, settings)
-        if not different:
-            return "finished" if finished else "unfinished"
-        if different == [STARTING_WEIGHTS]:
-            raise _other_weights(folder)
-        goes_on = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
-        told = _told(different, old, settings)
-        raise UsageError(
-            f"{folder} already holds another run{'' if finished else ', unfinished'} ({told}): "
-            + ("" if finished else "repeat its settings to continue it, ")
-            + ("lengthen it with --resume_from_checkpoint last, " if goes_on else "")
-            + "choose another --output_dir, or start over with --overwrite_output_dir true."
-        )
-    if not ours:
+        if different:
+            raise _other_run(folder, different, old, settings, is_finished=is_finished)
+        return "finished" if is_finished else "unfinished"
+    if not is_run:
         raise UsageError(
             f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."
         )
-    if (folder / _CARD).is_file() and not _is_of_a_run(folder / _CARD):
+    if (folder / _CARD).is_file() and not _is_artefact(folder / _CARD):
         raise UsageError(f"{folder / _CARD} was not written by the run: move it away, or choose another --output_dir.")
     _clear(folder)
     return "new"
@@ -135,14 +126,14 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
 def _clear(folder: Path) -> None:
     """Remove what a run left; the file that says whose folder this is goes last, so that a kill leaves it ours."""
     for pattern in ARTEFACTS:
-        for path in filter(_is_of_a_run, folder.glob(pattern)):
+        for path in filter(_is_artefact, folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _is_of_a_run(path: Path) -> bool:
+def _is_artefact(path: Path) -> bool:
     """Return whether a run wrote what has the name of an artefact, where people use that name, too."""
     if path.name == _LOGS:
-        files = [found.name for found in path.rglob("*") if not found.is_dir()]
+        files = [file.name for file in path.rglob("*") if not file.is_dir()]
         return path.is_dir() and all(name.startswith("events.out.tfevents") for name in files)
     if path.name == _CARD:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -151,7 +142,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 @contextmanager
-def left_empty_if_refused(folder: Path, *, new: bool) -> Iterator[None]:
+def clear_if_refused(folder: Path, *, new: bool) -> Iterator[None]:
     """Remove what a new run has written if it is refused before its first step: there is nothing to continue.
 
     Args:
@@ -162,8 +153,8 @@ def left_empty_if_refused(folder: Path, *, new: bool) -> Iterator[None]:
         yield
     except UsageError:
         journal, later = folder / FILE_NAME, (STEPS_FILE, METRICS_FILE, "*.safetensors")
-        begun = journal.exists() and Journal.read(journal).num_steps > 0
-        if new and not begun and not any(list(folder.glob(pattern)) for pattern in later):
+        has_steps = journal.exists() and Journal.read(journal).num_steps > 0
+        if new and not has_steps and not any(list(folder.glob(pattern)) for pattern in later):
             _clear(folder)
         raise
 
@@ -201,8 +192,8 @@ def run_settings(*groups: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for group in groups:
         values |= group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-    kept = {key: value for key, value in values.items() if not key.startswith(COSMETIC)}
-    return json.loads(json.dumps(hide_in_values(kept), default=str))
+    deciding = {key: value for key, value in values.items() if not key.startswith(COSMETIC)}
+    return json.loads(json.dumps(hide_in_values(deciding), default=str))
 
 
 def new_record(command: Sequence[str], settings: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
@@ -217,7 +208,9 @@ def new_record(command: Sequence[str], settings: Mapping[str, Any], base: Mappin
     return {"zokernel": __version__, "record": RECORD, "command": words, "settings": dict(settings), "base": dict(base)}
 
 
-def note_begin(folder: Path, run: dict[str, Any], *, settings: Mapping[str, Any], total_steps: int, taken: int) -> None:
+def note_begin(
+    folder: Path, run: dict[str, Any], *, settings: Mapping[str, Any], total_steps: int, steps_taken: int
+) -> None:
     """Write to ``run.json`` that training begins, or goes on where another process left it, perhaps to a later step.
 
     Args:
@@ -225,12 +218,12 @@ def note_begin(folder: Path, run: dict[str, Any], *, settings: Mapping[str, Any]
         run: What ``run.json`` holds; changed in place.
         settings: What decides the run's result.
         total_steps: Steps the run will have taken when it ends.
-        taken: Steps that earlier processes took.
+        steps_taken: Steps that earlier processes took.
     """
     (folder / METRICS_FILE).unlink(missing_ok=True)
     run.update(settings=dict(settings), total_steps=total_steps)
-    if taken:
-        run["continued_at"] = [*run.get("continued_at", []), taken]
+    if steps_taken:
+        run["continued_at"] = [*run.get("continued_at", []), steps_taken]
     write_json(folder / RUN_FILE, run)
 
 
@@ -247,17 +240,46 @@ def _refuse_other_start(folder: Path, old: Mapping[str, Any], new: Mapping[str, 
         if name in changed:
             raise UsageError(
                 f"The {split} examples are not those of the run in {folder} "
-                f"({_rows_told(name.removesuffix('_rows'), old[name], new[name])}): give it the same, or choose "
+                f"({_describe_rows(name.removesuffix('_rows'), old[name], new[name])}): give it the same, or choose "
                 "another --output_dir."
             )
     if STARTING_WEIGHTS in changed:
         raise _other_weights(folder)
     own = {field.name for field in dataclasses.fields(DataArguments)}.difference(_WHICH_ROWS)
-    if shown := [name for name in changed if name in own]:
+    if names := [name for name in changed if name in own]:
         raise UsageError(
-            f"The examples are not used as in the run in {folder} ({_told(shown, old, new)}): repeat its "
-            "settings, or choose another --output_dir."
+            f"The examples are not used as in the run in {folder} ({_describe_differences(names, old, new)}): repeat "
+            "its settings, or choose another --output_dir."
         )
+
+
+def _other_run(
+    folder: Path,
+    different: Sequence[str],
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any] | None,
+    *,
+    is_finished: bool,
+) -> UsageError:
+    """Return the error for a folder that holds a run with other settings.
+
+    Args:
+        folder: The output folder.
+        different: Names of the settings that differ.
+        old: The settings of the run that is there.
+        new: The requested ones.
+        is_finished: Whether the run that is there is finished.
+    """
+    if different == [STARTING_WEIGHTS]:
+        return _other_weights(folder)
+    can_continue = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
+    return UsageError(
+        f"{folder} already holds another run{'' if is_finished else ', unfinished'} "
+        f"({_describe_differences(different, old, new)}): "
+        + ("" if is_finished else "repeat its settings to continue it, ")
+        + ("lengthen it with --resume_from_checkpoint last, " if can_continue else "")
+        + "choose another --output_dir, or start over with --overwrite_output_dir true."
+    )
 
 
 def _other_weights(folder: Path) -> UsageError:
@@ -278,27 +300,27 @@ def _different(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> 
     return sorted(names, key=lambda name: str(old.get(name)).count(" rows, sha256 "))
 
 
-def _told(names: Sequence[str], old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
+def _describe_differences(names: Sequence[str], old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
     """Return how settings differ."""
     if old is None or new is None:
         return "with settings that are not known"
     return ", ".join(
-        _rows_told(name.removesuffix("_rows"), old[name], new.get(name))
+        _describe_rows(name.removesuffix("_rows"), old[name], new.get(name))
         if " rows, sha256 " in str(old.get(name))
-        else f"{name}: {_shown(old.get(name))} there, {_shown(new.get(name))} asked for"
+        else f"{name}: {_value_text(old.get(name))} there, {_value_text(new.get(name))} asked for"
         for name in names
         if name != STARTING_WEIGHTS
     )
 
 
-def _shown(value: Any) -> Any:
+def _value_text(value: Any) -> Any:
     return "not set" if value is None else value
 
 
-def _rows_told(split: str, old: Any, new: Any) -> str:
+def _describe_rows(split: str, old: Any, new: Any) -> str:
     """Return how the rows of a split differ, of which each text gives number and SHA-256."""
-    before, now = str(old).partition(" rows")[0], str(new).partition(" rows")[0]
-    return f"{split}: {before} rows there, {now} now" if before != now else f"{split}: other rows"
+    before, after = str(old).partition(" rows")[0], str(new).partition(" rows")[0]
+    return f"{split}: {before} rows there, {after} now" if before != after else f"{split}: other rows"
 
 
 @contextmanager
@@ -312,9 +334,9 @@ def explained_errors(folder: Path) -> Iterator[None]:
         with writing(folder):
             yield
     except OSError as error:
-        if not (helps := remedy(error)):
+        if not (advice := remedy(error)):
             raise
         raise RunError(
-            f"{folder} cannot be written ({error.strerror}), but checkpoints and journal are whole up to now: {helps} "
+            f"{folder} cannot be written ({error.strerror}), but checkpoints and journal are whole up to now: {advice} "
             "and repeat the command to continue."
         ) from error

@@ -19,7 +19,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.models.scales import trains_scales
-from zokernel.finetune.storage.checkpoint import checkpoints, remove_folder, whole_folder
+from zokernel.finetune.storage.checkpoint import atomic_folder, checkpoints, remove_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.hashes import frozen_sha256, quantized_sha256
@@ -27,7 +27,7 @@ from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.base import Closure
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.secrets import hide_in_text
 from zokernel.without_adapter import without_adapter
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # What must be the same for the journal's losses to be those that the run would compute again.
 _BASE = "base_sha256"
 _IDENTITY = ("method", "options", "groups", "parameters", _BASE, "frozen_sha256", "data_order", "perturb")
-_WHERE_KNOWN = ("quantized_sha256",)  # of a quantized base, where both journals say it
+_OPTIONAL_IDENTITY = ("quantized_sha256",)  # of a quantized base, where both journals have it
 
 
 class RunJournal:
@@ -50,7 +50,7 @@ class RunJournal:
         writes: Whether this process writes the journal.
 
     Attributes:
-        found: The journal that is continued, if any.
+        previous: The journal that is continued, if any.
         replaying: Whether the last step was taken from it.
 
     Raises:
@@ -61,28 +61,28 @@ class RunJournal:
     def __init__(self, folder: Path, model: Any, *, continues: bool, overwrite: bool, writes: bool):
         self._folder, self._model, self._writes = folder, model, writes
         self.path = folder / FILE_NAME
-        self.found: Journal | None = None
+        self.previous: Journal | None = None
         self.replaying = False
         self._writer: JournalWriter | None = None
-        self._taken = 0
+        self._steps_taken = 0
         if self.path.exists() and continues:
-            self.found = Journal.read(self.path)
+            self.previous = Journal.read(self.path)
         elif self.path.exists() and not overwrite:
             raise UsageError(
                 f"{folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
                 "overwrite_output_dir=True to start over, or choose another output_dir."
             )
         self._hashes = _hashes(model)
-        self._left_out: set[str] = set()
+        self._unrecorded: set[str] = set()
         self._evaluations: dict[tuple[int, str], dict[str, Any]] = {}
-        for event in self.found.events if self.found else ():
+        for event in self.previous.events if self.previous else ():
             if event["event"] == "evaluation":
                 self._evaluations[event["step"], event["prefix"]] = event["metrics"]
 
     @property
     def num_steps(self) -> int:
         """Steps that need no forward passes any more."""
-        return self.found.num_steps if self.found else 0
+        return self.previous.num_steps if self.previous else 0
 
     def restore_base(self) -> None:
         """Give the model the weights that the journal begins with, which an earlier run of this process moved.
@@ -114,10 +114,10 @@ class RunJournal:
         Raises:
             UsageError: If the journal is that of other settings, data or weights.
         """
-        if self._taken > step:
+        if self._steps_taken > step:
             raise RunError(
-                f"The batch no longer fits in memory after {counted(self._taken, 'step')}, and a journal cannot begin "
-                "again half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
+                f"The batch no longer fits in memory after {plural(self._steps_taken, 'step')}, and a journal cannot "
+                "begin again half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
             )
         header = make_header(
             optimizer,
@@ -128,9 +128,9 @@ class RunJournal:
             model=_describe(self._model),
             data_order=dict(data_order),
         )
-        self._taken = step
-        if self.found is not None:
-            self._check_identity(self.found.header, header, loaded=step > 0)
+        self._steps_taken = step
+        if self.previous is not None:
+            self._check_identity(self.previous.header, header, loaded=step > 0)
             if self.num_steps > step:
                 logger.info(
                     "Continuing: %s taken from the journal, without forward passes.",
@@ -141,31 +141,36 @@ class RunJournal:
             return
         if step > 0:
             raise UsageError(
-                f"{self._folder} has no journal of the {counted(step, 'step')} before the checkpoint, so none can go "
+                f"{self._folder} has no journal of the {plural(step, 'step')} before the checkpoint, so none can go "
                 "on: resume with save_strategy 'no', or in the folder of the run that wrote the checkpoint."
             )
         if self._writes:
-            for checkpoint in checkpoints(self._folder) if self.path.exists() else ():
-                remove_folder(checkpoint)  # of the run that is overwritten, which nobody may continue from
-            if hasattr(self._model, "peft_config"):
-                # A new adapter is random: without these few bytes nobody could replay the run.
-                with whole_folder(self._folder / BASE_ADAPTER) as scratch:
-                    self._model.save_pretrained(scratch)
-            self._writer = JournalWriter.create(self.path, header)
+            self._create(header)
 
-    def _check_identity(self, found: Mapping[str, Any], header: Mapping[str, Any], *, loaded: bool) -> None:
+    def _create(self, header: dict[str, Any]) -> None:
+        """Begin a new journal, in place of an earlier run's if there is one."""
+        for checkpoint in checkpoints(self._folder) if self.path.exists() else ():
+            remove_folder(checkpoint)  # of the run that is overwritten, which nobody may continue from
+        if hasattr(self._model, "peft_config"):
+            # A new adapter is random: without these few bytes nobody could replay the run.
+            with atomic_folder(self._folder / BASE_ADAPTER) as scratch:
+                self._model.save_pretrained(scratch)
+        self._writer = JournalWriter.create(self.path, header)
+
+    def _check_identity(self, previous: Mapping[str, Any], header: Mapping[str, Any], *, loaded: bool) -> None:
         """Refuse another run's journal; weights that a checkpoint has replaced need not be those of its base."""
-        known = [key for key in _WHERE_KNOWN if key in found and key in header]
-        different = [key for key in (*_IDENTITY, *known) if found.get(key) != header[key]]
+        optional = [key for key in _OPTIONAL_IDENTITY if key in previous and key in header]
+        different = [key for key in (*_IDENTITY, *optional) if previous.get(key) != header[key]]
         if loaded and _BASE in different:
             different.remove(_BASE)
         if different:
             advice = "repeat that run's settings to continue it"
             if different == [_BASE]:
                 advice = "give the model it began with (make the model anew before resuming in the same process)"
+            differences = _differences(previous, header, different)
             raise UsageError(
-                f"The journal in {self._folder} was written by another run ({_differences(found, header, different)}): "
-                f"{advice}, or choose another output_dir."
+                f"The journal in {self._folder} was written by another run ({differences}): {advice}, or choose "
+                "another output_dir."
             )
 
     def step(self, optimizer: ZerothOrder, closure: Closure) -> float:
@@ -185,8 +190,8 @@ class RunJournal:
         number = optimizer.step_count
         self.replaying = number < self.num_steps
         if self.replaying:
-            assert self.found is not None
-            record = self.found.steps[number]
+            assert self.previous is not None
+            record = self.previous.steps[number]
             rates = {group["lr"] for group in optimizer.param_groups}
             if rates != set(record.learning_rates):
                 raise UsageError(
@@ -197,23 +202,23 @@ class RunJournal:
         else:
             loss = optimizer.step(closure)
             self._append(record_of(optimizer))
-        self._taken = optimizer.step_count
+        self._steps_taken = optimizer.step_count
         return loss
 
     def evaluation(self, step: int, prefix: str) -> dict[str, Any] | None:
         """Return the metrics of an evaluation that the journal holds; None if it has to be done."""
-        found = self._evaluations.get((step, prefix))
-        return dict(found) if found is not None and step <= self.num_steps else None
+        metrics = self._evaluations.get((step, prefix))
+        return dict(metrics) if metrics is not None and step <= self.num_steps else None
 
     def add_evaluation(self, step: int, prefix: str, metrics: Mapping[str, Any]) -> None:
         """Record an evaluation of the weights after the last step, but for metrics that JSON cannot hold."""
         if step < self.num_steps:
             return
-        kept = _as_json(metrics)
-        if left_out := metrics.keys() - kept.keys() - self._left_out:
-            self._left_out |= left_out
-            logger.warning("%s: not in the journal, which holds numbers, texts and lists.", ", ".join(sorted(left_out)))
-        self._append(Event({"event": "evaluation", "step": step, "prefix": prefix, "metrics": kept}))
+        values = _as_json(metrics)
+        if names := metrics.keys() - values.keys() - self._unrecorded:
+            self._unrecorded |= names
+            logger.warning("%s: not in the journal, which holds numbers, texts and lists.", ", ".join(sorted(names)))
+        self._append(Event({"event": "evaluation", "step": step, "prefix": prefix, "metrics": values}))
 
     def end(self, optimizer: ZerothOrder) -> None:
         """Record the hash of the weights the loop ended with, or check it if it is recorded already.
@@ -223,7 +228,9 @@ class RunJournal:
         """
         optimizer.perturb.weights.restore()  # weights in files may have updates to make
         digest, step = weights_sha256(optimizer.named_params), optimizer.step_count
-        recorded = [e for e in (self.found.events if self.found else ()) if e["event"] == "end" and e["step"] == step]
+        recorded = [
+            e for e in (self.previous.events if self.previous else ()) if e["event"] == "end" and e["step"] == step
+        ]
         if recorded and recorded[-1]["weights_sha256"] != digest:
             raise RunError(
                 f"The replay of {self.path} ended with other weights than the run had at step {step}: the machine, "
@@ -257,10 +264,10 @@ class RunJournal:
         if not self._writes:
             return
         if self._writer is None:
-            assert self.found is not None
-            if self.found.torn_bytes:
-                logger.info("%s: %d bytes of a torn last record were dropped.", self.path, self.found.torn_bytes)
-            self._writer = JournalWriter.append_to(self.found)
+            assert self.previous is not None
+            if self.previous.torn_bytes:
+                logger.info("%s: %d bytes of a torn last record were dropped.", self.path, self.previous.torn_bytes)
+            self._writer = JournalWriter.append_to(self.previous)
         self._writer.append(record)
 
 
@@ -303,13 +310,13 @@ def _hashes(model: nn.Module) -> dict[str, str]:
 
 def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return what JSON can hold of metrics; numbers of numpy and torch are floats."""
-    kept = {}
+    values = {}
     for name, value in metrics.items():
         try:
-            kept[name] = json.loads(json.dumps(value, default=float))
+            values[name] = json.loads(json.dumps(value, default=float))
         except (TypeError, ValueError, RuntimeError):
             continue
-    return kept
+    return values
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -334,14 +341,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]
         "quantized_sha256": "quantized weights",
         "groups": "parameter groups",
     }
-    found = []
+    differences = []
     for key in keys:
         if isinstance(old.get(key), dict) and key != "parameters":
             inner = sorted(k for k in old[key].keys() | new[key].keys() if old[key].get(k) != new[key].get(k))
-            found += [f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in inner if k != "examples"]
-            found += ["other training examples"] if "examples" in inner else []
+            differences += [f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in inner if k != "examples"]
+            differences += ["other training examples"] if "examples" in inner else []
         elif key in ("method", "perturb"):
-            found.append(f"{key}: {old.get(key)} there, {new[key]} here")
+            differences.append(f"{key}: {old.get(key)} there, {new[key]} here")
         else:
-            found.append(f"other {words.get(key, key)}")
-    return "; ".join(found)
+            differences.append(f"other {words.get(key, key)}")
+    return "; ".join(differences)

@@ -34,12 +34,12 @@ def save_state(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _pack(state, tensors)
     # safetensors wants each tensor to own its memory; only those that share it are copied.
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
-        tensors[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+        owns_memory = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in addresses
+        addresses.add(storage.data_ptr())
+        tensors[name] = tensor.contiguous() if owns_memory else tensor.clone(memory_format=torch.contiguous_format)
     save_file(tensors, path, metadata={_KEY: json.dumps(structure)})
 
 

@@ -24,16 +24,18 @@ def alpaca_prompt(row: Row) -> str:
         ['### Instruction:', 'Add.', '', '### Input:', '1 + 1', '', '### Response:']
     """
     preamble = row["system"] or (ALPACA_WITH_INPUT if row["input"].strip() else ALPACA_WITHOUT_INPUT)
-    told = "".join(f"### Instruction:\n{asked}\n\n### Response:\n{said}\n\n" for asked, said in row["history"])
-    more = f"### Input:\n{row['input']}\n\n" if row["input"].strip() else ""
-    return f"{preamble}\n\n{told}### Instruction:\n{row['instruction']}\n\n{more}### Response:\n"
+    earlier_turns = "".join(
+        f"### Instruction:\n{question}\n\n### Response:\n{answer}\n\n" for question, answer in row["history"]
+    )
+    input_section = f"### Input:\n{row['input']}\n\n" if row["input"].strip() else ""
+    return f"{preamble}\n\n{earlier_turns}### Instruction:\n{row['instruction']}\n\n{input_section}### Response:\n"
 
 
 def alpaca_messages(row: Row) -> tuple[Messages, Messages]:
     """Return an instruction as a chat, as LLaMA-Factory reads it: the messages before the answer, and the answer."""
     before: Messages = [{"role": "system", "content": row["system"]}] if row["system"].strip() else []
-    for asked, said in row["history"]:
-        before += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    question = f"{row['instruction']}\n{row['input']}" if row["input"].strip() else row["instruction"]
-    before.append({"role": "user", "content": question})
+    for question, answer in row["history"]:
+        before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    last_question = f"{row['instruction']}\n{row['input']}" if row["input"].strip() else row["instruction"]
+    before.append({"role": "user", "content": last_question})
     return before, [{"role": "assistant", "content": row["output"]}]

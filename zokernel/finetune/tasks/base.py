@@ -11,7 +11,7 @@ from typing import ClassVar
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.template import MASK, fill, parse
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -139,29 +139,31 @@ class Task:
         Raises:
             UsageError: If a column is missing, nothing is left, or a label is none of the options (its line is named).
         """
-        numbered = self._prepared(rows, where)
+        numbered = self._prepare_rows(rows, where)
         renamed = self.renamed_columns(numbered)
         if renamed:
             numbered = [(n, {renamed.get(name, name): value for name, value in row.items()}) for n, row in numbered]
         self.check_columns([row for _, row in numbered], where=where)
-        labelled, unlabelled = _parted(numbered, lambda n, row: not self.unlabelled(row))
-        say_left_out(where, "a label", [place_of(rows, n) for n, _ in unlabelled])
+        labelled, unlabelled = _partition(numbered, lambda n, row: not self.unlabelled(row))
+        log_left_out(where, "a label", [place_of(rows, n) for n, _ in unlabelled])
         if not labelled:
             raise UsageError(
                 f"{where} has no labelled row: fill its column {self.label_column!r}, or name another with "
                 "--label_column."
             )
         texts = ", ".join(self.text_columns())
-        kept, empty = _parted(labelled, lambda n, row: self._has_text(row, where, place_of(rows, n)))
-        say_left_out(where, f"text ({texts})", [place_of(rows, n) for n, _ in empty])
+        kept, empty = _partition(labelled, lambda n, row: self._has_text(row, where, place_of(rows, n)))
+        log_left_out(where, f"text ({texts})", [place_of(rows, n) for n, _ in empty])
         if not kept:
             raise UsageError(f"{where} has no row with text in {texts}: name other columns in --template.")
         for n, row in kept:
             try:
                 self.correct(row)
             except UsageError as error:
-                held = list(dict.fromkeys(str(row[self.label_column]) for _, row in kept)) if self.fixed_options else []
-                listed = f"; the column holds {', '.join(held)}." if 1 < len(held) <= MANY else "."
+                values = (
+                    list(dict.fromkeys(str(row[self.label_column]) for _, row in kept)) if self.fixed_options else []
+                )
+                listed = f"; the column holds {', '.join(values)}." if 1 < len(values) <= MANY else "."
                 raise UsageError(f"{where}, {place_of(rows, n)}: {str(error).removesuffix('.')}{listed}") from error
         return self.read_labels(kept, lambda n: f"{where}, {place_of(rows, n)}")
 
@@ -174,16 +176,16 @@ class Task:
         """
         return [row for _, row in numbered]
 
-    def _prepared(self, rows: Sequence[Row], where: str) -> list[tuple[int, Row]]:
+    def _prepare_rows(self, rows: Sequence[Row], where: str) -> list[tuple[int, Row]]:
         """Return the rows with the template's columns, each with the number of the row that it comes from."""
         if self.prepare is None:
             return list(enumerate(rows))
-        needed = set(self.required_columns())
+        required = set(self.required_columns())
         try:
             return [
                 (n, prepared)
                 for n, row in enumerate(rows)
-                for prepared in ([row] if needed <= row.keys() else self.prepare(row))
+                for prepared in ([row] if required <= row.keys() else self.prepare(row))
             ]
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(
@@ -194,13 +196,13 @@ class Task:
     def renamed_columns(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, str]:
         """Return the task's name of each column that the table carries under another; a name in use stays as it is."""
         present = dict.fromkeys(name for _, row in numbered for name in row)
-        wanted = self.required_columns()
+        required = self.required_columns()
         return {
             other: column
             for column, others in self.aliases.items()
-            if column in wanted and column not in present
+            if column in required and column not in present
             for other in others
-            if other in present and other not in wanted
+            if other in present and other not in required
         }
 
     def unlabelled(self, row: Row) -> bool:
@@ -266,7 +268,7 @@ def place_of(rows: Sequence[Row], number: int) -> str:
     return f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
 
 
-def say_left_out(where: str, what: str, places: Sequence[str]) -> None:
+def log_left_out(where: str, what: str, places: Sequence[str]) -> None:
     """Log how many rows are left out, if any are.
 
     Args:
@@ -275,11 +277,11 @@ def say_left_out(where: str, what: str, places: Sequence[str]) -> None:
         places: How each of them is found.
     """
     if places:
-        told, verb = counted(len(places), "row"), "is" if len(places) == 1 else "are"
-        logger.info("%s: %s without %s %s left out (the first: %s).", where, told, what, verb, places[0])
+        count, verb = plural(len(places), "row"), "is" if len(places) == 1 else "are"
+        logger.info("%s: %s without %s %s left out (the first: %s).", where, count, what, verb, places[0])
 
 
-def _parted(
+def _partition(
     numbered: Sequence[tuple[int, Row]], keeps: Callable[[int, Row], bool]
 ) -> tuple[list[tuple[int, Row]], list[tuple[int, Row]]]:
     """Return the numbered rows that are kept, and the others."""

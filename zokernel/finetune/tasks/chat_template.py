@@ -25,32 +25,32 @@ _BUILT_IN = {"chatml": CHATML}
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def choose_chat_template(tokenizer: Any, wanted: str | None) -> None:
+def choose_chat_template(tokenizer: Any, choice: str | None) -> None:
     """Let a tokenizer use the chat template that was asked for, if one was.
 
     Args:
         tokenizer: The tokenizer, changed in place, so that the template is saved with it.
-        wanted: A file, the name of one of the tokenizer's templates, ``chatml``, or the template itself.
+        choice: A file, the name of one of the tokenizer's templates, ``chatml``, or the template itself.
 
     Raises:
         UsageError: If there is no such template.
     """
-    if wanted is None:
+    if choice is None:
         return
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, Mapping) else {}
-    path = Path(wanted).expanduser()
-    if "{{" in wanted or "{%" in wanted:
-        tokenizer.chat_template = wanted
-    elif wanted in own:
-        tokenizer.chat_template = own[wanted]
+    path = Path(choice).expanduser()
+    if "{{" in choice or "{%" in choice:
+        tokenizer.chat_template = choice
+    elif choice in own:
+        tokenizer.chat_template = own[choice]
     elif path.is_file():
         tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
-    elif wanted in _BUILT_IN:
-        tokenizer.chat_template = _BUILT_IN[wanted]
+    elif choice in _BUILT_IN:
+        tokenizer.chat_template = _BUILT_IN[choice]
     else:
         names = ", ".join([*own, *_BUILT_IN])
         raise UsageError(
-            f"There is no chat template {wanted!r}: give --chat_template a file, the template itself, or one of the "
+            f"There is no chat template {choice!r}: give --chat_template a file, the template itself, or one of the "
             f"names {names}."
         )
     tokenizer.chat_template = without_secrets(tokenizer.chat_template, "chat template")
@@ -106,7 +106,7 @@ def assistant_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **op
         UsageError: If the template renders the beginning of a chat otherwise when more follows.
     """
     if _MARKED.search(str(tokenizer.chat_template)) and all(message.get("weight", 1) for message in messages):
-        return [bool(mark) for mark in _marked(tokenizer, messages, options)["assistant_masks"]]
+        return [bool(mark) for mark in _render_marked(tokenizer, messages, options)["assistant_masks"]]
     whole = render(tokenizer, messages, **options)
     spans = []
     for number, message in enumerate(messages):
@@ -116,7 +116,7 @@ def assistant_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **op
         if number:
             before = render(tokenizer, messages[:number], add_generation_prompt=True, **options)
         else:
-            before = _opened(tokenizer, until, options)
+            before = _opening(tokenizer, until, options)
         if not (whole.startswith(before) and whole.startswith(until) and until.startswith(before)):
             raise UsageError(
                 "The chat template renders the beginning of a chat otherwise when more follows, so it does not tell "
@@ -128,14 +128,16 @@ def assistant_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **op
     return [any(start < end and begin < end and stop > start for start, end in spans) for begin, stop in offsets]
 
 
-def _opened(tokenizer: Any, rendered: str, options: Mapping[str, Any]) -> str:
+def _opening(tokenizer: Any, rendered: str, options: Mapping[str, Any]) -> str:
     """Return a chat that the assistant begins up to its first word; all of it if that is not found."""
     question = [{"role": "user", "content": "?"}]
-    asked, prompted = (render(tokenizer, question, add_generation_prompt=p, **options) for p in (False, True))
-    opening = prompted[len(asked) :] if prompted.startswith(asked) else ""
+    without_prompt, with_prompt = (
+        render(tokenizer, question, add_generation_prompt=p, **options) for p in (False, True)
+    )
+    opening = with_prompt[len(without_prompt) :] if with_prompt.startswith(without_prompt) else ""
     begin = rendered.find(opening) if opening else -1
     return rendered[: begin + len(opening)] if begin >= 0 else rendered
 
 
-def _marked(tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
+def _render_marked(tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Any:
     return render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options)

@@ -69,7 +69,7 @@ class ChoiceTask(Task):
             UsageError: If the column of options holds no list.
         """
         if self.choices_column:
-            return tuple(str(text).strip() for text in self._listed(row[self.choices_column]))
+            return tuple(str(text).strip() for text in self._parse_options(row[self.choices_column]))
         return tuple(fill(choice, row) for choice in self.choices)
 
     def options(self, row: Row) -> tuple[str, ...]:
@@ -83,13 +83,13 @@ class ChoiceTask(Task):
             UsageError: If none is.
         """
         value, texts = row[self.label_column], self.fillers(row)
-        found = _at(value, texts) or _named(value, texts)
-        if not found:
+        right = _position(value, texts) or _options_with_text(value, texts)
+        if not right:
             raise UsageError(
                 f"Label {value!r} in column {self.label_column!r} is neither the position nor the text of one of the "
                 f"{len(texts)} options: {', '.join(map(repr, texts[:5]))}."
             )
-        return found
+        return right
 
     def read_labels(self, numbered: Sequence[tuple[int, Row]], place: Callable[[int], str]) -> list[Row]:
         """Return the rows, with labels in lists where the column holds the texts of options that are numbers.
@@ -97,23 +97,25 @@ class ChoiceTask(Task):
         Raises:
             UsageError: If nothing tells whether such labels are positions or texts.
         """
-        told = [(n, row[self.label_column], self.fillers(row)) for n, row in numbered]
-        at = [_at(value, texts) for _, value, texts in told]
-        named = [_named(value, texts) for _, value, texts in told]
-        differ = [case for case, position, text in zip(told, at, named) if position and text and position != text]
-        if not differ or (all(at) and not all(named)):
+        cases = [(n, row[self.label_column], self.fillers(row)) for n, row in numbered]
+        positions = [_position(value, texts) for _, value, texts in cases]
+        matches = [_options_with_text(value, texts) for _, value, texts in cases]
+        differ = [
+            case for case, position, text in zip(cases, positions, matches) if position and text and position != text
+        ]
+        if not differ or (all(positions) and not all(matches)):
             return [row for _, row in numbered]
-        if all(at) or not all(named):
+        if all(positions) or not all(matches):
             n, value, texts = differ[0]
             raise UsageError(
                 f"{place(n)}: label {value!r} in column {self.label_column!r} is the text of one option and the "
                 f"position of another ({', '.join(map(repr, texts[:5]))}): write labels as lists, such as "
                 f"[{json.dumps(str(value))}], for texts, or options that are no numbers."
             )
-        lists = [value if isinstance(value, (list, tuple)) else [value] for _, value, _ in told]
+        lists = [value if isinstance(value, (list, tuple)) else [value] for _, value, _ in cases]
         return [{**row, self.label_column: value} for (_, row), value in zip(numbered, lists)]
 
-    def _listed(self, value: Any) -> Iterable[Any]:
+    def _parse_options(self, value: Any) -> Iterable[Any]:
         """Return a cell's options; a table without lists writes them as JSON."""
         listed = value
         if isinstance(value, str):
@@ -129,14 +131,14 @@ class ChoiceTask(Task):
         return listed
 
 
-def _at(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
+def _position(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
     """Return the position that a label says, if it says one."""
     if isinstance(value, (list, tuple)) or not _POSITION.fullmatch(str(value).strip()):
         return ()
     return (int(float(value)),) if int(float(value)) < len(texts) else ()
 
 
-def _named(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
+def _options_with_text(value: Any, texts: Sequence[str]) -> tuple[int, ...]:
     """Return the positions of the options whose text a label says."""
-    wanted = {str(text).strip() for text in (value if isinstance(value, (list, tuple)) else [value])}
-    return tuple(number for number, text in enumerate(texts) if text in wanted)
+    labels = {str(text).strip() for text in (value if isinstance(value, (list, tuple)) else [value])}
+    return tuple(number for number, text in enumerate(texts) if text in labels)

@@ -15,7 +15,7 @@ from zokernel.finetune.tasks.encode_text import EncodedText, TextEncoder
 from zokernel.finetune.tasks.encoded import keep_end
 from zokernel.finetune.tasks.seq2seq import Decoder
 from zokernel.finetune.tasks.text import Messages
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class PairEncoder(TextEncoder):
             unfit = [row for row in rows if _needs_template(self._pair(row)[0], row)]
             if unfit:
                 raise UsageError(
-                    f"{len(unfit)} of {counted(len(rows), 'row')} to train on, of several turns or with tools, "
+                    f"{len(unfit)} of {plural(len(rows), 'row')} to train on, of several turns or with tools, "
                     f"{'needs' if len(unfit) == 1 else 'need'} a chat template to become one text for the encoder, and "
                     "the tokenizer has none: name one with --chat_template (a file, the template itself, or chatml)."
                 )
@@ -60,7 +60,7 @@ class PairEncoder(TextEncoder):
             logger.info(
                 "%d of %s %s earlier answers, which the encoder reads but the decoder does not learn.",
                 several,
-                counted(len(rows), "row"),
+                plural(len(rows), "row"),
                 "has" if several == 1 else "have",
             )
 
@@ -100,10 +100,10 @@ class PairEncoder(TextEncoder):
         Raises:
             UsageError: If the row is in another form.
         """
-        asked = self._asked(row)
-        if "messages" in asked:  # what was not to be learned is answered all the same
-            asked["messages"] = [message | {"weight": 1} for message in asked["messages"]]
-        ids, lost = self._source(asked)
+        completed = self._complete_request(row)
+        if "messages" in completed:  # what was not to be learned is answered all the same
+            completed["messages"] = [message | {"weight": 1} for message in completed["messages"]]
+        ids, lost = self._source(completed)
         for part in lost:
             begin = self.tokenizer.decode(ids[:12], skip_special_tokens=True)
             logger.warning("A row loses %s at %d tokens (%r...).", part.format("its"), self.max_length, begin)

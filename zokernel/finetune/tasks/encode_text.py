@@ -13,12 +13,12 @@ from zokernel.errors import UsageError
 from zokernel.finetune.tasks.alpaca import alpaca_messages, alpaca_prompt
 from zokernel.finetune.tasks.base import is_missing
 from zokernel.finetune.tasks.chat_template import assistant_tokens, has_chat_template, render
-from zokernel.finetune.tasks.text import messages_of, needed, read_as
-from zokernel.readable import counted
+from zokernel.finetune.tasks.text import columns_of_form, messages_of, read_as
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 32  # tokens of a text that its continuation is shown for
+SHOWN_TOKENS = 32  # tokens of a text that its continuation is shown for
 
 
 _ANSWER = [{"role": "assistant", "content": "."}]  # in the place of one that is not known
@@ -77,29 +77,29 @@ class TextEncoder:
         Raises:
             UsageError: If none is left, or a chat cannot be rendered.
         """
-        found, empty = [], 0
+        encoded, empty = [], 0
         cut: Counter[str] = Counter()
         for row in rows:
             example, lost = self.example(row)
             cut.update(lost)
             if example.scored:
-                found.append(example)
+                encoded.append(example)
             else:
                 empty += 1
         for part, count in cut.items():
             verb = f"loses {part.format('its')}" if count == 1 else f"lose {part.format('their')}"
-            logger.info("%s: %d of %s %s at %d tokens.", where, count, counted(len(rows), "row"), verb, self.max_length)
+            logger.info("%s: %d of %s %s at %d tokens.", where, count, plural(len(rows), "row"), verb, self.max_length)
         if empty:
             verbs = ("has", "is") if empty == 1 else ("have", "are")
-            told = "%s: %d of %s %s no token to learn and %s left out."
-            logger.info(told, where, empty, counted(len(rows), "row"), *verbs)
-        if not found:
+            message = "%s: %d of %s %s no token to learn and %s left out."
+            logger.info(message, where, empty, plural(len(rows), "row"), *verbs)
+        if not encoded:
             if any(map(self.is_too_long, rows)):
                 raise UsageError(
                     f"{where}: no row has a token to learn within {self.max_length} tokens: raise --max_length."
                 )
             raise UsageError(f"{where}: no row has a token to learn: {_nothing_counts(rows)}.")
-        return found
+        return encoded
 
     def is_too_long(self, row: Row) -> bool:
         """Whether tokens of a row count, and all of them lie behind ``max_length``."""
@@ -123,27 +123,27 @@ class TextEncoder:
     def tokens(self, row: Row) -> tuple[list[int], list[bool]]:
         """Return the tokens of a row, and which of them count."""
         if self.form == "text":
-            ids = self._plain(self._ended(row["text"]))
+            ids = self._plain(self._with_end(row["text"]))
             return ids, [True] * len(ids)
         options = self._options(row)
         if self.form == "messages":
             ids = self._chat(row["messages"], **options)
-            return ids, self._learned(row["messages"], ids, options)
+            return ids, self._learned_marks(row["messages"], ids, options)
         prompt, completion = self._parts(row)
         if isinstance(prompt, str):
-            before, ids = self._plain(prompt), self._plain(prompt + self._ended(completion))
+            before, ids = self._plain(prompt), self._plain(prompt + self._with_end(completion))
             marks = [True] * len(ids)
         else:
             before = self._chat(prompt, add_generation_prompt=True, **options)
             ids = self._chat([*prompt, *completion], **options)
-            marks = self._learned([*prompt, *completion], ids, options)
+            marks = self._learned_marks([*prompt, *completion], ids, options)
         if self.completion_only_loss:
             # Tokens may merge across the boundary: the completion begins where the two diverge.
             begin = next((n for n, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
             marks = [False] * begin + marks[begin:]
         return ids, marks
 
-    def _learned(
+    def _learned_marks(
         self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int], options: Mapping[str, Any]
     ) -> list[bool]:
         if self.assistant_only_loss:
@@ -162,8 +162,8 @@ class TextEncoder:
         """
         if self.form == "text":
             ids = self._plain(row["text"])
-            half = max(1, min(SHOWN, len(ids) // 2))
-            return ids[:half], self.tokenizer.decode(ids[half : half + 4 * SHOWN])
+            half = max(1, min(SHOWN_TOKENS, len(ids) // 2))
+            return ids[:half], self.tokenizer.decode(ids[half : half + 4 * SHOWN_TOKENS])
         options = self._options(row)
         if self.form == "messages":
             messages = row["messages"]
@@ -185,33 +185,33 @@ class TextEncoder:
         Raises:
             UsageError: If the row is in another form.
         """
-        asked = self._asked(row)
-        return self._plain(asked["text"]) if self.form == "text" else self.prompt(asked)[0]
+        completed = self._complete_request(row)
+        return self._plain(completed["text"]) if self.form == "text" else self.prompt(completed)[0]
 
-    def _asked(self, row: Mapping[str, Any] | str) -> Row:
+    def _complete_request(self, row: Mapping[str, Any] | str) -> Row:
         """Return a row in the form of the task, with an answer that is not known in its place."""
         column = _QUESTIONS[self.form][0]
         if not isinstance(row, str) and not any(name in row for name in _QUESTIONS[self.form]):
-            there, learned = ", ".join(map(repr, row)), " and ".join(map(repr, needed(self.form)))
+            columns, expected = ", ".join(map(repr, row)), " and ".join(map(repr, columns_of_form(self.form)))
             raise UsageError(
-                f"it has {there or 'no column'}, and the run learned from rows with {learned}: put what is to be "
+                f"it has {columns or 'no column'}, and the run learned from rows with {expected}: put what is to be "
                 f"answered into a column {column!r}."
             )
         row = {_REQUESTS[self.form]: row} if isinstance(row, str) else dict(row)
         if self.form == "messages":
             column = "conversations" if "conversations" in row else "messages"
-            said = row.get(column) or [{"role": "user", "content": row.get("prompt") or ""}]
-            messages = messages_of(said, column)
-            answered = bool(messages) and messages[-1]["role"] == "assistant"
-            row[column] = messages if answered or not messages else [*messages, *_ANSWER]
+            chat = row.get(column) or [{"role": "user", "content": row.get("prompt") or ""}]
+            messages = messages_of(chat, column)
+            is_answered = bool(messages) and messages[-1]["role"] == "assistant"
+            row[column] = messages if is_answered or not messages else [*messages, *_ANSWER]
         elif self.form == "prompt-completion":
             _fill(row, "completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
         elif self.form == "instruction":
             _fill(row, "output", ".")
-        asked = read_as(self.form, row)
-        if asked is None:
+        completed = read_as(self.form, row)
+        if completed is None:
             raise UsageError(f"there is nothing to answer in {column!r}.")
-        return asked
+        return completed
 
     def _parts(self, row: Row) -> tuple[Any, Any]:
         if self.form == "prompt-completion":
@@ -230,7 +230,7 @@ class TextEncoder:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
 
-    def _ended(self, text: str) -> str:
+    def _with_end(self, text: str) -> str:
         end = self.tokenizer.eos_token or ""
         return text if text.endswith(end) else text + end
 

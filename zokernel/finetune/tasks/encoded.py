@@ -39,6 +39,20 @@ class Encoded:
     forced: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Context:
+    """Text put before every prompt, such as demonstrations.
+
+    Attributes:
+        text: The text.
+        shadow: The same text with the control tokens of its rows hidden, as
+            :class:`~zokernel.finetune.tasks.control_tokens.ControlTokens` reads it.
+    """
+
+    text: str
+    shadow: str
+
+
 def choices_and_answers(
     options: list[tuple[str, ...]], correct: list[tuple[int, ...]], only_answer: bool
 ) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
@@ -76,6 +90,6 @@ def keep_start(ids: list[int], room: int, tokenizer: Any) -> list[int]:
     return ids[: room - last] + ids[len(ids) - last :]
 
 
-def _check_room(room: int, needed: int) -> None:
-    if room <= needed:
+def _check_room(room: int, special: int) -> None:
+    if room <= special:
         raise UsageError("max_length leaves no room for the prompt beside its longest option: raise --max_length.")

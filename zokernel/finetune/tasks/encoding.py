@@ -9,10 +9,10 @@ from typing import Any
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, refuse_empty_option
+from zokernel.finetune.tasks.control_tokens import ControlTokens
+from zokernel.finetune.tasks.encoded import Context, Encoded, choices_and_answers, keep_end, refuse_empty_option
 from zokernel.finetune.tasks.masked import encode_masked
-from zokernel.finetune.tasks.seq2seq import Decoder, encode_seq2seq, filled_in
-from zokernel.finetune.tasks.typed import ControlTokens
+from zokernel.finetune.tasks.seq2seq import Decoder, encode_seq2seq, fill_in_answer
 
 logger = logging.getLogger(__name__)
 
@@ -58,34 +58,42 @@ def encode(
         raise UsageError("The tokenizer gives no character offsets: use a fast tokenizer (AutoTokenizer's default).")
     if not rows:
         return []
-    controls = ControlTokens(tokenizer)
-    start = controls.shadow_of_context(context, task) if context_shadow is None else context_shadow
+    if context_shadow is None:
+        context_shadow = ControlTokens(tokenizer).shadow_of_context(context, task)
+    before = Context(context, context_shadow)
     if masked:
-        return encode_masked(task, rows, tokenizer, max_length, (context, start), only_answer)
+        return encode_masked(task, rows, tokenizer, max_length=max_length, context=before, only_answer=only_answer)
     if decoder is not None:
-        return encode_seq2seq(task, rows, tokenizer, decoder, max_length, (context, start), only_answer)
-    prompts = [context + task.prompt(row) for row in rows]
+        return encode_seq2seq(
+            task, rows, tokenizer, decoder, max_length=max_length, context=before, only_answer=only_answer
+        )
+    return _encode_causal(task, rows, tokenizer, max_length=max_length, context=before, only_answer=only_answer)
+
+
+def _encode_causal(
+    task: Task, rows: Sequence[Row], tokenizer: Any, *, max_length: int, context: Context, only_answer: bool
+) -> list[Encoded]:
+    """Tokenize examples for a causal language model; see :func:`encode`."""
+    controls = ControlTokens(tokenizer)
+    prompts = [context.text + task.prompt(row) for row in rows]
     right_ones = [task.correct(row) for row in rows]
     options, correct = choices_and_answers([task.options(row) for row in rows], right_ones, only_answer)
     texts = [prompt + option for prompt, choices in zip(prompts, options) for option in choices]
     hidden = controls.shadows(rows)
     hidden_options, _ = choices_and_answers([task.options(row) for row in hidden], right_ones, only_answer)
-    shadows = [start + task.prompt(row) + option for row, choices in zip(hidden, hidden_options) for option in choices]
+    shadows = [
+        context.shadow + task.prompt(row) + option for row, choices in zip(hidden, hidden_options) for option in choices
+    ]
     all_ids, all_offsets = controls(texts, shadows)
-    examples, position = [], 0
+    tokenized = zip(all_ids, all_offsets)
+    examples = []
     for row, prompt, choices, right in zip(rows, prompts, options, correct):
         splits = []
         for option in choices:
-            ids, offsets = all_ids[position], all_offsets[position]
+            ids, offsets = next(tokenized)
             splits.append(_split(ids, offsets, len(prompt)))
             refuse_empty_option(option, splits[-1][1])
-            position += 1
-        prompt_ids = splits[0][0]
-        # An option may pull the prompt's last characters into its first token, each in its own way; the shared prompt
-        # is then what all of them have in common.
-        common = min(_common_prefix(prompt_ids, other) for other, _ in splits)
-        option_ids = [head[common:] + tail for head, tail in splits]
-        whole = prompt_ids[:common]
+        whole, option_ids = _share_prompt(splits)
         prompt_ids = keep_end(whole, max_length - max(map(len, option_ids)), tokenizer)
         if not prompt_ids:
             raise UsageError(f"The prompt {prompt!r} has no token before its options: begin the template with text.")
@@ -93,6 +101,19 @@ def encode(
         references = task.references(row)
         examples.append(Encoded(prompt_ids, option_ids, right[0], correct=right, references=references, lost=lost))
     return examples
+
+
+def _share_prompt(splits: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of the prompt that all options share, and the tokens of each option after them.
+
+    An option may pull the prompt's last characters into its first token, each in its own way.
+
+    Args:
+        splits: Tokens of the prompt and of the option, for each option.
+    """
+    prompt_ids = splits[0][0]
+    common = min(_common_prefix(prompt_ids, other) for other, _ in splits)
+    return prompt_ids[:common], [head[common:] + tail for head, tail in splits]
 
 
 def demonstrations(
@@ -120,16 +141,16 @@ def demonstrations(
         >>> demonstrations(get_task("sst2"), [{"sentence": "A joy .", "label": 1}])
         'A joy . It was great\n\n'
     """
-    shown = []
-    for row, told in zip(rows, shadows or rows):
+    texts = []
+    for row, shown in zip(rows, shadows or rows):
         if masked:
-            before, after = task.cloze(told)
+            before, after = task.cloze(shown)
             space = "" if not before or before[-1].isspace() else " "
-            shown.append(before + space + task.fillers(told)[task.label(row)] + after)
+            texts.append(before + space + task.fillers(shown)[task.label(row)] + after)
             continue
-        answer = task.options(told)[task.label(row)].rstrip("\n")
-        shown.append(filled_in(task, told, answer) if seq2seq else task.prompt(told) + answer)
-    return "".join(text + SEPARATOR for text in shown)
+        answer = task.options(shown)[task.label(row)].rstrip("\n")
+        texts.append(fill_in_answer(task, shown, answer) if seq2seq else task.prompt(shown) + answer)
+    return "".join(text + SEPARATOR for text in texts)
 
 
 def _split(ids: list[int], offsets: list[tuple[int, int]], boundary: int) -> tuple[list[int], list[int]]:

@@ -62,9 +62,9 @@ def macro_f1(predicted_N: Tensor, labels_N: Tensor) -> float:
         >>> macro_f1(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
         0.666...
     """
-    found = []
+    scores = []
     for label in torch.cat([predicted_N, labels_N]).unique():
         predicted, actual = predicted_N == label, labels_N == label
         both = (predicted & actual).sum()
-        found.append((2 * both / (predicted.sum() + actual.sum())).item())
-    return sum(found) / len(found)
+        scores.append((2 * both / (predicted.sum() + actual.sum())).item())
+    return sum(scores) / len(scores)

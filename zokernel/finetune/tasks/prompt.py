@@ -71,18 +71,18 @@ class PromptTask(Task):
 
     def _lookup(self) -> dict[str, int]:
         """Return the class of every text that the label column may hold."""
-        found: dict[str, int] = {}
+        classes: dict[str, int] = {}
         for choice, name in enumerate(self.names()):
-            for alternative in dict.fromkeys(map(spelled, (name, *alternatives(name)))):
-                if alternative in found:
+            for alternative in dict.fromkeys(map(label_as_text, (name, *alternatives(name)))):
+                if alternative in classes:
                     raise UsageError(f"The label {alternative!r} stands for two classes: give each class its own.")
-                found[alternative] = choice
+                classes[alternative] = choice
         for choice, word in enumerate(self.label_words):
-            found.setdefault(spelled(word), choice)
+            classes.setdefault(label_as_text(word), choice)
         for text, number in (("True", "1"), ("False", "0")):
-            if self.num_classes == 2 and number in found and not {text, text.lower()} & found.keys():
-                found[text] = found[number]
-        return found
+            if self.num_classes == 2 and number in classes and not {text, text.lower()} & classes.keys():
+                classes[text] = classes[number]
+        return classes
 
     @property
     def num_classes(self) -> int:
@@ -109,12 +109,12 @@ class PromptTask(Task):
                 f"Column {self.label_column!r} holds a {type(value).__name__} ({value!r:.80}), where a label is one "
                 "value: choose another --label_column."
             )
-        found = self._classes.get(spelled(value))
-        if found is None:
-            found = self._classes_in_any_case.get(spelled(value).casefold())
-        if found is not None:
-            return (found,)
-        if on_a_scale(value) and not any(map(on_a_scale, self.labels)):
+        choice = self._classes.get(label_as_text(value))
+        if choice is None:
+            choice = self._classes_in_any_case.get(label_as_text(value).casefold())
+        if choice is not None:
+            return (choice,)
+        if is_on_scale(value) and not any(map(is_on_scale, self.labels)):
             raise UsageError(
                 f"Label {value!r} in column {self.label_column!r} is a number on a scale, not a class: divide the "
                 "scale into classes first, such as 0 and 1."
@@ -152,14 +152,14 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
 
 
-def spelled(value: object) -> str:
+def label_as_text(value: object) -> str:
     """Return a label as text; 1.0 is 1, since tables with empty cells write whole numbers so."""
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text
 
 
-def on_a_scale(value: object) -> bool:
+def is_on_scale(value: object) -> bool:
     """Whether a label is a number between the whole ones."""
     try:
         return not float(str(value)).is_integer()

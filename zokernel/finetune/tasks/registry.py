@@ -75,8 +75,8 @@ def customize(
             task = replace(task, template=text, masked_template=None)
     if label_words or labels:
         if not isinstance(task, PromptTask):
-            given = [flag for flag, value in (("--label_words", label_words), ("--labels", labels)) if value]
-            raise UsageError(f"A {task.kind} task has no label words: leave out {' and '.join(given)}.")
+            flags = [flag for flag, value in (("--label_words", label_words), ("--labels", labels)) if value]
+            raise UsageError(f"A {task.kind} task has no label words: leave out {' and '.join(flags)}.")
         if label_words:
             task = replace(task, label_words=tuple(label_words), labels=(), masked_label_words=())
         if labels:
@@ -130,12 +130,12 @@ def make_task(values: dict[str, Any], *, where: str = "the task") -> Task:
     else:
         kind = GenerationTask
         values = {"metric": "f1", "loss": "answer", **values}
-    known = [f.name for f in fields(kind) if f.name not in _NOT_IN_YAML]
+    keys = [f.name for f in fields(kind) if f.name not in _NOT_IN_YAML]
     for key in values:
-        if key not in known:
-            every = dict.fromkeys(f.name for other in _KINDS.values() for f in fields(other))
-            close = difflib.get_close_matches(str(key), [name for name in every if name not in _NOT_IN_YAML], n=1)
-            hint = f"did you mean {close[0]}?" if close and close[0] != key else f"it has {', '.join(known)}."
+        if key not in keys:
+            all_keys = dict.fromkeys(f.name for other in _KINDS.values() for f in fields(other))
+            close = difflib.get_close_matches(str(key), [name for name in all_keys if name not in _NOT_IN_YAML], n=1)
+            hint = f"did you mean {close[0]}?" if close and close[0] != key else f"it has {', '.join(keys)}."
             raise UsageError(f"{where} sets {key!r}, which a {kind.kind} task does not have: {hint}")
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -165,20 +165,22 @@ def _source(value: Any, name: str) -> Source:
     """Return where published data are: the id of a data set, or the fields of :class:`Source`."""
     if not isinstance(value, dict):
         return Source(_text(value, name))
-    known = [f.name for f in fields(Source)]
-    unknown = next((key for key in value if key not in known), None)
+    keys = [f.name for f in fields(Source)]
+    unknown = next((key for key in value if key not in keys), None)
     if unknown is not None:
-        raise UsageError(f"{name} with {unknown!r}, which is none of its keys {', '.join(known)}: correct it.")
+        raise UsageError(f"{name} with {unknown!r}, which is none of its keys {', '.join(keys)}: correct it.")
     if "dataset" not in value:
         raise UsageError(f"{name} without the 'dataset' that it is: add its id.")
-    given: dict[str, Any] = {key: _text(item, name) for key, item in value.items() if key not in ("splits", "labels")}
+    arguments: dict[str, Any] = {
+        key: _text(item, name) for key, item in value.items() if key not in ("splits", "labels")
+    }
     if "labels" in value:
-        given["labels"] = _tuple(value["labels"], name)
+        arguments["labels"] = _tuple(value["labels"], name)
     if "splits" in value:
         if not isinstance(value["splits"], dict):
             raise UsageError(f"{name} with splits {value['splits']!r:.60}: write them as {{train: train, test: test}}.")
-        given["splits"] = {str(split): _text(item, name) for split, item in value["splits"].items()}
-    return Source(**given)
+        arguments["splits"] = {str(split): _text(item, name) for split, item in value["splits"].items()}
+    return Source(**arguments)
 
 
 def _text(value: Any, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task, is_missing, place_of, say_left_out
+from zokernel.finetune.tasks.base import Task, is_missing, log_left_out, place_of
 from zokernel.finetune.tasks.text import messages_of
 
 
@@ -59,7 +59,7 @@ class RewardTask(Task):
                 f"{where} has no row with a prompt (its columns are {columns}): --objective reward needs a column "
                 "'prompt' of texts or messages."
             )
-        say_left_out(where, "a prompt", empty)
+        log_left_out(where, "a prompt", empty)
         return kept
 
     def required_columns(self) -> tuple[str, ...]:

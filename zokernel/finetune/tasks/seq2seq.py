@@ -11,9 +11,9 @@ import torch
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError, first_line
 from zokernel.finetune.tasks.base import Task
-from zokernel.finetune.tasks.encoded import Encoded, choices_and_answers, keep_end, refuse_empty_option
+from zokernel.finetune.tasks.control_tokens import ControlTokens
+from zokernel.finetune.tasks.encoded import Context, Encoded, choices_and_answers, keep_end, refuse_empty_option
 from zokernel.finetune.tasks.template import fill, literals
-from zokernel.finetune.tasks.typed import ControlTokens
 
 SENTINEL = "<extra_id_0>"  # what T5 was pretrained to fill in
 
@@ -91,8 +91,9 @@ def encode_seq2seq(
     rows: Sequence[Row],
     tokenizer: Any,
     decoder: Decoder,
+    *,
     max_length: int,
-    context: tuple[str, str],
+    context: Context,
     only_answer: bool,
 ) -> list[Encoded]:
     """Tokenize the prompt for the encoder and every option for the decoder.
@@ -109,7 +110,7 @@ def encode_seq2seq(
         tokenizer: A fast tokenizer.
         decoder: How the model frames texts.
         max_length: Longest sequence of either side; a longer prompt loses tokens at the front.
-        context: Text put before every prompt, and its shadow.
+        context: Text put before every prompt.
         only_answer: Encode the right option alone.
 
     Returns:
@@ -119,43 +120,65 @@ def encode_seq2seq(
         UsageError: If an option has no token, or is longer than ``max_length``.
     """
     controls = ControlTokens(tokenizer)
-    before, shadow = context
     all_ids, _ = controls(
-        [before + task.prompt(row) for row in rows], [shadow + task.prompt(row) for row in controls.shadows(rows)]
+        [context.text + task.prompt(row) for row in rows],
+        [context.shadow + task.prompt(row) for row in controls.shadows(rows)],
     )
     options, correct = choices_and_answers(
         [task.options(row) for row in rows], [task.correct(row) for row in rows], only_answer
     )
-    texts = list(dict.fromkeys(option.strip() for choices in options for option in choices))
-    # Label words are the user's own; an option from a column stays text.
-    known = dict(
-        zip(texts, _target_ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=not task.fixed_options))
-    )
-    generated = task.kind == "generation"
-    first: tuple[int, ...] = decoder.prompt
-    forced: tuple[int, ...] = ()
-    if has_sentinel(task, tokenizer):
-        first = (decoder.start, tokenizer.convert_tokens_to_ids(SENTINEL))
-    elif generated:
-        first, forced = (decoder.start,), decoder.before
-    ending = decoder.after if generated else ()
-    _check_targets(known, max_length - len(first) - len(forced) - len(ending))
+    ids_of_option = _option_ids(task, tokenizer, options)
+    frame = _answer_frame(task, tokenizer, decoder)
+    _check_targets(ids_of_option, max_length - len(frame.start) - len(frame.forced) - len(frame.ending))
     examples = []
     for row, ids, choices, right in zip(rows, all_ids, options, correct):
         prompt_ids = keep_end(ids, max_length, tokenizer)
         examples.append(
             Encoded(
                 prompt_ids,
-                [[*forced, *known[option.strip()], *ending] for option in choices],
+                [[*frame.forced, *ids_of_option[option.strip()], *frame.ending] for option in choices],
                 right[0],
                 correct=right,
                 references=task.references(row),
                 lost=len(ids) - len(prompt_ids),
-                decoder_start=first,
-                forced=forced,
+                decoder_start=frame.start,
+                forced=frame.forced,
             )
         )
     return examples
+
+
+@dataclass(frozen=True)
+class _AnswerFrame:
+    """The tokens around an option or answer of a task.
+
+    Attributes:
+        start: What the decoder reads before it.
+        forced: Tokens that every answer begins with.
+        ending: Tokens that every answer ends with.
+    """
+
+    start: tuple[int, ...]
+    forced: tuple[int, ...]
+    ending: tuple[int, ...]
+
+
+def _answer_frame(task: Task, tokenizer: Any, decoder: Decoder) -> _AnswerFrame:
+    is_generated = task.kind == "generation"
+    ending = decoder.after if is_generated else ()
+    if has_sentinel(task, tokenizer):
+        return _AnswerFrame((decoder.start, tokenizer.convert_tokens_to_ids(SENTINEL)), (), ending)
+    if is_generated:
+        return _AnswerFrame((decoder.start,), decoder.before, ending)
+    return _AnswerFrame(decoder.prompt, (), ending)
+
+
+def _option_ids(task: Task, tokenizer: Any, options: Sequence[tuple[str, ...]]) -> dict[str, list[int]]:
+    """Return the tokens of every text that is an option of some row, by the text without surrounding spaces."""
+    texts = list(dict.fromkeys(option.strip() for choices in options for option in choices))
+    # Label words are the user's own; an option from a column stays text.
+    ids = _target_ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=not task.fixed_options)
+    return dict(zip(texts, ids))
 
 
 def has_sentinel(task: Task, tokenizer: Any) -> bool:
@@ -163,7 +186,7 @@ def has_sentinel(task: Task, tokenizer: Any) -> bool:
     return SENTINEL in literals(task.template) and SENTINEL in tokenizer.get_added_vocab()
 
 
-def filled_in(task: Task, row: Row, answer: str) -> str:
+def fill_in_answer(task: Task, row: Row, answer: str) -> str:
     """Return the prompt with its answer: in place of the template's sentinel, or after the prompt."""
     if SENTINEL not in literals(task.template):
         return task.prompt(row) + answer
@@ -175,8 +198,8 @@ def _target_ids(tokenizer: Any, texts: list[str], **settings: Any) -> list[list[
     return tokenizer(text_target=texts, **settings)["input_ids"]
 
 
-def _check_targets(known: dict[str, list[int]], room: int) -> None:
-    for text, ids in known.items():
+def _check_targets(ids_of_option: dict[str, list[int]], room: int) -> None:
+    for text, ids in ids_of_option.items():
         refuse_empty_option(text, ids)
         if len(ids) > room:
             raise UsageError(

@@ -84,9 +84,9 @@ def parse(template: str) -> tuple[str, ...]:
         raise UsageError(f"The template {template!r} must name columns in braces, such as '{{sentence}} It was'.")
     for name, wording in fields:
         if wording not in WORDINGS:
-            known = ", ".join(filter(None, WORDINGS))
+            choices = ", ".join(filter(None, WORDINGS))
             raise UsageError(
-                f"The template has {{{name}:{wording}}}, but {wording!r} is not a wording: choose one of {known}, or "
+                f"The template has {{{name}:{wording}}}, but {wording!r} is not a wording: choose one of {choices}, or "
                 f"write {{{name}:{wording}:}} if the column is called that."
             )
     if sum(name == MASK for name, _ in fields) > 1:

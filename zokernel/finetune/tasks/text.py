@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task, is_missing, place_of, say_left_out
+from zokernel.finetune.tasks.base import Task, is_missing, log_left_out, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ ROLES = {
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 _EXTRAS = ("tools", "chat_template_kwargs")
 # The columns that each form reads; the first ones name the form, the others may be absent.
-READ = {
+FORM_COLUMNS = {
     "messages": ("messages", "conversations", "system", *_EXTRAS),
     "prompt-completion": ("prompt", "completion", "system", *_EXTRAS),
     "instruction": ("instruction", "output", "input", "system", "history"),
@@ -78,30 +78,33 @@ class TextTask(Task):
         form = _FORMS[self.form]
         kept: list[Row] = []
         empty: list[str] = []
-        strange: dict[str, str] = {}
+        unusual: dict[str, str] = {}
         for number, row in enumerate(rows):
             place = place_of(rows, number)
             try:
-                found = form(row)
+                converted = form(row)
             except UsageError as error:
                 raise UsageError(f"{where}, {place}: {error}") from error
-            if found is None and (other := _other_form(row, self.form)):
+            if converted is None and (other := _other_form(row, self.form)):
                 rest = "those before it have" if number else "the run learns from"
                 raise UsageError(
-                    f"{where}, {place}: this row has {_named(other)}, and {rest} {_named(self.form)}: "
-                    "put the two kinds in files of their own."
+                    f"{where}, {place}: this row has {_quoted_columns(other)}, and {rest} {_quoted_columns(self.form)}"
+                    ": put the two kinds in files of their own."
                 )
-            if found is None:
+            if converted is None:
                 empty.append(place)
             else:
-                kept.append(found)
-                for role in _roles(found) - set(KNOWN_ROLES):
-                    strange.setdefault(role, place)
-        for role, place in strange.items():
+                kept.append(converted)
+                for role in _roles(converted) - set(KNOWN_ROLES):
+                    unusual.setdefault(role, place)
+        for role, place in unusual.items():
             logger.warning("%s, %s: %r is not a usual role; it is left to the chat template.", where, place, role)
         if not kept:
-            raise UsageError(f"{where} has no row with text to learn in {_named(self.form)}{_absent(rows, self.form)}.")
-        say_left_out(where, "text", empty)
+            raise UsageError(
+                f"{where} has no row with text to learn in {_quoted_columns(self.form)}"
+                f"{_describe_absent(rows, self.form)}."
+            )
+        log_left_out(where, "text", empty)
         return kept
 
     def required_columns(self) -> tuple[str, ...]:
@@ -123,23 +126,23 @@ class TextTask(Task):
         return (0,)
 
 
-def _named(form: str) -> str:
+def _quoted_columns(form: str) -> str:
     """Return the columns of a form in words."""
-    return " and ".join(map(repr, needed(form)))
+    return " and ".join(map(repr, columns_of_form(form)))
 
 
-def needed(form: str) -> tuple[str, ...]:
+def columns_of_form(form: str) -> tuple[str, ...]:
     """Return the columns that every row of a form has."""
-    return READ[form][: 1 if form in ("messages", "text") else 2]
+    return FORM_COLUMNS[form][: 1 if form in ("messages", "text") else 2]
 
 
-def _absent(rows: Sequence[Row], form: str) -> str:
+def _describe_absent(rows: Sequence[Row], form: str) -> str:
     """Return which columns of a form no row has, and which there are instead; empty if all are there."""
-    there = list(dict.fromkeys(str(name) for row in rows for name in row))
-    absent = [repr(name) for name in needed(form) if name not in there]
-    if not absent or (form == "messages" and "conversations" in there):
+    present = list(dict.fromkeys(str(name) for row in rows for name in row))
+    absent = [repr(name) for name in columns_of_form(form) if name not in present]
+    if not absent or (form == "messages" and "conversations" in present):
         return ""
-    return f": it has no column {' or '.join(absent)}, and its columns are {', '.join(map(repr, there)) or 'none'}"
+    return f": it has no column {' or '.join(absent)}, and its columns are {', '.join(map(repr, present)) or 'none'}"
 
 
 def read_as(form: str, row: Row) -> Row | None:
@@ -167,10 +170,10 @@ def _prompt_row(row: Row) -> Row | None:
         return None
     chats = [_is_chat(part) for part in parts]
     if all(chats):
-        found = [messages_of(part, name) for part, name in zip(parts, ("prompt", "completion"))]
-        if not all(found):
+        messages = [messages_of(part, name) for part, name in zip(parts, ("prompt", "completion"))]
+        if not all(messages):
             return None
-        return {"prompt": _with_system(found[0], row.get("system")), "completion": found[1], **_extras(row)}
+        return {"prompt": _with_system(messages[0], row.get("system")), "completion": messages[1], **_extras(row)}
     if any(chats):
         raise UsageError("'prompt' and 'completion' must both be texts, or both be lists of messages.")
     prompt, completion = (_text(part, name) for part, name in zip(parts, ("prompt", "completion")))
@@ -184,17 +187,17 @@ def _instruction_row(row: Row) -> Row | None:
     """Return Alpaca's columns (``system`` and ``history`` as LLaMA-Factory has them)."""
     if is_missing(row.get("instruction")) or is_missing(row.get("output")):
         return None
-    found = {name: _text(row[name], name) for name in ("instruction", "output")}
-    if not found["instruction"].strip() or not found["output"].strip():
+    texts = {name: _text(row[name], name) for name in ("instruction", "output")}
+    if not texts["instruction"].strip() or not texts["output"].strip():
         return None
     for name in ("input", "system"):
         value = row.get(name)
-        found[name] = "" if is_missing(value) else _text(value, name)
+        texts[name] = "" if is_missing(value) else _text(value, name)
     history = row.get("history")
     turns = [] if is_missing(history) or not history else history
     if not isinstance(turns, (list, tuple)) or any(not isinstance(t, (list, tuple)) or len(t) != 2 for t in turns):
         raise UsageError("'history' must be a list of [instruction, answer] pairs.")
-    return {**found, "history": [[str(asked), str(said)] for asked, said in turns]}
+    return {**texts, "history": [[str(question), str(answer)] for question, answer in turns]}
 
 
 def _text_row(row: Row) -> Row | None:
@@ -247,8 +250,8 @@ def messages_of(value: object, column: str) -> Messages:
             ) from error
     if not isinstance(value, (list, tuple)):
         raise UsageError(f"{column!r} must hold a list of messages, each with a role and a content.")
-    found = [_message(message, column) for message in value]
-    return [message for message in found if message is not None] if all(m is not None for m in found) else []
+    messages = [_message(message, column) for message in value]
+    return [message for message in messages if message is not None] if all(m is not None for m in messages) else []
 
 
 def _message(value: object, column: str) -> dict[str, Any] | None:
@@ -265,7 +268,7 @@ def _message(value: object, column: str) -> dict[str, Any] | None:
         raise UsageError(f"A message in {column!r} has the role {role!r}: did you mean {close[0]!r}?")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
-        content = message["content"] = _joined(content)
+        content = message["content"] = _join_parts(content)
     if content is None or (isinstance(content, str) and not content.strip()):
         if message.get("tool_calls"):
             return {**message, "content": content or ""}
@@ -279,15 +282,15 @@ def _message(value: object, column: str) -> dict[str, Any] | None:
 
 def _check_weight(message: dict[str, Any], column: str) -> None:
     """Keep ``weight`` 0 of a message that is not to be learned (OpenAI's key; Axolotl's is ``train``: false)."""
-    said = [message.pop(key) for key in ("weight", "train") if key in message]
-    for value in said:
+    weights = [message.pop(key) for key in ("weight", "train") if key in message]
+    for value in weights:
         if value not in (0, 1):
             raise UsageError(f"A message in {column!r} has the weight {value!r:.40}: it is learned (1) or not (0).")
-    if not all(said):
+    if not all(weights):
         message["weight"] = 0
 
 
-def _joined(parts: Sequence[Any]) -> str:
+def _join_parts(parts: Sequence[Any]) -> str:
     """Return the text of a content that is given in parts."""
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
@@ -321,7 +324,7 @@ def _with_system(messages: Messages, system: object) -> Messages:
 
 def _extras(row: Row) -> dict[str, Any]:
     """Return ``tools`` and ``chat_template_kwargs``, which are handed to the template."""
-    found: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     for name in _EXTRAS:
         value = row.get(name)
         if isinstance(value, str):
@@ -332,5 +335,5 @@ def _extras(row: Row) -> dict[str, Any]:
                     f"{name!r} holds a text that is not JSON: write it as JSON, or leave it empty."
                 ) from error
         if not is_missing(value) and value:
-            found[name] = value
-    return found
+            extras[name] = value
+    return extras

@@ -54,7 +54,7 @@ def toy_rows(name: str, task: Task, *, size: int = 24, seed: int = 0) -> list[Ro
     if name in _MAKERS:
         return [_MAKERS[name](generator) for _ in range(size)]
     assert isinstance(task, PromptTask), "only the named tasks of these kinds have toy data"
-    return [_classified(task, generator, number) for number in range(size)]
+    return [_classification_row(task, generator, number) for number in range(size)]
 
 
 def _text(generator: random.Random, clue: str = "") -> str:
@@ -62,7 +62,7 @@ def _text(generator: random.Random, clue: str = "") -> str:
     return " ".join([*words, clue]).strip()
 
 
-def _classified(task: PromptTask, generator: random.Random, number: int) -> Row:
+def _classification_row(task: PromptTask, generator: random.Random, number: int) -> Row:
     label = number % task.num_classes  # every class equally often
     name = alternatives(task.names()[label])[0]
     columns = [column for column in task.required_columns() if column != task.label_column]

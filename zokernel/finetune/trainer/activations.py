@@ -1,4 +1,4 @@
-"""What the activations of a step take, said when the rows are encoded and the way of perturbing is settled."""
+"""What the activations of a step take, logged when the rows are encoded and the way of perturbing is settled."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.kind import kind_of_model
-from zokernel.finetune.models.ways import Sizes, measure
+from zokernel.finetune.models.memory_setups import Sizes, measure
 from zokernel.finetune.trainer.choose_perturb import innermost
 from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import Stacked
-from zokernel.readable import counted, readable_bytes
+from zokernel.readable import plural, readable_bytes
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
 
 
-def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, Any]) -> None:
+def log_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, Any]) -> None:
     """Log what the activations of a step take.
 
     Args:
@@ -35,16 +35,16 @@ def say_activations(optimizer: ZerothOrder, model: Any, longest: Mapping[str, An
     except (UsageError, AttributeError) as error:  # a model of somebody's own
         logger.debug("The activations are not counted: %s", error)
         return
-    losses, tokens, scored = _together(optimizer), tokens_of(longest), scored_of(longest)
-    streams = isinstance(innermost(optimizer.perturb), StreamedForward)
+    losses, tokens, scored = _losses_in_memory(optimizer), tokens_of(longest), scored_of(longest)
+    is_streamed = isinstance(innermost(optimizer.perturb), StreamedForward)
     total = activation_bytes(sizes, optimizer, tokens, scored)
-    border = sizes.border(tokens, losses=losses) if streams else 0
+    border = sizes.border(tokens, losses=losses) if is_streamed else 0
     logger.info(
         "Activations: about %s%s (%s of at most %s, of which %d %s scored).",
         readable_bytes(total),
-        f", of which {readable_bytes(border)} are kept between blocks" if streams else "",
-        counted(losses, "loss") if losses > 1 else "1 loss at a time",
-        counted(tokens, "token"),
+        f", of which {readable_bytes(border)} are kept between blocks" if is_streamed else "",
+        plural(losses, "loss") if losses > 1 else "1 loss at a time",
+        plural(tokens, "token"),
         scored,
         "is" if scored == 1 else "are",
     )
@@ -59,7 +59,7 @@ def activation_bytes(sizes: Sizes, optimizer: ZerothOrder, tokens: int, scored: 
         tokens: Tokens of a batch, padding included.
         scored: Positions of the batch whose logits are taken.
     """
-    losses = _together(optimizer)
+    losses = _losses_in_memory(optimizer)
     if isinstance(innermost(optimizer.perturb), StreamedForward):
         return sizes.streamed(tokens, losses=losses, scored=scored)
     return sizes.activations(tokens, losses=losses, scored=scored)
@@ -77,7 +77,7 @@ def scored_of(batch: Mapping[str, Any]) -> int:
     return int(positions.numel()) if isinstance(positions, torch.Tensor) else tokens_of(batch)
 
 
-def _together(optimizer: ZerothOrder) -> int:
+def _losses_in_memory(optimizer: ZerothOrder) -> int:
     """Return how many losses are in memory together."""
     perturb, losses = innermost(optimizer.perturb), optimizer.forwards_per_step
     if isinstance(perturb, StreamedForward):

@@ -1,7 +1,7 @@
 """The largest batch that fits, found before the first step and without changing what a step is.
 
-A zeroth-order step needs the memory of one forward, so a forward on the longest examples decides.  Where the batch
-asked for does not fit, it is split into micro-batches whose losses are averaged: the same step, in less memory.
+A zeroth-order step needs the memory of one forward, so a forward on the longest examples decides.  Where the
+requested batch does not fit, it is split into micro-batches whose losses are averaged: the same step, in less memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from zokernel.errors import RunError
 
 
 @torch.no_grad()
-def largest_batch(forward: Callable[[int], object], wanted: int) -> int:
+def largest_batch(forward: Callable[[int], object], requested: int) -> int:
     """Return the largest divisor of a batch size that fits in memory.
 
     Args:
         forward: Runs a forward on the longest examples, as many as it is told to.
-        wanted: The batch size asked for.
+        requested: The requested batch size.
 
     Returns:
         Examples per micro-batch.
@@ -35,12 +35,12 @@ def largest_batch(forward: Callable[[int], object], wanted: int) -> int:
         >>> largest_batch(forward, 16)
         4
     """
-    size = wanted
+    size = requested
 
-    def split() -> int:
+    def next_divisor() -> int:
         nonlocal size
         # The next smaller divisor, so that micro-batches add up to the batch.
-        size = next((n for n in range(size - 1, 0, -1) if wanted % n == 0), 0)
+        size = next((n for n in range(size - 1, 0, -1) if requested % n == 0), 0)
         return size
 
     def fits(batch_size: int) -> int:
@@ -48,7 +48,7 @@ def largest_batch(forward: Callable[[int], object], wanted: int) -> int:
         return batch_size
 
     try:
-        return find_executable_batch_size(fits, starting_batch_size=wanted, reduce_batch_size_fn=split)()
+        return find_executable_batch_size(fits, starting_batch_size=requested, reduce_batch_size_fn=next_divisor)()
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise

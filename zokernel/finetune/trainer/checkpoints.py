@@ -24,8 +24,8 @@ from zokernel.finetune.trainer.loop_optimizer import bare
 from zokernel.private_apis import loop_sums, set_train_batch_size
 from zokernel.secrets import hide_in_text, hide_in_values
 
-# Arguments that a trainer uses while it is made.
-_USED = {
+# Arguments that a trainer reads only while it is made.
+_FIXED = {
     *("output_dir", "method", "objective", "freeze_layers", "freeze_vectors", "zo_parallel", "zo_point_ranks"),
     *("perturb", "precision", "bf16", "fp16", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("early_stopping_patience", "label_smoothing_factor", "neftune_noise_alpha"),
@@ -73,8 +73,8 @@ class CheckpointTrainer(Trainer):
         """
         old, new = (as_json(args.to_dict()) for args in (loop_arguments(self.settings), self.args))
         changed = {name: new[name] for name in old if new[name] != old[name]}
-        if used := sorted(changed.keys() & _USED):
-            raise UsageError(f"The trainer was made with another {used[0]}: make a new one to change that.")
+        if fixed := sorted(changed.keys() & _FIXED):
+            raise UsageError(f"The trainer was made with another {fixed[0]}: make a new one to change that.")
         changed = {name: value for name, value in changed.items() if name in self.settings.values()}
         if not changed:
             return
@@ -120,9 +120,12 @@ class CheckpointTrainer(Trainer):
         if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         stateful: Any = self.state.stateful_callbacks
-        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
-            stateful[type(callback).__name__] = callback.state()
-        with files.whole_folder(target) if self.args.should_save else nullcontext(files.hidden(target)) as scratch:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                stateful[type(callback).__name__] = callback.state()
+        with (
+            files.atomic_folder(target) if self.args.should_save else nullcontext(files.hidden_path(target)) as scratch
+        ):
             self.accelerator.wait_for_everyone()
             self.save_model(str(scratch), _internal_call=True)
             if not self.args.save_only_model:
@@ -159,8 +162,8 @@ class CheckpointTrainer(Trainer):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        told = self.args.to_dict() | {"load_best_model_at_end": self.settings["load_best_model_at_end"]}
-        write_json(folder / "training_args.json", hide_in_values(told))
+        arguments = self.args.to_dict() | {"load_best_model_at_end": self.settings["load_best_model_at_end"]}
+        write_json(folder / "training_args.json", hide_in_values(arguments))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -201,18 +204,18 @@ def loop_arguments(settings: RunSettings) -> Any:
 
 
 @contextmanager
-def best_is_taken(settings: RunSettings) -> Iterator[None]:
-    """Keep ``EarlyStoppingCallback`` from saying that a run does not end with its best weights, if it does.
+def silence_best_model_warning(settings: RunSettings) -> Iterator[None]:
+    """Keep ``EarlyStoppingCallback`` from warning that a run does not end with its best weights, if it does.
 
     It looks at what :func:`loop_arguments` changed.
     """
     callbacks = logging.getLogger("transformers.trainer_callback")
-    silent = _NoFalseWarning() if settings["load_best_model_at_end"] else logging.Filter()
-    callbacks.addFilter(silent)
+    no_warning = _NoFalseWarning() if settings["load_best_model_at_end"] else logging.Filter()
+    callbacks.addFilter(no_warning)
     try:
         yield
     finally:
-        callbacks.removeFilter(silent)
+        callbacks.removeFilter(no_warning)
 
 
 class _NoFalseWarning(logging.Filter):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.zo_arguments import PERTURB
-from zokernel.finetune.trainer.processes import on_all
+from zokernel.finetune.trainer.processes import true_on_all
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward, PerExampleRows, Stacked, make_perturb, matches_in_place, stackable
 from zokernel.perturb.base import Closure, Perturb
@@ -31,14 +31,14 @@ def stack_or_share(
     optimizer: ZerothOrder,
     model: nn.Module,
     args: ZOConfig,
+    *,
     stacked: Callable[[int], Tensor] | None,
     parallel: Parallel | None,
     trial: Callable[[int], Tensor] | None = None,
-    *,
     examples: Callable[[], Sequence[Examples]] | None = None,
     short_rows: bool = True,
 ) -> str:
-    """Stack the losses of a step if that was asked for or pays, and let the processes of a run share them.
+    """Stack the losses of a step if that is requested or pays, and let the processes of a run share them.
 
     Args:
         optimizer: The optimizer of the run.
@@ -68,7 +68,7 @@ def stack_or_share(
         return perturb.name
     if name == "auto" and not args.torch_compile:
         pays = stacked is not None and short_rows and stacking_pays(optimizer, model, trial, **sizes)
-        name = "stacked" if on_all(pays, args.device) else name
+        name = "stacked" if true_on_all(pays, args.device) else name
     if name == "stacked":
         if stacked is None:
             raise UsageError(
@@ -93,9 +93,9 @@ def settle(optimizer: ZerothOrder, args: ZOConfig, trial_loss: Closure, parallel
     Returns:
         How the run perturbs.
     """
-    wanted = args.device.type == "cpu" and args.bf16 and not args.torch_compile
-    if wanted and perturbs_in_place(optimizer):
-        suits = in_forward_suits(optimizer, trial_loss, partial(on_all, device=args.device))
+    prefers_copies = args.device.type == "cpu" and args.bf16 and not args.torch_compile
+    if prefers_copies and perturbs_in_place(optimizer):
+        suits = in_forward_suits(optimizer, trial_loss, partial(true_on_all, device=args.device))
         set_perturb(optimizer, InForward() if suits else make_perturb("in_place"), parallel)
     name = optimizer.perturb.name
     return name if name in PERTURB else "in_place"  # of tangents, which perturb nothing
@@ -133,7 +133,7 @@ def stacking_pays(
         return False
     if not stackable(optimizer.named_params, optimizer.directions, copies):
         return False
-    reason = "" if trial is None else refuses_copies(optimizer, trial)
+    reason = "" if trial is None else reason_not_to_stack(optimizer, trial)
     if reason:
         logger.info("perturb: one loss after the other, since they cannot be stacked here. %s", reason)
         return False
@@ -145,7 +145,7 @@ def stacking_pays(
     return True
 
 
-def refuses_copies(optimizer: ZerothOrder, losses: Callable[[int], Tensor]) -> str:
+def reason_not_to_stack(optimizer: ZerothOrder, losses: Callable[[int], Tensor]) -> str:
     """Try two losses of the coming step in one forward, and return why that is refused; empty if it is not.
 
     Args:
@@ -163,13 +163,13 @@ def refuses_copies(optimizer: ZerothOrder, losses: Callable[[int], Tensor]) -> s
     return ""
 
 
-def in_forward_suits(optimizer: ZerothOrder, closure: Closure, everywhere: Callable[[bool], bool]) -> bool:
+def in_forward_suits(optimizer: ZerothOrder, closure: Closure, holds_on_all: Callable[[bool], bool]) -> bool:
     """Check with one loss taken both ways whether ``in_forward`` may replace ``in_place``, and log why.
 
     Args:
         optimizer: The optimizer of the run, before its first step.
         closure: Returns the loss of a fixed batch.
-        everywhere: Returns whether something holds on every process.
+        holds_on_all: Returns whether something holds on every process.
     """
     try:
         points = optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count)
@@ -179,7 +179,7 @@ def in_forward_suits(optimizer: ZerothOrder, closure: Closure, everywhere: Calla
         )
     except (UsageError, StopIteration) as error:
         suits, reason = False, str(error)
-    if everywhere(suits):
+    if holds_on_all(suits):
         logger.info("perturb: in_forward, which is faster on a CPU under bf16 autocast (%s).", reason)
         return True
     logger.info("perturb: in_place (%s).", reason if not suits else "in_forward does not suit another process")

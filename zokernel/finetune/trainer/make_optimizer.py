@@ -12,22 +12,22 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.optim import ZerothOrder, get_method, method_options
 
 
-def make_optimizer(model: nn.Module, decayed: Sequence[str], args: ZOConfig) -> Any:
+def make_optimizer(model: nn.Module, decayed_names: Sequence[str], args: ZOConfig) -> Any:
     """Return the optimizer of ``args.method`` on the trainable parameters, keyed by their names.
 
     Args:
         model: The model.
-        decayed: Names of the parameters to which weight decay applies.
+        decayed_names: Names of the parameters to which weight decay applies.
         args: The settings of the run.  ``auto`` and ``stacked`` leave the method's own way of perturbing.
     """
     options = args.method_options()
     weight_decay = options.pop("weight_decay", 0.0)
     if args.perturb not in ("auto", "stacked") and "perturb" in method_options(args.method):
         options["perturb"] = args.perturb
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in named if n in set(decayed)], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if n not in set(decayed)], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in parameters if n in set(decayed_names)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in parameters if n not in set(decayed_names)], "weight_decay": 0.0},
     ]
     method: Any = get_method(args.method)
     optimizer: torch.optim.Optimizer = method(

@@ -1,4 +1,4 @@
-"""The part of a trainer that takes losses before its first step: ``--method auto`` asks how far a run may walk."""
+"""The part of a trainer that takes losses before its first step: ``--method auto`` measures how far a run may walk."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from zokernel.finetune.models.trained import what_is_trained
+from zokernel.finetune.models.trainable import trained_part
 from zokernel.finetune.settings.auto import WALK, shorter_walk, walk_within_swing
 from zokernel.finetune.settings.resolve import count_steps
 from zokernel.finetune.settings.zo_arguments import AUTO
 from zokernel.finetune.trainer.choose_perturb import max_copies
 from zokernel.finetune.trainer.first_batch import first_batches
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
-from zokernel.finetune.trainer.measure_rise import FEWEST_BATCHES, batches_to_try, measure_rise, too_little, walk_told
+from zokernel.finetune.trainer.measure_rise import (
+    FEWEST_BATCHES,
+    batches_to_try,
+    describe_shortage,
+    describe_walk,
+    measure_rise,
+)
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.set_up import SetUpTrainer
-from zokernel.finetune.trainer.stream_points import many_in_a_pass
-from zokernel.private_apis import noted_by_trl, set_noted_by_trl
+from zokernel.finetune.trainer.stream_points import make_streamed_forward
+from zokernel.kernels.walk_rise import Rise
+from zokernel.private_apis import set_trl_metrics, trl_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ class MeasuringTrainer(SetUpTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.measuring_forwards = self.rate_forwards = 0
-        self._asked = False
+        self._has_chosen_rate = False
         super().__init__(*args, **kwargs)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
@@ -63,82 +70,88 @@ class MeasuringTrainer(SetUpTrainer):
         self._epoch_sampler = sampler
         return [self._prepare_inputs(batch) for batch in first_batches(loader, count)]
 
-    def counted(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a loss that is counted among those taken before the first step."""
+    def count_forwards(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a loss whose forwards count among those taken before the first step."""
 
-        def taken(*args: Any) -> Tensor:
+        def counted_loss(*args: Any) -> Tensor:
             self.measuring_forwards += 1
             return loss(*args)
 
-        return taken
+        return counted_loss
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Keep losses that are only tried out of what trainers of trl note of every loss."""
-        kept = noted_by_trl(self)
+        """Keep trial losses out of the metrics that trainers of trl collect from every loss."""
+        metrics = trl_metrics(self)
         try:
             yield
         finally:
-            set_noted_by_trl(self, kept)
+            set_trl_metrics(self, metrics)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer; ``method="auto"`` first asks how far it may walk, unless a rate was given."""
+        """Build the optimizer; ``method="auto"`` first measures how far it may walk, unless a rate was given."""
         rate, auto = self.settings.setting("learning_rate"), self.settings.requested.method == AUTO
-        if self.optimizer is None and auto and not self._asked:
-            self._asked = True
+        if self.optimizer is None and auto and not self._has_chosen_rate:
+            self._has_chosen_rate = True
             if rate.source != "auto":
-                self._say(f"learning_rate {rate.value:.3g}: as given, in place of one that auto would choose.")
+                self._log_choice(f"learning_rate {rate.value:.3g}: as given, in place of one that auto would choose.")
             elif self.recorded:
                 self.decide("auto", learning_rate=self.recorded["learning_rate"].value)
-                self._say(f"learning_rate {self.args.learning_rate:.3g}: as recorded when the run began.")
+                self._log_choice(f"learning_rate {self.args.learning_rate:.3g}: as recorded when the run began.")
             elif not self.continues:
                 self._choose_rate(self.model if model is None else model, rate.value)
         return super().create_optimizer(model)
 
-    def _say(self, rate: str) -> None:
-        """Say once what ``auto`` became, even where no logging was set up."""
+    def _log_choice(self, rate: str) -> None:
+        """Log once what ``auto`` became, even where no logging was set up."""
         if self.is_world_process_zero():
             level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
             logger.log(level, "Method auto chose %s. %s", self.args.method, rate)
 
     def _choose_rate(self, model: Any, rate: float) -> None:
         """Measure what a random walk as far as the run's does to the loss, and lower the rate if it is too far."""
-        trained = what_is_trained(model)
+        trained, args, size = trained_part(model), self.args, self.batch_per_step
         walk = WALK[trained]
         unmeasured = f"learning_rate {rate:.3g}: for a random walk of {walk:.3g}, not measured: "
-        reason = self._not_measured()
+        reason = self._reason_not_measured()
         if reason:
-            self._say(f"{unmeasured}{reason}.")
+            self._log_choice(f"{unmeasured}{reason}.")
             return
-        args, size = self.args, self.batch_per_step
         dataset: Any = self.train_dataset
         steps = count_steps(args.max_steps, args.num_train_epochs, size, len(dataset))
-        small, optimizer = args.per_device_train_batch_size, make_optimizer(model, [], args)
-        forwards, batches = steps * optimizer.forwards_per_step, len(dataset) // small
+        batch, optimizer = args.per_device_train_batch_size, make_optimizer(model, [], args)
+        forwards, batches = steps * optimizer.forwards_per_step, len(dataset) // batch
         count = min(batches_to_try(forwards), batches)
         if count < FEWEST_BATCHES:
-            self._say(f"{unmeasured}{too_little(forwards, batches)}.")
+            self._log_choice(f"{unmeasured}{describe_shortage(forwards, batches)}.")
             return
-        # As many losses at a time as a step takes, or as take the memory of an evaluation.
-        together = max(optimizer.forwards_per_step, max_copies(small, args.per_device_eval_batch_size))
-        streams = many_in_a_pass(model, together)
-        self.bare_model.eval()
-        with self.uncounted():
-            rise = measure_rise(optimizer, self.training_batches(count), self._loss, walk, perturb=streams)
-        share = within = 1.0
+        rise = self._measure_rise(model, optimizer, walk, count)
+        share = share_within_swing = 1.0
         if rise is not None:
-            self.rate_forwards = rise.forwards
-            self.measuring_forwards += rise.forwards
             sharing = 1 if args.method_options().get("per_example") else size
-            every = args.num_perturbations * steps * (size // sharing)
-            within = walk_within_swing(rise, trained=trained, batch=small)
-            share = min(within, shorter_walk(rise, directions=every, batch=small, sharing=sharing))
+            directions = args.num_perturbations * steps * (size // sharing)
+            share_within_swing = walk_within_swing(rise, trained=trained, batch=batch)
+            share = min(share_within_swing, shorter_walk(rise, directions=directions, batch=batch, sharing=sharing))
         share = from_main(share)
         if share < 1:
             self.decide("auto", learning_rate=float(f"{rate * share:.3g}"))
-        self._say(walk_told(rise, walk, share, rate, self.args.learning_rate, swings=share == within < 1))
+        swings = share == share_within_swing < 1
+        self._log_choice(describe_walk(rise, walk, share, rate, args.learning_rate, swings=swings))
 
-    def _not_measured(self) -> str:
+    def _measure_rise(self, model: Any, optimizer: Any, walk: float, count: int) -> Rise | None:
+        """Return what random walks of a distance do to the loss of so many batches; None if that is not known."""
+        # As many losses at a time as a step takes, or as take the memory of an evaluation.
+        copies = max_copies(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        streamed = make_streamed_forward(model, max(optimizer.forwards_per_step, copies))
+        self.bare_model.eval()
+        with self.uncounted():
+            rise = measure_rise(optimizer, self.training_batches(count), self._loss, walk, perturb=streamed)
+        if rise is not None:
+            self.rate_forwards = rise.forwards
+            self.measuring_forwards += rise.forwards
+        return rise
+
+    def _reason_not_measured(self) -> str:
         """Return why no losses are taken around the weights; empty if they are."""
         dataset: Any = self.train_dataset
         if self.args.torch_compile:

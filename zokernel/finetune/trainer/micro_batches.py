@@ -120,20 +120,20 @@ def scalar_loss(loss: Any, owner: str) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.reshape(())
     if isinstance(loss, Tensor):
-        told = f"a tensor of shape {tuple(loss.shape)}"
+        value = f"a tensor of shape {tuple(loss.shape)}"
     else:
-        told = "None" if loss is None else f"a {type(loss).__name__}"
-    raise UsageError(f"{owner}.compute_loss returned {told}: it must return the batch's loss, a scalar tensor.")
+        value = "None" if loss is None else f"a {type(loss).__name__}"
+    raise UsageError(f"{owner}.compute_loss returned {value}: it must return the batch's loss, a scalar tensor.")
 
 
 def weighted_mean(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return the mean of losses (scalars, or vectors elementwise) weighted by ``weights``."""
-    together = torch.stack(list(losses))
+    stacked = torch.stack(list(losses))
     if len(set(weights)) == 1:
-        return together.mean() if together.ndim == 1 else together.mean(0)
+        return stacked.mean() if stacked.ndim == 1 else stacked.mean(0)
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     # On the CPU, since some accelerators have no float64.
-    return torch.tensordot(shares, together.cpu().double(), dims=1).to(together)
+    return torch.tensordot(shares, stacked.cpu().double(), dims=1).to(stacked)
 
 
 def mean_weight(weights: Sequence[float], gather: Callable[[Tensor], Any], device: torch.device) -> Tensor | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from zokernel.finetune.data.collate import EncodedDataset
 from zokernel.finetune.monitor.findings import FARTHER, PROBED, Options, Surroundings
 from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.scoring.options import option_scores
+from zokernel.finetune.tasks.encoded import Encoded
+from zokernel.finetune.trainer.trial_losses import log_refusal
 from zokernel.optim.updates import SGD, Normalized, PolyakBound
 from zokernel.perturb import InForward
 from zokernel.perturb.base import Closure
@@ -51,7 +54,7 @@ def slope_and_rate(optimizer: Any, projected_gradient: float, rate: float) -> tu
 
 
 @torch.no_grad()
-def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surroundings | None:
+def probe_surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surroundings | None:
     """Take the losses of one batch around the weights, which stay where they are: 17 forward passes.
 
     Args:
@@ -68,28 +71,25 @@ def surroundings(optimizer: Any, loss: Closure, *, dtype: torch.dtype) -> Surrou
     offsets = [sign * times * eps for times in (1.0, FARTHER) for sign in (1.0, -1.0)]
     points = [{}, *({index: offset} for index in range(PROBED) for offset in offsets)]
     perturb = optimizer.perturb
-    try:
+    losses: list[float] = []
+    with log_refusal(logger, "The losses around the weights were not taken"):
         if not isinstance(perturb, InForward):  # which may take all of them in one pass over streamed weights
             perturb = InForward()
             perturb.attach(optimizer.active, optimizer.directions, seed=optimizer.seed)
-        centre, *losses = perturb.losses(loss, points, step=optimizer.step_count)
-    except torch.OutOfMemoryError:
-        raise
-    except (UsageError, RuntimeError, TypeError) as error:
-        logger.info("The losses around the weights were not taken: %s", error)
+        losses = perturb.losses(loss, points, step=optimizer.step_count)
+    if not losses or not all(map(torch.isfinite, map(torch.tensor, losses))):
         return None
-    if not all(map(torch.isfinite, map(torch.tensor, (centre, *losses)))):
-        return None
-    fours = [losses[n : n + 4] for n in range(0, len(losses), 4)]
-    near, far = [(a, b) for a, b, _, _ in fours], [(c, d) for _, _, c, d in fours]
+    centre, *losses = losses
+    near = list(zip(losses[0::4], losses[1::4]))
+    far = list(zip(losses[2::4], losses[3::4]))
     return Surroundings(eps, centre, near, far, torch.finfo(dtype).eps)
 
 
-def coarsest(model: nn.Module, autocast: torch.dtype | None = None) -> torch.dtype:
+def coarsest_dtype(model: nn.Module, autocast: torch.dtype | None = None) -> torch.dtype:
     """Return the type with the largest rounding that a forward uses: of any weight, trained or not, or of autocast.
 
     Example:
-        >>> coarsest(nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)))
+        >>> coarsest_dtype(nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)))
         torch.bfloat16
     """
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()] + ([autocast] if autocast else [])
@@ -97,7 +97,7 @@ def coarsest(model: nn.Module, autocast: torch.dtype | None = None) -> torch.dty
 
 
 @torch.no_grad()
-def look_at_options(
+def inspect_options(
     model: nn.Module,
     dataset: Any,
     objective: Any,
@@ -114,41 +114,56 @@ def look_at_options(
         collate: Makes a batch of examples, on the model's device.
         batch: Examples per forward pass; 0 to score none.
     """
-    classes = isinstance(objective, Objective) and objective.kind == "classification"
-    if not classes or not isinstance(dataset, EncodedDataset) or not len(dataset):
+    is_classification = isinstance(objective, Objective) and objective.kind == "classification"
+    if not is_classification or not isinstance(dataset, EncodedDataset) or not len(dataset):
         return None
-    examples = dataset.examples
+    options = _count_options(dataset.examples)
+    if options is None or not batch:
+        return options
+    indices = range(0, len(dataset), -(-len(dataset) // SCORED))
+    starts = range(0, len(indices), batch)
+    try:
+        scores_NC = torch.cat(
+            [option_scores(model, collate([dataset[n] for n in indices[s : s + batch]])).cpu() for s in starts]
+        )
+    except (UsageError, RuntimeError) as error:
+        logger.debug("No example was scored: %s", error)
+        return options
+    labels_N = torch.tensor([dataset.examples[n].label for n in indices])
+    return _add_scores(options, scores_NC, labels_N, forwards=len(starts))
+
+
+def _count_options(examples: Sequence[Encoded]) -> Options | None:
+    """Return the options, and how often the examples have each; None if they do not share them."""
     words = examples[0].option_ids
     if any(example.option_ids != words for example in examples):
         return None
     counts = Counter(example.label for example in examples)
-    known: dict[str, Any] = {
-        "words": [tuple(word) for word in words],
-        "labels": [counts[choice] for choice in range(len(words))],
-        "prompts": len({(tuple(e.prompt_ids), e.suffix_ids) for e in examples}),
-        "cut": sum(example.lost > 0 for example in examples),
-    }
-    if not batch:
-        return Options(**known)
-    chosen = range(0, len(dataset), -(-len(dataset) // SCORED))
-    starts = range(0, len(chosen), batch)
-    try:
-        scores_NC = torch.cat(
-            [option_scores(model, collate([dataset[n] for n in chosen[s : s + batch]])).cpu() for s in starts]
-        )
-    except (UsageError, RuntimeError) as error:
-        logger.debug("No example was scored: %s", error)
-        return Options(**known)
-    labels_N = torch.tensor([examples[n].label for n in chosen])
-    answers_N = scores_NC.argmax(1)
-    differences_NC = scores_NC - scores_NC.mean(1, keepdim=True)
     return Options(
-        **known,
-        scored=len(chosen),
-        right=int((answers_N == labels_N).sum()),
-        spread=_spread(differences_NC),
-        answers=torch.bincount(answers_N, minlength=len(words)).tolist(),
-        forwards=len(starts),
+        words=[tuple(word) for word in words],
+        labels=[counts[choice] for choice in range(len(words))],
+        num_prompts=len({(tuple(e.prompt_ids), e.suffix_ids) for e in examples}),
+        num_cut=sum(example.lost > 0 for example in examples),
+    )
+
+
+def _add_scores(options: Options, scores_NC: Tensor, labels_N: Tensor, *, forwards: int) -> Options:
+    """Return options with how the model answered some examples.
+
+    Args:
+        options: The options.
+        scores_NC: Score of each option for each example.
+        labels_N: The right options.
+        forwards: Forward passes that the scores took.
+    """
+    answers_N = scores_NC.argmax(1)
+    return replace(
+        options,
+        num_scored=len(labels_N),
+        num_right=int((answers_N == labels_N).sum()),
+        spread=_spread(scores_NC - scores_NC.mean(1, keepdim=True)),
+        answers=torch.bincount(answers_N, minlength=len(options.words)).tolist(),
+        forwards=forwards,
     )
 
 
@@ -163,7 +178,7 @@ def _spread(differences_NC: Tensor) -> float:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Keep all layers in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from zokernel.errors import UsageError
 from zokernel.perturb.parallel import MODES, Parallel
 from zokernel.private_apis import deal_batches
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def make_parallel(mode: str | None, point_ranks: int | None, weight: Callable[[]
         weight: Returns how many terms the loss of this process's batch is a mean over.
 
     Raises:
-        UsageError: If the processes cannot be arranged as asked.
+        UsageError: If the processes cannot be arranged that way.
     """
     if mode not in (None, *MODES):
         raise UsageError(f"zo_parallel must be one of {', '.join(MODES)}, not {mode!r}.")
@@ -49,13 +49,13 @@ def make_parallel(mode: str | None, point_ranks: int | None, weight: Callable[[]
     logger.info(
         "%d processes: %s per step, each shared by %d; only losses are exchanged.",
         num_processes(),
-        counted(parallel.data_ranks, "batch"),
+        plural(parallel.data_ranks, "batch"),
         parallel.point_ranks,
     )
     return parallel
 
 
-def on_all(holds: bool, device: torch.device) -> bool:
+def true_on_all(holds: bool, device: torch.device) -> bool:
     """Return whether something holds on every process of the run."""
     if num_processes() == 1:
         return holds

@@ -17,14 +17,14 @@ from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import LossError, UsageError
 from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
-from zokernel.finetune.models.weights import begins_as_saved
+from zokernel.finetune.models.weights import matches_saved_weights
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, keep_recorded, read_settings
 from zokernel.finetune.storage import checkpoint as files
 from zokernel.finetune.storage.lock import exclusive
-from zokernel.finetune.storage.replay import restore_base_
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
 from zokernel.finetune.storage.run_journal import RunJournal, data_order
-from zokernel.finetune.trainer.checkpoints import CheckpointTrainer, best_is_taken
+from zokernel.finetune.trainer.best_weights import BestWeightsTrainer
+from zokernel.finetune.trainer.checkpoints import silence_best_model_warning
 from zokernel.finetune.trainer.empty_cache import EmptyCache
 from zokernel.private_apis import set_loop_sums
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _REPEATABLE = (RandomSampler, SequentialSampler, EpochSeededSampler)
 
 
-class ResumableTrainer(CheckpointTrainer):
+class ResumableTrainer(BestWeightsTrainer):
     """``transformers.Trainer`` whose runs can be killed at any instant and continued to the same bits.
 
     Checkpoints appear whole or not at all and hold safetensors and JSON only.  With a journal, steps after the last
@@ -46,8 +46,7 @@ class ResumableTrainer(CheckpointTrainer):
     Attributes:
         recorded: The settings of the run that is continued, by name.
         continues: Whether an earlier process's run is continued.
-        when_begun: Called when all checks are passed and the loop begins.
-        final_step: The step whose weights the last call of ``train`` ended with.
+        on_loop_begin: Called when all checks are passed and the loop begins.
     """
 
     zeroth_order: bool
@@ -57,10 +56,9 @@ class ResumableTrainer(CheckpointTrainer):
     def __init__(self, settings: RunSettings, **kwargs: Any):
         super().__init__(settings, **kwargs)
         self.recorded: dict[str, Setting] | None = None
-        self.final_step = 0
-        self._from_files = self._moved = False  # where the weights came from, and whether a step may have moved them
+        self._weights_moved = False  # whether a step may have moved the weights since they were loaded
         self.continues = False
-        self.when_begun: Callable[[], None] | None = None
+        self.on_loop_begin: Callable[[], None] | None = None
         self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
         self.add_callback(_AroundTheLoop(self))
         if self.zeroth_order:
@@ -92,57 +90,34 @@ class ResumableTrainer(CheckpointTrainer):
             UsageError: If what is there cannot be continued this way.
             RunError: If the output cannot be written, or another process is writing it.
         """
-        folder, main = self.folder, self.args.should_save
         self.continues = bool(resume_from_checkpoint)
-        wants_best = self.settings["load_best_model_at_end"]
-        with exclusive(folder) if main else nullcontext(), explained_errors(folder), best_is_taken(self.settings):
+        alone = exclusive(self.folder) if self.args.should_save else nullcontext()
+        with alone, explained_errors(self.folder), silence_best_model_warning(self.settings):
             try:
-                if main:
-                    files.remove_leftovers(folder)
-                self.recorded = read_settings(folder) if self.continues else None
-                if self.continues:
-                    refuse_old_run(folder)
-                    kept = keep_recorded(self.settings, folder)["eps"]
-                    if kept != self.settings["eps"]:
-                        self.decide("default", eps=kept)
-                self.accelerator.wait_for_everyone()
+                self._read_earlier_run()
                 self.journal = self._open_journal()
-                if not (self._moved and self.continues):  # else by an earlier call, which has looked
-                    base = Path(str(getattr(self.bare_model, "name_or_path", "") or "?"))
-                    self._from_files = base.is_dir() and begins_as_saved(self.bare_model, base)
-                if self.args.save_strategy == "journal" and wants_best and not self.comes_back:
-                    raise UsageError(
-                        "To end with the best step, save_strategy 'journal' must be able to load the base again: load "
-                        "the model by from_pretrained from a folder, or set load_best_model_at_end False."
-                    )
-                checkpoint = self._choose_checkpoint(folder, resume_from_checkpoint)
-                if self.continues and checkpoint is None and (self.journal is None or not self.journal.num_steps):
-                    logger.info("%s holds no step to continue from, so the run starts from the beginning.", folder)
-                if self._moved:
-                    self.forget_optimizer()
-                    if self.continues and checkpoint is None and self.journal is not None and self.comes_back:
-                        self.journal.restore_base()
+                self._check_base()
+                checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+                self._reset_optimizer(checkpoint)
                 # No process may write before all have read.
                 self.accelerator.wait_for_everyone()
-                if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):
-                    result = self._nothing_left(checkpoint)
-                else:
-                    result = super().train(checkpoint, *args, **kwargs)
-                self.final_step = self.state.global_step
-                if wants_best:
-                    self._take_best()
-                elif self.diverged:
-                    logger.warning("%s The last weights were kept, as asked.", self.diverged)
-            except LossError:
-                self.final_step = self.state.global_step
-                if wants_best and self.diverged:
-                    self._take_best()
-                raise
+                return self._run_loop(checkpoint, *args, **kwargs)
             finally:
                 if self.journal is not None:
                     self.journal.close()
                     self.journal = None
-        return result
+
+    def _read_earlier_run(self) -> None:
+        """Clear away halves that a kill left, and read the settings of the run that is continued."""
+        if self.args.should_save:
+            files.remove_leftovers(self.folder)
+        self.recorded = read_settings(self.folder) if self.continues else None
+        if self.continues:
+            refuse_old_run(self.folder)
+            eps = keep_recorded(self.settings, self.folder)["eps"]
+            if eps != self.settings["eps"]:
+                self.decide("default", eps=eps)
+        self.accelerator.wait_for_everyone()
 
     def _open_journal(self) -> RunJournal | None:
         args = self.args
@@ -150,36 +125,74 @@ class ResumableTrainer(CheckpointTrainer):
             raise UsageError(f"{args.method} takes gradients, which no journal holds: use save_strategy 'best'.")
         if not self.zeroth_order or args.save_strategy == "no":
             return None
-        given = {"continues": self.continues, "overwrite": args.overwrite_output_dir, "writes": args.should_save}
-        return RunJournal(self.folder, self.bare_model, **given)
+        flags = {"continues": self.continues, "overwrite": args.overwrite_output_dir, "writes": args.should_save}
+        return RunJournal(self.folder, self.bare_model, **flags)
 
-    @property
-    def comes_back(self) -> bool:
-        """Whether the weights before training can be loaded again."""
-        model = self.bare_model
-        if hasattr(model, "peft_config"):
-            # The new adapter is kept beside the journal, if there is or will be one.
-            return self.journal is not None or self.args.save_strategy == "journal"
-        return self._from_files
+    def _check_base(self) -> None:
+        """See whether the weights before training are those of the model's files.
 
-    def _choose_checkpoint(self, folder: Path, asked: str | bool | None) -> str | None:
-        if isinstance(asked, str):
-            files.check_checkpoint(Path(asked))
-            return asked
-        if not asked:
+        Raises:
+            UsageError: If they will be needed and cannot be loaded again.
+        """
+        if not (self._weights_moved and self.continues):  # else by an earlier call, which has looked
+            base = Path(str(getattr(self.bare_model, "name_or_path", "") or "?"))
+            self._base_in_files = base.is_dir() and matches_saved_weights(self.bare_model, base)
+        keeps_best = self.settings["load_best_model_at_end"]
+        if self.args.save_strategy == "journal" and keeps_best and not self.can_restore_base:
+            raise UsageError(
+                "To end with the best step, save_strategy 'journal' must be able to load the base again: load "
+                "the model by from_pretrained from a folder, or set load_best_model_at_end False."
+            )
+
+    def _choose_checkpoint(self, requested: str | bool | None) -> str | None:
+        """Return the checkpoint to resume from: the requested one, or the newest that the journal reaches."""
+        if isinstance(requested, str):
+            files.check_checkpoint(Path(requested))
+            return requested
+        if not requested:
             return None
-        found = files.checkpoints(folder)
+        last_step = math.inf
         if self.journal is not None:
             # A power cut may have taken the end of a journal that a checkpoint relies on; its steps are taken again.
             # The last steps are replayed rather than loaded: the loop takes at least one.
-            last = min(self.journal.num_steps, self.args.max_steps - 1 if self.args.max_steps > 0 else math.inf)
-            found = [path for path in found if files.step_of(path) <= last]
-        if not found:
-            return None
-        files.check_checkpoint(found[-1])
-        return str(found[-1])
+            last_step = min(self.journal.num_steps, self.args.max_steps - 1 if self.args.max_steps > 0 else math.inf)
+        checkpoint = files.newest_checkpoint(self.folder, last_step=last_step)
+        if checkpoint is not None:
+            files.check_checkpoint(checkpoint)
+            return str(checkpoint)
+        if self.journal is None or not self.journal.num_steps:
+            logger.info("%s holds no step to continue from, so the run starts from the beginning.", self.folder)
+        return None
 
-    def _nothing_left(self, checkpoint: str) -> TrainOutput:
+    def _reset_optimizer(self, checkpoint: str | None) -> None:
+        """Begin with a new optimizer, and with the weights before training, if an earlier call moved the weights."""
+        if not self._weights_moved:
+            return
+        self.forget_optimizer()
+        if self.continues and checkpoint is None and self.journal is not None and self.can_restore_base:
+            self.journal.restore_base()
+
+    def _run_loop(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Run the loop of transformers, and end with the best weights if that is asked for."""
+        keeps_best = self.settings["load_best_model_at_end"]
+        try:
+            if checkpoint is not None and 0 < self.args.max_steps <= files.step_of(Path(checkpoint)):
+                result = self._finish_without_steps(checkpoint)
+            else:
+                result = super().train(checkpoint, *args, **kwargs)
+        except LossError:
+            self.final_step = self.state.global_step
+            if keeps_best and self.divergence:
+                self._load_best()
+            raise
+        self.final_step = self.state.global_step
+        if keeps_best:
+            self._load_best()
+        elif self.divergence:
+            logger.warning("%s The last weights were kept, as asked.", self.divergence)
+        return result
+
+    def _finish_without_steps(self, checkpoint: str) -> TrainOutput:
         """Finish a run that was killed between its last checkpoint and its end: the loop would take one more step."""
         if self.journal is not None:
             raise UsageError(f"{checkpoint} is already at max_steps {self.args.max_steps}: ask for more steps.")
@@ -189,32 +202,6 @@ class ResumableTrainer(CheckpointTrainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, math.nan, {})
-
-    def _take_best(self) -> None:
-        """Give the model the weights of the best evaluation."""
-        best = self.state.best_global_step
-        evaluated = [row["step"] for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
-        if best is None or best == self.state.global_step or not (any(evaluated) or self.diverged):
-            return  # the start alone has nothing to be compared with
-        checkpoint = self.folder / f"checkpoint-{best}"
-        if self.diverged:
-            logger.warning("%s The weights are those of step %d, before that.", self.diverged, best)
-        elif best == 0:
-            name, value = self.args.metric_for_best_model, self.state.best_metric or 0.0
-            if name == "loss" and (raised := getattr(vars(self).get("objective"), "shown", "")):
-                name, value = raised, 0.0 - value
-            logger.warning(
-                "No evaluation was better than the one before training (%s %.4g), so the starting weights are kept.",
-                name,
-                value,
-            )
-        if checkpoint.is_dir():
-            files.load_weights(self.bare_model, checkpoint)
-        elif self.journal is not None:
-            self.journal.replay_to(best)
-        else:
-            restore_base_(self.bare_model, self.folder)
-        self.final_step = best
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the sampler of transformers, with an order that depends on seed and epoch alone."""
@@ -242,8 +229,8 @@ class ResumableTrainer(CheckpointTrainer):
     ) -> dict[str, float]:
         """Evaluate; in a repeated part of a run, return what the journal recorded."""
         journal, step = self.journal, self.state.global_step
-        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
-        if journal is None or several or not self.is_in_train:
+        has_several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if journal is None or has_several or not self.is_in_train:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = journal.evaluation(step, metric_key_prefix)
         if metrics is None:
@@ -253,21 +240,6 @@ class ResumableTrainer(CheckpointTrainer):
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    @property
-    def diverged(self) -> str | None:
-        """That the run has diverged, in a sentence; None if it has not."""
-        return None
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if self.state.global_step and self.diverged:
-            return False  # a collapsed model may have a low loss: that of guessing
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.state.global_step and self.args.should_save:
-            files.remove_folder(self.folder / "checkpoint-0")  # the start was the best until now
-        if is_best and self.args.save_strategy == "journal":
-            self.state.best_global_step = self.state.global_step
-        return is_best
 
     def begin_loop(self) -> None:
         """Bring settings, journal and running sums in line with the step the loop begins at."""
@@ -290,24 +262,17 @@ class ResumableTrainer(CheckpointTrainer):
             # The loop zeroes these; the mean loss of the next log line is over steps before the checkpoint, too.
             set_loop_sums(self, self._loop_state)
             self._loop_state = None
-        if self.when_begun is not None and self.args.should_save:
-            self.when_begun()
+        if self.on_loop_begin is not None and self.args.should_save:
+            self.on_loop_begin()
         if self.state.global_step == 0 and self.settings["load_best_model_at_end"]:
-            self._enter_start()
-
-    def _enter_start(self) -> None:
-        """Evaluate the weights before the first step: they are a candidate for the best, too."""
-        if self._determine_best_metric(self.evaluate(), None):
-            self.state.best_global_step = 0
-        if not self.comes_back:
-            self._save_checkpoint(self.bare_model, None)
+            self._evaluate_start()
 
     def _check_settings(self) -> None:
         """Compare the settings with those of the run that is continued, and write them down."""
-        different = first_difference(self.recorded, self.settings) if self.recorded else None
-        if different is not None:
+        difference = first_difference(self.recorded, self.settings) if self.recorded else None
+        if difference is not None:
             raise UsageError(
-                f"{self.folder} holds a run with other settings ({different}): repeat its settings to continue it, or "
+                f"{self.folder} holds a run with other settings ({difference}): repeat its settings to continue it, or "
                 "choose another output_dir."
             )
         if self.args.should_save:
@@ -335,7 +300,7 @@ class _AroundTheLoop(TrainerCallback):
         self._trainer.begin_loop()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._moved = True
+        self._trainer._weights_moved = True
         self._trainer.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

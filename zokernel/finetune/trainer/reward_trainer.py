@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.finetune.rewards.objective import RewardObjective
-from zokernel.finetune.trainer.choose_perturb import innermost, max_copies, refuses_copies
+from zokernel.finetune.trainer.choose_perturb import innermost, max_copies, reason_not_to_stack
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
-from zokernel.finetune.trainer.processes import on_all
+from zokernel.finetune.trainer.processes import true_on_all
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.offload.blocks import streamed_blocks
 from zokernel.perturb import Stacked, stackable
@@ -44,39 +44,38 @@ class RewardTrainer(ZOTrainer):
         args, samples = self.args, self.objective.samples
         self.objective.max_rows = args.per_device_eval_batch_size
         copies = max(1, max_copies(args.per_device_train_batch_size * samples, args.per_device_eval_batch_size))
-        undecided = args.perturb == "auto" or self.settings.setting("perturb").source == "auto"
-        if self.optimizer is None and self.zeroth_order and undecided:
+        is_undecided = args.perturb == "auto" or self.settings.setting("perturb").source == "auto"
+        if self.optimizer is None and self.zeroth_order and is_undecided:
             self._decide_perturb(copies, self.model if model is None else model)
-        made = super().create_optimizer(model)
-        stacked = innermost(self.bare_optimizer.perturb) if self.zeroth_order else None
-        if isinstance(stacked, Stacked):
-            stacked.max_copies = copies
-        return made
+        optimizer = super().create_optimizer(model)
+        perturb = innermost(self.bare_optimizer.perturb) if self.zeroth_order else None
+        if isinstance(perturb, Stacked):
+            perturb.max_copies = copies
+        return optimizer
 
     def _decide_perturb(self, copies: int, model: Any) -> None:
         """Decide as the run that is continued did, else ``stacked`` where the population can answer together."""
         if self.recorded:
             self.decide("auto", perturb=self.recorded["perturb"].value)
             return
-        if self.taking is None:
-            self.taking = make_optimizer(model, self.get_decay_parameter_names(model), self.args)
-        if self.taking.perturb.name != "per_example":
-            self.decide("auto", perturb=self._perturb(copies))
+        if self.method_optimizer is None:
+            self.method_optimizer = make_optimizer(model, self.get_decay_parameter_names(model), self.args)
+        if self.method_optimizer.perturb.name != "per_example":
+            self.decide("auto", perturb=self._choose_perturb(copies))
 
-    def _perturb(self, copies: int) -> str:
+    def _choose_perturb(self, copies: int) -> str:
         """Return ``stacked`` if the model's layers and the directions allow it, else what ``auto`` had chosen."""
-        optimizer, chosen = self.taking, self.args.perturb
+        optimizer, perturb = self.method_optimizer, self.args.perturb
         # With in_forward, all directions would be drawn anew for every token.
-        unstacked = {"auto": "in_place", "in_forward": "in_place:copy"}.get(chosen, chosen)
-        reason = (
-            "" if stackable(optimizer.named_params, optimizer.directions, copies) else "dense directions of all weights"
-        )
+        unstacked = {"auto": "in_place", "in_forward": "in_place:copy"}.get(perturb, perturb)
+        can_stack = stackable(optimizer.named_params, optimizer.directions, copies)
+        reason = "" if can_stack else "dense directions of all weights"
         if not reason and not self.args.torch_compile:
             trial = partial(self.objective.try_copies, self.bare_model, self._collated(self.train_dataset, 1))
             self.bare_model.eval()
             with self.compute_loss_context_manager():
-                reason = refuses_copies(optimizer, trial).rstrip(".")
-        if on_all(not reason and not self.args.torch_compile, self.args.device):
+                reason = reason_not_to_stack(optimizer, trial).rstrip(".")
+        if true_on_all(not reason and not self.args.torch_compile, self.args.device):
             logger.info("perturb: stacked, up to %d members of the population per generate.", copies)
             return "stacked"
         if streamed_blocks(self.bare_model) is not None:

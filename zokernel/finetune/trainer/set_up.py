@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from zokernel.errors import UsageError
 from zokernel.finetune.models.freezing import freeze_
-from zokernel.finetune.models.trained import accept_quantized_, check_trainable, low_precision, what_is_trained
+from zokernel.finetune.models.trainable import accept_quantized_, check_trainable, low_precision, trained_part
 from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
@@ -33,7 +33,7 @@ from zokernel.finetune.trainer.processes import make_parallel, share_batches
 from zokernel.finetune.trainer.resumable import ResumableTrainer
 from zokernel.finetune.trainer.stream_points import stream_points
 from zokernel.private_apis import cache_no_casts, compile_nothing, synchronise_no_gradients, use_one_gpu
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class SetUpTrainer(ResumableTrainer):
 
     Attributes:
         settings: Every setting of the run, with who decided it.
-        taking: The optimizer whose steps are taken, once it is known.
+        method_optimizer: The optimizer of the method, once it is made.
 
     Raises:
         UsageError: If the model cannot be trained, or a setting cannot be honoured.
@@ -68,13 +68,13 @@ class SetUpTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any],
         **kwargs: Any,
     ):
-        given, schedule = optimizers
-        if kwargs.pop("optimizer_cls_and_kwargs", None) is not None or given is not None:
+        optimizer, schedule = optimizers
+        if kwargs.pop("optimizer_cls_and_kwargs", None) is not None or optimizer is not None:
             raise UsageError(
                 "The trainer makes the optimizer: name its method, as in zeroth_order(Trainer, method='kerzoo'), and "
                 "leave the optimizer out."
             )
-        self.taking: Any = None
+        self.method_optimizer: Any = None
         self.micro_batches = micro_batches
         if not isinstance(args, RunSettings):
             args = copy.copy(add_zeroth_order(args or TrainingArguments("tmp_trainer"), self.zo_settings))
@@ -92,7 +92,7 @@ class SetUpTrainer(ResumableTrainer):
             args = _resolve(args, model, kwargs.get("train_dataset"), by_example=self.can_stack)
         super().__init__(args, model=model, optimizers=(None, schedule), **kwargs)
         self.model: Any
-        if model is None and what_is_trained(self.model) != "full parameters":
+        if model is None and trained_part(self.model) != "full parameters":
             self.settings = _resolve(requested, self.model, self.train_dataset, by_example=self.can_stack)
             self.fill_in(self.settings.values())
 
@@ -160,11 +160,11 @@ class SetUpTrainer(ResumableTrainer):
 
     @contextmanager
     def _every_row(self) -> Iterator[None]:
-        asked, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
         finally:
-            self.args.dataloader_drop_last = asked
+            self.args.dataloader_drop_last = drop_last
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer of ``args.method`` on the trainable parameters, keyed by their names."""
@@ -173,59 +173,63 @@ class SetUpTrainer(ResumableTrainer):
             assert model is not None
             if self.recorded and self.args.perturb == "auto":
                 self.decide("auto", perturb=self.recorded["perturb"].value)
-            if self.taking is None:
-                self.taking = make_optimizer(model, self.get_decay_parameter_names(model), self.args)
-            optimizer = self.taking
+            if self.method_optimizer is None:
+                self.method_optimizer = make_optimizer(model, self.get_decay_parameter_names(model), self.args)
+            optimizer = self.method_optimizer
             self.optimizer = LoopOptimizer(optimizer) if self.zeroth_order else optimizer
             if self.zeroth_order:
-                perturb = stream_points(optimizer, self.bare_model, self.args.perturb) or choose_perturb.stack_or_share(
-                    optimizer,
-                    self.bare_model,
-                    self.args,
-                    self.micro_batches.stacked if self.can_stack else None,
-                    self.parallel,
-                    self.trial_stacked if self.can_stack else None,
-                    examples=self.micro_batches.examples if self.can_stack else None,
-                    short_rows=self.short_rows,
-                )
-                if perturb != self.args.perturb:
-                    self.decide("auto", perturb=perturb)
+                self._set_perturb(optimizer)
             self.effective_lr = optimizer.effective_lr()  # before any schedule
             logger.info(
                 "Method %s: learning rate %g, effective learning rate%s, %s.",
                 self.args.method,
                 self.args.learning_rate,
                 ": known after the first step" if math.isnan(self.effective_lr) else f" {self.effective_lr:g}",
-                f"{counted(self.forwards_per_step, 'forward')} per step"
+                f"{plural(self.forwards_per_step, 'forward')} per step"
                 if self.zeroth_order
                 else "gradients by backpropagation",
             )
         return self.optimizer
 
+    def _set_perturb(self, optimizer: Any) -> None:
+        """Let an optimizer take its losses as the settings say, as far as that can be decided before the loop."""
+        perturb = stream_points(optimizer, self.bare_model, self.args.perturb) or choose_perturb.stack_or_share(
+            optimizer,
+            self.bare_model,
+            self.args,
+            stacked=self.micro_batches.stacked if self.can_stack else None,
+            parallel=self.parallel,
+            trial=self.trial_stacked if self.can_stack else None,
+            examples=self.micro_batches.examples if self.can_stack else None,
+            short_rows=self.short_rows,
+        )
+        if perturb != self.args.perturb:
+            self.decide("auto", perturb=perturb)
+
     def forget_optimizer(self) -> None:
         """Let the loop make its optimizer anew, and the schedule with it."""
         super().forget_optimizer()
-        self.taking = None
+        self.method_optimizer = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Build the schedule of transformers; a rate that stays and then falls does so over the run's last part."""
         if self.settings.setting("lr_scheduler_kwargs").source == "auto":  # decided for the length of an earlier run
             self.decide("default", lr_scheduler_kwargs=self.settings.requested.lr_scheduler_kwargs)
         kwargs = self.args.lr_scheduler_kwargs  # a string only until transformers has parsed it
-        given = kwargs if isinstance(kwargs, dict) else {}
-        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in given:
+        options = kwargs if isinstance(kwargs, dict) else {}
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY and "num_decay_steps" not in options:
             cooldown = {"num_decay_steps": cooldown_steps(num_training_steps), "decay_type": "linear"}
-            self.decide("auto", lr_scheduler_kwargs=cooldown | given)
+            self.decide("auto", lr_scheduler_kwargs=cooldown | options)
         return super().create_scheduler(num_training_steps, optimizer)
 
     @contextmanager
-    def model_made(self) -> Iterator[None]:
+    def fresh_model(self) -> Iterator[None]:
         """Make the model anew if there is a ``model_init``, before the journal looks at it; the loop does not again."""
-        make: Any = self.model_init
-        if make is not None:
+        model_init: Any = self.model_init
+        if model_init is not None:
             set_seed(self.args.seed)
             self.model = self.model_wrapped = self.call_model_init(self.trial)
-            self.lr_scheduler, self._moved = None, False
+            self.lr_scheduler, self._weights_moved = None, False
             self.forget_optimizer()
             if self.place_model_on_device:
                 self.model.to(self.args.device)
@@ -233,7 +237,7 @@ class SetUpTrainer(ResumableTrainer):
         try:
             yield
         finally:
-            self.model_init = make
+            self.model_init = model_init
 
     @property
     def forwards_per_step(self) -> int:
@@ -247,11 +251,11 @@ class SetUpTrainer(ResumableTrainer):
 
 
 def _resolve(args: Any, model: Any, dataset: Any, *, by_example: bool) -> RunSettings:
-    known = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
-    trained = "full parameters" if model is None else what_is_trained(model)
+    num_examples = len(dataset) if dataset is not None and hasattr(dataset, "__len__") else None
+    trained = "full parameters" if model is None else trained_part(model)
     low = "" if model is None or is_first_order(args.method) else low_precision(model)
-    own = by_example and model is not None and choose_perturb.only_trains_lora(model) and not args.torch_compile
-    return resolve(args, trained=trained, num_examples=known, by_example=own, low_precision=low)
+    by_example = by_example and model is not None and choose_perturb.only_trains_lora(model) and not args.torch_compile
+    return resolve(args, trained=trained, num_examples=num_examples, by_example=by_example, low_precision=low)
 
 
 def _as_transformers(args: ZOConfig) -> None:
@@ -262,7 +266,7 @@ def _as_transformers(args: ZOConfig) -> None:
 
 
 def _without_evaluation(args: Any, dataset: Any) -> None:
-    """Evaluate nothing if there is nothing to evaluate and nobody asked for it."""
+    """Evaluate nothing if there is nothing to evaluate and no evaluation was requested."""
     if dataset is None and args.eval_strategy != IntervalStrategy.NO and "eval_strategy" not in args.given:
         logger.info("There is no eval_dataset: the run is not evaluated, and ends with its last weights.")
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False

@@ -15,7 +15,7 @@ from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
 from zokernel.optim.averaging.averages import IterateAverage
 from zokernel.perturb.in_forward import BY_POSITION
-from zokernel.readable import counted
+from zokernel.readable import plural
 from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def stream_points(optimizer: ZerothOrder, model: nn.Module, perturb: str) -> str
     optimizer.perturb = StreamedForward(blocks, model, copy)
     logger.info(
         "perturb: in_forward, %s of a step together in one pass over the weights.",
-        counted(optimizer.forwards_per_step, "loss"),
+        plural(optimizer.forwards_per_step, "loss"),
     )
     return "in_forward"
 
@@ -70,16 +70,16 @@ def _check(optimizer: ZerothOrder, *, trains_weights: bool) -> None:
             f"This method takes its losses by {optimizer.perturb.name}, which does not stream weights: choose another "
             "method, or leave out --offload."
         )
-    averages = any(isinstance(part, IterateAverage) for part in optimizer.updates)
-    plain = optimizer.moves_along_directions and isinstance(optimizer.directions, BY_POSITION)
-    if trains_weights and (averages or not plain):
+    keeps_averages = any(isinstance(part, IterateAverage) for part in optimizer.updates)
+    is_plain = optimizer.moves_along_directions and isinstance(optimizer.directions, BY_POSITION)
+    if trains_weights and (keeps_averages or not is_plain):
         raise UsageError(
             "Streamed weights are updated by scalars times directions only, and this method keeps or adds more "
             "(momentum, Adam, averages): choose a plain one such as mezo, train an adapter, or leave out --offload."
         )
 
 
-def many_in_a_pass(model: nn.Module, count: int) -> StreamedForward | None:
+def make_streamed_forward(model: nn.Module, count: int) -> StreamedForward | None:
     """Return what takes losses of streamed weights, so many in one pass over them; None if they are in memory.
 
     Args:

@@ -53,31 +53,31 @@ def refuse_other_arguments(trainer: type[Trainer], args: Any) -> None:
     if not isinstance(args, ZOArguments):
         return
     parameter = inspect.signature(trainer.__init__).parameters.get("args")
-    named = re.findall(r"\w+", str(parameter and parameter.annotation))
-    classes: dict[str, Any] = {name: getattr(sys.modules[trainer.__init__.__module__], name, None) for name in named}
+    names = re.findall(r"\w+", str(parameter and parameter.annotation))
+    classes: dict[str, Any] = {name: getattr(sys.modules[trainer.__init__.__module__], name, None) for name in names}
     if issubclass(trainer, Seq2SeqTrainer):  # which names TrainingArguments, and needs more
         classes["Seq2SeqTrainingArguments"] = Seq2SeqTrainingArguments
-    for name, wanted in classes.items():
-        own = isinstance(wanted, type) and issubclass(wanted, TrainingArguments) and wanted is not TrainingArguments
-        if own and not isinstance(args, wanted):
+    for name, kind in classes.items():
+        is_own = isinstance(kind, type) and issubclass(kind, TrainingArguments) and kind is not TrainingArguments
+        if is_own and not isinstance(args, kind):
             raise UsageError(
                 f"{trainer.__name__} takes a {name}, not a {type(args).__name__}: give it {name}(...), and "
                 f"zeroth_order({trainer.__name__}, method=...) the settings of zeroth-order training."
             )
 
 
-def refuse_skipped_step(trainer: Any, steps: int, taken: int) -> None:
+def refuse_skipped_step(trainer: Any, steps: int, optimizer_steps: int) -> None:
     """Refuse a ``training_step`` that does not call that of its base class.
 
     Args:
         trainer: The trainer.
         steps: Steps of the loop.
-        taken: Steps of the optimizer.
+        optimizer_steps: Steps of the optimizer.
 
     Raises:
         UsageError: If the optimizer took fewer steps.
     """
-    if taken < steps:
+    if optimizer_steps < steps:
         raise UsageError(
             f"{type(trainer).__name__}.training_step took no zeroth-order step: let it call super().training_step."
         )

@@ -48,10 +48,10 @@ def zeroth_order(trainer: type[Trainer], **settings: Any) -> Any:
     name = trainer.__name__ if hasattr(trainer, "zo_settings") else f"ZerothOrder{trainer.__name__}"
 
     @wraps(trainer.__init__)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         refuse_other_arguments(trainer, kwargs.get("args", args[1] if len(args) > 1 else None))
-        super(made, self).__init__(*args, **kwargs)
+        super(subclass, self).__init__(*args, **kwargs)
 
     namespace = {"zo_settings": settings, "__doc__": trainer.__doc__, "__module__": trainer.__module__}
-    made: Any = type(name, bases, {**namespace, "__init__": checked})
-    return made
+    subclass: Any = type(name, bases, {**namespace, "__init__": checked_init})
+    return subclass

@@ -19,14 +19,16 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import TrainOutput
 
 from zokernel.errors import LossError, RunError, UsageError
-from zokernel.finetune.monitor.course import Course, change_of, evaluated, held_out
-from zokernel.finetune.monitor.diagnosis import FAILED, NOT_LEARNED, Diagnosis, diagnose, verdict
-from zokernel.finetune.monitor.divergence import diverged
+from zokernel.finetune.monitor.course import Course, change_of, logged_evaluations, summarise_evaluations
+from zokernel.finetune.monitor.diagnosis import Diagnosis, diagnose
+from zokernel.finetune.monitor.divergence import describe_divergence
+from zokernel.finetune.monitor.findings import Options, Surroundings
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.profile import Profile, check_profile
 from zokernel.finetune.monitor.progress import LOSS, ForwardLines, ForwardProgress
 from zokernel.finetune.monitor.run_log import RunLog
 from zokernel.finetune.monitor.step_record import Consumer, StepRecord, projected_gradient
+from zokernel.finetune.monitor.verdict import FAILED, NOT_LEARNED, judge_run
 from zokernel.finetune.monitor.warn import WarnOfDivergence
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.trainer import choose_perturb
@@ -35,12 +37,18 @@ from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import refuse_random_loss
 from zokernel.finetune.trainer.measuring import MeasuringTrainer
 from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
-from zokernel.finetune.trainer.probe import coarsest, evaluating, look_at_options, slope_and_rate, surroundings
-from zokernel.finetune.trainer.profiled import describe_step, parts_of_a_step
+from zokernel.finetune.trainer.probe import (
+    coarsest_dtype,
+    in_evaluation_mode,
+    inspect_options,
+    probe_surroundings,
+    slope_and_rate,
+)
+from zokernel.finetune.trainer.step_parts import describe_step, step_parts
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
-from zokernel.private_apis import count_tokens_once, noted_by_trl, set_train_batch_size, tokens_counted_by_trl
-from zokernel.readable import counted
+from zokernel.private_apis import count_tokens_once, set_train_batch_size, trl_metrics, trl_token_count
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +93,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self.last_loss = self.effective_lr = float("nan")
         self._begun_at = self._rate = 0.0
         self._forwards = 0
-        self._tried = self._counts_tokens = False
+        self._has_checked_loss = self._trl_counts_tokens = False
         self.known_reason = ""
         self.run_log = RunLog(writes=self.args.should_save)
         self._course = Course()
@@ -101,7 +109,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         if self.args.profile:
             check_profile(self.args.method, zeroth_order=self.zeroth_order, max_steps=self.args.max_steps)
             profile = Profile(
-                lambda: parts_of_a_step(self, self.bare_optimizer, self.journal, self.callback_handler),
+                lambda: step_parts(self, self.bare_optimizer, self.journal, self.callback_handler),
                 lambda: describe_step(self.args, self.forwards_per_step),
                 self.folder,
                 writes=self.args.should_save,
@@ -110,8 +118,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
             self._consumers.append(profile)
         self.pop_callback(PrinterCallback)
         has_bar = self.pop_callback(ProgressCallback) is not None
-        self._shown = getattr(vars(self).get("objective"), "shown", LOSS)
-        self.add_callback((ForwardProgress if has_bar else ForwardLines)(self.run_log, self._shown))
+        self._quantity = getattr(vars(self).get("objective"), "shown", LOSS)
+        self.add_callback((ForwardProgress if has_bar else ForwardLines)(self.run_log, self._quantity))
 
     def _trial_loss(self) -> Tensor:
         """Return the loss of the first batch, which is taken once in a run."""
@@ -124,12 +132,12 @@ class ZerothOrderTrainer(MeasuringTrainer):
         if self.zeroth_order and not isinstance(self.bare_optimizer, ZerothOrder):
             raise UsageError(f"{type(self).__name__} makes an optimizer of its own: let zokernel's method make it.")
         self._layers = EvaluationLayers(self.bare_model)
-        self._tried, self._trial_batch = False, None
-        self._counts_tokens = bool(noted_by_trl(self))
+        self._has_checked_loss, self._trial_batch = False, None
+        self._trl_counts_tokens = bool(trl_metrics(self))
         if self.args.perturb == "auto" and self.zeroth_order:
             self.bare_model.eval()
             with self.uncounted():
-                trial = self.counted(self._trial_loss)
+                trial = self.count_forwards(self._trial_loss)
                 perturb = choose_perturb.settle(self.bare_optimizer, self.args, trial, self.parallel)
             self.decide("auto", perturb=perturb)
         super().begin_loop()
@@ -137,11 +145,11 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self._course.begin(self.run_log.rows)
 
     @property
-    def diverged(self) -> str | None:
+    def divergence(self) -> str | None:
         """That the run has diverged, in a sentence; None if it has not."""
-        start = next((row["loss"] for row in evaluated(self.state.log_history) if row["step"] == 0), None)
+        start = next((row["loss"] for row in logged_evaluations(self.state.log_history) if row["step"] == 0), None)
         smooth = getattr(vars(self).get("objective"), "can_stack", True)
-        return diverged(self.run_log.rows, start, smooth=smooth)
+        return describe_divergence(self.run_log.rows, start, smooth=smooth)
 
     def begin_step(self) -> None:
         """Start the clock, which evaluations between steps do not count for, and turn dropout off again."""
@@ -188,17 +196,17 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self.micro_batches.add(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        optimizer = self.taking or self.bare_optimizer
-        if not self._tried and (self.journal is None or optimizer.step_count >= self.journal.num_steps):
+        optimizer = self.method_optimizer or self.bare_optimizer
+        if not self._has_checked_loss and (self.journal is None or optimizer.step_count >= self.journal.num_steps):
             with self.uncounted():
                 self.check_loss()
-            self._tried = True
-        before, tokens = optimizer.num_forwards, tokens_counted_by_trl(self) if self._counts_tokens else 0
+            self._has_checked_loss = True
+        before, tokens = optimizer.num_forwards, trl_token_count(self) if self._trl_counts_tokens else 0
         take = optimizer.step if self.journal is None else partial(self.journal.step, optimizer)
         self.last_loss = take(self._step_loss)
         self._forwards = (optimizer.num_forwards - before) * len(self.micro_batches)
         self.micro_batches.clear()
-        if self._counts_tokens:
+        if self._trl_counts_tokens:
             count_tokens_once(self, tokens, optimizer.num_forwards - before)
         return torch.tensor(self.last_loss, device=self.args.device)
 
@@ -267,7 +275,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         if self.args.auto_find_batch_size and self.zeroth_order:
             self._fit_batch()
         try:
-            with self.model_made():
+            with self.fresh_model():
                 result = super().train(resume_from_checkpoint, trial, *args, **kwargs)
                 self.diagnosis = None if self._signals.interrupted else self._diagnose()
                 return result
@@ -275,61 +283,81 @@ class ZerothOrderTrainer(MeasuringTrainer):
             self.save_model(str(folder := self.folder / "last-good"))
             raise RunError(f"{error} The weights of step {self.final_step} are in {folder}.") from error
         finally:
-            self._signals.give_back()
+            self._signals.restore_handlers()
             self._layers.remove()
 
     def _diagnose(self) -> Diagnosis:
         """Say whether the loss fell; if not, measure why at the weights that the run ended with, and log it."""
         change = change_of(self._course)
-        examples = getattr(self.eval_dataset, "__len__", lambda: 0)()
-        seen = held_out(evaluated(self.state.log_history), examples)
-        around = options = None
-        diverged = self.diverged if self.final_step in (0, self.state.global_step) else None
-        said, outcome = verdict(change, seen, diverged)
-        if said in FAILED and self.args.world_size == 1 and not self.known_reason:
-            model, batch, collate = self.bare_model, self.args.per_device_eval_batch_size, self.data_collator
-            assert collate is not None
-            with evaluating(model), self.uncounted():
-                measures = said == NOT_LEARNED and outcome != diverged  # around a collapsed model there is nothing
-                if measures and self.zeroth_order and not self.args.torch_compile:
-                    dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-                    around = surroundings(self.bare_optimizer, self._trial_loss, dtype=coarsest(model, dtype))
-                options = look_at_options(
-                    model,
-                    self.train_dataset,
-                    vars(self).get("objective"),
-                    lambda features: self._prepare_inputs(collate(features)),
-                    batch=batch if said == NOT_LEARNED else 0,
-                )
-        why: dict[str, Any] = {"options": options, "around": around, "diverged": diverged, "known": self.known_reason}
-        found = diagnose(change, seen, directions=self._course.directions, **why)
-        if found.outcome and self._shown != LOSS:
-            found = replace(found, outcome=f"{found.outcome} (The loss is minus the {self._shown}.)")
-        if found.reasons and self.args.should_save:
-            told = [found.outcome, *(f"{n}. {reason}" for n, reason in enumerate(found.reasons, 1))]
-            cost = f"(Found with {counted(found.forwards, 'more forward pass')}.)"
-            logger.warning("%s", "\n".join([*told, cost]))
-        return found
+        num_examples = getattr(self.eval_dataset, "__len__", lambda: 0)()
+        held_out = summarise_evaluations(logged_evaluations(self.state.log_history), num_examples)
+        options = surroundings = None
+        divergence = self.divergence if self.final_step in (0, self.state.global_step) else None
+        verdict, outcome = judge_run(change, held_out, divergence)
+        if verdict in FAILED and self.args.world_size == 1 and not self.known_reason:
+            is_stuck = verdict == NOT_LEARNED
+            # Around a collapsed model there is nothing to be measured.
+            options, surroundings = self._probe(scores=is_stuck, losses=is_stuck and outcome != divergence)
+        diagnosis = diagnose(
+            change,
+            held_out,
+            directions=self._course.directions,
+            options=options,
+            surroundings=surroundings,
+            divergence=divergence,
+            known_reason=self.known_reason,
+        )
+        if diagnosis.outcome and self._quantity != LOSS:
+            outcome = f"{diagnosis.outcome} (The loss is minus the {self._quantity}.)"
+            diagnosis = replace(diagnosis, outcome=outcome)
+        if diagnosis.reasons and self.args.should_save:
+            reasons = [f"{number}. {reason}" for number, reason in enumerate(diagnosis.reasons, 1)]
+            cost = f"(Found with {plural(diagnosis.forwards, 'more forward pass')}.)"
+            logger.warning("%s", "\n".join([diagnosis.outcome, *reasons, cost]))
+        return diagnosis
+
+    def _probe(self, *, scores: bool, losses: bool) -> tuple[Options | None, Surroundings | None]:
+        """Return what the label words and losses around the weights tell of a run that failed.
+
+        Args:
+            scores: Whether some examples are scored.
+            losses: Whether losses are taken around the weights, if that is possible.
+        """
+        model, collate, surroundings = self.bare_model, self.data_collator, None
+        assert collate is not None
+        with in_evaluation_mode(model), self.uncounted():
+            if losses and self.zeroth_order and not self.args.torch_compile:
+                autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+                dtype = coarsest_dtype(model, autocast)
+                surroundings = probe_surroundings(self.bare_optimizer, self._trial_loss, dtype=dtype)
+            options = inspect_options(
+                model,
+                self.train_dataset,
+                vars(self).get("objective"),
+                lambda features: self._prepare_inputs(collate(features)),
+                batch=self.args.per_device_eval_batch_size if scores else 0,
+            )
+        return options, surroundings
 
     def _fit_batch(self) -> None:
         """Split the batch into micro-batches that fit on every process."""
-        wanted = self.args.per_device_train_batch_size
+        requested = self.args.per_device_train_batch_size
         assert self.model is not None
         self.model.eval()
-        found = largest_batch(self.counted(lambda size: self._loss(self._longest(size))), wanted)
-        everywhere: Any = self.accelerator.gather(torch.tensor([found], device=self.args.device))
-        found = int(everywhere.min())
+        size = largest_batch(self.count_forwards(lambda count: self._loss(self._longest(count))), requested)
+        everywhere: Any = self.accelerator.gather(torch.tensor([size], device=self.args.device))
+        size = int(everywhere.min())
         values: dict[str, Any] = {}
-        if found < wanted:
-            parts = wanted // found
+        if size < requested:
+            parts = requested // size
             logger.info(
                 "Batches of %d do not fit; each is split into %d of %d, whose losses are averaged.",
-                wanted,
+                requested,
                 parts,
-                found,
+                size,
             )
-            values["per_device_train_batch_size"] = found
-            set_train_batch_size(self, found)
+            values["per_device_train_batch_size"] = size
+            set_train_batch_size(self, size)
             values["gradient_accumulation_steps"] = self.args.gradient_accumulation_steps * parts
             if self.args.perturb == "auto":
                 values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward

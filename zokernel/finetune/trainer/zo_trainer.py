@@ -21,7 +21,7 @@ from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO
-from zokernel.finetune.trainer.activations import say_activations
+from zokernel.finetune.trainer.activations import log_activations
 from zokernel.finetune.trainer.micro_batches import mean_weight
 from zokernel.finetune.trainer.zeroth_order_trainer import ZerothOrderTrainer
 
@@ -125,10 +125,10 @@ class ZOTrainer(ZerothOrderTrainer):
         return self._stacked_loss(self._collated(self.train_dataset, self.args.per_device_train_batch_size), copies)
 
     def begin_loop(self) -> None:
-        """Settle what is open, and say what the activations of a step will take."""
+        """Settle what is open, and log what the activations of a step will take."""
         super().begin_loop()
         if self.zeroth_order and not self.has_own_loss and isinstance(self.objective, (Objective, LanguageObjective)):
-            say_activations(self.bare_optimizer, self.bare_model, self._longest(self.args.per_device_train_batch_size))
+            log_activations(self.bare_optimizer, self.bare_model, self._longest(self.args.per_device_train_batch_size))
 
     def check_loss(self) -> None:
         """Check a loss of one's own; zokernel's are functions of weights and batch."""
@@ -148,9 +148,9 @@ class ZOTrainer(ZerothOrderTrainer):
 
     def training_batches(self, count: int) -> list[dict[str, Any]]:
         """Return some batches of training examples, drawn by the seed."""
-        examples, small = len(cast(Any, self.train_dataset)), self.args.per_device_train_batch_size
-        drawn = torch.randperm(examples, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-        return [self._batch_of(drawn[small * n : small * (n + 1)]) for n in range(count)]
+        examples, size = len(cast(Any, self.train_dataset)), self.args.per_device_train_batch_size
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        return [self._batch_of(order[size * n : size * (n + 1)]) for n in range(count)]
 
     def _batch_of(self, numbers: list[int]) -> dict[str, Any]:
         """Return a batch of some training examples."""

@@ -72,9 +72,9 @@ class StoredAverage(IterateAverage):
         for batch in trained.batches(list(by_name)):
             self._advance_batch(trained, batch, by_name)
         for name in trained.frozen:
-            resting = self.offset(trained, [name])
-            resting[name].mul_(1.0 - average_weight(moves[0].step))
-            self._store(trained, resting, moves[0].step)
+            offset = self.offset(trained, [name])
+            offset[name].mul_(1.0 - average_weight(moves[0].step))
+            self._store(trained, offset, moves[0].step)
         return moves
 
     def _advance_batch(self, trained: Trained, batch: list[str], by_name: Mapping[str, AffineMove]) -> None:
@@ -132,8 +132,8 @@ class Int8Average(StoredAverage):
         generator = torch.Generator(weight.device)
         generator.manual_seed(_rounding_seed(trained.seed, move.step, name))
         for row in range(0, shape[0], height):
-            height_here = (min(height, shape[0] - row), *shape[1:])
-            piece = torch.zeros(height_here, dtype=torch.float32, device=weight.device)
+            piece_shape = (min(height, shape[0] - row), *shape[1:])
+            piece = torch.zeros(piece_shape, dtype=torch.float32, device=weight.device)
             begin, end = row * width, row * width + piece.numel()
             blocks = scales[begin // BLOCK : math.ceil(end / BLOCK)]
             if keep > 0.0:
@@ -142,8 +142,8 @@ class Int8Average(StoredAverage):
                 draw = {"seed": trained.seed, "step": move.step}
                 terms = [trained.directions.terms([place], index=i, **draw)[0] for i in move.scales]
                 factors = tuple(-keep * scale / move.decay for scale in move.scales.values())
-                held = tuple(_of_elements(term, begin, end) for term in terms if term is not None)
-                dispatch.sweep([Job(place, held, factors, decay=keep)])
+                parts = tuple(_of_elements(term, begin, end) for term in terms if term is not None)
+                dispatch.sweep([Job(place, parts, factors, decay=keep)])
                 rows = slice(row, row + height)
                 if move.decay != 1.0:
                     piece.add_(weight[rows], alpha=keep * (1.0 / move.decay - 1.0))
@@ -162,14 +162,14 @@ class Int8Average(StoredAverage):
 
     def offset(self, trained: Trained, names: Sequence[str]) -> dict[str, Tensor]:
         """Unpack the stored offsets."""
-        found = {}
+        offsets = {}
         for name in names:
             weight = trained.named_params[name]
             state = trained.state[weight]
-            found[name] = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+            offsets[name] = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
             if "average_int8" in state:
-                dequantize(state["average_int8"], state["average_scale"], out=found[name].view(-1))
-        return found
+                dequantize(state["average_int8"], state["average_scale"], out=offsets[name].view(-1))
+        return offsets
 
     def _store(self, trained: Trained, offsets: dict[str, Tensor], step: int) -> None:
         for name, offset in offsets.items():
@@ -180,12 +180,12 @@ class Int8Average(StoredAverage):
 
 
 class JournalAverage(IterateAverage):
-    """Scalars only: the average is rebuilt by regenerating the directions of the whole run, when it is asked for."""
+    """Scalars only: the average is rebuilt by regenerating the directions of the whole run, when it is needed."""
 
     def __init__(self) -> None:
         self.moves: list[list[AffineMove]] = []
-        # Coefficients by parameter group and the steps it rested, for a journal of the length they were computed at.
-        self._known: tuple[int, dict[tuple[int, tuple[int, ...]], tuple[float, list[float]]]] = (0, {})
+        # Coefficients by parameter group and skipped moves, for a journal of the length they were computed at.
+        self._cache: tuple[int, dict[tuple[int, tuple[int, ...]], tuple[float, list[float]]]] = (0, {})
 
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Write the step down."""
@@ -200,51 +200,53 @@ class JournalAverage(IterateAverage):
             for name in set(group_names) & set(names):
                 weight = trained.named_params[name]
                 initial = trained.state[weight].get("initial")
-                rested = tuple(k for k, moves in enumerate(self.moves) if not _moved(moves, number, name))
-                end, scales[name] = self._coefficients(number, rested, from_first=initial is not None)
+                skipped = tuple(k for k, moves in enumerate(self.moves) if not _is_moved(moves, number, name))
+                end, scales[name] = self._coefficients(number, skipped, from_first=initial is not None)
                 if initial is None:
-                    offsets[name] = weight.detach().to(_wide(weight), copy=True).mul_(end - 1.0)
+                    offsets[name] = weight.detach().to(_wide_dtype(weight), copy=True).mul_(end - 1.0)
                 else:
-                    offsets[name] = initial.to(_wide(weight), copy=True).mul_(end).sub_(weight)
+                    offsets[name] = initial.to(_wide_dtype(weight), copy=True).mul_(end).sub_(weight)
         terms = [(move.step, index) for move, *_ in self.moves for index in move.scales]
         groups = [(number, set(names) & set(members)) for number, (_, members) in enumerate(trained.groups())]
 
         def moving(moves: list[AffineMove]) -> list[str]:
-            return [name for number, members in groups for name in members if _moved(moves, number, name)]
+            return [name for number, members in groups for name in members if _is_moved(moves, number, name)]
 
         begin = 0
         # Where directions couple tensors, those of a step are made for the tensors that it moved.
-        for together, stretch in groupby(self.moves, moving):
+        for moved_names, stretch in groupby(self.moves, moving):
             end = begin + sum(len(moves[0].scales) for moves in stretch)
-            some = {name: offsets[name] for name in together}
-            for start in range(begin, end if some else begin, TERMS_PER_SWEEP):
+            moved = {name: offsets[name] for name in moved_names}
+            for start in range(begin, end if moved else begin, TERMS_PER_SWEEP):
                 part = slice(start, min(start + TERMS_PER_SWEEP, end))
                 steps, indices = map(list, zip(*terms[part]))
-                by_name = {name: scales[name][part] for name in some}
-                trained.directions.add_(some, by_name, seed=trained.seed, step=steps, index=indices)
+                by_name = {name: scales[name][part] for name in moved}
+                trained.directions.add_(moved, by_name, seed=trained.seed, step=steps, index=indices)
             begin = end
         return offsets
 
-    def _coefficients(self, group: int, rested: tuple[int, ...], *, from_first: bool) -> tuple[float, list[float]]:
+    def _coefficients(self, group: int, skipped: tuple[int, ...], *, from_first: bool) -> tuple[float, list[float]]:
         """Factor on the last or the initial weights, and one on every direction of the run.
 
         Args:
             group: Number of the parameter group.
-            rested: Which moves of the run left the parameter alone.
+            skipped: Which moves of the run left the parameter alone.
             from_first: Whether the average is expressed by the initial weights.
         """
-        if self._known[0] != len(self.moves):
-            self._known = len(self.moves), {}
-        if (group, rested) not in self._known[1]:
-            still = set(rested)
+        if self._cache[0] != len(self.moves):
+            self._cache = len(self.moves), {}
+        if (group, skipped) not in self._cache[1]:
+            omitted = set(skipped)
             run = [
-                AffineMove(moves[0].step, dict.fromkeys(moves[0].scales, 0.0), 1.0) if k in still else moves[group]
+                moves[group]
+                if k not in omitted
+                else AffineMove(moves[0].step, dict.fromkeys(moves[0].scales, 0.0), 1.0)
                 for k, moves in enumerate(self.moves)
             ]
             end, updates = coefficients_from_first(run) if from_first else coefficients_from_last(run)
             flat = [factor * scale for move, factor in zip(run, updates) for scale in move.scales.values()]
-            self._known[1][group, rested] = end, flat
-        return self._known[1][group, rested]
+            self._cache[1][group, skipped] = end, flat
+        return self._cache[1][group, skipped]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the journal as plain numbers."""
@@ -252,14 +254,14 @@ class JournalAverage(IterateAverage):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a saved journal over."""
-        self.moves, self._known = [[AffineMove(*fields) for fields in moves] for moves in state["moves"]], (0, {})
+        self.moves, self._cache = [[AffineMove(*fields) for fields in moves] for moves in state["moves"]], (0, {})
 
 
 STORAGES: dict[str, type[IterateAverage]] = {"fp32": StoredAverage, "int8": Int8Average, "journal": JournalAverage}
 
 
 def iterate_average(storage: str = "journal") -> IterateAverage:
-    """Return an average that is kept as ``fp32``, as ``int8``, or not at all (``journal``: rebuilt when asked for).
+    """Return an average that is kept as ``fp32``, as ``int8``, or not at all (``journal``: rebuilt when needed).
 
     Raises:
         UsageError: If there is no such storage.
@@ -273,7 +275,7 @@ def iterate_average(storage: str = "journal") -> IterateAverage:
     return STORAGES[storage]()
 
 
-def _moved(moves: Sequence[AffineMove], group: int, name: str) -> bool:
+def _is_moved(moves: Sequence[AffineMove], group: int, name: str) -> bool:
     """Return whether a step moved a parameter: its group was there, and it was not frozen."""
     return group < len(moves) and name not in moves[group].frozen
 
@@ -283,7 +285,7 @@ def _fields(move: AffineMove) -> tuple[Any, ...]:
     return (*fields, move.frozen) if move.frozen else fields
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

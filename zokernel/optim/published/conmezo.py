@@ -43,8 +43,8 @@ class TurnCone(Update):
 
     def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
         """Advance the momentum."""
-        where = {"seed": trained.seed, "step": trained.step_count}
-        self.directions.turn(estimate.scaled, self.beta, names=list(trained.active), **where)
+        draw = {"seed": trained.seed, "step": trained.step_count}
+        self.directions.turn(estimate.scaled, self.beta, names=list(trained.active), **draw)
         return moves
 
 

@@ -58,10 +58,10 @@ class ForwardGradient(ZerothOrder):
         **options: Unpack[ZerothOrderOptions],
     ):
         # Nothing is perturbed, so every way of restoring comes to the same; in_place is what generic code passes.
-        given = options.get("perturb", "in_place")
-        if not (isinstance(given, Tangents) or str(given).startswith("in_place")):
+        perturb = options.get("perturb", "in_place")
+        if not (isinstance(perturb, Tangents) or str(perturb).startswith("in_place")):
             raise UsageError("forward_gradient differentiates at the weights themselves: leave out perturb.")
-        options["perturb"] = given if isinstance(given, Tangents) else Tangents()
+        options["perturb"] = perturb if isinstance(perturb, Tangents) else Tangents()
         options.pop("restore", None)
         super().__init__(
             params,

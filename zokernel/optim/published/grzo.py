@@ -44,7 +44,7 @@ class GRZO(ZerothOrder):
             every example sees its own weights.
 
     Raises:
-        UsageError: If a setting is out of range, or another way of perturbing is asked for.
+        UsageError: If a setting is out of range, or another way of perturbing is requested.
 
     Example:
         >>> import torch

@@ -62,8 +62,8 @@ class RenewHessian(Update):
         assert estimate.curvature is not None
         if self.smooth == 0:
             return moves
-        where = {"seed": trained.seed, "step": trained.step_count}
-        self.directions.learn(estimate.curvature, self.smooth, names=list(trained.active), **where)
+        draw = {"seed": trained.seed, "step": trained.step_count}
+        self.directions.learn(estimate.curvature, self.smooth, names=list(trained.active), **draw)
         return moves
 
 

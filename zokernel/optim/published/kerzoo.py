@@ -50,7 +50,7 @@ class KerZOO(ZerothOrder):
         clip: ``none``, or ``grad``: limit the norm of the estimate to ``clip_radius``.
         clip_radius: Radius of the clip.
         averaging: How the averaged iterate is kept: ``none``, ``fp32``, ``int8`` or ``journal`` (no memory; rebuilt
-            from seeds and scalars when asked for).  See :meth:`averaged_weights` and :meth:`averaged`.
+            from seeds and scalars when needed).  See :meth:`averaged_weights` and :meth:`averaged`.
         distribution: Distribution of the directions; the paper's algorithm uses ``gaussian``.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.
 

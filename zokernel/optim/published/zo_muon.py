@@ -47,12 +47,12 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     norm = torch.linalg.vector_norm(matrix)
     x = matrix / torch.where(norm > 0, norm, 1.0)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.mT
+    is_wide = x.shape[0] <= x.shape[1]
+    x = x if is_wide else x.mT
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return x if is_wide else x.mT
 
 
 class Orthogonalized(Rule):

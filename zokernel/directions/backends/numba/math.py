@@ -276,8 +276,8 @@ def to_bfloat16(x):
     bits = bitcast(x, np.uint32)
     rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & _U1))
     # Rounding could carry a NaN's mantissa into infinity, so NaN is set apart.
-    kept = rounded if np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC00000)
-    return np.uint16(kept >> np.uint32(16))
+    result = rounded if np.uint32(bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint32(0x7FC00000)
+    return np.uint16(result >> np.uint32(16))
 
 
 @inlined

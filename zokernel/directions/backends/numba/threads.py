@@ -56,10 +56,10 @@ def carry_out(
     if not chosen.size:
         return
     bounds = _cut(segments["length"][chosen])
-    held = {"segments": segments, "chosen": chosen, "bounds": bounds, **tables}
+    arrays = {"segments": segments, "chosen": chosen, "bounds": bounds, **tables}
     order = np.zeros(1, ORDER)
     order["num_shares"], order["num_rows"], order["half"] = len(bounds) - 1, len(segments), half
-    for name, array in held.items():
+    for name, array in arrays.items():
         order[name] = array.ctypes.data
     _run(_compiled(loop), order.ctypes.data, len(bounds) - 1)
 
@@ -67,8 +67,8 @@ def carry_out(
 def _cut(length: np.ndarray) -> np.ndarray:
     """Return where to cut rows into shares of about equal length."""
     total, threads = np.cumsum(length), torch.get_num_threads()
-    wanted = 1 if threads == 1 else min(threads * SHARES_PER_THREAD, 1 + int(total[-1]) // (GROUP * 128))
-    inner = np.searchsorted(total, np.arange(1, wanted) * (total[-1] / wanted))
+    shares = 1 if threads == 1 else min(threads * SHARES_PER_THREAD, 1 + int(total[-1]) // (GROUP * 128))
+    inner = np.searchsorted(total, np.arange(1, shares) * (total[-1] / shares))
     return np.concatenate([[0], inner, [len(length)]]).astype(np.int64)
 
 

@@ -191,7 +191,7 @@ def sums_of_squares(noises: Sequence[Noise], sizes: Sequence[int], device: torch
 
 def _alike(jobs: Sequence[Job], targets: Sequence[Tensor] = ()) -> dict[Kind, list[int]]:
     """Numbers of the jobs that one launch can serve, by what they have in common."""
-    found: dict[Kind, list[int]] = defaultdict(list)
+    numbers: dict[Kind, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
-        found[kind_of(job, targets[number].dtype if targets else None)].append(number)
-    return found
+        numbers[kind_of(job, targets[number].dtype if targets else None)].append(number)
+    return numbers

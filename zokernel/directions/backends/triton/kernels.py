@@ -193,8 +193,8 @@ def to_bfloat16(x):
     """Float32 to the nearest bfloat16, ties to even, by its bits (compilers and the interpreter differ here)."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    kept = tl.where(x == x, rounded, 0x7FC0)
-    return kept.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    result = tl.where(x == x, rounded, 0x7FC0)
+    return result.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ class Launch:
         self.kind = kind_of(jobs[0], target)
         self.jobs, self.terms = job_tables(jobs)
         # The tables hold addresses of what the terms refer to; the weights may be freed, and then are not swept again.
-        self._held = [job.terms for job in jobs]
+        self._terms_alive = [job.terms for job in jobs]
         self._geometries = tuple(geometry(job.place) for job in jobs)
         self._whole = self.kind.whole and segments is None
         self._segments = segments_on(self.kind.device, self._geometries) if segments is None else segments
@@ -133,8 +133,8 @@ class Launch:
             )
         if not grid_rule:
             return [0.0] * len(self.jobs)
-        found = torch.zeros(len(self.jobs), dtype=torch.float32, device=device)
-        return found.scatter_reduce_(0, self._segments[:, FIELD["job"]], peaks, "amax").tolist()
+        job_peaks = torch.zeros(len(self.jobs), dtype=torch.float32, device=device)
+        return job_peaks.scatter_reduce_(0, self._segments[:, FIELD["job"]], peaks, "amax").tolist()
 
     def _upload(self) -> list[Tensor]:
         """Return the tables of jobs and terms on the device; what has changed is sent, in tensors of its own."""

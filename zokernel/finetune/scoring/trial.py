@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from zokernel.errors import first_line
 
 
-def tried(outputs: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
+def try_outputs(outputs: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
     """Return the outputs and an empty text, or None and why the model cannot compute them.
 
     Running out of a GPU's memory says nothing about the model, so it is raised.
 
     Example:
-        >>> tried(lambda: torch.zeros(2)[3])
+        >>> try_outputs(lambda: torch.zeros(2)[3])
         (None, 'IndexError: index 3 is out of bounds for dimension 0 with size 2')
     """
     try:

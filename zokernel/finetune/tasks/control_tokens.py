@@ -10,7 +10,7 @@ from typing import Any
 from zokernel.data.tables import Row
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import literals
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ class ControlTokens:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        names = sorted(named | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        names = sorted(contents | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
 
     def hidden(self, value: Any) -> Any:
@@ -71,17 +71,17 @@ class ControlTokens:
         ids, offsets = list(batch["input_ids"]), list(batch["offset_mapping"])
         for n, (text, shadow) in enumerate(zip(texts, shadows)):
             if shadow != text:
-                ids[n], offsets[n] = self._literally(text, shadow)
+                ids[n], offsets[n] = self._tokenize_literally(text, shadow)
         return ids, offsets
 
-    def _literally(self, text: str, shadow: str) -> tuple[list[int], list[tuple[int, int]]]:
-        meant = list(self.pattern.finditer(shadow)) if len(shadow) == len(text) else []
-        if not meant:
+    def _tokenize_literally(self, text: str, shadow: str) -> tuple[list[int], list[tuple[int, int]]]:
+        controls = list(self.pattern.finditer(shadow)) if len(shadow) == len(text) else []
+        if not controls:
             whole = self.tokenizer(text, return_offsets_mapping=True, split_special_tokens=True)
             return whole["input_ids"], whole["offset_mapping"]
         ids, offsets = [], []
         start = 0
-        for begin, end, name in [*((m.start(), m.end(), m[0]) for m in meant), (len(text), len(text), "")]:
+        for begin, end, name in [*((m.start(), m.end(), m[0]) for m in controls), (len(text), len(text), "")]:
             piece = self.tokenizer(
                 text[start:begin], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
             )
@@ -101,7 +101,7 @@ class ControlTokens:
         return whole[:start], whole[start + len(bare) :]
 
 
-def report_typed(rows: Sequence[Row], tokenizer: Any) -> None:
+def report_typed_tokens(rows: Sequence[Row], tokenizer: Any) -> None:
     """Warn once of chats and instructions in which somebody typed control tokens.
 
     The tokenizer takes them for its own, as it does under trl.  Prompts and documents that are plain texts are not
@@ -112,23 +112,28 @@ def report_typed(rows: Sequence[Row], tokenizer: Any) -> None:
         tokenizer: The tokenizer of the model.
     """
     pattern = ControlTokens(tokenizer).pattern
-    found = [(n, text, match) for n, row in enumerate(rows) for text in _said(row) if (match := pattern.search(text))]
-    if not found:
+    typed = [
+        (n, text, match)
+        for n, row in enumerate(rows)
+        for text in _message_texts(row)
+        if (match := pattern.search(text))
+    ]
+    if not typed:
         return
-    _, text, match = found[0]
+    _, text, match = typed[0]
     begin, end = max(0, match.start() - _AROUND), match.end() + _AROUND
-    count = len({n for n, _, _ in found})
+    count = len({n for n, _, _ in typed})
     logger.warning(
         "%d of %s %s control tokens typed into a message, which end it or open another's turn, as in trl; remove "
         "them if that is not intended (the first: %r).",
         count,
-        counted(len(rows), "row"),
+        plural(len(rows), "row"),
         "has" if count == 1 else "have",
         text[begin:end],
     )
 
 
-def _said(row: Row) -> Iterator[str]:
+def _message_texts(row: Row) -> Iterator[str]:
     """Yield the texts of a row that a template puts between control tokens."""
     for name in ("messages", "prompt", "completion"):
         for message in row[name] if isinstance(row.get(name), list) else ():

@@ -10,7 +10,7 @@ from chats import chat_tokenizer, turns
 
 from zokernel.cli import main
 from zokernel.commands.report import read
-from zokernel.finetune.rewards.prompts import empty_answers_told
+from zokernel.finetune.rewards.prompts import describe_empty_answers
 
 CURE = "give rows of messages"
 NUMBER = r"(-?[\d.]+)"
@@ -113,10 +113,10 @@ def test_reports_of_short_runs_and_of_evaluations_say_it_too(flags, chat_model_p
 
 def test_the_cure_is_messages_only_where_a_template_takes_them():
     texts, chats = [{"prompt": "a"}] * 4, [{"prompt": turns("a")}] * 4
-    assert empty_answers_told(0.25, texts, chat_tokenizer()) == ""
-    assert CURE in empty_answers_told(0.5, texts, chat_tokenizer())
-    assert empty_answers_told(0.5, texts, chat_tokenizer()).startswith("2 of the answers to 4 held-out prompts")
+    assert describe_empty_answers(0.25, texts, chat_tokenizer()) == ""
+    assert CURE in describe_empty_answers(0.5, texts, chat_tokenizer())
+    assert describe_empty_answers(0.5, texts, chat_tokenizer()).startswith("2 of the answers to 4 held-out prompts")
     for rows, template in ((texts, None), (chats, chat_tokenizer().chat_template)):
-        found = empty_answers_told(1.0, rows, chat_tokenizer(template))
+        found = describe_empty_answers(1.0, rows, chat_tokenizer(template))
         assert CURE not in found
         assert "word them such that an answer follows" in found

@@ -21,7 +21,7 @@ def test_runs_take_the_memory_that_was_said(tmp_path: Path) -> None:
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent)])
     run = subprocess.run(
-        [sys.executable, str(here / "needed_peaks.py"), str(tmp_path)],
+        [sys.executable, str(here / "memory_peaks.py"), str(tmp_path)],
         env=os.environ | RETURNED | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

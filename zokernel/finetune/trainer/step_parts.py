@@ -17,7 +17,7 @@ def describe_step(args: ZOConfig, forwards: int) -> str:
     )
 
 
-def parts_of_a_step(loop: Any, optimizer: Any, journal: Any, callbacks: Any) -> list[tuple[str, Any, str]]:
+def step_parts(loop: Any, optimizer: Any, journal: Any, callbacks: Any) -> list[tuple[str, Any, str]]:
     """Return (part, object, name of its method); methods that an object lacks are left out.
 
     Args:

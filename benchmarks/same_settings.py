@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def refuse_others(runs: Any, among: dict[str, Any], **shared: Any) -> None:
+def require_same_settings(runs: Any, among: dict[str, Any], **shared: Any) -> None:
     """End the program unless the kept runs have the settings of those that would be added to them.
 
     Args:

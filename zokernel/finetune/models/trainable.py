@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.quantization import NO_DORA, keep_as_stored_, needs_no_gradients_, told
+from zokernel.finetune.models.quantization import NO_DORA
+from zokernel.finetune.models.quantized_model import describe_quantization, mark_trainable_, prevent_repacking_
 from zokernel.finetune.models.scales import trains_scales
 
 
-def what_is_trained(model: Any) -> str:
-    """Return ``virtual tokens``, ``LoRA``, ``scales`` or ``full parameters``.
+def trained_part(model: Any) -> str:
+    """Return which part of a model is trained: ``virtual tokens``, ``LoRA``, ``scales`` or ``full parameters``.
 
     Example:
-        >>> what_is_trained(nn.Linear(2, 2))
+        >>> trained_part(nn.Linear(2, 2))
         'full parameters'
     """
     adapters = getattr(model, "peft_config", None) or {}
@@ -55,7 +56,7 @@ def check_trainable(model: nn.Module) -> None:
                 f"{name} is quantized ({parameter.dtype}) and cannot be perturbed: load the model dequantized, "
                 "or train a LoRA adapter on it."
             )
-    if getattr(model, "is_quantized", False) and what_is_trained(model) == "full parameters":
+    if getattr(model, "is_quantized", False) and trained_part(model) == "full parameters":
         raise UsageError("The model is quantized, so its weights cannot be perturbed: train a LoRA adapter on it.")
 
 
@@ -70,13 +71,15 @@ def accept_quantized_(model: nn.Module, *, first_order: bool) -> None:
         UsageError: If gradients are to be taken of scales, or through weights that let none pass; or DoRA would read
             weights of which peft loses the scales.
     """
-    keep_as_stored_(model)
+    prevent_repacking_(model)
     adapters = (getattr(model, "peft_config", None) or {}).values()
-    if told(model) == "bitsandbytes 8 bit" and any(getattr(adapter, "use_dora", False) for adapter in adapters):
+    if describe_quantization(model) == "bitsandbytes 8 bit" and any(
+        getattr(adapter, "use_dora", False) for adapter in adapters
+    ):
         raise UsageError(NO_DORA)
     quantizer = getattr(model, "hf_quantizer", None)
     if not first_order:
-        needs_no_gradients_(model)
+        mark_trainable_(model)
     elif trains_scales(model) or (quantizer is not None and not quantizer.is_trainable):
         raise UsageError(
             "No gradients are taken through these quantized weights: choose a zeroth-order method, such as mezo."

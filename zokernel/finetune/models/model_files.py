@@ -33,7 +33,9 @@ def check_folder(folder: Path) -> None:
             )
     config = folder / CONFIG
     if not config.exists():
-        raise UsageError(f"{folder} {_what_is_there(folder)}: give a folder written by save_pretrained, or a hub id.")
+        raise UsageError(
+            f"{folder} {_describe_contents(folder)}: give a folder written by save_pretrained, or a hub id."
+        )
     settings = _read_json(config)
     if not isinstance(settings, dict) or not settings.get("model_type"):
         raise UsageError(f"{config} names no model_type, so it is not a model of transformers.")
@@ -101,13 +103,13 @@ def tensor_types(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]
     """Return type and shape of every tensor in ``.safetensors`` files by name, as their headers give them."""
     from safetensors import safe_open
 
-    found = {}
+    types = {}
     for file in files:
         with safe_open(file, "pt") as archive:
             for name in archive.keys():  # noqa: SIM118 (not a dictionary)
                 part = archive.get_slice(name)
-                found[name] = (str(part.get_dtype()), tuple(part.get_shape()))
-    return found
+                types[name] = (str(part.get_dtype()), tuple(part.get_shape()))
+    return types
 
 
 def sort_metadata_(file: Path) -> None:
@@ -133,11 +135,11 @@ def sort_metadata_(file: Path) -> None:
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-        found = header.pop("__metadata__", None)
-        if not found:
+        metadata = header.pop("__metadata__", None)
+        if not metadata:
             return
-        whole = {"__metadata__": dict(sorted(found.items()))} | header
-        text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        sorted_header = {"__metadata__": dict(sorted(metadata.items()))} | header
+        text = json.dumps(sorted_header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
         if len(text) == length:
             opened.seek(8)
             opened.write(text)
@@ -181,7 +183,7 @@ def _read_json(file: Path) -> Any:
         raise UsageError(f"{file} is not valid JSON ({first_line(error)}): download it again.") from error
 
 
-def _what_is_there(folder: Path) -> str:
+def _describe_contents(folder: Path) -> str:
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if not names:
         return "is an empty folder"

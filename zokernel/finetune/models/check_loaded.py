@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.stored import weight_files
+from zokernel.finetune.models.model_files import weight_files
 from zokernel.finetune.models.weights import load_weights_
 from zokernel.private_apis import converts_weights
 
@@ -23,35 +23,37 @@ _COMPUTED = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", ".attentio
 _MAY_BE_ZERO = ("lora_B", "lora_embedding_B", "lora_magnitude", "bias", "prompt_encoder", "cls_token", "pos_embed")
 
 
-def check_complete(model: Any, found: Mapping[str, Any], name: str) -> None:
+def check_complete(model: Any, loading_info: Mapping[str, Any], name: str) -> None:
     """Refuse a model some of whose weights are not in its files, and say what of the files was left out.
 
     Args:
         model: The model.
-        found: What ``from_pretrained(output_loading_info=True)`` returned with it.
+        loading_info: What ``from_pretrained(output_loading_info=True)`` returned with it.
         name: What the user calls the model.
 
     Raises:
         UsageError: If weights are missing or of other shapes, naming them.
     """
     kind = type(model).__name__
-    for key, stored, own in sorted(found["mismatched_keys"]):
+    for key, stored, expected in sorted(loading_info["mismatched_keys"]):
         raise UsageError(
-            f"{name} stores {key!r} in shape {tuple(stored)}, and its configuration asks for {tuple(own)}: the files "
-            "are of different models, or config.json was changed."
+            f"{name} stores {key!r} in shape {tuple(stored)}, and its configuration asks for {tuple(expected)}: the "
+            "files are of different models, or config.json was changed."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    new = sorted(key for key in found["missing_keys"] if key in parameters)
+    new = sorted(key for key in loading_info["missing_keys"] if key in parameters)
     if new:
         saved = " ".join(getattr(model.config, "architectures", None) or [])
         was = f", since it was saved as {saved}" if saved and saved != kind else ""
         raise UsageError(
-            f"{name} lacks weights of {kind}, which would start at random ({_some(new)}){was}: choose a checkpoint "
-            "that holds them, such as the language model it was made from."
+            f"{name} lacks weights of {kind}, which would start at random ({_first_names(new)}){was}: choose a "
+            "checkpoint that holds them, such as the language model it was made from."
         )
-    unexpected = sorted(key for key in found["unexpected_keys"] if not key.endswith(_COMPUTED))
+    unexpected = sorted(key for key in loading_info["unexpected_keys"] if not key.endswith(_COMPUTED))
     if unexpected:
-        logger.warning("%s holds weights that %s does not have, which are left out: %s.", name, kind, _some(unexpected))
+        logger.warning(
+            "%s holds weights that %s does not have, which are left out: %s.", name, kind, _first_names(unexpected)
+        )
 
 
 def warn_of_zeros(model: nn.Module, name: str) -> None:
@@ -69,8 +71,8 @@ def warn_of_zeros(model: nn.Module, name: str) -> None:
         and not parameter.detach().any()
     ]
     if zero:
-        told = "Weights of %s are all zero (%s): if they should not be, its files are damaged."
-        logger.warning(told, name, _some(zero))
+        message = "Weights of %s are all zero (%s): if they should not be, its files are damaged."
+        logger.warning(message, name, _first_names(zero))
 
 
 def check_finite(model: nn.Module, name: str) -> None:
@@ -93,7 +95,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def read_again_(model: nn.Module, folder: Path) -> None:
+def reload_if_changed_(model: nn.Module, folder: Path) -> None:
     """Compare the first numbers of each tensor with the model's files, and read the files again where they differ.
 
     transformers 5.23 draws the embeddings of Funnel and Youtu anew after it loaded them, if they are tied to the head.
@@ -106,7 +108,7 @@ def read_again_(model: nn.Module, folder: Path) -> None:
 
     if getattr(model, "is_quantized", False) or converts_weights(model):
         return
-    targets, wrong = model.state_dict(), []
+    targets, changed = model.state_dict(), []
     for file in weight_files(folder):
         with safe_open(file, "pt") as archive:
             for key in archive.keys():  # noqa: SIM118 (not a dictionary)
@@ -114,9 +116,9 @@ def read_again_(model: nn.Module, folder: Path) -> None:
                 if key in targets and len(part.get_shape()) > 0:
                     start = part[:1].to(targets[key].dtype)
                     if not torch.equal(start.nan_to_num(), targets[key][:1].nan_to_num()):
-                        wrong.append(key)
-    if wrong:
-        logger.info("transformers did not keep %s as stored: read again, tensor by tensor.", _some(wrong))
+                        changed.append(key)
+    if changed:
+        logger.info("transformers did not keep %s as stored: read again, tensor by tensor.", _first_names(changed))
         load_weights_(model, folder)
 
 
@@ -131,5 +133,5 @@ def stop_rescaling_(model: Any) -> None:
         logger.info("rescale_every: 0, so that the weights that are saved are those that were trained.")
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,8 @@
-"""Print the peaks of memory of runs beside what was said beforehand, as JSON.  A script: other heaps would blur them.
+"""Print the peaks of memory of runs beside what was estimated beforehand, as JSON.
 
-python tests/offload/needed_peaks.py FOLDER [MODEL] [ROWS TOKENS]
+A script: other heaps would blur them.
+
+python tests/offload/memory_peaks.py FOLDER [MODEL] [ROWS TOKENS]
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 import transformers
 from test_streamed_forward import save
 
-from zokernel.finetune.models.streamed import load_streamed
-from zokernel.finetune.models.ways import Way, measure, ways
+from zokernel.finetune.models.memory_setups import Setup, list_setups, measure
+from zokernel.finetune.models.streamed import Streaming, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
@@ -61,14 +63,14 @@ def peak(run: Callable[[], Any], kinds: str) -> int:
     return most - before
 
 
-def train(folder: Path, way: Way, root: Path, rows: int, tokens: int) -> None:
+def train(folder: Path, setup: Setup, root: Path, rows: int, tokens: int) -> None:
     """Take a step in a way; of streamed weights two, since updates are made when they are read next."""
-    trains = way.trains == "all weights"
+    trains = setup.trains == "all weights"
     architecture = transformers.AutoConfig.from_pretrained(folder)
-    if "disk" in way.flags:
-        updates = "journal" if "journal" in way.flags else "disk"
-        options = {"offload_dir": root / "copy", "trains_weights": trains, "name": "the model", "updates": updates}
-        model = load_streamed(architecture, folder, torch.float32, kind="causal", **options)
+    if "disk" in setup.flags:
+        updates = "journal" if "journal" in setup.flags else "disk"
+        streaming = Streaming(root / "copy", trains_weights=trains, updates=updates)
+        model = load_streamed(architecture, folder, torch.float32, streaming, kind="causal", name="the model")
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks = streamed_blocks(model)
@@ -91,16 +93,20 @@ def main(root: Path, model: str | None = None, rows: int = 2, tokens: int = 64) 
     small = save(small, root / "small")
     folder = Path(model) if model else save(large, root / "large")
     config = transformers.AutoConfig.from_pretrained(folder)
-    found = ways(measure(config, torch.float32), losses=LOSSES, rows=rows, tokens=tokens)
-    for way in found:  # compilers and libraries are loaded in the first steps
-        if way.flags in MEASURED:
-            train(small, way, root / "first", 1, 8)
+    setups = list_setups(measure(config, torch.float32), losses=LOSSES, rows=rows, tokens=tokens)
+    for setup in setups:  # compilers and libraries are loaded in the first steps
+        if setup.flags in MEASURED:
+            train(small, setup, root / "first", 1, 8)
     peaks = {}
-    for way in found:
-        if way.flags in MEASURED:
-            bytes_held = peak(lambda way=way: train(folder, way, root, rows, tokens), MEASURED[way.flags])
-            peaks[way.flags] = {"said": way.memory, "measured": bytes_held, "ratio": round(way.memory / bytes_held, 2)}
-            print(way.flags, peaks[way.flags], file=sys.stderr, flush=True)
+    for setup in setups:
+        if setup.flags in MEASURED:
+            bytes_held = peak(lambda setup=setup: train(folder, setup, root, rows, tokens), MEASURED[setup.flags])
+            peaks[setup.flags] = {
+                "said": setup.memory,
+                "measured": bytes_held,
+                "ratio": round(setup.memory / bytes_held, 2),
+            }
+            print(setup.flags, peaks[setup.flags], file=sys.stderr, flush=True)
     print(json.dumps(peaks, indent=1))
 
 

@@ -10,7 +10,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.tasks import raw
 from zokernel.finetune.tasks.base import Task
 
-_NOT_KEPT = ("source", "prepare")  # where the data were, and a function
+_NOT_SAVED = ("source", "prepare")  # where the data were, and a function
 
 
 def task_values(task: Task) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def task_values(task: Task) -> dict[str, Any]:
         >>> task_of_values(values) == PromptTask("{text} It was", ("bad", "good"))
         True
     """
-    kept = {f.name: _plain(getattr(task, f.name)) for f in fields(task) if f.init and f.name not in _NOT_KEPT}
+    values = {f.name: _plain(getattr(task, f.name)) for f in fields(task) if f.init and f.name not in _NOT_SAVED}
     prepare = getattr(task, "prepare", None)
-    return {"kind": task.kind, **kept, "prepare": None if prepare is None else prepare.__name__}
+    return {"kind": task.kind, **values, "prepare": None if prepare is None else prepare.__name__}
 
 
 def task_of_values(values: Mapping[str, Any]) -> Task:
@@ -45,7 +45,7 @@ def task_of_values(values: Mapping[str, Any]) -> Task:
     if values.get("kind") not in kinds:
         raise UsageError(f"This version of zokernel has no task of kind {values.get('kind')!r}: install a newer one.")
     kind: Any = kinds[values["kind"]]
-    names = [f.name for f in fields(kind) if f.init and f.name not in _NOT_KEPT]
+    names = [f.name for f in fields(kind) if f.init and f.name not in _NOT_SAVED]
     arguments = {name: _frozen(values[name]) for name in names if name in values}
     prepare = values.get("prepare")
     if prepare:

@@ -1,7 +1,7 @@
-"""Losses that an optimizer is told, kept in its journal: a restart asks only for what is missing.
+"""A journal of losses that an optimizer is told: after a restart it asks only for those that are missing.
 
-A step whose losses are all there is a record like any other.  Losses of a step that is not complete are events, which
-count until that step's record follows.
+A complete step is a record like any other.  Losses of a step that is not complete are events, which count until that
+step's record follows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from zokernel.journal.replay import record_of, replay_steps
 from zokernel.journal.writer import JournalWriter
 from zokernel.optim.ask_tell import Losses, Point
 from zokernel.optim.zeroth_order import ZerothOrder
-from zokernel.readable import counted
+from zokernel.readable import plural
 
-TOLD = "told"
-"""Name of the event that holds losses of a step that is not complete."""
+PARTIAL_STEP = "told"
+"""Name of the event that holds some losses of a step that is not complete."""
 
 
 class ToldJournal:
@@ -62,23 +62,24 @@ class ToldJournal:
     def __init__(self, path: str | Path, optimizer: ZerothOrder, header: Mapping[str, Any]):
         if optimizer.step_count:
             raise UsageError(
-                f"The optimizer has taken {counted(optimizer.step_count, 'step')}: pass a new one on the base weights."
+                f"The optimizer has taken {plural(optimizer.step_count, 'step')}: pass a new one on the base weights."
             )
         self.path, self.optimizer = Path(path), optimizer
         if not self.path.exists():
             self._writer = JournalWriter.create(self.path, dict(header))
             return
-        found = Journal.read(self.path)
-        own = json.loads(json.dumps(dict(header)))
-        other = [key for key in own if key not in ("zokernel", "torch") and found.header.get(key) != own[key]]
-        if other:
+        journal = Journal.read(self.path)
+        expected = json.loads(json.dumps(dict(header)))
+        compared = expected.keys() - {"zokernel", "torch"}
+        different = [key for key in expected if key in compared and journal.header.get(key) != expected[key]]
+        if different:
             raise RunError(
-                f"The journal {self.path} belongs to another run, with different {' and '.join(other)}: choose another "
-                "file."
+                f"The journal {self.path} belongs to another run, with different {' and '.join(different)}: choose "
+                "another file."
             )
-        replay_steps(optimizer, found.steps)
-        self._writer = JournalWriter.append_to(found)
-        self.tell(losses_of_open_step(found))
+        replay_steps(optimizer, journal.steps)
+        self._writer = JournalWriter.append_to(journal)
+        self.tell(losses_of_open_step(journal))
 
     def tell(self, losses: Losses) -> float | None:
         """Tell the optimizer losses and write them down; see :meth:`ZerothOrder.tell`.
@@ -89,12 +90,12 @@ class ToldJournal:
         Returns:
             The mean of the step's losses if the step was taken; None while some are missing.
         """
-        known = self.optimizer.told
+        earlier = self.optimizer.told
         loss = self.optimizer.tell(losses)
         if loss is not None:
             self._writer.append(record_of(self.optimizer))
-        elif new := [[*point, value] for point, value in self.optimizer.told.items() if point not in known]:
-            self._writer.append(Event({"event": TOLD, "losses": new}))
+        elif new := [[*point, value] for point, value in self.optimizer.told.items() if point not in earlier]:
+            self._writer.append(Event({"event": PARTIAL_STEP, "losses": new}))
         return loss
 
     def close(self) -> None:
@@ -108,10 +109,10 @@ def losses_of_open_step(journal: Journal) -> dict[Point, float]:
     Args:
         journal: A journal.
     """
-    told: dict[Point, float] = {}
+    losses: dict[Point, float] = {}
     for record in journal.records:
         if isinstance(record, Step):
-            told = {}
-        elif record.content["event"] == TOLD:
-            told |= {Point(step, index): loss for step, index, loss in record.content["losses"]}
-    return told
+            losses = {}
+        elif record.content["event"] == PARTIAL_STEP:
+            losses |= {Point(step, index): loss for step, index, loss in record.content["losses"]}
+    return losses

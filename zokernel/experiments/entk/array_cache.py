@@ -15,7 +15,7 @@ from zokernel.experiments.kept_runs import rows_sha256
 _SECONDS = "seconds"
 
 
-class KeptArrays:
+class ArrayCache:
     """What was measured of one model on one set of sentences, in the folder of the option ``cache`` if there is one.
 
     Args:
@@ -28,7 +28,7 @@ class KeptArrays:
         seconds: How long it took to measure all that was asked for, now or earlier.
 
     Example:
-        >>> kept = KeptArrays(Config("smoke"), "16")
+        >>> kept = ArrayCache(Config("smoke"), "16")
         >>> kept("squares", lambda: {"found": np.ones(2)}), kept.folder
         ({'found': array([1., 1.])}, None)
     """
@@ -47,14 +47,14 @@ class KeptArrays:
         """Return the arrays of a name that says all they depend on, or measure and keep them."""
         path = None if self.folder is None else self.folder / f"{name}.npz"
         if path is not None and path.exists():
-            found = dict(np.load(path, allow_pickle=False))
-            self.seconds += float(found.pop(_SECONDS))
-            return found
+            arrays = dict(np.load(path, allow_pickle=False))
+            self.seconds += float(arrays.pop(_SECONDS))
+            return arrays
         start = time.perf_counter()
-        found = measure()
+        arrays = measure()
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **found, **{_SECONDS: np.array(seconds)})  # type: ignore[arg-type]
-        return found
+            np.savez(path, **arrays, **{_SECONDS: np.array(seconds)})  # type: ignore[arg-type]
+        return arrays

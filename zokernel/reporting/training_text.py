@@ -6,20 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.report.told import (
-    change_error,
-    diagnosis_told,
-    examples_told,
+from zokernel.finetune.report.text import (
+    describe_diagnosis,
+    describe_examples,
+    describe_method,
+    describe_warning,
+    describe_weights,
     is_diverged,
-    method_told,
-    raised,
-    warning_told,
-    weights_told,
+    reward_name,
 )
-from zokernel.readable import counted, readable_bytes, readable_seconds
+from zokernel.finetune.report.uncertainty import change_error
+from zokernel.readable import plural, readable_bytes, readable_seconds
 from zokernel.reporting.page import words
 from zokernel.reporting.progress import Progress, progress_of
-from zokernel.reporting.rewards import is_rewarded, rewards_told
+from zokernel.reporting.rewards import describe_rewards, is_rewarded
 from zokernel.reporting.training import TrainingRun
 
 SHARES = ("accuracy", "f1", "em", "pass_rate", "empty_answers")  # scores that are shares of examples
@@ -28,21 +28,22 @@ SHARES = ("accuracy", "f1", "em", "pass_rate", "empty_answers")  # scores that a
 def title(run: TrainingRun) -> str:
     """Return the heading of a run's page."""
     if not run.metrics:
-        done = progress_of(run)
-        return f"Training with {run.method or 'zokernel'}, step {done.done if done.total else f'{done.steps:,}'}"
+        progress = progress_of(run)
+        step = progress.steps_done if progress.total else f"{progress.steps:,}"
+        return f"Training with {run.method or 'zokernel'}, step {step}"
     model = run.metrics["model"]
     model = Path(model).name if Path(model).is_absolute() else model
-    return f"Fine-tuning {model} with {method_told(run.metrics)}" if run.metrics["steps"] else f"{model} as it is"
+    return f"Fine-tuning {model} with {describe_method(run.metrics)}" if run.metrics["steps"] else f"{model} as it is"
 
 
 def alert(run: TrainingRun) -> str:
     """Return that a run diverged, stood still, did not learn or died, in a sentence or two; empty if it did not."""
     if not run.metrics:
         progress = progress_of(run)
-        return progress.told if progress.state in ("stopped", "died") and run.rows else ""
+        return progress.description if progress.state in ("stopped", "died") and run.rows else ""
     if run.metrics.get("went_wrong"):
-        return weights_told(run.metrics)
-    return diagnosis_told(run.metrics) if has_reasons(run.metrics) else ""
+        return describe_weights(run.metrics)
+    return describe_diagnosis(run.metrics) if has_reasons(run.metrics) else ""
 
 
 def has_reasons(metrics: dict[str, Any]) -> bool:
@@ -56,35 +57,37 @@ def summary(run: TrainingRun) -> list[str]:
     if not metrics:
         return _so_far(run)
     if not metrics["steps"]:
-        return [told for told in (warning_told(metrics), _untrained(metrics)) if told]
-    told = [warning_told(metrics), _how(metrics)]
+        return [paragraph for paragraph in (describe_warning(metrics), _untrained(metrics)) if paragraph]
+    paragraphs = [describe_warning(metrics), _how(metrics)]
     if metrics.get("metric") == "reward":
-        told.append(rewards_told(metrics, examples_told(metrics)))
+        paragraphs.append(describe_rewards(metrics, describe_examples(metrics)))
     else:
-        told += _scores(metrics)
-    told += [_continued(run)]
+        paragraphs += _scores(metrics)
+    paragraphs += [_continued(run)]
     if not metrics.get("went_wrong"):
-        told.append(weights_told(metrics))
+        paragraphs.append(describe_weights(metrics))
     if not has_reasons(metrics):
-        told.append(diagnosis_told(metrics))
-    told.append(_not_finite(run))
+        paragraphs.append(describe_diagnosis(metrics))
+    paragraphs.append(_not_finite(run))
     if metrics.get("test_is_validation"):
-        told.append("These examples also chose the checkpoint, so the second number is somewhat optimistic.")
-    return [paragraph for paragraph in told if paragraph]
+        paragraphs.append("These examples also chose the checkpoint, so the second number is somewhat optimistic.")
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _so_far(run: TrainingRun) -> list[str]:
     """Return what an unfinished run has come to."""
     progress = progress_of(run)
     if not run.rows:
-        return ["The run has begun and not finished a step yet." if progress.state == "running" else progress.told]
-    told = [] if alert(run) else [progress.told]
-    told += [
-        f"{counted(len(run.rows), 'step')} so far. {_loss_moved(run)}",
+        return [
+            "The run has begun and not finished a step yet." if progress.state == "running" else progress.description
+        ]
+    paragraphs = [] if alert(run) else [progress.description]
+    paragraphs += [
+        f"{plural(len(run.rows), 'step')} so far. {_loss_moved(run)}",
         _continued(run),
         _not_finite(run),
     ]
-    return [paragraph for paragraph in told if paragraph]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _loss_moved(run: TrainingRun) -> str:
@@ -97,16 +100,16 @@ def _loss_moved(run: TrainingRun) -> str:
 
 def _untrained(metrics: dict[str, Any]) -> str:
     scores = {name: value for name, value in metrics["after"].items() if name != "loss"}
-    found = ", ".join(f"{score_name(name)} {_score(name, value)}" for name, value in scores.items())
-    found += "" if raised(metrics) else f", loss {metrics['after']['loss']:.4g}"
-    return f"No step was taken. On {examples_told(metrics)}: {found}."
+    listed_scores = ", ".join(f"{score_name(name)} {_score(name, value)}" for name, value in scores.items())
+    listed_scores += "" if reward_name(metrics) else f", loss {metrics['after']['loss']:.4g}"
+    return f"No step was taken. On {describe_examples(metrics)}: {listed_scores}."
 
 
 def _how(metrics: dict[str, Any]) -> str:
     if not metrics.get("forwards_per_step"):
         return "Each step computed the gradient by backpropagation (a first-order baseline)."
     return (
-        f"Each step ran the model {counted(metrics['forwards_per_step'], 'time')} on one batch with slightly different "
+        f"Each step ran the model {plural(metrics['forwards_per_step'], 'time')} on one batch with slightly different "
         "weights, compared the losses, and moved the weights along the random directions that had been tried. No "
         "gradient was computed and no activation was kept."
     )
@@ -115,22 +118,22 @@ def _how(metrics: dict[str, Any]) -> str:
 def _scores(metrics: dict[str, Any]) -> list[str]:
     """Return a sentence on each score: a perplexity by its ratio, a share in points."""
     before, after, count = metrics["before"], metrics["after"], metrics["num_test"]
-    told = []
+    sentences = []
     for name in (name for name in after if name != "loss" and name in before):
-        named = score_name(name)
-        changed = f"{named[0].upper()}{named[1:]} on {examples_told(metrics)} went from "
-        changed += f"{_score(name, before[name])} to {_score(name, after[name])}"
+        label = score_name(name)
+        sentence = f"{label[0].upper()}{label[1:]} on {describe_examples(metrics)} went from "
+        sentence += f"{_score(name, before[name])} to {_score(name, after[name])}"
         if name in SHARES:
-            changed += f": {100 * (after[name] - before[name]):+z.1f} points"
+            sentence += f": {100 * (after[name] - before[name]):+z.1f} points"
         elif before[name]:
-            changed += f": {100 * (after[name] / before[name] - 1):+z.1f} %"
+            sentence += f": {100 * (after[name] / before[name] - 1):+z.1f} %"
         if name == "perplexity":
-            changed += f"; the loss from {before['loss']:.4f} to {after['loss']:.4f} nats per token"
+            sentence += f"; the loss from {before['loss']:.4f} to {after['loss']:.4f} nats per token"
         if name == "accuracy":
             error = 100 * change_error(before[name], after[name], count)
-            changed += f", with a standard error of at most {error:.1f}"
-        told.append(f"{changed}.")
-    return told
+            sentence += f", with a standard error of at most {error:.1f}"
+        sentences.append(f"{sentence}.")
+    return sentences
 
 
 def _score(name: str, value: float) -> str:
@@ -149,16 +152,16 @@ def score_name(name: str) -> str:
 
 def _continued(run: TrainingRun) -> str:
     """Return where other processes took over; empty if one did it all."""
-    at = run.run.get("continued_at") or []
-    if not at:
+    breaks = run.run.get("continued_at") or []
+    if not breaks:
         return ""
-    steps = " and ".join(f"{step:,}" for step in at)
+    steps = " and ".join(f"{step:,}" for step in breaks)
     return f"The run was cut off after step {steps} and continued from there; the steps before were not taken again."
 
 
 def _not_finite(run: TrainingRun) -> str:
     count = sum(not math.isfinite(row["loss"]) for row in run.rows)
-    return f"In {count:,} of {counted(len(run.rows), 'step')} the loss was no finite number." if count else ""
+    return f"In {count:,} of {plural(len(run.rows), 'step')} the loss was no finite number." if count else ""
 
 
 def facts(run: TrainingRun) -> list[tuple[str, str]]:
@@ -168,7 +171,7 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         return facts_so_far(run, progress_of(run))
     if not metrics["steps"]:
         return [*_changes(metrics, trained=False), ("examples", f"{metrics['num_test']:,}")]
-    found = [
+    entries = [
         *_outcome(metrics),
         *_changes(metrics, trained=True),
         ("parameters trained", f"{metrics['num_trained']:,}"),
@@ -177,18 +180,23 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         ("training time", readable_seconds(metrics["train_seconds"])),
     ]
     if run.run.get("continued_at"):
-        found.append(("continued after step", ", ".join(f"{step:,}" for step in run.run["continued_at"])))
-    if streamed := metrics.get("offload"):
-        found += [
-            ("read", readable_bytes(streamed["bytes_read"])),
-            ("written", readable_bytes(streamed["bytes_written"])),
-        ]
-        if streamed["seconds_per_pass"] is not None:
-            found.append(("time per pass", readable_seconds(streamed["seconds_per_pass"])))
+        entries.append(("continued after step", ", ".join(f"{step:,}" for step in run.run["continued_at"])))
+    if offload := metrics.get("offload"):
+        entries += _offload_facts(offload)
     inference, training = metrics.get("peak_memory_inference"), metrics.get("peak_memory_training")
     if inference and training:
-        found.append(("memory over inference", f"{training / inference:.2f} ×"))
-    return found
+        entries.append(("memory over inference", f"{training / inference:.2f} ×"))
+    return entries
+
+
+def _offload_facts(offload: dict[str, Any]) -> list[tuple[str, str]]:
+    entries = [
+        ("read", readable_bytes(offload["bytes_read"])),
+        ("written", readable_bytes(offload["bytes_written"])),
+    ]
+    if offload["seconds_per_pass"] is not None:
+        entries.append(("time per pass", readable_seconds(offload["seconds_per_pass"])))
+    return entries
 
 
 def facts_so_far(run: TrainingRun, progress: Progress) -> list[tuple[str, str]]:
@@ -199,16 +207,16 @@ def facts_so_far(run: TrainingRun, progress: Progress) -> list[tuple[str, str]]:
         progress: How far it is.
     """
     last = run.rows[-1] if run.rows else {}
-    found = [("steps done", progress.done), ("time left", progress.left)]
+    entries = [("steps done", progress.steps_done), ("time left", progress.time_left)]
     if progress.seconds is not None:
-        found.append(("time so far", readable_seconds(progress.seconds)))
-    found += [("method", run.method)] if run.method else []
+        entries.append(("time so far", readable_seconds(progress.seconds)))
+    entries += [("method", run.method)] if run.method else []
     if "loss" in last and is_rewarded(run.metrics, run.run):
-        found.append(("last reward", f"{-last['loss']:z.4g}"))
+        entries.append(("last reward", f"{-last['loss']:z.4g}"))
     elif "loss" in last:
-        found.append(("last loss", f"{last['loss']:.4g}"))
-    found += [("forward passes", f"{last['forwards']:,}")] if last.get("forwards") else []
-    return found
+        entries.append(("last loss", f"{last['loss']:.4g}"))
+    entries += [("forward passes", f"{last['forwards']:,}")] if last.get("forwards") else []
+    return entries
 
 
 def _outcome(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -220,12 +228,12 @@ def _outcome(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def _changes(metrics: dict[str, Any], *, trained: bool) -> list[tuple[str, str]]:
     """Return the scores before and after, the one that the task is judged by first."""
     before, after = metrics["before"], metrics["after"]
-    names = [metrics.get("metric"), *(("pass_rate",) if raised(metrics) else ("accuracy", "loss"))]
-    found = []
+    names = [metrics.get("metric"), *(("pass_rate",) if reward_name(metrics) else ("accuracy", "loss"))]
+    entries = []
     for name in dict.fromkeys(name for name in names if name and name in after and name in before):
         first, last = _score(name, before[name]).rstrip("%"), _score(name, after[name])
-        found.append((score_name(name), f"{first} → {last}" if trained else last))
-    return found
+        entries.append((score_name(name), f"{first} → {last}" if trained else last))
+    return entries
 
 
 def loss_ends(rows: list[dict[str, float]]) -> tuple[float, float]:

@@ -7,33 +7,35 @@ import math
 from zokernel.kernels.plan import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
-from zokernel.readable import counted
+from zokernel.readable import plural
 
 NOISE_SCALE, CURVATURE_RATIO = "batch where noise equals signal", "curvature ratio r"
 
 
 def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
     """Return the plan in words and a small table."""
-    shown = {name: quantity_told(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)}
+    quantities = {
+        name: describe_quantity(plan, name) for name, value in vars(plan).items() if isinstance(value, Measurement)
+    }
     lines = [
-        f"Probed {plan.num_probes} directions of {counted(plan.num_parameters, 'parameter')}: "
+        f"Probed {plan.num_probes} directions of {plural(plan.num_parameters, 'parameter')}: "
         f"{plan.forwards} forward passes, {plan.tokens:,} tokens, {seconds:.0f} s; no gradient. Loss {plan.loss:.4f}.",
         "",
-        f"  similarity rho                  {shown['rho']}",
-        f"  relative error of one step      {shown['relative_error_one']}"
+        f"  similarity rho                  {quantities['rho']}",
+        f"  relative error of one step      {quantities['relative_error_one']}"
         f"{' / sqrt(P)' if plan.relative_error_one.known else ''}",
-        f"  gradient norm                   {shown['gradient_norm']}",
-        f"  {NOISE_SCALE} {shown['noise_scale']}",
-        f"  trace of the Hessian            {shown['trace_hessian']}",
-        f"  trace of the Fisher matrix      {shown['trace_fisher']}",
-        f"  {CURVATURE_RATIO:<31} {shown['curvature_ratio']}",
+        f"  gradient norm                   {quantities['gradient_norm']}",
+        f"  {NOISE_SCALE} {quantities['noise_scale']}",
+        f"  trace of the Hessian            {quantities['trace_hessian']}",
+        f"  trace of the Fisher matrix      {quantities['trace_fisher']}",
+        f"  {CURVATURE_RATIO:<31} {quantities['curvature_ratio']}",
         f"  rounding noise of the loss      {plan.loss_noise:.2g}",
-        f"  third derivative                {shown['third_derivative']}",
+        f"  third derivative                {quantities['third_derivative']}",
         f"  best eps                        {best_eps(plan)}",
-        f"  distance where slopes double    {shown['reach']}",
+        f"  distance where slopes double    {quantities['reach']}",
         "",
         f"  {'P':>6}  {'relative error':>18}  {'rate / gradient':>18}  {'best for one step':>18}  "
-        f"{'for ' + counted(plan.num_steps, 'step'):>18}  {'forwards per step':>17}  {'tokens per step':>15}",
+        f"{'for ' + plural(plan.num_steps, 'step'):>18}  {'forwards per step':>17}  {'tokens per step':>15}",
     ]
     for count, error in plan.predicted_error.items():
         cells = (error, plan.learning_rate_ratio[count], plan.learning_rate[count], plan.run_rate[count])
@@ -55,44 +57,44 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
 
 def best_step(plan: Plan, batch_size: int) -> str:
     """Return the directions of a step with the most decrease per forward at a batch size, in words."""
-    found = plan.best_step(batch_size)
-    if found is None:
+    step = plan.best_step(batch_size)
+    if step is None:
         return f"The best step at batch {batch_size} is not known: {_lacking(plan)}."
-    each = "per example" if found.scheme == "per_example" else "for the batch"
-    sides = "one-sided" if found.one_sided else "two-sided"
+    each = "per example" if step.scheme == "per_example" else "for the batch"
+    sides = "one-sided" if step.one_sided else "two-sided"
     return (
-        f"Most decrease per forward at batch {batch_size}: {counted(found.num_perturbations, 'direction')} {each}, "
-        f"{sides}, {found.forwards} forwards per step; predicted {found.gain:.1f} times MeZO's."
+        f"Most decrease per forward at batch {batch_size}: {plural(step.num_perturbations, 'direction')} {each}, "
+        f"{sides}, {step.forwards} forwards per step; predicted {step.gain:.1f} times MeZO's."
     )
 
 
 def _lacking(plan: Plan) -> str:
     """Return in a clause what the best step needs and the probes do not carry, in the words of the table."""
-    needed = {NOISE_SCALE: plan.noise_scale.known, CURVATURE_RATIO: plan.curvature_ratio.known}
-    names = [f"the {name}" for name, known in needed.items() if not known]
+    quantities = {NOISE_SCALE: plan.noise_scale.known, CURVATURE_RATIO: plan.curvature_ratio.known}
+    names = [f"the {name}" for name, is_known in quantities.items() if not is_known]
     return f"it needs {' and '.join(names)}" if names else f"the {CURVATURE_RATIO} is not above 0"
 
 
-def quantity_told(plan: Plan, name: str) -> str:
+def describe_quantity(plan: Plan, name: str) -> str:
     """Return a quantity with its standard error, or how many probes would carry it."""
-    value, used = getattr(plan, name), plan.probes_used(name)
+    value, num_probes = getattr(plan, name), plan.probes_used(name)
     if name == "reach" and math.isinf(value.value):
         return "they do not"
     if value.known:
         return str(value)
-    return f"not known from {probes(name, used)}; {more_probes(name, value.probes_needed(used))}"
+    return f"not known from {probes(name, num_probes)}; {more_probes(name, value.probes_needed(num_probes))}"
 
 
 def probes(name: str, count: int) -> str:
     """Return so many of the probes that a quantity comes from, in words."""
     kind = "curvature probe" if name in FROM_CURVATURE_PROBES else "probe"
-    return counted(count, kind)
+    return plural(count, kind)
 
 
-def more_probes(name: str, needed: int) -> str:
+def more_probes(name: str, count: int) -> str:
     """Return how many probes a quantity would need, and the flag that sets their number."""
     flag = "curvature_probes" if name in FROM_CURVATURE_PROBES else "num_probes"
-    return f"about {needed:,} would be needed (--{flag} {needed})"
+    return f"about {count:,} would be needed (--{flag} {count})"
 
 
 def best_eps(plan: Plan) -> str:
@@ -108,15 +110,15 @@ def advice(plan: Plan, batch: int) -> str:
     count = min(plan.run_rate)
     rate = plan.run_rate[count]
     if not rate.known:
-        walks = math.isfinite(plan.reach.value) and not plan.reach.known
-        name, told = ("reach", "how far noise may take the weights") if walks else ("curvature_ratio", "the curvature")
-        used = plan.probes_used(name)
-        needed = (plan.reach if walks else rate).probes_needed(used)
-        return (
-            f"No learning rate is advised: {told} is not known from {probes(name, used)}; {more_probes(name, needed)}."
+        by_walk = math.isfinite(plan.reach.value) and not plan.reach.known
+        name, what = (
+            ("reach", "how far noise may take the weights") if by_walk else ("curvature_ratio", "the curvature")
         )
+        num_probes = plan.probes_used(name)
+        missing = more_probes(name, (plan.reach if by_walk else rate).probes_needed(num_probes))
+        return f"No learning rate is advised: {what} is not known from {probes(name, num_probes)}; {missing}."
     return (
-        f"For a run of {counted(plan.num_steps, 'step')}: --method mezo --num_perturbations {count} "
+        f"For a run of {plural(plan.num_steps, 'step')}: --method mezo --num_perturbations {count} "
         f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
         "constant. The best rate for one step is too large for a run: most of a step is noise, which adds up, and "
         "slopes grow along the way."

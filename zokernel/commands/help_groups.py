@@ -108,7 +108,7 @@ _FINETUNE = (
     ),
 )
 
-SHOWN: dict[str, tuple[Group, ...]] = {
+HELP_GROUPS: dict[str, tuple[Group, ...]] = {
     "finetune": _FINETUNE,
     "demo": _FINETUNE,
     "plan": (

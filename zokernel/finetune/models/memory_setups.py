@@ -1,8 +1,9 @@
-r"""What each way to hold the weights of a run takes, from the configuration alone: no weight is read.
+r"""What each way to hold the weights of a run, a setup, takes in memory; no weight is read.
 
-Weights are counted on a model without memory, by units (:mod:`zokernel.offload.units`).  Of activations those of the
-widest layer are counted, which is what is held at a time without gradients, or the logits of the scored positions.  Of
-streamed weights what each loss keeps between two blocks is added.  The memory of the libraries is left out.
+All follows from the configuration.  Weights are counted on a model without memory, by units
+(:mod:`zokernel.offload.units`).  Of activations those of the widest layer are counted, which is what is held at a time
+without gradients, or the logits of the scored positions.  Of streamed weights what each loss keeps between two blocks
+is added.  The memory of the libraries is left out.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ QUANTIZED = {
     "torchao:int4": "--quantization torchao:int4",
 }
 SCALES = "--train scales"
+ALL_WEIGHTS, ADAPTER = "all weights", "an adapter"  # what is trained
 FACTOR = 4  # bytes of the trained factor on a scale
 UNKNOWN = "unknown"  # in the table
 BLOCK = 512  # scored positions whose logits are in memory at a time
-KEPT = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
+HEAP_THRESHOLD = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Sizes:
             scored: Positions of the batch whose logits are needed; all of them if not given.
         """
         one = self.activations(tokens, scored=scored)
-        return one + (losses - 1) * min(one, KEPT) + self.border(tokens, losses=losses)
+        return one + (losses - 1) * min(one, HEAP_THRESHOLD) + self.border(tokens, losses=losses)
 
     def border(self, tokens: int, *, losses: int) -> int:
         """Return the bytes that the losses of a step keep between two blocks."""
@@ -104,8 +106,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to hold the weights, in bytes.
+class Setup:
+    """One way to hold the weights of a run, in bytes.
 
     Attributes:
         flags: What to write on the command line.
@@ -118,7 +120,7 @@ class Way:
         written: Bytes that a step writes to the disk.
         moved: Bytes that a step copies between host and device.
         note: What is not in numbers.
-        known: Whether the size of the weights is known; if it is not, ``weights`` is 0.
+        size_known: Whether the size of the weights is known; if it is not, ``weights`` is 0.
     """
 
     flags: str
@@ -131,7 +133,7 @@ class Way:
     written: int = 0
     moved: int = 0
     note: str = ""
-    known: bool = True
+    size_known: bool = True
 
     @property
     def memory(self) -> int:
@@ -163,9 +165,11 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         blocks.append(count)
         # A gated layer holds two products and their own product.
         widest = max([widest, *(3 * max(parameter.shape[-2:]) for parameter in own if parameter.ndim > 1)])
-    found = {asked: quantized_layers(architecture, kind, asked, model=model) for asked in ("4bit", "torchao:int8")}
-    layers = {asked: found["4bit" if asked.endswith("bit") else "torchao:int8"] for asked in QUANTIZED}
-    layers = {asked: own for asked, own in layers.items() if own.shapes}
+    bitsandbytes, torchao = (
+        quantized_layers(architecture, kind, name, model=model) for name in ("4bit", "torchao:int8")
+    )
+    layers = {name: bitsandbytes if name.endswith("bit") else torchao for name in QUANTIZED}
+    layers = {name: quantized for name, quantized in layers.items() if quantized.shapes}
     whole = sum(blocks) + outside
     text = architecture.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
@@ -180,15 +184,18 @@ def measure(architecture: Any, dtype: torch.dtype, *, kind: Kind = "causal") -> 
         vocabulary=text.vocab_size,
         cached=2 * len(blocks) * text.hidden_size // heads * shared,
         quantized={
-            asked: (whole - own.quantized) * dtype.itemsize + bytes_once_quantized(asked, own.shapes, dtype.itemsize)
-            for asked, own in layers.items()
+            name: (whole - quantized.quantized) * dtype.itemsize
+            + bytes_once_quantized(name, quantized.shapes, dtype.itemsize)
+            for name, quantized in layers.items()
         },
-        scales={asked: number_of_scales(asked, own.shapes) for asked, own in layers.items()},
+        scales={name: number_of_scales(name, quantized.shapes) for name, quantized in layers.items()},
     )
 
 
-def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, gpu: bool = False) -> list[Way]:
-    """Return the ways to hold a model's weights, for each kind of training the quickest first.
+def list_setups(
+    sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, gpu: bool = False
+) -> list[Setup]:
+    """Return the setups of a model, for each kind of training the quickest first.
 
     Args:
         sizes: Of the model.
@@ -201,93 +208,107 @@ def ways(sizes: Sizes, *, losses: int, rows: int, tokens: int, writes: int = 0, 
     Returns:
         What each takes.
     """
-    batch, all_of, adapter = rows * tokens, "all weights", "an adapter"
+    batch = rows * tokens
     one, every = sizes.activations(batch), sizes.activations(batch, losses=losses)
-    streamed = sizes.streamed(batch, losses=losses)
     cache = rows * (tokens + writes) * sizes.cached * sizes.itemsize if writes else 0
-    whole, around = sizes.weights, sizes.outside + sizes.copies
-    found = [Way("--perturb in_forward", all_of, whole + sizes.copies, one, cache)]
+    whole = sizes.weights
+    setups = [Setup("--perturb in_forward", ALL_WEIGHTS, whole + sizes.copies, one, cache)]
     if sizes.itemsize >= 4:  # below, roundings would not leave the weights where they were
-        found.insert(0, Way("--perturb in_place", all_of, whole, one, cache))
-    found += [
-        Way("--lora true --perturb stacked", adapter, whole, every, cache),
-        Way("--lora true", adapter, whole, one, cache),
+        setups.insert(0, Setup("--perturb in_place", ALL_WEIGHTS, whole, one, cache))
+    setups += [
+        Setup("--lora true --perturb stacked", ADAPTER, whole, every, cache),
+        Setup("--lora true", ADAPTER, whole, one, cache),
     ]
-    found += [
-        Way(f"--lora true {QUANTIZED[asked]}", adapter, held, one, cache) for asked, held in sizes.quantized.items()
+    setups += [
+        Setup(f"--lora true {QUANTIZED[name]}", ADAPTER, nbytes, one, cache) for name, nbytes in sizes.quantized.items()
     ]
-    found += [
-        Way(f"{SCALES} {QUANTIZED[asked]}", "scales", held + FACTOR * sizes.scales[asked], one, cache)
-        for asked, held in sizes.quantized.items()
-        if asked.startswith("torchao")
+    setups += [
+        Setup(f"{SCALES} {QUANTIZED[name]}", "scales", nbytes + FACTOR * sizes.scales[name], one, cache)
+        for name, nbytes in sizes.quantized.items()
+        if name.startswith("torchao")
     ]
+    return setups + _streamed_setups(sizes, sizes.streamed(batch, losses=losses), cache, gpu=gpu)
+
+
+def _streamed_setups(sizes: Sizes, activations: int, cache: int, *, gpu: bool) -> list[Setup]:
+    """Return the setups that stream the weights.
+
+    Args:
+        sizes: Of the model.
+        activations: Bytes of the activations of a step.
+        cache: Bytes of keys and values while text is written.
+        gpu: Whether the model computes on a GPU.
+    """
+    whole, around, blocks = sizes.weights, sizes.outside + sizes.copies, sizes.blocks
     if gpu:
-        there, blocks = 2 * sizes.block + around, sizes.blocks
-        found += [
-            Way("--offload cpu", all_of, there, streamed, cache, host=blocks, moved=2 * blocks),
-            Way("--lora true --offload cpu", adapter, there, streamed, cache, host=blocks, moved=blocks),
+        on_device = 2 * sizes.block + around
+        return [
+            Setup("--offload cpu", ALL_WEIGHTS, on_device, activations, cache, host=blocks, moved=2 * blocks),
+            Setup("--lora true --offload cpu", ADAPTER, on_device, activations, cache, host=blocks, moved=blocks),
         ]
-    else:
-        found += [
-            Way("--offload cpu", all_of, whole + sizes.copies, streamed, cache),
-            Way("--lora true --offload cpu", adapter, whole, streamed, cache),
-            Way("--offload disk", all_of, sizes.copies, streamed, cache, read=whole, written=whole),
-            Way(
-                "--offload disk --offload_updates journal",
-                all_of,
-                around + sizes.block,
-                streamed,
-                cache,
-                read=whole,
-                note="step t repeats t - 1 updates",
-            ),
-            Way("--lora true --offload disk", adapter, 0, streamed, cache, read=whole),
-        ]
-    return found
+    return [
+        Setup("--offload cpu", ALL_WEIGHTS, whole + sizes.copies, activations, cache),
+        Setup("--lora true --offload cpu", ADAPTER, whole, activations, cache),
+        Setup("--offload disk", ALL_WEIGHTS, sizes.copies, activations, cache, read=whole, written=whole),
+        Setup(
+            "--offload disk --offload_updates journal",
+            ALL_WEIGHTS,
+            around + sizes.block,
+            activations,
+            cache,
+            read=whole,
+            note="step t repeats t - 1 updates",
+        ),
+        Setup("--lora true --offload disk", ADAPTER, 0, activations, cache, read=whole),
+    ]
 
 
-def fastest(found: Sequence[Way], free: int, trains: str, host: int | None = None) -> Way | None:
-    """Return the way that costs least time among those that fit.
+def fastest_setup(setups: Sequence[Setup], free: int, trains: str, host: int | None = None) -> Setup | None:
+    """Return the setup that costs least time among those that fit.
 
     The order is: nothing is moved, less is copied to a device, less is read and written; then less memory for copies.
 
     Args:
-        found: The ways.
+        setups: The setups.
         free: Free bytes where the model computes.
         trains: ``all weights``, ``an adapter`` or ``scales``.
         host: Free bytes of host memory, if that is another one.
 
     Returns:
-        The way; None if none fits.
+        The setup; None if none fits.
     """
-    fit = [way for way in found if way.trains == trains and way.memory <= free and way.host <= (host or free)]
-    order = {id(way): number for number, way in enumerate(found)}
+    fit = [
+        setup for setup in setups if setup.trains == trains and setup.memory <= free and setup.host <= (host or free)
+    ]
+    order = {id(setup): number for number, setup in enumerate(setups)}
     return min(
-        fit, key=lambda way: (way.moved + way.read + 2 * way.written, bool(way.note), order[id(way)]), default=None
+        fit,
+        key=lambda setup: (setup.moved + setup.read + 2 * setup.written, bool(setup.note), order[id(setup)]),
+        default=None,
     )
 
 
-def table(found: Sequence[Way], free: int, host: int | None = None) -> str:
-    """Return the ways as a table.
+def table(setups: Sequence[Setup], free: int, host: int | None = None) -> str:
+    """Return the setups as a table.
 
     Args:
-        found: The ways.
+        setups: The setups.
         free: Free bytes where the model computes.
         host: Free bytes of host memory, if that is another one.
     """
     heads = ("setup", "trained", "weights", "activations", "cache", "memory", "read", "written", "fits")
     rows = [
         (
-            way.flags,
-            way.trains,
-            readable_bytes(way.weights) if way.known else UNKNOWN,
-            *map(readable_bytes, (way.activations, way.cache)),
-            readable_bytes(way.memory) if way.known else UNKNOWN,
-            readable_bytes(way.read or way.moved),
-            readable_bytes(way.written),
-            "no" if way.memory > free or way.host > (host or free) else "yes" if way.known else UNKNOWN,
+            setup.flags,
+            setup.trains,
+            readable_bytes(setup.weights) if setup.size_known else UNKNOWN,
+            *map(readable_bytes, (setup.activations, setup.cache)),
+            readable_bytes(setup.memory) if setup.size_known else UNKNOWN,
+            readable_bytes(setup.read or setup.moved),
+            readable_bytes(setup.written),
+            "no" if setup.memory > free or setup.host > (host or free) else "yes" if setup.size_known else UNKNOWN,
         )
-        for way in found
+        for setup in setups
     ]
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     lines = [
