@@ -180,6 +180,24 @@ def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_go_on(t
     assert {json.loads(run["run"])["data"]["dataset_name"] for run in runs} == {"movie-reviews"}
 
 
+def test_gaps_pair_both_variants_with_mezo_by_seed():
+    from zokernel.experiments.kerzoo import language_model
+
+    losses = {"KerZOO": [3.0, 5.0], "KerZOO as printed": [1.0, 1.0], language_model.MATCHED: [2.0, 2.0]}
+    rows = [
+        {"task": "TREC", "trained": "LoRA", "method": method, "test_loss": loss, "test_loss_before": 4.0}
+        for method, loss in losses.items()
+    ]
+    gaps = language_model.gaps_by_panel(rows, beside=language_model.MATCHED)
+    half = 12.706  # Student's t of one degree of freedom; the differences 1 and 3 have a standard error of 1
+    assert gaps["TREC, LoRA"] == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+    assert gaps["TREC, LoRA, as printed"] == pytest.approx((-1.0, -1.0, -1.0))
+    assert language_model.judge({"as printed": gaps["TREC, LoRA, as printed"]}, 5, 300).verdict == "holds"
+    assert language_model.summary_of(rows, gaps).startswith(
+        "TREC, LoRA: the test loss went from 4.000 to 4.000 (KerZOO), 1.000 (KerZOO as printed), 2.000 (MeZO-3 at "
+    )
+
+
 def test_runs_on_other_data_are_other_runs(tmp_path):
     from zokernel.experiments.base import Config
     from zokernel.experiments.kerzoo import language_model
