@@ -27,7 +27,8 @@ from zokernel.files import check_output_file, write_json
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, setting_sources
-from zokernel.kernels.plan import Plan, make_plan, plain
+from zokernel.kernels.plan import make_plan
+from zokernel.kernels.plan_record import Plan, plain
 from zokernel.kernels.prober import ProbedTask
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zokernel.kernels.plan import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan
+from zokernel.kernels.plan_record import FROM_CURVATURE_PROBES, STEP_BATCHES, Plan
 from zokernel.kernels.prober import ProbedTask
 from zokernel.kernels.probes import Measurement
 from zokernel.readable import plural
@@ -110,12 +110,12 @@ def advice(plan: Plan, batch: int) -> str:
     count = min(plan.run_rate)
     rate = plan.run_rate[count]
     if not rate.known:
-        by_walk = math.isfinite(plan.reach.value) and not plan.reach.known
+        reach_unknown = math.isfinite(plan.reach.value) and not plan.reach.known
         name, what = (
-            ("reach", "how far noise may take the weights") if by_walk else ("curvature_ratio", "the curvature")
+            ("reach", "how far noise may take the weights") if reach_unknown else ("curvature_ratio", "the curvature")
         )
         num_probes = plan.probes_used(name)
-        missing = more_probes(name, (plan.reach if by_walk else rate).probes_needed(num_probes))
+        missing = more_probes(name, (plan.reach if reach_unknown else rate).probes_needed(num_probes))
         return f"No learning rate is advised: {what} is not known from {probes(name, num_probes)}; {missing}."
     return (
         f"For a run of {plural(plan.num_steps, 'step')}: --method mezo --num_perturbations {count} "

@@ -210,7 +210,7 @@ def directional(model: FunctionalModel, example: Batch, tangent: Params) -> Tens
     except NotImplementedError as error:
         text = str(error)
         default = text.split("\n")[0].rstrip("."), None
-        cause, remedy = next((known for key, known in _CAUSES.items() if key in text), default)
+        cause, remedy = next((entry for key, entry in _CAUSES.items() if key in text), default)
         remedies = _WITHOUT_FORWARD_MODE if remedy is None else f"{remedy}, or {_WITHOUT_FORWARD_MODE}"
         raise UsageError(f"This model cannot be differentiated in forward mode: {cause}; {remedies}.") from error
 

@@ -20,7 +20,7 @@ from zokernel.directions import Dense
 from zokernel.kernels import checks
 from zokernel.kernels.jacobians import dot, inner_products, squared_norm
 from zokernel.kernels.model import Params
-from zokernel.kernels.plan import Plan
+from zokernel.kernels.plan_record import Plan
 from zokernel.kernels.prober import ProbedTask, Prober, Progress, wide
 from zokernel.kernels.probes import subset_error
 from zokernel.kernels.projections import SeededDirections

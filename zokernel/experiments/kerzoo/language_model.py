@@ -33,7 +33,7 @@ from zokernel.experiments.kerzoo.methods import CONSTANT
 from zokernel.experiments.kerzoo.real_tasks import hashes, tasks
 from zokernel.figures import figures
 from zokernel.files import read_json
-from zokernel.kernels.plan import plain
+from zokernel.kernels.plan_record import plain
 
 logger = logging.getLogger(__name__)
 
