@@ -97,9 +97,8 @@ def _score(model: Path, base: Path, kind: Kind, folder: Path) -> float:
     config = ZOConfig(
         output_dir=str(folder / "score"), do_train=False, precision="fp32", use_cpu=True, disable_tqdm=True
     )
-    return finetune(ModelArguments(model_name_or_path=str(model), lm_type=kind), _data(folder), config)["before"][
-        "loss"
-    ]
+    metrics = finetune(ModelArguments(model_name_or_path=str(model), lm_type=kind), _data(folder), config)
+    return metrics["before"]["loss"]
 
 
 def _data(folder: Path) -> DataArguments:

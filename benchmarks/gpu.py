@@ -80,10 +80,8 @@ def compare_sweeps(device: str, shape: str, rounds: int) -> str:
     rows = []
     for name, times_of_sweep in times.items():
         base = times[names[0]]
-        seconds, (of_limit, _) = (
-            paired.median_seconds(times_of_sweep) / SWEEPS,
-            paired.median_ratios(times_of_sweep, base),
-        )
+        seconds = paired.median_seconds(times_of_sweep) / SWEEPS
+        of_limit, _ = paired.median_ratios(times_of_sweep, base)
         width = 4 if "bf16" in name else 8
         rows.append([name, f"{1e3 * seconds:.2f}", f"{of_limit:.2f}", f"{width * count / seconds / 1e9:.0f}"])
     return table([f"sweep of {count / 1e6:.0f}M weights", "ms", "times of limit", "GB/s"], rows)

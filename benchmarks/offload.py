@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
@@ -139,7 +139,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
             transformers.AutoConfig.from_pretrained(folder),
             folder,
             torch.bfloat16,
-            Streaming(args.folder / "copy", args.train == "full", where=args.where, updates=args.updates),
+            StreamingOptions(args.folder / "copy", args.train == "full", where=args.where, updates=args.updates),
             kind="causal",
             name="random",
         )

@@ -157,9 +157,9 @@ def main() -> None:
     public.sweep_seconds = public.forward_seconds = 0.0
     times = paired.take_turns(contenders, options.rounds)
     rows = []
-    for name, own in times.items():
-        wall, cpu = paired.median_ratios(times["public, fp32"], own)
-        rows.append([name, f"{paired.median_seconds(own):.3f}", f"{wall:.1f}x", f"{cpu:.1f}x"])
+    for name, times_of_step in times.items():
+        wall, cpu = paired.median_ratios(times["public, fp32"], times_of_step)
+        rows.append([name, f"{paired.median_seconds(times_of_step):.3f}", f"{wall:.1f}x", f"{cpu:.1f}x"])
     print(table(["step", "s", "steps/s against public", "by CPU time"], rows))
     steps = options.rounds + 1
     print(

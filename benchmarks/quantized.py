@@ -67,8 +67,8 @@ def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str
     stored = KeptRuns(folder / "answers.jsonl")
     key = {"untrained": untrained, "model": args.model, "steps": args.steps, "train": args.train}
     key |= {"data": str(args.data), "rows": rows_sha256(rows)}
-    if (answered := stored.find(**key)) is not None:
-        return list(answered["answers"])
+    if (run := stored.find(**key)) is not None:
+        return list(run["answers"])
     from zokernel.finetune import load_predictor
     from zokernel.finetune.models.load import load_model
     from zokernel.finetune.settings.arguments import ModelArguments

@@ -82,8 +82,8 @@ def completion(row: Row) -> Row:
 
 
 def unpaired(row: Row) -> Row:
-    pair, is_answered = answered(row), len(row["sentence"]) % 2 == 0
-    return {"prompt": pair["prompt"], "completion": pair["chosen" if is_answered else "rejected"], "label": is_answered}
+    pair, is_chosen = answered(row), len(row["sentence"]) % 2 == 0
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if is_chosen else "rejected"], "label": is_chosen}
 
 
 @dataclass(frozen=True)

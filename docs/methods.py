@@ -56,19 +56,19 @@ def docstring(owner: Any) -> dict[str, str]:
 
 def meanings(cls: type) -> dict[str, str]:
     """Return what each option of a method means, from its docstring or that of the class it inherits from."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if owner.__module__.startswith("zokernel."):
-            found |= items(docstring(owner).get("Args", ""))
+            texts |= items(docstring(owner).get("Args", ""))
     mezo = items(docstring(methods()["mezo"])["Args"])
-    return {name: mezo[name] if _SAME.fullmatch(text) else text for name, text in found.items()}
+    return {name: mezo[name] if _SAME.fullmatch(text) else text for name, text in texts.items()}
 
 
-def shown(value: Any) -> str:
+def format_default(value: Any) -> str:
     """Return a default as it is typed.
 
     Example:
-        >>> [shown(value) for value in (1e-06, 0.001, 8, "none", True)]
+        >>> [format_default(value) for value in (1e-06, 0.001, 8, "none", True)]
         ['1e-6', '1e-3', '8', 'none', 'True']
     """
     if isinstance(value, float):
@@ -115,26 +115,28 @@ def defaults(cls: type) -> list[str]:
     """Return the table of a method's own options."""
     means = meanings(cls)
     options = {name: value for name, value in constructor_options(cls).items() if name not in SHARED_DEFAULTS}
-    rows = [f"| `{name}` | `{shown(value)}` | {cell(means.get(name, ''))} |" for name, value in options.items()]
+    rows = [
+        f"| `{name}` | `{format_default(value)}` | {cell(means.get(name, ''))} |" for name, value in options.items()
+    ]
     return ["| option | default | meaning |", "|---|---|---|", *rows]
 
 
 def formula(cls: type) -> str:
     """Return the definition: the docstring after its summary, and the module's where it has no formula of its own."""
-    own = docstring(cls)[""]
-    if ":math:" not in own and ".. math::" not in own:
+    text = docstring(cls)[""]
+    if ":math:" not in text and ".. math::" not in text:
         module = sections(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""))[""]
         if ".. math::" in module:
-            own += "\n\n" + module.partition("\n\n")[2]
-    return markdown(own.partition("\n\n")[2]).replace("\n    ", "\n")
+            text += "\n\n" + module.partition("\n\n")[2]
+    return markdown(text.partition("\n\n")[2]).replace("\n    ", "\n")
 
 
 def references(cls: type) -> str:
     """Return the sources of a method, its base's where it has none of its own."""
     for owner in cls.__mro__:
-        found = docstring(owner).get("References") if owner.__module__.startswith("zokernel.") else None
-        if found:
-            text = " ".join(found.split())
+        section = docstring(owner).get("References") if owner.__module__.startswith("zokernel.") else None
+        if section:
+            text = " ".join(section.split())
             return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
     return ""
 
@@ -163,9 +165,9 @@ def page(name: str, entry: dict[str, Any]) -> str:
         lines += [f"## Defaults{'' if len(classes) == 1 else f' of {cls.__name__}'}", "", *defaults(cls), ""]
     if name != "first_order":
         lines += ["Every method also has [these options](index.md#options-of-every-method).", ""]
-    found = list(dict.fromkeys(filter(None, map(references, classes.values()))))
-    if found:
-        lines += ["## Reference", "", *map(item, found), ""]
+    sources = list(dict.fromkeys(filter(None, map(references, classes.values()))))
+    if sources:
+        lines += ["## Reference", "", *map(item, sources), ""]
     return "\n".join(lines)
 
 

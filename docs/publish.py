@@ -197,9 +197,9 @@ def main() -> int:
         save_claims(claims)
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    found = contradictions(load_claims(), RESULTS)
-    print("\n".join(found) or "no result contradicts the ledger")
-    return 1 if found else 0
+    sentences = contradictions(load_claims(), RESULTS)
+    print("\n".join(sentences) or "no result contradicts the ledger")
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

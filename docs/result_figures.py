@@ -161,10 +161,10 @@ def directions_per_step(*, dark: bool = False) -> bytes:
         for count in steps
     ]
     budget = [row for row in record("multi_query/budget")["rows"] if row["problem"] == "large quadratic"]
-    kept = {("two-point", "best"): "best rate for each P", ("one-sided", "best"): "the same, one-sided"}
-    kept[("two-point", "equal_rate")] = "the same rate for all P"
+    labels = {("two-point", "best"): "best rate for each P", ("one-sided", "best"): "the same, one-sided"}
+    labels[("two-point", "equal_rate")] = "the same rate for all P"
     progress = []
-    for (scheme, column), name in kept.items():
+    for (scheme, column), name in labels.items():
         rows = [row for row in budget if row["scheme"] == scheme]
         progress.append(Line(name, [row["P"] for row in rows], [row[column][0] for row in rows]))
     shared: dict[str, Any] = {"xlabel": "directions per step, P", "log": True, "xticks": [1, 2, 4, 8, 16]}

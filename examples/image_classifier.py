@@ -36,12 +36,12 @@ class Digits(Dataset):
 @torch.no_grad()
 def features_of(network, head, images: Dataset) -> torch.Tensor:
     """Return what the backbone hands to the head, a row per image."""
-    found = []
-    hook = head.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    features = []
+    hook = head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     for n in range(0, len(images), 50):
         network(pixel_values=torch.stack([images[k]["pixel_values"] for k in range(n, min(n + 50, len(images)))]))
     hook.remove()
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 class Probe(torch.nn.Module):

@@ -82,10 +82,10 @@ def batches(tokenizer, rows: list[dict], size: int):
     while True:
         chosen = [rows[number] for number in draw.choice(len(rows), size, replace=False)]
         texts = [f"{row['sentence']} It was {('bad', 'good')[row['label']]}" for row in chosen]
-        found = tokenizer(texts, return_tensors="pt", padding=True)
-        labels = torch.full_like(found["input_ids"], -100)
-        labels[:, -1] = found["input_ids"][:, -1]
-        yield {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "labels": labels}
+        encoded = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = torch.full_like(encoded["input_ids"], -100)
+        labels[:, -1] = encoded["input_ids"][:, -1]
+        yield {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
 
 
 def main(
@@ -107,18 +107,18 @@ def main(
         seconds, gaps, losses = {"onnx": 0.0, "torch": 0.0}, [], []
         for _ in range(steps):
             batch = next(stream)
-            found = {}
+            losses_at = {}
             for point in optimizer.ask():
                 weights = optimizer.weights_at(point)
                 begin = time.perf_counter()
-                found[point] = engine(batch, weights)
+                losses_at[point] = engine(batch, weights)
                 between = time.perf_counter()
                 with torch.no_grad():  # only to compare
                     expected = in_torch(**batch, adapter=list(weights.values())).item()
                 seconds["onnx"] += between - begin
                 seconds["torch"] += time.perf_counter() - between
-                gaps.append(abs(found[point] - expected))
-            losses.append(optimizer.tell(found))
+                gaps.append(abs(losses_at[point] - expected))
+            losses.append(optimizer.tell(losses_at))
         adapted.save_pretrained(output_dir)
         last = engine(batch, adapter)
 

@@ -39,10 +39,10 @@ def main(model: str = "smollm2", data: str = "movie-reviews", steps: int = 300, 
         processing_class=tokenizer,
     )
     trainer.train()
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     trainer.save_model(output_dir)
-    print(f"validation loss {found['eval_loss']:.3f}, accuracy {found['eval_accuracy']:.3f}")
-    return found
+    print(f"validation loss {metrics['eval_loss']:.3f}, accuracy {metrics['eval_accuracy']:.3f}")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from zokernel.directions.terms import Factors, Values
 SHAPES = {"layers.0.w": (30, 20), "layers.1.b": (7,)}
 
 
-def given():
+def fixed_values():
     left, right = torch.full((30, 1), 0.5, dtype=torch.float32), torch.full((1, 20), 2.0, dtype=torch.float32)
     return {"layers.0.w": Factors(left, right), "layers.1.b": Values(torch.ones(7, dtype=torch.float32))}
 
@@ -29,7 +29,7 @@ FAMILIES = {
     "blockwise": lambda backend: Blockwise(LowRank(2, backend=backend)),
     "orthogonal": lambda backend: Orthogonal(4, backend=backend),
     "preconditioned": lambda backend: Preconditioned(Dense("gaussian", backend=backend)),
-    "fixed": lambda backend: Fixed(given()),
+    "fixed": lambda backend: Fixed(fixed_values()),
 }
 
 

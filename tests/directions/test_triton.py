@@ -38,9 +38,9 @@ from zokernel.directions.terms import Job, Noise
 def weights(dtype, backend="numba"):
     generator = torch.Generator().manual_seed(0)
     shapes = {"w": (17, 23), "scalar": (), "strided": (5, 9), "empty": (0,)}
-    made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    made = {name: tensor.to(device_of(backend)) for name, tensor in made.items()}
-    return made | {"strided": made["strided"].t()}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors = {name: tensor.to(device_of(backend)) for name, tensor in tensors.items()}
+    return tensors | {"strided": tensors["strided"].t()}
 
 def device_of(backend):
     return DEVICE if backend == "triton" else "cpu"
@@ -88,21 +88,21 @@ assert torch.equal(*results)
     "copies": """
 def copies(make, backend, dtype, target_dtype):
     # Whole tensors of awkward sizes, copied twice by the same tables, and some rows, one of them twice.
-    given = {name: tensor for name, tensor in weights(dtype, backend).items() if name not in ("strided", "empty")}
-    tensors = {name: tensor.clone() for name, tensor in given.items()}
+    originals = {name: tensor for name, tensor in weights(dtype, backend).items() if name not in ("strided", "empty")}
+    tensors = {name: tensor.clone() for name, tensor in originals.items()}
     family, device = make(backend), device_of(backend)
     if isinstance(family, Sparse):
         family.freeze(tensors)
     places = place_all(tensors)
-    copier, made = Copier(places), []
+    copier, targets = Copier(places), []
     for offsets in ({0: 0.5}, {2: -0.25}, {0: 0.5, 1: 0.125}):
-        made += [torch.empty(p.shape, dtype=target_dtype, device=device) for p in places]
-        copier(family, made[-len(places):], offsets, seed=3, step=4)
+        targets += [torch.empty(p.shape, dtype=target_dtype, device=device) for p in places]
+        copier(family, targets[-len(places):], offsets, seed=3, step=4)
     matrix = places[0]
     rows = torch.empty(4, 23, dtype=dtype, device=device)
     copy_perturbed_rows(family, matrix, torch.tensor([5, 0, 16, 5], device=device), rows, {1: 0.5}, seed=3, step=4)
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
-    return [tensor.cpu() for tensor in (*made, rows)]
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in originals.items())
+    return [tensor.cpu() for tensor in (*targets, rows)]
 
 makers = (lambda b: Dense("rademacher", backend=b), lambda b: Dense("gaussian", backend=b),
           lambda b: Dense("sphere", backend=b), lambda b: LowRank(rank=2, backend=b), lambda b: Sparse(backend=b))

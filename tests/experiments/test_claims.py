@@ -46,11 +46,11 @@ def functions_in(path: Path) -> set[str]:
 
 def test_every_claim_is_tested_by_something_that_exists():
     files = (ROOT / "tests").rglob("test_*.py")
-    known = {path.relative_to(ROOT).as_posix(): functions_in(path) for path in files}
+    functions = {path.relative_to(ROOT).as_posix(): functions_in(path) for path in files}
     for claim in CLAIMS:
         for test in claim.tests:
             file, _, function = test.partition("::")
-            assert function in known[file], f"{claim.id} names {test}, which does not exist"
+            assert function in functions[file], f"{claim.id} names {test}, which does not exist"
         tested = claim.experiments or claim.tests
         assert tested or claim.verdict == "not run here", claim.id
         assert len(claim.why) > 20, claim.id

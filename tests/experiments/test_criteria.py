@@ -145,13 +145,13 @@ def test_kernel_verdicts_over_steps_and_sizes():
     assert drift.judge({"r": MIDDLE}, MIDDLE, 3).verdict == FAILS  # a drift of at least a half is not stable
     rows = [{"loss": 3.0, "drift": 0.0}, {"loss": 1.0, "drift": 0.8}, {"loss": 0.5, "drift": 0.7}]
     assert [drift.drift_at(rows, fall) for fall in (1.0, 2.0, 2.25)] == pytest.approx([0.4, 0.8, 0.75])
-    made = [
+    horizon_rows = [
         {"P": p, "T": t, "gap_by_seed": [3.0 * p**-0.5 * t**-0.25, 5.0 * p**-0.5 * t**-0.25]}
         for p in (1, 4)
         for t in (1, 9)
     ]
-    assert horizon.exponents(made)["P"] == pytest.approx((-0.5,) * 3)
-    assert horizon.exponents(made)["T"] == pytest.approx((-0.25,) * 3)
+    assert horizon.exponents(horizon_rows)["P"] == pytest.approx((-0.5,) * 3)
+    assert horizon.exponents(horizon_rows)["T"] == pytest.approx((-0.25,) * 3)
     scatter = {1: [0.1, 1.99**0.5], 4: [0.5, 0.5]}  # rms 1 and 1/2, where mean logarithms rise with P
     rows = [{"P": p, "T": t, "gap_by_seed": gaps} for p, gaps in scatter.items() for t in (1, 9)]
     assert horizon.exponents(rows)["P"][0] == pytest.approx(-0.5)

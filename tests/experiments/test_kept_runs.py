@@ -58,9 +58,9 @@ def test_committed_runs_are_found_by_their_benchmarks(benchmark):
     benchmark("same_settings").require_same_settings(kept, {}, model="smollm2", generations=rewards.GENERATIONS)
     found = []
     for name, contender in rewards.CONTENDERS.items():
-        wanted = [(rate, rewards.SWEPT_WITH, "validation") for rate in contender.rates]
-        wanted += [(rewards.best_rate(kept.rows, name), seed, "held-out") for seed in rewards.SEEDS]
-        found += [kept.find(method=name, rate=rate, seed=seed, split=split) for rate, seed, split in wanted]
+        keys = [(rate, rewards.SWEPT_WITH, "validation") for rate in contender.rates]
+        keys += [(rewards.best_rate(kept.rows, name), seed, "held-out") for seed in rewards.SEEDS]
+        found += [kept.find(method=name, rate=rate, seed=seed, split=split) for rate, seed, split in keys]
     assert len(found) == len(kept.rows) == 18
     assert None not in found
     kept = KeptRuns(long_runs.COMMITTED)

@@ -112,17 +112,17 @@ def test_accuracy_rows_cover_the_tables_and_their_settings():
 def test_a_sweep_takes_the_rate_with_the_lowest_validation_loss_at_equal_effective_rates():
     from zokernel.experiments.kerzoo.language_model import METHODS, SWEEP, best
 
-    tried = []
+    trials = []
 
     def train(line, seed):
-        tried.append((line["learning_rate"], seed))
-        loss = {0: 0.7, 1: 0.4, 2: 0.5, 3: float("nan")}[len(tried) - 1]
+        trials.append((line["learning_rate"], seed))
+        loss = {0: 0.7, 1: 0.4, 2: 0.5, 3: float("nan")}[len(trials) - 1]
         return {"evaluations": [{"loss": loss}]}
 
     chosen = best("KerZOO as printed", 3e-4, 40, train, seed=5)
-    assert [rate * 4 for rate, _ in tried] == pytest.approx([3e-4 * factor for factor in SWEEP])
-    assert {seed for _, seed in tried} == {5}
-    assert chosen["learning_rate"] == tried[1][0]
+    assert [rate * 4 for rate, _ in trials] == pytest.approx([3e-4 * factor for factor in SWEEP])
+    assert {seed for _, seed in trials} == {5}
+    assert chosen["learning_rate"] == trials[1][0]
     assert chosen["method_args"] == [*METHODS["KerZOO as printed"]["method_args"], "total_steps=40"]
     assert "total_steps=40" not in METHODS["KerZOO as printed"]["method_args"]
 
@@ -140,7 +140,9 @@ def test_a_stopped_comparison_goes_on_from_its_file(tmp_path, monkeypatch):
     (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     trained = []
     job = language_model.finetune_job
-    monkeypatch.setattr(language_model, "finetune_job", lambda **told: trained.append(told) or job(**told))
+    monkeypatch.setattr(
+        language_model, "finetune_job", lambda **arguments: trained.append(arguments) or job(**arguments)
+    )
     again = language_model.run(Config("smoke", options=dict(options))).numbers
     assert len(trained) == 1
     assert [row["test_loss"] for row in again["rows"]] == [row["test_loss"] for row in first["rows"]]
@@ -152,11 +154,8 @@ def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_go_on(t
     from zokernel.experiments.kerzoo import language_model
 
     kept = tmp_path / "runs.jsonl"
-    options = {
-        "runs": str(kept),
-        "trained": ["all weights"],
-        "lr": 1e38,
-    }  # four times this is above the largest fp32 number
+    # Four times this rate is above the largest fp32 number.
+    options = {"runs": str(kept), "trained": ["all weights"], "lr": 1e38}
     for _ in range(2):  # the second time from the file
         found = language_model.run(Config("smoke", options=dict(options)))
         rows = {row["method"]: row for row in found.numbers["rows"]}

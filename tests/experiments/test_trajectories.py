@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zokernel.errors import UsageError
 from zokernel.experiments import Config
 from zokernel.experiments.criteria import FAILS, HOLDS, NOT_RUN, OPEN, PARTLY
-from zokernel.experiments.entk import trajectories
+from zokernel.experiments.entk import trajectories, trajectory_gaps
 from zokernel.experiments.entk.sentences import language_task
 
 WAYS = {"eps": 1e-3, "distribution": "gaussian"}
@@ -31,7 +31,7 @@ def test_the_spread_and_the_shift_are_those_of_a_quadratic():
     walk = moves.cumsum(1) - sgd  # without SGD's own path, whose curvature is no part of the walk
     apart = walk @ jacobian.T + np.einsum("rtd,odk,rtk->rto", walk, hessians, walk) / 2
     c = np.trace(hessians, axis1=1, axis2=2) / 2
-    spread, shift = trajectories.predicted(
+    spread, shift = trajectory_gaps.predicted(
         np.square(jacobian).sum(),
         np.square(c).sum(),
         np.full(steps, gradient @ gradient),
@@ -55,7 +55,7 @@ def test_the_gap_follows_the_law_of_a_kernel_that_stays():
     lr = 1e-3 / start["gradient_sq"].mean()
     reference = trajectories.first_order(fresh, lr)
     paths = [trajectories.zeroth_order(fresh, lr, 2, seed=seed, **WAYS) for seed in range(40)]
-    row = trajectories.compare_runs(start, reference, paths, lr=lr, count=2)
+    row = trajectory_gaps.compare_runs(start, reference, paths, lr=lr, count=2)
     for measure in ("l2", "hellinger"):
         found, sizes = row[measure], start[f"odd_{measure}"]
         ratios = np.square(np.array(found["gap_by_seed"]) / found["law"][-1])
@@ -102,7 +102,7 @@ def test_the_square_of_the_shift_has_no_bias():
         noisy = c + 3 * rng.normal(size=(4, 3))
         mean = noisy.mean(0)
         found.append((16 * mean @ mean - np.square(noisy).sum()) / 12)
-        limited = trajectories.curvature_sq(noisy @ noisy.T)
+        limited = trajectory_gaps.curvature_sq(noisy @ noisy.T)
         assert limited == pytest.approx(max(0.0, found[-1]))
     assert abs(np.mean(found) - c @ c) < 4 * np.std(found) / math.sqrt(2000)
 
@@ -112,7 +112,7 @@ def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
         {"P": 1, "l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}},
         {"P": 5, "l2": {"gap_by_seed": [1.0], "law": [1.0]}},
     ]
-    found = trajectories.agreement_with_law(rows, "l2")
+    found = trajectory_gaps.agreement_with_law(rows, "l2")
     middle, low, high = found["over_law"]  # ratios 3, 1 and 1
     assert found["slope"][1:] == (-math.inf, math.inf)  # a single run has no error
     assert middle == pytest.approx(math.sqrt(11 / 3))
@@ -128,7 +128,7 @@ def test_the_slope_and_its_error_are_those_of_simulated_runs():
             {"P": count, "l2": {"law": [1.0], "gap_by_seed": np.sqrt(rng.gamma(10, 0.1 / count, size=8)).tolist()}}
             for count in (1, 5, 20)
         ]
-        slope, low, high = trajectories.agreement_with_law(rows, "l2")["slope"]
+        slope, low, high = trajectory_gaps.agreement_with_law(rows, "l2")["slope"]
         slopes.append(slope)
         inside.append(low < -0.5 < high)
     assert abs(np.mean(slopes) + 0.5) < 4 * np.std(slopes) / math.sqrt(2000)

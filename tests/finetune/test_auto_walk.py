@@ -13,7 +13,7 @@ from trainers import load_parts, make_trainer
 from transformers import AutoConfig
 
 from zokernel.cli import main
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.finetune.settings.auto import (
     LEAST_WALK,
     NOISE_SCALE,
@@ -214,7 +214,7 @@ def test_streamed_weights_rise_by_the_same_bits_in_few_passes(
 
     monkeypatch.setattr(measuring, "measure_rise", watched)
     resident, tokenizer, data = load_parts(tiny_lm_path, tiny_reviews_path)
-    streaming = Streaming(tmp_path / "files", trains_weights=not lora, where=where, updates=updates)
+    streaming = StreamingOptions(tmp_path / "files", trains_weights=not lora, where=where, updates=updates)
     architecture = AutoConfig.from_pretrained(tiny_lm_path)
     streamed = load_streamed(architecture, tiny_lm_path, torch.float32, streaming, kind="causal", name="tiny")
     rates, passes = [], []

@@ -25,13 +25,13 @@ def command(arguments: list[str]) -> dict[str, Any]:
     from zokernel.cli import main
 
     _pauses.clear()
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             code = main(arguments)
         except SystemExit as left:
             code = left.code
-    return {"code": code or 0, "told": told.getvalue(), "waited": sum(_pauses)}
+    return {"code": code or 0, "told": output.getvalue(), "waited": sum(_pauses)}
 
 
 def task_rows(name: str) -> dict[str, Any]:

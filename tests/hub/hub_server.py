@@ -128,10 +128,12 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         if not repo.gated or self.token in repo.readers:
             return True
         if self.token:
-            told = f"Access to {name} is restricted and you are not in the authorized list. Visit it to ask for access."
+            message = (
+                f"Access to {name} is restricted and you are not in the authorized list. Visit it to ask for access."
+            )
         else:
-            told = f"Access to {name} is restricted. You must have access to it and be authenticated. Please log in."
-        self._error(403 if self.token else 401, "GatedRepo", told)
+            message = f"Access to {name} is restricted. You must have access to it and be authenticated. Please log in."
+        self._error(403 if self.token else 401, "GatedRepo", message)
         return False
 
     def _info(self, repo: Repo, parts: dict[str, str]) -> None:
@@ -141,20 +143,20 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         name = parts["id"]
         siblings = [{"rfilename": path} for path in sorted(at[1])]
         date, gated = "2026-01-01T00:00:00.000Z", "manual" if repo.gated else False
-        told = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": at[0], "siblings": siblings}
-        told |= {"private": repo.private, "gated": gated, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        return self._json(told | {"_id": "0", "lastModified": date, "createdAt": date})
+        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": at[0], "siblings": siblings}
+        info |= {"private": repo.private, "gated": gated, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        return self._json(info | {"_id": "0", "lastModified": date, "createdAt": date})
 
     def _nothing(self, repo: Repo, parts: dict[str, str]) -> None:
         self._json({"discussions": [], "count": 0, "start": 0} if parts["what"] == "discussions" else [])
 
     def _refs(self, repo: Repo, parts: dict[str, str]) -> None:
-        def told(names: list[str]) -> list[dict[str, str]]:
+        def refs_of(names: list[str]) -> list[dict[str, str]]:
             return [{"name": n.split("/")[-1], "ref": n, "targetCommit": repo.at(n)[0]} for n in names]  # type: ignore[index]
 
         converted = [name for name in repo.branches if name.startswith("refs/convert/")]
         branches = ["main"] + [name for name in repo.branches if name not in converted]
-        self._json({"branches": told(branches), "converts": told(converted), "tags": []})
+        self._json({"branches": refs_of(branches), "converts": refs_of(converted), "tags": []})
 
     def _tree(self, repo: Repo, parts: dict[str, str]) -> None:
         at = repo.at(parts["rev"])
@@ -260,9 +262,9 @@ class _Handler(Writing, BaseHTTPRequestHandler):
     def _error(
         self, status: int, code: str, message: str, headers: dict[str, str] | None = None, body: Any = None
     ) -> None:
-        told = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        error_headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         content = json.dumps({"error": message} | (body or {})).encode()
-        self._send(status, content, {"Content-Type": "application/json"} | told | (headers or {}))
+        self._send(status, content, {"Content-Type": "application/json"} | error_headers | (headers or {}))
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
         self.send_response(status)

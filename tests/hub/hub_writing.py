@@ -77,16 +77,16 @@ class Writing:
         return False
 
     def _create(self) -> None:
-        asked = json.loads(self.body)
-        owner = asked.get("organization") or self.hub.users.get(self.token, ("", ""))[0]
-        name = f"{owner}/{asked['name']}"
+        request = json.loads(self.body)
+        owner = request.get("organization") or self.hub.users.get(self.token, ("", ""))[0]
+        name = f"{owner}/{request['name']}"
         if not self._may_write(owner):
             return None
         if ("models", name) in self.hub.repos:
             return self._error(
                 409, "", "You already created this model repo", body={"url": f"{self.hub.endpoint}/{name}"}
             )
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        private = request.get("visibility") == "private" or bool(request.get("private"))
         self.hub.add("models", name, {".gitattributes": ""}, owner=owner, private=private)
         return self._json({"url": f"{self.hub.endpoint}/{name}", "name": name, "id": name})
 
@@ -105,10 +105,10 @@ class Writing:
 
     def _lfs(self, repo: Repo, parts: dict[str, str]) -> None:
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            where = f"{self.hub.storage}/cdn/models/{parts['id']}/{asked['oid']}"
+        for entry in json.loads(self.body)["objects"]:
+            where = f"{self.hub.storage}/cdn/models/{parts['id']}/{entry['oid']}"
             objects.append(
-                {"oid": asked["oid"], "size": asked["size"], "actions": {"upload": {"href": where, "header": {}}}}
+                {"oid": entry["oid"], "size": entry["size"], "actions": {"upload": {"href": where, "header": {}}}}
             )
         self._json({"transfer": "basic", "objects": objects}, {"Content-Type": LFS_JSON})
 

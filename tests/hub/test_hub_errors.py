@@ -60,12 +60,12 @@ def command(folder: Path, model: str, rows: str, *flags: str) -> list[str]:
 
 def one_sentence(result: dict[str, Any], *expected: str) -> None:
     """Check that a command failed with one sentence, the last line, that holds what is expected."""
-    told = result["told"].strip().splitlines()[-1]
+    last_line = result["told"].strip().splitlines()[-1]
     assert result["code"] in (1, 2), result["told"]
-    assert told.startswith("zokernel: error: ")
-    assert told.endswith((".", ")."))
+    assert last_line.startswith("zokernel: error: ")
+    assert last_line.endswith((".", ")."))
     assert "Traceback" not in result["told"]
-    assert all(word in told for word in expected), told
+    assert all(word in last_line for word in expected), last_line
     assert result["waited"] < 20  # seconds, which the child is spared
 
 
@@ -115,9 +115,9 @@ def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: P
         one_sentence(result, *expected)
         assert READER not in result["told"]
         assert "hf_wrong" not in result["told"]
-    asked = [path for _, path, _ in filled.requests]
-    first_rows = next(number for number, path in enumerate(asked) if "/datasets/" in path)
-    assert any("org/down/" in path for path in asked[:first_rows]), "models are checked before data are read"
+    paths = [path for _, path, _ in filled.requests]
+    first_rows = next(number for number, path in enumerate(paths) if "/datasets/" in path)
+    assert any("org/down/" in path for path in paths[:first_rows]), "models are checked before data are read"
 
 
 def test_a_lost_connection_and_what_is_cached(filled: Hub, run: Run, tmp_path: Path):
@@ -139,9 +139,9 @@ def test_a_lost_connection_and_what_is_cached(filled: Hub, run: Run, tmp_path: P
     nobody = "http://127.0.0.1:9"
     *cached, missing = run(nobody, *cut, other)
     assert [result["code"] for result in cached] == [0, 0], cached
-    told = "".join(result["told"] for result in cached)
-    assert told.count(f"The hub {nobody} cannot be reached") == 1
-    assert "HF_HUB_OFFLINE=1 does so at once" in told
+    output = "".join(result["told"] for result in cached)
+    assert output.count(f"The hub {nobody} cannot be reached") == 1
+    assert "HF_HUB_OFFLINE=1 does so at once" in output
     assert all(result["waited"] < 15 for result in cached)
     one_sentence(missing, f"The hub {nobody} cannot be reached", "data set 'org/two-rows'")
 

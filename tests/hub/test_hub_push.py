@@ -97,9 +97,9 @@ def test_files_of_an_earlier_run_go_in_the_commit_of_the_next(hub: Hub, run: Run
     ours, again = run(hub.endpoint, command("ours", *lora), command("ours", *lora))
     (theirs,) = run(hub.endpoint, command("theirs", *lora))  # log lines are those of a process's first command
     assert [result["code"] for result in (ours, theirs, again)] == [0, 0, 0], (ours, theirs, again)
-    gone = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"]
+    deleted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"]
     repository = hub.repos["models", "bob/ours"]
-    assert sorted(repository.deleted) == gone
+    assert sorted(repository.deleted) == deleted
     assert repository.commits == 2, "the deletion is part of the upload; the same run again deletes nothing"
     assert mine.keys() <= repository.files.keys()
     assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= repository.files.keys()

@@ -53,8 +53,8 @@ def test_the_tasks_of_the_hub_are_read_with_the_right_labels(hub: Hub, run: Run)
     results = dict(zip(LAYOUT, run(hub.endpoint, *LAYOUT)))
     assert {task: result["answers"] for task, result in results.items()} == ANSWERS
     assert {task: result["counts"] for task, result in results.items()} == COUNTS
-    asked = {path for _, path, _ in hub.requests}
-    assert not any("trec.py" in path and "resolve/main" in path for path in asked)
+    paths = {path for _, path, _ in hub.requests}
+    assert not any("trec.py" in path and "resolve/main" in path for path in paths)
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYOUT) - {"cr"}))

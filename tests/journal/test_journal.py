@@ -275,10 +275,10 @@ def test_numbers_survive_as_they_are(tmp_path):
 def test_show_verify_truncate(tmp_path, capsys):
     weights, _, _ = record_run(tmp_path, "kerzoo")
     assert main(["journal", "show", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "9 steps" in shown
-    assert "kerzoo" in shown
-    assert "Dense('rademacher'), seed 0, by numba on cpu" in shown
+    output = capsys.readouterr().out
+    assert "9 steps" in output
+    assert "kerzoo" in output
+    assert "Dense('rademacher'), seed 0, by numba on cpu" in output
     assert main(["journal", "show", str(tmp_path), "--step", "2"]) == 0
     assert capsys.readouterr().out.startswith("step 2: learning rate 0.004\n")
     assert main(["journal", "verify", str(tmp_path)]) == 0

@@ -69,16 +69,16 @@ def test_shapes_cost_one_forward_at_most(method):
     """Contraction pulls back once per example; a stream pulls back x_u and pushes the whole of x_o once per chunk."""
     net, x_o, x_u = Counted(mlp()), torch.randn(3, 5), torch.randn(2, 5)
     entk(net, x_o, x_u, method=method, check=False)
-    needed = 2 + 2 if method == "ntk_vp" else 3 + 2
-    assert net.forwards <= needed + 1
+    num_forwards = 2 + 2 if method == "ntk_vp" else 3 + 2
+    assert net.forwards <= num_forwards + 1
     model = FunctionalModel(net)
     entk(model, x_o, x_u, method=method, check=False)
     net.forwards = 0
     entk(model, x_o, x_u, method=method, check=False)
-    assert net.forwards == needed
+    assert net.forwards == num_forwards
     net.forwards = 0
     entk(net, x_o, x_u, method=method)  # the probe: alone, in company, one adjoint pair; the shapes follow from it
-    assert net.forwards <= needed + 5
+    assert net.forwards <= num_forwards + 5
 
 
 def test_shapes_of_projections_and_moments_cost_one_forward_at_most():

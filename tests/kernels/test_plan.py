@@ -58,8 +58,8 @@ def test_plan_against_real_gradients():
 def test_the_best_step_follows_from_noise_and_curvature_or_is_not_known():
     task = small_task(update=8, observe=4)
     plan = make_plan(task, num_probes=100, eps=1e-3)
-    known = replace(plan, noise_scale=Measurement(5.5, 0.5), curvature_ratio=Measurement(50.0, 5.0))
-    found = known.best_step(16)
+    measured_plan = replace(plan, noise_scale=Measurement(5.5, 0.5), curvature_ratio=Measurement(50.0, 5.0))
+    found = measured_plan.best_step(16)
     # Decrease per forward: 1/Q with Q = 1 + s nu + (1 + nu) (1 + r) / (B P) and s = 1/16, over that of MeZO.
     share = 1 + 5.5 / 16
     reference = 2 * (2 * share + 50 * share)
@@ -67,22 +67,24 @@ def test_the_best_step_follows_from_noise_and_curvature_or_is_not_known():
     best = max(gains, key=gains.get)
     assert (found.scheme, found.num_perturbations, found.one_sided) == ("per_example", best, True)
     assert found.gain == pytest.approx(gains[best])
-    assert f"at batch 16: {best} directions per example, one-sided, {best + 1} forwards" in describe(known, task, 1.0)
-    assert known.as_dict()["best_step"][16]["gain"] == pytest.approx(gains[best])
+    assert f"at batch 16: {best} directions per example, one-sided, {best + 1} forwards" in describe(
+        measured_plan, task, 1.0
+    )
+    assert measured_plan.as_dict()["best_step"][16]["gain"] == pytest.approx(gains[best])
     noise, curvature = {"noise_scale": Measurement(5.5, math.inf)}, {"curvature_ratio": Measurement(-3.0, 4.0)}
     first, second = "the batch where noise equals signal", "the curvature ratio r"
-    for lost, told in (
+    for lost, reason in (
         (noise, f"it needs {first}"),
         (curvature, f"it needs {second}"),
         (noise | curvature, f"it needs {first} and {second}"),
         ({"curvature_ratio": Measurement(-3.0, 0.1)}, f"{second} is not above 0"),
     ):
-        unknown = replace(known, **lost)
+        unknown = replace(measured_plan, **lost)
         assert unknown.best_step(16) is None
         assert unknown.as_dict()["best_step"][16] is None
-        said = describe(unknown, task, 1.0)
-        assert f"The best step at batch 16 is not known: {told}.\n" in said
-        assert all(f"\n  {name.removeprefix('the ')} " in said for name in (first, second))
+        text = describe(unknown, task, 1.0)
+        assert f"The best step at batch 16 is not known: {reason}.\n" in text
+        assert all(f"\n  {name.removeprefix('the ')} " in text for name in (first, second))
 
 
 def test_curvature_and_learning_rates_on_a_quadratic():
@@ -187,15 +189,15 @@ def test_few_probes_give_no_number_that_they_do_not_carry():
     task, unknown = nearly_unrelated_task(), 0
     for seed in range(10):
         plan = make_plan(task, num_probes=8, seed=seed, tolerances=(0.1,))
-        shown, text = plan.as_dict(), describe(plan, task, 1.0)
+        record, text = plan.as_dict(), describe(plan, task, 1.0)
         for name in ("rho", "relative_error_one", "curvature_ratio", "noise_scale", "trace_hessian", "eps"):
             value = getattr(plan, name)
             carried = math.isfinite(value.error) and value.error <= abs(value.value)
-            assert (shown[name] is not None) == carried, name
-        json.dumps(shown, allow_nan=False)
+            assert (record[name] is not None) == carried, name
+        json.dumps(record, allow_nan=False)
         assert "inf" not in text
         assert "nan" not in text
-        if shown["relative_error_one"] is None:
+        if record["relative_error_one"] is None:
             unknown += 1
             assert plan.probes_needed()["relative_error_one"] >= 4 * 8
             assert "relative error of one step      not known from 8 probes; about" in text

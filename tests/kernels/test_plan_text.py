@@ -54,16 +54,16 @@ def test_a_plan_says_how_far_it_is_every_half_a_minute(caplog, monkeypatch, seco
     monkeypatch.setattr(prober, "time", Clock(seconds))
     plan = make_plan(small_task(), num_probes=64)
     fewest, most = map(int, re.search(COUNT, lines_of(caplog)[0]).groups())
-    told = [re.fullmatch(rf"(\d+) of {COUNT} are done, (.+) left\.", line) for line in lines_of(caplog)[1:]]
-    assert all(told)
-    done = [int(found[1]) for found in told]
+    matches = [re.fullmatch(rf"(\d+) of {COUNT} are done, (.+) left\.", line) for line in lines_of(caplog)[1:]]
+    assert all(matches)
+    done = [int(found[1]) for found in matches]
     every = -(-30 // seconds)
     first = -(-5 // seconds)
     expected = [first + every * n for n in range(plan.forwards) if first + every * n <= plan.forwards]
     assert done == expected
-    left = told[0][4]
+    left = matches[0][4]
     assert left == " to ".join(prober.readable_seconds(seconds * (count - done[0])) for count in (fewest, most))
-    assert all(found[4].startswith("at most ") == (int(found[1]) >= fewest) for found in told)
+    assert all(found[4].startswith("at most ") == (int(found[1]) >= fewest) for found in matches)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 7.0])
@@ -79,7 +79,7 @@ def test_a_verification_says_what_it_takes_and_how_far_it_is(caplog, monkeypatch
     *most, last = (f"{count} {what}" for what, count in parts.items())
     assert f"Verifying takes {', '.join(most)} and {last}." in caplog.messages
     found = [re.fullmatch(r"(\d+) of (\d+) (.+) are done, (.+) left\.", message) for message in caplog.messages]
-    told = [match.groups() for match in found if match]
+    reports = [match.groups() for match in found if match]
     expected = []
     for what, count in parts.items():
         after, every = (-(-wait // seconds) if seconds else count for wait in (prober.FIRST_LINE, prober.NEXT_LINES))
@@ -87,8 +87,8 @@ def test_a_verification_says_what_it_takes_and_how_far_it_is(caplog, monkeypatch
             left = prober.readable_seconds(seconds * (count - after))
             expected.append((f"{after:.0f}", str(count), what, left))
             after += every
-    assert told == expected
-    assert bool(told) == bool(seconds)
+    assert reports == expected
+    assert bool(reports) == bool(seconds)
 
 
 def test_a_plan_of_rows_does_not_speak_of_a_test(caplog, tiny_lm_path, tiny_reviews_path, tmp_path):

@@ -21,7 +21,7 @@ import transformers
 from test_streamed_forward import save
 
 from zokernel.finetune.models.memory_setups import Setup, list_setups, measure
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
@@ -64,12 +64,12 @@ def peak(run: Callable[[], Any], kinds: str) -> int:
 
 
 def train(folder: Path, setup: Setup, root: Path, rows: int, tokens: int) -> None:
-    """Take a step in a way; of streamed weights two, since updates are made when they are read next."""
+    """Take a step with a setup; of streamed weights two, since updates are made when they are read next."""
     trains = setup.trains == "all weights"
     architecture = transformers.AutoConfig.from_pretrained(folder)
     if "disk" in setup.flags:
         updates = "journal" if "journal" in setup.flags else "disk"
-        streaming = Streaming(root / "copy", trains_weights=trains, updates=updates)
+        streaming = StreamingOptions(root / "copy", trains_weights=trains, updates=updates)
         model = load_streamed(architecture, folder, torch.float32, streaming, kind="causal", name="the model")
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -130,8 +130,8 @@ def test_the_journal_says_what_its_replays_cost(tmp_path: Path, caplog: pytest.L
     model = streamed(saved, trains_weights=True, updates="journal")
     with caplog.at_level("INFO", "zokernel.offload.replayed"):
         train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=18)
-    told = [line.split(" steps on each")[0].split()[-1] for line in caplog.messages if line.startswith("Journal:")]
-    assert told == ["8", "16"]
+    steps = [line.split(" steps on each")[0].split()[-1] for line in caplog.messages if line.startswith("Journal:")]
+    assert steps == ["8", "16"]
 
 
 def test_the_journal_alone_continues_a_run(tmp_path: Path) -> None:

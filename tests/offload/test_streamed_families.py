@@ -12,7 +12,7 @@ from models import CAUSAL, FAMILIES, MASKED, save_model
 from torch import Tensor
 
 from zokernel.errors import UsageError
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
@@ -33,7 +33,7 @@ def streamed(folder: Path, kind: str) -> Any:
         transformers.AutoConfig.from_pretrained(folder),
         folder,
         torch.float32,
-        Streaming(folder.parent / "copy", trains_weights=True),
+        StreamingOptions(folder.parent / "copy", trains_weights=True),
         kind=kind,
         name="the model",
     )

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward
@@ -62,7 +62,7 @@ def streamed(
         transformers.AutoConfig.from_pretrained(folder),
         folder,
         dtype,
-        Streaming(folder.parent / copy, trains_weights=trains_weights, **options),
+        StreamingOptions(folder.parent / copy, trains_weights=trains_weights, **options),
         kind="causal",
         name="the model",
     )

@@ -115,9 +115,9 @@ def test_methods_whose_step_needs_more_than_losses_are_refused(case):
 
 def test_a_point_is_two_integers_and_what_is_not_told_is_asked_again():
     optimizer = MeZO(list(base().items()), lr=0.1, num_perturbations=2)
-    asked = optimizer.ask()
-    assert asked == [(0, 0), (0, 1), (0, 2), (0, 3)] == optimizer.ask()
-    sent = json.loads(json.dumps(asked))
+    points = optimizer.ask()
+    assert points == [(0, 0), (0, 1), (0, 2), (0, 3)] == optimizer.ask()
+    sent = json.loads(json.dumps(points))
     assert optimizer.tell([(sent[2], 0.5), (sent[0], torch.tensor(0.25))]) is None
     assert optimizer.ask() == [(0, 1), (0, 3)]
     assert optimizer.told == {(0, 2): 0.5, (0, 0): 0.25}
@@ -258,16 +258,16 @@ def test_a_coordinator_killed_between_any_two_losses_goes_on_to_the_same_bits(ca
     tell_one_by_one(one, steps=2)
     forwards = one.num_forwards + 1
 
-    path, asked = tmp_path / "journal.zkj", []
+    path, points = tmp_path / "journal.zkj", []
     for _ in range(forwards):
         weights = base()
         optimizer, journal = journalled(path, weights, name, lr, options)
         point = optimizer.ask()[-1]
-        asked.append(point)
+        points.append(point)
         journal.tell([(point, loss_of(optimizer.weights_at(point)))])
         with path.open("ab") as file:
             file.write(b"\xae\x00\x00")
-    assert len(set(asked)) == forwards
+    assert len(set(points)) == forwards
     last = optimizer.told
     weights = base()
     optimizer, journal = journalled(path, weights, name, lr, options)

@@ -146,8 +146,8 @@ def test_the_first_step_of_r_adazo_is_adams_and_without_momentum_all_are():
 def test_on_pure_noise_r_adazo_moves_farther_than_adam_by_the_noise_that_its_momentum_averages():
     """Root mean squares over 20,000 coordinates and the last 20 of 400 steps; the ratio is 4.36 at beta1 = 0.9."""
     w = {name: nn.Parameter(torch.zeros(20_000)) for name in ("adam", "refined")}
-    made = {"adam": ZOAdam, "refined": RAdaZO}
-    optimizers = {n: made[n]([("w", w[n])], lr=1.0, beta2=0.99, distribution="gaussian") for n in w}
+    classes = {"adam": ZOAdam, "refined": RAdaZO}
+    optimizers = {n: classes[n]([("w", w[n])], lr=1.0, beta2=0.99, distribution="gaussian") for n in w}
     squares = dict.fromkeys(w, 0.0)
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
     for step in range(400):

@@ -160,14 +160,14 @@ def test_groups_may_be_modules():
     unnamed = MeZO(net["body"].parameters(), lr=0.1)
     unnamed.add_param_group({"params": net["head"], "lr": 0.01})
     assert [len(group["params"]) for group in unnamed.param_groups] == [2, 2]
-    for group, said in (
+    for group, message in (
         ({"params": net["body"]}, "trained already, in another group"),
         ({"params": [("x", nn.Parameter(torch.ones(1)))]}, "for all or for none"),
         ({"params": []}, "nothing to train"),
         ({"params": [3.0]}, "one is a float"),
         ([1], "dictionary with 'params'"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             unnamed.add_param_group(group)
     assert len(unnamed.param_groups) == 2
 
@@ -184,15 +184,15 @@ def test_tensors_of_the_module_need_no_name_when_they_are_added(method):
         if add == "in a copy":
             net, optimizer = copy.deepcopy((net, optimizer))
         net[2].requires_grad_(True)
-        given = {"module": net[2], "pairs": [(f"2.{name}", p) for name, p in net[2].named_parameters()]}
-        optimizer.add_param_group({"params": given.get(add, net[2].parameters())})
+        params_by_form = {"module": net[2], "pairs": [(f"2.{name}", p) for name, p in net[2].named_parameters()]}
+        optimizer.add_param_group({"params": params_by_form.get(add, net[2].parameters())})
         optimizer.step(lambda: net(torch.ones(1, 2)).square().sum())
         assert list(optimizer.named_params) == ["0.weight", "0.bias", "2.weight", "2.bias"]
         return net[2].weight.detach()
 
-    wanted = run("pairs")
+    expected = run("pairs")
     for add in ("tensors", "module", "in a copy"):
-        assert torch.equal(run(add), wanted)
+        assert torch.equal(run(add), expected)
 
 
 @pytest.mark.parametrize("method", [MeZO, AdamW])
@@ -221,7 +221,7 @@ def test_adam_corrects_the_bias_of_every_parameter_by_its_own_steps():
 
 @pytest.mark.parametrize("method", [MeZO, AdamW])
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (None, "end it with 'return loss'"),
         ("0.5", "a str"),
@@ -232,10 +232,10 @@ def test_adam_corrects_the_bias_of_every_parameter_by_its_own_steps():
         (torch.tensor(1j), "complex64"),
     ],
 )
-def test_what_is_no_loss_is_refused(method, value, said):
+def test_what_is_no_loss_is_refused(method, value, message):
     weight = nn.Parameter(torch.ones(3))
     optimizer = method([weight], lr=0.1)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         optimizer.step(lambda: value)
     assert torch.equal(weight, torch.ones(3))
     assert optimizer.step_count == 0
@@ -261,11 +261,11 @@ def warned(optimizer, closure, steps=3):
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
-@pytest.mark.parametrize("given", ["module", "parameters"])
-def test_layers_in_train_mode_are_named_once(layer, given):
+@pytest.mark.parametrize("params", ["module", "parameters"])
+def test_layers_in_train_mode_are_named_once(layer, params):
     net, x = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 1)), torch.randn(16, 4)
     net.train()
-    optimizer = MeZO(net if given == "module" else net.parameters(), lr=1e-6)
+    optimizer = MeZO(net if params == "module" else net.parameters(), lr=1e-6)
 
     def loss():
         return net(x).square().mean()

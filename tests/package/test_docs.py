@@ -87,8 +87,8 @@ def is_shell(block: Block) -> bool:
 
 
 def test_no_block_is_of_an_unknown_kind():
-    known = {"python", "bash", "yaml", "diff", ""}
-    assert [str(block) for block in BLOCKS if block.language not in known] == []
+    languages = {"python", "bash", "yaml", "diff", ""}
+    assert [str(block) for block in BLOCKS if block.language not in languages] == []
     assert len(PYTHON_PAGES) >= 10
     assert len(BASH_PAGES) >= 6
     titled = [block for block in BLOCKS if not block.runs]

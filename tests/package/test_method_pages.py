@@ -82,12 +82,12 @@ def test_the_forwards_of_a_step_are_counted(method, forwards):
 def test_copies_of_the_weights_are_those_that_memory_is_planned_with():
     checked = 0
     for entry in ENTRIES.values():
-        said = re.match(r"(one|two|three) fp32 cop", entry["state"])
+        match = re.match(r"(one|two|three) fp32 cop", entry["state"])
         for method in entry["methods"]:
             copies = getattr(get_method(method), "memory_copies", None)
-            if said:
+            if match:
                 also = re.search(r", (one|two|three)\)", entry["state"])
-                word = also.group(1) if also and method == entry["methods"][-1] else said.group(1)
+                word = also.group(1) if also and method == entry["methods"][-1] else match.group(1)
                 assert copies == COPIES[word], method
                 checked += 1
             elif entry["state"].startswith("none"):

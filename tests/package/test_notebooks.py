@@ -120,17 +120,17 @@ def test_zokernel_is_installed_first_where_it_is_missing(path):
 def test_the_first_cell_asks_pip_only_where_zokernel_is_missing(missing, monkeypatch):
     from IPython.core.inputtransformer2 import TransformerManager
 
-    asked = []
+    calls = []
 
     class Shell:
         def run_line_magic(self, name, line):
-            asked.append((name, line))
+            calls.append((name, line))
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing else object())
     code = TransformerManager().transform_cell(read(NOTEBOOKS[0])[1][0].source)
     names = {"get_ipython": Shell}
     exec(compile(code, "cell", "exec"), names)
-    assert asked == ([("pip", 'install --quiet "{ZOKERNEL}"')] if missing else [])  # the shell fills in the braces
+    assert calls == ([("pip", 'install --quiet "{ZOKERNEL}"')] if missing else [])  # the shell fills in the braces
 
 
 @pytest.mark.smollm2

@@ -62,14 +62,14 @@ def test_the_readme_loop_runs_without_transformers_and_learns():
 
 
 @pytest.mark.parametrize(
-    ("missing", "code", "said"),
+    ("missing", "code", "subject"),
     [
         ("accelerate", "cli.main(['finetune', '--train_file', 'a.csv', '--output_dir', 'run'])", "'zokernel finetune'"),
         ("transformers", "cli.main(['plan', '--train_file', 'a.csv'])", "'zokernel plan'"),
         ("transformers", "print(get(zokernel.finetune, 'zeroth_order'))", "zokernel.finetune.zeroth_order"),
     ],
 )
-def test_what_an_extra_brings_is_named_where_it_is_missing(missing, code, said):
+def test_what_an_extra_brings_is_named_where_it_is_missing(missing, code, subject):
     finished = run_python(f"""
 import sys
 sys.modules[{missing!r}] = None
@@ -83,7 +83,7 @@ def get(package, name):
 {code}
 """)
     assert finished.returncode == 0, finished.stderr
-    sentence = f"{said} needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
+    sentence = f"{subject} needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
     assert sentence in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
 
@@ -109,8 +109,10 @@ from zokernel import cli
 code = cli.main({words.split()})
 print(code, [name for name in ("torch", "numba", "transformers") if sys.modules.get(name)])
 """)
-    told = f"'zokernel {words.split()[0]}' needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
-    assert finished.stderr == f"zokernel: error: {told}\n"
+    message = (
+        f"'zokernel {words.split()[0]}' needs {missing}, which is not installed: pip install 'zokernel[finetune]'."
+    )
+    assert finished.stderr == f"zokernel: error: {message}\n"
     assert finished.stdout == "1 []\n"
 
 

@@ -52,18 +52,18 @@ def test_workflows_are_pinned_and_may_only_read(workflow):
     used = [line for line in workflow.read_text().splitlines() if "uses:" in line]
     assert used
     assert [line for line in used if not re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+", line)] == []
-    needed = {name for job in document["jobs"].values() for name in [job.get("needs")] if name}
-    assert needed <= set(document["jobs"])
+    dependencies = {name for job in document["jobs"].values() for name in [job.get("needs")] if name}
+    assert dependencies <= set(document["jobs"])
 
 
 def test_tests_cover_what_the_package_says_it_supports():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    said = {item.rsplit(" ", 1)[1] for item in project["classifiers"] if re.search(r"Python :: 3\.\d+$", item)}
+    versions = {item.rsplit(" ", 1)[1] for item in project["classifiers"] if re.search(r"Python :: 3\.\d+$", item)}
     jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
     for job in ("pythons", "wheel"):
-        assert set(jobs[job]["strategy"]["matrix"]["python"]) == said
+        assert set(jobs[job]["strategy"]["matrix"]["python"]) == versions
     assert set(jobs["versions"]["strategy"]["matrix"]["target"]) == {"test-oldest", "test-newest"}
 
 

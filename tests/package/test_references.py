@@ -62,8 +62,8 @@ def missing_files() -> list[str]:
     for where, line in all_lines():
         found += [f"{where}: {name}" for name in FILE.findall(line) if not (ROOT / name).exists()]
         for name in BARE_FILE.findall(line):
-            known = any(f"/{path}".endswith(f"/{name}") for path in repository_files())
-            if not known and name not in OF_THE_READER and not FILE.match(name):
+            exists = any(f"/{path}".endswith(f"/{name}") for path in repository_files())
+            if not exists and name not in OF_THE_READER and not FILE.match(name):
                 found.append(f"{where}: {name}")
     return found
 

@@ -229,9 +229,9 @@ def test_a_live_run_appears_as_it_goes(open_page, tmp_path):
             playwright_api.expect(page.locator("#status")).to_contain_text("step 39")
             assert page.title() == f"39 % · {name}"
             assert page.locator("#progress").evaluate("bar => bar.value") == 39
-            told = page.locator("#facts").inner_text()
-            assert "39 of 100" in told
-            assert f"about {0.25 * 61:.0f} s" in told
+            facts = page.locator("#facts").inner_text()
+            assert "39 of 100" in facts
+            assert f"about {0.25 * 61:.0f} s" in facts
             assert page.locator("#gradient .chart circle").count() == 39
             looks = page.evaluate(LOOKS)
             assert len(looks) == 2

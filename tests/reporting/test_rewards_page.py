@@ -45,11 +45,11 @@ def test_the_report_shows_the_spread_and_says_rewards(folder):
     page = read(folder)
     titles = [picture.title for section in page.sections for picture in section.pictures]
     assert titles[:2] == ["Rewards of the population", "Loss"]
-    told = " ".join(page.summary)
-    assert "went from 0.250 to 0.750 (standard errors 0.060 and 0.050)" in told
-    assert "the share that passes from 12.5% to 50.0%" in told
-    assert "0.0312 nats per token from the starting weights" in told
-    assert "%: +" not in told, "a reward is no share"
+    summary = " ".join(page.summary)
+    assert "went from 0.250 to 0.750 (standard errors 0.060 and 0.050)" in summary
+    assert "the share that passes from 12.5% to 50.0%" in summary
+    assert "0.0312 nats per token from the starting weights" in summary
+    assert "%: +" not in summary, "a reward is no share"
     assert ("reward", "0.250 → 0.750") in page.facts
     html = render(page)
     assert "loss (negative reward)" in html

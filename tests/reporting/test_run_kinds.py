@@ -64,8 +64,8 @@ def test_labels(kinds):
     before, after = (100 * metrics[when]["accuracy"] for when in ("before", "after"))
     shared = metrics["test_trained_on"]
     assert 0 < shared < 24
-    told = f"Accuracy on 24 test examples ({shared} of them also training examples) went from"
-    assert f"{told} {before:.1f}% to {after:.1f}%: {after - before:+.1f} points" in text
+    beginning = f"Accuracy on 24 test examples ({shared} of them also training examples) went from"
+    assert f"{beginning} {before:.1f}% to {after:.1f}%: {after - before:+.1f} points" in text
     assert ("accuracy", f"{before:.1f} → {after:.1f}%") in page.facts
     assert ("forward passes", f"{metrics['forwards']:,}") in page.facts
     assert ("training time", readable_seconds(metrics["train_seconds"])) in page.facts
@@ -98,9 +98,9 @@ def test_a_chat_run_shows_loss_perplexity_and_samples(kinds):
     )
     assert page.facts[0] == ("perplexity", f"{before['perplexity']:.4g} → {after['perplexity']:.4g}")
     assert pictures(page) == ["Loss", "Perplexity", "Projected gradient"]
-    shown = section(page, "samples").samples
-    assert len(shown) == len(metrics["samples"]) == 3
-    for texts, sample in zip(shown, metrics["samples"], strict=True):
+    samples = section(page, "samples").samples
+    assert len(samples) == len(metrics["samples"]) == 3
+    for texts, sample in zip(samples, metrics["samples"], strict=True):
         assert [name for name, _ in texts] == ["Prompt", "Before training", "After training", "In the data"]
         assert [text for _, text in texts] == [
             sample[key] or "(nothing)" for key in ("prompt", "before", "after", "answer")
@@ -146,14 +146,14 @@ def test_an_offloaded_run_shows_bytes_time_per_pass_and_memory(kinds):
     assert measured["bytes_read"] > 0
     assert measured["seconds_per_pass"] == pytest.approx(measured["seconds"] / 8, rel=0.01)
     assert measured["anonymous_peak"] >= measured["anonymous_before"] > 2**20
-    told = {row["quantity"]: row["value"] for row in table(page, "offload")}
-    assert told["passes over them"] == "8"
+    facts = {row["quantity"]: row["value"] for row in table(page, "offload")}
+    assert facts["passes over them"] == "8"
     for name in ("bytes_read", "bytes_written"):
-        assert told[name.replace("_", " ")] == (
+        assert facts[name.replace("_", " ")] == (
             f"{readable_bytes(measured[name])} ({readable_bytes(measured[name] / 8)} per pass)"
         )
-    assert told["time per pass"] == readable_seconds(measured["seconds_per_pass"])
-    assert told["peak anonymous memory"].startswith(readable_bytes(measured["anonymous_peak"]))
+    assert facts["time per pass"] == readable_seconds(measured["seconds_per_pass"])
+    assert facts["peak anonymous memory"].startswith(readable_bytes(measured["anonymous_peak"]))
     assert ("written", readable_bytes(measured["bytes_written"])) in page.facts
 
 
@@ -161,9 +161,9 @@ def test_memory_that_the_system_does_not_tell_is_not_made_up(kinds, tmp_path):
     metrics = read_json(kinds("offload") / "metrics.json")
     metrics["offload"] |= {"anonymous_peak": None, "anonymous_before": None, "passes": 0, "seconds_per_pass": None}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    told = {row["quantity"]: row["value"] for row in table(read(tmp_path), "offload")}
-    assert told["peak anonymous memory"] == "not told by this system"
-    assert told["time per pass"] == "not measured"
+    facts = {row["quantity"]: row["value"] for row in table(read(tmp_path), "offload")}
+    assert facts["peak anonymous memory"] == "not told by this system"
+    assert facts["time per pass"] == "not measured"
 
 
 def test_a_run_that_was_continued_says_where(kinds):

@@ -104,12 +104,12 @@ def test_expected_belief_error(distribution):
 
 @given(rho=st.floats(0.01, 1.0), count=st.integers(1, 1000), tolerance=st.floats(0.01, 3.0))
 def test_budget_is_the_inverse_of_the_error(rho, count, tolerance):
-    needed = theory.required_perturbations(rho, tolerance)
-    assert theory.expected_relative_error(rho, needed) <= tolerance * (1 + 1e-6)
-    if needed > 1:
-        assert theory.expected_relative_error(rho, needed - 1) > tolerance * (1 - 1e-6)
+    num_perturbations = theory.required_perturbations(rho, tolerance)
+    assert theory.expected_relative_error(rho, num_perturbations) <= tolerance * (1 + 1e-6)
+    if num_perturbations > 1:
+        assert theory.expected_relative_error(rho, num_perturbations - 1) > tolerance * (1 - 1e-6)
     assert theory.shrunken_relative_error(rho, count) < 1
-    assert theory.required_perturbations(rho, tolerance, confidence=0.9) >= needed
+    assert theory.required_perturbations(rho, tolerance, confidence=0.9) >= num_perturbations
     shrink = theory.optimal_shrinkage(rho, count)
     v = theory.single_draw_variance(rho) / count
     assert shrink**2 * v + (1 - shrink) ** 2 == pytest.approx(theory.shrunken_relative_error(rho, count) ** 2)

@@ -59,7 +59,7 @@ def best_step(plan: Plan, batch_size: int) -> str:
     """Return the directions of a step with the most decrease per forward at a batch size, in words."""
     step = plan.best_step(batch_size)
     if step is None:
-        return f"The best step at batch {batch_size} is not known: {_lacking(plan)}."
+        return f"The best step at batch {batch_size} is not known: {_describe_missing(plan)}."
     each = "per example" if step.scheme == "per_example" else "for the batch"
     sides = "one-sided" if step.one_sided else "two-sided"
     return (
@@ -68,7 +68,7 @@ def best_step(plan: Plan, batch_size: int) -> str:
     )
 
 
-def _lacking(plan: Plan) -> str:
+def _describe_missing(plan: Plan) -> str:
     """Return in a clause what the best step needs and the probes do not carry, in the words of the table."""
     quantities = {NOISE_SCALE: plan.noise_scale.known, CURVATURE_RATIO: plan.curvature_ratio.known}
     names = [f"the {name}" for name, is_known in quantities.items() if not is_known]

@@ -14,10 +14,10 @@ from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
 from zokernel.finetune.models.quantization import (
-    LOADING_FLAGS,
+    RECORDED_FLAGS,
     check_library,
     library_of,
-    loading_flags,
+    recorded_flags,
     requested_quantization,
 )
 from zokernel.finetune.models.revision import with_revision
@@ -73,7 +73,7 @@ def write_predictor(
         "language_model": kind,
         "max_length": max_length,
         "precision": precision,
-        **loading_flags(arguments),
+        **recorded_flags(arguments),
         "context": hide_in_text(context),
         "calibrate": calibrate,
         "max_new_tokens": max_new_tokens,
@@ -308,7 +308,7 @@ def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) ->
     if _record_of(adapter).is_file():
         record = read_record(adapter)
         attention = {"attn_implementation": record.get("attn_implementation")}
-        write_json(folder / FILE, record | loading_flags(arguments) | attention)
+        write_json(folder / FILE, record | recorded_flags(arguments) | attention)
 
 
 def load_predictor(
@@ -339,7 +339,7 @@ def load_predictor(
         ```
     """
     record = read_record(folder)
-    flags = {name: record[name] for name in LOADING_FLAGS if name in record}
+    flags = {name: record[name] for name in RECORDED_FLAGS if name in record}
     flags |= {"lm_type": record["language_model"], "trust_remote_code": trust_remote_code}
     arguments = with_revision(ModelArguments(model_name_or_path=str(folder), **flags), model_revision)
     if name := requested_quantization(arguments):

@@ -126,7 +126,7 @@ class Run:
                 write_json(folder / output.RUN_FILE, record | {"seconds": self._seconds(trainer, record)})
             raise Interrupted(f"Stopped at step {trainer.state.global_step}; continue with the same command.")
         after = evaluate(trainer, self.encoded["test"]) if config.do_train else record["before"]
-        answers = self._sample_answers() if config.do_train else record["written"]
+        answers = self._continue_samples() if config.do_train else record["written"]
         if config.do_train:
             trainer.save_model(str(folder))
             if main and self._journal_suffices(trainer, folder):
@@ -214,9 +214,9 @@ class Run:
             score = partial(evaluate, trainer, test)
             record["before"] = score() if shared else cached_score(fingerprint(self.model, test, scoring), score)
         record["peak_memory_inference"] = inference.peak_bytes
-        record["written"] = self._sample_answers()
+        record["written"] = self._continue_samples()
 
-    def _sample_answers(self) -> list[str]:
+    def _continue_samples(self) -> list[str]:
         """Return what the model writes now after the held-out prompts that are shown."""
         prompts = [sample.prompt_ids for sample in self.prepared.samples]
         if not prompts:

@@ -198,7 +198,7 @@ def replay_(
             "round differently: move the base there, or allow another backend and accept last-bit differences."
         )
     replay_steps(optimizer, journal.steps[:last])
-    logger.info("Replayed %d of %s of %s.", last, plural(journal.num_steps, "step"), journal.path)
+    logger.info("%s: the weights after step %d of %d.", journal.path, last, journal.num_steps)
     for event in journal.events:
         if event["event"] == "end" and event["step"] == last and backend == header["backend"]:
             if weights_sha256(optimizer.named_params) == event["weights_sha256"]:

@@ -37,7 +37,8 @@ class Plan:
         reach: How far noise takes every weight before the slopes that it meets have doubled; infinite if they do not
             grow.
         learning_rate: Step size that decreases the Gauss-Newton model of the loss fastest in one step, for each P.
-        run_rate: Learning rate of a run of ``num_steps`` steps, for each P: see :func:`make_plan`.
+        run_rate: Learning rate of a run of ``num_steps`` steps, for each P: see
+            :func:`zokernel.kernels.plan.make_plan`.
         num_steps: Steps of the run.
         loss: Loss at the current weights.
         forwards: Forward passes used.

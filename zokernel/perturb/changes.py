@@ -120,7 +120,7 @@ def stack(
 
 
 def _size(parameters: Mapping[str, Tensor], thin: Mapping[str, Thin | Flipped], copies: int) -> int:
-    """Return the bytes of so many perturbed copies: of changes, and of all tensors that are held."""
+    """Return the bytes of so many perturbed copies: of thin changes, and of the copies of all other tensors."""
     remaining = sum(tensor.nbytes for name, tensor in parameters.items() if name not in thin)
     return copies * remaining + sum(change.nbytes for change in thin.values())
 

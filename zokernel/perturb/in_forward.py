@@ -275,8 +275,8 @@ class Perturbed(Intercepted):
         values, structure = _flatten((args, kwargs)) if nested else (list(args), None)
         large = [value for value in values if id(value) in places and id(value) not in self.fixed]
         # One stretch is held at a time, so operands that may be of several are set aside.
-        operands = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
-        read = [operands[id(value)] if id(value) in operands else self.copy(value, low) for value in values]
+        clones = {id(value): self.copy(value, low).clone() for value in large} if len(large) > 1 else {}
+        read = [clones[id(value)] if id(value) in clones else self.copy(value, low) for value in values]
         args, kwargs = (read, {}) if structure is None else _unflatten(read, structure)
         result = func(*args, **kwargs)
         # A view of the scratch buffer would change under its holder's hands.

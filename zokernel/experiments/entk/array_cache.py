@@ -25,12 +25,12 @@ class ArrayCache:
     Attributes:
         folder: Where the arrays are; it is named after the model and after what its training sentences say.  None
             keeps nothing.
-        seconds: How long it took to measure all that was asked for, now or earlier.
+        seconds: How long it took to measure all arrays returned so far, now or earlier.
 
     Example:
-        >>> kept = ArrayCache(Config("smoke"), "16")
-        >>> kept("squares", lambda: {"found": np.ones(2)}), kept.folder
-        ({'found': array([1., 1.])}, None)
+        >>> cache = ArrayCache(Config("smoke"), "16")
+        >>> cache("squares", lambda: {"squares": np.ones(2)}), cache.folder
+        ({'squares': array([1., 1.])}, None)
     """
 
     def __init__(self, config: Config, model: str):

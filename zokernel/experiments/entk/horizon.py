@@ -85,9 +85,8 @@ def judge(powers: dict[str, Interval], seeds: int) -> Verdict:
         "A large P is needed for ZO training to follow FO training (Fig. 4, one-step analysis).",
         combined(parts) if parts[0] == HOLDS else parts[0],
         f"At a given total step the gap to gradient descent goes as P^{format_interval(powers['P'])} "
-        f"T^{format_interval(powers['T'])} "
-        f"(95%, {seeds} seeds). P is needed if the power of P is below -0.35 and that of T above -0.1. Where steps "
-        "help as much as directions, P x T counts, and P = 1 works over a run.",
+        f"T^{format_interval(powers['T'])} (95%, {seeds} seeds). P is needed if the power of P is below -0.35 and that "
+        "of T above -0.1. Where steps help as much as directions, P x T counts, and P = 1 works over a run.",
         id="entk-large-p",
     )
 

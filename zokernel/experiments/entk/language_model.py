@@ -197,11 +197,9 @@ def judge_distributions(ratio: Interval, across: Interval, gap: Interval, count:
         "Gaussian and Rademacher trajectories agree (Fig. 4, 5).",
         combined([within(ratio, 0.8, 1.25), within(across, 0.8, 1.25), below(gap, 0.2)]),
         f"Distance to FO, Gaussian over Rademacher: {format_interval(ratio)}; required: within 0.8 to 1.25. At P = "
-        f"{count} two "
-        f"trajectories of different distributions are {format_interval(across)} times as far apart as two of the "
-        "same one "
-        f"(required: the same), and {format_interval(gap)} of the change apart (required: below 0.2); {streams} "
-        "streams.",
+        f"{count} two trajectories of different distributions are {format_interval(across)} times as far apart as two "
+        f"of the same one (required: the same), and {format_interval(gap)} of the change apart (required: below 0.2); "
+        f"{streams} streams.",
         id="entk-laws-of-trajectories",
     )
 
@@ -210,7 +208,7 @@ def rms_slope(table: list[dict[str, Any]], distributions: Sequence[str]) -> Inte
     """Return the log-log slope of the rms final distance against P, mean of the distributions, by the jackknife."""
     parts = [[row for row in table if row["distribution"] == name] for name in distributions]
 
-    def fitted(keep: Sequence[int]) -> float:
+    def fit(keep: Sequence[int]) -> float:
         squares = [[np.square(np.array(row["final_l2_by_stream"])[keep]).mean() for row in part] for part in parts]
         slopes = [
             log_slope([row["P"] for row in part], np.sqrt(square)) for part, square in zip(parts, squares, strict=True)
@@ -218,7 +216,7 @@ def rms_slope(table: list[dict[str, Any]], distributions: Sequence[str]) -> Inte
         return float(np.mean(slopes))
 
     streams = list(range(len(parts[0][0]["final_l2_by_stream"])))
-    return jackknife(fitted(streams), [fitted(streams[:n] + streams[n + 1 :]) for n in streams])
+    return jackknife(fit(streams), [fit(streams[:n] + streams[n + 1 :]) for n in streams])
 
 
 def distance_ratio(table: list[dict[str, Any]]) -> Interval:

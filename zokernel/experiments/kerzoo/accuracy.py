@@ -318,7 +318,7 @@ def judge(results: list[dict[str, Any]], claim: str, *, ran_on: str, full: bool)
     share = share_interval(hits, len(shared)) if shared else (0.5, 0.0, 1.0)
     reason = (
         f"KerZOO is at least as good in {hits} of {len(shared)} rows, a share of {format_interval(share)} (95%; "
-        "required: above "
-        "0.5). RoBERTa rows are means over five draws, others one; rates are the paper's and are not matched."
+        "required: above 0.5). RoBERTa rows are means over five draws, others one; rates are the paper's and are not "
+        "matched."
     )
     return Verdict(sentence, above(share, 0.5), reason, id=claim)

@@ -160,9 +160,8 @@ def judge_costs(rows: list[dict[str, Any]]) -> Verdict:
         "KerZOO reaches MeZO's loss in 17-25% of the iterations and 58-76% of the time (Tables 4, 11, 12).",
         combined(parts),
         f"At the same nominal learning rate it takes {format_interval(kerzoo['iterations_share'])} of MeZO's "
-        "iterations and of "
-        f"its time {times} (95%; claimed: 0.25 and 0.76 or less). One-perturbation MeZO at 4 times the learning rate "
-        f"takes {format_interval(longer['iterations_share'])} of both.",
+        f"iterations and of its time {times} (95%; claimed: 0.25 and 0.76 or less). One-perturbation MeZO at 4 times "
+        f"the learning rate takes {format_interval(longer['iterations_share'])} of both.",
         id="kerzoo-costs",
     )
 

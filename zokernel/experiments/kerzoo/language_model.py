@@ -18,7 +18,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +65,24 @@ def rate_of(method: str, effective: float) -> float:
 
 def settings_of(method: str, learning_rate: float, steps: int) -> dict[str, Any]:
     """Return the settings of a method at a nominal rate."""
-    found = METHODS[method] | {"learning_rate": learning_rate}
-    if "method_args" in found:
-        found["method_args"] = [*found["method_args"], f"total_steps={steps}"]
-    return found
+    settings = METHODS[method] | {"learning_rate": learning_rate}
+    if "method_args" in settings:
+        settings["method_args"] = [*settings["method_args"], f"total_steps={steps}"]
+    return settings
 
 
 def lines(lr: float, steps: int) -> dict[str, dict[str, Any]]:
     """Return the settings of every line at a given rate: equal nominal rates, and MeZO-3 at KerZOO's effective one."""
-    found = {method: settings_of(method, lr, steps) for method in METHODS}
-    return found | {MATCHED: settings_of("MeZO-3", CONSTANT * lr, steps)}
+    by_method = {method: settings_of(method, lr, steps) for method in METHODS}
+    return by_method | {MATCHED: settings_of("MeZO-3", CONSTANT * lr, steps)}
 
 
 def best(
     method: str, lr: float, steps: int, train: Callable[[dict[str, Any], int], dict[str, Any]], seed: int
 ) -> dict[str, Any]:
     """Return the settings of a method at the effective rate of the sweep with the lowest validation loss."""
-    tried = [settings_of(method, rate_of(method, factor * lr), steps) for factor in SWEEP]
-    return min(tried, key=lambda line: last_loss(train(line, seed)))
+    candidates = [settings_of(method, rate_of(method, factor * lr), steps) for factor in SWEEP]
+    return min(candidates, key=lambda line: last_loss(train(line, seed)))
 
 
 def last_loss(metrics: dict[str, Any]) -> float:
@@ -127,8 +127,10 @@ class Panel:
         model: Fields of ``ModelArguments``.
         data: Fields of ``DataArguments``.
         settings: Fields of ``ZOConfig`` that all runs share.
-        key: What a kept run is known by, beside its settings; empty for the tiny model, whose files are temporary.
+        key: What a kept run is known by, beside its settings.  Hashes of rows are in it if runs are kept in a file;
+            there are none of the tiny model, whose files are temporary.
         runs: Where finished runs are kept.
+        seconds: How long each run took to train, by the key of the run.
     """
 
     task: str
@@ -139,6 +141,7 @@ class Panel:
     settings: dict[str, Any]
     key: dict[str, Any]
     runs: KeptRuns
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def train(self, line: dict[str, Any], seed: int) -> dict[str, Any]:
         """Return what one run gave; a run that is kept is not trained again."""
@@ -148,6 +151,7 @@ class Panel:
         if run is None:
             metrics = outcome(model=self.model, data=self.data, settings=settings)
             run = self.runs.add({"run": key, "metrics": plain({part: metrics[part] for part in KEPT})})
+        self.seconds[key] = run["metrics"]["train_seconds"] or 0.0
         return dict(run["metrics"])
 
     def compare(self, steps: int, seeds: range, *, sweep: bool) -> list[dict[str, Any]]:
@@ -184,9 +188,9 @@ def panels(config: Config, steps: int, temporary: Path) -> list[Panel]:
         "load_best_model_at_end": False,
         "logging_steps": 1,
     }
-    kept = config.options.get("runs")
-    runs = KeptRuns(None if kept is None else Path(kept))
-    found = []
+    runs_file = config.options.get("runs")
+    runs = KeptRuns(None if runs_file is None else Path(runs_file))
+    all_panels = []
     for trained in config.options.get("trained", ["LoRA"]):
         if trained not in TRAINED:
             raise UsageError(f"There is no {trained!r} to train: choose from {', '.join(TRAINED)}.")
@@ -194,17 +198,15 @@ def panels(config: Config, steps: int, temporary: Path) -> list[Panel]:
         lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
         for task, data in tasks(config).items():
             model: dict[str, Any] = {"model_name_or_path": name, "lora": lora}
-            rows: dict[str, str] = {}
+            rows = hashes(data) if runs_file is not None and name != "tiny" else {}
             key = {"task": task, "data": data, "rows": rows, "model": name, "lora": lora} | limits
             arguments = data | limits
             if name == "tiny":
                 tiny, arguments = tiny_setup(temporary / f"{task} {trained}", {"task": data.get("task", "sst2")})
                 model |= tiny
-            elif kept is not None:
-                rows |= hashes(data)
             eps = {"eps": 1e-2 if lora else 1e-3}
-            found.append(Panel(task, trained, lr, model, arguments, settings | eps, key, runs))
-    return found
+            all_panels.append(Panel(task, trained, lr, model, arguments, settings | eps, key, runs))
+    return all_panels
 
 
 @experiment(
@@ -216,11 +218,13 @@ def run(config: Config) -> Result:
     seeds = config.pick("seeds", smoke=1, cpu=5, full=5)
     sweep = config.options.get("sweep", False)
     rows: list[dict[str, Any]] = []
+    seconds = 0.0
     with tempfile.TemporaryDirectory() as temporary:
         for panel in panels(config, steps, Path(temporary)):
             rows += panel.compare(steps, range(config.seed, config.seed + seeds), sweep=sweep)
+            seconds += sum(panel.seconds.values())
     gaps = gaps_by_panel(rows, beside=MATCHED)
-    numbers = {"rows": rows, "gaps": gaps, "steps": steps}
+    numbers = {"rows": rows, "gaps": gaps, "steps": steps, "seconds": round(seconds, 2)}
     if sweep:
         numbers["gaps_best"] = gaps_by_panel(rows, beside="MeZO-3, best rate", suffix=", best rate")
     summary = f"After {steps} steps with {seeds} seeds. {summary_of(rows, gaps)}"
@@ -259,18 +263,18 @@ def format_gaps(gaps: dict[str, Interval]) -> str:
     return "; ".join(f"{name} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (mean, low, high) in gaps.items())
 
 
-def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one line's numbers over its seeds; the losses of runs that diverged are infinite."""
-    ended = next((m for m in found if m["evaluations"]), found[0])
+    ended = next((m for m in metrics if m["evaluations"]), metrics[0])
     return {
         "learning_rate": ended["learning_rate"],
         "effective_lr": ended["effective_lr"],
         "test_loss_before": ended["before"]["loss"],
         "test_accuracy_before": ended["before"]["accuracy"],
-        "test_loss": [or_infinity(m["after"]["loss"]) for m in found],
-        "test_accuracy": [m["after"]["accuracy"] for m in found],
+        "test_loss": [or_infinity(m["after"]["loss"]) for m in metrics],
+        "test_accuracy": [m["after"]["accuracy"] for m in metrics],
         "forwards": ended["forwards"],
-        "seconds": [m["train_seconds"] for m in found],
+        "seconds": [m["train_seconds"] for m in metrics],
     }
 
 

@@ -191,7 +191,7 @@ def headline(sweep: Sweep, matched_half: Curves) -> dict[str, Interval]:
         )
 
     widest, half, sequential = "KerZOO, radius 1", "KerZOO, radius 1/2", "3 sequential MeZO-1 steps"
-    one, three, matched, steps = (
+    one, three, matched, in_sequence = (
         sweep.curves[label] for label in ("MeZO-1", "MeZO-3", "MeZO-3 at KerZOO's effective lr", sequential)
     )
     return {
@@ -202,7 +202,7 @@ def headline(sweep: Sweep, matched_half: Curves) -> dict[str, Interval]:
         "best lrs and best variant, over MeZO-3": ratio(three, best["MeZO-3"], variant, best[variant]),
         "best lrs, over MeZO-1": ratio(one, best["MeZO-1"], widest, best[widest]),
         "best lrs, over MeZO-3": ratio(three, best["MeZO-3"], widest, best[widest]),
-        "best lrs, over 3 sequential MeZO-1 steps": ratio(steps, best[sequential], widest, best[widest]),
+        "best lrs, over 3 sequential MeZO-1 steps": ratio(in_sequence, best[sequential], widest, best[widest]),
     }
 
 

@@ -37,13 +37,13 @@ def tasks(config: Config) -> dict[str, dict[str, Any]]:
         if config.scale == "full":
             return {"SST-2": {"task": "sst2", "dataset_name": "stanfordnlp/sst2"}}
         return {"movie reviews": {"task": "movie-reviews", "dataset_name": "movie-reviews"}}
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for name in config.options.get("tasks", OF_THE_PAPER):
         if name not in DATA:
             raise UsageError(f"There is no task {name!r}: choose from {', '.join(DATA)}.")
         files = {key: str(Path(folder) / DATA[name][key]) for key in ("train_file", "validation_file")}
-        found[name] = DATA[name] | files
-    return found
+        by_name[name] = DATA[name] | files
+    return by_name
 
 
 def hashes(data: dict[str, Any]) -> dict[str, str]:

@@ -36,14 +36,14 @@ class Entry:
         problem: Builds the data and the model for a configuration.
         variants: Its kernels.
         best_of: Directions of the biased best-of baseline; 0 leaves it out.
-        same_problem: The experiment on the same problem that draws the figures that no kernel changes; empty if none.
+        draws_problem: Whether the figures that no kernel changes are drawn; nzk/mixture has those of its problem.
     """
 
     title: str
     problem: Callable[[Config], Problem]
     variants: tuple[Variant, ...] = (SHARED,)
     best_of: int = 0
-    same_problem: str = ""
+    draws_problem: bool = True
 
 
 def _linear(config: Config, *, dim: int, noise: float, steps: int = 16_000) -> Problem:
@@ -104,7 +104,7 @@ ENTRIES: dict[str, Entry] = {
         "one shared vector, three deviations (notebook variance; the numbers are standard deviations)",
         partial(_linear, dim=2, noise=1 / 50),
         tuple(Variant(f"shared, deviation {s}", f"gaussian({s})") for s in (1.0, 0.5, 1.5)),
-        same_problem="nzk/mixture",
+        draws_problem=False,
     ),
     "nzk/laws": Entry(
         "one shared vector, five distributions (notebook distribution)",
@@ -116,7 +116,7 @@ ENTRIES: dict[str, Entry] = {
             Variant("Student t, 1000", "student_t(1000)"),
             Variant("Laplace 0.605", "laplace(0.605)"),
         ),
-        same_problem="nzk/mixture",
+        draws_problem=False,
     ),
     "nzk/ffn_synthetic": Entry("linearised 2-5-5-1 network, synthetic teacher (notebook FFN)", _synthetic_network),
     "nzk/mnist": Entry(
@@ -219,7 +219,7 @@ def _stems(config: Config, entry: Entry) -> tuple[str, ...]:
     """Return which figures an experiment draws."""
     if config.scale == "smoke":
         return SMOKE_FIGURES
-    return tuple(stem for stem in figures.STEMS if not (entry.same_problem and stem in figures.OF_THE_PROBLEM))
+    return tuple(stem for stem in figures.STEMS if entry.draws_problem or stem not in figures.OF_THE_PROBLEM)
 
 
 def _drift(problem: Problem, config: Config) -> list[DriftRow]:

@@ -18,14 +18,14 @@ _REWARD_FLAGS = ("reward_function", "reward_weights", "num_generations", "temper
 _OPTION_FLAGS = {"calibrate": "compares label words", "num_demonstrations": "puts solved examples before a prompt"}
 
 
-def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: Collection[str] = ()) -> None:
+def check_flags(task: Task, data: DataArguments, model: ModelArguments, explicit: Collection[str] = ()) -> None:
     """Refuse flags that would change nothing.
 
     Args:
         task: What the rows are.
         data: What the user said about the data.
         model: Which model.
-        named: Flags that are known to be asked for, even if their values are the defaults.
+        explicit: Flags that the user set, even if their values are the defaults.
 
     Raises:
         UsageError: If there is one, naming it and what it is for.
@@ -36,7 +36,7 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: C
         Traceback (most recent call last):
         zokernel.errors.UsageError: --k_shot is for --protocol mezo-roberta: add it, or leave both out.
     """
-    user_flags = _user_set_flags(data, named)
+    user_flags = _user_set_flags(data, explicit)
     rewarded = task.kind == "reward"
     for flag in _REWARD_FLAGS if not rewarded else ():
         if flag in user_flags:
@@ -77,11 +77,11 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, named: C
     for flag in ("dataset_config", "dataset_revision"):
         if flag in user_flags and data.dataset_name in SOURCES:
             raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
-    if model.model_revision != "main" or "model_revision" in named:
+    if model.model_revision != "main" or "model_revision" in explicit:
         check_revision(model.model_name_or_path)
 
 
-def _user_set_flags(data: DataArguments, named: Collection[str]) -> set[str]:
-    """Return the flags that were given something else than their defaults, or are named and switch something on."""
+def _user_set_flags(data: DataArguments, explicit: Collection[str]) -> set[str]:
+    """Return the flags that have other values than their defaults, or are explicit and switch something on."""
     values = {f.name: (getattr(data, f.name), f.default) for f in fields(data)}
-    return {name for name, (value, default) in values.items() if value != default or (value and name in named)}
+    return {name for name, (value, default) in values.items() if value != default or (value and name in explicit)}

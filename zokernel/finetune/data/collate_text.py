@@ -96,10 +96,10 @@ def pack(examples: Sequence[EncodedText], max_length: int) -> list[EncodedText]:
             room, number = open_rows.pop(fitting)
         rows[number].append(example)
         insort(open_rows, (room - size, number))
-    return [_joined(row) for row in rows]
+    return [_join_documents(row) for row in rows]
 
 
-def _joined(documents: Sequence[EncodedText]) -> EncodedText:
+def _join_documents(documents: Sequence[EncodedText]) -> EncodedText:
     ids: list[int] = []
     scored: list[int] = []
     for document in documents:

@@ -53,10 +53,10 @@ def encode_splits(
             f"{plural(num_demonstrations, 'demonstration')} would leave none of "
             f"{plural(len(splits.train), 'training example')} to train on: lower --num_demonstrations."
         )
-    shown, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
-    hidden, seq2seq = ControlTokens(tokenizer).shadows(shown), decoder is not None
-    context = demonstrations(task, shown, masked=masked, seq2seq=seq2seq)
-    context_shadow = demonstrations(task, shown, shadows=hidden, masked=masked, seq2seq=seq2seq)
+    solved, train = splits.train[:num_demonstrations], splits.train[num_demonstrations:]
+    hidden, seq2seq = ControlTokens(tokenizer).shadows(solved), decoder is not None
+    context = demonstrations(task, solved, masked=masked, seq2seq=seq2seq)
+    context_shadow = demonstrations(task, solved, shadows=hidden, masked=masked, seq2seq=seq2seq)
     encoded = {}
     for split, rows in (("train", train), ("validation", splits.validation), ("test", splits.test)):
         encoded[split] = encode(

@@ -47,10 +47,8 @@ def recognise(rows: Sequence[Row], arguments: DataArguments) -> Task | None:
             )
         return None
     form_columns, present = FORM_COLUMNS[form], _columns(rows)
-    used, ignored = (
-        [name for name in present if name in form_columns],
-        [name for name in present if name not in form_columns],
-    )
+    used = [name for name in present if name in form_columns]
+    ignored = [name for name in present if name not in form_columns]
     ignored_text = f"; {', '.join(ignored)} left out" if ignored else ""
     logger.info("The rows are %s. Columns: %s%s.", _DESCRIPTIONS[form], ", ".join(used), ignored_text)
     return TextTask(form=form)

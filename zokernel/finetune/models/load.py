@@ -24,7 +24,7 @@ from zokernel.finetune.models.kind import auto_class
 from zokernel.finetune.models.offload import load_offloaded
 from zokernel.finetune.models.quantization import requested_quantization
 from zokernel.finetune.models.quantization_config import loading_options
-from zokernel.finetune.models.quantized_model import copy_from_files_, count_parameters, prevent_repacking_
+from zokernel.finetune.models.quantized_model import count_parameters, detach_from_files_, prevent_repacking_
 from zokernel.finetune.models.same_base import other_base
 from zokernel.finetune.models.scales import log_trained_scales, train_scales_
 from zokernel.finetune.models.trainable import accept_quantized_
@@ -134,7 +134,7 @@ def load_pretrained(checked: CheckedModel, arguments: ModelArguments, *, device:
     check_complete(model, loading_info, name)
     prevent_repacking_(model)
     if requested_quantization(arguments):
-        copy_from_files_(model)
+        detach_from_files_(model)
     if Path(checked.path).is_dir() and arguments.gguf_file is None:
         reload_if_changed_(model, Path(checked.path))
     stop_rescaling_(model)

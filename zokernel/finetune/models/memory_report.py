@@ -60,9 +60,9 @@ def read_configuration(arguments: ModelArguments) -> ConfiguredModel:
     arguments = with_gguf(with_base(arguments))
     check_dtype(arguments)
     file, path = arguments.gguf_file, resolve_model_path(arguments.model_name_or_path)
-    architecture, both = read_architecture(path, arguments)
-    if both is not None:
-        return read_configuration(both)
+    architecture, with_adapter = read_architecture(path, arguments)
+    if with_adapter is not None:
+        return read_configuration(with_adapter)
     dtype = DTYPES.get(arguments.dtype) or stored_dtype(architecture)
     place = str(Path(path).parent) if Path(path).is_file() else path
     stored = None if file else quantized_bytes(place, architecture, dtype, revision=arguments.model_revision)

@@ -239,9 +239,9 @@ def _streamed_setups(sizes: Sizes, activations: int, cache: int, *, gpu: bool) -
         cache: Bytes of keys and values while text is written.
         gpu: Whether the model computes on a GPU.
     """
-    whole, around, blocks = sizes.weights, sizes.outside + sizes.copies, sizes.blocks
+    whole, outside, blocks = sizes.weights, sizes.outside + sizes.copies, sizes.blocks
     if gpu:
-        on_device = 2 * sizes.block + around
+        on_device = 2 * sizes.block + outside
         return [
             Setup("--offload cpu", ALL_WEIGHTS, on_device, activations, cache, host=blocks, moved=2 * blocks),
             Setup("--lora true --offload cpu", ADAPTER, on_device, activations, cache, host=blocks, moved=blocks),
@@ -253,7 +253,7 @@ def _streamed_setups(sizes: Sizes, activations: int, cache: int, *, gpu: bool) -
         Setup(
             "--offload disk --offload_updates journal",
             ALL_WEIGHTS,
-            around + sizes.block,
+            outside + sizes.block,
             activations,
             cache,
             read=whole,

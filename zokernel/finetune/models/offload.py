@@ -13,7 +13,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.models.adapters import part_to_train, trains_adapter
 from zokernel.finetune.models.check import CheckedModel
 from zokernel.finetune.models.memory_report import ConfiguredModel, describe_setups
-from zokernel.finetune.models.streamed import Streaming, load_streamed
+from zokernel.finetune.models.streamed import StreamingOptions, load_streamed
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_output, draws_by_example, losses_per_step
 from zokernel.finetune.settings.config import ZOConfig
@@ -177,7 +177,7 @@ def load_offloaded(checked: CheckedModel, arguments: ModelArguments, config: ZOC
         )
     if full and arguments.offload == "disk":
         make_folder(target)  # what cannot be written is said before training
-    streaming = Streaming(
+    streaming = StreamingOptions(
         target,
         trains_weights=full,
         where=str(arguments.offload),

@@ -31,14 +31,8 @@ NO_DORA = (
     "--load_in_4bit true or --quantization torchao:int8."
 )
 NAMELESS = "unknown"  # quantized in a way that the configuration does not name, which transformers refuses
-LOADING_FLAGS = (
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-    "quantization",
-    "train",
-    "attn_implementation",
-)  # how it is held
+# How a model is held, which the record of its predictor repeats.
+RECORDED_FLAGS = ("dtype", "load_in_4bit", "load_in_8bit", "quantization", "train", "attn_implementation")
 
 
 def requested_quantization(arguments: ModelArguments) -> str:
@@ -113,11 +107,8 @@ def check_stored(arguments: ModelArguments, architecture: Any) -> None:
         UsageError: If it is to be quantized again, or has other scales than those that can be trained.
         RunError: If the library that reads it is missing, with the command that installs it.
     """
-    method, name, requested = (
-        stored_quantization(architecture),
-        arguments.model_name_or_path,
-        requested_quantization(arguments),
-    )
+    method, requested = stored_quantization(architecture), requested_quantization(arguments)
+    name = arguments.model_name_or_path
     if not method and (ignored := _named_method(architecture)):
         logger.warning(
             "%s names a quantization that transformers does not know (%s): its weights are read as they are.",
@@ -182,12 +173,12 @@ def stays_quantized(arguments: ModelArguments, architecture: Any) -> bool:
     return bool(requested_quantization(arguments)) or (method != "" and method not in DEQUANTIZED)
 
 
-def loading_flags(arguments: ModelArguments) -> dict[str, Any]:
+def recorded_flags(arguments: ModelArguments) -> dict[str, Any]:
     """Return the flags that load what a run has saved as the run held it, for the record of its predictor.
 
     An adapter's base is quantized anew.  Trained scales are saved in a model that is quantized already.
     """
-    flags = {name: getattr(arguments, name) for name in LOADING_FLAGS}
+    flags = {name: getattr(arguments, name) for name in RECORDED_FLAGS}
     return flags | {"quantization": None} if arguments.train == "scales" else flags
 
 

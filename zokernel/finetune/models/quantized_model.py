@@ -42,7 +42,7 @@ def prevent_repacking_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_from_files_(model: nn.Module) -> None:
+def detach_from_files_(model: nn.Module) -> None:
     """Copy what was not quantized out of the files of a model that was quantized while it was loaded.
 
     Embeddings and norms would be views of the mapped files, so all pages of the full-precision weights would stay, and

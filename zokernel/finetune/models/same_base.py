@@ -50,7 +50,7 @@ def other_base(adapted: Any, name: str, base: str) -> str:
     Returns:
         What differs; empty if nothing is known to.
     """
-    current, recorded = base_facts(adapted), _recorded(Path(name).expanduser())
+    current, recorded = base_facts(adapted), _recorded_facts(Path(name).expanduser())
     if recorded:
         if recorded["class"] != current["class"]:
             return f"that was a {recorded['class']}, and this is a {current['class']}"
@@ -72,13 +72,13 @@ def other_base(adapted: Any, name: str, base: str) -> str:
     return ""
 
 
-def _recorded(folder: Path) -> dict[str, str]:
+def _recorded_facts(folder: Path) -> dict[str, str]:
     """Return the :func:`base_facts` of the run that an adapter is from; those of its journal if it is an older one."""
     for place in run_folders(folder):
         if (place / RUN_FILE).is_file() and (facts := read_json(place / RUN_FILE).get("base")):
             return dict(facts)
         if (place / FILE_NAME).is_file():
             header = Journal.read(place / FILE_NAME).header
-            described = header["model"]
-            return {name: described[name] for name in ("class", "dtype")} | {"frozen_sha256": header["frozen_sha256"]}
+            description = header["model"]
+            return {name: description[name] for name in ("class", "dtype")} | {"frozen_sha256": header["frozen_sha256"]}
     return {}

@@ -114,7 +114,7 @@ class ConvertedWeights:
 
 
 @dataclass(frozen=True)
-class Streaming:
+class StreamingOptions:
     """Where the weights of a streamed model are held, and what becomes of their updates.
 
     Attributes:
@@ -153,7 +153,7 @@ def load_streamed(
     architecture: Any,
     folder: Path,
     dtype: torch.dtype,
-    streaming: Streaming,
+    streaming: StreamingOptions,
     *,
     kind: Kind,
     name: str,

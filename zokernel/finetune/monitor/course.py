@@ -242,8 +242,8 @@ def summarise_evaluations(evaluations: Sequence[Mapping[str, float]], examples: 
     scores_changed = False
     if is_paired:
         # The best of k evaluations is as far down by chance as one is at a k-th of the probability.
-        errors = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
-        improved = any(beyond_chance(-row[CHANGE], row[ERROR], start, errors) for row in later)
+        num_errors = -statistics.NormalDist().inv_cdf(statistics.NormalDist().cdf(-CERTAIN) / len(later))
+        improved = any(beyond_chance(-row[CHANGE], row[ERROR], start, num_errors) for row in later)
     else:
         improved = start - best > IMPROVED * abs(start)
     sound_rows = [row for row in later if row["loss"] < 2 * abs(start)]
@@ -260,17 +260,17 @@ def summarise_evaluations(evaluations: Sequence[Mapping[str, float]], examples: 
     return replace(held_out, change=last[CHANGE], error=last[ERROR]) if is_paired else held_out
 
 
-def beyond_chance(rise: float, error: float, start: float, errors: float = CERTAIN) -> bool:
+def beyond_chance(rise: float, error: float, start: float, num_errors: float = CERTAIN) -> bool:
     """Return whether a paired difference is above zero by so many errors, and by a thousandth of the loss at the start.
 
     Args:
         rise: By how much the loss rose; minus that asks whether it fell.
         error: Standard error of the difference.
         start: The loss at the start.
-        errors: By how many standard errors.
+        num_errors: By how many standard errors.
 
     Example:
         >>> beyond_chance(0.3, 0.1, 2.0), beyond_chance(0.1, 0.1, 2.0), beyond_chance(0.001, 0.0, 2.0)
         (True, False, False)
     """
-    return rise > max(errors * error, NOTICED * abs(start))
+    return rise > max(num_errors * error, NOTICED * abs(start))

@@ -12,7 +12,7 @@ FIRST = 3  # losses that say where a run began: the largest, since one batch may
 WINDOW = 10  # steps looked at: the median of this many losses does not follow single batches
 RISE = 3.0  # times the first losses
 OUTLIER = 30.0  # times the first losses: what no single batch reaches by chance
-STILL = 5  # steps whose slopes are looked at
+SLOPE_WINDOW = 5  # steps whose slopes are looked at
 VANISHED = 0.02  # of the first slopes: batches differ by more than that, as long as the weights matter to the loss
 LEARNED = 0.25  # of the first losses: a model that has learned this much may have lost its slopes
 
@@ -92,8 +92,8 @@ def describe_divergence(
             "learning_rate is needed)."
         )
     slopes = np.abs([row.get("projected_gradient", math.nan) for row in rows])
-    first, later = slopes[:FIRST].max(), _medians(slopes[FIRST:], STILL)
-    vanished = (later < VANISHED * first) & (_medians(losses[FIRST:], STILL) > LEARNED * usual)
+    first, later = slopes[:FIRST].max(), _medians(slopes[FIRST:], SLOPE_WINDOW)
+    vanished = (later < VANISHED * first) & (_medians(losses[FIRST:], SLOPE_WINDOW) > LEARNED * usual)
     if smooth and vanished.any():
         return (
             f"Training diverged: its slopes fell from {first:.2g} to {later[vanished].min():.2g} while the loss "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-SHOWN = 600  # characters of each text
+MAX_CHARACTERS = 600  # of each text
 
 
 class Prompt(Protocol):
@@ -44,16 +44,16 @@ def samples_section(samples: Sequence[dict[str, Any]], *, trained: bool) -> str:
         return ""
     parts = []
     for sample in samples:
-        written = {"Before training": sample["before"], "After training": sample["after"]}
+        answers = {"Before training": sample["before"], "After training": sample["after"]}
         if not trained:
-            written = {"Written": sample["before"]}
+            answers = {"Written": sample["before"]}
         data = {"In the data": sample["answer"]} if sample["answer"] else {}
-        texts = {"Prompt": sample["prompt"], **written, **data}
+        texts = {"Prompt": sample["prompt"], **answers, **data}
         parts.append("\n\n".join(f"{name}:\n\n{_indented(text)}" for name, text in texts.items()))
     return "## Samples\n\n" + "\n\n---\n\n".join(parts) + "\n\nGreedy decoding of held-out prompts.\n"
 
 
 def _indented(text: str) -> str:
     """Return a text as a block of code, so that nothing in it is read as markup."""
-    text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
     return "\n".join(f"    {line}" for line in (text or "(nothing)").splitlines())

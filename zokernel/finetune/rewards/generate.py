@@ -158,9 +158,11 @@ def generate(
         logits_processor=LogitsProcessorList([chooser] if log_probabilities or sampling.temperature > 0 else []),
     )
     stops = set(ends)
-    kept = torch.stack(chooser.log_probabilities, 1).tolist() if chooser.log_probabilities else [[] for _ in sequences]
+    logprobs = (
+        torch.stack(chooser.log_probabilities, 1).tolist() if chooser.log_probabilities else [[] for _ in sequences]
+    )
     answers = []
-    for tokens, values in zip(sequences[:, length:].tolist(), kept):
+    for tokens, values in zip(sequences[:, length:].tolist(), logprobs):
         end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
         answers.append(Answer(tokens[:end], tokens[end : end + 1], values[: end + 1]))
     return answers

@@ -71,7 +71,7 @@ class RewardObjective:
     can_stack = False  # there is no gradient, which first-order methods ask here
 
     @property
-    def shown(self) -> str:
+    def quantity(self) -> str:
         """What a step raises, in words: it is minus the loss."""
         return REWARD if self.start is None else PENALISED
 

@@ -60,7 +60,7 @@ def add_zeroth_order(args: TrainingArguments, settings: Mapping[str, Any]) -> An
                 + (f" (did you mean {close[0]}?)." if close else f": it has {', '.join(names)}.")
             )
     kind: Any = type(args)
-    combined: Any = object.__new__(_combined(kind))
+    combined: Any = object.__new__(_combined_class(kind))
     vars(combined).update(vars(args))
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(settings))
     combined.check_method(by_example=False)
@@ -95,6 +95,6 @@ def _check_rate(combined: Any, name: str) -> None:
 
 
 @cache
-def _combined(kind: type) -> type:
+def _combined_class(kind: type) -> type:
     """Return a dataclass with the fields of ``ZOArguments`` and of ``kind``."""
     return dataclass(type(f"ZO{kind.__name__}", (ZOArguments, kind), {"__doc__": kind.__doc__, "given": frozenset()}))

@@ -106,7 +106,9 @@ class RunSettings:
         rows = [
             (s.name, _text(values[s.name]), s.source) if s.name != "perturb" or s.value != "auto" else _OPEN_ROW
             for s in self.settings
-            if s.value is not None and (s.name in IMPORTANT or s.source != "default") and s.name not in _hidden(self)
+            if s.value is not None
+            and (s.name in IMPORTANT or s.source != "default")
+            and s.name not in _hidden_names(self)
         ]
         rows.sort(key=lambda row: IMPORTANT.index(row[0]) if row[0] in IMPORTANT else len(IMPORTANT))
         rows.insert(0, ("setting", "value", "decided by"))
@@ -175,7 +177,7 @@ def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None
     return None
 
 
-def _hidden(settings: RunSettings) -> tuple[str, ...]:
+def _hidden_names(settings: RunSettings) -> tuple[str, ...]:
     return ("num_train_epochs",) if (settings["max_steps"] or 0) > 0 else ("max_steps",)
 
 

@@ -175,7 +175,7 @@ def setting_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
         ('user', 'recipe')
     """
     if not command:
-        return _renamed(dict.fromkeys(config.given, "user"))
+        return _with_perturb(dict.fromkeys(config.given, "user"))
     flags = [word.partition("=")[0][2:].replace("-", "_") for word in command if word.startswith("--")]
     recipes = [
         word.partition("=")[2] or following
@@ -183,10 +183,10 @@ def setting_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
         if word.partition("=")[0] == "--config"
     ]
     recipe_keys = {key for recipe in recipes for key in keys_of(Path(recipe))}
-    return _renamed(dict.fromkeys(recipe_keys, "recipe") | dict.fromkeys(flags, "user"))
+    return _with_perturb(dict.fromkeys(recipe_keys, "recipe") | dict.fromkeys(flags, "user"))
 
 
-def _renamed(sources: dict[str, str]) -> dict[str, str]:
+def _with_perturb(sources: dict[str, str]) -> dict[str, str]:
     return sources | ({"perturb": sources["restore"]} if "restore" in sources else {})
 
 

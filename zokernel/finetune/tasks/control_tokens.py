@@ -33,19 +33,19 @@ class ControlTokens:
         names = sorted(contents | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
 
-    def hidden(self, value: Any) -> Any:
+    def hide(self, value: Any) -> Any:
         """Return a column's value with every control token in it replaced by as many private characters."""
         if isinstance(value, str):
             return self.pattern.sub(lambda match: _HIDDEN * len(match[0]), value)
         if isinstance(value, (list, tuple)):
-            return [self.hidden(item) for item in value]
+            return [self.hide(item) for item in value]
         if isinstance(value, dict):
-            return {name: self.hidden(item) for name, item in value.items()}
+            return {name: self.hide(item) for name, item in value.items()}
         return value
 
     def shadows(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with their control tokens hidden; a row without any stays the same object."""
-        hidden = [self.hidden(row) for row in rows]
+        hidden = [self.hide(row) for row in rows]
         return [row if same == row else same for row, same in zip(rows, hidden)]
 
     def shadow_of_context(self, context: str, task: Task) -> str:
@@ -53,7 +53,7 @@ class ControlTokens:
         own = " ".join(
             (literals(task.template), literals(task.masked_template or ""), *getattr(task, "label_words", ()))
         )
-        return context if self.pattern.search(own) else self.hidden(context)
+        return context if self.pattern.search(own) else self.hide(context)
 
     def __call__(
         self, texts: Sequence[str], shadows: Sequence[str]

@@ -142,14 +142,14 @@ def demonstrations(
         'A joy . It was great\n\n'
     """
     texts = []
-    for row, shown in zip(rows, shadows or rows):
+    for row, shadow in zip(rows, shadows or rows):
         if masked:
-            before, after = task.cloze(shown)
+            before, after = task.cloze(shadow)
             space = "" if not before or before[-1].isspace() else " "
-            texts.append(before + space + task.fillers(shown)[task.label(row)] + after)
+            texts.append(before + space + task.fillers(shadow)[task.label(row)] + after)
             continue
-        answer = task.options(shown)[task.label(row)].rstrip("\n")
-        texts.append(fill_in_answer(task, shown, answer) if seq2seq else task.prompt(shown) + answer)
+        answer = task.options(shadow)[task.label(row)].rstrip("\n")
+        texts.append(fill_in_answer(task, shadow, answer) if seq2seq else task.prompt(shadow) + answer)
     return "".join(text + SEPARATOR for text in texts)
 
 

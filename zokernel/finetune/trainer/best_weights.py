@@ -83,7 +83,7 @@ class BestWeightsTrainer(CheckpointTrainer):
             logger.warning("%s The weights are those of step %d, before that.", self.divergence, best)
         elif best == 0:
             name, value = self.args.metric_for_best_model, self.state.best_metric or 0.0
-            if name == "loss" and (quantity := getattr(vars(self).get("objective"), "shown", "")):
+            if name == "loss" and (quantity := getattr(vars(self).get("objective"), "quantity", "")):
                 name, value = quantity, 0.0 - value
             logger.warning(
                 "No evaluation was better than the one before training (%s %.4g), so the starting weights are kept.",

@@ -118,7 +118,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
             self._consumers.append(profile)
         self.pop_callback(PrinterCallback)
         has_bar = self.pop_callback(ProgressCallback) is not None
-        self._quantity = getattr(vars(self).get("objective"), "shown", LOSS)
+        self._quantity = getattr(vars(self).get("objective"), "quantity", LOSS)
         self.add_callback((ForwardProgress if has_bar else ForwardLines)(self.run_log, self._quantity))
 
     def _trial_loss(self) -> Tensor:
