@@ -197,6 +197,24 @@ def test_gaps_pair_both_variants_with_mezo_by_seed():
     )
 
 
+def test_every_comparison_has_a_panel_with_every_line_and_seed():
+    from zokernel.experiments.kerzoo import language_model
+
+    rows = [
+        {"task": task, "trained": "LoRA", "method": method, "test_loss": [2.0, 1.0], "test_loss_before": 3.0}
+        | {"forwards": 600}
+        for task in ("SST-2", "TREC", "RTE")
+        for method in ("MeZO-3", "KerZOO", "KerZOO as printed", language_model.MATCHED)
+    ]
+    figure = language_model.draw(rows)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"{task}, LoRA, one dot per seed" for task in ("SST-2", "TREC", "RTE")]
+    for axis in figure.axes:
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [list(dot.get_ydata()) for dot in dots] == [[2.0, 1.0]] * 4
+        assert axis.get_xticklabels()[3].get_text() == "MeZO-3,\nKerZOO's rate\n600"
+
+
 def test_runs_on_other_data_are_other_runs(tmp_path):
     from zokernel.experiments.base import Config
     from zokernel.experiments.kerzoo import language_model

@@ -312,17 +312,12 @@ def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
 
 
 def draw(rows: list[dict[str, Any]]) -> Any:
-    """Draw the test loss of every seed, one panel per comparison, two in a row."""
+    """Draw the test loss of every seed, one panel per comparison."""
     names = list(dict.fromkeys(map(panel_name, rows)))
-    columns = min(2, len(names))
     with figures() as Figure:
-        lines_per_panel = len(rows) // len(names)
-        size = (max(4.4, 0.7 * lines_per_panel) * columns, 3.6 * math.ceil(len(names) / columns))
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).flat
-        for axis in list(axes)[len(names) :]:
-            axis.set_axis_off()
-        for axis, name in zip(axes, names):
+        width = max(4.4, 0.9 * len(rows) / len(names))
+        figure = Figure(figsize=(width, 3.2 * len(names)), layout="constrained")
+        for axis, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
             _draw_panel(axis, name, [row for row in rows if panel_name(row) == name])
     return figure
 
@@ -333,17 +328,18 @@ def _draw_panel(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
         axis.plot([position] * len(loss), loss, "o", color=f"C{position % 5}", alpha=0.7)
         axis.plot([position - 0.2, position + 0.2], [np.mean(loss)] * 2, color=f"C{position % 5}")
     axis.axhline(rows[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
-    costs = [f"{row['forwards']} forwards" if row["forwards"] else "diverged" for row in rows]
-    ticks = [f"{_short(row['method'])}\n{cost}" for row, cost in zip(rows, costs)]
-    axis.set_xticks(range(len(rows)), ticks, fontsize=6)
-    axis.set(ylabel="test loss", title=f"{name}, one dot per seed")
+    costs = [f"{row['forwards']:,}" if row["forwards"] else "diverged" for row in rows]
+    ticks = [f"{_two_lines(row['method'])}\n{cost}" for row, cost in zip(rows, costs)]
+    axis.set_xticks(range(len(rows)), ticks, fontsize=7)
+    axis.set(xlabel="forward passes below each name", ylabel="test loss", title=f"{name}, one dot per seed")
     axis.legend()
 
 
-def _short(method: str) -> str:
-    """Return the name of a line in two short lines of text."""
+def _two_lines(method: str) -> str:
+    """Return the name of a line in two lines of text."""
     if method == MATCHED:
-        return "MeZO-3\nKerZOO's rate"
-    if method.endswith(", best rate"):
-        return f"{method.removesuffix(', best rate').replace(' as printed', ',')}\nbest rate"
-    return method.replace(" as ", "\nas ") if " as " in method else f"{method}\n"
+        return "MeZO-3,\nKerZOO's rate"
+    name, _, best_rate = method.partition(", ")
+    name, _, variant = name.partition(" as ")
+    first = f"{name} as" if variant else name
+    return f"{first}\n{', '.join(part for part in (variant, best_rate) if part)}"
