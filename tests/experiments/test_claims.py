@@ -199,7 +199,7 @@ def test_the_command_prints_filters_and_refuses(capsys):
     assert "evidence: " in printed
     assert "would be refuted by: " in printed
     assert main(["claims", "--verdict", "not resolved"]) == 0
-    assert "kerzoo-language-model" in capsys.readouterr().out
+    assert "entk-laws-of-trajectories" in capsys.readouterr().out
     assert main(["claims", "--json", "entk-root-p"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["verdict"] == "holds"
     assert main(["claims", "--check", str(RESULTS)]) == 0
