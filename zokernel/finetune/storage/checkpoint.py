@@ -35,7 +35,7 @@ def hidden_path(target: Path) -> Path:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder that takes the name ``target`` when the block ends well, and is removed when it does not.
 
     Args:

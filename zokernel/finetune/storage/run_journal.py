@@ -19,7 +19,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.models.scales import trains_scales
-from zokernel.finetune.storage.checkpoint import atomic_folder, checkpoints, remove_folder
+from zokernel.finetune.storage.checkpoint import whole_folder, checkpoints, remove_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.hashes import frozen_sha256, quantized_sha256
@@ -153,7 +153,7 @@ class RunJournal:
             remove_folder(checkpoint)  # of the run that is overwritten, which nobody may continue from
         if hasattr(self._model, "peft_config"):
             # A new adapter is random: without these few bytes nobody could replay the run.
-            with atomic_folder(self._folder / BASE_ADAPTER) as scratch:
+            with whole_folder(self._folder / BASE_ADAPTER) as scratch:
                 self._model.save_pretrained(scratch)
         self._writer = JournalWriter.create(self.path, header)
 

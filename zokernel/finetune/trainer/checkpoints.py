@@ -124,7 +124,7 @@ class CheckpointTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 stateful[type(callback).__name__] = callback.state()
         with (
-            files.atomic_folder(target) if self.args.should_save else nullcontext(files.hidden_path(target)) as scratch
+            files.whole_folder(target) if self.args.should_save else nullcontext(files.hidden_path(target)) as scratch
         ):
             self.accelerator.wait_for_everyone()
             self.save_model(str(scratch), _internal_call=True)
