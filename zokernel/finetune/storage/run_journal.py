@@ -19,7 +19,7 @@ from torch import nn
 from zokernel.errors import RunError, UsageError
 from zokernel.finetune.data.sampling import ORDER_VERSION
 from zokernel.finetune.models.scales import trains_scales
-from zokernel.finetune.storage.checkpoint import whole_folder, checkpoints, remove_folder
+from zokernel.finetune.storage.checkpoint import checkpoints, remove_folder, whole_folder
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
 from zokernel.journal.hashes import frozen_sha256, quantized_sha256
