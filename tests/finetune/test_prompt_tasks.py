@@ -58,7 +58,10 @@ def test_long_prompts_lose_their_front(tokenizer):
         (lambda: PromptTask("{sentence It was", ("a", "b")), "malformed"),
         (lambda: PromptTask("{sentence}", ("a",)), "two or more distinct"),
         (lambda: PromptTask("{sentence}", ("a", "a")), "two or more distinct"),
-        (lambda: PromptTask("{sentence}", ("a", "b"), labels=("x",)), "1 labels for 2 label words: give one for each"),
+        (
+            lambda: PromptTask("{sentence}", ("a", "b"), labels=("x",)),
+            "2 label words and 1 label were given: give one label for each word",
+        ),
         (lambda: get_task("sst3"), "There is no task 'sst3'"),
         (lambda: SST2.label({"label": 2}), "none of 0, 1"),
         (lambda: SST2.check_columns([{"text": "a", "label": 0}], where="train.csv"), "no column 'sentence'"),

@@ -130,7 +130,7 @@ def test_a_command_reads_json_lines_and_answers_with_numbers(tmp_path):
         ([0.0, float("nan")], "returned nan for a completion of the row .*Italy"),
         ([float("inf"), 0.0], "returned inf for a completion of the row .*Norway"),
         ([0.0, "1"], "returned '1' for a completion of the row .*Italy"),
-        ([0.0], "returned 1 numbers for 2 completions.*Norway"),
+        ([0.0], "returned 1 number for 2 completions.*Norway"),
         ([0.0] * 3, "returned 3 numbers for 2 completions"),
         (0.5, "returned a float: let it return a list"),
         (None, "returned a NoneType"),

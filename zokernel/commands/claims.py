@@ -18,6 +18,7 @@ from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.experiments.base import VERDICTS
 from zokernel.experiments.claims import PAPERS, Claim, as_json, contradictions, load_claims, save_claims, update
+from zokernel.readable import plural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{paper}\n")
             print("\n".join(describe(claim) if full else line(claim) for claim in of_paper), end="\n\n")
     counts = Counter(claim.verdict for claim in selected)
-    print(f"{len(selected)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
+    print(f"{plural(len(selected), 'claim')}: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
     return 0
 
 

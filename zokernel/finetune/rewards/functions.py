@@ -28,6 +28,7 @@ from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.rewards.built_in import BUILT_IN
 from zokernel.finetune.rewards.reasoning import KIND as REASONING
 from zokernel.finetune.rewards.reasoning import scorer
+from zokernel.readable import plural
 from zokernel.secrets import hide_in_words
 
 COMMAND = "command"
@@ -130,8 +131,9 @@ class Reward:
             )
         if len(values) != len(rows):
             raise RunError(
-                f"The reward {self.name} returned {len(values)} numbers for {len(rows)} completions, the first of them "
-                f"of the row {_shorten(rows[0])}: let it return one for each."
+                f"The reward {self.name} returned {plural(len(values), 'number')} for "
+                f"{plural(len(rows), 'completion')}, the first of them of the row {_shorten(rows[0])}: let it return "
+                "one for each."
             )
         numbers = []
         for value, row in zip(values, rows):

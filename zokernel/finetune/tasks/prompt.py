@@ -11,6 +11,7 @@ from zokernel.data.tables import Row
 from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import refuse_broken
+from zokernel.readable import plural
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class PromptTask(Task):
             raise UsageError(f"label_words must be two or more distinct words, not {list(self.label_words)}.")
         if self.labels and len(self.labels) != len(self.label_words):
             raise UsageError(
-                f"There are {len(self.labels)} labels for {len(self.label_words)} label words: give one for each."
+                f"{plural(len(self.label_words), 'label word')} and {plural(len(self.labels), 'label')} were given: "
+                "give one label for each word."
             )
         object.__setattr__(self, "_classes", self._lookup())
         folded: dict[str, int | None] = {}

@@ -123,9 +123,7 @@ class CheckpointTrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 stateful[type(callback).__name__] = callback.state()
-        with (
-            files.whole_folder(target) if self.args.should_save else nullcontext(files.hidden_path(target)) as scratch
-        ):
+        with files.whole_folder(target) if self.args.should_save else nullcontext(files.hidden_path(target)) as scratch:
             self.accelerator.wait_for_everyone()
             self.save_model(str(scratch), _internal_call=True)
             if not self.args.save_only_model:
