@@ -217,7 +217,7 @@ def test_a_huge_cell(tmp_path):
         ("a.jsonl", '{"a": ' + "[" * 200_000, "Line 1 .* nested too deeply"),
         ("a.csv", 'text,label\nfine,1\n"never closed,0\nfine,1\n', "line 3 .* is never closed"),
         ("a.csv", "text,label\na,1\nb, c,0\n", "Line 3 .* has 3 columns where 2"),
-        ("a.csv", "text,label\na,1\nb\n", "Line 3 .* has 1 columns where 2"),
+        ("a.csv", "text,label\na,1\nb\n", "Line 3 .* has 1 column where 2"),
         (
             "a.csv",
             b"text,label\nfine,1\ntr\xe8s bon,1\n",

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zokernel.private_apis import flags_of
+from zokernel.readable import plural
 
 WIDTH = 100
 _LEFT = 38
@@ -64,7 +65,7 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group], own_def
     rest = [action for action in flags_of(parser) if action.dest not in listed]
     if rest:
         blocks.append(
-            f"'{parser.prog} --help-all' lists {len(rest)} more flags. --config FILE reads flags from a YAML file."
+            f"'{parser.prog} --help-all' lists {plural(len(rest), 'more flag')}. --config FILE reads flags from a YAML file."
         )
     return "\n\n".join(blocks) + "\n"
 

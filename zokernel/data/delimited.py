@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _table(
             )
         if len(cells) != len(header):
             raise UsageError(
-                f"Line {line} of {path} has {len(cells)} columns where {len(header)} were expected "
+                f"Line {line} of {path} has {plural(len(cells), 'column')} where {len(header)} were expected "
                 f"({', '.join(header)}): fix it, or name the columns with --column_names."
             )
         # A column without a name, such as the index that pandas writes, cannot be asked for.

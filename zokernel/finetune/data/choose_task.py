@@ -105,8 +105,8 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
             flag = f"--label_words sport art ... (one word for each of 0 to {len(words) - 1}, in order)"
             raise UsageError(f"Column {label!r} holds {len(words)} classes by number: name them with {flag}.")
         raise UsageError(
-            f"Column {label!r} holds {len(words)} different values ({examples}), which are not taken for classes: give "
-            "--label_words, or describe the task in a --task_file (answers that are written out, for example)."
+            f"Column {label!r} holds {plural(len(words), 'different value')} ({examples}), not taken for classes: "
+            "give --label_words, or describe the task in a --task_file (answers that are written out, for example)."
         )
     return sorted(words, key=lambda word: (0, int(word), word) if word.lstrip("+-").isdigit() else (1, 0, word))
 
