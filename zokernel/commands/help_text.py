@@ -65,7 +65,8 @@ def short_help(parser: argparse.ArgumentParser, groups: Sequence[Group], own_def
     rest = [action for action in flags_of(parser) if action.dest not in listed]
     if rest:
         blocks.append(
-            f"'{parser.prog} --help-all' lists {plural(len(rest), 'more flag')}. --config FILE reads flags from a YAML file."
+            f"'{parser.prog} --help-all' lists {plural(len(rest), 'more flag')}. --config FILE reads flags from a "
+            "YAML file."
         )
     return "\n\n".join(blocks) + "\n"
 
