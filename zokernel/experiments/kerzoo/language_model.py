@@ -190,15 +190,16 @@ def panels(config: Config, steps: int, temporary: Path) -> list[Panel]:
     }
     runs_file = config.options.get("runs")
     runs = KeptRuns(None if runs_file is None else Path(runs_file))
+    chosen = config.options.get("trained", ["LoRA"])
+    if unknown := set(chosen) - set(TRAINED):
+        raise UsageError(f"There is no {min(unknown)!r} to train: choose from {', '.join(TRAINED)}.")
     all_panels = []
-    for trained in config.options.get("trained", ["LoRA"]):
-        if trained not in TRAINED:
-            raise UsageError(f"There is no {trained!r} to train: choose from {', '.join(TRAINED)}.")
-        lora = trained == "LoRA"
-        lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
-        for task, data in tasks(config).items():
+    for task, data in tasks(config).items():
+        rows = hashes(data) if runs_file is not None and name != "tiny" else {}
+        for trained in chosen:
+            lora = trained == "LoRA"
+            lr = config.pick("lr", smoke=1e-3, cpu=3e-4 if lora else 3e-6, full=1e-4 if lora else 1e-6)
             model: dict[str, Any] = {"model_name_or_path": name, "lora": lora}
-            rows = hashes(data) if runs_file is not None and name != "tiny" else {}
             key = {"task": task, "data": data, "rows": rows, "model": name, "lora": lora} | limits
             arguments = data | limits
             if name == "tiny":
@@ -233,21 +234,23 @@ def run(config: Config) -> Result:
     return Result(summary, numbers, {}, {"language_model": draw(rows)}, [judge(gaps, seeds, steps)])
 
 
-def panel_name(row: dict[str, Any]) -> str:
-    """Return the name of the comparison that a row belongs to.
+def by_panel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of every comparison, by its name.
 
     Example:
-        >>> panel_name({"task": "TREC", "trained": "LoRA"})
-        'TREC, LoRA'
+        >>> list(by_panel([{"task": "TREC", "trained": "LoRA"}]))
+        ['TREC, LoRA']
     """
-    return f"{row['task']}, {row['trained']}"
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(f"{row['task']}, {row['trained']}", []).append(row)
+    return grouped
 
 
 def summary_of(rows: list[dict[str, Any]], gaps: dict[str, Interval]) -> str:
     """Return the mean test losses of all lines, one sentence per comparison, and the gaps that decide."""
     sentences = []
-    for name in dict.fromkeys(map(panel_name, rows)):
-        chosen = [row for row in rows if panel_name(row) == name]
+    for name, chosen in by_panel(rows).items():
         losses = ", ".join(f"{np.mean(row['test_loss']):.3f} ({row['method']})" for row in chosen)
         sentences.append(f"{name}: the test loss went from {chosen[0]['test_loss_before']:.3f} to {losses}.")
     return " ".join(sentences) + f" KerZOO minus MeZO-3 at the same effective rate: {format_gaps(gaps)}."
@@ -289,12 +292,10 @@ def gaps_by_panel(rows: list[dict[str, Any]], *, beside: str, suffix: str = "") 
     Returns:
         Means with 95% intervals, by comparison.
     """
-    losses: dict[str, dict[str, np.ndarray]] = {}
-    for row in rows:
-        losses.setdefault(panel_name(row), {})[row["method"]] = np.array(row["test_loss"])
     gaps = {}
     with np.errstate(invalid="ignore"):  # two runs that diverged
-        for name, after in losses.items():
+        for name, chosen in by_panel(rows).items():
+            after = {row["method"]: np.array(row["test_loss"]) for row in chosen}
             for variant, method in VARIANTS.items():
                 gaps[name + variant] = interval(after[method + suffix] - after[beside], logs=False)
     return gaps
@@ -313,12 +314,12 @@ def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
 
 def draw(rows: list[dict[str, Any]]) -> Any:
     """Draw the test loss of every seed, one panel per comparison."""
-    names = list(dict.fromkeys(map(panel_name, rows)))
+    grouped = by_panel(rows)
     with figures() as Figure:
-        width = max(4.4, 0.9 * len(rows) / len(names))
-        figure = Figure(figsize=(width, 3.2 * len(names)), layout="constrained")
-        for axis, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
-            _draw_panel(axis, name, [row for row in rows if panel_name(row) == name])
+        width = max(4.4, 0.9 * len(rows) / len(grouped))
+        figure = Figure(figsize=(width, 3.2 * len(grouped)), layout="constrained")
+        for axis, (name, chosen) in zip(figure.subplots(len(grouped), squeeze=False).flat, grouped.items()):
+            _draw_panel(axis, name, chosen)
     return figure
 
 
