@@ -75,7 +75,7 @@ def test_each_setup_takes_what_was_counted_by_hand() -> None:
     assert setups["--lora true"].activations == one
     assert setups["--lora true --perturb stacked"].activations == 6 * one
     disk, journal = setups["--offload disk"], setups["--offload disk --offload_updates journal"]
-    assert disk.activations == 6 * (one + 20 * 64 * 2)  # six losses, and their borders
+    assert disk.activations == 6 * (one + 2 * 20 * 64 * 2)  # six losses, and what each keeps between blocks
     assert (disk.read, disk.written, journal.read, journal.written) == (whole, whole, whole, 0)
     assert journal.weights == disk.weights + 2 * (OUTSIDE + BLOCK)
     assert setups["--lora true --offload disk"].weights == 0
@@ -97,10 +97,10 @@ def test_a_gpu_holds_two_blocks_and_the_host_the_rest() -> None:
 def describe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A function that returns what is needed beside some free memory, with every library or without some."""
 
-    def of(free: int, *, rows: int = 2, tokens: int = 10, without: str = "", **more: Any) -> str:
+    def of(free: int, *, rows: int = 2, tokens: int = 10, without: str = "", **options: Any) -> str:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == without else object())
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-        model = ConfiguredModel(CONFIG, torch.float32, "causal", ModelArguments(**more))
+        model = ConfiguredModel(CONFIG, torch.float32, "causal", ModelArguments(**options))
         return describe_setups(model, 6, rows, tokens, gpu=False)
 
     return of
@@ -122,7 +122,7 @@ def test_small_sizes_are_not_shown_as_zero_and_an_adapter_is_advised_on_alone(de
     assert "Fastest that fits for scales: --train scales --quantization torchao:int8." in all_kinds
 
 
-def test_where_nothing_fits_it_is_said_what_would_help(describe: Callable[..., str]) -> None:
+def test_where_nothing_fits_the_table_says_what_would_help(describe: Callable[..., str]) -> None:
     many, one, short = (
         [
             setup
@@ -184,10 +184,10 @@ def test_the_fastest_moves_least_of_those_that_fit() -> None:
     assert not any(line.endswith(" yes") for line in table(setups, 1).splitlines())
 
 
-@pytest.mark.parametrize("where", ["folder", "file"])
-def test_a_configuration_is_enough(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_configuration_is_enough(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     CONFIG.save_pretrained(tmp_path)
-    name = tmp_path if where == "folder" else tmp_path / "config.json"
+    name = tmp_path if kind == "folder" else tmp_path / "config.json"
     assert main(["plan", "--memory", "true", "--model_name_or_path", str(name), "--dtype", "bfloat16"]) == 0
     output = capsys.readouterr().out
     assert f"{3 * BLOCK + OUTSIDE:,} parameters in bfloat16, 2 losses per step of 16 rows of 128 tokens." in output
@@ -201,7 +201,7 @@ def test_a_configuration_that_builds_nothing_is_refused(tmp_path: Path, capsys: 
     assert "compare its config.json" in capsys.readouterr().err
 
 
-def test_the_start_of_a_run_says_what_the_process_holds_already(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_start_of_a_run_reports_the_memory_already_held(caplog: pytest.LogCaptureFixture) -> None:
     """So that weights, activations and this can be compared with the peak in a report."""
     config = ZOConfig(output_dir="unused", precision="fp32", use_cpu=True)
     with caplog.at_level("INFO", logger="zokernel"):

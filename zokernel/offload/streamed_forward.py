@@ -83,8 +83,8 @@ class StreamedForward(InForward):
 
         def turn(number: int, stop: Stop | None) -> None:
             nonlocal running
+            running.copies = {}  # the buffer is to hold those of another point
             running = forwards[number]
-            running.copies = {}  # the buffer holds those of another point
             copies = self._small_copies(running, stop.unit) if stop is not None and stop.unit.is_block else {}
             running.fixed = fixed[number] | copies
 

@@ -34,6 +34,7 @@ from zokernel.experiments.kerzoo.real_tasks import hashes, tasks
 from zokernel.figures import figures
 from zokernel.files import read_json
 from zokernel.kernels.plan_record import plain
+from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def run(config: Config) -> Result:
     numbers = {"rows": rows, "gaps": gaps, "steps": steps, "seconds": round(seconds, 2)}
     if sweep:
         numbers["gaps_best"] = gaps_by_panel(rows, beside="MeZO-3, best rate", suffix=", best rate")
-    summary = f"After {steps} steps with {seeds} seeds. {summary_of(rows, gaps)}"
+    summary = f"After {steps} steps with {plural(seeds, 'seed')}. {summary_of(rows)}"
     if sweep:
         summary += f" Each at the best rate of its sweep, KerZOO minus MeZO-3: {format_gaps(numbers['gaps_best'])}."
     return Result(summary, numbers, {}, {"language_model": draw(rows)}, [judge(gaps, seeds, steps)])
@@ -247,13 +248,17 @@ def by_panel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return grouped
 
 
-def summary_of(rows: list[dict[str, Any]], gaps: dict[str, Interval]) -> str:
-    """Return the mean test losses of all lines, one sentence per comparison, and the gaps that decide."""
+def summary_of(rows: list[dict[str, Any]]) -> str:
+    """Return between which lines' mean test losses each comparison ends, one sentence per comparison."""
     sentences = []
-    for name, chosen in by_panel(rows).items():
-        losses = ", ".join(f"{np.mean(row['test_loss']):.3f} ({row['method']})" for row in chosen)
-        sentences.append(f"{name}: the test loss went from {chosen[0]['test_loss_before']:.3f} to {losses}.")
-    return " ".join(sentences) + f" KerZOO minus MeZO-3 at the same effective rate: {format_gaps(gaps)}."
+    for name, lines in by_panel(rows).items():
+        means = {row["method"]: float(np.mean(row["test_loss"])) for row in lines}
+        first, *_, last = sorted(means, key=lambda method: means[method])
+        sentences.append(
+            f"{name}: the mean test loss, {lines[0]['test_loss_before']:.3f} before training, ends between "
+            f"{means[first]:.3f} ({first}) and {means[last]:.3f} ({last})."
+        )
+    return " ".join(sentences)
 
 
 def format_gaps(gaps: dict[str, Interval]) -> str:

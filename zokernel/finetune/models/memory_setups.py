@@ -32,7 +32,7 @@ ALL_WEIGHTS, ADAPTER = "all weights", "an adapter"  # what is trained
 FACTOR = 4  # bytes of the trained factor on a scale
 UNKNOWN = "unknown"  # in the table
 BLOCK = 512  # scored positions whose logits are in memory at a time
-HEAP_THRESHOLD = 32 * 2**20  # glibc gives freed pieces above this size (the highest M_MMAP_THRESHOLD) back at once
+THREAD = 6 * 2**20  # what the library of matrix products keeps per thread, and the thread's heap, as measured
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sizes:
     def streamed(self, tokens: int, *, losses: int, scored: int | None = None) -> int:
         """Return the bytes of activations of losses that share a pass over streamed weights.
 
-        One loss computes at a time, but each has a thread, whose heap keeps the room of what it freed.
+        One loss computes at a time, but each has a thread.
 
         Args:
             tokens: Tokens of the batch.
@@ -98,11 +98,11 @@ class Sizes:
             scored: Positions of the batch whose logits are needed; all of them if not given.
         """
         one = self.activations(tokens, scored=scored)
-        return one + (losses - 1) * min(one, HEAP_THRESHOLD) + self.border(tokens, losses=losses)
+        return one + (losses - 1) * min(one, THREAD) + self.border(tokens, losses=losses)
 
     def border(self, tokens: int, *, losses: int) -> int:
-        """Return the bytes that the losses of a step keep between two blocks."""
-        return losses * tokens * self.hidden * self.itemsize
+        """Return the bytes that the losses of a step keep between two blocks: the embeddings and what a block gave."""
+        return 2 * losses * tokens * self.hidden * self.itemsize
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from zokernel.offload.store import Files, Memory, Span
 from zokernel.offload.units import Unit, find_units
 from zokernel.offload.working_copy import WorkingCopy
 from zokernel.private_apis import converts_weights, keep_in_place, offloaded_parameter
+from zokernel.process_memory import limit_heaps
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -178,6 +179,7 @@ def load_streamed(
     Raises:
         UsageError: If its weights are not all in its files, or cannot be streamed.
     """
+    limit_heaps()  # every loss that shares a pass has a thread, and so a heap
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = _without_weights(kind, architecture, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if getattr(architecture, "quantization_config", None) is not None:
