@@ -176,7 +176,7 @@ def test_a_run_that_diverged_is_kept_with_infinite_losses_and_the_others_continu
 
     runs = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     assert [run["metrics"]["evaluations"] for run in runs].count([]) >= 1
-    assert {json.loads(run["run"])["data"]["dataset_name"] for run in runs} == {"movie-reviews"}
+    assert {run["task"] for run in runs} == {"movie reviews"}
 
 
 def test_gaps_pair_both_variants_with_mezo_by_seed():

@@ -19,6 +19,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ class Panel:
         model: Fields of ``ModelArguments``.
         data: Fields of ``DataArguments``.
         settings: Fields of ``ZOConfig`` that all runs share.
-        key: What a kept run is known by, beside its settings.  Hashes of rows are in it if runs are kept in a file;
-            there are none of the tiny model, whose files are temporary.
+        key: What tells a kept run from others, beside its settings; a hash of both is kept.  Hashes of rows are in it
+            if runs are kept in a file; there are none of the tiny model, whose files are temporary.
         runs: Where finished runs are kept.
         seconds: How long each run took to train, by the key of the run.
     """
@@ -147,11 +148,12 @@ class Panel:
     def train(self, line: dict[str, Any], seed: int) -> dict[str, Any]:
         """Return what one run gave; a run that is kept is not trained again."""
         settings = self.settings | line | {"seed": seed}
-        key = json.dumps(self.key | {"settings": settings}, sort_keys=True)
+        key = sha256(json.dumps(self.key | {"settings": settings}, sort_keys=True).encode()).hexdigest()[:16]
         run = self.runs.find(run=key)
         if run is None:
             metrics = outcome(model=self.model, data=self.data, settings=settings)
-            run = self.runs.add({"run": key, "metrics": plain({part: metrics[part] for part in KEPT})})
+            names = {"run": key, "task": self.task, "trained": self.trained, "line": line, "seed": seed}
+            run = self.runs.add(names | {"metrics": plain({part: metrics[part] for part in KEPT})})
         self.seconds[key] = run["metrics"]["train_seconds"] or 0.0
         return dict(run["metrics"])
 
