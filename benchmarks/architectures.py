@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from models import save_tokenizer
 
 from zokernel.errors import ZokernelError
-from zokernel.finetune import ZOConfig, finetune, replay
+from zokernel.finetune import DataArguments, ModelArguments, ZOConfig, finetune, replay
 from zokernel.finetune.models.kind import Kind, auto_class
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
 
 def check(model_type: str, kind: Kind, folder: Path) -> str:
@@ -79,7 +78,7 @@ def _train(output: Path, base: Path, kind: Kind, *, steps: int, resume: str | No
 
 
 def _difference(folder: Path, base: Path, kind: Kind) -> str:
-    """Return in what the saved models and the replayed journal differ; nothing if they hold the same bits."""
+    """Return how the saved models and the replayed journal differ, or nothing if they hold the same bits."""
     auto = auto_class(kind)
     saved, continued = (auto.from_pretrained(folder / name).eval() for name in ("whole", "parts"))
     expected = auto.from_pretrained(base).eval()
@@ -111,7 +110,7 @@ def _stop(*_: Any) -> None:
 
 
 def main() -> None:
-    """Check all, print a line each and the counts."""
+    """Check all architectures, and print a line for each and the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--output", type=Path)

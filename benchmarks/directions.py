@@ -200,15 +200,15 @@ def peak_memory() -> str:
     """Extra resident memory at the peak of one sweep, in a fresh process for each."""
     rows = []
     # Low-rank and subspace factors are made in that sweep and then kept.
-    for what in ("eager", "rademacher", "gaussian", "uniform", "sphere", "low_rank", "subspace"):
-        code = f"import directions; print(directions.peak_of({what!r}))"
-        rows.append([what, f"{float(run_python(code)):.1f}"])
+    for name in ("eager", "rademacher", "gaussian", "uniform", "sphere", "low_rank", "subspace"):
+        code = f"import directions; print(directions.peak_of({name!r}))"
+        rows.append([name, f"{float(run_python(code)):.1f}"])
     return table(["sweep", "peak extra MB"], rows)
 
 
-def peak_of(what: str) -> float:
+def peak_of(name: str) -> float:
     """Return the rise of peak resident memory (MB) during one sweep, after a warm-up on a small tensor."""
-    family = None if what == "eager" else get_directions(what)
+    family = None if name == "eager" else get_directions(name)
     small = {"w": torch.zeros(300, 200), "v": torch.zeros(70_000)}
     weights, before = make_weights(), 0
     for tensors in (small, weights):

@@ -54,8 +54,8 @@ def groups(arena: Arena) -> dict[str, str]:
     layered = {id(p) for layer in stack for p in layer.parameters()}
     group_of = {}
     for name, p in arena.trained:
-        where = "first sixth of the layers" if id(p) in first else "other layers" if id(p) in layered else "embeddings"
-        group_of[name] = "vectors" if p.dim() < 2 else f"matrices, {where}"
+        part = "first sixth of the layers" if id(p) in first else "other layers" if id(p) in layered else "embeddings"
+        group_of[name] = "vectors" if p.dim() < 2 else f"matrices, {part}"
     return group_of
 
 

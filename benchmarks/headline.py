@@ -61,8 +61,8 @@ def draw(rows: dict[str, dict[str, Any]], *, dark: bool) -> bytes:
             memory, colour = row["memory"] / row["inference"], colours[2 if name in FORWARD_ONLY else 1]
             axes.errorbar(memory, 100 * row["accuracy"], 196 * row["error"], fmt="o", color=colour, markersize=7)
             axes.annotate(name, (memory, 100 * row["accuracy"]), (9, 0), textcoords="offset points", va="center")
-        before, where = 100 * rows["MeZO"]["before"], {"transform": axes.get_yaxis_transform()}
-        label = axes.text(0.99, before, "before training", fontsize=9, ha="right", va="bottom", **where)
+        before, placement = 100 * rows["MeZO"]["before"], {"transform": axes.get_yaxis_transform()}
+        label = axes.text(0.99, before, "before training", fontsize=9, ha="right", va="bottom", **placement)
         axes.axhline(before, color=label.get_color(), linestyle=":", linewidth=1)
         axes.set(xlabel="peak memory of training, relative to inference", ylabel="accuracy, %")
         axes.set_xlim(left=0.9, right=axes.get_xlim()[1] * 1.12)
@@ -70,7 +70,7 @@ def draw(rows: dict[str, dict[str, Any]], *, dark: bool) -> bytes:
 
 
 def main() -> None:
-    """Run what is missing; print the table; draw."""
+    """Run missing contenders, print the table, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/headline"))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))

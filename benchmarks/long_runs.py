@@ -85,7 +85,7 @@ def write_rows(headlines: Path, folder: Path) -> dict[str, str]:
 
 
 def run(folder: Path, contender: Contender, data: dict[str, str], budget: int, rate: float | None, seed: int) -> None:
-    """Train one contender; a run that is there goes on, and a finished one stays."""
+    """Train one contender; an unfinished run is resumed, and a finished one is kept."""
     steps = budget // (contender.batch * contender.cost)
     flags = {
         "--max_train_samples": "-1",
@@ -123,7 +123,7 @@ def read_measurements(folder: Path) -> dict[str, Any]:
 
 
 def table_row(row: dict[str, Any]) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the table."""
     contender, (before, _), (after, _) = CONTENDERS[row["method"]], row["before"], row["after"]
     half = 1.96 * math.sqrt(after * (1 - after) / SIZES["test"])
     per_step = contender.batch * contender.cost

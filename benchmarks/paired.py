@@ -71,10 +71,8 @@ def examples(count: int, length: int) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     from zokernel.data import resolve_model_path
-    from zokernel.finetune.data.collate import EncodedDataset
+    from zokernel.finetune import DataArguments, EncodedDataset, encode
     from zokernel.finetune.data.datasets import load_splits, load_task
-    from zokernel.finetune.settings.arguments import DataArguments
-    from zokernel.finetune.tasks import encode
 
     wording: dict[str, Any] = {"template": "{sentence} It was", "label_words": ["terrible", "great"]}
     arguments = DataArguments(task="movie-reviews", max_train_samples=1000, **wording)

@@ -59,8 +59,8 @@ def train(rank: int, world: int, port: int, options: argparse.Namespace, queue) 
         losses.append(optimizer.step(closure))
         seconds.append(time.perf_counter() - start)
     if rank == 0:
-        sent = optimizer.perturb.bytes_sent // (options.steps + 1) if world > 1 else 0
-        queue.put((losses, statistics.median(seconds[1:]), sent))
+        bytes_sent = optimizer.perturb.bytes_sent // (options.steps + 1) if world > 1 else 0
+        queue.put((losses, statistics.median(seconds[1:]), bytes_sent))
     if world > 1:
         dist.destroy_process_group()
 
@@ -84,14 +84,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     one_losses, one_process, _ = run(1, options)
-    two_losses, two_processes, sent = run(2, options)
+    two_losses, two_processes, bytes_sent = run(2, options)
     assert one_losses == two_losses, "the runs differ"
     weights = "full" if options.full else "LoRA"
     run_name = f"{weights}, P = {options.num_perturbations}, batch {options.batch}"
     print(f"{run_name}: {one_process:.3f} s a step with one process,")
     print(
-        f"{two_processes:.3f} s with two: {one_process / two_processes:.2f}x; each sends {sent} bytes per step (8 P); "
-        "same losses to the bit"
+        f"{two_processes:.3f} s with two: {one_process / two_processes:.2f}x; each sends {bytes_sent} bytes per step "
+        "(8 P); same losses to the bit"
     )
 
 

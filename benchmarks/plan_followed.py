@@ -108,8 +108,8 @@ class Sources:
 
 def training_rows(data: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
     """Return a task and its training rows, given its data flags."""
+    from zokernel.finetune import DataArguments
     from zokernel.finetune.data.datasets import load_splits, load_task
-    from zokernel.finetune.settings.arguments import DataArguments
 
     arguments = DataArguments(max_train_samples=ROWS, max_eval_samples=40, **data)
     wording = load_task(arguments)
@@ -173,7 +173,7 @@ class Course:
 def advice(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int, num_probes: int) -> dict[str, Any]:
     """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and what it rests on."""
     from zokernel.commands.plan import PlanArguments, plan_for
-    from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+    from zokernel.finetune import DataArguments, ModelArguments
 
     plan = plan_for(
         ModelArguments(lora=lora),
@@ -186,7 +186,7 @@ def advice(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: in
 
 
 def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
-    """Make every plan and run that is not there yet."""
+    """Make every missing plan and run."""
     fixed = {"steps": settings.steps, "batch": settings.batch}
     data = {task: sources.arguments(task) for task in settings.tasks}
     loaded = {task: training_rows(data[task]) for task in settings.tasks}
@@ -221,14 +221,14 @@ def summary(records: KeptRuns, settings: argparse.Namespace) -> str:
     fixed = {"steps": settings.steps, "batch": settings.batch}
     lines, followed, diverged = [], 0, 0
     for task, train in itertools.product(settings.tasks, settings.train):
-        rates, own, before = [], {}, math.nan
+        rates, advised, before = [], {}, math.nan
         for seed in settings.seeds:
             place = {"task": task, "train": train, "seed": seed, **fixed}
             plan = records.find(kind="plan", num_probes=settings.num_probes, **place)
             run = records.find(kind="run", lr=plan["lr"], **place) if plan else None
             if plan and run:
                 rates.append(f"{plan['lr']:.1e}")
-                own[seed], before = run["after"], run["before"]
+                advised[seed], before = run["after"], run["before"]
                 diverged += not run["after"] <= DIVERGED * before
         swept = {
             lr: {
@@ -238,17 +238,17 @@ def summary(records: KeptRuns, settings: argparse.Namespace) -> str:
             }
             for lr in SWEEP[train]
         }
-        followed += len(own)
-        if not any((own, *swept.values())):
+        followed += len(advised)
+        if not any((advised, *swept.values())):
             continue
-        whole = {lr: losses for lr, losses in swept.items() if own and losses.keys() >= own.keys()}
+        whole = {lr: losses for lr, losses in swept.items() if advised and losses.keys() >= advised.keys()}
         gaps = [math.nan]
         if whole:
-            best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in own))
-            gaps = [own[seed] - whole[best][seed] for seed in own]
+            best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in advised))
+            gaps = [advised[seed] - whole[best][seed] for seed in advised]
         spread = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
         row = {"task": task, "trained": train, "start": f"{before:.3f}", "advised rates": " ".join(rates)}
-        row |= {"ends at": " ".join(f"{loss:.3f}" for loss in own.values())}
+        row |= {"ends at": " ".join(f"{loss:.3f}" for loss in advised.values())}
         row |= {f"rate {n}": rate_cell(swept[lr], lr) for n, lr in enumerate(SWEEP[train], 1)}
         lines.append(row | {"advised - best": f"{statistics.fmean(gaps):.3f} ± {spread:.3f}"})
     if not lines:

@@ -51,21 +51,21 @@ class PublicStep:
         rows = [(item["input_ids"], option) for item in self.items for option in item["option_ids"]]
         length = max(len(prompt) + len(option) for prompt, option in rows)
         ids = torch.full((len(rows), length), 2)
-        mask, of_option = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        mask, option_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for row, (prompt, option) in enumerate(rows):
             ids[row, length - len(prompt) - len(option) :] = torch.tensor([*prompt, *option])
             mask[row, length - len(prompt) - len(option) :] = 1
-            of_option[row, length - len(option) :] = True
-        return ids.to(self.device), mask.to(self.device), of_option.to(self.device)
+            option_mask[row, length - len(option) :] = True
+        return ids.to(self.device), mask.to(self.device), option_mask.to(self.device)
 
     def loss(self) -> float:
         """Return the cross entropy of the options' mean log-probabilities."""
         start = time.perf_counter()
         with torch.inference_mode():
-            ids, mask, of_option = self.inputs()
+            ids, mask, option_mask = self.inputs()
             logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
             logprobs = F.log_softmax(logits, dim=-1)
-            is_option = of_option[:, 1:]
+            is_option = option_mask[:, 1:]
             tokens = torch.gather(logprobs, 2, ids[:, 1:, None])[..., 0]
             scores = (tokens * is_option).sum(1) / is_option.sum(1)
             labels = torch.tensor([item["label"] for item in self.items], device=self.device)

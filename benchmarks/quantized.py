@@ -69,10 +69,8 @@ def answers(args: argparse.Namespace, folder: Path, rows: Sequence[dict[str, str
     key |= {"data": str(args.data), "rows": rows_sha256(rows)}
     if (run := stored.find(**key)) is not None:
         return list(run["answers"])
-    from zokernel.finetune import load_predictor
+    from zokernel.finetune import ModelArguments, ZOConfig, load_predictor
     from zokernel.finetune.models.load import load_model
-    from zokernel.finetune.settings.arguments import ModelArguments
-    from zokernel.finetune.settings.config import ZOConfig
 
     predictor = load_predictor(folder)
     if untrained:

@@ -77,10 +77,8 @@ class Arena:
         from transformers import AutoTokenizer
 
         from zokernel.data import resolve_model_path
-        from zokernel.finetune.data.collate import Collator, EncodedDataset
+        from zokernel.finetune import Collator, DataArguments, EncodedDataset, encode
         from zokernel.finetune.data.datasets import load_splits, load_task
-        from zokernel.finetune.settings.arguments import DataArguments
-        from zokernel.finetune.tasks import encode
 
         training, testing, columns = FILES[task]
         arguments = DataArguments(
@@ -208,7 +206,7 @@ def diverged(curve: list[list[float]]) -> bool:
 
 
 class Runs:
-    """Finished runs, in a file of one JSON array a line: the values of :data:`COLUMNS`."""
+    """Finished runs, in a file of one JSON array per line: the values of :data:`COLUMNS`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -286,7 +284,7 @@ def tables(runs: Runs) -> str:
             continue
         reference = runs.final(contender=REFERENCE, **key)
         target = statistics.mean(row["curve"][-1][3] for row in reference)
-        spent = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
+        budgets = [statistics.median(row["curve"][-1][column] for row in reference) for column in range(3)]
         rows = []
         for name in CONTENDERS:
             final_runs = runs.final(contender=name, **key) if runs.evaluation_runs(contender=name, **key) else []
@@ -296,7 +294,7 @@ def tables(runs: Runs) -> str:
                 continue
             cells = [name, f"{runs.best_lr(contender=name, **key):g}"]
             for column in (1, 0, 2):
-                shares, num_reached = costs(final_runs, target, column, spent[column])
+                shares, num_reached = costs(final_runs, target, column, budgets[column])
                 cells.append(spread(shares))
             cells.append(num_reached)
             cells.append(mean_error([row["curve"][-1][3] for row in final_runs]))
@@ -304,8 +302,8 @@ def tables(runs: Runs) -> str:
             rows.append(cells)
         header = ["method", "lr", "tokens", "forwards", "CPU time", "reached", "training loss at the end"]
         header += ["held-out loss", "held-out accuracy"]
-        title = f"{task}, {train}: target {target:.3f}, where {REFERENCE} spends {spent[1]:.0f} tokens"
-        parts.append(f"{title} in {spent[0]:.0f} forwards ({spent[2]:.0f} s of CPU time)\n\n{table(header, rows)}")
+        title = f"{task}, {train}: target {target:.3f}, where {REFERENCE} spends {budgets[1]:.0f} tokens"
+        parts.append(f"{title} in {budgets[0]:.0f} forwards ({budgets[2]:.0f} s of CPU time)\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
@@ -322,8 +320,8 @@ def by_target(runs: Runs) -> str:
             target = statistics.mean(curve[point][3] for curve in curves)
             cells = [f"{task}, {train}", f"{curves[0][point][0] / 2:.0f}", f"{target:.3f}"]
             for name, column in BY_TARGET.items():
-                spent = statistics.median(curve[point][column] for curve in curves)
-                shares, num_reached = costs(runs.final(contender=name, **key), target, column, spent)
+                budget = statistics.median(curve[point][column] for curve in curves)
+                shares, num_reached = costs(runs.final(contender=name, **key), target, column, budget)
                 cells.append(f"{spread(shares)}, {num_reached}")
             rows.append(cells)
     header = ["", "MeZO's steps", "training loss", *(f"{name}: {AXES[column]}" for name, column in BY_TARGET.items())]

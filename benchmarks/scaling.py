@@ -51,7 +51,7 @@ def make_model(size: int) -> torch.nn.Module:
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the best CPU time of a call after one that warms up: what the work takes, whatever else is running."""
+    """Return the best CPU time of a call after a warm-up, whatever else is running."""
     run()
     times = []
     for _ in range(repeats):
@@ -132,13 +132,15 @@ def start(repeats: int) -> str:
     code = "import torch, time; s = time.perf_counter(); import zokernel; print(time.perf_counter() - s)"
     code_alone = "import time; s = time.perf_counter(); import zokernel; print(time.perf_counter() - s)"
     code_with_use = code.replace("; print", "; zokernel.optim.MeZO; print")
-    imports, uses, alone, helps = [], [], [], []
+    imports, uses, alone_times, helps = [], [], [], []
     for _ in range(repeats):
         imports.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
         uses.append(
             float(subprocess.run([sys.executable, "-c", code_with_use], capture_output=True, check=True).stdout)
         )
-        alone.append(float(subprocess.run([sys.executable, "-c", code_alone], capture_output=True, check=True).stdout))
+        alone_times.append(
+            float(subprocess.run([sys.executable, "-c", code_alone], capture_output=True, check=True).stdout)
+        )
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "zokernel", "--help"], capture_output=True, check=True)
         helps.append(time.perf_counter() - begin)
@@ -146,7 +148,7 @@ def start(repeats: int) -> str:
     limits = ("< 0.3", "not asked", "not asked", "< 1")
     rows = [
         [name, limit, f"{statistics.median(times):.3f}", f"{min(times):.3f}"]
-        for name, limit, times in zip(names, limits, (imports, uses, alone, helps))
+        for name, limit, times in zip(names, limits, (imports, uses, alone_times, helps))
     ]
     return table(["s", "asked", "median", "best"], rows)
 

@@ -83,10 +83,10 @@ def measure(optimizer: ZerothOrder, closure: Callable[[], torch.Tensor], rounds:
         timed.spent = (0.0, 0.0)
         wall, cpu = time.perf_counter(), time.process_time()
         optimizer.step(closure)
-        both = time.perf_counter() - wall, time.process_time() - cpu
+        elapsed = time.perf_counter() - wall, time.process_time() - cpu
         if number >= 0:
             bare.append(timed.spent)
-            steps.append((both[0] - timed.spent[0], both[1] - timed.spent[1]))
+            steps.append((elapsed[0] - timed.spent[0], elapsed[1] - timed.spent[1]))
     wall, cpu = paired.median_ratios(steps, bare)
     seconds = [f"{paired.median_seconds(times):.3f}" for times in (bare, steps)]
     return [*seconds, f"{100 * (wall - 1):+.1f}%", f"{100 * (cpu - 1):+.1f}%"]

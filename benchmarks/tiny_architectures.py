@@ -116,9 +116,9 @@ def _shrunk(cls: Any, ids: dict[str, int], depth: int = 0) -> dict[str, Any]:
     renamed = getattr(cls, "attribute_map", None) or {}
     sizes: dict[str, Any] = {}
     for name, size in (SIZES | ids).items():
-        own = renamed.get(name, name) if renamed.get(name) in names else name
-        if own in names:
-            sizes.setdefault(own, size)
+        attribute = renamed.get(name, name) if renamed.get(name) in names else name
+        if attribute in names:
+            sizes.setdefault(attribute, size)
     for name in list(sizes) if default is not None else ():
         value = getattr(default, name, None)
         if isinstance(value, bool) or (value is None and name not in ids):

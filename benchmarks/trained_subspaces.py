@@ -68,11 +68,11 @@ class Subspace:
     def add(self, gradient: Tensors, *, along: float, fisher: float) -> None:
         """Add a gradient of one of the other examples, to their mean and to their Fisher matrix, by these weights."""
         restricted: Tensors = {}
-        for batch, own in enumerate(self.of_batch):
+        for batch, batch_gradient in enumerate(self.of_batch):
             if batch < max(1, len(self.bases)):
                 restricted = self.restricted(gradient, batch)
                 square = product(restricted, restricted)
-            slope = product(restricted, own)
+            slope = product(restricted, batch_gradient)
             self.along[batch] += along * slope
             self.trace[batch] += fisher * square
             self.curvature[batch] += fisher * slope**2
@@ -135,7 +135,7 @@ def measure_gains(course: Course, settings: argparse.Namespace) -> dict[str, Sub
     batches = [loss_of(rows[start : start + settings.batch]) for start in starts]
     generator = torch.Generator().manual_seed(0)
     random = {name: torch.randn(m.in_features, RANK, generator=generator) / RANK**0.5 for name, m in linear.items()}
-    fixed, own = [bases_of(linear, loss_of(rows[:CALIBRATION]))], [bases_of(linear, batch) for batch in batches]
+    fixed, batch_bases = [bases_of(linear, loss_of(rows[:CALIBRATION]))], [bases_of(linear, batch) for batch in batches]
     all_layers, attention = list(linear), [name for name in linear if name.endswith(("q_proj", "v_proj"))]
     subspaces = {"all layers": Subspace(all_layers), "q, v": Subspace(attention)}
     subspaces |= {
@@ -143,7 +143,7 @@ def measure_gains(course: Course, settings: argparse.Namespace) -> dict[str, Sub
         "q, v, random 16": Subspace(attention, [random]),
     }
     subspaces |= {f"all layers, fixed {rank}": Subspace(all_layers, first(fixed, rank)) for rank in (1, 4, 16)}
-    subspaces |= {f"all layers, own {rank}": Subspace(all_layers, first(own, rank)) for rank in (1, 4, 16)}
+    subspaces |= {f"all layers, own {rank}": Subspace(all_layers, first(batch_bases, rank)) for rank in (1, 4, 16)}
     gradients = [gradient_of(linear, batch) for batch in batches]
     for subspace in subspaces.values():
         subspace.begin(gradients)

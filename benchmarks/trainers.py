@@ -108,8 +108,8 @@ class Job:
         return 1e-2 if self.lora else 1e-3
 
 
-def plain(model: str, head: type, rows: Callable[..., Row | None], collator: Any, **more: Any) -> Job:
-    return Job(transformers.Trainer, transformers.TrainingArguments, model, head, rows, collator=collator, **more)
+def plain(model: str, head: type, rows: Callable[..., Row | None], collator: Any, **options: Any) -> Job:
+    return Job(transformers.Trainer, transformers.TrainingArguments, model, head, rows, collator=collator, **options)
 
 
 T, LORA = transformers, (1e-2, 3e-2)
@@ -204,7 +204,7 @@ def make_trainer(job: Job, folders: dict[str, str], rate: float, seed: int, step
     torch.manual_seed(seed)  # of new heads and adapters
     model = job.head.from_pretrained(path, dtype="float32", **(job.options or {}))
     model.config.pad_token_id = tokenizer.pad_token_id
-    own = {} if job.collator else {"max_length": 64, "bf16": True}
+    extra = {} if job.collator else {"max_length": 64, "bf16": True}
     arguments = job.arguments(
         output_dir=folder,
         learning_rate=rate,
@@ -218,7 +218,7 @@ def make_trainer(job: Job, folders: dict[str, str], rate: float, seed: int, step
         logging_steps=steps,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
-        **own,
+        **extra,
     )
     keywords: dict[str, Any] = {"data_collator": job.collator(tokenizer)} if job.collator else {}
     if job.lora:

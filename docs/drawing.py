@@ -100,9 +100,9 @@ def bars(
         figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(labels) * max(1, 0.75 * len(series))), layout="constrained")
         axes = figure.subplots()
         for n, (name, values) in enumerate(series.items()):
-            where = [row + (n - (len(series) - 1) / 2) * height for row in range(len(labels))]
-            drawn = axes.barh(where, values, 0.92 * height, color=colours[n], label=name)
-            axes.bar_label(drawn, [f"{value:g}" for value in values], padding=3, fontsize=9)
+            positions = [row + (n - (len(series) - 1) / 2) * height for row in range(len(labels))]
+            container = axes.barh(positions, values, 0.92 * height, color=colours[n], label=name)
+            axes.bar_label(container, [f"{value:g}" for value in values], padding=3, fontsize=9)
         axes.set(yticks=range(len(labels)), yticklabels=labels, xlabel=xlabel)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -44,10 +44,10 @@ def on_page_content(text: str, *, page: Any, **_: Any) -> str:
     def replace(match: re.Match[str]) -> str:
         formula = html.unescape(match.group(2) or match.group(3)).strip()
         try:
-            drawn = convert(formula, display="inline" if match.group(2) else "block")
+            markup = convert(formula, display="inline" if match.group(2) else "block")
         except Exception as error:  # the converter raises its own and built-in errors
             logger.warning("%s: the formula %r cannot be converted: %s", page.file.src_path, formula, error)
             return match.group(0)
-        return drawn if match.group(2) else f'<span class="zk-block">{drawn}</span>'
+        return markup if match.group(2) else f'<span class="zk-block">{markup}</span>'
 
     return _FORMULA.sub(replace, text)

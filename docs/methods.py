@@ -92,8 +92,8 @@ def markdown(text: str) -> str:
 
 
 def _one_per_line(block: str) -> str:
-    joined = re.sub(r"(?<=\S)  (?=\S)", " ", block)
-    return "\n".join(sentence for line in joined.splitlines() for sentence in split(line))
+    text = re.sub(r"(?<=\S)  (?=\S)", " ", block)
+    return "\n".join(sentence for line in text.splitlines() for sentence in split(line))
 
 
 def cell(text: str) -> str:
@@ -176,8 +176,8 @@ def index(entries: dict[str, Any]) -> str:
     rows = []
     for name, entry in entries.items():
         for method in entry["methods"]:
-            what = what_it_is(methods()[method])
-            rows.append(f"| [`{method}`]({name}.md) | {what} | {entry['forwards']} | {entry['state']} |")
+            definition = what_it_is(methods()[method])
+            rows.append(f"| [`{method}`]({name}.md) | {definition} | {entry['forwards']} | {entry['state']} |")
     shared = items(docstring(ZerothOrderOptions)["Attributes"])
     options = [f"| `{name}` | `{value}` | {cell(shared[name])} |" for name, value in SHARED_DEFAULTS.items()]
     return "\n".join(
@@ -209,8 +209,8 @@ def index(entries: dict[str, Any]) -> str:
 def pages() -> dict[Path, str]:
     """Return every page by path."""
     entries = yaml.safe_load((DOCS / "methods.yaml").read_text(encoding="utf-8"))
-    written = {PAGES / f"{name}.md": page(name, entry) for name, entry in entries.items()}
-    return written | {PAGES / "index.md": index(entries)}
+    texts = {PAGES / f"{name}.md": page(name, entry) for name, entry in entries.items()}
+    return texts | {PAGES / "index.md": index(entries)}
 
 
 def main() -> None:

@@ -121,16 +121,16 @@ def size(*, dark: bool = False) -> bytes:
     """Milliseconds of the parts of a run against the number of weights."""
     rows = table("notes/speed", "1040M")
     weights = [8.7e6, 97.5e6, 1040e6]
-    drawn = {
+    labels = {
         "MeZO step": "MeZO step",
         "two forwards of 16 tokens": "two forwards of 16 tokens",
         "sweep": "one move of all weights",
         "journal record": "journal record",
     }
     lines = [
-        Line(drawn[row["ms"]], weights, [float(row[column].replace(",", "")) for column in ("8.7M", "97.5M", "1040M")])
+        Line(labels[row["ms"]], weights, [float(row[column].replace(",", "")) for column in ("8.7M", "97.5M", "1040M")])
         for row in rows
-        if row["ms"] in drawn
+        if row["ms"] in labels
     ]
     panel = Panel("cost against model size", lines, "weights", "milliseconds, two CPU cores", log=True)
     return curves([panel], dark=dark)

@@ -60,10 +60,10 @@ def faults(page: str) -> list[str]:
         >>> faults("One. Two.\n\nThree\nis long.\n")
         ['line 1: One. Two.', 'line 4: is long.']
     """
-    found, last = [], (0, "")
+    lines, last = [], (0, "")
     for number, line in prose(page):
         open_before = number == last[0] + 1 and not re.search(r"[.!?:][\"')*`\]]*$", last[1])
         if len(split(_LIST.sub("", line, count=1))) > 1 or (open_before and not _LIST.match(line)):
-            found.append(f"line {number}: {line}")
+            lines.append(f"line {number}: {line}")
         last = (number, line)
-    return found
+    return lines

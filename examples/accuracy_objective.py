@@ -7,8 +7,7 @@ Accuracy moves in steps of one over the batch, so batches are large and perturba
 
 import argparse
 
-from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune import DataArguments, ModelArguments, ZOConfig, finetune
 
 
 def main(

@@ -6,8 +6,7 @@ python examples/lora.py --model smollm2 --steps 300
 import argparse
 
 from zokernel.data import resolve_model_path
-from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune import DataArguments, ModelArguments, ZOConfig, finetune
 
 
 def main(model: str = "smollm2", data: str = "movie-reviews", steps: int = 300, output_dir: str = "runs/lora") -> dict:

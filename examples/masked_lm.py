@@ -5,8 +5,7 @@ python examples/masked_lm.py --model FacebookAI/roberta-base --steps 1000
 
 import argparse
 
-from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune import DataArguments, ModelArguments, ZOConfig, finetune
 
 
 def main(

@@ -7,8 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from zokernel.finetune import ZOConfig, finetune
-from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
+from zokernel.finetune import DataArguments, ModelArguments, ZOConfig, finetune
 
 NAMES = ["Ada", "Bo", "Chen", "Dina", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jia", "Kofi", "Lena", "Milo", "Nora"]
 TOWNS = ["Oslo", "Rome", "Lima", "Kyoto", "Accra", "Quito", "Turin", "Basel"]

@@ -8,8 +8,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zokernel.data import load_rows, resolve_model_path
-from zokernel.finetune import EncodedDataset, PromptTask, ZOConfig, ZOTrainer, encode
-from zokernel.finetune.scoring.choose_collator import choose_collator
+from zokernel.finetune import EncodedDataset, PromptTask, ZOConfig, ZOTrainer, choose_collator, encode
 
 
 def main(model: str = "smollm2", data: str = "movie-reviews", steps: int = 300, output_dir: str = "runs/api") -> dict:

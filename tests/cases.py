@@ -163,13 +163,13 @@ def last_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits[torch.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
 
 
-def _module_case(model: nn.Module, x_o: Any, x_u: Any, **more: Any) -> Case:
-    return Case(model.double().eval(), x_o, x_u, forward=more.pop("forward", None) or model, **more)
+def _module_case(model: nn.Module, x_o: Any, x_u: Any, **options: Any) -> Case:
+    return Case(model.double().eval(), x_o, x_u, forward=options.pop("forward", None) or model, **options)
 
 
-def _lm_case(model: nn.Module, x_o: Any, x_u: Any, **more: Any) -> Case:
+def _lm_case(model: nn.Module, x_o: Any, x_u: Any, **options: Any) -> Case:
     model = model.double().eval()
-    return Case(model, x_o, x_u, forward=lambda x: last_logits(model, x), **more)
+    return Case(model, x_o, x_u, forward=lambda x: last_logits(model, x), **options)
 
 
 def _frozen_mlp() -> Case:
@@ -265,5 +265,7 @@ def dense_jacobian(case: Case, batch: Any) -> Tensor:
     rows = []
     for logit in logits.flatten():
         grads = torch.autograd.grad(logit, leaves, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(leaves, grads)]))
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(leaves, grads, strict=True)])
+        )
     return torch.stack(rows)

@@ -42,18 +42,18 @@ class Imported:
     def pytest_collection(self) -> Generator[None, object, object]:
         """Collect no garbage while tests, and with them the libraries, are imported."""
         gc.disable()
-        done = yield
+        result = yield
         gc.enable()
         self.hide()
-        return done
+        return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self) -> Generator[None, object, object]:
         """Hide what a test was the first to import."""
-        done = yield
+        result = yield
         if len(sys.modules) > self.hidden + 20:
             self.hide()
-        return done
+        return result
 
     def hide(self) -> None:
         gc.collect()

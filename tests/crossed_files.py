@@ -12,16 +12,16 @@ PACKAGE = Path(zokernel.__file__).parent
 
 def files_of(action):
     """Return the files of the package whose functions run while ``action`` does."""
-    found = set()
+    files = set()
 
     def note(frame, event, argument):
         path = Path(frame.f_code.co_filename)
         if event == "call" and path.is_relative_to(PACKAGE):
-            found.add(path.relative_to(PACKAGE).as_posix())
+            files.add(path.relative_to(PACKAGE).as_posix())
 
     sys.setprofile(note)
     try:
         action()
     finally:
         sys.setprofile(None)
-    return found
+    return files

@@ -30,14 +30,14 @@ IN_SERVER = "ZOKERNEL_TESTS_FORK_SERVER"
 
 def context() -> Any:
     """Return a context of multiprocessing whose processes come from the server; each computes with one thread."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(IMPORTED)
+    server_context = multiprocessing.get_context("forkserver")
+    server_context.set_forkserver_preload(IMPORTED)
     # The server has these of its own: numba, for one, does not let a process change its mind about threads.
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", IN_SERVER: "1"}
     with mock.patch.dict(os.environ, PYTHONPATH=paths, **settings):
         forkserver.ensure_running()
-    return found
+    return server_context
 
 
 def prepare() -> None:

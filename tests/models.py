@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**WIDE, "tie_word_embeddings": True}),
     "opt": ("OPTConfig", "OPTForCausalLM", {**SIZES, "ffn_dim": 48, "max_position_embeddings": 512}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SIZES, "n_positions": 512}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {**SIZES, "multi_query": False}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**WIDE, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**WIDE, "num_key_value_heads": 2, "head_dim": 8}),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", WIDE),
@@ -27,7 +28,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5": ("T5Config", "T5ForConditionalGeneration", {**SIZES, "d_kv": 8, "intermediate_size": 48}),
     "bart": ("BartConfig", "BartForConditionalGeneration", {**SIZES, "decoder_layers": 2, "encoder_ffn_dim": 48}),
 }
-CAUSAL = ("llama", "opt", "gpt2", "qwen2", "qwen3")
+CAUSAL = ("llama", "opt", "gpt2", "falcon", "qwen2", "qwen3")
 MASKED = ("roberta", "bert", "esm", "luke")
 SEQ2SEQ = ("t5", "bart")
 # What each family calls a common size.
@@ -40,6 +41,7 @@ OWN_NAMES = {
         "max_position_embeddings": "n_positions",
     },
     "opt": {"intermediate_size": "ffn_dim"},
+    "falcon": {"intermediate_size": "ffn_hidden_size"},
     "t5": {
         "hidden_size": "d_model",
         "intermediate_size": "d_ff",
@@ -69,10 +71,10 @@ def build(family: str, **settings: Any) -> nn.Module:
     """Build a random model of ``family``; sizes go by the common names (``hidden_size``, ...) in every family."""
     config, model, sizes = FAMILIES[family]
     names = OWN_NAMES.get(family, {})
-    chosen = {names.get(name, name): value for name, value in (sizes | settings).items()}
+    options = {names.get(name, name): value for name, value in (sizes | settings).items()}
     if family == "opt":
-        chosen.setdefault("word_embed_proj_dim", chosen["hidden_size"])
-    return getattr(transformers, model)(getattr(transformers, config)(**chosen))
+        options.setdefault("word_embed_proj_dim", options["hidden_size"])
+    return getattr(transformers, model)(getattr(transformers, config)(**options))
 
 
 def save_tokenizer(folder: Path, *, masked: bool = False, frame: str = ""):
@@ -92,12 +94,12 @@ def save_model(folder: Path, family: str) -> Path:
     """Save a two-layer model of ``family`` with its tokenizer, and return the folder."""
     fast = save_tokenizer(folder, masked=family in MASKED, frame=FRAMES.get(family, ""))
     ids = {"pad_token_id": fast.pad_token_id, "bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
-    more = {"num_key_value_heads": 2, "rope_parameters": LLAMA3} if family == "llama" else {}
+    extra = {"num_key_value_heads": 2, "rope_parameters": LLAMA3} if family == "llama" else {}
     if family in SEQ2SEQ:
-        more = {"decoder_start_token_id": fast.pad_token_id if family == "t5" else fast.eos_token_id}
+        extra = {"decoder_start_token_id": fast.pad_token_id if family == "t5" else fast.eos_token_id}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build(family, vocab_size=len(fast), **ids, **more)
+        model = build(family, vocab_size=len(fast), **ids, **extra)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -117,7 +117,7 @@ def become(job: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
-    for number, (path, flags) in enumerate(zip(job["paths"], (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))):
+    for number, (path, flags) in enumerate(zip(job["paths"], (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         opened = os.open(path, flags | (os.O_CREAT if flags else 0), 0o600)
         os.dup2(opened, number)
         os.close(opened)

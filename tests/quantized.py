@@ -71,17 +71,17 @@ def save_gguf(folder: Path, target: Path) -> Path:
         "post_attention_layernorm": "ffn_norm",
     }
     for name, tensor in weights.items():
-        own = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
-        if own is None:
+        key = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
+        if key is None:
             _, _, layer, *rest = name.split(".")
             kind = ".".join(rest[:-1])
-            own = f"blk.{layer}.{names[kind]}.weight"
+            key = f"blk.{layer}.{names[kind]}.weight"
             if kind in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp turns neighbours, not halves
                 count = heads if kind.endswith("q_proj") else kv_heads
                 tensor = (
                     tensor.reshape(count, 2, tensor.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
                 )
-        writer.add_tensor(own, np.ascontiguousarray(tensor.float().numpy()))
+        writer.add_tensor(key, np.ascontiguousarray(tensor.float().numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -94,15 +94,15 @@ def save_packed(folder: Path, target: Path, *, group: int = 32) -> tuple[Path, d
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     shutil.copytree(folder, target)
-    weights, packed, meant = load_file(folder / "model.safetensors"), {}, {}
+    weights, packed, unpacked = load_file(folder / "model.safetensors"), {}, {}
     for name, weight in weights.items():
         if "_proj.weight" not in name:
-            packed[name] = meant[name] = weight
+            packed[name] = unpacked[name] = weight
             continue
         parts = weight.reshape(weight.shape[0], -1, group)
         scale = parts.abs().amax(-1) / 7
         integers = (parts / scale[..., None]).round().clamp(-8, 7)
-        meant[name] = (integers * scale[..., None]).reshape(weight.shape)
+        unpacked[name] = (integers * scale[..., None]).reshape(weight.shape)
         packed[f"{name}_packed"] = pack_to_int32(integers.reshape(weight.shape).to(torch.int8), 4)
         packed[f"{name}_scale"] = scale
         packed[f"{name}_shape"] = torch.tensor(weight.shape)
@@ -117,7 +117,7 @@ def save_packed(folder: Path, target: Path, *, group: int = 32) -> tuple[Path, d
         config_groups={"group_0": scheme},
         ignore=["lm_head"],
     )
-    return target, meant
+    return target, unpacked
 
 
 def declare(folder: Path, **quantization: Any) -> None:

@@ -72,5 +72,5 @@ def snapshot(net):
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
-def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def same(actual, expected):
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -15,34 +15,6 @@ Subpackages load on first use, so ``import zokernel`` stays cheap and plain PyTo
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+from zokernel._lazy import lazy_exports
 
-from zokernel._version import __version__
-
-_SUBPACKAGES = (
-    "data",
-    "directions",
-    "dynamics",
-    "estimators",
-    "experiments",
-    "finetune",
-    "journal",
-    "kernels",
-    "optim",
-    "perturb",
-    "reporting",
-    "theory",
-)
-
-__all__ = ["__version__", *_SUBPACKAGES]
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"zokernel.{name}")
-    raise AttributeError(f"module 'zokernel' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)  # the names of __init__.pyi

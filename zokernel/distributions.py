@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.private_apis import standard_gamma
+from zokernel.values import is_number
 
 NAMES = ("gaussian", "rademacher", "laplace", "student_t", "uniform", "sphere")
 _ALIASES = {"normal": "gaussian", "t": "student_t", "studentt": "student_t"}
@@ -50,14 +51,14 @@ class Distribution:
     def __post_init__(self):
         if self.name not in NAMES:
             raise UsageError(f"There is no distribution {self.name!r}: choose one of {', '.join(NAMES)}.")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise UsageError(f"The scale of a distribution must be positive and finite, not {self.scale}.")
+        if not (is_number(self.scale) and self.scale > 0):
+            raise UsageError(f"The scale of a distribution must be positive and finite, not {self.scale!r}.")
         if (self.df is None) == (self.name == "student_t"):
             raise UsageError(
                 "Student-t needs its degrees of freedom, as in 'student_t(10)'; no other distribution has them."
             )
-        if self.df is not None and not self.df > 2:
-            raise UsageError(f"Student-t with {self.df:g} degrees of freedom has no variance: it needs more than 2.")
+        if self.df is not None and not ((is_number(self.df) or self.df == math.inf) and self.df > 2):
+            raise UsageError(f"Student-t with {self.df} degrees of freedom has no variance: it needs more than 2.")
         for label, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value is not None and not torch.as_tensor(value, dtype=torch.float64).isfinite().all():
                 raise UsageError(f"The {label} of a distribution must be finite.")

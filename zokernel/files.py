@@ -7,14 +7,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError, UsageError, first_line
 
 # Why a file cannot be written, and what helps.
 _REMEDIES = {
@@ -183,9 +183,38 @@ def write_json(path: Path, value: Any, *, default: Callable[[Any], Any] | None =
     write_text(path, json.dumps(value, indent=2, default=default) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *, keys: Collection[str] | None = None, advice: str = "restore it from a copy") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        keys: What the file, which then holds an object, must have at least.
+        advice: What to do about a damaged file, as a clause.
+
+    Raises:
+        UsageError: If it is cut off or otherwise damaged, or lacks one of the keys.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (path := Path(folder) / "plan.json").write_text("{")
+        ...     try:
+        ...         read_json(path)
+        ...     except UsageError as error:
+        ...         print(str(error).removeprefix(folder))
+        /plan.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): \
+restore it from a copy.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the text's encoding, too
+        raise UsageError(f"{path} is not valid JSON ({first_line(error)}): {advice}.") from error
+    if keys is not None and not isinstance(value, dict):
+        raise UsageError(f"{path} is damaged (it holds no JSON object): {advice}.")
+    for key in keys or ():
+        if key not in value:
+            raise UsageError(f"{path} is damaged (it has no {key!r}): {advice}.")
+    return value
 
 
 def sync(path: Path) -> None:

@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
     np.savez("data.npz", features=x, targets=y, test_features=extra, test_targets=extra.sum(1))
     header = "a,b,c,d,target\n"
     (tmp_path / "data.csv").write_text(
-        header + "\n".join(",".join(map(repr, [*r.tolist(), float(t)])) for r, t in zip(x, y))
+        header + "\n".join(",".join(map(repr, [*r.tolist(), float(t)])) for r, t in zip(x, y, strict=True))
     )
     np.savez("inputs.npz", inputs=x[:, :3], targets=y)
     (tmp_path / "small_models.py").write_text(MODULE)
@@ -58,18 +58,18 @@ def record(folder, name="runs/evolve"):
 
 def test_features_file(folder, capsys):
     assert evolve("--features", "data.npz", "--steps", 10, 100, "--simulate", 400) == 0
-    found = record(folder)
+    result = record(folder)
     with np.load("data.npz") as arrays:
         x, y = torch.as_tensor(arrays["features"]), torch.as_tensor(arrays["targets"])
     moments = process_moments("gaussian", 4, "zo_sgd")
-    run = Evolution(torch.zeros(10), y, x @ x.T, found["learning_rate"], moments=moments)
-    assert found["stability_limit"] == pytest.approx(run.stability_limit)
-    assert found["learning_rate"] == pytest.approx(run.stability_limit / 2)
-    np.testing.assert_allclose(found["losses"]["expected_loss"], run.expected_loss([0, 10, 100]), rtol=1e-6)
-    simulated, error = found["losses"]["simulated_mean"][1], found["losses"]["simulated_error"][1]
-    assert abs(simulated - found["losses"]["expected_loss"][1]) < 4 * error
-    assert found["losses"]["expected_test_loss"][2] > found["losses"]["test_loss_of_mean_path"][2] >= 0
-    assert found["best_num_perturbations"] in {row["num_perturbations"] for row in found["per_query"]}
+    run = Evolution(torch.zeros(10), y, x @ x.T, result["learning_rate"], moments=moments)
+    assert result["stability_limit"] == pytest.approx(run.stability_limit)
+    assert result["learning_rate"] == pytest.approx(run.stability_limit / 2)
+    np.testing.assert_allclose(result["losses"]["expected_loss"], run.expected_loss([0, 10, 100]), rtol=1e-6)
+    simulated, error = result["losses"]["simulated_mean"][1], result["losses"]["simulated_error"][1]
+    assert abs(simulated - result["losses"]["expected_loss"][1]) < 4 * error
+    assert result["losses"]["expected_test_loss"][2] > result["losses"]["test_loss_of_mean_path"][2] >= 0
+    assert result["best_num_perturbations"] in {row["num_perturbations"] for row in result["per_query"]}
     assert (folder / "runs/evolve/evolution.png").stat().st_size > 10_000
     text = capsys.readouterr().out
     assert "mean-square limit" in text
@@ -84,20 +84,20 @@ def test_table_and_npz_agree(folder):
     np.testing.assert_allclose(one["losses"]["expected_loss"], two["losses"]["expected_loss"])
 
 
-def test_unstable_learning_rate_is_said(folder, capsys):
+def test_an_unstable_learning_rate_is_reported(folder, capsys):
     assert evolve("--features", "data.npz", "--learning_rate", 5.0, "--target_loss", 0.1) == 0
-    found = record(folder)
-    assert found["stable"] is False
-    assert found["steps_to_target"] is None
-    assert found["losses"]["expected_loss"][-1] is None
+    result = record(folder)
+    assert result["stable"] is False
+    assert result["steps_to_target"] is None
+    assert result["losses"]["expected_loss"][-1] is None
     assert "UNSTABLE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("law", ["rademacher", "sphere", "laplace"])
 def test_other_laws(folder, law):
     assert evolve("--features", "data.npz", "--distribution", law, "--steps", 50, "--simulate", 300) == 0
-    found = record(folder)["losses"]
-    assert abs(found["simulated_mean"][1] - found["expected_loss"][1]) < 4 * found["simulated_error"][1]
+    losses = record(folder)["losses"]
+    assert abs(losses["simulated_mean"][1] - losses["expected_loss"][1]) < 4 * losses["simulated_error"][1]
 
 
 def test_module_with_and_without_offset(folder):
@@ -144,16 +144,16 @@ def language_model(folder):
 def test_language_model(language_model):
     flags = ("--model_name_or_path", "model", "--train_file", "reviews.csv")
     assert evolve(*flags, "--simulate", 50, "--steps", 20) == 0
-    found = record(language_model)
-    assert found["examples"] == 4
-    assert found["rank"] == 4
+    result = record(language_model)
+    assert result["examples"] == 4
+    assert result["rank"] == 4
     assert evolve(*flags, "--trainable_parameters", "lm_head", "--output_dir", "head") == 0
     assert record(language_model, "head")["parameters"] == 9 * 16
     assert evolve(*flags, "--trainable_parameters", "nothing") == 2
     assert evolve(*flags, "--trainable_parameters", "(") == 2
     assert evolve(*flags, "--template", "{sentence} It was", "--label_words", "terrible", "great") == 0
-    again = record(language_model)
-    assert again["losses"]["expected_loss"][0] == found["losses"]["expected_loss"][0]
+    repeated = record(language_model)
+    assert repeated["losses"]["expected_loss"][0] == result["losses"]["expected_loss"][0]
     assert evolve(*flags, "--label_words", "great", "great") == 2
     assert evolve(*flags, "--text_column", "review") == 2
     assert evolve(*flags, "--no_offset") == 2
@@ -170,7 +170,7 @@ def test_language_model(language_model):
         (("--max_examples", "1"), "all have label 1: shuffle them"),
     ],
 )
-def test_what_a_language_model_cannot_use_is_named(flags, message, language_model, capsys):
+def test_flags_a_language_model_cannot_use_are_refused(flags, message, language_model, capsys):
     assert evolve("--model_name_or_path", "model", "--train_file", "reviews.csv", *flags) == 2
     assert message in capsys.readouterr().err
 
@@ -224,9 +224,9 @@ def test_bad_requests_are_one_sentence_and_exit_code_2(folder, capsys, flags, me
     good = rng.normal(size=(3, 2))
     np.savez("badtest.npz", features=good, targets=np.ones(3), test_features=np.ones((2, 5)), test_targets=np.ones(2))
     assert evolve(*flags) == 2
-    captured = capsys.readouterr().err
-    assert message in captured
-    assert "Traceback" not in captured
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 def test_one_example_works(folder):
@@ -244,8 +244,21 @@ def test_simulation_in_a_basis_of_the_span():
     moments = process_moments("gaussian", 30, "shared")
     run = Evolution(f0, y, x @ x.T, 1.0, moments=moments)
     lr = 0.2 * run.stability_limit
-    found = simulate(basis, y, f0, lr, [4], coupling="shared", runs=20_000, seed=1, dim=30)
-    z = (found.losses.mean() - run.at(lr).expected_loss(4)) / (found.losses.std() / 20_000**0.5)
+    simulated = simulate(basis, y, f0, lr, [4], coupling="shared", runs=20_000, seed=1, dim=30)
+    z = (simulated.losses.mean() - run.at(lr).expected_loss(4)) / (simulated.losses.std() / 20_000**0.5)
     assert z.abs() < 3
     with pytest.raises(UsageError, match="cannot stand for"):
         simulate(basis, y, f0, lr, [4], distribution="rademacher", dim=30)
+
+
+def test_a_loss_reached_before_training_diverges_is_reported(folder, capsys):
+    features = np.diag(np.sqrt([20.0] * 8 + [0.2] * 2))
+    np.savez("slow.npz", features=features, targets=np.array([1e-3] * 8 + [1.0] * 2))
+    limit = 0.09983987251339
+    flags = ("--features", "slow.npz", "--learning_rate", 1.001 * limit, "--target_loss", 0.095)
+    assert evolve(*flags) == 0
+    result = record(folder)
+    assert (result["stable"], result["steps_to_target"], result["queries_to_target"]) == (False, 83, 166)
+    assert "is reached in expectation after 83 steps, 166 loss evaluations (the floor is 0), before it diverges" in (
+        capsys.readouterr().out
+    )

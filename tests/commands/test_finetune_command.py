@@ -37,18 +37,18 @@ def test_the_saved_model_loads_in_plain_transformers_with_the_weights_that_were_
     assert main(["finetune", *flags]) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
     start = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32)
-    moved = [torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters())]
-    assert not any(moved)
+    unchanged = [torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters(), strict=True)]
+    assert not any(unchanged)
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab()
 
 
 def test_a_known_zero_shot_score_is_not_computed_again(flags, tmp_path, caplog):
-    found = []
+    scores = []
     for number in (1, 2):
         assert main(["finetune", *flags, "--output_dir", str(tmp_path / f"run{number}")]) == 0
-        found.append(json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["before"])
+        scores.append(json.loads((tmp_path / f"run{number}" / "metrics.json").read_text())["before"])
         assert ("is known from" in caplog.text) == (number == 2)
-    assert found[0] == found[1]
+    assert scores[0] == scores[1]
     trained = ["--model_name_or_path", str(tmp_path / "run1"), "--output_dir", str(tmp_path / "run3")]
     assert main(["finetune", *flags, *trained]) == 0
     assert len(list((tmp_path / "home" / "zero-shot").iterdir())) == 2
@@ -85,8 +85,8 @@ def test_resume_continues_the_run_that_was_stopped(flags, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name in ("metrics.json", "report.md", "model.safetensors"):
         (folder / name).unlink()
-    again = [*flags, *saving, "--resume_from_checkpoint", str(folder / "checkpoint-4")]
-    assert main(["finetune", *again]) == 0
+    resume_flags = [*flags, *saving, "--resume_from_checkpoint", str(folder / "checkpoint-4")]
+    assert main(["finetune", *resume_flags]) == 0
     resumed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert json.loads((folder / "metrics.json").read_text())["forwards"] == 12
@@ -120,6 +120,7 @@ def test_a_yaml_file_gives_defaults_that_flags_override(flags, tmp_path):
         (["--config", "missing.yaml"], "There is no config file"),
         (["--method_args", "colour=red"], "has no option 'colour'"),
         (["--eps", "-1"], "eps must be positive"),
+        (["--method", "kerzoo", "--method_args", "clip=param_init", "clip_radius=1"], "or --method kerzoo_printed on"),
         (["--resume_from_checkpoint", "last"], "holds no run to resume"),
         (["--lora", "true", "--lora_target_modules", "nowhere"], "no module 'nowhere' to adapt: its modules are"),
         (["--dtype", "bfloat16", "--perturb", "in_place"], "load them with dtype float32"),
@@ -144,18 +145,18 @@ def test_another_run_is_never_overwritten_unasked(flags, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
 
 
-def test_overwriting_a_run_keeps_what_others_wrote(flags, tmp_path, capsys):
-    folder, again = tmp_path / "run", ["--max_steps", "2", "--overwrite_output_dir", "true"]
+def test_overwriting_a_run_keeps_files_of_others(flags, tmp_path, capsys):
+    folder, extra = tmp_path / "run", ["--max_steps", "2", "--overwrite_output_dir", "true"]
     assert main(["finetune", *flags]) == 0
-    others = ("runs/mine/weights.bin", "vocabulary_study.md", "vocab_of_the_thesis/a.txt", "tokenizer_notes.txt")
-    for name in others:
+    names = ("runs/mine/weights.bin", "vocabulary_study.md", "vocab_of_the_thesis/a.txt", "tokenizer_notes.txt")
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("years of work")
-    assert main(["finetune", *flags, *again]) == 0
-    assert [(folder / name).read_text() for name in others] == ["years of work"] * len(others)
+    assert main(["finetune", *flags, *extra]) == 0
+    assert [(folder / name).read_text() for name in names] == ["years of work"] * len(names)
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text("# My thesis\n")
-    assert main(["finetune", *flags, *again]) == 2
+    assert main(["finetune", *flags, *extra]) == 2
     assert "README.md was not written by the run: move it away" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "# My thesis\n"
     assert json.loads((folder / "metrics.json").read_text())["steps"] == 2
@@ -164,7 +165,7 @@ def test_overwriting_a_run_keeps_what_others_wrote(flags, tmp_path, capsys):
     shutil.rmtree(folder / "runs")
     (folder / "runs" / "now").mkdir(parents=True)
     (folder / "runs" / "now" / "events.out.tfevents.1.host").touch()
-    assert main(["finetune", *flags, *again]) == 0
+    assert main(["finetune", *flags, *extra]) == 0
     assert not (folder / "runs").exists()
 
 
@@ -176,7 +177,7 @@ def test_a_folder_with_other_files_is_left_alone(flags, tmp_path, capsys):
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
 
-def test_too_little_memory_is_said_before_loading(flags, monkeypatch, capsys):
+def test_too_little_memory_is_reported_before_loading(flags, monkeypatch, capsys):
     import types
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=10_000))
@@ -184,7 +185,7 @@ def test_too_little_memory_is_said_before_loading(flags, monkeypatch, capsys):
     assert "The run needs at least" in capsys.readouterr().err
 
 
-def test_a_multi_token_label_word_is_said_and_scored(flags, tmp_path, caplog):
+def test_a_multi_token_label_word_is_reported_and_scored(flags, tmp_path, caplog):
     assert main(["finetune", *flags, "--label_words", "bad", "magnificent", "--max_steps", "2"]) == 0
     assert "'magnificent' is up to 12 tokens" in caplog.text
 
@@ -217,11 +218,11 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
     from zokernel.finetune.models.load import load_model
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
-    kept = {}
+    loaded = {}
 
     def load_and_keep(*args):
-        kept["model"], tokenizer = load_model(*args)
-        return kept["model"], tokenizer
+        loaded["model"], tokenizer = load_model(*args)
+        return loaded["model"], tokenizer
 
     monkeypatch.setattr("zokernel.finetune.run.load_model", load_and_keep)
     config = ZOConfig(
@@ -242,7 +243,7 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
     assert metrics["peak_memory_training"] < 1.15 * metrics["peak_memory_inference"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    trained = kept["model"]
+    trained = loaded["model"]
     # The trained model's forward may carry the run's autocast; the class's own forward does not.
     for row in load_rows("movie-reviews", "test")[:3]:
         ids = tokenizer(f"Movie review: {row['sentence']}\nOverall, the movie was", return_tensors="pt")["input_ids"]
@@ -250,14 +251,14 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
             assert torch.equal(saved(ids).logits, type(trained).forward(trained, ids).logits)
 
 
-def test_the_precision_is_told_once_and_not_above_an_error_about_the_data(flags, caplog):
-    def told(*more):
+def test_the_precision_is_logged_once_and_not_above_an_error_about_the_data(flags, caplog):
+    def code_and_count(*extra):
         caplog.clear()
         quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
-        code = main(["finetune", *flags, *quick, *more])
+        code = main(["finetune", *flags, *quick, *extra])
         return code, sum(line.startswith("Precision: ") for line in caplog.messages)
 
-    assert told("--precision", "auto", "--label_column", "stars") == (2, 0)
-    assert told("--precision", "auto") == (0, 1)
-    assert told("--precision", "fp32", "--overwrite_output_dir", "true") == (0, 0)
-    assert told("--precision", "auto", "--bf16", "true", "--overwrite_output_dir", "true") == (0, 0)
+    assert code_and_count("--precision", "auto", "--label_column", "stars") == (2, 0)
+    assert code_and_count("--precision", "auto") == (0, 1)
+    assert code_and_count("--precision", "fp32", "--overwrite_output_dir", "true") == (0, 0)
+    assert code_and_count("--precision", "auto", "--bf16", "true", "--overwrite_output_dir", "true") == (0, 0)

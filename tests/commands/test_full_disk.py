@@ -44,8 +44,8 @@ def run(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
 
 
 @pytest.fixture
-def refused(tmp_path, capsys):
-    """A function that runs a command twice, with room and without, and returns what is said then."""
+def full_disk_error(tmp_path, capsys):
+    """A function that runs a command with room and then without, and returns the last line of the error."""
 
     def of(*words: str) -> str:
         folder = tmp_path / "out"
@@ -56,27 +56,34 @@ def refused(tmp_path, capsys):
         with no_room():
             assert main([*words]) == 1
         assert not [path.name for path in folder.rglob("*") if path.stat().st_size]
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        return told.strip().splitlines()[-1]
+        output = capsys.readouterr().err
+        assert "Traceback" not in output
+        return output.strip().splitlines()[-1]
 
     return of
 
 
-def test_predict_report_merge_and_replay_name_what_they_write(run, refused, tiny_lm_path, tiny_reviews_path, tmp_path):
+def test_predict_report_merge_and_replay_name_the_file_they_cannot_write(
+    run, full_disk_error, tiny_lm_path, tiny_reviews_path, tmp_path
+):
     out = tmp_path / "out"
     rows = ["--file", str(tiny_reviews_path / "test.jsonl"), "--output_file", str(out / "answers.csv")]
-    said = f"zokernel: error: {out}"
-    assert refused("predict", "--model", str(run), *rows) == f"{said}/answers.csv cannot be written {END}"
-    assert refused("report", str(run), "--output", str(out / "a.html")) == f"{said}/a.html cannot be written {END}"
-    assert refused("merge", "--model", str(run), "--output_dir", str(out)) == f"{said} cannot be written {END}"
+    error = f"zokernel: error: {out}"
+    assert full_disk_error("predict", "--model", str(run), *rows) == f"{error}/answers.csv cannot be written {END}"
+    assert (
+        full_disk_error("report", str(run), "--output", str(out / "a.html"))
+        == f"{error}/a.html cannot be written {END}"
+    )
+    assert full_disk_error("merge", "--model", str(run), "--output_dir", str(out)) == f"{error} cannot be written {END}"
     base = ["--base", str(tiny_lm_path), "--journal", str(run), "--output_dir", str(out)]
-    assert refused("replay", *base) == f"{said} cannot be written {END}"
+    assert full_disk_error("replay", *base) == f"{error} cannot be written {END}"
 
 
-def test_plan_kernel_and_evolve_name_what_they_write(refused, tiny_lm_path, tiny_reviews_path, tmp_path):
+def test_plan_kernel_and_evolve_name_the_file_they_cannot_write(
+    full_disk_error, tiny_lm_path, tiny_reviews_path, tmp_path
+):
     out = tmp_path / "out"
-    said = f"zokernel: error: {out}"
+    error = f"zokernel: error: {out}"
     (tmp_path / "nets.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n")
     for name in "ou":
         np.save(tmp_path / f"{name}.npy", np.ones((1, 3), np.float32))
@@ -84,16 +91,16 @@ def test_plan_kernel_and_evolve_name_what_they_write(refused, tiny_lm_path, tiny
     np.savez(tmp_path / "data.npz", features=rng.normal(size=(6, 3)), targets=rng.normal(size=6))
     inputs = ["--x_o", str(tmp_path / "o.npy"), "--x_u", str(tmp_path / "u.npy"), "--num_perturbations", "2"]
     kernel = ["kernel", "--model", f"{tmp_path / 'nets.py'}:build", *inputs, "--output_dir", str(out)]
-    assert refused(*kernel) == f"{said}/heatmaps.png cannot be written {END}"
+    assert full_disk_error(*kernel) == f"{error}/heatmaps.png cannot be written {END}"
     evolve = ["evolve", "--features", str(tmp_path / "data.npz"), "--steps", "10", "--output_dir", str(out)]
-    assert refused(*evolve) == f"{said}/evolution.png cannot be written {END}"
+    assert full_disk_error(*evolve) == f"{error}/evolution.png cannot be written {END}"
     plan = ["plan", "--model_name_or_path", str(tiny_lm_path), "--train_file", str(tiny_reviews_path / "train.jsonl")]
     plan += ["--label_words", "bad", "good", "--num_probes", "8", "--curvature_probes", "1", "--update_examples", "4"]
     plan += ["--observe_examples", "2", "--output_file", str(out / "plan.json")]
-    assert refused(*plan) == f"{said}/plan.json cannot be written {END}"
+    assert full_disk_error(*plan) == f"{error}/plan.json cannot be written {END}"
 
 
-def test_what_is_printed_to_a_full_disk_is_said_once():
+def test_a_full_disk_is_reported_once_for_printed_output():
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     with Path("/dev/full").open("w") as full:
@@ -107,7 +114,7 @@ def test_what_is_printed_to_a_full_disk_is_said_once():
     )
 
 
-def test_a_file_that_may_not_be_read_is_not_said_to_be_unwritable(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_not_reported_as_unwritable(tmp_path, monkeypatch):
     error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "rows.npz"))
     rows = tmp_path / "rows.npz"
     assert str(explain_write_error(error)).startswith(f"{rows} cannot be written (Permission denied): make it wri")
@@ -118,10 +125,10 @@ def test_a_file_that_may_not_be_read_is_not_said_to_be_unwritable(tmp_path, monk
         assert explain_write_error(other) is None
 
 
-def test_only_errors_of_writing_get_the_name_of_what_is_written(tmp_path):
-    with pytest.raises(OSError, match="other") as found, writing(tmp_path / "a"):
+def test_only_write_errors_get_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="other") as error, writing(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device", "other")
-    assert found.value.filename == "other"
+    assert error.value.filename == "other"
     with pytest.raises(FileNotFoundError) as missing, writing(tmp_path):
         (tmp_path / "none").read_text()
     assert missing.value.filename == str(tmp_path / "none")

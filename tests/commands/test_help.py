@@ -32,7 +32,7 @@ def test_help_fits_the_screen(helps, name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_says_what_it_does_in_two_lines_and_shows_it_in_use(helps, name):
+def test_help_describes_a_command_in_two_lines_and_shows_an_example(helps, name):
     lines = helps[name]
     assert 1 <= lines.index("") <= 2
     assert lines[lines.index("") + 1].startswith(f"zokernel {name}")
@@ -41,17 +41,17 @@ def test_help_says_what_it_does_in_two_lines_and_shows_it_in_use(helps, name):
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name in HELP_GROUPS])
-def test_every_flag_that_is_shown_exists_and_takes_its_example(name):
+def test_every_shown_flag_exists_and_accepts_its_example(name):
     parser = load(name)[1]
     flags = [(flag, value) for group in HELP_GROUPS[name] for flag, (value, _) in group.flags.items()]
     assert len(dict(flags)) == len(flags)
-    alone = [value for flag, value in flags if not _action(parser, flag).option_strings]
+    positional = [value for flag, value in flags if not _action(parser, flag).option_strings]
     for action in parser._actions:
         action.required = False
     for flag, value in flags:
         option = f"--{flag}" if flag != "options" else "--set"
         if _action(parser, flag).option_strings:
-            args = parser.parse([*alone, option, *shlex.split(value)])
+            args = parser.parse([*positional, option, *shlex.split(value)])
             assert getattr(args, flag) not in (None, [])
 
 
@@ -71,15 +71,15 @@ def test_the_examples_of_groups_use_flags_that_exist():
     ("command", "flags"),
     [("finetune", ["--lora", "--load_in_4bit", "--quantization", "--train", "--offload"]), ("plan", ["--memory"])],
 )
-def test_ways_to_hold_the_weights_are_in_the_short_help(command, flags, helps):
-    shown = {line.split()[0] for line in helps[command] if line.startswith("  --")}
-    assert shown.issuperset(flags)
+def test_flags_for_holding_weights_are_in_the_short_help(command, flags, helps):
+    shown_flags = {line.split()[0] for line in helps[command] if line.startswith("  --")}
+    assert shown_flags.issuperset(flags)
 
 
 def test_finetune_shows_about_forty_of_its_flags(capsys):
-    shown = [flag for group in HELP_GROUPS["finetune"] for flag in group.flags]
-    assert len(shown) == len(set(shown))
-    assert 36 <= len(shown) <= 46
+    names = [flag for group in HELP_GROUPS["finetune"] for flag in group.flags]
+    assert len(names) == len(set(names))
+    assert 36 <= len(names) <= 46
     with pytest.raises(SystemExit) as stop:
         main(["finetune", "--help"])
     assert stop.value.code == 0
@@ -90,7 +90,7 @@ def test_finetune_shows_about_forty_of_its_flags(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--help-all", "--help_all"])
-def test_help_all_lists_every_flag_and_whose_it_is(flag, capsys):
+def test_help_all_lists_every_flag_and_where_it_comes_from(flag, capsys):
     parser = load("finetune")[1]
     with pytest.raises(SystemExit) as stop:
         main(["finetune", flag])
@@ -98,15 +98,15 @@ def test_help_all_lists_every_flag_and_whose_it_is(flag, capsys):
     out = capsys.readouterr().out
     missing = [option for option in parser._option_string_actions if option.startswith("--") and option not in out]
     assert not missing
-    ours, theirs = out.split("transformers' TrainingArguments:")
-    assert "--method METHOD" in ours
-    assert "--learning_rate LEARNING_RATE" in ours  # its default is zokernel's
-    assert "--hub_token HUB_TOKEN" in theirs
-    assert "--weight_decay WEIGHT_DECAY" in theirs
+    own_flags, inherited = out.split("transformers' TrainingArguments:")
+    assert "--method METHOD" in own_flags
+    assert "--learning_rate LEARNING_RATE" in own_flags  # its default is zokernel's
+    assert "--hub_token HUB_TOKEN" in inherited
+    assert "--weight_decay WEIGHT_DECAY" in inherited
     assert max(map(len, out.splitlines())) <= 110
 
 
-def test_defaults_are_the_parsers_own():
+def test_shown_defaults_are_those_of_the_parser():
     parser = CommandParser("test", "Do it.")
     parser.add_argument("--seed", type=int, default=0, help="seed of 5 %% of it")
     parser.add_argument("--rate", type=float, help="rate (default: what fits)")
@@ -125,8 +125,8 @@ def test_without_a_command_all_are_listed(capsys):
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 45
     assert max(map(len, out.splitlines())) <= WIDTH
-    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
-    assert listed == list(COMMANDS)
+    commands = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert commands == list(COMMANDS)
     assert "zokernel finetune --train_file" in out
 
 
@@ -137,13 +137,13 @@ def test_help_of_a_command_by_name(capsys):
 
 
 @pytest.mark.parametrize(
-    ("typed", "hint"),
+    ("name", "hint"),
     [("finetun", "did you mean finetune?"), ("jurnal", "did you mean journal?"), ("xyzzy", "choose one of finetune")],
 )
-def test_an_unknown_command_gets_a_suggestion(typed, hint, capsys):
-    assert main([typed]) == 2
+def test_an_unknown_command_gets_a_suggestion(name, hint, capsys):
+    assert main([name]) == 2
     message = capsys.readouterr().err
-    assert f"There is no command {typed!r}" in message
+    assert f"There is no command {name!r}" in message
     assert hint in message
 
 
@@ -168,17 +168,17 @@ def test_a_default_follows_a_text_that_ends_in_anything(end):
 
 
 @pytest.mark.parametrize("way", ["format_help", "format_all"])
-def test_a_command_that_changes_defaults_of_another_says_its_own(way):
+def test_a_command_that_overrides_defaults_shows_its_own(way):
     from zokernel.commands.demo import DEFAULTS
 
     parser = load("demo")[1]
-    shown = getattr(parser, way)()
+    help_text = getattr(parser, way)()
     for flag, value in DEFAULTS.items():
-        found = re.search(rf"^  --{flag} .*?(?=^  -|^\S|\Z)", shown, re.DOTALL | re.MULTILINE)
-        if found is None:  # it is in --help-all alone
+        match = re.search(rf"^  --{flag} .*?(?=^  -|^\S|\Z)", help_text, re.DOTALL | re.MULTILINE)
+        if match is None:  # it is in --help-all alone
             assert way == "format_help"
             continue
-        text = " ".join(found[0].split())
+        text = " ".join(match[0].split())
         assert text.count("(default:") == 1
         assert f"(default: {value})" in text
         assert "(required)" not in text

@@ -45,7 +45,7 @@ def test_a_merged_model_answers_new_rows_as_its_run(flags, tmp_path, tiny_review
     assert load_predictor(low).model.dtype == torch.bfloat16
 
 
-def test_what_a_run_made_in_its_folder_is_merged_as_the_run_itself(flags, tmp_path, other_bases, capsys):
+def test_checkpoints_and_their_copies_are_merged_like_the_run(flags, tmp_path, other_bases, capsys):
     low = ["--lora", "true", "--dtype", "bfloat16", "--save_strategy", "steps", "--save_steps", "3"]
     assert main(["finetune", *flags, *RUN, *low, "--save_total_limit", "1"]) == 0
     checkpoint = tmp_path / "run" / "checkpoint-3"
@@ -83,11 +83,11 @@ def test_a_merged_model_scores_as_its_adapter(kind, flags, tmp_path, tiny_lm_pat
     assert (plain - untrained).abs().max() > 1e-4
     assert main(["merge", "--model", str(run), "--output_dir", str(merged)]) == 2
     assert "already holds files" in capsys.readouterr().err
-    again = ["--model_name_or_path", str(merged), "--do_train", "false", "--output_dir", str(tmp_path / "score")]
-    assert main(["finetune", *flags, *again]) == 0
-    told = capsys.readouterr()
-    assert "already-trained accuracy" in told.out
-    assert "ero-shot" not in told.out + told.err + (tmp_path / "score" / "report.md").read_text()
+    scoring = ["--model_name_or_path", str(merged), "--do_train", "false", "--output_dir", str(tmp_path / "score")]
+    assert main(["finetune", *flags, *scoring]) == 0
+    output = capsys.readouterr()
+    assert "already-trained accuracy" in output.out
+    assert "ero-shot" not in output.out + output.err + (tmp_path / "score" / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +115,20 @@ def test_a_base_that_the_adapter_was_not_trained_on_is_refused(record, flags, tm
         (run / "run.json").write_text(json.dumps(values))
     else:
         (run / "journal.zkj").unlink()
-    told = {"mistral": "that was a LlamaForCausalLM, and this is a MistralForCausalLM", "retrained": "its weights were"}
-    for name, difference in told.items():
+    differences = {
+        "mistral": "that was a LlamaForCausalLM, and this is a MistralForCausalLM",
+        "retrained": "its weights were",
+    }
+    for name, difference in differences.items():
         base = str(other_bases / name)
         assert main(["merge", "--model", str(run), "--base", base, "--output_dir", str(merged)]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"{base} is not the model that the adapter {run} was trained on ({difference}" in error
         assert not merged.exists()
     caplog.clear()
-    again = ["--model_name_or_path", str(other_bases / "retrained"), "--adapter_name_or_path", str(run)]
-    assert main(["finetune", *flags, *again, "--do_train", "false", "--output_dir", str(tmp_path / "score")]) == 0
-    assert caplog.text.count(f"was trained on: {told['retrained']} different.") == 1
+    scoring = ["--model_name_or_path", str(other_bases / "retrained"), "--adapter_name_or_path", str(run)]
+    assert main(["finetune", *flags, *scoring, "--do_train", "false", "--output_dir", str(tmp_path / "score")]) == 0
+    assert caplog.text.count(f"was trained on: {differences['retrained']} different.") == 1
     copy = ["--base", str(other_bases / "copy")]
     assert main(["merge", "--model", str(run), *copy, "--output_dir", str(merged)]) == 0
     low = ["--dtype", "bfloat16", "--output_dir", str(tmp_path / "low")]
@@ -148,29 +151,29 @@ def test_a_finished_run_with_merge_adapter_holds_the_merged_model(flags, tmp_pat
     assert metrics_of(run)["saved"] == "model"
     assert not (run / "adapter_config.json").exists()
     assert not (run / "adapter_model.safetensors").exists()
-    again = ["--model_name_or_path", str(run), "--do_train", "false", "--output_dir", str(tmp_path / "score")]
-    assert main(["finetune", *flags, *again]) == 0
+    scoring = ["--model_name_or_path", str(run), "--do_train", "false", "--output_dir", str(tmp_path / "score")]
+    assert main(["finetune", *flags, *scoring]) == 0
     scored, trained = metrics_of(tmp_path / "score")["before"], metrics_of(run)["after"]
     assert scored["accuracy"] == trained["accuracy"]
     assert scored["loss"] == pytest.approx(trained["loss"], abs=1e-5)
 
 
 def test_what_cannot_be_merged_is_refused(flags, tmp_path, tiny_lm_path, capsys):
-    for wrong, told in (
+    for wrong, message in (
         (["--merge_adapter", "true"], "no adapter to merge"),
         (["--merge_adapter", "true", "--prompt_tuning", "true"], "Virtual tokens are inputs, not weights"),
         (["--merge_adapter", "true", "--lora", "true", "--do_train", "false"], "'zokernel merge' merges a saved"),
     ):
         assert main(["finetune", *flags, *wrong]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     base = AutoModelForCausalLM.from_pretrained(tiny_lm_path)
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
-    for model, told in (
+    for model, message in (
         (tmp_path / "prompt", "Virtual tokens are inputs"),
         (tiny_lm_path, "holds no adapter"),
         (tmp_path / "nothing", "no model folder"),
     ):
         assert main(["merge", "--model", str(model), "--output_dir", str(tmp_path / "out")]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -34,14 +34,14 @@ def test_files(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder" / name).mkdir(parents=True)
     os.mkfifo(tmp_path / name)
-    for place, code, told in [
+    for place, code, message in [
         (f"taken/{name}", 1, f"{flag} {name}: the folder taken cannot be written ({tmp_path / 'taken'} is a file)"),
         (f"/proc/none/{name}", 1, f"{flag} {name}: the folder /proc/none cannot be written (No such file or directory"),
         (f"folder/{name}", 2, f"{flag} folder/{name} is a folder: name a file in it."),
         (name, 2, f"{flag} {name} is a device or a pipe: name a file."),
     ]:
         assert main([command, *words, flag, place]) == code
-        assert f"zokernel: error: {told}" in capsys.readouterr().err
+        assert f"zokernel: error: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", FOLDERS)
@@ -50,9 +50,9 @@ def test_folders(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("mine")
     for place in ("taken", "taken/below", "/proc/none"):
         assert main([command, *FOLDERS[command], "--output_dir", place]) == 1
-        told = capsys.readouterr().err
-        assert f" {place} cannot be written" in told
-        assert told.rstrip().endswith("choose another.")
+        error = capsys.readouterr().err
+        assert f" {place} cannot be written" in error
+        assert error.rstrip().endswith("choose another.")
 
 
 def test_what_can_be_written_is_left_as_it_is(tmp_path, monkeypatch):
@@ -66,9 +66,9 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
-    def refused(*, dir):
+    def refuse(*, dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", refused)  # the tests may run as root, to whom all is permitted
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # the tests may run as root, to whom all is permitted
     with pytest.raises(RunError, match=r"--output_dir .*new cannot be written \(Permission denied\): choose another"):
         check_output_dir(tmp_path / "new")

@@ -67,6 +67,8 @@ def test_a_file_gives_flags_that_the_command_line_overrides(parser, tmp_path):
     ("words", "message"),
     [
         ([], "the following arguments are required: --rate: 'zokernel test --help' lists the flags"),
+        (["--raet", "1"], r"There is no flag '--raet' \(did you mean --rate\?\)"),
+        (["--steps", "2"], "the following arguments are required: --rate"),
         (["--rate", "x"], "argument --rate: invalid float value: 'x'"),
         (["--rate", "1", "--stps", "2"], r"There is no flag '--stps' \(did you mean --steps\?\)"),
         (["--rate", "1", "--zzz=3"], "There is no flag '--zzz': 'zokernel test --help' lists them"),
@@ -78,6 +80,19 @@ def test_a_file_gives_flags_that_the_command_line_overrides(parser, tmp_path):
 def test_mistakes_are_one_sentence(parser, words, message):
     with pytest.raises(UsageError, match=message):
         parser.parse(words)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("predict --modle runs/a", "'--modle' (did you mean --model?)"),
+        ("merge --modle runs/a --output_dir b", "'--modle' (did you mean --model?)"),
+        ("kernel --modle lenet", "'--modle' (did you mean --model?)"),
+    ],
+)
+def test_a_mistyped_flag_is_named_before_the_one_that_is_missing(command, flag, capsys):
+    assert main(command.split()) == 2
+    assert f"There is no flag {flag}" in capsys.readouterr().err
 
 
 def test_an_unknown_key_of_a_file_is_refused(parser, tmp_path):
@@ -108,9 +123,9 @@ def test_the_switches_of_finetune_are_those_of_transformers():
 def test_the_flags_of_finetune_are_read_from_sources():
     _, parser = load("finetune")
     options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
-    own = {f"--{name}" for name in OF_EVERY_COMMAND}
+    common = {f"--{name}" for name in OF_EVERY_COMMAND}
     declared = {f"--{name}" for name in declared_flags()}
-    assert {option for option in options if not option.startswith("--no_")} - own == declared
+    assert {option for option in options if not option.startswith("--no_")} - common == declared
     for option in options:
         refuse_unknown_flags("finetune", [option.replace("_", "-"), "x", f"{option}=x"])
 
@@ -148,13 +163,13 @@ def test_debug_is_a_switch_of_every_command(capsys):
 
 @pytest.mark.parametrize("collecting", [True, False])
 def test_no_garbage_is_collected_while_a_command_loads(collecting, monkeypatch, capsys):
-    found = []
-    monkeypatch.setattr("zokernel.cli.load", lambda name: (found.append(gc.isenabled()), load(name))[1])
-    was = gc.isenabled()
+    enabled = []
+    monkeypatch.setattr("zokernel.cli.load", lambda name: (enabled.append(gc.isenabled()), load(name))[1])
+    was_enabled = gc.isenabled()
     try:
         (gc.enable if collecting else gc.disable)()
         assert main(["claims", "entk-root-p"]) == 0
-        assert found == [False]
+        assert enabled == [False]
         assert gc.isenabled() is collecting
     finally:
-        (gc.enable if was else gc.disable)()
+        (gc.enable if was_enabled else gc.disable)()

@@ -20,13 +20,16 @@ from zokernel.finetune.tasks import demonstrations
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--max_steps 0", "--max_steps must be at least 1, not 0"),
         ("--num_perturbations 10 0", "--num_perturbations must be at least 1, not 0"),
         ("--num_perturbations -1", "--num_perturbations must be at least 1, not -1"),
         ("--verify true --verify_draws 0", "--verify_draws must be at least 1, not 0"),
         ("--memory true --tokens 0", "--tokens must be at least 1, not 0"),
+        ("--num_probes 0", "--num_probes must be at least 8, not 0"),
+        ("--num_probes 4", "--num_probes must be at least 8, not 4"),
+        ("--output_file plan.txt", "--output_file plan.txt is read again as .json: give it that ending."),
         ("--eps -1", "--eps must be above 0, not -1"),
         ("--tolerances 0.1 0", "--tolerances must be above 0, not 0"),
         ("--max_length 0", "max_length must be at least 1, not 0"),
@@ -36,13 +39,39 @@ from zokernel.finetune.tasks import demonstrations
         ("--num_demonstrations 60", "fewer examples than the plan needs"),
     ],
 )
-def test_what_no_plan_can_use_is_refused_before_the_model_is_loaded(
-    flags, told, tiny_lm_path, tiny_reviews_path, monkeypatch, capsys
+def test_flags_no_plan_can_use_are_refused_before_the_model_is_loaded(
+    flags, message, tiny_lm_path, tiny_reviews_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("zokernel.finetune.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
     data = ["--train_file", str(tiny_reviews_path / "train.jsonl"), "--label_words", "bad", "good"]
     assert main(["plan", "--model_name_or_path", str(tiny_lm_path), *data, *flags.split()]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "flags", "message"),
+    [
+        (
+            "text,label",
+            [],
+            "column 'label' holds -1 beside 1, and -1 stands for no label unless --labels names it: if it",
+        ),
+        (
+            "Review,label",
+            ["--template", "{review} It was"],
+            "no column 'review' (it has Review, label): did you mean 'Rev",
+        ),
+        ("text,Label", [], "no column 'label' (it has text, Label): did you mean 'Label' (in --label_column)?"),
+        ("text,label", ["--reward_function", "json"], "--reward_function is for --objective reward: add it"),
+    ],
+)
+def test_a_plan_refuses_rows_as_a_run_does(columns, flags, message, tiny_lm_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("zokernel.finetune.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
+    rows = "".join(f"film {n},{2 * (n % 2) - 1}\n" for n in range(40))
+    (tmp_path / "rows.csv").write_text(f"{columns}\n{rows}")
+    data = ["--train_file", str(tmp_path / "rows.csv"), "--label_words", "bad", "good"]
+    assert main(["plan", "--model_name_or_path", str(tiny_lm_path), *data, *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +118,7 @@ def test_demonstrations_stand_before_the_prompts_as_in_training(tiny_lm_path, ti
     arguments = PlanArguments(update_examples=4, observe_examples=2, precision="fp32", seed=seed)
     task, _ = load_task(ModelArguments(str(tiny_lm_path)), replace(data, num_demonstrations=2), arguments)
     real = task.batch["attention_mask"].bool()
-    assert [ids[mask].tolist() for ids, mask in zip(task.batch["input_ids"], real)] == tokenizer(expected).input_ids
+    assert [ids[mask].tolist() for ids, mask in zip(task.batch["input_ids"], real, strict=True)] == tokenizer(
+        expected
+    ).input_ids
     assert task.num_tokens == sum(map(len, tokenizer(expected).input_ids))

@@ -38,10 +38,10 @@ def base(tmp_path_factory):
 def table(capsys):
     """A function that returns the table of a model: what follows the flags of each way, by these."""
 
-    def of(model, *more, told=()):
-        assert main(["plan", "--memory", "true", "--model_name_or_path", str(model), *more]) == 0
+    def of(model, *flags, expected=()):
+        assert main(["plan", "--memory", "true", "--model_name_or_path", str(model), *flags]) == 0
         out = capsys.readouterr().out
-        assert all(line in out.splitlines() for line in told)
+        assert all(line in out.splitlines() for line in expected)
         lines = out.split("\n\n")[1].splitlines()
         start = lines[0].index("trained")
         return {line[:start].strip(): line[start:].split() for line in lines[1:]}
@@ -63,17 +63,17 @@ def test_a_checkpoint_that_stays_quantized_takes_what_its_files_hold(base, table
     model = load_pretrained(check_model(arguments), arguments)
     model.save_pretrained(tmp_path / "int8")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "int8")
-    found = table(tmp_path / "int8")
-    assert list(found) == [*ADAPTER, "--train scales"]
+    setups = table(tmp_path / "int8")
+    assert list(setups) == [*ADAPTER, "--train scales"]
     held = sum(len(part.untyped_storage()) for part in parts_of(model))
-    assert all(found[flags][2:4] == readable_bytes(held).split() for flags in ADAPTER)
+    assert all(setups[flags][2:4] == readable_bytes(held).split() for flags in ADAPTER)
     scales = ModelArguments(model_name_or_path=str(tmp_path / "int8"), train="scales")
     trained = train_scales_(load_pretrained(check_model(scales), scales))
     factors = sum(4 * p.numel() for p in trained.parameters() if p.requires_grad)
     assert factors == 4 * sum(
         rows for rows, _ in quantized_layers(model.config, "causal", "torchao:int8").shapes.values()
     )
-    assert found["--train scales"][1:3] == readable_bytes(held + factors).split()
+    assert setups["--train scales"][1:3] == readable_bytes(held + factors).split()
     whole = read_configuration(scales)
     assert whole.stored == QuantizedBytes(held, factors)
     assert bytes_held(scales, str(tmp_path / "int8"), whole.architecture, whole.dtype, "causal") == held + factors
@@ -92,21 +92,21 @@ def test_the_headers_of_a_quantized_checkpoint_are_read_once(base, table, tmp_pa
     declare(folder, quant_method="torchao")
     read, real = [], estimate.tensor_types
     monkeypatch.setattr(estimate, "tensor_types", lambda files: read.append(files) or real(files))
-    found = table(folder)
+    setups = table(folder)
     held = 64 * 64 + 4 * 64 + 4 * 64
     assert read == [[folder / "model.safetensors"]]
-    assert found["--lora true"][2:4] == readable_bytes(held).split()
-    assert found["--train scales"][1:3] == readable_bytes(held + 4 * 64).split()
+    assert setups["--lora true"][2:4] == readable_bytes(held).split()
+    assert setups["--train scales"][1:3] == readable_bytes(held + 4 * 64).split()
 
 
-def test_weights_of_unknown_size_are_called_so(base, table, tmp_path, monkeypatch, caplog):
+def test_weights_of_unknown_size_are_reported_as_unknown(base, table, tmp_path, monkeypatch, caplog):
     shutil.copy(base / "config.json", tmp_path)
     declare(tmp_path, quant_method="torchao")
-    said = "unknown, as the size of the weights is."
-    told = [f"Fastest that fits for {what}: {said}" for what in ("an adapter", "scales")]
-    found = table(tmp_path / "config.json", told=told)
-    assert [row[-1] for row in found.values()] == ["unknown"] * 3
-    assert all(row.count("unknown") == 3 for row in found.values()), "weights, memory, and whether they fit"
+    answer = "unknown, as the size of the weights is."
+    lines = [f"Fastest that fits for {what}: {answer}" for what in ("an adapter", "scales")]
+    setups = table(tmp_path / "config.json", expected=lines)
+    assert [row[-1] for row in setups.values()] == ["unknown"] * 3
+    assert all(row.count("unknown") == 3 for row in setups.values()), "weights, memory, and whether they fit"
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"The size of the quantized weights is unknown ({tmp_path} holds no model.safetensors")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
@@ -130,28 +130,32 @@ def parts_of(model):
         yield from [getattr(stored, name) for name in names] or [stored]
 
 
-def test_the_folder_of_an_adapter_lists_how_that_is_trained_on(base, table, tmp_path):
+def test_the_table_of_an_adapter_folder_lists_ways_to_train_it_further(base, table, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from transformers import AutoModelForCausalLM
 
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig())
     adapted.save_pretrained(tmp_path / "lora")
     plain = table(base)
-    new = {flags.removeprefix("--lora true").strip(): told for flags, told in plain.items() if "an" in told[:1]}
+    new = {flags.removeprefix("--lora true").strip(): row for flags, row in plain.items() if "an" in row[:1]}
     assert {"--perturb stacked", "", "--load_in_4bit true", "--offload disk"} < set(new)
-    found = table(tmp_path / "lora")
-    assert found.pop("--perturb in_place") == new.pop("")
-    assert found == new
+    setups = table(tmp_path / "lora")
+    assert setups.pop("--perturb in_place") == new.pop("")
+    assert setups == new
     record = {"settings": {"load_in_4bit": True, "quantization": None}}
     (tmp_path / "lora" / "run.json").write_text(json.dumps(record))
-    said = "The adapter was trained with --load_in_4bit true: repeat it, or the base is held in full precision."
-    assert list(table(tmp_path / "lora", told=[said])) == ["--perturb stacked", "--perturb in_place", *list(new)[1:]]
+    advice = "The adapter was trained with --load_in_4bit true: repeat it, or the base is held in full precision."
+    assert list(table(tmp_path / "lora", expected=[advice])) == [
+        "--perturb stacked",
+        "--perturb in_place",
+        *list(new)[1:],
+    ]
     tokens = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), tokens).save_pretrained(tmp_path / "tokens")
     assert list(table(tmp_path / "tokens")) == ["--perturb in_place", *list(new)[1:]]
 
 
-def test_a_run_that_streams_the_base_of_a_saved_adapter_lists_how_that_is_trained_on(base, flags, tmp_path, caplog):
+def test_a_run_that_streams_the_base_of_an_adapter_lists_ways_to_train_it_further(base, flags, tmp_path, caplog):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from transformers import AutoModelForCausalLM
 
@@ -160,14 +164,14 @@ def test_a_run_that_streams_the_base_of_a_saved_adapter_lists_how_that_is_traine
     adapted.save_pretrained(tmp_path / "lora")
     streamed = ["--model_name_or_path", str(tmp_path / "lora"), "--offload", "disk", "--max_steps", "1"]
     assert main(["finetune", *flags, *streamed]) == 0
-    told = next(message for message in caplog.messages if message.startswith("Memory of each setup"))
-    listed = [line.partition("  ")[0] for line in told.split("\n\n")[1].splitlines()[1:]]
-    assert {"--perturb stacked", "--perturb in_place", "--offload disk"} <= set(listed)
-    assert not [flags for flags in listed if "--lora" in flags]
+    listing = next(message for message in caplog.messages if message.startswith("Memory of each setup"))
+    setups = [line.partition("  ")[0] for line in listing.split("\n\n")[1].splitlines()[1:]]
+    assert {"--perturb stacked", "--perturb in_place", "--offload disk"} <= set(setups)
+    assert not [flags for flags in setups if "--lora" in flags]
 
 
-def test_one_row_is_a_batch_for_the_table_and_none_is_not(base, table, capsys):
-    assert table(base, "--update_examples", "1", told=[HEAD])
+def test_the_table_accepts_a_batch_of_one_row_and_refuses_an_empty_one(base, table, capsys):
+    assert table(base, "--update_examples", "1", expected=[HEAD])
     words = ["plan", "--model_name_or_path", str(base), "--update_examples"]
     assert main([*words, "0", "--memory", "true"]) == 2
     assert "--update_examples must be at least 1, not 0." in capsys.readouterr().err
@@ -176,7 +180,7 @@ def test_one_row_is_a_batch_for_the_table_and_none_is_not(base, table, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "names"),
     [
         (["--load_in_4bit", "true"], "--load_in_4bit would"),
         (["--quantization=torchao:int3", "--offload", "nvme"], "--quantization and --offload would"),
@@ -184,6 +188,6 @@ def test_one_row_is_a_batch_for_the_table_and_none_is_not(base, table, capsys):
         (["--num-probes", "3"], "--num_probes would"),
     ],
 )
-def test_flags_without_effect_are_refused(flags, named, base, capsys):
+def test_flags_without_effect_are_refused(flags, names, base, capsys):
     assert main(["plan", "--memory", "true", "--model_name_or_path", str(base), *flags]) == 2
-    assert f"{named} change nothing" in capsys.readouterr().err
+    assert f"{names} change nothing" in capsys.readouterr().err

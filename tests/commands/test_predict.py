@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+import logging
 import shutil
 
 import pytest
@@ -37,7 +38,7 @@ def run(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
 def test_the_accuracy_of_the_predictions_is_that_of_the_run(run, tiny_reviews_path):
     rows = load_table(tiny_reviews_path / "test.jsonl")
     answers = load_predictor(run)(rows, batch_size=7)
-    right = [answer["prediction"] == str(row["label"]) for row, answer in zip(rows, answers)]
+    right = [answer["prediction"] == str(row["label"]) for row, answer in zip(rows, answers, strict=True)]
     metrics = json.loads((run / "metrics.json").read_text())
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
     for answer in answers:
@@ -51,7 +52,7 @@ def test_texts_rows_and_batches_give_the_same_scores(run):
     predictor = load_predictor(run)
     one = predictor(texts)
     rows = predictor([{"sentence": text, "other": 1} for text in texts], batch_size=1)
-    for left, right in zip(one, rows):
+    for left, right in zip(one, rows, strict=True):
         assert left["scores"] == pytest.approx(right["scores"], abs=1e-6)
 
 
@@ -91,8 +92,8 @@ def test_the_model_is_run_with_the_attention_of_its_run(tmp_path, flags):
     folder = tmp_path / "run"
     assert main(["finetune", *flags, *RUN, "--lora", "true", "--attn_implementation", "eager"]) == 0
     assert main(["merge", "--model", str(folder), "--output_dir", str(tmp_path / "merged")]) == 0
-    for place in (folder, tmp_path / "merged"):
-        assert attention_implementation(load_predictor(place).model) == "eager"
+    for model_folder in (folder, tmp_path / "merged"):
+        assert attention_implementation(load_predictor(model_folder).model) == "eager"
 
 
 OWN = """
@@ -101,9 +102,9 @@ from transformers import LlamaForCausalLM
 
 class Own(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
-        found = super().forward(*args, **kwargs)
-        found.logits = -found.logits
-        return found
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = -outputs.logits
+        return outputs
 """
 
 
@@ -115,8 +116,8 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(lora, tmp_path, tiny_
     config = json.loads((place / "config.json").read_text())
     config |= {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}
     (place / "config.json").write_text(json.dumps(config))
-    trust, named = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place), "--lora", lora]
-    assert main(["finetune", *flags, *RUN, *named, *trust]) == 0
+    trust, model_flags = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place), "--lora", lora]
+    assert main(["finetune", *flags, *RUN, *model_flags, *trust]) == 0
     scores = []
     for trusted, name in ((True, "Own"), (False, "LlamaForCausalLM")):
         predictor = load_predictor(run, trust_remote_code=trusted)
@@ -152,13 +153,13 @@ def test_a_configuration_of_a_class_that_comes_with_the_model(lora, tmp_path, ti
     names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     config |= {"model_type": "own-llama", "architectures": ["Own"], "auto_map": names}
     (place / "config.json").write_text(json.dumps(config))
-    trust, named = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place)]
-    assert main(["plan", "--memory", "true", *named, *trust]) == 0
-    assert main(["plan", "--memory", "true", *named]) == 2
+    trust, model_flags = ["--trust_remote_code", "true"], ["--model_name_or_path", str(place)]
+    assert main(["plan", "--memory", "true", *model_flags, *trust]) == 0
+    assert main(["plan", "--memory", "true", *model_flags]) == 2
     assert "brings code of its own, which is not run: read it" in capsys.readouterr().err
     # At this rate of all weights the start is best, and is loaded again.
     far = ["--max_steps", "4", "--eval_steps", "2", "--save_strategy", "journal", "--learning_rate", "10"]
-    assert main(["finetune", *flags, *named, *far, *trust, "--lora", lora]) == 0
+    assert main(["finetune", *flags, *model_flags, *far, *trust, "--lora", lora]) == 0
     assert lora == "true" or json.loads((tmp_path / "run" / "metrics.json").read_text())["best_step"] == 0
     capsys.readouterr()
     assert main(["predict", "--model", str(tmp_path / "run"), "--file", str(rows), *trust]) == 0
@@ -177,7 +178,7 @@ def test_predictions_are_labels_as_the_training_data_had_them(values, tmp_path, 
     model, folder = ["--model_name_or_path", str(tiny_lm_path)], tmp_path / "run"
     assert main(["finetune", *model, *files, *RUN, "--output_dir", str(folder)]) == 0
     answers = load_predictor(folder)([row["text"] for row in rows])
-    right = [answer["prediction"] == row["label"] for row, answer in zip(rows, answers)]
+    right = [answer["prediction"] == row["label"] for row, answer in zip(rows, answers, strict=True)]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
     for answer in answers:
@@ -225,6 +226,99 @@ def published_predictor(name, path):
     return Predictor(AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path), record)
 
 
+@pytest.mark.parametrize(
+    ("flags", "values", "scores"),
+    [
+        ("--label_words bad good", ("bad", "Good"), ("bad", "Good")),
+        ("--label_words bad good", ("0", "1"), ("0", "1")),
+        ("--label_words bad good", (1, 0), ("0", "1")),
+        ("--label_words bad good", (False, True), ("False", "True")),
+        ("--label_words bad good", (0.0, 1.0), ("0.0", "1.0")),
+        ("--label_words bad good --labels low high", ("LOW", "high"), ("LOW", "high")),
+        ("--label_words bad good --labels 0|negative 1|positive", ("negative", "positive"), ("negative", "positive")),
+        ("--label_words bad good --labels -1 1", ("-1", "1"), ("-1", "1")),
+        ("--task sst2", (1, 0), ("0", "1")),
+        ("--task rte", ("entailment", "not_entailment"), ("entailment", "not_entailment")),
+        ("", ("Left", "right"), ("Left", "right")),
+    ],
+)
+def test_predictions_are_the_values_of_the_label_column(flags, values, scores, tmp_path, tiny_lm_path):
+    text = {"sentence1": "a", "sentence2": "b"} if "rte" in flags else {"sentence": "movie"}
+    rows = [{**text, "label": values[n % 2]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--train_file", str(tmp_path / "rows.jsonl"), "--test_file", str(tmp_path / "rows.jsonl")]
+    model, folder = ["--model_name_or_path", str(tiny_lm_path)], tmp_path / "run"
+    assert main(["finetune", *model, *files, *RUN, *flags.split(), "--output_dir", str(folder)]) == 0
+    output = tmp_path / "answers.jsonl"
+    predict = ["predict", "--model", str(folder), "--file", str(tmp_path / "rows.jsonl"), "--output_file", str(output)]
+    assert main(predict) == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    right = [answer["prediction"] == str(answer["label"]) for answer in answers]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6) == 0.5
+    assert all(tuple(answer["scores"]) == scores for answer in answers)
+
+
+def test_a_run_of_an_earlier_version_answers_as_it_did(run):
+    predictor = load_predictor(run)
+    del predictor.record["labels"]
+    assert list(predictor(["good"])[0]["scores"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("source", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "-"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_rows_without_text_have_no_answer_and_are_counted(run, source, suffix, tmp_path, monkeypatch, caplog):
+    cells = ["good", "", "bad", "  "] if source in ("a.csv", "a.tsv") else ["good", "", "bad", None]
+    rows = [{"id": n, "sentence": cell} for n, cell in enumerate(cells)]
+    lines, file = "".join(json.dumps(row) + "\n" for row in rows), tmp_path / source
+    if source == "-":
+        file, place = "-", "row 2"
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    elif source == "a.parquet":
+        place = "row 2"
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    elif source == "a.jsonl":
+        place = "line 2"
+        file.write_text(lines)
+    else:
+        place, sign = "line 3", "\t" if source == "a.tsv" else ","
+        file.write_text(f"id{sign}sentence\n" + "".join(f"{row['id']}{sign}{row['sentence']}\n" for row in rows))
+    output = tmp_path / f"answers{suffix}"
+    with caplog.at_level(logging.WARNING):
+        assert main(["predict", "--model", str(run), "--file", str(file), "--output_file", str(output)]) == 0
+    assert f"2 rows without text have no answer (the first: {place})." in caplog.messages
+    answers = load_table(output)
+    expected = load_predictor(run)(["good", "bad"])
+    assert [answers[n]["prediction"] for n in (0, 2)] == [answer["prediction"] for answer in expected]
+    assert [answers[n]["word"] for n in (0, 2)] == [answer["word"] for answer in expected]
+    for number in (1, 3):
+        empty = [answers[number][name] for name in ("prediction", "word", "score")]
+        assert empty == ["", "", ""] if suffix == ".csv" else empty == [None, None, None]
+        assert (answers[number].get("scores") or {"0": None, "1": None}) == {"0": None, "1": None}
+
+
+def test_one_empty_column_of_several_is_answered_and_a_missing_one_is_not(tiny_lm_path):
+    predictor = published_predictor("rte", tiny_lm_path)
+    rows = [{"sentence1": "", "sentence2": "a"}, {"sentence1": None, "sentence2": "a"}]
+    answered, empty = predictor(rows)
+    assert answered["prediction"] in ("entailment", "not_entailment")
+    assert empty == {"prediction": None, "word": None, "score": None, "scores": dict.fromkeys(answered["scores"])}
+    choice = published_predictor("copa", tiny_lm_path)
+    row = {"premise": "It is wet.", "choice1": "It rained.", "choice2": "", "conjunction": "because"}
+    answered, empty = choice([row, {**row, "choice1": None}])
+    assert answered["position"] in (0, 1)
+    assert empty == {"prediction": None, "position": None, "score": None, "scores": {}}
+
+
+def test_a_file_of_a_header_is_refused_without_a_word_about_training(run, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("sentence\n")
+    assert main(["predict", "--model", str(run), "--file", str(tmp_path / "new.csv")]) == 2
+    message = capsys.readouterr().err
+    assert "new.csv has no rows below its header line: add one, or name its columns with --column_names" in message
+    assert "train" not in message.split("new.csv")[-1]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_files_hold_the_rows_and_their_answers(run, suffix, tmp_path, capsys):
     (tmp_path / "new.csv").write_text('id,sentence\n7,"good, very"\n8,bad\n')
@@ -249,7 +343,7 @@ def test_lines_of_text_and_json_come_from_standard_input(run, monkeypatch, capsy
     assert (second["sentence"], second["id"]) == ("bad", 3)
 
 
-def test_chats_are_continued(tmp_path, tiny_lm_path, monkeypatch):
+def test_chats_are_continued(tmp_path, tiny_lm_path, monkeypatch, caplog):
     rows = [{"messages": [{"role": "user", "content": "good"}, {"role": "assistant", "content": "bad"}]}] * 12
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -259,15 +353,18 @@ def test_chats_are_continued(tmp_path, tiny_lm_path, monkeypatch):
     model = ["--model_name_or_path", str(tiny_lm_path)]
     assert main(["finetune", *model, *flags, *RUN, "--output_dir", str(folder)]) == 0
     predictor = load_predictor(folder)
-    asked = [{"messages": rows[0]["messages"][:1]}, rows[0], "good"]
-    answers = predictor(asked)
+    questions = [{"messages": rows[0]["messages"][:1]}, rows[0], "good"]
+    answers = predictor(questions)
     assert answers[0] == answers[1] == answers[2]
     assert isinstance(answers[0]["prediction"], str)
+    with caplog.at_level(logging.WARNING):
+        assert predictor([{"messages": []}, "good", ""]) == [{"prediction": None}, answers[2], {"prediction": None}]
+    assert "2 rows without text have no answer (the first: row 1)." in caplog.messages
     samples = json.loads((folder / "metrics.json").read_text())["samples"]
     assert samples[0]["after"] == answers[0]["prediction"]
     monkeypatch.setattr("zokernel.finetune.predict.continuations", lambda *_, **__: pytest.fail("a row was answered"))
     with pytest.raises(UsageError, match=r"^Row 2: it has 'text', and the run learned from rows with 'messages'"):
-        predictor([asked[0], {"text": "good"}])
+        predictor([questions[0], {"text": "good"}])
 
 
 def test_mistakes_are_named(run, tmp_path, capsys):
@@ -275,8 +372,12 @@ def test_mistakes_are_named(run, tmp_path, capsys):
     predictor = load_predictor(run)
     with pytest.raises(UsageError, match=r"Row 2 has no 'sentence' \(it has text\)"):
         predictor(["good", {"text": "bad"}])
-    with pytest.raises(UsageError, match="Row 1 has nothing in 'sentence'; the template"):
-        predictor([{"sentence": None}])
+    with pytest.raises(
+        UsageError, match=r"Row 1 has no 'sentence' \(it has Sentence\): did you mean 'Sentence'\?; the te"
+    ):
+        predictor([{"Sentence": "bad"}])
+    with pytest.raises(UsageError, match="Row 2: column 'sentence' holds a list, not a text"):
+        predictor(["good", {"sentence": ["bad"]}])
     with pytest.raises(UsageError, match="Row 2 is None, neither"):
         predictor(["good", None])
     with pytest.raises(UsageError, match="in brackets"):
@@ -286,9 +387,9 @@ def test_mistakes_are_named(run, tmp_path, capsys):
     assert main(["predict", "--model", str(run), *same]) == 2
     assert (tmp_path / "new.csv").read_text() == "sentence\ngood\n"
     (tmp_path / "old.csv").write_text("old\n1\n")
-    gone = ["--file", str(tmp_path / "nope.csv"), "--output_file", str(tmp_path / "old.csv")]
+    missing = ["--file", str(tmp_path / "nope.csv"), "--output_file", str(tmp_path / "old.csv")]
     capsys.readouterr()
-    assert main(["predict", "--model", str(run), *gone]) == 2
+    assert main(["predict", "--model", str(run), *missing]) == 2
     assert f"There is no file {tmp_path / 'nope.csv'}: check the path" in capsys.readouterr().err
     assert main(["predict", "--model", str(run), "--output_file", str(tmp_path / "folder.csv")]) == 2
     assert "is a folder: name a file in it" in capsys.readouterr().err
@@ -308,22 +409,22 @@ def test_the_table_of_a_csv_is_whole(run, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_columns_that_are_called_as_answers_are_keep_their_cells(run, suffix, tmp_path, capsys):
-    own = {"word": "set", "score": 7, "prediction": "mine", "input:word": "first", "scores": "theirs"}
-    (tmp_path / "new.jsonl").write_text(json.dumps({"sentence": "good", **own}) + "\n")
+def test_columns_named_like_answer_fields_keep_their_cells(run, suffix, tmp_path, capsys):
+    cells = {"word": "set", "score": 7, "prediction": "mine", "input:word": "first", "scores": "theirs"}
+    (tmp_path / "new.jsonl").write_text(json.dumps({"sentence": "good", **cells}) + "\n")
     output = tmp_path / f"answers{suffix}"
     files = ["--file", str(tmp_path / "new.jsonl"), "--output_file", str(output)]
     assert main(["predict", "--model", str(run), *files]) == 0
     assert "'word' is 'input:input:word', 'score' is 'input:score', 'prediction' is" in capsys.readouterr().err
     (answer,), (row,) = load_predictor(run)(["good"]), load_table(output)
-    kept = ("input:input:word", "input:score", "input:prediction", "input:word")
-    assert [str(row[name]) for name in kept] == ["set", "7", "mine", "first"]
+    renamed = ("input:input:word", "input:score", "input:prediction", "input:word")
+    assert [str(row[name]) for name in renamed] == ["set", "7", "mine", "first"]
     assert row["scores" if suffix == ".csv" else "input:scores"] == "theirs"
     assert (row["prediction"], row["word"]) == (answer["prediction"], answer["word"])
     assert float(row["score"]) == pytest.approx(answer["score"], abs=1e-6)
 
 
-def test_written_answers_stand_beside_a_column_of_scores():
+def test_generated_answers_and_a_column_of_scores_are_both_kept():
     stream = io.StringIO()
     write_rows(stream, [{"text": "a", "scores": "3"}], [{"prediction": "b"}], ".csv")
     assert stream.getvalue() == "text,scores,prediction\na,3,b\n"
@@ -349,7 +450,7 @@ def test_dates_are_written_and_a_failure_leaves_the_old_answers(run, tmp_path, m
     assert output.read_text() == before
 
 
-def test_rows_longer_than_all_before_are_tried_in_their_layout_again(run):
+def test_rows_longer_than_any_before_are_tried_in_their_layout_again(run):
     """With a window of 12 tokens short rows can share one, and long rows would see too much of themselves there."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -382,12 +483,12 @@ def test_rows_longer_than_all_before_are_tried_in_their_layout_again(run):
     assert shapes[-1][0] < len(short)
     later, shapes = together(long)
     assert shapes[-1][0] == len(long)  # padded
-    for row, scores in zip(long, later):
-        alone = Predictor(model, whole.tokenizer, whole.record)([row])[0]["scores"]
-        assert scores == pytest.approx(alone, abs=1e-5)
+    for row, scores in zip(long, later, strict=True):
+        expected = Predictor(model, whole.tokenizer, whole.record)([row])[0]["scores"]
+        assert scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_run_that_only_scored_has_no_model_to_ask(tmp_path, tiny_lm_path, tiny_reviews_path):
+def test_a_run_that_only_evaluated_has_no_model_to_predict_with(tmp_path, tiny_lm_path, tiny_reviews_path):
     words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--do_train", "false"]
     files = ["--train_file", str(tiny_reviews_path / "train.jsonl"), "--model_name_or_path", str(tiny_lm_path)]
     assert main(["finetune", *files, *words, "--output_dir", str(tmp_path / "run")]) == 0

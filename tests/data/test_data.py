@@ -102,7 +102,7 @@ def test_a_finished_folder_is_recognised_and_damage_is_found(home):
     assert not cache.is_complete(home / "thing")
 
 
-def test_what_an_earlier_edition_fetched_is_fetched_again(home, monkeypatch):
+def test_files_of_an_earlier_edition_are_fetched_again(home, monkeypatch):
     def build(folder, scratch):
         (folder / "rows").write_text("new")
 
@@ -114,7 +114,7 @@ def test_what_an_earlier_edition_fetched_is_fetched_again(home, monkeypatch):
 
 
 @pytest.mark.parametrize("manifest", [None, "not json", '{"name": "my app"}', "[]"])
-def test_a_folder_of_somebody_else_is_not_replaced(home, monkeypatch, manifest):
+def test_a_foreign_folder_is_not_replaced(home, monkeypatch, manifest):
     built = []
 
     def build(folder, scratch):
@@ -158,8 +158,8 @@ def test_a_changed_download_is_refused(tmp_path):
 
 def test_only_arrays_are_unpickled():
     arrays = (np.arange(3.0, dtype=np.float32), np.arange(3))
-    found = sources._ArrayUnpickler(io.BytesIO(pickle.dumps(arrays, protocol=3)), encoding="latin1").load()
-    np.testing.assert_array_equal(found[0], arrays[0])
+    loaded = sources._ArrayUnpickler(io.BytesIO(pickle.dumps(arrays, protocol=3)), encoding="latin1").load()
+    np.testing.assert_array_equal(loaded[0], arrays[0])
     with pytest.raises(RunError, match="not an array"):
         sources._ArrayUnpickler(io.BytesIO(pickle.dumps(print))).load()
 

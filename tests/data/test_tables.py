@@ -87,11 +87,11 @@ def test_json_columns_and_published_data(tmp_path):
     assert table(tmp_path / "d.json", json.dumps(lists)) == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     with pytest.raises(UsageError, match="must hold a list"):
         table(tmp_path / "e.json", json.dumps({"text": ["a", "b"], "label": [1]}))
-    only = {"messages": [{"role": "user", "content": "hi"}]}
-    assert table(tmp_path / "c.jsonl", json.dumps(only)) == [only]
+    row = {"messages": [{"role": "user", "content": "hi"}]}
+    assert table(tmp_path / "c.jsonl", json.dumps(row)) == [row]
 
 
-def test_lines_are_known(tmp_path):
+def test_rows_know_their_line_numbers(tmp_path):
     assert table(tmp_path / "a.jsonl", '\n{"a": 1}\n\n{"a":\n2}\n{"a": 3}').lines == [2, 4, 6]
     assert table(tmp_path / "a.csv", 'a,b\n"x\ny",1\n\n,\nz,2\n').lines == [2, 6]
     assert table(tmp_path / "b.csv", "sep=;\na;b\nx;1\n").lines == [3]
@@ -124,7 +124,7 @@ QUOTED = [
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-def test_a_tsv_written_with_quotes_comes_back(tmp_path, quoting):
+def test_a_tsv_written_with_quotes_is_read_back(tmp_path, quoting):
     with (tmp_path / "a.tsv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ["text", "label"], delimiter="\t", quoting=quoting)
         writer.writeheader()
@@ -132,7 +132,7 @@ def test_a_tsv_written_with_quotes_comes_back(tmp_path, quoting):
     assert load_table(tmp_path / "a.tsv") == QUOTED
 
 
-def test_a_tsv_of_pandas_comes_back(tmp_path):
+def test_a_tsv_written_by_pandas_is_read_back(tmp_path):
     pandas = pytest.importorskip("pandas")
     pandas.DataFrame(QUOTED).to_csv(tmp_path / "a.tsv", sep="\t", index=False)
     assert load_table(tmp_path / "a.tsv") == QUOTED
@@ -162,10 +162,10 @@ def test_published_tsv_files_are_read_as_they_are(shared_data):
     for name in ("sst2/train.tsv", "sst2/dev.tsv", "rte/train.tsv", "rte/dev.tsv"):
         text = (shared_data / name).read_text(encoding="utf-8")
         header, *lines = [line.split("\t") for line in text.rstrip("\n").split("\n")]
-        assert load_table(shared_data / name) == [dict(zip(header, line)) for line in lines]
+        assert load_table(shared_data / name) == [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def test_csv_of_other_places(tmp_path):
+def test_csv_dialects_are_read(tmp_path):
     rows = [{"text": "a, b", "label": "1"}, {"text": "c", "label": "0"}]
     assert table(tmp_path / "a.csv", "text;label\na, b;1\nc;0\n") == rows
     assert table(tmp_path / "b.csv", "text\tlabel\na, b\t1\nc\t0\n") == rows
@@ -224,11 +224,16 @@ def test_a_huge_cell(tmp_path):
             r"not UTF-8 text \(line 3, byte 0xe8\).*iconv -f WINDOWS-1252",
         ),
         ("a.jsonl", "x".encode("utf-16-le"), "NUL characters"),
-        ("a.csv", "", "has no rows"),
-        ("a.csv", "\ufeff", "has no rows"),
-        ("a.csv", "text,label\r\n", "has no rows"),
-        ("a.jsonl", "[]", "has no rows"),
-        ("a.txt", "\n \n", "has no rows"),
+        ("a.csv", "", "has no rows: give a file with at least one"),
+        ("a.csv", "\ufeff", "has no rows: give a file with at least one"),
+        (
+            "a.csv",
+            "text,label\r\n",
+            "has no rows below its header line: add one, or name its columns with --column_names",
+        ),
+        ("a.tsv", "\ufefftext\tlabel", "has no rows below its header line"),
+        ("a.jsonl", "[]", "has no rows: give a file with at least one"),
+        ("a.txt", "\n \n", "has no rows: give a file with at least one"),
         ("a.parquet", "PAR1 cut", "not a whole Parquet file"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("a.xlsx", "PK", "is a workbook: save the sheet .* 'CSV UTF-8'"),
@@ -238,9 +243,9 @@ def test_a_huge_cell(tmp_path):
     ],
 )
 def test_refused_in_one_sentence(tmp_path, name, content, match):
-    with pytest.raises(UsageError, match=f"(?s){match}") as caught:
+    with pytest.raises(UsageError, match=f"(?s){match}") as error:
         table(tmp_path / name, content)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_a_missing_file_and_names_of_columns_for_json(tmp_path):

@@ -28,10 +28,10 @@ def weights(dtype=torch.float32):
 
 
 def in_place(family, tensors, offsets):
-    moved = {name: tensor.clone() for name, tensor in tensors.items()}
+    perturbed = {name: tensor.clone() for name, tensor in tensors.items()}
     if offsets:
-        family.add_(moved, list(offsets.values()), seed=3, step=5, index=list(offsets))
-    return moved
+        family.add_(perturbed, list(offsets.values()), seed=3, step=5, index=list(offsets))
+    return perturbed
 
 
 @pytest.mark.parametrize("offsets", OFFSETS)
@@ -42,8 +42,8 @@ def test_copies_are_the_moved_weights(name, offsets, half):
     before = {k: v.clone() for k, v in tensors.items()}
     targets = [torch.empty_like(t, dtype=torch.bfloat16 if half else None) for t in tensors.values()]
     copy_perturbed(family, place_all(tensors), targets, offsets, seed=3, step=5)
-    for key, target, moved in zip(tensors, targets, in_place(family, tensors, offsets).values()):
-        assert torch.equal(target, moved.to(target.dtype))
+    for key, target, expected in zip(tensors, targets, in_place(family, tensors, offsets).values(), strict=True):
+        assert torch.equal(target, expected.to(target.dtype))
         assert torch.equal(tensors[key], before[key])
 
 
@@ -57,10 +57,10 @@ def test_copies_made_again_see_new_steps_points_seeds_families_and_weights(name,
     for family in (FAMILIES[name], Dense("rademacher")):
         for seed, step, offsets in draws:
             # Buffers come and go, and the weights move between steps.
-            expected, found = ([torch.empty_like(t, dtype=dtype) for t in tensors.values()] for _ in range(2))
+            expected, actual = ([torch.empty_like(t, dtype=dtype) for t in tensors.values()] for _ in range(2))
             copy_perturbed(family, places, expected, offsets, seed=seed, step=step)
-            copier(family, found, offsets, seed=seed, step=step)
-            assert all(map(torch.equal, found, expected))
+            copier(family, actual, offsets, seed=seed, step=step)
+            assert all(map(torch.equal, actual, expected))
             tensors["a"].mul_(0.5)
 
 
@@ -79,5 +79,5 @@ def test_double_weights():
     tensors = weights(torch.float64)
     targets = [torch.empty_like(t) for t in tensors.values()]
     copy_perturbed(FAMILIES["rademacher"], place_all(tensors), targets, {1: 0.25}, seed=3, step=5)
-    for target, moved in zip(targets, in_place(FAMILIES["rademacher"], tensors, {1: 0.25}).values()):
-        assert torch.equal(target, moved)
+    for target, expected in zip(targets, in_place(FAMILIES["rademacher"], tensors, {1: 0.25}).values(), strict=True):
+        assert torch.equal(target, expected)

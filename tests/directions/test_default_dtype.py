@@ -42,30 +42,30 @@ def results(make, backend, dtype):
     family.prepare(weights)
     if isinstance(family, Preconditioned):
         family.learn([2.0, -0.5], 0.1, seed=3, step=0)
-    found = [family(weights, seed=3, step=1, index=1)]
+    tensors = [family(weights, seed=3, step=1, index=1)]
     for stochastic in (False, True):
         family.add_(weights, [0.5, -0.3], seed=3, step=2, index=[0, 5], decay=0.9, stochastic=stochastic)
-        found.append({name: weight.clone() for name, weight in weights.items()})
+        tensors.append({name: weight.clone() for name, weight in weights.items()})
     if dtype == torch.float32:
         state = make_restore("grid", family, weights, seed=3)
         state.move_to(4, {0: 1e-3})
         state.commit(4, {0: 1e-4})
-        found.append(weights)
-    return found
+        tensors.append(weights)
+    return tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_directions_have_the_same_bits_under_any_default_dtype(name, backend, dtype):
-    found = []
+    runs = []
     for default in (torch.float32, torch.float64):
         torch.set_default_dtype(default)
         try:
-            found.append(results(FAMILIES[name], backend, dtype))
+            runs.append(results(FAMILIES[name], backend, dtype))
         finally:
             torch.set_default_dtype(torch.float32)
-    for single, double in zip(*found, strict=True):
+    for single, double in zip(*runs, strict=True):
         for key in SHAPES:
             assert single[key].dtype == dtype
             assert single[key].isfinite().all()

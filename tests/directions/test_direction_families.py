@@ -18,7 +18,10 @@ from zokernel.directions import (
     Subspace,
     get_directions,
 )
+from zokernel.directions.families.cone import Cone
+from zokernel.directions.placement import place_all
 from zokernel.errors import UsageError
+from zokernel.optim import ZerothOrder
 
 SHAPES = {"layers.0.weight": (12, 10), "layers.0.bias": (7,), "layers.1.weight": (6, 3, 2)}
 
@@ -87,12 +90,12 @@ def test_add_agrees_with_the_direction_itself(name):
     if isinstance(family, Sparse):
         family.freeze(tensors)
     z = [family(tensors, seed=5, step=3, index=index) for index in (0, 6)]
-    moved = {key: value.clone() for key, value in tensors.items()}
+    updated = {key: value.clone() for key, value in tensors.items()}
     scale = {key: [0.5 + k, -2.0] for k, key in enumerate(SHAPES)}
-    family.add_(moved, scale, seed=5, step=3, index=[0, 6], decay=0.75)
+    family.add_(updated, scale, seed=5, step=3, index=[0, 6], decay=0.75)
     for key, old in tensors.items():
         expected = 0.75 * old + scale[key][0] * z[0][key] + scale[key][1] * z[1][key]
-        torch.testing.assert_close(moved[key], expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(updated[key], expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["flipout", "low_rank_new_in_every_direction", "rank_one_new_in_every_direction"])
@@ -135,9 +138,9 @@ def test_sparse_mask_is_the_small_weights_of_unperturbed_tensors():
     family = Sparse(0.25, distribution="gaussian").freeze(tensors)
     before = {name: family.mask(name, tensor.shape) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        chosen, rest = tensor.abs()[before[name]], tensor.abs()[~before[name]]
-        assert chosen.numel() == round(0.25 * tensor.numel())
-        assert chosen.max() <= rest.min()
+        inside, outside = tensor.abs()[before[name]], tensor.abs()[~before[name]]
+        assert inside.numel() == round(0.25 * tensor.numel())
+        assert inside.max() <= outside.min()
     assert family.dimension(tensors) == sum(int(mask.sum()) for mask in before.values())
     family.add_(tensors, 100.0, seed=0, step=0, index=0)
     plus = family(tensors, seed=0, step=0, index=0)
@@ -150,9 +153,17 @@ def test_sparse_mask_is_taken_from_the_first_weights_seen_and_travels_in_the_sta
     first = family(tensors, seed=0, step=0, index=0)
     other = Sparse(density=0.5)
     other.load_state_dict(family.state_dict())
-    moved = {name: tensor + 10 for name, tensor in tensors.items()}
-    again = other(moved, seed=0, step=0, index=0)
-    assert all(torch.equal(first[name], again[name]) for name in tensors)
+    shifted = {name: tensor + 10 for name, tensor in tensors.items()}
+    reloaded = other(shifted, seed=0, step=0, index=0)
+    assert all(torch.equal(first[name], reloaded[name]) for name in tensors)
+
+
+def test_sparse_masks_of_a_checkpoint_are_moved_to_the_weights():
+    """Checkpoints are read into host memory; the device meta stands for a GPU."""
+    family, tensors = Sparse(0.5), {"w": torch.linspace(-1, 1, 20)}
+    family.load_state_dict(Sparse(0.5).freeze(tensors).state_dict())
+    (term,) = family.terms(place_all({"w": torch.empty(20, device="meta")}), seed=0, step=0, index=0)
+    assert term.mask.device.type == "meta"
 
 
 def test_sparse_mask_follows_elements_through_any_memory_layout():
@@ -167,22 +178,22 @@ def test_sparse_mask_follows_elements_through_any_memory_layout():
 
 
 def test_low_rank_factors_have_their_own_seeds():
-    family, like = LowRank(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
+    family, params = LowRank(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
     right = family.right("w", (20, 15), seed=1, step=0)
     assert torch.equal(right, family.right("w", (20, 15), seed=1, step=9))
     assert not torch.equal(right, family.right("w", (20, 15), seed=1, step=10))
     # Replay in any order, from a fresh object, at any step of the epoch.
-    late = LowRank(rank=2, refresh=10)(like, seed=1, step=7, index=3)["w"]
-    assert torch.equal(late, family(like, seed=1, step=7, index=3)["w"])
+    late = LowRank(rank=2, refresh=10)(params, seed=1, step=7, index=3)["w"]
+    assert torch.equal(late, family(params, seed=1, step=7, index=3)["w"])
     left = family.left("w", (20, 15), seed=1, step=7, index=3)
     torch.testing.assert_close(late, left @ right / math.sqrt(2), rtol=1e-5, atol=1e-6)
 
 
 def test_subspace_stays_for_an_epoch():
-    family, like = Subspace(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
-    z = torch.cat([family(like, seed=1, step=step, index=0)["w"] for step in range(10)], dim=1)
+    family, params = Subspace(rank=2, refresh=10), {"w": torch.zeros(20, 15)}
+    z = torch.cat([family(params, seed=1, step=step, index=0)["w"] for step in range(10)], dim=1)
     assert int(torch.linalg.matrix_rank(z)) == 2
-    later = torch.cat([z, family(like, seed=1, step=10, index=0)["w"]], dim=1)
+    later = torch.cat([z, family(params, seed=1, step=10, index=0)["w"]], dim=1)
     assert int(torch.linalg.matrix_rank(later)) == 4
     basis = family.basis("w", "left", 20, 2, 1, 0, torch.device("cpu"))
     torch.testing.assert_close(basis.T @ basis, torch.eye(2), rtol=0, atol=1e-6)
@@ -200,9 +211,11 @@ def test_rank_is_capped_by_the_smaller_side(make):
 def test_blocks_take_turns():
     tensors = {f"layers.{k}.w": torch.zeros(3) for k in (0, 10, 2)} | {"head": torch.zeros(2)}
     family = Blockwise(Dense("rademacher"), every=2)
-    moved = [[name for name, z in family(tensors, seed=0, step=step, index=0).items() if z.any()] for step in range(10)]
+    blocks = [
+        [name for name, z in family(tensors, seed=0, step=step, index=0).items() if z.any()] for step in range(10)
+    ]
     cycle = [["head"], ["layers.0.w"], ["layers.2.w"], ["layers.10.w"]]
-    assert moved == [cycle[step // 2 % 4] for step in range(10)]
+    assert blocks == [cycle[step // 2 % 4] for step in range(10)]
 
 
 def test_blocks_at_rest_still_decay():
@@ -259,7 +272,7 @@ def test_registry_makes_every_family():
 # ------------------------------------------------------------------------------------- common properties
 
 
-def test_families_whose_tensors_depend_on_each_other_say_so():
+def test_families_that_couple_tensors_declare_it():
     coupled = {name for name, family in FAMILIES.items() if family.couples_tensors}
     assert coupled == {"sphere", "blockwise", "orthogonal"}
     tensors = weights()
@@ -282,10 +295,55 @@ def test_blockwise_passes_on_what_the_inner_directions_need():
     assert (family.gain(), family.seeded) == (1.0, True)
 
 
-def test_representations_make_the_same_family():
+def test_repr_rebuilds_the_same_family():
     for family in FAMILIES.values():
-        again = eval(repr(family))
-        assert repr(again) == repr(family)
+        rebuilt = eval(repr(family))
+        assert repr(rebuilt) == repr(family)
         tensors = weights()
-        z = [made(tensors, seed=5, step=1, index=2) for made in (again, family)]
+        z = [made(tensors, seed=5, step=1, index=2) for made in (rebuilt, family)]
         assert all(torch.equal(z[0][name], z[1][name]) for name in tensors)
+
+
+def test_the_text_of_a_family_has_its_arguments_and_nests():
+    for text, family in (
+        ("low_rank(2, refresh=5)", "LowRank(rank=2, distribution='gaussian', refresh=5)"),
+        ("lowrank(2)", "LowRank(rank=2, distribution='gaussian', refresh=50)"),
+        ("gaussian(backend='torch')", "Dense('gaussian')"),
+        ("blockwise", "Blockwise(Dense('rademacher'), every=1)"),
+        ("blockwise(orthogonal(4), every=3)", "Blockwise(Orthogonal(size=4), every=3)"),
+        ("blockwise('sparse(0.5)')", "Blockwise(Sparse(density=0.5, distribution='rademacher'), every=1)"),
+        ("blockwise(inner=blockwise(gaussian))", "Blockwise(Blockwise(Dense('gaussian'), every=1), every=1)"),
+    ):
+        assert repr(get_directions(text)) == family
+        assert repr(ZerothOrder([torch.ones(2, 2)], directions=text).directions) == family
+    assert get_directions("low_rank(2)", refresh=5).refresh == 5
+    for text, message in (
+        ("blockwise(low_rank(2)", "not of the form name"),
+        ("blockwise(cauchy(2))", "There is no family of directions 'cauchy': choose one of dense, .*, sphere"),
+        ("low_rank(2, rate=3)", "The family of directions 'low_rank' cannot be made: .*'rate'"),
+        (3, "3 is no family of directions: pass one such as Dense"),
+        (Dense, "is no family of directions"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            get_directions(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Orthogonal(4.5), "a whole number of directions, at least 1, not 4.5"),
+        (lambda: Orthogonal("4"), "at least 1, not '4'"),
+        (lambda: LowRank(True), "Rank True and refresh interval 50"),
+        (lambda: LowRank(2, refresh=0.0), "refresh interval 0.0 must be whole numbers"),
+        (lambda: LowRank(2, most_square="no"), "most_square must be True or False, not 'no'"),
+        (lambda: Sparse("half"), "density 'half'"),
+        (lambda: Sparse(math.nan), "density nan"),
+        (lambda: Blockwise(Dense(), every=0.5), "at least 1 step, and whole steps, not 0.5"),
+        (lambda: Blockwise("dense"), "'dense' is no family of directions for the blocks"),
+        (lambda: Cone(Dense(), "1"), "radians, not '1'"),
+        (lambda: Dense(backend="cuda"), "no directions backend 'cuda'"),
+    ],
+)
+def test_wrong_values_are_refused_when_a_family_is_made(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()

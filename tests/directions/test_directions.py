@@ -66,13 +66,13 @@ def test_add_is_decay_theta_plus_scaled_directions(distribution, dtype):
     scale = {name: [0.5 + k, -0.25] for k, name in enumerate(weights)}
     decay = {name: 1.0 - 0.1 * k for k, name in enumerate(weights)}
     z = [family(weights, seed=3, step=4, index=index) for index in (7, 1)]
-    moved = clone(weights)
-    family.add_(moved, scale, seed=3, step=4, index=[7, 1], decay=decay)
+    updated = clone(weights)
+    family.add_(updated, scale, seed=3, step=4, index=[7, 1], decay=decay)
     for name, old in weights.items():
         a, b = scale[name]
         expected = decay[name] * old.double() + a * z[0][name].double() + b * z[1][name].double()
         unit = torch.finfo(dtype).eps
-        torch.testing.assert_close(moved[name].double(), expected, rtol=4 * unit, atol=40 * unit)
+        torch.testing.assert_close(updated[name].double(), expected, rtol=4 * unit, atol=40 * unit)
 
 
 def test_several_steps_in_one_sweep():
@@ -282,7 +282,7 @@ def test_unsuitable_tensors_and_names_are_refused():
         Dense("cauchy")
     with pytest.raises(UsageError, match="no directions backend"):
         Dense(backend="cuda").add_({"w": torch.zeros(3)}, 1.0, **DRAW)
-    with pytest.raises(UsageError, match="no directions 'dens'"):
+    with pytest.raises(UsageError, match=r"no family of directions 'dens': choose one of dense, .*, sphere"):
         get_directions("dens")
     with pytest.raises(UsageError, match="cannot be made"):
         get_directions("dense", rank=3)
@@ -292,6 +292,6 @@ def test_sum_of_squares_matches_the_values():
     noises, sizes = [Noise("gaussian", stream_key(0, name), 1, 2) for name in ("v", "w")], [3, 700_001]
     z = Dense("gaussian")({"w": torch.zeros(700_001)}, seed=0, step=1, index=2)["w"].double()
     for backend in (numba_backend, reference):
-        found = backend.sums_of_squares(noises, sizes, CPU)
-        assert found[1] == pytest.approx(float(z.square().sum()), rel=1e-12)
-        assert 0 < found[0] < 30
+        sums = backend.sums_of_squares(noises, sizes, CPU)
+        assert sums[1] == pytest.approx(float(z.square().sum()), rel=1e-12)
+        assert 0 < sums[0] < 30

@@ -39,17 +39,17 @@ def test_threads_do_not_matter():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_sums_of_signs_have_the_bits_of_the_general_loop(count, monkeypatch):
-    scales, where = [0.1 * (-3) ** i for i in range(count)], {"seed": 3, "step": 1, "index": list(range(count))}
-    found = []
+    scales, key = [0.1 * (-3) ** i for i in range(count)], {"seed": 3, "step": 1, "index": list(range(count))}
+    results = []
     for general in (False, True):
         if general:
             monkeypatch.setattr(numba_backend, "_is_plain_signs", lambda term: False)
         weights = {"views": torch.linspace(-1, 1, 5001)[3:], "rows": torch.linspace(2, 3, 231).view(7, 33)}
-        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, decay=0.99, **where)
-        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, **where)
-        found.append(weights)
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, decay=0.99, **key)
+        Dense("rademacher").sweep_(weights, scales, rule=Rule.NEAREST, **key)
+        results.append(weights)
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=0)
 
 
 def make_varied_weights():
@@ -68,9 +68,9 @@ def test_prepared_sweeps_have_the_bits_of_others(monkeypatch):
             scales = [0.1 * (step + 1) * (-1) ** i for i in range(count)]
             by_name = {name: [scale * (1 + n) for scale in scales] for n, name in enumerate(names)}
             decays = {name: 1 - 0.01 * n for n, name in enumerate(names)}
-            where = {"seed": step % 2, "index": [7 * i for i in range(count)]}
+            key = {"seed": step % 2, "index": [7 * i for i in range(count)]}
             for several in ({"scale": scales}, {"scale": by_name, "decay": decays}):
-                options = {"step": [step + i for i in range(count)], **several, **where}
+                options = {"step": [step + i for i in range(count)], **several, **key}
                 directions.add_(prepared, **options)
                 unprepared.add_(plain, **options)
     assert directions._prepared
@@ -93,7 +93,7 @@ def test_low_rank_sweeps_and_copies_have_the_bits_of_the_reference(rank):
         (term,) = family.terms([place], seed=1, step=2, index=3)
         dispatch.sweep([Job(place, (term,), (0.7,))], backend)
         swept.append([*weights.values(), local])
-        assert all((a != b).any() for a, b in zip(weights.values(), whole.values()))
+        assert all((a != b).any() for a, b in zip(weights.values(), whole.values(), strict=True))
     for dtype in (torch.float32, torch.bfloat16):
         targets = [torch.empty_like(tensor, dtype=dtype) for tensor in whole.values()]
         copy_perturbed(LowRank(rank=rank), place_all(whole), targets, {3: 0.3}, seed=1, step=2)
@@ -118,20 +118,20 @@ def test_a_prepared_sweep_follows_weights_that_move():
 
 @pytest.mark.parametrize("missing", ["symbol", "threads of a fork"])
 def test_a_pool_of_threads_gives_the_same_bits_as_torchs_own(missing, monkeypatch):
-    def moved():
+    def swept_weights():
         weights = {"w": torch.zeros(300_001), "h": torch.zeros(70_001, dtype=torch.bfloat16)}
         Dense("gaussian").add_(weights, 0.5, seed=1, step=2, index=0)
         Dense("rademacher").add_(weights, 0.25, seed=1, step=2, index=1)
         return weights
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    expected = moved()
+    expected = swept_weights()
     if missing == "symbol":
         monkeypatch.setattr(numba_threads, "_torch_team", lambda: None)
     else:
         monkeypatch.setattr(numba_threads, "_PROCESS", -1)
-    found = moved()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    actual = swept_weights()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert any(key[1] == 3 for key in numba_threads._pools)
 
 
@@ -146,8 +146,8 @@ def test_a_forked_process_moves_weights_too():
         "    move(after); os._exit(0 if after['w'].numpy().tobytes() == before['w'].numpy().tobytes() else 3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "0", done.stderr
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "0", process.stderr
 
 
 def test_compiled_code_on_disk_is_found_by_the_contents_of_its_sources(monkeypatch):

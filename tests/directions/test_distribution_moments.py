@@ -20,8 +20,8 @@ def test_student_t_without_end_is_the_gaussian():
     assert nearly.kurtosis == pytest.approx(3.0, rel=1e-7)
 
 
-def test_coordinates_of_their_own_have_no_common_moment():
-    """It was that of a coordinate without them: 1 where the matrix says 4."""
+def test_coordinates_with_different_moments_have_no_common_moment():
+    """A regression: it was the moment of a standard coordinate, 1 where the matrix has 4."""
     for z in (Distribution("gaussian", covariance=((4.0, 0.0), (0.0, 1.0))), Distribution("gaussian", mean=(3.0, 0.0))):
         with pytest.raises(UsageError, match="second_moment_matrix"):
             z.moment(2)

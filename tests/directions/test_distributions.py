@@ -58,8 +58,8 @@ def test_gaussian_is_box_muller_to_float32_accuracy():
 
 
 def test_sphere_kurtosis_in_small_dimension():
-    like = {"w": torch.zeros(4)}
-    z = torch.stack([Dense("sphere")(like, seed=0, step=step, index=0)["w"] for step in range(4000)]).double()
+    params = {"w": torch.zeros(4)}
+    z = torch.stack([Dense("sphere")(params, seed=0, step=step, index=0)["w"] for step in range(4000)]).double()
     # E z^4 = 3 d / (d + 2) = 2; 16000 coordinates with standard deviation about 2.6 of z^4.
     assert float((z**4).mean()) == pytest.approx(
         direction_distribution("sphere").fourth_moment(4), abs=5 * 2.6 / math.sqrt(16_000)

@@ -18,27 +18,27 @@ def places():
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def draws(monkeypatch):
     """The directions that were drawn, call by call."""
-    found, draw = [], FactorBlocks._draw_blocks
+    calls, draw = [], FactorBlocks._draw_blocks
 
     def note(self, places, backend, seed, step, indices):
-        found.append(list(indices))
+        calls.append(list(indices))
         return draw(self, places, backend, seed, step, indices)
 
     monkeypatch.setattr(FactorBlocks, "_draw_blocks", note)
-    return found
+    return calls
 
 
-def test_pairs_and_the_update_after_them_draw_nothing_again(places, drawn):
+def test_pairs_and_the_update_after_them_draw_nothing_again(places, draws):
     directions = LowRank(rank=2, refresh=0)
     for indices in ((0, 0, 1, 1, 2, 2), [0, 1, 2], [2, 0], [1]):
         directions.blocks(places, seed=1, step=4, indices=indices)
-    assert drawn == [[0, 1, 2]]
+    assert draws == [[0, 1, 2]]
     directions.blocks(places, seed=1, step=4, indices=[3])
     directions.blocks(places, seed=1, step=5, indices=[3])
     directions.blocks(places, seed=2, step=5, indices=[3])
-    assert drawn == [[0, 1, 2], [3], [3], [3]]
+    assert draws == [[0, 1, 2], [3], [3], [3]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,6 +49,6 @@ def test_each_place_holds_the_factors_of_its_direction(places, indices, dtype):
     blocks = directions.blocks(places, seed=1, step=4, indices=indices, dtype=dtype)
     for place in places:
         for number, index in enumerate(indices):
-            alone = LowRank(rank=2, refresh=0).factors(place, seed=1, step=4, index=index)
-            assert torch.equal(blocks[place.name].left[number], alone.left.to(dtype))
-            assert torch.equal(blocks[place.name].right[number], alone.right.to(dtype))
+            factors = LowRank(rank=2, refresh=0).factors(place, seed=1, step=4, index=index)
+            assert torch.equal(blocks[place.name].left[number], factors.left.to(dtype))
+            assert torch.equal(blocks[place.name].right[number], factors.right.to(dtype))

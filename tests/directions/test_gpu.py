@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -37,11 +38,11 @@ def losses_of(model, optimizer, steps=5, *, bf16=False):
             logits = model(input_ids=ids, use_cache=False).logits[:, -2]
         return nn.functional.cross_entropy(logits.float() if bf16 else logits, ids[:, -1])
 
-    found = []
+    losses = []
     for _ in range(steps):
         optimizer.step(closure)
-        found += optimizer.last_estimate.losses
-    return found
+        losses += optimizer.last_estimate.losses
+    return losses
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_place:grid"])
@@ -81,6 +82,22 @@ def test_losses_with_in_forward_are_those_in_place(method, bf16):
         losses[perturb] = losses_of(trained, optimizer, bf16=bf16)
     # Under autocast both convert the same sums to bf16; updates would amplify what else rounds.
     assert losses["in_forward"] == pytest.approx(losses["in_place"], rel=2e-3 if bf16 else 1e-5)
+
+
+def test_a_resumed_run_of_sparse_mezo_has_its_masks_on_the_gpu():
+    def start():
+        model = build()
+        return model, SparseMeZO(model, lr=1e-3)
+
+    (model, optimizer), (resumed_model, resumed) = start(), start()
+    losses_of(model, optimizer, steps=2)
+    state = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), state)
+    state.seek(0)
+    weights, saved = torch.load(state, map_location="cpu", weights_only=False)
+    resumed_model.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    assert losses_of(resumed_model, resumed, steps=2) == losses_of(model, optimizer, steps=2)
 
 
 def test_bf16_weights_train_with_in_forward():

@@ -90,9 +90,9 @@ def test_streams_of_neighbouring_names_are_uncorrelated():
     # 10^6 products of independent signs: the mean is within five standard errors, 5 / 1000.
     from zokernel.directions import Dense
 
-    like = {f"layer.{k}": torch.zeros(1_000_000) for k in range(2)}
-    z = Dense("rademacher")(like, seed=0, step=0, index=0)
-    later = Dense("rademacher")(like, seed=0, step=1, index=0)
+    params = {f"layer.{k}": torch.zeros(1_000_000) for k in range(2)}
+    z = Dense("rademacher")(params, seed=0, step=0, index=0)
+    later = Dense("rademacher")(params, seed=0, step=1, index=0)
     assert abs((z["layer.0"] * z["layer.1"]).mean()) < 5e-3
     assert abs((z["layer.0"] * later["layer.0"]).mean()) < 5e-3
     assert abs((z["layer.0"][1:] * z["layer.0"][:-1]).mean()) < 5e-3

@@ -25,7 +25,7 @@ def weights(dtype=torch.float32):
     return tensors | {"strided": torch.randn(50, 60, generator=generator).to(dtype).t()}
 
 
-def made(tensors, distribution="gaussian"):
+def make_family(tensors, distribution="gaussian"):
     family, generator = Preconditioned(Dense(distribution)), torch.Generator().manual_seed(1)
     family.prepare(tensors)
     for curvature in family.curvature.values():
@@ -35,7 +35,7 @@ def made(tensors, distribution="gaussian"):
 
 def test_directions_are_the_base_over_the_root_of_the_curvature():
     tensors = weights()
-    family = made(tensors)
+    family = make_family(tensors)
     z, base = family(tensors, **DRAW, index=1), Dense("gaussian")(tensors, **DRAW, index=1)
     for name in tensors:
         torch.testing.assert_close(z[name], base[name] / family.curvature[name].sqrt(), rtol=1e-6, atol=0)
@@ -46,7 +46,7 @@ def test_directions_are_the_base_over_the_root_of_the_curvature():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_sweep_adds_the_directions(dtype):
     tensors = weights(dtype)
-    family, before = made(tensors), {name: tensor.clone() for name, tensor in tensors.items()}
+    family, before = make_family(tensors), {name: tensor.clone() for name, tensor in tensors.items()}
     z = [family({k: v.double() for k, v in tensors.items()}, **DRAW, index=index) for index in (1, 4)]
     family.add_(tensors, [0.5, -0.25], **DRAW, index=[1, 4], decay=0.9)
     unit = torch.finfo(dtype).eps
@@ -59,7 +59,7 @@ def test_memory_layout_does_not_matter():
     for stochastic in (False, True):
         strided = {"w": weights()["strided"].bfloat16()}
         plain = {"w": strided["w"].contiguous()}
-        family = made(plain)
+        family = make_family(plain)
         for tensors in (strided, plain):
             family.add_(tensors, 0.5, **DRAW, index=0, stochastic=stochastic)
         assert not strided["w"].is_contiguous()
@@ -67,9 +67,9 @@ def test_memory_layout_does_not_matter():
 
 
 @pytest.mark.parametrize("mode", ["grid", "copy"])
-def test_weights_come_back_to_the_bit(mode):
+def test_weights_are_restored_to_the_bit(mode):
     tensors = weights()
-    family = made(tensors)
+    family = make_family(tensors)
     state = make_restore(mode, family, tensors, seed=1, reach=1e-2)
     theta = {name: tensor.clone() for name, tensor in tensors.items()}
     for step in range(3):
@@ -82,7 +82,7 @@ def test_weights_come_back_to_the_bit(mode):
 
 def test_weights_stay_on_their_grid_and_follow_the_updates():
     tensors = weights()
-    family = made(tensors)
+    family = make_family(tensors)
     state = make_restore("grid", family, tensors, seed=1, reach=1e-2)
     theta = {name: tensor.double().clone() for name, tensor in tensors.items()}
     z = family(tensors, seed=1, step=0, index=0)
@@ -96,7 +96,7 @@ def test_weights_stay_on_their_grid_and_follow_the_updates():
 
 def test_the_curvature_is_learned_from_the_squares_of_the_directions():
     tensors = weights()
-    family = made(tensors)
+    family = make_family(tensors)
     before = {name: curvature.clone() for name, curvature in family.curvature.items()}
     z = [Dense("gaussian")(tensors, **DRAW, index=index) for index in range(2)]
     family.learn([3.0, -1.0], 0.1, **DRAW)

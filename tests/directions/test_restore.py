@@ -61,7 +61,7 @@ def wander(state, step, eps):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_offsets_are_where_they_say(mode, distribution):
+def test_weights_are_at_the_reported_offsets(mode, distribution):
     tensors = weights()
     state = make_restore(mode, Dense(distribution), tensors, seed=1)
     theta, family = clone(tensors), Dense(distribution)
@@ -168,7 +168,7 @@ HALF_ULP = 2.0**-28
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "uniform"])
-def test_fold_drift_is_bounded_by_three_half_ulps_a_step(distribution):
+def test_fold_drift_is_bounded_by_three_half_ulps_per_step(distribution):
     drift = fold_drift(distribution, 1e-3, 200)
     assert 0 < float(drift.max()) <= 3 * 200 * HALF_ULP
 
@@ -196,10 +196,10 @@ def test_grid_counts_updates_far_below_its_step_on_average():
     for step in range(steps):
         state.commit(step, {0: scale})
         z += Dense("rademacher")(tensors, seed=1, step=step, index=0)["w"]
-    moved = (tensors["w"].double() - 0.5) - scale * z
+    deviation = (tensors["w"].double() - 0.5) - scale * z
     # Each rounding has variance at most (1/50)(49/50) grid^2.
     error = grid * math.sqrt(steps * 0.02 * 0.98 / 50_000)
-    assert abs(float(moved.mean())) < 5 * error
+    assert abs(float(deviation.mean())) < 5 * error
     assert float(tensors["w"].unique().diff().min()) >= grid * (1 - 1e-9)
 
 
@@ -236,13 +236,13 @@ def test_copy_trains_low_precision_weights_without_bias(dtype):
         wander(state, step, 1e-2)
         state.commit(step, {0: unit / 20})
         z += Dense("rademacher")({"w": z}, seed=1, step=step, index=0)["w"]
-    moved = (tensors["w"].double() - 1) - unit / 20 * z
-    assert abs(float(moved.mean())) < 5 * unit * math.sqrt(steps * 0.05 / 40_000)
+    deviation = (tensors["w"].double() - 1) - unit / 20 * z
+    assert abs(float(deviation.mean())) < 5 * unit * math.sqrt(steps * 0.05 / 40_000)
     assert float((tensors["w"] != 1).double().mean()) > 0.5
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_come_back_after_an_exception(mode):
+def test_weights_are_restored_after_an_exception(mode):
     tensors = weights()
     state = make_restore(mode, Dense("gaussian"), tensors, seed=1)
     theta = clone(tensors)
@@ -261,16 +261,16 @@ def test_weights_come_back_after_an_exception(mode):
 
 
 def test_an_interrupt_waits_until_weights_and_offsets_agree():
-    done = []
+    finished = []
 
     def interrupted():
         with uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
-            done.extend(range(1000))
+            finished.extend(range(1000))
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert len(done) == 1000
+    assert len(finished) == 1000
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -53,16 +53,16 @@ def run_rank(rank, rendezvous, results):
 
     mesh = init_device_mesh("cpu", (2,))
     preconditioned.WINDOW = WINDOW
-    found = {}
+    tensors = {}
     for label, placement in (("rows", Shard(0)), ("columns", Shard(1)), ("replicate", Replicate())):
         for name, family in families().items():
             full = {k: v for k, v in whole().items() if v.dim() > 1 or label != "columns"}
             shards = {k: distribute_tensor(v, mesh, [placement]) for k, v in full.items()}
             update(family, shards)
-            found[label, name] = {k: v.full_tensor() for k, v in shards.items()}
+            tensors[label, name] = {k: v.full_tensor() for k, v in shards.items()}
             z = family(shards, seed=3, step=1, index=0)
-            found[label, name + " z"] = {k: v.full_tensor() for k, v in z.items()}
-            found[label, name + " gain"] = family.gain()
+            tensors[label, name + " z"] = {k: v.full_tensor() for k, v in z.items()}
+            tensors[label, name + " gain"] = family.gain()
             if name == "preconditioned":
                 assert all(h.placements == (placement,) for h in family.curvature.values())
 
@@ -73,9 +73,9 @@ def run_rank(rank, rendezvous, results):
         for parameter in model.parameters():
             parameter.zero_()
     Dense("gaussian").add_(dict(model.named_parameters()), 1.0, seed=3, step=1, index=0)
-    found["fsdp"] = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+    tensors["fsdp"] = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
     if rank == 0:
-        torch.save(found, results)
+        torch.save(tensors, results)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,9 @@ def test_shards_make_up_the_whole(gathered, label, name, monkeypatch):
 
 
 def test_fsdp_parameters_get_the_directions_of_the_unsharded_model(gathered):
-    like = {name: torch.zeros_like(value) for name, value in gathered["fsdp"].items()}
-    z = Dense("gaussian")(like, seed=3, step=1, index=0)
-    assert all(torch.equal(gathered["fsdp"][name], z[name]) for name in like)
+    params = {name: torch.zeros_like(value) for name, value in gathered["fsdp"].items()}
+    z = Dense("gaussian")(params, seed=3, step=1, index=0)
+    assert all(torch.equal(gathered["fsdp"][name], z[name]) for name in params)
 
 
 @settings(max_examples=60, deadline=None)

@@ -109,8 +109,8 @@ makers = (lambda b: Dense("rademacher", backend=b), lambda b: Dense("gaussian", 
 for make in makers:
     for dtype, target in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16),
                           (torch.bfloat16, torch.bfloat16)):
-        found = [copies(make, backend, dtype, target) for backend in ("numba", "triton")]
-        for one, other in zip(*found):
+        results = [copies(make, backend, dtype, target) for backend in ("numba", "triton")]
+        for one, other in zip(*results):
             if "sphere" in repr(make("auto")):  # its norm is summed in another order
                 torch.testing.assert_close(one, other)
             else:
@@ -147,8 +147,8 @@ for distribution in ("rademacher", "gaussian"):
 def run(checks, device, **environment):
     code = f"DEVICE = {device!r}\n" + COMMON + "".join(CHECKS[check] for check in checks)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

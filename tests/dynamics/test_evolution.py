@@ -51,8 +51,8 @@ def test_published_targets_to_one_percent(name):
     steps = [0, 100, 1000, 4000, last]
     kernel = data.features @ data.features.T
     for matrix, targets in ((kernel, first_order), (expected_nzk(data.features), shared)):
-        found = Evolution(data.f0, data.y, matrix, 1e-3).mean_loss(steps)
-        np.testing.assert_allclose(found, targets, rtol=0.01)
+        losses = Evolution(data.f0, data.y, matrix, 1e-3).mean_loss(steps)
+        np.testing.assert_allclose(losses, targets, rtol=0.01)
 
 
 def test_the_nzk_curve_is_the_ntk_curve_with_time_multiplied_by_c():
@@ -183,11 +183,11 @@ def test_simulated_runs_follow_mean_and_second_moment(distribution, coupling, pe
     moments = process_moments(distribution, x.shape[1], coupling)
     run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=perturbations, features=x)
     kwargs = {"num_perturbations": perturbations, "distribution": distribution, "coupling": coupling}
-    found = simulate(x, y, f0, lr, steps, runs=20_000, seed=2, **kwargs)
-    z_mean = (found.mean - run.mean(steps)) / found.mean_error
-    z_square = (found.square - run.second_moment(steps)) / found.square_error
-    loss_error = found.losses.std(1) / math.sqrt(20_000)
-    z_loss = (found.losses.mean(1) - run.expected_loss(steps)) / loss_error
+    simulated = simulate(x, y, f0, lr, steps, runs=20_000, seed=2, **kwargs)
+    z_mean = (simulated.mean - run.mean(steps)) / simulated.mean_error
+    z_square = (simulated.square - run.second_moment(steps)) / simulated.square_error
+    loss_error = simulated.losses.std(1) / math.sqrt(20_000)
+    z_loss = (simulated.losses.mean(1) - run.expected_loss(steps)) / loss_error
     assert z_loss.abs().max() < 3
     for z in (z_mean, z_square):  # many correlated values: the largest is allowed a little more than 3
         assert z.abs().max() < 3.8
@@ -202,12 +202,12 @@ def test_test_points():
     run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=2)
     steps, runs = 30, 40_000
     generator = torch.Generator().manual_seed(0)
-    moved = torch.zeros(runs, 12, dtype=torch.float64)
+    weights = torch.zeros(runs, 12, dtype=torch.float64)
     for _ in range(steps):
-        gradient = ((f0 - y) + moved @ x.T) @ x / 6
+        gradient = ((f0 - y) + weights @ x.T) @ x / 6
         z = torch.randn(runs, 2, 12, generator=generator, dtype=torch.float64)
-        moved = moved - lr / 2 * torch.einsum("rpd,rd,rpe->re", z, gradient, z)
-    values = f0_all[6:] + moved @ other.T
+        weights = weights - lr / 2 * torch.einsum("rpd,rd,rpe->re", z, gradient, z)
+    values = f0_all[6:] + weights @ other.T
     mean = run.test_mean(steps, f0_all[6:], other @ x.T)[0]
     variance = run.test_variance(steps, other @ x.T, other.square().sum(1))[0]
     assert ((values.mean(0) - mean) / (values.std(0) / math.sqrt(runs))).abs().max() < 3.5
@@ -243,8 +243,8 @@ def test_zo_descent_returns_what_it_promises():
     assert mean.shape == second.shape == (21, 7)
     torch.testing.assert_close(loss, second.sum(1) / 14)
     torch.testing.assert_close(mean, gradient_descent(f0, y, x @ x.T, 0.05, range(21)))
-    listed = zo_descent(f0, y, x @ x.T, 0.05, [20], num_perturbations=2, distribution="gaussian")
-    torch.testing.assert_close(listed.second_moment[0], second[20])
+    at_steps = zo_descent(f0, y, x @ x.T, 0.05, [20], num_perturbations=2, distribution="gaussian")
+    torch.testing.assert_close(at_steps.second_moment[0], second[20])
 
 
 def test_zo_descent_without_features_bounds_rademacher_and_says_so(caplog):
@@ -279,7 +279,7 @@ def test_steps_to_reach_is_the_first_step():
 
 
 def test_query_optimal_number_of_perturbations():
-    """Far below the limit one direction a step is best per query; every P's queries are 2 P t."""
+    """Far below the limit one direction per step is best per query; P directions take 2 P t queries."""
     x, y, f0 = problem(7, 5)
     run = Evolution(f0, y, x @ x.T, 1.0)
     target = run.floor + 0.05 * float(run.expected_loss(0)[0] - run.floor)
@@ -346,7 +346,50 @@ def test_loss_band_holds_about_nine_runs_in_ten(shape, perturbations, fraction):
     run = Evolution(f0, y, x @ x.T, lr, moments=moments, num_perturbations=perturbations)
     steps = [1, 10, 50, 200]
     low, high = run.loss_band(steps)
-    found = simulate(x, y, f0, lr, steps, num_perturbations=perturbations, runs=1000).losses
-    inside = ((found >= low[:, None]) & (found <= high[:, None])).double().mean(1)
+    losses = simulate(x, y, f0, lr, steps, num_perturbations=perturbations, runs=1000).losses
+    inside = ((losses >= low[:, None]) & (losses <= high[:, None])).double().mean(1)
     assert inside.min() > 0.78
     assert inside.max() < 0.999
+
+
+def test_above_the_limit_a_slow_unstable_mode_lets_the_loss_fall_first():
+    """Eight fast modes are unstable by a thousandth; the residual lies along two slow ones."""
+    kernel = torch.diag(torch.tensor([2.0] * 8 + [0.02] * 2, dtype=torch.float64)) * 10
+    f0, y = torch.zeros(10, dtype=torch.float64), torch.tensor([1e-3] * 8 + [1.0] * 2, dtype=torch.float64)
+    moments = process_moments("gaussian", 10)
+    limit = Evolution(f0, y, kernel, 1.0, moments=moments).stability_limit
+    run = Evolution(f0, y, kernel, 1.001 * limit, moments=moments)
+    losses = run.expected_loss([82, 83, 400, 3000])
+    assert losses[0] > 0.095 >= losses[1] > losses[2]
+    assert losses[3] > 0.2
+    assert steps_to_reach(run, 0.095) == 83
+    assert query_budget(f0, y, kernel, 0.095, num_perturbations=[1], lr=run.lr)[0].queries == 166
+    assert steps_to_reach(run, 0.09) is None
+
+
+@pytest.mark.parametrize("of_mean", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99, 1.0005, 1.3])
+def test_steps_to_reach_are_the_first_of_all_steps(share, of_mean):
+    """Against every step's loss, also where it falls and rises again, or touches the wanted loss for a single step."""
+    scales = torch.logspace(0, -1.5, 6, dtype=torch.float64)[:, None]
+    for seed in range(5):
+        x, y, f0 = problem(6, 7, seed)
+        x = x * scales
+        moments = process_moments("gaussian", 7)
+        limit = Evolution(f0, y, x @ x.T, 1.0, moments=moments).stability_limit
+        run = Evolution(f0, y, x @ x.T, share * limit, moments=moments)
+        losses = (run.mean_loss if of_mean else run.expected_loss)(range(2001))
+        lowest, start = float(losses[losses.isfinite()].min()), float(losses[0])
+        for part in (0.0, 1e-6, 0.01, 0.3, 0.9, 1.0):
+            wanted = lowest + part * (start - lowest) + 1e-11
+            first = int((losses <= wanted).nonzero()[0])
+            assert steps_to_reach(run, wanted, max_steps=2000, of_mean=of_mean) == first
+        if lowest - 1e-6 > run.floor:
+            assert steps_to_reach(run, lowest - 1e-6, max_steps=2000, of_mean=of_mean) is None
+
+
+def test_a_diverging_second_moment_is_followed_without_overflow(recwarn):
+    x, y, f0 = problem()
+    run = Evolution(f0, y, x @ x.T, 5.0, moments=process_moments("rademacher", 5), features=x)
+    assert steps_to_reach(run, 0.5) is None
+    assert not [warning for warning in recwarn if "overflow" in str(warning.message)]

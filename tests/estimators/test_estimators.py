@@ -15,6 +15,7 @@ from zokernel.estimators.forward_derivative import ForwardDerivative
 from zokernel.estimators.leave_one_out import LeaveOneOut
 from zokernel.estimators.one_sided import OneSided
 from zokernel.estimators.per_example import PerExample
+from zokernel.estimators.population import Population
 from zokernel.estimators.richardson import Richardson
 from zokernel.estimators.smoothed import Smoothed, signed_uniform
 from zokernel.estimators.two_point import TwoPoint
@@ -44,11 +45,11 @@ def gaussians(points=12):
     """Gauss-Hermite quadrature of three independent normals."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     weights = weights / weights.sum()
-    grid = itertools.product(zip(nodes, weights), repeat=3)
+    grid = itertools.product(zip(nodes, weights, strict=True), repeat=3)
     return [(np.array([n for n, _ in point]), math.prod(w for _, w in point)) for point in grid]
 
 
-RADII = [(float(r), float(w) / 2) for r, w in zip(*np.polynomial.legendre.leggauss(14))]
+RADII = [(float(r), float(w) / 2) for r, w in zip(*np.polynomial.legendre.leggauss(14), strict=True)]
 
 
 def mean_and_second_moment(estimator, monkeypatch, function=loss, directions=None, step=0):
@@ -104,8 +105,8 @@ def test_leading_bias_with_gaussian_directions(estimator, leading, monkeypatch):
     """Theory C.2.9: for L = exp(v.theta), E g - grad L = C(eps, |v|^2) grad L; the next order adds |v|^2 eps^2 (5%)."""
     mean, _ = mean_and_second_moment(estimator, monkeypatch, function=exponential, directions=gaussians())
     gradient_of = exponential(THETA) * V
-    found = (mean - gradient_of) @ gradient_of / (gradient_of @ gradient_of)
-    assert found == pytest.approx(leading(estimator.eps, float(V @ V)), rel=0.05)
+    relative_bias = (mean - gradient_of) @ gradient_of / (gradient_of @ gradient_of)
+    assert relative_bias == pytest.approx(leading(estimator.eps, float(V @ V)), rel=0.05)
 
 
 @pytest.mark.parametrize("order", [3, 5])
@@ -136,7 +137,7 @@ def test_second_moments_are_the_stated_multiples_of_mezos(order, ratio, monkeypa
 @pytest.mark.parametrize("schedule", ["none", "literal", "rescaled", "lr_compensated"])
 @pytest.mark.parametrize("radius", [1.0, 0.5])
 @pytest.mark.parametrize("step", [0, 5, 9, 50])
-def test_gain_and_second_moment_are_what_the_estimator_says(schedule, radius, step, monkeypatch):
+def test_gain_and_second_moment_are_what_the_estimator_reports(schedule, radius, step, monkeypatch):
     def linear(theta):
         return float(V @ theta)
 
@@ -227,26 +228,26 @@ def test_normalised_estimates_do_not_depend_on_the_scale_of_the_loss():
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "message"),
     [
-        lambda: TwoPoint(eps=0.0),
-        lambda: TwoPoint(num_perturbations=0),
-        lambda: TwoPoint(schedule="linear"),
-        lambda: TwoPoint(schedule="cosine"),
-        lambda: Smoothed(schedule="literal"),
-        lambda: Smoothed(schedule="shrink"),
-        lambda: Smoothed(radius=0.0),
-        lambda: Smoothed(shrink_to=0.0),
-        lambda: Smoothed(constant=0.0),
-        lambda: Smoothed(order=0),
-        lambda: Smoothed(paper_k5=True),
-        lambda: OneSided(num_perturbations=1, normalize=True),
-        lambda: LeaveOneOut(num_perturbations=1),
-        lambda: LeaveOneOut(eps=0.0),
+        (lambda: TwoPoint(eps=0.0), r"eps must be positive, not 0\.0"),
+        (lambda: TwoPoint(num_perturbations=0), "num_perturbations must be a whole number of at least 1, not 0"),
+        (lambda: TwoPoint(schedule="linear"), "linear sample schedule needs total_steps"),
+        (lambda: TwoPoint(schedule="cosine"), "no sample schedule 'cosine'"),
+        (lambda: Smoothed(schedule="literal"), "radius schedule 'literal' needs total_steps"),
+        (lambda: Smoothed(schedule="shrink"), "no radius schedule 'shrink'"),
+        (lambda: Smoothed(radius=0.0), r"radius must be positive, not 0\.0"),
+        (lambda: Smoothed(shrink_to=0.0), r"shrink_to must be in \(0, 1\], not 0\.0"),
+        (lambda: Smoothed(constant=0.0), "constant must not be zero"),
+        (lambda: Smoothed(order=0), "whole order of 1 or higher, not 0"),
+        (lambda: Smoothed(paper_k5=True), "kernel of order 5 only, not of order 3"),
+        (lambda: OneSided(num_perturbations=1, normalize=True), "spread of the losses needs num_perturbations"),
+        (lambda: LeaveOneOut(num_perturbations=1), "Leaving one loss out needs the loss of another"),
+        (lambda: LeaveOneOut(eps=0.0), r"eps must be positive, not 0\.0"),
     ],
 )
-def test_bad_settings_are_refused(call):
-    with pytest.raises(UsageError):
+def test_bad_settings_are_refused(call, message):
+    with pytest.raises(UsageError, match=message):
         call()
 
 
@@ -272,13 +273,13 @@ def test_bias_of_the_two_point_estimator_depends_on_the_kurtosis(distribution, k
         nodes, weights = np.polynomial.hermite_e.hermegauss(5)
         weights = weights / weights.sum()
     mean = np.zeros(3)
-    for picked in product(range(len(nodes)), repeat=3):
-        z, weight = nodes[list(picked)], weights[list(picked)].prod()
+    for indices in product(range(len(nodes)), repeat=3):
+        z, weight = nodes[list(indices)], weights[list(indices)].prod()
         estimate = TwoPoint(eps)(lambda o, z=z: float(loss(theta + o[0] * z)), seed=0, step=0)
         mean += weight * estimate.coefficients[0] * z
     gradient = np.einsum("ijk,j,k->i", cubic, theta, theta) / 2
-    trace, own = np.einsum("iik->k", cubic), np.einsum("kkk->k", cubic)
-    bias = eps**2 / 2 * trace + eps**2 / 6 * (kurtosis - 3) * own
+    trace, diagonal = np.einsum("iik->k", cubic), np.einsum("kkk->k", cubic)
+    bias = eps**2 / 2 * trace + eps**2 / 6 * (kurtosis - 3) * diagonal
     assert np.abs(mean - gradient - bias).max() < 1e-12
     assert np.abs(bias).max() > 1e-3
 
@@ -292,7 +293,7 @@ def quadratic_problem(dim=12):
 def estimates(estimator, gradient, hessian, draws, law):
     """Return (n, d) estimates at the origin of a quadratic, with directions of the given law."""
     generator = np.random.default_rng(7)
-    found = np.empty((draws, len(gradient)))
+    samples = np.empty((draws, len(gradient)))
     for k in range(draws):
         shape = (estimator.num_perturbations, len(gradient))
         z = generator.normal(size=shape) if law == "gaussian" else generator.choice([-1.0, 1.0], size=shape)
@@ -301,8 +302,8 @@ def estimates(estimator, gradient, hessian, draws, law):
             w = sum((o * z[i] for i, o in offsets.items()), np.zeros(len(gradient)))
             return float(5.0 + gradient @ w + w @ hessian @ w / 2)
 
-        found[k] = sum(c * z[i] for i, c in estimator(evaluate, seed=0, step=k).coefficients.items())
-    return found
+        samples[k] = sum(c * z[i] for i, c in estimator(evaluate, seed=0, step=k).coefficients.items())
+    return samples
 
 
 def second_moment(make, eps, count, gradient, hessian):
@@ -323,10 +324,10 @@ def test_mean_and_second_moment_on_a_quadratic_are_exact(make, count):
     """Over 6,000 draws with a curvature that matters (eps tr H / 2 = 1.6 |g|): |z| < 4.5, 13 scores."""
     hessian, gradient = quadratic_problem()
     eps = 0.3
-    found = estimates(make(eps, count), gradient, hessian, 6000, "rademacher")
-    scores = (found.mean(0) - gradient) / (found.std(0) / math.sqrt(len(found)))
+    samples = estimates(make(eps, count), gradient, hessian, 6000, "rademacher")
+    scores = (samples.mean(0) - gradient) / (samples.std(0) / math.sqrt(len(samples)))
     assert np.abs(scores).max() < 4.5
-    squares = (found**2).sum(1)
+    squares = (samples**2).sum(1)
     exact = second_moment(make, eps, count, gradient, hessian)
     assert abs(squares.mean() - exact) < 4.5 * squares.std() / math.sqrt(len(squares))
 
@@ -335,9 +336,9 @@ def test_mean_and_second_moment_on_a_quadratic_are_exact(make, count):
 def test_leave_one_out_on_a_linear_loss(law, kurtosis):
     _, gradient = quadratic_problem()
     dim, count, flat = len(gradient), 3, np.zeros((12, 12))
-    found = estimates(LeaveOneOut(0.1, count), gradient, flat, 6000, law)
+    samples = estimates(LeaveOneOut(0.1, count), gradient, flat, 6000, law)
     exact = ((dim + kurtosis + count - 2) / count + (dim + 1) / (count * (count - 1))) * (gradient @ gradient)
-    squares = (found**2).sum(1)
+    squares = (samples**2).sum(1)
     assert abs(squares.mean() - exact) < 4.5 * squares.std() / math.sqrt(len(squares))
 
 
@@ -352,13 +353,61 @@ def test_at_equal_forwards_leaving_one_out_costs_a_direction_and_ignores_the_tra
     curved = second_moment(LeaveOneOut, 0.3, 16, gradient, hessian)
     assert curved < 0.5 * second_moment(OneSided, 0.3, 15, gradient, hessian)
     same = LeaveOneOut(0.1, 4).combine([1.0, 2.0, 4.0, 1.0], seed=0, step=0).coefficients
-    raised = LeaveOneOut(0.1, 4).combine([101.0, 102.0, 104.0, 101.0], seed=0, step=0).coefficients
-    assert raised == pytest.approx(same)
+    shifted = LeaveOneOut(0.1, 4).combine([101.0, 102.0, 104.0, 101.0], seed=0, step=0).coefficients
+    assert shifted == pytest.approx(same)
     assert same == pytest.approx({0: -1 / 0.3, 1: 0.0, 2: 2 / 0.3, 3: -1 / 0.3})
     assert LeaveOneOut(0.1, 4).forwards_at(0) == 4
 
 
-def test_an_estimator_says_how_far_it_moves_the_weights():
+def test_an_estimator_reports_how_far_it_moves_the_weights():
     assert [(kind(eps=0.5).eps, kind(eps=0.5).reach) for kind in (TwoPoint, OneSided, Smoothed)] == [(0.5, 0.5)] * 3
     assert (PerExample(OneSided(0.5)).eps, PerExample(OneSided(0.5)).reach) == (0.5, 0.5)
     assert (ForwardDerivative().eps, ForwardDerivative().reach) == (None, 0.01)
+
+
+def test_a_growing_number_of_directions_ends_one_below_the_largest():
+    """As published, step t of T has max(1, floor(P t / T)) directions, and t stays below T."""
+    estimator = TwoPoint(num_perturbations=4, schedule="linear", total_steps=8)
+    assert [estimator.directions_at(step) for step in range(8)] == [1, 1, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "kind", [TwoPoint, OneSided, LeaveOneOut, Population, Smoothed, Richardson, TwoPointCurvature, ForwardDerivative]
+)
+def test_no_estimator_takes_a_fraction_of_a_direction_or_a_text(kind):
+    for value in (2.0, 2.5, "2", math.nan, math.inf, True, None, 0, -1):
+        with pytest.raises(UsageError, match=f"num_perturbations must be a whole number of at least 1, not {value!r}"):
+            kind(num_perturbations=value)
+    for value in ("1e-3", math.nan, math.inf, True, None, 0.0, -1e-3) if kind is not ForwardDerivative else ():
+        with pytest.raises(UsageError, match=f"eps must be positive, not {value!r}"):
+            kind(eps=value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TwoPoint(schedule="linear", total_steps="x"),
+            "total_steps must be a whole number of at least 1, not 'x'",
+        ),
+        (lambda: TwoPoint(schedule="linear"), "The linear sample schedule needs total_steps"),
+        (
+            lambda: Smoothed(schedule="rescaled", total_steps=0),
+            "total_steps must be a whole number of at least 1, not 0",
+        ),
+        (lambda: Smoothed(schedule="literal"), "The radius schedule 'literal' needs total_steps"),
+        (lambda: Smoothed(order=2.5), "a whole order of 1 or higher, not 2.5"),
+        (lambda: Smoothed(order=[3]), "a whole order of 1 or higher"),
+        (lambda: Smoothed(constant=math.inf), "finite and not zero, not inf"),
+        (lambda: Smoothed(constant="4"), "finite and not zero, not '4'"),
+        (lambda: Smoothed(radius=math.inf), "radius must be positive, not inf"),
+        (lambda: Smoothed(shrink_to="half"), r"shrink_to must be in \(0, 1\], not 'half'"),
+        (lambda: OneSided(num_perturbations=2, normalize="no"), "normalize must be True or False, not 'no'"),
+        (lambda: Population(antithetic=1), "antithetic must be True or False, not 1"),
+        (lambda: PerExample(TwoPoint), "cannot be applied to the loss of one example"),
+        (lambda: PerExample(TwoPoint(), whiten="yes"), "whiten must be True or False, not 'yes'"),
+    ],
+)
+def test_wrong_values_are_refused_when_an_estimator_is_made(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()

@@ -21,8 +21,8 @@ def test_shapings_are_their_definitions():
     mean, spread = statistics.mean(LOSSES), statistics.pstdev(LOSSES)
     assert z_score(LOSSES) == pytest.approx([(x - mean) / spread for x in LOSSES])
     assert centred_ranks(LOSSES) == pytest.approx([2 / 5 - 0.5, -0.5, 3 / 5 - 0.5, 1 / 5 - 0.5, 4 / 5 - 0.5, 0.5])
-    others = [statistics.mean(LOSSES[:n] + LOSSES[n + 1 :]) for n in range(6)]
-    assert leave_one_out(LOSSES) == pytest.approx([x - other for x, other in zip(LOSSES, others)])
+    baselines = [statistics.mean(LOSSES[:n] + LOSSES[n + 1 :]) for n in range(6)]
+    assert leave_one_out(LOSSES) == pytest.approx([x - other for x, other in zip(LOSSES, baselines, strict=True)])
     for shape in (z_score, centred_ranks, leave_one_out):
         assert sum(shape(LOSSES)) == pytest.approx(0, abs=1e-12)
         assert shape([2.0, 2.0, 2.0]) == [0.0, 0.0, 0.0]
@@ -56,24 +56,24 @@ def test_updates_are_the_published_ones():
     zs = [Dense("gaussian")({"w": start}, seed=0, step=0, index=n)["w"] for n in range(30)]
     losses = [float((start + eps * z).square().sum() + (start + eps * z)[0]) for z in zs]
     mean, spread = statistics.mean(losses), statistics.pstdev(losses)
-    expected = start - lr / 30 * sum(z * (loss - mean) / spread for z, loss in zip(zs, losses))
+    expected = start - lr / 30 * sum(z * (loss - mean) / spread for z, loss in zip(zs, losses, strict=True))
     # The spread of the losses is 3e-3 of their size, and the weights are restored up to rounding.
     assert torch.allclose(weight.detach(), expected, atol=1e-9)
     assert optimizer.effective_lr() == pytest.approx(lr * eps / spread, rel=1e-6)
 
 
 def test_antithetic_leave_one_out_is_the_two_point_estimate_and_one_sided_that_of_rloo():
-    both = Population(0.1, 3, "leave_one_out").combine(LOSSES, seed=0, step=0)
-    assert both.coefficients == pytest.approx(TwoPoint(0.1, 3).combine(LOSSES, seed=0, step=0).coefficients)
+    antithetic = Population(0.1, 3, "leave_one_out").combine(LOSSES, seed=0, step=0)
+    assert antithetic.coefficients == pytest.approx(TwoPoint(0.1, 3).combine(LOSSES, seed=0, step=0).coefficients)
     one = Population(0.1, 6, "leave_one_out", antithetic=False).combine(LOSSES, seed=0, step=0)
     rloo = LeaveOneOut(0.1, 6)
     assert rloo.combine(LOSSES, seed=0, step=0) == one
     assert rloo.points(seed=0, step=0) == [{index: 0.1} for index in range(6)]
     assert repr(rloo) == "LeaveOneOut(eps=0.1, num_perturbations=6)"
-    others = [statistics.mean(LOSSES[:n] + LOSSES[n + 1 :]) for n in range(6)]
-    expected = [(loss - other) / 0.6 for loss, other in zip(LOSSES, others)]
+    baselines = [statistics.mean(LOSSES[:n] + LOSSES[n + 1 :]) for n in range(6)]
+    expected = [(loss - other) / 0.6 for loss, other in zip(LOSSES, baselines, strict=True)]
     assert list(one.coefficients.values()) == pytest.approx(expected, rel=1e-12)
-    assert both.loss_std is None
+    assert antithetic.loss_std is None
 
 
 @pytest.mark.parametrize("shaping", ["z_score", "centred_ranks"])
@@ -98,9 +98,9 @@ def test_texts_and_refusals():
     assert by_text.estimator == Population(1e-2, 4, "centred_ranks")
     eggroll = EGGROLL(torch.nn.Linear(6, 5), num_perturbations=3)
     z = eggroll.directions(eggroll.named_params, seed=0, step=0, index=0)["weight"]
-    again = eggroll.directions(eggroll.named_params, seed=0, step=1, index=0)["weight"]
+    later = eggroll.directions(eggroll.named_params, seed=0, step=1, index=0)["weight"]
     assert int(torch.linalg.matrix_rank(z)) == 1
-    assert int(torch.linalg.matrix_rank(torch.cat([z, again]))) == 2, "both factors are new in every step"
+    assert int(torch.linalg.matrix_rank(torch.cat([z, later]))) == 2, "both factors are new in every step"
     with pytest.raises(UsageError, match="shaping must be one of z_score"):
         Population(shaping="rank")
     with pytest.raises(UsageError, match="nothing to be compared with"):

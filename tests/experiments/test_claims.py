@@ -57,7 +57,7 @@ def test_every_claim_is_tested_by_something_that_exists():
 
 
 @pytest.mark.parametrize("field", ["evidence", "refuted_by"])
-def test_a_judged_claim_says_on_what_and_what_would_refute_it(field):
+def test_a_judged_claim_states_its_evidence_and_what_would_refute_it(field):
     (claim,) = [claim for claim in CLAIMS if claim.id == "entk-root-p"]
     with pytest.raises(ValueError, match="needs its evidence"):
         replace(claim, **{field: ""})
@@ -101,23 +101,23 @@ def test_contradictions_are_found(tmp_path):
     record = load_record(RESULTS / "kerzoo/estimator")
     record["verdicts"] = [verdict for verdict in record["verdicts"] if verdict["id"] == claim.id]
 
-    def found() -> list[str]:
+    def current_contradictions() -> list[str]:
         (folder / "result.json").write_text(json.dumps(record))
         return contradictions([claim], tmp_path)
 
-    assert found() == []
+    assert current_contradictions() == []
     record["verdicts"][0]["verdict"] = "does not hold"
-    assert "the ledger says 'holds under conditions'" in found()[0]
+    assert "the ledger says 'holds under conditions'" in current_contradictions()[0]
     record["verdicts"][0]["verdict"] = claim.verdict
     record["numbers"]["slopes"]["K3"] = 2.0
-    messages = found()
+    messages = current_contradictions()
     assert any("in the ledger and 2.0 in the results" in message for message in messages)
     assert any("not above 3.9" in message for message in messages)
     record["numbers"]["slopes"]["K3"] = 3.9976
     record["verdicts"][0]["verdict"] = "not resolved"
-    assert "says 'not resolved'" in found()[0]
+    assert "says 'not resolved'" in current_contradictions()[0]
     record["verdicts"][0]["id"] = "something-else"
-    assert any("not in the ledger" in message for message in found())
+    assert any("not in the ledger" in message for message in current_contradictions())
 
 
 def test_verdicts_of_several_runs_are_parts_of_one_claim(tmp_path):
@@ -139,13 +139,13 @@ def test_an_interval_needs_its_end_beyond_what_the_verdict_rests_on():
     (number,) = [number for number in claim.measured if number.what == "final loss, MeZO-3 at 4 lr"]
     claim.measured = [number]
 
-    def found() -> list[str]:
+    def current_contradictions() -> list[str]:
         return [message for message in contradictions([claim], RESULTS) if number.what in message]
 
     number.below = 1.001 * number.value
-    assert f"is {number.high}, not below" in found()[0]
+    assert f"is {number.high}, not below" in current_contradictions()[0]
     number.below = 1.001 * number.high
-    assert found() == []
+    assert current_contradictions() == []
 
 
 def test_update_writes_numbers_and_never_verdicts(tmp_path):
@@ -246,10 +246,10 @@ def test_numbers_in_kerzoos_text_against_its_tables():
     assert sst2_gain == pytest.approx(1.6)  # the text says 1.7
     share_of_iterations = 1200 / 4000
     assert share_of_iterations == pytest.approx(0.30)  # Table 11 says 25.0%
-    correct = 0.654 * 104
-    assert correct == pytest.approx(68, abs=0.05)  # WSC's 65.4 in six settings is one count of correct answers
-    gained = 0.029 * 104
-    assert gained == pytest.approx(3, abs=0.1)  # and the headline's 2.9 points are three of them
+    num_correct = 0.654 * 104
+    assert num_correct == pytest.approx(68, abs=0.05)  # WSC's 65.4 in six settings is one count of correct answers
+    num_gained = 0.029 * 104
+    assert num_gained == pytest.approx(3, abs=0.1)  # and the headline's 2.9 points are three of them
 
 
 def test_a_population_of_eight_learns_a_form_of_answer():

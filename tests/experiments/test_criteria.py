@@ -45,10 +45,10 @@ def test_an_interval_that_includes_the_bound_does_not_resolve():
 
 @pytest.mark.parametrize("values", [[1.0, math.nan], [1.0, -math.inf], [1.0, math.inf], [math.inf, -math.inf], [2.0]])
 def test_a_seed_that_diverged_resolves_nothing(values):
-    found = criteria.interval(values, logs=False)
-    assert found[1:] == (-math.inf, math.inf)
-    assert {criteria.above(found, 5.0), criteria.below(found, 5.0), criteria.within(found, 0.0, 5.0)} == {OPEN}
-    assert criteria.less((1.0, 0.9, 1.1), found) == criteria.less(found, (1.0, 0.9, 1.1)) == OPEN
+    bounds = criteria.interval(values, logs=False)
+    assert bounds[1:] == (-math.inf, math.inf)
+    assert {criteria.above(bounds, 5.0), criteria.below(bounds, 5.0), criteria.within(bounds, 0.0, 5.0)} == {OPEN}
+    assert criteria.less((1.0, 0.9, 1.1), bounds) == criteria.less(bounds, (1.0, 0.9, 1.1)) == OPEN
 
 
 def test_five_values_are_too_few_for_an_interval_of_their_median():
@@ -79,8 +79,8 @@ def test_intervals_cover_what_they_estimate():
     rng = np.random.default_rng(0)
     samples = rng.standard_exponential((4000, 50))
     medians = [criteria.median_interval(row) for row in samples]
-    covered = np.mean([low <= math.log(2) <= high for _, low, high in medians])
-    assert 0.93 < covered < 0.98
+    coverage = np.mean([low <= math.log(2) <= high for _, low, high in medians])
+    assert 0.93 < coverage < 0.98
     shares = [criteria.share_interval(int(hits), 50) for hits in rng.binomial(50, 0.1, 4000)]
     assert 0.93 < np.mean([low <= 0.1 <= high for _, low, high in shares]) < 0.99
     normal = rng.standard_normal((4000, 12))
@@ -92,9 +92,9 @@ def test_bias_by_chance_is_uniform_without_bias():
     generator = torch.Generator().manual_seed(0)
     mix = torch.tensor([[1.0, 0.8, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.2]])
     draws = torch.randn(300, 200, 4, generator=generator, dtype=torch.float64) @ mix.double()
-    found = [distributions.chance_of_bias(part.view(200, 2, 2), torch.zeros(2, 2), 4000) for part in draws]
-    assert np.mean(found) == pytest.approx(0.5, abs=4.5 * 0.29 / 300**0.5)
-    assert np.mean(np.array(found) < 0.05) < 0.12
+    p_values = [distributions.chance_of_bias(part.view(200, 2, 2), torch.zeros(2, 2), 4000) for part in draws]
+    assert np.mean(p_values) == pytest.approx(0.5, abs=4.5 * 0.29 / 300**0.5)
+    assert np.mean(np.array(p_values) < 0.05) < 0.12
     assert distributions.chance_of_bias(draws[0].view(200, 2, 2) + 0.5, torch.zeros(2, 2)) < 1e-4
 
 
@@ -114,8 +114,8 @@ def test_kernel_verdicts():
     far = [law("b", "gaussian", 1.0), law("b", "rademacher", 1.5)]
     assert distributions.judge_bias(close).verdict == HOLDS
     assert distributions.judge_bias([law("a", "gaussian", 1.0, chance=1e-5), *close]).verdict == FAILS
-    judged = [distributions.judge_distributions(rows).verdict for rows in (close, close + far, far)]
-    assert judged == [HOLDS, PARTLY, FAILS]
+    verdicts = [distributions.judge_distributions(rows).verdict for rows in (close, close + far, far)]
+    assert verdicts == [HOLDS, PARTLY, FAILS]
     assert distributions.judge_distributions([law("a", "gaussian", 1.0, z=6.0), *close]).verdict == OPEN
     slopes = ((-0.5, -0.51, -0.49), (-0.5, -0.6, -0.4), (-0.3, -0.35, -0.25))
     assert [curves.judge_root(slope, 120, 20).verdict for slope in slopes] == [HOLDS, OPEN, FAILS]
@@ -123,8 +123,8 @@ def test_kernel_verdicts():
     assert curves.judge_similar(faster, [0.99], 20).verdict == HOLDS
     assert curves.judge_similar(same, [0.99], 20).verdict == PARTLY
     assert curves.judge_similar(same, [0.99, 0.2], 20).verdict == FAILS
-    judged = [curves.judge_bound(*case).verdict for case in (([1.2, 1.9], {"2": 0.9}), ([5.0], {"2": 1.2}))]
-    assert judged == [HOLDS, PARTLY]
+    verdicts = [curves.judge_bound(*case).verdict for case in (([1.2, 1.9], {"2": 0.9}), ([5.0], {"2": 1.2}))]
+    assert verdicts == [HOLDS, PARTLY]
     assert curves.judge_bound([0.5, 5.0], {"2": 1.2}).verdict == FAILS
     assert [heatmaps.judge_denoising({"p": f}, 10).verdict for f in (LOW, MIDDLE, HIGH)] == [HOLDS, OPEN, FAILS]
     assert heatmaps.judge_similar({"init": MIDDLE, "trained": LOW}, 10).verdict == PARTLY
@@ -133,15 +133,15 @@ def test_kernel_verdicts():
 
 def test_kernel_verdicts_over_steps_and_sizes():
     half, none, steep = (-0.5, -0.55, -0.45), (0.0, -0.05, 0.05), (-0.2, -0.5, 0.1)
-    judged = [horizon.judge({"P": p, "T": t}, 6).verdict for p, t in ((half, none), (half, half), (none, half))]
-    assert judged == [HOLDS, PARTLY, FAILS]
+    verdicts = [horizon.judge({"P": p, "T": t}, 6).verdict for p, t in ((half, none), (half, half), (none, half))]
+    assert verdicts == [HOLDS, PARTLY, FAILS]
     assert horizon.judge({"P": steep, "T": half}, 6).verdict == OPEN
     sizes = ((0.0, -0.05, 0.05), (0.2, 0.1, 0.3), (0.9, 0.8, 1.0), (0.4, -0.3, 1.1))
     assert [dimension.judge({"k": size}, "d", 3).verdict for size in sizes] == [HOLDS, PARTLY, FAILS, OPEN]
-    judged = [
+    verdicts = [
         drift.judge({"r": ratio}, found, 3).verdict for ratio, found in ((LOW, LOW), (LOW, MIDDLE), (HIGH, MIDDLE))
     ]
-    assert judged == [HOLDS, PARTLY, FAILS]
+    assert verdicts == [HOLDS, PARTLY, FAILS]
     assert drift.judge({"r": MIDDLE}, MIDDLE, 3).verdict == FAILS  # a drift of at least a half is not stable
     rows = [{"loss": 3.0, "drift": 0.0}, {"loss": 1.0, "drift": 0.8}, {"loss": 0.5, "drift": 0.7}]
     assert [drift.drift_at(rows, fall) for fall in (1.0, 2.0, 2.25)] == pytest.approx([0.4, 0.8, 0.75])
@@ -167,20 +167,20 @@ def test_language_model_verdicts():
     assert language_model.judge_fifty({"g": gaps[0], "r": gaps[3]}, 50, 3).verdict == OPEN
     alike, unlike = (1.0, 0.9, 1.1), (2.0, 1.5, 2.5)
     cases = ((alike, alike, LOW), (alike, alike, HIGH), (unlike, unlike, HIGH), (MIDDLE, MIDDLE, MIDDLE))
-    judged = [language_model.judge_distributions(*case, 50, 3).verdict for case in cases]
-    assert judged == [HOLDS, PARTLY, FAILS, FAILS]
+    verdicts = [language_model.judge_distributions(*case, 50, 3).verdict for case in cases]
+    assert verdicts == [HOLDS, PARTLY, FAILS, FAILS]
     ends = [torch.tensor([float(k), 0.0]) for k in (0, 1, 3)]
-    moved = [end + torch.tensor([0.0, 2.0]) for end in ends]
+    shifted = [end + torch.tensor([0.0, 2.0]) for end in ends]
     shifts = np.array([1.0, 2.0, 3.0])  # distances to the next stream of the same distribution
-    assert language_model.crossing(ends, moved)[0] == pytest.approx(np.exp(np.log(2 / shifts).mean()))
+    assert language_model.crossing(ends, shifted)[0] == pytest.approx(np.exp(np.log(2 / shifts).mean()))
 
 
 def test_nzk_verdicts():
     fine, off = ({"runs": 4000, "mean_z_max": z, "second_moment_z_max": 1.0} for z in (3.0, 50.0))
-    same, more = (4.0, 3.95, 4.05), (7.0, 6.9, 7.1)
-    factors = [{"rademacher": same, "laplace": other} for other in (same, more)]
-    judged = [nzk.constancy(check, found, 100, None).verdict for check in (fine, off) for found in factors]
-    assert judged == [HOLDS, PARTLY, PARTLY, FAILS]
+    same, larger = (4.0, 3.95, 4.05), (7.0, 6.9, 7.1)
+    factors = [{"rademacher": same, "laplace": other} for other in (same, larger)]
+    verdicts = [nzk.constancy(check, found, 100, None).verdict for check in (fine, off) for found in factors]
+    assert verdicts == [HOLDS, PARTLY, PARTLY, FAILS]
     assert nzk.equal_factors(same, (4.2, 3.5, 5.0)) == OPEN
     assert [nzk.fewer_steps(*pair) for pair in ((5, 9), (9, 5), (9, None), (None, 5))] == [HOLDS, FAILS, HOLDS, FAILS]
 
@@ -193,19 +193,19 @@ def test_nzk_verdicts():
             "share_of_runs_above_their_start": risen,
         }
 
-    on, none, some = (1.0, 0.95, 1.05), (0.0, 0.0, 0.005), (0.5, 0.4, 0.6)
+    on, none, partial = (1.0, 0.95, 1.05), (0.0, 0.0, 0.005), (0.5, 0.4, 0.6)
     assert nzk.attainability({"paper": run(on, none)}).verdict == HOLDS
-    assert nzk.attainability({"paper": run(on, none), "public code": run(HIGH, some)}).verdict == PARTLY
-    assert nzk.attainability({"paper": run(HIGH, none), "public code": run(HIGH, some)}).verdict == FAILS
+    assert nzk.attainability({"paper": run(on, none), "public code": run(HIGH, partial)}).verdict == PARTLY
+    assert nzk.attainability({"paper": run(HIGH, none), "public code": run(HIGH, partial)}).verdict == FAILS
     assert nzk.attainability({"paper": run((1.08, 1.02, 1.15), none)}).verdict == OPEN
 
 
 def test_kerzoo_verdicts():
     slopes = {"MeZO": 2.0, "K3": 4.0, "K3, radius 1/2, literal": 2.0}
-    judged = [
+    verdicts = [
         estimator.judge_bias(slopes | change).verdict for change in ({}, {"K3, radius 1/2, literal": 4.0}, {"K3": 2.0})
     ]
-    assert judged == [PARTLY, HOLDS, FAILS]
+    assert verdicts == [PARTLY, HOLDS, FAILS]
     wide = {"second_moment_ratio": 6.0, "bias_ratio": 0.0, "gain": 1.0}
     narrow = {"second_moment_ratio": 2.0, "bias_ratio": 0.3, "gain": 1.0}
     for change, verdict in (({}, HOLDS), ({"gain": 0.1}, PARTLY)):
@@ -224,10 +224,10 @@ def test_kerzoo_verdicts():
     assert ablations.judge_constant(rows | {2.0: row(LOW)}, 6).verdict == PARTLY
     assert ablations.judge_constant({0.5: row(LOW, LOW), 1.0: row(HIGH, HIGH), 2.0: row(LOW)}, 6).verdict == FAILS
     pairs = [[row(LOW), row(x)] for x in (HIGH, LOW)]
-    judged = [
+    verdicts = [
         ablations.judge_eps({"fp32": a, "fp16": b}, 6).verdict for a, b in ((pairs[0],) * 2, (pairs[1], pairs[0]))
     ]
-    assert judged == [HOLDS, PARTLY]
+    assert verdicts == [HOLDS, PARTLY]
     assert ablations.judge_eps({"fp32": pairs[1], "fp16": [row(HIGH), row(LOW)]}, 6).verdict == FAILS
 
 
@@ -280,8 +280,8 @@ def test_accuracy_is_judged_by_the_share_of_rows():
             for method, score in (("mezo", 50.0), ("kerzoo", 51.0 if n < ahead else 49.0)):
                 yield shared | {"task": str(n), "method": method, "measured": score}
 
-    def verdict(found, claim="kerzoo-accuracy", full=True):
-        return accuracy.judge(list(found), claim, ran_on="it", full=full).verdict
+    def verdict(rows, claim="kerzoo-accuracy", full=True):
+        return accuracy.judge(list(rows), claim, ran_on="it", full=full).verdict
 
     assert [verdict(rows(n, 20)) for n in (20, 10, 0)] == [HOLDS, OPEN, FAILS]
     assert verdict(rows(20, 20), full=False) == NOT_RUN
@@ -293,40 +293,40 @@ def by(rows, key):
     return {row[key]: row for row in rows}
 
 
-def again(name, n):
+def verdicts_of(name, n):
     """Return the verdicts of an experiment's stored numbers, by claim."""
     if name == "entk/horizon":
-        found = [horizon.judge(horizon.exponents(n["rows"]), n["seeds"])]
+        verdicts = [horizon.judge(horizon.exponents(n["rows"]), n["seeds"])]
     elif name == "entk/laws":
-        found = [distributions.judge_bias(n["rows"]), distributions.judge_distributions(n["rows"])]
+        verdicts = [distributions.judge_bias(n["rows"]), distributions.judge_distributions(n["rows"])]
     elif name == "entk/dimension":
-        found = [dimension.judge(n["slopes_from_width_32"], "d", n["seeds"])]
+        verdicts = [dimension.judge(n["slopes_from_width_32"], "d", n["seeds"])]
     elif name == "entk/model_sizes":
-        found = [model_sizes.judge(n["exponent"], len(n["sizes"]), n["gradients"])]
+        verdicts = [model_sizes.judge(n["exponent"], len(n["sizes"]), n["gradients"])]
     elif name == "entk/trajectories":
-        found = [trajectories.judge(n["agreement"])]
+        verdicts = [trajectories.judge(n["agreement"])]
     elif name == "entk/heatmaps":
-        found = [heatmaps.judge_denoising(n["error_at_125_over_1"], 10)]
+        verdicts = [heatmaps.judge_denoising(n["error_at_125_over_1"], 10)]
     elif name == "kerzoo/constant":
         rows = by(n["rows"], "setting")
-        found = [ablations.judge_constant({f: rows[f"KerZOO, C = {4 * f:g}"] for f in (0.5, 1.0, 2.0)}, n["seeds"])]
+        verdicts = [ablations.judge_constant({f: rows[f"KerZOO, C = {4 * f:g}"] for f in (0.5, 1.0, 2.0)}, n["seeds"])]
     elif name == "kerzoo/order":
         rows = by(n["rows"], "setting")
-        found = [ablations.judge_order(rows["order 1"], rows["order 3"], n["seeds"])]
+        verdicts = [ablations.judge_order(rows["order 1"], rows["order 3"], n["seeds"])]
     elif name == "kerzoo/eps":
         names = "MeZO-1, eps = 0.001", "MeZO-1, eps = 1e-05"
         pairs = {p: [by(rows, "setting")[s] for s in names] for p, rows in n["rows"].items()}
-        found = [ablations.judge_eps(pairs, 6)]
+        verdicts = [ablations.judge_eps(pairs, 6)]
     elif name == "kerzoo/memory_and_time":
-        found = [costs.judge_costs(n["rows"])]
+        verdicts = [costs.judge_costs(n["rows"])]
     elif name == "kerzoo/three_perturbations":
-        found = [costs.judge_three(by(n["rows"], "method"))]
+        verdicts = [costs.judge_three(by(n["rows"], "method"))]
     elif name == "kerzoo/language_model":
         steps = max(n["steps"].values()) if isinstance(n["steps"], dict) else n["steps"]
-        found = [kerzoo_language_model.judge(n["gaps"], len(n["rows"][0]["test_loss"]), steps)]
+        verdicts = [kerzoo_language_model.judge(n["gaps"], len(n["rows"][0]["test_loss"]), steps)]
     else:
-        found = [budget.judge_average(n["rows"]), budget.judge_alignment(n["rows"], n["distances"])]
-    return {verdict.id: verdict for verdict in found}
+        verdicts = [budget.judge_average(n["rows"]), budget.judge_alignment(n["rows"], n["distances"])]
+    return {verdict.id: verdict for verdict in verdicts}
 
 
 @pytest.mark.parametrize(
@@ -341,5 +341,5 @@ def again(name, n):
 def test_committed_verdicts_follow_from_committed_numbers(name):
     record = load_record(RESULTS / name)
     stored = {verdict["id"]: verdict["verdict"] for verdict in record["verdicts"]}
-    for claim, verdict in again(name, record["numbers"]).items():
+    for claim, verdict in verdicts_of(name, record["numbers"]).items():
         assert stored[claim] == verdict.verdict, verdict.reason

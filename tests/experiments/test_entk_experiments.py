@@ -66,10 +66,10 @@ def test_model_sizes_measure_what_the_dense_jacobian_has():
     task, count = language_task(Config("smoke"), steps=2, batch_size=2), 200
     options = {"distribution": "gaussian", "eps": 1e-3, "seed": 0}
     gradient = model_sizes.gradients_of(task)
-    found = model_sizes.Changes(**model_sizes.measure(task, gradient, 2, count, **options))
+    changes = model_sizes.Changes(**model_sizes.measure(task, gradient, 2, count, **options))
     squares = model_sizes.measure_gradients(task, gradient)
-    np.testing.assert_allclose(squares["gradient_sq"], found.gradient_sq, rtol=1e-5)
-    np.testing.assert_allclose(squares["change_sq"], found.change_sq, rtol=1e-4)
+    np.testing.assert_allclose(squares["gradient_sq"], changes.gradient_sq, rtol=1e-5)
+    np.testing.assert_allclose(squares["change_sq"], changes.change_sq, rtol=1e-4)
     model = copy.deepcopy(task.model).double()
     names, weights = zip(*model.named_parameters(), strict=True)
 
@@ -83,30 +83,30 @@ def test_model_sizes_measure_what_the_dense_jacobian_has():
     for n, batch in enumerate(task.batches):
         loss = F.cross_entropy(model_sizes.last_logits(model, batch), batch["targets"])
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
-        assert found.gradient_sq[n] == pytest.approx(gradient.square().sum().item(), rel=1e-4)
-        assert found.change_sq[n] == pytest.approx((jacobian @ gradient).square().sum().item(), rel=1e-3)
-        ratios = np.square(found.slopes[n]) / found.gradient_sq[n]  # chi squared, one degree of freedom
+        assert changes.gradient_sq[n] == pytest.approx(gradient.square().sum().item(), rel=1e-4)
+        assert changes.change_sq[n] == pytest.approx((jacobian @ gradient).square().sum().item(), rel=1e-3)
+        ratios = np.square(changes.slopes[n]) / changes.gradient_sq[n]  # chi squared, one degree of freedom
         assert abs(ratios.mean() - 1) < 4 * np.sqrt(2 / count)
-    sizes = np.diagonal(found.gram)
+    sizes = np.diagonal(changes.gram)
     assert abs(sizes.mean() - jacobian.square().sum().item()) < 4 * sizes.std() / np.sqrt(count)
 
 
 def test_model_sizes_errors_are_those_of_the_means_of_directions():
     rng = np.random.default_rng(0)
-    moved, change, slopes = rng.normal(size=(6, 30)), rng.normal(size=(2, 30)), rng.normal(size=(2, 6))
-    gram, along, squares = moved @ moved.T, change @ moved.T, np.square(change).sum(1)
-    found = model_sizes.Changes(slopes, gram, along, np.array([3.0, 4.0]), squares)
+    directions, change, slopes = rng.normal(size=(6, 30)), rng.normal(size=(2, 30)), rng.normal(size=(2, 6))
+    gram, along, squares = directions @ directions.T, change @ directions.T, np.square(change).sum(1)
+    changes = model_sizes.Changes(slopes, gram, along, np.array([3.0, 4.0]), squares)
     for batch in range(2):
         for group in range(3):
-            chosen = slice(2 * group, 2 * group + 2)
-            mean = (slopes[batch, chosen, None] * moved[chosen]).mean(0)
+            columns = slice(2 * group, 2 * group + 2)
+            mean = (slopes[batch, columns, None] * directions[columns]).mean(0)
             expected = np.square(mean - change[batch]).sum() / squares[batch]
-            assert found.errors(2)[batch, group] == pytest.approx(expected)
-    assert found.variance(5.0) == pytest.approx(1 + 5 * np.array([3.0, 4.0]) / squares)
-    both = model_sizes.pooled_variance(
-        {"a": found, "b": found}, {"gradient_sq": found.gradient_sq, "change_sq": squares}
+            assert changes.errors(2)[batch, group] == pytest.approx(expected)
+    assert changes.variance(5.0) == pytest.approx(1 + 5 * np.array([3.0, 4.0]) / squares)
+    pooled = model_sizes.pooled_variance(
+        {"a": changes, "b": changes}, {"gradient_sq": changes.gradient_sq, "change_sq": squares}
     )
-    assert both["v_by_batch"] == pytest.approx(found.variance(np.diagonal(gram).mean()))
+    assert pooled["v_by_batch"] == pytest.approx(changes.variance(np.diagonal(gram).mean()))
 
 
 def test_the_exponent_of_sizes_is_that_of_the_law():
@@ -120,26 +120,26 @@ def test_the_exponent_of_sizes_is_that_of_the_law():
     assert sure[0] == unsure[0] == pytest.approx(0.3)
     shared = 1.96 * 0.5 * np.sqrt(2) / np.log(100)  # of a line through two points
     assert (unsure[2] - 0.3) ** 2 == pytest.approx((sure[2] - 0.3) ** 2 + shared**2, rel=1e-3)
-    found = [(0.0, -0.05, 0.05), (0.2, 0.1, 0.3), (0.2, -0.1, 0.6), (0.8, 0.6, 1.0), (-0.8, -1.0, -0.6)]
-    verdicts = [model_sizes.judge(one, 3, 24).verdict for one in found]
+    exponents = [(0.0, -0.05, 0.05), (0.2, 0.1, 0.3), (0.2, -0.1, 0.6), (0.8, 0.6, 1.0), (-0.8, -1.0, -0.6)]
+    verdicts = [model_sizes.judge(one, 3, 24).verdict for one in exponents]
     assert verdicts == ["holds", "holds under conditions", "not resolved", "does not hold", "does not hold"]
-    assert model_sizes.judge(found[0], 2, 24).verdict == "not run here"
+    assert model_sizes.judge(exponents[0], 2, 24).verdict == "not run here"
 
 
 def test_model_sizes_take_the_gradient_of_a_batch_once(monkeypatch):
-    taken, along_gradient = [], model_sizes.along_gradient
+    batches, along_gradient = [], model_sizes.along_gradient
 
     def counted(task, batch):
-        taken.append(id(batch))
+        batches.append(id(batch))
         return along_gradient(task, batch)
 
     monkeypatch.setattr(model_sizes, "along_gradient", counted)
     options = {"models": ["16"], "directions": 4, "batches": 2, "gradients": 3}
     model_sizes.run(Config("smoke", options=options))
-    assert len(taken) == len(set(taken)) == 3
+    assert len(batches) == len(set(batches)) == 3
 
 
-def test_what_is_kept_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
+def test_the_cache_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
     """Numbers on other sentences are other numbers: a file is known by what it says, not by its name."""
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / name).mkdir()
@@ -157,7 +157,7 @@ def test_what_is_kept_belongs_to_one_model_and_one_set_of_sentences(tmp_path):
         place("smollm2", "no")
 
 
-def test_what_was_cached_counts_the_seconds_that_it_took(tmp_path, monkeypatch):
+def test_cached_results_count_the_seconds_they_took(tmp_path, monkeypatch):
     clock = iter([0.0, 100.0, 0.0, 20.0])
     monkeypatch.setattr("zokernel.experiments.entk.array_cache.time.perf_counter", lambda: next(clock))
     for _ in range(2):
@@ -167,11 +167,11 @@ def test_what_was_cached_counts_the_seconds_that_it_took(tmp_path, monkeypatch):
         assert cached.seconds == 120.0
 
 
-def test_model_sizes_go_on_from_the_cache(tmp_path, monkeypatch):
+def test_model_sizes_continue_from_the_cache(tmp_path, monkeypatch):
     options = {"models": ["16"], "directions": 4, "batches": 1, "gradients": 2, "cache": str(tmp_path)}
     first = model_sizes.run(Config("smoke", options=options))
     monkeypatch.setattr(model_sizes, "along_gradient", None)
     assert model_sizes.run(Config("smoke", options=options)).numbers == first.numbers
-    alone = model_sizes.run(Config("smoke", options=options | {"directions": [[4, 0]]}))
-    assert alone.numbers["rows"][0]["distribution"] == "gaussian"
-    assert len(alone.numbers["rows"]) == 1
+    result = model_sizes.run(Config("smoke", options=options | {"directions": [[4, 0]]}))
+    assert result.numbers["rows"][0]["distribution"] == "gaussian"
+    assert len(result.numbers["rows"]) == 1

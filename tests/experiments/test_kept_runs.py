@@ -20,19 +20,19 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-def test_a_run_that_does_not_say_a_value_is_not_one_with_none(tmp_path):
+def test_a_run_without_a_value_differs_from_one_with_none(tmp_path):
     runs = KeptRuns(tmp_path / "runs.jsonl")
     runs.add({"seed": 0, "loss": 0.5})
     runs.add({"seed": 0, "rate": None, "loss": 0.25})
     runs.add({"seed": 0, "rate": [1, 2], "loss": 0.125})
-    for kept in (runs, KeptRuns(runs.path)):
-        assert kept.find(seed=0)["loss"] == 0.5
-        assert kept.find(seed=0, rate=None)["loss"] == 0.25
-        assert kept.find(seed=0, rate=[1, 2])["loss"] == 0.125
-        assert kept.find(seed=0, batch=None) is None
+    for stored in (runs, KeptRuns(runs.path)):
+        assert stored.find(seed=0)["loss"] == 0.5
+        assert stored.find(seed=0, rate=None)["loss"] == 0.25
+        assert stored.find(seed=0, rate=[1, 2])["loss"] == 0.125
+        assert stored.find(seed=0, batch=None) is None
 
 
-def test_runs_of_other_settings_are_not_added_to(tmp_path, benchmark):
+def test_runs_with_other_settings_are_not_extended(tmp_path, benchmark):
     require_same_settings = benchmark("same_settings").require_same_settings
     runs = KeptRuns(tmp_path / "runs.jsonl")
     runs.add({"task": "sst2", "data": "66e12348"})
@@ -54,22 +54,22 @@ def test_the_hash_is_of_the_rows_in_their_order():
 
 def test_committed_runs_are_found_by_their_benchmarks(benchmark):
     rewards, long_runs, queries = map(benchmark, ("rewards", "long_runs", "query_efficiency"))
-    kept = KeptRuns(RESULTS / "rewards.jsonl")
-    benchmark("same_settings").require_same_settings(kept, {}, model="smollm2", generations=rewards.GENERATIONS)
-    found = []
+    committed = KeptRuns(RESULTS / "rewards.jsonl")
+    benchmark("same_settings").require_same_settings(committed, {}, model="smollm2", generations=rewards.GENERATIONS)
+    matches = []
     for name, contender in rewards.CONTENDERS.items():
         keys = [(rate, rewards.SWEPT_WITH, "validation") for rate in contender.rates]
-        keys += [(rewards.best_rate(kept.rows, name), seed, "held-out") for seed in rewards.SEEDS]
-        found += [kept.find(method=name, rate=rate, seed=seed, split=split) for rate, seed, split in keys]
-    assert len(found) == len(kept.rows) == 18
-    assert None not in found
-    kept = KeptRuns(long_runs.COMMITTED)
-    assert kept.find(method="AdamW, LoRA", rate=1e-3, budget=3600, seed=0)["steps"] == 150
+        keys += [(rewards.best_rate(committed.rows, name), seed, "held-out") for seed in rewards.SEEDS]
+        matches += [committed.find(method=name, rate=rate, seed=seed, split=split) for rate, seed, split in keys]
+    assert len(matches) == len(committed.rows) == 18
+    assert None not in matches
+    committed = KeptRuns(long_runs.COMMITTED)
+    assert committed.find(method="AdamW, LoRA", rate=1e-3, budget=3600, seed=0)["steps"] == 150
     for name, rate in (("auto, LoRA, batch 16", None), ("MeZO", 2e-5)):
-        assert kept.find(method=name, rate=rate, budget=36_000, seed=0)["steps"] == 1125
+        assert committed.find(method=name, rate=rate, budget=36_000, seed=0)["steps"] == 1125
     runs = queries.Runs(queries.COMMITTED)
-    found = runs.find(task="trec", train="full", contender="auto", lr=queries.rates_of("auto", "trec", "full")[0])
-    assert [row["seed"] for row in found] == list(range(1, 11))
+    matches = runs.find(task="trec", train="full", contender="auto", lr=queries.rates_of("auto", "trec", "full")[0])
+    assert [row["seed"] for row in matches] == list(range(1, 11))
     assert not any("data" in row for row in runs.rows)
 
 
@@ -90,10 +90,10 @@ def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, 
 
     start("Area man")
     start("Area man")
-    kept = KeptRuns(long_runs.OWN)
+    runs = KeptRuns(long_runs.OWN)
     assert trained == ["MeZO-2e-05-36000-0"]
-    assert len(kept.rows) == 1
-    hashed = kept.rows[0]["data"]
+    assert len(runs.rows) == 1
+    hashed = runs.rows[0]["data"]
     assert len(hashed) == 8
     with pytest.raises(SystemExit, match=f"runs/long_runs.jsonl holds a run that has data {hashed}, not "):
         start("Area woman")

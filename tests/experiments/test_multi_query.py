@@ -18,21 +18,21 @@ from zokernel.optim import ForwardDifference, MeZO
 @pytest.mark.parametrize(("make", "method"), [(TwoPoint, MeZO), (OneSided, ForwardDifference)])
 def test_runs_are_the_optimizers(make, method):
     problem, law, count, lr = Quadratic("it", np.linspace(0.5, 2, 6)), Dense("rademacher"), 3, 0.05
-    like = {"w": torch.zeros(6, dtype=torch.float64)}
+    params = {"w": torch.zeros(6, dtype=torch.float64)}
 
     def draw(step):
-        return np.stack([law(like, seed=0, step=step, index=p)["w"].numpy()[None] for p in range(count)])
+        return np.stack([law(params, seed=0, step=step, index=p)["w"].numpy()[None] for p in range(count)])
 
     estimator = make(EPS, count)
     budget = {"forwards": 5 * estimator.forwards_at(0), "seeds": 1, "seed": 0}
-    fallen = train(problem, estimator, [lr], draw=draw, **budget)
+    decreases = train(problem, estimator, [lr], draw=draw, **budget)
     weight = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
     optimizer = method([("w", weight)], lr=lr, eps=EPS, num_perturbations=count, perturb="in_place:copy")
     loss = lambda: float(problem.full_loss(weight.detach().numpy()[None, None])[0, 0])  # noqa: E731
     start = loss()
     for _ in range(5):
         optimizer.step(loss)
-    assert fallen[0, 0] == pytest.approx(math.log(start / loss()), rel=1e-6)
+    assert decreases[0, 0] == pytest.approx(math.log(start / loss()), rel=1e-6)
 
 
 def test_the_softmax_problem_has_its_loss_and_trace():
@@ -52,9 +52,9 @@ def test_the_softmax_problem_has_its_loss_and_trace():
 def test_an_aligned_estimate_is_the_projection_and_nearly_the_average():
     generator = np.random.default_rng(0)
     z, gradient = generator.choice([-1.0, 1.0], size=(4, 1, 9)), generator.normal(size=9)
-    found = aligned_coefficients((z[:, 0] @ gradient / 4)[None], z)[0] @ z[:, 0]
+    estimate = aligned_coefficients((z[:, 0] @ gradient / 4)[None], z)[0] @ z[:, 0]
     basis = np.linalg.qr(z[:, 0].T)[0]
-    assert found == pytest.approx(basis @ (basis.T @ gradient), rel=1e-10)
+    assert estimate == pytest.approx(basis @ (basis.T @ gradient), rel=1e-10)
     for row in budget.distance_table((400, 6400), draws=60):
         # 60 draws of a mean of 56 products: its relative spread is well below a tenth.
         assert row["distance"] == pytest.approx(row["predicted"], rel=0.1)
@@ -71,9 +71,9 @@ def test_on_equal_curvatures_runs_get_as_far_as_theory_says():
             (True, 1.0, 1 - count / dim),
         ):
             estimator = TwoPoint(EPS, count)
-            spent = steps * estimator.forwards_at(0)
-            fallen = train(problem, estimator, [rate], forwards=spent, seeds=600, seed=2, align=align)
-            losses = np.exp(-fallen[0])
+            forwards = steps * estimator.forwards_at(0)
+            decreases = train(problem, estimator, [rate], forwards=forwards, seeds=600, seed=2, align=align)
+            losses = np.exp(-decreases[0])
             score = (losses.mean() - factor**steps) / (losses.std() / math.sqrt(600))
             assert abs(score) < 4.5, (count, align)
     assert budget.predicted(problem, "two-point", 10) == pytest.approx(
@@ -111,11 +111,13 @@ def test_it_runs_at_smoke_scale(smoke_run):
     record = smoke_run.record("multi_query/budget")
     rows = record["numbers"]["rows"]
     assert len(rows) == 4 * 3 * 3
-    by = {(r["problem"], r["scheme"], r["P"]): r for r in rows}
+    row_of = {(r["problem"], r["scheme"], r["P"]): r for r in rows}
     for problem in ("small quadratic", "large quadratic", "power-law quadratic", "softmax regression"):
         # At one nominal rate, averages of more directions take fewer steps of the same length.
-        assert by[problem, "two-point", 16]["equal_rate"][0] < 0.6
-        assert by[problem, "two-point", 16]["steps"] == by[problem, "two-point", 1]["steps"] // 16
-    assert by["small quadratic", "two-point", 16]["best"][2] < 1 < by["small quadratic", "aligned", 16]["best"][1]
-    assert by["large quadratic", "one-sided", 16]["best"][1] > 1.3
+        assert row_of[problem, "two-point", 16]["equal_rate"][0] < 0.6
+        assert row_of[problem, "two-point", 16]["steps"] == row_of[problem, "two-point", 1]["steps"] // 16
+    assert (
+        row_of["small quadratic", "two-point", 16]["best"][2] < 1 < row_of["small quadratic", "aligned", 16]["best"][1]
+    )
+    assert row_of["large quadratic", "one-sided", 16]["best"][1] > 1.3
     assert {verdict["id"] for verdict in record["verdicts"]} == {"multi-query-average", "multi-query-align"}

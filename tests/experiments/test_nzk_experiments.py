@@ -67,9 +67,9 @@ def test_every_kind_of_figure_draws(kind):
     else:
         problem = linear_problem(2 if kind == "two inputs" else 30, 0.05, examples=20, steps=100)
     size = Size(nzk_samples=50, runs=10, process_steps=10, baseline_steps=10, check_runs=50, best_of=2)
-    drawn = figures.draw(study(problem, [Variant("NZK"), Variant("two", coupling="independent")], size, seed=0))
-    assert set(drawn) == {"losses", "comparison", "kernels", "evolution", "fit", "process"}
-    for figure in drawn.values():
+    drawings = figures.draw(study(problem, [Variant("NZK"), Variant("two", coupling="independent")], size, seed=0))
+    assert set(drawings) == {"losses", "comparison", "kernels", "evolution", "fit", "process"}
+    for figure in drawings.values():
         assert figure.axes
         assert all(axes.has_data() for axes in figure.axes)
 
@@ -105,7 +105,7 @@ def test_tiny_imagenet_without_a_hub_says_not_run_here(monkeypatch):
     assert "cannot be reached" in result.summary
 
 
-def test_unreachable_hub_is_found_out_at_once(monkeypatch):
+def test_an_unreachable_hub_is_detected_at_once(monkeypatch):
     from zokernel.data.tiny_imagenet import load_tiny_imagenet
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -124,7 +124,7 @@ def test_cifar_decoding_keeps_the_wanted_classes():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     examples = []
-    for array, number in zip(pixels, (9, 2, 0, 2)):
+    for array, number in zip(pixels, (9, 2, 0, 2), strict=True):
         stream = io.BytesIO()
         Image.fromarray(array).save(stream, format="PNG")
         scores = {name: int(name == CIFAR10_CLASSES[number]) for name in CIFAR10_CLASSES}
@@ -148,11 +148,11 @@ def test_parameter_space_baseline_follows_the_closed_form():
     x, y, theta, f0 = small()
     run = Evolution(f0, y, x @ x.T, 1.0, moments=process_moments("gaussian", 5, "zo_sgd"), num_perturbations=2)
     lr = 0.2 * run.stability_limit
-    found = zo_sgd_run(squared_loss(x, y, theta, f0), theta, lr, [5, 30], num_perturbations=2, runs=4000, eps=0.1)
+    simulated = zo_sgd_run(squared_loss(x, y, theta, f0), theta, lr, [5, 30], num_perturbations=2, runs=4000, eps=0.1)
     expected = run.at(lr).expected_loss([5, 30])
-    z = (found.losses.mean(1) - expected) / (found.losses.std(1) / 4000**0.5)
+    z = (simulated.losses.mean(1) - expected) / (simulated.losses.std(1) / 4000**0.5)
     assert z.abs().max() < 3.5
-    assert found.queries.tolist() == [20, 120]
+    assert simulated.queries.tolist() == [20, 120]
 
 
 def test_best_of_takes_longer_steps_and_is_biased():
@@ -174,8 +174,8 @@ def test_the_public_baseline_can_only_reach_the_all_ones_line():
         z = torch.randn(1, 5, generator=generator, dtype=torch.float64)
         up, down = ((x @ (columns + sign * eps * z) - y[:, None]).square().mean() / 2 for sign in (1, -1))
         columns = columns - lr * (up - down) / (2 * eps) * z
-    moved = columns - theta[:, None]
-    assert torch.linalg.matrix_rank(moved, rtol=1e-6) == 1
+    changes = columns - theta[:, None]
+    assert torch.linalg.matrix_rank(changes, rtol=1e-6) == 1
     final = (x @ columns - y[:, None]).square().mean(0) / 2
     assert (final >= bound - 1e-9).all()
     least_squares = Evolution(f0, y, x @ x.T, 0.1).floor
@@ -206,7 +206,7 @@ def test_kernel_drift_of_a_network_and_of_a_linear_model():
     assert rows[2].relative_change > rows[1].relative_change > 0.01
     assert rows[2].alignment < rows[1].alignment < 1
     assert rows[1].loss == pytest.approx(rows[1].predicted_loss, rel=0.1)  # early on the linear model is right
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     linear = kernel_drift(nn.Linear(3, 1).double(), x, y, 0.02, [0, 50], num_perturbations=4)
     assert linear[1].relative_change < 1e-12
     assert linear[1].loss < linear[0].loss

@@ -70,7 +70,7 @@ def test_a_failure_is_reported_and_the_others_run(two_experiments, tmp_path, cap
     assert "No experiment read the option sise" in capsys.readouterr().out
 
 
-def test_result_says_how_it_was_made(two_experiments, tmp_path):
+def test_a_result_records_how_it_was_made(two_experiments, tmp_path):
     (outcome,) = run_all(["test/good"], Config("smoke", seed=3, options={"size": 2}), tmp_path, report=lambda _: None)
     assert outcome.state == "finished"
     record = json.loads((tmp_path / "test/good/result.json").read_text())
@@ -90,8 +90,10 @@ def test_processes_give_the_same_numbers(smoke_run, tmp_path):
     assert {outcome.state for outcome in outcomes} == {"finished"}, [o.message for o in outcomes]
     key = {"kerzoo/estimator": "slopes", "nzk/mixture": "kernel_z_rms"}
     for name in names:  # up to the order of sums, which follows the number of threads
-        here, there = (found["numbers"][key[name]] for found in (load_record(tmp_path / name), smoke_run.record(name)))
-        assert here == pytest.approx(there, rel=1e-6)
+        parallel, sequential = (
+            found["numbers"][key[name]] for found in (load_record(tmp_path / name), smoke_run.record(name))
+        )
+        assert parallel == pytest.approx(sequential, rel=1e-6)
     assert len(lines) == 3
     assert "left" in lines[1]
 

@@ -57,13 +57,13 @@ def test_the_gap_follows_the_law_of_a_kernel_that_stays():
     paths = [trajectories.zeroth_order(fresh, lr, 2, seed=seed, **WAYS) for seed in range(40)]
     row = trajectory_gaps.compare_runs(start, reference, paths, lr=lr, count=2)
     for measure in ("l2", "hellinger"):
-        found, sizes = row[measure], start[f"odd_{measure}"]
-        ratios = np.square(np.array(found["gap_by_seed"]) / found["law"][-1])
+        gaps, sizes = row[measure], start[f"odd_{measure}"]
+        ratios = np.square(np.array(gaps["gap_by_seed"]) / gaps["law"][-1])
         error = math.hypot(ratios.std() / math.sqrt(40), sizes.std() / sizes.mean() / math.sqrt(100))
         assert abs(ratios.mean() - 1) < 4 * error
-        assert found["gap_by_step"][-1] == pytest.approx(np.sqrt(np.square(found["gap_by_seed"]).mean()))
-        assert found["with_curvature"][-1] == pytest.approx(found["law"][-1], rel=0.01)
-        assert found["parting_step"] > 100 * 3
+        assert gaps["gap_by_step"][-1] == pytest.approx(np.sqrt(np.square(gaps["gap_by_seed"]).mean()))
+        assert gaps["with_curvature"][-1] == pytest.approx(gaps["law"][-1], rel=0.01)
+        assert gaps["parting_step"] > 100 * 3
     mean, low, high = row["share_of_sgds_decrease"]
     assert abs(row["share_predicted"] - mean) < 4 * (high - low) / 2 / 2.02
     assert row["share_predicted"] == pytest.approx(1 - row["least_count"] / 2)
@@ -97,14 +97,14 @@ def test_at_the_start_the_rise_is_half_of_z_h_z():
 
 def test_the_square_of_the_shift_has_no_bias():
     rng = np.random.default_rng(1)
-    c, found = np.array([1.0, -2.0, 0.5]), []
+    c, estimates = np.array([1.0, -2.0, 0.5]), []
     for _ in range(2000):
         noisy = c + 3 * rng.normal(size=(4, 3))
         mean = noisy.mean(0)
-        found.append((16 * mean @ mean - np.square(noisy).sum()) / 12)
+        estimates.append((16 * mean @ mean - np.square(noisy).sum()) / 12)
         limited = trajectory_gaps.curvature_sq(noisy @ noisy.T)
-        assert limited == pytest.approx(max(0.0, found[-1]))
-    assert abs(np.mean(found) - c @ c) < 4 * np.std(found) / math.sqrt(2000)
+        assert limited == pytest.approx(max(0.0, estimates[-1]))
+    assert abs(np.mean(estimates) - c @ c) < 4 * np.std(estimates) / math.sqrt(2000)
 
 
 def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
@@ -112,9 +112,9 @@ def test_the_gap_over_the_law_is_a_mean_square_over_all_runs():
         {"P": 1, "l2": {"gap_by_seed": [6.0, 2.0], "law": [9.0, 2.0]}},
         {"P": 5, "l2": {"gap_by_seed": [1.0], "law": [1.0]}},
     ]
-    found = trajectory_gaps.agreement_with_law(rows, "l2")
-    middle, low, high = found["over_law"]  # ratios 3, 1 and 1
-    assert found["slope"][1:] == (-math.inf, math.inf)  # a single run has no error
+    agreement = trajectory_gaps.agreement_with_law(rows, "l2")
+    middle, low, high = agreement["over_law"]  # ratios 3, 1 and 1
+    assert agreement["slope"][1:] == (-math.inf, math.inf)  # a single run has no error
     assert middle == pytest.approx(math.sqrt(11 / 3))
     half = 4.303 * np.std([9, 1, 1], ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((0.0, math.sqrt(11 / 3 + half)))
@@ -137,11 +137,11 @@ def test_the_slope_and_its_error_are_those_of_simulated_runs():
 
 def test_the_verdict_is_of_slopes_and_sizes_of_all_models_and_rates():
     def verdict(slopes, sizes, small=False):
-        found = [
+        agreements = [
             {"model": "a", "decrease": 0.1, "hellinger": {"slope": slope, "over_law": size}}
             for slope, size in zip(slopes, sizes, strict=True)
         ]
-        return trajectories.judge(found, small=small).verdict
+        return trajectories.judge(agreements, small=small).verdict
 
     half, flat, unsure = (-0.5, -0.6, -0.4), (-0.1, -0.2, 0.0), (-0.5, -0.9, -0.1)
     right, large = (1.1, 0.8, 1.4), (2.5, 2.0, 3.0)
@@ -152,7 +152,7 @@ def test_the_verdict_is_of_slopes_and_sizes_of_all_models_and_rates():
     assert verdict([half], [right], small=True) == NOT_RUN
 
 
-def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
+def test_trajectories_continue_from_the_cache(tmp_path, monkeypatch):
     options = {
         "models": ["16"],
         "counts": [[1, 4]],
@@ -163,11 +163,11 @@ def test_trajectories_go_on_from_the_cache(tmp_path, monkeypatch):
     }
     first = trajectories.run(Config("smoke", options=options))
     monkeypatch.setattr(trajectories, "MeZO", None)
-    again = trajectories.run(Config("smoke", options=options))
-    assert again.numbers == first.numbers
-    assert [row["P"] for row in again.numbers["rows"]] == [1, 4, 1, 4]
-    assert [len(row["l2"]["gap_by_seed"]) for row in again.numbers["rows"]] == [2, 1, 2, 1]
-    assert again.verdicts[0].verdict == NOT_RUN
+    resumed = trajectories.run(Config("smoke", options=options))
+    assert resumed.numbers == first.numbers
+    assert [row["P"] for row in resumed.numbers["rows"]] == [1, 4, 1, 4]
+    assert [len(row["l2"]["gap_by_seed"]) for row in resumed.numbers["rows"]] == [2, 1, 2, 1]
+    assert resumed.verdicts[0].verdict == NOT_RUN
     # A longer run needs what the cache lacks.
     with pytest.raises(TypeError, match="not callable"):
         trajectories.run(Config("smoke", options=options | {"steps": 3}))

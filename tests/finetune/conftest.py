@@ -38,8 +38,8 @@ def reward_flags(chat_model_path, tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "judge.py").write_text(JUDGE)
     rows = [{"prompt": f"film {'good ' * (n % 3)}{n}", "level": n, "review": "so so"} for n in range(24)]
     chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    for name, found in (("texts", rows), ("chats", chats)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for name, content in (("texts", rows), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     words = ["--model_name_or_path", str(chat_model_path), "--train_file", str(tmp_path / "texts.jsonl")]
     words += ["--objective", "reward", "--reward_function", f"{tmp_path}/judge.py:high", "--max_new_tokens", "6"]
     words += ["--method", "es", "--num_perturbations", "6", "--eps", "0.05", "--learning_rate", "0.05"]

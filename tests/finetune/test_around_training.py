@@ -37,15 +37,15 @@ def out_of_memory_above(model, rows):
 
 
 def test_a_batch_that_does_not_fit_is_split_and_the_steps_stay_the_same(make_trainer, caplog):
-    found = make_trainer("found", auto_find_batch_size=True)
-    out_of_memory_above(found.model, 5)
+    automatic = make_trainer("found", auto_find_batch_size=True)
+    out_of_memory_above(automatic.model, 5)
     with caplog.at_level("INFO"):
-        found.train()
+        automatic.train()
     assert "split into 4 of 4" in caplog.text
-    assert (found.args.per_device_train_batch_size, found.args.gradient_accumulation_steps) == (4, 4)
-    told = make_trainer("told", per_device_train_batch_size=4, gradient_accumulation_steps=4)
-    told.train()
-    for (name, w), other in zip(found.model.named_parameters(), told.model.parameters()):
+    assert (automatic.args.per_device_train_batch_size, automatic.args.gradient_accumulation_steps) == (4, 4)
+    explicit = make_trainer("told", per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    explicit.train()
+    for (name, w), other in zip(automatic.model.named_parameters(), explicit.model.parameters(), strict=True):
         assert torch.equal(w, other), name
 
 
@@ -81,19 +81,19 @@ def test_training_stops_early_when_evaluations_stop_improving(make_trainer):
 
 def test_what_reporting_integrations_are_given(make_trainer):
     """TensorBoard, W&B and trackio are callbacks of the Trainer: they see what any callback sees."""
-    seen = []
+    events = []
 
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append((state.global_step, dict(logs)))
+            events.append((state.global_step, dict(logs)))
 
     trainer = make_trainer("watched", max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=4)
     trainer.add_callback(Watch())
     trainer.train()
-    training = [(step, logs) for step, logs in seen if "loss" in logs]
+    training = [(step, logs) for step, logs in events if "loss" in logs]
     assert [step for step, _ in training] == [2, 4]
     assert {"loss", "learning_rate", "projected_gradient", "forwards"} <= set(training[0][1])
-    assert any({"eval_loss", "eval_accuracy"} <= set(logs) for _, logs in seen)
+    assert any({"eval_loss", "eval_accuracy"} <= set(logs) for _, logs in events)
 
 
 @pytest.fixture

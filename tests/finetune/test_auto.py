@@ -1,4 +1,4 @@
-"""``--method auto``: what it chooses, what a user can still say, and that the run is an ordinary one."""
+"""``--method auto``: what it chooses, what a user can still set, and that the run is an ordinary one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from zokernel.finetune.settings.resolve import count_steps, resolve
 from zokernel.journal import Journal
 
 
-def chosen(folder, **given):
+def arguments_with(folder, **options):
     """Return the arguments of a run on a hundred examples."""
-    return resolve(ZOConfig(output_dir=str(folder), **given), trained="full parameters", num_examples=100).arguments()
+    return resolve(ZOConfig(output_dir=str(folder), **options), trained="full parameters", num_examples=100).arguments()
 
 
 @pytest.mark.parametrize(("batch", "count"), [(None, 2), (2, 2), (16, 8)])
 def test_directions_grow_with_the_batch(tmp_path, batch, count):
-    config = chosen(tmp_path, method="auto", per_device_train_batch_size=batch)
+    config = arguments_with(tmp_path, method="auto", per_device_train_batch_size=batch)
     assert (config.method, config.lr_scheduler_type) == ("forward_difference", SCHEDULE)
     assert (config.per_device_train_batch_size, config.num_perturbations) == (batch or 4, count)
 
@@ -44,8 +44,8 @@ def test_lora_draws_directions_for_every_example(tmp_path):
     for case in shared:
         config = resolve(ZOConfig(output_dir=str(tmp_path), **steps), **case).arguments()
         assert (config.num_perturbations, config.method_options().get("per_example", False)) == (2, False)
-    said = ZOConfig(output_dir=str(tmp_path), **steps, method_args=["per_example=false"])
-    config = resolve(said, **by_example).arguments()
+    settings = ZOConfig(output_dir=str(tmp_path), **steps, method_args=["per_example=false"])
+    config = resolve(settings, **by_example).arguments()
     assert (config.num_perturbations, config.method_options()["per_example"]) == (2, False)
 
 
@@ -62,14 +62,14 @@ def test_adapters_of_other_kinds_share_directions(flags, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["forwards_per_step"] == 3
 
 
-def test_what_the_user_says_stays(tmp_path):
-    said = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
-    config = chosen(tmp_path, method="auto", **said)
-    assert {name: getattr(config, name) for name in said} == said
+def test_settings_of_the_user_are_kept(tmp_path):
+    options = {"num_perturbations": 5, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3}
+    config = arguments_with(tmp_path, method="auto", **options)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 def test_other_methods_keep_their_defaults(tmp_path):
-    config = chosen(tmp_path)
+    config = arguments_with(tmp_path)
     assert (config.per_device_train_batch_size, config.lr_scheduler_type) == (16, "constant")
     assert (config.num_perturbations, config.method) == (1, "mezo")
 
@@ -92,22 +92,22 @@ def test_other_methods_keep_their_defaults(tmp_path):
 def test_a_rate_that_is_a_distance_is_the_methods_own(tmp_path, method, full, lora):
     """Z-scores, whitened slopes and orthogonal factors have a size of their own: 1e-5 would be no step."""
     config = ZOConfig(output_dir=str(tmp_path), method=method)
-    found = [resolve(config, trained=t, num_examples=100)["learning_rate"] for t in ("full parameters", "LoRA")]
-    assert found == [full, lora]
+    rates = [resolve(config, trained=t, num_examples=100)["learning_rate"] for t in ("full parameters", "LoRA")]
+    assert rates == [full, lora]
     plain = ZOConfig(output_dir=str(tmp_path), method="grzo", method_args=["whiten=false"])
     assert resolve(plain, trained="LoRA", num_examples=100)["learning_rate"] == 1e-3
 
 
 def test_slopes_are_normalised_unless_told_otherwise(tmp_path):
-    options = chosen(tmp_path, method="auto").method_options()
+    options = arguments_with(tmp_path, method="auto").method_options()
     assert (options["normalize"], options["polyak_share"]) == (True, POLYAK_SHARE)
-    found = chosen(tmp_path, method="auto", method_args=["polyak_share=inf"])
-    assert found.method_options()["polyak_share"] == math.inf
-    assert chosen(tmp_path, method="auto", method_args=["beta=0.5"]).method_options()["beta"] == 0.5
-    said = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
-    assert chosen(tmp_path, method="auto", **said).method_options()["normalize"] is False
+    config = arguments_with(tmp_path, method="auto", method_args=["polyak_share=inf"])
+    assert config.method_options()["polyak_share"] == math.inf
+    assert arguments_with(tmp_path, method="auto", method_args=["beta=0.5"]).method_options()["beta"] == 0.5
+    settings = {"method_args": ["normalize=false"], "learning_rate": 1e-5}
+    assert arguments_with(tmp_path, method="auto", **settings).method_options()["normalize"] is False
     with pytest.raises(UsageError, match="give learning_rate too"):
-        chosen(tmp_path, method="auto", method_args=["normalize=false"])
+        arguments_with(tmp_path, method="auto", method_args=["normalize=false"])
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, "linear", "cosine", "constant"])
@@ -117,8 +117,10 @@ def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps, schedul
     optimizer = torch.optim.SGD(
         [torch.zeros(1)], lr=learning_rate("LoRA", num_perturbations=count, steps=steps, schedule=schedule)
     )
-    more = {"num_decay_steps": cooldown_steps(steps), "decay_type": "linear"} if schedule == SCHEDULE else None
-    scheduler = get_scheduler(schedule, optimizer, 0, steps, more)
+    schedule_options = (
+        {"num_decay_steps": cooldown_steps(steps), "decay_type": "linear"} if schedule == SCHEDULE else None
+    )
+    scheduler = get_scheduler(schedule, optimizer, 0, steps, schedule_options)
     rates = torch.empty(steps)
     for step in range(steps):
         rates[step] = optimizer.param_groups[0]["lr"]
@@ -126,9 +128,9 @@ def test_a_walk_at_the_default_rate_goes_as_far_in_any_run(count, steps, schedul
         scheduler.step()
     # Normalised slopes of independent directions: each has mean square one, and z is +1 or -1.
     slopes = torch.randn(4000, steps, count)
-    walked = (slopes.mean(-1) * rates).sum(-1)
+    distances = (slopes.mean(-1) * rates).sum(-1)
     # 4000 walks know their mean square within 4 * sqrt(2 / 4000) = 9 %; the sum over t is m T within 3 / 2T = 6 %.
-    assert float(walked.square().mean().sqrt()) == pytest.approx(WALK["LoRA"], rel=0.08)
+    assert float(distances.square().mean().sqrt()) == pytest.approx(WALK["LoRA"], rel=0.08)
 
 
 def test_steps_are_counted_from_epochs_if_need_be(tmp_path):
@@ -136,25 +138,25 @@ def test_steps_are_counted_from_epochs_if_need_be(tmp_path):
     assert count_steps(-1, 3, 8, 100) == math.ceil(300 / 8)
     epochs = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     rate = learning_rate("full parameters", num_perturbations=2, steps=math.ceil(300 / 8))
-    assert chosen(tmp_path, method="auto", **epochs).learning_rate == pytest.approx(rate)
+    assert arguments_with(tmp_path, method="auto", **epochs).learning_rate == pytest.approx(rate)
 
 
-def run(flags, *more):
-    assert main(["finetune", *flags, "--method", "auto", *more]) == 0
+def run(flags, *extra):
+    assert main(["finetune", *flags, "--method", "auto", *extra]) == 0
 
 
 def test_a_run_records_what_was_chosen(flags, tmp_path, caplog):
-    place = flags.index("--learning_rate")
-    run([*flags[:place], *flags[place + 2 :]])
+    index = flags.index("--learning_rate")
+    run([*flags[:index], *flags[index + 2 :]])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["method"], metrics["forwards_per_step"], metrics["forwards"]) == ("forward_difference", 3, 18)
     rate = learning_rate("full parameters", num_perturbations=2, steps=6)
     assert metrics["learning_rate"] == pytest.approx(rate)
     # It stays for three fifths of the steps and falls to zero over the others, of which the first is still whole.
     expected = [rate * share for share in (1, 1, 1, 1, 2 / 3, 1 / 3)]
-    found = [step.learning_rates[0] for step in Journal.read(tmp_path / "run").steps]
-    assert found == pytest.approx(expected)
-    run([*flags[:place], *flags[place + 2 :]])  # the same command again: finished, nothing is done
+    rates = [step.learning_rates[0] for step in Journal.read(tmp_path / "run").steps]
+    assert rates == pytest.approx(expected)
+    run([*flags[:index], *flags[index + 2 :]])  # the same command again: finished, nothing is done
     assert "already holds this run, finished" in caplog.text
 
 
@@ -163,6 +165,6 @@ def test_an_adapter_is_rebuilt_from_its_journal(flags, tmp_path, tiny_lm_path):
     folder, rebuilt = tmp_path / "run", tmp_path / "rebuilt"
     command = ["replay", "--base", str(tiny_lm_path), "--journal", str(folder), "--output_dir", str(rebuilt)]
     assert main(command) == 0
-    found, expected = (load_file(place / "adapter_model.safetensors") for place in (rebuilt, folder))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    actual, expected = (load_file(place / "adapter_model.safetensors") for place in (rebuilt, folder))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)

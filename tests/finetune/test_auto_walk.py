@@ -44,55 +44,55 @@ def trainer(tiny_lm_path, tiny_reviews_path, tmp_path):
 
 
 def steep(monkeypatch, *, rise=0.9, error=0.01):
-    """Let the loss rise by so much at the end of the walk; return what was measured with."""
-    asked = []
+    """Fake a rise of the loss at the end of the walk; return the arguments of every measurement."""
+    calls = []
 
     def measured(optimizer, batches, loss, distance, *, perturb):
-        asked.append((len(batches), distance, float(loss(batches[0]).detach())))
+        calls.append((len(batches), distance, float(loss(batches[0]).detach())))
         return Rise(distance, 0.7, rise, error, 1.0, 3 * len(batches))
 
     monkeypatch.setattr(measuring, "measure_rise", measured)
-    return asked
+    return calls
 
 
-def test_losses_are_taken_at_both_ends_of_walks_of_their_own_and_the_weights_stay(trainer):
-    made = trainer()
-    made.create_optimizer()
-    optimizer, model = made.bare_optimizer, made.model
-    batches = [made._batch_of([4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3]) for n in range(3)]
+def test_losses_are_taken_at_both_ends_of_separate_walks_and_the_weights_stay(trainer):
+    zo_trainer = trainer()
+    zo_trainer.create_optimizer()
+    optimizer, model = zo_trainer.bare_optimizer, zo_trainer.model
+    batches = [zo_trainer._batch_of([4 * n, 4 * n + 1, 4 * n + 2, 4 * n + 3]) for n in range(3)]
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = measure_rise(optimizer, batches, made._loss, 0.05)
+    result = measure_rise(optimizer, batches, zo_trainer._loss, 0.05)
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
-    even = []
+    rises = []
     for number, batch in enumerate(batches):
         losses = []
         for offset in (0.0, 0.05, -0.05):
-            moved = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
-            optimizer.directions.add_(moved, offset, seed=optimizer.seed, step=0, index=FIRST_WALK + number)
+            perturbed = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
+            optimizer.directions.add_(perturbed, offset, seed=optimizer.seed, step=0, index=FIRST_WALK + number)
             with torch.no_grad():
-                kept = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
+                original = {name: tensor.clone() for name, tensor in optimizer.named_params.items()}
                 for name, tensor in optimizer.named_params.items():
-                    tensor.copy_(moved[name])
-                losses.append(float(made._loss(batch)))
+                    tensor.copy_(perturbed[name])
+                losses.append(float(zo_trainer._loss(batch)))
                 for name, tensor in optimizer.named_params.items():
-                    tensor.copy_(kept[name])
-        even.append((losses[1] + losses[2]) / 2 - losses[0])
-    assert found.rise == pytest.approx(sum(even) / 3, abs=1e-5)
-    assert found.forwards == 9
+                    tensor.copy_(original[name])
+        rises.append((losses[1] + losses[2]) / 2 - losses[0])
+    assert result.rise == pytest.approx(sum(rises) / 3, abs=1e-5)
+    assert result.forwards == 9
 
 
 def test_the_rate_follows_what_was_measured(trainer, monkeypatch, caplog):
-    asked = steep(monkeypatch)
-    made = trainer()
+    calls = steep(monkeypatch)
+    zo_trainer = trainer()
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
-        made.train()
-    assert [(count, distance) for count, distance, _ in asked] == [(8, WALK["full parameters"])]
+        zo_trainer.train()
+    assert [(count, distance) for count, distance, _ in calls] == [(8, WALK["full parameters"])]
     rise = Rise(WALK["full parameters"], 0.7, 0.9, 0.01, 1.0, 24)
     share = shorter_walk(rise, directions=2 * STEPS, batch=4, sharing=4)
     assert share == LEAST_WALK
-    rate = made.settings.setting("learning_rate")
+    rate = zo_trainer.settings.setting("learning_rate")
     assert (rate.value, rate.source) == (pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3), "auto")
-    assert made.bare_optimizer.param_groups[0]["initial_lr"] == rate.value
+    assert zo_trainer.bare_optimizer.param_groups[0]["initial_lr"] == rate.value
     assert (
         f"learning_rate {rate.value:.3g} instead of {DEFAULT:.3g}: a random walk of 0.0135 raises the loss"
         in caplog.text
@@ -130,60 +130,60 @@ def test_the_rate_of_an_adapter_follows_the_swing(trainer, monkeypatch, caplog):
     swings = Rise(WALK["LoRA"], 0.7, 0.01, 0.1, 4.0, 24)
     monkeypatch.setattr("zokernel.finetune.trainer.measuring.measure_rise", lambda *args, **options: swings)
     monkeypatch.setattr("zokernel.finetune.trainer.measuring.trained_part", lambda model: "LoRA")
-    made = trainer()
+    zo_trainer = trainer()
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
-        made._choose_rate(made.model, DEFAULT)
+        zo_trainer._choose_rate(zo_trainer.model, DEFAULT)
     share = 0.15 * 0.7 / (4.0 * WALK["LoRA"])
-    assert made.args.learning_rate == pytest.approx(share * DEFAULT, rel=5e-3)
+    assert zo_trainer.args.learning_rate == pytest.approx(share * DEFAULT, rel=5e-3)
     assert "changes the loss of a training batch by 37 % of itself (0.26 of 0.7; 24 forwards)" in caplog.text
 
 
 def test_a_walk_without_harm_stays(trainer, caplog):
-    made = trainer()
+    zo_trainer = trainer()
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
-        made.train()
-    assert made.args.learning_rate == pytest.approx(DEFAULT)
+        zo_trainer.train()
+    assert zo_trainer.args.learning_rate == pytest.approx(DEFAULT)
     assert f"learning_rate {DEFAULT:.3g}: a random walk of 0.0135 raises the loss of training batches by" in caplog.text
 
 
 def test_losses_that_are_not_finite_leave_a_tenth_of_the_rate(trainer, caplog):
-    made = trainer()
-    loss = made._loss
-    made._loss = lambda batch: loss(batch) + float("inf")
+    zo_trainer = trainer()
+    loss = zo_trainer._loss
+    zo_trainer._loss = lambda batch: loss(batch) + float("inf")
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
-        made._choose_rate(made.model, DEFAULT)
-    assert made.args.learning_rate == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
+        zo_trainer._choose_rate(zo_trainer.model, DEFAULT)
+    assert zo_trainer.args.learning_rate == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
     assert "leads to losses that are not finite (24 forwards), so the run walks 0.0014." in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"learning_rate": 1e-3}, "auto chose forward_difference. learning_rate 0.001: as given, in place of one"),
         ({"max_steps": 6}, "not measured: the run has 18 forwards, and the test needs a run of 48."),
         ({"method": "mezo"}, ""),
     ],
 )
-def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, monkeypatch, caplog, settings, told):
-    asked = steep(monkeypatch)
+def test_nothing_is_measured_where_the_rate_is_given_or_the_run_short(trainer, monkeypatch, caplog, settings, message):
+    calls = steep(monkeypatch)
     with caplog.at_level(logging.INFO, logger="zokernel.finetune.trainer.measuring"):
         trainer(**settings).train()
-    assert asked == []
-    assert told in caplog.text
-    assert ("Method auto" in caplog.text) == bool(told)
+    assert calls == []
+    assert message in caplog.text
+    assert ("Method auto" in caplog.text) == bool(message)
     assert [batches_to_try(n) for n in (0, 47, 48, 95, 96, 9999)] == [0, 0, 4, 7, 8, 8]
 
 
 def test_a_resumed_run_keeps_the_rate_and_its_bits(flags, tmp_path, monkeypatch):
-    place = flags.index("--learning_rate")
-    flags = [*flags[:place], *flags[place + 2 :]]
-    where = flags.index("--max_steps")
-    flags[where + 1] = str(STEPS)
+    start = flags.index("--learning_rate")
+    flags = [*flags[:start], *flags[start + 2 :]]
+    index = flags.index("--max_steps")
+    flags[index + 1] = str(STEPS)
     command = ["finetune", *flags, "--method", "auto", "--save_strategy", "journal"]
-    asked = steep(monkeypatch)
+    calls = steep(monkeypatch)
     assert main(command) == 0
     whole = Journal.read(tmp_path / "run").steps
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert whole[0].learning_rates[0] == pytest.approx(LEAST_WALK * DEFAULT, rel=5e-3)
 
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
@@ -193,11 +193,11 @@ def test_a_resumed_run_keeps_the_rate_and_its_bits(flags, tmp_path, monkeypatch)
     journal = tmp_path / "run" / "journal.zkj"
     journal.write_bytes(journal.read_bytes()[: journal.stat().st_size * 2 // 3])
     assert main(command) == 0
-    assert len(asked) == 1, "the recorded rate is taken, nothing is measured again"
+    assert len(calls) == 1, "the recorded rate is taken, nothing is measured again"
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["measuring_forwards"] == 24, "those of the process that was killed"
-    again = Journal.read(tmp_path / "run").steps
-    assert [(s.losses, s.learning_rates) for s in again] == [(s.losses, s.learning_rates) for s in whole]
+    resumed = Journal.read(tmp_path / "run").steps
+    assert [(s.losses, s.learning_rates) for s in resumed] == [(s.losses, s.learning_rates) for s in whole]
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["adapter", "weights"])
@@ -206,11 +206,11 @@ def test_streamed_weights_rise_by_the_same_bits_in_few_passes(
     tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch, where, updates, lora
 ):
     """Batches of four take the memory of an evaluation by eight losses at a time: 24 of them are three passes."""
-    found = []
+    results = []
 
     def watched(*args, **kwargs):
-        found.append(measure_rise(*args, **kwargs))
-        return found[-1]
+        results.append(measure_rise(*args, **kwargs))
+        return results[-1]
 
     monkeypatch.setattr(measuring, "measure_rise", watched)
     resident, tokenizer, data = load_parts(tiny_lm_path, tiny_reviews_path)
@@ -227,36 +227,36 @@ def test_streamed_weights_rise_by_the_same_bits_in_few_passes(
                 if "lora_" in name:
                     tensor.data.normal_(std=0.3)
         before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-        given = {**RUN, "per_device_eval_batch_size": 32, "method_args": ["per_example=false"]}
-        made = make_trainer((model, tokenizer, data), tmp_path / "run", **given)
-        made.create_optimizer()
-        rates.append(made.args.learning_rate)
-        assert made.measuring_forwards >= 24  # whether losses can be stacked takes one more
+        options = {**RUN, "per_device_eval_batch_size": 32, "method_args": ["per_example=false"]}
+        zo_trainer = make_trainer((model, tokenizer, data), tmp_path / "run", **options)
+        zo_trainer.create_optimizer()
+        rates.append(zo_trainer.args.learning_rate)
+        assert zo_trainer.measuring_forwards >= 24  # whether losses can be stacked takes one more
         if blocks is not None:
             passes = [blocks.passes[unit.name] for unit in blocks.units if unit.is_block]
             blocks.settle_all()
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
-    assert found[0] == found[1]
-    assert found[0].forwards == 24
-    assert abs(found[0].rise) > 1e-4
+    assert results[0] == results[1]
+    assert results[0].forwards == 24
+    assert abs(results[0].rise) > 1e-4
     assert rates[0] == rates[1]
     assert set(passes) == {3}
 
 
 def test_runs_on_streamed_weights_measure_and_count(flags, tmp_path, caplog):
-    place = flags.index("--learning_rate")
-    flags = [*flags[:place], *flags[place + 2 :]]
+    index = flags.index("--learning_rate")
+    flags = [*flags[:index], *flags[index + 2 :]]
     flags[flags.index("--max_steps") + 1] = str(STEPS)
-    more = ["--method", "auto", "--lora", "true", "--method_args", "per_example=false", "--precision", "fp32"]
-    told, metrics = [], []
-    for place, where in ((tmp_path / "memory", []), (tmp_path / "disk", ["--offload", "disk"])):
+    options = ["--method", "auto", "--lora", "true", "--method_args", "per_example=false", "--precision", "fp32"]
+    messages, metrics = [], []
+    for folder, offload in ((tmp_path / "memory", []), (tmp_path / "disk", ["--offload", "disk"])):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert main(["finetune", *flags, *more, *where, "--output_dir", str(place)]) == 0
-        told.append(next(line for line in caplog.messages if line.startswith("Method auto")))
-        metrics.append(json.loads((place / "metrics.json").read_text()))
-    assert told[0] == told[1]
-    assert "raises the loss of training batches by" in told[0]
+            assert main(["finetune", *flags, *options, *offload, "--output_dir", str(folder)]) == 0
+        messages.append(next(line for line in caplog.messages if line.startswith("Method auto")))
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    assert messages[0] == messages[1]
+    assert "raises the loss of training batches by" in messages[0]
     # In memory one more is taken, by which it is seen that adapters can be stacked.
     assert [found["measuring_forwards"] for found in metrics] == [25, 24]
     assert [found["rate_forwards"] for found in metrics] == [24, 24]

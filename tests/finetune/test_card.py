@@ -1,4 +1,4 @@
-"""The model card of a run: it says how to use the weights, and what it says runs."""
+"""The model card of a run: it says how to use the weights, and its code runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zokernel.finetune.report.uncertainty import change_error, share_error
 
 
 @pytest.mark.parametrize("shared", [0, 3])
-def test_examples_that_were_also_trained_on_are_counted_wherever_the_score_is_told(shared, flags, tmp_path, capsys):
+def test_examples_that_were_also_trained_on_are_counted_wherever_the_score_is_shown(shared, flags, tmp_path, capsys):
     train = load_table(flags[flags.index("--train_file") + 1])
     new = [{**train[0], "sentence": f"a new one, number {n}"} for n in range(5 - shared)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*train[:shared], *new]))
@@ -32,7 +32,7 @@ def test_examples_that_were_also_trained_on_are_counted_wherever_the_score_is_to
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_card_tells_how_to_use_what_was_trained(lora, tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
+def test_the_card_explains_how_to_use_the_trained_weights(lora, tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     files = ["--train_file", str(tiny_reviews_path / "train.jsonl"), "--max_steps", "2", "--precision", "fp32"]
     words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--lora", str(lora)]
@@ -44,9 +44,9 @@ def test_the_card_tells_how_to_use_what_was_trained(lora, tiny_lm_path, tiny_rev
     assert front["library_name"] == ("peft" if lora else "transformers")
     assert "The prompt is `'{sentence} It was'`" in text
     assert "`bad`, `good`" in text
-    moved = tmp_path / "elsewhere"
-    folder.rename(moved)
-    monkeypatch.chdir(moved)
+    new_folder = tmp_path / "elsewhere"
+    folder.rename(new_folder)
+    monkeypatch.chdir(new_folder)
     predict, load = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict = {}
     exec(predict, names)
@@ -55,7 +55,7 @@ def test_the_card_tells_how_to_use_what_was_trained(lora, tiny_lm_path, tiny_rev
     exec(load, names)
     assert (
         sum(p.numel() for p in names["model"].parameters())
-        == json.loads((moved / "metrics.json").read_text())["num_parameters"]
+        == json.loads((new_folder / "metrics.json").read_text())["num_parameters"]
     )
 
 
@@ -74,39 +74,39 @@ def test_the_error_of_a_change_bounds_that_of_the_same_examples_and_is_reached()
     assert share_error(1.0, 24) == pytest.approx(np.sqrt(24.5 * 0.5 / (25**2 * 26)), rel=0.05)
 
 
-@pytest.mark.parametrize(("others", "told"), [({"accuracy": 0.9}, False), ({"em": 0.4}, True)])
-def test_only_the_f1_of_answers_in_words_has_a_binomial_error(others, told, flags, tmp_path):
+@pytest.mark.parametrize(("scores", "has_error"), [({"accuracy": 0.9}, False), ({"em": 0.4}, True)])
+def test_only_the_f1_of_answers_in_words_has_a_binomial_error(scores, has_error, flags, tmp_path):
     quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
     assert main(["finetune", *flags, *quick]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     metrics |= {"metric": "f1", "num_test": 1000}
-    metrics |= {"before": {"loss": 1.0, "f1": 0.5, **others}, "after": {"loss": 0.9, "f1": 0.6, **others}}
-    assert dict(summary_rows(metrics))["f1 after training"] == f"60.0 %{' (± 1.5)' if told else ''} (+10.0 points)"
+    metrics |= {"before": {"loss": 1.0, "f1": 0.5, **scores}, "after": {"loss": 0.9, "f1": 0.6, **scores}}
+    assert dict(summary_rows(metrics))["f1 after training"] == f"60.0 %{' (± 1.5)' if has_error else ''} (+10.0 points)"
     write_report(metrics, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
-    assert ("binomial" in text) is told
+    assert ("binomial" in text) is has_error
     # At most 90 % of the answers may have changed: sqrt((0.9 - 0.1^2) / 1000) is 0.0298.
-    assert ("+10.0 points, with a standard error of at most 3.0." in text) is told
-    assert ("+10.0 points. " in text) is not told
+    assert ("+10.0 points, with a standard error of at most 3.0." in text) is has_error
+    assert ("+10.0 points. " in text) is not has_error
 
 
-def test_one_of_a_thing_is_singular_and_no_change_is_not_negative(flags, tmp_path, caplog, capsys):
+def test_counts_of_one_are_singular_and_no_change_has_no_minus_sign(flags, tmp_path, caplog, capsys):
     folder = tmp_path / "run"
     one = ["--max_steps", "1", "--max_eval_samples", "1", "--max_test_samples", "1", "--method", "mezo"]
     with caplog.at_level("INFO", logger="zokernel"):
         assert main(["finetune", *flags, *one]) == 0
     for words in (["report", str(folder)], ["journal", "show", str(folder)], ["journal", "verify", str(folder)]):
         assert main(words) == 0
-    told = capsys.readouterr().out
-    pages = {"log": caplog.text, "commands": told}
+    output = capsys.readouterr().out
+    pages = {"log": caplog.text, "commands": output}
     pages |= {name: (folder / name).read_text() for name in ("report.md", "README.md", "report.html")}
-    several = r"(?<![\d.,])1 (?:[a-z]+ )?(?:steps|forward passes|forwards|examples|rows|losses|bytes|tensors)\b"
+    plural = r"(?<![\d.,])1 (?:[a-z]+ )?(?:steps|forward passes|forwards|examples|rows|losses|bytes|tensors)\b"
     for name, text in pages.items():
-        assert not re.findall(several, text), name
+        assert not re.findall(plural, text), name
     assert "1 step, 2 forward passes" in pages["report.md"]
     assert "1 test example" in pages["README.md"]
-    assert "eval_loss" in told
-    assert "preparation_time" not in told
+    assert "eval_loss" in output
+    assert "preparation_time" not in output
     metrics = json.loads((folder / "metrics.json").read_text())
     almost = {"before": {"loss": 1.0, "perplexity": 1090.5691}, "after": {"loss": 1.0, "perplexity": 1090.569}}
     rows = dict(summary_rows(metrics | almost | {"metric": "perplexity"}))
@@ -116,8 +116,8 @@ def test_one_of_a_thing_is_singular_and_no_change_is_not_negative(flags, tmp_pat
 def test_the_card_lists_the_options_in_effect(flags, tmp_path):
     quick = ["--max_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
     assert main(["finetune", *flags, *quick, "--method", "kerzoo", "--method_args", "kernel_order=5"]) == 0
-    (told,) = re.findall(r"\| method's options \| (.*) \|", (tmp_path / "run" / "README.md").read_text())
-    options = dict(pair.split("=") for pair in told.split(", "))
-    known = {"kernel_order": "5", "radius": "1.0", "num_perturbations": "3", "distribution": "rademacher"}
-    assert options.items() > known.items()
+    (cell,) = re.findall(r"\| method's options \| (.*) \|", (tmp_path / "run" / "README.md").read_text())
+    options = dict(pair.split("=") for pair in cell.split(", "))
+    expected = {"kernel_order": "5", "radius": "1.0", "num_perturbations": "3", "distribution": "rademacher"}
+    assert options.items() > expected.items()
     assert not options.keys() & {"lr", "total_steps", "clip", "averaging", "perturb"}  # elsewhere, or off

@@ -26,7 +26,7 @@ def learned(encoder, row):
     """Return the text of each run of tokens that count, and all of the text."""
     ids, marks = encoder.tokens(row)
     runs, last = [], False
-    for token, mark in zip(ids, marks):
+    for token, mark in zip(ids, marks, strict=True):
         if mark:
             runs = [*runs[:-1], runs[-1] + [token]] if last else [*runs, [token]]
         last = mark
@@ -66,16 +66,34 @@ def test_a_request_of_another_form_is_named(form, row, match):
 
 
 @pytest.mark.parametrize(
-    ("row", "length", "told"),
+    ("row", "length", "reason"),
     [
         ({"messages": turns("Hi", "Hello")}, 2, "within 2 tokens: raise --max_length."),
         ({"messages": turns("Hi")}, 2, ": no chat has an assistant's turn."),
         ({"messages": [*turns("Hi"), {"role": "assistant", "content": "a", "weight": 0}]}, 512, "turns have weight 0."),
     ],
 )
-def test_why_no_token_counts_is_said(row, length, told):
-    with pytest.raises(UsageError, match=rf"^Train: no row has a token to learn.*{told}$"):
+def test_the_reason_why_no_token_counts_is_given(row, length, reason):
+    with pytest.raises(UsageError, match=rf"^Train: no row has a token to learn.*{reason}$"):
         encoder_of("messages", chat_tokenizer(MARKED), max_length=length).encode([row], where="Train")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "empty"),
+    [
+        ("text", "", True),
+        ("text", {"text": float("nan")}, True),
+        ("instruction", {"instruction": "", "input": "a"}, True),
+        ("prompt-completion", {"prompt": " ", "completion": "b"}, True),
+        ("prompt-completion", {"prompt": []}, True),
+        ("prompt-completion", {"prompt": "", "system": "Sing."}, False),
+        ("messages", {"messages": []}, True),
+        ("messages", "", True),
+        ("messages", {"messages": turns("Hi")}, False),
+    ],
+)
+def test_requests_without_text_are_told_apart(form, row, empty):
+    assert encoder_of(form, chat_tokenizer(PLAIN)).asks_nothing(row) == empty
 
 
 def test_a_request_needs_no_answer():
@@ -134,7 +152,7 @@ def test_a_completion_of_messages_or_text_is_learned():
     assert learned(everything, {"prompt": "Hi", "completion": " you"})[0] == ["Hi you<|im_end|>"]
 
 
-def test_an_end_of_text_that_is_there_is_not_repeated():
+def test_an_existing_end_of_text_is_not_repeated():
     encoder = encoder_of("text", chat_tokenizer())
     assert encoder.tokens({"text": "Hi<|im_end|>"}) == encoder.tokens({"text": "Hi"})
 
@@ -163,14 +181,14 @@ def test_long_rows_lose_their_end_and_those_with_nothing_left_are_left_out(caplo
     rows = [{"messages": turns("Hi", "Hello")}, {"messages": turns("a" * 60, "b")}, {"messages": turns("Hi", "c" * 60)}]
     length = len(encoder_of("messages", tokenizer).tokens(rows[0])[0])
     with caplog.at_level(logging.INFO):
-        found = encoder_of("messages", tokenizer, max_length=length).encode(rows, where="Train")
+        examples = encoder_of("messages", tokenizer, max_length=length).encode(rows, where="Train")
     assert caplog.messages == [
         f"Train: 2 of 3 rows lose their end at {length} tokens.",
         "Train: 1 of 3 rows has no token to learn and is left out.",
     ]
     ids, marks = encoder_of("messages", tokenizer).tokens(rows[2])
-    assert found[1].input_ids == ids[:length]
-    assert found[1].scored == [n for n, mark in enumerate(marks[:length]) if mark]
+    assert examples[1].input_ids == ids[:length]
+    assert examples[1].scored == [n for n, mark in enumerate(marks[:length]) if mark]
     with pytest.raises(UsageError, match="no row has a token to learn within 4 tokens"):
         encoder_of("messages", tokenizer, max_length=4).encode(rows, where="Train")
 
@@ -187,9 +205,9 @@ def test_the_prompt_that_is_shown_ends_where_the_answer_begins():
 
 def test_templates_are_named_read_or_given(tmp_path):
     (tmp_path / "mine.jinja").write_text(PLAIN)
-    for wanted in (str(tmp_path / "mine.jinja"), PLAIN):
+    for template in (str(tmp_path / "mine.jinja"), PLAIN):
         tokenizer = chat_tokenizer(None)
-        choose_chat_template(tokenizer, wanted)
+        choose_chat_template(tokenizer, template)
         assert tokenizer.chat_template == PLAIN
     tokenizer = chat_tokenizer({"default": MARKED, "short": PLAIN})
     choose_chat_template(tokenizer, "short")

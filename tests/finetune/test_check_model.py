@@ -106,14 +106,14 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_folder_is_refused_in_one_sentence(folder, what, capsys):
-    breaks, words = BROKEN[what]
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_folder_is_refused_in_one_sentence(folder, damage, capsys):
+    breaks, words = BROKEN[damage]
     check_model(ModelArguments(model_name_or_path=str(folder)))
     breaks(folder)
-    with pytest.raises(UsageError, match=words) as found:
+    with pytest.raises(UsageError, match=words) as error:
         check_model(ModelArguments(model_name_or_path=str(folder)))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""  # transformers would ask whether to run code
 
 
@@ -132,7 +132,7 @@ def test_the_model_is_checked_before_the_data(folder, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_named(folder, value):
+def test_weights_that_are_not_finite_are_named(folder, value):
     def spoil(weights):
         weights[UP][1, 2] = value
 
@@ -172,7 +172,7 @@ def test_a_checkpoint_without_its_head_is_refused(whole, tmp_path, name, adapter
         load(tmp_path, **adapter)
 
 
-def test_tied_heads_and_what_is_left_out_are_not_refused(whole, tmp_path, caplog):
+def test_tied_heads_and_omitted_weights_are_not_refused(whole, tmp_path, caplog):
     assert "lm_head.weight" not in load_file(whole / "model.safetensors")
     load(whole)
     assert "left out" not in caplog.text

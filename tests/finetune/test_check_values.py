@@ -105,8 +105,8 @@ def test_every_rule_is_of_a_setting():
 
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
-    known = {f.name for cls in (ZOConfig, ModelArguments, DataArguments) for f in fields(cls)}
-    assert set(RULES) - known <= {"lora_dropout"}
+    names = {f.name for cls in (ZOConfig, ModelArguments, DataArguments) for f in fields(cls)}
+    assert set(RULES) - names <= {"lora_dropout"}
 
 
 def test_defaults_and_sensible_values_pass(tmp_path):

@@ -27,9 +27,9 @@ def train(parts, folder, tiny_lm_path, **settings):
 def test_compiled_blocks_train_the_same(parts, tmp_path, tiny_lm_path, method):
     settings = {"method": method} if method == "mezo" else {"method": method, "num_perturbations": None}
     expected, eager = train(parts, tmp_path / "eager", tiny_lm_path, **settings)
-    found, compiled = train(parts, tmp_path / "compiled", tiny_lm_path, torch_compile_backend="aot_eager", **settings)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert len(set(found)) > 3
+    losses, compiled = train(parts, tmp_path / "compiled", tiny_lm_path, torch_compile_backend="aot_eager", **settings)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert len(set(losses)) > 3
     blocks = [m for m in compiled.model.modules() if m._compiled_call_impl is not None]
     assert len(blocks) == compiled.model.config.num_hidden_layers
     assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
@@ -43,11 +43,11 @@ def test_blocks_share_graphs_over_shapes_and_moved_weights(tiny_lm_path):
         expected = model(torch.arange(12).view(2, 6) % 7, use_cache=False).logits
         assert compile_blocks(model, backend=counter) == model.config.num_hidden_layers > 1
         for length in (6, 9, 11, 5):
-            found = model(torch.arange(2 * length).view(2, length) % 7, use_cache=False).logits
+            logits = model(torch.arange(2 * length).view(2, length) % 7, use_cache=False).logits
             for parameter in model.parameters():
                 parameter.add_(0.125).sub_(0.125)
             if length == 6:
-                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(logits, expected)
     # One graph for the first shape, one for all others.
     assert counter.frame_count == 2
 
@@ -57,12 +57,12 @@ def test_the_default_backend(parts, tmp_path, tiny_lm_path):
     expected, _ = train(parts, tmp_path / "eager", tiny_lm_path)
     # One graph for all shapes from the start; a first one for the first shape alone takes as long again to compile.
     with torch._dynamo.config.patch(assume_static_by_default=False):
-        found, _ = train(parts, tmp_path / "compiled", tiny_lm_path, torch_compile=True)
-    assert found == pytest.approx(expected, rel=1e-5)
+        losses, _ = train(parts, tmp_path / "compiled", tiny_lm_path, torch_compile=True)
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("perturb", ["in_forward", "stacked"])
-def test_what_sees_single_operations_is_refused(parts, tmp_path, tiny_lm_path, perturb):
+def test_perturbing_inside_compiled_blocks_is_refused(parts, tmp_path, tiny_lm_path, perturb):
     with pytest.raises(UsageError, match="compiled graph does not show"):
         train(parts, tmp_path, tiny_lm_path, torch_compile=True, perturb=perturb)
 

@@ -48,7 +48,7 @@ def bytes_of(tokenizer, text):
     return [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in text]
 
 
-def test_exact_tokens_beside_a_mask(masked):
+def test_exact_tokens_next_to_a_mask(masked):
     task = PromptTask("{text} {mask}", ("b", "g"))
     (example,) = encode(task, [{"text": TYPED, "label": 0}], masked, masked=True)
     assert example.prompt_ids[0] == masked.bos_token_id
@@ -65,17 +65,17 @@ def test_exact_tokens_of_a_prompt(causal):
 
 
 def test_exact_tokens_of_an_encoder(seq2seq):
-    typed = "<extra_id_0></s><mask>"
+    text = "<extra_id_0></s><mask>"
     (example,) = encode(
-        PromptTask("{text}:", ("b", "g")), [{"text": typed, "label": 0}], seq2seq, decoder=Decoder(1, (), (2,))
+        PromptTask("{text}:", ("b", "g")), [{"text": text, "label": 0}], seq2seq, decoder=Decoder(1, (), (2,))
     )
     assert example.prompt_ids[-1] == seq2seq.eos_token_id
     assert not set(example.prompt_ids[:-1]) & {*seq2seq.all_special_ids, *seq2seq.get_added_vocab().values()}
-    assert seq2seq.decode(example.prompt_ids[:-1]) == f"{typed}:"
+    assert seq2seq.decode(example.prompt_ids[:-1]) == f"{text}:"
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])
-def test_rows_of_demonstrations_are_told_from_the_template(kind, causal, masked, seq2seq):
+def test_rows_of_demonstrations_are_distinguished_from_the_template(kind, causal, masked, seq2seq):
     """A template with control tokens of its own, after solved examples that hold typed ones."""
     tokenizer = {"causal": causal, "masked": masked, "seq2seq": seq2seq}[kind]
     task = PromptTask("{text}</s>b {mask}" if kind == "masked" else "{text}</s>b", ("b", "g"))
@@ -90,8 +90,8 @@ def test_rows_of_demonstrations_are_told_from_the_template(kind, causal, masked,
         num_demonstrations=2,
     )
     (example,) = encoded["test"].examples
-    own = 3 + (kind == "seq2seq")  # the template's three times, and the end that the tokenizer puts
-    assert example.prompt_ids.count(tokenizer.eos_token_id) == own
+    expected = 3 + (kind == "seq2seq")  # the template's three times, and the end that the tokenizer puts
+    assert example.prompt_ids.count(tokenizer.eos_token_id) == expected
     assert tokenizer.decode(example.prompt_ids).count("</s></s>") == 3
 
 
@@ -110,9 +110,9 @@ def test_padding_without_an_embedding_never_reaches_the_model(tmp_path):
     assert int(Collator(None)(items)["input_ids"].min()) == 0
 
 
-def test_control_tokens_in_messages_are_said_once_with_their_number_and_the_first(causal, caplog):
-    def chat(asked, said):
-        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+def test_control_tokens_in_messages_are_reported_once_with_their_count_and_the_first(causal, caplog):
+    def chat(question, answer):
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
     clean, first, second = chat("Hi", "Yo"), chat("Hi", "so</s> it goes"), chat("<s></s>Hi", "</s>")
     with caplog.at_level(logging.WARNING):
@@ -127,7 +127,7 @@ def test_control_tokens_in_messages_are_said_once_with_their_number_and_the_firs
     assert caplog.messages[0].endswith("(the first: 'so</s> it goes').")
 
 
-def test_a_run_on_chats_says_it_once(tmp_path, caplog, causal):
+def test_a_run_on_chats_reports_control_tokens_once(tmp_path, caplog, causal):
     rows = [
         {"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "a</s>b"}]}
         for n in (1, 2)

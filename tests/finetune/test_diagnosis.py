@@ -56,8 +56,8 @@ def changed(**how):
 
     def change(parts):
         for name, dataset in parts[2].items():
-            made = [replace(e, **{k: f(n, e) for k, f in how.items()}) for n, e in enumerate(dataset.examples)]
-            parts[2][name] = EncodedDataset(made)
+            examples = [replace(e, **{k: f(n, e) for k, f in how.items()}) for n, e in enumerate(dataset.examples)]
+            parts[2][name] = EncodedDataset(examples)
 
     return change
 
@@ -75,18 +75,18 @@ def changed(**how):
     ids=["mezo", "mezo, not evaluated", "auto", "adamw", "zo_adam", "fzoo"],
 )
 def test_a_run_that_learns_is_silent(run, settings):
-    trainer, said = run(**settings)
+    trainer, warning = run(**settings)
     assert trainer.diagnosis.verdict == LEARNED
-    assert (said, trainer.diagnosis.reasons, trainer.diagnosis.forwards) == ("", (), 0)
+    assert (warning, trainer.diagnosis.reasons, trainer.diagnosis.forwards) == ("", (), 0)
 
 
 @pytest.mark.parametrize("method", ["mezo", "auto", "zo_adam", "adamw"])
 def test_a_rate_that_is_too_small_is_named(run, method):
-    trainer, said = run(method=method, learning_rate=1e-8, save_strategy="best")
+    trainer, warning = run(method=method, learning_rate=1e-8, save_strategy="best")
     assert trainer.diagnosis.verdict == NOT_LEARNED
     assert trainer.diagnosis.reasons[0].startswith("The learning_rate is too small")
-    assert "The loss did not fall" in said
-    assert trainer.diagnosis.reasons[0] in said
+    assert "The loss did not fall" in warning
+    assert trainer.diagnosis.reasons[0] in warning
     assert trainer.diagnosis.forwards == (0 if method == "adamw" else 17) + 2
 
 
@@ -96,24 +96,24 @@ def test_a_rate_that_is_too_small_is_named(run, method):
     ids=["far", "near", "adam"],
 )
 def test_a_rate_that_is_too_large_is_named(run, settings):
-    trainer, said = run(**settings)
-    assert "The learning_rate is too large: the loss rose" in said
+    trainer, warning = run(**settings)
+    assert "The learning_rate is too large: the loss rose" in warning
     assert trainer.diagnosis.reasons[0].startswith("The learning_rate is too large")
 
 
 def test_losses_that_are_all_equal_are_named(run):
-    _, said = run(eps=1e-30)
-    assert "In 100 % of the steps all losses were equal, so eps is below the rounding of the loss" in said
-    assert "learning_rate" not in said, "slopes that are none say nothing about the rate"
+    _, warning = run(eps=1e-30)
+    assert "In 100 % of the steps all losses were equal, so eps is below the rounding of the loss" in warning
+    assert "learning_rate" not in warning, "slopes that are none say nothing about the rate"
 
 
 @pytest.mark.parametrize(
     "settings", [{"eps": 1e-9, "learning_rate": 1e-8}, {"eps": 1e-6, "precision": "bf16", "learning_rate": 1e-6}]
 )
 def test_an_eps_within_rounding_is_named(run, settings):
-    trainer, said = run(**settings)
+    trainer, warning = run(**settings)
     assert "the rounding of the loss" in trainer.diagnosis.reasons[0]
-    assert "learning_rate" not in said
+    assert "learning_rate" not in warning
 
 
 def test_an_eps_that_leaves_the_neighbourhood_is_named(run):
@@ -121,10 +121,10 @@ def test_an_eps_that_leaves_the_neighbourhood_is_named(run):
     assert trainer.diagnosis.reasons[0].startswith("eps 1 is too large: the perturbed weights have a loss of ")
 
 
-def test_labels_that_nothing_tells_leave_slopes_below_their_noise(run):
+def test_unpredictable_labels_leave_slopes_below_their_noise(run):
     generator = random.Random(1)
     shuffled = changed(label=lambda n, e: generator.randrange(2))
-    trainer, said = run(
+    trainer, warning = run(
         change=shuffled,
         learning_rate=2e-4,
         num_perturbations=4,
@@ -133,7 +133,7 @@ def test_labels_that_nothing_tells_leave_slopes_below_their_noise(run):
         eval_steps=200,
     )
     assert trainer.diagnosis.reasons[0].startswith("The slopes are below their noise")
-    assert "of their mean square is common to the batches" in said
+    assert "of their mean square is common to the batches" in warning
 
 
 def test_training_rows_of_one_class_are_named(run):
@@ -142,9 +142,9 @@ def test_training_rows_of_one_class_are_named(run):
         changed(label=lambda n, e: 1)(parts)
         parts[2]["validation"] = validation
 
-    trainer, said = run(change=one_class, **LEARNING)
+    trainer, warning = run(change=one_class, **LEARNING)
     assert trainer.diagnosis.verdict in (ONLY_TRAINING, NOT_LEARNED)
-    assert "64 of 64 training examples have the same label" in said
+    assert "64 of 64 training examples have the same label" in warning
 
 
 def test_prompts_that_are_all_the_same_are_named(run):
@@ -162,16 +162,16 @@ def nearly_constant(parts):
 
 
 def test_a_model_that_does_not_use_the_prompt_is_named(run):
-    _trainer, said = run(change=nearly_constant, learning_rate=1e-8, save_strategy="best")
-    assert "The model hardly uses the prompt: its scores differ by only" in said
+    _trainer, warning = run(change=nearly_constant, learning_rate=1e-8, save_strategy="best")
+    assert "The model hardly uses the prompt: its scores differ by only" in warning
 
 
 def test_label_words_that_begin_alike_are_named_and_can_learn(run):
     alike = changed(option_ids=lambda n, e: [[7, *e.option_ids[0]], [7, *e.option_ids[1]]])
-    trainer, said = run(change=alike, learning_rate=1e-8)
-    assert "All label words begin with the same token" in said
-    trainer, said = run(change=alike, **LEARNING | {"max_steps": 100})
-    assert (trainer.diagnosis.verdict, said) == (LEARNED, "")
+    trainer, warning = run(change=alike, learning_rate=1e-8)
+    assert "All label words begin with the same token" in warning
+    trainer, warning = run(change=alike, **LEARNING | {"max_steps": 100})
+    assert (trainer.diagnosis.verdict, warning) == (LEARNED, "")
 
 
 def options(**changes):
@@ -183,9 +183,9 @@ STUCK = change_of(Course([0.7, 0.71, 0.69] * 20, [1.0] * 60, [1e-6] * 60))
 
 
 def test_reasons_are_two_at_most_and_the_certain_come_first():
-    known = options(words=[(1,), (1, 2)], labels=[0, 60], num_prompts=1, spread=0.0, answers=(0, 60))
-    found = diagnose(STUCK, None, options=known)
-    assert [reason.split()[0] for reason in found.reasons] == ["60", "All"]
+    facts = options(words=[(1,), (1, 2)], labels=[0, 60], num_prompts=1, spread=0.0, answers=(0, 60))
+    diagnosis = diagnose(STUCK, None, options=facts)
+    assert [reason.split()[0] for reason in diagnosis.reasons] == ["60", "All"]
     assert diagnose(STUCK, None, options=options()).reasons[0].startswith("The learning_rate is too small")
 
 
@@ -194,11 +194,11 @@ def test_label_words_of_several_lengths_are_named_if_the_longest_always_wins():
     assert any(
         "have 1 to 3 tokens, and 59 of 60 answers" in reason for reason in diagnose(STUCK, None, options=long).reasons
     )
-    both = options(words=[(1,), (2, 3, 4)], answers=(25, 35))
-    assert not any("tokens" in reason for reason in diagnose(STUCK, None, options=both).reasons)
+    facts = options(words=[(1,), (2, 3, 4)], answers=(25, 35))
+    assert not any("tokens" in reason for reason in diagnose(STUCK, None, options=facts).reasons)
 
 
-def test_too_few_steps_and_losses_that_vary_too_much_tell_nothing():
+def test_too_few_steps_and_losses_that_vary_too_much_are_inconclusive():
     assert judge_run(change_of(Course([0.7] * 19)), None)[0] == TOO_SHORT
     noisy = Course([0.2, 1.4] * 20)
     assert judge_run(change_of(noisy), None)[0] == TOO_SHORT
@@ -220,15 +220,15 @@ def test_curvature_is_that_of_a_quadratic_and_uncertain_where_losses_are_rounded
         return [(0.5 + radius * g + h / 2 * radius**2, 0.5 - radius * g + h / 2 * radius**2) for g in (1, -2, 3, 1)]
 
     exact = Surroundings(1e-2, 0.5, losses(1e-2, 10.0), losses(4e-2, 10.0))
-    found, error = exact.curvature()
-    assert found == pytest.approx(10.0, rel=1e-6)
-    assert error < 1e-3 * found
+    curvature, error = exact.curvature()
+    assert curvature == pytest.approx(10.0, rel=1e-6)
+    assert error < 1e-3 * curvature
     tiny = Surroundings(1e-6, 0.5, losses(1e-6, 10.0), losses(4e-6, 10.0))
     assert tiny.curvature()[1] > 2 * 10.0, "a second difference of 1e-10 is below fp32's rounding of 0.5"
     assert exact.forwards == 17
 
 
-def test_the_promise_of_plain_descent_is_kept_by_one():
+def test_the_promised_fall_is_exact_for_plain_descent():
     # A quadratic h w^2 / 2 in one weight: each step gains rate * s^2 and loses rate^2 s^2 h / 2 of it.
     weight, h, rate, course = 1.0, 2.0, 0.05, Course()
     for _ in range(30):
@@ -240,7 +240,7 @@ def test_the_promise_of_plain_descent_is_kept_by_one():
     assert change.promised_fall - change.curvature_term * h == pytest.approx(-change.change, rel=1e-9)
 
 
-def test_a_continued_run_is_told_by_all_of_its_steps(tmp_path):
+def test_a_continued_run_is_diagnosed_from_all_of_its_steps(tmp_path):
     """The loss falls for 25 steps and then stays, and the second process takes the last 40."""
 
     class Falls(zeroth_order(Trainer, method="mezo")):
@@ -257,7 +257,7 @@ def test_a_continued_run_is_told_by_all_of_its_steps(tmp_path):
 
 
 def test_the_losses_around_the_weights_are_means_over_one_batch(tmp_path):
-    """Neither of a new batch each, nor divided by the number of tokens of a step."""
+    """Not of a new batch each time, and not divided by the number of tokens of a step."""
     _, kwargs = CASES["causal_language_modelling"](tmp_path, max_steps=20, save_strategy="no")
     rows = kwargs["train_dataset"]
 
@@ -275,15 +275,15 @@ def test_the_losses_around_the_weights_are_means_over_one_batch(tmp_path):
             loss = super().compute_loss(model, inputs, *args, **options)
             if self.is_in_train:
                 return 0 * loss + 1
-            taken.append((inputs["input_ids"].tolist(), float(loss), float(model(**inputs).loss)))
+            calls.append((inputs["input_ids"].tolist(), float(loss), float(model(**inputs).loss)))
             return loss
 
-    taken = []
+    calls = []
     trainer = Flat(**(kwargs | {"train_dataset": Stream(), "eval_dataset": None}))
     trainer.train()
-    assert trainer.diagnosis.forwards == len(taken) == 17
-    assert all(ids == taken[0][0] for ids, _, _ in taken)
-    assert [loss for _, loss, _ in taken] == pytest.approx([mean for _, _, mean in taken], rel=1e-6)
+    assert trainer.diagnosis.forwards == len(calls) == 17
+    assert all(ids == calls[0][0] for ids, _, _ in calls)
+    assert [loss for _, loss, _ in calls] == pytest.approx([mean for _, _, mean in calls], rel=1e-6)
 
 
 def test_the_rounding_of_a_frozen_base_counts(tmp_path, monkeypatch):
@@ -293,9 +293,9 @@ def test_the_rounding_of_a_frozen_base_counts(tmp_path, monkeypatch):
         def compute_loss(self, *args, **options):
             return 0 * super().compute_loss(*args, **options) + 1
 
-    given = []
+    dtypes = []
     monkeypatch.setattr(
-        "zokernel.finetune.trainer.zeroth_order_trainer.probe_surroundings", lambda *_, dtype: given.append(dtype)
+        "zokernel.finetune.trainer.zeroth_order_trainer.probe_surroundings", lambda *_, dtype: dtypes.append(dtype)
     )
     for base in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(base)
@@ -305,7 +305,7 @@ def test_the_rounding_of_a_frozen_base_counts(tmp_path, monkeypatch):
         trainer = Flat(**(kwargs | {"eval_dataset": None}))
         trainer.train()
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
-        assert given.pop() == base
+        assert dtypes.pop() == base
 
 
 METHODS = ("mezo", "auto", "fzoo", "kerzoo", "hizoo", "lozo", "zo_adam", "sgd")

@@ -25,7 +25,7 @@ def test_sound_runs_are_not_warned_about():
     assert find_trouble(rows([0.9, 90.0] + [900.0] * (WINDOW - 3))) is None, "too early to tell"
 
 
-def test_a_rise_is_told_from_the_losses_at_the_start():
+def test_a_rise_is_measured_from_the_losses_at_the_start():
     kind, sentence = find_trouble(rows([0.9] * 4 + [900.0] * WINDOW))
     assert kind == "rise"
     assert "risen from 0.9 to 900" in sentence
@@ -47,13 +47,13 @@ def test_batches_of_four_that_begin_with_easy_ones_are_no_divergence():
     )
 
 
-def test_equal_losses_are_told_whatever_the_loss():
-    still = rows([0.9] * 5) + rows([0.693] * WINDOW, slope=0.0)
-    kind, sentence = find_trouble(still)
+def test_equal_losses_are_reported_whatever_the_loss():
+    history = rows([0.9] * 5) + rows([0.693] * WINDOW, slope=0.0)
+    kind, sentence = find_trouble(history)
     assert kind == "standstill"
     assert "did not move" in sentence
-    assert find_trouble(still[:-1]) is None
-    assert find_trouble([*still, *rows([0.693], slope=1e-9)]) is None
+    assert find_trouble(history[:-1]) is None
+    assert find_trouble([*history, *rows([0.693], slope=1e-9)]) is None
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_run_warns_once(parts, tmp_path, caplog, settings, warning):
     trainer = make_trainer(parts, tmp_path, max_steps=40, **settings)
     with caplog.at_level(logging.WARNING, logger=WARNINGS):
         trainer.train()
-    said = [record.message for record in caplog.records if record.name == WARNINGS]
-    assert [warning in message for message in said] == [True]
+    messages = [record.message for record in caplog.records if record.name == WARNINGS]
+    assert [warning in message for message in messages] == [True]
 
 
 def test_a_run_that_learns_is_silent(parts, tmp_path, caplog):

@@ -31,7 +31,7 @@ def rows(count):
     ]
 
 
-def arguments(folder, **more):
+def arguments(folder, **options):
     return TrainingArguments(
         str(folder),
         max_steps=4,
@@ -41,14 +41,14 @@ def arguments(folder, **more):
         learning_rate=1e-3,
         use_cpu=True,
         disable_tqdm=True,
-        **more,
+        **options,
     )
 
 
 @pytest.mark.parametrize("count", [3, 6])
 def test_a_trainer_evaluates_every_row(count, tmp_path):
     set_seed(0)
-    made = {}
+    results = {}
     for drop in (False, True):
         set_seed(0)
         trainer = zeroth_order(Trainer)(
@@ -57,24 +57,24 @@ def test_a_trainer_evaluates_every_row(count, tmp_path):
             train_dataset=rows(9),
             eval_dataset=rows(count),
         )
-        made[drop] = (trainer.evaluate()["eval_loss"], len(trainer.predict(rows(count)).predictions))
+        results[drop] = (trainer.evaluate()["eval_loss"], len(trainer.predict(rows(count)).predictions))
         assert len(trainer.get_train_dataloader()) == (2 if drop else 3)
-    assert made[True] == made[False]
-    assert made[True][1] == count
+    assert results[True] == results[False]
+    assert results[True][1] == count
 
 
 def test_the_job_evaluates_every_row(flags, tmp_path):
-    found = []
+    metrics = []
     for n, words in enumerate([[], ["--dataloader_drop_last", "true"]]):
         folder = tmp_path / f"run{n}"
         words = [*flags, "--output_dir", str(folder), "--per_device_eval_batch_size", "32", "--max_steps", "2", *words]
         assert main(["finetune", *words]) == 0
-        found.append(json.loads((folder / "metrics.json").read_text()))
-    assert found[0]["before"] == found[1]["before"]
-    assert found[0]["evaluations"][0] == found[1]["evaluations"][0]
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    assert metrics[0]["before"] == metrics[1]["before"]
+    assert metrics[0]["evaluations"][0] == metrics[1]["evaluations"][0]
 
 
-def test_nothing_is_said_against_early_stopping_where_the_best_weights_are_taken(tmp_path, caplog):
+def test_there_is_no_warning_about_early_stopping_where_the_best_weights_are_taken(tmp_path, caplog):
     for best, times in ((True, 0), (False, 1)):
         caplog.clear()
         args = arguments(
@@ -93,10 +93,12 @@ def test_nothing_is_said_against_early_stopping_where_the_best_weights_are_taken
         assert sum("load_best_model_at_end" in message for message in caplog.messages) == times
 
 
-def test_a_zoconfig_for_a_trainer_with_arguments_of_its_own_is_refused_in_a_sentence(tmp_path):
+def test_a_zoconfig_for_a_trainer_with_its_own_arguments_is_refused_in_one_sentence(tmp_path):
     trl = pytest.importorskip("trl")
-    for kind, wanted in ((trl.SFTTrainer, "SFTConfig"), (Seq2SeqTrainer, "Seq2SeqTrainingArguments")):
-        with pytest.raises(UsageError, match=rf"{kind.__name__} takes a {wanted}, not a ZOConfig: give it {wanted}"):
+    for kind, expected in ((trl.SFTTrainer, "SFTConfig"), (Seq2SeqTrainer, "Seq2SeqTrainingArguments")):
+        with pytest.raises(
+            UsageError, match=rf"{kind.__name__} takes a {expected}, not a ZOConfig: give it {expected}"
+        ):
             zeroth_order(kind)(model=Linear(), args=ZOConfig(output_dir=str(tmp_path)), train_dataset=rows(4))
     trainer = zeroth_order(Trainer)(
         Linear(), ZOConfig(output_dir=str(tmp_path), report_to="none"), train_dataset=rows(8)

@@ -39,15 +39,20 @@ def train(parts, folder, **settings):
 def run_rank(rank, port, folder, tiny_lm_path, tiny_reviews_path):
     torch.set_num_threads(1)
     os.environ.update(environment(rank, 2, port))
-    found = {}
+    results = {}
     for mode, size in (("perturbation", 8), ("data", 4)):
         parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
         weights, trainer = train(
             parts, folder / mode, zo_parallel=mode, per_device_train_batch_size=size, train_sampling_strategy="random"
         )
         metrics = trainer.evaluate()
-        found[mode] = (weights, trainer.parallel.bytes_sent, type(trainer.model_wrapped).__name__, metrics["eval_loss"])
-    torch.save(found, folder / f"{rank}.pt")
+        results[mode] = (
+            weights,
+            trainer.parallel.bytes_sent,
+            type(trainer.model_wrapped).__name__,
+            metrics["eval_loss"],
+        )
+    torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +70,10 @@ def test_perturbation_parallel_is_the_run_of_one_process(ranks, tmp_path, tiny_l
     parts = load_parts(tiny_lm_path, tiny_reviews_path, torch.float64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone, trainer = train(parts, tmp_path, train_sampling_strategy="random")
+    expected, trainer = train(parts, tmp_path, train_sampling_strategy="random")
     torch.set_num_threads(threads)
     for weights, bytes_sent, wrapper, loss in (rank["perturbation"] for rank in ranks[1]):
-        assert same_bits(weights, alone)
+        assert same_bits(weights, expected)
         # P = 4 directions have 8 ends, of which each process sends the losses of 4, and the weight of its batch.
         assert bytes_sent == STEPS * 8 * (4 + 1)
         assert wrapper == "LlamaForCausalLM"  # no gradient machinery around it
@@ -79,9 +84,9 @@ def test_data_parallel_ranks_agree_and_see_a_batch_twice_as_large(ranks):
     first, second = (rank["data"] for rank in ranks[1])
     assert same_bits(first[0], second[0])
     assert first[1] == STEPS * 8 * (8 + 1)
-    alone = ranks[1][0]["perturbation"][0]
+    reference = ranks[1][0]["perturbation"][0]
     # The two halves make up the batch of the run with one batch of eight: the same step up to rounding.
-    for name, weight in alone.items():
+    for name, weight in reference.items():
         torch.testing.assert_close(first[0][name], weight, rtol=0, atol=1e-6)
 
 
@@ -123,23 +128,23 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(tmp_path, tiny_lm_
     ]
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = killing.start(["finetune", *flags, "--output_dir", str(one)], tmp_path / "log")
-    alone.join()
-    assert alone.exitcode == 0, (tmp_path / "log").read_text()
+    single = killing.start(["finetune", *flags, "--output_dir", str(one)], tmp_path / "log")
+    single.join()
+    assert single.exitcode == 0, (tmp_path / "log").read_text()
     together = ["finetune", *flags, "--zo_parallel", "perturbation", "--output_dir", str(two)]
-    told, rows, pids = tmp_path / "together", two / "steps.jsonl", tmp_path / "pids"
+    log, rows, pids = tmp_path / "together", two / "steps.jsonl", tmp_path / "pids"
     deadline = time.monotonic() + 120
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(elastic_run, together, told, pids)
+        run = pool.submit(elastic_run, together, log, pids)
         while not (rows.exists() and len(rows.read_text().splitlines()) >= 10):
-            assert not run.done(), (run.exception(), told.read_text())
+            assert not run.done(), (run.exception(), log.read_text())
             assert time.monotonic() < deadline
             time.sleep(0.01)
         victim = int((pids / "1").read_text())
         os.kill(victim, signal.SIGKILL)
         run.result(timeout=240)
     assert int((pids / "1").read_text()) != victim
-    assert "are taken from the journal" in told.read_text()
+    assert "are taken from the journal" in log.read_text()
     left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name, weight in left.items():
         torch.testing.assert_close(right[name], weight, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What a newcomer meets: what is on the screen, what is on the disk at the end, and what a report says."""
+"""What a new user sees: the output on the screen, the files at the end, and the report."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def metrics_of(folder):
 
 def test_without_an_output_dir_nothing_is_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    at = flags.index("--output_dir")
+    index = flags.index("--output_dir")
     for rest in ([], ["--output_dir", ""]):
-        assert main(["finetune", *flags[:at], *flags[at + 2 :], *rest]) == 2
+        assert main(["finetune", *flags[:index], *flags[index + 2 :], *rest]) == 2
         assert "Say where the results go: --output_dir runs/NAME." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -49,16 +49,16 @@ def test_one_copy_of_the_weights_is_left_and_the_run_can_be_lengthened(flags, tm
     metrics = metrics_of(folder)
     assert (metrics["steps"], metrics["forwards"]) == (9, 18)
     assert main(["finetune", *flags, *longer, "--output_dir", str(tmp_path / "whole")]) == 0
-    found, whole = (
+    lengthened, whole = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
         for path in (folder, tmp_path / "whole")
     )
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert all(torch.equal(lengthened[name], whole[name]) for name in whole)
     assert metrics["best_step"] == metrics_of(tmp_path / "whole")["best_step"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"),
+    ("saving", "expected"),
     [
         (["--save_total_limit", "1"], True),
         (["--save_strategy", "steps", "--save_steps", "3", "--eval_steps", "3"], True),
@@ -67,12 +67,12 @@ def test_one_copy_of_the_weights_is_left_and_the_run_can_be_lengthened(flags, tm
         (["--method", "adamw", "--learning_rate", "1e-3", "--eval_steps", "3"], True),  # which no journal rebuilds
     ],
 )
-def test_checkpoints_that_were_asked_for_stay(asked, kept, flags, tmp_path):
-    assert main(["finetune", *flags, "--eval_steps", "2", *asked]) == 0
-    assert bool(list((tmp_path / "run").glob("checkpoint-*"))) is kept
+def test_checkpoints_that_were_asked_for_stay(saving, expected, flags, tmp_path):
+    assert main(["finetune", *flags, "--eval_steps", "2", *saving]) == 0
+    assert bool(list((tmp_path / "run").glob("checkpoint-*"))) is expected
 
 
-def test_the_same_command_again_says_so_in_one_line_and_prints_the_table(flags, tmp_path, capsys, caplog):
+def test_a_repeated_command_prints_one_line_and_the_table(flags, tmp_path, capsys, caplog):
     assert main(["finetune", *flags]) == 0
     table = capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
@@ -84,11 +84,11 @@ def test_the_same_command_again_says_so_in_one_line_and_prints_the_table(flags, 
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_an_evaluation_says_nothing_about_training(flags, tmp_path, capsys, caplog):
+def test_an_evaluation_prints_nothing_about_training(flags, tmp_path, capsys, caplog):
     assert main(["finetune", *flags, "--do_train", "false"]) == 0
-    told = caplog.text + capsys.readouterr().out
+    output = caplog.text + capsys.readouterr().out
     for word in ("learning_rate", "max_steps", "forwards per step", "perturb", "training loss", "journal"):
-        assert word not in told
+        assert word not in output
     report = (tmp_path / "run" / "report.md").read_text()
     assert "Nothing was trained." in report
     assert metrics_of(tmp_path / "run")["effective_lr"] is None
@@ -96,9 +96,9 @@ def test_an_evaluation_says_nothing_about_training(flags, tmp_path, capsys, capl
 
 
 def test_the_report_of_auto_says_what_was_asked_for_and_what_it_became(flags, tmp_path, capsys, caplog):
-    at = flags.index("--learning_rate")
-    own = ["--template", "{sentence} It was", "--method", "auto"]
-    assert main(["finetune", *flags[:at], *flags[at + 2 :], *own]) == 0
+    index = flags.index("--learning_rate")
+    extra = ["--template", "{sentence} It was", "--method", "auto"]
+    assert main(["finetune", *flags[:index], *flags[index + 2 :], *extra]) == 0
     folder = tmp_path / "run"
     metrics = metrics_of(folder)  # valid JSON: no NaN
     assert (metrics["requested_method"], metrics["method"]) == ("auto", "forward_difference")
@@ -138,11 +138,10 @@ def test_a_run_that_diverged_ends_with_the_weights_before_that(end, flags, tmp_p
     assert re.match(f"Training diverged: {wrong}", metrics["went_wrong"])
     losses = [row["loss"] for row in metrics["evaluations"]]
     assert losses[0] > math.log(2)
-    if end == "never evaluated":
-        assert len(losses) == 1
-    elif slopes:
+    assert (len(losses) == 1) == (end == "never evaluated")
+    if slopes:
         assert losses[1:] == pytest.approx(losses[:1] * (len(losses) - 1), abs=0.1)
-    else:
+    elif end != "never evaluated":
         assert losses[-1] == pytest.approx(math.log(2), abs=1e-3)
     assert metrics["best_step"] == 0
     assert metrics["after"] == pytest.approx(metrics["before"])
@@ -183,14 +182,14 @@ def test_the_best_weights_before_the_loss_became_infinite_are_saved(tiny_lm_path
 
 
 def test_validation_examples_are_called_that(flags, tmp_path, capsys):
-    at = flags.index("--test_file")
-    assert main(["finetune", *flags[:at], *flags[at + 2 :], "--max_steps", "2"]) == 0
+    index = flags.index("--test_file")
+    assert main(["finetune", *flags[:index], *flags[index + 2 :], "--max_steps", "2"]) == 0
     report = (tmp_path / "run" / "report.md").read_text()
     assert "on 24 validation examples" in capsys.readouterr().out
     assert "held-out" not in report
 
 
-def test_what_is_told_of_a_run():
+def test_descriptions_of_a_run():
     run = {"method": "mezo", "learning_rate": 1e-3, "effective_lr": float("nan"), "steps": 100, "selected_by": "loss"}
     run |= {
         "before": {"loss": 1.4222},
@@ -219,9 +218,9 @@ sys.exit(main(sys.argv[1:]))
 def test_a_run_shows_its_own_lines_once_and_none_of_the_libraries(flags, tmp_path):
     variables = os.environ | {"ZOKERNEL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-c", SCREEN, "finetune", *flags]
-    done = subprocess.run(words, capture_output=True, text=True, env=variables, cwd=tmp_path, check=False)
-    out, err = done.stdout, done.stderr
-    assert done.returncode == 0, err
+    process = subprocess.run(words, capture_output=True, text=True, env=variables, cwd=tmp_path, check=False)
+    out, err = process.stdout, process.stderr
+    assert process.returncode == 0, err
     lines = [line for line in err.splitlines() if line and not line.startswith("step ")]
     assert len(lines) == len(set(lines))
     noise = ("Warning", "warn", "Loading weights", "Writing model shards", "it/s", ".py:", "transformers", "torch.")
@@ -231,30 +230,30 @@ def test_a_run_shows_its_own_lines_once_and_none_of_the_libraries(flags, tmp_pat
 
 
 @pytest.mark.parametrize("words", [["claims"], ["reproduce", "--list"], ["--help"]])
-def test_a_reader_that_has_seen_enough_is_no_error(words, tmp_path):
+def test_a_closed_pipe_is_no_error(words, tmp_path):
     command = f"'{sys.executable}' -m zokernel {' '.join(words)}"
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -c 1"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         check=False,
     )
-    assert done.stderr == ""
-    assert done.returncode in (0, 141)
+    assert process.stderr == ""
+    assert process.returncode in (0, 141)
 
 
-def test_a_reader_that_has_seen_enough_of_all_help_is_no_error(tmp_path):
+def test_a_pipe_closed_while_all_help_is_printed_is_no_error(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["head", "-c", "1", pipe], stdout=subprocess.DEVNULL):
         words = ["-m", "zokernel", "finetune", "--help-all"]
-        done = preloaded.run(words, environment=os.environ, folder=tmp_path, standard_output=pipe)
-    assert done.stderr == ""
-    assert done.returncode in (0, 141)
+        process = preloaded.run(words, environment=os.environ, folder=tmp_path, standard_output=pipe)
+    assert process.stderr == ""
+    assert process.returncode in (0, 141)
 
 
-def test_two_processes_speak_once(flags, tmp_path):
+def test_two_processes_print_once(flags, tmp_path):
     """Every line, the table and an error come from one process."""
     words = ["finetune", *flags, "--max_steps", "2"]
     first, log = ranks.command(words, tmp_path / "first", size=2)
@@ -307,10 +306,10 @@ def test_the_hubs_bar_of_a_download_stays():
 
     from zokernel.commands.messages import quiet_transformers
 
-    for shown in (True, False):
-        (huggingface_hub.utils.enable_progress_bars if shown else huggingface_hub.utils.disable_progress_bars)()
+    for enabled in (True, False):
+        (huggingface_hub.utils.enable_progress_bars if enabled else huggingface_hub.utils.disable_progress_bars)()
         quiet_transformers()
-        assert huggingface_hub.utils.are_progress_bars_disabled() is not shown
+        assert huggingface_hub.utils.are_progress_bars_disabled() is not enabled
         assert not transformers.logging.is_progress_bar_enabled()
     huggingface_hub.utils.enable_progress_bars()
 
@@ -341,9 +340,9 @@ def test_other_commands_show_none_of_the_libraries_remarks(words, tiny_lm_path, 
     output = ["--output_dir", str(tmp_path / "out")] if words[0] != "plan" else []
     words = [*words, "--model_name_or_path", str(tiny_lm_path), *data, *words_of_labels, *output]
     variables = os.environ | {"ZOKERNEL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = preloaded.run(["-m", "zokernel", *words], environment=variables, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
-    lines = done.stderr.splitlines()
+    process = preloaded.run(["-m", "zokernel", *words], environment=variables, folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout
+    lines = process.stderr.splitlines()
     assert len(lines) == len(set(lines))
     assert [line for line in lines if re.search(r"Warning|it/s|Loading weights|\.py:|transformers", line)] == []

@@ -18,13 +18,16 @@ LEARNING = {"num_perturbations": 4, "eps": 1e-2, "learning_rate": 3e-3}
 
 
 def test_the_error_of_a_paired_difference_is_that_of_a_ratio_of_sums():
-    """Examples of unequal numbers of tokens, drawn anew 4,000 times: their change has the error that is told."""
+    """Examples of unequal numbers of tokens, drawn anew 4,000 times: their change has the reported error."""
     torch.manual_seed(0)
     counts = torch.randint(1, 20, (4000, 50)).double()
     before = counts * (2 + torch.randn(4000, 50))  # the examples differ by far more than they change
     after = before + counts * (-0.1 + 0.3 * torch.randn(4000, 50))
-    drawn = [paired_change(torch.stack([b, n], 1), torch.stack([a, n], 1)) for b, a, n in zip(before, after, counts)]
-    changes, errors = torch.tensor(drawn, dtype=torch.float64).T
+    estimates = [
+        paired_change(torch.stack([b, n], 1), torch.stack([a, n], 1))
+        for b, a, n in zip(before, after, counts, strict=True)
+    ]
+    changes, errors = torch.tensor(estimates, dtype=torch.float64).T
     # The mean of 4,000 changes is known within 4 errors, their spread within 4 / sqrt(8000) = 4.5 %.
     assert float(changes.mean()) == pytest.approx(-0.1, abs=4 * float(changes.std()) / 4000**0.5)
     assert float(errors.square().mean().sqrt()) == pytest.approx(float(changes.std()), rel=0.06)
@@ -56,7 +59,7 @@ def test_a_small_fall_of_the_same_examples_is_a_fall(course):
 
 @pytest.mark.parametrize("course", [FLAT, NOISY], ids=["flat", "noisy"])
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (0.01, "The loss did not fall: "),
         (0.0, "The loss did not fall: "),
@@ -64,11 +67,11 @@ def test_a_small_fall_of_the_same_examples_is_a_fall(course):
         (-0.0008, "The held-out loss fell by 0.12 % at most: "),
     ],
 )
-def test_no_fall_of_the_same_examples_is_none(course, change, told):
-    """The error is small, so a fall by 3 % is excluded; how large it may be is said."""
+def test_no_fall_of_the_same_examples_is_none(course, change, expected):
+    """The error is small, so a fall by 3 % is excluded; the report says how large it may be."""
     verdict, outcome = judge_run(course, paired(change, 0.0002))
     assert verdict == NOT_LEARNED
-    assert outcome.startswith(told)
+    assert outcome.startswith(expected)
     assert f"(the same examples, at the end: {2 * change:+.2g} ± 0.0004)" in outcome
 
 
@@ -97,27 +100,27 @@ def test_evaluations_are_paired_by_example_also_after_a_kill(tiny_lm_path, tiny_
     parts = load_parts(tiny_lm_path, tiny_reviews_path)
     settings = EVALUATED | LEARNING | {"max_steps": 40, "eval_steps": 20, "per_device_eval_batch_size": 4}
     trainer = make_trainer(parts, tmp_path / "run", **settings)
-    seen = []
+    results = []
     evaluate = trainer.objective.__class__.terms
 
     def noted(self, prediction):
-        seen.append(evaluate(self, prediction))
-        return seen[-1]
+        results.append(evaluate(self, prediction))
+        return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.objective.__class__, "terms", noted)
         trainer.train()
-    start, middle, _end = (terms[:, 0] for terms in seen[1::2])  # each is asked for its total, then for its examples
+    start, middle, _end = (terms[:, 0] for terms in results[1::2])  # each is asked for its total, then for its examples
     row = next(row for row in trainer.state.log_history if row["step"] == 20 and "eval_loss" in row)
-    moved = middle - start
-    assert row["eval_loss_change"] == pytest.approx(float(moved.mean()), rel=1e-9)
-    assert row["eval_loss_change_error"] == pytest.approx(float(moved.std()) / len(moved) ** 0.5, rel=1e-9)
+    difference = middle - start
+    assert row["eval_loss_change"] == pytest.approx(float(difference.mean()), rel=1e-9)
+    assert row["eval_loss_change_error"] == pytest.approx(float(difference.std()) / len(difference) ** 0.5, rel=1e-9)
     assert "eval_loss_change" not in next(row for row in trainer.state.log_history if "eval_loss" in row)
-    kept = StartLosses(tmp_path / "run", writes=False)
-    assert kept.change(torch.stack([middle, torch.ones_like(middle)], 1), continues=False) == {}
-    found = kept.change(torch.stack([middle, torch.ones_like(middle)], 1), continues=True)
-    assert found["loss_change"] == row["eval_loss_change"]
-    assert kept.change(torch.ones(3, 2), continues=True) == {}, "other examples are not compared"
+    start_losses = StartLosses(tmp_path / "run", writes=False)
+    assert start_losses.change(torch.stack([middle, torch.ones_like(middle)], 1), continues=False) == {}
+    resumed_change = start_losses.change(torch.stack([middle, torch.ones_like(middle)], 1), continues=True)
+    assert resumed_change["loss_change"] == row["eval_loss_change"]
+    assert start_losses.change(torch.ones(3, 2), continues=True) == {}, "other examples are not compared"
 
 
 def test_a_loader_that_is_kept_repeats_its_order(tiny_lm_path, tiny_reviews_path, tmp_path):

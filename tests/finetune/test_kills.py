@@ -45,8 +45,8 @@ def outcome(folder):
         path.parent.name: [without_times(row) for row in json.loads(path.read_text())["log_history"]]
         for path in folder.glob("checkpoint-*/trainer_state.json")
     }
-    kept = folder / "journal.zkj"
-    steps = Journal.read(kept).steps if kept.exists() else []
+    journal = folder / "journal.zkj"
+    steps = Journal.read(journal).steps if journal.exists() else []
     return {
         **tensors,
         "journal": steps,
@@ -70,19 +70,19 @@ def test_thirty_kills_leave_no_trace(name, tiny_lm_path, tiny_reviews_path, tmp_
     ]
     log = tmp_path / "log"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     process = killing.start([*argv, "--output_dir", str(whole)], log)
     process.join()
-    duration = time.perf_counter() - begun
+    duration = time.perf_counter() - started
     assert process.exitcode == 0, log.read_text()
     expected = outcome(whole)
     instants = random.Random(name)
     kills = 0
     while True:
-        done = kills == KILLS
-        at_write = instants.randrange(1, 60) if kills % 2 and not done else None
+        last = kills == KILLS
+        at_write = instants.randrange(1, 60) if kills % 2 and not last else None
         process = killing.start([*argv, "--output_dir", str(killed)], log, die_at_write=at_write)
-        if not done and at_write is None:
+        if not last and at_write is None:
             process.join(instants.uniform(0, duration))
             process.kill()
         process.join()
@@ -90,9 +90,9 @@ def test_thirty_kills_leave_no_trace(name, tiny_lm_path, tiny_reviews_path, tmp_
             kills += 1
             continue
         assert process.exitcode == 0, log.read_text()
-        found = outcome(killed)
-        assert [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)] == []
+        actual = outcome(killed)
+        assert [key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)] == []
         assert not list(killed.glob(".partial-*")) + list(killed.glob("*.bin")) + list(killed.rglob("*.pt"))
-        if done:
+        if last:
             break
         shutil.rmtree(killed)  # it finished before its kill

@@ -32,23 +32,23 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(folders):
     """Fresh copies of the models, each read once."""
-    kept = {}
+    cache = {}
 
     def get(family):
-        if family not in kept:
+        if family not in cache:
             auto = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
-            kept[family] = (
+            cache[family] = (
                 auto.from_pretrained(folders[family], dtype=torch.float32).eval(),
                 AutoTokenizer.from_pretrained(folders[family]),
             )
-        return copy.deepcopy(kept[family][0]), kept[family][1]
+        return copy.deepcopy(cache[family][0]), cache[family][1]
 
     return get
 
 
 def one_by_one(model, example, *, in_front=0):
     """Mean log-probability of each option from a plain forward over prompt and option."""
-    found = []
+    scores = []
     for option in example.option_ids:
         if example.mask_id is None:
             ids, first = example.prompt_ids + option, len(example.prompt_ids) - 1
@@ -57,12 +57,12 @@ def one_by_one(model, example, *, in_front=0):
             first = len(example.prompt_ids)
         logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0].float()
         rows = logits.log_softmax(-1)[in_front + first : in_front + first + len(option)]
-        found.append(rows[torch.arange(len(option)), torch.tensor(option)].mean())
-    return torch.stack(found)
+        scores.append(rows[torch.arange(len(option)), torch.tensor(option)].mean())
+    return torch.stack(scores)
 
 
 def unequal_examples(tokenizer, *, masked=False):
-    """Options of one and of many tokens, two to four an example."""
+    """Options of one and of many tokens, two to four per example."""
     task = get_task("record")
     rows = task.read(toy_rows("record", task, size=6), where="toy")
     examples = encode(task, rows, tokenizer, masked=masked)
@@ -83,8 +83,8 @@ def test_shared_prompts_give_the_scores_of_separate_rows(load, family, attention
     assert packed["input_ids"].shape[0] == len(examples) < plain["input_ids"].shape[0]
     with torch.no_grad():
         separate, shared = option_scores(model, plain), option_scores(model, packed)
-        obvious = [one_by_one(model, example) for example in examples]
-    for number, expected in enumerate(obvious):
+        reference = [one_by_one(model, example) for example in examples]
+    for number, expected in enumerate(reference):
         count = len(expected)
         torch.testing.assert_close(separate[number, :count], expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(shared[number, :count], expected, rtol=0, atol=1e-5)
@@ -132,9 +132,9 @@ def test_an_architecture_that_cannot_share_prompts_is_found_out(load, name, capl
     assert not collator.shared_prompt
     assert "each option gets its own copy of it" in caplog.text
     with torch.no_grad():
-        found = option_scores(model, collator([dataset[i] for i in range(3)]))
+        scores = option_scores(model, collator([dataset[i] for i in range(3)]))
         expected = one_by_one(model, dataset.examples[0])
-    torch.testing.assert_close(found[0, : len(expected)], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores[0, : len(expected)], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", MASKED)
@@ -144,10 +144,10 @@ def test_masked_models_score_options_of_any_length_at_the_mask(load, family):
     dataset = EncodedDataset(examples)
     batch = Collator(tokenizer.pad_token_id)([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():
-        found = option_scores(model, batch)
+        scores = option_scores(model, batch)
         for number, example in enumerate(examples):
             expected = one_by_one(model, example)
-            torch.testing.assert_close(found[number, : len(expected)], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(scores[number, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -160,10 +160,10 @@ def test_scored_positions_count_virtual_tokens(load, family, kind):
     collator = choose_collator(adapted, tokenizer.pad_token_id, dataset)
     assert not collator.shared_prompt
     with torch.no_grad():
-        found = option_scores(adapted, collator([dataset[i] for i in range(len(dataset))]))
+        scores = option_scores(adapted, collator([dataset[i] for i in range(len(dataset))]))
         for number, example in enumerate(examples):
             expected = one_by_one(adapted, example, in_front=3 if kind == "prompt_tuning" else 0)
-            torch.testing.assert_close(found[number, : len(expected)], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(scores[number, : len(expected)], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -177,8 +177,8 @@ def test_a_prefix_starts_from_real_activations(load, family):
     ids = torch.tensor([tokenizer("It was good")["input_ids"]])
     with torch.no_grad():
         expected = reference(torch.cat([text, ids], 1)).logits[:, 4:]
-        found = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -193,7 +193,7 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, famil
     padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in ids])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in ids])
     together = greedy_answers(model, tokenizer, padded, mask, max_new_tokens=6)
-    for prompt, found in zip(ids, together):
+    for prompt, actual in zip(ids, together, strict=True):
         text = list(prompt)
         for _ in range(6):
             with torch.no_grad():
@@ -202,7 +202,7 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_single_prompts(load, famil
             if text[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode([text[-1]]):
                 break
         expected = tokenizer.decode(text[len(prompt) :], skip_special_tokens=True).lstrip().split("\n", 1)[0].strip()
-        assert found == expected
+        assert actual == expected
 
 
 WAYS = [

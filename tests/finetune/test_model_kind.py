@@ -58,7 +58,7 @@ def test_without_one_the_configuration_decides(config, settings, kind):
     assert language_model_kind(getattr(tf, config)(**settings)) == kind
 
 
-def test_what_is_asked_for_is_loaded_if_there_is_such_a_class():
+def test_the_requested_kind_is_loaded_if_there_is_such_a_class():
     assert language_model_kind(BertConfig(architectures=["BertForMaskedLM"]), "causal") == "causal"
     assert language_model_kind(BartConfig(), "seq2seq") == "seq2seq"
     with pytest.raises(UsageError, match="no masked language model of type 'llama'"):
@@ -87,12 +87,12 @@ def test_what_is_asked_for_is_loaded_if_there_is_such_a_class():
         ("T5GemmaConfig", "T5GemmaEncoderModel"),
     ],
 )
-@pytest.mark.parametrize("asked", ["auto", "seq2seq"])
-def test_an_encoder_without_its_decoder_is_called_that(config, name, asked):
+@pytest.mark.parametrize("requested", ["auto", "seq2seq"])
+def test_an_encoder_without_its_decoder_is_called_that(config, name, requested):
     """Saved alone, an encoder's configuration no longer says that its type decodes, too."""
     architecture = getattr(tf, config)(is_encoder_decoder=False, architectures=[name])
     with pytest.raises(UsageError, match=f"has no decoder, since it was saved as {name}: choose the language model"):
-        language_model_kind(architecture, asked)
+        language_model_kind(architecture, requested)
 
 
 XLM = {"vocab_size": 50, "emb_dim": 16, "n_layers": 1, "n_heads": 2}

@@ -36,17 +36,17 @@ WORDS = {"one token": ("bad", "good"), "several tokens": ("so so", "quite ok")}
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """Fresh copies of the models in float64, so that layouts differ by the rounding of the arithmetic alone."""
-    root, kept = tmp_path_factory.mktemp("layouts"), {}
+    root, cache = tmp_path_factory.mktemp("layouts"), {}
 
     def get(family):
-        if family not in kept:
+        if family not in cache:
             folder = save_model(root / family, family)
             auto = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
-            kept[family] = (
+            cache[family] = (
                 auto.from_pretrained(folder, dtype=torch.float64).eval(),
                 transformers.AutoTokenizer.from_pretrained(folder),
             )
-        return copy.deepcopy(kept[family][0]), kept[family][1]
+        return copy.deepcopy(cache[family][0]), cache[family][1]
 
     return get
 
@@ -90,10 +90,10 @@ def test_options_have_the_scores_of_padded_rows(load, family, words, shared, att
     with torch.no_grad():
         expected = option_scores(model, batch)
         torch.testing.assert_close(option_scores(model, together), expected, rtol=0, atol=1e-5)
-        loss, found = objective.evaluate(model, batch)
+        loss, outputs = objective.evaluate(model, batch)
         torch.testing.assert_close(objective(model, batch), Objective()(model, batch), rtol=0, atol=1e-5)
         torch.testing.assert_close(loss, Objective()(model, batch), rtol=0, atol=1e-5)
-        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(outputs["logits"], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -105,11 +105,11 @@ def test_texts_have_the_losses_of_padded_rows(load, family, whole, count):
     padded, free = LanguageObjective(whole), LanguageObjective(whole, PaddingFree(hidden_size=32))
     with torch.no_grad():
         expected = token_losses(model, batch, whole=whole)
-        found = token_losses(model, in_rows(batch, count), whole=whole)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        losses = token_losses(model, in_rows(batch, count), whole=whole)
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
         assert free(model, batch).item() == pytest.approx(padded(model, batch).item(), abs=1e-6)
-        (_, terms), (_, wanted) = (objective.evaluate(model, batch) for objective in (free, padded))
-    torch.testing.assert_close(terms["terms"], wanted["terms"], rtol=0, atol=1e-5)
+        (_, terms), (_, padded_terms) = (objective.evaluate(model, batch) for objective in (free, padded))
+    torch.testing.assert_close(terms["terms"], padded_terms["terms"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -129,29 +129,29 @@ def test_stacked_losses_of_rows_that_share_one_are_those_taken_in_place(load, ki
         batch = batch_of(collator, prompts(tokenizer, words))
     padded, together = replace(objective, padding_free=None), in_rows(batch, rows)
     assert len(together["input_ids"]) == rows
-    found = []
+    losses = []
     for perturb in ("in_place", Stacked(lambda n: objective.stacked(model, repeat_batch(together, n), n))):
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = MeZO(named, lr=0.0, eps=1e-2, num_perturbations=3, perturb=perturb)
+        params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = MeZO(params, lr=0.0, eps=1e-2, num_perturbations=3, perturb=perturb)
         optimizer.step(lambda: padded(model, batch))
-        found.append(torch.tensor(optimizer.record()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
-    assert found[0].std() > 1e-4
+        losses.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
+    assert losses[0].std() > 1e-4
 
 
 def test_the_model_sees_few_tokens_that_are_not_real_and_each_row_alone(load):
     model, tokenizer = load("llama")
     batch = batch_of(TextCollator(tokenizer.pad_token_id), texts(len(tokenizer)))
-    seen = []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
     objective = LanguageObjective(padding_free=PaddingFree(hidden_size=64))
     with torch.no_grad():
         _, before = objective.evaluate(model, batch)
         batch["input_ids"][1, :20] = torch.arange(5, 25)
         _, after = objective.evaluate(model, batch)
-    assert set(seen) == {(2, 20)}  # 20, and 9, 4 and 3
-    others = [0, 2, 3]
-    torch.testing.assert_close(after["terms"][others], before["terms"][others], rtol=0, atol=0)
+    assert set(shapes) == {(2, 20)}  # 20, and 9, 4 and 3
+    unchanged = [0, 2, 3]
+    torch.testing.assert_close(after["terms"][unchanged], before["terms"][unchanged], rtol=0, atol=0)
     assert not torch.equal(after["terms"][1], before["terms"][1])
 
 
@@ -163,7 +163,7 @@ def test_a_batch_stays_padded_where_that_is_less_work():
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_models_that_keep_rows_apart_are_found_and_the_log_says_so(load, family, caplog):
+def test_models_that_keep_rows_apart_are_detected_and_logged(load, family, caplog):
     model, tokenizer = load(family)
     dataset = prompts(tokenizer, WORDS["one token"])
     with caplog.at_level("INFO"):

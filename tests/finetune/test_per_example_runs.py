@@ -79,9 +79,9 @@ def test_losses_of_examples_make_up_the_loss_of_the_batch(kind, model_and_tokeni
     model, tokenizer = model_and_tokenizer
     together = micro_batches(kind, model, tokenizer)
     with torch.no_grad():
-        found = torch.cat([part.losses() for part in together.examples()])
-        assert len(found) == 5
-        assert float(found.mean()) == pytest.approx(float(together.loss()), rel=1e-6)
+        losses = torch.cat([part.losses() for part in together.examples()])
+        assert len(losses) == 5
+        assert float(losses.mean()) == pytest.approx(float(together.loss()), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,16 +91,16 @@ def test_each_example_sees_its_own_weights(kind, model_and_tokenizer):
     together = micro_batches(kind, model, tokenizer)
     optimizer = GRZO(model, lr=0.0, eps=1e-2, whiten=False, perturb=PerExampleRows(together.examples))
     optimizer.step(lambda: 0.0)
-    named = dict(model.named_parameters())
+    params = dict(model.named_parameters())
     expected = []
     with torch.no_grad():
         for offset in (1e-2, -1e-2):
             for example in range(5):
-                base = {name: p.clone() for name, p in named.items()}
+                base = {name: p.clone() for name, p in params.items()}
                 for index, scale in offsets_of({0: offset}, example).items():
-                    optimizer.directions.add_(named, scale, seed=0, step=0, index=index)
+                    optimizer.directions.add_(params, scale, seed=0, step=0, index=index)
                 expected.append(float(torch.cat([part.losses() for part in together.examples()])[example]))
-                for name, p in named.items():
+                for name, p in params.items():
                     p.copy_(base[name])
     assert optimizer.record() == pytest.approx(expected, abs=2e-5)
     assert max(expected) - min(expected) > 1e-2
@@ -138,12 +138,12 @@ def test_forward_difference_takes_them_too(flags, tmp_path):
     assert metrics["forwards"] == 6 * 3
 
 
-def test_what_has_no_losses_of_examples_is_refused(flags, capsys):
+def test_objectives_without_losses_of_examples_are_refused(flags, capsys):
     assert main(["finetune", *flags, *GRZO_FLAGS, "--objective", "accuracy"]) == 2
     assert "objective accuracy is not a mean over losses of examples" in capsys.readouterr().err
 
 
-def test_trainers_with_a_loss_of_their_own_are_refused(tmp_path, parts):
+def test_trainers_with_a_custom_loss_are_refused(tmp_path, parts):
     from transformers import Trainer, TrainingArguments
 
     from zokernel.errors import UsageError

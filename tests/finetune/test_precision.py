@@ -40,8 +40,8 @@ class Adapted(nn.Module):
 
     def forward(self, images):
         first, relu, last = self.base
-        moved = first(images) + self.up(self.down(images.float())).to(images.dtype)
-        return last(relu(moved))
+        hidden = first(images) + self.up(self.down(images.float())).to(images.dtype)
+        return last(relu(hidden))
 
 
 def train(digits, seed, *, dtype=torch.float32, autocast=False, lora=False, **settings):
@@ -101,26 +101,26 @@ CASES = {
 }
 
 
-def z_score(found, reference):
+def z_score(losses, reference):
     """Standard errors between the means of paired runs."""
-    difference = np.array(found) - reference
+    difference = np.array(losses) - reference
     return difference.mean() / (reference.std(ddof=1) / len(reference) ** 0.5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reaches_the_loss_of_fp32(digits, reference, case):
-    found = [train(digits, seed, **CASES[case]) for seed in SEEDS]
+    losses = [train(digits, seed, **CASES[case]) for seed in SEEDS]
     assert reference.max() < START
-    assert abs(z_score(found, reference)) < 4
+    assert abs(z_score(losses, reference)) < 4
 
 
 def test_an_adapter_on_a_bf16_base(digits):
     whole = np.array([train(digits, seed, lora=True) for seed in SEEDS])
-    found = [train(digits, seed, lora=True, dtype=torch.bfloat16) for seed in SEEDS]
+    losses = [train(digits, seed, lora=True, dtype=torch.bfloat16) for seed in SEEDS]
     assert whole.max() < START
-    assert abs(z_score(found, whole)) < 4
+    assert abs(z_score(losses, whole)) < 4
 
 
 def test_naive_bf16_does_not(digits, reference):
-    found = [train_naively(digits, seed) for seed in SEEDS]
-    assert z_score(found, reference) > 8
+    losses = [train_naively(digits, seed) for seed in SEEDS]
+    assert z_score(losses, reference) > 8

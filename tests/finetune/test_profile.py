@@ -40,8 +40,8 @@ def test_every_instant_belongs_to_the_innermost_part(monkeypatch):
 
 
 def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):
-    wanted = ["--profile", "true", "--max_steps", "10", "--eval_steps", "4", "--perturb", "in_forward"]
-    assert main(["finetune", *flags, *wanted]) == 0
+    options = ["--profile", "true", "--max_steps", "10", "--eval_steps", "4", "--perturb", "in_forward"]
+    assert main(["finetune", *flags, *options]) == 0
     folder = tmp_path / "run"
     table = read_table(folder)
     assert list(table) == list(MEANING)
@@ -64,7 +64,7 @@ def test_the_command_writes_a_table_and_a_trace(flags, tmp_path, capsys):
 def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, perturb):
     model, tokenizer, data = parts
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = {}
+    weights = {}
     for profile in (False, True):
         model.load_state_dict(state)
         torch.manual_seed(0)
@@ -72,9 +72,9 @@ def test_a_profile_changes_no_weight_and_leaves_nothing_behind(parts, tmp_path, 
         folder = tmp_path / str(profile)
         trainer = make_trainer((tuned, tokenizer, data), folder, max_steps=11, perturb=perturb, profile=profile)
         trainer.train()
-        found[profile] = {name: p.clone() for name, p in tuned.named_parameters() if p.requires_grad}
+        weights[profile] = {name: p.clone() for name, p in tuned.named_parameters() if p.requires_grad}
         model = tuned.unload()
-    assert all(torch.equal(found[True][name], tensor) for name, tensor in found[False].items())
+    assert all(torch.equal(weights[True][name], tensor) for name, tensor in weights[False].items())
     assert "compute_loss" not in vars(trainer)
     assert "step" not in vars(trainer.bare_optimizer)
     assert not any(hasattr(method, "__wrapped__") for method in vars(trainer.bare_optimizer.perturb).values())

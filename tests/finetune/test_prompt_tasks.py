@@ -18,8 +18,8 @@ def tokenizer(tiny_lm_path):
 
 def test_prompt_plus_option_is_the_text_tokenized_as_one(tokenizer):
     rows = [{"sentence": "a bad movie .", "label": "0"}, {"sentence": "É étrange — très «bon»", "label": 1}]
-    for row, example in zip(rows, encode(SST2, rows, tokenizer)):
-        for option, option_ids in zip(SST2.options(), example.option_ids):
+    for row, example in zip(rows, encode(SST2, rows, tokenizer), strict=True):
+        for option, option_ids in zip(SST2.options(), example.option_ids, strict=True):
             assert example.prompt_ids + option_ids == tokenizer(SST2.prompt(row) + option)["input_ids"]
         assert tokenizer.decode(example.prompt_ids) == SST2.prompt(row)
     assert [example.label for example in encode(SST2, rows, tokenizer)] == [0, 1]

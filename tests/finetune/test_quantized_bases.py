@@ -55,7 +55,7 @@ def run(base, tiny_reviews_path, tmp_path, monkeypatch):
         *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", "6", "--learning_rate", "1e-2"),
         *("--eval_steps", "3", "--max_eval_samples", "8"),
     ]
-    return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
+    return lambda folder, *extra: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *extra])
 
 
 def flags_of(kind):
@@ -66,8 +66,8 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
-def loaded(base, kind, **more):
-    arguments = ModelArguments(model_name_or_path=str(base), **flags_of(kind), **more)
+def loaded(base, kind, **options):
+    arguments = ModelArguments(model_name_or_path=str(base), **flags_of(kind), **options)
     return load_model(arguments, ZOConfig(output_dir="unused", precision="fp32", report_to="none", use_cpu=True))[0]
 
 
@@ -96,8 +96,8 @@ def test_a_run_is_resumed_saved_and_read_again(kind, base, run, tmp_path, monkey
     shares = [answer["scores"]["1"] for answer in predictor(rows)]
     full = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "whole").eval()
     predictor.model = full
-    others = [answer["scores"]["1"] for answer in predictor(rows)]
-    assert 0 < max(abs(a - b) for a, b in zip(shares, others)) < 0.05
+    answers = [answer["scores"]["1"] for answer in predictor(rows)]
+    assert 0 < max(abs(a - b) for a, b in zip(shares, answers, strict=True)) < 0.05
 
     # Journal and base rebuild the adapter; a base that is quantized otherwise does not continue the run.
     rebuilt, journal = tmp_path / "rebuilt", str(tmp_path / "whole" / "journal.zkj")
@@ -105,25 +105,25 @@ def test_a_run_is_resumed_saved_and_read_again(kind, base, run, tmp_path, monkey
     words = ["--base", str(base), "--journal", journal, "--step", str(best)]
     assert main(["replay", *words, "--output_dir", str(rebuilt)]) == 0
     with caplog.at_level(logging.WARNING, logger="zokernel"):
-        again = loaded(base, kind, adapter_name_or_path=str(tmp_path / "whole"))
+        reloaded = loaded(base, kind, adapter_name_or_path=str(tmp_path / "whole"))
     assert "its weights were different" not in caplog.text
     replayed = load_file(rebuilt / "adapter_model.safetensors")
     assert all(torch.equal(replayed[name], whole[name]) for name in whole)
-    assert sum(p.requires_grad for p in again.parameters()) == len(whole)
+    assert sum(p.requires_grad for p in reloaded.parameters()) == len(whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_estimate_is_what_the_weights_take(kind, dtype, base):
+def test_the_estimate_is_the_size_of_the_weights(kind, dtype, base):
     arguments = ModelArguments(model_name_or_path=str(base), dtype=dtype, lora=True, **flags_of(kind))
-    checked = check_model(arguments)
-    model = load_pretrained(checked, arguments)
+    plan = check_model(arguments)
+    model = load_pretrained(plan, arguments)
     held = sum(memoryview(bits).nbytes for p in model.parameters() for bits in stored_bits(p))
     for parameter in model.parameters():  # what bitsandbytes keeps beside its integers
         state = getattr(parameter, "quant_state", None)
         held += 0 if state is None else state.absmax.nbytes
         held += parameter.SCB.nbytes if getattr(parameter, "SCB", None) is not None else 0
-    estimate = bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind)
+    estimate = bytes_held(arguments, plan.path, plan.architecture, plan.dtype, plan.kind)
     assert estimate == held
     full = sum(p.numel() * p.element_size() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
     assert estimate < 0.72 * full
@@ -154,24 +154,24 @@ def test_every_adapter_trains(kind, name, run, tmp_path, capsys):
         assert "peft loses the scales of bitsandbytes' 8 bits when DoRA reads the weights" in capsys.readouterr().err
         return
     assert run("run", *adapter, *KINDS[kind], "--max_steps", "2", "--eval_strategy", "no") == 0
-    taken = losses(tmp_path / "run")
-    assert taken[0] != taken[1]
-    assert all(0.3 < loss < 1.5 for loss in taken)
+    first_losses = losses(tmp_path / "run")
+    assert first_losses[0] != first_losses[1]
+    assert all(0.3 < loss < 1.5 for loss in first_losses)
     assert load_predictor(tmp_path / "run")(["the good"])[0]["prediction"] in ("0", "1")
 
 
 @pytest.mark.parametrize("kind", ["4bit", "int8"])
-def test_losses_do_not_depend_on_how_they_are_taken(kind, run, tmp_path):
-    found = {}
+def test_losses_do_not_depend_on_the_way_of_perturbing(kind, run, tmp_path):
+    by_perturb = {}
     for perturb in ("in_place", "in_place:grid", "in_place:copy", "in_forward", "stacked"):
         flags = ["--lora", "true", "--perturb", perturb, "--max_steps", "2", "--eval_strategy", "no"]
         assert run(perturb, *flags, *KINDS[kind]) == 0
-        found[perturb] = losses(tmp_path / perturb)
-    for taken in found.values():
-        assert taken == pytest.approx(found["in_place:copy"], abs=2e-6)
+        by_perturb[perturb] = losses(tmp_path / perturb)
+    for actual in by_perturb.values():
+        assert actual == pytest.approx(by_perturb["in_place:copy"], abs=2e-6)
     flags = ["--lora", "true", "--method", "grzo", "--max_steps", "2", "--eval_strategy", "no"]
     assert run("by-example", *flags, *KINDS[kind]) == 0  # directions for every example
-    assert losses(tmp_path / "by-example")[0] == pytest.approx(found["stacked"][0], abs=0.02)
+    assert losses(tmp_path / "by-example")[0] == pytest.approx(by_perturb["stacked"][0], abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
@@ -213,47 +213,47 @@ def test_an_adapter_is_merged_into_the_base_in_full_precision(base, run, tmp_pat
 
 
 def test_packed_checkpoints_are_unpacked_and_train_in_full(base, run, tmp_path, caplog):
-    packed, meant = save_packed(base, tmp_path / "packed")
+    packed, expected = save_packed(base, tmp_path / "packed")
     with caplog.at_level(logging.INFO, logger="zokernel"):
         assert run("lora", "--model_name_or_path", str(packed), "--lora", "true") == 0
     assert "is unpacked to float32 as it is loaded" in caplog.text
     predictor = load_predictor(tmp_path / "lora")
     for name, weight in predictor.model.get_base_model().named_parameters():
         if "lora_" not in name:
-            assert torch.equal(weight, meant[name.replace(".base_layer", "")]), name
+            assert torch.equal(weight, expected[name.replace(".base_layer", "")]), name
     assert run("full", "--model_name_or_path", str(packed), *FULL) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     assert not getattr(saved, "is_quantized", False)
     trained = dict(saved.named_parameters())
-    assert any(not torch.equal(trained[name], meant[name]) for name in meant)
+    assert any(not torch.equal(trained[name], expected[name]) for name in expected)
 
 
 def test_gguf_files_are_unpacked(base, run, tmp_path, caplog):
-    place = tmp_path / "gguf"
-    place.mkdir()
-    file = save_gguf(base, place / "tiny.gguf")
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    file = save_gguf(base, folder / "tiny.gguf")
     with caplog.at_level(logging.INFO, logger="zokernel"):
         assert run("lora", "--model_name_or_path", str(file), "--lora", "true") == 0
     assert "tiny.gguf is unpacked as it is read: the model is held, trained and saved in full." in caplog.text
-    own = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    original = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
     predictor = load_predictor(tmp_path / "lora")
     for name, weight in predictor.model.get_base_model().named_parameters():
         if "lora_" not in name:
-            assert torch.equal(weight, own[name.replace(".base_layer", "")]), name
+            assert torch.equal(weight, original[name.replace(".base_layer", "")]), name
     assert predictor(["the good"])[0]["prediction"] in ("0", "1")
-    named = ["--model_name_or_path", str(place), "--gguf_file", "tiny.gguf"]
-    assert run("full", *named, *FULL) == 0
+    base_flags = ["--model_name_or_path", str(folder), "--gguf_file", "tiny.gguf"]
+    assert run("full", *base_flags, *FULL) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
-    assert saved.num_parameters() == sum(p.numel() for p in own.values())
+    assert saved.num_parameters() == sum(p.numel() for p in original.values())
     words = ["--base", str(file), "--journal", str(tmp_path / "full" / "journal.zkj")]
     assert main(["replay", *words, "--output_dir", str(tmp_path / "rebuilt")]) == 0
     rebuilt = load_file(tmp_path / "rebuilt" / "model.safetensors")
     assert all(torch.equal(p, rebuilt[name]) for name, p in saved.named_parameters())
-    assert any(not torch.equal(own[name], rebuilt[name]) for name in own)
-    for given, message in [({"load_in_8bit": True}, "is quantized already"), ({"offload": "cpu"}, "not streamed")]:
+    assert any(not torch.equal(original[name], rebuilt[name]) for name in original)
+    for options, message in [({"load_in_8bit": True}, "is quantized already"), ({"offload": "cpu"}, "not streamed")]:
         with pytest.raises(UsageError, match=message):  # before its weights are read
-            check_model(ModelArguments(model_name_or_path=str(file), lora=True, **given))
-    (place / "optimizer.pt").write_bytes(b"no weights of this model")
+            check_model(ModelArguments(model_name_or_path=str(file), lora=True, **options))
+    (folder / "optimizer.pt").write_bytes(b"no weights of this model")
     assert check_model(ModelArguments(model_name_or_path=str(file))).arguments.gguf_file == "tiny.gguf"
     continued = ["--model_name_or_path", str(tmp_path / "lora"), "--max_steps", "1"]
     assert run("more", *continued) == 0  # the adapter's folder knows the file
@@ -277,13 +277,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[given for given, _ in REFUSED])
-def test_refused_by_name(given, message, base):
-    pairs = (word.partition("=") for word in given.split())
+@pytest.mark.parametrize(("setting", "message"), REFUSED, ids=[given for given, _ in REFUSED])
+def test_refused_by_name(setting, message, base):
+    pairs = (word.partition("=") for word in setting.split())
     flags = {name: value if sign else True for name, sign, value in pairs}
-    with pytest.raises(UsageError, match=r"^[^\n]*$") as refused:
+    with pytest.raises(UsageError, match=r"^[^\n]*$") as error:
         check_model(ModelArguments(model_name_or_path=str(base), **flags))
-    assert message in str(refused.value)
+    assert message in str(error.value)
 
 
 def test_an_unknown_quantization_is_no_quantization(base, tmp_path, caplog):
@@ -291,8 +291,8 @@ def test_an_unknown_quantization_is_no_quantization(base, tmp_path, caplog):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mine", "bits": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    found, plain = (ModelArguments(model_name_or_path=str(place)) for place in (folder, base))
-    models = [load_pretrained(check_model(arguments), arguments) for arguments in (found, plain)]
+    unknown, plain = (ModelArguments(model_name_or_path=str(place)) for place in (folder, base))
+    models = [load_pretrained(check_model(arguments), arguments) for arguments in (unknown, plain)]
     assert caplog.text.count("a quantization that transformers does not know (mine): its weights are read as they") == 1
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
@@ -318,9 +318,9 @@ def test_a_missing_library_is_named(package, flags, method, command, base, tmp_p
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value).lower())]
     data = ["--train_file", "unread.jsonl", "--label_words", "bad", "good", "--output_dir", str(tmp_path / "run")]
     assert main(["finetune", "--model_name_or_path", str(folder), "--lora", "true", *words, *data]) == 1
-    told_of = capsys.readouterr().err.strip().splitlines()[-1]
-    assert package in told_of
-    assert command in told_of
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert package in error
+    assert command in error
 
 
 def test_what_reads_a_run_names_its_base_and_no_flag_where_a_library_is_missing(base, tmp_path, monkeypatch):
@@ -328,7 +328,8 @@ def test_what_reads_a_run_names_its_base_and_no_flag_where_a_library_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else real(name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    record = {"load_in_4bit": True, "language_model": "causal", "precision": "fp32"}
+    record = dict.fromkeys(("task", "max_length", "context", "calibrate", "max_new_tokens", "ends"))
+    record |= {"load_in_4bit": True, "language_model": "causal", "precision": "fp32"}
     (tmp_path / "run" / "predictor.json").write_text(json.dumps(record))
     needs = "needs bitsandbytes, which is not installed"
     with pytest.raises(MissingDependencyError, match=rf"^run, whose base is quantized \(4bit\), {needs}"):

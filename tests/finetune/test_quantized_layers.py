@@ -1,4 +1,4 @@
-"""Which layers are quantized while a model is loaded: what is said of them beforehand is what is held afterwards."""
+"""Which layers are quantized while a model is loaded: the estimate beforehand is what is held afterwards."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 MAPS = Path("/proc/self/maps")
 
 
-def asked(folder, kind, **more):
+def model_arguments(folder, kind, **options):
     flags = {flag.removeprefix("--"): value == "true" or value for flag, value in [KINDS[kind]]}
-    return ModelArguments(model_name_or_path=str(folder), **flags, **more)
+    return ModelArguments(model_name_or_path=str(folder), **flags, **options)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Models with layers of other kinds than linear ones, or that are kept in full precision."""
-    made = {family: save_model(tmp_path_factory.mktemp(family), family) for family in ("gpt2", "t5")}
-    made["mixtral"] = save_llama(tmp_path_factory.mktemp("mixtral"))
-    config = json.loads((made["mixtral"] / "config.json").read_text())
+    paths = {family: save_model(tmp_path_factory.mktemp(family), family) for family in ("gpt2", "t5")}
+    paths["mixtral"] = save_llama(tmp_path_factory.mktemp("mixtral"))
+    config = json.loads((paths["mixtral"] / "config.json").read_text())
     sizes = {name: config[name] for name in ("vocab_size", "num_hidden_layers", "num_key_value_heads", "pad_token_id")}
     moe = MixtralConfig(**sizes, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_local_experts=4)
-    MixtralForCausalLM(moe).save_pretrained(made["mixtral"])
-    return made
+    MixtralForCausalLM(moe).save_pretrained(paths["mixtral"])
+    return paths
 
 
 def held_by(model):
@@ -62,40 +62,40 @@ def held_by(model):
     + [("mixtral", kind) for kind in KINDS],
 )
 def test_the_estimate_knows_which_layers_are_quantized(family, kind, folders):
-    arguments = asked(folders[family], kind, lora=True)
-    checked = check_model(arguments)
-    model = load_pretrained(checked, arguments)
-    estimate = bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind)
+    arguments = model_arguments(folders[family], kind, lora=True)
+    plan = check_model(arguments)
+    model = load_pretrained(plan, arguments)
+    estimate = bytes_held(arguments, plan.path, plan.architecture, plan.dtype, plan.kind)
     assert estimate == held_by(model)
-    sizes = measure(checked.architecture, checked.dtype, kind=checked.kind)
-    found = {way.flags: way.weights for way in list_setups(sizes, losses=2, rows=1, tokens=8)}
-    assert found[" ".join(["--lora", "true", *KINDS[kind]])] == held_by(model)
-    assert any("torchao" in flags for flags in found) == (family != "gpt2")
+    sizes = measure(plan.architecture, plan.dtype, kind=plan.kind)
+    held = {way.flags: way.weights for way in list_setups(sizes, losses=2, rows=1, tokens=8)}
+    assert held[" ".join(["--lora", "true", *KINDS[kind]])] == held_by(model)
+    assert any("torchao" in flags for flags in held) == (family != "gpt2")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantization_without_effect_is_refused(kind, folders):
     with pytest.raises(UsageError, match=r"^--quantization would quantize nothing: .* no linear layers besides"):
-        check_model(asked(folders["gpt2"], kind, lora=True))
+        check_model(model_arguments(folders["gpt2"], kind, lora=True))
 
 
-def test_experts_are_said_to_stay_and_are_counted_in_full(folders, caplog):
+def test_experts_are_reported_as_unquantized_and_counted_in_full(folders, caplog):
     caplog.set_level("INFO", logger="zokernel")
-    arguments = asked(folders["mixtral"], "4bit", lora=True)
-    checked = check_model(arguments)
-    model = load_pretrained(checked, arguments)
+    arguments = model_arguments(folders["mixtral"], "4bit", lora=True)
+    plan = check_model(arguments)
+    model = load_pretrained(plan, arguments)
     experts = {name: p for name, p in model.named_parameters() if "experts" in name}
     assert {p.dtype for p in experts.values()} == {torch.float32}
-    whole = sum(p.numel() for p in MixtralForCausalLM(checked.architecture).parameters())
+    whole = sum(p.numel() for p in MixtralForCausalLM(plan.architecture).parameters())
     share = 100 * sum(p.numel() for p in experts.values()) / whole
-    said = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
-    assert f"{said}, {share:.0f} % of the model, are not linear layers and stay in float32." in caplog.text
+    layers = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
+    assert f"{layers}, {share:.0f} % of the model, are not linear layers and stay in float32." in caplog.text
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists what is mapped")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_do_not_stay_mapped(kind, folders):
-    arguments = asked(folders["t5"], kind, lora=True)
+    arguments = model_arguments(folders["t5"], kind, lora=True)
     model = load_pretrained(check_model(arguments), arguments)
     assert str(folders["t5"]) not in MAPS.read_text()
     plain = load_pretrained(check_model(ModelArguments(model_name_or_path=str(folders["t5"]))), ModelArguments())
@@ -120,12 +120,12 @@ def test_a_quantized_model_is_scored_without_an_adapter(
 
 
 @pytest.mark.parametrize("count", [quantized_layers, measure, estimate_memory])
-def test_a_configuration_that_describes_no_model_is_named_whatever_is_counted(count):
+def test_a_configuration_that_describes_no_model_is_refused_by_every_count(count):
     config = LlamaConfig(hidden_size=8, intermediate_size=-5, num_attention_heads=1, num_hidden_layers=1)
-    others = {
+    arguments = {
         quantized_layers: ("causal", "4bit"),
         measure: (torch.float32,),
         estimate_memory: (torch.float32, ZOConfig(output_dir="unused", use_cpu=True)),
     }
     with pytest.raises(UsageError, match="The configuration of this llama describes no model that can be built"):
-        count(config, *others[count])
+        count(config, *arguments[count])

@@ -44,7 +44,7 @@ def run(base, tiny_reviews_path, tmp_path, monkeypatch):
         *("--precision", "fp32", "--per_device_train_batch_size", "8", "--max_steps", "6", "--learning_rate", "1e-2"),
         *("--eval_steps", "3", "--train", "scales", "--max_eval_samples", "8"),
     ]
-    return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
+    return lambda folder, *extra: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *extra])
 
 
 def loaded(folder, quantization=None, dtype="float32"):
@@ -63,8 +63,8 @@ def test_only_scales_change_and_transformers_alone_reads_them(quantization, base
     before, after = loaded(base, quantization), AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     factors = load_file(tmp_path / "run" / FACTORS_FILE)
     assert factors.keys() == scaled_layers(before).keys()
-    moved = torch.cat([factor.flatten() for factor in factors.values()]) - 1
-    assert 1e-4 < moved.std() < 0.2
+    changes = torch.cat([factor.flatten() for factor in factors.values()]) - 1
+    assert 1e-4 < changes.std() < 0.2
     for name, layer in scaled_layers(before).items():
         stored, now = layer.weight, after.get_submodule(name).weight
         assert torch.equal(stored.qdata, now.qdata)
@@ -87,15 +87,15 @@ def test_only_scales_change_and_transformers_alone_reads_them(quantization, base
 @pytest.mark.parametrize("quantization", ["torchao:int8", "torchao:int4"])
 def test_factors_of_one_change_nothing_and_are_counted(quantization, dtype, base):
     arguments = ModelArguments(model_name_or_path=str(base), train="scales", quantization=quantization, dtype=dtype)
-    checked = check_model(arguments)
-    options = loading_options(arguments, checked.architecture, checked.dtype)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=checked.dtype, **options).eval()
+    plan = check_model(arguments)
+    options = loading_options(arguments, plan.architecture, plan.dtype)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=plan.dtype, **options).eval()
     model = loaded(base, quantization, dtype)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     held = sum(memoryview(bits).nbytes for p in model.parameters() for bits in stored_bits(p))
-    assert bytes_held(arguments, checked.path, checked.architecture, checked.dtype, checked.kind) == held
+    assert bytes_held(arguments, plan.path, plan.architecture, plan.dtype, plan.kind) == held
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == {f"{name}.scale" for name in scaled_layers(model)}
 
@@ -131,14 +131,14 @@ def test_a_killed_run_continues_to_the_same_bits(strategy, base, run, tmp_path, 
     assert all(torch.equal(whole[name], rebuilt[name]) for name in whole)
 
 
-def test_losses_do_not_depend_on_how_they_are_taken(run, tmp_path):
-    found = {}
+def test_losses_do_not_depend_on_the_way_of_perturbing(run, tmp_path):
+    by_perturb = {}
     for perturb in ("in_place", "in_place:grid", "in_place:copy", "in_forward"):
         flags = ["--perturb", perturb, "--max_steps", "2", "--eval_strategy", "no", "--load_best_model_at_end", "false"]
         assert run(perturb, *flags, "--quantization", "torchao:int8") == 0
-        found[perturb] = losses(tmp_path / perturb)
-    for taken in found.values():
-        assert taken == pytest.approx(found["in_place:copy"], abs=2e-6)
+        by_perturb[perturb] = losses(tmp_path / perturb)
+    for actual in by_perturb.values():
+        assert actual == pytest.approx(by_perturb["in_place:copy"], abs=2e-6)
 
 
 def test_the_loss_falls(base):
@@ -152,9 +152,13 @@ def test_the_loss_falls(base):
         changed[name].scale.add_(0.3 * torch.randn(96, 1, generator=generator))
         target = changed[name](inputs)
     optimizer = QZO([("scale", layers[name].scale)], lr=0.3, eps=1e-2, num_perturbations=4, clip_slope=2.0)
-    taken = [optimizer.step(lambda: (layers[name](inputs) - target).square().sum(1).mean()) for _ in range(250)]
-    assert taken[-1] < 0.05 * taken[0]
-    torch.testing.assert_close(layers[name].scale, changed[name].scale, atol=0.2, rtol=0)
+    loss = lambda: (layers[name](inputs) - target).square().sum(1).mean()  # noqa: E731
+    before = loss().item()
+    for _ in range(500):
+        optimizer.step(loss)
+    assert loss().item() < 1e-3 * before
+    # The errors of the 96 scales fall together: the largest was 0.74 at first, 0.09 after 250 steps, 0.011 after 500.
+    torch.testing.assert_close(layers[name].scale, changed[name].scale, atol=0.03, rtol=0)
 
 
 def test_frozen_layers_keep_their_scales(run, tmp_path):
@@ -175,17 +179,19 @@ def test_slopes_are_clipped(run, tmp_path):
 
 
 @pytest.mark.parametrize("perturb", ["stacked", "per_example"])
-def test_rows_with_scales_of_their_own_are_refused(perturb, run, capsys):
+def test_rows_with_their_own_scales_are_refused(perturb, run, capsys):
     assert run("run", "--quantization", "torchao:int8", "--perturb", perturb) == 2
-    told = capsys.readouterr().err
-    assert f"--perturb {perturb} gives rows of one batch weights of their own" in told
+    error = capsys.readouterr().err
+    assert f"--perturb {perturb} gives rows of one batch weights of their own" in error
 
 
 @pytest.mark.parametrize("method", [["grzo"], ["forward_difference", "--method_args", "per_example=true"]])
-def test_examples_with_directions_of_their_own_are_refused(method, run, tmp_path, capsys):
+def test_examples_with_their_own_directions_are_refused(method, run, tmp_path, capsys):
     assert run("run", "--quantization", "torchao:int8", "--method", *method) == 2
-    told = f"{method[0]} gives every example directions of its own, which a quantized layer with trained scales has no"
-    assert told in capsys.readouterr().err
+    message = (
+        f"{method[0]} gives every example directions of its own, which a quantized layer with trained scales has no"
+    )
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -202,9 +208,9 @@ def test_the_files_of_equal_runs_are_equal(base, tmp_path):
         model.save_pretrained(tmp_path / name)
     files = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
     assert len(files) == 1
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
     with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
 
 
 def test_predict_trains_nothing_and_the_card_names_torchao_and_the_clipping(run, tmp_path, caplog, capsys, monkeypatch):
@@ -226,8 +232,8 @@ def test_predict_trains_nothing_and_the_card_names_torchao_and_the_clipping(run,
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else real(name))
     assert main(words) == 1
-    said = "error: run, which is quantized (torchao), needs torchao, which is not installed: pip install"
-    assert said in capsys.readouterr().err
+    message = "error: run, which is quantized (torchao), needs torchao, which is not installed: pip install"
+    assert message in capsys.readouterr().err
 
 
 def test_rewards_say_why_the_members_of_a_step_are_not_stacked(base, tmp_path, monkeypatch, caplog):
@@ -257,5 +263,5 @@ def test_rewards_say_why_the_members_of_a_step_are_not_stacked(base, tmp_path, m
     ]
     with caplog.at_level("INFO", logger="zokernel"):
         assert main(["finetune", *words, "--output_dir", str(tmp_path / "run")]) == 0
-    told = "perturb: in_place, one member after the other (rows of one batch cannot have scales of their own)."
-    assert told in caplog.messages
+    message = "perturb: in_place, one member after the other (rows of one batch cannot have scales of their own)."
+    assert message in caplog.messages

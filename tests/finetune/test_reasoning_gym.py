@@ -31,8 +31,8 @@ def stand_in():
         return 1.0 if answer == str(sum(entry["metadata"]["terms"])) else 0.01
 
     def extract_answer(completion):
-        _, found, rest = completion.partition("<answer>")
-        return rest.partition("</answer>")[0] if found else None
+        _, tag, rest = completion.partition("<answer>")
+        return rest.partition("</answer>")[0] if tag else None
 
     gym.create_dataset, gym.get_score_answer_fn = create_dataset, lambda name: score
     factory.DATASETS, utils.extract_answer = {"chain_sum": None}, extract_answer
@@ -58,15 +58,15 @@ def test_answers_are_scored_by_the_task(gym):
 
 
 def test_prompts_are_made_and_no_split_shares_one(gym):
-    found = make_prompts("chain_sum", train=1200, test=150)
-    questions = [row["prompt"] for rows in found.values() for row in rows]
+    splits = make_prompts("chain_sum", train=1200, test=150)
+    questions = [row["prompt"] for rows in splits.values() for row in rows]
     assert len(questions) == len(set(questions)) == 450, "all of the 50 times 9 sums there are"
-    assert [len(found[split]) for split in ("test", "validation", "train")] == [150, 100, 200]
-    assert found["test"][8] == {"prompt": "6 + 8 =", "answer": "14", "metadata": found["test"][8]["metadata"]}
-    assert make_prompts("chain_sum", train=1200, test=150) == found
+    assert [len(splits[split]) for split in ("test", "validation", "train")] == [150, 100, 200]
+    assert splits["test"][8] == {"prompt": "6 + 8 =", "answer": "14", "metadata": splits["test"][8]["metadata"]}
+    assert make_prompts("chain_sum", train=1200, test=150) == splits
 
 
-def test_what_is_missing_is_said_in_one_sentence(monkeypatch, gym):
+def test_a_missing_task_or_library_is_named_in_one_sentence(monkeypatch, gym):
     with pytest.raises(UsageError, match=r"reasoning-gym has no task 'chain_sun': .* such as chain_sum"):
         load_reward("reasoning_gym:chain_sun")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
@@ -112,8 +112,8 @@ def test_the_library_itself(task):
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (pip install 'zokernel[reasoning]')")
     rows = make_prompts(task, train=20, validation=10, test=5)
     assert [len(rows[split]) for split in ("train", "validation", "test")] == [20, 10, 5]
-    some = rows["test"]
-    reward, prompts = load_reward(f"reasoning_gym:{task}"), [row["prompt"] for row in some]
-    assert reward(prompts, [row["answer"] for row in some], some) == [1.0] * 5
-    assert reward(prompts, [f"Well: <answer>{row['answer']}</answer>" for row in some], some) == [1.0] * 5
-    assert max(reward(prompts, ["no idea"] * 5, some)) < 0.1
+    sample = rows["test"]
+    reward, prompts = load_reward(f"reasoning_gym:{task}"), [row["prompt"] for row in sample]
+    assert reward(prompts, [row["answer"] for row in sample], sample) == [1.0] * 5
+    assert reward(prompts, [f"Well: <answer>{row['answer']}</answer>" for row in sample], sample) == [1.0] * 5
+    assert max(reward(prompts, ["no idea"] * 5, sample)) < 0.1

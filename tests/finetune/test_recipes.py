@@ -24,13 +24,13 @@ from zokernel.finetune.tasks.toy import toy_files
 def tiny(tmp_path_factory):
     """Folders of a causal and a masked model, and flags with a toy data set for any task."""
     folders = {f: save_model(tmp_path_factory.mktemp(f), f) for f in ("llama", "roberta")}
-    kept = {}
+    cache = {}
 
     def flags(task, protocol):
-        if task not in kept:
-            kept[task] = toy_files(tmp_path_factory.mktemp(task), task, get_task(task), size=12)
+        if task not in cache:
+            cache[task] = toy_files(tmp_path_factory.mktemp(task), task, get_task(task), size=12)
         # A published protocol takes validation examples from the training file.
-        files = {name: path for name, path in kept[task].items() if name != "validation_file" or not protocol}
+        files = {name: path for name, path in cache[task].items() if name != "validation_file" or not protocol}
         return [word for name, path in files.items() for word in (f"--{name}", path)]
 
     return folders, flags
@@ -47,30 +47,30 @@ def test_every_recipe_runs(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("zokernel.finetune.run.draw_loss", lambda *args, **kwargs: None)  # tested elsewhere
     folders, data_flags = tiny
-    wanted_model, wanted_data, wanted = parse(["--config", f"recipes/{name}.yaml"])
-    by_class = wanted_data.protocol == "mezo-roberta"
+    recipe_model, recipe_data, recipe = parse(["--config", f"recipes/{name}.yaml"])
+    by_class = recipe_data.protocol == "mezo-roberta"
     model, data, config = parse(
         [
             *("--config", name),
-            *("--model_name_or_path", str(folders["roberta" if wanted_model.lm_type == "masked" else "llama"])),
-            *data_flags(wanted_data.task, wanted_data.protocol),
+            *("--model_name_or_path", str(folders["roberta" if recipe_model.lm_type == "masked" else "llama"])),
+            *data_flags(recipe_data.task, recipe_data.protocol),
             *("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_test_samples", "4"),
             *(("--k_shot", "2") if by_class else ("--max_eval_samples", "4")),
-            *(("--max_new_tokens", "2") if get_task(wanted_data.task).kind == "generation" else ()),
-            *("--num_demonstrations", "2" if wanted_data.num_demonstrations else "0"),
+            *(("--max_new_tokens", "2") if get_task(recipe_data.task).kind == "generation" else ()),
+            *("--num_demonstrations", "2" if recipe_data.num_demonstrations else "0"),
             *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
             *("--report_to", "none", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")),
         ]
     )
-    assert (model.lora, model.prefix_tuning) == (wanted_model.lora, wanted_model.prefix_tuning)
-    assert (config.learning_rate, config.method_options()["seed" if wanted.method != "adamw" else "weight_decay"]) == (
-        wanted.learning_rate,
+    assert (model.lora, model.prefix_tuning) == (recipe_model.lora, recipe_model.prefix_tuning)
+    assert (config.learning_rate, config.method_options()["seed" if recipe.method != "adamw" else "weight_decay"]) == (
+        recipe.learning_rate,
         0,
     )
     metrics = finetune(model, data, config)
-    assert metrics["steps"] == (2 if wanted.do_train else 0)
-    assert metrics["method"] == wanted.method
-    assert metrics["language_model"] == ("masked" if wanted_model.lm_type == "masked" else "causal")
+    assert metrics["steps"] == (2 if recipe.do_train else 0)
+    assert metrics["method"] == recipe.method
+    assert metrics["language_model"] == ("masked" if recipe_model.lm_type == "masked" else "causal")
 
 
 def test_recipes_say_what_was_published():
@@ -133,8 +133,8 @@ def test_recipes_are_run_in_full_by_one_command(tiny, tmp_path, monkeypatch, cap
     metrics = json.loads((tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").read_text())
     assert [line.split(" | ")[2:4] for line in lines] == [["1", "2"], ["2", "2"]]
     assert lines[1].split(" | ")[5] == f"{100 * metrics['after']['accuracy']:.1f} of 4"
-    written = (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns
+    modified = (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns
     assert script([*words[:3], *words[4:]]) == 0  # finished runs are read
-    assert (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns == written
+    assert (tmp_path / "runs" / "mezo-opt-sst2-2" / "metrics.json").stat().st_mtime_ns == modified
     with pytest.raises(SystemExit):
         script(["mezo-opt-sst"])

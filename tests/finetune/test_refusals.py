@@ -28,15 +28,15 @@ def test_a_run_refused_before_its_first_step_leaves_nothing(flags, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("file", "new", "kept"),
+    ("file", "new", "expected"),
     [("x", True, False), ("x", False, True), ("steps.jsonl", True, True), (METRICS_FILE, True, True)],
 )
-def test_only_a_new_run_without_a_step_is_removed(file, new, kept, tmp_path):
+def test_only_a_new_run_without_a_step_is_removed(file, new, expected, tmp_path):
     for name in (RUN_FILE, file):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UsageError), clear_if_refused(tmp_path, new=new):
+    with pytest.raises(UsageError, match=r"^No\.$"), clear_if_refused(tmp_path, new=new):
         raise UsageError("No.")
-    assert (tmp_path / RUN_FILE).exists() == kept
+    assert (tmp_path / RUN_FILE).exists() == expected
 
 
 def test_an_output_dir_that_is_a_file_is_named_before_data_are_read(flags, tmp_path, monkeypatch, capsys):
@@ -50,16 +50,16 @@ def test_an_output_dir_that_is_a_file_is_named_before_data_are_read(flags, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("options", "flags"),
     [
         ({"labels": ["a"]}, "leave out --labels."),
         ({"label_words": ["a"]}, "leave out --label_words."),
         ({"labels": ["a"], "label_words": ["a"]}, "leave out --label_words and --labels."),
     ],
 )
-def test_only_the_flags_that_were_given_are_to_be_left_out(given, told):
-    with pytest.raises(UsageError, match=rf"has no label words: {told}$"):
-        customize(TextTask(), **given)
+def test_only_flags_that_were_given_are_named(options, flags):
+    with pytest.raises(UsageError, match=rf"has no label words: {flags}$"):
+        customize(TextTask(), **options)
 
 
 def test_a_damaged_gguf_file_is_named(tmp_path, monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_a_damaged_gguf_file_is_named(tmp_path, monkeypatch, capsys):
     assert str(error) == f"GGUF file {tmp_path / 'bad.gguf'} could not be loaded (no magic): fetch it again."
 
 
-def test_a_mistyped_folder_is_said_to_be_missing(tmp_path, monkeypatch, capsys, flags):
+def test_a_mistyped_folder_is_reported_as_missing(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     assert main(["finetune", *flags, "--model_name_or_path", "models/nope"]) in (1, 2)
     assert "(there is no folder models/nope here)." in capsys.readouterr().err
@@ -78,8 +78,8 @@ def test_a_plan_of_text_says_how_it_becomes_a_classification(tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     assert main(["plan", "--train_file", str(file)]) == 2
-    told = "these rows have 'prompt' and 'completion', to be learned as text: say --template and --label_words."
-    assert told in capsys.readouterr().err
+    message = "these rows have 'prompt' and 'completion', to be learned as text: say --template and --label_words."
+    assert message in capsys.readouterr().err
     assert main(["plan", "--task", "squad", "--train_file", str(file)]) == 2
     assert "not for a generation task: choose another --task." in capsys.readouterr().err
 

@@ -11,14 +11,14 @@ import sys
 
 import pytest
 import torch
-from interrupted import ctrl_c_in, interrupted_run, same, weights
+from interrupted import Stop, ctrl_c_in, interrupted_run, same, weights
 from safetensors.torch import save_file
 from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune import replay
+from zokernel.finetune import ZOTrainer, replay
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.storage.lock import LOCK_FILE, exclusive
 from zokernel.finetune.storage.state_file import load_state, save_state
@@ -38,16 +38,16 @@ def run(tiny_lm_path, tiny_reviews_path, tmp_path, monkeypatch):
         *("--label_words", "bad", "good", "--precision", "fp32", "--per_device_train_batch_size", "8"),
         *("--max_steps", str(STEPS), "--learning_rate", "2e-3", "--eval_steps", "4"),
     ]
-    return lambda folder, *more: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *more])
+    return lambda folder, *extra: main(["finetune", *flags, "--output_dir", str(tmp_path / folder), *extra])
 
 
 def test_journal_only_ends_with_the_best_weights_and_no_checkpoint(run, tmp_path):
     flags = ["--learning_rate", "2e-2", "--eval_steps", "2"]
     assert run("checkpoints", *flags) == 0
     assert run("journal", *flags, "--save_strategy", "journal") == 0
-    ends = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("checkpoints", "journal")]
-    assert ends[0]["best_step"] == ends[1]["best_step"] < STEPS
-    assert ends[0]["after"] == ends[1]["after"]
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("checkpoints", "journal")]
+    assert metrics[0]["best_step"] == metrics[1]["best_step"] < STEPS
+    assert metrics[0]["after"] == metrics[1]["after"]
     assert same(weights(tmp_path / "checkpoints"), weights(tmp_path / "journal"))
     assert not list((tmp_path / "journal").glob("checkpoint-*"))
     assert (tmp_path / "journal" / "journal.zkj").stat().st_size < 8000
@@ -57,8 +57,6 @@ def test_the_same_command_continues_an_unfinished_run_without_its_forwards(run, 
     assert run("whole", "--save_strategy", "journal") == 0
     interrupted_run(run, monkeypatch, "--save_strategy", "journal")
     forwards = []
-    from zokernel.finetune import ZOTrainer
-
     real = ZOTrainer.compute_loss
     monkeypatch.setattr(
         ZOTrainer, "compute_loss", lambda self, *a, **k: forwards.append(self.is_in_train) or real(self, *a, **k)
@@ -70,6 +68,26 @@ def test_the_same_command_continues_an_unfinished_run_without_its_forwards(run, 
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert run("cut", "--save_strategy", "journal") == 0
     assert "finished: nothing to do" in caplog.text
+
+
+def test_a_command_that_left_no_saved_step_begins_its_run_again(run, tmp_path, monkeypatch, caplog):
+    """In Python, ``train(resume_from_checkpoint=True)`` refuses this; whoever repeats a command cannot know it."""
+    flags = ["--save_strategy", "no", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
+    assert run("whole", *flags) == 0
+    real = ZOTrainer.begin_step
+
+    def dying(trainer):
+        if trainer.state.global_step == 3:
+            raise Stop
+        real(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZOTrainer, "begin_step", dying)
+        with pytest.raises(Stop):
+            run("cut", *flags)
+    assert run("cut", *flags) == 0
+    assert "holds no step to continue from, so the run starts from the beginning" in caplog.text
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
 def test_other_settings_or_data_do_not_continue_a_run(run, tmp_path, monkeypatch, capsys, tiny_reviews_path):
@@ -92,6 +110,12 @@ def test_other_settings_or_data_do_not_continue_a_run(run, tmp_path, monkeypatch
     assert "lengthen it with --resume_from_checkpoint last, choose another" in capsys.readouterr().err
     assert run("cut", "--max_steps", "18", "--resume_from_checkpoint", "last") == 0
     assert Journal.read(tmp_path / "cut").num_steps == 18
+    # A shorter one is another run, whose weights the journal has.
+    assert run("cut", "--max_steps", "9") == 2
+    message = capsys.readouterr().err
+    assert "(eval_steps" not in message
+    assert "(max_steps: 18 there, 9 asked for): rebuild an earlier step with 'zokernel replay --step N', " in message
+    assert "lengthen" not in message
 
 
 def test_a_changed_schedule_does_not_replay(run, tmp_path, monkeypatch, capsys):
@@ -104,7 +128,7 @@ def test_a_changed_schedule_does_not_replay(run, tmp_path, monkeypatch, capsys):
 def test_another_base_is_not_continued(parts, tmp_path):
     settings = {"save_strategy": "journal", "max_steps": 3}
     make_trainer(parts, tmp_path, **settings).train()
-    with pytest.raises(UsageError, match="journal of an earlier run: pass resume_from_checkpoint=True"):
+    with pytest.raises(UsageError, match=r"journal of an earlier run.*resume_from_checkpoint=True"):
         make_trainer(parts, tmp_path, **settings).train()
     with pytest.raises(UsageError, match="other base weights"):
         make_trainer(parts, tmp_path, **settings).train(resume_from_checkpoint=True)
@@ -139,11 +163,11 @@ def test_a_checkpoint_of_a_later_epoch_continues_with_the_same_examples(parts, t
     (tmp_path / "journal.zkj").rename(tmp_path / "aside.zkj")
     fresh = AutoModelForCausalLM.from_pretrained(tiny_lm_path, dtype=torch.float32).eval()
     settings["save_strategy"] = "no"
-    again = make_trainer((fresh, tokenizer, data), tmp_path, **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    resumed = make_trainer((fresh, tokenizer, data), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
     assert same(fresh.state_dict(), expected)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert [row["loss"] for row in again.state.log_history if "loss" in row] == losses
+    assert [row["loss"] for row in resumed.state.log_history if "loss" in row] == losses
 
 
 def test_ctrl_c_with_a_journal_saves_no_weights_and_continues(run, tmp_path, monkeypatch, caplog):
@@ -201,7 +225,7 @@ def test_a_full_disk_is_one_sentence_and_damages_nothing(run, tmp_path, monkeypa
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_read_only_folder_is_said_before_anything_else(run, tmp_path, monkeypatch, capsys):
+def test_a_read_only_folder_is_reported_before_anything_else(run, tmp_path, monkeypatch, capsys):
     def refuse(self, *args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -296,9 +320,9 @@ def test_state_files_keep_every_bit_and_run_no_code(tmp_path):
         "empty": torch.empty(0),
     }
     save_state(path, state)
-    found = load_state(path)
-    assert repr(found) == repr(state)
-    assert torch.equal(found["transposed"], state["transposed"])
+    loaded = load_state(path)
+    assert repr(loaded) == repr(state)
+    assert torch.equal(loaded["transposed"], state["transposed"])
     with pytest.raises(TypeError, match="without pickling"):
         save_state(path, {"x": object()})
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
@@ -327,7 +351,7 @@ def test_no_lock_and_no_empty_folder_is_left(run, tiny_lm_path, tmp_path, capsys
     assert list((tmp_path / "mine").iterdir()) == []
 
 
-def test_a_lock_is_one_process_s_however_its_file_comes_and_goes(tmp_path):
+def test_a_lock_has_one_owner_even_if_its_file_is_removed(tmp_path):
     """A file that was removed between opening and locking is not the lock any more."""
     with exclusive(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / LOCK_FILE).read_text() == f"pid {os.getpid()}"
@@ -335,17 +359,17 @@ def test_a_lock_is_one_process_s_however_its_file_comes_and_goes(tmp_path):
             pass
         assert (tmp_path / "a" / "b" / LOCK_FILE).exists()
     assert not (tmp_path / "a").exists()
-    real, seen = fcntl.lockf, []
+    real, files = fcntl.lockf, []
 
     def removed_meanwhile(file, how):
         real(file, how)
-        seen.append(file)
-        if len(seen) == 1:
+        files.append(file)
+        if len(files) == 1:
             (tmp_path / LOCK_FILE).unlink()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "lockf", removed_meanwhile)
         with exclusive(tmp_path):
-            assert len(seen) == 2
-            assert os.path.samestat(os.fstat(seen[1].fileno()), (tmp_path / LOCK_FILE).stat())
+            assert len(files) == 2
+            assert os.path.samestat(os.fstat(files[1].fileno()), (tmp_path / LOCK_FILE).stat())
     assert tmp_path.exists()

@@ -16,7 +16,7 @@ ROWS = [{"prompt": "Capital of Norway?", "answer": "Oslo"}, {"prompt": "And of I
 PROMPTS = [row["prompt"] for row in ROWS]
 
 
-def said(text):
+def as_chat(text):
     return [{"role": "assistant", "content": text}]
 
 
@@ -39,8 +39,8 @@ def said(text):
 @pytest.mark.parametrize("chat", [False, True])
 def test_built_in_rewards(reward, completions, expected, chat):
     rows = [row | {"prompt2": "a"} for row in ROWS]
-    written = [said(text) for text in completions] if chat else completions
-    assert load_reward(reward)(PROMPTS, written, rows) == pytest.approx(expected)
+    answers = [as_chat(text) for text in completions] if chat else completions
+    assert load_reward(reward)(PROMPTS, answers, rows) == pytest.approx(expected)
 
 
 FILE = """
@@ -91,16 +91,16 @@ def test_an_asynchronous_reward_is_waited_for_in_a_running_loop_too(file):
     assert asyncio.run(notebook()) == reward(["a", "b"], ["x", "yy"], rows) == [0.5, 0.5]
 
 
-def test_several_rewards_are_weighted_and_known_by_what_they_say(file):
+def test_several_rewards_are_weighted_and_fingerprinted_by_their_code(file):
     rewards = load_rewards([f"{file}:only_completions", "json"], [0.5, -2.0])
     assert rewards(PROMPTS, ["abc", "{}"], ROWS) == [[3.0, 0.0], [2.0, 1.0]]
     assert rewards.total([2.0, 1.0]) == -1.0
     before = rewards.fingerprint
     assert load_rewards([f"{file}:only_completions", "json"]).fingerprint == before
     file.write_text(FILE.replace("float(len(c))", "2.0 * len(c)"))
-    again = load_rewards([f"{file}:only_completions", "json"], [0.5, -2.0])
-    assert again.fingerprint != before
-    assert again(PROMPTS, ["abc", "{}"], ROWS)[0] == [6.0, 0.0]
+    changed = load_rewards([f"{file}:only_completions", "json"], [0.5, -2.0])
+    assert changed.fingerprint != before
+    assert changed(PROMPTS, ["abc", "{}"], ROWS)[0] == [6.0, 0.0]
 
 
 JUDGE = """
@@ -124,7 +124,7 @@ def test_a_command_reads_json_lines_and_answers_with_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"),
+    ("result", "message"),
     [
         ([0.0, None], "returned None for a completion of the row .*Italy"),
         ([0.0, float("nan")], "returned nan for a completion of the row .*Italy"),
@@ -136,15 +136,34 @@ def test_a_command_reads_json_lines_and_answers_with_numbers(tmp_path):
         (None, "returned a NoneType"),
     ],
 )
-def test_what_is_no_number_for_each_completion_is_refused_with_its_row(returned, message):
-    with pytest.raises(RunError, match=message) as caught:
-        Reward("mine", lambda completions: returned)(PROMPTS, ["a", "b"], ROWS)
-    assert "\n" not in str(caught.value)
+def test_invalid_rewards_are_refused_with_their_row(result, message):
+    with pytest.raises(RunError, match=message) as error:
+        Reward("mine", lambda completions: result)(PROMPTS, ["a", "b"], ROWS)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("returned", [np.array([1, 2]), torch.tensor([1.0, 2.0]), (True, 2), [np.float32(1), 2]])
-def test_numbers_of_any_kind_are_taken(returned):
-    assert Reward("mine", lambda completions: returned)(PROMPTS, ["a", "b"], ROWS) == [1.0, 2.0]
+@pytest.mark.parametrize("result", [np.array([1, 2]), torch.tensor([1.0, 2.0]), (True, 2), [np.float32(1), 2]])
+def test_numbers_of_any_kind_are_taken(result):
+    assert Reward("mine", lambda completions: result)(PROMPTS, ["a", "b"], ROWS) == [1.0, 2.0]
+
+
+async def leaves_later(completions, answer):
+    return leaves(completions, answer)
+
+
+def leaves(completions, answer):
+    return [1.0 if a != ["Rome", "Roma"] else sys.exit(3) for a in answer]
+
+
+@pytest.mark.parametrize("function", [leaves, leaves_later])
+def test_a_reward_that_calls_sys_exit_fails_as_one_that_raises(function):
+    match = (
+        r"^The reward mine raised SystemExit \(3\) on a completion of the row .*Italy.*: mend it and repeat the comm"
+    )
+    with pytest.raises(RunError, match=match):
+        Reward("mine", function)(PROMPTS, ["a", "b"], ROWS)
+    with pytest.raises(RunError, match=r"raised SystemExit \(SystemExit\) on a completion"):
+        Reward("mine", lambda completions: sys.exit())(PROMPTS[:1], ["a"], ROWS[:1])
 
 
 def test_the_row_on_which_a_reward_raises_is_found():
@@ -203,7 +222,7 @@ def test_a_file_that_cannot_be_loaded_and_weights_that_do_not_fit(tmp_path):
         load_rewards([])
 
 
-def test_columns_that_a_reward_reads_are_looked_for(file):
+def test_columns_that_a_reward_reads_are_required(file):
     with pytest.raises(UsageError, match=r"by_keywords reads the column 'answer', and the rows have prompt, level"):
         load_rewards([f"{file}:by_keywords"]).check_columns([{"prompt": "a", "level": 1}])
     with pytest.raises(UsageError, match=r"exact_match:gold reads the column 'gold'"):

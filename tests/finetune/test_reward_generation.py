@@ -43,13 +43,13 @@ def batch_of(tokenizer, texts=("good", "a bad film, is it", "the user")):
     return PromptCollator(tokenizer.pad_token_id)([vars(prompt) for prompt in prompts])
 
 
-def objective_of(tokenizer, temperature, seen):
+def objective_of(tokenizer, temperature, calls):
     def judge(prompts, completions, completion_ids):
-        seen.extend(zip(prompts, completions))
-        return [float(sum(ids)) + 0.001 * len(p) for p, ids in zip(prompts, completion_ids)]
+        calls.extend(zip(prompts, completions, strict=True))
+        return [float(sum(ids)) + 0.001 * len(p) for p, ids in zip(prompts, completion_ids, strict=True)]
 
     samples = SAMPLES if temperature else 1
-    found = RewardObjective(
+    objective = RewardObjective(
         Rewards((Reward("sum", judge),), (0.01,)),
         tokenizer,
         LENGTH,
@@ -57,17 +57,17 @@ def objective_of(tokenizer, temperature, seen):
         temperature=temperature,
         ends=[tokenizer.eos_token_id],
     )
-    found.seed, found.step = 5, 2
-    return found
+    objective.seed, objective.step = 5, 2
+    return objective
 
 
 def losses(perturb, model, directions, objective, batch, points):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     perturb.attach(trained, directions, seed=5)
     with torch.no_grad():
-        found = perturb.losses(lambda: objective(model, batch), points, step=2)
+        values = perturb.losses(lambda: objective(model, batch), points, step=2)
         perturb.weights.restore()
-    return found
+    return values
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -78,61 +78,61 @@ def test_a_population_writes_what_its_members_write_one_after_the_other(family, 
     batch, points = batch_of(tokenizer), [{}, *Population(EPS, 3).points(seed=0, step=0)]
     texts, numbers = {}, {}
     for copies in (7, 3, 1):
-        seen = []
-        objective = objective_of(tokenizer, temperature, seen)
+        calls = []
+        objective = objective_of(tokenizer, temperature, calls)
         stacked = Stacked(lambda k, o=objective: o.stacked(model, batch, k), max_copies=copies, max_bytes=1 << 30)
         if not lora:  # points without an offset have no factors of their own
             numbers[copies] = losses(stacked, model, directions, objective, batch, points[1:])
         else:
             numbers[copies] = losses(stacked, model, directions, objective, batch, points)
-        texts[copies] = list(seen)
-    seen = []
-    objective = objective_of(tokenizer, temperature, seen)
-    alone = losses(InPlace("copy"), model, directions, objective, batch, points if lora else points[1:])
-    assert texts[7] == texts[3] == texts[1] == seen
-    assert numbers[7] == pytest.approx(alone, abs=1e-9)
-    assert len(set(alone)) > 3, "members do not all write the same"
+        texts[copies] = list(calls)
+    calls = []
+    objective = objective_of(tokenizer, temperature, calls)
+    expected = losses(InPlace("copy"), model, directions, objective, batch, points if lora else points[1:])
+    assert texts[7] == texts[3] == texts[1] == calls
+    assert numbers[7] == pytest.approx(expected, abs=1e-9)
+    assert len(set(expected)) > 3, "members do not all write the same"
     if temperature:
-        first = [text for _, text in seen[:SAMPLES]]
+        first = [text for _, text in calls[:SAMPLES]]
         assert len(set(first)) == SAMPLES, "samples of a prompt differ"
 
 
 def test_rows_are_bounded_and_results_do_not_depend_on_the_bound():
     tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
     batch = batch_of(tokenizer)
-    most, found = [], []
+    most, results = [], []
     inner = model.generate
     model.generate = lambda **kwargs: most.append(len(kwargs["input_ids"])) or inner(**kwargs)
     for bound in (100, 6, 1):
-        seen = []
-        objective = objective_of(tokenizer, 1.0, seen)
+        calls = []
+        objective = objective_of(tokenizer, 1.0, calls)
         objective.max_rows = bound
-        found.append((float(objective(model, batch)), list(seen)))
-    assert found[0] == found[1] == found[2]
+        results.append((float(objective(model, batch)), list(calls)))
+    assert results[0] == results[1] == results[2]
     assert most == [9, 6, 3, 3, 3, 3]
 
 
 def test_directions_per_prompt():
     """Each prompt's answers at weights of its own, against the weights moved for one prompt after another."""
     tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
-    batch, directions, seen = batch_of(tokenizer), LowRank(1, refresh=0), []
-    objective = objective_of(tokenizer, 1.0, seen)
+    batch, directions, calls = batch_of(tokenizer), LowRank(1, refresh=0), []
+    objective = objective_of(tokenizer, 1.0, calls)
     rows = PerExampleRows(lambda: [Examples(3, lambda: objective.example_terms(model, batch)[:, 0])])
-    found = losses(rows, model, directions, objective, batch, [{0: EPS}])
-    together = [text for _, text in seen]
+    actual = losses(rows, model, directions, objective, batch, [{0: EPS}])
+    together = [text for _, text in calls]
     expected, texts = [], []
-    named = dict(model.named_parameters())
+    params = dict(model.named_parameters())
     for prompt in range(3):
-        seen.clear()
-        base = {name: p.detach().clone() for name, p in named.items()}
+        calls.clear()
+        base = {name: p.detach().clone() for name, p in params.items()}
         with torch.no_grad():
-            directions.add_(named, EPS, seed=5, step=2, index=prompt)
+            directions.add_(params, EPS, seed=5, step=2, index=prompt)
             expected.append(float(objective.example_terms(model, batch)[prompt, 0]))
-            texts += [text for _, text in seen[prompt * SAMPLES : (prompt + 1) * SAMPLES]]
-            for name, p in named.items():
+            texts += [text for _, text in calls[prompt * SAMPLES : (prompt + 1) * SAMPLES]]
+            for name, p in params.items():
                 p.copy_(base[name])
     assert together == texts
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert actual == pytest.approx(expected, abs=1e-9)
 
 
 def test_noise_is_a_function_of_seed_step_row_and_position():
@@ -177,10 +177,10 @@ def test_sampled_tokens_have_the_probabilities_of_the_model():
         pad_token_id=0,
         sampling=Sampling(temperature),
     )
-    found = torch.bincount(torch.tensor([answer.tokens[0] for answer in answers]), minlength=len(expected)).double()
+    counts = torch.bincount(torch.tensor([answer.tokens[0] for answer in answers]), minlength=len(expected)).double()
     often = expected >= 5
     assert often.sum() > 5
-    groups = [(found[often], expected[often]), (found[~often].sum()[None], expected[~often].sum()[None])]
+    groups = [(counts[often], expected[often]), (counts[~often].sum()[None], expected[~often].sum()[None])]
     chi2 = sum(float(((f - e) ** 2 / e).sum()) for f, e in groups)
     freedom = int(often.sum())
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
@@ -188,23 +188,23 @@ def test_sampled_tokens_have_the_probabilities_of_the_model():
 
 def test_evaluations_decode_greedily_and_report_error_and_pass_rate():
     tokenizer, model = chat_tokenizer(), tiny("llama", lora=False)
-    batch, seen = batch_of(tokenizer), []
-    objective = objective_of(tokenizer, 1.0, seen)
+    batch, calls = batch_of(tokenizer), []
+    objective = objective_of(tokenizer, 1.0, calls)
     loss, outputs = objective.evaluate(model, batch)
     greedy = objective_of(tokenizer, 0.0, [])
     assert float(loss) == pytest.approx(float(greedy(model, batch)), rel=1e-6)
-    assert [text for _, text in seen] == greedy.generate(model, batch)
+    assert [text for _, text in calls] == greedy.generate(model, batch)
     prediction = type("P", (), {"predictions": outputs["terms"].numpy()})
     assert "pass_rate" not in objective.metrics(prediction)
     assert objective.total_loss(prediction) == pytest.approx(float(loss), rel=1e-6)
     # Loss, the one function's value (its weight is 0.01, whatever was taken off the loss besides), and emptiness.
     rows = torch.tensor([[2.0, 1, 0], [1, 0, 0], [2, 1, 0], [0, 0, 1]])
     passed = type("P", (), {"predictions": rows.numpy()})
-    found = objective.metrics(passed)
-    assert found["reward"] == pytest.approx(0.005)
-    assert found["pass_rate"] == 0.5
-    assert found["empty_answers"] == 0.25
-    assert found["reward_error"] == pytest.approx(0.01 * math.sqrt(1 / 3) / 2)
+    metrics = objective.metrics(passed)
+    assert metrics["reward"] == pytest.approx(0.005)
+    assert metrics["pass_rate"] == 0.5
+    assert metrics["empty_answers"] == 0.25
+    assert metrics["reward_error"] == pytest.approx(0.01 * math.sqrt(1 / 3) / 2)
 
 
 def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, caplog):
@@ -225,9 +225,9 @@ def test_a_reward_that_takes_longer_than_the_answers_is_named_once(monkeypatch, 
     objective._generation_seconds = -60.0  # as if the model were fast
     for _ in range(3):
         objective(model, batch)
-    told = [record.getMessage() for record in caplog.records if "Rewards have taken" in record.getMessage()]
-    assert len(told) == 1
-    assert "dawdle takes most of it" in told[0]
+    messages = [record.getMessage() for record in caplog.records if "Rewards have taken" in record.getMessage()]
+    assert len(messages) == 1
+    assert "dawdle takes most of it" in messages[0]
 
 
 def test_a_template_that_alternates_roles_ends_an_answer_that_was_begun():
@@ -237,13 +237,13 @@ def test_a_template_that_alternates_roles_ends_an_answer_that_was_begun():
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = chat_tokenizer(alternating)
-    asked = {"role": "user", "content": "good?"}
-    begun = [asked, {"role": "assistant", "content": "It is"}]
-    assert turn_ends([{"prompt": [asked]}], tokenizer) == [tokenizer.eos_token_id]
-    assert turn_ends([{"prompt": begun}], tokenizer) == [tokenizer.eos_token_id]
+    question = {"role": "user", "content": "good?"}
+    chat = [question, {"role": "assistant", "content": "It is"}]
+    assert turn_ends([{"prompt": [question]}], tokenizer) == [tokenizer.eos_token_id]
+    assert turn_ends([{"prompt": chat}], tokenizer) == [tokenizer.eos_token_id]
     arguments = DataArguments(reward_function=["length:9"])
-    check_prompts([{"prompt": begun}], tokenizer, arguments, kind="causal")
+    check_prompts([{"prompt": chat}], tokenizer, arguments, kind="causal")
     # What no answer can follow is refused before the weights are loaded.
     tokenizer.chat_template = alternating.replace("eos_token", "raise_exception('no answers')")
     with pytest.raises(UsageError, match="does not take a chat with the roles user, assistant"):
-        check_prompts([{"prompt": [asked]}], tokenizer, arguments, kind="causal")
+        check_prompts([{"prompt": [question]}], tokenizer, arguments, kind="causal")

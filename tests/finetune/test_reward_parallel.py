@@ -18,10 +18,10 @@ MODES = {"perturbation": "4", "data": "2"}  # and the prompts per process
 
 @pytest.fixture
 def words(reward_flags, tmp_path):
-    kept = without(reward_flags, "--reward_function", "--max_steps", "--per_device_train_batch_size", "--output_dir")
-    kept += ["--reward_function", f"{tmp_path}/judge.py:high", "--max_steps", "3"]
-    kept += ["--num_generations", "2", "--temperature", "1.0", "--lora", "true", "--train_sampling_strategy", "random"]
-    return [*kept, "--save_strategy", "journal", "--load_best_model_at_end", "false"]
+    flags = without(reward_flags, "--reward_function", "--max_steps", "--per_device_train_batch_size", "--output_dir")
+    flags += ["--reward_function", f"{tmp_path}/judge.py:high", "--max_steps", "3"]
+    flags += ["--num_generations", "2", "--temperature", "1.0", "--lora", "true", "--train_sampling_strategy", "random"]
+    return [*flags, "--save_strategy", "journal", "--load_best_model_at_end", "false"]
 
 
 def run_rank(rank, port, words, mode, folder):
@@ -38,11 +38,11 @@ def test_two_processes_are_one(words, tmp_path):
     torch.set_num_threads(threads)
     for mode in MODES:
         spawn(run_rank, free_port(), words, mode, tmp_path, size=2)
-    alone = [step.losses for step in Journal.read(tmp_path / "one").steps]
+    single = [step.losses for step in Journal.read(tmp_path / "one").steps]
     expected = json.loads((tmp_path / "one" / "metrics.json").read_text())
     for mode in MODES:
-        for found, losses in zip((step.losses for step in Journal.read(tmp_path / mode).steps), alone, strict=True):
-            assert found == (losses if mode == "perturbation" else pytest.approx(losses, rel=1e-6))
+        for actual, losses in zip((step.losses for step in Journal.read(tmp_path / mode).steps), single, strict=True):
+            assert actual == (losses if mode == "perturbation" else pytest.approx(losses, rel=1e-6))
         metrics = json.loads((tmp_path / mode / "metrics.json").read_text())
         assert metrics["before"] == pytest.approx(expected["before"], rel=1e-6)
         assert metrics["after"] == pytest.approx(expected["after"], rel=1e-5)

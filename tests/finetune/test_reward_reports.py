@@ -1,4 +1,4 @@
-"""What runs on rewards say of themselves: rewards where others have losses, and answers of which there are none."""
+"""Logs and reports of runs on rewards: rewards in place of losses, and a warning about empty answers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_log_and_table_speak_of_rewards(flags, tmp_path, capsys, caplog, beta):
     lines = [message for message in caplog.messages if message.startswith("step ")]
     assert not [line for line in lines if "loss" in line]
     held_out = {row["step"]: row for row in metrics["evaluations"]}
-    told = {int(s): float(v) for s, v in re.findall(rf"step (\d+): validation {goal} {NUMBER}", "\n".join(lines))}
-    assert told == {step: pytest.approx(-row["loss"], abs=6e-4) for step, row in held_out.items()}
+    logged = {int(s): float(v) for s, v in re.findall(rf"step (\d+): validation {goal} {NUMBER}", "\n".join(lines))}
+    assert logged == {step: pytest.approx(-row["loss"], abs=6e-4) for step, row in held_out.items()}
     assert ("KL divergence" in lines[0]) == bool(beta)
     steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     trained = {int(s): float(v) for s, v in re.findall(rf"step (\d+): {goal} {NUMBER}", "\n".join(lines))}
@@ -76,24 +76,31 @@ def test_a_run_that_did_not_learn_says_what_its_loss_is(flags, tmp_path, caplog)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["diagnosis"]["verdict"] != "learned"
     assert metrics["diagnosis"]["outcome"].endswith("(The loss is minus the reward.)")
-    told = next(message for message in caplog.messages if message.startswith("No evaluation was better"))
-    assert f"(reward {metrics['before']['reward']:.4g})" in told
+    summary = next(message for message in caplog.messages if message.startswith("No evaluation was better"))
+    assert f"(reward {metrics['before']['reward']:.4g})" in summary
 
 
 def test_a_model_that_writes_nothing_is_noticed_before_training(flags, chat_model_path, tmp_path, caplog, capsys):
     caplog.set_level("INFO", logger="zokernel")
-    more = ["--model_name_or_path", silent(tmp_path / "silent", chat_model_path), "--max_steps", "20", "--lora", "true"]
-    assert main([*flags, *more]) == 0
+    extra = [
+        "--model_name_or_path",
+        silent(tmp_path / "silent", chat_model_path),
+        "--max_steps",
+        "20",
+        "--lora",
+        "true",
+    ]
+    assert main([*flags, *extra]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["before"]["empty_answers"] == 1.0
     count = metrics["num_test"]
-    told = [record for record in caplog.records if "were empty before training" in record.getMessage()]
-    sentence = told[0].getMessage()
+    warnings = [record for record in caplog.records if "were empty before training" in record.getMessage()]
+    sentence = warnings[0].getMessage()
     assert sentence.startswith(f"{count} of the answers to {count} held-out prompts were empty")
     assert CURE in sentence
-    assert told[0].levelname == "WARNING"
+    assert warnings[0].levelname == "WARNING"
     first = next(n for n, message in enumerate(caplog.messages) if message.startswith("step "))
-    assert caplog.records.index(told[0]) < first
+    assert caplog.records.index(warnings[0]) < first
     # Equal losses have a reason then, which is not eps.
     assert metrics["diagnosis"]["reasons"] == [sentence]
     assert (tmp_path / "run" / "report.md").read_text().count(sentence) == 1
@@ -102,11 +109,11 @@ def test_a_model_that_writes_nothing_is_noticed_before_training(flags, chat_mode
     assert sentence not in page.summary
 
 
-def test_reports_of_short_runs_and_of_evaluations_say_it_too(flags, chat_model_path, tmp_path):
-    more = ["--model_name_or_path", silent(tmp_path / "silent", chat_model_path)]
+def test_reports_of_short_runs_and_of_evaluations_mention_empty_answers_too(flags, chat_model_path, tmp_path):
+    silent_flags = ["--model_name_or_path", silent(tmp_path / "silent", chat_model_path)]
     for name, extra in (("short", ["--max_steps", "2"]), ("none", ["--do_train", "false"])):
         out = tmp_path / name
-        assert main([*flags, *more, *extra, "--output_dir", str(out)]) == 0
+        assert main([*flags, *silent_flags, *extra, "--output_dir", str(out)]) == 0
         assert (out / "report.md").read_text().count(CURE) == 1
         assert CURE in read(out).summary[0]
 
@@ -117,6 +124,6 @@ def test_the_cure_is_messages_only_where_a_template_takes_them():
     assert CURE in describe_empty_answers(0.5, texts, chat_tokenizer())
     assert describe_empty_answers(0.5, texts, chat_tokenizer()).startswith("2 of the answers to 4 held-out prompts")
     for rows, template in ((texts, None), (chats, chat_tokenizer().chat_template)):
-        found = describe_empty_answers(1.0, rows, chat_tokenizer(template))
-        assert CURE not in found
-        assert "word them such that an answer follows" in found
+        advice = describe_empty_answers(1.0, rows, chat_tokenizer(template))
+        assert CURE not in advice
+        assert "word them such that an answer follows" in advice

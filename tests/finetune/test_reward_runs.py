@@ -35,13 +35,13 @@ def same(left, right, name="model.safetensors"):
 
 
 def test_a_reward_rises_and_the_report_says_so(reward_flags, tmp_path):
-    more = ["--max_steps", "16", "--reward_function", f"{tmp_path}/judge.py:high", "--reward_function", "length:30"]
+    extra = ["--max_steps", "16", "--reward_function", f"{tmp_path}/judge.py:high", "--reward_function", "length:30"]
     assert (
         main(
             [
                 "finetune",
                 *without(reward_flags, "--reward_function"),
-                *more,
+                *extra,
                 "--reward_weights",
                 "1",
                 "--reward_weights",
@@ -78,10 +78,10 @@ def test_populations_answer_chats_in_one_generate_and_sample(reward_flags, tmp_p
             rows.append((copies, len(kwargs["rows"]))) or real(*args, copies=copies, **kwargs)
         ),
     )
-    more = ["--train_file", str(tmp_path / "chats.jsonl"), "--num_generations", "2", "--temperature", "1.0"]
-    more += ["--max_steps", "2", "--lora", "true"] if lora else ["--max_steps", "2", "--method", "eggroll"]
-    more += ["--per_device_eval_batch_size", "16", "--per_device_train_batch_size", "2"]
-    assert main(["finetune", *reward_flags, *more]) == 0
+    extra = ["--train_file", str(tmp_path / "chats.jsonl"), "--num_generations", "2", "--temperature", "1.0"]
+    extra += ["--max_steps", "2", "--lora", "true"] if lora else ["--max_steps", "2", "--method", "eggroll"]
+    extra += ["--per_device_eval_batch_size", "16", "--per_device_train_batch_size", "2"]
+    assert main(["finetune", *reward_flags, *extra]) == 0
     assert setting(tmp_path / "run", "perturb") == "stacked"
     training = [found for found in rows if found[0] > 1 and found[1] > 1]
     # 12 members with 2 prompts of 2 samples: at most 16 rows are 4 members.
@@ -99,10 +99,10 @@ def test_every_kind_of_method_learns_from_rewards(reward_flags, tmp_path):
 
 
 def test_members_that_answer_one_after_the_other_earn_the_same(reward_flags, tmp_path):
-    more = ["--max_steps", "1", "--num_generations", "2", "--temperature", "1.0"]
+    extra = ["--max_steps", "1", "--num_generations", "2", "--temperature", "1.0"]
     for perturb in ("stacked", "in_place:copy", "in_forward"):
         out = str(tmp_path / perturb)
-        assert main(["finetune", *reward_flags, *more, "--perturb", perturb, "--output_dir", out]) == 0
+        assert main(["finetune", *reward_flags, *extra, "--perturb", perturb, "--output_dir", out]) == 0
     first = Journal.read(tmp_path / "stacked").steps[0].losses
     assert len(set(first)) > 1
     assert Journal.read(tmp_path / "in_place:copy").steps[0].losses == pytest.approx(first, abs=1e-6)
@@ -146,10 +146,10 @@ def test_a_reward_that_fails_in_a_run_loses_nothing(reward_flags, tmp_path, caps
     failing = scored.replace("return [", "global count; count += 1; return [float('nan') if count > 6 else ")
     judge.write_text("count = 0\n" + right.replace(scored, failing))
     assert main(["finetune", *reward_flags, "--load_best_model_at_end", "false"]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'The reward high returned nan for a completion of the row {"prompt"' in said
-    done = Journal.read(tmp_path / "run").num_steps
-    assert 1 <= done < 8
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'The reward high returned nan for a completion of the row {"prompt"' in error
+    num_steps = Journal.read(tmp_path / "run").num_steps
+    assert 1 <= num_steps < 8
     judge.write_text(right)
     assert main(["finetune", *reward_flags, "--load_best_model_at_end", "false"]) == 0
     whole = [*reward_flags, "--load_best_model_at_end", "false", "--output_dir", str(tmp_path / "whole")]
@@ -167,7 +167,7 @@ def test_pass_rates_and_evaluation_alone(reward_flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("wrong", "message"),
     [
         (["--objective", "cross_entropy"], "--reward_function is for --objective reward"),
         (["--num_generations", "4"], "are all the same at --temperature 0"),
@@ -185,11 +185,11 @@ def test_pass_rates_and_evaluation_alone(reward_flags, tmp_path):
         (["--num_generations", "0"], "num_generations must be"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(more, message, reward_flags, tmp_path, capsys):
+def test_impossible_settings_are_refused_before_anything_is_written(wrong, message, reward_flags, tmp_path, capsys):
     extra = []
-    if "cross_entropy" in more:
+    if "cross_entropy" in wrong:
         (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 6)
-    assert main(["finetune", *reward_flags, *extra, *more]) == 2
+    assert main(["finetune", *reward_flags, *extra, *wrong]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -203,9 +203,9 @@ def test_rows_without_a_prompt_are_named(reward_flags, tmp_path, capsys):
     assert "has no row with a prompt (its columns are question)" in capsys.readouterr().err
 
 
-def test_first_order_methods_have_nothing_to_follow(reward_flags, capsys):
-    kept = without(reward_flags, "--method", "--num_perturbations", "--eps")
-    assert main(["finetune", *kept, "--method", "adamw"]) == 2
+def test_first_order_methods_are_refused_on_rewards(reward_flags, capsys):
+    flags = without(reward_flags, "--method", "--num_perturbations", "--eps")
+    assert main(["finetune", *flags, "--method", "adamw"]) == 2
     assert "reward has no gradient for adamw to follow" in capsys.readouterr().err
 
 

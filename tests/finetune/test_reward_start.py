@@ -21,15 +21,15 @@ BETA = 0.7
 def plain(model, prompt, answer, temperature):
     """Return log-probabilities of an answer's tokens, without padding, cache or batch, in float64."""
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double() / temperature
-    chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    return [float(row[token]) for row, token in zip(chosen, answer)]
+    logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return [float(row[token]) for row, token in zip(logprobs, answer, strict=True)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 @pytest.mark.parametrize(("family", "lora"), [("llama", True), ("opt", True), ("gpt2", False)])
 def test_the_penalised_losses_of_a_population_are_those_of_plain_forwards(family, lora, temperature):
     tokenizer, model = chat_tokenizer(), tiny(family, lora=lora)
-    batch, seen = batch_of(tokenizer), []
+    batch, recorded = batch_of(tokenizer), []
     objective = objective_of(tokenizer, temperature, [])
     directions = Dense("gaussian") if lora else LowRank(1, refresh=0)
     points = Population(EPS, 2).points(seed=0, step=0)
@@ -41,41 +41,51 @@ def test_the_penalised_losses_of_a_population_are_those_of_plain_forwards(family
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         now = {name: p.clone() for name, p in trained.items()}
 
-    written = objective._sample_answers
+    sample_answers = objective._sample_answers
 
     def noted(*args, **kwargs):
-        seen.append(written(*args, **kwargs))
-        return seen[-1]
+        recorded.append(sample_answers(*args, **kwargs))
+        return recorded[-1]
 
     objective._sample_answers = noted
     stacked = Stacked(lambda k: objective.stacked(model, batch, k), max_bytes=1 << 30)
-    found = losses(stacked, model, directions, objective, batch, points)
-    (answers,) = seen
+    actual = losses(stacked, model, directions, objective, batch, points)
+    (answers,) = recorded
     samples = SAMPLES if temperature else 1
     prompts = [ids for ids in tokens_of(batch["prompts"], batch["prompts_mask"]) for _ in range(samples)]
     expected, distances = [], []
     with torch.no_grad():
         for number, point in enumerate(points):
-            mine = answers[number * len(prompts) : (number + 1) * len(prompts)]
+            answers_of_member = answers[number * len(prompts) : (number + 1) * len(prompts)]
             for name, p in trained.items():
                 p.copy_(now[name])
             for index, offset in point.items():
                 directions.add_(trained, offset, seed=5, step=2, index=index)
-            at = [plain(model, p, a.tokens + a.end, temperature or 1.0) for p, a in zip(prompts, mine)]
+            tuned_logprobs = [
+                plain(model, p, a.tokens + a.end, temperature or 1.0)
+                for p, a in zip(prompts, answers_of_member, strict=True)
+            ]
             for name, p in trained.items():
                 p.copy_(base[name])
-            before = [plain(model, p, a.tokens + a.end, temperature or 1.0) for p, a in zip(prompts, mine)]
-            deltas = [[s - m for m, s in zip(*pair)] for pair in zip(at, before)]
-            each = [sum(math.exp(d) - d - 1 for d in row) / len(row) for row in deltas]
+            start_logprobs = [
+                plain(model, p, a.tokens + a.end, temperature or 1.0)
+                for p, a in zip(prompts, answers_of_member, strict=True)
+            ]
+            deltas = [
+                [s - m for m, s in zip(*pair, strict=True)] for pair in zip(tuned_logprobs, start_logprobs, strict=True)
+            ]
+            penalties = [sum(math.exp(d) - d - 1 for d in row) / len(row) for row in deltas]
             rewards = [
                 0.01 * (float(sum(a.tokens)) + 0.001 * len(row["prompt"]))
-                for a, row in zip(mine, [row for row in batch["rows"] for _ in range(samples)])
+                for a, row in zip(
+                    answers_of_member, [row for row in batch["rows"] for _ in range(samples)], strict=True
+                )
             ]
-            expected.append(sum(BETA * d - r for d, r in zip(each, rewards)) / len(mine))
-            distances += each
+            expected.append(sum(BETA * d - r for d, r in zip(penalties, rewards, strict=True)) / len(answers_of_member))
+            distances += penalties
         for name, p in trained.items():
             p.copy_(now[name])
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert min(distances) > 1e-4, "the weights have moved"
     for perturb in (InPlace("copy"), InForward()) if lora else ():
         assert losses(perturb, model, directions, objective, batch, points) == pytest.approx(expected, rel=1e-5)
@@ -104,8 +114,8 @@ def test_at_the_start_nothing_is_penalised_and_chunks_change_nothing(monkeypatch
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.mul_(-1)
-    moved = float(objective(model, batch))
-    assert moved > bare + 0.01
+    penalised = float(objective(model, batch))
+    assert penalised > bare + 0.01
     rows = []
     whole = Start._of_rows
     monkeypatch.setattr(
@@ -113,7 +123,7 @@ def test_at_the_start_nothing_is_penalised_and_chunks_change_nothing(monkeypatch
     )
     for bound in (1, 1 << 30):
         monkeypatch.setattr(start_module, "MAX_LOGITS", bound)
-        assert float(objective(model, batch)) == pytest.approx(moved, rel=1e-6)
+        assert float(objective(model, batch)) == pytest.approx(penalised, rel=1e-6)
     assert rows == [1] * 9 + [9]
     metrics = objective.metrics(type("P", (), {"predictions": objective.evaluate(model, batch)[1]["terms"].numpy()}))
     assert metrics["kl"] > 0

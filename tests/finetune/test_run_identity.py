@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from zokernel.cli import main
 from zokernel.finetune.models.starting_weights import stored_sha256
+from zokernel.journal.hashes import SAMPLE
 
 LONGER = ("--max_steps", "8", "--resume_from_checkpoint", "last")
 METHODS = {
@@ -41,8 +43,8 @@ def model(tiny_lm_path, tmp_path):
 def retrain(file):
     """Give a file of weights others, as training them further does."""
     generator = torch.Generator().manual_seed(1)
-    moved = {name: w + 0.1 * torch.randn(w.shape, generator=generator) for name, w in load_file(file).items()}
-    save_file(moved, file, {"format": "pt"})
+    weights = {name: w + 0.1 * torch.randn(w.shape, generator=generator) for name, w in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -65,15 +67,15 @@ def test_other_held_out_rows_do_not_continue_a_run(split, method, flags, tiny_re
     assert metrics_of(tmp_path / "run")["steps"] == 8
 
 
-@pytest.mark.parametrize("more", [(), LONGER])
+@pytest.mark.parametrize("extra", [(), LONGER])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_that_was_trained_since_does_not_continue_a_run(method, more, model, flags, tmp_path, capsys):
+def test_a_model_that_was_trained_since_does_not_continue_a_run(method, extra, model, flags, tmp_path, capsys):
     words = ["finetune", *flags, *METHODS[method], "--model_name_or_path", str(model)]
     assert main(words) == 0
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     retrain(model / "model.safetensors")
     capsys.readouterr()
-    assert main([*words, *more]) == 2
+    assert main([*words, *extra]) == 2
     assert (
         f"The model's weights are not those that the run in {tmp_path / 'run'} began with: give it the same, choose "
         "another --output_dir, or start over with --overwrite_output_dir true."
@@ -128,19 +130,19 @@ def test_a_run_that_did_not_record_its_weights_is_continued(model, flags, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "difference"),
     [
         (["--calibrate", "true"], "calibrate: False there, True asked for"),
         (["--template", "{sentence} So it was"], "template: not set there, {sentence} So it was asked for"),
     ],
 )
-def test_examples_that_are_used_otherwise_do_not_continue_a_run(flag, told, flags, tmp_path, capsys):
+def test_examples_that_are_used_otherwise_do_not_continue_a_run(flag, difference, flags, tmp_path, capsys):
     words = ["finetune", *flags, *METHODS["adamw"]]
     assert main(words) == 0
     capsys.readouterr()
     assert main([*words, *LONGER, *flag]) == 2
     assert (
-        f"The examples are not used as in the run in {tmp_path / 'run'} ({told}): repeat its settings, or choose "
+        f"The examples are not used as in the run in {tmp_path / 'run'} ({difference}): repeat its settings, or choose "
         "another --output_dir."
     ) in capsys.readouterr().err
 
@@ -149,26 +151,26 @@ def test_every_tensor_and_part_counts(tmp_path):
     file, names = tmp_path / "model.safetensors", ["a", "b", "c"]
     weights = {name: torch.arange(10_000.0) for name in names} | {"d": torch.tensor(1.0), "e": torch.zeros(0)}
     save_file(weights, file)
-    found = {stored_sha256([file])}
+    digests = {stored_sha256([file])}
     save_file(weights, file)
-    assert found == {stored_sha256([file])}
-    changes = [(name, at) for name in names for at in (0, 1023, -1024, -1)]  # 4096 bytes are 1024 numbers
-    for name, at in changes:
+    assert digests == {stored_sha256([file])}
+    changes = [(name, index) for name in names for index in (0, 1023, -1024, -1)]  # 4096 bytes are 1024 numbers
+    for name, index in changes:
         other = weights[name].clone()
-        other[at] += 1
+        other[index] += 1
         save_file(weights | {name: other}, file)
-        found.add(stored_sha256([file]))
-    others = [{"d": torch.tensor(2.0)}, {"a": weights["a"].view(100, 100)}, {"a": weights["a"].view(torch.int32)}]
-    for other in others:
+        digests.add(stored_sha256([file]))
+    variants = [{"d": torch.tensor(2.0)}, {"a": weights["a"].view(100, 100)}, {"a": weights["a"].view(torch.int32)}]
+    for other in variants:
         save_file(weights | other, file)
-        found.add(stored_sha256([file]))
+        digests.add(stored_sha256([file]))
     save_file({"z" + name: tensor for name, tensor in weights.items()}, file)
-    found.add(stored_sha256([file]))
-    assert len(found) == 1 + len(changes) + len(others) + 1
+    digests.add(stored_sha256([file]))
+    assert len(digests) == 1 + len(changes) + len(variants) + 1
 
 
-def test_large_files_are_sampled(tmp_path):
-    """A tebibyte of zeros, which takes no room, would be read for minutes."""
+def test_large_files_are_sampled(tmp_path, monkeypatch):
+    """A tebibyte of zeros takes no room: only both ends of a tensor, or of each part of a GGUF file, are read."""
     size = 1 << 40
     tensors, plain = tmp_path / "model.safetensors", tmp_path / "model.gguf"
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -177,12 +179,26 @@ def test_large_files_are_sampled(tmp_path):
         opened.truncate(8 + len(header) + size)
     with plain.open("wb") as opened:
         opened.truncate(size)
-    start = time.perf_counter()
-    before = [stored_sha256([file]) for file in (tensors, plain)]
+    reads = {tensors: [], plain: []}
+
+    class Watched(io.FileIO):
+        """A file that notes where it is read, and refuses to be read further than a sample at a time."""
+
+        def read(self, size=-1):
+            assert 0 <= size <= SAMPLE
+            reads[Path(self.name)].append((self.tell(), size))
+            return super().read(size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering=-1: Watched(path, mode))
+        before = [stored_sha256([file]) for file in (tensors, plain)]
+    start, part = 8 + len(header), size // 1024
+    assert reads[tensors] == [(0, 8), (8, len(header)), (start, SAMPLE), (start + size - SAMPLE, SAMPLE)]
+    ends = [(begin, begin + part - SAMPLE) for begin in range(0, size, part)]
+    assert reads[plain] == [(at, SAMPLE) for pair in ends for at in pair]
     for file in (tensors, plain):
         with file.open("r+b") as opened:
             opened.seek(file.stat().st_size - 1)
             opened.write(b"1")
     after = [stored_sha256([file]) for file in (tensors, plain)]
-    assert time.perf_counter() - start < 10
-    assert all(one != other for one, other in zip(before, after))
+    assert all(one != other for one, other in zip(before, after, strict=True))

@@ -18,8 +18,8 @@ def sampler(lengths, **options):
     return EpochSeededSampler(BATCH, lengths=lengths, **{"seed": 0, **options})
 
 
-def in_steps(found, size):
-    return [found[first : first + size] for first in range(0, len(found), size)]
+def in_steps(order, size):
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ def lengths():
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11, 802])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_example_is_seen_once(lengths, count, processes):
-    found = list(sampler(lengths[:count], processes=processes))
-    assert sorted(found) == list(range(count))
+    order = list(sampler(lengths[:count], processes=processes))
+    assert sorted(order) == list(range(count))
 
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_examples_of_a_step_are_of_similar_length_and_the_longest_come_first(lengths, processes):
     order = list(sampler(lengths, processes=processes))
-    found = [[lengths[n] for n in step] for step in in_steps(order, BATCH * processes)]
-    assert max(found[0]) == max(lengths)
+    step_lengths = [[lengths[n] for n in step] for step in in_steps(order, BATCH * processes)]
+    assert max(step_lengths[0]) == max(lengths)
     # But for the first, into which the longest was put, and the last, which is what was left.
-    spreads = [max(step) - min(step) for step in found[1:-1]]
+    spreads = [max(step) - min(step) for step in step_lengths[1:-1]]
     assert statistics.mean(spreads) < 0.2 * (max(lengths) - min(lengths))
 
 
@@ -54,12 +54,12 @@ def test_steps_are_not_sorted_by_length(lengths):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(lengths):
-    first, again, other = sampler(lengths), sampler(lengths), sampler(lengths, seed=1)
-    begun = list(first)
-    assert begun == list(again) != list(other)
-    again.set_epoch(3)
-    later = list(again)
-    assert later != begun
+    first, second, other = sampler(lengths), sampler(lengths), sampler(lengths, seed=1)
+    order = list(first)
+    assert order == list(second) != list(other)
+    second.set_epoch(3)
+    later = list(second)
+    assert later != order
     first.set_epoch(3)
     assert list(first) == later
 
@@ -76,9 +76,9 @@ def test_random_states_of_an_example_are_those_of_set_seed(monkeypatch):
         set_random_state(seed)
         assert draws() == expected
     for name in ("manual_seed_all", "manual_seed"):
-        seen = []
+        seeds = []
         monkeypatch.setattr(
-            torch, "get_device_module", lambda name=name, seen=seen: SimpleNamespace(**{name: seen.append})
+            torch, "get_device_module", lambda name=name, seeds=seeds: SimpleNamespace(**{name: seeds.append})
         )
         set_random_state(5)
-        assert seen == [5]
+        assert seeds == [5]

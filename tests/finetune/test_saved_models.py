@@ -68,11 +68,11 @@ def test_best_and_continued_runs_save_what_was_trained(tmp_path, monkeypatch, fa
     continued = run("parts", 3, resume_from_checkpoint="last")
     assert continued["after"] == metrics["after"]
     auto = auto_class("masked" if family in MASKED else "causal")
-    saved, again = (auto.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    saved, parts = (auto.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     assert kind_of_model(saved) == metrics["language_model"]
     trained = replay(base, tmp_path / "whole", step=metrics["best_step"])
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, trained[name]), name
-        assert torch.equal(parameter, again.get_parameter(name)), name
+        assert torch.equal(parameter, parts.get_parameter(name)), name
     scored = run("scored", 1, model=tmp_path / "whole", do_train=False)
     assert scored["before"]["loss"] == pytest.approx(metrics["after"]["loss"], abs=1e-6)

@@ -21,13 +21,13 @@ SECRET = "Marker-of-a-secret-7351"
 
 
 def files_with(folder, secret):
-    found = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    return [str(path.relative_to(folder)) for path in found]
+    paths = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    return [str(path.relative_to(folder)) for path in paths]
 
 
 @pytest.mark.parametrize("way", ["flag", "dash", "equals", "file"])
 def test_a_token_reaches_no_file_of_the_run(way, flags, tmp_path, capsys, caplog):
-    given = {
+    token_flags = {
         "flag": ["--hub_token", SECRET],
         "dash": ["--hub-token", SECRET],
         "equals": [f"--hub_token={SECRET}"],
@@ -35,10 +35,10 @@ def test_a_token_reaches_no_file_of_the_run(way, flags, tmp_path, capsys, caplog
     }[way]
     (tmp_path / "flags.yaml").write_text(f"hub_token: {SECRET}\n")
     if importlib.util.find_spec("tensorboard"):
-        given += ["--report_to", "tensorboard"]
+        token_flags += ["--report_to", "tensorboard"]
     saving = ["--save_strategy", "steps", "--save_steps", "2", "--load_best_model_at_end", "false"]
     saving += ["--run_name", f"https://me:{SECRET}@host/run", "--save_total_limit", "2"]
-    assert main(["finetune", *flags, *given, *saving, "--max_steps", "2"]) == 0
+    assert main(["finetune", *flags, *token_flags, *saving, "--max_steps", "2"]) == 0
     folder = tmp_path / "run"
     assert len(list(folder.rglob("*"))) > 10
     assert files_with(folder, SECRET) == []
@@ -47,7 +47,7 @@ def test_a_token_reaches_no_file_of_the_run(way, flags, tmp_path, capsys, caplog
     command = json.loads((folder / "metrics.json").read_text())["command"]
     if way != "file":
         assert "<hub_token>" in command  # what somebody has to fill in
-    assert main(["finetune", *flags, *given, *saving, "--max_steps", "2"]) == 0  # the same run, finished
+    assert main(["finetune", *flags, *token_flags, *saving, "--max_steps", "2"]) == 0  # the same run, finished
 
 
 def test_the_command_itself_keeps_the_token():
@@ -70,7 +70,7 @@ def test_names_of_secrets(name, secret):
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"),
+    ("words", "expected"),
     [
         (["--x", f"token={SECRET}"], ["--x", "token=<secret>"]),
         (["--x", f'{{"api_key": "{SECRET}", "n": 1}}'], ["--x", '{"api_key": "<secret>", "n": 1}']),
@@ -90,8 +90,8 @@ def test_names_of_secrets(name, secret):
         (["--method_args", "radius=0.5", "key=3"], ["--method_args", "radius=0.5", "key=3"]),
     ],
 )
-def test_command_lines_without_secrets(words, shown):
-    assert hide_in_words(words) == shown
+def test_command_lines_without_secrets(words, expected):
+    assert hide_in_words(words) == expected
 
 
 def test_settings_without_secrets():
@@ -108,9 +108,9 @@ def test_settings_without_secrets():
 
 def test_the_secrets_of_a_reward_command_reach_no_setting_name_or_error(tmp_path):
     command = f"command:{sys.executable} judge.py --token {SECRET}"
-    shown = f"command:{sys.executable} judge.py --token '<token>'"
-    assert hide_in_values({"reward_function": [command, "json"]}) == {"reward_function": [shown, "json"]}
-    assert load_reward(command).name == shown
+    hidden = f"command:{sys.executable} judge.py --token '<token>'"
+    assert hide_in_values({"reward_function": [command, "json"]}) == {"reward_function": [hidden, "json"]}
+    assert load_reward(command).name == hidden
     with pytest.raises(UsageError, match="is not a command") as error:
         load_reward(f"command:judge --token {SECRET} '")
     assert SECRET not in str(error.value)
@@ -123,10 +123,10 @@ TOKEN = "hf_" + "Ab1" * 12
 def test_a_token_within_a_setting_reaches_no_file_and_no_line(kind, flags, tmp_path, capsys, caplog):
     words, address = list(flags), f"https://me:{SECRET}@x@host/run"
     if kind == "chat":
-        path, at = tmp_path / "chats.jsonl", words.index("--train_file")
+        path, start = tmp_path / "chats.jsonl", words.index("--train_file")
         row = [{"role": "user", "content": f"Say {TOKEN}"}, {"role": "assistant", "content": f"{TOKEN}."}]
         path.write_text((json.dumps({"messages": row}) + "\n") * 20)
-        words[at : words.index("--output_dir")] = ["--train_file", str(path)]
+        words[start : words.index("--output_dir")] = ["--train_file", str(path)]
         template = f"{{# {TOKEN} #}}{{% for m in messages %}}{TOKEN} {{{{ m['content'] }}}} {{% endfor %}}"
         words += ["--chat_template", template, "--assistant_only_loss", "false", "--max_new_tokens", "3"]
     else:
@@ -139,8 +139,8 @@ def test_a_token_within_a_setting_reaches_no_file_and_no_line(kind, flags, tmp_p
     assert names > {"settings.json", "run.json", "journal.zkj", "README.md", "report.md", "training_args.json"}
     assert files_with(folder, SECRET) == files_with(folder, TOKEN) == []
     out = capsys.readouterr()
-    told = out.out + out.err + caplog.text
-    assert (SECRET in told, TOKEN in told) == (False, False)
+    output = out.out + out.err + caplog.text
+    assert (SECRET in output, TOKEN in output) == (False, False)
     assert caplog.text.count("it is replaced by a placeholder in training and in every file") == 1
     placed = "chat_template.jinja" if kind == "chat" else "predictor.json"
     assert "<token>" in (folder / placed).read_text()
@@ -164,18 +164,18 @@ def test_a_token_within_a_setting_reaches_no_file_and_no_line(kind, flags, tmp_p
 )
 def test_no_error_repeats_a_password(words, flags, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    kept = flags
+    base = flags
     if words[0] in ("--dataset_name", "--chat_template"):
-        at = flags.index("--train_file")
-        kept = flags[:at] + flags[at + 6 :] if words[0] == "--dataset_name" else flags
-    assert main(["finetune", *kept, *words]) in (1, 2)
-    told = capsys.readouterr()
-    assert SECRET not in told.out + told.err
+        start = flags.index("--train_file")
+        base = flags[:start] + flags[start + 6 :] if words[0] == "--dataset_name" else flags
+    assert main(["finetune", *base, *words]) in (1, 2)
+    output = capsys.readouterr()
+    assert SECRET not in output.out + output.err
     unread = {
         "--hub_token": "The argument '<hub_token>' after --hub_token has no meaning here",
         "--chat_template": "--chat_template is for chats, instructions and texts",
     }
-    assert unread.get(words[0], "<login>@host") in told.err
+    assert unread.get(words[0], "<login>@host") in output.err
 
 
 def test_errors_and_log_lines_hide_what_they_repeat(capsys):

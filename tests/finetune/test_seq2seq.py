@@ -59,13 +59,13 @@ def batched(dataset, tokenizer):
 
 def plain_scores(model, example):
     """Mean log-probability of every option, one at a time, from the model's own forward."""
-    found = []
+    scores = []
     for option in example.option_ids:
         decoded = torch.tensor([[*example.decoder_start, *option[:-1]]])
         logits = model(input_ids=torch.tensor([example.prompt_ids]), decoder_input_ids=decoded).logits[0]
-        picked = logits[len(example.decoder_start) - 1 :].log_softmax(-1)
-        found.append(picked.gather(1, torch.tensor(option)[:, None]).mean())
-    return torch.stack(found)
+        logprobs = logits[len(example.decoder_start) - 1 :].log_softmax(-1)
+        scores.append(logprobs.gather(1, torch.tensor(option)[:, None]).mean())
+    return torch.stack(scores)
 
 
 def test_tokens_of_prompt_and_options(parts):
@@ -92,12 +92,12 @@ def test_scores_are_those_of_one_option_at_a_time(parts, name):
     dataset = encoded(task, REVIEWS if task in (WORDS, LETTERS) else QUESTIONS, model, tokenizer)
     scores = option_scores(model, batched(dataset, tokenizer))
     assert scores.dtype == torch.float32
-    for example, row in zip(dataset.examples, scores):
-        expected, found = plain_scores(model, example), row[: len(example.option_ids)]
+    for example, row in zip(dataset.examples, scores, strict=True):
+        expected, actual = plain_scores(model, example), row[: len(example.option_ids)]
         # Single tokens are compared by their logits: equal up to a constant of the example.
-        torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual.log_softmax(-1), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
         if name != "letters":
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
         assert row[len(example.option_ids) :].isneginf().all()
 
 
@@ -115,21 +115,21 @@ def test_the_loss_of_answers_is_the_models_own(parts):
     ]
     collate = DataCollatorForSeq2Seq(tokenizer, model=model)
     for rows in ([0], [1], [0, 1]):
-        found = objective(model, Collator(tokenizer.pad_token_id)([dataset[n] for n in rows]))
+        loss = objective(model, Collator(tokenizer.pad_token_id)([dataset[n] for n in rows]))
         plain = model(**collate([features[n] for n in rows])).loss
-        assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 @torch.no_grad()
 def test_the_encoder_runs_once_per_example_and_the_head_on_scored_positions(parts):
     model, tokenizer = parts
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     dataset = encoded(CHOICE, QUESTIONS, model, tokenizer)
     batch = batched(dataset, tokenizer)
     handles = [
-        model.get_encoder().register_forward_hook(lambda m, a, out: seen.update(encoder=tuple(out[0].shape))),
-        model.get_decoder().register_forward_hook(lambda m, a, out: seen.update(decoder=tuple(out[0].shape))),
-        model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.update(head=tuple(out.shape))),
+        model.get_encoder().register_forward_hook(lambda m, a, out: shapes.update(encoder=tuple(out[0].shape))),
+        model.get_decoder().register_forward_hook(lambda m, a, out: shapes.update(decoder=tuple(out[0].shape))),
+        model.get_output_embeddings().register_forward_hook(lambda m, a, out: shapes.update(head=tuple(out.shape))),
     ]
     option_scores(model, batch)
     for handle in handles:
@@ -137,9 +137,9 @@ def test_the_encoder_runs_once_per_example_and_the_head_on_scored_positions(part
     longest = max(len(option) for example in dataset.examples for option in example.option_ids)
     lengths = [len(example.prompt_ids) for example in dataset.examples]
     # The hook of the test sees the encoder's own output before it is repeated, or after: both are rows of examples.
-    assert seen["encoder"][1] == max(lengths)
-    assert seen["decoder"][0] == 5
-    assert seen["head"] == (5, longest, len(tokenizer))
+    assert shapes["encoder"][1] == max(lengths)
+    assert shapes["decoder"][0] == 5
+    assert shapes["head"] == (5, longest, len(tokenizer))
     assert not model.get_encoder()._forward_hooks
     assert not model.get_encoder()._forward_pre_hooks
 
@@ -162,23 +162,23 @@ def test_answers_are_decoded_greedily(parts):
     batch = batched(dataset, tokenizer)
     prompt = batch["decoder_prompt"][0].tolist()
     model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 3, 2
-    seen = []
+    generated = []
     generate = model.generate
-    model.generate = lambda **settings: seen.append(generate(**settings)) or seen[-1]
+    model.generate = lambda **settings: generated.append(generate(**settings)) or generated[-1]
     try:
         objective = Objective(kind="generation", loss="answer", tokenizer=tokenizer, max_new_tokens=6)
         objective.evaluate(model, batch)
     finally:
         del model.generate
         model.generation_config.num_beams = model.generation_config.no_repeat_ngram_size = None
-    for example, row in zip(dataset.examples, seen[0].tolist()):
+    for example, row in zip(dataset.examples, generated[0].tolist(), strict=True):
         assert row[: len(prompt)] == prompt
         ids = list(prompt)
-        for written in row[len(prompt) : -1]:  # BART ends an answer that is cut off
+        for token in row[len(prompt) : -1]:  # BART ends an answer that is cut off
             logits = model(input_ids=torch.tensor([example.prompt_ids]), decoder_input_ids=torch.tensor([ids])).logits
             ids.append(int(logits[0, -1].argmax()))
-            assert ids[-1] == written
-            if written == tokenizer.eos_token_id or "\n" in tokenizer.decode([written]):
+            assert ids[-1] == token
+            if token == tokenizer.eos_token_id or "\n" in tokenizer.decode([token]):
                 break
 
 
@@ -189,13 +189,13 @@ def test_a_sentinel_in_the_template_starts_the_decoder(parts):
     sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     decoder = decoder_of(model, tokenizer)
     task = PromptTask("{text} It was <extra_id_0> .", ("bad", "good"))
-    typed = [{"text": "a <extra_id_0> movie", "label": 1}]
-    shown = demonstrations(task, typed, seq2seq=True)
-    assert shown == "a <extra_id_0> movie It was good .\n\n"
-    (example,) = encode(task, typed, tokenizer, decoder=decoder)
+    rows = [{"text": "a <extra_id_0> movie", "label": 1}]
+    context = demonstrations(task, rows, seq2seq=True)
+    assert context == "a <extra_id_0> movie It was good .\n\n"
+    (example,) = encode(task, rows, tokenizer, decoder=decoder)
     assert example.decoder_start == (decoder.start, sentinel)
     assert example.prompt_ids.count(sentinel) == 1
-    (example,) = encode(WORDS, typed, tokenizer, decoder=decoder)
+    (example,) = encode(WORDS, rows, tokenizer, decoder=decoder)
     assert example.decoder_start == decoder.prompt
     assert example.prompt_ids.count(sentinel) == 0
     assert tokenizer.decode(example.prompt_ids, skip_special_tokens=True) == "a <extra_id_0> movie It was"
@@ -259,7 +259,7 @@ def test_the_language_is_forced_where_the_family_needs_it(tmp_path):
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
-def test_a_model_that_does_not_score_here_is_refused_before_training(parts):
+def test_a_model_whose_scores_depend_on_the_batch_is_refused_before_training(parts):
     model, tokenizer = parts
     dataset = encoded(WORDS, REVIEWS, model, tokenizer)
     assert choose_collator(model, tokenizer.pad_token_id, dataset) == Collator(tokenizer.pad_token_id)
@@ -287,10 +287,12 @@ def test_the_loss_keeps_its_digits_at_32128_words():
     prompts, labels = torch.randint(2, 32128, (2, 9)).tolist(), torch.randint(2, 32128, (2, 6)).tolist()
     features = [
         {"input_ids": prompt, "option_ids": [text], "label": 0, "decoder_start": (0,), "forced": ()}
-        for prompt, text in zip(prompts, labels)
+        for prompt, text in zip(prompts, labels, strict=True)
     ]
-    found = Objective(loss="answer")(model, Collator(0)(features)).item()
-    own = model(input_ids=torch.tensor(prompts), labels=torch.tensor(labels))
-    exact = torch.nn.functional.cross_entropy(own.logits.double().flatten(0, 1), torch.tensor(labels).flatten()).item()
-    assert found == pytest.approx(own.loss.item(), rel=1e-6)
-    assert found == pytest.approx(exact, rel=1e-6)
+    loss = Objective(loss="answer")(model, Collator(0)(features)).item()
+    outputs = model(input_ids=torch.tensor(prompts), labels=torch.tensor(labels))
+    exact = torch.nn.functional.cross_entropy(
+        outputs.logits.double().flatten(0, 1), torch.tensor(labels).flatten()
+    ).item()
+    assert loss == pytest.approx(outputs.loss.item(), rel=1e-6)
+    assert loss == pytest.approx(exact, rel=1e-6)

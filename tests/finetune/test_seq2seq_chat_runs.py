@@ -37,14 +37,14 @@ def run(model_path, tmp_path, monkeypatch):
     """A function that trains on rows and returns the exit code."""
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
 
-    def train(name, *more, out="run"):
+    def train(name, *extra, out="run"):
         rows, path = ROWS[name], tmp_path / name
-        written = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
-        path.write_text("\n".join(rows) if name.endswith(".txt") else written)
+        text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+        path.write_text("\n".join(rows) if name.endswith(".txt") else text)
         flags = ["--model_name_or_path", str(model_path), "--train_file", str(path), "--precision", "fp32"]
         flags += ["--max_steps", "12", "--learning_rate", "3e-3", "--eval_steps", "6", "--max_new_tokens", "4"]
         flags += ["--per_device_train_batch_size", "4", "--num_perturbations", "4", "--report_to", "none"]
-        return main(["finetune", *flags, "--output_dir", str(tmp_path / out), *more])
+        return main(["finetune", *flags, "--output_dir", str(tmp_path / out), *extra])
 
     return train
 
@@ -59,8 +59,8 @@ def test_the_loss_on_held_out_rows_falls_and_everything_is_written(run, tmp_path
     metrics = metrics_of(tmp_path / "run")
     before, after = metrics["before"], metrics["after"]
     assert after["loss"] < before["loss"] - 0.05
-    for found in (before, after):
-        assert found["perplexity"] == pytest.approx(torch.tensor(found["loss"]).exp().item(), rel=1e-4)
+    for scores in (before, after):
+        assert scores["perplexity"] == pytest.approx(torch.tensor(scores["loss"]).exp().item(), rel=1e-4)
     assert [sample["answer"] for sample in metrics["samples"]] == [ANSWER] * 3
     assert all("film" in sample["prompt"] for sample in metrics["samples"])
     report = (tmp_path / "run" / "report.md").read_text()
@@ -71,12 +71,12 @@ def test_the_loss_on_held_out_rows_falls_and_everything_is_written(run, tmp_path
     assert "The encoder reads" in card
     # The run's last samples are what the moved folder answers.
     (tmp_path / "run").rename(tmp_path / "moved")
-    held_out = [row for row in ROWS[name] if metrics["samples"][0]["prompt"].endswith(_asked(row))]
+    held_out = [row for row in ROWS[name] if metrics["samples"][0]["prompt"].endswith(_question_of(row))]
     answers = load_predictor(tmp_path / "moved")(held_out[:1])
     assert answers[0]["prediction"] == metrics["samples"][0]["after"]
 
 
-def _asked(row):
+def _question_of(row):
     messages = row.get("messages") or row.get("conversations") or [{}]
     texts = [row.get("prompt"), row.get("input"), *(m.get("value") or m.get("content") for m in messages)]
     return next(text for text in texts if text and text.startswith("film"))
@@ -84,10 +84,10 @@ def _asked(row):
 
 def test_predict_takes_rows_and_texts(run, tmp_path, capsys):
     assert run("chat.jsonl", "--max_steps", "1") == 0
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text(json.dumps({"messages": turns("film 3")}) + "\n")
+    questions = tmp_path / "asked.jsonl"
+    questions.write_text(json.dumps({"messages": turns("film 3")}) + "\n")
     out = tmp_path / "answers.jsonl"
-    assert main(["predict", "--model", str(tmp_path / "run"), "--file", str(asked), "--output_file", str(out)]) == 0
+    assert main(["predict", "--model", str(tmp_path / "run"), "--file", str(questions), "--output_file", str(out)]) == 0
     (answer,) = map(json.loads, out.read_text().splitlines())
     assert answer["prediction"] == load_predictor(tmp_path / "run")(["film 3"])[0]["prediction"]
     several = tmp_path / "several.jsonl"
@@ -98,36 +98,36 @@ def test_predict_takes_rows_and_texts(run, tmp_path, capsys):
 
 
 def test_an_adapter_is_stacked_and_in_forward_as_in_place(run, tmp_path):
-    found = {}
+    losses = {}
     for perturb in ("in_place:copy", "stacked", "in_forward"):
         flags = ("--lora", "true", "--perturb", perturb, "--learning_rate", "3e-2", "--max_steps", "4")
         assert run("alpaca.json", *flags, out=perturb[:8]) == 0
         metrics = metrics_of(tmp_path / perturb[:8])
         assert metrics["saved"] == "adapter"
         assert metrics["after"]["loss"] < metrics["before"]["loss"]
-        found[perturb] = metrics["after"]["loss"]
-    assert found["stacked"] == pytest.approx(found["in_place:copy"], rel=1e-4)
-    assert found["in_forward"] == pytest.approx(found["in_place:copy"], rel=1e-4)
+        losses[perturb] = metrics["after"]["loss"]
+    assert losses["stacked"] == pytest.approx(losses["in_place:copy"], rel=1e-4)
+    assert losses["in_forward"] == pytest.approx(losses["in_place:copy"], rel=1e-4)
     assert load_predictor(tmp_path / "stacked")(["film 3"])[0]["prediction"] is not None
 
 
 def test_all_weights_train_in_forward_and_are_not_stacked(run, tmp_path, capsys):
     assert run("alpaca.json", "--perturb", "in_forward", "--max_steps", "4", out="forward") == 0
     assert run("alpaca.json", "--perturb", "in_place:copy", "--max_steps", "4", out="place") == 0
-    forward, place = (metrics_of(tmp_path / out)["after"]["loss"] for out in ("forward", "place"))
-    assert forward == pytest.approx(place, rel=1e-4)
+    in_forward, in_place = (metrics_of(tmp_path / out)["after"]["loss"] for out in ("forward", "place"))
+    assert in_forward == pytest.approx(in_place, rel=1e-4)
     capsys.readouterr()
     assert run("alpaca.json", "--perturb", "stacked", out="stacked") == 2
     assert "cannot be stacked while its embeddings are trained" in capsys.readouterr().err
 
 
-def test_examples_have_directions_of_their_own_with_an_adapter_only(run, tmp_path, capsys):
-    own = ("--method", "grzo", "--method_args", "whiten=false", "--num_perturbations", "1", "--max_steps", "4")
-    assert run("alpaca.json", *own, "--lora", "true", "--learning_rate", "3e-2") == 0
+def test_examples_have_their_own_directions_with_an_adapter_only(run, tmp_path, capsys):
+    grzo = ("--method", "grzo", "--method_args", "whiten=false", "--num_perturbations", "1", "--max_steps", "4")
+    assert run("alpaca.json", *grzo, "--lora", "true", "--learning_rate", "3e-2") == 0
     metrics = metrics_of(tmp_path / "run")
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
     capsys.readouterr()
-    assert run("alpaca.json", *own, out="all") == 2
+    assert run("alpaca.json", *grzo, out="all") == 2
     assert "directions of their own: train an adapter" in capsys.readouterr().err
 
 
@@ -137,11 +137,11 @@ def test_a_killed_run_ends_with_the_same_bits_and_the_journal_rebuilds_them(run,
     with ctrl_c_in(monkeypatch, step=4):
         assert run("chat.jsonl", *plan, out="cut") == 130
     assert run("chat.jsonl", *plan, out="cut") == 0
-    rebuilt = ["--base", str(model_path), "--journal", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "again")]
-    assert main(["replay", *rebuilt]) == 0
-    whole, cut, again = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "cut", "again"))
+    flags = ["--base", str(model_path), "--journal", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "again")]
+    assert main(["replay", *flags]) == 0
+    whole, cut, rebuilt = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "cut", "again"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert all(torch.equal(whole[name], rebuilt[name]) for name in whole)
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,13 @@ def build(name):
 def pairs(model, *sizes):
     """Return encoded rows of (source, answer) sizes whose decoder begins as the model's own training does."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    examples = []
     for source, answer in sizes:
         draw = lambda count: torch.randint(5, V, (count,), generator=generator).tolist()  # noqa: E731
         labels = [*draw(answer - 1), END]
         ids = [first_input(model, labels), *labels]
-        found.append(EncodedText(ids, list(range(1, len(ids))), [len(ids)], [*draw(source - 1), END]))
-    return found
+        examples.append(EncodedText(ids, list(range(1, len(ids))), [len(ids)], [*draw(source - 1), END]))
+    return examples
 
 
 def first_input(model, labels):
@@ -103,38 +103,38 @@ def test_the_loss_is_the_models_own_whatever_the_block(name):
     assert blocks_agree(model, batch)
     sums = LanguageObjective().example_terms(model.requires_grad_(False), batch)
     assert (sums[:, 0].sum() / sums[:, 1].sum()).item() == pytest.approx(expected, rel=1e-6)
-    alone = [model(**own_inputs([example])).loss.item() for example in examples]
-    torch.testing.assert_close((sums[:, 0] / sums[:, 1]).tolist(), alone, rtol=1e-5, atol=1e-6)
+    per_example = [model(**own_inputs([example])).loss.item() for example in examples]
+    torch.testing.assert_close((sums[:, 0] / sums[:, 1]).tolist(), per_example, rtol=1e-5, atol=1e-6)
     assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
 
 
 @torch.no_grad()
 def test_the_encoder_and_the_decoder_run_once_and_the_head_on_a_block():
     model = build("bart")
-    seen = {"encoder": [], "decoder": [], "head": []}
+    counts = {"encoder": [], "decoder": [], "head": []}
     layers = {"encoder": model.get_encoder().layers[0], "decoder": model.get_decoder().layers[0]}
     layers["head"] = model.get_output_embeddings()
     for name, module in layers.items():
-        module.register_forward_hook(lambda m, args, out, name=name: seen[name].append(args[0].shape[:2].numel()))
+        module.register_forward_hook(lambda m, args, out, name=name: counts[name].append(args[0].shape[:2].numel()))
     token_losses(model, collated(pairs(model, *SIZES)), block=10)
     # 25 tokens of answers; sources of up to 14 and answers of up to 11 tokens, padded.
-    assert seen == {"encoder": [4 * 14], "decoder": [4 * 11], "head": [10, 10, 5]}
+    assert counts == {"encoder": [4 * 14], "decoder": [4 * 11], "head": [10, 10, 5]}
 
 
-def test_a_model_whose_head_is_not_told_from_its_decoder_uses_its_own_logits(caplog):
+def test_a_model_whose_head_cannot_be_separated_uses_its_own_logits(caplog):
     torch.manual_seed(0)
     sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.BertConfig(**sizes, intermediate_size=48, pad_token_id=PAD)
-    joined = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
-    joined.decoder_start_token_id, joined.pad_token_id = END, PAD
-    model = loud(transformers.EncoderDecoderModel(config=joined))
+    pair = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
+    pair.decoder_start_token_id, pair.pad_token_id = END, PAD
+    model = loud(transformers.EncoderDecoderModel(config=pair))
     examples = pairs(model, *SIZES)
     objective = language_objective(model, TextCollator(PAD), TextDataset(examples))
     assert objective.whole
     assert "cannot compute its logits in blocks" in caplog.text
     with torch.no_grad():
-        own = model(**own_inputs(examples)).loss.item()
-        assert objective(model, collated(examples)).item() == pytest.approx(own, rel=1e-6)
+        expected = model(**own_inputs(examples)).loss.item()
+        assert objective(model, collated(examples)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def lora(model):
@@ -154,13 +154,13 @@ def test_stacked_losses_of_an_adapter_are_those_taken_in_place(name):
     model, objective = lora(build(name)), LanguageObjective()
     batch = collated(pairs(model.get_base_model(), *SIZES))
     stacked = Stacked(lambda copies: objective.stacked(model, repeat_batch(batch, copies), copies))
-    found = []
+    losses = []
     for perturb in ({}, {"perturb": stacked}):
         optimizer = MeZO(trained(model), lr=0.0, eps=1e-2, num_perturbations=3, **perturb)
         optimizer.step(lambda: objective(model, batch))
-        found.append(torch.tensor(optimizer.record()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
-    assert found[0].std() > 1e-4
+        losses.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=2e-5)
+    assert losses[0].std() > 1e-4
 
 
 @pytest.mark.parametrize("block", [8, 512])
@@ -168,13 +168,13 @@ def test_stacked_losses_of_an_adapter_are_those_taken_in_place(name):
 def test_losses_in_forward_are_those_taken_in_place(name, block):
     model = build(name)
     batch = collated(pairs(model, *SIZES))
-    found = []
+    losses = []
     for perturb in ({}, {"perturb": InForward()}):
         optimizer = MeZO(model.named_parameters(), lr=0.0, eps=1e-3, num_perturbations=2, **perturb)
         for _ in range(2):  # the first forward is learned from
             optimizer.step(lambda: token_losses(model, batch, block=block).mean())
-        found.append(torch.tensor(optimizer.record()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=5e-5)
+        losses.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", ["flan-t5", "bart"])
@@ -192,22 +192,22 @@ def test_each_example_sees_its_own_weights(name):
         together.add(collated(part))
     optimizer = GRZO(trained(model), lr=0.0, eps=1e-2, whiten=False, perturb=PerExampleRows(together.examples))
     optimizer.step(lambda: 0.0)
-    named = dict(trained(model))
-    start = {name: p.detach().clone() for name, p in named.items()}
+    params = dict(trained(model))
+    start = {name: p.detach().clone() for name, p in params.items()}
     expected = []
     with torch.no_grad():
         for offset in (1e-2, -1e-2):
             for example in range(4):
                 for index, scale in offsets_of({0: offset}, example).items():
-                    optimizer.directions.add_(named, scale, seed=0, step=0, index=index)
+                    optimizer.directions.add_(params, scale, seed=0, step=0, index=index)
                 expected.append(float(torch.cat([part.losses() for part in together.examples()])[example]))
-                for name, p in named.items():
+                for name, p in params.items():
                     p.copy_(start[name])
     assert optimizer.record() == pytest.approx(expected, abs=2e-5)
     assert max(expected) - min(expected) > 1e-2
 
 
-def test_rows_have_no_weights_of_their_own_while_embeddings_are_trained():
+def test_rows_cannot_have_their_own_weights_while_embeddings_are_trained():
     model, objective = build("t5"), LanguageObjective()
     batch = collated(pairs(model, *SIZES))
     with pytest.raises(UsageError, match=r"stacked.*adapter"):

@@ -27,18 +27,18 @@ def finetune(model_path, files, folder, *flags):
     return read_json(folder / "metrics.json")
 
 
-@pytest.mark.parametrize("more", [(), ("--lora", "true"), ("--num_demonstrations", "2", "--calibrate", "true")])
-def test_predictions_have_the_accuracy_and_loss_of_the_run(more, model_path, tiny_reviews_path, tmp_path):
+@pytest.mark.parametrize("extra", [(), ("--lora", "true"), ("--num_demonstrations", "2", "--calibrate", "true")])
+def test_predictions_have_the_accuracy_and_loss_of_the_run(extra, model_path, tiny_reviews_path, tmp_path):
     rows = load_table(tiny_reviews_path / "test.jsonl")
     files = [f for split in ("train", "test") for f in (f"--{split}_file", str(tiny_reviews_path / f"{split}.jsonl"))]
     words = ("--template", "{sentence} It was", "--label_words", "bad", "good")
-    metrics = finetune(model_path, files, tmp_path / "run", *words, *more)
+    metrics = finetune(model_path, files, tmp_path / "run", *words, *extra)
     (tmp_path / "run").rename(tmp_path / "moved")
     answers = load_predictor(tmp_path / "moved")(rows, batch_size=5)
-    right = [answer["prediction"] == str(row["label"]) for answer, row in zip(answers, rows)]
+    right = [answer["prediction"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
-    if "--calibrate" not in more:  # which changes what is predicted, and not the loss
-        shares = torch.tensor([answer["scores"][str(row["label"])] for answer, row in zip(answers, rows)])
+    if "--calibrate" not in extra:  # which changes what is predicted, and not the loss
+        shares = torch.tensor([answer["scores"][str(row["label"])] for answer, row in zip(answers, rows, strict=True)])
         assert -shares.log().mean().item() == pytest.approx(metrics["after"]["loss"], abs=1e-5)
 
 
@@ -53,6 +53,6 @@ def test_written_answers_are_those_that_the_run_scored(model_path, tmp_path):
     answers = load_predictor(tmp_path / "run")([{"q": row["q"]} for row in rows])
     from zokernel.finetune.tasks.metrics import exact_match, token_f1
 
-    pairs = [(answer["prediction"], [row["a"]]) for answer, row in zip(answers, rows)]
+    pairs = [(answer["prediction"], [row["a"]]) for answer, row in zip(answers, rows, strict=True)]
     assert sum(token_f1(*pair) for pair in pairs) / len(rows) == pytest.approx(metrics["after"]["f1"], abs=1e-6)
     assert sum(exact_match(*pair) for pair in pairs) / len(rows) == pytest.approx(metrics["after"]["em"], abs=1e-6)

@@ -93,25 +93,25 @@ def test_tokens_and_loss_are_those_of_the_tokenizer_and_the_model(name, model, t
     assert example.source_ids == feature["input_ids"]
     assert example.input_ids[1:] == feature["labels"]
     assert example.scored == list(range(1, len(example.input_ids)))
-    own = DataCollatorForSeq2Seq(tokenizer, model=model)([feature])
+    expected = DataCollatorForSeq2Seq(tokenizer, model=model)([feature])
     batch = TextCollator(tokenizer.pad_token_id)([vars(example)])
-    assert batch["decoder_input_ids"].tolist() == own["decoder_input_ids"].tolist()
-    assert token_losses(model, batch).mean().item() == pytest.approx(model(**own).loss.item(), rel=1e-6)
+    assert batch["decoder_input_ids"].tolist() == expected["decoder_input_ids"].tolist()
+    assert token_losses(model, batch).mean().item() == pytest.approx(model(**expected).loss.item(), rel=1e-6)
 
 
 def test_a_chat_template_renders_all_that_comes_before_the_answer(model, tokenizer):
     tokenizer.chat_template = PLAIN
     chat = turns("a film", "bad", "and Rome?", "Yes", "Maybe", system="Be brief")
     (row,) = read("messages", {"messages": chat})
-    example, lost = encoder_of(model, tokenizer, "messages", max_length=200).example(row)
+    example, truncated = encoder_of(model, tokenizer, "messages", max_length=200).example(row)
     expected = tokenizer.apply_chat_template(chat[:4], add_generation_prompt=True, return_dict=False)
     assert example.source_ids == expected
     assert example.input_ids[1:] == tokenizer(text_target="Yes")["input_ids"]
-    assert lost == []
+    assert truncated == []
     (row,) = read("instruction", ALPACA | {"history": [["a film", "bad"]]})
     example, _ = encoder_of(model, tokenizer, "instruction", max_length=200).example(row)
-    asked = turns("a film", "bad", "Judge.\na film", system="Be brief")
-    assert example.source_ids == tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    messages = turns("a film", "bad", "Judge.\na film", system="Be brief")
+    assert example.source_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def test_messages_of_weight_0_are_read_and_not_learned(model, tokenizer):
@@ -130,8 +130,8 @@ def test_messages_of_weight_0_are_read_and_not_learned(model, tokenizer):
     assert encoder.example(weighted(1, 0))[0] == encoded(chat[:2])
     assert encoder.example(weighted(0, 0))[0].scored == []
     # What is asked for in a prediction is the next answer, whatever was learned.
-    asked = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
-    assert encoder.request(weighted(1, 0)) == asked
+    expected = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
+    assert encoder.request(weighted(1, 0)) == expected
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(model, tokenizer, caplog):
@@ -152,20 +152,20 @@ def test_long_texts_lose_their_end_long_chats_their_beginning_and_the_log_counts
         {"prompt": long, "completion": long},
     )
     examples = encoder_of(model, tokenizer, "prompt-completion", max_length=20).encode(rows, where="Train")
-    cut = {"truncation": True, "max_length": 20}
-    assert examples[0].source_ids == tokenizer(long, **cut)["input_ids"]
-    assert examples[1].input_ids[1:] == tokenizer(text_target=long, **cut)["input_ids"]
+    options = {"truncation": True, "max_length": 20}
+    assert examples[0].source_ids == tokenizer(long, **options)["input_ids"]
+    assert examples[1].input_ids[1:] == tokenizer(text_target=long, **options)["input_ids"]
     assert examples[1].input_ids[-1] == tokenizer.eos_token_id
     assert "Train: 2 of 3 rows lose the end of their source at 20 tokens." in caplog.text
     assert "Train: 2 of 3 rows lose the end of their answer at 20 tokens." in caplog.text
     tokenizer.chat_template = PLAIN
     (row,) = read("messages", {"messages": turns(long + "Rome?", "bad")})
     encoder = encoder_of(model, tokenizer, "messages", max_length=40)
-    example, lost = encoder.example(row)
+    example, truncated = encoder.example(row)
     whole = tokenizer.apply_chat_template(turns(long + "Rome?"), add_generation_prompt=True, return_dict=False)
     assert len(example.source_ids) == 40
     assert example.source_ids[-39:] == whole[-39:]
-    assert lost == ["the beginning of {} source"]
+    assert truncated == ["the beginning of {} source"]
     caplog.clear()
     assert encoder.request(row) == example.source_ids
     assert "A row loses the beginning of its source at 40 tokens" in caplog.text
@@ -173,7 +173,7 @@ def test_long_texts_lose_their_end_long_chats_their_beginning_and_the_log_counts
         encoder_of(model, tokenizer, "prompt-completion", max_length=1).example(rows[1])
 
 
-def test_an_end_that_somebody_wrote_out_is_not_doubled(model, tokenizer):
+def test_an_end_token_already_in_the_text_is_not_doubled(model, tokenizer):
     encoder = encoder_of(model, tokenizer, "prompt-completion")
     plain, ended = (
         encoder.example(read("prompt-completion", {"prompt": "a", "completion": text})[0])[0]
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(form, row, flags,
         check(form, [single, row], tokenizer, **flags)
 
 
-def test_flags_that_say_what_happens_anyway_are_taken_and_the_log_says_what_is_learned(tokenizer, caplog):
+def test_redundant_flags_are_accepted_and_the_log_says_what_is_learned(tokenizer, caplog):
     caplog.set_level(logging.INFO)
     check("messages", [{"messages": turns("a", "b")}], tokenizer, assistant_only_loss=True)
     assert "The encoder reads what comes before the last answer; the decoder learns to write that." in caplog.text

@@ -4,6 +4,7 @@ asked for."""
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -17,12 +18,13 @@ from zokernel.finetune.settings import flag_files
 from zokernel.finetune.settings.config import faster_in_bf16
 from zokernel.finetune.settings.record import SOURCES, Setting, first_difference, read_settings
 from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.settings.zo_arguments import read_pairs
 from zokernel.finetune.storage.run_folder import refuse_old_run
 from zokernel.perturb import InForward
 
 
-def settle(folder, *, trained="full parameters", command=(), low_precision="", **given):
-    config = ZOConfig(output_dir=str(folder), **given)
+def settle(folder, *, trained="full parameters", command=(), low_precision="", **options):
+    config = ZOConfig(output_dir=str(folder), **options)
     return resolve(config, trained=trained, num_examples=100, command=command, low_precision=low_precision)
 
 
@@ -30,7 +32,7 @@ def source(settings, name):
     return settings[name], settings.setting(name).source
 
 
-def test_every_setting_says_who_decided(tmp_path):
+def test_every_setting_records_who_decided(tmp_path):
     settings = settle(tmp_path, eps=1e-2, precision="fp32")
     assert source(settings, "eps") == (1e-2, "user")
     assert source(settings, "precision") == ("fp32", "user")
@@ -44,10 +46,10 @@ def test_every_setting_says_who_decided(tmp_path):
     assert {setting.source for setting in settings} <= set(SOURCES)
 
 
-def test_flags_are_told_from_recipes(tmp_path):
+def test_flags_are_distinguished_from_recipes(tmp_path):
     command = ["finetune", "--config", "mezo-opt-sst2", "--max-steps", "7", "--eps=1e-2"]
-    given = {"eps": 1e-2, "max_steps": 7, "learning_rate": 1e-6}
-    settings = settle(tmp_path, command=command, **given)
+    options = {"eps": 1e-2, "max_steps": 7, "learning_rate": 1e-6}
+    settings = settle(tmp_path, command=command, **options)
     assert source(settings, "max_steps") == (7, "user")
     assert source(settings, "eps") == (1e-2, "user")
     assert source(settings, "learning_rate") == (1e-6, "recipe")
@@ -55,7 +57,7 @@ def test_flags_are_told_from_recipes(tmp_path):
 
 
 def test_a_file_of_flags_is_read_once(tmp_path, monkeypatch):
-    """Who gave a setting is said by the file as it was when its values were taken."""
+    """The source of a setting comes from the file as it was when its values were read."""
     recipe, reads = tmp_path / "mine.yaml", []
     recipe.write_text("eps: 0.01\n")
     real = flag_files.read_mapping
@@ -80,7 +82,7 @@ def test_the_table_is_aligned_and_short(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"method": "auto"}, {"auto_find_batch_size": True}, {"restore": "copy"}, {}])
-def test_nothing_writes_to_what_the_user_asked_for(parts, tmp_path, settings):
+def test_the_settings_of_the_user_are_never_modified(parts, tmp_path, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         trainer = make_trainer(parts, tmp_path, max_steps=2, learning_rate=None, save_strategy="journal", **settings)
@@ -102,7 +104,7 @@ def test_late_decisions_make_new_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "expected"),
     [
         ({"learning_rate": 2e-3}, "learning_rate: 0.001 there, 0.002 asked for"),
         ({"precision": "bf16"}, "precision: fp32 there, bf16 asked for"),
@@ -114,14 +116,14 @@ def test_late_decisions_make_new_records(tmp_path):
         ({"logging_steps": 9}, None),
     ],
 )
-def test_what_a_continued_run_may_change(tmp_path, change, found):
-    given = {"learning_rate": 1e-3, "precision": "fp32", "max_steps": 5}
-    settle(tmp_path, **given).write(tmp_path)
-    difference = first_difference(read_settings(tmp_path), settle(tmp_path, **(given | change)))
+def test_what_a_continued_run_may_change(tmp_path, change, expected):
+    options = {"learning_rate": 1e-3, "precision": "fp32", "max_steps": 5}
+    settle(tmp_path, **options).write(tmp_path)
+    difference = first_difference(read_settings(tmp_path), settle(tmp_path, **(options | change)))
     if "precision" in change:
-        assert difference in (found, "bf16: false there, true asked for")
+        assert difference in (expected, "bf16: false there, true asked for")
     else:
-        assert difference == found
+        assert difference == expected
 
 
 def test_a_trainer_refuses_other_settings(parts, tmp_path):
@@ -143,9 +145,9 @@ def test_runs_of_versions_without_a_record_are_refused_by_name(parts, tmp_path):
     trainer = make_trainer(parts, tmp_path / "python", max_steps=2, save_strategy="journal")
     trainer.train()
     (tmp_path / "python" / "settings.json").unlink()
-    again = make_trainer(parts, tmp_path / "python", max_steps=4, save_strategy="journal")
+    resumed = make_trainer(parts, tmp_path / "python", max_steps=4, save_strategy="journal")
     with pytest.raises(UsageError, match=r"holds a run of zokernel 0\.\d.*cannot continue.*zokernel replay"):
-        again.train(resume_from_checkpoint=True)
+        resumed.train(resume_from_checkpoint=True)
     old = tmp_path / "command"
     old.mkdir()
     refuse_old_run(old)
@@ -158,8 +160,8 @@ def test_the_command_refuses_an_old_folder_and_shows_its_settings(flags, tmp_pat
     old = tmp_path / "run"
     old.mkdir()
     (old / "run.json").write_text(json.dumps({"zokernel": "0.1.0", "settings": {"method": "mezo"}}))
-    for more in ([], ["--resume_from_checkpoint", "last"]):
-        assert main(["finetune", *flags, *more]) == 2
+    for extra in ([], ["--resume_from_checkpoint", "last"]):
+        assert main(["finetune", *flags, *extra]) == 2
         assert "holds a run of zokernel 0.1.0" in capsys.readouterr().err
     with caplog.at_level("INFO"):
         assert main(["finetune", *flags, "--overwrite_output_dir", "true"]) == 0
@@ -197,7 +199,7 @@ def test_settings_that_would_be_ignored_are_refused_by_name(name, tmp_path):
         ZOConfig(output_dir=str(tmp_path), **{name: UNSUPPORTED[name]})
 
 
-def test_a_first_order_run_honours_what_concerns_gradients(tmp_path):
+def test_a_first_order_run_honours_settings_of_gradients(tmp_path):
     config = ZOConfig(output_dir=str(tmp_path), method="adamw", max_grad_norm=0.5, neftune_noise_alpha=5.0)
     assert (config.max_grad_norm, config.neftune_noise_alpha) == (0.5, 5.0)
     with pytest.raises(UsageError, match="adam_beta1"):
@@ -243,8 +245,8 @@ def test_auto_perturbs_in_forward_under_bf16_autocast(parts, tmp_path, caplog):
 )
 def test_auto_takes_bf16_where_it_is_faster(units, faster, why, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: units)
-    found, said = faster_in_bf16(use_cpu=True)
-    assert (found, why in said) == (faster, True)
+    actual, reason = faster_in_bf16(use_cpu=True)
+    assert (actual, why in reason) == (faster, True)
     settings = {"output_dir": str(tmp_path), "use_cpu": True}
     assert ZOConfig(**settings, precision="auto").bf16 is faster
     assert ZOConfig(**settings, precision="bf16").bf16
@@ -264,8 +266,8 @@ def test_auto_stays_in_place_where_the_losses_differ(parts, tmp_path, caplog):
 
 def test_a_composed_method_trains(flags, tmp_path):
     parts = ["directions=low_rank(2)", "estimator=one_sided(1e-3, 8)", "update=adam"]
-    more = ["--method", "zeroth_order", "--save_strategy", "journal", "--method_args", *parts]
-    assert main(["finetune", *flags, *more]) == 0
+    extra = ["--method", "zeroth_order", "--save_strategy", "journal", "--method_args", *parts]
+    assert main(["finetune", *flags, *extra]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["forwards_per_step"], metrics["forwards"]) == (9, 6 * 9)
 
@@ -288,7 +290,7 @@ def test_method_args_are_in_the_record(tmp_path):
         ({"method_args": ["lr=0.5"]}, "set learning_rate"),
     ],
 )
-def test_a_setting_has_one_place(tmp_path, options, message):
+def test_a_setting_given_in_two_places_is_refused(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         resolve(ZOConfig(output_dir=str(tmp_path), **options), trained="LoRA", num_examples=100)
 
@@ -317,3 +319,65 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(tmp_path, options, m
 def test_trackers_that_do_not_exist_are_named(name, tmp_path):
     with pytest.raises(UsageError, match=r"report_to (knows no|is empty)"):
         ZOConfig(output_dir=str(tmp_path), report_to=name)
+
+
+@pytest.mark.parametrize(
+    ("method", "pair", "message"),
+    [
+        ("mezo", "num_perturbations=3.0", "Option num_perturbations is a whole number, not '3.0'."),
+        ("mezo", "total_steps=x", "Option total_steps is a whole number, not 'x'."),
+        ("mezo", "total_steps=2.5", "Option total_steps is a whole number, not '2.5'."),
+        ("kerzoo", "clip_radius=abc", "Option clip_radius is a number, not 'abc'."),
+        ("kerzoo", "kernel_order=2.5", "Option kernel_order is a whole number, not '2.5'."),
+        ("kerzoo", "kernel_constant=nan", "finite and not zero, not nan."),
+        ("kerzoo", "kernel_constant=inf", "finite and not zero, not inf."),
+        ("kerzoo", "radius=inf", "radius must be positive, not inf"),
+        ("lozo", "refresh=0", "refresh must be a whole number of at least 1, not 0."),
+        ("lozo_m", "refresh=0", "refresh must be a whole number of at least 1, not 0."),
+        ("lozo", "rank=1.5", "Option rank is a whole number, not '1.5'."),
+        ("lozo", "most_square=yes", "Option most_square is true or false, not 'yes'."),
+        ("zeroth_order", "estimator=two_point(1e-3, 2.0)", "num_perturbations must be a whole number"),
+        ("zeroth_order", "directions=orthogonal(4.5)", "at least 1, not 4.5."),
+        ("zeroth_order", "directions=3", "'3' is not of the form name"),
+    ],
+)
+def test_values_of_method_args_are_read_as_the_method_declares_them(method, pair, message, tmp_path):
+    """Where the default was None, any text was taken, and the run failed in the middle, or with a traceback."""
+    with pytest.raises(UsageError, match=re.escape(message)):
+        resolve(ZOConfig(output_dir=str(tmp_path), method=method, method_args=[pair]), trained="LoRA", num_examples=9)
+
+
+def test_options_without_a_default_are_read_as_numbers_or_none():
+    assert read_pairs(["total_steps=9", "clip_radius=2", "clip=none", "kernel_constant=3"], "kerzoo") == {
+        "total_steps": 9,
+        "clip_radius": 2.0,
+        "clip": "none",
+        "kernel_constant": 3.0,
+    }
+    assert read_pairs(["total_steps=none"], "kerzoo") == {"total_steps": None}
+    assert read_pairs(["directions=none", "update=adam"], "zeroth_order") == {"directions": None, "update": "adam"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_perturbations": 2.0}, "num_perturbations must be a whole number, not 2.0."),
+        ({"max_steps": 1000.0}, "max_steps must be a whole number, not 1000.0."),
+        ({"per_device_train_batch_size": "4"}, "per_device_train_batch_size must be a whole number, not '4'."),
+        ({"seed": 1.5}, "seed must be a whole number from 0 to 4294967295, not 1.5."),
+        ({"eps": True}, "eps must be positive, not True."),
+        ({"method_args": [3]}, "method_args is a list of key=value texts, not [3]."),
+        ({"method_args": 3}, "method_args is a list of key=value texts, not 3."),
+        ({"overwrite_output_dir": "false"}, "overwrite_output_dir must be true or false, not 'false'."),
+        ({"freeze_vectors": "yes"}, "freeze_vectors must be true or false, not 'yes'."),
+        ({"freeze_layers": None}, "freeze_layers is empty: give it a value, or leave it out."),
+        ({"objective": None}, "objective is empty: give it a value, or leave it out."),
+        ({"metric_for_best_model": 3}, "metric_for_best_model must be text, not 3."),
+        ({"resume_from_checkpoint": [3]}, "resume_from_checkpoint must be text, not [3]."),
+        ({"report_to": 3}, "report_to is a name or a list of names, not 3."),
+    ],
+)
+def test_values_of_another_type_are_named(options, message, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        ZOConfig(output_dir=str(tmp_path), **options)
+    assert str(caught.value) == message

@@ -25,13 +25,13 @@ from zokernel.finetune.tasks.toy import toy_rows
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A causal and a masked model, and their weights to start every task from."""
-    found = {}
+    loaded = {}
     for family, auto in (("llama", AutoModelForCausalLM), ("roberta", AutoModelForMaskedLM)):
         folder = save_model(tmp_path_factory.mktemp(family), family)
         model = auto.from_pretrained(folder, dtype=torch.float32).eval()
         start = {name: w.clone() for name, w in model.state_dict().items()}
-        found[family] = model, AutoTokenizer.from_pretrained(folder), start
-    return found
+        loaded[family] = model, AutoTokenizer.from_pretrained(folder), start
+    return loaded
 
 
 SAME_WORDING = {"movie-reviews", "mr", "cr", "mpqa", "cola", "qqp"}  # made by the same lines as another task
@@ -93,13 +93,13 @@ def test_twenty_steps_of_every_task(models, tmp_path, family, name):
         data_collator=Collator(tokenizer.pad_token_id, shared_prompt=not masked),
     )
     trainer.train()
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     losses = [row["loss"] for row in trainer.run_log.rows]
     assert len(losses) == 20
     # The loss of a wrong gather or an empty target would be constant, zero or not finite.
     assert len(set(losses)) > 10
-    assert 0 < found["eval_loss"] < 20
-    assert 0 <= found[f"eval_{task.metric}"] <= 1
+    assert 0 < metrics["eval_loss"] < 20
+    assert 0 <= metrics[f"eval_{task.metric}"] <= 1
 
 
 def test_the_loss_on_the_answer_is_the_mean_over_the_batchs_tokens(models):
@@ -107,7 +107,7 @@ def test_the_loss_on_the_answer_is_the_mean_over_the_batchs_tokens(models):
     model.load_state_dict(start)
     task = get_task("copa")
     rows = task.read(toy_rows("copa", task, size=5), where="toy")
-    everything, answers = (
+    prompts_and_answers, answers = (
         EncodedDataset(encode(task, rows, tokenizer, only_answer=only_answer)) for only_answer in (False, True)
     )
     total = tokens = 0
@@ -119,7 +119,7 @@ def test_the_loss_on_the_answer_is_the_mean_over_the_batchs_tokens(models):
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             total -= sum(logprobs[t - 1, ids[t]].item() for t in range(first, len(ids)))
             tokens += len(ids) - first
-        for dataset in (everything, answers):
+        for dataset in (prompts_and_answers, answers):
             for shared in (False, True):
                 batch = Collator(tokenizer.pad_token_id, shared_prompt=shared)([dataset[i] for i in range(5)])
                 assert Objective(loss="answer", kind="choice")(model, batch).item() == pytest.approx(
@@ -204,10 +204,10 @@ def test_calibration_has_the_demonstrations_before_the_empty_prompt(models):
 def test_demonstrations_precede_the_prompt_and_give_way_first(models):
     _, tokenizer, _ = models["llama"]
     task = get_task("sst2")
-    shown = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
-    context = demonstrations(task, shown)
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0}]
+    context = demonstrations(task, rows)
     assert context == "good It was great\n\nbad It was terrible\n\n"
-    assert demonstrations(task, shown[:1], masked=True) == "good It was great.\n\n"
+    assert demonstrations(task, rows[:1], masked=True) == "good It was great.\n\n"
     row = [{"sentence": "so so", "label": 1}]
     (full,) = encode(task, row, tokenizer, context=context)
     assert tokenizer.decode(full.prompt_ids, skip_special_tokens=True) == context + "so so It was"
@@ -231,7 +231,7 @@ def test_long_masked_prompts_keep_their_mask_and_ends(models):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ending", "told"),
+    ("kind", "ending", "message"),
     [
         *(("causal", ending, "") for ending in ("\n", "\n###", " END", "</s>")),
         *(("causal", ending, "cannot stop: leave out") for ending in ("", "  ")),
@@ -240,13 +240,13 @@ def test_long_masked_prompts_keep_their_mask_and_ends(models):
         ("seq2seq", "\u2028#", "this tokenizer writes as '.*': choose another ending"),
     ],
 )
-def test_answers_end_where_decoding_stops(kind, ending, told, models):
+def test_answers_end_where_decoding_stops(kind, ending, message, models):
     _, tokenizer, _ = models["llama"]
     task, rows = GenerationTask("{question}", label_column="answer", ending=ending), [{"question": "?", "answer": "a"}]
     if "\u2028" in ending:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u2028", "\n")
-    expected = pytest.raises(UsageError, match=told) if told else nullcontext()
+    expected = pytest.raises(UsageError, match=message) if message else nullcontext()
     with expected:
         check_text(task, rows, tokenizer, DataArguments(), kind=kind, objective="cross_entropy")
 

@@ -150,7 +150,7 @@ def test_rows_without_a_label_are_left_out_and_a_missing_column_is_named(caplog)
     with caplog.at_level("INFO"):
         assert len(snli.read(rows, where="train")) == 2
     assert "1 row without a label is left out" in caplog.text
-    with pytest.raises(UsageError, match="no labelled row: fill its column"):
+    with pytest.raises(UsageError, match=r"no labelled row \(-1 stands for no label\): fill its column"):
         snli.read(rows[1:2], where="train")
     with pytest.raises(UsageError, match="no column 'sentence2'"):
         snli.read([{"premise": "a", "label": 0}], where="train")
@@ -170,7 +170,7 @@ def test_answers_are_scored_as_squad_does():
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_macro_f1_equals_its_definition(pairs):
-    predicted, labels = (torch.tensor(column) for column in zip(*pairs))
+    predicted, labels = (torch.tensor(column) for column in zip(*pairs, strict=True))
     scores = []
     for c in {*predicted.tolist(), *labels.tolist()}:
         hits = sum(p == c and t == c for p, t in pairs)
@@ -186,18 +186,18 @@ def test_published_splits():
     parts = {"train": rows, "validation": rows[:104]}
     limits = {"train": 1000, "validation": 500, "test": 1000}
     options = {"protocol": "mezo-opt", "k_shot": 16, "seed": 0}
-    drawn = published_splits(parts, task, limits=limits, **options)
-    assert {split: len(found) for split, found in drawn.items()} == {"train": 54, "validation": 500, "test": 104}
-    drawn = published_splits(parts, task, limits={**limits, "validation": 100}, **options)
-    assert (len(drawn["train"]), len(drawn["validation"])) == (454, 100)
-    texts = [row["text"] for split in ("train", "validation") for row in drawn[split]]
+    splits = published_splits(parts, task, limits=limits, **options)
+    assert {split: len(found) for split, found in splits.items()} == {"train": 54, "validation": 500, "test": 104}
+    splits = published_splits(parts, task, limits={**limits, "validation": 100}, **options)
+    assert (len(splits["train"]), len(splits["validation"])) == (454, 100)
+    texts = [row["text"] for split in ("train", "validation") for row in splits[split]]
     assert len(set(texts)) == 554
-    few = published_splits(parts, task, limits=limits, **{**options, "protocol": "mezo-roberta", "seed": 13})
+    few_shot = published_splits(parts, task, limits=limits, **{**options, "protocol": "mezo-roberta", "seed": 13})
     for split in ("train", "validation"):
-        assert Counter(row["label"] for row in few[split]) == {0: 16, 1: 16}
-    assert not {row["text"] for row in few["train"]} & {row["text"] for row in few["validation"]}
+        assert Counter(row["label"] for row in few_shot[split]) == {0: 16, 1: 16}
+    assert not {row["text"] for row in few_shot["train"]} & {row["text"] for row in few_shot["validation"]}
     other = published_splits(parts, task, limits=limits, **{**options, "protocol": "mezo-roberta", "seed": 21})
-    assert other["train"] != few["train"]
+    assert other["train"] != few_shot["train"]
     with pytest.raises(UsageError, match="protocol must be"):
         published_splits(parts, task, limits=limits, **{**options, "protocol": "mezo"})
     with pytest.raises(UsageError, match="lower --max_eval_samples"):
@@ -213,22 +213,22 @@ def test_cb_validates_on_a_hundred_under_the_protocol(tmp_path):
     splits = load_splits(DataArguments(task="cb", protocol="mezo-opt", **files), task, seed=0)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (150, 100, 56)
     assert not splits.test_is_validation
-    own = load_splits(DataArguments(task="cb", protocol="mezo-opt", max_eval_samples=50, **files), task, seed=0)
-    assert (len(own.train), len(own.validation)) == (200, 50)
+    smaller = load_splits(DataArguments(task="cb", protocol="mezo-opt", max_eval_samples=50, **files), task, seed=0)
+    assert (len(smaller.train), len(smaller.validation)) == (200, 50)
 
 
 def test_a_hub_source_brings_its_splits_and_labels(monkeypatch):
-    asked = []
+    requests = []
 
     def load(name, split, config=None, revision=None):
-        asked.append((name, config, split, revision))
+        requests.append((name, config, split, revision))
         return [{"text": f"what is {i}", "coarse_label": i % 6} for i in range(60)]
 
     monkeypatch.setattr("zokernel.finetune.data.datasets.load_rows", load)
     arguments = DataArguments(task="trec")
     task = load_task(arguments)
     splits = load_splits(arguments, task, seed=0)
-    assert asked == [("CogComp/trec", None, split, "refs/convert/parquet") for split in ("train", "test")]
+    assert requests == [("CogComp/trec", None, split, "refs/convert/parquet") for split in ("train", "test")]
     assert task.label({"label": 0}) == 5  # ABBR comes first there and last in the task
     assert len(splits.test) == 60
 
@@ -302,9 +302,12 @@ def test_values_of_another_form_are_named_with_their_key(line, match, tmp_path):
     path.write_text(f"template: '{{x}}'\nlabel_words: [a, b]\n{line}\n")
     with pytest.raises(UsageError, match=match):
         read_task(path)
-    for own, told in (("template: [x]\nlabel_words: [a, b]", "a text"), ("template: '{x}'\nlabel_words: ab", "a list")):
-        path.write_text(own)
-        with pytest.raises(UsageError, match=f", where {told} is meant"):
+    for content, expected in (
+        ("template: [x]\nlabel_words: [a, b]", "a text"),
+        ("template: '{x}'\nlabel_words: ab", "a list"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=f", where {expected} is meant"):
             read_task(path)
 
 

@@ -78,12 +78,12 @@ def collated(examples):
 
 def plain_losses(model, examples):
     """Return the loss of each scored token from all logits of one row after the other."""
-    found = []
+    scored = []
     for example in examples:
         ids = torch.tensor(example.input_ids)
-        each = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
-        found.append(each[torch.tensor(example.scored) - 1])
-    return torch.cat(found)
+        losses = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
+        scored.append(losses[torch.tensor(example.scored) - 1])
+    return torch.cat(scored)
 
 
 @torch.no_grad()
@@ -100,11 +100,11 @@ def test_losses_are_those_of_the_models_own_logits(name, llama):
 
 @torch.no_grad()
 def test_no_more_logits_exist_than_those_of_a_block(llama):
-    seen = []
-    handle = llama.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.numel() // 120))
+    counts = []
+    handle = llama.lm_head.register_forward_hook(lambda module, args, logits: counts.append(logits.numel() // 120))
     token_losses(llama, collated(documents(40, 30)), block=16)
     handle.remove()
-    assert seen == [16, 16, 15]  # 27 and 20 scored tokens
+    assert counts == [16, 16, 15]  # 27 and 20 scored tokens
 
 
 @torch.no_grad()
@@ -185,26 +185,26 @@ def test_stacked_losses_of_an_adapter_are_those_taken_in_place(llama, rows):
     batch = collated(pack(examples, 44) if rows == "packed" else examples)
     stacked = Stacked(lambda copies: objective.stacked(model, repeat_batch(batch, copies), copies))
     options = {"lr": 0.0, "eps": 1e-2, "num_perturbations": 3}
-    found = []
+    losses = []
     for perturb in (None, stacked):
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = MeZO(named, **options, **({"perturb": perturb} if perturb else {}))
+        params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = MeZO(params, **options, **({"perturb": perturb} if perturb else {}))
         optimizer.step(lambda: objective(model, batch))
-        found.append(torch.tensor(optimizer.record()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
-    assert found[0].std() > 1e-4
+        losses.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
+    assert losses[0].std() > 1e-4
 
 
 @pytest.mark.parametrize("block", [16, 512])
 def test_losses_in_forward_are_those_taken_in_place(llama, block):
     batch = collated(documents(20, 9, 33, 14))
-    found = []
+    losses = []
     for perturb in ({}, {"perturb": InForward()}):
         optimizer = MeZO(llama.named_parameters(), lr=0.0, eps=1e-2, num_perturbations=2, **perturb)
         for _ in range(2):  # the first forward is learned from
             optimizer.step(lambda: token_losses(llama, batch, block=block).mean())
-        found.append(torch.tensor(optimizer.record()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
+        losses.append(torch.tensor(optimizer.record()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=2e-5)
 
 
 ROWS = {
@@ -221,17 +221,17 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ROWS)
-def test_tokens_and_loss_are_those_of_trl(llama, tmp_path, name, everything):
+def test_tokens_and_loss_are_those_of_trl(llama, tmp_path, name, whole):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     tokenizer, form = chat_tokenizer(MARKED), name.split(" ")[0]
     flags = {}
     if form == "messages":
-        flags = {"assistant_only_loss": not everything}
+        flags = {"assistant_only_loss": not whole}
     elif form == "prompt-completion":
-        flags = {"completion_only_loss": not everything}
+        flags = {"completion_only_loss": not whole}
     length = 20
     llama.resize_token_embeddings(len(tokenizer))
     config = trl.SFTConfig(str(tmp_path), max_length=length, use_cpu=True, report_to="none", **flags)
@@ -249,7 +249,7 @@ def test_tokens_and_loss_are_those_of_trl(llama, tmp_path, name, everything):
     with torch.no_grad():
         batch = reference.data_collator(expected)
         outputs = model(**batch, use_cache=False, fused_lm_head=True)
-        found = token_losses(model, collated(examples))[0]
-        torch.testing.assert_close(found, -outputs.log_probs[outputs.label_mask], rtol=0, atol=1e-6)
+        losses = token_losses(model, collated(examples))[0]
+        torch.testing.assert_close(losses, -outputs.log_probs[outputs.label_mask], rtol=0, atol=1e-6)
         loss = reference.compute_loss(model, dict(batch))
         assert LanguageObjective()(model, collated(examples)).item() == pytest.approx(loss.item(), abs=1e-6)

@@ -121,8 +121,10 @@ def test_rows_without_text_are_left_out_and_counted(form, row, caplog):
 
 
 def test_a_split_without_a_column_names_it_and_those_it_has():
-    told = r"^Test has no row with text to learn in 'prompt' and 'completion': it has no column 'completion', and its "
-    with pytest.raises(UsageError, match=told + r"columns are 'prompt', 'answer'\.$"):
+    message = (
+        r"^Test has no row with text to learn in 'prompt' and 'completion': it has no column 'completion', and its "
+    )
+    with pytest.raises(UsageError, match=message + r"columns are 'prompt', 'answer'\.$"):
         TextTask(form="prompt-completion").read([{"prompt": "a", "answer": "b"}], where="Test")
     with pytest.raises(UsageError, match=r"in 'prompt' and 'completion'\.$"):
         TextTask(form="prompt-completion").read([{"prompt": "a", "completion": ""}], where="Test")
@@ -161,8 +163,8 @@ def test_an_instruction_in_alpacas_words_and_as_a_chat():
         [{"role": "user", "content": "Add.\n1 + 1"}],
         [{"role": "assistant", "content": "2"}],
     )
-    more = {"instruction": "Add 3.", "output": "5", "system": "You add.", "history": [["1 + 1", "2"]]}
-    read = TextTask(form="instruction").read([more], where="train")[0]
+    chat_row = {"instruction": "Add 3.", "output": "5", "system": "You add.", "history": [["1 + 1", "2"]]}
+    read = TextTask(form="instruction").read([chat_row], where="train")[0]
     assert alpaca_prompt(read) == (
         "You add.\n\n### Instruction:\n1 + 1\n\n### Response:\n2\n\n### Instruction:\nAdd 3.\n\n### Response:\n"
     )
@@ -195,7 +197,7 @@ def test_only_columns_that_are_read_are_named_as_read(caplog):
     assert caplog.messages[0].endswith("Columns: conversations; id, source left out.")
 
 
-def test_columns_of_other_names_are_told_which_are_recognised(tmp_path):
+def test_unrecognised_columns_are_refused_with_the_recognised_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "1 + 1", "response": "2"}\n' * 8)
     with pytest.raises(UsageError, match="recognised by the columns messages; prompt and completion; instruction"):
         load_task(DataArguments(train_file=str(tmp_path / "a.jsonl")))
@@ -218,7 +220,7 @@ def test_text_with_label_words_stays_a_classification(tmp_path):
     assert load_task(DataArguments(train_file=str(tmp_path / "a.jsonl"))).kind == "classification"
 
 
-def test_a_role_that_is_not_usual_is_said_once_with_its_place(caplog):
+def test_an_unusual_role_is_reported_once_with_its_place(caplog):
     rows = [{"messages": HI}, *[{"messages": [{"role": "narrator", "content": "Once"}, *HI]}] * 2]
     with caplog.at_level(logging.WARNING):
         assert len(TextTask(form="messages").read(rows, where="Train")) == 3

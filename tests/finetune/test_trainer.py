@@ -41,14 +41,14 @@ def test_training_equals_a_textbook_spsa_loop(parts, tmp_path, tiny_lm_path):
     with torch.no_grad():
         for step, batch in enumerate(trainer.batches):
             z = directions(weights, seed=3, step=step, index=0)
-            kept = {name: w.clone() for name, w in weights.items()}
+            start = {name: w.clone() for name, w in weights.items()}
             ends = []
             for sign in (1, -1):
                 for name, w in weights.items():
-                    w.copy_(kept[name] + sign * eps * z[name])
+                    w.copy_(start[name] + sign * eps * z[name])
                 ends.append(classification_loss(option_scores(reference, batch), batch["labels"]).item())
             for name, w in weights.items():
-                w.copy_(kept[name] - lr * (ends[0] - ends[1]) / (2 * eps) * z[name])
+                w.copy_(start[name] - lr * (ends[0] - ends[1]) / (2 * eps) * z[name])
             losses.append(sum(ends) / 2)
     assert len(losses) == 20
     # Both are fp32; one step rounds each weight a few times (half an ulp of values below 1 is 3e-8), and the loop
@@ -132,26 +132,26 @@ def test_the_plain_rate_of_a_step_is_that_of_its_schedule(parts, tmp_path):
     assert trainer._course.rates == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)], rel=1e-12)
 
 
-def test_metrics_of_any_kind_are_recorded_and_come_back(tmp_path, caplog, capsys):
+def test_metrics_of_any_kind_are_recorded_and_restored(tmp_path, caplog, capsys):
     """Scores by class, as seqeval and compute_metrics of one's own return them."""
     scores = {"f1": [0.25, 0.5], "by_class": {"PER": {"number": np.int64(3)}}, "none": None, "mean": np.float32(0.5)}
-    found = []
+    logs = []
     for resume in (False, True):
         journal = {"save_strategy": "journal"}
         trainer = make("text_classification", tmp_path, journal, eval_strategy="steps", eval_steps=2)
         trainer.compute_metrics = lambda _: scores | {"odd": object(), "tensor": torch.tensor(2)}
         trainer.train(resume_from_checkpoint=resume)
-        found.append([row for row in trainer.state.log_history if "eval_loss" in row])
+        logs.append([row for row in trainer.state.log_history if "eval_loss" in row])
     assert [message for message in caplog.messages if "odd" in message] == [
         "eval_odd: not in the journal, which holds numbers, texts and lists."
     ]
-    for row in found[0]:
+    for row in logs[0]:
         assert row.pop("eval_odd")
-    assert found[0] == found[1]
-    assert len(found[0]) == 3
-    kept = Journal.read(tmp_path / "run").events[0]["metrics"]
-    assert (kept["eval_f1"], kept["eval_none"], kept["eval_tensor"]) == ([0.25, 0.5], None, 2)
-    assert kept["eval_by_class"] == {"PER": {"number": 3}}
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 3
+    metrics = Journal.read(tmp_path / "run").events[0]["metrics"]
+    assert (metrics["eval_f1"], metrics["eval_none"], metrics["eval_tensor"]) == ([0.25, 0.5], None, 2)
+    assert metrics["eval_by_class"] == {"PER": {"number": 3}}
     assert main(["journal", "show", str(tmp_path / "run")]) == 0
     assert "eval_f1 [0.25, 0.5], eval_by_class {'PER': {'number': 3" in capsys.readouterr().out
 
@@ -204,7 +204,7 @@ def test_an_interrupt_finishes_the_step_and_saves(parts, tmp_path):
     assert stopper.interrupted
 
 
-def test_training_that_fails_gives_ctrl_c_back(parts, tmp_path):
+def test_failed_training_restores_ctrl_c(parts, tmp_path):
     """Whoever catches the error, a notebook say, needs Ctrl-C again; it would have been noted and then ignored."""
     import signal
 
@@ -265,6 +265,7 @@ def test_weights_stored_in_bf16_are_perturbed_exactly_unless_told_otherwise(part
         ({"method_args": ["radius=0.5"]}, "Method 'mezo' has no option 'radius'"),
         ({"method_args": ["clip_slope=10"]}, r"\(--method qzo has clip_slope\)"),
         ({"method": "kerzoo", "method_args": ["radius=wide"]}, "is a number"),
+        ({"method": "kerzoo", "method_args": ["grad_at=md"]}, r"\(--method kerzoo_printed has grad_at\)"),
     ],
 )
 def test_wrong_settings_are_named(settings, match, tmp_path):

@@ -35,7 +35,7 @@ class InterruptOnce(TrainerCallback):
 
 
 @pytest.fixture
-def made(tiny_lm_path, tiny_reviews_path, tmp_path):
+def make_run(tiny_lm_path, tiny_reviews_path, tmp_path):
     """A function that makes a trainer in a folder, on a fresh model."""
 
     def make_one(name, **settings):
@@ -46,9 +46,9 @@ def made(tiny_lm_path, tiny_reviews_path, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["mezo", "zo_adam"])
-def test_a_second_run_begins_at_its_first_step(method, made, tmp_path):
+def test_a_second_run_begins_at_its_first_step(method, make_run, tmp_path):
     settings = {"method": method, "lr_scheduler_type": "linear", "overwrite_output_dir": True}
-    trainer, other = made("twice", **settings), made("other", **settings)
+    trainer, other = make_run("twice", **settings), make_run("other", **settings)
     trainer.train()
     middle = weights(trainer)
     trainer.train()
@@ -57,20 +57,20 @@ def test_a_second_run_begins_at_its_first_step(method, made, tmp_path):
     assert same(weights(trainer), weights(other))
     assert [row["loss"] for row in trainer.run_log.rows] == [row["loss"] for row in other.run_log.rows]
     assert trainer.bare_optimizer.step_count == STEPS
-    found = replay(middle, tmp_path / "twice")
-    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in found.items())
+    replayed = replay(middle, tmp_path / "twice")
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in replayed.items())
 
 
-def test_a_run_is_not_continued_from_a_checkpoint_of_the_one_it_overwrote(made):
-    made("run", save_strategy="steps", save_steps=4).train()
+def test_a_run_is_not_continued_from_a_checkpoint_of_the_one_it_overwrote(make_run):
+    make_run("run", save_strategy="steps", save_steps=4).train()
     settings = {"save_strategy": "steps", "save_steps": 100, "seed": 9, "overwrite_output_dir": True}
-    cut, again, whole = made("run", **settings), made("run", **settings), made("whole", **settings)
+    cut, resumed, whole = make_run("run", **settings), make_run("run", **settings), make_run("whole", **settings)
     cut.add_callback(InterruptOnce())
     with pytest.raises(Interrupted):
         cut.train()
-    again.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=True)
     whole.train()
-    assert same(weights(again), weights(whole))
+    assert same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize(
@@ -79,38 +79,92 @@ def test_a_run_is_not_continued_from_a_checkpoint_of_the_one_it_overwrote(made):
     ids=["checkpoint", "before the first checkpoint", "journal"],
 )
 @pytest.mark.parametrize("method", ["mezo", "zo_adam"])
-def test_an_interrupted_run_is_continued_by_the_same_trainer(method, settings, made):
-    whole = made("whole", method=method, **settings)
+def test_an_interrupted_run_is_continued_by_the_same_trainer(method, settings, make_run):
+    whole = make_run("whole", method=method, **settings)
     whole.train()
-    trainer = made("cut", method=method, **settings)
+    trainer = make_run("cut", method=method, **settings)
     trainer.add_callback(InterruptOnce())
     with pytest.raises(Interrupted):
         trainer.train()
-    with pytest.raises(UsageError, match="pass resume_from_checkpoint=True to continue it"):
+    with pytest.raises(UsageError, match=r"call trainer\.train\(resume_from_checkpoint=True\) to continue it"):
         trainer.train()
     trainer.train(resume_from_checkpoint=True)
     assert same(weights(trainer), weights(whole))
     assert [row["loss"] for row in trainer.run_log.rows] == [row["loss"] for row in whole.run_log.rows]
 
 
-def test_a_model_that_cannot_be_loaded_again_is_to_be_made_anew(tmp_path):
+@pytest.mark.parametrize("kind", ["ZOTrainer", "zeroth_order(Trainer)"])
+def test_a_second_run_is_refused_with_what_makes_it_possible(kind, make_run, tmp_path):
+    """As when a cell of a notebook is run again: the first journal is not replaced unless that is asked for."""
+    plain = kind == "zeroth_order(Trainer)"
+    trainer = make("text_classification", tmp_path) if plain else make_run("run")
+    folder = tmp_path / "run"
+    trainer.train()
+    first = weights(trainer)
+    with pytest.raises(UsageError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        f"{folder} holds the journal of an earlier run: call trainer.train(resume_from_checkpoint=True) to continue "
+        "it, set trainer.args.overwrite_output_dir = True before trainer.train() to replace it by a run from the "
+        "model's present weights, or make a trainer with another output_dir to keep both."
+    )
+    assert same(weights(trainer), first)
+    trainer.args.overwrite_output_dir = True
+    trainer.train()
+    assert not same(weights(trainer), first)
+    replayed = replay(first, folder)
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in replayed.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_strategy": "no"}, {"method": "adamw", "save_strategy": "best"}])
+def test_a_run_that_is_not_there_is_not_continued(settings, make_run, tmp_path):
+    """``transformers.Trainer`` raises a ValueError, too."""
+    if "method" in settings:
+        settings = settings | {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    trainer = make_run("run", **settings)
+    before = weights(trainer)
+    kinds = "no checkpoint" if settings else "neither a checkpoint nor a journal"
+    with pytest.raises(UsageError) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'} holds {kinds} to continue from: call trainer.train() without resume_from_checkpoint to "
+        "begin a run, or make the trainer with the output_dir of the run to be continued."
+    )
+    assert same(weights(trainer), before)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+
+
+def test_a_run_that_stopped_before_its_first_step_is_continued_from_there(make_run, monkeypatch):
+    """Its journal says that it was begun."""
+    cut, resumed, whole = make_run("run"), make_run("run"), make_run("whole")
+    monkeypatch.setattr(cut, "begin_step", lambda: (_ for _ in ()).throw(Interrupted()))
+    with pytest.raises(Interrupted):
+        cut.train()
+    assert Journal.read(cut.folder).num_steps == 0
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_model_that_cannot_be_loaded_again_has_to_be_built_anew(tmp_path):
     trainer = make("text_classification", tmp_path, max_steps=STEPS, save_steps=100)
     trainer.add_callback(InterruptOnce())
     with pytest.raises(Interrupted):
         trainer.train()
     with pytest.raises(UsageError, match="make the model anew before resuming in the same process"):
         trainer.train(resume_from_checkpoint=True)
-    again = make("text_classification", tmp_path, max_steps=STEPS, save_steps=100)
-    again.train(resume_from_checkpoint=True)
+    resumed = make("text_classification", tmp_path, max_steps=STEPS, save_steps=100)
+    resumed.train(resume_from_checkpoint=True)
     whole = make("text_classification", tmp_path / "whole", max_steps=STEPS, save_steps=100)
     whole.train()
-    assert same(weights(again), weights(whole))
+    assert same(weights(resumed), weights(whole))
 
 
-def test_changed_arguments_count_everywhere(made, tmp_path):
+def test_changed_arguments_count_everywhere(make_run, tmp_path):
     changed = {"learning_rate": 2e-3, "max_steps": 5, "seed": 7, "per_device_train_batch_size": 4, "eps": 2e-3}
     changed |= {"num_perturbations": 2, "save_strategy": "steps"}
-    trainer, other = made("changed"), made("other", **changed)
+    trainer, other = make_run("changed"), make_run("other", **changed)
     base = weights(trainer)
     for name, value in changed.items():
         setattr(trainer.args, name, value)
@@ -130,8 +184,8 @@ def test_changed_arguments_count_everywhere(made, tmp_path):
     assert (trainer.state.global_step, trainer.args.learning_rate) == (7, 2e-3)
 
 
-def test_a_rate_that_falls_in_the_end_does_so_in_the_end_of_each_run(made):
-    trainer = made("run", save_strategy="no", lr_scheduler_type="warmup_stable_decay")
+def test_a_rate_that_falls_at_the_end_does_so_at_the_end_of_each_run(make_run):
+    trainer = make_run("run", save_strategy="no", lr_scheduler_type="warmup_stable_decay")
     trainer.train()
     trainer.args.max_steps = 3 * STEPS
     trainer.train()
@@ -142,12 +196,12 @@ def test_a_rate_that_falls_in_the_end_does_so_in_the_end_of_each_run(made):
     assert trainer._course.rates[12] == pytest.approx(5e-4, rel=1e-9)
 
 
-def test_what_a_callback_or_a_search_changes_counts(made):
+def test_what_a_callback_or_a_search_changes_counts(make_run):
     class Logs(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             args.logging_first_step = True
 
-    trainer = made("run", logging_steps=6)
+    trainer = make_run("run", logging_steps=6)
     trainer.add_callback(Logs())
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 6]
@@ -201,8 +255,8 @@ def test_each_trial_of_a_search_has_its_own_model_and_folder(strategy, tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"run-0", "run-1"}
 
 
-def test_what_a_trainer_was_made_with_cannot_be_changed(made):
-    trainer = made("run")
+def test_what_a_trainer_was_made_with_cannot_be_changed(make_run):
+    trainer = make_run("run")
     trainer.args.method = "kerzoo"
     with pytest.raises(UsageError, match="The trainer was made with another method: make a new one to change that"):
         trainer.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_a_name_in_the_users_template_is_never_renamed(name, template, row):
     assert task.prompt(task.read([row], where="train")[0]) == template.format(**row)
 
 
-def test_a_label_column_of_ones_own_is_never_renamed():
+def test_a_label_column_that_was_given_is_never_renamed():
     task = get_task("trec", label_column="coarse_label")
     assert task.read([{"text": "who", "coarse_label": 2}], where="train") == [{"question": "who", "coarse_label": 2}]
 
@@ -61,7 +62,7 @@ def test_a_column_may_have_any_name(column):
         ("{a} \udce9", "not valid UTF-8"),
     ],
 )
-def test_templates_that_cannot_be(template, match):
+def test_impossible_templates_are_refused(template, match):
     with pytest.raises(UsageError, match=match):
         PromptTask(template, ("a", "b"))
 
@@ -69,20 +70,20 @@ def test_templates_that_cannot_be(template, match):
 NOTHING = [None, math.nan, "", "  "]
 
 
-@pytest.mark.parametrize("nothing", [*NOTHING, "absent"])
-def test_rows_without_a_label_are_left_out_and_counted(nothing, caplog):
+@pytest.mark.parametrize("missing", [*NOTHING, "absent"])
+def test_rows_without_a_label_are_left_out_and_counted(missing, caplog):
     rows = [{"text": f"row {n}", "label": n % 2} for n in range(6)]
     for n in (2, 5):
-        rows[n] = {"text": "x"} if nothing == "absent" else {"text": "x", "label": nothing}
+        rows[n] = {"text": "x"} if missing == "absent" else {"text": "x", "label": missing}
     with caplog.at_level(logging.INFO):
         assert OWN.read(rows, where="Train") == [rows[n] for n in (0, 1, 3, 4)]
     assert "Train: 2 rows without a label are left out (the first: row 3)." in caplog.text
 
 
-@pytest.mark.parametrize("nothing", [*NOTHING, "absent"])
-def test_rows_without_text_are_left_out_and_counted(nothing, caplog, tmp_path):
+@pytest.mark.parametrize("missing", [*NOTHING, "absent"])
+def test_rows_without_text_are_left_out_and_counted(missing, caplog, tmp_path):
     rows = [{"label": n % 2, "text": f"row {n}"} for n in range(6)]
-    rows[3] = {"label": 1} if nothing == "absent" else {"label": 1, "text": nothing}
+    rows[3] = {"label": 1} if missing == "absent" else {"label": 1, "text": missing}
     (tmp_path / "a.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.INFO):
         assert OWN.read(load_table(tmp_path / "a.jsonl"), where="Train") == [rows[n] for n in (0, 1, 2, 4, 5)]
@@ -106,7 +107,7 @@ def test_one_empty_column_of_several_is_text_but_a_missing_one_is_not():
     assert [answer.references(row) for row in answer.read(rows, where="train")] == [("x",), ("y",)]
 
 
-def test_nothing_is_left():
+def test_data_without_a_usable_row_are_refused():
     with pytest.raises(UsageError, match="has no row with text in text"):
         OWN.read([{"text": None, "label": 0}], where="train")
     with pytest.raises(UsageError, match="has no labelled row"):
@@ -147,6 +148,90 @@ def test_labels_of_several_names_have_the_first_as_their_word():
     task = classification(rows, DataArguments(labels=["bad|0", "good|1"]))
     assert task.label_words == ("bad", "good")
     assert [task.label(row) for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "values", "flag"),
+    [
+        ("bad good", (), [-1, 1, -1, 1], "-1 beside 1, .* give --labels -1 1; if not, take those rows out"),
+        ("bad good", (), ["-1.0", "1.0", "1.0"], "-1 beside 1, .* give --labels -1 1;"),
+        ("bad good", (), ["0", "-1"], "-1 beside 0, .* give --labels -1 0;"),
+        ("bad good", (), ["-1", "good", "Good", "1"], "give --labels with one value for each label word;"),
+        ("bad good", ("0", "1"), [-1, 1], "give --labels -1 1;"),
+        ("bad fine good", (), [1, -1, 0], "-1 beside 0, 1, .* give --labels -1 0 1;"),
+    ],
+)
+def test_minus_one_beside_one_class_or_in_the_place_of_one_is_refused(words, labels, values, flag):
+    task = PromptTask("{text}", tuple(words.split()), labels)
+    rows = [{"text": "x", "label": value} for value in values]
+    with pytest.raises(UsageError, match=r"^The test split: column 'label' holds -1 beside ") as error:
+        task.read(rows, where="The test split")
+    assert re.search(flag, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "values", "kept"),
+    [
+        ("bad good", (), [0, -1, 1, "-1.0"], [0, 1]),
+        ("bad good fine", ("2|x", "1", "0"), [0, -1, 1], [2, 1]),
+        ("bad good", ("-1", "1"), [-1, 1, "-1.0"], [0, 1, 0]),
+        ("bad good", (), ["", 1, None], [1]),
+    ],
+)
+def test_minus_one_beside_all_classes_or_among_the_labels_is_what_it_was(words, labels, values, kept, caplog):
+    task = PromptTask("{text}", tuple(words.split()), labels)
+    rows = [{"text": "x", "label": value} for value in values]
+    with caplog.at_level(logging.INFO):
+        assert [task.label(row) for row in task.read(rows, where="Train")] == kept
+    hidden = "-1" not in labels and any(str(value).startswith("-1") for value in values)
+    assert ("(the first: row 2). -1 stands for no label unless --labels names it." in caplog.text) == hidden
+
+
+def test_a_column_of_minus_one_alone_is_no_label():
+    with pytest.raises(
+        UsageError, match=r"^Test has no labelled row \(-1 stands for no label\): fill its column 'label'"
+    ):
+        OWN.read([{"text": "a", "label": value} for value in (-1, "-1")], where="Test")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"Text": "a", "label": 0},
+            r"no column 'text' \(it has Text, label\): did you mean 'Text' \(in the template\)\?",
+        ),
+        (
+            {"text": "a", "Label:": 0},
+            r"no column 'label' \(it has text, Label:\): did you mean 'Label:' \(in --label_column",
+        ),
+        (
+            {"review": "a", "label": 0},
+            r"no column 'text' \(it has review, label\): change --template or --label_column, or",
+        ),
+    ],
+)
+def test_a_column_of_a_similar_name_is_proposed(row, message):
+    with pytest.raises(UsageError, match=f"^The validation split has {message}"):
+        OWN.read([row], where="The validation split")
+
+
+@pytest.mark.parametrize(
+    ("words", "labels", "values", "spellings"),
+    [
+        ("bad good", (), [0, 1], ("0", "1")),
+        ("bad good", (), [1.0, "1.0", 1], ("0", "1.0")),
+        ("bad good", (), [True, "true", True], ("0", "True")),
+        ("bad good", (), ["Good ", "good", "Good"], ("bad", "Good")),
+        ("no yes", ("low|normal", "high"), ["normal", "LOW", "normal"], ("normal", "high")),
+        ("no yes", ("low|normal", "high"), ["high"], ("low", "high")),
+        ("no yes", ("-1", "1"), [-1], ("-1", "1")),
+        ("pro contra", (r"a\|b", "c"), ["a|b"], ("a|b", "c")),
+    ],
+)
+def test_labels_are_spelled_as_the_table_writes_them(words, labels, values, spellings):
+    task = PromptTask("{text}", tuple(words.split()), labels)
+    assert task.spellings([{"text": "x", "label": value} for value in values]) == spellings
 
 
 @pytest.mark.parametrize(

@@ -38,27 +38,25 @@ def controls(tokenizer):
 
 
 def test_typed_control_tokens_stay_text(causal):
-    typed = " ".join(controls(causal))
-    plain, example = encode(
-        OWN, [{"text": "a bad movie", "label": 0}, {"text": f"a {typed} movie", "label": 1}], causal
-    )
+    text = " ".join(controls(causal))
+    plain, example = encode(OWN, [{"text": "a bad movie", "label": 0}, {"text": f"a {text} movie", "label": 1}], causal)
     frame = set(causal("")["input_ids"])
     assert not (set(example.prompt_ids) & set(causal.all_special_ids)) - frame
-    assert causal.decode(example.prompt_ids, skip_special_tokens=True) == f"a {typed} movie It was"
+    assert causal.decode(example.prompt_ids, skip_special_tokens=True) == f"a {text} movie It was"
     assert example.option_ids == plain.option_ids
     assert example.prompt_ids[: len(causal("")["input_ids"])] == causal("")["input_ids"]
 
 
-def test_control_tokens_of_the_template_are_meant(causal):
+def test_control_tokens_of_the_template_are_encoded_as_such(causal):
     end = causal.eos_token
     task = PromptTask(f"{{text}}{end} It was", ("bad", "good"))
     rows = [{"text": "a movie", "label": 0}, {"text": f"a {end}movie", "label": 0}]
     plain, typed = encode(task, rows, causal)
     assert plain.prompt_ids == causal(f"a movie{end} It was")["input_ids"]
     assert typed.prompt_ids.count(causal.eos_token_id) == plain.prompt_ids.count(causal.eos_token_id)
-    at = len(typed.prompt_ids) - typed.prompt_ids[::-1].index(causal.eos_token_id) - 1
-    assert typed.prompt_ids[at:] == plain.prompt_ids[-(len(typed.prompt_ids) - at) :]
-    assert causal.decode(typed.prompt_ids[:at], skip_special_tokens=True) == f"a {end}movie"
+    index = len(typed.prompt_ids) - typed.prompt_ids[::-1].index(causal.eos_token_id) - 1
+    assert typed.prompt_ids[index:] == plain.prompt_ids[-(len(typed.prompt_ids) - index) :]
+    assert causal.decode(typed.prompt_ids[:index], skip_special_tokens=True) == f"a {end}movie"
     assert typed.option_ids == plain.option_ids
 
 
@@ -69,26 +67,26 @@ def test_typed_control_tokens_in_options_answers_and_demonstrations_stay_text(ca
     assert special not in choice[0].option_ids[0]
     assert special not in answer[0].option_ids[0]
     assert causal.decode(answer[0].option_ids[0]) == f" x{end}\n"
-    shown = demonstrations(OWN, [{"text": f"a {end}", "label": 0}])
-    (example,) = encode(OWN, [{"text": "a movie", "label": 0}], causal, context=shown)
+    context = demonstrations(OWN, [{"text": f"a {end}", "label": 0}])
+    (example,) = encode(OWN, [{"text": "a movie", "label": 0}], causal, context=context)
     assert special not in example.prompt_ids[1:]
-    assert causal.decode(example.prompt_ids, skip_special_tokens=True) == f"{shown}a movie It was"
+    assert causal.decode(example.prompt_ids, skip_special_tokens=True) == f"{context}a movie It was"
 
 
-def test_typed_control_tokens_stay_text_beside_the_mask(masked):
-    typed = " ".join(controls(masked))
+def test_typed_control_tokens_stay_text_next_to_the_mask(masked):
+    text = " ".join(controls(masked))
     task = PromptTask("{text} It was {mask}. {text}", ("bad", "good"))
-    (example,) = encode(task, [{"text": f"a {typed} movie", "label": 1}], masked, masked=True)
+    (example,) = encode(task, [{"text": f"a {text} movie", "label": 1}], masked, masked=True)
     (plain,) = encode(task, [{"text": "a movie", "label": 1}], masked, masked=True)
     special, frame = set(masked.all_special_ids), set(masked("")["input_ids"])
     assert example.mask_id == masked.mask_token_id
     assert not (set(example.prompt_ids) | set(example.suffix_ids)) & special - frame
-    assert masked.decode(example.prompt_ids, skip_special_tokens=True) == f"a {typed} movie It was"
-    assert masked.decode(example.suffix_ids, skip_special_tokens=True) == f". a {typed} movie"
+    assert masked.decode(example.prompt_ids, skip_special_tokens=True) == f"a {text} movie It was"
+    assert masked.decode(example.suffix_ids, skip_special_tokens=True) == f". a {text} movie"
     assert (example.prompt_ids[0], example.suffix_ids[-1]) == (plain.prompt_ids[0], plain.suffix_ids[-1])
 
 
-def test_words_that_are_one_to_the_model_are_refused(causal):
+def test_label_words_with_equal_tokens_are_refused(causal):
     from tokenizers import normalizers
 
     rows = [{"text": "a movie", "label": n % 2} for n in range(2)]
@@ -110,9 +108,9 @@ def test_examples_are_counted_in_words(causal, caplog):
     with caplog.at_level(logging.INFO):
         encode_splits(OWN, Splits(rows, rows[:2], rows[:1]), causal, max_length=64, masked=False)
         encode_splits(OWN, Splits(rows[:2], [], []), causal, max_length=64, masked=False)
-    told = [message for message in caplog.messages if message.startswith("Data: ")]
-    assert told[0].startswith("Data: 1,002 train, 2 validation, 1 test example; ")
-    assert told[1].startswith("Data: 2 train examples; ")
+    messages = [message for message in caplog.messages if message.startswith("Data: ")]
+    assert messages[0].startswith("Data: 1,002 train, 2 validation, 1 test example; ")
+    assert messages[1].startswith("Data: 2 train examples; ")
     for count, words in ((1, "1 demonstration would leave none of 1 training example"), (2, "2 demonstrations")):
         with pytest.raises(UsageError, match=f"^{words}.* to train on: lower --num_demonstrations"):
             encode_splits(OWN, Splits(rows[:1], [], []), causal, max_length=64, masked=False, num_demonstrations=count)

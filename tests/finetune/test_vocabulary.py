@@ -51,10 +51,10 @@ def test_a_padding_token_beyond_the_embeddings_is_replaced(parts, tmp_path, monk
         assert tokenizer.pad_token_id == model.config.vocab_size
         tokenizer.save_pretrained(tmp_path / "model")
         (tmp_path / "other").mkdir()
-        found = train(tmp_path / "model", tmp_path / "other")["before"]
+        metrics = train(tmp_path / "model", tmp_path / "other")["before"]
     rows = model.config.vocab_size
     assert f"'</s>' in place of '<new pad>', whose id {rows} is beyond the model's {rows} embeddings" in caplog.text
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert metrics == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_padding_and_end_any_token_pads(parts):
@@ -95,7 +95,7 @@ def test_a_quantized_base_is_counted_as_it_is_stored(tmp_path):
     config.quantization_config = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     assert quantized_bytes(str(tmp_path), config, torch.float32) == QuantizedBytes(1030 + 4 * 1600, 0)
-    found = quantized_bytes(str(tmp_path), config, torch.bfloat16)
-    assert found == QuantizedBytes(1030 + 2 * 1600, 0)
+    sizes = quantized_bytes(str(tmp_path), config, torch.bfloat16)
+    assert sizes == QuantizedBytes(1030 + 2 * 1600, 0)
     run = ZOConfig(output_dir="unused", precision="fp32", use_cpu=True)
-    assert estimate_memory(config, torch.bfloat16, run, adapter=True, stored=found.weights)["total"] == found.weights
+    assert estimate_memory(config, torch.bfloat16, run, adapter=True, stored=sizes.weights)["total"] == sizes.weights

@@ -82,15 +82,15 @@ def test_accumulation(llama, tmp_path, name, method):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_batch_that_is_split_to_fit(llama, tmp_path, name):
     whole = losses(make(llama, name, tmp_path / "whole"))
-    found = make(llama, name, tmp_path / "found", auto_find_batch_size=True)
+    trainer = make(llama, name, tmp_path / "found", auto_find_batch_size=True)
 
     def refuse(module, args, kwargs):
         if kwargs["input_ids"].shape[0] > 4:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    found.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    assert losses(found) == pytest.approx(whole, rel=1e-6)
-    assert found.settings["gradient_accumulation_steps"] > 1
+    trainer.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert losses(trainer) == pytest.approx(whole, rel=1e-6)
+    assert trainer.settings["gradient_accumulation_steps"] > 1
 
 
 def test_stacked_losses(llama, tmp_path):
@@ -103,7 +103,7 @@ def test_stacked_losses(llama, tmp_path):
 def run_rank(rank, port, folder, model_path):
     torch.set_num_threads(1)
     os.environ.update(environment(rank, 2, port))
-    found = {}
+    results = {}
     for name in TASKS:
         half = {"per_device_train_batch_size": BATCH // 2, "zo_parallel": "data", "max_steps": 1}
         half["per_device_eval_batch_size"] = 4
@@ -113,8 +113,8 @@ def run_rank(rank, port, folder, model_path):
         for size in (13, 7, 3):
             _, dataset = toy_dataset(name, trainer.processing_class, size, seed=5)
             evaluated[size] = trainer.evaluate(dataset)["eval_loss"]
-        found[name] = losses(trainer), evaluated
-    torch.save(found, folder / f"{rank}.pt")
+        results[name] = losses(trainer), evaluated
+    torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +136,11 @@ def test_two_processes(two_processes, llama, tmp_path, name):
 def test_an_evaluation_counts_every_example_once(two_processes, llama, tmp_path, name):
     """By one process in one batch, by one in several, and by two that need padding: the same loss."""
     trainer = make(llama, name, tmp_path, dtype=torch.float64)
-    for size, found in two_processes[0][name][1].items():
-        assert found == two_processes[1][name][1][size]
+    for size, actual in two_processes[0][name][1].items():
+        assert actual == two_processes[1][name][1][size]
         _, dataset = toy_dataset(name, trainer.processing_class, size, seed=5)
         batch = trainer.data_collator([dataset[n] for n in range(size)])
         with torch.no_grad():
             expected = trainer.objective(trainer.model, batch).item()
         assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-6)
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert actual == pytest.approx(expected, rel=1e-6)

@@ -60,17 +60,17 @@ def test_the_loss_is_that_of_the_plain_trainer(name, tmp_path):
     plain.train()
 
     class Recording(zeroth_order(trainer)):
-        found = None
+        step_loss = None
 
         def check_loss(self):
             super().check_loss()
             with torch.no_grad():
-                self.found = self._step_loss().item()
+                self.step_loss = self._step_loss().item()
 
     _, kwargs = CASES[name](tmp_path / "zo", max_steps=1)
     recording = Recording(**kwargs)
     recording.train()
-    assert recording.found == pytest.approx(sum(plain.losses), abs=1e-6)
+    assert recording.step_loss == pytest.approx(sum(plain.losses), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -103,8 +103,8 @@ def test_a_killed_run_continues_to_the_same_bits_and_reloads(name, tmp_path):
         assert saved.keys() == trained.keys()
         assert all(torch.equal(saved[key], trained[key]) for key in trained)
     elif isinstance(model, transformers.PreTrainedModel):
-        again = type(model).from_pretrained(tmp_path / "saved").state_dict()
-        assert all(torch.equal(again[key], value) for key, value in after.items())
+        reloaded = type(model).from_pretrained(tmp_path / "saved").state_dict()
+        assert all(torch.equal(reloaded[key], value) for key, value in after.items())
 
 
 @pytest.mark.parametrize("settings", [{"method": "kerzoo", "num_perturbations": 2}, {"perturb": "in_forward"},
@@ -140,9 +140,9 @@ def test_trl_counts_a_batch_once_and_no_loss_that_is_only_tried(tmp_path):
     trainer = make("supervised_finetuning", tmp_path / "zo", max_steps=2, learning_rate=0.0)
     trainer.train()
     for name in ("num_tokens", "mean_token_accuracy", "entropy", "loss"):
-        expected, found = ([row[name] for row in t.state.log_history if "loss" in row] for t in (plain, trainer))
+        expected, actual = ([row[name] for row in t.state.log_history if "loss" in row] for t in (plain, trainer))
         # Averages over perturbed points, whose radius is 1e-3.
-        assert found == pytest.approx(expected, rel=0 if name == "num_tokens" else 2e-3), name
+        assert actual == pytest.approx(expected, rel=0 if name == "num_tokens" else 2e-3), name
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["forwards"] for row in rows] == [4, 8]
     assert all("grad_norm" not in row and "projected_gradient" in row for row in rows)
@@ -165,20 +165,20 @@ def test_wrapping_twice_keeps_the_settings():
 def test_dropout_and_batch_statistics_are_off_in_a_step_and_the_flag_is_kept(tmp_path):
     trainer = make("image_classification", tmp_path)
     statistics = {key: tensor.clone() for key, tensor in trainer.model.named_buffers()}
-    seen = []
+    modes = []
     step = trainer.training_step
-    trainer.model.classifier.register_forward_pre_hook(lambda *_: seen.append(trainer.model.training))
+    trainer.model.classifier.register_forward_pre_hook(lambda *_: modes.append(trainer.model.training))
 
     def look(model, *args, **kwargs):
         loss = step(model, *args, **kwargs)
-        seen.append(("after", model.training, any(m.training for m in model.modules() if m is not model)))
+        modes.append(("after", model.training, any(m.training for m in model.modules() if m is not model)))
         return loss
 
     trainer.training_step = look
     trainer.train()
-    assert ("after", True, False) in seen
-    assert False in seen
-    assert True not in seen
+    assert ("after", True, False) in modes
+    assert False in modes
+    assert True not in modes
     for key, tensor in trainer.model.named_buffers():
         assert torch.equal(tensor, statistics[key]), key
 
@@ -209,7 +209,7 @@ def test_a_config_without_rate_or_evaluation_data_works(tmp_path):
     assert kwargs["args"].learning_rate is None
 
 
-def test_a_rate_meant_for_gradients_is_said(tmp_path, caplog):
+def test_a_rate_meant_for_gradients_is_reported(tmp_path, caplog):
     _, kwargs = CASES["text_classification"](tmp_path)
     kwargs["args"] = TrainingArguments(str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True)
     with caplog.at_level("WARNING"):
@@ -222,19 +222,19 @@ def test_a_rate_meant_for_gradients_is_said(tmp_path, caplog):
 def test_auto_measures_the_walk_of_any_trainer(tmp_path, caplog):
     """The batches are those that the run begins with, and measuring changes neither their order nor the weights."""
     auto = {"method": "auto", "num_perturbations": 2}
-    few = {"learning_rate": 5e-5, "max_steps": 36, "per_device_train_batch_size": 2}  # the rate is the default
-    trainer = make("text_classification", tmp_path, auto, **few)
-    taken, steps = [], []
+    options = {"learning_rate": 5e-5, "max_steps": 36, "per_device_train_batch_size": 2}  # the rate is the default
+    trainer = make("text_classification", tmp_path, auto, **options)
+    batches, steps = [], []
     loss, step = trainer._loss, trainer.training_step
-    trainer._loss = lambda batch: taken.append({k: v.clone() for k, v in batch.items()}) or loss(batch)
+    trainer._loss = lambda batch: batches.append({k: v.clone() for k, v in batch.items()}) or loss(batch)
     trainer.training_step = lambda model, inputs, *a: steps.append(inputs) or step(model, inputs, *a)
     before = weights(trainer)
     with caplog.at_level("INFO"):
         trainer.create_optimizer()
-        assert len(taken) == trainer.measuring_forwards
-        assert len(taken) == 12  # four batches
+        assert len(batches) == trainer.measuring_forwards
+        assert len(batches) == 12  # four batches
         assert all(torch.equal(tensor, before[key]) for key, tensor in weights(trainer).items())
-        measured = list(taken)
+        measured = list(batches)
         trainer.train()
     rate = trainer.settings["learning_rate"]
     assert re.search(
@@ -248,19 +248,19 @@ def test_auto_measures_the_walk_of_any_trainer(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("options", "reason"),
     [
         ({"learning_rate": 5e-5, "max_steps": 4}, "not measured: the run has 12 forwards"),
         ({"learning_rate": 1e-3, "max_steps": 4}, "learning_rate 0.001: as given, in place of one that auto would"),
     ],
 )
-def test_what_auto_became_is_said_once_without_any_logging_set_up(more, told, tmp_path, caplog):
+def test_the_choice_of_auto_is_logged_once_without_any_logging_set_up(options, reason, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="zokernel"):
-        make("text_classification", tmp_path, {"method": "auto", "num_perturbations": 2}, **more).create_optimizer()
-    said = [record.getMessage() for record in caplog.records if "Method auto" in record.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith("Method auto chose forward_difference. learning_rate 0.")
-    assert told in said[0]
+        make("text_classification", tmp_path, {"method": "auto", "num_perturbations": 2}, **options).create_optimizer()
+    messages = [record.getMessage() for record in caplog.records if "Method auto" in record.getMessage()]
+    assert len(messages) == 1
+    assert messages[0].startswith("Method auto chose forward_difference. learning_rate 0.")
+    assert reason in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,17 @@ def test_rows_without_a_length_are_drawn_at_random(base, tmp_path):
             output = model(**inputs)
             return (output.loss, output) if return_outputs else output.loss
 
-    def made(**settings):
+    def build_trainer(**settings):
         _, kwargs = CASES["image_classification"](tmp_path)
         args = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=3, use_cpu=True, report_to="none", **settings)
         return Own(**(kwargs | {"args": args, "eval_dataset": kwargs["train_dataset"]}))
 
-    trainer = made()
+    trainer = build_trainer()
     trainer.train()
     assert trainer.settings["train_sampling_strategy"] == "random"
     assert len(trainer.run_log.rows) == 3
     with pytest.raises(UsageError, match="group_by_length needs rows with 'input_ids', or with the column"):
-        made(train_sampling_strategy="group_by_length")
+        build_trainer(train_sampling_strategy="group_by_length")
 
 
 def test_positional_arguments_are_those_of_the_trainer(tmp_path):

@@ -69,7 +69,7 @@ def test_a_collapsed_model_is_no_candidate_for_the_best(save, stops, tmp_path, c
 
 
 @pytest.mark.parametrize("rate", [0.5, 1e-3])
-def test_a_new_head_comes_back_too(rate, tmp_path):
+def test_a_new_head_is_restored_too(rate, tmp_path):
     """Half of the model is in the folder that it was loaded from; its head is in no file."""
     best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True}
     trainer, kwargs = CASES["text_classification"](tmp_path, learning_rate=rate, **best)

@@ -15,7 +15,7 @@ from zokernel.finetune import zeroth_order
 
 
 @pytest.mark.parametrize("wrong", ["Trainer", None, dict, 3])
-def test_what_is_no_trainer_class_is_refused(wrong):
+def test_a_class_that_is_no_trainer_is_refused(wrong):
     with pytest.raises(UsageError, match="takes a class"):
         zeroth_order(wrong)
 
@@ -60,7 +60,7 @@ def test_trainers_that_sample_are_refused():
             zeroth_order(trainer)
 
 
-def test_trainers_with_a_loop_of_their_own_are_refused(tmp_path):
+def test_trainers_with_their_own_loop_are_refused(tmp_path):
     class OwnOptimizer(Trainer):
         def create_optimizer(self, *args):
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)

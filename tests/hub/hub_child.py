@@ -21,7 +21,7 @@ def _pause(seconds: float) -> None:
 
 
 def command(arguments: list[str]) -> dict[str, Any]:
-    """Run the command line, and return its exit code, what it said, and how many seconds it waited to ask again."""
+    """Run the command line, and return its exit code, its output, and how many seconds it waited to ask again."""
     from zokernel.cli import main
 
     _pauses.clear()
@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> dict[str, Any]:
             code = main(arguments)
         except SystemExit as left:
             code = left.code
-    return {"code": code or 0, "told": output.getvalue(), "waited": sum(_pauses)}
+    return {"code": code or 0, "output": output.getvalue(), "waited": sum(_pauses)}
 
 
 def task_rows(name: str) -> dict[str, Any]:

@@ -102,9 +102,9 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         if path in ("/api/models", "/api/datasets"):
             return self._search(path.rsplit("/", 1)[1])
         for pattern, action in _ROUTES:
-            found = re.fullmatch(pattern, path)
-            if found:
-                parts = {"kind": "models"} | {k: v for k, v in found.groupdict().items() if v is not None}
+            match = re.fullmatch(pattern, path)
+            if match:
+                parts = {"kind": "models"} | {k: v for k, v in match.groupdict().items() if v is not None}
                 repo = self._repo(parts["kind"], parts["id"])
                 return None if repo is None else getattr(self, action)(repo, parts)
         return self._error(404, "", f"No route for {self.command} {path}")
@@ -137,13 +137,13 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         return False
 
     def _info(self, repo: Repo, parts: dict[str, str]) -> None:
-        at = repo.at(parts.get("rev") or "main")
-        if at is None:
+        revision = repo.at(parts.get("rev") or "main")
+        if revision is None:
             return self._error(404, "RevisionNotFound", "Invalid rev id")
         name = parts["id"]
-        siblings = [{"rfilename": path} for path in sorted(at[1])]
+        siblings = [{"rfilename": path} for path in sorted(revision[1])]
         date, gated = "2026-01-01T00:00:00.000Z", "manual" if repo.gated else False
-        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": at[0], "siblings": siblings}
+        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": revision[0], "siblings": siblings}
         info |= {"private": repo.private, "gated": gated, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
         return self._json(info | {"_id": "0", "lastModified": date, "createdAt": date})
 
@@ -159,15 +159,15 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         self._json({"branches": refs_of(branches), "converts": refs_of(converted), "tags": []})
 
     def _tree(self, repo: Repo, parts: dict[str, str]) -> None:
-        at = repo.at(parts["rev"])
-        if at is None:
+        revision = repo.at(parts["rev"])
+        if revision is None:
             return self._error(404, "RevisionNotFound", "Invalid rev id")
         if not self._may_read(repo, parts["id"]):
             return None
         below = f"{parts['path']}/" if parts.get("path") else ""
         recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         entries, folders = [], set()
-        for path, data in sorted(at[1].items()):
+        for path, data in sorted(revision[1].items()):
             if not path.startswith(below):
                 continue
             rest = path.removeprefix(below).split("/")
@@ -178,46 +178,46 @@ class _Handler(Writing, BaseHTTPRequestHandler):
                 entries.append(_entry(path, data))
         if below and not entries and not folders:
             return self._error(404, "EntryNotFound", f"{below} does not exist")
-        listed = [
+        directories = [
             {"type": "directory", "oid": sha1(name.encode()), "size": 0, "path": name} for name in sorted(folders)
         ]
-        return self._json(listed + entries)
+        return self._json(directories + entries)
 
     def _paths_info(self, repo: Repo, parts: dict[str, str]) -> None:
-        at = repo.at(parts["rev"])
-        if at is None:
+        revision = repo.at(parts["rev"])
+        if revision is None:
             return self._error(404, "RevisionNotFound", "Invalid rev id")
         if not self._may_read(repo, parts["id"]):
             return None
         form = "json" not in (self.headers.get("Content-Type") or "")
         paths = parse_qs(self.body.decode()).get("paths", []) if form else json.loads(self.body)["paths"]
-        found: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
         for path in paths:
-            if path in at[1]:
-                found.append(_entry(path, at[1][path]))
-            elif any(name.startswith(f"{path}/") for name in at[1]):
-                found.append(_folder(path))
-        return self._json(found)
+            if path in revision[1]:
+                entries.append(_entry(path, revision[1][path]))
+            elif any(name.startswith(f"{path}/") for name in revision[1]):
+                entries.append(_folder(path))
+        return self._json(entries)
 
     def _resolve(self, repo: Repo, parts: dict[str, str]) -> None:
         revisions = [*sorted(repo.branches, key=len, reverse=True), "main", parts["rest"].split("/")[0]]
         revision = next(name for name in revisions if parts["rest"].startswith(f"{name}/"))
-        at, path = repo.at(revision), parts["rest"].removeprefix(f"{revision}/")
-        if at is None:
+        snapshot, path = repo.at(revision), parts["rest"].removeprefix(f"{revision}/")
+        if snapshot is None:
             return self._error(404, "RevisionNotFound", "Invalid rev id")
-        commit = {"X-Repo-Commit": at[0]}
+        commit = {"X-Repo-Commit": snapshot[0]}
         if not self._may_read(repo, parts["id"]):
             return None
-        if path not in at[1]:
+        if path not in snapshot[1]:
             return self._error(404, "EntryNotFound", "Entry not found", commit)
-        data = at[1][path]
+        data = snapshot[1][path]
         if not path.endswith(LARGE):
             return self._send(200, data, commit | {"ETag": f'"{sha1(data)}"', "Content-Type": "text/plain"})
         digest = hashlib.sha256(data).hexdigest()
         self.hub.blobs.setdefault(digest, data)
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)), "ETag": f'"{digest}"'}
-        where = f"{self.hub.storage}/cdn/{parts['kind']}/{parts['id']}/{digest}"
-        return self._send(302, b"", commit | linked | {"Location": where})
+        location = f"{self.hub.storage}/cdn/{parts['kind']}/{parts['id']}/{digest}"
+        return self._send(302, b"", commit | linked | {"Location": location})
 
     def _content(self, path: str) -> None:
         kind, name, digest = (

@@ -106,9 +106,9 @@ class Writing:
     def _lfs(self, repo: Repo, parts: dict[str, str]) -> None:
         objects = []
         for entry in json.loads(self.body)["objects"]:
-            where = f"{self.hub.storage}/cdn/models/{parts['id']}/{entry['oid']}"
+            location = f"{self.hub.storage}/cdn/models/{parts['id']}/{entry['oid']}"
             objects.append(
-                {"oid": entry["oid"], "size": entry["size"], "actions": {"upload": {"href": where, "header": {}}}}
+                {"oid": entry["oid"], "size": entry["size"], "actions": {"upload": {"href": location, "header": {}}}}
             )
         self._json({"transfer": "basic", "objects": objects}, {"Content-Type": LFS_JSON})
 

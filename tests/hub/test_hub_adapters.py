@@ -1,4 +1,4 @@
-"""The hub id of an adapter stands in for a model, as its folder does: its base is found from what it says."""
+"""The hub id of an adapter stands in for a model, as its folder does: its base is found from its configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter(base: Path, folder: Path, name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp_path: Path):
+def test_a_hub_id_of_an_adapter_works_like_its_folder(hub: Hub, run: Run, tmp_path: Path):
     hub.add("models", "org/tiny", tiny_model(tmp_path / "model"))
     files = adapter(tmp_path / "model", tmp_path / "adapter", "org/tiny")
     hub.add("models", "org/adapter", files)
@@ -43,7 +43,7 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         return [*words, "--train_file", str(rows), "--max_steps", "2", *flags]
 
     plan = ["plan", "--memory", "true", "--model_name_or_path"]
-    trained, scored, here, merged, ways, *wrong = run(
+    trained, scored, local, merged, ways, *wrong = run(
         hub.endpoint,
         command("org/adapter", "trained"),
         command("org/adapter", "scored", "--do_train", "false"),
@@ -55,10 +55,10 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         command("org/adapter", "old", "--model_revision", hub.repos["models", "org/adapter"].sha),
         command("org/adapter", "new", "--lora", "true", "--lora_r", "4"),
     )
-    for result in (trained, scored, here, merged, ways):
-        assert result["code"] == 0, result["told"]
-    assert "org/adapter is an adapter: its base is org/tiny." in trained["told"]
-    assert "Fastest that fits for an adapter: --perturb stacked." in ways["told"]
+    for result in (trained, scored, local, merged, ways):
+        assert result["code"] == 0, result["output"]
+    assert "org/adapter is an adapter: its base is org/tiny." in trained["output"]
+    assert "Fastest that fits for an adapter: --perturb stacked." in ways["output"]
     one_sentence(wrong[0], "adapter org/lost is not at /home/somebody/model", "--adapter_name_or_path org/lost")
     one_sentence(wrong[1], "'org/neither' could not be loaded")
     one_sentence(wrong[2], "leave out --model_revision")
@@ -68,7 +68,7 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         return json.loads((tmp_path / name / "metrics.json").read_text())["before"]
 
     assert before("trained") == before("scored") == before("here")
-    assert "already-trained accuracy" in scored["told"]
+    assert "already-trained accuracy" in scored["output"]
     assert (
         json.loads((tmp_path / "trained" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
     )
@@ -80,7 +80,7 @@ def test_a_hub_id_of_an_adapter_is_used_as_its_folder_is(hub: Hub, run: Run, tmp
         torch.testing.assert_close(plain(ids).logits, expected, rtol=0, atol=1e-5)
 
     offline = run(hub.endpoint, command("org/adapter", "offline", "--do_train", "false"), HF_HUB_OFFLINE="1")
-    assert offline[0]["code"] == 0, offline[0]["told"]
+    assert offline[0]["code"] == 0, offline[0]["output"]
     assert before("offline") == before("scored")
 
 
@@ -100,22 +100,22 @@ def test_an_adapter_finds_the_revision_and_the_file_of_its_base(hub: Hub, run: R
     words += ["--test_file", str(rows)]
     for name, flags in (("plain", []), ("gguf", ["--gguf_file", "tiny.gguf"])):
         lora, merged, scored = (str(tmp_path / f"{name}-{what}") for what in ("lora", "merged", "scored"))
-        named = ["--model_name_or_path", "org/tiny", "--model_revision", "v2", *flags, "--lora", "true"]
+        base_flags = ["--model_name_or_path", "org/tiny", "--model_revision", "v2", *flags, "--lora", "true"]
         score = ["--model_name_or_path", lora, "--do_train", "false", "--output_dir", scored]
-        ask = ["--file", str(rows), "--output_file"]
+        file_flags = ["--file", str(rows), "--output_file"]
         results = run(
             hub.endpoint,
-            ["finetune", *named, *words, "--learning_rate", "3e-2", "--eps", "1e-2", "--output_dir", lora],
+            ["finetune", *base_flags, *words, "--learning_rate", "3e-2", "--eps", "1e-2", "--output_dir", lora],
             ["finetune", *score, *words],
             ["merge", "--model", lora, "--output_dir", merged],
-            *(["predict", "--model", place, *ask, f"{place}.jsonl"] for place in (lora, merged)),
+            *(["predict", "--model", model, *file_flags, f"{model}.jsonl"] for model in (lora, merged)),
         )
-        assert [result["code"] for result in results] == [0] * 5, [result["told"][-500:] for result in results]
-        assert "was trained on" not in results[1]["told"]
+        assert [result["code"] for result in results] == [0] * 5, [result["output"][-500:] for result in results]
+        assert "was trained on" not in results[1]["output"]
         after = json.loads((tmp_path / f"{name}-lora" / "metrics.json").read_text())["after"]
         before = json.loads((tmp_path / f"{name}-scored" / "metrics.json").read_text())["before"]
         assert before["loss"] == pytest.approx(after["loss"], abs=1e-6)
-        for place in (lora, merged):
-            answers = [json.loads(line) for line in Path(f"{place}.jsonl").read_text().splitlines()]
+        for model in (lora, merged):
+            answers = [json.loads(line) for line in Path(f"{model}.jsonl").read_text().splitlines()]
             losses = [-torch.tensor(answer["scores"][str(answer["label"])]).log() for answer in answers]
             assert float(sum(losses)) / len(losses) == pytest.approx(after["loss"], abs=1e-5)

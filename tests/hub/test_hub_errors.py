@@ -60,11 +60,11 @@ def command(folder: Path, model: str, rows: str, *flags: str) -> list[str]:
 
 def one_sentence(result: dict[str, Any], *expected: str) -> None:
     """Check that a command failed with one sentence, the last line, that holds what is expected."""
-    last_line = result["told"].strip().splitlines()[-1]
-    assert result["code"] in (1, 2), result["told"]
+    last_line = result["output"].strip().splitlines()[-1]
+    assert result["code"] in (1, 2), result["output"]
     assert last_line.startswith("zokernel: error: ")
     assert last_line.endswith((".", ")."))
-    assert "Traceback" not in result["told"]
+    assert "Traceback" not in result["output"]
     assert all(word in last_line for word in expected), last_line
     assert result["waited"] < 20  # seconds, which the child is spared
 
@@ -111,10 +111,10 @@ def test_what_the_hub_refuses_is_one_sentence(filled: Hub, run: Run, tmp_path: P
     ]
     results = run(filled.endpoint, *cases)
     assert len(results) == without + len(with_token)
-    for result, expected in zip(results, [*models.values(), *rows.values(), other_command, *with_token]):
+    for result, expected in zip(results, [*models.values(), *rows.values(), other_command, *with_token], strict=True):
         one_sentence(result, *expected)
-        assert READER not in result["told"]
-        assert "hf_wrong" not in result["told"]
+        assert READER not in result["output"]
+        assert "hf_wrong" not in result["output"]
     paths = [path for _, path, _ in filled.requests]
     first_rows = next(number for number, path in enumerate(paths) if "/datasets/" in path)
     assert any("org/down/" in path for path in paths[:first_rows]), "models are checked before data are read"
@@ -125,10 +125,10 @@ def test_a_lost_connection_and_what_is_cached(filled: Hub, run: Run, tmp_path: P
     other = command(tmp_path, "org/fine", "org/two-rows", "--dataset_config", "a")
     for kind, name in (("models", "org/cut"), ("datasets", "org/cut-rows")):
         filled.repos[kind, name].cuts = 7  # all tries of the first command, and the first of the next
-    model, rows, *again = run(filled.endpoint, *cut, *cut)
+    model, rows, *retries = run(filled.endpoint, *cut, *cut)
     one_sentence(model, "connection broke in the middle of a file", "model 'org/cut'", "repeat the command")
     one_sentence(rows, "connection broke in the middle of a file", "data set 'org/cut-rows'", "repeat the command")
-    assert [result["code"] for result in again] == [0, 0], again
+    assert [result["code"] for result in retries] == [0, 0], retries
 
     count = len(filled.requests)
     *cached, missing = run(filled.endpoint, *cut, other, HF_HUB_OFFLINE="1")
@@ -136,14 +136,14 @@ def test_a_lost_connection_and_what_is_cached(filled: Hub, run: Run, tmp_path: P
     one_sentence(missing, "Data set 'org/two-rows' is not in the cache", "HF_HUB_OFFLINE=1", "unset it")
     assert len(filled.requests) == count, "offline means offline"
 
-    nobody = "http://127.0.0.1:9"
-    *cached, missing = run(nobody, *cut, other)
+    unreachable = "http://127.0.0.1:9"
+    *cached, missing = run(unreachable, *cut, other)
     assert [result["code"] for result in cached] == [0, 0], cached
-    output = "".join(result["told"] for result in cached)
-    assert output.count(f"The hub {nobody} cannot be reached") == 1
+    output = "".join(result["output"] for result in cached)
+    assert output.count(f"The hub {unreachable} cannot be reached") == 1
     assert "HF_HUB_OFFLINE=1 does so at once" in output
     assert all(result["waited"] < 15 for result in cached)
-    one_sentence(missing, f"The hub {nobody} cannot be reached", "data set 'org/two-rows'")
+    one_sentence(missing, f"The hub {unreachable} cannot be reached", "data set 'org/two-rows'")
 
 
 def test_a_full_disk_is_named(tmp_path: Path):
@@ -153,8 +153,8 @@ def test_a_full_disk_is_named(tmp_path: Path):
     full = OSError(28, "No space left on device", str(tmp_path))
     explanation = explain(full, "org/fine")
     assert isinstance(explanation, RunError)
-    begin = f"The hub's cache cannot be written ({tmp_path}: No space left on device): free some"
-    assert str(explanation).startswith(begin)
+    message = f"The hub's cache cannot be written ({tmp_path}: No space left on device): free some"
+    assert str(explanation).startswith(message)
 
 
 def test_a_hint_is_left_out_if_the_hub_does_not_answer_and_a_mistake_is_not_hidden(monkeypatch):

@@ -38,7 +38,7 @@ def same(left: Path, right: Path, name: str = WEIGHTS) -> bool:
 
 
 def last_line(result: dict[str, Any]) -> str:
-    return result["told"].strip().splitlines()[-1]
+    return result["output"].strip().splitlines()[-1]
 
 
 def test_runs_are_continued_answered_and_rebuilt_from_the_revision_they_began_with(
@@ -64,18 +64,18 @@ def test_runs_are_continued_answered_and_rebuilt_from_the_revision_they_began_wi
     # At this rate the start is best.
     far = ["--max_steps", "4", "--eval_steps", "2", "--learning_rate", "10"]
     near = ["--max_steps", "2", "--save_strategy", "journal", "--lora", "true", "--learning_rate", "3e-2"]
-    ask = ["--file", str(rows), "--output_file"]
+    file_flags = ["--file", str(rows), "--output_file"]
 
-    def rebuild(journal: Path, name: str, *more: str) -> list[str]:
-        return ["replay", "--base", "org/tiny", "--journal", str(journal), "--output_dir", str(tmp_path / name), *more]
+    def rebuild(journal: Path, name: str, *flags: str) -> list[str]:
+        return ["replay", "--base", "org/tiny", "--journal", str(journal), "--output_dir", str(tmp_path / name), *flags]
 
-    def merge(name: str, *more: str) -> list[str]:
-        return ["merge", "--model", str(lora), "--output_dir", str(tmp_path / name), *more]
+    def merge(name: str, *flags: str) -> list[str]:
+        return ["merge", "--model", str(lora), "--output_dir", str(tmp_path / name), *flags]
 
     def score(name: str, *model: str) -> list[str]:
         return ["finetune", *model, *words, "--do_train", "false", "--output_dir", str(tmp_path / name)]
 
-    done = run(
+    results = run(
         hub.endpoint,
         ["finetune", *v2, *words, *far, "--output_dir", str(full)],
         ["finetune", *v2, *words, *near, "--output_dir", str(lora)],
@@ -84,11 +84,14 @@ def test_runs_are_continued_answered_and_rebuilt_from_the_revision_they_began_wi
         ["journal", "verify", str(full), "--base", "org/tiny"],
         merge("merged"),
         merge("merged-too", "--base", "org/tiny"),
-        *(["predict", "--model", str(lora), *more, *ask, f"{tmp_path}/{name}.jsonl"] for name, more in ANSWERS.items()),
+        *(
+            ["predict", "--model", str(lora), *more, *file_flags, f"{tmp_path}/{name}.jsonl"]
+            for name, more in ANSWERS.items()
+        ),
         score("scored-main", "--model_name_or_path", str(lora), *main),
         score("scored", "--model_name_or_path", "org/tiny", "--adapter_name_or_path", str(lora)),
     )
-    assert [result["code"] for result in done] == [0] * len(done), [last_line(result) for result in done]
+    assert [result["code"] for result in results] == [0] * len(results), [last_line(result) for result in results]
     assert json.loads((full / "metrics.json").read_text())["best_step"] == 0
     assert same(full, base)
     assert same(tmp_path / "rebuilt-start", base)
@@ -114,7 +117,7 @@ def test_runs_are_continued_answered_and_rebuilt_from_the_revision_they_began_wi
         rebuild(full, "w3", "--model_revision", "v3"),
         merge("w4", *main),
         ["journal", "verify", str(full), "--base", "org/tiny", *main],
-        ["predict", "--model", str(full), *main, *ask, f"{tmp_path}/w.jsonl"],
+        ["predict", "--model", str(full), *main, *file_flags, f"{tmp_path}/w.jsonl"],
         ["replay", "--base", str(base), "--journal", str(full), "--output_dir", str(tmp_path / "w5"), *main],
     )
     one_sentence(wrong[0], "The base has the right shapes but other values than the run started from")
@@ -149,9 +152,9 @@ def test_kernels_and_predictions_are_those_of_the_revision(hub: Hub, run: Run, b
     assert [result["code"] for result in results[:6]] == [0] * 6, [last_line(result) for result in results]
     for file, key in (("kernel.json", "kernel"), ("evolution.json", "losses")):
         words = "kernel" if key == "kernel" else "evolve"
-        found = {name: json.loads((tmp_path / f"{words}-{name}" / file).read_text())[key] for name in models}
-        assert found["v2"] == found["local"]
-        assert found["main"] != found["local"]
+        values = {name: json.loads((tmp_path / f"{words}-{name}" / file).read_text())[key] for name in models}
+        assert values["v2"] == values["local"]
+        assert values["main"] != values["local"]
     one_sentence(results[6], f"--model_revision is for models of the hub, which {base} is not: leave it out.")
     one_sentence(results[7], "--model_revision is for language models, which lenet is not: leave it out.")
     one_sentence(results[8], "--trust_remote_code is for language models, which none.npz is not: leave it out.")

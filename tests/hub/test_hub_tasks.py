@@ -50,7 +50,7 @@ COUNTS = dict.fromkeys(LAYOUT, TWO) | {
 def test_the_tasks_of_the_hub_are_read_with_the_right_labels(hub: Hub, run: Run):
     add_tasks(hub)
     assert set(LAYOUT) == {name for name, task in TASKS.items() if task.source and "/" in task.source.dataset}
-    results = dict(zip(LAYOUT, run(hub.endpoint, *LAYOUT)))
+    results = dict(zip(LAYOUT, run(hub.endpoint, *LAYOUT), strict=True))
     assert {task: result["answers"] for task, result in results.items()} == ANSWERS
     assert {task: result["counts"] for task, result in results.items()} == COUNTS
     paths = {path for _, path, _ in hub.requests}

@@ -51,8 +51,8 @@ def test_replay_rebuilds_the_optimizers_state_too(tmp_path):
     for name in ("mezo_momentum", "zo_adamm", "hizoo", "kerzoo_md_int8", "kerzoo"):
         _, _, optimizer = record_run(tmp_path / name, name)
         net = network()
-        again = replay_(dict(net.named_parameters()), Journal.read(tmp_path / name))
-        old, new = optimizer.state_dict(), again.state_dict()
+        rebuilt = replay_(dict(net.named_parameters()), Journal.read(tmp_path / name))
+        old, new = optimizer.state_dict(), rebuilt.state_dict()
         assert old["zeroth_order"] == new["zeroth_order"], name
         for key, state in old["state"].items():
             assert state.keys() == new["state"][key].keys()
@@ -62,7 +62,7 @@ def test_replay_rebuilds_the_optimizers_state_too(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", ALL)
-def test_a_record_takes_at_most_16_bytes_a_perturbation_and_32_a_step(name, dtype, tmp_path):
+def test_a_record_takes_at_most_16_bytes_per_perturbation_and_32_per_step(name, dtype, tmp_path):
     _, sizes, optimizer = record_run(tmp_path, name, dtype=dtype, steps=3)
     perturbations = optimizer.estimator.num_perturbations
     # Richardson perturbs along each direction twice, at eps and at eps/2: four losses are two perturbations.
@@ -118,9 +118,9 @@ def test_a_torn_tail_is_dropped_and_all_before_it_kept(recorded, tmp_path):
     data, weights = recorded
     journal = read(tmp_path, data)
     for cut in range(journal.ends[-3], len(data)):
-        steps, found = read_damaged(tmp_path, data[:cut])
+        steps, rebuilt = read_damaged(tmp_path, data[:cut])
         assert steps == sum(end <= cut for end in journal.ends[:STEPS])
-        assert same(found, weights[steps])
+        assert same(rebuilt, weights[steps])
 
 
 def read(folder, data):
@@ -147,8 +147,8 @@ def test_damage_in_the_middle_is_refused_and_can_be_cut_off(recorded, tmp_path, 
     for steps in (3, 2):  # what was kept before stays
         shorter.append(path.read_bytes())
         assert main(["journal", "truncate", str(path), "--step", str(steps)]) == 0
-    kept = [(tmp_path / f"damaged.zkj.bak{more}").read_bytes() for more in ("", ".2", ".3")]
-    assert kept == [bytes(damaged), *shorter]
+    backups = [(tmp_path / f"damaged.zkj.bak{more}").read_bytes() for more in ("", ".2", ".3")]
+    assert backups == [bytes(damaged), *shorter]
     assert f"the file as it was is {path}.bak.3." in capsys.readouterr().out
 
 
@@ -178,9 +178,9 @@ def test_fuzzed_journals_never_crash_and_never_give_wrong_weights(recorded, tmp_
         other = data.draw(st.integers(0, len(whole) - 1))
         damaged = bytearray(whole)
         damaged[start], damaged[other] = damaged[other], damaged[start]
-    found = read_damaged(tmp_path, bytes(damaged))
-    if found is not None:
-        steps, rebuilt = found
+    result = read_damaged(tmp_path, bytes(damaged))
+    if result is not None:
+        steps, rebuilt = result
         assert same(rebuilt, weights[steps])
 
 
@@ -198,12 +198,12 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
     journal = Journal.read(tmp_path)
     writer = JournalWriter.append_to(journal)
     real_write = os.write
-    written = []
+    writes = []
 
     def fills_up(descriptor, data):
-        if written:
+        if writes:
             raise OSError(28, "No space left on device")
-        written.append(real_write(descriptor, bytes(data)[:5]))
+        writes.append(real_write(descriptor, bytes(data)[:5]))
         return 5
 
     monkeypatch.setattr(writer_module.os, "write", fills_up)
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
             full.append(Step(STEPS + 1, (0.1,), (1.0, 2.0)))
 
 
-def test_a_run_killed_as_it_began_a_step_goes_on_under_other_conditions(tmp_path):
+def test_a_run_killed_as_it_began_a_step_continues_under_other_conditions(tmp_path):
     """The journal says that a tensor is frozen from the next step on, and the step that was taken then is not there."""
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
 
@@ -291,17 +291,37 @@ def test_show_verify_truncate(tmp_path, capsys):
     assert same(replay(network(), tmp_path), weights[0])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("verify RUN --damaged", "--damaged is for journal truncate: leave it out of journal verify."),
+        ("show RUN --damaged false", "--damaged is for journal truncate: leave it out of journal show."),
+        ("show RUN --base nothing", "--base is for journal verify: leave it out of journal show."),
+        ("verify RUN --step=2", "--step is for journal show and truncate: leave it out of journal verify."),
+        ("truncate RUN --step 2 --model-revision main", "--model_revision is for journal verify: leave it out of"),
+        (
+            "verify RUN --trust_remote_code true",
+            "--trust_remote_code is for the model of --base: add it, or leave both",
+        ),
+    ],
+)
+def test_flags_of_another_action_are_refused(words, message, tmp_path, capsys):
+    record_run(tmp_path, "mezo")
+    assert main(["journal", *words.replace("RUN", str(tmp_path)).split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_journal_of_another_format_or_file_is_refused(tmp_path):
     record_run(tmp_path, "mezo")
     data = (tmp_path / "journal.zkj").read_bytes()
     path = tmp_path / "x.zkj"
-    for found, words in (
+    for content, words in (
         (b"ZKJRNL02" + data[8:], "format version '02'"),
         (b"PK\x03\x04" + data, "not a zokernel journal"),
         (data[:40], "header is damaged"),
         (b"", "not a zokernel journal"),
     ):
-        path.write_bytes(found)
+        path.write_bytes(content)
         with pytest.raises(RunError, match=words):
             Journal.read(path)
     shutil.copy(tmp_path / "journal.zkj", path)

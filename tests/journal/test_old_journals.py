@@ -64,7 +64,7 @@ def test_what_rounds_differently_now_is_refused_by_version(name):
         replay_(base(name), Journal.read(FOLDER / f"{name}.zkj"))
 
 
-def test_another_end_is_refused_or_accepted_as_asked(caplog):
+def test_different_final_weights_are_refused_or_allowed_by_the_flag(caplog):
     journal = Journal.read(FOLDER / "mezo.zkj")
     (end,) = [event for event in journal.events if event["event"] == "end"]
     right, end["weights_sha256"] = end["weights_sha256"], "0" * 64

@@ -114,9 +114,9 @@ def test_the_batch_encoding_of_a_tokenizer_is_a_mapping(tied):
     for method in ("contraction", "ntk_vp", "lm_head"):
         plain = entk(model, x_o, x_u, method=method)
         assert torch.equal(entk(model, BatchEncoding(x_o), BatchEncoding(x_u), method=method), plain), method
-    ask = {"num_perturbations": 2, "method": "finite_difference"}
-    encoded = zo_entk(model, BatchEncoding(x_u), tokens([1, 2, 3]), **ask)
-    assert torch.equal(encoded, zo_entk(model, x_u, tokens([1, 2, 3]), **ask))
+    options = {"num_perturbations": 2, "method": "finite_difference"}
+    encoded = zo_entk(model, BatchEncoding(x_u), tokens([1, 2, 3]), **options)
+    assert torch.equal(encoded, zo_entk(model, x_u, tokens([1, 2, 3]), **options))
     changes = [belief_change(model, o, u, [1], 1e-3) for o, u in ((x_o, x_u), map(BatchEncoding, (x_o, x_u)))]
     assert torch.equal(changes[0].actual_zeroth_order, changes[1].actual_zeroth_order)
 
@@ -143,10 +143,10 @@ def test_the_default_dtype_of_torch_changes_no_kernel(default):
     expected = list(everything())
     torch.set_default_dtype(default)
     try:
-        found = list(everything())
+        actual = list(everything())
     finally:
         torch.set_default_dtype(torch.float32)
-    for left, right in zip(found, expected, strict=True):
+    for left, right in zip(actual, expected, strict=True):
         assert left.dtype == right.dtype
         assert torch.equal(left, right)
 
@@ -246,7 +246,7 @@ def test_shapes():
     assert jacobian(net, torch.randn(4, 5), outputs=[1]).shape == (4, 1, 66)
 
 
-def test_bytes_are_said_before_and_refused_when_they_do_not_fit(caplog, monkeypatch):
+def test_memory_is_logged_in_advance_and_refused_when_it_does_not_fit(caplog, monkeypatch):
     net, x = mlp(), torch.randn(1, 5)
     with caplog.at_level(logging.INFO, logger="zokernel"):
         entk(net, x, x)

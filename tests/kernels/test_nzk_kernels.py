@@ -10,7 +10,7 @@ from torch import nn
 import zokernel as zk
 from zokernel.errors import UsageError
 from zokernel.kernels import forward_mode, jacobian_features, nzk, sample_nzk
-from zokernel.theory import expected_nzk_factor
+from zokernel.theory import expected_nzk, expected_nzk_factor
 
 
 def rows(n=4, d=3, seed=0):
@@ -38,8 +38,8 @@ def test_vectorised_estimate_is_the_definition(coupling):
     generator = torch.Generator().manual_seed(7)
     z = torch.empty(count, 3, dtype=torch.float64).normal_(generator=generator)
     zeta = torch.empty(count, 3, dtype=torch.float64).normal_(generator=generator)
-    found = nzk(x_o, other=x_u, coupling=coupling, num_samples=count, seed=7)
-    torch.testing.assert_close(found, naive(x_o, x_u, z, zeta, coupling))
+    estimate = nzk(x_o, other=x_u, coupling=coupling, num_samples=count, seed=7)
+    torch.testing.assert_close(estimate, naive(x_o, x_u, z, zeta, coupling))
 
 
 def test_standard_errors_are_those_of_the_mean():
@@ -70,10 +70,10 @@ def test_the_public_name_stays_a_function():
 
 def test_several_outputs():
     x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
-    found = nzk(x, num_samples=50, seed=0)
-    assert found.shape == (3, 2, 3, 2)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.reshape(6, 6), nzk(x.reshape(6, 4), num_samples=50, seed=0))
+    kernel = nzk(x, num_samples=50, seed=0)
+    assert kernel.shape == (3, 2, 3, 2)
+    assert kernel.dtype == torch.float32
+    torch.testing.assert_close(kernel.reshape(6, 6), nzk(x.reshape(6, 4), num_samples=50, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_features_of_recurrent_networks(kind):
     model, x = Recurrent(kind).double(), torch.randn(3, 5, 4, dtype=torch.float64)
     for context in (contextlib.nullcontext, forward_mode):
         with context():
-            found = jacobian_features(model, x).features
+            features = jacobian_features(model, x).features
         for i in range(3):
             for v in range(2):
                 gradients = torch.autograd.grad(model(x)[i, v], list(model.parameters()))
-                torch.testing.assert_close(found[i, v], torch.cat([g.reshape(-1) for g in gradients]))
+                torch.testing.assert_close(features[i, v], torch.cat([g.reshape(-1) for g in gradients]))
 
 
 def test_the_linearization_is_tangent_and_the_offset_matters():
@@ -185,3 +185,15 @@ def test_network_kernel_scales_by_the_factor():
     estimate = sample_nzk(x, num_samples=100_000)
     exact = expected_nzk_factor("gaussian", x.shape[1]) * x @ x.T
     assert ((estimate.mean - exact) / estimate.standard_error).abs().max() < 4.5
+
+
+def test_the_exact_kernel_needs_plain_features_and_moments():
+    """Samples exist for features of several outputs, and for distributions without a fourth moment."""
+    x = rows(3)
+    assert nzk(torch.stack([x, x], 1), num_samples=10).shape == (3, 2, 3, 2)
+    assert nzk(x, distribution="student_t(3)", num_samples=10).isfinite().all()
+    with pytest.raises(UsageError, match="must have shape"):
+        expected_nzk(torch.stack([x, x], 1))
+    with pytest.raises(UsageError, match="no moment of order 4"):
+        expected_nzk(x, distribution="student_t(3)")
+    torch.testing.assert_close(expected_nzk(x, distribution="student_t(3)", coupling="zo_sgd"), 3 * x @ x.T)

@@ -102,8 +102,8 @@ def test_fused_kernels_in_forward_mode(name):
     with forward_mode():
         exact = zo_entk(net, x, x, num_perturbations=3, distribution="gaussian")
         torch.testing.assert_close(entk(net, x, x, method="ntk_vp"), entk(net, x, x, method="contraction"))
-    seen = zo_entk(net, x, x, num_perturbations=3, distribution="gaussian", method="finite_difference")
-    torch.testing.assert_close(seen, exact, rtol=0.02, atol=0.02)
+    approximate = zo_entk(net, x, x, num_perturbations=3, distribution="gaussian", method="finite_difference")
+    torch.testing.assert_close(approximate, exact, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
@@ -222,8 +222,8 @@ def test_embedding_bags_have_no_forward_mode_and_the_remedies_work():
     expected = entk(plain, x_o, x_u, method="ntk_vp")
     torch.testing.assert_close(entk(net, x_o, x_u, method="contraction"), expected)
     exact = zo_entk(net, x_o, x_u, num_perturbations=3, method="jacobian")
-    seen = zo_entk(net, x_o, x_u, num_perturbations=3, method="finite_difference", eps=1e-5)
-    torch.testing.assert_close(seen, exact, rtol=1e-6, atol=1e-8)
+    approximate = zo_entk(net, x_o, x_u, num_perturbations=3, method="finite_difference", eps=1e-5)
+    torch.testing.assert_close(approximate, exact, rtol=1e-6, atol=1e-8)
 
 
 def test_batch_norm_in_train_mode():
@@ -242,15 +242,15 @@ def test_no_grad_inside_the_forward_pass(method):
     with pytest.raises(UsageError, match=r"Reverse mode disagrees with the model.*no_grad"):
         entk(net, x, x, method=method)
     # what the loss sees is still there: forward mode and finite differences agree
-    exact, seen = (project(net, [x], num_perturbations=4, method=m)[0] for m in ("jvp", "finite_difference"))
-    torch.testing.assert_close(exact, seen, rtol=1e-2, atol=1e-3)
+    exact, approximate = (project(net, [x], num_perturbations=4, method=m)[0] for m in ("jvp", "finite_difference"))
+    torch.testing.assert_close(exact, approximate, rtol=1e-2, atol=1e-3)
 
 
 def test_tied_weights_move_together():
     """Perturbing a tied GPT-2 moves embedding and head: projections equal differences of the real, mutated model."""
     torch.manual_seed(0)
     model, x, eps = tiny_gpt2().double(), tokens([1, 2, 3]), 1e-5
-    seen = project(model, [x], num_perturbations=1, seed=4)[0][0, :, 0]
+    projected = project(model, [x], num_perturbations=1, seed=4)[0][0, :, 0]
     from zokernel.directions import Dense
 
     logits = []
@@ -258,7 +258,7 @@ def test_tied_weights_move_together():
         Dense("rademacher").add_(dict(model.named_parameters()), scale, seed=4, step=0, index=0)
         with torch.no_grad():
             logits.append(model(input_ids=x["input_ids"], use_cache=False).logits[0, -1])
-    torch.testing.assert_close(seen, (logits[0] - logits[1]) / (2 * eps), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(projected, (logits[0] - logits[1]) / (2 * eps), rtol=1e-4, atol=1e-5)
 
 
 def test_no_trainable_parameter():
@@ -296,7 +296,7 @@ def test_caches_are_off_and_refused():
         entk(model, batch | {"past_key_values": torch.zeros(1)}, batch)
 
 
-def test_a_masked_model_asks_where_to_look():
+def test_a_masked_model_asks_for_positions():
     with pytest.raises(UsageError, match=r"batch\['positions'\]"):
         entk(tiny_bert(), tokens([1, 2, 3]), tokens([1, 2, 3]))
 

@@ -31,11 +31,11 @@ def test_plan_against_real_gradients():
     task = small_task(update=8, observe=4)
     before = {name: p.detach().clone() for name, p in task.params.items()}
     plan = make_plan(task, num_probes=300, eps=1e-3, counts=(1, 10, 100), tolerances=(0.5,))
-    found = {c.quantity: c for c in verify(task, plan, num_draws=400)}
+    comparisons = {c.quantity: c for c in verify(task, plan, num_draws=400)}
     assert all(torch.equal(before[name], p) for name, p in task.params.items())
     for count in (1, 10, 100):
         for source in ("exact formula", "400 fresh directions"):
-            comparison = found[f"relative error at P = {count}, {source}"]
+            comparison = comparisons[f"relative error at P = {count}, {source}"]
             assert comparison.ratio == pytest.approx(1, abs=0.2), comparison
     for name in (
         "rho",
@@ -44,10 +44,10 @@ def test_plan_against_real_gradients():
         "curvature ratio r",
         "eta_zo / eta_fo at P = 10",
     ):
-        comparison = found[name]
+        comparison = comparisons[name]
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
-    assert "relative error at P = 10, exact formula" in table(list(found.values()))
+    assert "relative error at P = 10, exact formula" in table(list(comparisons.values()))
     # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre, the rest for eight walks
     distances, rest = divmod(plan.forwards - (2 * 300 + 8 + 4 * 11 + 1), 2 * 8)
     assert rest == 0
@@ -59,32 +59,44 @@ def test_the_best_step_follows_from_noise_and_curvature_or_is_not_known():
     task = small_task(update=8, observe=4)
     plan = make_plan(task, num_probes=100, eps=1e-3)
     measured_plan = replace(plan, noise_scale=Measurement(5.5, 0.5), curvature_ratio=Measurement(50.0, 5.0))
-    found = measured_plan.best_step(16)
+    step = measured_plan.best_step(16)
     # Decrease per forward: 1/Q with Q = 1 + s nu + (1 + nu) (1 + r) / (B P) and s = 1/16, over that of MeZO.
     share = 1 + 5.5 / 16
     reference = 2 * (2 * share + 50 * share)
     gains = {p: reference / ((1 + p) * (share + (6.5 + 50 * 6.5) / (16 * p))) for p in (1, 2, 4, 8, 16, 32)}
     best = max(gains, key=gains.get)
-    assert (found.scheme, found.num_perturbations, found.one_sided) == ("per_example", best, True)
-    assert found.gain == pytest.approx(gains[best])
+    assert (step.scheme, step.num_perturbations, step.one_sided) == ("per_example", best, True)
+    assert step.gain == pytest.approx(gains[best])
     assert f"at batch 16: {best} directions per example, one-sided, {best + 1} forwards" in describe(
         measured_plan, task, 1.0
     )
     assert measured_plan.as_dict()["best_step"][16]["gain"] == pytest.approx(gains[best])
     noise, curvature = {"noise_scale": Measurement(5.5, math.inf)}, {"curvature_ratio": Measurement(-3.0, 4.0)}
     first, second = "the batch where noise equals signal", "the curvature ratio r"
-    for lost, reason in (
+    for changes, reason in (
         (noise, f"it needs {first}"),
         (curvature, f"it needs {second}"),
         (noise | curvature, f"it needs {first} and {second}"),
         ({"curvature_ratio": Measurement(-3.0, 0.1)}, f"{second} is not above 0"),
     ):
-        unknown = replace(measured_plan, **lost)
+        unknown = replace(measured_plan, **changes)
         assert unknown.best_step(16) is None
         assert unknown.as_dict()["best_step"][16] is None
         text = describe(unknown, task, 1.0)
         assert f"The best step at batch 16 is not known: {reason}.\n" in text
         assert all(f"\n  {name.removeprefix('the ')} " in text for name in (first, second))
+
+
+@pytest.mark.parametrize(("best", "is_explained"), [(7e-5, True), (8e-4, False), (1e-2, True)])
+def test_the_advice_says_why_it_does_not_name_the_best_eps(best, is_explained):
+    task = small_task(update=8, observe=4)
+    plan = replace(make_plan(task, num_probes=64, eps=1e-3, counts=(1,)), eps=Measurement(best, best / 10))
+    assert plan.run_rate[1].known
+    text = describe(plan, task, 1.0)
+    assert "--eps 0.001 --learning_rate" in text
+    reason = "The eps is the one that was probed, since the rate was measured at it: for the best eps, repeat the plan"
+    assert (f"{reason} with --eps {best:.1e}." in text) == is_explained
+    assert reason not in describe(replace(plan, eps=Measurement(best, math.inf)), task, 1.0)
 
 
 def test_curvature_and_learning_rates_on_a_quadratic():
@@ -137,12 +149,12 @@ def test_a_third_derivative_within_its_rounding_noise_is_not_known():
     rounding = math.sqrt(2.5) * noise / eps**3
     draws = torch.randn(4000, 2, generator=generator).double()
     third = size * draws[:, 0] + rounding * draws[:, 1]
-    found = rms_third(third, noise, eps)
-    assert found.error == pytest.approx((size**2 + rounding**2) / (size * math.sqrt(8000)), rel=0.05)
-    assert abs(found.value - size) < 4 * found.error
+    estimate = rms_third(third, noise, eps)
+    assert estimate.error == pytest.approx((size**2 + rounding**2) / (size * math.sqrt(8000)), rel=0.05)
+    assert abs(estimate.value - size) < 4 * estimate.error
     assert rms_third(third, 0.0, eps).error == pytest.approx(math.hypot(size, rounding) / math.sqrt(8000), rel=0.05)
-    nothing = rms_third(0.9 * rounding * torch.ones(8).double(), noise, eps)
-    assert (nothing.value, nothing.error, nothing.known) == (0.0, math.inf, False)
+    unresolved = rms_third(0.9 * rounding * torch.ones(8).double(), noise, eps)
+    assert (unresolved.value, unresolved.error, unresolved.known) == (0.0, math.inf, False)
 
 
 def test_weights_return_after_an_error():
@@ -184,7 +196,7 @@ def nearly_unrelated_task() -> ProbedTask:
     return ProbedTask({"w": weights}, lambda inputs: inputs @ weights, x, torch.tensor([0, 1] * 4), 6, 8)
 
 
-def test_few_probes_give_no_number_that_they_do_not_carry():
+def test_too_few_probes_give_no_number():
     """With 8 probes rho is lost in their noise; with as many as it takes it is known, and right."""
     task, unknown = nearly_unrelated_task(), 0
     for seed in range(10):
@@ -192,8 +204,8 @@ def test_few_probes_give_no_number_that_they_do_not_carry():
         record, text = plan.as_dict(), describe(plan, task, 1.0)
         for name in ("rho", "relative_error_one", "curvature_ratio", "noise_scale", "trace_hessian", "eps"):
             value = getattr(plan, name)
-            carried = math.isfinite(value.error) and value.error <= abs(value.value)
-            assert (record[name] is not None) == carried, name
+            resolved = math.isfinite(value.error) and value.error <= abs(value.value)
+            assert (record[name] is not None) == resolved, name
         json.dumps(record, allow_nan=False)
         assert "inf" not in text
         assert "nan" not in text
@@ -205,12 +217,12 @@ def test_few_probes_give_no_number_that_they_do_not_carry():
             assert " gives a relative error" not in text
     assert unknown >= 3
     rho = exact_moments(gradients(task)).rho
-    found = make_plan(task, num_probes=800).rho
-    assert found.known
-    assert abs(found.value - rho) < 4 * found.error
+    measured = make_plan(task, num_probes=800).rho
+    assert measured.known
+    assert abs(measured.value - rho) < 4 * measured.error
 
 
-def test_one_walk_gives_no_rate_but_says_how_many_would():
+def test_one_walk_gives_no_rate_but_names_the_number_of_walks_needed():
     task = small_task(update=8, observe=2)
     plan = make_plan(task, num_probes=64, counts=(1,), curvature_probes=1, num_steps=10**6)
     assert math.isfinite(plan.reach.value)
@@ -233,9 +245,9 @@ def test_a_plan_says_which_probes_were_too_few_and_takes_as_many_as_are_asked_fo
         "(--curvature_probes 2600)"
     ) in text
     assert "gradient norm                   not known from 64 probes; about 1,100 would be needed (--num_probes" in text
-    more = make_plan(task, num_probes=8, counts=(1,), curvature_probes=40)
-    assert (more.num_probes, more.num_curvature_probes) == (8, 40)
-    assert more.trace_hessian.error < plan.trace_hessian.error
+    larger = make_plan(task, num_probes=8, counts=(1,), curvature_probes=40)
+    assert (larger.num_probes, larger.num_curvature_probes) == (8, 40)
+    assert larger.trace_hessian.error < plan.trace_hessian.error
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -296,3 +308,10 @@ def test_no_probe_is_taken_for_a_number_that_no_plan_can_use(wrong):
     task = replace(small_task(), score=lambda batch: pytest.fail("the model was evaluated"))
     with pytest.raises(UsageError, match="numbers of perturbations from 1 on, and for relative errors above 0"):
         make_plan(task, num_probes=8, **wrong)
+
+
+def test_a_loss_that_does_not_change_is_refused():
+    layer = torch.nn.Linear(5, 2, bias=False).double()
+    task = replace(small_task(), params=dict(layer.named_parameters()), score=layer, batch=torch.zeros(9, 5).double())
+    with pytest.raises(UsageError, match="The loss changes along none of 16 directions, so there is nothing to plan"):
+        make_plan(task, num_probes=16)

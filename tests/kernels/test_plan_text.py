@@ -1,4 +1,4 @@
-"""What a plan says while it measures: how many forward passes it takes, how far it is, and nothing of a test."""
+"""What a plan logs while it measures: how many forward passes it takes and how far it is, without mention of a test."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_a_plan_says_how_far_it_is_every_half_a_minute(caplog, monkeypatch, seco
     fewest, most = map(int, re.search(COUNT, lines_of(caplog)[0]).groups())
     matches = [re.fullmatch(rf"(\d+) of {COUNT} are done, (.+) left\.", line) for line in lines_of(caplog)[1:]]
     assert all(matches)
-    done = [int(found[1]) for found in matches]
+    counts = [int(found[1]) for found in matches]
     every = -(-30 // seconds)
     first = -(-5 // seconds)
     expected = [first + every * n for n in range(plan.forwards) if first + every * n <= plan.forwards]
-    assert done == expected
+    assert counts == expected
     left = matches[0][4]
-    assert left == " to ".join(prober.readable_seconds(seconds * (count - done[0])) for count in (fewest, most))
+    assert left == " to ".join(prober.readable_seconds(seconds * (count - counts[0])) for count in (fewest, most))
     assert all(found[4].startswith("at most ") == (int(found[1]) >= fewest) for found in matches)
 
 
@@ -76,16 +76,16 @@ def test_a_verification_says_what_it_takes_and_how_far_it_is(caplog, monkeypatch
     # The loss, each example's, 2 differences of each of 4 observed examples, and 2 of each of 6 for the Fisher matrix.
     parts = {"gradients": 1 + 6 + 2 * 4 + 2 * 6, "fresh directions": 40, "gradients at moved weights": 2 * 8}
     parts["forward passes"] = 2 * 4 * 7
-    *most, last = (f"{count} {what}" for what, count in parts.items())
+    *most, last = (f"{count} {unit}" for unit, count in parts.items())
     assert f"Verifying takes {', '.join(most)} and {last}." in caplog.messages
-    found = [re.fullmatch(r"(\d+) of (\d+) (.+) are done, (.+) left\.", message) for message in caplog.messages]
-    reports = [match.groups() for match in found if match]
+    matches = [re.fullmatch(r"(\d+) of (\d+) (.+) are done, (.+) left\.", message) for message in caplog.messages]
+    reports = [match.groups() for match in matches if match]
     expected = []
-    for what, count in parts.items():
+    for unit, count in parts.items():
         after, every = (-(-wait // seconds) if seconds else count for wait in (prober.FIRST_LINE, prober.NEXT_LINES))
         while after < count:
             left = prober.readable_seconds(seconds * (count - after))
-            expected.append((f"{after:.0f}", str(count), what, left))
+            expected.append((f"{after:.0f}", str(count), unit, left))
             after += every
     assert reports == expected
     assert bool(reports) == bool(seconds)

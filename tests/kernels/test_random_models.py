@@ -62,7 +62,7 @@ COUPLED = {
 def calls(outputs, examples=5):
     torch.manual_seed(0)
     x_o, x_u, y = torch.randn(examples, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
-    found = {
+    kernels = {
         "entk": lambda m: entk(m, x_o, x_u),
         "entk by products": lambda m: entk(m, x_o, x_u, method="ntk_vp"),
         "entk of one example": lambda m: entk(m, x_o[:1], x_u[:1]),
@@ -80,7 +80,7 @@ def calls(outputs, examples=5):
         "belief_change": lambda m: belief_change(m, x_o, x_u, y, 1e-2),
     }
     drift = {"kernel_drift": lambda m: kernel_drift(m, x_o, torch.ones(5), 0.1, [0, 2])}
-    return drift if outputs == 1 else found
+    return drift if outputs == 1 else kernels
 
 
 @pytest.mark.parametrize("name", [*calls(3), *calls(1)])
@@ -99,18 +99,18 @@ def test_noise_that_is_always_the_same_is_part_of_the_model():
     net, x = Between(forked).double(), torch.randn(3, 4, dtype=torch.float64)
 
     def rows(x):
-        found = []
+        jacobian_rows = []
         for value in net(x).flatten():
             gradients = torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
-            found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-        return torch.stack(found)
+            jacobian_rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        return torch.stack(jacobian_rows)
 
     exact = (rows(x) @ rows(x).T).view(3, 3, 3, 3)
     torch.testing.assert_close(entk(net, x, x), exact, rtol=1e-12, atol=1e-12)
     net.first.eval()
     trained = nn.Sequential(net.first, nn.BatchNorm1d(6).double(), net.second).eval()
-    each = torch.stack([entk(trained, x[i : i + 1], x[j : j + 1]) for i in range(3) for j in range(3)])
-    torch.testing.assert_close(entk(trained, x, x).permute(0, 2, 1, 3).reshape(9, 3, 3), each)
+    pairs = torch.stack([entk(trained, x[i : i + 1], x[j : j + 1]) for i in range(3) for j in range(3)])
+    torch.testing.assert_close(entk(trained, x, x).permute(0, 2, 1, 3).reshape(9, 3, 3), pairs)
 
 
 def test_the_users_random_state_is_left_alone():

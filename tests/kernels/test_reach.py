@@ -18,17 +18,17 @@ def growth(*ratios: float) -> Growth:
 
 
 def test_slopes_that_doubled_within_the_model_have_the_error_over_walks():
-    found = growth(4.0, 5.0, 6.0)
-    assert measured_reach(found) == jackknife(found, reach)
-    assert measured_reach(found).error > 0
+    walks = growth(4.0, 5.0, 6.0)
+    assert measured_reach(walks) == jackknife(walks, reach)
+    assert measured_reach(walks).error > 0
 
 
 @pytest.mark.parametrize("ratios", [(1e6, 1e6), (1e6, 2e8, math.inf)])
 def test_a_cliff_is_only_known_to_lie_between_two_distances(ratios):
-    found = measured_reach(growth(*ratios))
+    limit = measured_reach(growth(*ratios))
     low, high = 0.2 / math.sqrt(2), 0.2
-    assert found.value == pytest.approx(low)
-    assert found.error == pytest.approx((high - low) / math.sqrt(12))
+    assert limit.value == pytest.approx(low)
+    assert limit.error == pytest.approx((high - low) / math.sqrt(12))
 
 
 def test_the_seed_of_a_plan_draws_the_weights_of_a_new_adapter(tiny_lm_path, tiny_reviews_path):

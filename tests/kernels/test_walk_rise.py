@@ -17,19 +17,19 @@ def test_rise_and_slope_are_those_of_a_quadratic():
     half = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     hessian, gradient = half @ half.T / dim, torch.randn(dim, generator=generator, dtype=torch.float64)
 
-    def loss(moved):
-        return 3.0 + float(moved @ gradient + moved @ hessian @ moved / 2)
+    def loss(offset):
+        return 3.0 + float(offset @ gradient + offset @ hessian @ offset / 2)
 
     signs = (2.0 * torch.randint(0, 2, (count, dim), generator=generator) - 1).double()
     walks = [(loss(torch.zeros_like(gradient)), loss(distance * z), loss(-distance * z)) for z in signs]
-    found = rise_of(distance, walks)
-    assert (found.loss, found.distance, found.forwards) == (3.0, distance, 3 * count)
-    assert found.rise == pytest.approx(distance**2 / 2 * float(hessian.trace()), abs=4 * found.error)
-    off = hessian - hessian.diag().diag()  # Rademacher: Var z^T H z = 2 |off-diagonal part|^2
-    expected = distance**2 / 2 * math.sqrt(2 * float(off.square().sum()) / count)
-    assert found.error == pytest.approx(expected, rel=0.1)
+    measured = rise_of(distance, walks)
+    assert (measured.loss, measured.distance, measured.forwards) == (3.0, distance, 3 * count)
+    assert measured.rise == pytest.approx(distance**2 / 2 * float(hessian.trace()), abs=4 * measured.error)
+    off_diagonal = hessian - hessian.diag().diag()  # Rademacher: Var z^T H z = 2 |off-diagonal part|^2
+    expected = distance**2 / 2 * math.sqrt(2 * float(off_diagonal.square().sum()) / count)
+    assert measured.error == pytest.approx(expected, rel=0.1)
     # A square of a slope has about twice the square of its mean for a variance: 4 sqrt(2 / 2000) / 2 = 6 %.
-    assert found.slope == pytest.approx(float(gradient.norm()), rel=0.07)
+    assert measured.slope == pytest.approx(float(gradient.norm()), rel=0.07)
 
 
 @pytest.mark.parametrize("per_example", [False, True])
@@ -46,7 +46,7 @@ def test_the_walk_is_the_best_of_all_on_a_loss_with_known_noise(per_example):
     # Slopes of single examples, or of the batch, with the variance of their own noise.
     examples = 1 if per_example else batch
     rms = math.sqrt(1 + noise_scale / examples)
-    walked = torch.zeros(runs, dtype=torch.float64)
+    decreases = torch.zeros(runs, dtype=torch.float64)
     per_step = batch if per_example else count
     rate = math.sqrt(per_step / steps)  # of a walk of one
     for _ in range(steps):
@@ -54,16 +54,16 @@ def test_the_walk_is_the_best_of_all_on_a_loss_with_known_noise(per_example):
         noise = torch.randn(shape, generator=generator, dtype=torch.float64) * math.sqrt(noise_scale / examples / dim)
         z = torch.randn(runs, per_step, dim, generator=generator, dtype=torch.float64)
         slopes = (z * (gradient + noise)).sum(-1) / rms
-        walked += rate / per_step * (slopes[..., None] * z).sum(1) @ gradient
+        decreases += rate / per_step * (slopes[..., None] * z).sum(1) @ gradient
     batch_noise = 1 + noise_scale / batch
-    kept = math.sqrt(batch_noise * (1 + noise_scale)) if per_example else batch_noise
+    rms_noise = math.sqrt(batch_noise * (1 + noise_scale)) if per_example else batch_noise
     slope = math.sqrt(batch_noise)  # of the mean loss of a batch, as it is measured
-    gain = math.sqrt(directions) * slope / kept
-    assert float(walked.mean()) == pytest.approx(gain, abs=4 * float(walked.std()) / math.sqrt(runs))
+    gain = math.sqrt(directions) * slope / rms_noise
+    assert float(decreases.mean()) == pytest.approx(gain, abs=4 * float(decreases.std()) / math.sqrt(runs))
 
     curvature, distance = 50.0, 10.0
-    found = Rise(distance, 1.0, curvature * distance**2, 0.0, slope, 24)
-    best = walk_worth(found, directions=directions, noise=kept)
+    rise = Rise(distance, 1.0, curvature * distance**2, 0.0, slope, 24)
+    best = walk_worth(rise, directions=directions, noise=rms_noise)
     candidates = torch.linspace(0.01, 1, 1000, dtype=torch.float64)
     least = candidates[(curvature * candidates**2 - gain * candidates).argmin()]
     assert best == pytest.approx(float(least), abs=0.001)

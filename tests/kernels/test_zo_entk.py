@@ -52,16 +52,18 @@ def flattened(net, outputs):
 
     def forward(params, batch):
         parts = params["theta"].split(sizes)
-        return model({name: part.view(p.shape) for (name, p), part in zip(model.params.items(), parts)}, batch)
+        return model(
+            {name: part.view(p.shape) for (name, p), part in zip(model.params.items(), parts, strict=True)}, batch
+        )
 
     return FunctionalModel(forward, params={"theta": vector})
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("which", range(4))
-def test_unbiased_with_the_exact_error_law(which, distribution):
+@pytest.mark.parametrize("index", range(4))
+def test_unbiased_with_the_exact_error_law(index, distribution):
     """Over 200 kernels of 25 directions: the mean is K and the mean squared error is the closed form, by z-scores."""
-    _, net, x_o, x_u, outputs = list(real_models())[which]
+    _, net, x_o, x_u, outputs = list(real_models())[index]
     moments = kernel_moments(net, x_o, x_u, outputs=outputs)
     exact = entk(net, x_o, x_u, outputs=outputs).double()
     factors = zo_entk_factors(
@@ -153,15 +155,15 @@ def test_finite_differences_converge_as_eps_squared():
     assert math.log10(errors[0] / errors[1]) == pytest.approx(2, abs=0.05)
 
 
-def test_the_default_kernel_is_what_training_with_seed_0_does_at_step_0():
+def test_the_default_kernel_is_that_of_training_with_seed_0_at_step_0():
     """Its directions are those of MeZO's defaults, and a step of MeZO moves the logits by minus lr K_hat G."""
     torch.manual_seed(0)
     net, x_o, x_u, lr = mlp().double(), torch.randn(1, 5).double(), torch.randn(1, 5).double(), 1e-6
     kernel = zo_entk(net, x_o, x_u, num_perturbations=3)
     jac_o, jac_u = (jacobian(net, x)[0] for x in (x_o, x_u))
     params = dict(net.named_parameters())
-    drawn = [zk.directions.Dense()(params, seed=0, step=0, index=p) for p in range(3)]
-    z_PD = torch.stack([torch.cat([part.flatten() for part in z.values()]) for z in drawn])
+    directions = [zk.directions.Dense()(params, seed=0, step=0, index=p) for p in range(3)]
+    z_PD = torch.stack([torch.cat([part.flatten() for part in z.values()]) for z in directions])
     torch.testing.assert_close(kernel, jac_o @ z_PD.T @ z_PD @ jac_u.T / 3)
     assert torch.equal(zo_entk_factors(net, x_o, x_u, num_perturbations=3).dense(), kernel)
     for default in (error_curves, fidelity, project, zo_entk, zo_entk_factors, belief_change):
@@ -170,8 +172,8 @@ def test_the_default_kernel_is_what_training_with_seed_0_does_at_step_0():
     G = torch.randn(3).double()
     before = net(x_o)[0].detach()
     zk.optim.MeZO(net, lr=lr, num_perturbations=3).step(lambda: G @ net(x_u)[0])
-    moved = (net(x_o)[0].detach() - before) / lr
-    torch.testing.assert_close(moved, -kernel @ G, rtol=1e-3, atol=1e-4)
+    change = (net(x_o)[0].detach() - before) / lr
+    torch.testing.assert_close(change, -kernel @ G, rtol=1e-3, atol=1e-4)
 
 
 def test_finite_differences_are_what_the_optimizer_sees():
@@ -253,10 +255,10 @@ def test_fidelity_of_a_vocabulary_sized_kernel_matches_the_dense_one(monkeypatch
 
     torch.manual_seed(0)
     net, x_o, x_u = tiny_gpt2().double(), tokens([1, 2, 3]), tokens([2, 4, 5])
-    ask = {"num_perturbations": [3, 10], "replicates": 2, "distribution": "gaussian"}
-    dense = fidelity(net, x_o, x_u, **ask)
+    options = {"num_perturbations": [3, 10], "replicates": 2, "distribution": "gaussian"}
+    dense = fidelity(net, x_o, x_u, **options)
     monkeypatch.setattr(tangent_kernel, "CONTRACTION_BUDGET", 0)
-    factored = fidelity(net, x_o, x_u, **ask)
+    factored = fidelity(net, x_o, x_u, **options)
     torch.testing.assert_close(factored.errors, dense.errors)
     assert factored["predicted"] == pytest.approx(dense["predicted"])
 
@@ -271,3 +273,27 @@ def test_refusals():
         zo_entk(net, x, x, num_perturbations=1, eps=0)
     with pytest.raises(UsageError, match="'nested' or 'independent'"):
         fidelity(net, x, x, num_perturbations=[1], streams="both")
+
+
+def test_curves_are_of_one_updated_example():
+    layer, x = torch.nn.Linear(2, 3), torch.ones(2, 2)
+    with pytest.raises(
+        UsageError, match="of one updated example and at least one seed, not 2 and 1: call error_curves"
+    ):
+        error_curves(layer, x, x, max_perturbations=5)
+    with pytest.raises(UsageError, match="not 1 and 0"):
+        error_curves(layer, x, x[:1], max_perturbations=5, seeds=())
+    with pytest.raises(UsageError, match="positive whole number, not 0"):
+        error_curves(layer, x, x[:1], max_perturbations=0)
+    assert error_curves(layer, x, x[0], max_perturbations=5).errors_SNP.shape == (1, 2, 5)
+
+
+def test_no_error_is_relative_to_a_kernel_of_zero():
+    layer, east, north = torch.nn.Linear(2, 3, bias=False), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    moments = zk.kernels.kernel_moments(layer, east, north)
+    assert (moments.kernel_sq, moments.rho) == (0.0, 0.0)
+    message = "The exact kernel is zero, so no error is relative to it: choose other examples"
+    with pytest.raises(UsageError, match=message):
+        fidelity(layer, east, north, num_perturbations=[4])
+    with pytest.raises(UsageError, match=message):
+        error_curves(layer, torch.cat([north, east]), north, max_perturbations=5)

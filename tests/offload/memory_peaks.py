@@ -44,21 +44,21 @@ def held(kinds: str) -> int:
 
 
 def peak(run: Callable[[], Any], kinds: str) -> int:
-    """Return by how much memory grew while a function ran, looked at every two milliseconds."""
+    """Return by how much memory grew while a function ran, sampled every two milliseconds."""
     gc.collect()
     release_heap()
     before = most = held(kinds)
-    done = threading.Event()
+    finished = threading.Event()
 
     def watch() -> None:
         nonlocal most
-        while not done.wait(2e-3):
+        while not finished.wait(2e-3):
             most = max(most, held(kinds))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     run()
-    done.set()
+    finished.set()
     watcher.join()
     return most - before
 

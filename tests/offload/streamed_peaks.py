@@ -27,7 +27,7 @@ def anonymous() -> int:
 
 
 class Peak:
-    """Largest anonymous memory of the process while the block runs, looked at every millisecond."""
+    """Largest anonymous memory of the process while the block runs, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
         self.peak, self._done = anonymous(), threading.Event()
@@ -71,10 +71,10 @@ def run(folder: Path, *, full: bool) -> int:
 def main(root: Path) -> None:
     folders = {depth: llama(depth, root / str(depth)) for depth in DEPTHS}
     weights = {depth: (folder / "model.safetensors").stat().st_size for depth, folder in folders.items()}
-    found: dict[str, dict[int, int]] = {}
+    results: dict[str, dict[int, int]] = {}
     for full in (False, True):
         run(folders[DEPTHS[0]], full=full)  # compilers and libraries are loaded in the first steps
-        peaks = found["weights" if full else "adapter"] = {}
+        peaks = results["weights" if full else "adapter"] = {}
         for depth, folder in folders.items():
             gc.collect()
             release_heap()
@@ -85,7 +85,7 @@ def main(root: Path) -> None:
         json.dumps(
             {
                 "weights": list(weights.values()),
-                **{f"peaks of {key}": list(peaks.values()) for key, peaks in found.items()},
+                **{f"peaks of {key}": list(peaks.values()) for key, peaks in results.items()},
             }
         )
     )

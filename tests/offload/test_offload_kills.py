@@ -27,7 +27,7 @@ STEPS = 12
 def child(folder: str, journal: str) -> None:
     """Train as the trainer does: a step's losses are kept first, its updates made when the blocks are read next."""
     torch.set_num_threads(1)
-    saved, kept = Path(folder), Path(journal)
+    saved, record = Path(folder), Path(journal)
     model = streamed(saved, trains_weights=True)
     blocks = streamed_blocks(model)
     optimizer = ZerothOrder(
@@ -37,12 +37,12 @@ def child(folder: str, journal: str) -> None:
         perturb=StreamedForward(blocks, model, model.working_copy),
         weight_decay=0.01,
     )
-    lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
+    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    kept.write_text("".join(whole)) if len(whole) < len(lines) else None
+    record.write_text("".join(whole)) if len(whole) < len(lines) else None
     for line in whole:
         optimizer.replay(json.loads(line))
-    with kept.open("a") as file:
+    with record.open("a") as file:
         while optimizer.step_count < STEPS:
             optimizer.step(closure(model))
             os.write(file.fileno(), (json.dumps(optimizer.record()) + "\n").encode())
@@ -69,8 +69,8 @@ def test_kills_during_updates_leave_no_trace(tmp_path: Path) -> None:
         tie_word_embeddings=True,
     )
     saved, journal = save(config, tmp_path / "model"), tmp_path / "losses"
-    there = resident(saved)
-    expected, _ = train(there, InForward(), steps=STEPS)
+    reference = resident(saved)
+    expected, _ = train(reference, InForward(), steps=STEPS)
     instants, kills, versions = random.Random(1), 0, set()
     while True:
         process = forked.context().Process(target=child, args=(str(saved), str(journal)))
@@ -97,7 +97,7 @@ def test_kills_during_updates_leave_no_trace(tmp_path: Path) -> None:
         optimizer = ZerothOrder(trained, lr=1e-2, estimator="two_point(1e-2, 3)", perturb=perturb, weight_decay=0.01)
         for losses in expected:
             optimizer.replay(losses)
-        assert same(weights(model), weights(there))
+        assert same(weights(model), weights(reference))
         assert model.working_copy.bytes_written == 0  # all of it was there
         if kills >= KILLS:
             break

@@ -15,19 +15,19 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     script = Path(__file__).with_name("streamed_peaks.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, tmp_path_factory.mktemp("peaks")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("trained", ["adapter", "weights"])
-def test_memory_does_not_grow_with_the_weights(found: dict[str, list[int]], trained: str) -> None:
-    shallow, deep = found["weights"]
+def test_memory_does_not_grow_with_the_weights(peaks: dict[str, list[int]], trained: str) -> None:
+    shallow, deep = peaks["weights"]
     assert deep - shallow > 220 << 20
-    small, large = found["peaks of " + trained]
+    small, large = peaks["peaks of " + trained]
     # 25 MB on two cores: fifteen more layers of an adapter with its copies for the losses, and settings of the blocks.
     assert large - small < (deep - shallow) / 5

@@ -38,30 +38,32 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_parameters_are_trained_to_the_same_bits(saved: Path, way: str, dtype: torch.dtype) -> None:
-    there, model = resident(saved, dtype), streamed(saved, trains_weights=True, dtype=dtype, **WAYS[way])
-    expected, _ = train(there, InForward())
+    reference, model = resident(saved, dtype), streamed(saved, trains_weights=True, dtype=dtype, **WAYS[way])
+    expected, _ = train(reference, InForward())
     blocks = streamed_blocks(model)
     assert blocks is not None
     assert type(blocks.store) is KINDS[way]
-    found, optimizer = train(model, StreamedForward(blocks, model, model.working_copy))
-    assert found == expected
+    losses, optimizer = train(model, StreamedForward(blocks, model, model.working_copy))
+    assert losses == expected
     with torch.no_grad():  # without a perturbation too, as evaluations run
-        assert closure(model)() == closure(there)()
-    assert same(weights(model), weights(there))
+        assert closure(model)() == closure(reference)()
+    assert same(weights(model), weights(reference))
     # What was asked for from outside is kept, and training goes on from there.
     assert optimizer.step(closure(model)) == train(resident(saved, dtype), InForward(), steps=6)[1].last_estimate.loss
 
 
 @pytest.mark.parametrize("way", ["memory", "staged"], indirect=True)
 def test_adapters_are_trained_to_the_same_bits(saved: Path, way: str) -> None:
-    there, model = with_lora(resident(saved)), with_lora(streamed(saved, trains_weights=False, **WAYS[way]))
+    reference, model = with_lora(resident(saved)), with_lora(streamed(saved, trains_weights=False, **WAYS[way]))
     blocks = streamed_blocks(model)
     assert blocks is not None
-    assert train(model, StreamedForward(blocks, model))[0] == train(there, InForward())[0]
-    assert same(weights(model), weights(there))
+    assert train(model, StreamedForward(blocks, model))[0] == train(reference, InForward())[0]
+    assert same(weights(model), weights(reference))
 
 
-def test_each_block_goes_there_once_and_back_once_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_block_is_copied_in_once_per_pass_and_back_once_per_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loading, "host_store", Staged)
     saved = save(FAMILIES["llama"], tmp_path / "model")
     for trains in (True, False):
@@ -70,11 +72,11 @@ def test_each_block_goes_there_once_and_back_once_per_step(tmp_path: Path, monke
         blocks = streamed_blocks(model)
         assert blocks is not None
         train(model, StreamedForward(blocks, model, blocks.store if trains else None))
-        moved = sum(unit.nbytes for unit in blocks.units if unit.is_block)
+        num_bytes = sum(unit.nbytes for unit in blocks.units if unit.is_block)
         passes = {blocks.passes[unit.name] for unit in blocks.units if unit.is_block}
         assert passes in ({5}, {6})  # the first step's losses may be taken once more
-        assert blocks.bytes_read == moved * passes.pop()
-        assert blocks.store.bytes_written == (4 * moved if trains else 0)  # the last update waits
+        assert blocks.bytes_read == num_bytes * passes.pop()
+        assert blocks.store.bytes_written == (4 * num_bytes if trains else 0)  # the last update waits
 
 
 def test_a_block_on_the_device_is_not_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,26 +85,26 @@ def test_a_block_on_the_device_is_not_where_it_is_kept(tmp_path: Path, monkeypat
     model = streamed(saved, trains_weights=True, where="cpu")
     blocks = streamed_blocks(model)
     weight = model.model.layers[1].mlp.up_proj.weight
-    kept, seen = weight.data_ptr(), []
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: seen.append(weight.data_ptr()))
+    address, addresses = weight.data_ptr(), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: addresses.append(weight.data_ptr()))
     with torch.no_grad():
         closure(model)()
         closure(model)()
     assert blocks is not None
-    assert kept not in seen
+    assert address not in addresses
     blocks.settle_all()
-    assert weight.data_ptr() == kept
+    assert weight.data_ptr() == address
 
 
 def test_a_trainer_that_moves_the_model_leaves_staged_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "host_store", Staged)
     model = with_lora(streamed(save(FAMILIES["llama"], tmp_path / "model"), trains_weights=False, where="cpu"))
     model.to("meta")
-    found = {name: p.device.type for name, p in model.named_parameters()}
-    blocks = {name for name in found if ".layers." in name and "lora" not in name}
-    assert {name for name, device in found.items() if device == "cpu"} == blocks
+    devices = {name: p.device.type for name, p in model.named_parameters()}
+    blocks = {name for name in devices if ".layers." in name and "lora" not in name}
+    assert {name for name, device in devices.items() if device == "cpu"} == blocks
     assert len(blocks) == 4 * 9
-    assert {device for name, device in found.items() if "lora" in name} == {"meta"}
+    assert {device for name, device in devices.items() if "lora" in name} == {"meta"}
 
 
 def test_the_journal_writes_nothing_and_repeats_every_update(tmp_path: Path) -> None:
@@ -114,18 +116,18 @@ def test_the_journal_writes_nothing_and_repeats_every_update(tmp_path: Path) -> 
     _, optimizer = train(model, StreamedForward(blocks, model, store), steps=4)
     assert not (tmp_path / "copy").exists()
     assert store.replays == 4 * (1 + 2 + 3)  # four blocks; step t repeats t - 1 updates
-    there = resident(saved)
-    train(there, InForward(), steps=4)
-    assert same(weights(model), weights(there))
+    reference = resident(saved)
+    train(reference, InForward(), steps=4)
+    assert same(weights(model), weights(reference))
     assert (saved / "model.safetensors").read_bytes() == before
     assert list((tmp_path / "copy").iterdir()) == []  # the weights that were asked for are in files without a name
-    written = store.bytes_written
+    bytes_written = store.bytes_written
     optimizer.step(closure(model))
-    assert store.bytes_written == written > 0
+    assert store.bytes_written == bytes_written > 0
     assert store.replays == 4 * (1 + 2 + 3 + 4)  # kept weights need no replay
 
 
-def test_the_journal_says_what_its_replays_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_journal_reports_the_cost_of_its_replays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = save(FAMILIES["untied"], tmp_path / "model")
     model = streamed(saved, trains_weights=True, updates="journal")
     with caplog.at_level("INFO", "zokernel.offload.replayed"):
@@ -136,8 +138,8 @@ def test_the_journal_says_what_its_replays_cost(tmp_path: Path, caplog: pytest.L
 
 def test_the_journal_alone_continues_a_run(tmp_path: Path) -> None:
     saved = save(FAMILIES["untied"], tmp_path / "model")
-    there = resident(saved)
-    expected, _ = train(there, InForward(), steps=4)
+    reference = resident(saved)
+    expected, _ = train(reference, InForward(), steps=4)
     model = streamed(saved, trains_weights=True, updates="journal")
     optimizer = ZerothOrder(
         list(model.named_parameters()),
@@ -150,10 +152,10 @@ def test_the_journal_alone_continues_a_run(tmp_path: Path) -> None:
         optimizer.replay(losses)
     optimizer.step(closure(model))
     assert optimizer.record() == expected[3]
-    assert same(weights(model), weights(there))
+    assert same(weights(model), weights(reference))
 
 
-def test_an_update_that_is_interrupted_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_update_is_redone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save(FAMILIES["untied"], tmp_path / "model")
     model = streamed(saved, trains_weights=True, updates="journal")
     blocks, store = streamed_blocks(model), model.working_copy
@@ -161,28 +163,28 @@ def test_an_update_that_is_interrupted_is_made_anew(tmp_path: Path, monkeypatch:
     train(model, StreamedForward(blocks, model, store), steps=3)
     apply, calls = store.updates._apply, []
 
-    def interrupted(own: Any, noted: Any) -> None:
-        apply(own, noted)
-        calls.append(noted)
+    def interrupted(store: Any, step: Any) -> None:
+        apply(store, step)
+        calls.append(step)
         if len(calls) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(store.updates, "_apply", interrupted)
     with pytest.raises(KeyboardInterrupt):
         closure(model)()
-    there = resident(saved)
-    train(there, InForward(), steps=3)
-    assert same(weights(model), weights(there))
+    reference = resident(saved)
+    train(reference, InForward(), steps=3)
+    assert same(weights(model), weights(reference))
 
 
 def test_weights_of_another_type_are_replayed_from_converted_files(tmp_path: Path) -> None:
     saved = save(FAMILIES["llama"], tmp_path / "model")
-    there = resident(saved, torch.bfloat16)
+    reference = resident(saved, torch.bfloat16)
     model = streamed(saved, trains_weights=True, dtype=torch.bfloat16, updates="journal")
-    expected, _ = train(there, InForward(), steps=3)
-    found, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=3)
-    assert found == expected
-    assert same(weights(model), weights(there))
+    expected, _ = train(reference, InForward(), steps=3)
+    losses, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=3)
+    assert losses == expected
+    assert same(weights(model), weights(reference))
     assert {path.suffixes[-2] for path in (tmp_path / "copy").iterdir()} == {".base"}
 
 
@@ -210,25 +212,25 @@ def test_the_last_version_that_cannot_be_written_is_named_before_weights_are_rea
     blocks = streamed_blocks(model)
     assert blocks is not None
     unit = next(unit for unit in blocks.units if unit.is_block)
-    place = tmp_path / "copy" / f"{unit.name}.weights.safetensors"
-    place.mkdir()  # a file cannot take its place
+    path = tmp_path / "copy" / f"{unit.name}.weights.safetensors"
+    path.mkdir()  # a file cannot take its place
     train(model, StreamedForward(blocks, model, model.working_copy), steps=1)
-    with pytest.raises(RunError, match=f"{place} cannot be written .* choose another --offload_dir"):
+    with pytest.raises(RunError, match=f"{path} cannot be written .* choose another --offload_dir"):
         model.state_dict()
-    place.rmdir()
+    path.rmdir()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_staged_weights_are_trained_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     saved, device = save(FAMILIES["wide"], tmp_path / "model"), torch.device("cuda", 0)
-    there = resident(saved, dtype).to(device)
+    reference = resident(saved, dtype).to(device)
     model = streamed(saved, trains_weights=True, dtype=dtype, where="cpu", device=device).to(device)
     blocks = streamed_blocks(model)
     assert blocks is not None
     assert type(blocks.store) is Staged
     assert next(iter(blocks.units[1].tensors.values())).is_pinned()
-    expected, _ = train(there, InForward())
-    found, _ = train(model, StreamedForward(blocks, model, model.working_copy))
-    assert found == expected
-    assert same(weights(model), {name: tensor.cpu() for name, tensor in weights(there).items()})
+    expected, _ = train(reference, InForward())
+    losses, _ = train(model, StreamedForward(blocks, model, model.working_copy))
+    assert losses == expected
+    assert same(weights(model), {name: tensor.cpu() for name, tensor in weights(reference).items()})

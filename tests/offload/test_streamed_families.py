@@ -56,10 +56,10 @@ def test_a_family_streams_to_the_same_bits(family: str, tmp_path: Path) -> None:
     resident = CLASSES[kind].from_pretrained(folder).eval()
     losses, weights = train(resident, InForward())
     model = streamed(folder, kind)
-    found, own = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
-    assert found == losses
-    assert own.keys() == weights.keys()
-    assert [name for name in own if not torch.equal(own[name], weights[name])] == []
+    actual, trained = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
+    assert actual == losses
+    assert trained.keys() == weights.keys()
+    assert [name for name in trained if not torch.equal(trained[name], weights[name])] == []
 
 
 def test_experts_that_are_stored_one_by_one_stream_to_the_same_bits(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_experts_that_are_stored_one_by_one_stream_to_the_same_bits(tmp_path: Pa
     resident = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "model").eval()
     losses, weights = train(resident, InForward())
     model = streamed(tmp_path / "model", "causal")
-    found, own = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
-    assert found == losses
-    assert own.keys() == weights.keys()
-    assert [name for name in own if not torch.equal(own[name], weights[name])] == []
+    actual, trained = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
+    assert actual == losses
+    assert trained.keys() == weights.keys()
+    assert [name for name in trained if not torch.equal(trained[name], weights[name])] == []
     model.save_pretrained(tmp_path / "trained")
-    again = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "trained")
-    assert [name for name, tensor in again.state_dict().items() if not torch.equal(own[name], tensor)] == []
+    reloaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "trained")
+    assert [name for name, tensor in reloaded.state_dict().items() if not torch.equal(trained[name], tensor)] == []
     assert not (tmp_path / "copy" / "converted").exists()
 
 
@@ -108,10 +108,10 @@ def test_buffers_are_those_that_transformers_takes_from_the_files(tmp_path: Path
         file = folder / "model.safetensors"
         save_file(load_file(file) | buffers, file, {"format": "pt"})
         resident = dict(CLASSES[kind].from_pretrained(folder).named_buffers())
-        found = dict(streamed(folder, kind).named_buffers())
-        assert found.keys() == resident.keys()
-        assert [key for key in found if not torch.equal(found[key], resident[key])] == []
-    assert found["final_logits_bias"].tolist() == [list(range(309))]
+        actual = dict(streamed(folder, kind).named_buffers())
+        assert actual.keys() == resident.keys()
+        assert [key for key in actual if not torch.equal(actual[key], resident[key])] == []
+    assert actual["final_logits_bias"].tolist() == [list(range(309))]
 
 
 def test_a_buffer_of_another_shape_is_named(tmp_path: Path) -> None:

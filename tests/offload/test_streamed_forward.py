@@ -88,11 +88,11 @@ def train(model: Any, perturb: Any, steps: int = 5, **options: Any) -> tuple[lis
     optimizer = ZerothOrder(
         trained, lr=1e-2, estimator="two_point(1e-2, 3)", perturb=perturb, weight_decay=0.01, **options
     )
-    found = []
+    losses = []
     for _ in range(steps):
         optimizer.step(closure(model))
-        found.append(optimizer.record())
-    return found, optimizer
+        losses.append(optimizer.record())
+    return losses, optimizer
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -105,39 +105,39 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("directions", ["dense('gaussian')", "low_rank(2)"])
 def test_full_parameters_are_trained_to_the_same_bits(saved: Path, directions: str) -> None:
-    there = resident(saved)
-    expected, _ = train(there, InForward(), directions=directions)
+    reference = resident(saved)
+    expected, _ = train(reference, InForward(), directions=directions)
     model = streamed(saved, trains_weights=True)
-    found, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), directions=directions)
-    assert found == expected
-    assert same(weights(model), weights(there))
+    losses, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), directions=directions)
+    assert losses == expected
+    assert same(weights(model), weights(reference))
     assert not same(weights(model), weights(resident(saved)))
 
 
 def test_adapters_are_trained_to_the_same_bits(saved: Path) -> None:
-    there, model = with_lora(resident(saved)), with_lora(streamed(saved, trains_weights=False))
-    expected, _ = train(there, InForward())
-    found, _ = train(model, StreamedForward(streamed_blocks(model), model))
-    assert found == expected
-    assert same(weights(model), weights(there))
+    reference, model = with_lora(resident(saved)), with_lora(streamed(saved, trains_weights=False))
+    expected, _ = train(reference, InForward())
+    losses, _ = train(model, StreamedForward(streamed_blocks(model), model))
+    assert losses == expected
+    assert same(weights(model), weights(reference))
     assert not (saved.parent / "copy").exists()  # the base is read where it is
 
 
 def test_weights_of_another_type_are_converted_once(saved: Path) -> None:
-    there, model = (
+    reference, model = (
         with_lora(resident(saved, torch.bfloat16)),
         with_lora(streamed(saved, trains_weights=False, dtype=torch.bfloat16)),
     )
-    assert train(there, InForward(), 2)[0] == train(model, StreamedForward(streamed_blocks(model), model), 2)[0]
+    assert train(reference, InForward(), 2)[0] == train(model, StreamedForward(streamed_blocks(model), model), 2)[0]
     assert (saved.parent / "copy").is_dir()
 
 
 def test_bf16_weights_are_trained_to_the_same_bits(saved: Path) -> None:
-    there, model = resident(saved, torch.bfloat16), streamed(saved, trains_weights=True, dtype=torch.bfloat16)
-    expected, _ = train(there, InForward())
-    found, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
-    assert found == expected
-    assert same(weights(model), weights(there))
+    reference, model = resident(saved, torch.bfloat16), streamed(saved, trains_weights=True, dtype=torch.bfloat16)
+    expected, _ = train(reference, InForward())
+    losses, _ = train(model, StreamedForward(streamed_blocks(model), model, model.working_copy))
+    assert losses == expected
+    assert same(weights(model), weights(reference))
 
 
 def test_all_points_of_a_step_share_one_pass(tmp_path: Path) -> None:
@@ -188,31 +188,31 @@ def test_an_exception_in_one_forward_ends_all(tmp_path: Path) -> None:
     assert optimizer.step(loss) == optimizer.last_estimate.loss
 
 
-def test_an_interrupted_run_goes_on_with_the_files_it_left(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_with_the_files_it_left(tmp_path: Path) -> None:
     saved = save(FAMILIES["llama"], tmp_path / "model")
-    there = resident(saved)
-    expected, _ = train(there, InForward(), steps=4)
+    reference = resident(saved)
+    expected, _ = train(reference, InForward(), steps=4)
     model = streamed(saved, trains_weights=True)
     train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=3)
     model.working_copy.wait()
-    again = streamed(saved, trains_weights=True)
+    resumed = streamed(saved, trains_weights=True)
     optimizer = ZerothOrder(
-        again.named_parameters(),
+        resumed.named_parameters(),
         lr=1e-2,
         estimator="two_point(1e-2, 3)",
-        perturb=StreamedForward(streamed_blocks(again), again, again.working_copy),
+        perturb=StreamedForward(streamed_blocks(resumed), resumed, resumed.working_copy),
         weight_decay=0.01,
     )
     for losses in expected[:3]:
         optimizer.replay(losses)
-    assert again.working_copy.bytes_written == 0
-    optimizer.step(closure(again))
+    assert resumed.working_copy.bytes_written == 0
+    optimizer.step(closure(resumed))
     assert optimizer.record() == expected[3]
-    blocks = streamed_blocks(again)
+    blocks = streamed_blocks(resumed)
     assert blocks is not None
     size = sum(unit.parts[0][2] for unit in blocks.units)
-    assert again.working_copy.bytes_written == size  # one update, not three
-    assert same(weights(again), weights(there))
+    assert resumed.working_copy.bytes_written == size  # one update, not three
+    assert same(weights(resumed), weights(reference))
 
 
 def test_files_of_another_run_are_left_alone(tmp_path: Path) -> None:
@@ -221,12 +221,12 @@ def test_files_of_another_run_are_left_alone(tmp_path: Path) -> None:
     train(model, StreamedForward(streamed_blocks(model), model, model.working_copy), steps=3, seed=5)
     streamed_blocks(model).settle_all()  # type: ignore[union-attr]
     model.working_copy.wait()
-    there = resident(saved)
-    expected, _ = train(there, InForward())
-    again = streamed(saved, trains_weights=True)
-    found, _ = train(again, StreamedForward(streamed_blocks(again), again, again.working_copy))
-    assert found == expected
-    assert same(weights(again), weights(there))
+    reference = resident(saved)
+    expected, _ = train(reference, InForward())
+    second = streamed(saved, trains_weights=True)
+    losses, _ = train(second, StreamedForward(streamed_blocks(second), second, second.working_copy))
+    assert losses == expected
+    assert same(weights(second), weights(reference))
 
 
 def test_updates_that_wait_are_made_before_a_tensor_is_frozen(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What nobody published: parts put together by hand or by text, and what does not go together."""
+"""Optimizers composed from parts, as objects or by text, and parts that do not go together."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ import math
 
 import pytest
 import torch
+from method_cases import CASES
 from torch import nn
 
 from zokernel.directions import LowRank
 from zokernel.errors import UsageError
 from zokernel.estimators import ForwardDerivative, OneSided, TwoPoint
-from zokernel.optim import (
-    Adam,
-    Clip,
-    ForwardDifference,
-    HiZOO,
-    MeZO,
-    Normalized,
-    PolyakBound,
-    Sign,
-    ZerothOrder,
-    iterate_average,
-    method_options,
-)
-from zokernel.optim.updates import SGD
+from zokernel.optim import ForwardDifference, HiZOO, MeZO, ZerothOrder, get_method, method_options
+from zokernel.optim.updates import SGD, Adam, Clip, Normalized, PolyakBound, Sign, iterate_average
 from zokernel.perturb import InForward, InPlace, Tangents
 
 
@@ -37,10 +26,10 @@ def run(steps=5, **parts):
 
 
 def test_text_and_objects_make_the_same_optimizer():
-    by_hand = run(directions=LowRank(2), estimator=OneSided(1e-3, 8), update=Adam())
+    by_objects = run(directions=LowRank(2), estimator=OneSided(1e-3, 8), update=Adam())
     by_text = run(directions="low_rank(2)", estimator="one_sided(1e-3, 8)", update="adam")
-    assert by_hand[0] == by_text[0]
-    assert all(torch.equal(left, right) for left, right in zip(by_hand[1], by_text[1]))
+    assert by_objects[0] == by_text[0]
+    assert all(torch.equal(left, right) for left, right in zip(by_objects[1], by_text[1], strict=True))
 
 
 def test_a_recipe_is_its_parts():
@@ -53,13 +42,13 @@ def test_a_recipe_is_its_parts():
     update = [Normalized(0.7), PolyakBound(0.3, 0.7), SGD(0.5)]
     parts = run(estimator=OneSided(1e-3, 3), update=update)
     assert losses == parts[0]
-    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), parts[1]))
+    assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), parts[1], strict=True))
 
 
 def test_polyaks_bound_holds_for_the_group_with_the_largest_rate():
     """The step of a group with ten times the rate was ten times the bound."""
     rate, large = 1.0, 10.0
-    moved = []
+    results = []
     for factor in (1.0, large):
         weight = nn.Parameter(torch.full((1,), 3.0, dtype=torch.float64))
         group = {"params": [weight], "lr": rate * factor * 1e3}
@@ -67,8 +56,8 @@ def test_polyaks_bound_holds_for_the_group_with_the_largest_rate():
             [group], lr=1e3, num_perturbations=1, eps=1e-6, normalize=True, beta=0.0, polyak_share=1.0
         )
         optimizer.step(lambda weight=weight: weight.square().sum())
-        moved.append(float(weight))
-    assert moved == pytest.approx([1.5, 1.5], rel=1e-4)  # a whole Polyak step halves the way to the minimum
+        results.append(float(weight))
+    assert results == pytest.approx([1.5, 1.5], rel=1e-4)  # a whole Polyak step halves the way to the minimum
 
 
 def test_polyaks_bound_survives_a_checkpoint_under_a_schedule():
@@ -125,6 +114,13 @@ def test_clip_limits_the_norm_of_the_estimate():
         ({"estimator": ForwardDerivative(2)}, "belong together"),
         ({"perturb": Tangents()}, "belong together"),
         ({"perturb": "in_situ"}, "choose one of in_place"),
+        ({"perturb": InForward}, r"no way of perturbing: pass 'in_place', or an object such as InForward\(\)"),
+        ({"perturb": None}, "None is no way of perturbing"),
+        ({"directions": LowRank}, "no family of directions: pass one such as"),
+        ({"directions": 3}, "3 is no family of directions"),
+        ({"estimator": TwoPoint}, "not an estimator"),
+        ({"update": SGD}, "not part of an update"),
+        ({"lr": None}, "lr must be a finite number >= 0, not None"),
         ({"perturb": "in_place:undo"}, "choose one of fold"),
         ({"update": Clip(1.0), "weight_decay": -1.0}, "weight_decay"),
     ],
@@ -167,6 +163,57 @@ def test_perturb_can_be_assigned_between_steps_and_serves_one_optimizer():
         MeZO(nn.Linear(3, 2), perturb=optimizer.perturb)
     with pytest.raises(UsageError, match="serves no optimizer"):
         InPlace().walks_points  # noqa: B018
+
+
+def test_what_is_assigned_to_perturb_takes_the_place_of_what_was_there():
+    first, second = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), nn.Linear(3, 2)
+    loss = lambda: first(torch.ones(4, 3)).square().mean()  # noqa: E731
+    kept = InForward()
+    optimizer = MeZO(first, lr=1e-3, perturb=kept)
+    optimizer.step(loss)
+    optimizer.perturb = "in_place"
+    MeZO(second, lr=0.0, perturb=kept).step(lambda: second(torch.ones(4, 3)).square().mean())
+    other = InPlace("copy")
+    optimizer.perturb = other
+    with pytest.raises(UsageError, match="serves another optimizer"):
+        optimizer.perturb = kept
+    assert optimizer.perturb is other
+    with pytest.raises(UsageError, match="serves another optimizer"):
+        MeZO(second, perturb=other)
+    optimizer.perturb = "in_place"
+    first[0].weight.requires_grad_(False)
+    optimizer.step(loss)
+    optimizer.perturb = other  # which served all parameters before
+    resting = first[0].weight.detach().clone()
+    before, after = optimizer.step(loss), [optimizer.step(loss) for _ in range(30)][-1]
+    assert after < before
+    assert torch.equal(first[0].weight, resting)
+
+
+def test_what_was_refused_serves_no_optimizer():
+    perturb, strided, layer = InForward(), nn.Parameter(torch.ones(3, 4).t()), nn.Linear(3, 2)
+    with pytest.raises(UsageError, match="not contiguous"):
+        MeZO([strided], perturb=perturb)
+    optimizer = MeZO(layer, lr=0.0)
+    optimizer.perturb = perturb
+    assert math.isfinite(optimizer.step(lambda: layer(torch.ones(4, 3)).square().mean()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_in_and_out_of_inference_mode(case):
+    """What a step keeps, such as momentum, may be changed out of inference mode, too."""
+    name, (lr, _, options) = CASES[case]
+    method, ends = get_method(name), []
+    for modes in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        layer, inputs = nn.Linear(3, 4), torch.linspace(-1, 1, 6).view(2, 3)
+        optimizer = method(layer, lr=lr, **options)
+        for inference in modes:
+            with torch.inference_mode(inference and not method.first_order):
+                optimizer.step(lambda layer=layer, inputs=inputs: layer(inputs).square().mean())
+        ends.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+    assert torch.equal(ends[1], ends[0])
+    assert torch.equal(ends[2], ends[0])
 
 
 def test_options_of_a_method_include_the_shared_ones():
@@ -213,18 +260,26 @@ def test_an_added_group_is_perturbed_and_bounded(perturb):
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     weight = nn.Parameter(torch.ones(3))
     optimizer = ZerothOrder([("a", weight)], lr=0.05, perturb="in_place:grid")
-    for group in (
-        {"params": [("a", nn.Parameter(torch.ones(2)))]},
-        {"params": [("b", nn.Parameter(torch.ones(2)))], "momentum": 0.9},
-        {"params": [("b", nn.Parameter(torch.ones(2)))], "lr": -1.0},
+    for name, options, message in (
+        ("a", {}, "Two parameters are named 'a'"),
+        ("b", {"momentum": 0.9}, "set momentum to 0"),
+        ("b", {"lr": -1.0}, "lr must be a finite number >= 0"),
     ):
-        with pytest.raises(UsageError):
+        group = {"params": [(name, nn.Parameter(torch.ones(2)))], **options}
+        with pytest.raises(UsageError, match=message):
             optimizer.add_param_group(group)
     assert math.isfinite(optimizer.step(lambda: weight.square().sum()))
     assert len(optimizer.state_dict()["param_groups"]) == 1
 
 
-@pytest.mark.parametrize("setting", [{"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -1.0}, {"momentum": 1.5}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"lr": value} for value in (-1.0, math.nan, None, "1e-3")),
+        *({"weight_decay": value} for value in (-1.0, math.nan, None)),
+        *({"momentum": value} for value in (1.5, None)),
+    ],
+)
 def test_settings_of_groups_are_checked(setting):
     with pytest.raises(UsageError, match=next(iter(setting))):
         MeZO([{"params": [nn.Parameter(torch.ones(2))], **setting}], lr=0.1)
@@ -238,7 +293,7 @@ def test_weights_put_back_to_the_bit_keep_their_grid(disturb):
         optimizer = ZerothOrder([weight], lr=0.3, perturb="in_place:grid", update=iterate_average("journal"))
         for step in range(5):
             if disturbed and step == 2 and disturb == "a failed step":
-                with pytest.raises(RuntimeError):
+                with pytest.raises(RuntimeError, match="singular"):
                     optimizer.step(lambda: torch.linalg.inv(torch.zeros(2, 2)).sum())
             elif disturbed and step == 2:
                 with optimizer.averaged():
@@ -263,7 +318,7 @@ def test_states_of_other_parts_are_refused():
         make(perturb="in_place:grid").load_state_dict(make().state_dict())
 
 
-def test_what_is_gone_says_what_takes_its_place():
+def test_removed_names_point_to_their_replacement():
     optimizer = MeZO([nn.Parameter(torch.ones(2))])
     with pytest.raises(UsageError, match=r"assign optimizer\.perturb"):
         optimizer.evaluator = InForward()
@@ -285,7 +340,7 @@ def test_objects_cannot_be_written_into_a_journal():
         make_header(optimizer, "zeroth_order", {"update": Adam()}, base_sha256="")
 
 
-def test_moved_names_say_where_they_are():
+def test_moved_names_point_to_their_new_place():
     import zokernel
 
     with pytest.raises(AttributeError, match=r"use zokernel\.perturb\.InForward"):

@@ -140,7 +140,7 @@ def test_resumes_bit_identically(case, dtype):
     for _ in range(4):
         resumed.step(second.loss)
     assert torch.equal(second.weights(), straight.weights())
-    for (_, old), (_, new) in zip(optimizer.state.items(), resumed.state.items()):
+    for old, new in zip(optimizer.state.values(), resumed.state.values(), strict=True):
         assert {k: getattr(v, "dtype", None) for k, v in old.items()} == {
             k: getattr(v, "dtype", None) for k, v in new.items()
         }
@@ -226,11 +226,11 @@ def test_learning_rate_schedules_and_groups(case):
     for _ in range(2):
         optimizer.step(problem.loss)
         scheduler.step()
-    moved = problem.weights()
-    assert (moved[:6] != start[:6]).any()
-    assert torch.equal(moved[6:], start[6:])
+    after = problem.weights()
+    assert (after[:6] != start[:6]).any()
+    assert torch.equal(after[6:], start[6:])
     optimizer.step(problem.loss)
-    assert torch.equal(problem.weights(), moved)
+    assert torch.equal(problem.weights(), after)
     assert optimizer.effective_lr() == 0.0
 
 

@@ -49,7 +49,7 @@ def losses_of(net, x):
     return F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(x), -1).mean(1)
 
 
-def moved(base, direction, scale):
+def perturbed(base, direction, scale):
     return {name: tensor + scale * direction[name] for name, tensor in base.items()}
 
 
@@ -79,16 +79,16 @@ def test_losses_and_update_are_those_of_one_example_at_a_time(net, family, inner
             weights = base
             for direction, offset in point.items():
                 z = directions(base, seed=3, step=0, index=index_of(direction, example))
-                weights = moved(weights, z, offset)
-            found = torch.func.functional_call(net, weights, (x[example : example + 1],))[:, :-1]
-            expected.append(float(F.cross_entropy(found[0].detach(), x[example, 1:])))
+                weights = perturbed(weights, z, offset)
+            logits = torch.func.functional_call(net, weights, (x[example : example + 1],))[:, :-1]
+            expected.append(float(F.cross_entropy(logits[0].detach(), x[example, 1:])))
     assert optimizer.record() == pytest.approx(expected, rel=1e-7)
 
     count = EXAMPLES * (2 if inner == "one-sided" else 1)
     assert len(optimizer.last_estimate.coefficients) == count
     weights = base
     for index, coefficient in optimizer.last_estimate.coefficients.items():
-        weights = moved(weights, directions(base, seed=3, step=0, index=index), -1e-2 * coefficient)
+        weights = perturbed(weights, directions(base, seed=3, step=0, index=index), -1e-2 * coefficient)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=0, atol=1e-12)
 
@@ -124,12 +124,12 @@ def test_expected_estimate_is_the_gradient():
         for index, coefficient in optimizer.last_estimate.coefficients.items():
             optimizer.directions.add_(zero, coefficient, seed=0, step=step, index=index)
         samples.append(zero["weight"][0])
-    found = torch.stack(samples)
-    error = found.std(0) / len(found) ** 0.5
-    assert ((found.mean(0) - x.mean(0)) / error).abs().max() < 4.5
+    estimates = torch.stack(samples)
+    error = estimates.std(0) / len(estimates) ** 0.5
+    assert ((estimates.mean(0) - x.mean(0)) / error).abs().max() < 4.5
 
 
-def test_the_estimate_is_as_long_as_the_theory_says():
+def test_the_estimate_is_as_long_as_the_theory_predicts():
     r"""E|ghat|^2 = ((d + 1) sum_i |g_i|^2 + |sum_i g_i|^2) / B^2 for Gaussian directions, by 1,000 draws."""
     layer = nn.Linear(40, 1, bias=False).double()
     x = torch.randn(4, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -143,11 +143,11 @@ def test_the_estimate_is_as_long_as_the_theory_says():
         coefficients = optimizer.last_estimate.coefficients
         optimizer.directions.add_(zero, list(coefficients.values()), seed=0, step=step, index=list(coefficients))
         squares.append(zero["weight"].square().sum())
-    found = torch.stack(squares)
-    each = x.square().sum(1)
+    lengths = torch.stack(squares)
+    squared_norms = x.square().sum(1)
     # Of one example (d + 2) |g_i|^2; of two different ones the product of their gradients.
-    expected = (42 * each.sum() + x.sum(0).square().sum() - each.sum()) / 16
-    assert abs(found.mean() - expected) / (found.std() / len(found) ** 0.5) < 4.5
+    expected = (42 * squared_norms.sum() + x.sum(0).square().sum() - squared_norms.sum()) / 16
+    assert abs(lengths.mean() - expected) / (lengths.std() / len(lengths) ** 0.5) < 4.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,11 +163,11 @@ def test_steps_are_replayed_to_the_same_bits(dtype):
         optimizer.step(lambda: losses_of(model, tokens()).float())
         records.append(optimizer.record())
     assert [len(record) for record in records] == [2 * EXAMPLES] * 3
-    again, replayed = start()
+    restored, replayed = start()
     for record in records:
         replayed.replay(record)
-    for found, expected in zip(again.parameters(), model.parameters()):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(restored.parameters(), model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_batches_of_other_sizes_are_noticed(net):
@@ -204,10 +204,12 @@ def test_rows_may_be_dealt_out_unevenly(net):
     for offset in (1e-3, -1e-3):
         for example in range(2):
             z = optimizer.directions(base, seed=0, step=0, index=index_of(0, example))
-            own = x[owner == example]
-            logits = torch.func.functional_call(net, moved(base, z, offset), (own,))[:, :-1].detach()
-            each = F.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten(), reduction="none").view(len(own), -1)
-            expected.append(float(each.mean(1).sum()))
+            group = x[owner == example]
+            logits = torch.func.functional_call(net, perturbed(base, z, offset), (group,))[:, :-1].detach()
+            row_losses = F.cross_entropy(logits.flatten(0, 1), group[:, 1:].flatten(), reduction="none").view(
+                len(group), -1
+            )
+            expected.append(float(row_losses.mean(1).sum()))
     assert optimizer.record() == pytest.approx(expected, rel=1e-7)
 
 

@@ -14,8 +14,8 @@ from zokernel.estimators.smoothed import signed_uniform
 from zokernel.experiments.kerzoo.printed import PrintedKerZOO
 from zokernel.optim import KerZOO, MeZO
 from zokernel.optim.affine_move import AffineMove
-from zokernel.optim.averaging.int8_blocks import dequantize, quantize_
-from zokernel.optim.averaging.iterate_weights import (
+from zokernel.optim.updates.averaging.int8_blocks import dequantize, quantize_
+from zokernel.optim.updates.averaging.iterate_weights import (
     average_weight,
     coefficients_from_first,
     coefficients_from_last,
@@ -49,15 +49,15 @@ def run(steps=40, **options):
     """Train and average every iterate by hand; return the optimizer, the average and how far it is from the iterate."""
     net, loss = problem()
     optimizer = PrintedKerZOO(two_groups(net), lr=0.01, weight_decay=0.1, **options)
-    by_hand = {n: p.detach().double() for n, p in optimizer.named_params.items()}
+    expected = {n: p.detach().double() for n, p in optimizer.named_params.items()}
     for step in range(steps):
         optimizer.step(loss)
         weight = 6 / (6 + step)
-        by_hand = {
-            n: (1 - weight) * v + weight * optimizer.named_params[n].detach().double() for n, v in by_hand.items()
+        expected = {
+            n: (1 - weight) * v + weight * optimizer.named_params[n].detach().double() for n, v in expected.items()
         }
-    lag = distance(optimizer.named_params, by_hand)
-    return optimizer, by_hand, lag
+    lag = distance(optimizer.named_params, expected)
+    return optimizer, expected, lag
 
 
 SETTINGS = {
@@ -84,10 +84,10 @@ AVERAGED = [
 @pytest.mark.parametrize(("setting", "averaging"), AVERAGED)
 def test_every_average_is_the_weighted_mean_of_the_iterates(setting, averaging):
     """fp32 and journal to fp32 round-off; int8 to a few steps of lag/127 (rounding errors of 7 steps add up)."""
-    optimizer, by_hand, lag = run(averaging=averaging, **SETTINGS[setting])
+    optimizer, expected, lag = run(averaging=averaging, **SETTINGS[setting])
     assert lag > 1e-3
     tolerance = 8 * lag / 127 if averaging == "int8" else 2e-6
-    assert distance(optimizer.averaged_weights(), by_hand) < tolerance
+    assert distance(optimizer.averaged_weights(), expected) < tolerance
 
 
 def test_all_averages_agree_on_the_iterate_itself():
@@ -112,14 +112,14 @@ def test_coefficients_rebuild_the_average_of_a_scalar_process():
         theta = move.decay * theta + move.scales[0] + move.anchor * first
         average += average_weight(move.step) * (theta - average)
     end, updates = coefficients_from_first(moves)
-    assert end * first + sum(f * m.scales[0] for f, m in zip(updates, moves)) == pytest.approx(average)
+    assert end * first + sum(f * m.scales[0] for f, m in zip(updates, moves, strict=True)) == pytest.approx(average)
     free = [AffineMove(m.step, m.scales, m.decay) for m in moves]
     theta = average = 2.0
     for move in free:
         theta = move.decay * theta + move.scales[0]
         average += average_weight(move.step) * (theta - average)
     end, updates = coefficients_from_last(free)
-    assert end * theta + sum(f * m.scales[0] for f, m in zip(updates, free)) == pytest.approx(average)
+    assert end * theta + sum(f * m.scales[0] for f, m in zip(updates, free, strict=True)) == pytest.approx(average)
 
 
 def test_a_journal_that_would_lose_digits_says_so():
@@ -150,10 +150,10 @@ def test_int8_state_is_a_quarter_of_an_fp32_copy():
 
 
 def test_swapping_the_average_in_and_out_changes_nothing():
-    optimizer, by_hand, _ = run(steps=8, averaging="fp32")
+    optimizer, expected, _ = run(steps=8, averaging="fp32")
     before = {n: p.detach().clone() for n, p in optimizer.named_params.items()}
     with optimizer.averaged():
-        assert distance(optimizer.named_params, by_hand) < 2e-6
+        assert distance(optimizer.named_params, expected) < 2e-6
     assert all(torch.equal(p, before[n]) for n, p in optimizer.named_params.items())
 
 
@@ -249,68 +249,74 @@ def test_effective_learning_rate_and_facts(options, gain):
 
 
 def test_one_step_moves_as_mezo_at_the_effective_lr_on_average():
-    """On a linear loss the mean displacement is effective_lr times the gradient: |z| < 4.5 a coordinate."""
+    """On a linear loss the mean displacement is effective_lr times the gradient: |z| < 4.5 per coordinate."""
     slope = torch.linspace(-1, 1, 5, dtype=torch.float64)
     for make in (lambda w: MeZO([w], lr=0.4), lambda w: KerZOO([w], lr=0.1, radius=1.0)):
         weight = nn.Parameter(torch.zeros(5, dtype=torch.float64))
-        optimizer, moved = make(weight), []
+        optimizer, updates = make(weight), []
         for _ in range(600):
             before = weight.detach().clone()
             optimizer.step(lambda: (weight * slope).sum())  # noqa: B023
-            moved.append(before - weight.detach())
-        moved = torch.stack(moved)
-        scores = (moved.mean(0) - 0.4 * slope) / (moved.std(0) / len(moved) ** 0.5)
+            updates.append(before - weight.detach())
+        updates = torch.stack(updates)
+        scores = (updates.mean(0) - 0.4 * slope) / (updates.std(0) / len(updates) ** 0.5)
         assert optimizer.effective_lr() == pytest.approx(0.4)
         assert scores.abs().max() < 4.5
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"clip": "grad"},
-        {"clip_radius": 1.0},
-        {"clip": "weights", "clip_radius": 1.0},
-        {"clip": "grad", "clip_radius": -1.0},
-        {"grad_at": "md"},
-        {"grad_at": "md", "averaging": "journal"},
-        {"grad_at": "ag"},
-        {"averaging": "fp16"},
-        {"step_schedule": "linear"},
-        {"radius_schedule": "literal"},
-        {"clip": "param_origin", "clip_radius": 1.0, "perturb": "in_place:grid"},
+        ({"clip": "grad"}, "clip and a positive clip_radius go together"),
+        ({"clip_radius": 1.0}, "clip and a positive clip_radius go together"),
+        ({"clip": "weights", "clip_radius": 1.0}, "There is no clip 'weights'"),
+        ({"clip": "grad", "clip_radius": -1.0}, r"clip_radius must be positive and finite, not -1\.0"),
+        ({"grad_at": "md"}, "set averaging to 'fp32' or 'int8'"),
+        ({"grad_at": "md", "averaging": "journal"}, "set averaging to 'fp32' or 'int8'"),
+        ({"grad_at": "ag"}, "There is no grad_at 'ag'"),
+        ({"averaging": "fp16"}, "There is no averaging 'fp16'"),
+        ({"step_schedule": "linear"}, "There is no step_schedule 'linear'"),
+        ({"radius_schedule": "literal"}, "The radius schedule 'literal' needs total_steps"),
+        ({"clip": "param_origin", "clip_radius": 1.0, "perturb": "in_place:grid"}, "grid, .* would leave it"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(options):
-    with pytest.raises(UsageError):
+def test_settings_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
         PrintedKerZOO([nn.Parameter(torch.ones(2))], lr=0.1, **options)
 
 
-def test_no_average_to_ask_for():
+def test_there_is_no_average_without_averaging():
     with pytest.raises(UsageError, match="averaging"):
         KerZOO([nn.Parameter(torch.ones(2))], lr=0.1).averaged_weights()
 
 
 def test_int8_pieces_do_not_change_the_average(monkeypatch):
     """Small pieces only change which random numbers round: both stay within a few steps of the exact average."""
-    from zokernel.optim.averaging import averages, int8_blocks
+    from zokernel.optim.updates.averaging import averages, int8_blocks
 
     for module in (averages, int8_blocks):
         monkeypatch.setattr(module, "CHUNK", 256)
     weight = nn.Parameter(torch.zeros(40, 24))
     target = torch.sin(torch.arange(960.0)).reshape(40, 24)
     optimizer = KerZOO([("w", weight)], lr=1e-3, weight_decay=0.2, averaging="int8")
-    by_hand = torch.zeros(40, 24, dtype=torch.float64)
+    expected = torch.zeros(40, 24, dtype=torch.float64)
     for step in range(12):
         optimizer.step(lambda: (weight - target).square().sum())
-        by_hand = torch.lerp(by_hand, weight.detach().double(), 6 / (6 + step))
-    lag = (weight.detach() - by_hand).abs().max()
-    assert (optimizer.averaged_weights()["w"] - by_hand).abs().max() < 8 * lag / 127
+        expected = torch.lerp(expected, weight.detach().double(), 6 / (6 + step))
+    lag = (weight.detach() - expected).abs().max()
+    assert (optimizer.averaged_weights()["w"] - expected).abs().max() < 8 * lag / 127
 
 
 @pytest.mark.parametrize(
-    "options", [{"grad_at": "md", "averaging": "fp32"}, {"clip": "param_init", "clip_radius": 1.0}]
+    ("options", "named"),
+    [
+        ({"grad_at": "md", "averaging": "fp32"}, "grad_at"),
+        ({"clip": "param_init", "clip_radius": 1.0}, "clip='param_init'"),
+        ({"paper_k5": True, "kernel_order": 5}, "paper_k5"),
+        ({"step_schedule": "accelerated"}, "step_schedule"),
+    ],
 )
-def test_options_of_the_paper_alone_still_work_and_are_deprecated(options):
-    with pytest.warns(FutureWarning, match="2027-06-01"):
-        optimizer = KerZOO([nn.Parameter(torch.ones(2))], lr=0.1, **options)
-    assert type(optimizer) is PrintedKerZOO
+def test_options_of_the_paper_alone_are_refused_with_the_class_that_has_them(options, named):
+    with pytest.raises(UsageError, match=f"^{named} only reproduces .*PrintedKerZOO, or --method kerzoo_printed"):
+        KerZOO([nn.Parameter(torch.ones(2))], lr=0.1, **options)
+    PrintedKerZOO([nn.Parameter(torch.ones(2))], lr=0.1, **options)

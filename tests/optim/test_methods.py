@@ -62,8 +62,8 @@ def test_hizoo_is_its_definition():
         ends = loss_at(w), loss_at(w + eps * scaled), loss_at(w - eps * scaled)
         w = w - lr * (ends[1] - ends[2]) / (2 * eps) * scaled
         h = h * (1 - alpha + alpha * abs(ends[1] + ends[2] - 2 * ends[0]) / (2 * eps**2) * z**2)
-    optimizer, found = train(HiZOO, 6, lr=lr, eps=eps, hessian_smooth=alpha)
-    assert torch.allclose(found, w, atol=1e-7)
+    optimizer, weights = train(HiZOO, 6, lr=lr, eps=eps, hessian_smooth=alpha)
+    assert torch.allclose(weights, w, atol=1e-7)
     assert torch.allclose(optimizer.curvature["w"], h, rtol=1e-4)
     assert optimizer.effective_lr() == pytest.approx(lr * float((1 / h).mean()), rel=1e-4)
     assert optimizer.curvature["w"].dtype == torch.float32
@@ -84,22 +84,22 @@ def test_forward_differences_are_their_definition(options):
         slopes = [(loss_at(w + eps * z_p) - centres[-1]) / eps for z_p in z]
         squares.append(sum(slope**2 for slope in slopes) / count)
         weights = [beta ** (step - k) for k in range(step + 1)]
-        square, loss = (sum(a * b for a, b in zip(weights, v)) / sum(weights) for v in (squares, centres))
+        square, loss = (sum(a * b for a, b in zip(weights, v, strict=True)) / sum(weights) for v in (squares, centres))
         free, bound = lr / math.sqrt(square), options.get("polyak_share", math.inf) * loss / square
         bounded.append(bound < free)
         scale = min(free, bound) if options else lr
-        w = w - scale / count * sum(slope * z_p for slope, z_p in zip(slopes, z))
-    optimizer, found = train(
+        w = w - scale / count * sum(slope * z_p for slope, z_p in zip(slopes, z, strict=True))
+    optimizer, actual = train(
         ForwardDifference, 5, lr=lr, **{"eps": eps, "num_perturbations": count, "beta": beta} | options
     )
-    assert torch.allclose(found, w, atol=1e-8)
+    assert torch.allclose(actual, w, atol=1e-8)
     assert optimizer.effective_lr() == pytest.approx(scale, rel=1e-6)
     assert set(bounded) == ({False, True} if "polyak_share" in options else {False}), "both sides of the bound"
 
 
 @pytest.mark.parametrize("share", [math.inf, 0.01])
 def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss(share):
-    def moved(scale):
+    def final_weights(scale):
         w = weight()
         options = {"num_perturbations": 2, "normalize": True, "polyak_share": share}
         optimizer = ForwardDifference([("w", w)], lr=0.01, **options)
@@ -107,10 +107,10 @@ def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss(share):
             optimizer.step(lambda: scale * loss_at(w.detach()))
         return w.detach()
 
-    found = [moved(1.0), moved(1000.0)]
+    weights = [final_weights(1.0), final_weights(1000.0)]
     # To Polyak's step the scale matters through the losses' rounding only.
-    assert torch.allclose(found[0], found[1], atol=1e-8)
-    assert not torch.equal(found[0], START)
+    assert torch.allclose(weights[0], weights[1], atol=1e-8)
+    assert not torch.equal(weights[0], START)
 
 
 def test_a_whole_polyak_step_halves_the_way_to_the_minimum_of_a_parabola():
@@ -148,27 +148,27 @@ def test_lozo_momentum_lives_in_the_factors_and_crosses_a_refresh():
         if average is None:
             average = fresh
         else:
-            carried = average if step % refresh else average @ (right.T @ v) / SHAPE[1]
-            average = beta * carried + (1 - beta) * fresh
+            projected = average if step % refresh else average @ (right.T @ v) / SHAPE[1]
+            average = beta * projected + (1 - beta) * fresh
         right, w = v, w - lr * average @ v.T
-    optimizer, found = train(LOZO, 8, lr=lr, eps=eps, momentum=beta, rank=rank, refresh=refresh)
-    assert torch.allclose(found, w, atol=1e-6)
+    optimizer, weights = train(LOZO, 8, lr=lr, eps=eps, momentum=beta, rank=rank, refresh=refresh)
+    assert torch.allclose(weights, w, atol=1e-6)
     state = optimizer.state[optimizer.named_params["w"]]["average"]
     assert state.shape == (SHAPE[0], rank)
 
 
 def test_a_step_of_subzero_and_lozo_stays_in_the_stated_rank():
     for method, rank in ((SubZero, 2), (LOZO, 1)):
-        _, found = train(method, 1, lr=0.01, rank=rank)
-        assert torch.linalg.matrix_rank(found - START, tol=1e-5) == rank
+        _, weights = train(method, 1, lr=0.01, rank=rank)
+        assert torch.linalg.matrix_rank(weights - START, tol=1e-5) == rank
 
 
 @pytest.mark.parametrize("family", [Dense("gaussian"), Subspace(rank=4, refresh=1), LowRank(rank=4, refresh=1)])
 def test_scales_and_means_of_low_rank_directions(family):
     """E|z|^2 = m n and E (g.z) z = g over n draws: |z| < 4.5 against the sample's own standard errors."""
-    like, n = {"w": torch.zeros(12, 10)}, 1500
+    params, n = {"w": torch.zeros(12, 10)}, 1500
     g = torch.sin(torch.arange(120.0)).reshape(12, 10)
-    draws = torch.stack([family(like, seed=0, step=t, index=0)["w"] for t in range(n)])
+    draws = torch.stack([family(params, seed=0, step=t, index=0)["w"] for t in range(n)])
     squares = draws.square().sum((1, 2))
     assert abs(squares.mean() - 120) < 4.5 * squares.std() / n**0.5
     estimates = (draws * g).sum((1, 2), keepdim=True) * draws
@@ -184,12 +184,12 @@ def test_scales_and_means_of_low_rank_directions(family):
 
 
 def test_sparse_mezo_moves_the_small_weights_only():
-    optimizer, found = train(SparseMeZO, 4, lr=0.01, density=0.4)
-    moved = found != START
-    assert moved.sum() == 12
-    assert START[moved].abs().max() < START[~moved].abs().min()
+    optimizer, weights = train(SparseMeZO, 4, lr=0.01, density=0.4)
+    changed = weights != START
+    assert changed.sum() == 12
+    assert START[changed].abs().max() < START[~changed].abs().min()
     saved = optimizer.state_dict()
-    other = SparseMeZO([("w", nn.Parameter(found.flip(0).clone()))], lr=0.01, density=0.4)
+    other = SparseMeZO([("w", nn.Parameter(weights.flip(0).clone()))], lr=0.01, density=0.4)
     other.load_state_dict(saved)
     assert torch.equal(other.directions.mask("w", SHAPE), optimizer.directions.mask("w", SHAPE))
 
@@ -212,9 +212,9 @@ def test_fzoo_is_its_definition():
         zs = [law({"w": w}, seed=0, step=step, index=i)["w"] for i in range(n)]
         losses = torch.tensor([loss_at(w + eps * z) for z in zs], dtype=torch.float64)
         centre, sigma = loss_at(w), losses.std(correction=0)
-        w = w - lr * sum((loss - centre) / (n * sigma) * z for loss, z in zip(losses, zs))
-    optimizer, found = train(FZOO, 4, lr=lr, eps=eps, num_perturbations=n)
-    assert torch.allclose(found, w, atol=1e-8)
+        w = w - lr * sum((loss - centre) / (n * sigma) * z for loss, z in zip(losses, zs, strict=True))
+    optimizer, weights = train(FZOO, 4, lr=lr, eps=eps, num_perturbations=n)
+    assert torch.allclose(weights, w, atol=1e-8)
     assert optimizer.effective_lr() == pytest.approx(lr * eps / float(sigma), rel=1e-3)
     assert math.isnan(FZOO([weight()], lr=0.1).effective_lr())
 
@@ -228,9 +228,9 @@ def test_adam_is_torchs_on_the_same_estimates(method):
         z = law({"w": w.detach()}, seed=0, step=step, index=0)["w"]
         w.grad = two_point(w.detach(), z, eps) * z
         reference.step()
-    _, found = train(method, 8, lr=lr, eps=eps, distribution="gaussian")
+    _, weights = train(method, 8, lr=lr, eps=eps, distribution="gaussian")
     # torch keeps these moments in float64, the method in fp32.
-    assert torch.allclose(found, w.detach(), atol=1e-5)
+    assert torch.allclose(weights, w.detach(), atol=1e-5)
 
 
 def test_momentum_is_torchs_on_the_same_estimates():
@@ -241,8 +241,8 @@ def test_momentum_is_torchs_on_the_same_estimates():
         z = law({"w": w.detach()}, seed=0, step=step, index=0)["w"]
         w.grad = two_point(w.detach(), z, eps) * z
         reference.step()
-    optimizer, found = train(MeZO, 8, lr=lr, eps=eps, momentum=0.8)
-    assert torch.allclose(found, w.detach(), atol=1e-6)
+    optimizer, weights = train(MeZO, 8, lr=lr, eps=eps, momentum=0.8)
+    assert torch.allclose(weights, w.detach(), atol=1e-6)
     assert optimizer.effective_lr() == pytest.approx(lr / 0.2)
 
 
@@ -251,10 +251,12 @@ def test_both_signs():
     zs = [law({"w": START}, seed=0, step=0, index=i)["w"] for i in range(3)]
     cs = [two_point(START, z, 1e-3) for z in zs]
     _, estimate = train(ZOSign, 1, lr=0.1, num_perturbations=3, distribution="gaussian")
-    exact = START - 0.1 * torch.sign(sum(c * z for c, z in zip(cs, zs)))
+    exact = START - 0.1 * torch.sign(sum(c * z for c, z in zip(cs, zs, strict=True)))
     assert torch.allclose(estimate, exact)
     _, projection = train(ZOSign, 1, lr=0.1, num_perturbations=3, distribution="gaussian", sign_of="projection")
-    assert torch.allclose(projection, START - 0.1 * sum(math.copysign(1, c) * z for c, z in zip(cs, zs)) / 3)
+    assert torch.allclose(
+        projection, START - 0.1 * sum(math.copysign(1, c) * z for c, z in zip(cs, zs, strict=True)) / 3
+    )
 
 
 def test_forward_gradient_is_the_exact_directional_derivative():
@@ -282,13 +284,13 @@ def test_the_number_of_directions_can_grow():
 
 
 def test_directions_are_keyed_by_name_not_by_order():
-    def moved(order):
+    def final_weights(order):
         params = {name: nn.Parameter(torch.zeros(4)) for name in ("a", "b")}
         optimizer = MeZO([(name, params[name]) for name in order], lr=0.1)
         optimizer.step(lambda: float(params["a"].detach().sum() + 2 * params["b"].detach().sum()))
         return params
 
-    left, right = moved("ab"), moved("ba")
+    left, right = final_weights("ab"), final_weights("ba")
     assert torch.equal(left["a"], right["a"])
     assert torch.equal(left["b"], right["b"])
 
@@ -356,7 +358,7 @@ def test_equal_losses_in_the_first_step_are_warned_about(caplog):
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_place:copy"])
-def test_hizoo_s_windows_change_nothing(monkeypatch, perturb):
+def test_the_windows_of_hizoo_change_nothing(monkeypatch, perturb):
     """Directions belong to positions, so it does not matter how many of them are held at a time."""
     ends = []
     for window in (7, 1 << 21):

@@ -13,8 +13,9 @@ from zokernel.directions import Dense
 from zokernel.directions.families.cone import Cone
 from zokernel.errors import UsageError
 from zokernel.estimators import TwoPointCurvature
-from zokernel.optim import RLOO, SPSA15, ConMeZO, CurvatureWeights, MeZO, RAdaZO, ZerothOrder, ZOAdam
-from zokernel.optim.curvature_weights import curvature_weight
+from zokernel.optim import RLOO, SPSA15, ConMeZO, MeZO, RAdaZO, ZerothOrder, ZOAdam
+from zokernel.optim.updates import CurvatureWeights
+from zokernel.optim.updates.curvature_weights import curvature_weight
 
 SHAPE = (6, 5)
 START = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(SHAPE)
@@ -65,8 +66,8 @@ def test_spsa_1_5_is_its_definition():
             means.append(1 / max(1.0, abs((above - 2 * loss_at(w) + below) / eps**2) ** 0.1))
             move += means[-1] * (above - below) * z / (2 * count)
         w = w - lr / eps * move
-    optimizer, found = train(SPSA15, 5, lr=lr, eps=eps, num_perturbations=count)
-    assert torch.allclose(found, w, atol=1e-8)
+    optimizer, weights = train(SPSA15, 5, lr=lr, eps=eps, num_perturbations=count)
+    assert torch.allclose(weights, w, atol=1e-8)
     assert optimizer.effective_lr() == pytest.approx(lr * sum(means) / count, rel=1e-4)
     assert max(means) < 0.75, "the curvature along these directions is about 50"
     assert optimizer.forwards_per_step == 2 * count + 1
@@ -81,8 +82,8 @@ def test_published_spsa_1_5_takes_160_directions_with_eps_equal_to_the_rate():
 
 def test_without_power_the_weights_are_one():
     _, mezo = train(MeZO, 4, lr=0.01, num_perturbations=3)
-    _, found = train(SPSA15, 4, lr=0.01, eps=1e-3, num_perturbations=3, power=0.0)
-    assert torch.allclose(found, mezo, atol=1e-12)
+    _, weights = train(SPSA15, 4, lr=0.01, eps=1e-3, num_perturbations=3, power=0.0)
+    assert torch.allclose(weights, mezo, atol=1e-12)
 
 
 def test_weights_need_a_curvature_and_a_power_in_range():
@@ -109,11 +110,11 @@ def test_rloo_is_its_definition():
         losses = [loss_at(w + eps * z) for z in zs]
         move = torch.zeros(SHAPE, dtype=torch.float64)
         for p, z in enumerate(zs):
-            others = [loss for q, loss in enumerate(losses) if q != p]
-            move += (losses[p] - sum(others) / (count - 1)) * z
+            other_losses = [loss for q, loss in enumerate(losses) if q != p]
+            move += (losses[p] - sum(other_losses) / (count - 1)) * z
         w = w - lr / (count * eps) * move
-    optimizer, found = train(RLOO, 5, lr=lr, eps=eps, num_perturbations=count)
-    assert torch.allclose(found, w, atol=1e-8)
+    optimizer, weights = train(RLOO, 5, lr=lr, eps=eps, num_perturbations=count)
+    assert torch.allclose(weights, w, atol=1e-8)
     assert optimizer.forwards_per_step == count
     assert optimizer.effective_lr() == lr
 
@@ -131,16 +132,16 @@ def test_r_adazo_is_its_definition():
         v = b2 * v + (1 - b2) * corrected**2
         w = w - lr * corrected / ((v / (1 - b2**step)).sqrt() + delta)
     options = {"beta1": b1, "beta2": b2, "delta": delta, "distribution": "gaussian"}
-    optimizer, found = train(RAdaZO, 8, lr=lr, eps=eps, **options)
-    assert torch.allclose(found, w, atol=1e-5)
+    optimizer, weights = train(RAdaZO, 8, lr=lr, eps=eps, **options)
+    assert torch.allclose(weights, w, atol=1e-5)
     assert optimizer.effective_lr() == lr
 
 
 def test_the_first_step_of_r_adazo_is_adams_and_without_momentum_all_are():
     for steps, beta1 in ((1, 0.9), (6, 0.0)):
         _, adam = train(ZOAdam, steps, lr=0.01, beta1=beta1)
-        _, found = train(RAdaZO, steps, lr=0.01, beta1=beta1)
-        assert torch.allclose(found, adam, atol=1e-7)
+        _, weights = train(RAdaZO, steps, lr=0.01, beta1=beta1)
+        assert torch.allclose(weights, adam, atol=1e-7)
 
 
 def test_on_pure_noise_r_adazo_moves_farther_than_adam_by_the_noise_that_its_momentum_averages():
@@ -190,22 +191,22 @@ def test_conmezo_is_its_definition(perturb):
 
 def test_a_cone_of_a_right_angle_is_mezo():
     _, mezo = train(MeZO, 6, lr=0.005)
-    _, found = train(ConMeZO, 6, lr=0.005, angle=math.pi / 2)
-    assert torch.allclose(found, mezo, atol=1e-12)
+    _, weights = train(ConMeZO, 6, lr=0.005, angle=math.pi / 2)
+    assert torch.allclose(weights, mezo, atol=1e-12)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "sphere"])
 def test_directions_in_a_cone_have_their_second_moment(distribution):
     """E z z^T = sin^2 I + cos^2 a a^T over 4,000 draws of two tensors: 78 moments, |z| < 4.5; and the mean estimate."""
-    like, angle, n = {"a": torch.zeros(4, 2), "b": torch.zeros(4)}, 1.0, 4000
+    params, angle, n = {"a": torch.zeros(4, 2), "b": torch.zeros(4)}, 1.0, 4000
     cone = Cone(Dense(distribution), angle)
-    cone.prepare(like)
+    cone.prepare(params)
     assert cone.gain() == pytest.approx(math.sin(angle) ** 2)
-    cone.turn({0: 1.5, 1: -0.5}, 0.0, seed=3, step=0, names=list(like))
+    cone.turn({0: 1.5, 1: -0.5}, 0.0, seed=3, step=0, names=list(params))
     assert cone.gain() == pytest.approx(1.0)
-    axis = torch.cat([cone.axis[name].reshape(-1) for name in like]).double()
+    axis = torch.cat([cone.axis[name].reshape(-1) for name in params]).double()
     assert float(axis.norm()) == pytest.approx(math.sqrt(12), rel=1e-6)
-    z = torch.stack([torch.cat([t.reshape(-1) for t in draw.values()]) for draw in _draws(cone, like, n)]).double()
+    z = torch.stack([torch.cat([t.reshape(-1) for t in draw.values()]) for draw in _draws(cone, params, n)]).double()
     products = z[:, :, None] * z[:, None, :]
     exact = math.sin(angle) ** 2 * torch.eye(12) + math.cos(angle) ** 2 * axis.outer(axis)
     error, spread = products.mean(0) - exact, products.std(0) / math.sqrt(n)
@@ -218,15 +219,15 @@ def test_directions_in_a_cone_have_their_second_moment(distribution):
     assert scores.abs().max() < 4.5
 
 
-def _draws(cone, like, count):
-    return (cone(like, seed=5, step=step, index=0) for step in range(count))
+def _draws(cone, params, count):
+    return (cone(params, seed=5, step=step, index=0) for step in range(count))
 
 
 def test_at_one_rate_conmezo_moves_farther_along_the_gradient_than_mezo():
     """On a linear loss the mean of slope^2 / |g|^2 is the gain: one for MeZO, more in a cone; 8 seeds, 100 steps."""
 
     def gains(method, **options):
-        found = []
+        means = []
         for seed in range(8):
             w = nn.Parameter(torch.zeros(500))
             optimizer = method([("w", w)], lr=0.0, seed=seed, perturb="in_place:copy", **options)
@@ -234,8 +235,8 @@ def test_at_one_rate_conmezo_moves_farther_along_the_gradient_than_mezo():
             for _ in range(150):
                 optimizer.step(lambda w=w: float(w.detach().sum(dtype=torch.float64)))
                 slopes.append(optimizer.last_estimate.coefficients[0])
-            found.append(sum(c**2 for c in slopes[50:]) / 100 / 500)
-        gain = torch.tensor(found, dtype=torch.float64)
+            means.append(sum(c**2 for c in slopes[50:]) / 100 / 500)
+        gain = torch.tensor(means, dtype=torch.float64)
         return float(gain.mean()), float(gain.std()) / math.sqrt(8)
 
     mean, error = gains(MeZO)
@@ -246,16 +247,16 @@ def test_at_one_rate_conmezo_moves_farther_along_the_gradient_than_mezo():
 
 
 def test_sweeps_of_a_cone_add_the_directions_that_it_returns():
-    like = {"a": torch.zeros(7, 3), "b": torch.zeros(5)}
+    params = {"a": torch.zeros(7, 3), "b": torch.zeros(5)}
     cone = Cone(Dense("gaussian"), 0.9)
-    cone.prepare(like)
+    cone.prepare(params)
     for turned in (False, True):
         if turned:
-            cone.turn({0: 1.0}, 0.5, seed=0, step=0, names=list(like))
-        weights = {name: torch.ones_like(tensor) for name, tensor in like.items()}
+            cone.turn({0: 1.0}, 0.5, seed=0, step=0, names=list(params))
+        weights = {name: torch.ones_like(tensor) for name, tensor in params.items()}
         scales = {"a": [0.5, -2.0], "b": [0.25, 1.0]}
         cone.add_(weights, scales, seed=1, step=4, index=[0, 3], decay=0.75)
-        first, second = (cone(like, seed=1, step=4, index=i) for i in (0, 3))
+        first, second = (cone(params, seed=1, step=4, index=i) for i in (0, 3))
         for name, (left, right) in scales.items():
             exact = 0.75 + left * first[name] + right * second[name]
             assert torch.allclose(weights[name], exact, atol=1e-5)
@@ -277,9 +278,9 @@ def test_resting_parameters_keep_their_axis():
     loss = lambda: float((a.detach() ** 2).sum() + (b.detach() ** 2).sum())  # noqa: E731
     optimizer.step(loss)
     b.requires_grad_(False)
-    kept = optimizer.directions.axis["b"].clone()
+    axis = optimizer.directions.axis["b"].clone()
     optimizer.step(loss)
-    assert torch.equal(optimizer.directions.axis["b"], kept)
+    assert torch.equal(optimizer.directions.axis["b"], axis)
     assert float(optimizer.directions.axis["a"].norm()) == pytest.approx(2.0, rel=1e-5)
     assert torch.isfinite(b).all()
 
@@ -287,6 +288,6 @@ def test_resting_parameters_keep_their_axis():
 @pytest.mark.parametrize(
     ("options", "match"), [({"angle": 0.0}, "angle"), ({"angle": 1.6}, "angle"), ({"beta": 1.0}, "beta")]
 )
-def test_cones_are_refused_where_they_are_none(options, match):
+def test_invalid_settings_of_a_cone_are_refused(options, match):
     with pytest.raises(UsageError, match=match):
         ConMeZO([nn.Parameter(torch.ones(3))], **options)

@@ -50,12 +50,12 @@ def test_a_frozen_parameter_stays_and_trains_again(case):
 
 
 @pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_place:grid", "in_forward"])
-def test_the_rest_steps_as_if_it_were_alone(perturb):
+def test_other_parameters_step_as_if_there_were_no_frozen_one(perturb):
     """Directions are keyed by name, so freezing one parameter does not change those of the others."""
 
-    def run(both):
+    def run(with_rested):
         weights = {"a": nn.Parameter(torch.ones(5)), "b": nn.Parameter(torch.ones(3))}
-        params = [("a", weights["a"])] + ([("b", weights["b"])] if both else [])
+        params = [("a", weights["a"])] + ([("b", weights["b"])] if with_rested else [])
         optimizer = MeZO(params, lr=0.05, perturb=perturb)
         weights["b"].requires_grad_(False)
         for _ in range(5):
@@ -100,7 +100,7 @@ def double(module):
 @pytest.mark.parametrize("perturb", ["in_place", "in_place:copy", "in_forward"])
 @pytest.mark.parametrize("replace", [halve, double])
 def test_weights_that_were_replaced_are_those_of_the_next_step(replace, perturb):
-    """torch counts no write when ``p.data`` is assigned: the memory tells."""
+    """torch counts no write when ``p.data`` is assigned: the new memory shows it."""
 
     def model():
         torch.manual_seed(0)
@@ -120,14 +120,14 @@ def test_weights_that_were_replaced_are_those_of_the_next_step(replace, perturb)
     expected = ZerothOrder(list(fresh.named_parameters()), lr=1e-3, **options)
     expected.step_count = 1
     optimizer.param_groups[0]["lr"] = 1e-3
-    found = optimizer.step(lambda: loss(trained))
-    assert found == pytest.approx(expected.step(lambda: loss(fresh)), rel=1e-5)  # the first step leaves roundings
-    for ours, theirs in zip(trained.parameters(), fresh.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    step_loss = optimizer.step(lambda: loss(trained))
+    assert step_loss == pytest.approx(expected.step(lambda: loss(fresh)), rel=1e-5)  # the first step leaves roundings
+    for weight, expected_weight in zip(trained.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected_weight, rtol=1e-5, atol=1e-7)
     assert not optimizer.changed_by_others
 
 
-def test_nothing_left_to_train_is_said():
+def test_nothing_left_to_train_is_an_error():
     weight = nn.Parameter(torch.ones(3))
     optimizer = MeZO([weight], lr=0.1)
     weight.requires_grad_(False)
@@ -196,11 +196,11 @@ def test_tensors_of_the_module_need_no_name_when_they_are_added(method):
 
 
 @pytest.mark.parametrize("method", [MeZO, AdamW])
-@pytest.mark.parametrize("named", ["pairs", "module", "unpickled"])
-def test_a_tensor_whose_name_nobody_knows_is_refused_with_what_to_pass(method, named):
+@pytest.mark.parametrize("form", ["pairs", "module", "unpickled"])
+def test_a_tensor_without_a_name_is_refused_with_what_to_pass(method, form):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimizer = method(net[0].named_parameters() if named == "pairs" else net[0], lr=0.01)
-    optimizer = pickle.loads(pickle.dumps(optimizer)) if named == "unpickled" else optimizer
+    optimizer = method(net[0].named_parameters() if form == "pairs" else net[0], lr=0.01)
+    optimizer = pickle.loads(pickle.dumps(optimizer)) if form == "unpickled" else optimizer
     with pytest.raises(UsageError, match=r"has none: pass \(name, tensor\) pairs, as in .*prefix='head'"):
         optimizer.add_param_group({"params": net[1].weight})
     optimizer.add_param_group({"params": net[1].named_parameters(prefix="head")})
@@ -232,7 +232,7 @@ def test_adam_corrects_the_bias_of_every_parameter_by_its_own_steps():
         (torch.tensor(1j), "complex64"),
     ],
 )
-def test_what_is_no_loss_is_refused(method, value, message):
+def test_a_value_that_is_no_loss_is_refused(method, value, message):
     weight = nn.Parameter(torch.ones(3))
     optimizer = method([weight], lr=0.1)
     with pytest.raises(UsageError, match=message):
@@ -253,11 +253,11 @@ def test_every_form_of_a_number_is_a_loss(case):
 
 
 def warned(optimizer, closure, steps=3):
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
             optimizer.step(closure)
-    return [str(warning.message) for warning in found if issubclass(warning.category, UserWarning)]
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
@@ -333,7 +333,7 @@ def test_a_new_batch_in_every_call_is_noticed():
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @every_case
-def test_copies_go_on_as_the_original(case, how):
+def test_copies_continue_like_the_original(case, how):
     weights, loss, optimizer = problem(case)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     for _ in range(4):
@@ -363,14 +363,14 @@ def test_copies_perturb_their_own_weights(perturb, directions):
     for _ in range(3):
         optimizer.step(lambda: loss(weight))
     other, twin = copy.deepcopy((weight, optimizer))
-    kept = weight.detach().clone()
+    before = weight.detach().clone()
     losses = [twin.step(lambda: loss(other)) for _ in range(4)]
-    assert torch.equal(weight, kept)
+    assert torch.equal(weight, before)
     assert losses == [optimizer.step(lambda: loss(weight)) for _ in range(4)]
 
 
 @every_zeroth_order
-def test_empty_tensors_are_no_obstacle(case):
+def test_empty_tensors_are_allowed(case):
     full, empty = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(0, 5))
     name, (rate, _, options) = CASES[case]
     optimizer = get_method(name)([("a", full), ("b", empty)], lr=rate, **options)
@@ -393,8 +393,8 @@ def test_lozo_carries_a_rested_average_over_to_new_factors():
     weights["b"].requires_grad_(True)
     optimizer.step(loss)
     old, new = (directions.right("b", (4, 3), seed=0, step=step) for step in (2, 9))
-    carried = before @ (old @ new.T) / 3
+    projected = before @ (old @ new.T) / 3
     step = optimizer.last_estimate.scaled
     left = sum(c * directions.left("b", (4, 3), seed=0, step=9, index=i) for i, c in step.items()) / 3**0.5
-    expected = rule.momentum * carried + (1 - rule.momentum) * left
+    expected = rule.momentum * projected + (1 - rule.momentum) * left
     assert torch.allclose(optimizer.state[weights["b"]]["average"], expected, atol=1e-4)

@@ -7,7 +7,8 @@ import torch
 
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
-from zokernel.optim import QZO, ClipSlopes, MeZO, ZerothOrder
+from zokernel.optim import QZO, MeZO, ZerothOrder
+from zokernel.optim.updates import ClipSlopes
 
 
 def steps(optimizer_of, slope):
@@ -32,10 +33,10 @@ def test_slopes_are_clipped_one_by_one():
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("slope", "moved"), [(0.3, -0.3), (-0.3, 0.3), (7.0, -2.0), (-7.0, 2.0)])
-def test_a_step_is_no_longer_than_the_bound(slope, moved):
-    found = steps(lambda params: QZO(params, lr=1.0, clip_slope=2.0, distribution="rademacher"), slope)
-    assert found == pytest.approx(moved, rel=1e-6)
+@pytest.mark.parametrize(("slope", "expected"), [(0.3, -0.3), (-0.3, 0.3), (7.0, -2.0), (-7.0, 2.0)])
+def test_a_step_is_no_longer_than_the_bound(slope, expected):
+    lengths = steps(lambda params: QZO(params, lr=1.0, clip_slope=2.0, distribution="rademacher"), slope)
+    assert lengths == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_odd_slopes_it_is_mezo():
@@ -55,6 +56,6 @@ def test_without_odd_slopes_it_is_mezo():
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_bound_that_is_none_is_refused(bound):
+def test_an_invalid_bound_is_refused(bound):
     with pytest.raises(UsageError, match="largest slope must be positive"):
         ClipSlopes(bound)

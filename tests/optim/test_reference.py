@@ -8,9 +8,9 @@ from torch import nn
 
 from zokernel.directions import Blockwise, Dense, LowRank, Orthogonal
 from zokernel.estimators import TwoPoint
-from zokernel.optim import Adam, MeZO, Sign, ZerothOrder
+from zokernel.optim import MeZO, ZerothOrder
 from zokernel.optim.reference import textbook_step
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates import SGD, Adam, Sign
 
 
 def problem():
@@ -29,8 +29,8 @@ def test_mezo_is_the_textbook_loop(count, perturb):
     reference, reference_loss = problem()
     weights = dict(reference.named_parameters())
     for step in range(20):
-        found = optimizer.step(loss)
-        assert found == pytest.approx(textbook_step(weights, reference_loss, step=step, **settings), rel=1e-10)
+        step_loss = optimizer.step(loss)
+        assert step_loss == pytest.approx(textbook_step(weights, reference_loss, step=step, **settings), rel=1e-10)
     for name, weight in optimizer.named_params.items():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-10)
 
@@ -102,10 +102,10 @@ def test_rules_that_need_tensors_follow_the_directions_that_were_perturbed(famil
 def test_momentum_of_one_group_follows_directions_over_both():
     """With coupled directions the group without momentum is not moved by the other's rule."""
     net, loss = problem()
-    named = dict(net.named_parameters())
+    params = dict(net.named_parameters())
     groups = [
-        {"params": [(n, named[n]) for n in ("0.weight", "0.bias")], "momentum": 0.0},
-        {"params": [(n, named[n]) for n in ("2.weight", "2.bias")], "momentum": 0.7},
+        {"params": [(n, params[n]) for n in ("0.weight", "0.bias")], "momentum": 0.0},
+        {"params": [(n, params[n]) for n in ("2.weight", "2.bias")], "momentum": 0.7},
     ]
     optimizer = ZerothOrder(groups, lr=0.02, directions=Orthogonal(4), estimator=TwoPoint(1e-3, 2), update=SGD())
     plain, plain_loss = problem()
@@ -113,7 +113,7 @@ def test_momentum_of_one_group_follows_directions_over_both():
     optimizer.step(loss)
     other.step(plain_loss)  # the first step of momentum is a plain one
     for name, weight in plain.named_parameters():
-        torch.testing.assert_close(named[name], weight, rtol=0, atol=1e-9)
+        torch.testing.assert_close(params[name], weight, rtol=0, atol=1e-9)
 
 
 METHODS = ["mezo", "hizoo", "lozo_m", "subzero", "zo_adam", "sparse_mezo", "kerzoo", "kerzoo_int8", "fzoo"]
@@ -138,6 +138,6 @@ def test_the_default_dtype_of_torch_changes_nothing(method):
                 optimizer.step(lambda net=net, inputs=inputs: net(inputs).square().mean())
         finally:
             torch.set_default_dtype(torch.float32)
-        found = optimizer.averaged_weights() if average else dict(net.named_parameters())
-        ends.append([p.detach().clone() for p in found.values()])
-    assert all(torch.equal(left, right) for left, right in zip(*ends))
+        weights = optimizer.averaged_weights() if average else dict(net.named_parameters())
+        ends.append([p.detach().clone() for p in weights.values()])
+    assert all(torch.equal(left, right) for left, right in zip(*ends, strict=True))

@@ -36,7 +36,12 @@ def loss_of(model, batch):
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 def losses_of(model, batch):
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-"""
+""",
+    "any-trainer.md": """
+import models
+model = models.build("llama", vocab_size=320)
+tokenizer = models.tiny_tokenizer(["bad", "good"], {"eos_token": "<eos>", "pad_token": "<eos>"})
+""",
 }
 
 
@@ -61,12 +66,12 @@ class Block:
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = []
+    blocks = []
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]*)"', match.group(3))
         line = text[: match.start()].count("\n") + 1
-        found.append(Block(page, line, match.group(2), title.group(1) if title else "", match.group(4)))
-    return found
+        blocks.append(Block(page, line, match.group(2), title.group(1) if title else "", match.group(4)))
+    return blocks
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -76,8 +81,8 @@ BASH_PAGES = sorted({block.page for block in BLOCKS if block.language == "bash"}
 
 def commands_of(code: str) -> list[list[str]]:
     """Split a shell block into commands, without comments and with continued lines joined."""
-    joined = code.replace("\\\n", " ")
-    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    script = code.replace("\\\n", " ")
+    return [words for line in script.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def is_shell(block: Block) -> bool:
@@ -143,7 +148,7 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
     monkeypatch.setenv("ZOKERNEL_HOME", str(tmp_path / "home"))
     tiny = ["--model_name_or_path", str(tiny_lm_path), "--precision", "fp32"]
     words = ["--label_words", "bad", "good"]
-    more = {
+    extra = {
         "finetune": [
             *tiny,
             "--max_steps",
@@ -163,8 +168,8 @@ def workplace(tmp_path, monkeypatch, tiny_lm_path, tiny_reviews_path):
         if "--memory" in command:  # reads no data
             return ["--model_name_or_path", str(tiny_lm_path)]
         if "questions.jsonl" in command:
-            return [*more[command[0]], "--max_new_tokens", "4"]
-        return more[command[0]] + words * (command[0] == "finetune") if command[0] in more else []
+            return [*extra[command[0]], "--max_new_tokens", "4"]
+        return extra[command[0]] + words * (command[0] == "finetune") if command[0] in extra else []
 
     return added
 
@@ -235,11 +240,11 @@ def test_publishing_copies_rounds_and_refreshes(smoke_run, tmp_path, monkeypatch
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(publish, "SECONDS", seconds)
     assert publish.copy_results(source) == ["entk/horizon"]
-    kept = json.loads((tmp_path / "results/entk/horizon/result.json").read_text())
+    published = json.loads((tmp_path / "results/entk/horizon/result.json").read_text())
     power = smoke_run.record("entk/horizon")["numbers"]["exponents"]["P"][0]
-    assert kept["numbers"]["exponents"]["P"][0] == float(f"{power:.6g}")
-    assert kept["config"]["options"] == {"train_file": "sst2/train.tsv", "seeds": 3}
-    assert kept["command"].endswith("--seed 0 --set train_file=sst2/train.tsv --set seeds=3")
+    assert published["numbers"]["exponents"]["P"][0] == float(f"{power:.6g}")
+    assert published["config"]["options"] == {"train_file": "sst2/train.tsv", "seeds": 3}
+    assert published["command"].endswith("--seed 0 --set train_file=sst2/train.tsv --set seeds=3")
     old, new = source / "entk/horizon/horizon.png", tmp_path / "results/entk/horizon/horizon.png"
     assert 1000 < new.stat().st_size < old.stat().st_size
     assert set(json.loads(seconds.read_text())["entk/horizon"]) == {"smoke"}

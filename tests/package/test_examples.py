@@ -48,8 +48,8 @@ def test_every_example_is_tested():
 
 
 def test_any_trainer(tiny_lm_path, reviews, tmp_path):
-    found = load("any_trainer")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
-    assert 0 <= found["eval_accuracy"] <= 1
+    metrics = load("any_trainer")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert 0 <= metrics["eval_accuracy"] <= 1
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -80,10 +80,10 @@ def test_image_classifier(tmp_path, monkeypatch):
     sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
     start = ResNetForImageClassification(ResNetConfig(**sizes))
     start.save_pretrained(tmp_path / "net")
-    found = main(str(tmp_path / "net"), 60, str(tmp_path / "run"), size=32)
-    assert found["before"]["eval_loss"] == pytest.approx(math.log(10), rel=1e-6)
-    assert found["before"]["eval_accuracy"] == pytest.approx(0.1)
-    assert found["after"]["eval_loss"] < found["before"]["eval_loss"] - 0.03
+    metrics = main(str(tmp_path / "net"), 60, str(tmp_path / "run"), size=32)
+    assert metrics["before"]["eval_loss"] == pytest.approx(math.log(10), rel=1e-6)
+    assert metrics["before"]["eval_accuracy"] == pytest.approx(0.1)
+    assert metrics["after"]["eval_loss"] < metrics["before"]["eval_loss"] - 0.03
 
     saved = ResNetForImageClassification.from_pretrained(tmp_path / "run").eval()
     digits = main.__globals__["Digits"](*held_out, 32)
@@ -91,17 +91,17 @@ def test_image_classifier(tmp_path, monkeypatch):
         logits = saved(pixel_values=torch.stack([digits[n]["pixel_values"] for n in range(100)])).logits
     targets = torch.tensor([digits[n]["labels"] for n in range(100)])
     assert torch.nn.functional.cross_entropy(logits, targets).item() == pytest.approx(
-        found["after"]["eval_loss"], rel=1e-4
+        metrics["after"]["eval_loss"], rel=1e-4
     )
     accuracy = (logits.argmax(-1) == targets).float().mean().item()
-    assert accuracy == pytest.approx(found["after"]["eval_accuracy"], abs=1e-6)
+    assert accuracy == pytest.approx(metrics["after"]["eval_accuracy"], abs=1e-6)
     for name, tensor in start.state_dict().items():  # the statistics of batch norm among them
         assert torch.equal(tensor, saved.state_dict()[name]) == (not name.startswith("classifier")), name
 
 
 def test_trainer_api(tiny_lm_path, reviews, tmp_path):
-    found = load("trainer_api")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
-    assert 0 <= found["eval_accuracy"] <= 1
+    metrics = load("trainer_api")(str(tiny_lm_path), reviews, 4, str(tmp_path / "run"))
+    assert 0 <= metrics["eval_accuracy"] <= 1
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -124,20 +124,20 @@ def test_accuracy_objective(tiny_lm_path, reviews, tmp_path):
 
 def test_worker_pool(tmp_path):
     """One worker of two is killed over a point; another takes its place, and no bit differs from one process."""
-    found = load("worker_pool")(2, 6, str(tmp_path))
-    assert found["lost"] == [(3, 1)]
-    assert (found["started"], found["equal"]) == (3, True)
-    assert found["loss"][1] < found["loss"][0]
+    result = load("worker_pool")(2, 6, str(tmp_path))
+    assert result["lost"] == [(3, 1)]
+    assert (result["started"], result["equal"]) == (3, True)
+    assert result["loss"][1] < result["loss"][0]
     assert Journal.read(tmp_path).num_steps == 6
 
 
 def test_onnx_engine(tiny_lm_path, reviews, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    found = load("onnx_engine")(str(tiny_lm_path), reviews, 3, 4, str(tmp_path / "run"))
-    assert found["gap"] < 1e-4
-    assert len(set(found["losses"])) == 3
-    assert found["saved"] == pytest.approx(found["last"], abs=1e-4)  # peft loads what the engine trained
+    result = load("onnx_engine")(str(tiny_lm_path), reviews, 3, 4, str(tmp_path / "run"))
+    assert result["gap"] < 1e-4
+    assert len(set(result["losses"])) == 3
+    assert result["saved"] == pytest.approx(result["last"], abs=1e-4)  # peft loads what the engine trained
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

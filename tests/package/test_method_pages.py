@@ -35,10 +35,10 @@ def writer(monkeypatch):
 
 
 def test_pages_are_what_docstrings_and_defaults_say(writer):
-    written = writer.pages()
-    for path, text in written.items():
+    pages = writer.pages()
+    for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, f"run python docs/methods.py: {path.name} is old"
-    assert set((ROOT / "docs" / "methods").glob("*.md")) == set(written)
+    assert set((ROOT / "docs" / "methods").glob("*.md")) == set(pages)
     assert doctest.testmod(writer).failed == 0
 
 
@@ -50,8 +50,8 @@ def test_a_page_follows_a_changed_default(writer, monkeypatch):
 
 
 def test_every_method_has_a_page_in_the_site():
-    named = [method for entry in ENTRIES.values() for method in entry["methods"]]
-    assert sorted(named) == sorted(methods())
+    entries = [method for entry in ENTRIES.values() for method in entry["methods"]]
+    assert sorted(entries) == sorted(methods())
     pages = set(re.findall(r"methods/(\w+)\.md", (ROOT / "mkdocs.yml").read_text()))
     assert pages == {*ENTRIES, "index"}
 
@@ -64,8 +64,10 @@ def test_every_page_has_its_parts():
         if name not in ("zeroth_order", "first_order"):
             assert "$" in text, f"{name} has no formula"
             assert "## Reference" in text, f"{name} has no source"
-        for option in re.findall(r"^\| `(\w+)` \| `[^|]*` \| +\|$", text, re.MULTILINE):
-            assert name == "first_order", f"{name} does not say what {option} means"
+        options = re.findall(r"^\| `(\w+)` \| `[^|]*` \| (.*)\|$", text, re.MULTILINE)
+        assert options, f"{name} has no table of options"
+        for option, meaning in options:
+            assert meaning.strip() or name == "first_order", f"{name} does not say what {option} means"
 
 
 @pytest.mark.parametrize(("method", "forwards"), COUNTED, ids=[method for method, _ in COUNTED])
@@ -80,17 +82,17 @@ def test_the_forwards_of_a_step_are_counted(method, forwards):
 
 
 def test_copies_of_the_weights_are_those_that_memory_is_planned_with():
-    checked = 0
+    num_checked = 0
     for entry in ENTRIES.values():
         match = re.match(r"(one|two|three) fp32 cop", entry["state"])
         for method in entry["methods"]:
             copies = getattr(get_method(method), "memory_copies", None)
             if match:
-                also = re.search(r", (one|two|three)\)", entry["state"])
-                word = also.group(1) if also and method == entry["methods"][-1] else match.group(1)
+                last_method = re.search(r", (one|two|three)\)", entry["state"])
+                word = last_method.group(1) if last_method and method == entry["methods"][-1] else match.group(1)
                 assert copies == COPIES[word], method
-                checked += 1
+                num_checked += 1
             elif entry["state"].startswith("none"):
                 assert copies == 0, method
-                checked += 1
-    assert checked >= 15
+                num_checked += 1
+    assert num_checked >= 15

@@ -32,15 +32,15 @@ def kernel():
     run_sync(manager.shutdown_kernel)(now=True)
 
 
-def run(name, folder, kernel, settings, found):
+def run(name, folder, kernel, settings, expression):
     """Execute a notebook; return its outputs, and the value of an expression in it."""
     spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settings = {"FOLDER": str(folder / "run")} | settings
     # Trainers collect garbage again and again: what is imported by then need not be looked at in the next notebook.
-    then = f"import json\nprint(json.dumps({found}))\n%reset -f\nimport gc\ngc.collect()\ngc.freeze()\ndel gc"
-    notebook = module.executed(ROOT / "notebooks" / f"{name}.ipynb", folder, settings, then, kernel)
+    epilogue = f"import json\nprint(json.dumps({expression}))\n%reset -f\nimport gc\ngc.collect()\ngc.freeze()\ndel gc"
+    notebook = module.executed(ROOT / "notebooks" / f"{name}.ipynb", folder, settings, epilogue, kernel)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return outputs, json.loads(notebook.cells[-1].outputs[-1].text)
 
@@ -67,7 +67,7 @@ def test_a_notebook_is_valid_and_small(path):
 
 
 @each
-def test_what_is_committed_is_one_run_from_top_to_bottom(path):
+def test_the_committed_notebook_is_one_run_from_top_to_bottom(path):
     _, code = read(path)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -80,7 +80,7 @@ def test_what_is_committed_is_one_run_from_top_to_bottom(path):
     ("stem", "pattern"),
     [("first_finetune", r"{}: ([\d.]+)% ± ([\d.]+)% right"), ("rewards", r"{}: mean reward ([\d.]+) ± ([\d.]+)")],
 )
-def test_what_is_committed_has_learned(stem, pattern):
+def test_the_committed_notebook_has_learned(stem, pattern):
     _, code = read(ROOT / "notebooks" / f"{stem}.ipynb")
     text = "".join(output.get("text", "") for cell in code for output in cell.outputs)
     (before, error), (after, last) = [
@@ -93,13 +93,15 @@ def test_what_is_committed_has_learned(stem, pattern):
 def test_a_notebook_names_no_place_of_one_machine(path):
     """No absolute path, and no relative link to what is not there."""
     notebook, _ = read(path)
+    targets = []
     for cell in notebook.cells:
         texts = [cell.source, *(output.get("text", "") for output in cell.get("outputs", ()))]
         for text in texts:
             assert re.findall(r"(?<![\w.<}])/(?:[\w.-]+/)+|[A-Z]:\\|~/", text) == [], text
         if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\(([^)#]+)", cell.source):
-                assert (path.parent / target).is_file(), target
+            targets += re.findall(r"\]\(([^)#]+)", cell.source)
+    assert targets
+    assert [target for target in targets if not (path.parent / target).is_file()] == []
 
 
 @each
@@ -109,11 +111,13 @@ def test_zokernel_is_installed_first_where_it_is_missing(path):
     first = code[0].source
     assert first == read(NOTEBOOKS[0])[1][0].source
     assert re.search(r'^if importlib\.util\.find_spec\("zokernel"\) is None:\n    %pip install', first, re.MULTILINE)
-    (required,) = re.findall(r'^ZOKERNEL = "(.+)"$', first, re.MULTILINE)
-    assert "[finetune]" in required
+    (requirement,) = re.findall(r'^ZOKERNEL = "(.+)"$', first, re.MULTILINE)
+    assert "[finetune]" in requirement
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    assert required in ("..[finetune]", "zokernel[finetune]") or urls.get("Repository", "no address") in required
-    assert not urls or required != "..[finetune]", "a hosted notebook has no checkout: name the package or its address"
+    assert requirement in ("..[finetune]", "zokernel[finetune]") or urls.get("Repository", "no address") in requirement
+    assert not urls or requirement != "..[finetune]", (
+        "a hosted notebook has no checkout: name the package or its address"
+    )
 
 
 @pytest.mark.parametrize("missing", [True, False])
@@ -139,9 +143,9 @@ def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path, kernel):
     outputs, (metrics, answers) = run("first_finetune", tmp_path, kernel, settings, "(metrics, answers)")
     assert figures(outputs) == 1
     assert (metrics["steps"], metrics["num_test"], metrics["forwards"]) == (2, 16, 4)
-    for when in ("before", "after"):
-        assert metrics[when]["accuracy"] * 16 == pytest.approx(round(metrics[when]["accuracy"] * 16), abs=1e-4)
-        assert 0.3 < metrics[when]["loss"] < 3  # ln 2 = 0.69 is a guess
+    for stage in ("before", "after"):
+        assert metrics[stage]["accuracy"] * 16 == pytest.approx(round(metrics[stage]["accuracy"] * 16), abs=1e-4)
+        assert 0.3 < metrics[stage]["loss"] < 3  # ln 2 = 0.69 is a guess
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
     assert len(answers) == 4
     for answer in answers:
@@ -154,9 +158,9 @@ def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path, kernel):
 def test_choosing_p_and_eps(tiny_lm_path, movie_reviews_path, tmp_path, kernel):
     settings = {"MODEL": str(tiny_lm_path), "NUM_PROBES": 24, "CURVATURE_PROBES": 2, "STEPS": 2}
     settings |= {"VALIDATION_EXAMPLES": 8, "TEST_EXAMPLES": 8}
-    found = "(plan.as_dict(), rates, runs, errors, [sizes, misses, best])"
+    expression = "(plan.as_dict(), rates, runs, errors, [sizes, misses, best])"
     outputs, (plan, rates, runs, errors, (sizes, misses, best)) = run(
-        "choosing_p_and_eps", tmp_path, kernel, settings, found
+        "choosing_p_and_eps", tmp_path, kernel, settings, expression
     )
     assert figures(outputs) == 3
     assert (plan["num_probes"], plan["num_steps"]) == (24, 2)
@@ -186,8 +190,8 @@ def test_rewards(smollm2_path, tmp_path, kernel):
     assert [len(members) for members in rewards] == [8, 8]
     for members in rewards:
         assert all(0 <= reward <= 1 and reward * 8 == round(reward * 8) for reward in members)  # 4 prompts, by halves
-    for when in ("before", "after"):
-        halves = 2 * metrics["num_test"] * metrics[when]["reward"]
+    for stage in ("before", "after"):
+        halves = 2 * metrics["num_test"] * metrics[stage]["reward"]
         assert halves == pytest.approx(round(halves))
     assert metrics["before"]["reward"] > 0.4  # most answers begin with a number
     assert metrics["after"]["reward"] >= metrics["before"]["reward"] - 0.2

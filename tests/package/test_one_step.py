@@ -10,6 +10,7 @@ from trainers import make_trainer
 # The closure's own work (a forward without dropout, the loss, its micro-batches) and the record written afterwards.
 SCORING = {"finetune/scoring/objective.py", "finetune/scoring/options.py", "finetune/scoring/wide_head.py"}
 SCORING |= {"without_adapter.py"}  # where the loss finds the head
+SCORING |= {"optim/without_gradients.py"}  # what the closure must not do
 CLOSURE = {*SCORING, *(f"finetune/trainer/{name}.py" for name in ("zo_trainer", "micro_batches", "evaluation_mode"))}
 RECORD = {"journal/replay.py", "journal/format.py", "journal/writer.py"}
 
@@ -22,15 +23,15 @@ def table() -> set[str]:
 
 def test_a_step_crosses_the_ten_files_that_are_explained(parts, tmp_path):
     trainer = make_trainer(parts, tmp_path, max_steps=5, save_strategy="journal", perturb="in_place")
-    taken, step = [], trainer.training_step
+    steps, step = [], trainer.training_step
 
     def watched(*args, **kwargs):
         results = []
-        taken.append(files_of(lambda: results.append(step(*args, **kwargs))))
+        steps.append(files_of(lambda: results.append(step(*args, **kwargs))))
         return results[0]
 
     trainer.training_step = watched
     trainer.train()
-    crossed = taken[-1] - CLOSURE - RECORD
+    crossed = steps[-1] - CLOSURE - RECORD
     assert crossed == table()
     assert len(crossed) == 10

@@ -56,9 +56,9 @@ def test_the_readme_loop_runs_without_transformers_and_learns():
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     finished = run_python(f"import sys\nsys.modules['transformers'] = None\n{block}")
     assert finished.returncode == 0, finished.stderr
-    found = re.search(r"loss ([\d.]+) after (\d+) forward passes", finished.stdout)
-    assert float(found.group(1)) < 0.45  # ln 2 = 0.69 at the start
-    assert int(found.group(2)) == 500 * 8
+    match = re.search(r"loss ([\d.]+) after (\d+) forward passes", finished.stdout)
+    assert float(match.group(1)) < 0.45  # ln 2 = 0.69 at the start
+    assert int(match.group(2)) == 500 * 8
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_readme_loop_runs_without_transformers_and_learns():
         ("transformers", "print(get(zokernel.finetune, 'zeroth_order'))", "zokernel.finetune.zeroth_order"),
     ],
 )
-def test_what_an_extra_brings_is_named_where_it_is_missing(missing, code, subject):
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, code, subject):
     finished = run_python(f"""
 import sys
 sys.modules[{missing!r}] = None

@@ -119,19 +119,19 @@ def by_name(node: ast.AST) -> bool:
 
 def imported(tree: ast.AST) -> list[str]:
     """Return the dotted names that a file imports."""
-    found = []
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def names_of_imported_files(tree: ast.AST) -> set[str]:
     """Return the names that files of this package define from which a file imports."""
-    own = {name.rpartition(".")[0] for name in imported(tree) if name.startswith("zokernel.")}
-    files = [PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py") for name in own]
+    modules = {name.rpartition(".")[0] for name in imported(tree) if name.startswith("zokernel.")}
+    files = [PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py") for name in modules]
     return {name for file in files if file.is_file() for name in own_names_of_file(file)}
 
 
@@ -179,12 +179,12 @@ def test_file_uses_nothing_private_of_others(path):
         "def f(trainer): trainer._tr_loss = 0",
     ],
 )
-def test_the_check_of_files_finds(code):
+def test_the_check_of_files_finds_violations(code):
     assert foreign_uses(ast.parse(code))
 
 
 def classes() -> list[type]:
-    found: list[type] = []
+    kinds: list[type] = []
     for module in pkgutil.walk_packages(zokernel.__path__, "zokernel."):
         if module.name.endswith("__main__"):
             continue
@@ -194,8 +194,8 @@ def classes() -> list[type]:
             if error.name == "triton":  # only on Linux
                 continue
             raise
-        found += [kind for kind in vars(loaded).values() if inspect.isclass(kind) and kind.__module__ == module.name]
-    return found
+        kinds += [kind for kind in vars(loaded).values() if inspect.isclass(kind) and kind.__module__ == module.name]
+    return kinds
 
 
 @cache
@@ -208,21 +208,21 @@ def inherited_private_names(kind: type) -> set[str]:
     """Return the private names in a class that a class of another package, which it derives from, has as well."""
     packages = {base: base.__module__.split(".")[0] for base in kind.__mro__}
     foreign = [base for base, name in packages.items() if name != "zokernel" and name not in sys.stdlib_module_names]
-    theirs: set[str] = set()
+    inherited: set[str] = set()
     for base in foreign:
-        theirs |= names_of(base)
-    return private_names(ast.parse(source_of(kind))) & theirs
+        inherited |= names_of(base)
+    return private_names(ast.parse(source_of(kind))) & inherited
 
 
 def test_classes_inherit_nothing_private_but_the_hooks():
-    found = {kind: inherited_private_names(kind) for kind in classes() if "<locals>" not in kind.__qualname__}
-    assert sum(issubclass(kind, torch.optim.Optimizer) for kind in found) > 5
-    for kind, names in found.items():
+    inherited = {kind: inherited_private_names(kind) for kind in classes() if "<locals>" not in kind.__qualname__}
+    assert sum(issubclass(kind, torch.optim.Optimizer) for kind in inherited) > 5
+    for kind, names in inherited.items():
         allowed = set(private_apis.TRAINER_HOOKS) if issubclass(kind, transformers.Trainer) else set()
         assert names <= allowed, f"{kind.__name__} overrides or uses {names - allowed} of the class it derives from"
 
 
-def test_the_check_of_classes_finds():
+def test_the_check_of_classes_finds_violations():
     class Overrides(torch.optim.SGD):
         def _init_group(self, *args):
             return super()._init_group(*args)

@@ -63,9 +63,9 @@ def logged_loss(folder, sums):
 
 
 def test_sums_of_the_loop_are_read_and_set(tmp_path):
-    plain, plain_mean, seen = logged_loss(tmp_path, None)
-    assert seen[1]["tr_loss"] == pytest.approx(2 * plain, rel=1e-3), "the loop no longer sums losses in _tr_loss"
-    assert seen[1]["total_loss"] == seen[1]["last_logged"] == 0
+    plain, plain_mean, states = logged_loss(tmp_path, None)
+    assert states[1]["tr_loss"] == pytest.approx(2 * plain, rel=1e-3), "the loop no longer sums losses in _tr_loss"
+    assert states[1]["total_loss"] == states[1]["last_logged"] == 0
     sums = {"tr_loss": torch.tensor(100.0), "total_loss": 30.0, "last_logged": 0}
     loss, mean, _ = logged_loss(tmp_path, sums)
     assert loss == pytest.approx(plain + 100 / 2, rel=1e-3), "the first log line ignores what was set"
@@ -101,8 +101,8 @@ def test_other_models_name_no_attention():
 def test_what_bitsandbytes_leaves_is_named():
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
     assert private_apis.full_precision_suffixes(transformers.T5ForConditionalGeneration(config)) == {"wo"}
-    others = (tiny_llama(), nn.Linear(2, 2))
-    assert all(private_apis.full_precision_suffixes(model) == set() for model in others)
+    models = (tiny_llama(), nn.Linear(2, 2))
+    assert all(private_apis.full_precision_suffixes(model) == set() for model in models)
 
 
 def test_repeated_blocks_are_named():
@@ -119,8 +119,8 @@ def test_conversions_of_weights_are_known(tmp_path):
         model_class = getattr(transformers, f"{kind}ForCausalLM")
         model = model_class(getattr(transformers, f"{kind}Config")(**sizes))
         model.save_pretrained(tmp_path / kind)
-        for found in (model, model_class.from_pretrained(tmp_path / kind)):
-            assert private_apis.converts_weights(found) is converted
+        for loaded in (model, model_class.from_pretrained(tmp_path / kind)):
+            assert private_apis.converts_weights(loaded) is converted
     assert not private_apis.converts_weights(nn.Linear(1, 1))
 
 
@@ -136,7 +136,7 @@ def fresh(code: str) -> dict:
 
 
 def test_accelerate_compiles_nothing_and_wraps_nothing_and_caches_no_casts():
-    found = fresh("""
+    result = fresh("""
 accelerator = Accelerator(cpu=True, mixed_precision="bf16", dynamo_backend="eager")
 def compiled():
     return type(accelerator.prepare_model(torch.nn.Linear(2, 2), evaluation_mode=True)).__name__ == "OptimizedModule"
@@ -154,10 +154,10 @@ model = torch.nn.Linear(2, 2)
 accelerator.prepare(model, torch.optim.SGD(model.parameters()))
 print(json.dumps({"before": before, "after": after, "calls": calls}))
 """)
-    assert found["before"] == [True, [True, True]]
-    assert found["after"][0] is False, "accelerate compiles in spite of state.dynamo_plugin"
-    assert found["after"][1] == [True, False], "accelerate ignores autocast_handler"
-    assert found["calls"] == [True], "prepare no longer calls prepare_model of the same object"
+    assert result["before"] == [True, [True, True]]
+    assert result["after"][0] is False, "accelerate compiles in spite of state.dynamo_plugin"
+    assert result["after"][1] == [True, False], "accelerate ignores autocast_handler"
+    assert result["calls"] == [True], "prepare no longer calls prepare_model of the same object"
 
 
 def test_batches_are_dealt_anew():
@@ -193,7 +193,7 @@ def test_losses_that_trl_notes_are_taken_back_and_tokens_counted_once(tmp_path):
     tokens = int(batch["attention_mask"].sum())
     trainer.compute_loss(trainer.model, dict(batch))
     assert private_apis.trl_token_count(trainer) == tokens, "trl counts tokens elsewhere"
-    noted = private_apis.trl_metrics(trainer)
+    metrics = private_apis.trl_metrics(trainer)
     for _ in range(3):
         trainer.compute_loss(trainer.model, dict(batch))
     assert private_apis.trl_token_count(trainer) == 4 * tokens
@@ -201,8 +201,8 @@ def test_losses_that_trl_notes_are_taken_back_and_tokens_counted_once(tmp_path):
     private_apis.count_tokens_once(trainer, tokens, 3)
     assert private_apis.trl_token_count(trainer) == 2 * tokens
     assert private_apis.trl_metrics(trainer)["_metrics"]["train"]["num_tokens"] == [2 * tokens]
-    private_apis.set_trl_metrics(trainer, noted)
-    assert private_apis.trl_metrics(trainer) == noted
+    private_apis.set_trl_metrics(trainer, metrics)
+    assert private_apis.trl_metrics(trainer) == metrics
     logged = trainer.state.log_history
     trainer.log({})
     assert logged[-1]["num_tokens"] == tokens, "trl logs something else"
@@ -230,23 +230,23 @@ def test_writes_are_counted():
 
 
 def test_a_schedule_sees_steps_that_are_taken_otherwise():
-    for noted in (True, False):
+    for counts_step in (True, False):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-        if noted:
+        if counts_step:
             private_apis.note_step(optimizer)
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             schedule.step()
-        assert bool(caught) == (not noted)
+        assert bool(warned) == (not counts_step)
 
 
 def test_gamma_draws_from_the_given_generator():
     shapes = torch.full((40_000,), 2.5, dtype=torch.float64)
     state = torch.get_rng_state()
     draws = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
-    again = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
-    assert torch.equal(draws, again)
+    repeated = private_apis.standard_gamma(shapes, torch.Generator().manual_seed(1))
+    assert torch.equal(draws, repeated)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
     # Mean k; variance k, of which the estimate has variance (2 k^2 + 6 k) / n.  At z = 4.
     assert abs(draws.mean() - 2.5) < 4 * (2.5 / 40_000) ** 0.5
@@ -272,16 +272,16 @@ def offsets(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     whole = torch.zeros(5, 3)
-    found = [
+    shard_offsets = [
         private_apis.shard_offset(distribute_tensor(whole, mesh, [kind])) for kind in (Shard(0), Shard(1), Replicate())
     ]
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"{rank}.json").write_text(json.dumps(shard_offsets))
 
 
 def test_offsets_of_uneven_shards(tmp_path):
     spawn(offsets, str(tmp_path), size=2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [[[0, 0], [0, 0], [0, 0]], [[3, 0], [0, 2], [0, 0]]]
+    per_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert per_rank == [[[0, 0], [0, 0], [0, 0]], [[3, 0], [0, 2], [0, 0]]]
 
 
 def test_the_flags_of_a_parser_are_listed():
@@ -310,25 +310,25 @@ def test_the_extension_of_torch_is_a_file_that_is_loaded():
 
 def test_the_state_of_modules_is_exchanged():
     layer = nn.Linear(2, 2)
-    seen: list[str] = []
-    layer.register_forward_pre_hook(lambda *_: seen.append("first"))
+    calls: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: calls.append("first"))
     base = private_apis.ModuleState([layer])
-    own = base.copy()
-    own.install()
-    handle = layer.register_forward_hook(lambda *_: seen.append("own"), always_call=True)
+    changed = base.copy()
+    changed.install()
+    handle = layer.register_forward_hook(lambda *_: calls.append("own"), always_call=True)
     layer.forward = lambda x: -x
     layer.training = False
-    own = private_apis.ModuleState([layer])
+    changed = private_apis.ModuleState([layer])
     base.install()
     x = torch.ones(1, 2)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-    assert (seen, layer.training) == (["first"], True)
-    own.install()
+    assert (calls, layer.training) == (["first"], True)
+    changed.install()
     assert torch.equal(layer(x), -x)
-    assert (seen, layer.training) == (["first", "first", "own"], False)
+    assert (calls, layer.training) == (["first", "first", "own"], False)
     handle.remove()
     layer(x)
-    assert seen == ["first", "first", "own", "first"]
+    assert calls == ["first", "first", "own", "first"]
 
 
 def test_a_single_weight_is_read_through_conversions(tmp_path):

@@ -29,12 +29,12 @@ for law in ("rademacher", "gaussian"):  # two loops: LLVM is run again after its
 print(resident("libllvmlite"), resident("libtorch_cpu"), int(weights["w"].count_nonzero()))
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    llvm, torchs, moved = map(float, finished.stdout.split())
+    llvm, torchs, total = map(float, finished.stdout.split())
     assert llvm < 1 < torchs  # MiB: about 50 otherwise; other libraries keep theirs
-    assert moved == 1000
+    assert total == 1000
 
 
-def test_code_that_is_let_go_can_be_run():
+def test_released_code_can_be_run():
     released = release_code("libtorch_cpu")
     assert (released > 0) == (sys.platform == "linux")
     assert torch.ones(5).cumsum(0)[-1] == 5
@@ -43,24 +43,24 @@ def test_code_that_is_let_go_can_be_run():
 @linux
 def test_freed_memory_goes_back():
     blocks = [torch.ones(1 << 14) for _ in range(4000)]  # 64 KiB each, which the C library takes from its heap
-    kept = blocks[-1]
+    last = blocks[-1]
     before = psutil.Process().memory_info().rss
     del blocks
     assert release_heap()  # glibc's, for which torch is built
     assert psutil.Process().memory_info().rss < before - 200 * 2**20  # of 250 MiB
-    assert kept.sum() == 1 << 14
+    assert last.sum() == 1 << 14
 
 
 @linux
 def test_a_peak_leaves_out_what_was_freed_before_its_block():
     """As loading and quantizing a model frees pieces of its heap, with the model's own above them."""
     blocks = [torch.ones(1 << 14) for _ in range(4000)]
-    kept = blocks[-1]
+    last = blocks[-1]
     before = psutil.Process().memory_info().rss
     del blocks
     with PeakMemory() as memory:
-        own = torch.ones(1 << 23)  # 32 MiB
+        block = torch.ones(1 << 23)  # 32 MiB
     assert memory.is_of_block
     assert memory.peak_bytes < before - 150 * 2**20  # 250 MiB less than before, and 32 more
     assert memory.peak_bytes > psutil.Process().memory_info().rss - 2**20
-    assert kept.sum() + own.sum() == (1 << 14) + (1 << 23)
+    assert last.sum() + block.sum() == (1 << 14) + (1 << 23)

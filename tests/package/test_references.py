@@ -38,6 +38,7 @@ OF_A_PAPER = re.compile(r"(?:appendix|appendices|section|sections|figure|table)\
 LINE_NUMBER = re.compile(r"\b\w+\.py:\d+")
 OUTSIDE = re.compile(r"(?<![\w/.-])reference/\w+")
 ARXIV = re.compile(r"(?<![\d.])\d{2}(?:0[1-9]|1[0-2])\.\d{5}(?:v\d+)?(?![\d.]*\d)")
+TITLE = re.compile(r"\((?:19|20)\d\d\), ((?:(?!arXiv|\((?:19|20)\d\d\))[^;\[]){3,200}?), \[?arXiv:(\d{4}\.\d{5})")
 CITATION = re.compile(r"arXiv:\d{4}\.\d{5}|\b[A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+)?,? \(?(?:19|20)\d\d\b")
 
 
@@ -53,19 +54,19 @@ def all_lines() -> Iterator[tuple[str, str]]:
 
 @cache
 def repository_files() -> set[str]:
-    ours = [ROOT / "tests", *(ROOT / folder for folder in FOLDERS)]
-    return {path.relative_to(ROOT).as_posix() for folder in ours for path in folder.rglob("*") if path.is_file()}
+    folders = [ROOT / "tests", *(ROOT / folder for folder in FOLDERS)]
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 def missing_files() -> list[str]:
-    found = []
-    for where, line in all_lines():
-        found += [f"{where}: {name}" for name in FILE.findall(line) if not (ROOT / name).exists()]
+    missing = []
+    for place, line in all_lines():
+        missing += [f"{place}: {name}" for name in FILE.findall(line) if not (ROOT / name).exists()]
         for name in BARE_FILE.findall(line):
             exists = any(f"/{path}".endswith(f"/{name}") for path in repository_files())
             if not exists and name not in OF_THE_READER and not FILE.match(name):
-                found.append(f"{where}: {name}")
-    return found
+                missing.append(f"{place}: {name}")
+    return missing
 
 
 def slugify(heading: str) -> str:
@@ -95,10 +96,10 @@ def anchors_of(page: Path) -> set[str]:
 
 
 def broken_links() -> list[str]:
-    found = []
+    broken = []
     for page in PAGES:
         fenced = False
-        for where, line in lines_of(page):
+        for place, line in lines_of(page):
             fenced ^= line.lstrip().startswith("```")
             for link in [] if fenced else LINK.findall(re.sub(r"`[^`]*`", "", line)):
                 if re.match(r"[a-z]+:", link):
@@ -108,10 +109,10 @@ def broken_links() -> list[str]:
                 if target.parent == ROOT / "docs" and not target.exists():  # pages of the site that lie in the root
                     target = ROOT / f"{target.stem.upper()}.md"
                 if not target.exists():
-                    found.append(f"{where}: {link}")
+                    broken.append(f"{place}: {link}")
                 elif anchor and target.suffix == ".md" and anchor not in anchors_of(target):
-                    found.append(f"{where}: {link} (no such heading)")
-    return found
+                    broken.append(f"{place}: {link} (no such heading)")
+    return broken
 
 
 def dangling_labels() -> list[str]:
@@ -119,17 +120,17 @@ def dangling_labels() -> list[str]:
 
     The page of the theory has labels of its own; other pages link to it.
     """
-    found = []
-    for where, line in all_lines():
+    dangling = []
+    for place, line in all_lines():
         text = LINKED_LABEL.sub("", line)
-        if not where.startswith("docs/theory.md"):
-            found += [
-                f"{where}: {match.group()}"
+        if not place.startswith("docs/theory.md"):
+            dangling += [
+                f"{place}: {match.group()}"
                 for match in LABEL.finditer(text)
                 if not OF_A_PAPER.search(text[: match.start()])
             ]
-        found += [f"{where}: {name}" for name in (*LINE_NUMBER.findall(text), *OUTSIDE.findall(text))]
-    return found
+        dangling += [f"{place}: {name}" for name in (*LINE_NUMBER.findall(text), *OUTSIDE.findall(text))]
+    return dangling
 
 
 def bare_arxiv_numbers() -> list[str]:
@@ -151,9 +152,26 @@ def methods_without_source() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if not CITATION.search(path.read_text(encoding="utf-8"))]
 
 
+def papers_of_several_titles() -> list[str]:
+    """Return papers that are cited with different titles; a part of a title, or its acronym, is none of its own."""
+    titles: dict[str, dict[str, str]] = {}
+    for path in [*SOURCES, *PAGES]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        for title, paper in TITLE.findall(text):
+            titles.setdefault(paper, {})[title.strip("*").casefold()] = str(path.relative_to(ROOT))
+    assert len(titles) > 15
+    return [
+        f"arXiv:{paper}: {title!r} in {of_title[title]}, {longest!r} in {of_title[longest]}"
+        for paper, of_title in sorted(titles.items())
+        for longest in [max(of_title, key=len)]
+        for title in of_title
+        if title not in longest
+    ]
+
+
 @cache
 def absolute(name: str) -> Any:
-    """Import the object of a dotted name; None where there is none."""
+    """Import the object of a dotted name; None if there is none."""
     parts = name.split(".")
     for size in range(len(parts), 0, -1):
         try:
@@ -182,8 +200,8 @@ def has_field(kind: type, name: str) -> bool:
     for base in kind.__mro__:
         if name in inspect.get_annotations(base):
             return True
-        ours = base.__module__.startswith("zokernel.")
-        if ours and re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", source_of(base)):
+        is_own = base.__module__.startswith("zokernel.")
+        if is_own and re.search(rf"\bself\.{name}\b(?:: [^=]+)? =", source_of(base)):
             return True
     return False
 
@@ -209,7 +227,7 @@ def module_of(path: Path) -> Any:
 
 def unknown_names() -> list[str]:
     """Return roles, and dotted names of the package in code quotes, that name nothing."""
-    found = []
+    unknown = []
     for path in [*SOURCES, *PAGES]:
         text = path.read_text(encoding="utf-8")
         used = [*ROLE.finditer(text), *MODULE.finditer(text)]
@@ -218,8 +236,8 @@ def unknown_names() -> list[str]:
             name, line = " ".join(match.group(1).split()), text.count("\n", 0, match.start()) + 1
             of_script = re.search(rf"^(?:(?:def|class) {name}\b|{name}\b[^\n=]* = )", text, re.MULTILINE)
             if not of_script and not resolves(name, module):
-                found.append(f"{path.relative_to(ROOT)}, line {line}: {name}")
-    return found
+                unknown.append(f"{path.relative_to(ROOT)}, line {line}: {name}")
+    return unknown
 
 
 CHECKS = [
@@ -228,6 +246,7 @@ CHECKS = [
     dangling_labels,
     bare_arxiv_numbers,
     methods_without_source,
+    papers_of_several_titles,
     unknown_names,
 ]
 

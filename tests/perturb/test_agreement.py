@@ -1,4 +1,4 @@
-"""The check before a run takes in_forward: it tells models apart, and the weights come back to the same bits."""
+"""The check before a run uses in_forward: it rejects unsuitable models, and restores the weights bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zokernel.directions import Dense, LowRank, Orthogonal
-from zokernel.perturb import matches_in_place
+from zokernel.perturb import copy_schedule, matches_in_place
 from zokernel.perturb.agreement import moved_in_place
 
 
@@ -17,7 +17,7 @@ def network(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("directions", [Dense("rademacher"), Dense("gaussian"), LowRank(2)], ids=repr)
-def test_weights_come_back_to_the_same_bits(directions):
+def test_weights_are_restored_to_the_same_bits(directions):
     net = network()
     with torch.no_grad():
         net[0].weight.view(-1)[:8] = torch.tensor([0.0, -0.0, 1e-30, 3e38, 1e-4, -7e-5, 0.5, 1.0])
@@ -26,6 +26,33 @@ def test_weights_come_back_to_the_same_bits(directions):
         assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
     for name, p in net.named_parameters():
         assert torch.equal(p.detach().view(torch.int32), before[name].view(torch.int32)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_compared_and_restored(dtype):
+    net, inputs = network(dtype), torch.randn(16, 6).to(dtype)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    parameters, hidden = dict(net.named_parameters()), net[3].weight.detach()
+
+    def closure():
+        return net(inputs).float().square().mean()
+
+    def closure_on_another_name():
+        return (net[:3](inputs) @ hidden.T).float().square().mean()
+
+    assert matches_in_place(parameters, Dense(), closure, {0: 1e-2})[0]
+    assert not matches_in_place(parameters, Dense(), closure_on_another_name, {0: 1e-2})[0]
+    for name, p in net.named_parameters():
+        assert torch.equal(p.detach().view(torch.int16), before[name].view(torch.int16)), name
+
+
+def test_matrices_larger_than_a_stretch_are_multiplied_by_as_in_place(monkeypatch):
+    """In pieces, products in bf16 may be rounded otherwise, by more than a small perturbation changes the loss."""
+    monkeypatch.setattr(copy_schedule, "STRETCH", 64)
+    monkeypatch.setattr(copy_schedule.CopySchedule, "pieces", lambda *_: pytest.fail("a matrix was copied in pieces"))
+    net, inputs = nn.Linear(64, 300).bfloat16(), torch.randn(16, 64).bfloat16()
+    parameters = dict(net.named_parameters())
+    assert matches_in_place(parameters, Dense(), lambda: net(inputs).float().square().mean(), {0: 1e-2})[0]
 
 
 def test_an_interrupted_check_restores_the_weights():
@@ -41,7 +68,7 @@ def test_an_interrupted_check_restores_the_weights():
 
     with pytest.raises(KeyboardInterrupt):
         matches_in_place(dict(net.named_parameters()), Dense(), closure, {0: 1e-3})
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -52,24 +79,24 @@ def test_ordinary_models_match(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
             return net(inputs).float().square().mean()
 
-    found, reason = matches_in_place(dict(net.named_parameters()), Dense(), closure, {0: 1e-2})
-    assert found, reason
+    matches, reason = matches_in_place(dict(net.named_parameters()), Dense(), closure, {0: 1e-2})
+    assert matches, reason
 
 
 def test_a_weight_read_under_another_name_is_noticed():
     net, inputs = network(), torch.ones(4, 6)
     hidden = net[3].weight.detach()
-    found, reason = matches_in_place(
+    matches, reason = matches_in_place(
         dict(net.named_parameters()), Dense(), lambda: (net[:3](inputs) @ hidden.T).square().mean(), {0: 1e-2}
     )
-    assert not found
+    assert not matches
     assert "in place and" in reason
 
 
 def test_directions_that_do_not_suit_are_the_reason():
     net = network()
-    found, reason = matches_in_place(
+    matches, reason = matches_in_place(
         dict(net.named_parameters()), Orthogonal(2), lambda: net(torch.ones(2, 6)).mean(), {0: 1e-3}
     )
-    assert not found
+    assert not matches
     assert "depend on the others" in reason

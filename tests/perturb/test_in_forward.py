@@ -1,17 +1,18 @@
-"""Perturbing in the forward gives the losses of weights perturbed in place, and leaves the weights alone."""
+"""Perturbing within the forward pass gives the losses of weights perturbed in place, and leaves the weights alone."""
 
 from __future__ import annotations
 
 import models
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from zokernel.directions import Blockwise, Dense, Orthogonal
 from zokernel.directions.backends.numba import backend as numba_backend
 from zokernel.errors import RunError, UsageError
 from zokernel.optim import LOZO, ConMeZO, HiZOO, KerZOO, MeZO, SparseMeZO, SubZero, ZerothOrder
-from zokernel.perturb import in_forward as module
+from zokernel.perturb import copy_schedule as module
 from zokernel.perturb.in_forward import InForward
 
 OPTIMIZERS = {
@@ -61,22 +62,22 @@ def run(name, make, perturb=None, steps=3, autocast=False):
     return losses, [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "roberta"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon", "roberta"])
 @pytest.mark.parametrize("method", ["mezo", "lozo"])
 def test_losses_of_every_architecture(name, method):
     expected, weights = run(name, OPTIMIZERS[method])
-    found, moved = run(name, OPTIMIZERS[method], InForward())
-    assert found == pytest.approx(expected, rel=2e-6)
-    assert len(set(found)) == len(found)
-    for left, right in zip(weights, moved):
+    losses, updated = run(name, OPTIMIZERS[method], InForward())
+    assert losses == pytest.approx(expected, rel=2e-6)
+    assert len(set(losses)) == len(losses)
+    for left, right in zip(weights, updated, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", OPTIMIZERS)
 def test_losses_of_every_family(method):
     expected, _ = run("llama", OPTIMIZERS[method], steps=1)
-    found, _ = run("llama", OPTIMIZERS[method], InForward(), steps=1)
-    assert found == pytest.approx(expected, rel=2e-6)
+    losses, _ = run("llama", OPTIMIZERS[method], InForward(), steps=1)
+    assert losses == pytest.approx(expected, rel=2e-6)
 
 
 def test_bits_are_those_of_weights_moved_in_place(monkeypatch):
@@ -84,9 +85,9 @@ def test_bits_are_those_of_weights_moved_in_place(monkeypatch):
     monkeypatch.setattr(module, "STRETCH", 10**6)
     for autocast in (False, True):
         expected = run("llama", OPTIMIZERS["mezo"], autocast=autocast)
-        found = run("llama", OPTIMIZERS["mezo"], InForward(), autocast=autocast)
-        assert found[0] == expected[0]
-        assert all(torch.equal(left, right) for left, right in zip(found[1], expected[1]))
+        actual = run("llama", OPTIMIZERS["mezo"], InForward(), autocast=autocast)
+        assert actual[0] == expected[0]
+        assert all(torch.equal(left, right) for left, right in zip(actual[1], expected[1], strict=True))
 
 
 def test_the_weights_stay_where_they_are_during_a_forward():
@@ -95,9 +96,9 @@ def test_the_weights_stay_where_they_are_during_a_forward():
     closure, memory = make_closure(model), [p.data for p in model.parameters()]
 
     def watching():
-        assert all(torch.equal(left, right) for left, right in zip(before, memory))
+        assert all(torch.equal(left, right) for left, right in zip(before, memory, strict=True))
         loss = closure()
-        assert all(torch.equal(left, right) for left, right in zip(before, memory))
+        assert all(torch.equal(left, right) for left, right in zip(before, memory, strict=True))
         return loss
 
     optimizer = MeZO(model, lr=0.0)
@@ -159,6 +160,143 @@ def test_parameters_in_a_list_are_perturbed(layer):
     assert losses[0][0] != losses[0][1]
 
 
+READS = {
+    "T": lambda w: w.T,
+    "mT": lambda w: w.mT,
+    "H": lambda w: w.H,
+    "mH": lambda w: w.mH,
+    "real": lambda w: w.real,
+    "data": lambda w: w.data,
+    "data of a view": lambda w: w.t().data,
+    "type": lambda w: w.type(torch.float64),
+    "float": lambda w: w.float(),
+    "item": lambda w: torch.tensor([w[2, 3].item()]),
+    "numpy": lambda w: torch.from_numpy(w.detach().numpy().copy()),
+    "tolist": lambda w: torch.tensor(w.tolist()),
+    "chunk": lambda w: torch.stack(w.chunk(4, 1)),
+    "split": lambda w: w.split(5)[2],
+    "unbind": lambda w: w.unbind()[7],
+    "iteration": lambda w: list(w)[7],
+    "largest of each row": lambda w: w.max(1).values,
+}
+
+
+@pytest.mark.parametrize(("stretch", "small"), [(300, 100), (300, 1000)], ids=["one at a time", "small"])
+@pytest.mark.parametrize("read", READS)
+def test_a_weight_is_perturbed_however_it_is_read(read, stretch, small, monkeypatch):
+    """What was read stays as it is, too, when the scratch buffer holds other weights."""
+    monkeypatch.setattr(module, "STRETCH", stretch)
+    monkeypatch.setattr(module, "SMALL", small)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.Parameter(torch.randn(20, 12, generator=generator)) for _ in range(2))
+
+    def closure():
+        values = READS[read](first)
+        other = second.square().mean()
+        return values.double().pow(3).mean() + other
+
+    records = []
+    for perturb in ("in_place:copy", "in_forward"):
+        optimizer = MeZO([("first", first), ("second", second)], lr=0.0, eps=0.1, perturb=perturb)
+        optimizer.step(closure)
+        records.append(optimizer.record())
+    alone = MeZO([("first", first)], lr=0.0, eps=0.1, perturb="in_forward")
+    alone.step(closure)
+    assert records[1] == pytest.approx(records[0], rel=1e-6)
+    assert abs(alone.record()[0] - alone.record()[1]) > 1e-4
+
+
+SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Models of transformers that read weights otherwise than by calling layers.
+UNUSUAL = {
+    "router's weights by type()": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **SIZES,
+            num_key_value_heads=4,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+    ),
+    "chunks of a projection": lambda: transformers.DebertaForMaskedLM(
+        transformers.DebertaConfig(
+            **SIZES, intermediate_size=48, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
+        )
+    ),
+    "transposed and joined matrices": lambda: transformers.MobileBertForMaskedLM(
+        transformers.MobileBertConfig(
+            **SIZES, embedding_size=16, intermediate_size=48, intra_bottleneck_size=16, true_hidden_size=16
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_losses_of_models_that_read_weights_in_unusual_ways(kind, dtype, monkeypatch):
+    monkeypatch.setattr(module, "STRETCH", 10**6)  # no matrix in pieces
+    torch.manual_seed(0)
+    model = UNUSUAL[kind]().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    records = []
+    for perturb in ("in_place:copy", "in_forward"):
+        optimizer = MeZO(model, lr=0.0, eps=2e-2, num_perturbations=2, perturb=perturb)
+        optimizer.step(make_closure(model))
+        records.append(optimizer.record())
+    assert records[1] == records[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_matrices_in_pieces_give_the_losses_and_types_of_whole_ones_under_autocast(bias, monkeypatch):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(256, 128, bias=bias), torch.randn(4, 256)
+    runs = []
+    for stretch in (1 << 20, 1000):
+        monkeypatch.setattr(module, "STRETCH", stretch)
+        optimizer, outputs = MeZO(layer, lr=0.0, eps=1e-2, perturb="in_forward"), []
+
+        def closure(outputs=outputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs.append(layer(inputs))
+            return outputs[-1].float().square().mean()
+
+        optimizer.step(closure)
+        runs.append((optimizer.record(), outputs))
+    (whole, wholes), (pieces, parts) = runs
+    assert pieces == whole
+    assert all(part.dtype == output.dtype == torch.bfloat16 for part, output in zip(parts, wholes, strict=True))
+    assert all(torch.equal(part, output) for part, output in zip(parts, wholes, strict=True))
+
+
+def test_rows_of_an_embedding_are_shortened_to_their_largest_norm():
+    torch.manual_seed(0)
+    layer, ids = nn.Embedding(40, 8, max_norm=1.0), torch.arange(10)
+    with torch.no_grad():
+        layer.weight.div_(4 * layer.weight.norm(dim=1, keepdim=True))
+        layer.weight[3] *= 8  # twice as long as allowed, perturbed or not
+    records = []
+    for perturb in ("in_place:copy", "in_forward"):
+        start = layer.weight.detach().clone()
+        optimizer = MeZO(layer, lr=0.0, eps=1e-2, perturb=perturb)
+        optimizer.step(lambda: layer(ids).pow(4).sum())
+        records.append(optimizer.record())
+        with torch.no_grad():
+            layer.weight.copy_(start)
+    assert records[1] == pytest.approx(records[0], rel=1e-6)
+
+
 def test_a_closure_on_other_tensors_is_refused():
     weight, copy = nn.Parameter(torch.ones(3)), torch.ones(3)
     optimizer = MeZO([weight], lr=0.1)
@@ -186,12 +324,12 @@ def test_tables_of_copies_are_made_between_forwards(monkeypatch, autocast):
     """Small memory taken between activations keeps theirs from being used again: 200 MiB for SmolLM2."""
     monkeypatch.setattr(module, "STRETCH", 6000)  # no matrix in pieces
     model = build("opt")
-    closure, made, inside = make_closure(model, autocast), [], []
+    closure, within_forward, inside = make_closure(model, autocast), [], []
 
     class Watched(numba_backend.PreparedCopies):
         def __init__(self, jobs):
             super().__init__(jobs)
-            made.append(bool(inside))
+            within_forward.append(bool(inside))
 
     def watched():
         inside.append(True)
@@ -204,5 +342,5 @@ def test_tables_of_copies_are_made_between_forwards(monkeypatch, autocast):
     optimizer.perturb = InForward()
     for _ in range(2):
         optimizer.step(watched)
-    assert len(made) > 10
-    assert not any(made)
+    assert len(within_forward) > 10
+    assert not any(within_forward)

@@ -64,21 +64,21 @@ def inner_of(name):
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
+    results = {}
     for name, make in METHODS.items():
         perturb = Parallel("perturbation", inner_of(name))
-        found[name] = (*train(make, dtype_of(name), perturb), perturb.bytes_sent)
-    found["in forward"] = train(METHODS["mezo"], torch.float64, Parallel("perturbation", InForward()))
+        results[name] = (*train(make, dtype_of(name), perturb), perturb.bytes_sent)
+    results["in forward"] = train(METHODS["mezo"], torch.float64, Parallel("perturbation", InForward()))
     half = slice(4 * rank, 4 * rank + 4)
-    found["data"] = train(METHODS["mezo"], torch.float64, Parallel("data"), rows=half)
+    results["data"] = train(METHODS["mezo"], torch.float64, Parallel("data"), rows=half)
     uneven = slice(0, 5) if rank == 0 else slice(5, 8)
     weighted = Parallel("data", weight=lambda: float(uneven.stop - uneven.start))
-    found["uneven data"] = train(METHODS["mezo"], torch.float64, weighted, rows=uneven)
-    found["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
-    found["sharded"] = train_sharded(METHODS["mezo"])
-    found["sharded hizoo"] = train_sharded(sharded_hizoo)
+    results["uneven data"] = train(METHODS["mezo"], torch.float64, weighted, rows=uneven)
+    results["hybrid of one"] = train(METHODS["mezo"], torch.float64, Parallel("hybrid", point_ranks=2))
+    results["sharded"] = train_sharded(METHODS["mezo"])
+    results["sharded hizoo"] = train_sharded(sharded_hizoo)
     for name in IN_SUBSPACES:
-        found[f"sharded {name}"] = train_sharded(METHODS[name])
+        results[f"sharded {name}"] = train_sharded(METHODS[name])
     model = network()
     with torch.no_grad():
         model[0].weight[0, 0] += rank
@@ -87,14 +87,18 @@ def run_rank(rank, folder):
     try:
         optimizer.step(lambda: 0.0)
     except RunError as error:
-        found["different"] = str(error)
+        results["different"] = str(error)
     optimizer = MeZO(network(), lr=0.1)
     optimizer.perturb = Parallel("perturbation")
     try:
         optimizer.step(lambda: float("nan") if rank else 1.0)
     except RunError as error:
-        found["nan"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
+        results["nan"] = str(error)
+    try:
+        MeZO(network(torch.float32), momentum=0.5, perturb=Parallel("perturbation", InPlace("grid")))
+    except UsageError as error:
+        results["off the grid"] = str(error)
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 def train_sharded(make):
@@ -124,17 +128,17 @@ def same_bits(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     """Check that weights by name agree up to the rounding of sums in another order."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_make_the_steps_of_one(ranks, name):
-    alone, losses = train(METHODS[name], dtype_of(name))
-    for found, found_losses, _ in (ranks[0][name], ranks[1][name]):
-        assert same_bits(found, alone)
-        assert found_losses == losses
+    expected, expected_losses = train(METHODS[name], dtype_of(name))
+    for weights, losses, _ in (ranks[0][name], ranks[1][name]):
+        assert same_bits(weights, expected)
+        assert losses == expected_losses
 
 
 def test_bytes_sent_are_eight_a_direction_for_two_ends_on_two_processes(ranks):
@@ -143,29 +147,29 @@ def test_bytes_sent_are_eight_a_direction_for_two_ends_on_two_processes(ranks):
     assert [rank["mezo_odd"][2] for rank in ranks] == [STEPS * 8] * 2
 
 
-def test_perturbing_in_the_forward_is_shared_too(ranks):
-    alone = train(METHODS["mezo"], torch.float64, InForward())
+def test_in_forward_losses_are_shared_too(ranks):
+    expected = train(METHODS["mezo"], torch.float64, InForward())
     for rank in ranks:
-        assert same_bits(rank["in forward"][0], alone[0])
-        assert rank["in forward"][1] == alone[1]
+        assert same_bits(rank["in forward"][0], expected[0])
+        assert rank["in forward"][1] == expected[1]
 
 
 def test_data_parallel_is_one_process_with_the_whole_batch(ranks):
-    alone, losses = train(METHODS["mezo"], torch.float64)
+    expected, expected_losses = train(METHODS["mezo"], torch.float64)
     for rank in ranks:
-        found, found_losses = rank["data"]
-        assert found_losses == pytest.approx(losses, rel=1e-12)
-        assert_close(found, alone)
+        weights, losses = rank["data"]
+        assert losses == pytest.approx(expected_losses, rel=1e-12)
+        assert_close(weights, expected)
     assert same_bits(ranks[0]["data"][0], ranks[1]["data"][0])
 
 
 def test_batches_of_other_sizes_count_by_their_weight(ranks):
     """Means over 5 and 3 examples make the mean over 8 with the weights 5 and 3, not as a mean of means."""
-    alone, losses = train(METHODS["mezo"], torch.float64)
+    expected, expected_losses = train(METHODS["mezo"], torch.float64)
     for rank in ranks:
-        found, found_losses = rank["uneven data"]
-        assert found_losses == pytest.approx(losses, rel=1e-12)
-        assert_close(found, alone)
+        weights, losses = rank["uneven data"]
+        assert losses == pytest.approx(expected_losses, rel=1e-12)
+        assert_close(weights, expected)
 
 
 def test_hybrid_with_all_ranks_on_the_points_is_perturbation_parallel(ranks):
@@ -173,30 +177,30 @@ def test_hybrid_with_all_ranks_on_the_points_is_perturbation_parallel(ranks):
 
 
 def test_sharded_weights_train_like_whole_ones(ranks):
-    alone, losses = train(METHODS["mezo"], torch.float64)
+    expected, expected_losses = train(METHODS["mezo"], torch.float64)
     for rank in ranks:
-        found, found_losses = rank["sharded"]
-        assert found_losses == pytest.approx(losses, rel=1e-12)
-        assert_close(found, alone)
+        weights, losses = rank["sharded"]
+        assert losses == pytest.approx(expected_losses, rel=1e-12)
+        assert_close(weights, expected)
 
 
 def test_hizoo_learns_the_hessian_of_sharded_weights(ranks):
     """H is sharded as the weights are: the steps, which depend on it from the second on, are those of whole weights."""
-    alone, losses = train(sharded_hizoo, torch.float64)
+    expected, expected_losses = train(sharded_hizoo, torch.float64)
     for rank in ranks:
-        found, found_losses = rank["sharded hizoo"]
-        assert found_losses == pytest.approx(losses, rel=1e-6)
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-8)
+        weights, losses = rank["sharded hizoo"]
+        assert losses == pytest.approx(expected_losses, rel=1e-6)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", IN_SUBSPACES)
 def test_steps_in_subspaces_reach_sharded_weights(ranks, name):
     """The last digits of a loss, divided by eps, change the slopes in the tenth digit, and the steps with them."""
-    alone, losses = train(METHODS[name], torch.float64)
+    expected, expected_losses = train(METHODS[name], torch.float64)
     for rank in ranks:
-        found, found_losses = rank[f"sharded {name}"]
-        assert found_losses == pytest.approx(losses, rel=1e-8)
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-8)
+        weights, losses = rank[f"sharded {name}"]
+        assert losses == pytest.approx(expected_losses, rel=1e-8)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
 
 
 def test_processes_with_different_weights_are_refused(ranks):
@@ -205,6 +209,10 @@ def test_processes_with_different_weights_are_refused(ranks):
 
 def test_a_loss_that_is_not_finite_stops_every_process(ranks):
     assert all("The loss is nan" in rank["nan"] for rank in ranks)
+
+
+def test_momentum_would_leave_the_grid_of_every_process(ranks):
+    assert all("keeps the weights on a grid" in rank["off the grid"] for rank in ranks)
 
 
 def test_needs_torch_distributed():
@@ -224,9 +232,9 @@ def run_grid(rank, folder):
 
 def test_a_grid_of_two_batches_and_two_shares(tmp_path):
     spawn(run_grid, str(tmp_path), size=4)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
-    alone, losses = train(METHODS["mezo"], torch.float64)
-    for weights, rank_losses in found:
-        assert same_bits(weights, found[0][0])
+    per_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    expected, losses = train(METHODS["mezo"], torch.float64)
+    for weights, rank_losses in per_rank:
+        assert same_bits(weights, per_rank[0][0])
         assert rank_losses == pytest.approx(losses, rel=1e-12)
-        assert_close(weights, alone)
+        assert_close(weights, expected)

@@ -40,10 +40,10 @@ def train(rows=slice(None), mode=None):
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/here", rank=rank, world_size=2)
-    found = {"data": train(OWN[rank], "data"), "perturbation": train(mode="perturbation")}
+    results = {"data": train(OWN[rank], "data"), "perturbation": train(mode="perturbation")}
     with pytest.raises(UsageError, match="give PerExampleRows the micro-batches"):
         GRZO(nn.Linear(2, 1), perturb=Parallel("data", PerExampleRows())).step(lambda: torch.zeros(2))
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 def test_the_step_is_that_of_one_process(tmp_path):
@@ -52,8 +52,8 @@ def test_the_step_is_that_of_one_process(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for mode in ("data", "perturbation"):
         for rank in ranks:
-            records, found = rank[mode]
+            records, weights = rank[mode]
             for one, other in zip(records, expected, strict=True):
                 assert one == pytest.approx(other, rel=1e-12)
-            torch.testing.assert_close(found, weight, rtol=0, atol=1e-12)
+            torch.testing.assert_close(weights, weight, rtol=0, atol=1e-12)
         assert torch.equal(ranks[0][mode][1], ranks[1][mode][1])

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from zokernel.directions import Dense, Flipout, LowRank
 from zokernel.errors import UsageError
-from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SubZero
-from zokernel.perturb import Stacked, stackable
+from zokernel.estimators import PerExample, TwoPoint
+from zokernel.optim import FZOO, LOZO, KerZOO, MeZO, SubZero, ZerothOrder
+from zokernel.optim.compose import make_estimator
+from zokernel.perturb import PerExampleRows, Stacked, stackable
 
 # Large enough that low-rank factors are kept as factors.
 SIZES = {"vocab_size": 300, "hidden_size": 288}
@@ -62,10 +65,10 @@ def compare(make, model, *, max_copies=16, tolerance):
     points = stacked.estimator.points(seed=0, step=0)
     with torch.no_grad():
         losses = stacked.perturb.losses(closure, points, step=0)
-    found = stacked.estimator.combine(losses, seed=0, step=0)
+    estimate = stacked.estimator.combine(losses, seed=0, step=0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert found.losses == pytest.approx(expected.losses, rel=tolerance)
-    assert len(set(found.losses)) == len(found.losses)
+    assert estimate.losses == pytest.approx(expected.losses, rel=tolerance)
+    assert len(set(estimate.losses)) == len(estimate.losses)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +89,7 @@ def test_adapters(method, max_copies):
         compare(lambda p: method(p, lr=1e-3, num_perturbations=4), model, max_copies=max_copies, tolerance=1e-12)
 
 
-def test_a_step_lands_on_the_loop_s_weights():
+def test_a_step_lands_on_the_weights_of_the_loop():
     ends = []
     for use in (False, True):
         model = build("llama")
@@ -97,7 +100,7 @@ def test_a_step_lands_on_the_loop_s_weights():
         for _ in range(3):
             optimizer.step(closure)
         ends.append([p.detach().clone() for p in model.parameters()])
-    for left, right in zip(*ends):
+    for left, right in zip(*ends, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-7)
 
 
@@ -119,6 +122,74 @@ def test_an_unknown_use_of_a_parameter_is_refused():
     optimizer.perturb = Stacked(lambda copies: weight.square().sum().expand(copies))
     with pytest.raises(UsageError, match="passes a trained parameter to square"):
         optimizer.step(lambda: weight.square().sum())
+
+
+@pytest.mark.parametrize("name", ["T", "mT", "H", "real", "data"])
+@pytest.mark.parametrize("per_example", [False, True], ids=["stacked", "per example"])
+def test_a_matrix_that_is_read_without_a_layer_is_refused(name, per_example):
+    """Falcon reads ``weight.T``."""
+    layer, matrix, inputs = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3)), torch.randn(4, 3)
+
+    def losses(copies=1):
+        return (layer(inputs.repeat(copies, 1)) @ getattr(matrix, name)).square().mean(1).view(copies, -1).squeeze(0)
+
+    parameters = [*layer.named_parameters(), ("matrix", matrix)]
+    if per_example:
+        optimizer = ZerothOrder(parameters, lr=0.1, estimator=PerExample(TwoPoint()), perturb=PerExampleRows())
+    else:
+        optimizer = MeZO(parameters, lr=0.1, perturb=Stacked(lambda copies: losses(copies).mean(1)))
+    with pytest.raises(UsageError, match=rf"uses \.{name} of a trained parameter, which has no form for several"):
+        optimizer.step(losses)
+
+
+def test_falcon_is_stacked_with_an_adapter_alone():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = models.build("falcon", vocab_size=300).double().eval()
+    closure, copies = losses_of(model, data())
+    with pytest.raises(UsageError, match=r"uses \.T of a trained parameter"):
+        LOZO(model, lr=1e-3, perturb=Stacked(copies)).step(closure)
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["query_key_value", "dense"])
+    adapted = get_peft_model(model, lora).double().eval()
+    with torch.no_grad():
+        compare(lambda p: MeZO(p, lr=1e-3, num_perturbations=4), adapted, tolerance=1e-12)
+
+
+def test_an_embedding_that_rewrites_its_rows_is_refused():
+    layer, ids = nn.Embedding(5, 3, max_norm=1.0), torch.arange(5)
+    optimizer = MeZO(
+        layer, lr=0.1, perturb=Stacked(lambda copies: layer(ids.repeat(copies)).view(copies, -1).square().mean(1))
+    )
+    with pytest.raises(UsageError, match="max_norm"):
+        optimizer.step(lambda: layer(ids).mean())
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("estimator", ["two_point(1e-3, 2)", "one_sided(1e-3, 5)"])
+@pytest.mark.parametrize("directions", [Flipout(), LowRank(1, refresh=0), LowRank(1), Dense()], ids=repr)
+def test_what_is_called_stackable_is_stacked(directions, estimator, copies):
+    """Also around a centre, where nothing is perturbed; dense directions do not fit."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(300, 300, bias=False), torch.randn(2, 300)
+
+    def run(perturb):
+        optimizer = ZerothOrder(layer, lr=0.0, directions=directions, estimator=estimator, perturb=perturb)
+        optimizer.step(lambda: layer(inputs).square().mean())
+        return optimizer.record()
+
+    def losses(count):
+        return layer(inputs.repeat(count, 1)).square().view(count, -1).mean(1)
+
+    points = make_estimator(estimator).points(seed=0, step=0)
+    stacked = Stacked(losses, max_copies=copies, max_bytes=1 << 18)
+    fits = stackable(dict(layer.named_parameters()), directions, copies, 1 << 18, points=points)
+    assert fits == (not isinstance(directions, Dense))
+    if not fits:
+        with pytest.raises(UsageError, match="perturbed copies take"):
+            run(stacked)
+    else:
+        assert run(stacked) == pytest.approx(run("in_place:copy"), rel=1e-5)
 
 
 def test_one_loss_a_copy_is_asked_for():

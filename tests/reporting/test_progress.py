@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,10 +45,10 @@ def dead_process():
 def test_a_running_run(folder):
     with exclusive(folder):
         assert holder(folder) == os.getpid()
-        found = progress_of(read_training(folder))
-        assert (found.state, found.steps, found.total, found.percent) == ("running", 126, 300, 42)
-        assert found.seconds_left == pytest.approx(174 * 0.5)
-        assert (found.steps_done, found.time_left) == ("126 of 300", "about 1 min 27 s")
+        progress = progress_of(read_training(folder))
+        assert (progress.state, progress.steps, progress.total, progress.percent) == ("running", 126, 300, 42)
+        assert progress.seconds_left == pytest.approx(174 * 0.5)
+        assert (progress.steps_done, progress.time_left) == ("126 of 300", "about 1 min 27 s")
         assert live_data(folder)["title"] == "42 % · runs/reviews"
         assert "<title>42 % · runs/reviews</title>" in live_page(folder)
     assert holder(folder) is None
@@ -64,21 +65,21 @@ def test_evaluations_to_come_take_time_too(folder):
     assert progress_of(run).seconds_left == pytest.approx(174 * 0.5)
 
 
-def test_what_is_not_known_is_not_made_up(folder):
+def test_unknown_progress_is_not_made_up(folder):
     (folder / LOCK_FILE).write_text(f"pid {os.getpid()}")
     (folder / "run.json").write_text(json.dumps({"settings": {"max_steps": -1}}))
-    found = progress_of(read_training(folder))
-    assert (found.total, found.percent, found.seconds_left) == (None, None, None)
-    assert (found.steps_done, found.time_left) == (
+    progress = progress_of(read_training(folder))
+    assert (progress.total, progress.percent, progress.seconds_left) == (None, None, None)
+    assert (progress.steps_done, progress.time_left) == (
         "126 of an unknown number",
         "not known: no number of steps was noted",
     )
-    assert found.title("a/b") == "step 126 · a/b"
+    assert progress.title("a/b") == "step 126 · a/b"
     (folder / "run.json").write_text(json.dumps({"settings": {"max_steps": 300}}))
     rows = [{"step": n, "loss": 1.0} for n in range(1, 4)]
     (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = progress_of(read_training(folder))
-    assert (found.total, found.seconds_left, found.time_left) == (300, None, "not known yet")
+    progress = progress_of(read_training(folder))
+    assert (progress.total, progress.seconds_left, progress.time_left) == (300, None, "not known yet")
 
 
 def test_a_run_that_died_stopped_or_is_quiet(folder):
@@ -87,8 +88,8 @@ def test_a_run_that_died_stopped_or_is_quiet(folder):
     (folder / LOCK_FILE).write_text(f"pid {dead_process()}")
     assert progress_of(read_training(folder)).state == "running", "it may write from another machine"
     age(folder, 500)
-    died = progress_of(read_training(folder))
-    assert (died.state, died.time_left, died.seconds_left) == ("died", "none: the run died", None)
+    progress = progress_of(read_training(folder))
+    assert (progress.state, progress.time_left, progress.seconds_left) == ("died", "none: the run died", None)
     assert live_data(folder)["title"] == "died at 42 % · runs/reviews"
     assert read(folder).alert == (
         "The run died after step 126 of 300: its process is gone. The same command continues it."
@@ -100,9 +101,64 @@ def test_a_run_that_died_stopped_or_is_quiet(folder):
     assert quiet.description == "Running: step 126 of 300. Nothing was written for 8 min 20 s."
 
 
+def copied(kinds, tmp_path, kind="classification"):
+    """Return a copy of a run whose steps are all taken."""
+    return shutil.copytree(kinds(kind), tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", "[1]"])
+def test_a_run_without_its_metrics_has_not_stopped_before_its_end(content, kinds, tmp_path):
+    folder = copied(kinds, tmp_path)
+    path = folder / "metrics.json"
+    path.unlink()
+    if content is None:
+        words = "metrics.json, which says that the run has finished, is missing: the same command writes it."
+    else:
+        path.write_text(content)
+        words = "metrics.json is damaged: remove it, and the same command writes it again."
+    assert progress_of(read_training(folder)).description == f"All steps are taken (60), but {words}"
+    page = read(folder)
+    assert words in page.alert
+    notes = [paragraph for paragraph in page.summary if str(path) in paragraph]
+    assert len(notes) == (content is not None)
+    assert live_data(folder)["status"] == page.alert
+
+
+def test_files_that_are_cut_off_are_named(kinds, tmp_path):
+    folder = copied(kinds, tmp_path)
+    assert read_training(folder).unread == []
+    for name, words in (
+        ("steps.jsonl", "steps.jsonl is cut off after step "),
+        ("journal.zkj", "journal.zkj is cut off: it holds "),
+        ("run.json", "run.json is not valid JSON ("),
+    ):
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 9 // 10])
+        (note,) = read_training(folder).unread
+        assert f"{folder}/{words}" in note
+        assert note in read(folder).summary
+        path.write_bytes(whole)
+    (folder / "steps.jsonl").unlink()
+    assert read_training(folder).unread == [f"{folder}/steps.jsonl is missing: the steps are those of the journal."]
+    (folder / "journal.zkj").write_bytes(b"ZKJ")
+    assert "journal.zkj: This is not a zokernel journal" in read_training(folder).unread[0]
+
+
+def test_a_running_run_is_not_told_of_what_it_is_writing(folder):
+    (folder / "metrics.json").write_text("{")
+    with exclusive(folder):
+        assert not any("metrics.json" in paragraph for paragraph in read(folder).summary)
+
+
 def test_a_finished_run_and_one_that_waits(kinds, tmp_path):
-    found = progress_of(read_training(kinds("classification")))
-    assert (found.state, found.steps_done, found.percent, found.time_left) == ("finished", "60 of 60", 100, "none")
+    progress = progress_of(read_training(kinds("classification")))
+    assert (progress.state, progress.steps_done, progress.percent, progress.time_left) == (
+        "finished",
+        "60 of 60",
+        100,
+        "none",
+    )
     waiting = live_data(tmp_path)
     assert (waiting["state"], waiting["status"]) == ("waiting", "Waiting for the run to begin.")
     assert waiting["title"] == f"waiting · {run_name(tmp_path)}"
@@ -111,9 +167,9 @@ def test_a_finished_run_and_one_that_waits(kinds, tmp_path):
 
 def test_a_run_notes_its_total_steps_when_it_begins(kinds):
     assert total_steps(json.loads((kinds("cut") / "run.json").read_text())) == 12
-    found = live_data(kinds("cut"))
-    assert dict(found["facts"])["steps done"] == "5 of 12"
-    assert found["percent"] == 41
+    data = live_data(kinds("cut"))
+    assert dict(data["facts"])["steps done"] == "5 of 12"
+    assert data["percent"] == 41
     assert Progress("stopped", 5, 12).title("runs/cut") == "stopped at 41 % · runs/cut"
 
 

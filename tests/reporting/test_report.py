@@ -94,14 +94,14 @@ def test_an_unfinished_run_is_read_from_its_journal(run_folders, tmp_path):
     run, folder = run_folders["finetune"], tmp_path / "going"
     folder.mkdir()
     shutil.copy(run / "journal.zkj", folder)
-    whole, going = read_training(run), read_training(folder)
-    assert not going.finished
-    assert going.method == "mezo"
-    assert [row["step"] for row in going.rows] == [row["step"] for row in whole.rows]
-    for early, late in zip(going.rows, whole.rows, strict=True):
+    whole, unfinished = read_training(run), read_training(folder)
+    assert not unfinished.finished
+    assert unfinished.method == "mezo"
+    assert [row["step"] for row in unfinished.rows] == [row["step"] for row in whole.rows]
+    for early, late in zip(unfinished.rows, whole.rows, strict=True):
         assert early["loss"] == pytest.approx(late["loss"], rel=1e-5)
         assert early["projected_gradient"] == pytest.approx(late["projected_gradient"], rel=1e-4)
-    assert [e["step"] for e in going.evaluations] == [0, 20, 40]
+    assert [e["step"] for e in unfinished.evaluations] == [0, 20, 40]
     assert "40 steps so far" in " ".join(read(folder).summary)
     # half a record at the end: the write that a crash cut off
     data = (folder / "journal.zkj").read_bytes()
@@ -127,9 +127,9 @@ def test_predictions_stand_next_to_what_was_measured(run_folders, tmp_path):
     text = render(read(folder))
     assert "gradient norm, predicted by the plan" in text
     assert "predicted (zokernel evolve)" in text
-    found = live_data(folder)
-    assert found["gradient_norm"][0] > 0
-    assert len(found["prediction"]["expected_loss"]) == len(found["prediction"]["step"])
+    data = live_data(folder)
+    assert data["gradient_norm"][0] > 0
+    assert len(data["prediction"]["expected_loss"]) == len(data["prediction"]["step"])
 
 
 def test_directions_are_counted_in_words(run_folders):
@@ -167,7 +167,9 @@ def test_drawings_follow_the_page():
     other = draw(lambda figure: figure.subplots().plot([0, 1], [1, 0]), "two", title="A line", alt="It falls.")
     ids = [set(re.findall(r'id="([^"]+)"', one.svg)) for one in (picture, other)]
     assert not ids[0] & ids[1]
-    assert all(reference in ids[0] for reference in re.findall(r"url\(#([^)]+)\)", picture.svg))
+    references = set(re.findall(r"url\(#([^)]+)\)", picture.svg))
+    assert references
+    assert references <= ids[0]
     assert "currentColor" in picture.svg
     assert "var(--paper)" in picture.svg
     assert "#ffffff" not in picture.svg
@@ -205,6 +207,17 @@ def test_the_command_writes_one_file(run_folders, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert main(["report", "--serve", str(run_folders["kernel"]), "--output", "x.html"]) == 2
+    assert main(["report", str(run_folders["kernel"]), "--port", "1"]) == 2
+    assert "--port is for --serve: add it, or leave both out." in capsys.readouterr().err
+    for name in ("plan.json", "kernel.json"):
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / name).write_text("{")
+        for place in ("damaged", *(["damaged/plan.json"] if name == "plan.json" else [])):
+            assert main(["report", str(tmp_path / place)]) == 2
+            error = capsys.readouterr().err
+            assert f"{name} is not valid JSON (" in error
+            assert "restore it from a copy, or repeat the command that wrote it." in error
     with pytest.raises(UsageError, match="Port"):
         make_server(tmp_path, port=99999)
 
@@ -267,6 +280,6 @@ def test_the_live_view_waits_for_a_run_that_has_not_begun(tmp_path):
     waiting = live_data(tmp_path)
     assert (waiting["state"], waiting["rows"], waiting["evaluations"]) == ("waiting", [], [])
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
-    found = live_data(tmp_path)
-    assert [row["loss"] for row in found["rows"]] == [2.0, None]
-    json.dumps(found, allow_nan=False)
+    data = live_data(tmp_path)
+    assert [row["loss"] for row in data["rows"]] == [2.0, None]
+    json.dumps(data, allow_nan=False)

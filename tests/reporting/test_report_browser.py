@@ -74,10 +74,10 @@ def browser():
 @pytest.fixture(scope="module")
 def files(run_folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    written = {kind: folder / f"{kind}.html" for kind in KINDS}
-    for kind, path in written.items():
+    paths = {kind: folder / f"{kind}.html" for kind in KINDS}
+    for kind, path in paths.items():
         write_report(read(run_folders[kind]), path)
-    return written
+    return paths
 
 
 @pytest.fixture

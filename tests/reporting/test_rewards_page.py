@@ -19,7 +19,7 @@ from zokernel.reporting.training import read_training
 
 @pytest.fixture
 def folder(run_folders, tmp_path):
-    """A finished run, told as one on rewards: its losses are negative rewards."""
+    """A finished run, presented as one on rewards: its losses are negative rewards."""
     folder = tmp_path / "rewarded"
     shutil.copytree(run_folders["finetune"], folder)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -35,9 +35,9 @@ def folder(run_folders, tmp_path):
 
 def test_bands_are_quantiles_of_the_members():
     losses = [0.3, -1.2, -0.7, math.nan, 2.0, -0.1]
-    found = band(losses)
+    quantiles = band(losses)
     expected = np.quantile([-0.3, 1.2, 0.7, -2.0, 0.1], [0, 0.25, 0.5, 0.75, 1])
-    assert list(found.values()) == pytest.approx(list(expected))
+    assert list(quantiles.values()) == pytest.approx(list(expected))
     assert set(band([math.nan]).values()) == {None}
 
 
@@ -62,11 +62,11 @@ def test_the_live_page_gets_the_spread_while_the_run_goes(folder):
     run = json.loads((folder / "run.json").read_text())
     run["settings"] = {**run["settings"], "objective": "reward"}
     (folder / "run.json").write_text(json.dumps(run))
-    found = live_data(folder, since=10)
-    assert found["rewarded"] is True
-    assert [row["step"] for row in found["rows"]] == list(range(11, 41))
+    data = live_data(folder, since=10)
+    assert data["rewarded"] is True
+    assert [row["step"] for row in data["rows"]] == list(range(11, 41))
     losses = {record.step + 1: record.losses for record in Journal.read(folder).steps}
-    for row in found["rows"]:
+    for row in data["rows"]:
         assert row["rewards"]["median"] == pytest.approx(-np.median(losses[row["step"]]))
         assert row["rewards"]["least"] == pytest.approx(-max(losses[row["step"]]))
     (folder / "journal.zkj").unlink()

@@ -37,12 +37,12 @@ def pictures(page):
 
 def table(page, anchor, number=0):
     """Return a table's rows as dictionaries of texts."""
-    found = section(page, anchor).tables[number]
-    return [dict(zip(found.columns, (cell.text for cell in row), strict=True)) for row in found.rows]
+    html_table = section(page, anchor).tables[number]
+    return [dict(zip(html_table.columns, (cell.text for cell in row), strict=True)) for row in html_table.rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_page_tells_steps_and_command_and_leaves_nothing_empty(kind, kinds):
+def test_every_page_shows_steps_and_command_and_leaves_nothing_empty(kind, kinds):
     page, text, metrics = page_of(kinds(kind))
     assert page.command.startswith("zokernel finetune --precision fp32")
     assert all(value not in ("", "nan", "None") for _, value in page.facts), page.facts
@@ -131,8 +131,8 @@ def test_a_reward_run_shows_every_generation_and_samples(kinds):
     for row in steps:
         members = -np.array(losses[int(row["step"])])
         expected = [members.min(), np.median(members), members.max()]
-        found = [float(row[name]) for name in ("least reward", "median reward", "most reward")]
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        actual = [float(row[name]) for name in ("least reward", "median reward", "most reward")]
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-9)
     assert len(section(page, "samples").samples) == 3
     assert "In the data" not in text, "prompts on rewards have no answer"
 
@@ -157,7 +157,7 @@ def test_an_offloaded_run_shows_bytes_time_per_pass_and_memory(kinds):
     assert ("written", readable_bytes(measured["bytes_written"])) in page.facts
 
 
-def test_memory_that_the_system_does_not_tell_is_not_made_up(kinds, tmp_path):
+def test_memory_that_the_system_does_not_report_is_not_made_up(kinds, tmp_path):
     metrics = read_json(kinds("offload") / "metrics.json")
     metrics["offload"] |= {"anonymous_peak": None, "anonymous_before": None, "passes": 0, "seconds_per_pass": None}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -201,7 +201,7 @@ def test_a_run_that_did_not_learn_says_so_first_and_why(kinds):
     assert all(reason in text for reason in metrics["diagnosis"]["reasons"])
 
 
-def test_losses_that_are_no_numbers_are_counted(kinds, tmp_path):
+def test_losses_that_are_not_finite_are_counted(kinds, tmp_path):
     rows = [{"step": n, "forwards": 2 * n, "loss": 1.0 if n < 8 else math.nan} for n in range(1, 11)]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page, text, _ = page_of(tmp_path)

@@ -26,27 +26,27 @@ def told_apart(pictures):
                 assert max(Counter(values).values()) == 1, (picture.title, series)
 
 
-def drawn(folder):
+def pictures_of(folder):
     return [picture for section in read(folder).sections for picture in section.pictures]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_two_series_of_a_run_share_colour_or_dash(kind, kinds):
-    pictures = drawn(kinds(kind))
+    pictures = pictures_of(kinds(kind))
     assert kind == "judged" or {"Loss"} <= {picture.title for picture in pictures if picture.series}
     told_apart(pictures)
 
 
-def test_nor_do_those_of_plans_kernels_and_predictions(run_folders, tmp_path):
+def test_no_two_series_of_plans_kernels_and_predictions_look_alike(run_folders, tmp_path):
     for kind, count in (("plan", 3), ("kernel", 4), ("evolve", 4)):
-        pictures = drawn(run_folders[kind])
+        pictures = pictures_of(run_folders[kind])
         assert [len(one.series) for one in pictures if one.series] == [count], kind
         told_apart(pictures)
     folder = tmp_path / "run"
     shutil.copytree(run_folders["finetune"], folder)
     shutil.copy(run_folders["plan"] / "plan.json", folder)
     shutil.copy(run_folders["evolve"] / "evolution.json", folder)
-    pictures = {picture.title: picture for picture in drawn(folder)}
+    pictures = {picture.title: picture for picture in pictures_of(folder)}
     assert len(pictures["Loss"].series) == 6
     assert len(pictures["Projected gradient"].series) == 3
     told_apart(pictures.values())
@@ -59,11 +59,11 @@ def test_series_that_look_alike_are_found():
         axes.plot([0, 1], [1, 0], color=PALETTE[0], label="thick")
         axes.errorbar([0, 1], [0, 1], [1, 1], label="points", **look("test"))
         axes.plot([0, 1], [0, 1])
-        found = series_of(axes.figure)
-    assert found[:2] == [Series(0, "thin", "#0072b2", "-"), Series(0, "thick", "#0072b2", "-")]
-    assert found[2:] == [Series(0, "points", "#009e73", "D")]
+        series = series_of(axes.figure)
+    assert series[:2] == [Series(0, "thin", "#0072b2", "-"), Series(0, "thick", "#0072b2", "-")]
+    assert series[2:] == [Series(0, "points", "#009e73", "D")]
     picture = draw(lambda figure: figure.subplots(), "empty", title="t", alt="a")
-    picture.series = found
+    picture.series = series
     with pytest.raises(AssertionError, match="thick"):
         told_apart([picture])
 
@@ -101,7 +101,7 @@ def test_a_drawing_takes_its_colours_from_the_page():
     assert "#d55e00" not in picture.svg
 
 
-def test_the_live_page_has_a_look_of_its_own_for_each_series_of_a_chart():
+def test_the_live_page_has_a_distinct_look_for_each_series_of_a_chart():
     script = read_asset("live.js")
     looks = {
         name: (color, re.sub(r"\s", "", rest))

@@ -53,12 +53,12 @@ def test_simulated_runs_follow_the_recursion(scheme, replacement):
     lr = 0.3 * batch_stability_limit(kernel, 3, 2, scheme, replacement=replacement, features=x)
     run = batch_descent(f0, y, kernel, lr, 3, 4, 2, scheme, replacement=replacement, features=x)
     for steps in (1, 4):
-        found = simulated(x, f0 - y, lr, 3, steps, 2, scheme, replacement=replacement)
-        for samples, expected in ((found, run.mean[steps] - y), (found.square(), run.second_moment[steps])):
+        residuals = simulated(x, f0 - y, lr, 3, steps, 2, scheme, replacement=replacement)
+        for samples, expected in ((residuals, run.mean[steps] - y), (residuals.square(), run.second_moment[steps])):
             z = (samples.mean(0) - expected) / (samples.std(0) / math.sqrt(len(samples)))
             assert float(z.abs().max()) < 4.2, (steps, z)
     other = batch_descent(f0, y, kernel, lr, 3, 4, 2, "shared" if scheme != "shared" else "per_example")
-    loss = found.square().sum(1) / (2 * SIZE)
+    loss = residuals.square().sum(1) / (2 * SIZE)
     error = float(loss.std()) / math.sqrt(len(loss))
     assert abs(float(loss.mean() - run.expected_loss[4])) < 4 * error
     assert abs(float(loss.mean() - other.expected_loss[4])) > 6 * error
@@ -71,8 +71,8 @@ def test_the_full_batch_with_shared_directions_is_zo_descent():
         features = None if distribution == "gaussian" else x
         old = zo_descent(f0, y, kernel, 0.02, 6, 3, distribution, features=features)
         new = batch_descent(f0, y, kernel, 0.02, SIZE, 6, 3, "shared", distribution, features=features)
-        for ours, theirs in zip(new, old):
-            torch.testing.assert_close(ours, theirs)
+        for actual, expected in zip(new, old, strict=True):
+            torch.testing.assert_close(actual, expected)
         limit = batch_stability_limit(kernel, SIZE, 3, "shared", distribution, features=features)
         assert limit == pytest.approx(stability_limit_of_features(x, 3, distribution=distribution), rel=1e-6)
     assert batch_stability_limit(kernel, SIZE, scheme="first_order") == pytest.approx(

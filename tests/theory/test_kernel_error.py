@@ -227,3 +227,68 @@ def test_missing_moments_are_asked_for():
         theory.expected_squared_error(theory.KernelMoments(1, 1, 0.5, dim=5), 6, "orthogonal")
     with pytest.raises(UsageError, match=r"lies in \(0, 1\]"):
         theory.expected_relative_error(1.5, 3)
+
+
+NOTHING = theory.KernelMoments(norm_o_sq=1.0, norm_u_sq=1.0, kernel_sq=0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theory.relative_error(NOTHING, 5), "The exact kernel is zero, so no error is relative to it"),
+        (lambda: NOTHING.single_draw_variance, "The exact kernel is zero"),
+        (lambda: theory.expected_belief_error(theory.BeliefMoments(4.0, 1.0, 0.0), 5), "The exact kernel is zero"),
+        (lambda: theory.KernelMoments(0.0, 1.0, 0.0).rho, "A Jacobian is zero"),
+        (lambda: theory.single_draw_variance(0.0), r"the similarity of two Jacobians lies in \(0, 1\]"),
+        (lambda: theory.required_perturbations(0.5, math.nan), "tolerance is nan"),
+        (lambda: theory.required_perturbations(math.nan, 0.1), "rho is nan"),
+        (lambda: theory.required_perturbations(0.5, 0.1, confidence=math.nan), "confidence is nan"),
+        (lambda: theory.optimal_shrinkage(0.5, 0), "number of perturbations must be a positive whole number, not 0"),
+        (lambda: theory.shrunken_relative_error(0.5, 0), "positive whole number, not 0"),
+        (lambda: theory.trajectory_relative_error(0.5, 0, 5), "positive whole number, not 0"),
+        (lambda: theory.trajectory_relative_error(0.5, 1, 0), "num_steps must be positive and finite, not 0"),
+        (lambda: theory.expected_relative_error(0.5, math.nan), "positive whole number, not nan"),
+        (lambda: theory.expected_relative_error(0.5, 2.5), "positive whole number, not 2.5"),
+        (lambda: theory.curvature_ratio(1.0, 1.0, 0.0), "no curvature along the gradient"),
+        (lambda: theory.learning_rate_ratio(0, 5.0), "positive whole number, not 0"),
+        (
+            lambda: theory.optimal_learning_rate(0, gradient_sq=1.0, trace_hessian=1.0, gradient_curvature=1.0),
+            "positive whole number, not 0",
+        ),
+        (
+            lambda: theory.random_walk_rate(0.1, gradient_norm=0.0, num_perturbations=1, num_steps=5),
+            "gradient_norm must be positive and finite, not 0.0",
+        ),
+        (lambda: theory.allocate_blocks([0.0, 0.0], [0.0, 0.0], 0.0), "All blocks have zero Jacobians"),
+        (lambda: theory.allocate_blocks([-1.0], [0.0], 0.0), "at least 0 and finite"),
+        (lambda: theory.finite_difference_error(0.0, 1e-7, 1.0), "eps must be positive and finite, not 0.0"),
+        (lambda: theory.third_derivative_from_differences(1.0, 2.0, 0.0), "eps must be positive and finite, not 0.0"),
+        (lambda: theory.optimal_eps(math.nan, 1.0), "loss_noise is nan"),
+        (lambda: theory.error_at_optimum(0.0, 0.0), "third derivative is zero"),
+        (lambda: theory.noise_from_differences([1.0, 2.0, 1.0, 2.0], order=2.5), "differences of order 2.5"),
+        (lambda: theory.jl_distortion(10, 0), "positive whole number, not 0"),
+        (lambda: theory.jl_distortion(0, 10), "number of outputs must be a positive whole number, not 0"),
+        (lambda: theory.jl_distortion_explicit(10, 10, failure=0.0), "failure must be positive and finite, not 0.0"),
+        (lambda: theory.classical_rate(10, 1.0, 1, 0), "num_steps must be positive and finite, not 0"),
+        (lambda: theory.classical_learning_rate(10, 0.0, 1), "smoothness must be positive and finite, not 0.0"),
+        (lambda: theory.sampling_share(math.nan), "batch size must be a positive whole number, not nan"),
+        (lambda: theory.sampling_share(4, math.inf), "population must be a positive whole number, not inf"),
+        (lambda: theory.low_rank_excess([(4, 4)], rank=0), "rank must be a positive whole number, not 0"),
+        (lambda: theory.expected_nzk_factor("gaussian", 2.5), "whole number of at least 1, not 2.5"),
+    ],
+)
+def test_zeros_and_numbers_that_are_none_are_refused_in_one_sentence(call, message):
+    """They ended with Python's errors of division, or of numbers that are not one."""
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+def test_limits_without_a_kernel_and_without_noise():
+    assert NOTHING.rho == 0.0
+    assert theory.expected_squared_error(NOTHING, 4) == 0.25
+    assert theory.expected_belief_error(theory.BeliefMoments(4.0, 1.0, 0.0), 4, lr=0.1) == pytest.approx(0.1)
+    assert theory.optimal_eps(0.0, 100.0) == 0.0
+    assert theory.error_at_optimum(0.0, 100.0) == 0.0
+    assert theory.error_at_optimum(1e-12, 100.0) == pytest.approx(
+        math.sqrt(3) / 2 * 1e-12 ** (2 / 3) * (100 / 3) ** (1 / 3)
+    )

@@ -52,8 +52,8 @@ def test_factors_of_the_published_figures():
         assert expected_nzk_factor(distribution, 2, "shared") == pytest.approx(factor, rel=3e-4), distribution
     assert expected_nzk_factor("gaussian", 711) == 713
     for sigma, factor in ((0.5, 0.25), (1.0, 1.0), (1.5, 2.25)):
-        found = expected_nzk_factor(f"gaussian({sigma})", 2, "independent", zeta_distribution="gaussian")
-        assert found == pytest.approx(factor)
+        actual = expected_nzk_factor(f"gaussian({sigma})", 2, "independent", zeta_distribution="gaussian")
+        assert actual == pytest.approx(factor)
     assert matching_scale("laplace(1)", 2, 4.0) == pytest.approx((4 / 28) ** 0.25)
 
 

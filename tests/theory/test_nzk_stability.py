@@ -35,8 +35,8 @@ def published_equation(coupling, perturbations, dim, values):
 @pytest.mark.parametrize("coupling", ["zo_sgd", "shared", "independent"])
 @pytest.mark.parametrize("perturbations", [1, 3, 50])
 def test_limits_solve_the_published_equations(coupling, perturbations):
-    found = stability_limit(EIGENVALUES, perturbations, coupling)
-    assert found == pytest.approx(published_equation(coupling, perturbations, 6, EIGENVALUES), rel=1e-9)
+    limit = stability_limit(EIGENVALUES, perturbations, coupling)
+    assert limit == pytest.approx(published_equation(coupling, perturbations, 6, EIGENVALUES), rel=1e-9)
 
 
 def test_first_order_and_many_perturbations():

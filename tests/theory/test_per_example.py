@@ -86,11 +86,11 @@ CASES = [
 def test_the_second_moment_of_a_step_and_of_its_kernel(scheme, distribution):
     x, slopes = normal(4, DIM, seed=3), normal(4, seed=4)
     gradients = x * slopes[:, None]
-    found = steps(draw(scheme, distribution, 4, 2), gradients)
-    assert worst_z(found, gradients.mean(0)) < 4.5  # the expectation, hence the expected kernel, is unchanged
+    updates = steps(draw(scheme, distribution, 4, 2), gradients)
+    assert worst_z(updates, gradients.mean(0)) < 4.5  # the expectation, hence the expected kernel, is unchanged
     expected = gradient_outer_product(gradients, 2, scheme, distribution)
-    assert worst_z(found[:, :, None] * found[:, None, :], expected) < 4.5
-    outputs = found @ x.T
+    assert worst_z(updates[:, :, None] * updates[:, None, :], expected) < 4.5
+    outputs = updates @ x.T
     kernel = kernel_product(x @ x.T, torch.outer(slopes, slopes) / 16, 2, scheme, distribution, features=x)
     assert worst_z(outputs[:, :, None] * outputs[:, None, :], kernel) < 4.5
     torch.testing.assert_close(kernel, x @ expected @ x.T)
@@ -98,10 +98,10 @@ def test_the_second_moment_of_a_step_and_of_its_kernel(scheme, distribution):
 
 def test_the_test_would_notice_the_wrong_scheme():
     gradients = normal(4, DIM, seed=3)
-    found = steps(draw("per_example", "gaussian", 4, 2), gradients)
+    updates = steps(draw("per_example", "gaussian", 4, 2), gradients)
     for scheme, distribution in (("shared", "gaussian"), ("per_example", "rademacher"), ("flipout", "gaussian")):
         wrong = gradient_outer_product(gradients, 2, scheme, distribution)
-        assert worst_z(found[:, :, None] * found[:, None, :], wrong) > 6
+        assert worst_z(updates[:, :, None] * updates[:, None, :], wrong) > 6
 
 
 def test_entries_of_the_kernel_of_one_step():
@@ -124,11 +124,11 @@ def test_entries_of_the_kernel_of_one_step():
 def test_several_outputs_of_one_example_share_its_directions():
     x, slopes = normal(3, 2, DIM, seed=6), normal(3, 2, seed=7)
     flat = x.reshape(6, DIM)
-    found = steps(draw("per_example", "gaussian", 3, 1), (x * slopes[:, :, None]).sum(1)) @ flat.T
+    changes = steps(draw("per_example", "gaussian", 3, 1), (x * slopes[:, :, None]).sum(1)) @ flat.T
     weights = torch.outer(slopes.flatten(), slopes.flatten()) / 9
     expected = kernel_product(flat @ flat.T, weights, outputs=2)
-    assert worst_z(found[:, :, None] * found[:, None, :], expected) < 4.5
-    assert worst_z(found[:, :, None] * found[:, None, :], kernel_product(flat @ flat.T, weights)) > 6
+    assert worst_z(changes[:, :, None] * changes[:, None, :], expected) < 4.5
+    assert worst_z(changes[:, :, None] * changes[:, None, :], kernel_product(flat @ flat.T, weights)) > 6
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -153,14 +153,14 @@ def test_the_length_and_the_curvature_of_a_step_on_sampled_batches(scheme, distr
         rows = torch.randint(0, population, (RUNS, size), generator=generator)
     else:
         rows = torch.rand(RUNS, population, generator=generator).argsort(1)[:, :size]
-    found = steps(draw(scheme, distribution, size, count), gradients[rows])
+    updates = steps(draw(scheme, distribution, size, count), gradients[rows])
     mean = gradients.mean(0)
     centred = gradients - mean
     covariance, square = centred.T @ centred / population, float(mean @ mean)
     noise = float(covariance.trace()) / square
     limit = None if replacement else population
     expected = gradient_square(noise, size, count, DIM, scheme, distribution=distribution, population=limit)
-    assert worst_z(found.square().sum(1, keepdim=True) / square, expected) < 4
+    assert worst_z(updates.square().sum(1, keepdim=True) / square, expected) < 4
     if distribution != "gaussian" or scheme == "flipout":
         return
     factor = normal(DIM, DIM, seed=10)
@@ -169,7 +169,7 @@ def test_the_length_and_the_curvature_of_a_step_on_sampled_batches(scheme, distr
     rank = curvature_ratio(trace, square, along)
     noise_rank = trace * float(covariance.trace()) / float((hessian * covariance).sum())
     factor = curvature_factor(noise, rank, size, count, scheme, noise_rank=noise_rank, population=limit)
-    curvature = torch.einsum("rd,de,re->r", found, hessian, found)[:, None] / along
+    curvature = torch.einsum("rd,de,re->r", updates, hessian, updates)[:, None] / along
     assert worst_z(curvature, factor) < 4
     assert worst_z(curvature, curvature_factor(noise, rank, size, count, scheme, population=limit)) > 6
 
@@ -184,11 +184,11 @@ def test_the_best_rate_and_decrease_on_a_quadratic():
     noise_rank = trace * float(covariance.trace()) / float((hessian * covariance).sum())
     factor = curvature_factor(noise, rank, 4, 3, noise_rank=noise_rank, population=4)
     best = square / along
-    found = steps(draw("per_example", "gaussian", 4, 3), gradients)
+    estimates = steps(draw("per_example", "gaussian", 4, 3), gradients)
 
     def decrease(rate):
-        moved = rate * found
-        return (moved @ mean - torch.einsum("rd,de,re->r", moved, hessian, moved) / 2)[:, None]
+        update = rate * estimates
+        return (update @ mean - torch.einsum("rd,de,re->r", update, hessian, update) / 2)[:, None]
 
     promised = best * square / 2 / factor
     assert worst_z(decrease(best / factor), promised) < 4
@@ -201,10 +201,10 @@ def test_directions_of_low_rank(rank):
     runs = 400_000  # products of four factors have heavy tails
     left, right = normal(runs, ROWS, rank, seed=13), normal(runs, COLUMNS, rank, seed=14)
     z = (left @ right.transpose(1, 2) / math.sqrt(rank)).flatten(1)
-    found = z * (z @ gradient.flatten())[:, None]
+    estimates = z * (z @ gradient.flatten())[:, None]
     expected = low_rank_outer_product(gradient, rank)
-    assert worst_z(found, gradient.flatten()) < 4.5
-    assert worst_z(found[:, :, None] * found[:, None, :], expected) < 4.5
+    assert worst_z(estimates, gradient.flatten()) < 4.5
+    assert worst_z(estimates[:, :, None] * estimates[:, None, :], expected) < 4.5
     square = float(gradient.square().sum())
     excess = low_rank_excess([(ROWS, COLUMNS)], rank)
     assert float(expected.trace()) == pytest.approx(square * (DIM + 2 + excess), rel=1e-12)
@@ -221,7 +221,7 @@ def test_low_rank_of_two_matrices_weighs_their_shares():
         normal(runs, rows, 1, seed=20 + rows) * normal(runs, 1, columns, seed=30 + rows)
         for rows, columns in ((2, 3), (4, 1))
     ]
-    slope = sum((part * grad).sum((1, 2)) for part, grad in zip(parts, (first, second)))
+    slope = sum((part * grad).sum((1, 2)) for part, grad in zip(parts, (first, second), strict=True))
     length = sum(part.square().sum((1, 2)) for part in parts)
     assert worst_z((slope.square() * length)[:, None] / shares.sum(), expected) < 4
 

@@ -95,8 +95,8 @@ def test_rescaling_the_kernel_with_the_range_keeps_the_moments(a, order):
 )
 def test_table_of_shrunk_ranges(a, gain, bias, second, noise):
     facts = smoothing_kernel(3, constant=4).facts(a)
-    found = (facts.gain, facts.bias_ratio, facts.second_moment_ratio, facts.noise_ratio)
-    assert found == pytest.approx((gain, bias, second, noise), rel=4e-3, abs=6e-4)
+    actual = (facts.gain, facts.bias_ratio, facts.second_moment_ratio, facts.noise_ratio)
+    assert actual == pytest.approx((gain, bias, second, noise), rel=4e-3, abs=6e-4)
 
 
 def test_moments_agree_with_quadrature():
@@ -128,17 +128,26 @@ def test_negative_weights_are_as_rare_and_as_large_as_stated():
     assert kernel(0.845) > 0 > kernel(0.846)
 
 
-def test_bad_requests_are_refused():
-    for call in (
-        lambda: smoothing_kernel(0),
-        lambda: smoothing_kernel(3, paper_k5=True),
-        lambda: smoothing_kernel(3).moment(1, 0),
-        lambda: smoothing_kernel(3).moment(-1),
-        lambda: convergence_bounds(smoothness=1, dim=9, noise=0, distance=1, accuracy=0),
-        lambda: convergence_bounds(smoothness=1, dim=9, noise=0, distance=1, accuracy=0.1, order=1),
-    ):
-        with pytest.raises(UsageError):
-            call()
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: smoothing_kernel(0), "whole order of 1 or higher, not 0"),
+        (lambda: smoothing_kernel(3, paper_k5=True), "kernel of order 5 only, not of order 3"),
+        (lambda: smoothing_kernel(3).moment(1, 0), "range of r must be positive and finite, not 0"),
+        (lambda: smoothing_kernel(3).moment(-1), "power 0 or higher are known, not -1"),
+        (
+            lambda: convergence_bounds(smoothness=1, dim=9, noise=0, distance=1, accuracy=0),
+            "accuracy must be positive and finite, not 0",
+        ),
+        (
+            lambda: convergence_bounds(smoothness=1, dim=9, noise=0, distance=1, accuracy=0.1, order=1),
+            "from order 3 on, not for order 1",
+        ),
+    ],
+)
+def test_bad_requests(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()
 
 
 def test_convergence_bounds_by_hand():
@@ -157,3 +166,26 @@ def test_convergence_bounds_by_hand():
     noiseless = convergence_bounds(smoothness=2.0, dim=50, noise=0.0, distance=3.0, accuracy=0.5)
     assert noiseless.iterations == 36
     assert noiseless.step == pytest.approx(1 / (24 * 2 * 37))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: smoothing_kernel(2.5), "a whole order of 1 or higher, not 2.5"),
+        (lambda: smoothing_kernel([3]), "a whole order of 1 or higher"),
+        (lambda: smoothing_kernel(3, constant=float("nan")), "finite and not zero, not nan"),
+        (lambda: smoothing_kernel(3, constant=0), "finite and not zero, not 0"),
+        (lambda: smoothing_kernel(3).facts(float("inf")), "range of r must be positive and finite, not inf"),
+        (
+            lambda: convergence_bounds(smoothness=1.0, dim=50, noise=float("nan"), distance=1.0, accuracy=0.5),
+            "noise must be at least 0 and finite, not nan",
+        ),
+        (
+            lambda: convergence_bounds(smoothness=0.0, dim=50, noise=0.1, distance=1.0, accuracy=0.5),
+            "smoothness must be positive and finite, not 0.0",
+        ),
+    ],
+)
+def test_numbers_that_are_none_are_refused(call, message):
+    with pytest.raises(UsageError, match=message):
+        call()

@@ -12,7 +12,7 @@ REFERENCE = re.compile(r'docs/theory\.md,\s+("[^"]+"(?:,?(?:\s+and)?\s+"[^"]+")*
 def test_headings_of_the_theory_page_exist():
     page = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
     titles = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
-    known = {re.sub(r"^[A-D]\.3\.\d ", "", title) for title in titles}
+    headings = {re.sub(r"^[A-D]\.3\.\d ", "", title) for title in titles}
     used = {
         (path.relative_to(ROOT).as_posix(), name)
         for path in (ROOT / "zokernel").rglob("*.py")
@@ -20,4 +20,4 @@ def test_headings_of_the_theory_page_exist():
         for name in re.findall(r'"([^"]+)"', match.group(1))
     }
     assert len(used) > 15
-    assert sorted((where, name) for where, name in used if name not in known) == []
+    assert sorted((where, name) for where, name in used if name not in headings) == []

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     evolution, limit = _evolution(args, inputs)
     floor, start = evolution.floor, float(evolution.expected_loss(0)[0])
     target = args.target_loss if args.target_loss is not None else floor + 0.1 * (start - floor)
-    target_step = None if evolution.lr >= limit else steps_to_reach(evolution, target)
+    target_step = steps_to_reach(evolution, target)
     budget = _budget(args, inputs, target)
     reported = sorted({0, *args.steps})
     curve = sorted({*record_steps(max(reported), 120), *reported})
@@ -292,12 +292,12 @@ def _print(record: dict[str, Any]) -> None:
         cells = [f"{row[0]:>12,}", *(f"{'inf' if value is None else format(value, '.5g'):>12}" for value in row[1:])]
         print("  ".join(f"{cell:>{max(12, min(22, len(name)))}}" for name, cell in zip(columns, cells)))
     if record["steps_to_target"] is None:
-        print(f"loss {record['target_loss']:.4g} is never reached in expectation at this learning rate")
+        print(f"loss {record['target_loss']:.4g} is not reached in expectation at this learning rate")
     else:
         print(
             f"loss {record['target_loss']:.4g} is reached in expectation after "
             f"{plural(record['steps_to_target'], 'step')}, {plural(record['queries_to_target'], 'loss evaluation')} "
-            f"(the floor is {record['loss_floor']:.4g})"
+            f"(the floor is {record['loss_floor']:.4g}){'' if record['stable'] else ', before it diverges'}"
         )
     for row in record["per_query"]:
         if row["queries"] is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from pathlib import Path
 
 from zokernel.commands.messages import is_replica, quiet_transformers
 from zokernel.commands.parser import add_dataclasses, read_dataclasses
@@ -18,6 +19,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.job import finetune
 from zokernel.finetune.report.run_report import table
 from zokernel.finetune.run import Interrupted
+from zokernel.finetune.run_files import METRICS_FILE
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.elastic import leave
@@ -25,6 +27,7 @@ from zokernel.finetune.settings.elastic import leave
 logger = logging.getLogger(__name__)
 
 GROUPS = (ModelArguments, DataArguments, ZOConfig)
+SAVED_FILES = ("report.md", METRICS_FILE, "loss.png", "README.md")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
     if is_replica():
         return 0
     print(f"\n{table(metrics)}")
-    trained = f", loss.png, README.md and the {metrics['saved']}" if metrics["steps"] else ""
-    print(f"\nSaved in {config.output_dir}: report.md, metrics.json{trained}.")
+    names = [name for name in SAVED_FILES if (Path(str(config.output_dir)) / name).is_file()]
+    trained = f" and the {metrics['saved']}" if metrics["steps"] else ""
+    print(f"\nSaved in {config.output_dir}: {', '.join(names)}{trained}.")
     return 0

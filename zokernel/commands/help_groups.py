@@ -92,7 +92,10 @@ _FINETUNE = (
             "eval_steps": ("200", "steps between evaluations (default: a fifth of the run)"),
             "metric_for_best_model": ("accuracy", "validation measure that chooses the best step"),
             "early_stopping_patience": ("3", "stop after this many evaluations without improvement"),
-            "save_strategy": ("journal", "when to save checkpoints: best, steps or epoch; journal and no save none"),
+            "save_strategy": (
+                "journal",
+                "which checkpoints: best, steps or epoch; journal: none, and any step is rebuilt; no: nothing",
+            ),
             "resume_from_checkpoint": ("last", "continue the run in output_dir with a longer --max_steps"),
         },
         "--eval_steps 200 --early_stopping_patience 3",

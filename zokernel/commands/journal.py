@@ -15,14 +15,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zokernel.commands.loading import add_loading_flags, loading_arguments
-from zokernel.commands.parser import add_switch
+from zokernel.commands.loading import LOADING_FLAGS, add_loading_flags, loading_arguments
+from zokernel.commands.parser import add_switch, given_flags
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
 from zokernel.readable import plural
 
 # How the names of an evaluation's measures end that say how long it took.
 TIMINGS = ("runtime", "per_second", "preparation_time", "epoch")
+# The flags that not every action takes, and which do.
+_ACTIONS_OF = {
+    **dict.fromkeys(("base", "model_revision", "trust_remote_code"), ("verify",)),
+    "step": ("show", "truncate"),
+    "damaged": ("truncate",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Carry out ``zokernel journal`` and return the exit code."""
+    _refuse_flags_of_others(args)
     # torch takes seconds to load, and --help needs none of it.
     from zokernel.journal.reader import Journal
 
@@ -58,6 +65,21 @@ def main(args: argparse.Namespace) -> int:
         return 0
     print("\n".join(describe(journal) if args.step is None else describe_step(journal, args.step)))
     return 0
+
+
+def _refuse_flags_of_others(args: argparse.Namespace) -> None:
+    """Refuse flags of another action, and those of a base that is not given.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    given = given_flags(args.command_line)
+    for flag in given:
+        actions = _ACTIONS_OF.get(flag, (args.action,))
+        if args.action not in actions:
+            raise UsageError(f"--{flag} is for journal {' and '.join(actions)}: leave it out of journal {args.action}.")
+        if flag in LOADING_FLAGS and args.base is None:
+            raise UsageError(f"--{flag} is for the model of --base: add it, or leave both out.")
 
 
 def describe(journal: Any) -> list[str]:

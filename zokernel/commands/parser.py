@@ -143,7 +143,7 @@ class CommandParser(argparse.ArgumentParser):
         config = self._config_of(words)
         if config is not None:
             self._read(config)
-        args, unknown = self.parse_known_args(words)
+        unknown = self._unknown_words(words)
         if unknown:
             word = unknown[0]
             flag, place = word.partition("=")[0], list(argv).index(word) if word in argv else 0
@@ -153,8 +153,20 @@ class CommandParser(argparse.ArgumentParser):
             after = f" after {flags[-1]}" if flags else ""
             word = hide_in_words([*flags[-1:], word])[-1]
             raise UsageError(f"The argument {word!r}{after} has no meaning here: '{self.prog} --help' shows how.")
+        args = self.parse_args(words)
         args.command_line = shlex.join([*self.prog.split(), *hide_in_words(argv)])
         return args
+
+    def _unknown_words(self, words: Sequence[str]) -> list[str]:
+        """Return the arguments that mean nothing, even where others are missing: a mistyped flag may be one of them."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            return self.parse_known_args(words)[1]
+        finally:
+            for action in required:
+                action.required = True
 
     def error(self, message: str) -> NoReturn:
         """Raise a mistake as one sentence instead of two screens of usage."""
@@ -252,6 +264,20 @@ def boolean_or_text(text: str) -> bool | str:
     return BOOLEANS.get(text.lower(), text)
 
 
+def given_flags(command_line: str) -> list[str]:
+    """Return the names of the flags that a command line gives, in its order.
+
+    Args:
+        command_line: What :meth:`Parser.parse` noted.
+
+    Example:
+        >>> given_flags("zokernel journal show runs/mine --step=2 --damaged")
+        ['step', 'damaged']
+    """
+    words = shlex.split(command_line)
+    return [word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")]
+
+
 def add_switch(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Declare a flag that is false unless it is given: ``--json``, ``--json true`` or ``--json false``."""
     parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=help)
@@ -275,6 +301,7 @@ def add_dataclasses(parser: argparse.ArgumentParser, *classes: Any) -> None:
             title = headings.get(names[0].removeprefix("--").removeprefix("no_"), _OTHERS)
             if kwargs.get("type") is string_to_bool:
                 kwargs["type"] = boolean
+                kwargs |= {"nargs": "?", "const": True}  # also of what may be None
             if names[0].removeprefix("--") in refused and kwargs.get("nargs") == "?":
                 kwargs["type"] = boolean_or_text  # whatever it is, the reason why it is refused is said
             if names[0].startswith("--no_") and kwargs.get("action") == "store_false":

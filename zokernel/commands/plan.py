@@ -27,7 +27,7 @@ from zokernel.files import check_output_file, write_json
 from zokernel.finetune.models.revision import with_revision
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, setting_sources
-from zokernel.kernels.plan import make_plan
+from zokernel.kernels.plan import FEWEST_PROBES, make_plan
 from zokernel.kernels.plan_record import Plan, plain
 from zokernel.kernels.prober import ProbedTask
 
@@ -108,6 +108,8 @@ def main(args: argparse.Namespace) -> int:
         print(_memory(model_arguments, data_arguments, arguments, explicit))
         return 0
     if arguments.output_file:
+        if Path(arguments.output_file).suffix != ".json":
+            raise UsageError(f"--output_file {arguments.output_file} is read again as .json: give it that ending.")
         check_output_file(Path(arguments.output_file))
     start = time.perf_counter()
     planned = plan_for(model_arguments, data_arguments, arguments)
@@ -147,6 +149,8 @@ def _check_numbers(arguments: PlanArguments) -> None:
     for name, values in (counts | {"num_perturbations": arguments.num_perturbations}).items():
         if min(values) < 1:
             raise UsageError(f"--{name} must be at least 1, not {min(values)}.")
+    if not arguments.memory and arguments.num_probes < FEWEST_PROBES:
+        raise UsageError(f"--num_probes must be at least {FEWEST_PROBES}, not {arguments.num_probes}.")
     for name, sizes in (("eps", [arguments.eps]), ("tolerances", arguments.tolerances)):
         for size in sizes:
             if size is not None and not size > 0:

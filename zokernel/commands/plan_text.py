@@ -121,5 +121,16 @@ def advice(plan: Plan, batch: int) -> str:
         f"For a run of {plural(plan.num_steps, 'step')}: --method mezo --num_perturbations {count} "
         f"--per_device_train_batch_size {batch} --eps {plan.eps_probed:g} --learning_rate {rate.value:.1e}, kept "
         "constant. The best rate for one step is too large for a run: most of a step is noise, which adds up, and "
-        "slopes grow along the way."
+        f"slopes grow along the way.{_why_probed_eps(plan)}"
+    )
+
+
+def _why_probed_eps(plan: Plan) -> str:
+    """Return why the advice does not name the best eps, as a sentence; empty if that is not far from the probed one."""
+    ratio = plan.eps.value / plan.eps_probed
+    if not plan.eps.known or 0.5 <= ratio <= 2:
+        return ""
+    return (
+        " The eps is the one that was probed, since the rate was measured at it: for the best eps, repeat the plan "
+        f"with --eps {plan.eps.value:.1e}."
     )

@@ -77,7 +77,7 @@ def read_rows(file: str, column_names: Sequence[str] | None) -> list[Any]:
     from zokernel.data import load_table
 
     if file != "-":
-        return list(load_table(file, column_names=column_names))
+        return load_table(file, column_names=column_names)
     if sys.stdin.isatty():
         print("Type one row per line; end with Ctrl-D.", file=sys.stderr)
     lines = [line.rstrip("\r\n") for line in sys.stdin]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zokernel.commands.parser import add_switch
+from zokernel.commands.parser import add_switch, given_flags
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file
 from zokernel.reporting.page import Page
@@ -28,6 +28,8 @@ def main(args: argparse.Namespace) -> int:
     """Write the page, or serve it."""
     if args.serve:
         return serve(args)
+    if "port" in given_flags(args.command_line):
+        raise UsageError("--port is for --serve: add it, or leave both out.")
     from zokernel.reporting.html import write_report
 
     folder = args.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -62,10 +63,7 @@ def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -
         UsageError: If the file is missing, empty, of another kind, or cannot be parsed; if a column is there twice.
     """
     path = Path(path).expanduser()
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
+    suffix = table_format(path)
     data = read_bytes(path)
     if suffix in WORKBOOKS:
         raise UsageError(f"{path} is a workbook: save the sheet with the examples as 'CSV UTF-8' and give that file.")
@@ -84,8 +82,26 @@ def load_table(path: str | Path, *, column_names: Sequence[str] | None = None) -
     else:
         rows, lines = _read_json(data, path, per_line=suffix != ".json")
     if not rows:
-        raise UsageError(f"{path} has no rows: training needs at least one example.")
+        if suffix in (".csv", ".tsv") and not column_names and data.strip(codecs.BOM_UTF8 + b"\r\n"):
+            raise UsageError(
+                f"{path} has no rows below its header line: add one, or name its columns with --column_names if that "
+                "line is a row."
+            )
+        raise UsageError(f"{path} has no rows: give a file with at least one.")
     return Table(rows, lines)
+
+
+def table_format(path: str | Path) -> str:
+    """Return the ending that says how a table is written, in lower case; compression aside.
+
+    Example:
+        >>> table_format("a/REVIEWS.CSV.gz"), table_format("reviews")
+        ('.csv', '')
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def load_rows(name: str, split: str, *, config: str | None = None, revision: str | None = None) -> list[Row]:

@@ -49,6 +49,7 @@ class Directions(ABC):
     seeded: bool = True
 
     def __init__(self, backend: str = "auto"):
+        dispatch.check_backend(backend)
         self.backend = backend
 
     @property

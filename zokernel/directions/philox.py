@@ -32,6 +32,16 @@ MAX_SEED = 2**63
 MAX_COUNT = 2**32
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that does not fit the key of a stream.
+
+    Raises:
+        UsageError: If it is out of range or not an integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
+        raise UsageError(f"The seed {seed!r} must be an integer from 0 to 2^63 - 1.")
+
+
 @lru_cache(maxsize=65536, typed=True)
 def stream_key(seed: int, name: str, purpose: str = "direction") -> tuple[int, int]:
     """Return the Philox key of one tensor's stream.
@@ -51,8 +61,7 @@ def stream_key(seed: int, name: str, purpose: str = "direction") -> tuple[int, i
         >>> stream_key(0, "weight") == stream_key(0, "bias")
         False
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
-        raise UsageError(f"The seed {seed!r} must be an integer from 0 to 2^63 - 1.")
+    check_seed(seed)
     digest = hashlib.blake2b(
         seed.to_bytes(8, "little") + name.encode(), digest_size=8, person=purpose.encode()[:16]
     ).digest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from zokernel.calls import make_part, parse_call
 from zokernel.directions.base import Directions
 from zokernel.directions.families.blockwise import Blockwise
 from zokernel.directions.families.dense import Dense
@@ -31,6 +33,7 @@ FAMILIES: dict[str, Callable[..., Directions]] = {
     "flipout": Flipout,
 }
 OLD_NAMES = {"lowrank": "low_rank", "frames": "orthogonal"}
+_DENSE: dict[str, Callable[..., Directions]] = {name: partial(Dense, name) for name in DIRECTION_DISTRIBUTIONS}
 
 
 def get_directions(spec: str | Directions, **options: Any) -> Directions:
@@ -38,9 +41,9 @@ def get_directions(spec: str | Directions, **options: Any) -> Directions:
 
     Args:
         spec: A family (``dense``, ``sparse``, ``subspace``, ``low_rank``, ``blockwise``, ``orthogonal``,
-            ``flipout``); a
-            distribution (``rademacher``, ...), for dense directions drawn from it; or a family object, returned as it
-            is.
+            ``flipout``), with its arguments in parentheses if it has some, as in ``low_rank(2, refresh=5)`` or
+            ``blockwise(low_rank(2))``; a distribution (``rademacher``, ...), for dense directions drawn from it; or a
+            family object, returned as it is.
         options: Passed to the family.
 
     Returns:
@@ -52,19 +55,15 @@ def get_directions(spec: str | Directions, **options: Any) -> Directions:
     Example:
         >>> get_directions("gaussian"), get_directions("sparse", density=0.1)
         (Dense('gaussian'), Sparse(density=0.1, distribution='rademacher'))
+        >>> get_directions("blockwise(orthogonal(4), every=3)")
+        Blockwise(Orthogonal(size=4), every=3)
     """
     if isinstance(spec, Directions):
         if options:
             raise UsageError(f"Options {', '.join(options)} cannot be set on {spec!r}, which is already made.")
         return spec
-    if spec in DIRECTION_DISTRIBUTIONS:
-        return get_directions("dense", distribution=spec, **options)
-    spec = OLD_NAMES.get(spec, spec)
-    if spec not in FAMILIES:
-        raise UsageError(
-            f"There are no directions {spec!r}: choose one of {', '.join((*FAMILIES, *DIRECTION_DISTRIBUTIONS))}."
-        )
-    try:
-        return FAMILIES[spec](**options)
-    except TypeError as error:
-        raise UsageError(f"Directions {spec!r} cannot be made with {options}: {error}.") from error
+    if not isinstance(spec, str):
+        raise UsageError(f"{spec!r} is no family of directions: pass one such as Dense(), or its text.")
+    name, arguments, keywords = parse_call(spec)
+    name, constructors = OLD_NAMES.get(name, name), FAMILIES | _DENSE
+    return make_part(name, arguments, keywords | options, constructors, "family of directions")

@@ -9,6 +9,7 @@ with the seeded directions and one more jvp.  Predictions come next to what real
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class BeliefChange:
         actual_first_order: :math:`\Delta\log\pi` of the gradient step, taken.
         actual_zeroth_order: :math:`\Delta\log\pi` of the zeroth-order step, taken with finite differences of the loss.
         expected_gap: Exact rms of ``|zeroth_order - first_order| / |first_order|`` (docs/theory.md,
-            "The error of the learning dynamics"); ``None`` when the
+            "The error of the learning dynamics"); infinite where ``first_order`` is zero, and ``None`` when the
             Jacobian at x_o was too large to form.
         num_perturbations: P.
         lr: :math:`\eta`.
@@ -193,7 +194,9 @@ def belief_change(
         zeroth = predict(_average(draw, [_slope(draw, gradient, p) for p in range(num_perturbations)]))
         actual_zeroth = take(_average(draw, loss_differences(model, x_u, labels, draw, range(num_perturbations), eps)))
         moments = _moments(model, x_o, beliefs, gradient)
-        gap = None if moments is None else expected_belief_error(moments, num_perturbations, distribution)
+        if moments is not None:
+            is_still = not moments.product_sq > 0
+            gap = math.inf if is_still else expected_belief_error(moments, num_perturbations, distribution)
     return BeliefChange(
         probabilities_RV=beliefs,
         G=residual,

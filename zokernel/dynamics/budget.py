@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from zokernel.distributions import Distribution
@@ -14,6 +16,8 @@ from zokernel.errors import UsageError
 from zokernel.theory.stability import stability_limit_of_features
 
 MAX_STEPS = 10**9
+DIVERGED = 1e150  # a second moment that does not come back, well before it overflows
+ROUNDING = 1e-12  # by which a loss may miss the wanted one, relative
 MAX_DENSE_STEPS = 20_000  # distributions with a diagonal term have no closed form to jump ahead with
 LR_FRACTIONS = tuple(0.02 * 1.18**k for k in range(24))  # 0.02 ... 0.9 of the stability limit
 
@@ -30,8 +34,9 @@ def steps_to_reach(
         of_mean: Look at the loss of the mean path instead (the curve of the published figures).
 
     Returns:
-        The step, or None if it is not reached within ``max_steps`` (above the stability limit it never is), or within
-        20,000 steps for distributions whose second moment has to be followed step by step.
+        The step, or None if it is not reached within ``max_steps``, or within 20,000 steps for distributions whose
+        second moment has to be followed step by step.  Above the stability limit the loss diverges in the end, but slow
+        unstable modes let it fall first.
 
     Raises:
         UsageError: If the loss is below what the model can fit at all.
@@ -50,27 +55,33 @@ def steps_to_reach(
     if evolution.moments.diagonal and not of_mean:
         target_trace = 2 * evolution.n * (loss - evolution.floor)
         states = evolution.dense_states(min(max_steps, MAX_DENSE_STEPS))
-        return next((step for step, state in enumerate(states) if state.trace() <= target_trace), None)
-    curve = evolution.mean_loss if of_mean else evolution.expected_loss
-    low, high = 0, max_steps
-    while True:  # ever finer grids around the first point at or below the wanted loss
-        points = _between(low, high)
-        hits = (curve(points) <= loss).nonzero().flatten()
-        if not len(hits):
-            return None
-        first = int(hits[0])
-        if first == 0 or points[first] - points[first - 1] == 1:
-            return points[first]
-        low, high = points[first - 1], points[first]
+        traces = itertools.takewhile(lambda trace: trace < DIVERGED, (float(state.trace()) for state in states))
+        return next((step for step, trace in enumerate(traces) if trace <= target_trace), None)
+    coefficients, factors = evolution.loss_modes(of_mean=of_mean)
+    excess = coefficients.new_tensor([(evolution.floor - loss) * (1 + ROUNDING)])
+    return _first_crossing(torch.cat([coefficients, excess]), torch.cat([factors, torch.ones_like(excess)]), max_steps)
 
 
-def _between(low: int, high: int, count: int = 256) -> list[int]:
-    if high - low <= count:
-        return list(range(low, high + 1))
-    if low == 0 or high / low > 4:
-        ratio = (high / max(low, 1)) ** (1 / count)
-        return sorted({low, high, *(round(max(low, 1) * ratio**k) for k in range(count + 1))})
-    return sorted({low, high, *(low + (high - low) * k // count for k in range(count))})
+def _first_crossing(coefficients: Tensor, factors: Tensor, last: int) -> int | None:
+    r"""Return the first t from 0 to ``last`` with :math:`\sum_k c_k b_k^t \le 0`, which may rise and fall; else None.
+
+    On steps s to t the sum is at least :math:`\sum_{c_k > 0} c_k b_k^t + \sum_{c_k < 0} c_k b_k^s` if no factor is
+    above one.  Stretches where that is positive are left out, and the others are halved.
+    """
+    present = coefficients != 0
+    coefficients, factors = coefficients[present], factors[present]
+    scaled = factors / factors.max().clamp_min(1.0)  # which changes no sign, and overflows nowhere
+    stretches = [(0, last)]
+    while stretches:
+        first, end = stretches.pop()
+        least = torch.where(coefficients > 0, coefficients * scaled**end, coefficients * scaled**first).sum()
+        if least > 0:
+            continue
+        if first == end:
+            return first
+        middle = (first + end) // 2
+        stretches += [(middle + 1, end), (first, middle)]
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,8 @@ class QueryRow:
         num_perturbations: Directions P per step.
         lr: Learning rate used.
         limit: Largest stable learning rate.
-        steps: Steps until the loss is reached; None if never.
-        queries: Loss evaluations until then, 2 P per step; None if never.
+        steps: Steps until the loss is reached; None if it is not.
+        queries: Loss evaluations until then, 2 P per step; None if it is not.
     """
 
     num_perturbations: int
@@ -142,7 +153,7 @@ def query_budget(
             limit = start.at(1.0, num_perturbations=count).stability_limit
         best: tuple[int | None, float] = (None, limit if lr is None else lr)
         for rate in [lr] if lr is not None else [fraction * limit for fraction in LR_FRACTIONS]:
-            steps = steps_to_reach(start.at(rate, num_perturbations=count), loss) if rate < limit else None
+            steps = steps_to_reach(start.at(rate, num_perturbations=count), loss)
             if steps is not None and (best[0] is None or steps < best[0]):
                 best = (steps, rate)
         rows.append(QueryRow(count, best[1], limit, best[0], None if best[0] is None else 2 * count * best[0]))

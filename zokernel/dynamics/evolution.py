@@ -152,6 +152,26 @@ class Evolution:
             diagonals = self._diagonal_modes(steps_T)
         return self.floor + diagonals.sum(1) / (2 * self.n)
 
+    def loss_modes(self, *, of_mean: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Return c and b of the loss :math:`floor + \sum_k c_k b_k^t` after t steps.
+
+        Args:
+            of_mean: Take the loss of the mean path instead of the expected one.
+
+        Returns:
+            Coefficients (R,), of either sign, and factors per step (R,), none negative.
+
+        Raises:
+            UsageError: If the distribution has a diagonal term, whose expected loss is no such sum.
+        """
+        squares = self.residual_R.square() / (2 * self.n)
+        if of_mean:
+            return squares, (1 - self.lr * self.moments.mean * self.eigenvalues).square()
+        if self._diagonal:
+            raise UsageError("The expected loss of this distribution is no sum of powers: follow it with dense_states.")
+        values, vectors = self._mode_matrix()
+        return vectors.sum(0) * (vectors.T @ squares), values.clamp_min(0)
+
     def variance(self, steps: Steps) -> Tensor:
         """Return the variance of every prediction after each number of steps, (T, n)."""
         return self._quadratic(as_steps(steps, self.f0), self.vectors)

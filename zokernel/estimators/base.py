@@ -8,13 +8,13 @@ are never materialised, and nothing here knows how they are made.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from zokernel.errors import UsageError
+from zokernel.values import is_number, is_whole
 
 Offsets = Mapping[int, float]
 """Coefficient of each direction by index: the point theta + sum_i offsets_i z_i."""
@@ -104,7 +104,23 @@ def check_radius(eps: float, num_perturbations: int) -> None:
     Raises:
         UsageError: If one of them is not.
     """
-    if not (math.isfinite(eps) and eps > 0):
-        raise UsageError(f"eps must be positive, not {eps}: 1e-3 suits most models.")
-    if isinstance(num_perturbations, bool) or int(num_perturbations) != num_perturbations or num_perturbations < 1:
-        raise UsageError(f"num_perturbations must be a whole number of at least 1, not {num_perturbations}.")
+    if not (is_number(eps) and eps > 0):
+        raise UsageError(f"eps must be positive, not {eps!r}: 1e-3 suits most models.")
+    if not is_whole(num_perturbations):
+        raise UsageError(f"num_perturbations must be a whole number of at least 1, not {num_perturbations!r}.")
+
+
+def check_total_steps(total_steps: int | None, schedule: str | None) -> None:
+    """Refuse a length of the run that is no number of steps, or is missing where a schedule needs it.
+
+    Args:
+        total_steps: Length of the run.
+        schedule: The schedule that needs it, for the message; None if there is none.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if total_steps is None and schedule:
+        raise UsageError(f"{schedule} needs total_steps, the number of steps of the run.")
+    if total_steps is not None and not is_whole(total_steps):
+        raise UsageError(f"total_steps must be a whole number of at least 1, not {total_steps!r}.")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.values import check_switches
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class OneSided(Estimator):
 
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
+        check_switches(normalize=self.normalize)
         if self.normalize and self.num_perturbations < 2:
             raise UsageError(
                 "Normalising by the spread of the losses needs num_perturbations of at least 2; 8 is usual."

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
+from zokernel.values import check_switches
 
 MAX_EXAMPLES = 1 << 16
 """Direction p of example i has index p * MAX_EXAMPLES + i."""
@@ -74,7 +75,7 @@ class PerExample(Estimator):
             :math:`s_i / (2 B\, (\mathrm{std}_j(\epsilon s_j) + 10^{-8}))`.
 
     Raises:
-        UsageError: If the inner estimator takes more than the losses of its points.
+        UsageError: If the inner estimator is none, or takes more than the losses of its points.
 
     Example:
         >>> from zokernel.estimators import TwoPoint
@@ -91,7 +92,9 @@ class PerExample(Estimator):
     numbers_per_point: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        if self.inner.numbers_per_point != 1 or getattr(self.inner, "normalize", False):
+        check_switches(whiten=self.whiten)
+        takes_losses = isinstance(self.inner, Estimator) and self.inner.numbers_per_point == 1
+        if not takes_losses or getattr(self.inner, "normalize", False):
             raise UsageError(f"{self.inner!r} cannot be applied to the loss of one example: use TwoPoint or OneSided.")
         if self.whiten and self.inner.num_perturbations != 1:
             raise UsageError("Slopes are divided by their spread over examples for one direction per example only.")

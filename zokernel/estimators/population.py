@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 from zokernel.estimators.shaping import SHAPINGS
+from zokernel.values import check_switches
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Population(Estimator):
 
     def __post_init__(self):
         check_radius(self.eps, self.num_perturbations)
-        if self.shaping not in SHAPINGS:
+        check_switches(antithetic=self.antithetic)
+        if self.shaping not in list(SHAPINGS):
             raise UsageError(f"shaping must be one of {', '.join(SHAPINGS)}, not {self.shaping!r}.")
         if self.num_perturbations < 2 and not self.antithetic:
             raise UsageError(

@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius, check_total_steps
 from zokernel.estimators.two_point import symmetric_differences
 from zokernel.theory.smoothing import KernelFacts, SmoothingKernel, smoothing_kernel
+from zokernel.values import check_switches, is_number
 
 RADIUS_SCHEDULES = ("none", "literal", "rescaled", "lr_compensated")
 
@@ -82,14 +83,13 @@ class Smoothed(Estimator):
         if self.schedule not in RADIUS_SCHEDULES:
             names = ", ".join(RADIUS_SCHEDULES)
             raise UsageError(f"There is no radius schedule {self.schedule!r}: choose one of {names}.")
-        if self.schedule != "none" and not self.total_steps:
-            raise UsageError(
-                f"The radius schedule {self.schedule!r} needs total_steps, the number of steps of the run."
-            )
-        if not self.radius > 0:
-            raise UsageError(f"radius must be positive, not {self.radius}: the paper recommends 1 or 1/2.")
-        if not 0 < self.shrink_to <= 1:
-            raise UsageError(f"shrink_to must be in (0, 1], not {self.shrink_to}.")
+        schedule = None if self.schedule == "none" else f"The radius schedule {self.schedule!r}"
+        check_total_steps(self.total_steps, schedule)
+        check_switches(paper_k5=self.paper_k5)
+        if not (is_number(self.radius) and self.radius > 0):
+            raise UsageError(f"radius must be positive, not {self.radius!r}: the paper recommends 1 or 1/2.")
+        if not (is_number(self.shrink_to) and 0 < self.shrink_to <= 1):
+            raise UsageError(f"shrink_to must be in (0, 1], not {self.shrink_to!r}.")
         if self.constant == 0:
             raise UsageError("The kernel's constant must not be zero: the weights would never move.")
         self.kernel.facts(self.radius)

@@ -20,20 +20,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zokernel.errors import UsageError
-from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius, check_total_steps
 
 SCHEDULES = ("constant", "linear")
 
 
 @dataclass(frozen=True)
 class TwoPoint(Estimator):
-    """Average of ``num_perturbations`` symmetric differences.
+    r"""Average of ``num_perturbations`` symmetric differences.
 
     Args:
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions per estimate; each costs two forward passes.
-        schedule: ``constant``, or ``linear``: the number of directions grows from 1 to ``num_perturbations``.
-        total_steps: Length of the run, which the linear schedule needs.
+        schedule: ``constant``, or ``linear``: :math:`\max(1, \lfloor P t/T \rfloor)` directions in step t = 0, 1, ...
+            of T, where P is ``num_perturbations``; above one, P itself is not reached.
+        total_steps: T, the length of the run, which the linear schedule needs.
 
     Raises:
         UsageError: If a setting is out of range, or a schedule lacks ``total_steps``.
@@ -42,8 +43,8 @@ class TwoPoint(Estimator):
         >>> estimate = TwoPoint(eps=0.5)(lambda offsets: offsets[0] ** 2 + offsets[0], seed=0, step=0)
         >>> estimate.coefficients[0]
         1.0
-        >>> [TwoPoint(num_perturbations=4, schedule="linear", total_steps=8).directions_at(t) for t in (0, 3, 6, 8)]
-        [1, 1, 3, 4]
+        >>> [TwoPoint(num_perturbations=4, schedule="linear", total_steps=8).directions_at(t) for t in (0, 3, 4, 7)]
+        [1, 1, 2, 3]
     """
 
     eps: float = 1e-3
@@ -55,8 +56,7 @@ class TwoPoint(Estimator):
         check_radius(self.eps, self.num_perturbations)
         if self.schedule not in SCHEDULES:
             raise UsageError(f"There is no sample schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-        if self.schedule == "linear" and not self.total_steps:
-            raise UsageError("The linear sample schedule needs total_steps, the number of steps of the run.")
+        check_total_steps(self.total_steps, "The linear sample schedule" if self.schedule == "linear" else None)
 
     def directions_at(self, step: int) -> int:
         r"""Return the number of directions of ``step``; :math:`\max(1, \lfloor P t/T \rfloor)` when it grows."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel.errors import UsageError
-from zokernel.files import check_output_dir, read_json
+from zokernel.files import check_output_dir
 from zokernel.finetune.data.check_flags import check_flags
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import load_splits, load_task
@@ -22,6 +22,7 @@ from zokernel.finetune.models.scales import with_scales
 from zokernel.finetune.models.starting_weights import starting_weights
 from zokernel.finetune.report.metrics import MEASURED
 from zokernel.finetune.run import Run
+from zokernel.finetune.run_files import METRICS_FILE, read_run_file
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.auto import supports_per_example
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
@@ -30,6 +31,7 @@ from zokernel.finetune.settings.record import RunSettings, keep_recorded
 from zokernel.finetune.settings.resolve import resolve, setting_sources
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.storage import run_folder as output
+from zokernel.finetune.storage.finished import has_results
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.push import check_push, open_repository, push_finished, without_trainer_push
 from zokernel.finetune.tasks import Task
@@ -81,11 +83,11 @@ def finetune(
         settings = _resolve(config, model, num_examples, folder, command)
         identity = output.run_settings(model.arguments, data_arguments, settings.arguments())
         identity |= splits.fingerprint | starting_weights(model)
-        state, resume = _open_folder(folder, config, identity, resources)
+        state, resume = _open_folder(folder, settings, identity, resources)
         if state == "finished":
             logger.info("%s already holds this run, finished: nothing to do.", folder)
             push_finished(folder, config)
-            return read_json(folder / output.METRICS_FILE)
+            return read_run_file(folder / METRICS_FILE)
         if config.should_save and config.do_train:
             logger.info("Settings (all of them: settings.json):\n%s", settings.table())
         open_repository(config)
@@ -141,13 +143,16 @@ def _resolve(
 
 
 def _open_folder(
-    folder: Path, config: ZOConfig, identity: dict[str, Any], resources: ExitStack
+    folder: Path, settings: RunSettings, identity: dict[str, Any], resources: ExitStack
 ) -> tuple[str, str | bool]:
     """Return the state of the output folder, and what to resume from; of several processes, one looks and tells."""
+    config = settings.requested
     requested, state = str(config.resume_from_checkpoint or ""), ""
     if config.should_save:
         resources.enter_context(exclusive(folder))
         state = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(requested), settings=identity)
+        if state == "finished" and not has_results(folder, settings):
+            state = "unfinished"
         resources.enter_context(output.clear_if_refused(folder, new=state == "new"))
     state = from_main(state)
     return state, requested if requested.lower() not in ("", "last", "true") else state == "unfinished"

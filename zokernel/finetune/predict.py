@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from zokernel.errors import UsageError
-from zokernel.files import read_json, write_json
+from zokernel.files import write_json
 from zokernel.finetune.data.check_text import text_encoder
 from zokernel.finetune.data.collate import Collator, EncodedDataset, to_device
 from zokernel.finetune.models.load import load_model
@@ -21,8 +22,7 @@ from zokernel.finetune.models.quantization import (
     requested_quantization,
 )
 from zokernel.finetune.models.revision import with_revision
-from zokernel.finetune.models.saved_adapter import run_folders
-from zokernel.finetune.run_files import METRICS_FILE
+from zokernel.finetune.run_files import METRICS_FILE, PREDICTOR_FILE, read_run_file, run_folders
 from zokernel.finetune.scoring.choose_collator import choose_collator
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.make_objective import make_objective
@@ -31,14 +31,17 @@ from zokernel.finetune.scoring.padding_free import PaddingFree, choose_padding_f
 from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.tasks import Task, encode
+from zokernel.finetune.tasks.base import is_missing, place_of
+from zokernel.finetune.tasks.columns import close_column
 from zokernel.finetune.tasks.encode_text import TextEncoder
 from zokernel.finetune.tasks.prompt import alternatives
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.serialization import task_of_values, task_values
 from zokernel.finetune.tasks.text import TextTask
+from zokernel.readable import plural
 from zokernel.secrets import hide_in_text
 
-FILE = "predictor.json"
+logger = logging.getLogger(__name__)
 
 
 def write_predictor(
@@ -49,6 +52,7 @@ def write_predictor(
     max_length: int,
     precision: str,
     arguments: ModelArguments,
+    labels: Sequence[str] = (),
     context: str = "",
     calibrate: bool = False,
     max_new_tokens: int = 50,
@@ -63,6 +67,7 @@ def write_predictor(
         max_length: Longest sequence in tokens.
         precision: ``fp32`` or ``bf16`` of the forwards.
         arguments: How the model was loaded.
+        labels: The label of each class as the training data write it, for classification.
         context: Solved examples before every prompt.
         calibrate: Whether the scores in an empty prompt are subtracted.
         max_new_tokens: Longest generated answer.
@@ -74,12 +79,13 @@ def write_predictor(
         "max_length": max_length,
         "precision": precision,
         **recorded_flags(arguments),
+        "labels": list(labels),
         "context": hide_in_text(context),
         "calibrate": calibrate,
         "max_new_tokens": max_new_tokens,
         "ends": list(ends),
     }
-    write_json(folder / FILE, values)
+    write_json(folder / PREDICTOR_FILE, values)
 
 
 class Predictor:
@@ -117,12 +123,13 @@ class Predictor:
             batch_size: Rows per forward.
 
         Returns:
-            For classification ``prediction`` (a label as the training data had it), ``word``, ``score`` (its share of
-            the softmax over the options' scores) and ``scores`` by label; for multiple choice ``prediction`` (the text
-            of the option), ``position``, ``score`` and ``scores`` by position; for what is written ``prediction``.
+            For classification ``prediction`` (a label as the training data write it most often, as text), ``word``,
+            ``score`` (its share of the softmax over the options' scores) and ``scores`` by label; for multiple choice
+            ``prediction`` (the text of the option), ``position``, ``score`` and ``scores`` by position; for what is
+            written ``prediction``.  A row without text has ``None`` in their place, and a warning counts such rows.
 
         Raises:
-            UsageError: If a row lacks a column.
+            UsageError: If a row lacks a column, or holds something else than text in it.
         """
         if isinstance(rows, (str, Mapping)):
             raise UsageError("A predictor takes a list of rows: put the one row in brackets.")
@@ -134,8 +141,30 @@ class Predictor:
             if isinstance(self.task, TextTask):
                 encoder = self._text_encoder()
                 requests = [self._request(encoder, row, number) for number, row in enumerate(rows, start=1)]
-                return [{"prediction": text} for text in self._continuations(requests)]
-            return self._answers(rows, batch_size)
+                texts = self._continuations([ids for ids in requests if ids is not None])
+                return self._merge(rows, requests, [{"prediction": text} for text in texts])
+            prepared = [self._row(row, number) for number, row in enumerate(rows, start=1)]
+            answers = self._answers([row for row in prepared if row is not None], batch_size)
+            return self._merge(rows, prepared, answers)
+
+    def _merge(
+        self, rows: Sequence[Any], requests: Sequence[Any], answers: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return an answer for every row: those in order, and empty ones where nothing was asked."""
+        empty = [place_of(rows, number) for number, request in enumerate(requests) if request is None]
+        if empty:
+            verb = "has" if len(empty) == 1 else "have"
+            logger.warning("%s without text %s no answer (the first: %s).", plural(len(empty), "row"), verb, empty[0])
+        remaining = iter(answers)
+        return [self._empty_answer() if request is None else next(remaining) for request in requests]
+
+    def _empty_answer(self) -> dict[str, Any]:
+        """Return what stands in the place of an answer to a row without text."""
+        if self.task.kind == "classification":
+            return {"prediction": None, "word": None, "score": None, "scores": dict.fromkeys(self._labels())}
+        if self.task.kind == "choice":
+            return {"prediction": None, "position": None, "score": None, "scores": {}}
+        return {"prediction": None}
 
     @property
     def _device(self) -> torch.device:
@@ -147,10 +176,12 @@ class Predictor:
             self.task, self.tokenizer, DataArguments(), max_length=length, kind=kind, decoder=self._decoder
         )
 
-    def _request(self, encoder: TextEncoder, row: Mapping[str, Any] | str, number: int) -> list[int]:
-        """Return the tokens of a chat, an instruction or a text, after which the model answers."""
+    def _request(self, encoder: TextEncoder, row: Mapping[str, Any] | str, number: int) -> list[int] | None:
+        """Return the tokens of a chat, an instruction or a text, after which the model answers; None without text."""
         record, decoder = self.record, self._decoder
         try:
+            if encoder.asks_nothing(row):
+                return None
             ids = encoder.request(row)
         except UsageError as error:
             raise UsageError(f"Row {number}: {error}") from error
@@ -165,9 +196,8 @@ class Predictor:
         decoder_prompt = self._decoder.prompt if self._decoder else ()
         return continuations(self.model, self.tokenizer, requests, decoder_prompt=decoder_prompt, **settings)
 
-    def _answers(self, rows: Sequence[Mapping[str, Any] | str], batch_size: int) -> list[dict[str, Any]]:
+    def _answers(self, prepared: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
         """Return which option each row gets, or the answer that is written."""
-        prepared = [self._row(row, number) for number, row in enumerate(rows, start=1)]
         if not prepared:
             return []
         dataset = self._encode(prepared)
@@ -221,19 +251,26 @@ class Predictor:
             self._longest, self._last_layout = longest, (collator, padding_free)
         return self._last_layout
 
-    def _row(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any]:
+    def _row(self, row: Mapping[str, Any] | str, number: int) -> dict[str, Any] | None:
+        """Return a row as the task takes it, or None if it has no text."""
         if isinstance(row, str):
             if len(self.columns) != 1:
                 raise UsageError(f"Row {number} is a text, but the template has the columns {', '.join(self.columns)}.")
             row = {self.columns[0]: row}
         row = self._with_columns(row, number)
-        missing = [name for name in self.columns if row.get(name) is None]
-        if missing:
-            lack = f"no {missing[0]!r} (it has {', '.join(map(str, row))})"
-            lack = f"nothing in {missing[0]!r}" if missing[0] in row else lack
+        texts = self.task.text_columns()
+        absent = [name for name in self.columns if name not in row or (is_missing(row[name]) and name not in texts)]
+        if absent:
+            close = close_column(absent[0], row)
+            meant = f": did you mean {close!r}?" if close else ""
+            lack = f"no {absent[0]!r} (it has {', '.join(map(str, row))})"
+            lack = f"nothing in {absent[0]!r}" if absent[0] in row else lack + meant
             raise UsageError(f"Row {number} has {lack}; the template is {self.task.template!r}.")
+        if not self.task.has_text(row, f"Row {number}"):
+            return None
         # Tasks phrase an example with its label; any will do, since it is not read here.
-        return {**row, self.task.label_column: self._labels()[0] if self.task.kind == "classification" else "0"}
+        label = alternatives(self.task.names()[0])[0] if self.task.kind == "classification" else "0"
+        return {**row, self.task.label_column: label}
 
     def _with_columns(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
         """Return a row as published with the template's columns, as the run read its own."""
@@ -253,8 +290,8 @@ class Predictor:
         return {names.get(name, name): value for name, value in row.items()}
 
     def _labels(self) -> list[str]:
-        """Return the label of each class as the training data had it."""
-        return [alternatives(name)[0] for name in self.task.names()]
+        """Return the label of each class as the training data write it."""
+        return self.record.get("labels") or [alternatives(name)[0] for name in self.task.names()]
 
     def _answer(self, row: dict[str, Any], shares: list[float]) -> dict[str, Any]:
         best = max(range(len(shares)), key=shares.__getitem__)
@@ -275,25 +312,29 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         folder: The folder of a run, or one of its checkpoints.
 
     Raises:
-        UsageError: If there is no such folder, or its run has not finished.
+        UsageError: If there is no such folder, its run has not finished, or the file is damaged.
     """
     if not Path(folder).expanduser().is_dir():
         raise UsageError(f"There is no folder {folder}: give that of a finished run, or one of its checkpoints.")
     path = _record_of(folder)
     if not path.is_file():
         metrics = path.parent / METRICS_FILE
-        if metrics.is_file() and not read_json(metrics).get("steps"):
+        if metrics.is_file() and not read_run_file(metrics)["steps"]:
             raise UsageError(f"The run in {path.parent} only scored its model and saved none: train at least one step.")
+        if metrics.is_file():
+            raise UsageError(
+                f"{path} is missing, though the run has finished: repeat its command, which writes it again."
+            )
         raise UsageError(
-            f"{path.parent} has no {FILE}, which 'zokernel finetune' writes when a run ends: give the folder of a "
-            "finished run, or one of its checkpoints."
+            f"{path.parent} has no {PREDICTOR_FILE}, which 'zokernel finetune' writes when a run ends: give the folder "
+            "of a finished run, or one of its checkpoints."
         )
-    return read_json(path)
+    return read_run_file(path)
 
 
 def _record_of(folder: str | Path) -> Path:
     """Return the file that says how a model answers new rows: that of a run holds for its checkpoints, too."""
-    files = [path / FILE for path in run_folders(Path(folder).expanduser())]
+    files = [path / PREDICTOR_FILE for path in run_folders(Path(folder).expanduser())]
     return next((file for file in files if file.is_file()), files[-1])
 
 
@@ -308,7 +349,7 @@ def copy_record(adapter: str | Path, folder: Path, arguments: ModelArguments) ->
     if _record_of(adapter).is_file():
         record = read_record(adapter)
         attention = {"attn_implementation": record.get("attn_implementation")}
-        write_json(folder / FILE, record | recorded_flags(arguments) | attention)
+        write_json(folder / PREDICTOR_FILE, record | recorded_flags(arguments) | attention)
 
 
 def load_predictor(

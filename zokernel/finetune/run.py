@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from zokernel.files import read_json, write_json
+from zokernel.files import write_json
 from zokernel.finetune.data.datasets import Splits
 from zokernel.finetune.models.adapters import log_base, virtual_tokens
 from zokernel.finetune.models.check import CheckedModel
@@ -39,13 +39,14 @@ from zokernel.finetune.report.samples import pair_samples
 from zokernel.finetune.report.text import describe_start, finite_or_none
 from zokernel.finetune.report.zero_shot import cached_score, fingerprint
 from zokernel.finetune.rewards.prompts import describe_empty_answers
+from zokernel.finetune.run_files import read_run_file
 from zokernel.finetune.scoring.continuations import continuations
 from zokernel.finetune.scoring.prepare import prepare
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
-from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks import PromptTask, Task
 from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
@@ -116,6 +117,7 @@ class Run:
                 write_json(folder / output.RUN_FILE, record)
         self._log_start(record["before"])
         trainer.known_reason = self.warning
+        trainer.needs_saved_step = False
         trainer.on_loop_begin = partial(self._note_begin, folder, trainer, record, identity)
         with PeakMemory() as training, Streaming(self.model) as streaming:
             if config.do_train:
@@ -148,7 +150,7 @@ class Run:
         """Return what the folder tells of a run that is continued, or begin to write that of a new one."""
         record = output.new_record(self.command, identity, base_facts(self.model))
         if self.config.should_save and continues:
-            record = read_json(folder / output.RUN_FILE)
+            record = read_run_file(folder / output.RUN_FILE)
         elif self.config.should_save:
             write_json(folder / output.RUN_FILE, record)
         return from_main(record)
@@ -286,11 +288,17 @@ class Run:
             max_length=self.max_length,
             precision=self.config.precision,
             arguments=self.model_arguments,
+            labels=self._labels(),
             context=self.prepared.context,
             calibrate=data.calibrate,
             max_new_tokens=data.max_new_tokens,
             ends=self.prepared.ends,
         )
+
+    def _labels(self) -> tuple[str, ...]:
+        """Return the label of each class as the rows write it; none if there are no classes."""
+        splits = self.splits
+        return self.task.spellings(splits.train or splits.test) if isinstance(self.task, PromptTask) else ()
 
 
 def evaluate(trainer: ZOTrainer, dataset: Any) -> dict[str, float]:

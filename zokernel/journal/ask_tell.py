@@ -79,7 +79,7 @@ class ToldJournal:
             )
         replay_steps(optimizer, journal.steps)
         self._writer = JournalWriter.append_to(journal)
-        self.tell(losses_of_open_step(journal))
+        optimizer.tell(losses_of_open_step(journal))  # which the file holds already
 
     def tell(self, losses: Losses) -> float | None:
         """Tell the optimizer losses and write them down; see :meth:`ZerothOrder.tell`.

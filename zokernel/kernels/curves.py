@@ -14,11 +14,13 @@ from torch import Tensor
 
 from zokernel.directions import Dense
 from zokernel.distributions import Distribution
+from zokernel.errors import UsageError
 from zokernel.kernels import checks
-from zokernel.kernels.batches import Batch, examples
+from zokernel.kernels.batches import Batch, examples, num_examples
 from zokernel.kernels.jacobians import example_jacobian, flatten
 from zokernel.kernels.model import Model, Outputs, wrap
 from zokernel.kernels.projections import SeededDirections, project
+from zokernel.theory.checks import check_num_perturbations
 from zokernel.theory.kernel_error import KernelMoments, relative_error
 
 # Shape suffixes: S seeds, N observed examples, P directions, V outputs, D parameters.
@@ -85,16 +87,27 @@ def error_curves(
     Returns:
         The curves with their exact predictions.
 
+    Raises:
+        UsageError: If ``x_u`` has several examples, there is no direction or no seed, or a kernel is zero.
+
     Example:
         >>> curves = error_curves(torch.nn.Linear(3, 2), torch.ones(4, 3), torch.ones(1, 3), max_perturbations=50)
         >>> curves.errors_SNP.shape, curves.predicted([50]).shape
         (torch.Size([1, 4, 50]), torch.Size([4, 1]))
     """
+    max_perturbations = check_num_perturbations(max_perturbations)
+    if num_examples(x_u) != 1 or not len(seeds):
+        raise UsageError(
+            f"Error curves are of one updated example and at least one seed, not {num_examples(x_u)} and {len(seeds)}: "
+            "call error_curves for each example."
+        )
     model = wrap(model, params=params, outputs=outputs)
     checks.validate(model, x_u, x_o, forward=method == "jvp", reverse=True)
     jac_u = flatten(example_jacobian(model, x_u))
     jacs_o = [flatten(example_jacobian(model, example)) for example in examples(x_o)]
     moments = [KernelMoments.from_jacobians(jac_o, jac_u) for jac_o in jacs_o]
+    for pair in moments:
+        pair.check_relative()
     kernels = torch.stack([jac_o.double() @ jac_u.double().T for jac_o in jacs_o])
     stacked = torch.cat([*jacs_o, jac_u])
     num_outputs = len(jac_u)

@@ -102,7 +102,7 @@ def fidelity(
         The table.
 
     Raises:
-        UsageError: If an argument is out of range.
+        UsageError: If an argument is out of range, or the exact kernel is zero.
 
     Example:
         >>> table = fidelity(torch.nn.Linear(4, 3), torch.ones(1, 4), torch.ones(1, 4), num_perturbations=[10, 1000])
@@ -116,6 +116,7 @@ def fidelity(
         raise UsageError(f"There are no {streams!r} streams: choose 'nested' or 'independent'.")
     model = wrap(model, params=params, outputs=outputs)
     exact, moments, forms_jacobian = _exact(model, x_o, x_u, check)
+    moments.check_relative()
     if method == "auto":
         method = "jacobian" if forms_jacobian else "jvp"
 

@@ -127,8 +127,9 @@ def nzk(
 ) -> Tensor:
     r"""Estimate the expected NZK from samples; :func:`sample_nzk` adds standard errors.
 
-    :func:`zokernel.theory.expected_nzk` gives the same kernel exactly, for every distribution here, without sampling.
-    The default is the setting of the paper: one shared Gaussian vector.
+    :func:`zokernel.theory.expected_nzk` gives the same kernel exactly, without sampling, for features (n, d) and
+    distributions whose moments exist: ``shared`` needs the fourth, which ``student_t(3)`` lacks.  The default is the
+    setting of the paper: one shared Gaussian vector.
 
     Args:
         features: Features of the evaluated points, (n, d); or (n, V, d) for models with V outputs.

@@ -137,6 +137,11 @@ def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: flo
     eps_derivatives = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
     second, third = derivatives(prober, range(curvature_probes), eps_derivatives)
     start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
+    if not start_sq:
+        raise UsageError(
+            f"The loss changes along none of {slopes.count} directions, so there is nothing to plan: raise eps, or "
+            "check that the loss depends on the trained parameters."
+        )
     growth = measure_growth(prober, start_sq, eps, curvature_probes)
     loss = center.losses_B.mean().item()
     return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, prober.forwards)

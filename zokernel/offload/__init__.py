@@ -4,18 +4,4 @@ from __future__ import annotations
 
 from zokernel._lazy import lazy_exports
 
-# public name -> module of this package that defines it; loaded on first use, so importing the package is cheap
-_EXPORTS = {
-    "Blocks": "blocks",
-    "Lockstep": "lockstep",
-    "Memory": "store",
-    "Replayed": "replayed",
-    "Staged": "staged",
-    "StreamedForward": "streamed_forward",
-    "WorkingCopy": "working_copy",
-    "streamed_blocks": "blocks",
-}
-
-__all__ = sorted(_EXPORTS)
-
-__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+__all__, __getattr__, __dir__ = lazy_exports(__name__)  # the names of __init__.pyi

@@ -106,8 +106,9 @@ class Store:
         """Wait until everything that was written is where it is kept."""
 
     def _make(self, unit: Unit, names: Mapping[str, str], version: int) -> None:
-        # Operations on the parameters themselves may be intercepted at the moment, those on their memory are not.
-        self.updates.carry_out({name: unit.tensors[key].data for key, name in names.items()}, version)
+        with torch.DisableTorchFunctionSubclass():  # operations on the parameters may be intercepted at the moment
+            weights = {name: unit.tensors[key].data for key, name in names.items()}
+        self.updates.carry_out(weights, version)
 
     def _oldest(self) -> int:
         """Return the oldest version from which a unit may yet be brought up to date."""

@@ -24,7 +24,8 @@ from zokernel.offload.lockstep import Lockstep
 from zokernel.offload.store import Store
 from zokernel.offload.units import Stop, Unit
 from zokernel.perturb.base import Closure
-from zokernel.perturb.in_forward import InForward, Perturbed, Point
+from zokernel.perturb.copy_schedule import Point
+from zokernel.perturb.in_forward import InForward, Perturbed
 from zokernel.perturb.in_place import loss_value
 from zokernel.perturb.intercept import Intercepted
 from zokernel.process_memory import release_heap

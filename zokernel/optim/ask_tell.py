@@ -118,7 +118,9 @@ class AskTell(Checkpointed):
         self._check(point := _point(point), self._count())
         offsets = self.estimator.points(seed=self.seed, step=point.step)[point.index]
         copies = self.perturb.weights.copies_at(point.step, offsets)
-        return {name: copies[name] if name in copies else p.detach().clone() for name, p in self.named_params.items()}
+        return self.under_all_names(
+            {name: copies[name] if name in copies else p.detach().clone() for name, p in self.named_params.items()}
+        )
 
     @contextmanager
     def at(self, point: Sequence[int]) -> Iterator[None]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
-from zokernel.optim.averaging.averages import IterateAverage
+from zokernel.estimators import Estimator
 from zokernel.optim.copies import Copied
-from zokernel.optim.parameters import Origin, check_group, name_parameters, trainable_group
+from zokernel.optim.parameters import Origin, check_group, check_group_settings, name_parameters, trainable_group
+from zokernel.optim.saved_state import check_groups, check_parts, check_shapes, estimator_kind, shapes_of
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Update
+from zokernel.optim.updates.averaging.averages import IterateAverage
+from zokernel.optim.updates.base import Update
 from zokernel.perturb import Perturb
 
 
@@ -23,12 +25,14 @@ class Checkpointed(Trained, Copied):
 
     Attributes:
         updates: The parts of the update.
+        estimator: Turns the losses of a step into coefficients.
         perturb: How the losses are taken, and how the weights are restored.
-        num_forwards: Times the closure was called.
+        num_forwards: Losses that its steps were made of: evaluated, replayed or told.
         last_factor: Factor that the update put on the last estimate.
     """
 
     updates: list[Update]
+    estimator: Estimator
     num_forwards: int
     _versions: list[tuple[Any, bool]]
     last_factor: float
@@ -94,14 +98,17 @@ class Checkpointed(Trained, Copied):
 
         Args:
             param_group: ``params`` (a module, a tensor, or an iterable of tensors or ``(name, tensor)`` pairs) and
-                settings of its own.  Tensors of the module that the optimizer was made from are named as they are
-                there.  To an average of the iterates they count as constant up to now.
+                settings of its own: ``lr``, ``weight_decay``, and ``momentum`` where the method has it.  Tensors of the
+                module that the optimizer was made from are named as they are there.  To an average of the iterates they
+                count as constant up to now.
 
         Raises:
-            UsageError: If the group does not fit the others.
+            UsageError: If the group does not fit the others, or has a setting that holds for all groups.
         """
         is_started, count, names = bool(self.named_params), len(self.param_groups), set(self.named_params)
-        super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
+        group = trainable_group(param_group, self.param_groups, self._origin)
+        check_group_settings(group, self)
+        super().add_param_group(group)
         try:
             check_group(self.param_groups[-1])
             if is_started:
@@ -144,11 +151,11 @@ class Checkpointed(Trained, Copied):
         r"""Return the averaged iterate :math:`\theta^{ag}` by parameter name, in the parameters' dtypes.
 
         Raises:
-            UsageError: If the update has no :class:`~zokernel.optim.averaging.averages.IterateAverage`.
+            UsageError: If the update has no :class:`~zokernel.optim.updates.averaging.averages.IterateAverage`.
         """
         for part in self.updates:
             if isinstance(part, IterateAverage):
-                return part.averaged_weights(self)
+                return self.under_all_names(part.averaged_weights(self))
         raise UsageError("There is no averaged iterate: set averaging to 'fp32', 'int8' or 'journal'.")
 
     @contextmanager
@@ -171,7 +178,7 @@ class Checkpointed(Trained, Copied):
 
     @torch.no_grad()
     def _swap(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self.named_params.items():
+        for name, tensor in self.named_params.items():  # each memory once, also that of tied weights
             current = tensor.detach().clone()
             tensor.copy_(values[name])
             values[name] = current
@@ -185,6 +192,7 @@ class Checkpointed(Trained, Copied):
             "last_factor": self.last_factor,
             "perturb": self.perturb.weights.state_dict(),
             "parts": self._parts(),
+            "parameters": shapes_of(self.named_params),
             "directions": self.directions.state_dict(),
             "updates": [part.state_dict() for part in self.updates],
         }
@@ -195,6 +203,7 @@ class Checkpointed(Trained, Copied):
         return {
             "update": " + ".join(type(part).__name__ for part in self.updates),
             "directions": type(self.directions).__name__,
+            "estimator": estimator_kind(self.estimator),
             "perturb": "in_place:grid" if on_grid else "without a grid",
         }
 
@@ -222,8 +231,11 @@ class Checkpointed(Trained, Copied):
         State keeps the dtype it was saved with.  (torch casts it to the parameter's, which would round the fp32
         momentum of bf16 weights.)
 
+        Settings of the groups, such as learning rates, are those of the state, as in torch.
+
         Raises:
-            UsageError: If the state was saved by another kind of optimizer, or by an earlier version of zokernel.
+            UsageError: If the state was saved by another kind of optimizer, for other parameters, or by an earlier
+                version of zokernel; nothing is loaded then.
         """
         saved = state_dict.get("zeroth_order")
         if saved is None:
@@ -235,12 +247,10 @@ class Checkpointed(Trained, Copied):
                 "This state was saved by zokernel 0.1, whose optimizers kept other state: continue with that version, "
                 "or start from its weights."
             )
-        for kind, part in self._parts().items():
-            if saved["parts"][kind] != part:
-                raise UsageError(
-                    f"This state was saved with {kind} {saved['parts'][kind]!r}, and this optimizer has {part!r}: make "
-                    "the optimizer as it was."
-                )
+        check_parts(saved["parts"], self._parts())
+        check_groups(state_dict["param_groups"], self.param_groups)
+        own_shapes = shapes_of(self.named_params)
+        check_shapes(saved.get("parameters", own_shapes), own_shapes)
         torch_state = {key: value for key, value in state_dict.items() if key != "zeroth_order"}
         super().load_state_dict(torch_state | {"state": {}})
         self._named_groups = self.moving_groups()  # torch has made new dictionaries

@@ -5,27 +5,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
-from zokernel.directions import FAMILIES, Dense, Directions
-from zokernel.directions.registry import OLD_NAMES
-from zokernel.distributions import DIRECTION_DISTRIBUTIONS
+from zokernel.calls import build
 from zokernel.errors import UsageError
 from zokernel.estimators import ESTIMATORS, Estimator
-from zokernel.optim.adam_rule import Adam
-from zokernel.optim.averaging.averages import iterate_average
-from zokernel.optim.curvature_weights import CurvatureWeights
-from zokernel.optim.updates import (
-    SGD,
-    Clip,
-    ClipSlopes,
-    Normalized,
-    PolyakBound,
-    Rule,
-    Sign,
-    SignOfProjections,
-    Update,
-)
+from zokernel.optim.updates.adam import Adam
+from zokernel.optim.updates.averaging.averages import iterate_average
+from zokernel.optim.updates.base import Rule, Update
+from zokernel.optim.updates.coefficients import Clip, ClipSlopes, Normalized, PolyakBound, SignOfProjections
+from zokernel.optim.updates.curvature_weights import CurvatureWeights
+from zokernel.optim.updates.rules import SGD, Sign
 from zokernel.perturb import Perturb
 
 UPDATES: dict[str, Callable[..., Update]] = {
@@ -40,65 +29,6 @@ UPDATES: dict[str, Callable[..., Update]] = {
     "clip_slopes": ClipSlopes,
     "average": iterate_average,
 }
-
-
-def parse_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """Read ``name``, ``name(1, 2)`` or ``name(1, key=2)``; arguments are literals.
-
-    Returns:
-        The name, positional and keyword arguments.
-
-    Raises:
-        UsageError: If the text is none of these.
-
-    Example:
-        >>> parse_call("low_rank(2, refresh=5)")
-        ('low_rank', [2], {'refresh': 5})
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, [], {}
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and all(k.arg for k in tree.keywords):
-            arguments = [ast.literal_eval(argument) for argument in tree.args]
-            return tree.func.id, arguments, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
-    except (SyntaxError, ValueError):
-        pass
-    raise UsageError(f"{text!r} is not of the form name or name(value, key=value).")
-
-
-def build(text: str, constructors: Mapping[str, Callable[..., Any]], kind: str) -> Any:
-    """Make the part that ``text`` describes.
-
-    Args:
-        text: As for :func:`parse_call`.
-        constructors: Constructors by name.
-        kind: What the parts are, for messages.
-
-    Raises:
-        UsageError: If there is no such part, or it does not take these arguments.
-    """
-    name, arguments, keywords = parse_call(text)
-    if name not in constructors:
-        raise UsageError(f"There is no {kind} {name!r}: choose one of {', '.join(constructors)}.")
-    try:
-        return constructors[name](*arguments, **keywords)
-    except TypeError as error:
-        raise UsageError(f"The {kind} {text!r} cannot be made: {error}.") from error
-
-
-def make_directions(directions: Directions | str) -> Directions:
-    """Return a family of directions, given an object or its text.
-
-    Example:
-        >>> make_directions("low_rank(3)").rank, make_directions("gaussian").distribution.name
-        (3, 'gaussian')
-    """
-    if not isinstance(directions, str):
-        return directions
-    if directions in DIRECTION_DISTRIBUTIONS:
-        return Dense(directions)
-    return build(directions, FAMILIES | {old: FAMILIES[new] for old, new in OLD_NAMES.items()}, "family of directions")
 
 
 def make_estimator(estimator: Estimator | str) -> Estimator:
@@ -132,6 +62,24 @@ def check_together(estimator: Estimator, perturb: Perturb) -> None:
         )
 
 
+def check_tied(tied: Mapping[str, str], perturb: Perturb) -> None:
+    """Refuse a way of perturbing that sees only one of two tensors that are the same memory.
+
+    Args:
+        tied: For the name of each such tensor, the name under which its memory is trained.
+        perturb: How the losses are taken.
+
+    Raises:
+        UsageError: If there are such tensors and it does not see all.
+    """
+    if tied and perturb.restore_mode == "unmoved":
+        name, first = next(iter(tied.items()))
+        raise UsageError(
+            f"Parameters {first!r} and {name!r} are two tensors of the same memory, of which {perturb.name} sees only "
+            "the first: use one tensor for both, or a method that perturbs in place."
+        )
+
+
 def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]:
     """Return the parts of an update, with a plain step if no part is a rule.
 
@@ -151,7 +99,9 @@ def make_updates(update: Update | Sequence[Update] | str | None) -> list[Update]
         parts = list(update) if isinstance(update, Sequence) else [update] if update is not None else []
     for part in parts:
         if not isinstance(part, Update):
-            raise UsageError(f"{part!r} is not part of an update: pass objects such as Adam(), or one text.")
+            raise UsageError(
+                f"{part!r} is not part of an update: pass objects such as zokernel.optim.updates.Adam(), or one text."
+            )
     _check_order(parts)
     rules = [part for part in parts if isinstance(part, Rule)]
     if len(rules) > 1:

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import Any, TypedDict
 
+from zokernel.directions.philox import check_seed
 from zokernel.errors import UsageError
 from zokernel.perturb import Perturb, make_perturb
 from zokernel.perturb.in_place import RESTORE_MODES
@@ -44,7 +45,7 @@ def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, i
         owner: The method's class.
 
     Returns:
-        How to perturb, the seed and the weight decay.
+        How to perturb, the seed and the weight decay; the last is checked with those of the groups.
 
     Raises:
         TypeError: If there is no such option.
@@ -54,26 +55,39 @@ def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, i
     if unknown:
         names = ", ".join(name for name in constructor_options(owner) if name != "lr")
         raise TypeError(f"{owner.__name__} has no option {unknown[0]!r}: it has {names}.")
-    perturb = options.get("perturb", SHARED_DEFAULTS["perturb"])
-    if "restore" in options:
-        if "perturb" in options:
-            raise UsageError("perturb= says how weights are restored: leave out restore=.")
-        restore = options["restore"]
-        if restore not in RESTORE_MODES:
-            raise UsageError(
-                f"There is no restore={restore!r}: restore= is deprecated, pass perturb='in_place', 'in_place:grid', "
-                "'in_place:copy' or 'in_forward' (which was restore='still')."
-            )
-        perturb = "in_place" if restore == "fold" else f"in_place:{restore}"
-        warnings.warn(
-            f"restore={restore!r} is deprecated and will be removed after {REMOVAL_DATE}: pass perturb={perturb!r}.",
-            FutureWarning,
-            stacklevel=4,
+    perturb = requested_perturb(options, stacklevel=5)
+    seed = options.get("seed", SHARED_DEFAULTS["seed"])
+    check_seed(seed)
+    return make_perturb(perturb), seed, options.get("weight_decay", SHARED_DEFAULTS["weight_decay"])
+
+
+def requested_perturb(options: ZerothOrderOptions, *, stacklevel: int) -> str | Perturb:
+    """Remove what ``perturb``, or the deprecated ``restore``, says from a method's options, and return it.
+
+    Args:
+        options: Keyword arguments of the method's constructor beyond its own options.
+        stacklevel: Calls from here up to the user's, for the warning.
+
+    Raises:
+        UsageError: If both are given, or there is no such ``restore``.
+    """
+    if "restore" not in options:
+        return options.pop("perturb", SHARED_DEFAULTS["perturb"])
+    if "perturb" in options:
+        raise UsageError("perturb= says how weights are restored: leave out restore=.")
+    restore = options.pop("restore")
+    if restore not in RESTORE_MODES:
+        raise UsageError(
+            f"There is no restore={restore!r}: restore= is deprecated, pass perturb='in_place', 'in_place:grid', "
+            "'in_place:copy' or 'in_forward' (which was restore='still')."
         )
-    weight_decay = options.get("weight_decay", SHARED_DEFAULTS["weight_decay"])
-    if not weight_decay >= 0:
-        raise UsageError(f"weight_decay must be >= 0, not {weight_decay}.")
-    return make_perturb(perturb), options.get("seed", SHARED_DEFAULTS["seed"]), weight_decay
+    perturb = "in_place" if restore == "fold" else f"in_place:{restore}"
+    warnings.warn(
+        f"restore={restore!r} is deprecated and will be removed after {REMOVAL_DATE}: pass perturb={perturb!r}.",
+        FutureWarning,
+        stacklevel=stacklevel,
+    )
+    return perturb
 
 
 def constructor_options(cls: type) -> dict[str, Any]:
@@ -86,10 +100,22 @@ def constructor_options(cls: type) -> dict[str, Any]:
         (0.001, 0)
     """
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    defaults = {
-        name: parameter.default
+    takes_shared = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    own = {name: parameter.default for name, parameter in own_options(cls).items()}
+    return own | (SHARED_DEFAULTS if takes_shared else {})
+
+
+def own_options(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the options of a method's constructor, without the shared ones, as they are declared.
+
+    Example:
+        >>> from zokernel.optim import MeZO
+        >>> own_options(MeZO)["total_steps"].annotation
+        'int | None'
+    """
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    return {
+        name: parameter
         for name, parameter in parameters.items()
         if name not in ("self", "params") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    takes_shared = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return defaults | (SHARED_DEFAULTS if takes_shared else {})

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zokernel.directions.placement import place_all
+from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import UsageError
 from zokernel.optim.layers import NORMS
+from zokernel.optim.options import constructor_options
+from zokernel.values import check_shares, is_number
 
 Params = nn.Module | Iterable[Any]
+TORCH_SETTINGS = {"betas", "dampening", "maximize", "momentum", "nesterov"}  # of torch's own optimizers, by group
 
 
 class Origin:
@@ -102,19 +106,37 @@ def trainable_group(group: dict[str, Any], earlier: Sequence[dict[str, Any]], or
     return group | {"params": pairs if all(named) else [tensor for _, tensor in pairs]}
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: Mapping[str, Any]) -> None:
     """Refuse settings of a parameter group that are out of range.
 
     Raises:
         UsageError: If one is.
     """
-    lr, weight_decay, momentum = group["lr"], group["weight_decay"], group.get("momentum", 0.0)
-    if not (math.isfinite(lr) and lr >= 0):
-        raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
-    if not weight_decay >= 0:
-        raise UsageError(f"weight_decay must be >= 0, not {weight_decay}.")
-    if not 0 <= momentum < 1:
-        raise UsageError(f"momentum must be in [0, 1), not {momentum}.")
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value  # torch allows it for lr
+        if not (is_number(number) and number >= 0):
+            raise UsageError(f"{name} must be a finite number >= 0, not {value!r}.")
+    check_shares(momentum=group.get("momentum", 0.0))
+
+
+def check_group_settings(group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse settings that a parameter group cannot have for itself, and that would be ignored.
+
+    Args:
+        group: The group.  Keys that no optimizer knows are the user's own, and stay.  So do settings that do nothing,
+            such as a momentum of zero, which groups of other optimizers and old journals have.
+        optimizer: The optimizer, whose ``defaults`` are what groups may have.
+
+    Raises:
+        UsageError: If it has an option of the optimizer, or a setting of torch's optimizers, that holds for all groups.
+    """
+    known = constructor_options(type(optimizer)).keys() | {name for name in TORCH_SETTINGS if group.get(name)}
+    for name in sorted(group.keys() & known - optimizer.defaults.keys()):
+        raise UsageError(
+            f"A parameter group of {type(optimizer).__name__} has no {name} of its own, only "
+            f"{', '.join(optimizer.defaults)}: leave it out of the group."
+        )
 
 
 def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -124,12 +146,31 @@ def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         param_groups: Groups as ``torch.optim.Optimizer`` keeps them.
 
     Returns:
-        Name to tensor, in order.
+        Name to tensor, in order; of several tensors that are the same memory (tied weights) only the first.
 
     Raises:
-        UsageError: If two parameters share a name or some of their memory, or one is quantized or has no memory, which
-            cannot be perturbed.
+        UsageError: If two parameters share a name or some of their memory, or one is quantized, made under
+            inference mode or has no memory, which cannot be perturbed.
     """
+    named = _all_names(param_groups)
+    return {place.name: named[place.name] for place in place_all(named)}
+
+
+def tied_names(param_groups: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the names that :func:`name_parameters` leaves out, each with the one that its memory is trained under.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2)
+        >>> tied_names([{"params": [weight, weight.view(2)], "param_names": ["embed", "head"]}])
+        {'head': 'embed'}
+    """
+    named, first = _all_names(param_groups), name_parameters(param_groups)
+    by_memory = {memory_of(tensor): name for name, tensor in first.items()}
+    return {name: by_memory[memory_of(tensor)] for name, tensor in named.items() if name not in first}
+
+
+def _all_names(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for group in param_groups:
         names = group.get("param_names")
@@ -145,10 +186,14 @@ def name_parameters(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:
                     f"Parameter {name!r} is stored as {tensor.dtype}, which cannot be perturbed: "
                     "dequantize the model, or train a LoRA adapter on top of it."
                 )
+            if tensor.is_inference():
+                raise UsageError(
+                    f"Parameter {name!r} was made under torch.inference_mode() and cannot be trained: make or load the "
+                    "model outside of it."
+                )
             if tensor.is_meta:
                 raise UsageError(f"Parameter {name!r} has no memory (device meta): load the weights first.")
             named[name] = tensor
-    place_all(named)
     return named
 
 

@@ -16,6 +16,7 @@ from zokernel.directions.families.fixed import Fixed
 from zokernel.directions.terms import Factors, Values
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
+from zokernel.optim.parameters import tied_names
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -24,7 +25,7 @@ class Trained:
     """Parameters by name, with the directions that move them.
 
     Attributes:
-        named_params: Every parameter by name.
+        named_params: Every parameter by name, tied weights under their first one.
         active: Those that the coming step perturbs and moves: all but the frozen ones.
         frozen: Names of the parameters that it leaves alone.
         directions: The family of random directions.
@@ -72,7 +73,19 @@ class Trained:
     def groups(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Return every parameter group with the names of its parameters."""
         by_id = {id(tensor): name for name, tensor in self.named_params.items()}
-        return [(group, [by_id[id(tensor)] for tensor in group["params"]]) for group in self.param_groups]
+        return [
+            (group, [by_id[id(tensor)] for tensor in group["params"] if id(tensor) in by_id])
+            for group in self.param_groups
+        ]
+
+    def tied_names(self) -> dict[str, str]:
+        """Return the other names of tied weights, each with the one that they are trained under."""
+        is_tied = len(self.named_params) < sum(len(group["params"]) for group in self.param_groups)
+        return tied_names(self.param_groups) if is_tied else {}
+
+    def under_all_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by the names of parameters, those of tied weights under their other names, too."""
+        return tensors | {name: tensors[first] for name, first in self.tied_names().items()}
 
     def batches(self, names: Sequence[str]) -> list[list[str]]:
         """Split names into those whose directions must be made together.

@@ -22,18 +22,19 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from zokernel.directions import Dense, Directions
+from zokernel.directions import Dense, Directions, get_directions
 from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.ask_tell import AskTell
-from zokernel.optim.compose import check_together, make_directions, make_estimator, make_updates
+from zokernel.optim.compose import check_tied, check_together, make_estimator, make_updates
 from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
-from zokernel.optim.parameters import Origin, Params, name_parameters, trainable
+from zokernel.optim.parameters import Origin, Params, check_group, name_parameters, trainable
 from zokernel.optim.registry import register
-from zokernel.optim.updates import Rule, Update
+from zokernel.optim.updates.base import Rule, Update
+from zokernel.optim.without_gradients import refuse_backward, without_gradients
 from zokernel.perturb import Perturb, Recorded, make_perturb
 from zokernel.perturb.base import Closure
 from zokernel.private_apis import write_count
@@ -59,7 +60,7 @@ class ZerothOrder(AskTell):
 
     Attributes:
         perturb: How the losses are taken; assign another to change it between steps.
-        num_forwards: Times the closure was called.
+        num_forwards: Losses that its steps were made of: evaluated, replayed or told.
         last_estimate: Coefficients and losses of the last step.
 
     Raises:
@@ -68,7 +69,7 @@ class ZerothOrder(AskTell):
     Example:
         >>> from zokernel.directions import LowRank
         >>> from zokernel.estimators import OneSided
-        >>> from zokernel.optim import Adam
+        >>> from zokernel.optim.updates import Adam
         >>> layer, inputs = torch.nn.Linear(4, 3), torch.ones(2, 4)
         >>> optimizer = ZerothOrder(
         ...     layer, lr=0.02, directions=LowRank(2), estimator=OneSided(1e-3, 8), update=Adam())
@@ -92,9 +93,8 @@ class ZerothOrder(AskTell):
         update: Update | Sequence[Update] | str | None = None,
         **options: Unpack[ZerothOrderOptions],
     ):
-        if not (math.isfinite(lr) and lr >= 0):
-            raise UsageError(f"lr must be a finite number >= 0, not {lr}.")
         perturb, self.seed, weight_decay = shared_options(options, type(self))
+        check_group({"lr": lr, "weight_decay": weight_decay})
         self.updates = make_updates(update)
         self._transforms = [part for part in self.updates if type(part).transform is not Update.transform]
         self._followers = [part for part in self.updates if type(part).after_move is not Update.after_move]
@@ -102,7 +102,7 @@ class ZerothOrder(AskTell):
         self.named_params: dict[str, Tensor] = {}
         self.active, self._trainable = self.named_params, set()
         torch.optim.Optimizer.__init__(self, trainable(params), defaults)
-        self.directions = make_directions(Dense("rademacher") if directions is None else directions)
+        self.directions = get_directions(Dense("rademacher") if directions is None else directions)
         self.estimator = make_estimator(TwoPoint() if estimator is None else estimator)
         self.step_count = self.num_forwards = 0
         self.last_estimate: Estimate | None = None
@@ -149,16 +149,19 @@ class ZerothOrder(AskTell):
     @perturb.setter
     def perturb(self, perturb: Perturb | str) -> None:
         previous, self._perturb = self._perturb, make_perturb(perturb)
+        previous.release()
         try:
             self._attach()
         except BaseException:
             self._perturb = previous
+            self._attach()
             raise
 
     def _attach(self) -> None:
         """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
         self._check_density()
         check_together(self.estimator, self.perturb)
+        check_tied(self.tied_names(), self.perturb)
         self.perturb.attach(self.active, self.directions, seed=self.seed, reach=self.estimator.reach)
         self._named_groups = self.moving_groups()  # the same dictionaries, found by name once
         self._note_versions()
@@ -190,20 +193,21 @@ class ZerothOrder(AskTell):
         gain = self.estimator.gain_at(self.step_count, self.last_estimate) * self.directions.gain() * self.last_factor
         return self.rule.effective_lr(self.param_groups[0], gain)
 
-    @torch.no_grad()
+    @without_gradients
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """Take one step.
 
         Args:
             closure: Returns the loss (a scalar) on one fixed batch.  It is called ``forwards_per_step`` times under
                 ``no_grad`` with perturbed weights, so it must not draw a new batch and the model must be deterministic
-                (``model.eval()``).  A warning says so once; the first step may take one loss again to see.
+                (``model.eval()``).  A warning says so once; the first step may take one loss again to see.  It must not
+                call ``backward``: no gradient is needed.
 
         Returns:
             Mean of the losses evaluated.
 
         Raises:
-            UsageError: If there is no closure.
+            UsageError: If there is no closure, or it calls ``backward``.
             LossError: If a loss is NaN or infinite; the weights are those before the step.
         """
         if closure is None:
@@ -212,7 +216,7 @@ class ZerothOrder(AskTell):
             )
         return self._step(self.perturb, closure)
 
-    @torch.no_grad()
+    @without_gradients
     def replay(self, record: Sequence[float], *, frozen: Collection[str] | None = None) -> float:
         """Repeat the step that recorded numbers led to: the same update, state and bits, without a forward pass.
 
@@ -252,7 +256,8 @@ class ZerothOrder(AskTell):
         try:
             points = self.estimator.points(seed=self.seed, step=self.step_count)
             take = self._watch.around(perturb, self.active) if self.watches_loss else perturb.losses
-            numbers = take(closure, points, step=self.step_count)
+            with refuse_backward(self.active):
+                numbers = take(closure, points, step=self.step_count)
             self._check_numbers(numbers, len(points))
             estimate = self.estimator.combine(numbers, seed=self.seed, step=self.step_count)
             transformed = estimate

@@ -7,13 +7,16 @@ ways tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zokernel.directions import Directions
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import RunError, UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure
@@ -32,10 +35,10 @@ def matches_in_place(
     """Take one perturbed loss in place and one with ``in_forward``, and compare them.
 
     Three forwards are run.  The weights are restored to the same bits, at the memory of the few that rounding would
-    change.
+    change; of weights in bfloat16 or float16, of which it would change most, copies are held.
 
     Args:
-        parameters: Trained parameters by name, float32 or float64.
+        parameters: Trained parameters by name, or some of them.
         directions: The family of random directions.
         closure: Returns the loss of a fixed batch.
         offsets: The point to compare at, in units of the weights.
@@ -58,6 +61,9 @@ def matches_in_place(
         try:
             inside = InForward()
             inside.attach(parameters, directions, seed=seed)
+            assert inside.schedule is not None
+            # In pieces, a product would be rounded in another way than in place.
+            inside.schedule.stretch = max(inside.schedule.stretch, *(p.numel() for p in parameters.values()))
             (loss_in_forward,) = inside.losses(closure, [offsets], step=0)
         except (UsageError, RunError) as error:
             return False, f"in_forward does not suit this model ({error})"
@@ -71,6 +77,20 @@ def matches_in_place(
     return abs(loss_in_place - loss_in_forward) <= TOLERANCE * abs(loss_in_place - base), comparison
 
 
+def one_of_each_kind(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first of the parameters whose names differ in numbers only: the layers of a model read theirs alike.
+
+    Example:
+        >>> names = ("head", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down")
+        >>> list(one_of_each_kind(dict.fromkeys(names, torch.ones(2))))
+        ['head', 'layers.0.up', 'layers.0.down']
+    """
+    kinds: dict[str, str] = {}
+    for name in parameters:
+        kinds.setdefault(re.sub(r"\d+", "#", name), name)
+    return {name: parameters[name] for name in kinds.values()}
+
+
 @contextmanager
 def moved_in_place(
     parameters: Mapping[str, Tensor], directions: Directions, offsets: Offsets, *, seed: int
@@ -78,9 +98,9 @@ def moved_in_place(
     """Move weights along directions of step 0 for the length of a ``with`` block, and restore the same bits.
 
     Adding and subtracting restores most float32 numbers exactly.  The others are found beforehand, tensor by tensor,
-    and kept; while a tensor is searched, a copy of it is held.
+    and kept; while a tensor is searched, a copy of it is held.  Tensors of 16 bits are kept whole.
     """
-    changed_pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    restores: list[Callable[[], object]] = []
 
     def add(name: str, sign: float) -> None:
         scales = [sign * offset for offset in offsets.values()]
@@ -97,18 +117,25 @@ def moved_in_place(
         finally:
             weights.copy_(before)
 
+    def subtract(name: str, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        add(name, -1.0)
+        weights = parameters[name].detach().view(-1)
+        for piece, (places, values) in zip(weights.split(PIECE), pieces):
+            piece[places] = values
+
     try:
-        for name in parameters:
-            pieces = find_changed(name)
+        for name, tensor in parameters.items():
+            restore: Callable[[], object]
+            if tensor.dtype in LOW_PRECISION:
+                restore = partial(tensor.detach().copy_, tensor.detach().clone())
+            else:
+                restore = partial(subtract, name, find_changed(name))
             add(name, 1.0)
-            changed_pieces[name] = pieces
+            restores.append(restore)
         yield
     finally:
-        for name, pieces in changed_pieces.items():
-            add(name, -1.0)
-            weights = parameters[name].detach().view(-1)
-            for piece, (places, values) in zip(weights.split(PIECE), pieces):
-                piece[places] = values
+        for restore in restores:
+            restore()
 
 
 def changed(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,11 +78,26 @@ class Flipped:
 Change = Copies | Thin | Flipped
 
 
-def stackable(parameters: Mapping[str, Tensor], directions: Directions, copies: int, max_bytes: int = 1 << 28) -> bool:
-    """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies."""
-    points: list[Offsets] = [{0: 0.0}]
-    thin = _thin(parameters, directions, points, seed=0, step=0)
-    return _size(parameters, thin, len(points)) <= max_bytes // copies
+def stackable(
+    parameters: Mapping[str, Tensor],
+    directions: Directions,
+    copies: int,
+    max_bytes: int = 1 << 28,
+    *,
+    points: Sequence[Offsets] = ({0: 1.0},),
+) -> bool:
+    """Return whether the trained tensors, perturbed, fit into ``max_bytes`` for so many copies.
+
+    Args:
+        parameters: Trained tensors by name.
+        directions: The family of random directions.
+        copies: How many copies there are at a time.
+        max_bytes: Bound on what they take.
+        points: Points of a step; along one direction each when not given.
+    """
+    together = [point for point in points if point][:copies]
+    size = _size(parameters, _thin(parameters, directions, together, seed=0, step=0), len(together))
+    return size * copies <= max_bytes * len(together)
 
 
 def stack(
@@ -95,13 +110,15 @@ def stack(
     seed: int,
     step: int,
 ) -> dict[int, Change]:
-    """Return the perturbed copies of every trained tensor, by its identity.
+    """Return the perturbed copies of every trained tensor, by its identity; none where no point is perturbed.
 
     ``buffers`` hold the copies from step to step: sweeps over the same memory are prepared only once.
 
     Raises:
         UsageError: If they would take more than ``max_bytes``.
     """
+    if not any(points):
+        return {}
     thin = _thin(parameters, directions, points, seed=seed, step=step)
     remaining = {name: tensor for name, tensor in parameters.items() if name not in thin}
     size = _size(parameters, thin, len(points))
@@ -141,7 +158,7 @@ def _thin(
     if not large or directions.couples_tensors:
         return {}
     places = [place for place in place_all(large) if tuple(place.local.shape) == place.shape]
-    one_each = all(len(offsets) == 1 for offsets in points)
+    one_each = all(len(offsets) <= 1 for offsets in points)
     if one_each and (isinstance(directions, Flipout) or (isinstance(directions, LowRank) and directions.refresh == 0)):
         return _separate_changes(places, directions, points, seed=seed, step=step)
     drawn: dict[int, dict[str, Factors]] = {}
@@ -168,7 +185,7 @@ def _separate_changes(
     seed: int,
     step: int,
 ) -> dict[str, Thin | Flipped]:
-    """Return changes of which each is along one direction of its own; their parts are drawn once for all points."""
+    """Return changes of which each is along one direction of its own, or none; their parts are drawn once for all."""
     if isinstance(directions, LowRank):
         places = [place for place in places if directions.shape(place.shape)[:2] == place.shape]
     if not places:
@@ -176,7 +193,7 @@ def _separate_changes(
     device, stored = places[0].local.device, places[0].local.dtype
     low = stored == torch.float32 and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if low else stored
-    indices, offsets = zip(*(next(iter(point.items())) for point in points))
+    indices, offsets = zip(*(next(iter(point.items()), (0, 0.0)) for point in points))
     blocks = (directions.blocks if isinstance(directions, LowRank) else directions.flips)(
         places, seed=seed, step=step, indices=indices, dtype=dtype
     )

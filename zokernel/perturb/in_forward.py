@@ -13,7 +13,6 @@ only the rows looked up are made, of output layers a stretch of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions, LowRank, Subspace
-from zokernel.directions.placement import Placement, place_all
-from zokernel.directions.weights.copy_perturbed import Copier, copy_perturbed_rows, on_gpu
-from zokernel.directions.weights.restore import memory_of
-from zokernel.errors import RunError, UsageError
+from zokernel.directions.weights.copy_perturbed import on_gpu
+from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
+from zokernel.perturb.copy_schedule import CopySchedule, Point
 from zokernel.perturb.in_place import loss_value
 from zokernel.perturb.intercept import Intercepted
 from zokernel.private_apis import flatten_and_unflatten
 
 _flatten, _unflatten = flatten_and_unflatten()
 
-# Elements of a stretch.  After a matrix product the first part of a copy is slow, so there should be few; but its copy
-# takes memory, 16 MiB in bfloat16, and should not fall out of the cache.
-STRETCH = 1 << 23
-# On a GPU a copy takes less time than starting it does, so there should be as few as this share of the weights allows.
-GPU_SHARE = 1 / 32
-# Vectors and small matrices of a model are copied once per loss.
-SMALL = 1 << 14
 # Families whose directions on some rows do not depend on the other rows.
 BY_POSITION = (Dense, LowRank, Subspace)
 # Operations that autocast runs in low precision, on weights too.
@@ -50,7 +41,7 @@ class InForward(Perturb):
     r"""Leave the weights in place and let each layer read :math:`\theta + \epsilon z`, made just before it is needed.
 
     The closure must use the trained parameters themselves, by torch operations in its own thread: not views or copies
-    made before, and no compiled or captured graph.
+    made before, and no compiled, scripted or captured graph.  :func:`~zokernel.perturb.matches_in_place` tells.
 
     Attributes:
         schedule: What is copied when; complete once losses have been taken.
@@ -87,9 +78,10 @@ class InForward(Perturb):
                 f"{directions!r} gives one tensor directions that depend on the others, and in_forward perturbs a few "
                 "tensors at a time: use perturb='in_place'."
             )
+        serves = self.schedule is not None and self.schedule.serves(parameters)
+        schedule = self.schedule if serves else CopySchedule(parameters)
         super().attach(parameters, directions, seed=seed, reach=reach)
-        if self.schedule is None or not self.schedule.serves(parameters):
-            self.schedule = CopySchedule(parameters)
+        self.schedule = schedule
 
     def losses(self, closure: Closure, points: Sequence[Offsets], *, step: int) -> list[float]:
         """Evaluate the closure at each point, with perturbed copies in place of the weights."""
@@ -114,133 +106,6 @@ class InForward(Perturb):
                 schedule.finish()
                 schedule.prepare(self.weights.directions, seed=seed)
         return losses
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where the losses are taken: offsets along the directions of a step."""
-
-    offsets: Offsets
-    seed: int
-    step: int
-
-
-class CopySchedule:
-    """Which parameters are copied together, in which type; learned from the first forward.
-
-    Args:
-        parameters: Trained parameters by name.
-
-    Raises:
-        UsageError: If one of them is sharded or not in memory order.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor]):
-        self.parameters = parameters
-        self.places: dict[int, Placement] = {}
-        self.memory = {id(tensor): memory_of(tensor) for tensor in parameters.values()}
-        for name, tensor in parameters.items():
-            place = place_all({name: tensor})[0]
-            if not place.local.is_contiguous() or tuple(place.local.shape) != place.shape:
-                raise UsageError(f"{name} is sharded or not contiguous: use perturb='in_place'.")
-            self.places[id(tensor)] = place
-        on_gpus = sum(place.numel for place in self.places.values() if place.local.is_cuda)
-        self.stretch = max(STRETCH, int(GPU_SHARE * on_gpus))
-        self.small = [key for key, place in self.places.items() if place.numel <= SMALL or len(place.shape) < 2]
-        self.used: list[tuple[int, torch.dtype]] = []
-        self.stretches: list[list[int]] = []
-        self.stretch_of: dict[int, int] = {}
-        self.dtypes: dict[int, torch.dtype] = {}
-        self.touched = False
-        self.group_of: dict[int, str] = {}  # parameters of different groups are not copied together
-        self.copy_small = Copier([self.places[key] for key in self.small])
-        self._copiers: dict[tuple[int, ...], Copier] = {}
-        self._pieces: dict[tuple[int, int], list[Copier]] = {}
-        self._scratch: dict[torch.dtype, Tensor] = {}
-
-    def serves(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Return whether these are the parameters, in the memory that they had."""
-        return self.memory == {id(tensor): memory_of(tensor) for tensor in parameters.values()}
-
-    @property
-    def learned(self) -> bool:
-        """Whether a forward has been seen."""
-        return bool(self.stretches)
-
-    def prepare(self, directions: Directions, *, seed: int) -> None:
-        """Make the tables of all copies before a forward.
-
-        Made one by one between activations, they would split the memory that these leave behind, and each next
-        activation would take new memory: 200 MiB in the first forward of SmolLM2.
-        """
-        for keys in self.stretches or [[key] for key in self.places if key not in self.small]:
-            self.copier(keys).prepare(directions, seed=seed)
-
-    def finish(self) -> None:
-        """After the first forward, group the large parameters that it used.
-
-        Raises:
-            RunError: If it used none of the parameters at all.
-        """
-        if not self.touched:
-            raise RunError(
-                "The loss was computed without the trained parameters: the closure must use the very tensors given to "
-                "the optimizer, not copies, views or a compiled graph."
-            )
-        sizes: list[int] = []
-        self._copiers.clear()
-        for key, dtype in dict(self.used).items():
-            size = self.places[key].numel
-            last = self.stretches[-1] if self.stretches else []
-            fits = bool(last) and self.dtypes[last[0]] == dtype and sizes[-1] + size <= self.stretch
-            if not fits or self.group_of.get(last[0]) != self.group_of.get(key):
-                self.stretches.append([])
-                sizes.append(0)
-            self.stretches[-1].append(key)
-            sizes[-1] += size
-            self.stretch_of[key], self.dtypes[key] = len(self.stretches) - 1, dtype
-
-    def relocate(self, keys: Sequence[int]) -> None:
-        """Find parameters in memory again, whose addresses have changed."""
-        for key in keys:
-            name = self.places[key].name
-            self.places[key] = place_all({name: self.parameters[name].data})[0]  # which is not intercepted
-        moved = set(keys)
-        self._copiers = {copied: copier for copied, copier in self._copiers.items() if moved.isdisjoint(copied)}
-        self._pieces = {copied: pieces for copied, pieces in self._pieces.items() if copied[0] not in moved}
-
-    def copier(self, keys: Sequence[int]) -> Copier:
-        """Return what copies some parameters together."""
-        copier = self._copiers.get(tuple(keys))
-        if copier is None:
-            copier = self._copiers[tuple(keys)] = Copier([self.places[key] for key in keys])
-        return copier
-
-    def pieces(self, key: int, rows: int) -> list[Copier]:
-        """Return what copies a matrix ``rows`` rows at a time."""
-        if (key, rows) not in self._pieces:
-            whole, pieces = self.places[key], []
-            for begin in range(0, whole.shape[0], rows):
-                local = whole.local[begin : begin + rows]
-                place = Placement(whole.name, local, local, whole.shape, (begin, *whole.offset[1:]))
-                pieces.append(Copier([place]))
-            self._pieces[key, rows] = pieces
-        return self._pieces[key, rows]
-
-    def copy(self, directions: Directions, copier: Copier, targets: Sequence[Tensor], point: Point) -> None:
-        """Write perturbed copies of some parameters: all copies but those of rows are made here."""
-        copier(directions, targets, point.offsets, seed=point.seed, step=point.step)
-
-    def copy_rows(self, directions: Directions, place: Placement, rows: Tensor, target: Tensor, point: Point) -> None:
-        """Write perturbed copies of some rows of a parameter: all of those are made here."""
-        copy_perturbed_rows(directions, place, rows, target, point.offsets, seed=point.seed, step=point.step)
-
-    def buffer(self, dtype: torch.dtype, size: int, device: torch.device) -> Tensor:
-        """Return the scratch buffer of a type, grown if need be."""
-        buffer = self._scratch.get(dtype)
-        if buffer is None or buffer.numel() < size or buffer.device != device:
-            buffer = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=device)
-        return buffer[:size]
 
 
 class Perturbed(Intercepted):
@@ -279,8 +144,7 @@ class Perturbed(Intercepted):
         read = [clones[id(value)] if id(value) in clones else self.copy(value, low) for value in values]
         args, kwargs = (read, {}) if structure is None else _unflatten(read, structure)
         result = func(*args, **kwargs)
-        # A view of the scratch buffer would change under its holder's hands.
-        return result.clone() if large and isinstance(result, Tensor) and self._is_scratch(result) else result
+        return self._kept(result) if large else result
 
     def copy(self, value: Any, low: bool) -> Any:
         """Return the perturbed copy of a trained parameter; anything else as it is."""
@@ -319,14 +183,29 @@ class Perturbed(Intercepted):
         self.copies = {k: copy for k, copy in self.copies.items() if copy.dtype != dtype}
         self.copies |= dict(zip(keys, targets))
 
+    def _kept(self, result: Any) -> Any:
+        """Return a result that stays as it is: a view of the scratch buffer would change under its holder's hands."""
+        if isinstance(result, Tensor):
+            return result.clone() if self._is_scratch(result) else result
+        values, structure = _flatten(result)  # several, as of chunk, split and unbind
+        return _unflatten([self._kept(value) if isinstance(value, Tensor) else value for value in values], structure)
+
     def _is_scratch(self, result: Tensor) -> bool:
         address = result.untyped_storage().data_ptr() if result.layout == torch.strided else 0
         return any(copy.untyped_storage().data_ptr() == address for copy in self.copies.values())
 
 
-def _embedding(mode: Perturbed, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def _embedding(
+    mode: Perturbed,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor | None:
     """Look up perturbed rows: only those that occur are made."""
-    if id(weight) not in mode.schedule.places or id(weight) in mode.fixed:
+    if id(weight) not in mode.schedule.places or id(weight) in mode.fixed or max_norm is not None:
         return None
     # A GPU makes a row anew wherever it occurs sooner than it tells how many rows there are.
     repeats_rows = on_gpu(mode.directions.backend, weight)
@@ -344,14 +223,18 @@ def _linear(mode: Perturbed, input: Tensor, weight: Tensor, bias: Tensor | None 
         return F.linear(input, mode.copy(weight, low=True), mode.copy(bias, low=True))
     dtype = mode.dtype(weight, low=True)
     mode.copies = {key: copy for key, copy in mode.copies.items() if copy.dtype != dtype}
-    pieces = []
+    biases = None if bias is None else mode.copy(bias, low=True).expand(len(weight))
+    result, end = input, 0
     for copier in mode.schedule.pieces(id(weight), max(1, mode.schedule.stretch // weight.shape[1])):
         local = copier.places[0].local
         piece = mode.schedule.buffer(dtype, local.numel(), local.device).view(local.shape)
         mode.schedule.copy(mode.directions, copier, [piece], mode.point)
-        pieces.append(F.linear(input, piece))
-    result = torch.cat(pieces, -1)
-    return result if bias is None else result + mode.copy(bias, low=False)
+        begin, end = end, end + len(piece)
+        part = F.linear(input, piece, None if biases is None else biases[begin:end])
+        if not begin:  # only now the type is known; a list of parts and their concatenation would be held together
+            result = part.new_empty(*part.shape[:-1], weight.shape[0])
+        result[..., begin:end] = part
+    return result
 
 
 _SPECIAL: dict[Any, Callable[..., Tensor | None]] = {F.embedding: _embedding, F.linear: _linear}

@@ -26,6 +26,7 @@ from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
 
 RESTORE_MODES = ("fold", "grid", "copy")
+IN_PLACE = ("in_place", *(f"in_place:{mode}" for mode in RESTORE_MODES))
 
 
 class InPlace(Perturb):

@@ -108,6 +108,11 @@ class Parallel(Perturb):
         return self.inner.name
 
     @property
+    def restore_mode(self) -> str:  # type: ignore[override]
+        """That of ``inner``, which restores the weights."""
+        return self.inner.restore_mode
+
+    @property
     def weights(self) -> Restore:  # type: ignore[override]
         """Those that ``inner`` moves."""
         return self.inner.weights

@@ -21,6 +21,7 @@ from zokernel.estimators.base import Offsets
 from zokernel.estimators.per_example import offsets_of
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.changes import stack
+from zokernel.perturb.in_place import IN_PLACE
 from zokernel.perturb.stacked import RowsError, StackedParameters
 
 
@@ -153,7 +154,7 @@ class PerExampleRows(Perturb):
         return values
 
 
-def per_example_perturb(perturb: str | Perturb | None, method: str) -> Perturb:
+def per_example_perturb(perturb: str | Perturb, method: str) -> Perturb:
     """Return the way of perturbing of a method whose examples see weights of their own.
 
     Args:
@@ -168,10 +169,10 @@ def per_example_perturb(perturb: str | Perturb | None, method: str) -> Perturb:
         >>> per_example_perturb("in_place", "grzo").name
         'per_example'
     """
-    name = "in_place" if perturb is None else perturb if isinstance(perturb, str) else perturb.name
+    name = perturb.name if isinstance(perturb, Perturb) else perturb
     if isinstance(perturb, Perturb) and name == "per_example":
         return perturb
-    if name != "per_example" and not name.startswith("in_place"):
+    if name not in ("per_example", *IN_PLACE):
         raise UsageError(f"Every example sees weights of its own with {method}: leave out perturb.")
     return PerExampleRows()
 

@@ -34,6 +34,8 @@ def make_perturb(perturb: str | Perturb) -> Perturb:
     """
     if isinstance(perturb, Perturb):
         return perturb
+    if not isinstance(perturb, str):
+        raise UsageError(f"{perturb!r} is no way of perturbing: pass 'in_place', or an object such as InForward().")
     if perturb == "in_forward":
         return InForward()
     if perturb == "in_place" or perturb.startswith("in_place:"):

@@ -25,7 +25,7 @@ from zokernel.errors import UsageError
 from zokernel.estimators.base import Offsets
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.changes import Change, Copies, Flipped, Thin, stack
-from zokernel.perturb.intercept import Intercepted
+from zokernel.perturb.intercept import Intercepted, attribute_of
 from zokernel.private_apis import flatten_and_unflatten
 
 _flatten, _unflatten = flatten_and_unflatten()
@@ -112,9 +112,12 @@ class StackedParameters(Intercepted):
                 args, kwargs = _unflatten([self._single(value) for value in values], structure)
                 return func(*args, **kwargs)
         if func not in _LAYERS:
+            attribute = attribute_of(func)
+            use = f"passes a trained parameter to {func.__name__}"
+            if attribute is not None:
+                use = f"uses .{attribute} of a trained parameter"
             raise UsageError(
-                f"The model passes a trained parameter to {func.__name__}, which has no form for several copies of the "
-                "weights: use perturb='in_place'."
+                f"The model {use}, which has no form for several copies of the weights: use perturb='in_place'."
             )
         return _LAYERS[func](self, *args, **kwargs)
 
@@ -184,7 +187,17 @@ def _addmm(mode: StackedParameters, bias: Tensor, input: Tensor, weight: Tensor)
     return result + mode.spread(bias, result)
 
 
-def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _embedding(
+    mode: StackedParameters,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    if max_norm is not None:
+        raise UsageError("An embedding with max_norm rewrites its weights as they are read: use perturb='in_place'.")
     change = mode.changes[id(weight)]
     if input.shape[0] == 1 and mode.rows:  # positions that all rows share
         input = input.expand(mode.rows, *input.shape[1:])
@@ -193,10 +206,10 @@ def _embedding(mode: StackedParameters, input: Tensor, weight: Tensor, *args: An
         output = torch.stack([copy[rows] for copy, rows in zip(change.copies, ids)])
     elif isinstance(change, Flipped):
         flips = change.rows.gather(1, ids.unsqueeze(-1)) * F.embedding(ids, change.shared()) * change.columns
-        output = F.embedding(ids, weight, *args, **kwargs) + flips
+        output = F.embedding(ids, weight) + flips
     else:
         left_rows = change.left.gather(1, ids.unsqueeze(-1).expand(-1, -1, change.left.shape[-1]))
-        output = torch.baddbmm(F.embedding(ids, weight, *args, **kwargs), left_rows, change.right)
+        output = torch.baddbmm(F.embedding(ids, weight), left_rows, change.right)
     return output.view(*input.shape, -1)
 
 

@@ -206,16 +206,16 @@ def _heatmap(kernel: list[Any], names: list[str] | None) -> Picture:
 
 def read_evolve(record: dict[str, Any]) -> Page:
     """Return the page of ``evolution.json``."""
-    stable = record["stable"]
+    stable, steps = record["stable"], record["steps_to_target"]
     summary = [
         f"{record['source']}: {plural(record['examples'], 'example')}, {plural(record['parameters'], 'parameter')}. "
         f"At learning rate {record['learning_rate']:.3g} with "
         f"{plural(record['num_perturbations'], record['distribution'] + ' direction')} per step, training is "
         f"{'stable' if stable else 'UNSTABLE: the expected loss diverges'}; the limit is "
         f"{record['stability_limit']:.3g} (gradient descent: {record['first_order_limit']:.3g}).",
-        f"The loss {record['target_loss']:.3g} is never reached in expectation at this rate."
-        if record["steps_to_target"] is None
-        else f"The loss {record['target_loss']:.3g} is expected after {plural(record['steps_to_target'], 'step')}: "
+        f"The loss {record['target_loss']:.3g} is not reached in expectation at this rate."
+        if steps is None
+        else f"The loss {record['target_loss']:.3g} is expected after {plural(steps, 'step')}: "
         f"{plural(record['queries_to_target'], 'loss evaluation')}.",
     ]
     losses = record["losses"]
@@ -230,7 +230,7 @@ def read_evolve(record: dict[str, Any]) -> Page:
         facts=[
             ("learning rate", f"{record['learning_rate']:.3g}"),
             ("stability limit", f"{record['stability_limit']:.3g}"),
-            ("steps to target", "never" if record["steps_to_target"] is None else number(record["steps_to_target"])),
+            ("steps to target", "not reached" if steps is None else number(steps)),
             ("best directions per step", str(record["best_num_perturbations"])),
         ],
         sections=[Section("Loss", "loss", pictures=[_evolution_picture(losses)], tables=tables)],

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from zokernel.finetune.run_files import RUN_FILE, STEPS_FILE
+from zokernel.finetune.run_files import METRICS_FILE, RUN_FILE, STEPS_FILE
 from zokernel.finetune.storage.lock import holder
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
 from zokernel.readable import readable_seconds
@@ -34,6 +34,7 @@ class Progress:
         seconds: Seconds of the steps done; None if they were not recorded.
         seconds_left: Estimated seconds to the end; None if nothing is known, or nothing is left.
         quiet: Seconds since something was written, if a running run has been silent for long.
+        lost_end: What is wrong with the file that says that a run has finished, if all of its steps are taken.
     """
 
     state: str
@@ -42,6 +43,7 @@ class Progress:
     seconds: float | None = None
     seconds_left: float | None = None
     quiet: float | None = None
+    lost_end: str = ""
 
     @property
     def percent(self) -> int | None:
@@ -98,8 +100,12 @@ class Progress:
         Example:
             >>> Progress("died", 126, 300).description
             'The run died after step 126 of 300: its process is gone. The same command continues it.'
+        >>> Progress("stopped", 300, 300, lost_end="metrics.json is missing: the same command writes it").description
+        'All steps are taken (300), but metrics.json is missing: the same command writes it.'
         """
         at = f"{self.steps:,}" + ("" if self.total is None else f" of {self.total:,}")
+        if self.lost_end:
+            return f"All steps are taken ({self.steps:,}), but {self.lost_end}."
         description = {
             "waiting": "Waiting for the run to begin.",
             "finished": "The run has finished.",
@@ -136,15 +142,24 @@ def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progres
     usual_silence = max(20 * (step_seconds or 0.0), 3 * max(run.evaluation_seconds, default=0.0))
     process = holder(run.folder)
     if process is None:
-        return Progress("stopped", steps, total, seconds)
+        return Progress("stopped", steps, total, seconds, lost_end=_lost_end(run, steps, total))
     if not _is_alive(process) and silence > max(SEEN, usual_silence):
-        return Progress("died", steps, total, seconds)
+        return Progress("died", steps, total, seconds, lost_end=_lost_end(run, steps, total))
     seconds_left = None
     if total is not None and step_seconds is not None:
         seconds_left = max(0, total - steps) * step_seconds + _evaluations_left(run, steps, total)
     return Progress(
         "running", steps, total, seconds, seconds_left, silence if silence > max(QUIET, usual_silence) else None
     )
+
+
+def _lost_end(run: TrainingRun, steps: int, total: int | None) -> str:
+    """Return why a run whose last step is taken does not count as finished, as a clause; empty if steps are left."""
+    if (run.folder / METRICS_FILE).is_file():
+        return f"{METRICS_FILE} is damaged: remove it, and the same command writes it again"
+    if total is None or steps < total:
+        return ""
+    return f"{METRICS_FILE}, which says that the run has finished, is missing: the same command writes it"
 
 
 def total_steps(run: dict[str, Any]) -> int | None:

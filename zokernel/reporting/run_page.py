@@ -11,6 +11,8 @@ from zokernel.reporting.plan_page import read_evolve, read_kernel, read_plan
 from zokernel.reporting.training import find_plan, is_training
 from zokernel.reporting.training_page import read_finetune
 
+_AGAIN = "restore it from a copy, or repeat the command that wrote it"
+
 
 def read_run(folder: Path) -> Page:
     """Return the page of the run that a folder, or the ``.json`` file of a plan, holds.
@@ -22,10 +24,10 @@ def read_run(folder: Path) -> Page:
         The page.
 
     Raises:
-        UsageError: If it holds no run of zokernel.
+        UsageError: If it holds no run of zokernel, or a damaged one.
     """
     if folder.is_file() and folder.suffix == ".json":
-        record = read_json(folder)
+        record = read_json(folder, keys=(), advice=_AGAIN)
         if "plan" in record:
             return read_plan(record)
     if not folder.is_dir():
@@ -34,10 +36,12 @@ def read_run(folder: Path) -> Page:
         return read_finetune(folder)
     for name, reader in (("evolution.json", read_evolve), ("kernel.json", read_kernel)):
         if (folder / name).is_file():
-            return reader(read_json(folder / name))
+            return reader(read_json(folder / name, keys=(), advice=_AGAIN))
     plan = find_plan(folder)
     if plan is not None:
         return read_plan(plan)
+    for path in sorted(folder.glob("*.json")):
+        read_json(path, advice=_AGAIN)  # a damaged file may be what the folder was given for
     raise UsageError(
         f"{folder} holds no run of zokernel: give the output_dir of finetune, kernel, evolve or reproduce."
     )

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zokernel.errors import RunError
-from zokernel.finetune.run_files import METRICS_FILE, RUN_FILE, STEPS_FILE
+from zokernel.errors import RunError, UsageError
+from zokernel.files import read_json
+from zokernel.finetune.run_files import METRICS_FILE, RUN_FILE, STEPS_FILE, read_run_file
 from zokernel.journal.reader import FILE_NAME as JOURNAL_FILE
 from zokernel.journal.reader import Journal
+from zokernel.readable import plural
 from zokernel.reporting.rewards import Band, band, is_rewarded
 
 EVOLUTION = "evolution.json"
@@ -35,6 +37,7 @@ class TrainingRun:
         gradient_norm: Predicted |g| and its error, if a plan is there.
         rewards: Quantiles of the members' rewards by step, if the run is one on rewards and its journal is there.
         evaluation_seconds: Seconds that each evaluation took, if the journal says it.
+        unread: Which files are damaged or cut off, each in a sentence.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class TrainingRun:
     gradient_norm: tuple[float, float] | None = None
     rewards: dict[int, Band] = field(default_factory=dict)
     evaluation_seconds: list[float] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -68,8 +72,8 @@ def read_training(folder: Path) -> TrainingRun:
     Returns:
         The run; steps come from ``steps.jsonl`` if that reaches as far as the journal, else from the journal.
     """
-    rows = read_lines(folder / STEPS_FILE)
-    run = TrainingRun(folder, rows, metrics=_json(folder / METRICS_FILE), run=_json(folder / RUN_FILE))
+    run = TrainingRun(folder, read_lines(folder / STEPS_FILE))
+    run.metrics, run.run = _read_run_file(run, METRICS_FILE), _read_run_file(run, RUN_FILE)
     if (folder / JOURNAL_FILE).is_file():
         _add_journal(run)
     if run.metrics:
@@ -84,11 +88,47 @@ def read_training(folder: Path) -> TrainingRun:
     return run
 
 
-def _add_journal(run: TrainingRun) -> None:
+def _read_run_file(run: TrainingRun, name: str) -> dict[str, Any]:
+    """Return what a file of a run holds; empty if it is not there, or damaged, which is noted."""
+    path = run.folder / name
+    if not path.is_file():
+        return {}
     try:
-        journal = Journal.read(run.folder, up_to_damage=True)
-    except RunError:  # its header is still being written
+        return read_run_file(path)
+    except UsageError as error:
+        run.unread.append(str(error))
+        return {}
+
+
+def _whole_part(run: TrainingRun) -> Journal | None:
+    """Return the journal up to where it is damaged, which is noted; None if that is its header."""
+    try:
+        return Journal.read(run.folder)
+    except RunError as error:
+        run.unread.append(str(error))
+    try:
+        return Journal.read(run.folder, up_to_damage=True)
+    except RunError:  # its header is damaged, or still being written
+        return None
+
+
+def _check_steps(run: TrainingRun, journal: Journal) -> None:
+    """Note that ``steps.jsonl`` or the journal lacks steps that the run has taken."""
+    steps = run.metrics.get("steps") or journal.num_steps - 1  # a step is in the journal first
+    path, last = run.folder / STEPS_FILE, int(run.rows[-1]["step"]) if run.rows else 0
+    if path.is_file() and last < steps:
+        run.unread.append(f"{path} is cut off after step {last:,}: the other steps are those of the journal.")
+    elif run.metrics and not path.is_file():
+        run.unread.append(f"{path} is missing: the steps are those of the journal.")
+    if journal.num_steps < steps:
+        run.unread.append(f"{journal.path} is cut off: it holds {journal.num_steps:,} of {plural(steps, 'step')}.")
+
+
+def _add_journal(run: TrainingRun) -> None:
+    journal = _whole_part(run)
+    if journal is None:
         return
+    _check_steps(run, journal)
     if is_rewarded(run.metrics, run.run):
         run.rewards = {record.step + 1: band(record.losses) for record in journal.steps if record.losses}
     header = journal.header
@@ -142,8 +182,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # being written
+        content = read_json(path)
+    except UsageError:  # read_run names it if there is nothing else
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -53,9 +53,17 @@ def has_reasons(metrics: dict[str, Any]) -> bool:
 
 def summary(run: TrainingRun) -> list[str]:
     """Return what happened, in plain words."""
+    return [*_unread(run), *(_finished(run) if run.metrics else _so_far(run))]
+
+
+def _unread(run: TrainingRun) -> list[str]:
+    """Return which files of a run that no process writes are damaged."""
+    return [] if progress_of(run).state == "running" else run.unread
+
+
+def _finished(run: TrainingRun) -> list[str]:
+    """Return what a finished run has come to."""
     metrics = run.metrics
-    if not metrics:
-        return _so_far(run)
     if not metrics["steps"]:
         return [paragraph for paragraph in (describe_warning(metrics), _untrained(metrics)) if paragraph]
     paragraphs = [describe_warning(metrics), _how(metrics)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zokernel.distributions import Distribution
-from zokernel.theory.checks import as_kernel
+from zokernel.theory.checks import as_kernel, check_count
 from zokernel.theory.per_example import example_blocks, sampling_share, step_second_moment
 from zokernel.theory.stability import clean_eigenvalues, spectral_radius
 
@@ -124,6 +124,7 @@ def batch_stability_limit(
         >>> [round(batch_stability_limit(kernel, 2, scheme=scheme), 3) for scheme in schemes]
         [1.333, 0.423, 0.481]
     """
+    check_count(outputs, "number of outputs")
     kernel = as_kernel(kernel).cpu()
     eigenvalues, vectors = torch.linalg.eigh(kernel)
     values = torch.as_tensor(clean_eigenvalues(eigenvalues))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_count, check_num_perturbations
+from zokernel.values import check_positive
 
 
 def jl_distortion(num_outputs: int, num_perturbations: int) -> float:
@@ -25,7 +27,8 @@ def jl_distortion(num_outputs: int, num_perturbations: int) -> float:
         >>> round(jl_distortion(10, 1), 3)
         1.517
     """
-    return math.sqrt(math.log(num_outputs) / num_perturbations)
+    check_count(num_outputs, "number of outputs")
+    return math.sqrt(math.log(num_outputs) / check_num_perturbations(num_perturbations))
 
 
 def jl_distortion_explicit(num_outputs: int, num_perturbations: int, *, failure: float = 0.05) -> float:
@@ -43,7 +46,9 @@ def jl_distortion_explicit(num_outputs: int, num_perturbations: int, *, failure:
         >>> jl_distortion_explicit(50_272, 50), 0 < jl_distortion_explicit(10, 1000) < 1
         (inf, True)
     """
-    target = math.log(4 * num_outputs**2 / failure) / num_perturbations
+    check_count(num_outputs, "number of outputs")
+    check_positive(failure=failure)
+    target = math.log(4 * num_outputs**2 / failure) / check_num_perturbations(num_perturbations)
 
     def gain(eps: float) -> float:
         return eps**2 / 4 - eps**3 / 6
@@ -130,7 +135,7 @@ def belief_bound(
     if form not in ("printed", "corrected"):
         raise UsageError(f"There is no bound {form!r}: choose 'printed' or 'corrected'.")
     power = 1 if form == "printed" else 2
-    scaling = math.sqrt(num_outputs * math.log(num_outputs) / num_perturbations)
+    scaling = jl_distortion(num_outputs, num_perturbations) * math.sqrt(num_outputs)
     return scaling * lr * largest_norm**power * gradient_norm * projector_norm
 
 
@@ -151,7 +156,7 @@ def projector_norm(probability_norm: float, num_outputs: int) -> float:
         >>> round(projector_norm(1.0, 50_272))
         224
     """
-    return math.sqrt(num_outputs) * probability_norm
+    return math.sqrt(check_count(num_outputs, "number of outputs")) * probability_norm
 
 
 def classical_rate(dim: int, smoothness: float, num_perturbations: int, num_steps: int) -> float:
@@ -172,7 +177,8 @@ def classical_rate(dim: int, smoothness: float, num_perturbations: int, num_step
         >>> classical_rate(100, 1.0, 1, 100)
         1.0
     """
-    return math.sqrt(dim * smoothness / (num_perturbations * num_steps))
+    check_positive(dim=dim, smoothness=smoothness, num_steps=num_steps)
+    return math.sqrt(dim * smoothness / (check_num_perturbations(num_perturbations) * num_steps))
 
 
 def classical_learning_rate(dim: int, smoothness: float, num_perturbations: int) -> float:
@@ -192,4 +198,5 @@ def classical_learning_rate(dim: int, smoothness: float, num_perturbations: int)
         >>> classical_learning_rate(1000, 2.0, 10)
         0.005
     """
-    return num_perturbations / (smoothness * dim)
+    check_positive(dim=dim, smoothness=smoothness)
+    return check_num_perturbations(num_perturbations) / (smoothness * dim)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from zokernel.errors import UsageError
+from zokernel.values import is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_num_perturbations(num_perturbations: int) -> int:
@@ -16,9 +17,26 @@ def check_num_perturbations(num_perturbations: int) -> int:
     Raises:
         UsageError: If it is not.
     """
-    if int(num_perturbations) != num_perturbations or num_perturbations < 1:
-        raise UsageError(f"The number of perturbations must be a positive whole number, not {num_perturbations}.")
-    return int(num_perturbations)
+    return check_count(num_perturbations, "number of perturbations")
+
+
+def check_count(count: float, what: str) -> int:
+    """Return a count if it is a positive whole number, of whatever type.
+
+    Args:
+        count: The count.
+        what: What it is, for the message.
+
+    Raises:
+        UsageError: If it is not.
+
+    Example:
+        >>> check_count(4.0, "batch size")
+        4
+    """
+    if not is_number(count) or int(count) != count or count < 1:
+        raise UsageError(f"The {what} must be a positive whole number, not {count!r}.")
+    return int(count)
 
 
 def check_noise_ratio(noise_ratio: float) -> float:
@@ -27,8 +45,8 @@ def check_noise_ratio(noise_ratio: float) -> float:
     Raises:
         UsageError: If it is negative or not finite.
     """
-    if not 0.0 <= noise_ratio < math.inf:
-        raise UsageError(f"The noise of the examples' gradients must be at least 0 and finite, not {noise_ratio}.")
+    if not (is_number(noise_ratio) and noise_ratio >= 0):
+        raise UsageError(f"The noise of the examples' gradients must be at least 0 and finite, not {noise_ratio!r}.")
     return noise_ratio
 
 
@@ -46,9 +64,12 @@ def as_kernel(kernel: Tensor, size: int | None = None) -> Tensor:
         UsageError: If its shape does not fit, it is not finite, or it is clearly not symmetric.
 
     Example:
+        >>> import torch
         >>> as_kernel(torch.ones(2, 2)).tolist()
         [[1.0, 1.0], [1.0, 1.0]]
     """
+    import torch
+
     matrix = torch.as_tensor(kernel, dtype=torch.float64).detach()
     if size is None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

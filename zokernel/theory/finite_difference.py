@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zokernel.errors import UsageError
+from zokernel.values import check_positive, is_number, is_whole
 
 
 def finite_difference_error(eps: float, loss_noise: float, third_derivative: float) -> float:
@@ -29,10 +30,14 @@ def finite_difference_error(eps: float, loss_noise: float, third_derivative: flo
     Returns:
         The error, in units of a projected gradient.
 
+    Raises:
+        UsageError: If ``eps`` is not positive.
+
     Example:
         >>> finite_difference_error(1e-3, 0.0, 6.0)
         1e-06
     """
+    check_positive(eps=eps)
     bias = eps**2 * third_derivative / 6
     return math.hypot(bias, loss_noise / (math.sqrt(2) * eps))
 
@@ -54,8 +59,10 @@ def optimal_eps(loss_noise: float, third_derivative: float) -> float:
         >>> round(optimal_eps(loss_noise=7.7e-8, third_derivative=261.0), 6)
         0.00096
     """
-    if loss_noise < 0:
-        raise UsageError(f"loss_noise is {loss_noise}: a standard deviation cannot be negative.")
+    if not (is_number(loss_noise) and loss_noise >= 0):
+        raise UsageError(f"loss_noise is {loss_noise!r}: a standard deviation is finite and cannot be negative.")
+    if not is_number(third_derivative):
+        raise UsageError(f"third_derivative is {third_derivative!r}: it must be a finite number.")
     if third_derivative == 0:
         raise UsageError("The third derivative is zero: central differences have no bias, so no eps is best; take any.")
     return (3 * loss_noise / abs(third_derivative)) ** (1 / 3)
@@ -69,14 +76,18 @@ def error_at_optimum(loss_noise: float, third_derivative: float) -> float:
         third_derivative: rms of :math:`T` over directions.
 
     Returns:
-        The smallest error that any perturbation size reaches.
+        The smallest error that any perturbation size reaches; without noise zero, which small sizes come near.
+
+    Raises:
+        UsageError: As for :func:`optimal_eps`.
 
     Example:
         >>> eps = optimal_eps(1e-7, 100.0)
         >>> math.isclose(error_at_optimum(1e-7, 100.0), finite_difference_error(eps, 1e-7, 100.0))
         True
     """
-    return math.sqrt(3) / 2 * loss_noise / optimal_eps(loss_noise, third_derivative)
+    eps = optimal_eps(loss_noise, third_derivative)
+    return math.sqrt(3) / 2 * loss_noise / eps if eps else 0.0
 
 
 def third_derivative_from_differences(difference: float, doubled: float, eps: float) -> float:
@@ -90,11 +101,15 @@ def third_derivative_from_differences(difference: float, doubled: float, eps: fl
     Returns:
         The third directional derivative, exact to :math:`O(\mu^2)`, with noise :math:`\sqrt{5/2}\,\sigma_L/\mu^3`.
 
+    Raises:
+        UsageError: If ``eps`` is not positive.
+
     Example:
         >>> cube = lambda mu: ((1 + mu) ** 3 - (1 - mu) ** 3) / (2 * mu)
         >>> round(third_derivative_from_differences(cube(0.1), cube(0.2), 0.1), 6)
         6.0
     """
+    check_positive(eps=eps)
     return 2 * (doubled - difference) / eps**2
 
 
@@ -122,7 +137,7 @@ def noise_from_differences(values: Sequence[float], *, order: int | None = None)
     """
     table = np.asarray(values, dtype=np.float64)
     order = len(table) // 2 if order is None else order
-    if len(table) < 4 or not 1 <= order < len(table):
+    if len(table) < 4 or not is_whole(order) or order >= len(table):
         raise UsageError(f"{len(table)} values do not allow differences of order {order}: give at least four values.")
     differences = np.diff(table, n=order)
     return float(np.sqrt(np.mean(differences**2) / math.comb(2 * order, order)))

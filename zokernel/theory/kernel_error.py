@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_num_perturbations
+from zokernel.values import is_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,13 +55,36 @@ class KernelMoments:
 
     @property
     def rho(self) -> float:
-        r"""Similarity :math:`\rho = \|K\|_F / (\|J_o\|_F \|J_u\|_F)`, in (0, 1]."""
+        r"""Similarity :math:`\rho = \|K\|_F / (\|J_o\|_F \|J_u\|_F)`, in [0, 1]; zero if the kernel is.
+
+        Raises:
+            UsageError: If one of the Jacobians is zero.
+        """
+        if not self.product > 0:
+            raise UsageError("A Jacobian is zero, and has no similarity to another: choose other examples.")
         return math.sqrt(max(self.kernel_sq, 0.0) / self.product)
 
     @property
     def single_draw_variance(self) -> float:
-        r"""Gaussian relative variance of one direction, :math:`v = 1 + \rho^{-2}` (in the bound: :math:`V \log V`)."""
+        r"""Gaussian relative variance of one direction, :math:`v = 1 + \rho^{-2}` (in the bound: :math:`V \log V`).
+
+        Raises:
+            UsageError: If the kernel is zero.
+        """
+        self.check_relative()
         return 1.0 + self.product / self.kernel_sq
+
+    def check_relative(self) -> None:
+        """Refuse a kernel that is zero, to which no error is relative.
+
+        Raises:
+            UsageError: If it is.
+        """
+        if not self.kernel_sq > 0:
+            raise UsageError(
+                "The exact kernel is zero, so no error is relative to it: choose other examples, or use the absolute "
+                "error (expected_squared_error, or expected_belief_error with lr=)."
+            )
 
     @classmethod
     def from_jacobians(cls, jac_o_VD: Tensor, jac_u_VD: Tensor) -> KernelMoments:
@@ -152,8 +177,7 @@ def expected_squared_error(
         >>> expected_squared_error(moments, 10, "orthogonal")
         0.0
     """
-    if num_perturbations < 1:
-        raise UsageError(f"num_perturbations is {num_perturbations}: a kernel needs at least one direction.")
+    check_num_perturbations(num_perturbations)
     if distribution == ORTHOGONAL:
         dim = _need(moments.dim, "dim", ORTHOGONAL)
         if num_perturbations > dim:
@@ -184,10 +208,14 @@ def relative_error(
     Returns:
         The relative error.
 
+    Raises:
+        UsageError: If the kernel is zero, or as for :func:`expected_squared_error`.
+
     Example:
         >>> relative_error(KernelMoments(1.0, 1.0, 0.25), 5)
         1.0
     """
+    moments.check_relative()
     squared = expected_squared_error(
         moments, num_perturbations, distribution, weight_second_moment=weight_second_moment
     )
@@ -226,8 +254,7 @@ def expected_relative_error(
         >>> expected_relative_error(0.5, 100, "rademacher", overlap=0.0) == expected_relative_error(0.5, 100)
         True
     """
-    if not 0.0 < rho <= 1.0 + 1e-9:
-        raise UsageError(f"rho is {rho}: the similarity of two Jacobians lies in (0, 1].")
+    check_similarity(rho)
     moments = KernelMoments(1.0, 1.0, rho * rho, diagonal=overlap, dim=dim)
     return relative_error(moments, num_perturbations, distribution, weight_second_moment=weight_second_moment)
 
@@ -291,6 +318,16 @@ def expected_belief_error(
         return relative_error(moments.as_kernel, num_perturbations, distribution)
     squared = expected_squared_error(moments.as_kernel, num_perturbations, distribution)
     return abs(lr) * math.sqrt(max(squared, 0.0))
+
+
+def check_similarity(rho: float) -> None:
+    """Refuse a number that is no similarity of two Jacobians whose kernel is not zero.
+
+    Raises:
+        UsageError: If it is not in (0, 1].
+    """
+    if not (is_number(rho) and 0.0 < rho <= 1.0 + 1e-9):
+        raise UsageError(f"rho is {rho!r}: the similarity of two Jacobians lies in (0, 1].")
 
 
 def _need(value: _Number | None, name: str, distribution: str) -> _Number:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_count
 
 
 def low_rank_excess(shapes: Sequence[tuple[int, int]], rank: int, shares: Sequence[float] | None = None) -> float:
@@ -30,7 +31,7 @@ def low_rank_excess(shapes: Sequence[tuple[int, int]], rank: int, shares: Sequen
         The excess.
 
     Raises:
-        UsageError: If there is no matrix, or a share for some of them only.
+        UsageError: If there is no matrix, a share for some of them only, or the rank is no positive whole number.
 
     Example:
         >>> low_rank_excess([(40, 40)], rank=1)
@@ -38,8 +39,9 @@ def low_rank_excess(shapes: Sequence[tuple[int, int]], rank: int, shares: Sequen
     """
     sizes = [rows * columns for rows, columns in shapes]
     weights = [size / sum(sizes) for size in sizes] if shares is None else list(shares)
-    if not sizes or len(weights) != len(sizes) or rank < 1:
-        raise UsageError("The excess of low rank needs a rank of at least 1, matrices, and a share for each of them.")
+    check_count(rank, "rank")
+    if not sizes or len(weights) != len(sizes):
+        raise UsageError("The excess of low rank needs matrices, and a share for each of them.")
     return 2 / rank * sum((rows + columns + 1) * share for (rows, columns), share in zip(shapes, weights))
 
 
@@ -59,10 +61,14 @@ def low_rank_outer_product(gradient_MN: Tensor, rank: int) -> Tensor:
     Returns:
         The second moment, (m n, m n), rows of Z one after the other, float64.
 
+    Raises:
+        UsageError: If the rank is no positive whole number.
+
     Example:
         >>> float(low_rank_outer_product(torch.ones(1, 1), rank=1))  # E[(l r)^4] = 9
         9.0
     """
+    check_count(rank, "rank")
     grad = gradient_MN.double()
     rows, columns = grad.shape
     flat = grad.flatten()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from zokernel.distributions import Distribution
 from zokernel.errors import UsageError
+from zokernel.values import is_whole
 
 COUPLINGS = ("shared", "independent", "zo_sgd")
 
@@ -281,8 +282,8 @@ def _distributions(
     coupling: str,
 ) -> tuple[Distribution, Distribution]:
     check_coupling(coupling)
-    if dim < 1:
-        raise UsageError(f"The number of parameters must be at least 1, not {dim}.")
+    if not is_whole(dim):
+        raise UsageError(f"The number of parameters must be a whole number of at least 1, not {dim!r}.")
     z = Distribution.parse(distribution)
     if zeta_distribution is None:
         return z, z

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
-from zokernel.theory.checks import check_noise_ratio, check_num_perturbations
+from zokernel.theory.checks import check_count, check_noise_ratio, check_num_perturbations
 from zokernel.theory.nzk_moments import ProcessMoments, process_moments
 
 SCHEMES = ("first_order", "shared", "per_example", "flipout")
@@ -50,11 +50,10 @@ def sampling_share(batch_size: int, population: int | None = None) -> float:
         >>> sampling_share(4), sampling_share(4, population=5), sampling_share(5, population=5)
         (0.25, 0.0625, 0.0)
     """
-    if int(batch_size) != batch_size or batch_size < 1:
-        raise UsageError(f"The batch size must be a positive whole number, not {batch_size}.")
+    check_count(batch_size, "batch size")
     if population is None:
         return 1.0 / batch_size
-    if batch_size > population:
+    if batch_size > check_count(population, "population"):
         raise UsageError(f"A batch of {batch_size} without replacement needs as many examples, not {population}.")
     return 0.0 if batch_size == population else (population - batch_size) / (batch_size * (population - 1))
 

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_num_perturbations
+from zokernel.theory.kernel_error import check_similarity
+from zokernel.values import check_positive, is_number
 
 
 def single_draw_variance(rho: float) -> float:
@@ -29,8 +32,7 @@ def single_draw_variance(rho: float) -> float:
         >>> single_draw_variance(0.5)
         5.0
     """
-    if not 0.0 < rho <= 1.0 + 1e-9:
-        raise UsageError(f"rho is {rho}: the similarity of two Jacobians lies in (0, 1].")
+    check_similarity(rho)
     return 1.0 + rho**-2
 
 
@@ -55,10 +57,10 @@ def required_perturbations(rho: float, tolerance: float, *, confidence: float | 
         >>> required_perturbations(10**-0.5, 0.1), required_perturbations(1.0, 0.3)
         (1100, 23)
     """
-    if tolerance <= 0:
-        raise UsageError(f"tolerance is {tolerance}: a relative error to reach must be positive.")
-    if confidence is not None and not 0.0 <= confidence < 1.0:
-        raise UsageError(f"confidence is {confidence}: it must lie in [0, 1).")
+    if not (is_number(tolerance) and tolerance > 0):
+        raise UsageError(f"tolerance is {tolerance!r}: a relative error to reach must be positive and finite.")
+    if confidence is not None and not (is_number(confidence) and 0.0 <= confidence < 1.0):
+        raise UsageError(f"confidence is {confidence!r}: it must lie in [0, 1).")
     target = tolerance**2 * (1.0 if confidence is None else 1.0 - confidence)
     return max(1, math.ceil(round(single_draw_variance(rho) / target, 9)))
 
@@ -77,7 +79,7 @@ def optimal_shrinkage(rho: float, num_perturbations: int) -> float:
         >>> optimal_shrinkage(0.5, 5)
         0.5
     """
-    return 1.0 / (1.0 + single_draw_variance(rho) / num_perturbations)
+    return 1.0 / (1.0 + single_draw_variance(rho) / check_num_perturbations(num_perturbations))
 
 
 def shrunken_relative_error(rho: float, num_perturbations: int) -> float:
@@ -94,7 +96,7 @@ def shrunken_relative_error(rho: float, num_perturbations: int) -> float:
         >>> round(shrunken_relative_error(0.5, 5), 4)
         0.7071
     """
-    ratio = single_draw_variance(rho) / num_perturbations
+    ratio = single_draw_variance(rho) / check_num_perturbations(num_perturbations)
     return math.sqrt(ratio / (1.0 + ratio))
 
 
@@ -109,10 +111,15 @@ def curvature_ratio(trace_hessian: float, gradient_sq: float, gradient_curvature
     Returns:
         r; for an isotropic Hessian it is the dimension.
 
+    Raises:
+        UsageError: If the loss has no curvature along the gradient.
+
     Example:
         >>> curvature_ratio(trace_hessian=30.0, gradient_sq=2.0, gradient_curvature=20.0)
         3.0
     """
+    if gradient_curvature == 0:
+        raise UsageError("The loss has no curvature along the gradient (g^T H g = 0): no trace is relative to it.")
     return trace_hessian * gradient_sq / gradient_curvature
 
 
@@ -133,6 +140,7 @@ def learning_rate_ratio(num_perturbations: int, ratio: float) -> float:
         >>> learning_rate_ratio(10, 89.0)
         0.1
     """
+    check_num_perturbations(num_perturbations)
     if num_perturbations + 1 + ratio <= 0:
         raise UsageError("P + 1 + r is not positive: the curvature along the step is negative, no step size is best.")
     return num_perturbations / (num_perturbations + 1 + ratio)
@@ -161,6 +169,7 @@ def optimal_learning_rate(
         >>> optimal_learning_rate(1, gradient_sq=1.0, trace_hessian=8.0, gradient_curvature=1.0)
         0.1
     """
+    check_num_perturbations(num_perturbations)
     curvature = ((num_perturbations + 1) * gradient_curvature + gradient_sq * trace_hessian) / num_perturbations
     if curvature <= 0:
         raise UsageError("The expected curvature along the step is not positive: no step size is best.")
@@ -182,10 +191,15 @@ def random_walk_rate(walk: float, *, gradient_norm: float, num_perturbations: in
     Returns:
         The learning rate :math:`D \sqrt{P/T} / \|g\|`.
 
+    Raises:
+        UsageError: If P or T is no positive whole number, or the gradient is zero.
+
     Example:
         >>> random_walk_rate(0.01, gradient_norm=5.0, num_perturbations=4, num_steps=400)
         0.0002
     """
+    check_num_perturbations(num_perturbations)
+    check_positive(num_steps=num_steps, gradient_norm=gradient_norm)
     return walk * math.sqrt(num_perturbations / num_steps) / gradient_norm
 
 
@@ -204,6 +218,8 @@ def trajectory_relative_error(rho: float, num_perturbations: int, num_steps: int
         >>> trajectory_relative_error(0.5, 1, 500) == trajectory_relative_error(0.5, 5, 100)
         True
     """
+    check_num_perturbations(num_perturbations)
+    check_positive(num_steps=num_steps)
     return math.sqrt(single_draw_variance(rho) / (num_perturbations * num_steps))
 
 
@@ -233,10 +249,17 @@ def allocate_blocks(products: Sequence[float], kernels_sq: Sequence[float], join
     Returns:
         Shares, the resulting variance and the joint one.
 
+    Raises:
+        UsageError: If a product or a kernel is negative, or all are zero.
+
     Example:
         >>> allocate_blocks([9.0, 1.0], [0.0, 0.0], joint_variance=16.0).shares
         [0.75, 0.25]
     """
+    if not all(is_number(square) and square >= 0 for square in (*products, *kernels_sq)):
+        raise UsageError("Squared norms of blocks must be at least 0 and finite: check products and kernels_sq.")
     roots = [math.sqrt(product + kernel_sq) for product, kernel_sq in zip(products, kernels_sq, strict=True)]
     total = math.fsum(roots)
+    if not total:
+        raise UsageError("All blocks have zero Jacobians, so no share of the directions is better than another.")
     return BlockAllocation([root / total for root in roots], total**2, joint_variance)

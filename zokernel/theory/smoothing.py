@@ -21,6 +21,8 @@ from functools import lru_cache
 from typing import Any
 
 from zokernel.errors import UsageError
+from zokernel.theory.checks import check_num_perturbations
+from zokernel.values import check_positive, is_number, is_whole
 
 Rational = int | float | Fraction
 
@@ -127,7 +129,6 @@ class KernelFacts:
     noise_ratio: float
 
 
-@lru_cache
 def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = False) -> SmoothingKernel:
     r"""Return :math:`K_\beta(r) = C \sum_{m=0}^{\beta} (2m+1)\, L_m'(0)\, L_m(r)` with Legendre polynomials.
 
@@ -141,7 +142,8 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
         The kernel.
 
     Raises:
-        UsageError: If the order is below one, or ``paper_k5`` is requested for another order than 5.
+        UsageError: If the order is no whole number or below one, the constant is zero or not finite, or ``paper_k5`` is
+            requested for another order than 5.
 
     Example:
         >>> [str(c) for c in smoothing_kernel(5).coefficients]
@@ -149,10 +151,18 @@ def smoothing_kernel(order: int, *, constant: Rational = 1, paper_k5: bool = Fal
         >>> smoothing_kernel(5, paper_k5=True).moment(1)
         Fraction(13, 7)
     """
-    if order < 1:
-        raise UsageError(f"A smoothing kernel has order 1 or higher, not {order}: 3 is the usual choice.")
+    if not is_whole(order):
+        raise UsageError(f"A smoothing kernel has a whole order of 1 or higher, not {order!r}: 3 is the usual choice.")
+    if not (is_number(constant) and constant):
+        raise UsageError(f"The constant of a smoothing kernel must be finite and not zero, not {constant!r}.")
     if paper_k5 and order not in (5, 6):
         raise UsageError(f"paper_k5 changes the kernel of order 5 only, not of order {order}.")
+    return _smoothing_kernel(order, constant, paper_k5)
+
+
+@lru_cache
+def _smoothing_kernel(order: int, constant: Rational, paper_k5: bool) -> SmoothingKernel:
+    """Return a kernel whose arguments are checked."""
     scale = Fraction(constant) * (Fraction(195, 105) if paper_k5 else 1)
     total = [Fraction(0)] * (order + 1)
     for m, legendre in enumerate(_legendre(order)):
@@ -226,10 +236,12 @@ def convergence_bounds(
         >>> bounds.iterations
         3750
     """
-    if min(smoothness, dim, distance, accuracy) <= 0 or noise < 0:
-        raise UsageError("smoothness, dim, distance and accuracy must be positive, and noise at least 0.")
-    if order < 3:
-        raise UsageError(f"The theorem bounds the bias from order 3 on, not for order {order}.")
+    check_positive(smoothness=smoothness, dim=dim, distance=distance, accuracy=accuracy)
+    if not (is_number(noise) and noise >= 0):
+        raise UsageError(f"noise must be at least 0 and finite, not {noise!r}.")
+    check_num_perturbations(num_perturbations)
+    if not is_whole(order, 3):
+        raise UsageError(f"The theorem bounds the bias from order 3 on, not for order {order!r}.")
     kernel = smoothing_kernel(order)
     kappa, kappa_beta = 2 * float(kernel.squared_moment(0)), kernel.absolute_moment(order)
     exact = max(smoothness * distance**2 / accuracy, kappa * dim * (noise * distance / accuracy) ** 2)
@@ -266,9 +278,9 @@ def _product(left: tuple[Fraction, ...], right: tuple[Fraction, ...]) -> tuple[F
 
 def _moment(coefficients: tuple[Fraction, ...], s: int, a: Rational) -> Fraction:
     """E[r^s p(r)] for r uniform on [-a, a]: odd powers vanish, even powers k give a^k / (k + 1)."""
+    if not (is_number(a) and a > 0):
+        raise UsageError(f"The range of r must be positive and finite, not {a!r}.")
     width = Fraction(a)
-    if width <= 0:
-        raise UsageError(f"The range of r must be positive, not {a}.")
     if s < 0:
         raise UsageError(f"Moments of power 0 or higher are known, not {s}.")
     return sum(

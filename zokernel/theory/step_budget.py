@@ -156,7 +156,7 @@ def step_choices(
     """
     if per not in ("token", "forward"):
         raise UsageError(f"Steps are compared per 'token' or per 'forward', not per {per!r}.")
-    if not (per_example_cost > 0 and forward_rows >= 0):
+    if not (per_example_cost > 0 and 0 <= forward_rows < math.inf):
         raise UsageError("The cost of a forward must be positive, and its part without rows at least 0.")
     sizes = [size for size in batches if population is None or size <= population]
     if not sizes or not draws or not schemes:

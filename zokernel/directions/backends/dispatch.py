@@ -78,6 +78,16 @@ def squared_norm(places: Sequence[Placement], noises: Sequence[Noise], backend: 
     return sum(sums)
 
 
+def check_backend(backend: str) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"There is no directions backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+
+
 @lru_cache(maxsize=64)
 def choose_backend(device: torch.device, backend: str = "auto") -> str:
     """Return the name of the backend that serves a device.
@@ -96,8 +106,7 @@ def choose_backend(device: torch.device, backend: str = "auto") -> str:
         >>> choose_backend(torch.device("cpu"))
         'numba'
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"There is no directions backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    check_backend(backend)
     if backend == "auto":
         return {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device.type, "torch")
     if backend == "numba" and device.type != "cpu":

@@ -12,6 +12,7 @@ from zokernel.directions.base import Directions
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term
 from zokernel.errors import UsageError
+from zokernel.values import is_whole
 
 
 def layer_of(name: str) -> str:
@@ -45,7 +46,7 @@ class Blockwise(Directions):
         every: Steps before the next block moves.
 
     Raises:
-        UsageError: If ``every`` is not positive.
+        UsageError: If ``inner`` is no family, or ``every`` no positive whole number.
 
     Example:
         >>> import torch
@@ -57,9 +58,11 @@ class Blockwise(Directions):
     """
 
     def __init__(self, inner: Directions, *, block_of: Callable[[str], str] = layer_of, every: int = 1):
+        if not isinstance(inner, Directions):
+            raise UsageError(f"{inner!r} is no family of directions for the blocks: pass one such as Dense().")
         super().__init__(inner.backend)
-        if every < 1:
-            raise UsageError(f"Each block must stay at least 1 step, not {every}.")
+        if not is_whole(every):
+            raise UsageError(f"Each block must stay at least 1 step, and whole steps, not {every!r}.")
         self.inner, self.block_of, self.every = inner, block_of, every
 
     def __repr__(self) -> str:

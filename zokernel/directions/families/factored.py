@@ -14,6 +14,7 @@ from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Noise, Term
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
+from zokernel.values import check_switches, is_whole
 
 
 class Factored(Directions):
@@ -33,8 +34,9 @@ class Factored(Directions):
     def __init__(self, rank: int, distribution: str | Distribution, refresh: int, most_square: bool, backend: str):
         super().__init__(backend)
         self.distribution = direction_distribution(distribution)
-        if not (isinstance(rank, int) and isinstance(refresh, int) and rank >= 1 and refresh >= 1):
-            raise UsageError(f"Rank {rank} and refresh interval {refresh} must both be whole numbers of at least 1.")
+        if not (is_whole(rank) and is_whole(refresh)):
+            raise UsageError(f"Rank {rank!r} and refresh interval {refresh!r} must be whole numbers of at least 1.")
+        check_switches(most_square=most_square)
         if not self.distribution.independent:
             raise UsageError(
                 f"Low-rank directions need independent entries, unlike {self.distribution.name!r}: use gaussian."

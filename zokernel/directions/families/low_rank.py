@@ -16,6 +16,7 @@ from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Term
 from zokernel.distributions import Distribution
+from zokernel.values import is_whole
 
 # With refresh=0, so many consecutive directions of a step are consecutive rows of one stream.
 SHARED = 1 << 16
@@ -59,7 +60,8 @@ class LowRank(Factored):
         most_square: bool = False,
         backend: str = "auto",
     ):
-        super().__init__(rank, distribution, 1 if refresh == 0 else refresh, most_square, backend)
+        stays = 1 if is_whole(refresh, 0) and refresh == 0 else refresh
+        super().__init__(rank, distribution, stays, most_square, backend)
         self.refresh = refresh
         self._lefts: Recent[Draw, Tensor] = Recent(1024)
         self._rights: Recent[Draw, Tensor] = Recent(4096)

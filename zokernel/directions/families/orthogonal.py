@@ -14,6 +14,7 @@ from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term, Values
 from zokernel.errors import UsageError
+from zokernel.values import is_whole
 
 MAX_ELEMENTS = 1 << 27
 
@@ -42,8 +43,8 @@ class Orthogonal(Directions):
 
     def __init__(self, size: int, *, backend: str = "auto"):
         super().__init__(backend)
-        if size < 1:
-            raise UsageError(f"A frame must hold at least 1 direction, not {size}.")
+        if not is_whole(size):
+            raise UsageError(f"A frame must hold a whole number of directions, at least 1, not {size!r}.")
         self.size = size
         self._frames: Recent[tuple[object, ...], dict[str, Tensor]] = Recent(2)
 

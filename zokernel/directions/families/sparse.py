@@ -16,6 +16,7 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Noise, Term
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
+from zokernel.values import is_number
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class Sparse(Directions):
             raise UsageError(
                 f"Sparse directions need independent coordinates, unlike {self.distribution.name!r}: use gaussian."
             )
-        if not 0.0 < density <= 1.0:
-            raise UsageError(f"The density {density} of sparse directions must be above 0 and at most 1.")
+        if not (is_number(density) and 0.0 < density <= 1.0):
+            raise UsageError(f"The density {density!r} of sparse directions must be above 0 and at most 1.")
         self.density = density
         self._masks: dict[str, Tensor] = {}
 
@@ -123,13 +124,17 @@ class Sparse(Directions):
 
     def terms(self, places: Sequence[Placement], *, seed: int, step: int, index: int) -> list[Term | None]:
         """Return each tensor's masked noise; see :meth:`Directions.terms`."""
-        for place in places:
-            if place.name not in self._masks:
-                self.prepare({place.name: place.tensor})
         return [
-            Noise(self.distribution.name, stream_key(seed, place.name), step, index, mask=self._masks[place.name])
+            Noise(self.distribution.name, stream_key(seed, place.name), step, index, mask=self._mask_beside(place))
             for place in places
         ]
+
+    def _mask_beside(self, place: Placement) -> Tensor:
+        """Return a tensor's mask, on the device of the tensor: that of a checkpoint may have been loaded elsewhere."""
+        if place.name not in self._masks:
+            self.prepare({place.name: place.tensor})
+        mask = self._masks[place.name] = self._masks[place.name].to(place.local.device)
+        return mask
 
     def _mask(self, place: Placement) -> Tensor:
         # A shard's threshold is that of the whole tensor.

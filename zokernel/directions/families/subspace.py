@@ -44,7 +44,7 @@ class Subspace(Factored):
         2
 
     References:
-        Yu et al. (2024), SubZero: Zeroth-Order Fine-Tuning of LLMs in Random Subspaces, arXiv:2410.08989; Lang et al.
+        Yu et al. (2024), Zeroth-Order Fine-Tuning of LLMs in Random Subspaces, arXiv:2410.08989; Lang et al.
         (2026), Powering Up Zeroth-Order Training via Subspace Gradient Orthogonalization, arXiv:2602.17155.
     """
 

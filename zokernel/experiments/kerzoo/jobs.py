@@ -35,11 +35,10 @@ def finetune_job(
     from zokernel.finetune.job import finetune
     from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 
+    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     with tempfile.TemporaryDirectory() as temporary:
         output = folder or Path(temporary) / "run"
-        config = ZOConfig(
-            output_dir=str(output), **({"report_to": "none", "disable_tqdm": True, "save_strategy": "no"} | settings)
-        )
+        config = ZOConfig(output_dir=str(output), **(quiet | settings))
         return finetune(ModelArguments(**model), DataArguments(**data), config)
 
 

@@ -20,17 +20,20 @@ from zokernel.errors import UsageError
 from zokernel.estimators import Estimate, Smoothed
 from zokernel.optim import KerZOO
 from zokernel.optim.affine_move import AffineMove
-from zokernel.optim.averaging.averages import STORAGES, IterateAverage, iterate_average
-from zokernel.optim.averaging.iterate_weights import average_weight
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.published.kerzoo import log_facts
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import SGD, Clip, Update, total_norm
+from zokernel.optim.updates.averaging.averages import STORAGES, IterateAverage, iterate_average
+from zokernel.optim.updates.averaging.iterate_weights import average_weight
+from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.coefficients import Clip, total_norm
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb import Perturb
 from zokernel.perturb.base import Closure
+from zokernel.values import check_positive
 
 CLIPS = ("none", "param_origin", "param_init", "grad")
 STEP_SCHEDULES = ("constant", "accelerated")
@@ -160,8 +163,10 @@ def _check_settings(clip: str, clip_radius: float | None, grad_at: str, step_sch
     ):
         if value not in choices:
             raise UsageError(f"There is no {setting} {value!r}: choose one of {', '.join(choices)}.")
-    if (clip == "none") != (clip_radius is None) or (clip_radius is not None and not clip_radius > 0):
+    if (clip == "none") != (clip_radius is None):
         raise UsageError("clip and a positive clip_radius go together: give both or neither.")
+    if clip_radius is not None:
+        check_positive(clip_radius=clip_radius)
     if grad_at == "md" and averaging not in ("fp32", "int8"):
         raise UsageError("grad_at='md' needs the averaged iterate at every step: set averaging to 'fp32' or 'int8'.")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zokernel.estimators.base import Estimator
-from zokernel.optim.averaging.iterate_weights import average_weight
+from zokernel.optim.updates.averaging.iterate_weights import average_weight
 
 FEATURES, HIDDEN, CLASSES = 64, 24, 10
 

@@ -266,8 +266,7 @@ def compare(result: Study) -> None:
         for rule, lr in rates.items():
             run = first.at(lr, moments=method.moments)
             result.expected[rule, method.name] = run.expected_loss(result.steps)
-            num_steps = steps_to_reach(run, target) if lr < limit else None
-            result.rows.append(_row(rule, method, lr, limit, num_steps))
+            result.rows.append(_row(rule, method, lr, limit, steps_to_reach(run, target)))
         fractions = [share * limit for share in LR_FRACTIONS]
         options = [(steps_to_reach(first.at(lr, moments=method.moments), target), lr) for lr in fractions]
         best = min((num_steps, lr) for num_steps, lr in options if num_steps is not None)

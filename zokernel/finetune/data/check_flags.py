@@ -38,9 +38,8 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, explicit
     """
     user_flags = _user_set_flags(data, explicit)
     rewarded = task.kind == "reward"
-    for flag in _REWARD_FLAGS if not rewarded else ():
-        if flag in user_flags:
-            raise UsageError(f"--{flag} is for --objective reward: add it, or leave both out.")
+    if not rewarded:
+        refuse_reward_flags(data, explicit)
     if rewarded and model.prompt_tuning:
         raise UsageError(
             "--prompt_tuning puts virtual tokens before prompts that are padded on the left: train --lora or "
@@ -79,6 +78,22 @@ def check_flags(task: Task, data: DataArguments, model: ModelArguments, explicit
             raise UsageError(f"--{flag} is for data sets of the hub, which {data.dataset_name} is not: leave it out.")
     if model.model_revision != "main" or "model_revision" in explicit:
         check_revision(model.model_name_or_path)
+
+
+def refuse_reward_flags(data: DataArguments, explicit: Collection[str] = ()) -> None:
+    """Refuse the flags of rewards where none are trained on.
+
+    Args:
+        data: What the user said about the data.
+        explicit: Flags that the user set, even if their values are the defaults.
+
+    Raises:
+        UsageError: If there is one, naming the flag that it needs.
+    """
+    user_flags = _user_set_flags(data, explicit)
+    for flag in _REWARD_FLAGS:
+        if flag in user_flags:
+            raise UsageError(f"--{flag} is for --objective reward: add it, or leave both out.")
 
 
 def _user_set_flags(data: DataArguments, explicit: Collection[str]) -> set[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
+from typing import NoReturn
 
-from zokernel.data.tables import Row
+from zokernel.data.tables import Row, table_format
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
 from zokernel.finetune.tasks.base import NO_LABEL, is_missing
+from zokernel.finetune.tasks.columns import close_column
 from zokernel.finetune.tasks.prompt import alternatives, as_label, is_on_scale, label_as_text
 from zokernel.finetune.tasks.registry import customize
-from zokernel.finetune.tasks.template import column_in_braces
+from zokernel.finetune.tasks.template import column_in_braces, parse
 from zokernel.finetune.tasks.text import COLUMNS_OF_TEXT
 from zokernel.readable import plural
 
@@ -50,17 +53,9 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
     """
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     label = arguments.label_column or "label"
-    if label not in columns and _no_header(columns):
-        raise UsageError(
-            f"The first line of the training file ({', '.join(columns)[:80]}) reads like a row, not like names of "
-            "columns: name them with --column_names text label, in their order."
-        )
+    requested = [label, *(parse(arguments.template.replace("\\n", "\n")) if arguments.template else ())]
     if label not in columns:
-        raise UsageError(
-            f"The train split has no column {label!r} (it has {', '.join(columns)}): say which holds the labels "
-            "with --label_column, or name the task with --task or --task_file. "
-            f"Chats, instructions and texts are recognised by the columns {COLUMNS_OF_TEXT}."
-        )
+        _refuse_without_label(rows, columns, requested, has_header=not _may_lack_header(arguments))
     labels, words = arguments.labels, arguments.label_words
     if labels and not words:
         words = [alternatives(name)[0] for name in labels]
@@ -77,15 +72,58 @@ def classification(rows: Sequence[Row], arguments: DataArguments) -> Task:
     return customize(task, template=template, labels=labels, label_column=arguments.label_column)
 
 
-def _no_header(columns: Sequence[str]) -> bool:
-    """Whether what should be names of columns seems to be a row: a number, a long text, or one with a full stop."""
+def _refuse_without_label(
+    rows: Sequence[Row], columns: Sequence[str], requested: Sequence[str], *, has_header: bool
+) -> NoReturn:
+    """Raise the error of a table without the column of labels, the first of those requested: it may lack a header."""
+    label, listed = requested[0], ", ".join(columns)
+    if not has_header and not any(close_column(name, columns) for name in requested) and _is_row(rows, columns):
+        names = ["text", "label", *(f"column{number}" for number in range(3, len(columns) + 1))][: len(columns)]
+        raise UsageError(
+            f"The first line of the training file ({listed[:80]}) reads like a row, not like names of "
+            f"columns: name them with --column_names {' '.join(names)}, in their order."
+        )
+    if close := close_column(label, columns):
+        raise UsageError(
+            f"The train split has no column {label!r} (it has {listed}): did you mean {close!r} (in --label_column)?"
+        )
+    raise UsageError(
+        f"The train split has no column {label!r} (it has {listed}): say which holds the labels "
+        "with --label_column, or name the task with --task or --task_file. "
+        f"Chats, instructions and texts are recognised by the columns {COLUMNS_OF_TEXT}."
+    )
+
+
+def _may_lack_header(arguments: DataArguments) -> bool:
+    """Whether the names of the columns are the first line of the training file."""
+    file = arguments.train_file
+    return bool(file) and not arguments.column_names and table_format(str(file)) in (".csv", ".tsv")
+
+
+def _is_row(rows: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Whether what should be names of columns seems to be a row.
+
+    Beside numbers, and beside a few values that occur again and again, a name is one of them only if it is a row's.
+    Where there are no such columns, numbers, long texts and texts that end as sentences are taken for a row's.
+    """
+    verdicts = []
+    for name in columns:
+        values = [text for row in rows if (text := str(row.get(name) or "").strip())]
+        distinct = set(values)
+        if values and all(map(_is_number, values)):
+            verdicts.append(_is_number(name))
+        elif 0 < len(distinct) <= min(MANY, len(values) // 2):
+            verdicts.append(name in distinct)
+    if verdicts:
+        return any(verdicts)
     return any(_is_number(name) or len(name.split()) > 4 or name.rstrip().endswith((".", "!", "?")) for name in columns)
 
 
 def label_values(rows: Sequence[Row], label: str) -> list[str]:
     """Return the values of the label column in order, if they are few enough to be classes.
 
-    What stands for no label (``None``, ``nan``, or -1 beside 0, 1, ...) is left out, and a warning says so.
+    What stands for no label (``None``, ``nan``, or -1 beside 0, 1, ...) is left out, and a warning says so.  Values
+    that differ in case or in the blanks around them are one class, called as it is written most often; the log says so.
 
     Raises:
         UsageError: If there are more than twenty, or nearly as many as rows; if they are lists or on a scale.
@@ -93,10 +131,12 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
     Example:
         >>> label_values([{"label": value} for value in (1.0, 0, None, "1", 0)], "label")
         ['0', '1']
+        >>> label_values([{"label": value} for value in ("Yes", "no ", "yes", "No", "no", "yes")], "label")
+        ['no', 'yes']
     """
     values = [row.get(label) for row in rows]
-    present = _without_missing_labels([label_as_text(value) for value in values if not is_missing(value)], label)
-    words = list(dict.fromkeys(present))
+    present = _without_missing_labels([str(value) for value in values if not is_missing(value)], label)
+    words = _merge_spellings(present, label)
     structured = any(isinstance(value, (list, dict)) for value in values)
     if structured or not 2 <= len(words) <= min(MANY, max(2, len(present) // 2)) or any(map(is_on_scale, words)):
         examples = f"{', '.join(f'{word:.30}' for word in words[:4])}{', ...' if words[4:] else ''}"
@@ -111,8 +151,30 @@ def label_values(rows: Sequence[Row], label: str) -> list[str]:
     return sorted(words, key=lambda word: (0, int(word), word) if word.lstrip("+-").isdigit() else (1, 0, word))
 
 
-def _without_missing_labels(values: Sequence[str], label: str) -> list[str]:
-    """Return the values that are labels; those that may have been meant as one are named."""
+def _merge_spellings(cells: Sequence[str], label: str) -> list[str]:
+    """Return the classes of the cells of a column, each as it is written most often, and log what was merged."""
+    spellings: dict[str, Counter[str]] = {}
+    for cell in cells:
+        text = label_as_text(cell)
+        spellings.setdefault(text.casefold(), Counter())[text if _is_number(text) else cell] += 1
+    words, merged = [], []
+    for counts in spellings.values():
+        texts = Counter[str]()
+        for cell, count in counts.items():
+            texts[cell.strip()] += count
+        word = texts.most_common(1)[0][0]
+        words.append(word)
+        if others := [repr(cell) for cell in counts if cell != word]:
+            merged.append(f"{' and '.join(others[:MANY])} as {word!r}")
+    if merged:
+        message = "Column %r: names that differ in case or blanks are one class (%s), unless --labels lists them."
+        logger.info(message, label, "; ".join(merged))
+    return words
+
+
+def _without_missing_labels(cells: Sequence[str], label: str) -> list[str]:
+    """Return the cells that hold labels; values that may have been meant as one are named."""
+    values = list(map(label_as_text, cells))
     hidden = {value for value in values if value in NO_LABEL and value != "-1"}
     others = set(values) - hidden - {"-1"}
     if len(others) > 1 and others == set(map(str, range(len(others)))):
@@ -125,7 +187,7 @@ def _without_missing_labels(values: Sequence[str], label: str) -> list[str]:
                 value,
                 plural(values.count(value), "row"),
             )
-    return [value for value in values if value not in hidden]
+    return [cell for cell, value in zip(cells, values) if value not in hidden]
 
 
 def text_column(rows: Sequence[Row], label: str) -> str:

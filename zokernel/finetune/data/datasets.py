@@ -13,6 +13,7 @@ from typing import Any
 from zokernel.data import load_rows, load_table
 from zokernel.data.tables import Row, Table, rows_sha256
 from zokernel.errors import UsageError
+from zokernel.finetune.data.check_flags import refuse_reward_flags
 from zokernel.finetune.data.choose_task import classification, task_of_data_set
 from zokernel.finetune.data.formats import form_of, recognise
 from zokernel.finetune.data.protocol import published_splits
@@ -68,6 +69,7 @@ def load_task(arguments: DataArguments, *, objective: str = "cross_entropy") -> 
     _check(arguments)
     if objective == "reward":
         return reward_task(arguments)
+    refuse_reward_flags(arguments)  # before the columns, which may be those of prompts, are held to be something else
     overrides: dict[str, Any] = {
         "template": arguments.template,
         "label_words": arguments.label_words,

@@ -22,12 +22,11 @@ from zokernel.finetune.models.quantization import check_flags, check_layers, che
 from zokernel.finetune.models.saved_adapter import (
     MERGED_FILE,
     adapter_config,
-    run_folders,
     saved_tokenizer,
     with_base,
     with_base_on_hub,
 )
-from zokernel.finetune.run_files import RUN_FILE
+from zokernel.finetune.run_files import RUN_FILE, run_folders
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_values
 

@@ -17,7 +17,7 @@ import torch
 from zokernel.finetune.models.kind import Kind, empty_model
 from zokernel.finetune.models.quantized_layers import bytes_once_quantized, number_of_scales, quantized_layers
 from zokernel.offload.units import find_units
-from zokernel.perturb.in_forward import STRETCH
+from zokernel.perturb.copy_schedule import STRETCH
 from zokernel.readable import readable_bytes
 
 # How a base is quantized while it is loaded, and what asks for it; of bitsandbytes, then of torchao.

@@ -10,6 +10,8 @@ from typing import Any
 
 from zokernel.data.decode import LFS_POINTER
 from zokernel.errors import UsageError, first_line
+from zokernel.files import read_json
+from zokernel.finetune.run_files import RUN_FILE, run_folders
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -58,20 +60,24 @@ def weight_files(folder: Path) -> list[Path]:
         index = _read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(names, dict) or not names:
-            raise UsageError(f"{folder / INDEX} does not say which file holds which weights: download it again.")
+            raise UsageError(f"{folder / INDEX} does not say which file holds which weights: {_remedy(folder)}.")
         files = [folder / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise UsageError(
                 f"{folder} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} files are "
-                "missing): download them."
+                f"missing): {_remedy(folder) if _is_run(folder) else 'download them'}."
             )
         return files
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise UsageError(
         f"{folder} holds no {WEIGHTS}"
         + (f", only {', '.join(others[:3])}" if others else ", so no weights")
-        + ": download them, or write the model again with save_pretrained."
+        + (
+            f": {_remedy(folder)}."
+            if _is_run(folder)
+            else ": download them, or write the model again with save_pretrained."
+        )
     )
 
 
@@ -88,8 +94,8 @@ def check_weights(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"{file}, {file.stat().st_size:,} bytes long, is damaged or cut off ({first_line(error)}): download it "
-            "again."
+            f"{file}, {file.stat().st_size:,} bytes long, is damaged or cut off ({first_line(error)}): "
+            f"{_remedy(file.parent)}."
         ) from error
 
 
@@ -177,10 +183,17 @@ def stored_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) 
 
 
 def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{file} is not valid JSON ({first_line(error)}): download it again.") from error
+    return read_json(file, advice=_remedy(file.parent))
+
+
+def _remedy(folder: Path) -> str:
+    """Return how a file of a model comes back that is damaged or missing, as a clause."""
+    return "repeat the command of the run, which writes it again" if _is_run(folder) else "download it again"
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a run of zokernel trained the model."""
+    return any((place / RUN_FILE).is_file() for place in run_folders(folder))
 
 
 def _describe_contents(folder: Path) -> str:

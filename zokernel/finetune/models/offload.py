@@ -25,7 +25,7 @@ from zokernel.offload.replayed import Replayed
 from zokernel.offload.staged import Staged
 from zokernel.offload.store import Memory
 from zokernel.offload.working_copy import WorkingCopy
-from zokernel.perturb.in_forward import STRETCH
+from zokernel.perturb.copy_schedule import STRETCH
 from zokernel.readable import readable_bytes
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from zokernel.files import read_json
 from zokernel.finetune.models.quantized_model import describe_quantization
-from zokernel.finetune.models.saved_adapter import adapter_config, base_name, run_folders
-from zokernel.finetune.run_files import RUN_FILE
+from zokernel.finetune.models.saved_adapter import adapter_config, base_name
+from zokernel.finetune.run_files import RUN_FILE, read_run_file, run_folders
 from zokernel.journal import Journal
 from zokernel.journal.hashes import frozen_sha256
 from zokernel.journal.reader import FILE_NAME
@@ -75,7 +74,7 @@ def other_base(adapted: Any, name: str, base: str) -> str:
 def _recorded_facts(folder: Path) -> dict[str, str]:
     """Return the :func:`base_facts` of the run that an adapter is from; those of its journal if it is an older one."""
     for place in run_folders(folder):
-        if (place / RUN_FILE).is_file() and (facts := read_json(place / RUN_FILE).get("base")):
+        if (place / RUN_FILE).is_file() and (facts := read_run_file(place / RUN_FILE).get("base")):
             return dict(facts)
         if (place / FILE_NAME).is_file():
             header = Journal.read(place / FILE_NAME).header

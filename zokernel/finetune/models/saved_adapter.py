@@ -14,9 +14,8 @@ from torch import nn
 from zokernel.data import SOURCES, hub
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
-from zokernel.files import read_json
 from zokernel.finetune.models.pickles import refuse_pickles
-from zokernel.finetune.run_files import LAST_GOOD, RUN_FILE
+from zokernel.finetune.run_files import RUN_FILE, read_run_file
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -274,24 +273,6 @@ def _recorded_base(folder: Path) -> str:
     return _loadable_base(str(peft_base), str(folder))
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """Return the folders that hold what a run wrote about a model or an adapter, the nearest first.
-
-    Args:
-        folder: Where the weights are: the folder of a run, or one that the run made in it.
-
-    Example:
-        >>> [str(place) for place in run_folders(Path("/runs/mine"))]
-        ['/runs/mine']
-        >>> [str(place) for place in run_folders(Path("/runs/mine/checkpoint-20"))]
-        ['/runs/mine/checkpoint-20', '/runs/mine']
-    """
-    whole = folder.absolute()
-    if whole.name == LAST_GOOD or whole.name.startswith("checkpoint-"):
-        return [folder, whole.parent]
-    return [folder]
-
-
 def recorded_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the run that left a model or an adapter in a folder; empty if there is none.
 
@@ -300,7 +281,7 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     """
     for place in (folder, folder.absolute().parent):
         if (place / RUN_FILE).is_file():
-            return read_json(place / RUN_FILE).get("settings") or {}
+            return read_run_file(place / RUN_FILE).get("settings") or {}
     return {}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from zokernel.files import read_json, write_text
 
 START_FILE = "held-out-start.json"
+_WITHOUT = "remove it, and evaluations go on without the change since the start"
 CHANGE, ERROR = "loss_change", "loss_change_error"
 
 
@@ -84,4 +85,4 @@ class StartLosses:
     def _read(self) -> Tensor | None:
         if not self._path.exists():
             return None
-        return torch.tensor(read_json(self._path), dtype=torch.float64).view(-1, 2)
+        return torch.tensor(read_json(self._path, advice=_WITHOUT), dtype=torch.float64).view(-1, 2)

@@ -87,7 +87,7 @@ class Reward:
         arguments |= {name: [row.get(name) for row in rows] for name in names}
         try:
             returned = self._call(arguments)
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise self._failure(arguments, rows, error) from error
         return self._finite_numbers(returned, rows)
 
@@ -99,7 +99,7 @@ class Reward:
         return _wait_for(returned) if inspect.isawaitable(returned) else returned
 
     def _failure(
-        self, arguments: Mapping[str, list[Any]], rows: Sequence[Mapping[str, Any]], error: Exception
+        self, arguments: Mapping[str, list[Any]], rows: Sequence[Mapping[str, Any]], error: Exception | SystemExit
     ) -> RunError:
         """Return what to raise, with the first row that alone makes the function raise."""
         if isinstance(error, RunError):
@@ -107,7 +107,7 @@ class Reward:
         for number, row in enumerate(rows if len(rows) > 1 else ()):
             try:
                 self._call({name: values[number : number + 1] for name, values in arguments.items()})
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return self._row_failure(alone, row)
         if len(rows) == 1:
             return self._row_failure(error, rows[0])
@@ -116,7 +116,7 @@ class Reward:
             f"together, and on none of them alone; the first is of the row {_shorten(rows[0])}."
         )
 
-    def _row_failure(self, error: Exception, row: Mapping[str, Any]) -> RunError:
+    def _row_failure(self, error: Exception | SystemExit, row: Mapping[str, Any]) -> RunError:
         return RunError(
             f"The reward {self.name} raised {type(error).__name__} ({first_line(error)}) on a completion of the row "
             f"{_shorten(row)}: mend it and repeat the command, which continues the run."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from zokernel.finetune.settings.zo_arguments import AUTO, default_of
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
 from zokernel.readable import plural
+from zokernel.values import is_number, is_whole
 
 OBJECTIVES = ("cross_entropy", "accuracy", "f1", "reward")
 MAX_SEED = 2**32 - 1  # numpy's
@@ -36,10 +38,12 @@ class Rule:
     Attributes:
         holds: Whether a value is one.
         must_be: What it must be, for the message.
+        whole: Whether it must be a whole number besides.
     """
 
     holds: Callable[[Any], bool]
     must_be: str
+    whole: bool = False
 
 
 def _one_of(names: Sequence[Any]) -> Rule:
@@ -47,25 +51,17 @@ def _one_of(names: Sequence[Any]) -> Rule:
     return Rule(lambda value: str(getattr(value, "value", value)) in words, f"one of {', '.join(words)}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_number(value) and value == int(value)
-
-
-POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "positive")
-NOT_NEGATIVE = Rule(lambda value: _is_number(value) and value >= 0, "at least 0")
-COUNT = Rule(lambda value: _is_whole(value) and value >= 1, "at least 1")
-COUNT_OR_NONE = Rule(lambda value: _is_whole(value) and value >= 0, "at least 0")
-COUNT_OR_ALL = Rule(lambda value: _is_whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for all")
-SHARE = Rule(lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
+POSITIVE = Rule(lambda value: is_number(value) and value > 0, "positive")
+NOT_NEGATIVE = Rule(lambda value: is_number(value) and value >= 0, "at least 0")
+COUNT = Rule(lambda value: value >= 1, "at least 1", whole=True)
+COUNT_OR_NONE = Rule(lambda value: value >= 0, "at least 0", whole=True)
+COUNT_OR_ALL = Rule(lambda value: value >= 1 or value == -1, "at least 1, or -1 for all", whole=True)
+SHARE = Rule(lambda value: is_number(value) and 0 <= value < 1, "at least 0 and below 1")
 INTERVAL = Rule(
-    lambda value: _is_number(value) and value > 0 and (value < 1 or _is_whole(value)),
+    lambda value: is_number(value) and value > 0 and (value < 1 or value == int(value)),
     "a number of steps from 1 on, or a share of the run below 1",
 )
-SEED = Rule(lambda value: _is_whole(value) and 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
+SEED = Rule(lambda value: is_whole(value, 0) and value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
 
 RULES: dict[str, Rule] = {
     "eps": POSITIVE,
@@ -73,9 +69,7 @@ RULES: dict[str, Rule] = {
     "num_perturbations": COUNT,
     "momentum": SHARE,
     "weight_decay": NOT_NEGATIVE,
-    "max_steps": Rule(
-        lambda value: _is_whole(value) and (value >= 1 or value == -1), "at least 1, or -1 for whole epochs"
-    ),
+    "max_steps": Rule(lambda value: value >= 1 or value == -1, "at least 1, or -1 for whole epochs", whole=True),
     "num_train_epochs": POSITIVE,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
@@ -130,7 +124,11 @@ def check_rule(name: str, value: Any, rules: Mapping[str, Rule] = RULES) -> None
         UsageError: If there is a rule for the setting, and the value does not hold to it.
     """
     rule = rules.get(name)
-    if rule is not None and value is not None and not rule.holds(value):
+    if rule is None or value is None:
+        return
+    if rule.whole and not is_whole(value, least=-math.inf):
+        raise UsageError(f"{name} must be a whole number, not {value!r}.")
+    if not rule.holds(value):
         raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
 
 
@@ -166,12 +164,15 @@ def check_values(settings: Any) -> None:
     """
     declared = {f.name: f for f in fields(settings)}
     values = {name: getattr(settings, name, None) for name in declared}
+    kinds = _declared_kinds(type(settings))
     rules = dict(RULES)
     rules |= {name: INTERVAL for name, strategy in INTERVALS.items() if values.get(strategy) == "steps"}
     for name, value in values.items():
         if value in ("", []) and value != default_of(declared[name]) and name != "output_dir":
             raise UsageError(f"{name} is empty: give it a value, or leave it out.")
         check_rule(name, value, rules)
+        if name in kinds and value != default_of(declared[name]):
+            _check_kind(name, value, kinds[name])
         if name.endswith(("_kwargs", "_config")) and isinstance(value, str) and value.startswith("{"):
             _check_json(name, value)
     check_output(values.get("output_dir"))
@@ -184,6 +185,27 @@ def check_values(settings: Any) -> None:
     check_login(values.get("report_to"))
     if values.get("method", AUTO) != AUTO:
         try_method(settings)
+
+
+def _declared_kinds(settings: type) -> dict[str, set[str]]:
+    """Return the types that this package declares for settings; HfArgumentParser overwrites those of the fields."""
+    own = [cls for cls in reversed(settings.__mro__) if cls.__module__.startswith("zokernel.")]
+    annotations = {name: kind for cls in own for name, kind in inspect.get_annotations(cls).items()}
+    return {name: set(str(kind).split(" | ")) for name, kind in annotations.items()}
+
+
+def _check_kind(name: str, value: Any, kinds: set[str]) -> None:
+    """Refuse a value that is missing, or is no switch or text where the setting is declared as one.
+
+    Raises:
+        UsageError: If it is.
+    """
+    if value is None and "None" not in kinds:
+        raise UsageError(f"{name} is empty: give it a value, or leave it out.")
+    if kinds == {"bool"} and not isinstance(value, bool):
+        raise UsageError(f"{name} must be true or false, not {value!r}.")
+    if "str" in kinds and kinds <= {"str", "None"} and not (value is None or isinstance(value, str | os.PathLike)):
+        raise UsageError(f"{name} must be text, not {value!r}.")
 
 
 def try_method(arguments: Any) -> None:
@@ -207,6 +229,17 @@ def draws_by_example(arguments: Any) -> bool:
 def losses_per_step(arguments: Any) -> int:
     """Return the number of losses per step of the method; 1 if it takes gradients."""
     return int(getattr(_small_optimizer(arguments), "forwards_per_step", 1))
+
+
+def exact_perturb(arguments: Any) -> str:
+    """Return how weights below fp32 are perturbed unless told otherwise: exactly, without a copy of them if possible.
+
+    A method that leaves them in place by itself does so, which ``auto`` says.
+    """
+    optimizer = _small_optimizer(arguments)
+    if optimizer.perturb.name != "in_place":
+        return AUTO
+    return "in_place:copy" if arguments.torch_compile or optimizer.directions.couples_tensors else "in_forward"
 
 
 def _small_optimizer(arguments: Any) -> Any:
@@ -270,9 +303,11 @@ def check_login(report_to: str | Sequence[str] | None) -> None:
     """Refuse to report to Weights & Biases without a login: it would ask for one in the middle of the run.
 
     Raises:
-        UsageError: If nobody is logged in.
+        UsageError: If nobody is logged in, or it names nothing.
     """
     names = [report_to] if isinstance(report_to, str) else report_to or []
+    if not isinstance(names, Sequence):
+        raise UsageError(f"report_to is a name or a list of names, not {report_to!r}.")
     is_offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
     reports_to_wandb = "wandb" in names or ("all" in names and "wandb" in get_available_reporting_integrations())
     if not reports_to_wandb or is_offline or os.environ.get("WANDB_API_KEY") or _has_login():

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.check import check_values
 from zokernel.finetune.settings.elastic import rejoin
+from zokernel.finetune.settings.saving import choose_evaluation, default_eval_steps, fill_in_saving
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
 from zokernel.optim.options import REMOVAL_DATE
@@ -83,7 +84,12 @@ class ZOConfig(ZOArguments, TrainingArguments):
         default=None, metadata={"help": "Passes over the training examples, instead of --max_steps."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate on the validation split."})
+    eval_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "When to evaluate on the validation split (default: steps; epoch with --save_strategy epoch)."
+        },
+    )
     eval_steps: float | None = field(
         default=None, metadata={"help": "Steps between evaluations (default: a fifth of the run)."}
     )
@@ -94,10 +100,17 @@ class ZOConfig(ZOArguments, TrainingArguments):
             "rebuild any weights; no: neither checkpoints nor journal."
         },
     )
+    save_steps: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Steps between checkpoints of --save_strategy steps (default: those between evaluations)."},
+    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep; 2 keeps the best and the last, 1 cannot resume."}
     )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    load_best_model_at_end: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "End with the best step (default: true where steps are evaluated and saved at one time)."},
+    )
     metric_for_best_model: str | None = field(default="loss", metadata={"help": "Validation metric that decides."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without improvement (default: never)."}
@@ -136,6 +149,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
+        choose_evaluation(self)
         check_values(self)
         if has_both and self.max_steps > 0:
             logger.info(
@@ -144,6 +158,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
                 self.num_train_epochs,
             )
         refuse_unsupported(self)
+        fill_in_saving(self)
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise UsageError("early_stopping_patience counts evaluations: set eval_strategy steps.")
         # transformers allows bf16 on a CPU only when the CPU was requested.
@@ -174,16 +189,6 @@ class ZOConfig(ZOArguments, TrainingArguments):
             # Of the strategies that transformers knows, the one with the same checks.
             "save_strategy": "best" if journal else None,
         }
-
-
-def default_eval_steps(max_steps: int) -> int:
-    """Return the steps between evaluations if nobody says: a fifth of the run.
-
-    Example:
-        >>> default_eval_steps(40), default_eval_steps(-1)
-        (8, 500)
-    """
-    return max(1, max_steps // 5) if max_steps > 0 else 500
 
 
 def perturb_of_restore(restore: str, perturb: str) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 
 from zokernel._version import __version__
-from zokernel.files import read_json, write_json
+from zokernel.files import write_json
+from zokernel.finetune.run_files import SETTINGS_FILE, read_run_file
 from zokernel.secrets import hide_in_values
 
-SETTINGS_FILE = "settings.json"
 SOURCES = ("user", "recipe", "default", "auto", "hardware")
 # Shown even where they are plain defaults.
 IMPORTANT = (
@@ -128,11 +128,15 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Setting] | None:
-    """Return the settings recorded in a run's folder by name; None if there are none."""
+    """Return the settings recorded in a run's folder by name; None if there are none.
+
+    Raises:
+        UsageError: If the file is damaged.
+    """
     path = folder / SETTINGS_FILE
     if not path.exists():
         return None
-    return {row["name"]: Setting(**row) for row in read_json(path)["settings"]}
+    return {row["name"]: Setting(**row) for row in read_run_file(path)["settings"]}
 
 
 def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:

@@ -15,10 +15,11 @@ from typing import Any
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings import auto
-from zokernel.finetune.settings.check import try_method
-from zokernel.finetune.settings.config import default_eval_steps, faster_in_bf16
+from zokernel.finetune.settings.check import exact_perturb, try_method
+from zokernel.finetune.settings.config import faster_in_bf16
 from zokernel.finetune.settings.flag_files import keys_of
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
+from zokernel.finetune.settings.saving import default_eval_steps
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
 from zokernel.optim import method_options
 
@@ -88,14 +89,12 @@ def resolve(
     if "precision" in choices.values:
         source = sources.get("bf16", "hardware") if config.precision == "auto" else None
         choices.decide(source, precision="bf16" if config.bf16 else "fp32")
-    if config.save_strategy == "journal" and str(requested["eval_strategy"]) == "no":
-        choices.decide("auto", load_best_model_at_end=False)
     if choices["learning_rate"] is None:
         choices.fill("auto", learning_rate=_learning_rate(choices, trained, num_examples, config.world_size))
     _choose_options(choices, requested, trained, source=sources.get("method_args", "auto"))
     if low_precision and choices["perturb"] == AUTO:
-        choices.decide("auto", perturb="in_forward")  # exact, without a copy of the weights
-    if low_precision:
+        choices.decide("auto", perturb=exact_perturb(RunSettings(config, choices.settings()).arguments()))
+    elif low_precision:
         refuse_low_precision(low_precision, choices["perturb"])
     batch = choices["per_device_train_batch_size"]
     if config.dataloader_drop_last and num_examples is not None and num_examples < batch:
@@ -136,7 +135,7 @@ def _choose_options(choices: _Choices, requested: Mapping[str, Any], trained: st
         UsageError: If an option is given by its flag and in ``method_args``.
     """
     options = method_options(choices["method"])
-    pairs = read_pairs(choices["method_args"] or [], options)
+    pairs = read_pairs(choices["method_args"] or [], choices["method"])
     names_in_args = set(pairs) & set(SHARED_OPTIONS)
     for name in sorted(names_in_args):
         if requested[name] is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import re
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any
 
 from zokernel.errors import UsageError
 from zokernel.optim import get_method, method_options
+from zokernel.optim.options import own_options
 from zokernel.optim.registry import is_plugin, methods
 from zokernel.perturb.registry import NAMES
 
@@ -103,8 +106,11 @@ class ZOArguments:
                     )
         if self.zo_point_ranks is not None and self.zo_parallel != "hybrid":
             raise UsageError("zo_point_ranks is for zo_parallel hybrid: add it, or leave both out.")
-        if isinstance(self.method_args, str):
-            raise UsageError(f'method_args is a list of key=value texts: write ["{self.method_args}"].')
+        pairs = self.method_args
+        if isinstance(pairs, str):
+            raise UsageError(f'method_args is a list of key=value texts: write ["{pairs}"].')
+        if pairs is not None and not (isinstance(pairs, Sequence) and all(isinstance(pair, str) for pair in pairs)):
+            raise UsageError(f"method_args is a list of key=value texts, not {pairs!r}.")
 
     def method_options(self) -> dict[str, Any]:
         """Return the keyword arguments for the method: the flags that were set, and ``method_args``.
@@ -115,19 +121,21 @@ class ZOArguments:
         arguments: Any = self  # with the fields of TrainingArguments
         options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS}
         options = {name: value for name, value in options.items() if value is not None}
-        defaults = method_options(self.method)
+        defaults, declared = method_options(self.method), own_options(get_method(self.method))
         for pair in self.method_args or []:
             name, equals, text = pair.partition("=")
             if not equals:
                 raise UsageError(f"method_args takes key=value pairs, not {pair!r}.")
             if name in HAVE_FLAGS:
                 raise UsageError(f"{name} is not an option for method_args: set {HAVE_FLAGS[name]}.")
-            options[name] = _parse_value(name, text, defaults.get(name))
+            options[name] = _parse_value(name, text, declared.get(name))
         for name in options:
             if name not in defaults or name == "perturb":
                 hidden = ("lr", "seed", "weight_decay", "total_steps", "perturb")
                 allowed = ", ".join(option for option in defaults if option not in hidden)
+                moved = getattr(get_method(self.method), "moved_options", {}).get(name)
                 others = [other for other in methods() if other != self.method and name in method_options(other)]
+                others = [moved] if moved else others
                 hint = f" (--method {others[0]} has {name})" if others else ""
                 raise UsageError(f"Method {self.method!r} has no option {name!r}: it has {allowed}{hint}.")
         if "weight_decay" in defaults:
@@ -156,36 +164,43 @@ def default_of(setting: Field[Any]) -> Any:
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
-def read_pairs(pairs: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``--method_args`` by name, as the types of the options' defaults.
+def read_pairs(pairs: Sequence[str], method: str) -> dict[str, Any]:
+    """Return the values of ``--method_args`` by name, in the types that the method's options have.
 
     Args:
         pairs: ``key=value`` texts.
-        defaults: The method's options.
+        method: The method's name.
 
     Example:
-        >>> read_pairs(["eps=1e-2", "sign_of=projection"], {"eps": 1e-3, "sign_of": "estimate"})
+        >>> read_pairs(["eps=1e-2", "sign_of=projection"], "zo_sign")
         {'eps': 0.01, 'sign_of': 'projection'}
     """
+    declared = own_options(get_method(method))
     parts = (pair.partition("=") for pair in pairs)
-    return {name: _parse_value(name, text, defaults.get(name)) for name, _, text in parts}
+    return {name: _parse_value(name, text, declared.get(name)) for name, _, text in parts}
 
 
-def _parse_value(name: str, text: str, default: Any) -> Any:
-    """Read a value as the type of the option's default: numbers as numbers, the rest as text."""
-    if text.lower() == "none" and not isinstance(default, str):
+def _parse_value(name: str, text: str, option: inspect.Parameter | None) -> Any:
+    """Read a value as its option is declared: numbers as numbers, the rest as text."""
+    kind = _kind(option)
+    if option is not None and text.lower() == "none" and (kind is not str or option.default is None):
         return None
-    if isinstance(default, bool):
+    if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"Option {name} is true or false, not {text!r}.")
         return text.lower() == "true"
-    if isinstance(default, str):
-        return text
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    if isinstance(default, (int, float)):
-        raise UsageError(f"Option {name} is a number, not {text!r}.")
-    return text
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"Option {name} is {what}, not {text!r}.") from error
+
+
+def _kind(option: inspect.Parameter | None) -> type:
+    """Return the type of an option's values: the first of its annotation, else that of its default."""
+    if option is None:
+        return str
+    annotation = getattr(option.annotation, "__name__", str(option.annotation))
+    names = re.findall(r"\b(?:bool|int|float|str)\b", annotation)
+    kind = {"bool": bool, "int": int, "float": float}.get(names[0], str) if names else type(option.default)
+    return kind if kind in (bool, int, float) else str

@@ -115,7 +115,12 @@ def newest_checkpoint(folder: Path, *, last_step: float) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """Return after how many steps a checkpoint was written: the N of ``checkpoint-N``, or what it says inside."""
     number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else int(read_json(checkpoint / TRAINER_STATE)["global_step"])
+    return int(number) if number.isdigit() else _global_step(checkpoint)
+
+
+def _global_step(checkpoint: Path) -> int:
+    advice = "remove this checkpoint, and the run continues from what is left"
+    return int(read_json(checkpoint / TRAINER_STATE, keys=("global_step",), advice=advice)["global_step"])
 
 
 def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:
@@ -141,7 +146,7 @@ def check_checkpoint(folder: Path) -> None:
     """Refuse a checkpoint that cannot be resumed from without loading a pickle.
 
     Raises:
-        UsageError: If it is no checkpoint of zokernel.
+        UsageError: If it is no checkpoint of zokernel, or its state is damaged.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -164,6 +169,7 @@ def check_checkpoint(folder: Path) -> None:
             )
             + "Start anew from the weights, saved as safetensors."
         )
+    _global_step(folder)  # transformers reads it without a word about a damaged file
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -12,11 +12,18 @@ from typing import Any
 
 from zokernel._version import __version__
 from zokernel.errors import RunError, UsageError
-from zokernel.files import check_output_dir, read_json, remedy, write_json, writing
+from zokernel.files import check_output_dir, remedy, write_json, writing
 from zokernel.finetune.models.starting_weights import STARTING_WEIGHTS
-from zokernel.finetune.run_files import LAST_GOOD, METRICS_FILE, RUN_FILE, STEPS_FILE
+from zokernel.finetune.run_files import (
+    LAST_GOOD,
+    METRICS_FILE,
+    PREDICTOR_FILE,
+    RUN_FILE,
+    SETTINGS_FILE,
+    STEPS_FILE,
+    read_run_file,
+)
 from zokernel.finetune.settings.arguments import DataArguments
-from zokernel.finetune.settings.record import SETTINGS_FILE
 from zokernel.finetune.settings.resolve import COSMETIC
 from zokernel.finetune.storage.lock import LOCK_FILE
 from zokernel.journal import Journal
@@ -49,7 +56,7 @@ ARTEFACTS = (
     "report.html",
     "profile.md",
     "profile.json",
-    "predictor.json",
+    PREDICTOR_FILE,
     "training_args.json",
     "base-adapter",
     "journal.zkj*",
@@ -96,7 +103,7 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
     folder.mkdir(parents=True, exist_ok=True)
     is_occupied = any(not path.name.startswith(_OWN_HIDDEN) for path in folder.iterdir())
     is_run, is_finished = (folder / RUN_FILE).exists(), (folder / METRICS_FILE).exists()
-    old = read_json(folder / RUN_FILE).get("settings") if is_run and (resume or not overwrite) else None
+    old = read_run_file(folder / RUN_FILE).get("settings") if is_run and (resume or not overwrite) else None
     if resume:
         if not is_run:
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
@@ -107,7 +114,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         return "new"
     if not overwrite:
         if not is_run:
-            raise UsageError(f"{folder} already holds other files: choose another --output_dir.")
+            lost = f" ({RUN_FILE} of a finished run is missing: restore it from a copy)" if is_finished else ""
+            raise UsageError(f"{folder} already holds other files{lost}: choose another --output_dir.")
         refuse_old_run(folder)
         different = _different(old, settings)
         if different:
@@ -167,7 +175,7 @@ def refuse_old_run(folder: Path) -> None:
     """
     if (folder / SETTINGS_FILE).exists():
         return
-    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+    run = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
     if run is not None and run.get("record") == RECORD:
         return
     journal = folder / FILE_NAME
@@ -222,7 +230,7 @@ def note_begin(
     """
     (folder / METRICS_FILE).unlink(missing_ok=True)
     run.update(settings=dict(settings), total_steps=total_steps)
-    if steps_taken:
+    if 0 < steps_taken < total_steps:
         run["continued_at"] = [*run.get("continued_at", []), steps_taken]
     write_json(folder / RUN_FILE, run)
 
@@ -273,13 +281,24 @@ def _other_run(
     if different == [STARTING_WEIGHTS]:
         return _other_weights(folder)
     can_continue = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
+    is_shorter = _is_shorter(old, new)
     return UsageError(
         f"{folder} already holds another run{'' if is_finished else ', unfinished'} "
         f"({_describe_differences(different, old, new)}): "
         + ("" if is_finished else "repeat its settings to continue it, ")
-        + ("lengthen it with --resume_from_checkpoint last, " if can_continue else "")
+        + ("lengthen it with --resume_from_checkpoint last, " if can_continue and not is_shorter else "")
+        + ("rebuild an earlier step with 'zokernel replay --step N', " if can_continue and is_shorter else "")
         + "choose another --output_dir, or start over with --overwrite_output_dir true."
     )
+
+
+def _is_shorter(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
+    """Return whether a run is to end earlier than the one that is there."""
+    lengths = [((old or {}).get(name) or 0, (new or {}).get(name) or 0) for name in ("max_steps", "num_train_epochs")]
+    (old_steps, new_steps), (old_epochs, new_epochs) = lengths
+    if old_steps > 0 and new_steps > 0:
+        return bool(new_steps < old_steps)
+    return old_steps <= 0 and new_steps <= 0 and bool(new_epochs < old_epochs)
 
 
 def _other_weights(folder: Path) -> UsageError:

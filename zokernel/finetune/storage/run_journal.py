@@ -69,8 +69,9 @@ class RunJournal:
             self.previous = Journal.read(self.path)
         elif self.path.exists() and not overwrite:
             raise UsageError(
-                f"{folder} holds the journal of an earlier run: pass resume_from_checkpoint=True to continue it, "
-                "overwrite_output_dir=True to start over, or choose another output_dir."
+                f"{folder} holds the journal of an earlier run: call trainer.train(resume_from_checkpoint=True) to "
+                "continue it, set trainer.args.overwrite_output_dir = True before trainer.train() to replace it by a "
+                "run from the model's present weights, or make a trainer with another output_dir to keep both."
             )
         self._hashes = _hashes(model)
         self._unrecorded: set[str] = set()

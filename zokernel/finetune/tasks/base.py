@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
+from zokernel.finetune.tasks.columns import close_column
 from zokernel.finetune.tasks.template import MASK, fill, parse
 from zokernel.readable import plural
 
@@ -145,14 +146,19 @@ class Task:
             numbered = [(n, {renamed.get(name, name): value for name, value in row.items()}) for n, row in numbered]
         self.check_columns([row for _, row in numbered], where=where)
         labelled, unlabelled = _partition(numbered, lambda n, row: not self.unlabelled(row))
-        log_left_out(where, "a label", [place_of(rows, n) for n, _ in unlabelled])
+        hidden = any(is_hidden(row.get(self.label_column)) for _, row in unlabelled)
         if not labelled:
+            reason = " (-1 stands for no label)" if hidden else ""
             raise UsageError(
-                f"{where} has no labelled row: fill its column {self.label_column!r}, or name another with "
+                f"{where} has no labelled row{reason}: fill its column {self.label_column!r}, or name another with "
                 "--label_column."
             )
+        if hidden:
+            self.check_hidden([row for _, row in labelled], where=where)
+        note = "-1 stands for no label unless --labels names it." if hidden else ""
+        log_left_out(where, "a label", [place_of(rows, n) for n, _ in unlabelled], note)
         texts = ", ".join(self.text_columns())
-        kept, empty = _partition(labelled, lambda n, row: self._has_text(row, where, place_of(rows, n)))
+        kept, empty = _partition(labelled, lambda n, row: self.has_text(row, f"{where}, {place_of(rows, n)}"))
         log_left_out(where, f"text ({texts})", [place_of(rows, n) for n, _ in empty])
         if not kept:
             raise UsageError(f"{where} has no row with text in {texts}: name other columns in --template.")
@@ -226,13 +232,29 @@ class Task:
         masked = parse(self.masked_template) if self.masked_template else ()
         return tuple(name for name in dict.fromkeys((*self.columns, *masked)) if name != self.label_column)
 
-    def _has_text(self, row: Row, where: str, place: str) -> bool:
-        """Whether every column of the prompt has a value, and some of them text."""
+    def check_hidden(self, labelled: Sequence[Row], *, where: str) -> None:
+        """Refuse -1 as no label where it seems to be one, for tasks in which it might be.
+
+        Args:
+            labelled: The rows with other labels.
+            where: What their table is called in messages.
+        """
+
+    def has_text(self, row: Row, place: str) -> bool:
+        """Whether every column of the prompt has a value, and some of them text.
+
+        Args:
+            row: A row with the task's columns.
+            place: What it is called in messages.
+
+        Raises:
+            UsageError: If a column holds something else than text, such as a list.
+        """
         values = [row.get(name) for name in self.text_columns()]
         for name, value in zip(self.text_columns(), values):
             if isinstance(value, (list, tuple, Mapping, bytes)):
                 raise UsageError(
-                    f"{where}, {place}: column {name!r} holds a {type(value).__name__}, not a text: join its parts "
+                    f"{place}: column {name!r} holds a {type(value).__name__}, not a text: join its parts "
                     "into one text first, or name another column in the template."
                 )
         return not any(map(is_missing, values)) and (not values or any(str(value).strip() for value in values))
@@ -246,15 +268,28 @@ class Task:
         present = dict.fromkeys(name for row in rows for name in row)
         for column in self.required_columns():
             if rows and column not in present:
+                close = close_column(column, present)
+                flag = "--label_column" if column == self.label_column else "the template"
+                advice = "change --template or --label_column, or name the columns with --column_names."
                 raise UsageError(
                     f"{where} has no column {column!r} (it has {', '.join(map(str, present))}): "
-                    "change --template or --label_column, or name the columns with --column_names."
+                    + (f"did you mean {close!r} (in {flag})?" if close else advice)
                 )
 
 
 def is_missing(value: object) -> bool:
     """Whether a cell holds nothing: ``None``, or the NaN that tables write for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_hidden(value: object) -> bool:
+    """Whether a label is -1, which public benchmarks write where they hide one.
+
+    Example:
+        >>> is_hidden("-1.0"), is_hidden(-1), is_hidden("-")
+        (True, True, False)
+    """
+    return str(value).strip() in ("-1", "-1.0")
 
 
 def place_of(rows: Sequence[Row], number: int) -> str:
@@ -268,17 +303,19 @@ def place_of(rows: Sequence[Row], number: int) -> str:
     return f"line {lines[number]}" if number < len(lines) and lines[number] else f"row {number + 1}"
 
 
-def log_left_out(where: str, what: str, places: Sequence[str]) -> None:
+def log_left_out(where: str, what: str, places: Sequence[str], note: str = "") -> None:
     """Log how many rows are left out, if any are.
 
     Args:
         where: What their table is called in messages.
         what: What they lack.
         places: How each of them is found.
+        note: A sentence to add.
     """
     if places:
         count, verb = plural(len(places), "row"), "is" if len(places) == 1 else "are"
-        logger.info("%s: %s without %s %s left out (the first: %s).", where, count, what, verb, places[0])
+        message = "%s: %s without %s %s left out (the first: %s)."
+        logger.info(f"{message} {note}".rstrip(), where, count, what, verb, places[0])
 
 
 def _partition(

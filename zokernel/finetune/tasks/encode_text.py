@@ -188,8 +188,23 @@ class TextEncoder:
         completed = self._complete_request(row)
         return self._plain(completed["text"]) if self.form == "text" else self.prompt(completed)[0]
 
+    def asks_nothing(self, row: Mapping[str, Any] | str) -> bool:
+        """Whether a row in the form of the task has no text to answer.
+
+        Raises:
+            UsageError: If the row is in another form.
+        """
+        return self._read_request(row) is None
+
     def _complete_request(self, row: Mapping[str, Any] | str) -> Row:
         """Return a row in the form of the task, with an answer that is not known in its place."""
+        completed = self._read_request(row)
+        if completed is None:
+            raise UsageError(f"there is nothing to answer in {_QUESTIONS[self.form][0]!r}.")
+        return completed
+
+    def _read_request(self, row: Mapping[str, Any] | str) -> Row | None:
+        """Return a row in the form of the task, or None if it has no text to answer."""
         column = _QUESTIONS[self.form][0]
         if not isinstance(row, str) and not any(name in row for name in _QUESTIONS[self.form]):
             columns, expected = ", ".join(map(repr, row)), " and ".join(map(repr, columns_of_form(self.form)))
@@ -205,13 +220,12 @@ class TextEncoder:
             is_answered = bool(messages) and messages[-1]["role"] == "assistant"
             row[column] = messages if is_answered or not messages else [*messages, *_ANSWER]
         elif self.form == "prompt-completion":
+            if all(is_missing(part) or not str(part).strip() for part in (row.get("prompt"), row.get("system"))):
+                return None
             _fill(row, "completion", "." if isinstance(row.get("prompt"), str) else _ANSWER)
         elif self.form == "instruction":
             _fill(row, "output", ".")
-        completed = read_as(self.form, row)
-        if completed is None:
-            raise UsageError(f"there is nothing to answer in {column!r}.")
-        return completed
+        return read_as(self.form, row)
 
     def _parts(self, row: Row) -> tuple[Any, Any]:
         if self.form == "prompt-completion":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -111,9 +112,7 @@ class PromptTask(Task):
                 f"Column {self.label_column!r} holds a {type(value).__name__} ({value!r:.80}), where a label is one "
                 "value: choose another --label_column."
             )
-        choice = self._classes.get(label_as_text(value))
-        if choice is None:
-            choice = self._classes_in_any_case.get(label_as_text(value).casefold())
+        choice = self._class_of(value)
         if choice is not None:
             return (choice,)
         if is_on_scale(value) and not any(map(is_on_scale, self.labels)):
@@ -125,6 +124,54 @@ class PromptTask(Task):
             f"Label {str(value).strip()!r} in column {self.label_column!r} is none of {', '.join(self.names())}, for "
             f"the label words {', '.join(self.label_words)}: add the missing word, or map values with --labels."
         )
+
+    def _class_of(self, value: object) -> int | None:
+        """Return the class of a label, or None if it is none of the classes."""
+        text = label_as_text(value)
+        choice = self._classes.get(text)
+        return self._classes_in_any_case.get(text.casefold()) if choice is None else choice
+
+    def check_hidden(self, labelled: Sequence[Row], *, where: str) -> None:
+        """Refuse -1 as no label where one class would be left, or where 0, 1, ... lack a class.
+
+        Raises:
+            UsageError: If -1 seems to be a class.
+        """
+        labels = list(dict.fromkeys(label_as_text(row[self.label_column]) for row in labelled))
+        classes = {self._class_of(label) for label in labels}
+        lacks_last = not self.labels and classes == set(range(self.num_classes - 1))
+        if None in classes or (len(classes) > 1 and not lacks_last):
+            return  # a label that is none of the classes is named by its row
+        ordered = ["-1", *sorted(labels, key=lambda label: (_NUMBER.fullmatch(label) is None, label))]
+        values = " ".join(ordered) if len(ordered) == self.num_classes else "with one value for each label word"
+        raise UsageError(
+            f"{where}: column {self.label_column!r} holds -1 beside {', '.join(ordered[1:])}, and -1 stands for no "
+            f"label unless --labels names it: if it is a class, give --labels {values}; if not, take those rows out."
+        )
+
+    def spellings(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """Return the label of each class as a table writes it most often.
+
+        A class that no row has goes by its word if all labels of the table are words, or else by its name.
+
+        Args:
+            rows: Labelled rows.
+
+        Example:
+            >>> task = PromptTask("{text}", ("bad", "good"))
+            >>> task.spellings([{"label": label} for label in ("Good", "good", "Good")])
+            ('bad', 'Good')
+            >>> task.spellings([{"label": 1}])
+            ('0', '1')
+        """
+        counts = [Counter[str]() for _ in self.label_words]
+        for row in rows:
+            counts[self.label(row)][str(row[self.label_column]).strip()] += 1
+        words = {word.strip().casefold() for word in self.label_words}
+        written = {text.casefold() for texts in counts for text in texts}
+        named = [word.strip() for word in self.label_words] if written and written <= words and not self.labels else []
+        absent = named or [alternatives(name)[0] for name in self.names()]
+        return tuple(texts.most_common(1)[0][0] if texts else name for texts, name in zip(counts, absent))
 
     def names(self) -> tuple[str, ...]:
         """Return what the label column holds: ``labels``; else the positions, or the words if those are numbers."""

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.zo_arguments import PERTURB
 from zokernel.finetune.trainer.processes import true_on_all
 from zokernel.optim import ZerothOrder
 from zokernel.perturb import InForward, PerExampleRows, Stacked, make_perturb, matches_in_place, stackable
+from zokernel.perturb.agreement import one_of_each_kind
 from zokernel.perturb.base import Closure, Perturb
 from zokernel.perturb.parallel import Parallel
 from zokernel.perturb.per_example import Examples
@@ -82,7 +84,9 @@ def stack_or_share(
 
 
 def settle(optimizer: ZerothOrder, args: ZOConfig, trial_loss: Closure, parallel: Parallel | None) -> str:
-    """Decide between ``in_forward`` and ``in_place``, now that the model is ready to run.
+    """Decide whether ``in_forward`` suits the model, now that it is ready to run; else it is ``in_place``.
+
+    Weights in bf16 and fp16, which ``in_place`` would not restore, are perturbed ``in_place:copy`` else.
 
     Args:
         optimizer: The optimizer of the run, before its first step.
@@ -94,9 +98,12 @@ def settle(optimizer: ZerothOrder, args: ZOConfig, trial_loss: Closure, parallel
         How the run perturbs.
     """
     prefers_copies = args.device.type == "cpu" and args.bf16 and not args.torch_compile
-    if prefers_copies and perturbs_in_place(optimizer):
-        suits = in_forward_suits(optimizer, trial_loss, partial(true_on_all, device=args.device))
-        set_perturb(optimizer, InForward() if suits else make_perturb("in_place"), parallel)
+    is_chosen = type(innermost(optimizer.perturb)) is InForward
+    if is_chosen or (prefers_copies and perturbs_in_place(optimizer)):
+        is_low_precision = any(tensor.dtype in LOW_PRECISION for tensor in optimizer.named_params.values())
+        otherwise = "in_place:copy" if is_low_precision else "in_place"
+        suits = in_forward_suits(optimizer, trial_loss, partial(true_on_all, device=args.device), otherwise=otherwise)
+        set_perturb(optimizer, make_perturb("in_forward" if suits else otherwise), parallel)
     name = optimizer.perturb.name
     return name if name in PERTURB else "in_place"  # of tangents, which perturb nothing
 
@@ -131,7 +138,7 @@ def stacking_pays(
     copies = min(max_copies(batch, eval_batch), optimizer.forwards_per_step)
     if copies < 2 or batch > STACK_UP_TO or not perturbs_in_place(optimizer) or not only_trains_lora(model):
         return False
-    if not stackable(optimizer.named_params, optimizer.directions, copies):
+    if not fits_stacked(optimizer, copies):
         return False
     reason = "" if trial is None else reason_not_to_stack(optimizer, trial)
     if reason:
@@ -143,6 +150,12 @@ def stacking_pays(
         copies,
     )
     return True
+
+
+def fits_stacked(optimizer: ZerothOrder, copies: int) -> bool:
+    """Return whether so many copies of the trained tensors, perturbed as the coming step is, fit into memory."""
+    points = optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count)
+    return stackable(optimizer.named_params, optimizer.directions, copies, points=points)
 
 
 def reason_not_to_stack(optimizer: ZerothOrder, losses: Callable[[int], Tensor]) -> str:
@@ -163,26 +176,33 @@ def reason_not_to_stack(optimizer: ZerothOrder, losses: Callable[[int], Tensor])
     return ""
 
 
-def in_forward_suits(optimizer: ZerothOrder, closure: Closure, holds_on_all: Callable[[bool], bool]) -> bool:
-    """Check with one loss taken both ways whether ``in_forward`` may replace ``in_place``, and log why.
+def in_forward_suits(
+    optimizer: ZerothOrder, closure: Closure, holds_on_all: Callable[[bool], bool], *, otherwise: str
+) -> bool:
+    """Check with one loss taken both ways whether a run may use ``in_forward``, and log why.
 
     Args:
         optimizer: The optimizer of the run, before its first step.
         closure: Returns the loss of a fixed batch.
         holds_on_all: Returns whether something holds on every process.
+        otherwise: How the run perturbs if it may not.  Where that takes a copy of the weights, only the first weight of
+            each kind is moved for the check, which then takes less.
     """
+    takes_copy = otherwise == "in_place:copy"
+    parameters = one_of_each_kind(optimizer.named_params) if takes_copy else optimizer.named_params
     try:
         points = optimizer.estimator.points(seed=optimizer.seed, step=optimizer.step_count)
         offsets = next(offsets for offsets in points if offsets)
-        suits, reason = matches_in_place(
-            optimizer.named_params, optimizer.directions, closure, offsets, seed=optimizer.seed
-        )
+        suits, reason = matches_in_place(parameters, optimizer.directions, closure, offsets, seed=optimizer.seed)
     except (UsageError, StopIteration) as error:
         suits, reason = False, str(error)
     if holds_on_all(suits):
-        logger.info("perturb: in_forward, which is faster on a CPU under bf16 autocast (%s).", reason)
+        gain = "keeps no copy of weights below fp32" if takes_copy else "is faster on a CPU under bf16 autocast"
+        logger.info("perturb: in_forward, which %s (%s).", gain, reason)
         return True
-    logger.info("perturb: in_place (%s).", reason if not suits else "in_forward does not suit another process")
+    reason = reason if not suits else "in_forward does not suit another process"
+    level = logging.WARNING if takes_copy else logging.INFO
+    logger.log(level, "perturb: %s%s (%s).", otherwise, ", which keeps a copy of the weights" * takes_copy, reason)
     return False
 
 
@@ -201,6 +221,7 @@ def set_perturb(optimizer: ZerothOrder, perturb: Perturb, parallel: Parallel | N
     if parallel is None:
         optimizer.perturb = perturb
     else:
+        parallel.release()
         parallel.inner = perturb
         optimizer.perturb = parallel
 

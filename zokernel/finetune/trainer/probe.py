@@ -20,7 +20,8 @@ from zokernel.finetune.scoring.objective import Objective
 from zokernel.finetune.scoring.options import option_scores
 from zokernel.finetune.tasks.encoded import Encoded
 from zokernel.finetune.trainer.trial_losses import log_refusal
-from zokernel.optim.updates import SGD, Normalized, PolyakBound
+from zokernel.optim.updates.coefficients import Normalized, PolyakBound
+from zokernel.optim.updates.rules import SGD
 from zokernel.perturb import InForward
 from zokernel.perturb.base import Closure
 

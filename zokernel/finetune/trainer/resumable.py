@@ -47,6 +47,8 @@ class ResumableTrainer(BestWeightsTrainer):
         recorded: The settings of the run that is continued, by name.
         continues: Whether an earlier process's run is continued.
         on_loop_begin: Called when all checks are passed and the loop begins.
+        needs_saved_step: Whether a run that is continued must have a saved step, as with ``transformers.Trainer``; a
+            command that is repeated after a kill may have left none, and then begins the run again.
     """
 
     zeroth_order: bool
@@ -59,6 +61,7 @@ class ResumableTrainer(BestWeightsTrainer):
         self._weights_moved = False  # whether a step may have moved the weights since they were loaded
         self.continues = False
         self.on_loop_begin: Callable[[], None] | None = None
+        self.needs_saved_step = True
         self._epoch_sampler: EpochSeededSampler | ReseedingSampler | None = None
         self.add_callback(_AroundTheLoop(self))
         if self.zeroth_order:
@@ -79,7 +82,7 @@ class ResumableTrainer(BestWeightsTrainer):
 
         Args:
             resume_from_checkpoint: A checkpoint folder, or True for whatever is there: the newest checkpoint, the
-                journal, both or none of them.
+                journal, or both.
             *args: As for ``transformers.Trainer.train``.
             **kwargs: As for ``transformers.Trainer.train``.
 
@@ -87,7 +90,7 @@ class ResumableTrainer(BestWeightsTrainer):
             As ``transformers.Trainer.train``; with ``load_best_model_at_end`` the model then has the best weights.
 
         Raises:
-            UsageError: If what is there cannot be continued this way.
+            UsageError: If there is nothing to continue from, or it cannot be continued this way.
             RunError: If the output cannot be written, or another process is writing it.
         """
         self.continues = bool(resume_from_checkpoint)
@@ -161,8 +164,22 @@ class ResumableTrainer(BestWeightsTrainer):
             files.check_checkpoint(checkpoint)
             return str(checkpoint)
         if self.journal is None or not self.journal.num_steps:
-            logger.info("%s holds no step to continue from, so the run starts from the beginning.", self.folder)
+            self._begin_without_steps()
         return None
+
+    def _begin_without_steps(self) -> None:
+        """Say that a run that is continued begins at its first step; refuse if no run was begun here.
+
+        Raises:
+            UsageError: If there is neither a checkpoint nor a journal, and the caller expects one.
+        """
+        if self.needs_saved_step and (self.journal is None or self.journal.previous is None):
+            kinds = "no checkpoint" if self.journal is None else "neither a checkpoint nor a journal"
+            raise UsageError(
+                f"{self.folder} holds {kinds} to continue from: call trainer.train() without resume_from_checkpoint to "
+                "begin a run, or make the trainer with the output_dir of the run to be continued."
+            )
+        logger.info("%s holds no step to continue from, so the run starts from the beginning.", self.folder)
 
     def _reset_optimizer(self, checkpoint: str | None) -> None:
         """Begin with a new optimizer, and with the weights before training, if an earlier call moved the weights."""

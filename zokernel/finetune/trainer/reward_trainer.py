@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from zokernel.finetune.rewards.objective import RewardObjective
-from zokernel.finetune.trainer.choose_perturb import innermost, max_copies, reason_not_to_stack
+from zokernel.finetune.trainer.choose_perturb import fits_stacked, innermost, max_copies, reason_not_to_stack
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.finetune.trainer.processes import true_on_all
 from zokernel.finetune.trainer.zo_trainer import ZOTrainer
 from zokernel.offload.blocks import streamed_blocks
-from zokernel.perturb import Stacked, stackable
+from zokernel.perturb import Stacked
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class RewardTrainer(ZOTrainer):
         optimizer, perturb = self.method_optimizer, self.args.perturb
         # With in_forward, all directions would be drawn anew for every token.
         unstacked = {"auto": "in_place", "in_forward": "in_place:copy"}.get(perturb, perturb)
-        can_stack = stackable(optimizer.named_params, optimizer.directions, copies)
+        can_stack = fits_stacked(optimizer, copies)
         reason = "" if can_stack else "dense directions of all weights"
         if not reason and not self.args.torch_compile:
             trial = partial(self.objective.try_copies, self.bare_model, self._collated(self.train_dataset, 1))

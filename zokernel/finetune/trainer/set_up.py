@@ -92,7 +92,8 @@ class SetUpTrainer(ResumableTrainer):
             args = _resolve(args, model, kwargs.get("train_dataset"), by_example=self.can_stack)
         super().__init__(args, model=model, optimizers=(None, schedule), **kwargs)
         self.model: Any
-        if model is None and trained_part(self.model) != "full parameters":
+        is_low_precision = self.zeroth_order and bool(low_precision(self.model))
+        if model is None and (trained_part(self.model) != "full parameters" or is_low_precision):
             self.settings = _resolve(requested, self.model, self.train_dataset, by_example=self.can_stack)
             self.fill_in(self.settings.values())
 
@@ -171,7 +172,7 @@ class SetUpTrainer(ResumableTrainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             assert model is not None
-            if self.recorded and self.args.perturb == "auto":
+            if self.recorded and "auto" in (self.args.perturb, self.settings.setting("perturb").source):
                 self.decide("auto", perturb=self.recorded["perturb"].value)
             if self.method_optimizer is None:
                 self.method_optimizer = make_optimizer(model, self.get_decay_parameter_names(model), self.args)

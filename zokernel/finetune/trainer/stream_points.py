@@ -13,7 +13,7 @@ from zokernel.finetune.trainer.make_optimizer import make_optimizer
 from zokernel.offload.blocks import streamed_blocks
 from zokernel.offload.streamed_forward import StreamedForward
 from zokernel.optim import ZerothOrder
-from zokernel.optim.averaging.averages import IterateAverage
+from zokernel.optim.updates.averaging.averages import IterateAverage
 from zokernel.perturb.in_forward import BY_POSITION
 from zokernel.readable import plural
 from zokernel.without_adapter import without_adapter

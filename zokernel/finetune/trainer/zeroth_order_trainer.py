@@ -93,7 +93,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self.last_loss = self.effective_lr = float("nan")
         self._begun_at = self._rate = 0.0
         self._forwards = 0
-        self._has_checked_loss = self._trl_counts_tokens = False
+        self._has_checked_loss = self._trl_counts_tokens = self._has_settled_perturb = False
         self.known_reason = ""
         self.run_log = RunLog(writes=self.args.should_save)
         self._course = Course()
@@ -134,12 +134,16 @@ class ZerothOrderTrainer(MeasuringTrainer):
         self._layers = EvaluationLayers(self.bare_model)
         self._has_checked_loss, self._trial_batch = False, None
         self._trl_counts_tokens = bool(trl_metrics(self))
-        if self.args.perturb == "auto" and self.zeroth_order:
+        perturb = self.settings.setting("perturb")
+        is_verified = bool(self.recorded) or self._has_settled_perturb
+        is_unverified = (perturb.value, perturb.source, is_verified) == ("in_forward", "auto", False)
+        if self.zeroth_order and (perturb.value == "auto" or is_unverified):
+            self._has_settled_perturb = True
             self.bare_model.eval()
             with self.uncounted():
                 trial = self.count_forwards(self._trial_loss)
-                perturb = choose_perturb.settle(self.bare_optimizer, self.args, trial, self.parallel)
-            self.decide("auto", perturb=perturb)
+                name = choose_perturb.settle(self.bare_optimizer, self.args, trial, self.parallel)
+            self.decide("auto", perturb=name)
         super().begin_loop()
         self.run_log.begin(self.folder, self.state.global_step, continues=self.continues)
         self._course.begin(self.run_log.rows)
@@ -260,15 +264,15 @@ class ZerothOrderTrainer(MeasuringTrainer):
         """Train; if the loss is not finite, save the last good weights.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or True for whatever is in the output folder.
+            resume_from_checkpoint: A checkpoint folder, or True for the run in the output folder.
             trial: What a search of hyperparameters tries, which a ``model_init`` of one argument is called with.
             *args: As for ``transformers.Trainer.train``.
             **kwargs: As for ``transformers.Trainer.train``.
 
         Raises:
             RunError: If the loss is not finite, or the output cannot be written.
-            UsageError: If the run in the output folder has other settings, or an argument was changed that is fixed
-                when the trainer is made.
+            UsageError: If the run in the output folder has other settings, there is none to be continued or one that is
+                not to be replaced, or an argument was changed that is fixed when the trainer is made.
         """
         self.trial = trial
         self.take_over()

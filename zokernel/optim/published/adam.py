@@ -6,10 +6,10 @@ from typing import Unpack
 
 from zokernel.directions import Dense
 from zokernel.estimators import TwoPoint
-from zokernel.optim.adam_rule import Adam
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
+from zokernel.optim.updates.adam import Adam
 from zokernel.optim.zeroth_order import ZerothOrder
 
 

@@ -13,8 +13,10 @@ from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import SGD, Update, check_beta
+from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.values import check_shares
 
 
 class TurnCone(Update):
@@ -29,7 +31,7 @@ class TurnCone(Update):
     """
 
     def __init__(self, directions: Cone, beta: float):
-        check_beta(beta)
+        check_shares(beta=beta)
         self.directions, self.beta = directions, beta
 
     def __repr__(self) -> str:
@@ -60,11 +62,11 @@ class ConMeZO(ZerothOrder):
     :math:`\sin^2(\alpha)\, g + d \cos^2(\alpha)\, \hat m \hat m^T g`.  So a step is longer along the momentum, and
     :meth:`effective_lr` is right only while the momentum carries no information about the gradient g.
 
-    Later steps are longer, by the cosine between the two, which the losses do not reveal.  With the defaults on a
-    linear loss, simulated in 1,000 and in 4,000 dimensions, steps along g are 1.9 times as long as MeZO's in the first
-    50 steps, 3.5 times after 100, and 6 times after 400.  With :math:`\beta = 0.9` they are 1.9 times as long
-    throughout.  So at the same learning rate the method is faster than MeZO merely because its steps are longer.
-    Compare it at its own best rate.
+    Later steps are longer, by the cosine between the two, which the losses do not reveal.  A linear loss was simulated
+    with the defaults, in 1,000 and in 4,000 dimensions.  Steps along g are 1.9 times as long as MeZO's in the first 50
+    steps, 3.5 times after 100, and 6 times after 400.  With :math:`\beta = 0.9` they are 1.9 times as long throughout.
+    So at the same learning rate the method is faster than MeZO merely because its steps are longer.  Compare it at its
+    own best rate.
 
     The first step has no momentum yet, and its perturbation is shorter by :math:`\sin(\alpha)`.  Momentum is kept as a
     direction of norm :math:`\sqrt d` and a length.  It is rebuilt from the journal's losses in replay.

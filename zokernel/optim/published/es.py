@@ -9,7 +9,7 @@ from zokernel.estimators import Population
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -75,9 +75,9 @@ class ES(ZerothOrder):
 class EGGROLL(ZerothOrder):
     r"""An evolution strategy whose members differ from the mean by matrices of rank one.
 
-    :class:`ES` with directions :math:`z = A B^T / \sqrt r`, whose factors are both new for every member: a layer
-    costs one extra thin product, so all members of a population answer in one batch, while their weighted sum has a
-    high rank.  Directions of vectors are dense.
+    It is :class:`ES` with directions :math:`z = A B^T / \sqrt r`, whose factors are both new for every member.  A layer
+    costs one extra thin product, so all members of a population answer in one batch.  Their weighted sum has a high
+    rank all the same.  Directions of vectors are dense.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.optim.copies import Copied
-from zokernel.optim.parameters import Origin, Params, name_parameters, trainable, trainable_group
+from zokernel.optim.parameters import (
+    Origin,
+    Params,
+    check_group,
+    check_group_settings,
+    name_parameters,
+    trainable,
+    trainable_group,
+)
 from zokernel.optim.registry import register
+from zokernel.optim.saved_state import check_first_order_state
 from zokernel.perturb.in_place import loss_value
+from zokernel.values import check_shares
 
 
 class FirstOrder(Copied):
@@ -32,17 +42,29 @@ class FirstOrder(Copied):
         """Train more parameters from the next step on: a module, tensors or ``(name, tensor)`` pairs.
 
         Raises:
-            UsageError: If the group does not fit the others.
+            UsageError: If the group does not fit the others, or has a setting that holds for all groups.
         """
         count = len(self.param_groups)
-        super().add_param_group(trainable_group(param_group, self.param_groups, self._origin))
+        group = trainable_group(param_group, self.param_groups, self._origin)
+        check_group_settings(group, cast(torch.optim.Optimizer, self))
+        super().add_param_group(group)
         try:
+            check_group(self.param_groups[-1])
             names = name_parameters(self.param_groups)
         except UsageError:
             del self.param_groups[count:]
             raise
         if hasattr(self, "named_params"):
             self.named_params = names
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            UsageError: If another optimizer saved it, or it is of other parameters.
+        """
+        check_first_order_state(state_dict, cast(torch.optim.Optimizer, self))
+        super().load_state_dict(state_dict)
 
     def ask(self, *_: Any) -> NoReturn:
         """Refuse: this method takes gradients, which losses do not give.
@@ -104,6 +126,7 @@ class SGD(FirstOrder, torch.optim.SGD):
     memory_copies = 1.0
 
     def __init__(self, params: Params, lr: float = 1e-3, *, momentum: float = 0.0, weight_decay: float = 0.0):
+        check_group({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         torch.optim.SGD.__init__(self, trainable(params), lr=lr, momentum=momentum, weight_decay=weight_decay)
         self._adopt(params)
 
@@ -139,7 +162,10 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         beta2: float = 0.999,
         weight_decay: float = 0.0,
     ):
-        torch.optim.AdamW.__init__(self, trainable(params), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+        check_group({"lr": lr, "weight_decay": weight_decay})
+        check_shares(beta1=beta1, beta2=beta2)
+        betas = (float(beta1), float(beta2))
+        torch.optim.AdamW.__init__(self, trainable(params), lr=lr, betas=betas, weight_decay=weight_decay)
         self._adopt(params)
 
     def effective_lr(self) -> float:

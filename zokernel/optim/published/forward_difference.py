@@ -8,12 +8,15 @@ from typing import Unpack
 from zokernel.directions import Dense, LowRank
 from zokernel.errors import UsageError
 from zokernel.estimators import Estimator, OneSided, PerExample
-from zokernel.optim.options import ZerothOrderOptions
+from zokernel.optim.options import ZerothOrderOptions, requested_perturb
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD, Normalized, PolyakBound, Update, check_beta
+from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.coefficients import Normalized, PolyakBound
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.per_example import per_example_perturb
+from zokernel.values import check_shares, check_switches, is_whole
 
 
 @register("forward_difference")
@@ -93,7 +96,8 @@ class ForwardDifference(ZerothOrder):
         beta: float = 0.9,
         **options: Unpack[ZerothOrderOptions],
     ):
-        check_beta(beta)
+        check_shares(beta=beta)
+        check_switches(per_example=per_example, normalize=normalize)
         update: list[Update] = [Normalized(beta)] if normalize else []
         bound = PolyakBound(polyak_share, beta)
         if math.isfinite(polyak_share):
@@ -103,12 +107,13 @@ class ForwardDifference(ZerothOrder):
         estimator: Estimator = OneSided(eps, num_perturbations)
         if per_example:
             estimator = PerExample(estimator)
-            options["perturb"] = per_example_perturb(options.get("perturb"), "forward_difference")
-            options.pop("restore", None)
+            requested = requested_perturb(options, stacklevel=3)
+            options["perturb"] = per_example_perturb(requested, "forward_difference")
+        is_dense = is_whole(rank, 0) and rank == 0
         super().__init__(
             params,
             lr,
-            directions=LowRank(rank, distribution=distribution, refresh=0) if rank else Dense(distribution),
+            directions=Dense(distribution) if is_dense else LowRank(rank, distribution=distribution, refresh=0),
             estimator=estimator,
             update=[*update, SGD(momentum)],
             **options,

@@ -7,12 +7,13 @@ from typing import Unpack
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.estimators import ForwardDerivative
-from zokernel.optim.options import ZerothOrderOptions
+from zokernel.optim.options import ZerothOrderOptions, requested_perturb
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb import Tangents
+from zokernel.perturb.in_place import IN_PLACE
 
 
 @register("forward_gradient")
@@ -21,10 +22,10 @@ class ForwardGradient(ZerothOrder):
 
     .. math:: \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P \langle \nabla L(\theta), z_p\rangle\, z_p
 
-    Each derivative is one forward pass that carries tangents along: no bias and no round-off from differences, but one
-    copy of the parameters for the direction and about twice the activations.  The closure must return the loss as a
-    tensor, computed from the parameters by operations that have a forward derivative (fused attention has none: load
-    transformers with ``attn_implementation="eager"``).
+    Each derivative is one forward pass that carries tangents along.  It has no bias and no round-off from differences,
+    but takes one copy of the parameters for the direction, and about twice the activations.  The closure must return
+    the loss as a tensor, computed from the parameters by operations that have a forward derivative.  Fused attention
+    has none: load transformers with ``attn_implementation="eager"``.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
@@ -58,11 +59,10 @@ class ForwardGradient(ZerothOrder):
         **options: Unpack[ZerothOrderOptions],
     ):
         # Nothing is perturbed, so every way of restoring comes to the same; in_place is what generic code passes.
-        perturb = options.get("perturb", "in_place")
-        if not (isinstance(perturb, Tangents) or str(perturb).startswith("in_place")):
+        perturb = requested_perturb(options, stacklevel=3)
+        if not (isinstance(perturb, Tangents) or perturb in IN_PLACE):
             raise UsageError("forward_gradient differentiates at the weights themselves: leave out perturb.")
         options["perturb"] = perturb if isinstance(perturb, Tangents) else Tangents()
-        options.pop("restore", None)
         super().__init__(
             params,
             lr,

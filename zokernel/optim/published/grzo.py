@@ -6,12 +6,13 @@ from typing import Unpack
 
 from zokernel.directions import LowRank
 from zokernel.estimators import OneSided, PerExample, TwoPoint
-from zokernel.optim.options import ZerothOrderOptions
+from zokernel.optim.options import ZerothOrderOptions, requested_perturb
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.per_example import per_example_perturb
+from zokernel.values import check_switches
 
 
 @register("grzo")
@@ -74,8 +75,8 @@ class GRZO(ZerothOrder):
         momentum: float = 0.0,
         **options: Unpack[ZerothOrderOptions],
     ):
-        options["perturb"] = per_example_perturb(options.get("perturb"), "grzo")
-        options.pop("restore", None)
+        check_switches(one_sided=one_sided)
+        options["perturb"] = per_example_perturb(requested_perturb(options, stacklevel=3), "grzo")
         inner = OneSided(eps, num_perturbations) if one_sided else TwoPoint(eps, num_perturbations)
         super().__init__(
             params,

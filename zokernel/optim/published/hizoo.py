@@ -28,8 +28,10 @@ from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import SGD, Update
+from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.values import check_shares
 
 
 class RenewHessian(Update):
@@ -44,8 +46,7 @@ class RenewHessian(Update):
     """
 
     def __init__(self, directions: Preconditioned, smooth: float):
-        if not 0 <= smooth < 1:
-            raise UsageError(f"hessian_smooth must be in [0, 1), not {smooth}.")
+        check_shares(hessian_smooth=smooth)
         self.directions, self.smooth = directions, smooth
 
     def __repr__(self) -> str:

@@ -8,17 +8,19 @@ on a ball, gradients at a shifted point, lengthening steps, a misprinted constan
 from __future__ import annotations
 
 import logging
-import warnings
-from typing import Any, Unpack, cast
+from collections.abc import Collection
+from typing import ClassVar, Unpack
 
 from zokernel.directions import Dense
 from zokernel.errors import UsageError
 from zokernel.estimators import Smoothed
-from zokernel.optim.averaging.averages import iterate_average
-from zokernel.optim.options import REMOVAL_DATE, ZerothOrderOptions
+from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
-from zokernel.optim.registry import get_method, register
-from zokernel.optim.updates import SGD, Clip, Update
+from zokernel.optim.registry import register
+from zokernel.optim.updates.averaging.averages import iterate_average
+from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.coefficients import Clip
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.theory.smoothing import KernelFacts
 
@@ -75,19 +77,8 @@ class KerZOO(ZerothOrder):
     """
 
     estimator: Smoothed
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> KerZOO:
-        """Make the class that reproduces the paper when one of its options is given, which is deprecated."""
-        if cls is KerZOO and (kwargs.keys() & PRINTED_OPTIONS or str(kwargs.get("clip", "")).startswith("param_")):
-            warnings.warn(
-                "KerZOO options that only reproduce the paper (paper_k5, grad_at, step_schedule, clip='param_...') are "
-                f"deprecated here and will be removed after {REMOVAL_DATE}: use "
-                "zokernel.experiments.kerzoo.printed.PrintedKerZOO.",
-                FutureWarning,
-                stacklevel=2,
-            )
-            cls = cast(type[KerZOO], get_method("kerzoo_printed"))
-        return super().__new__(cls)
+    moved_options: ClassVar[dict[str, str]] = dict.fromkeys(("paper_k5", "grad_at", "step_schedule"), "kerzoo_printed")
+    """Options that only the method of that name has."""
 
     def __init__(
         self,
@@ -108,6 +99,7 @@ class KerZOO(ZerothOrder):
         distribution: str = "rademacher",
         **options: Unpack[ZerothOrderOptions],
     ):
+        _refuse_printed(clip, options)
         estimator = Smoothed(
             eps=eps,
             num_perturbations=num_perturbations,
@@ -136,7 +128,19 @@ class KerZOO(ZerothOrder):
         return self.estimator.facts_at(self.step_count)
 
 
-PRINTED_OPTIONS = {"paper_k5", "grad_at", "step_schedule"}
+def _refuse_printed(clip: str, options: Collection[str]) -> None:
+    """Refuse options that only reproduce the paper.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    printed = [f"clip={clip!r}"] if str(clip).startswith("param_") else []
+    printed += [name for name in options if name in KerZOO.moved_options]
+    if printed:
+        raise UsageError(
+            f"{printed[0]} only reproduces the paper and is no option of KerZOO: use "
+            "zokernel.experiments.kerzoo.printed.PrintedKerZOO, or --method kerzoo_printed on the command line."
+        )
 
 
 def log_facts(facts: KernelFacts) -> None:

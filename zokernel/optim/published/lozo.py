@@ -16,12 +16,14 @@ from torch import Tensor
 
 from zokernel.directions import LowRank
 from zokernel.directions.terms import Factors
+from zokernel.errors import UsageError
 from zokernel.estimators import Estimate, TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import SGD, Step
+from zokernel.optim.updates.base import Step
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -31,10 +33,15 @@ class FactoredMomentum(SGD):
     Args:
         directions: The low-rank directions, whose right factors are shared by the steps of an epoch.
         momentum: :math:`\beta`; zero is a plain step.
+
+    Raises:
+        UsageError: If the right factors are new in every direction, or the momentum is out of range.
     """
 
     def __init__(self, directions: LowRank, momentum: float):
         super().__init__(momentum)
+        if directions.refresh < 1:
+            raise UsageError("LOZO keeps V for some steps: refresh must be a whole number of at least 1, not 0.")
         self.directions = directions
 
     def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
@@ -96,7 +103,7 @@ class LOZO(ZerothOrder):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         rank: r.
-        refresh: Steps for which V stays.
+        refresh: Steps for which V stays, at least 1.
         most_square: Refold thin matrices, such as adapters, into the most square ones.
         eps: Radius of the perturbation, in units of the weights.
         num_perturbations: Directions per step; each costs two forward passes.
@@ -107,6 +114,9 @@ class LOZO(ZerothOrder):
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.  V is drawn from the seed too, so a resumed
             run has the same one.
 
+    Raises:
+        UsageError: If a setting is out of range.
+
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(6, 5))
@@ -116,7 +126,7 @@ class LOZO(ZerothOrder):
         True
 
     References:
-        Chen et al. (2024), Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures,
+        Chen et al. (2024), Enhancing Zeroth-Order Fine-Tuning for Language Models with Low-Rank Structures,
         arXiv:2410.07698.
     """
 

@@ -9,7 +9,7 @@ from zokernel.estimators import TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -24,9 +24,10 @@ class MeZO(ZerothOrder):
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
         lr: Learning rate.
         eps: Radius of the perturbation, in units of the weights.
-        num_perturbations: Directions per step; each costs two forward passes.
-        sample_schedule: ``constant``, or ``linear``: from one direction to ``num_perturbations`` over the run.
-        total_steps: Length of the run, which the linear sample schedule needs.
+        num_perturbations: P, directions per step; each costs two forward passes.
+        sample_schedule: ``constant``, or ``linear``: :math:`\max(1, \lfloor P t/T \rfloor)` directions in step t = 0,
+            1, ... of T, which stays below P.
+        total_steps: T, the length of the run, which the linear sample schedule needs.
         distribution: Distribution of the directions: ``rademacher``, ``gaussian``, ``uniform`` or ``sphere``.
         momentum: Heavy-ball momentum; needs one fp32 copy of the parameters when not zero.
         **options: See :class:`~zokernel.optim.options.ZerothOrderOptions`.

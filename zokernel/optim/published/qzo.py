@@ -9,7 +9,7 @@ from zokernel.estimators import TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import ClipSlopes
+from zokernel.optim.updates.coefficients import ClipSlopes
 from zokernel.optim.zeroth_order import ZerothOrder
 
 

@@ -9,7 +9,7 @@ from zokernel.estimators import TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -17,8 +17,8 @@ from zokernel.optim.zeroth_order import ZerothOrder
 class SparseMeZO(ZerothOrder):
     r"""MeZO on directions :math:`m \odot z` with :math:`m_k = 1[|\theta_k| \le h]`, h a quantile of each tensor.
 
-    The mask is taken from the weights when the optimizer is made and kept as one bit per weight, in the state too:
-    masks recomputed later would differ between the two ends of a perturbation and drift with training.
+    The mask is taken from the weights when the optimizer is made, and kept as one bit per weight, in the state too.
+    Masks recomputed later would differ between the two ends of a perturbation, and drift with training.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

@@ -6,11 +6,11 @@ from typing import Unpack
 
 from zokernel.directions import Dense
 from zokernel.estimators import TwoPointCurvature
-from zokernel.optim.curvature_weights import CurvatureWeights
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.curvature_weights import CurvatureWeights
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -24,9 +24,10 @@ class SPSA15(ZerothOrder):
 
     The published runs have :math:`\eta = \epsilon`, so that a step is :math:`\frac{1}{2P} \sum_p w_p (L_+ - L_-) z_p`.
 
-    In many dimensions :math:`c_p = z_p^T H z_p` is nearly the same for all directions (with Rademacher ones its mean is
-    tr H and its variance twice the squares of H off its diagonal), so the weights mostly scale the learning rate, by
-    :math:`(tr H)^{-a}`.  Rounding of a loss enters :math:`c_p` divided by :math:`\epsilon^2`, so take losses in fp32.
+    In many dimensions :math:`c_p = z_p^T H z_p` is nearly the same for all directions.  With Rademacher ones its mean
+    is tr H, and its variance is twice the sum of the squares of H off its diagonal.  So the weights mostly scale the
+    learning rate, by :math:`(tr H)^{-a}`.  Rounding of a loss enters :math:`c_p` divided by :math:`\epsilon^2`, so
+    take losses in fp32.
 
     Args:
         params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.

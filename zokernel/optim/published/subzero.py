@@ -9,7 +9,7 @@ from zokernel.estimators import TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import SGD
+from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -42,8 +42,7 @@ class SubZero(ZerothOrder):
         True
 
     References:
-        Yu et al. (2024), SubZero: Random Subspace Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning,
-        arXiv:2410.08989.
+        Yu et al. (2024), Zeroth-Order Fine-Tuning of LLMs in Random Subspaces, arXiv:2410.08989.
     """
 
     def __init__(

@@ -12,12 +12,12 @@ from torch import Tensor
 from zokernel.directions import Subspace
 from zokernel.directions.terms import Factors
 from zokernel.estimators import Estimate, OneSided
-from zokernel.optim.adam_rule import Adam
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Step
+from zokernel.optim.updates.adam import Adam
+from zokernel.optim.updates.base import Step
 from zokernel.optim.zeroth_order import ZerothOrder
 
 
@@ -76,8 +76,8 @@ class SubspaceAdam(Adam):
 class SubZeroPlus(ZerothOrder):
     r"""Adam in SubZero's subspaces, on the average of many one-sided differences.
 
-    For every m x n matrix W, with the columns of U (m x r) and V (n x r) orthonormal and redrawn every ``refresh``
-    steps, and :math:`Z_k` (r x r) Gaussian,
+    Every m x n matrix W has U (m x r) and V (n x r) with orthonormal columns, redrawn every ``refresh`` steps.  With
+    :math:`Z_k` (r x r) Gaussian,
 
     .. math:: \bar Z = \frac{1}{K} \sum_{k=1}^K \frac{L(W + \epsilon s\, U Z_k V^T) - L(W)}{\epsilon}\, Z_k, \qquad
         W \leftarrow W - \eta s\, U\, \mathrm{Adam}(\bar Z)\, V^T, \qquad s = \frac{\sqrt{mn}}{r}

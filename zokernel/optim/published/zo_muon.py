@@ -16,8 +16,9 @@ from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Rule, Step
+from zokernel.optim.updates.base import Rule, Step
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.values import is_number
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -63,12 +64,12 @@ class Orthogonalized(Rule):
         vector_scale: Learning rate of vectors and scalars, relative to that of matrices.
 
     Raises:
-        UsageError: If ``vector_scale`` is negative.
+        UsageError: If ``vector_scale`` is negative or not finite.
     """
 
     def __init__(self, directions: Subspace, vector_scale: float):
-        if not vector_scale >= 0:
-            raise UsageError(f"vector_scale must be at least 0, not {vector_scale}.")
+        if not (is_number(vector_scale) and vector_scale >= 0):
+            raise UsageError(f"vector_scale must be at least 0 and finite, not {vector_scale!r}.")
         self.directions, self.vector_scale = directions, vector_scale
 
     def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:

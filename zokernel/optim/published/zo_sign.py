@@ -10,7 +10,8 @@ from zokernel.estimators import TwoPoint
 from zokernel.optim.options import ZerothOrderOptions
 from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
-from zokernel.optim.updates import Sign, SignOfProjections
+from zokernel.optim.updates.coefficients import SignOfProjections
+from zokernel.optim.updates.rules import Sign
 from zokernel.optim.zeroth_order import ZerothOrder
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Rule, Step
+from zokernel.optim.updates.base import Rule, Step
+from zokernel.values import check_positive, check_shares, check_switches
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Adam(Rule):
 
     References:
         Kingma and Ba (2015), arXiv:1412.6980; Chen et al. (2019), ZO-AdaMM, arXiv:1910.06513; Shu et al. (2025),
-        R-AdaZO, arXiv:2502.01014.
+        Refining Adaptive Zeroth-Order Optimization at Ease, arXiv:2502.01014, for ``of_momentum``.
     """
 
     beta1: float = 0.9
@@ -40,10 +40,9 @@ class Adam(Rule):
     of_momentum: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.delta > 0):
-            raise UsageError(
-                f"beta1 and beta2 must be in [0, 1) and delta positive, not {self.beta1}, {self.beta2}, {self.delta}."
-            )
+        check_shares(beta1=self.beta1, beta2=self.beta2)
+        check_positive(delta=self.delta)
+        check_switches(amsgrad=self.amsgrad, of_momentum=self.of_momentum)
 
     def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, dict[str, float]]:
         """Advance the moments, which are fp32, and return their ratio."""

@@ -32,10 +32,14 @@ from zokernel.directions.terms import Job, Noise
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.affine_move import AffineMove
-from zokernel.optim.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
-from zokernel.optim.averaging.iterate_weights import average_weight, coefficients_from_first, coefficients_from_last
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Update
+from zokernel.optim.updates.averaging.int8_blocks import BLOCK, CHUNK, dequantize, quantize_
+from zokernel.optim.updates.averaging.iterate_weights import (
+    average_weight,
+    coefficients_from_first,
+    coefficients_from_last,
+)
+from zokernel.optim.updates.base import Update
 
 TERMS_PER_SWEEP = 48
 
@@ -270,7 +274,7 @@ def iterate_average(storage: str = "journal") -> IterateAverage:
         >>> type(iterate_average("int8")).__name__
         'Int8Average'
     """
-    if storage not in STORAGES:
+    if storage not in list(STORAGES):
         raise UsageError(f"There is no averaging {storage!r}: choose one of none, {', '.join(STORAGES)}.")
     return STORAGES[storage]()
 

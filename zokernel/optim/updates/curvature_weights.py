@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
-from zokernel.optim.updates import Update
+from zokernel.optim.updates.base import Update
+from zokernel.values import is_number
 
 
 @dataclass
@@ -32,8 +33,8 @@ class CurvatureWeights(Update):
     power: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.power <= 1:
-            raise UsageError(f"The power of the curvature must be in [0, 1], not {self.power}.")
+        if not (is_number(self.power) and 0 <= self.power <= 1):
+            raise UsageError(f"The power of the curvature must be in [0, 1], not {self.power!r}.")
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the weighted estimate.

@@ -1,156 +1,20 @@
-r"""Parts of an update: what happens between the gradient estimate and the weights.
-
-An update is a list of parts.  Some change the coefficients of the estimate (:class:`Normalized`,
-:class:`PolyakBound`, :class:`Clip`, :class:`ClipSlopes`, :class:`SignOfProjections`,
-:class:`~zokernel.optim.curvature_weights.CurvatureWeights`).  One, the rule, turns the estimate into a step
-(:class:`SGD`, :class:`Sign`, :class:`~zokernel.optim.adam_rule.Adam`).  Others look at what has moved
-(:class:`~zokernel.optim.averaging.averages.IterateAverage`).
-
-With coefficients only, the step stays :math:`\theta \leftarrow \theta - \eta \sum_p c_p z_p` and is made in the sweep
-that restores the weights.  Rules that treat every coordinate on its own (momentum, Adam, the sign of the estimate) take
-the estimate as tensors, a few parameters at a time.
-"""
+"""Parts that change the coefficients of the estimate: normalising, bounding, clipping and signs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zokernel.directions.terms import Factors
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
-from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.trained import Trained
-
-Step = Mapping[str, Tensor | Factors]
-"""What a rule adds to each parameter, by name: a tensor, or the factors of a matrix."""
-
-
-class Update:
-    """One part of an update.  Every hook does nothing by default.
-
-    Attributes:
-        normalizes: Whether the first step's length is unknown before its losses are.
-        keeps_to_directions: Whether the part changes the weights by nothing but multiples of directions.
-        trained: The optimizer that the part serves; it serves one only, since it may keep state.
-    """
-
-    normalizes: ClassVar[bool] = False
-    keeps_to_directions: ClassVar[bool] = True
-    trained: Any = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-    def attach(self, trained: Trained) -> None:
-        """Prepare state; called once, when the optimizer has its parameters."""
-
-    def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
-        """Return the estimate with other coefficients, or with another factor on them."""
-        return estimate
-
-    def after_move(self, trained: Trained, estimate: Estimate, moves: Sequence[AffineMove]) -> Sequence[AffineMove]:
-        """Take note of what the step did to the weights, or change them further.
-
-        Args:
-            trained: The optimizer's parameters.
-            estimate: The estimate that was followed.
-            moves: What was done so far, one per parameter group.
-
-        Returns:
-            What has been done by now, for the parts that follow.
-        """
-        return moves
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scalars that must be saved; tensors live in the optimizer's own state."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-
-
-class Rule(Update):
-    """The part that turns the estimate into a step.
-
-    Attributes:
-        dense_where: Setting of a parameter group that makes its step more than scalars times directions when it is
-            above zero; nothing if every group's step is.
-    """
-
-    dense_where: ClassVar[str | None] = None
-
-    def group_defaults(self) -> dict[str, Any]:
-        """Return settings that every parameter group may have its own value of."""
-        return {}
-
-    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float | dict[str, float]]:
-        """Return the steps of some parameters as tensors, and what they are to be divided by: all, or by name."""
-        raise NotImplementedError
-
-    def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
-        """Return the learning rate at which plain SGD on the exact gradient moves as far on average.
-
-        Args:
-            group: A parameter group.
-            gain: Factor of the estimate on the gradient.
-        """
-        return group["lr"]
-
-
-@dataclass
-class SGD(Rule):
-    r"""A plain step, or one with heavy-ball momentum.
-
-    .. math:: m \leftarrow \beta m + \hat g, \qquad \theta \leftarrow \theta - \eta m
-
-    Args:
-        momentum: :math:`\beta`, in [0, 1).  When not zero, one fp32 copy of the parameters is kept.
-
-    References:
-        Polyak (1964), Some methods of speeding up the convergence of iteration methods.
-    """
-
-    dense_where = "momentum"
-    momentum: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise UsageError(f"momentum must be in [0, 1), not {self.momentum}.")
-
-    def group_defaults(self) -> dict[str, Any]:
-        """Return the momentum."""
-        return {"momentum": self.momentum}
-
-    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
-        """Advance the momentum buffers and return them."""
-        momenta = {name: group["momentum"] for group, members in trained.groups() for name in members}
-        buffers = trained.buffers("momentum_buffer", names)
-        trained.add_estimate(buffers, estimate, decay={name: momenta[name] for name in names})
-        return buffers, 1.0
-
-    def effective_lr(self, group: Mapping[str, Any], gain: float) -> float:
-        r"""Return :math:`\eta\, C / (1 - \beta)`."""
-        return group["lr"] * gain / (1.0 - group["momentum"])
-
-
-@dataclass
-class Sign(Rule):
-    r"""Move every weight by the learning rate: :math:`\theta \leftarrow \theta - \eta\, \mathrm{sign}(\hat g)`.
-
-    References:
-        Liu et al. (2019), signSGD via Zeroth-Order Oracle, ICLR.
-    """
-
-    def step(self, trained: Trained, names: Sequence[str], estimate: Estimate) -> tuple[Step, float]:
-        """Return the sign of the estimate."""
-        gradients = trained.dense_estimate(names, estimate)
-        return {name: gradient.sign_() for name, gradient in gradients.items()}, 1.0
+from zokernel.optim.updates.base import Update
+from zokernel.values import check_positive, check_shares, is_number
 
 
 @dataclass
@@ -186,7 +50,7 @@ class Normalized(Update):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
+        check_shares(beta=self.beta)
         self._weighted_squares = 0.0  # sum over past steps of beta^age (1 - beta) times their mean squared slope
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
@@ -229,9 +93,9 @@ class PolyakBound(Update):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
-        check_beta(self.beta)
-        if not self.share > 0:
-            raise UsageError(f"polyak_share must be above 0, not {self.share}.")
+        check_shares(beta=self.beta)
+        if self.share != math.inf:
+            check_positive(polyak_share=self.share)
         self._weighted_squares = self._weighted_losses = 0.0
         self._largest_lr = 0.0
 
@@ -276,8 +140,7 @@ class Clip(Update):
     radius: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise UsageError(f"The clip radius must be positive, not {self.radius}.")
+        check_positive(clip_radius=self.radius)
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the estimate with a factor that keeps its norm within the radius."""
@@ -304,24 +167,14 @@ class ClipSlopes(Update):
     bound: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise UsageError(f"The largest slope must be positive, not {self.bound}.")
+        if not (is_number(self.bound) and self.bound > 0):
+            raise UsageError(f"The largest slope must be positive, not {self.bound!r}.")
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
         """Return the estimate with slopes within the bound; coefficients are slopes over P."""
         limit = self.bound / max(1, len(estimate.coefficients))
         clipped = {index: max(-limit, min(limit, c)) for index, c in estimate.coefficients.items()}
         return replace(estimate, coefficients=clipped)
-
-
-def check_beta(beta: float) -> None:
-    """Refuse a weight of the past outside [0, 1).
-
-    Raises:
-        UsageError: If it is.
-    """
-    if not 0 <= beta < 1:
-        raise UsageError(f"beta must be in [0, 1), not {beta}.")
 
 
 def mean_squared_slope(estimate: Estimate) -> float:

@@ -1,0 +1,117 @@
+"""When a run evaluates and saves: a strategy given alone works, what follows is said, and what contradicts is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from zokernel.cli import main
+from zokernel.errors import UsageError
+from zokernel.finetune import ZOConfig
+from zokernel.finetune.settings.combine import add_zeroth_order
+
+ALONE = {
+    "no": (
+        ["--save_strategy", "no"],
+        "save_strategy='no' keeps no step to go back to, so the run ends with its last weights, not",
+    ),
+    "epoch": (["--save_strategy", "epoch"], "save_strategy='epoch' lets each epoch be evaluated, too"),
+    "steps": (
+        ["--save_strategy", "steps"],
+        "save_strategy='steps' saves a checkpoint at each evaluation: save_steps=1.",
+    ),
+    "no evaluation": (
+        ["--eval_strategy", "no", "--save_strategy", "journal"],
+        "eval_strategy='no' evaluates no step, so",
+    ),
+}
+
+
+def make(tmp_path, **settings):
+    return ZOConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("method", ["mezo", "adamw"])
+def test_a_strategy_given_alone_works(name, method, flags, tmp_path, caplog):
+    words, message = ALONE[name]
+    if name == "no evaluation" and method == "adamw":
+        words = ["--eval_strategy", "no", "--save_strategy", "epoch"]
+    assert main(["finetune", *flags, "--method", method, *words]) == 0
+    assert sum(line.startswith(message) for line in caplog.messages) == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    steps = [row["step"] for row in metrics["evaluations"]]
+    if name == "epoch":  # four steps of 16 examples are an epoch of 64
+        assert [step for step in steps if step] == [4, 6]
+    if name.startswith("no"):
+        assert metrics["best_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("steps", None, 500, True)),
+        ({"save_strategy": "no"}, ("steps", None, 500, False)),
+        ({"save_strategy": "epoch"}, ("epoch", None, 500, True)),
+        ({"save_strategy": "epoch", "eval_steps": 10}, ("steps", 10, 500, False)),
+        ({"save_strategy": "epoch", "load_best_model_at_end": False}, ("steps", None, 500, False)),
+        ({"save_strategy": "steps"}, ("steps", None, 200, True)),
+        ({"save_strategy": "steps", "eval_steps": 50}, ("steps", 50, 50, True)),
+        ({"save_strategy": "steps", "eval_steps": 0.1}, ("steps", 0.1, 0.1, True)),
+        ({"save_strategy": "steps", "save_steps": 400}, ("steps", None, 400, True)),
+        ({"save_strategy": "steps", "save_steps": 300}, ("steps", 300, 300, True)),
+        ({"save_strategy": "steps", "save_steps": 30, "eval_steps": 20}, ("steps", 20, 30, False)),
+        ({"save_strategy": "steps", "load_best_model_at_end": False}, ("steps", None, 500, False)),
+        ({"save_strategy": "journal", "eval_strategy": "no"}, ("no", None, 500, False)),
+        ({"eval_strategy": "no"}, ("no", None, 500, True)),
+    ],
+)
+def test_what_follows_from_what_is_given(settings, expected, tmp_path):
+    config = make(tmp_path, **settings)
+    strategy = getattr(config.eval_strategy, "value", config.eval_strategy)
+    assert (strategy, config.eval_steps, config.save_steps, config.load_best_model_at_end) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"save_strategy": "no"},
+            "save_strategy='no' keeps no step to go back to, so .* set save_strategy='journal', or",
+        ),
+        (
+            {"save_strategy": "epoch", "eval_strategy": "steps"},
+            "save_strategy='epoch' does not save the steps that eval_strategy='steps' .* set eval_strategy='epoch', or",
+        ),
+        (
+            {"save_strategy": "journal", "eval_strategy": "no"},
+            "set eval_strategy='steps', or load_best_model_at_end=False",
+        ),
+        (
+            {"save_strategy": "steps", "save_steps": 30, "eval_steps": 20},
+            "save_steps=30 is no multiple of eval_steps=20, so .* set save_steps=20, or load_best_model_at_end=False",
+        ),
+    ],
+)
+def test_the_best_step_is_refused_where_nothing_is_kept_of_it(settings, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        make(tmp_path, load_best_model_at_end=True, **settings)
+
+
+def test_the_command_line_names_its_flags(flags, capsys):
+    assert main(["finetune", *flags, "--save_strategy", "no", "--load_best_model_at_end"]) == 2
+    assert capsys.readouterr().err == (
+        "zokernel: error: --save_strategy no keeps no step to go back to, so the run cannot end with its best step: "
+        "set --save_strategy journal, or --load_best_model_at_end false.\n"
+    )
+
+
+def test_another_trainer_does_not_lose_its_best_step(tmp_path):
+    from transformers import TrainingArguments
+
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    args = TrainingArguments(str(tmp_path), learning_rate=1e-4, **best)
+    with pytest.raises(UsageError, match="save_strategy='no' keeps no step to go back to"):
+        add_zeroth_order(args, {"method": "mezo", "save_strategy": "no"})
+    assert add_zeroth_order(args, {"method": "mezo", "save_strategy": "journal"}).load_best_model_at_end

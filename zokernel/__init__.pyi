@@ -1,0 +1,13 @@
+from . import data as data
+from . import directions as directions
+from . import dynamics as dynamics
+from . import estimators as estimators
+from . import experiments as experiments
+from . import finetune as finetune
+from . import journal as journal
+from . import kernels as kernels
+from . import optim as optim
+from . import perturb as perturb
+from . import reporting as reporting
+from . import theory as theory
+from ._version import __version__ as __version__

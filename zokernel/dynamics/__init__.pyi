@@ -1,0 +1,14 @@
+from .belief import belief_change as belief_change
+from .budget import query_budget as query_budget
+from .budget import steps_to_reach as steps_to_reach
+from .descent import ZoDescent as ZoDescent
+from .descent import gradient_descent as gradient_descent
+from .descent import zo_descent as zo_descent
+from .drift import kernel_drift as kernel_drift
+from .evolution import Evolution as Evolution
+from .minibatch import batch_descent as batch_descent
+from .parametric import zo_sgd_run as zo_sgd_run
+from .recursion import dense_path as dense_path
+from .recursion import spectral_path as spectral_path
+from .simulation import Simulation as Simulation
+from .simulation import simulate as simulate

@@ -1,0 +1,16 @@
+from .data.collate import Collator as Collator
+from .data.collate import EncodedDataset as EncodedDataset
+from .job import finetune as finetune
+from .predict import load_predictor as load_predictor
+from .scoring.choose_collator import choose_collator as choose_collator
+from .scoring.objective import Objective as Objective
+from .scoring.options import option_scores as option_scores
+from .settings.arguments import DataArguments as DataArguments
+from .settings.arguments import ModelArguments as ModelArguments
+from .settings.config import ZOConfig as ZOConfig
+from .storage.replay import replay as replay
+from .tasks.encoding import encode as encode
+from .tasks.prompt import PromptTask as PromptTask
+from .tasks.registry import get_task as get_task
+from .trainer.zeroth_order import zeroth_order as zeroth_order
+from .trainer.zo_trainer import ZOTrainer as ZOTrainer

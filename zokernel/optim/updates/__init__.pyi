@@ -1,0 +1,14 @@
+from .adam import Adam as Adam
+from .averaging.averages import IterateAverage as IterateAverage
+from .averaging.averages import iterate_average as iterate_average
+from .base import Rule as Rule
+from .base import Step as Step
+from .base import Update as Update
+from .coefficients import Clip as Clip
+from .coefficients import ClipSlopes as ClipSlopes
+from .coefficients import Normalized as Normalized
+from .coefficients import PolyakBound as PolyakBound
+from .coefficients import SignOfProjections as SignOfProjections
+from .curvature_weights import CurvatureWeights as CurvatureWeights
+from .rules import SGD as SGD
+from .rules import Sign as Sign

@@ -1,0 +1,12 @@
+from .agreement import matches_in_place as matches_in_place
+from .base import Perturb as Perturb
+from .changes import stackable as stackable
+from .in_forward import InForward as InForward
+from .in_place import InPlace as InPlace
+from .parallel import Parallel as Parallel
+from .per_example import PerExampleRows as PerExampleRows
+from .recorded import Recorded as Recorded
+from .registry import make_perturb as make_perturb
+from .registry import perturb_for_replay as perturb_for_replay
+from .stacked import Stacked as Stacked
+from .tangents import Tangents as Tangents
