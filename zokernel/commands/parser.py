@@ -268,7 +268,7 @@ def given_flags(command_line: str) -> list[str]:
     """Return the names of the flags that a command line gives, in its order.
 
     Args:
-        command_line: What :meth:`Parser.parse` noted.
+        command_line: What :meth:`CommandParser.parse` noted.
 
     Example:
         >>> given_flags("zokernel journal show runs/mine --step=2 --damaged")
