@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from zokernel.finetune.models.revision import with_revision
     from zokernel.finetune.models.same_base import other_base
     from zokernel.finetune.models.saved_adapter import MERGED_FILE, base_name, is_adapter, recorded_settings
-    from zokernel.finetune.predict import copy_record
+    from zokernel.finetune.predictor_record import copy_record
     from zokernel.finetune.settings.arguments import ModelArguments
 
     quiet_transformers()

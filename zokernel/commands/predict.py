@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Answer the rows and return the exit code."""
     from zokernel.commands.messages import quiet_transformers
-    from zokernel.finetune.predict import load_predictor, read_record
+    from zokernel.finetune.predict import load_predictor
+    from zokernel.finetune.predictor_record import read_record
 
     quiet_transformers()
     output = args.output_file

@@ -24,7 +24,7 @@ from zokernel.finetune.monitor.diagnosis import diagnosis_metrics
 from zokernel.finetune.monitor.divergence import describe_failure
 from zokernel.finetune.monitor.interrupt import StopOnInterrupt
 from zokernel.finetune.monitor.streaming import Streaming
-from zokernel.finetune.predict import write_predictor
+from zokernel.finetune.predictor_record import write_predictor
 from zokernel.finetune.report.card import write_card
 from zokernel.finetune.report.metrics import (
     evaluations,
