@@ -393,3 +393,16 @@ def test_a_diverging_second_moment_is_followed_without_overflow(recwarn):
     run = Evolution(f0, y, x @ x.T, 5.0, moments=process_moments("rademacher", 5), features=x)
     assert steps_to_reach(run, 0.5) is None
     assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, "0.1"])
+def test_a_loss_to_reach_is_a_finite_number(loss):
+    kernel = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(UsageError, match="The loss to reach must be a finite number, not"):
+        query_budget(torch.zeros(2), torch.ones(2), kernel, loss, num_perturbations=[1])
+
+
+def test_no_perturbations_are_refused_where_numbers_of_them_are_compared():
+    kernel = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(UsageError, match="number of perturbations must be a positive whole number, not 0"):
+        query_budget(torch.zeros(2), torch.ones(2), kernel, 0.1, num_perturbations=[0, 1])

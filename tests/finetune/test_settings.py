@@ -361,8 +361,8 @@ def test_options_without_a_default_are_read_as_numbers_or_none():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_perturbations": 2.0}, "num_perturbations must be a whole number, not 2.0."),
-        ({"max_steps": 1000.0}, "max_steps must be a whole number, not 1000.0."),
+        ({"num_perturbations": 2.0}, "num_perturbations must be a whole number, not 2.0: write 2."),
+        ({"max_steps": 1000.0}, "max_steps must be a whole number, not 1000.0: write 1000."),
         ({"per_device_train_batch_size": "4"}, "per_device_train_batch_size must be a whole number, not '4'."),
         ({"seed": 1.5}, "seed must be a whole number from 0 to 4294967295, not 1.5."),
         ({"eps": True}, "eps must be positive, not True."),

@@ -108,3 +108,16 @@ def test_methods_with_gradients_take_torchs_closures():
 
         losses = [optimizer.step(closure) for _ in range(30)]
         assert losses[-1] < 0.9 * losses[0]
+
+
+def test_other_errors_of_autograd_stay_as_they_are():
+    """A closure that takes gradients rightly, under enable_grad, and asks for one of a vector."""
+    weight = nn.Parameter(torch.ones(3))
+
+    def closure():
+        with torch.enable_grad():
+            inputs = torch.ones(3, requires_grad=True)
+            torch.autograd.grad(inputs * weight, inputs)
+
+    with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar outputs"):
+        MeZO([weight], lr=0.1).step(closure)

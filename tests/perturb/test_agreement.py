@@ -8,7 +8,7 @@ from torch import nn
 
 from zokernel.directions import Dense, LowRank, Orthogonal
 from zokernel.perturb import copy_schedule, matches_in_place
-from zokernel.perturb.agreement import moved_in_place
+from zokernel.perturb.agreement import moved_in_place, one_of_each_kind
 
 
 def network(dtype=torch.float32):
@@ -100,3 +100,12 @@ def test_directions_that_do_not_suit_are_the_reason():
     )
     assert not matches
     assert "depend on the others" in reason
+
+
+def test_layers_of_a_sequence_are_kinds_of_their_own_and_repeated_blocks_are_not():
+    """The second linear layer of a sequence may be read in another way than the first."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    assert list(one_of_each_kind(dict(net.named_parameters()))) == [name for name, _ in net.named_parameters()]
+    assert list(one_of_each_kind({"0": torch.ones(2), "1": torch.ones(2)})) == ["0", "1"]
+    blocks = {f"h.{n}.mlp.up.weight": torch.ones(2, 2 + (n == 2)) for n in range(4)}
+    assert list(one_of_each_kind(blocks)) == ["h.0.mlp.up.weight", "h.2.mlp.up.weight"]

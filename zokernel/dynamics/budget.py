@@ -14,6 +14,7 @@ from zokernel.dynamics.descent import resolve_moments
 from zokernel.dynamics.evolution import Evolution
 from zokernel.errors import UsageError
 from zokernel.theory.stability import stability_limit_of_features
+from zokernel.values import is_number
 
 MAX_STEPS = 10**9
 DIVERGED = 1e150  # a second moment that does not come back, well before it overflows
@@ -39,7 +40,7 @@ def steps_to_reach(
         unstable modes let it fall first.
 
     Raises:
-        UsageError: If the loss is below what the model can fit at all.
+        UsageError: If the loss is no finite number, or below what the model can fit at all.
 
     Example:
         >>> import torch
@@ -47,6 +48,8 @@ def steps_to_reach(
         >>> steps_to_reach(evolution, 0.01)
         3
     """
+    if not is_number(loss):
+        raise UsageError(f"The loss to reach must be a finite number, not {loss!r}.")
     if loss <= evolution.floor:
         raise UsageError(
             f"A loss of {loss:.4g} cannot be reached: the kernel has rank {evolution.rank} for {len(evolution.f0)} "
@@ -75,7 +78,7 @@ def _first_crossing(coefficients: Tensor, factors: Tensor, last: int) -> int | N
     while stretches:
         first, end = stretches.pop()
         least = torch.where(coefficients > 0, coefficients * scaled**end, coefficients * scaled**first).sum()
-        if least > 0:
+        if not least <= 0:
             continue
         if first == end:
             return first

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.values import is_number
 
 Steps = int | Iterable[int] | Tensor
 
@@ -19,8 +19,8 @@ def check_learning_rate(lr: float) -> float:
     Raises:
         UsageError: If it is not.
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise UsageError(f"The learning rate must be positive and finite, not {lr}.")
+    if not (is_number(lr) and lr > 0):
+        raise UsageError(f"The learning rate must be positive and finite, not {lr!r}.")
     return float(lr)
 
 

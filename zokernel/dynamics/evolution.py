@@ -107,7 +107,8 @@ class Evolution:
             Another evolution.
         """
         other = copy.copy(self)
-        other._set_step(lr, moments or self.moments, num_perturbations or self.num_perturbations)
+        count = self.num_perturbations if num_perturbations is None else num_perturbations
+        other._set_step(lr, moments or self.moments, count)
         return other
 
     def _set_step(self, lr: float, moments: ProcessMoments, num_perturbations: int) -> None:

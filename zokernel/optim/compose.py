@@ -75,8 +75,8 @@ def check_tied(tied: Mapping[str, str], perturb: Perturb) -> None:
     if tied and perturb.restore_mode == "unmoved":
         name, first = next(iter(tied.items()))
         raise UsageError(
-            f"Parameters {first!r} and {name!r} are two tensors of the same memory, of which {perturb.name} sees only "
-            "the first: use one tensor for both, or a method that perturbs in place."
+            f"Parameters {first!r} and {name!r} have the same memory, of which {perturb.name} sees only the first: "
+            "leave the other name out if they are one tensor, or choose a way that perturbs in place."
         )
 
 

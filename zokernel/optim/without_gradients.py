@@ -65,6 +65,8 @@ def refuse_backward(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
         if _went_through(error, torch.autograd.backward):
             raise UsageError(_CALLS_BACKWARD) from error
         if _went_through(error, torch.autograd.grad):

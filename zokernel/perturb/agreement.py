@@ -7,7 +7,6 @@ ways tells.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -78,16 +77,20 @@ def matches_in_place(
 
 
 def one_of_each_kind(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the first of the parameters whose names differ in numbers only: the layers of a model read theirs alike.
+    """Return the first of the parameters of one shape that blocks of a model have under the same name.
+
+    Blocks read theirs alike.  A number that names a layer itself, as in ``net.0.weight``, tells layers apart.
 
     Example:
-        >>> names = ("head", "layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down")
+        >>> names = ("net.0.weight", "net.2.weight", "layers.0.up.weight", "layers.0.down.weight", "layers.1.up.weight")
         >>> list(one_of_each_kind(dict.fromkeys(names, torch.ones(2))))
-        ['head', 'layers.0.up', 'layers.0.down']
+        ['net.0.weight', 'net.2.weight', 'layers.0.up.weight', 'layers.0.down.weight']
     """
-    kinds: dict[str, str] = {}
-    for name in parameters:
-        kinds.setdefault(re.sub(r"\d+", "#", name), name)
+    kinds: dict[tuple[tuple[str, ...], torch.Size], str] = {}
+    for name, tensor in parameters.items():
+        *path, layer, own = ("", *name.split("."))
+        kind = (*("#" if part.isdigit() else part for part in path), layer, own)
+        kinds.setdefault((kind, tensor.shape), name)
     return {name: parameters[name] for name in kinds.values()}
 
 

@@ -127,7 +127,8 @@ def check_rule(name: str, value: Any, rules: Mapping[str, Rule] = RULES) -> None
     if rule is None or value is None:
         return
     if rule.whole and not is_whole(value, least=-math.inf):
-        raise UsageError(f"{name} must be a whole number, not {value!r}.")
+        hint = f": write {int(value)}" if isinstance(value, float) and value.is_integer() else ""
+        raise UsageError(f"{name} must be a whole number, not {value!r}{hint}.")
     if not rule.holds(value):
         raise UsageError(f"{name} must be {rule.must_be}, not {getattr(value, 'value', value)!r}.")
 

@@ -31,6 +31,7 @@ from zokernel.journal.reader import FILE_NAME
 from zokernel.secrets import hide_in_values, hide_in_words
 
 RECORD = 2  # what run.json and settings.json hold; raised when a run with another record cannot be continued
+_INTERVAL = "save_steps"  # how often checkpoints are saved changes no step, and its default has changed
 _CARD, _LOGS = "README.md", "runs"  # a run's model card, and the folder of its TensorBoard logs
 ARTEFACTS = (
     "checkpoint-*",
@@ -313,7 +314,7 @@ def _different(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> 
     """Return the names of the settings that differ, those of data last."""
     if old is None or new is None:
         return ["settings"]
-    names = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    names = sorted(key for key in old.keys() | new.keys() if key != _INTERVAL and old.get(key) != new.get(key))
     if None in (old.get(STARTING_WEIGHTS), new.get(STARTING_WEIGHTS)):  # of an earlier version, or on the hub
         names = [name for name in names if name != STARTING_WEIGHTS]
     return sorted(names, key=lambda name: str(old.get(name)).count(" rows, sha256 "))

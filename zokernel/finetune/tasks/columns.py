@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+CUTOFF = 0.8  # of difflib; at its own 0.6, ``text`` is close to ``context`` and ``label`` to ``table``
+
 
 def close_column(name: str, columns: Iterable[object]) -> str | None:
-    """Return the column that a name was probably meant for: one of the same letters and digits, or of similar ones.
+    """Return the column that a name was probably meant for: of the same letters, of the same beginning, or alike.
 
     Args:
         name: A name that was asked for.
@@ -16,13 +18,18 @@ def close_column(name: str, columns: Iterable[object]) -> str | None:
     Example:
         >>> close_column("sentiment", ["id", "Sentiment: final?"]), close_column("LABEL", ["text", "Label"])
         ('Sentiment: final?', 'Label')
-        >>> close_column("label", ["review", "stars"]) is None
-        True
+        >>> columns = ["context", "table", "sentence1", "sentence2"]
+        >>> [close_column(name, columns) for name in ("text", "label", "sentence")]
+        [None, None, 'sentence1']
     """
     by_letters: dict[str, str] = {}
     for column in map(str, columns):
         by_letters.setdefault(_letters(column), column)
-    close = difflib.get_close_matches(_letters(name), by_letters, n=1)
+    letters = _letters(name)
+    if letters in by_letters:
+        return by_letters[letters]
+    close = [other for other in by_letters if other.startswith(letters) or letters.startswith(other)]
+    close += difflib.get_close_matches(letters, by_letters, n=1, cutoff=CUTOFF)
     return by_letters[close[0]] if close else None
 
 
