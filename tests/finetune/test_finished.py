@@ -212,3 +212,48 @@ def test_a_lost_record_of_the_run_is_named(again, capsys):
 def test_settings_are_read_by_the_one_reader(again):
     folder, _ = again
     assert record.read_settings(folder)["max_steps"].value == 4
+
+
+@pytest.mark.parametrize("more", [(), ("--save_strategy", "no")], ids=["shorter", "without steps"])
+def test_a_finished_run_is_not_replaced_by_continuing_it(more, run, tmp_path, capsys):
+    """To an earlier step, or from no step at all: the model would be overwritten though nobody said so."""
+    assert run("--max_steps", "6", *more) == 0
+    trained = (tmp_path / "run" / "model.safetensors").read_bytes()
+    steps = "9" if more else "3"
+    capsys.readouterr()
+    assert run("--max_steps", steps, "--resume_from_checkpoint", "last", *more) == 2
+    message = capsys.readouterr().err
+    assert ("kept no step to continue from: choose another" if more else "zokernel replay --step N") in message
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == trained
+    assert run("--max_steps", steps, *more) == 2
+    assert "lengthen it" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_cut_weights_is_named(run, tmp_path, capsys):
+    words = ["--save_strategy", "steps", "--save_steps", "3"]
+    assert run(*words, "--max_steps", "3") == 0
+    file = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    capsys.readouterr()
+    assert run(*words, "--max_steps", "6", "--resume_from_checkpoint", str(file.parent)) == 2
+    assert re.search(r"model.safetensors is damaged or cut off \(.*: remove this checkpoint", capsys.readouterr().err)
+
+
+def test_a_base_with_cut_weights_is_named_by_replay(again, tiny_lm_path, tmp_path, capsys):
+    folder, _ = again
+    base = shutil.copytree(tiny_lm_path, tmp_path / "base")
+    weights_file = base / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    words = ["replay", "--base", str(base), "--journal", str(folder), "--output_dir", str(tmp_path / "replayed")]
+    assert main(words) == 2
+    assert "model.safetensors, 1,000 bytes long, is damaged or cut off" in capsys.readouterr().err
+
+
+def test_a_cut_adapter_to_start_from_is_named(run, tmp_path, capsys):
+    assert run(*KINDS["adapter"]) == 0
+    adapter = shutil.copytree(tmp_path / "run", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    capsys.readouterr()
+    assert run("--adapter_name_or_path", str(adapter), "--overwrite_output_dir", "true") == 2
+    assert "adapter_model.safetensors, 300 bytes long, is damaged or cut off" in capsys.readouterr().err

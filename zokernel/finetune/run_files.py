@@ -18,7 +18,7 @@ _WRITTEN_AGAIN = "remove it and repeat the command of the run, which writes it a
 # What each file holds at least, and what to do about a damaged one.
 _CONTENTS: dict[str, tuple[tuple[str, ...], str]] = {
     RUN_FILE: ((), "restore it from a copy, or start the run over with --overwrite_output_dir true"),
-    SETTINGS_FILE: (("settings",), _WRITTEN_AGAIN),
+    SETTINGS_FILE: (("settings",), "remove it, since it only says who decided each setting, and repeat the command"),
     METRICS_FILE: (("steps", "before", "after"), _WRITTEN_AGAIN),
     PREDICTOR_FILE: (
         ("task", "language_model", "max_length", "precision", "context", "calibrate", "max_new_tokens", "ends"),

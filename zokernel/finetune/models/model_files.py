@@ -152,10 +152,18 @@ def sort_metadata_(file: Path) -> None:
 
 
 def stored_tensors(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return what the header of a ``.safetensors`` file says of each tensor, and where the bytes of the first begin."""
+    """Return what the header of a ``.safetensors`` file says of each tensor, and where the bytes of the first begin.
+
+    Raises:
+        UsageError: If the file is damaged or cut off.
+    """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+        try:
+            header = json.loads(opened.read(length))
+        except ValueError:
+            check_weights(file)
+            raise
     header.pop("__metadata__", None)
     return header, 8 + length
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError, UsageError, first_line
 from zokernel.files import read_json, sync
 from zokernel.finetune.models.adapters import virtual_tokens
 from zokernel.finetune.models.pickles import PICKLES
@@ -156,7 +157,8 @@ def check_checkpoint(folder: Path) -> None:
     missing = [
         name for name in (TRAINER_STATE, f"{STATE_FOLDER}/optimizer.safetensors") if not (folder / name).exists()
     ]
-    if not list(folder.glob("*.safetensors")):
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
         missing.append("weights in .safetensors")
     if missing:
         pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
@@ -169,6 +171,15 @@ def check_checkpoint(folder: Path) -> None:
             )
             + "Start anew from the weights, saved as safetensors."
         )
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UsageError(
+                f"{file} is damaged or cut off ({first_line(error)}): remove this checkpoint, and the run continues "
+                "from what is left."
+            ) from error
     _global_step(folder)  # transformers reads it without a word about a damaged file
 
 

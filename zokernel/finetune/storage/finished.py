@@ -79,8 +79,7 @@ def _lost_records(folder: Path, metrics: Mapping[str, Any], *, keeps_journal: bo
     """Yield what a run with its model no longer says about itself, each in a sentence."""
     if not (folder / SETTINGS_FILE).is_file():
         yield (
-            f"{folder / SETTINGS_FILE}, which says who decided each setting, is missing: restore it from a copy if the "
-            "run is to be continued."
+            f"{folder / SETTINGS_FILE}, which says who decided each setting, is missing; the trained model is whole."
         )
     if not keeps_journal:
         return

@@ -14,6 +14,7 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError, ZokernelError
 from zokernel.finetune.models.check import load_tokenizer, loading_error
 from zokernel.finetune.models.kind import auto_class, is_trusted, language_model_kind
+from zokernel.finetune.models.model_files import check_folder
 from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, stored_quantization
 from zokernel.finetune.models.quantized_model import prevent_repacking_
 from zokernel.finetune.models.revision import check_revision
@@ -102,6 +103,8 @@ def load_base(
     try:
         with bounded_requests():
             path, options = source_of(name_or_path, description.get("quantization"), load_options)
+            if Path(path).is_dir() and "gguf_file" not in options:
+                check_folder(Path(path))
             model_class = _class_of(str(description.get("class")), path, load_options, journal)
             model = model_class.from_pretrained(path, dtype=getattr(torch, description["dtype"]), **options).eval()
     except (OSError, ValueError) as error:

@@ -110,6 +110,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
             raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
         refuse_old_run(folder)
         _refuse_other_start(folder, old or {}, settings or {})
+        if is_finished:
+            _refuse_lost_steps(folder, old, settings)
         return "unfinished"
     if not is_occupied:
         return "new"
@@ -282,15 +284,30 @@ def _other_run(
     if different == [STARTING_WEIGHTS]:
         return _other_weights(folder)
     can_continue = all(name in _MAY_DIFFER or name.startswith("eval_") for name in different)
-    is_shorter = _is_shorter(old, new)
+    is_shorter, has_steps = _is_shorter(old, new), (old or {}).get("save_strategy") != "no"
     return UsageError(
         f"{folder} already holds another run{'' if is_finished else ', unfinished'} "
         f"({_describe_differences(different, old, new)}): "
         + ("" if is_finished else "repeat its settings to continue it, ")
-        + ("lengthen it with --resume_from_checkpoint last, " if can_continue and not is_shorter else "")
+        + ("lengthen it with --resume_from_checkpoint last, " if can_continue and has_steps and not is_shorter else "")
         + ("rebuild an earlier step with 'zokernel replay --step N', " if can_continue and is_shorter else "")
         + "choose another --output_dir, or start over with --overwrite_output_dir true."
     )
+
+
+def _refuse_lost_steps(folder: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> None:
+    """Refuse to continue a finished run to an earlier step, or one that kept no step: its model would be replaced.
+
+    Raises:
+        UsageError: If it would be.
+    """
+    if _is_shorter(old, new):
+        raise _other_run(folder, _different(old, new), old, new, is_finished=True)
+    if not (folder / FILE_NAME).is_file() and not any(folder.glob("checkpoint-*")):
+        raise UsageError(
+            f"The finished run in {folder} kept no step to continue from: choose another --output_dir, or start over "
+            "with --overwrite_output_dir true."
+        )
 
 
 def _is_shorter(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> bool:
