@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -258,7 +259,10 @@ def test_training_takes_little_more_memory_than_inference(smollm2_path, movie_re
     words += ["--dataset_name", "movie-reviews", "--task", "movie-reviews", "--model_name_or_path", "smollm2"]
     words += ["--max_eval_samples", "8", "--max_test_samples", "50", "--output_dir", str(tmp_path / "run")]
     words += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
-    run = subprocess.run([sys.executable, "-m", "zokernel", "finetune", *words], capture_output=True, text=True)
+    # Freed room goes back at once: what a heap keeps of it varies from run to run by 30 MB.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "zokernel", "finetune", *words]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["peak_memory_training"] < 1.15 * metrics["peak_memory_inference"]
