@@ -87,16 +87,22 @@ def check_weights(file: Path) -> None:
     Raises:
         UsageError: If it is not.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+    if error := reading_error(file):
         raise UsageError(
             f"{file}, {file.stat().st_size:,} bytes long, is damaged or cut off ({first_line(error)}): "
             f"{_remedy(file.parent)}."
         ) from error
+
+
+def reading_error(file: Path) -> Exception | None:
+    """Return why a ``.safetensors`` file cannot be read; None if it is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return error
 
 
 def is_pointer(file: Path) -> bool:

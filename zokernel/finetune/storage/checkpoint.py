@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.files import read_json, sync
 from zokernel.finetune.models.adapters import virtual_tokens
+from zokernel.finetune.models.model_files import reading_error
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.models.weights import load_weights_
 from zokernel.finetune.storage.state_file import load_state, save_state
@@ -172,10 +172,7 @@ def check_checkpoint(folder: Path) -> None:
             + "Start anew from the weights, saved as safetensors."
         )
     for file in weights:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
+        if error := reading_error(file):
             raise UsageError(
                 f"{file} is damaged or cut off ({first_line(error)}): remove this checkpoint, and the run continues "
                 "from what is left."
