@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,17 @@ from torch import Tensor
 
 from zokernel.offload import StreamedForward, streamed_blocks
 from zokernel.process_memory import memory_count, release_heap
+
+
+def in_a_process(measure: Callable[[Path, Any], None], folder: Path) -> int:
+    """Return the number that a function puts into a queue, called with a saved model in a process of its own."""
+    processes = forked.context()
+    left = processes.SimpleQueue()
+    process = processes.Process(target=measure, args=(save(FAMILIES["llama"], folder / "model"), left))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return int(left.get())
 
 
 def left_by_six_losses(folder: Path, left: Any) -> None:
@@ -39,13 +51,7 @@ def left_by_six_losses(folder: Path, left: Any) -> None:
 @pytest.mark.skipif(memory_count("RssAnon") is None, reason="only Linux counts memory without files apart")
 def test_a_pass_leaves_no_room_in_the_heaps_of_its_threads(tmp_path: Path) -> None:
     """In a process of its own, since threads of other tests keep memory, too."""
-    processes = forked.context()
-    left = processes.SimpleQueue()
-    process = processes.Process(target=left_by_six_losses, args=(save(FAMILIES["llama"], tmp_path / "model"), left))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert left.get() < 25 << 20
+    assert in_a_process(left_by_six_losses, tmp_path) < 25 << 20
 
 
 def left_in_another_thread(folder: Path, left: Any) -> None:
@@ -62,10 +68,4 @@ def left_in_another_thread(folder: Path, left: Any) -> None:
 
 @pytest.mark.skipif(memory_count("RssAnon") is None, reason="only Linux counts memory without files apart")
 def test_the_heap_of_a_thread_keeps_little_of_what_it_frees(tmp_path: Path) -> None:
-    processes = forked.context()
-    left = processes.SimpleQueue()
-    process = processes.Process(target=left_in_another_thread, args=(save(FAMILIES["llama"], tmp_path / "model"), left))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert left.get() < 8 << 20
+    assert in_a_process(left_in_another_thread, tmp_path) < 8 << 20
