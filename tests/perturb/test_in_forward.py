@@ -1,4 +1,4 @@
-"""Perturbing within the forward pass gives the losses of weights perturbed in place, and leaves the weights alone."""
+"""Perturbing with in_forward gives the losses of weights perturbed in place, and leaves the weights alone."""
 
 from __future__ import annotations
 
