@@ -29,7 +29,7 @@ from typing import Any
 import paired
 import torch
 from directions import table
-from long_runs import WORDING, write_rows
+from long_runs import WORDING, write_headlines
 from same_settings import require_same_settings
 
 from zokernel.experiments.kept_runs import KeptRuns, rows_sha256
@@ -88,7 +88,7 @@ class Sources:
                 "label_column": "team",
             }
         if task == "headlines":
-            return {"train_file": write_rows(self.headlines, self.scratch)["train_file"], **WORDING}
+            return {"train_file": write_headlines(self.headlines, self.scratch)["train_file"], **WORDING["headlines"]}
         if task == "movie-reviews":
             return {"dataset_name": task}
         columns = {"column_names": ["label", "question"]} if task == "trec" else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,9 +65,9 @@ def test_committed_runs_are_found_by_their_benchmarks(benchmark):
     assert len(matches) == len(committed.rows) == 18
     assert None not in matches
     committed = KeptRuns(long_runs.COMMITTED)
-    assert committed.find(method="AdamW, LoRA", rate=1e-3, budget=3600, seed=0)["steps"] == 150
+    assert committed.find(task="headlines", method="AdamW, LoRA", rate=1e-3, budget=3600, seed=0)["steps"] == 150
     for name, rate in (("auto, LoRA, batch 16", None), ("MeZO", 2e-5)):
-        assert committed.find(method=name, rate=rate, budget=36_000, seed=0)["steps"] == 1125
+        assert committed.find(task="headlines", method=name, rate=rate, budget=36_000, seed=0)["steps"] == 1125
     runs = queries.Runs(queries.COMMITTED)
     matches = runs.find(task="trec", train="full", contender="auto", lr=queries.rates_of("auto", "trec", "full")[0])
     assert [row["seed"] for row in matches] == list(range(1, 11))
@@ -91,7 +92,7 @@ def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, 
     start("Area man")
     start("Area man")
     runs = KeptRuns(long_runs.OWN)
-    assert trained == ["MeZO-2e-05-36000-0"]
+    assert trained == ["headlines-MeZO-2e-05-36000-0"]
     assert len(runs.rows) == 1
     hashed = runs.rows[0]["data"]
     assert len(hashed) == 8
@@ -101,3 +102,35 @@ def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, 
         start("Area man", "--runs", str(long_runs.COMMITTED))
     start("Area woman", "--runs", "others.jsonl")
     assert len(trained) == 2
+
+
+def test_long_runs_take_the_whole_budget_at_the_best_rate_of_a_sweep(tmp_path, monkeypatch, benchmark):
+    """SST-2's splits do not overlap; the sweep takes a tenth of the budget, and its least validation loss decides."""
+    long_runs, trained = benchmark("long_runs"), []
+    monkeypatch.setitem(long_runs.SIZES, "train", 6)
+    monkeypatch.setitem(long_runs.SIZES, "validation", 3)
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    lines = [f"{n % 2}\tsentence {n}" for n in range(12)]
+    (folder / "train.tsv").write_text("\n".join(["label\tsentence", *lines[:10]]) + "\n")
+    (folder / "dev.tsv").write_text("\n".join(["label\tsentence", *lines[10:]]) + "\n")
+
+    def measure(folder: Path) -> dict[str, Any]:
+        rate = float(folder.name.split("-MeZO-")[1].rsplit("-", 2)[0])
+        loss = abs(rate - 3e-5) + 0.5
+        row = {"learning_rate": rate, "steps": 9, "before": [0.5, 1], "after": [0.5, loss], "seconds": 1, "peak_mib": 1}
+        return row | {"validation": [[9, 0.5, loss]]}
+
+    monkeypatch.setattr(long_runs, "run", lambda folder, *arguments: trained.append(folder.name))
+    monkeypatch.setattr(long_runs, "read_measurements", measure)
+    monkeypatch.chdir(tmp_path)
+    command = ["long_runs.py", "--data_folder", str(tmp_path), "--tasks", "SST-2", "--contenders", "MeZO"]
+    monkeypatch.setattr("sys.argv", [*command, "--budget", "3200", "--seeds", "4", "5"])
+    long_runs.main()
+    swept = [f"SST-2-MeZO-{rate}-320-4" for rate in ("1e-05", "3e-05", "0.0001")]
+    assert trained == [*swept, "SST-2-MeZO-3e-05-3200-4", "SST-2-MeZO-3e-05-3200-5"]
+    files = [tmp_path / "runs/long/data/SST-2" / f"{split}.jsonl" for split in ("train", "validation", "test")]
+    texts = [[json.loads(line)["sentence"] for line in path.read_text().splitlines()] for path in files]
+    assert [len(split) for split in texts] == [6, 3, 2]
+    assert len({text for split in texts for text in split}) == 11
+    assert texts[2] == ["sentence 10", "sentence 11"]
