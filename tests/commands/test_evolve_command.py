@@ -165,7 +165,11 @@ def test_language_model(language_model):
     ("flags", "message"),
     [
         (("--template", "It was"), "must name columns in braces"),
-        (("--template", "{review} It was"), "has no column 'review'"),
+        (("--template", "{review} It was"), "has no column 'review' (it has sentence, label): name one of these with "),
+        (("--template", "{Sentence} It was"), "'Sentence' (it has sentence, label): did you mean 'sentence' (in --te"),
+        (("--text_column", "sentences"), "'sentences' (it has sentence, label): did you mean 'sentence' (in --text_c"),
+        (("--text_column", "review"), "'review' (it has sentence, label): name one of these with --text_column."),
+        (("--label_column", "Label"), "'Label' (it has sentence, label): did you mean 'label' (in --label_column)?"),
         (("--label_words", "good film", "bad"), "'good film' is 2 tokens"),
         (("--max_examples", "1"), "all have label 1: shuffle them"),
     ],
@@ -173,6 +177,13 @@ def test_language_model(language_model):
 def test_flags_a_language_model_cannot_use_are_refused(flags, message, language_model, capsys):
     assert evolve("--model_name_or_path", "model", "--train_file", "reviews.csv", *flags) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", ["data.npz", "inputs.npz"])
+def test_an_ending_may_be_in_upper_case(old, folder):
+    (folder / old).rename(folder / "UPPER.NPZ")
+    source = ("--features",) if old == "data.npz" else ("--model_name_or_path", "small_models:build", "--train_file")
+    assert evolve(*source, "UPPER.NPZ") == 0
 
 
 @pytest.mark.parametrize("flag", ["--features", "--train_file"])
@@ -195,7 +206,8 @@ def test_a_damaged_archive_is_named(flag, tmp_path, capsys):
         (("--features", "inputs.npz"), "no array features"),
         (("--features", "nan.npz"), "finite"),
         (("--features", "words.csv"), "not a number"),
-        (("--features", "data.csv", "--target_column", "z"), "no column"),
+        (("--features", "data.csv", "--target_column", "z"), "no column 'z' (it has a, b, c, d, target): name"),
+        (("--features", "data.csv", "--target_column", "Target"), "did you mean 'target' (in --target_column)?"),
         (("--features", "uneven.npz"), "do not match"),
         (("--features", "data.npz", "--learning_rate", "-1"), "positive"),
         (("--features", "data.npz", "--distribution", "cauchy"), "choose one of"),

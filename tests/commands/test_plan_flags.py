@@ -37,6 +37,7 @@ from zokernel.finetune.tasks import demonstrations
         ("--calibrate true", "--calibrate changes nothing in training"),
         ("--lora true --merge_adapter true", "--merge_adapter changes nothing in training"),
         ("--num_demonstrations 60", "fewer examples than the plan needs"),
+        ("--output_file plan.JSON --num_demonstrations 60", "fewer examples than the plan needs"),
     ],
 )
 def test_flags_no_plan_can_use_are_refused_before_the_model_is_loaded(

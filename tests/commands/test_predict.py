@@ -38,13 +38,13 @@ def run(tmp_path_factory, tiny_lm_path, tiny_reviews_path):
 def test_the_accuracy_of_the_predictions_is_that_of_the_run(run, tiny_reviews_path):
     rows = load_table(tiny_reviews_path / "test.jsonl")
     answers = load_predictor(run)(rows, batch_size=7)
-    right = [answer["prediction"] == str(row["label"]) for row, answer in zip(rows, answers, strict=True)]
+    right = [answer["prediction"] == row["label"] for row, answer in zip(rows, answers, strict=True)]
     metrics = json.loads((run / "metrics.json").read_text())
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
     for answer in answers:
         assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-6)
-        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["prediction"]]
-        assert answer["word"] == {"0": "bad", "1": "good"}[answer["prediction"]]
+        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][str(answer["prediction"])]
+        assert answer["word"] == ("bad", "good")[answer["prediction"]]
 
 
 def test_texts_rows_and_batches_give_the_same_scores(run):
@@ -253,16 +253,24 @@ def test_predictions_are_the_values_of_the_label_column(flags, values, scores, t
     predict = ["predict", "--model", str(folder), "--file", str(tmp_path / "rows.jsonl"), "--output_file", str(output)]
     assert main(predict) == 0
     answers = [json.loads(line) for line in output.read_text().splitlines()]
-    right = [answer["prediction"] == str(answer["label"]) for answer in answers]
+    right = [answer["prediction"] == answer["label"] for answer in answers]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6) == 0.5
     assert all(tuple(answer["scores"]) == scores for answer in answers)
+    assert {type(answer["prediction"]) for answer in answers} == {type(values[0])}
+    recorded = json.loads((folder / "predictor.json").read_text())["labels"]
+    assert [(str(label), type(label)) for label in recorded] == [(text, type(values[0])) for text in scores]
+    predict[-1] = str(tmp_path / "answers.csv")
+    assert main(predict) == 0
+    assert [row["prediction"] for row in load_table(predict[-1])] == [str(answer["prediction"]) for answer in answers]
 
 
 def test_a_run_of_an_earlier_version_answers_as_it_did(run):
     predictor = load_predictor(run)
     del predictor.record["labels"]
-    assert list(predictor(["good"])[0]["scores"]) == ["0", "1"]
+    (answer,) = predictor(["good"])
+    assert list(answer["scores"]) == ["0", "1"]
+    assert answer["prediction"] in ("0", "1")
 
 
 @pytest.mark.parametrize("source", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "-"])
@@ -290,7 +298,8 @@ def test_rows_without_text_have_no_answer_and_are_counted(run, source, suffix, t
     assert f"2 rows without text have no answer (the first: {place})." in caplog.messages
     answers = load_table(output)
     expected = load_predictor(run)(["good", "bad"])
-    assert [answers[n]["prediction"] for n in (0, 2)] == [answer["prediction"] for answer in expected]
+    texts = str if suffix == ".csv" else lambda label: label
+    assert [answers[n]["prediction"] for n in (0, 2)] == [texts(answer["prediction"]) for answer in expected]
     assert [answers[n]["word"] for n in (0, 2)] == [answer["word"] for answer in expected]
     for number in (1, 3):
         empty = [answers[number][name] for name in ("prediction", "word", "score")]
@@ -330,7 +339,8 @@ def test_files_hold_the_rows_and_their_answers(run, suffix, tmp_path, capsys):
     rows = load_table(output)
     assert [(row["id"], row["sentence"]) for row in rows] == [("7", "good, very"), ("8", "bad")]
     expected = load_predictor(run)(["good, very", "bad"])
-    assert [row["prediction"] for row in rows] == [answer["prediction"] for answer in expected]
+    texts = str if suffix != ".jsonl" else lambda label: label
+    assert [row["prediction"] for row in rows] == [texts(answer["prediction"]) for answer in expected]
     scores = [float(row["score:1"]) if suffix != ".jsonl" else row["scores"]["1"] for row in rows]
     assert scores == pytest.approx([answer["scores"]["1"] for answer in expected], abs=1e-6)
 
@@ -420,7 +430,7 @@ def test_columns_named_like_answer_fields_keep_their_cells(run, suffix, tmp_path
     renamed = ("input:input:word", "input:score", "input:prediction", "input:word")
     assert [str(row[name]) for name in renamed] == ["set", "7", "mine", "first"]
     assert row["scores" if suffix == ".csv" else "input:scores"] == "theirs"
-    assert (row["prediction"], row["word"]) == (answer["prediction"], answer["word"])
+    assert (str(row["prediction"]), row["word"]) == (str(answer["prediction"]), answer["word"])
     assert float(row["score"]) == pytest.approx(answer["score"], abs=1e-6)
 
 

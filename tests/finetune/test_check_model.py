@@ -212,3 +212,8 @@ def test_a_model_that_fills_masks_needs_a_mask_token(tmp_path):
             (folder / name).write_text(json.dumps(settings))
     with pytest.raises(UsageError, match=r"fills masks, and its tokenizer has no mask token: save the tokenizer"):
         check_model(ModelArguments(model_name_or_path=str(folder)))
+
+
+def test_the_ending_of_a_gguf_file_may_be_in_upper_case(tmp_path):
+    with pytest.raises(UsageError, match=r"There is no GGUF file .*MODEL\.GGUF: correct --model_name_or_path"):
+        check_model(ModelArguments(str(tmp_path / "MODEL.GGUF")))

@@ -8,11 +8,14 @@ import shutil
 
 import pytest
 from interrupted import same, weights
+from transformers import AutoModelForCausalLM
 
 from zokernel.cli import main
+from zokernel.errors import UsageError
 from zokernel.finetune import ZOTrainer
 from zokernel.finetune.run_files import METRICS_FILE, PREDICTOR_FILE, RUN_FILE, SETTINGS_FILE
 from zokernel.finetune.settings import record
+from zokernel.finetune.storage.checkpoint import check_checkpoint
 
 KINDS = {
     "best step": ["--learning_rate", "2e-2", "--seed", "1"],
@@ -57,7 +60,7 @@ def again(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("ZOKERNEL_HOME", str(source.parent / "home"))
     folder = tmp_path / "run"
     shutil.copytree(source, folder)
-    return folder, lambda: main([*command, "--output_dir", str(folder)])
+    return folder, lambda *more: main([*command, "--output_dir", str(folder), *more])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +83,81 @@ def test_weights_that_were_deleted_are_made_again(kind, run, tmp_path, monkeypat
         assert not any(steps), "forward passes of steps or evaluations that the journal holds"
     assert f"and the {results['saved']}." in capsys.readouterr().out
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", None),
+        ("tokenizer_config.json", "{"),
+        ("chat_template.jinja", None),
+    ],
+)
+def test_a_tokenizer_that_was_lost_or_damaged_is_made_again(name, content, again, tiny_lm_path, tmp_path, caplog):
+    folder, repeat = again
+    if name == "chat_template.jinja":
+        base = shutil.copytree(tiny_lm_path, tmp_path / "base")
+        (base / name).write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+        words = ["--model_name_or_path", str(base), "--train_file", str(tmp_path / "t.jsonl"), "--precision", "fp32"]
+        (tmp_path / "t.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": 0}\n' * 9)
+        shutil.rmtree(folder)
+        words += ["--max_steps", "1", "--label_words", "bad", "good", "--output_dir", str(folder)]
+        assert main(["finetune", *words]) == 0
+        repeat = lambda: main(["finetune", *words])  # noqa: E731
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if content:
+        (folder / name).write_text(content)
+    assert repeat() == 0
+    lost = f"{folder / name} is not valid JSON" if content else f"but its {name} is missing"
+    assert lost in caplog.text
+    assert "it is made again from its journal" in caplog.text
+    assert (folder / name).read_bytes() == whole
+    caplog.clear()
+    assert repeat() == 0
+    assert "finished: nothing to do" in caplog.text
+
+
+def test_predict_says_how_the_tokenizer_of_a_run_comes_back(again, capsys):
+    folder, _ = again
+    (folder / "tokenizer.json").unlink()
+    (folder.parent / "new.jsonl").write_text('{"sentence": "a good movie"}\n')
+    assert main(["predict", "--model", str(folder), "--file", str(folder.parent / "new.jsonl")]) == 2
+    assert capsys.readouterr().err == (
+        f"zokernel: error: The tokenizer of '{folder}' could not be loaded (tokenizer.json is missing): repeat the "
+        "command of the run, which writes it again.\n"
+    )
+
+
+def test_a_lost_file_of_an_adapter_is_named_with_what_to_do(run, tmp_path, capsys):
+    steps = ["--save_strategy", "steps", "--save_steps", "3"]
+    assert run(*KINDS["adapter"], *steps) == 0
+    folder, new = tmp_path / "run", tmp_path / "new.jsonl"
+    new.write_text('{"sentence": "a good movie"}\n')
+    places = {
+        folder: "repeat the command of the run, which writes it again",
+        folder / "checkpoint-3": "give the folder of the run, or another of its checkpoints",
+        shutil.copytree(folder / "checkpoint-3", tmp_path / "copy" / "adapter"): "download it again",
+    }
+    for place, advice in places.items():
+        (place / "adapter_model.safetensors").unlink()
+        words = ["predict", "--model", str(place), "--file", str(new)]
+        if advice.startswith("download"):
+            words = ["merge", "--model", str(place), "--output_dir", str(tmp_path / "merged")]
+        capsys.readouterr()
+        assert main(words) == 2
+        message = f"{place} holds no adapter_model.safetensors, so no adapter: {advice}.\n"
+        assert capsys.readouterr().err == f"zokernel: error: {message}"
+    assert run(*KINDS["adapter"], *steps, "--max_steps", "9", "--resume_from_checkpoint", str(place)) == 2
+    assert f"{place} has lost its adapter_model.safetensors: remove this checkpoint" in capsys.readouterr().err
+    shutil.rmtree(folder / "checkpoint-3")
+    assert run(*KINDS["adapter"], *steps) == 0
+    (folder / "adapter_config.json").unlink()
+    capsys.readouterr()
+    assert main(["predict", "--model", str(folder), "--file", str(new)]) == 2
+    assert "holds an adapter, but no adapter_config.json: repeat the command of the run" in capsys.readouterr().err
 
 
 def test_weights_that_were_cut_off_are_made_again(again, caplog):
@@ -206,7 +284,14 @@ def test_a_lost_record_of_the_run_is_named(again, capsys):
     folder, repeat = again
     (folder / RUN_FILE).unlink()
     assert repeat() == 2
-    assert "(run.json of a finished run is missing: restore it from a copy): choose another" in capsys.readouterr().err
+    lost = "run.json of a finished run is missing: restore it from a copy"
+    assert f"({lost}): choose another" in capsys.readouterr().err
+    for more, message in (
+        (["--resume_from_checkpoint", "last"], f"{folder} holds no run to resume: {lost}.\n"),
+        (["--overwrite_output_dir"], f"{folder} cannot be overwritten ({lost}): choose another --output_dir.\n"),
+    ):
+        assert repeat(*more) == 2
+        assert capsys.readouterr().err == f"zokernel: error: {message}"
 
 
 def test_settings_are_read_by_the_one_reader(again):
@@ -237,6 +322,78 @@ def test_a_checkpoint_with_cut_weights_is_named(run, tmp_path, capsys):
     capsys.readouterr()
     assert run(*words, "--max_steps", "6", "--resume_from_checkpoint", str(file.parent)) == 2
     assert re.search(r"model.safetensors is damaged or cut off \(.*: remove this checkpoint", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", ["steps", "first-order", "adapter"])
+@pytest.mark.parametrize("lost", ["model.safetensors", "training_state/optimizer.safetensors", "trainer_state.json"])
+def test_a_checkpoint_that_lost_a_file_is_named_and_the_one_before_is_continued(kind, lost, run, tmp_path, capsys):
+    words = [*KINDS[kind], "--save_strategy", "steps", "--save_steps", "3"]
+    assert run(*words) == 0
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    if kind == "adapter":
+        lost = lost.replace("model.safe", "adapter_model.safe")
+    (checkpoint / lost).unlink()
+    capsys.readouterr()
+    for which in ("last", str(checkpoint)):
+        assert run(*words, "--max_steps", "9", "--resume_from_checkpoint", which) == 2
+        assert capsys.readouterr().err == (
+            f"zokernel: error: {checkpoint} has lost its {lost}: remove this checkpoint, and the run continues from "
+            "what is left.\n"
+        )
+    shutil.rmtree(checkpoint)
+    assert run(*words, "--max_steps", "9", "--resume_from_checkpoint", "last") == 0
+
+
+def test_a_checkpoint_that_lost_one_of_several_files_of_weights_is_named(tiny_lm_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm_path)
+    checkpoint = tmp_path / "checkpoint-3"
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    (checkpoint / "training_state").mkdir()
+    for name in ("trainer_state.json", "training_state/optimizer.safetensors", "training_state/scheduler.safetensors"):
+        (checkpoint / name).write_text('{"global_step": 3}')
+    check_checkpoint(checkpoint)
+    first = min(checkpoint.glob("model-*.safetensors"))
+    first.unlink()
+    with pytest.raises(UsageError, match=f"checkpoint-3 has lost its {first.name}: remove this checkpoint, and the"):
+        check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [200, None], ids=["header", "record"])
+def test_a_lost_model_beside_a_damaged_journal_is_refused_with_what_to_do(kept, again, capsys, caplog):
+    folder, repeat = again
+    path = folder / "journal.zkj"
+    content = bytearray(path.read_bytes())[:kept]
+    content[-400 if kept is None else 100] ^= 1
+    path.write_bytes(content)
+    (folder / "model.safetensors").unlink()
+    caplog.clear()
+    capsys.readouterr()
+    assert repeat() == 1
+    error = capsys.readouterr().err
+    lost = f"The run in {folder} has finished, but its model.safetensors is missing and cannot be made again"
+    assert error.startswith(f"zokernel: error: {lost}: {path}: The ")
+    assert "from a copy" in error
+    assert error.endswith("Otherwise, start over with --overwrite_output_dir true.\n")
+    assert "is made again" not in caplog.text
+
+
+def test_a_killed_run_with_a_damaged_journal_is_refused_with_what_to_do(again, capsys):
+    folder, repeat = again
+    (folder / METRICS_FILE).unlink()
+    path = folder / "journal.zkj"
+    path.write_bytes(path.read_bytes()[:200])
+    assert repeat() == 1
+    assert "from a copy. Otherwise, start over with --overwrite_output_dir true.\n" in capsys.readouterr().err
+
+
+def test_a_lost_model_beside_a_journal_that_was_cut_off_takes_its_last_steps_again(again, caplog):
+    folder, repeat = again
+    trained = (folder / "model.safetensors").read_bytes()
+    assert main(["journal", "truncate", str(folder), "--step", "3"]) == 0
+    (folder / "model.safetensors").unlink()
+    assert repeat() == 0
+    assert "it is made again from its journal, without forward passes for the first 3 steps." in caplog.text
+    assert (folder / "model.safetensors").read_bytes() == trained
 
 
 def test_a_base_with_cut_weights_is_named_by_replay(again, tiny_lm_path, tmp_path, capsys):

@@ -157,7 +157,7 @@ def test_every_adapter_trains(kind, name, run, tmp_path, capsys):
     first_losses = losses(tmp_path / "run")
     assert first_losses[0] != first_losses[1]
     assert all(0.3 < loss < 1.5 for loss in first_losses)
-    assert load_predictor(tmp_path / "run")(["the good"])[0]["prediction"] in ("0", "1")
+    assert load_predictor(tmp_path / "run")(["the good"])[0]["prediction"] in (0, 1)
 
 
 @pytest.mark.parametrize("kind", ["4bit", "int8"])
@@ -240,7 +240,7 @@ def test_gguf_files_are_unpacked(base, run, tmp_path, caplog):
     for name, weight in predictor.model.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(weight, original[name.replace(".base_layer", "")]), name
-    assert predictor(["the good"])[0]["prediction"] in ("0", "1")
+    assert predictor(["the good"])[0]["prediction"] in (0, 1)
     base_flags = ["--model_name_or_path", str(folder), "--gguf_file", "tiny.gguf"]
     assert run("full", *base_flags, *FULL) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "full")

@@ -225,6 +225,8 @@ def test_a_file_that_cannot_be_loaded_and_weights_that_do_not_fit(tmp_path):
 def test_columns_that_a_reward_reads_are_required(file):
     with pytest.raises(UsageError, match=r"by_keywords reads the column 'answer', and the rows have prompt, level"):
         load_rewards([f"{file}:by_keywords"]).check_columns([{"prompt": "a", "level": 1}])
+    with pytest.raises(UsageError, match=r"exact_match:Answers reads the column 'Answers'.*: did you mean 'answer'\?$"):
+        load_rewards(["exact_match:Answers"]).check_columns(ROWS)
     with pytest.raises(UsageError, match=r"exact_match:gold reads the column 'gold'"):
         load_rewards(["exact_match:gold"]).check_columns(ROWS)
     load_rewards([f"{file}:by_keywords", "exact_match", f"{file}:tokens"]).check_columns(ROWS)

@@ -35,7 +35,7 @@ def test_predictions_have_the_accuracy_and_loss_of_the_run(extra, model_path, ti
     metrics = finetune(model_path, files, tmp_path / "run", *words, *extra)
     (tmp_path / "run").rename(tmp_path / "moved")
     answers = load_predictor(tmp_path / "moved")(rows, batch_size=5)
-    right = [answer["prediction"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)]
+    right = [answer["prediction"] == row["label"] for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) / len(rows) == pytest.approx(metrics["after"]["accuracy"], abs=1e-6)
     if "--calibrate" not in extra:  # which changes what is predicted, and not the loss
         shares = torch.tensor([answer["scores"][str(row["label"])] for answer, row in zip(answers, rows, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import math
@@ -219,19 +220,29 @@ def test_a_column_of_a_similar_name_is_proposed(row, message):
 @pytest.mark.parametrize(
     ("words", "labels", "values", "spellings"),
     [
-        ("bad good", (), [0, 1], ("0", "1")),
-        ("bad good", (), [1.0, "1.0", 1], ("0", "1.0")),
-        ("bad good", (), [True, "true", True], ("0", "True")),
+        ("bad good", (), [0, 1], (0, 1)),
+        ("bad good", (), [1], (0, 1)),
+        ("bad good", (), [1.0], (0.0, 1.0)),
+        ("bad good", (), [True], (False, True)),
+        ("bad good", (), [1, True, True], ("0", True)),
+        ("bad good so", (), [2, 0], (0, 1, 2)),
+        ("no yes", ("False", "True"), [True], (False, True)),
+        ("bad good", (), [1.0, "1.0", 1, 1.0], ("0", 1.0)),
+        ("bad good", (), [True, "true", True], ("0", True)),
+        ("bad good", (), ["1", "1", 1, 0], (0, "1")),
         ("bad good", (), ["Good ", "good", "Good"], ("bad", "Good")),
         ("no yes", ("low|normal", "high"), ["normal", "LOW", "normal"], ("normal", "high")),
         ("no yes", ("low|normal", "high"), ["high"], ("low", "high")),
-        ("no yes", ("-1", "1"), [-1], ("-1", "1")),
+        ("no yes", ("-1", "1"), [-1], (-1, 1)),
+        ("no yes", ("low", "1"), [1], ("low", 1)),
+        ("no yes", ("2024-05-03", "b"), [datetime.date(2024, 5, 3)], ("2024-05-03", "b")),
         ("pro contra", (r"a\|b", "c"), ["a|b"], ("a|b", "c")),
     ],
 )
 def test_labels_are_spelled_as_the_table_writes_them(words, labels, values, spellings):
     task = PromptTask("{text}", tuple(words.split()), labels)
-    assert task.spellings([{"text": "x", "label": value} for value in values]) == spellings
+    written = task.spellings([{"text": "x", "label": value} for value in values])
+    assert [(type(label), label) for label in written] == [(type(label), label) for label in spellings]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_first_finetune(smollm2_path, movie_reviews_path, tmp_path, kernel):
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
     assert len(answers) == 4
     for answer in answers:
-        assert answer["word"] == {"0": "terrible", "1": "great"}[answer["prediction"]]
+        assert answer["word"] == ("terrible", "great")[answer["prediction"]]
         assert 0.5 <= answer["score"] <= 1
         assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert answers[0]["scores"]["1"] > answers[3]["scores"]["1"]  # a joy, and dull

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from zokernel.cli import main
 from zokernel.commands.report import read
 from zokernel.finetune.storage.lock import LOCK_FILE, exclusive, holder
 from zokernel.reporting.progress import Progress, progress_of, total_steps
@@ -116,7 +117,10 @@ def test_a_run_without_its_metrics_has_not_stopped_before_its_end(content, kinds
     else:
         path.write_text(content)
         words = "metrics.json is damaged: remove it, and the same command writes it again."
-    assert progress_of(read_training(folder)).description == f"All steps are taken (60), but {words}"
+    progress = progress_of(read_training(folder))
+    assert progress.description == f"All steps are taken (60), but {words}"
+    assert progress.time_left == f"none: metrics.json is {'missing' if content is None else 'damaged'}"
+    assert ("time left", progress.time_left) in read(folder).facts
     page = read(folder)
     assert words in page.alert
     notes = [paragraph for paragraph in page.summary if str(path) in paragraph]
@@ -143,6 +147,31 @@ def test_files_that_are_cut_off_are_named(kinds, tmp_path):
     assert read_training(folder).unread == [f"{folder}/steps.jsonl is missing: the steps are those of the journal."]
     (folder / "journal.zkj").write_bytes(b"ZKJ")
     assert "journal.zkj: This is not a zokernel journal" in read_training(folder).unread[0]
+
+
+def test_a_run_without_its_run_json_is_told_so(kinds, tmp_path):
+    folder = copied(kinds, tmp_path)
+    (folder / "run.json").unlink()
+    note = f"{folder}/run.json is missing: without it the run can be neither repeated nor continued."
+    assert read_training(folder).unread == [note]
+    assert note in read(folder).summary
+
+
+def test_a_run_that_lost_all_that_a_page_is_made_from_is_named_with_its_files(kinds, tmp_path, capsys):
+    folder = copied(kinds, tmp_path)
+    for name in ("metrics.json", "steps.jsonl", "journal.zkj"):
+        (folder / name).unlink()
+    assert main(["report", str(folder)]) == 2
+    assert capsys.readouterr().err == (
+        f"zokernel: error: The run in {folder} has not taken a step yet, or has lost its metrics.json, steps.jsonl and "
+        "journal.zkj: look again later, or restore one of them from a copy.\n"
+    )
+    (folder / "run.json").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert capsys.readouterr().err == (
+        f"zokernel: error: The run in {folder} has lost its run.json, metrics.json, steps.jsonl and journal.zkj: "
+        "restore one of them from a copy.\n"
+    )
 
 
 def test_a_running_run_is_not_told_of_what_it_is_writing(folder):

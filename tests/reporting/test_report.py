@@ -203,6 +203,9 @@ def test_the_command_writes_one_file(run_folders, tmp_path, capsys):
     assert target.read_text().startswith("<!doctype html>")
     assert main(["report", str(run_folders["plan"] / "plan.json")]) == 0
     assert (run_folders["plan"] / "report.html").is_file()
+    upper = shutil.copy(run_folders["plan"] / "plan.json", tmp_path / "new" / "plan.JSON")
+    for place in (upper, upper.parent):
+        assert main(["report", str(place), "--output", str(target)]) == 0
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

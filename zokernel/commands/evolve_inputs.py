@@ -6,7 +6,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def from_features(path: Path, *, target_column: str | None = None, max_examples:
     """
     if not path.is_file():
         raise UsageError(f"There is no file {path}: check the path.")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         arrays = _read_npz(path)
     else:
         arrays = _read_table(path, target_column)
@@ -105,7 +105,7 @@ def _read_table(path: Path, target_column: str | None) -> dict[str, Tensor]:
     columns = list(rows[0])
     target = target_column or columns[-1]
     if target not in columns:
-        raise UsageError(f"{path} has no column {target!r}; its columns are {', '.join(columns)}.")
+        raise _missing_column(path, target, columns, "--target_column")
     names = [name for name in columns if name not in (target, "prediction")]
     if not names:
         raise UsageError(f"{path} has no feature column beside the target {target!r}.")
@@ -113,6 +113,15 @@ def _read_table(path: Path, target_column: str | None) -> dict[str, Tensor]:
     if "prediction" in columns and target != "prediction":
         arrays["predictions"] = _column_numbers(rows, ["prediction"], path)[:, 0]
     return arrays
+
+
+def _missing_column(path: Path, name: str, columns: Sequence[str], flag: str) -> UsageError:
+    """Return the error for a table without a column, with the flag that names it."""
+    from zokernel.finetune.tasks.columns import close_column
+
+    close = close_column(name, columns)
+    hint = f"did you mean {close!r} (in {flag})?" if close else f"name one of these with {flag}."
+    return UsageError(f"{path} has no column {name!r} (it has {', '.join(columns)}): {hint}")
 
 
 def _column_numbers(rows: list[dict[str, Any]], names: list[str], path: Path) -> Tensor:
@@ -152,7 +161,7 @@ def from_factory(spec: str, path: Path, *, offset: bool, max_examples: int | Non
         UsageError: If the factory cannot be imported or called, or the model has several outputs.
     """
     model = _build(spec)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         if not path.is_file():
             raise UsageError(f"There is no file {path}: check the path.")
         file_arrays = read_arrays(path)
@@ -263,9 +272,11 @@ def _prompts(rows: list[dict[str, Any]], task: TextTask, path: Path) -> tuple[li
     from zokernel.finetune.tasks.template import column_in_braces, fill, parse
 
     template = task.template.replace("{}", column_in_braces(task.text_column))
+    flags = {task.text_column: "--text_column"} if "{}" in task.template else {}
     for column in (*parse(template), task.label_column):
         if column not in rows[0]:
-            raise UsageError(f"{path} has no column {column!r}; its columns are {', '.join(rows[0])}.")
+            flag = "--label_column" if column == task.label_column else flags.get(column, "--template")
+            raise _missing_column(path, column, list(rows[0]), flag)
     labels = [str(row[task.label_column]).strip() for row in rows]
     unknown = sorted(set(labels) - {"0", "1"})
     if unknown:

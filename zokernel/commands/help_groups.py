@@ -94,7 +94,8 @@ _FINETUNE = (
             "early_stopping_patience": ("3", "stop after this many evaluations without improvement"),
             "save_strategy": (
                 "journal",
-                "which checkpoints: best, steps or epoch; journal: none, and any step is rebuilt; no: nothing",
+                "which checkpoints: best (the default), steps or epoch; journal: none, and any step is rebuilt; no: "
+                "nothing",
             ),
             "resume_from_checkpoint": ("last", "continue the run in output_dir with a longer --max_steps"),
         },

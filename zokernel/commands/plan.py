@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
         print(_memory(model_arguments, data_arguments, arguments, explicit))
         return 0
     if arguments.output_file:
-        if Path(arguments.output_file).suffix != ".json":
+        if Path(arguments.output_file).suffix.lower() != ".json":
             raise UsageError(f"--output_file {arguments.output_file} is read again as .json: give it that ending.")
         check_output_file(Path(arguments.output_file))
     start = time.perf_counter()

@@ -27,7 +27,7 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.auto import supports_per_example
 from zokernel.finetune.settings.check import check_metric, check_values, lower_is_better
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.record import RunSettings, keep_recorded
+from zokernel.finetune.settings.record import RunSettings, keep_recorded, name_derived
 from zokernel.finetune.settings.resolve import resolve, setting_sources
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.storage import run_folder as output
@@ -83,7 +83,7 @@ def finetune(
         settings = _resolve(config, model, num_examples, folder, command)
         identity = output.run_settings(model.arguments, data_arguments, settings.arguments())
         identity |= splits.fingerprint | starting_weights(model)
-        state, resume = _open_folder(folder, settings, identity, resources)
+        state, resume = _open_folder(folder, settings, identity, model.tokenizer, resources)
         if state == "finished":
             logger.info("%s already holds this run, finished: nothing to do.", folder)
             push_finished(folder, config)
@@ -135,6 +135,7 @@ def _resolve(
         low_precision=model.low_precision,
         command=command,
     )
+    settings = name_derived(settings)
     if not config.overwrite_output_dir:
         settings = keep_recorded(settings, folder)
     if model.arguments.offload and config.do_train:
@@ -143,7 +144,7 @@ def _resolve(
 
 
 def _open_folder(
-    folder: Path, settings: RunSettings, identity: dict[str, Any], resources: ExitStack
+    folder: Path, settings: RunSettings, identity: dict[str, Any], tokenizer: Any, resources: ExitStack
 ) -> tuple[str, str | bool]:
     """Return the state of the output folder, and what to resume from; of several processes, one looks and tells."""
     config = settings.requested
@@ -151,7 +152,7 @@ def _open_folder(
     if config.should_save:
         resources.enter_context(exclusive(folder))
         state = output.prepare(folder, overwrite=config.overwrite_output_dir, resume=bool(requested), settings=identity)
-        if state == "finished" and not has_results(folder, settings):
+        if state == "finished" and not has_results(folder, settings, tokenizer):
             state = "unfinished"
         resources.enter_context(output.clear_if_refused(folder, new=state == "new"))
     state = from_main(state)

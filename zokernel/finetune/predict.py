@@ -32,7 +32,7 @@ from zokernel.finetune.tasks import encode
 from zokernel.finetune.tasks.base import is_missing, place_of
 from zokernel.finetune.tasks.columns import close_column
 from zokernel.finetune.tasks.encode_text import TextEncoder
-from zokernel.finetune.tasks.prompt import alternatives
+from zokernel.finetune.tasks.prompt import Label, alternatives
 from zokernel.finetune.tasks.seq2seq import decoder_of
 from zokernel.finetune.tasks.serialization import task_of_values
 from zokernel.finetune.tasks.text import TextTask
@@ -76,10 +76,11 @@ class Predictor:
             batch_size: Rows per forward.
 
         Returns:
-            For classification ``prediction`` (a label as the training data write it most often, as text), ``word``,
-            ``score`` (its share of the softmax over the options' scores) and ``scores`` by label; for multiple choice
-            ``prediction`` (the text of the option), ``position``, ``score`` and ``scores`` by position; for what is
-            written ``prediction``.  A row without text has ``None`` in their place, and a warning counts such rows.
+            For classification ``prediction`` (a label as the training data write it most often, in its type: a text,
+            a number, true or false), ``word``, ``score`` (its share of the softmax over the options' scores) and
+            ``scores`` by label as text; for multiple choice ``prediction`` (the text of the option), ``position``,
+            ``score`` and ``scores`` by position; for what is written ``prediction``.  A row without text has ``None``
+            in their place, and a warning counts such rows.
 
         Raises:
             UsageError: If a row lacks a column, or holds something else than text in it.
@@ -114,7 +115,7 @@ class Predictor:
     def _empty_answer(self) -> dict[str, Any]:
         """Return what stands in the place of an answer to a row without text."""
         if self.task.kind == "classification":
-            return {"prediction": None, "word": None, "score": None, "scores": dict.fromkeys(self._labels())}
+            return {"prediction": None, "word": None, "score": None, "scores": dict.fromkeys(map(str, self._labels()))}
         if self.task.kind == "choice":
             return {"prediction": None, "position": None, "score": None, "scores": {}}
         return {"prediction": None}
@@ -242,7 +243,7 @@ class Predictor:
         names = task.renamed_columns([(0, row)])
         return {names.get(name, name): value for name, value in row.items()}
 
-    def _labels(self) -> list[str]:
+    def _labels(self) -> list[Label]:
         """Return the label of each class as the training data write it."""
         return self.record.get("labels") or [alternatives(name)[0] for name in self.task.names()]
 
@@ -253,9 +254,9 @@ class Predictor:
             scores = {str(position): share for position, share in enumerate(shares[: len(options)])}
             return {"prediction": options[best], "position": best, "score": shares[best], "scores": scores}
         words: Any = self.task.fillers(row)
-        names = self._labels()
-        scores = dict(zip(names, shares))
-        return {"prediction": names[best], "word": words[best], "score": shares[best], "scores": scores}
+        labels = self._labels()
+        scores = dict(zip(map(str, labels), shares))
+        return {"prediction": labels[best], "word": words[best], "score": shares[best], "scores": scores}
 
 
 def load_predictor(
@@ -282,7 +283,7 @@ def load_predictor(
     Example:
         ```python
         predictor = load_predictor("runs/mine")
-        predictor(["A joy from start to end."])[0]["prediction"]  # '1'
+        predictor(["A joy from start to end."])[0]["prediction"]  # 1
         ```
     """
     record = read_record(folder)

@@ -12,6 +12,7 @@ from zokernel.finetune.models.quantization import recorded_flags
 from zokernel.finetune.run_files import METRICS_FILE, PREDICTOR_FILE, read_run_file, run_folders
 from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.tasks import Task
+from zokernel.finetune.tasks.prompt import Label
 from zokernel.finetune.tasks.serialization import task_values
 from zokernel.secrets import hide_in_text
 
@@ -24,7 +25,7 @@ def write_predictor(
     max_length: int,
     precision: str,
     arguments: ModelArguments,
-    labels: Sequence[str] = (),
+    labels: Sequence[Label] = (),
     context: str = "",
     calibrate: bool = False,
     max_new_tokens: int = 50,
@@ -39,7 +40,7 @@ def write_predictor(
         max_length: Longest sequence in tokens.
         precision: ``fp32`` or ``bf16`` of the forwards.
         arguments: How the model was loaded.
-        labels: The label of each class as the training data write it, for classification.
+        labels: The label of each class as the training data write it, in its type, for classification.
         context: Solved examples before every prompt.
         calibrate: Whether the scores in an empty prompt are subtracted.
         max_new_tokens: Longest generated answer.

@@ -47,6 +47,7 @@ from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.checkpoint import remove_checkpoints
 from zokernel.finetune.tasks import PromptTask, Task
+from zokernel.finetune.tasks.prompt import Label
 from zokernel.finetune.tasks.text import TextTask
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.reward_trainer import RewardTrainer
@@ -182,7 +183,7 @@ class Run:
     def _journal_suffices(self, trainer: ZOTrainer, folder: Path) -> bool:
         """Return whether the journal makes the checkpoints superfluous: no setting says to keep them."""
         strategy, limit = map(trainer.settings.setting, ("save_strategy", "save_total_limit"))
-        is_periodic = strategy.value in ("steps", "epoch") and strategy.source != "default"
+        is_periodic = strategy.value in ("steps", "epoch") and strategy.source in ("user", "recipe")
         keeps_checkpoints = is_periodic or limit.source != "default"
         return trainer.zeroth_order and (folder / FILE_NAME).exists() and not keeps_checkpoints
 
@@ -295,7 +296,7 @@ class Run:
             ends=self.prepared.ends,
         )
 
-    def _labels(self) -> tuple[str, ...]:
+    def _labels(self) -> tuple[Label, ...]:
         """Return the label of each class as the rows write it; none if there are no classes."""
         splits = self.splits
         return self.task.spellings(splits.train or splits.test) if isinstance(self.task, PromptTask) else ()

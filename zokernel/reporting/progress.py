@@ -20,6 +20,10 @@ from zokernel.reporting.training import TrainingRun
 RECENT_STEPS = 50  # whose median time is that of the steps to come
 QUIET = 60.0  # seconds in which nothing was written that are worth a word
 SEEN = 10.0  # seconds after the last write for which a run whose process is not there may be that of another machine
+_LOST_END = {
+    "missing": f"{METRICS_FILE}, which says that the run has finished, is missing: the same command writes it",
+    "damaged": f"{METRICS_FILE} is damaged: remove it, and the same command writes it again",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Progress:
         seconds: Seconds of the steps done; None if they were not recorded.
         seconds_left: Estimated seconds to the end; None if nothing is known, or nothing is left.
         quiet: Seconds since something was written, if a running run has been silent for long.
-        lost_end: What is wrong with the file that says that a run has finished, if all of its steps are taken.
+        lost_end: What is wrong with the file that says that a run has finished, if all of its steps are taken:
+            ``missing`` or ``damaged``.
     """
 
     state: str
@@ -86,7 +91,11 @@ class Progress:
         Example:
             >>> Progress("running", 126, 300, seconds_left=93.4).time_left, Progress("died", 126, 300).time_left
             ('about 1 min 33 s', 'none: the run died')
+            >>> Progress("stopped", 300, 300, lost_end="missing").time_left
+            'none: metrics.json is missing'
         """
+        if self.lost_end:
+            return f"none: {METRICS_FILE} is {self.lost_end}"
         if self.state == "running" and self.seconds_left is not None:
             return f"about {readable_seconds(self.seconds_left)}"
         if self.state == "running":
@@ -100,12 +109,12 @@ class Progress:
         Example:
             >>> Progress("died", 126, 300).description
             'The run died after step 126 of 300: its process is gone. The same command continues it.'
-        >>> Progress("stopped", 300, 300, lost_end="metrics.json is missing: the same command writes it").description
-        'All steps are taken (300), but metrics.json is missing: the same command writes it.'
+            >>> Progress("stopped", 300, 300, lost_end="damaged").description
+            'All steps are taken (300), but metrics.json is damaged: remove it, and the same command writes it again.'
         """
         at = f"{self.steps:,}" + ("" if self.total is None else f" of {self.total:,}")
         if self.lost_end:
-            return f"All steps are taken ({self.steps:,}), but {self.lost_end}."
+            return f"All steps are taken ({self.steps:,}), but {_LOST_END[self.lost_end]}."
         description = {
             "waiting": "Waiting for the run to begin.",
             "finished": "The run has finished.",
@@ -154,12 +163,10 @@ def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progres
 
 
 def _lost_end(run: TrainingRun, steps: int, total: int | None) -> str:
-    """Return why a run whose last step is taken does not count as finished, as a clause; empty if steps are left."""
+    """Return what is wrong with the file that says that a run has finished; empty if nothing is, or steps are left."""
     if (run.folder / METRICS_FILE).is_file():
-        return f"{METRICS_FILE} is damaged: remove it, and the same command writes it again"
-    if total is None or steps < total:
-        return ""
-    return f"{METRICS_FILE}, which says that the run has finished, is missing: the same command writes it"
+        return "damaged"
+    return "" if total is None or steps < total else "missing"
 
 
 def total_steps(run: dict[str, Any]) -> int | None:

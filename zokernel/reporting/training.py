@@ -18,6 +18,8 @@ from zokernel.readable import plural
 from zokernel.reporting.rewards import Band, band, is_rewarded
 
 EVOLUTION = "evolution.json"
+TRAINING_FILES = (METRICS_FILE, STEPS_FILE, JOURNAL_FILE)
+"""Any of which tells what a training run did."""
 _TIMINGS = {"model_preparation_time", "runtime", "samples_per_second", "steps_per_second", "epoch"}
 
 
@@ -60,7 +62,7 @@ class TrainingRun:
 
 def is_training(folder: Path) -> bool:
     """Say whether a folder holds a training run, finished or not."""
-    return any((folder / name).is_file() for name in (METRICS_FILE, STEPS_FILE, JOURNAL_FILE))
+    return any((folder / name).is_file() for name in TRAINING_FILES)
 
 
 def read_training(folder: Path) -> TrainingRun:
@@ -74,6 +76,8 @@ def read_training(folder: Path) -> TrainingRun:
     """
     run = TrainingRun(folder, read_lines(folder / STEPS_FILE))
     run.metrics, run.run = _read_run_file(run, METRICS_FILE), _read_run_file(run, RUN_FILE)
+    if run.metrics and not (folder / RUN_FILE).is_file():
+        run.unread.append(f"{folder / RUN_FILE} is missing: without it the run can be neither repeated nor continued.")
     if (folder / JOURNAL_FILE).is_file():
         _add_journal(run)
     if run.metrics:
@@ -188,9 +192,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def json_files(folder: Path) -> list[Path]:
+    """Return the ``.json`` files of a folder in order; the ending may be in upper case."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == ".json")
+
+
 def find_plan(folder: Path) -> dict[str, Any] | None:
     """Return the record of ``zokernel plan`` in a folder, if there is one."""
-    for path in sorted(folder.glob("*.json")):
+    for path in json_files(folder):
         record = _json(path)
         if isinstance(record.get("plan"), dict) and "relative_error_one" in record["plan"]:
             return record

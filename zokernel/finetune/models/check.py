@@ -16,7 +16,7 @@ from zokernel.finetune.models.adapters import check_adapter, check_peft, part_to
 from zokernel.finetune.models.gguf import with_gguf
 from zokernel.finetune.models.kind import Kind, language_model_kind
 from zokernel.finetune.models.merge import check_mergeable
-from zokernel.finetune.models.model_files import check_folder
+from zokernel.finetune.models.model_files import TOKENIZER, check_folder, is_run, remedy
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.models.quantization import check_flags, check_layers, check_stored, stays_quantized
 from zokernel.finetune.models.saved_adapter import (
@@ -208,6 +208,9 @@ def loading_error(
         return UsageError(
             f"{problem}: give 'smollm2', a folder written by save_pretrained, or a hub id that can be reached."
         )
+    if what == "tokenizer" and is_run(Path(name)):
+        lost = "" if (Path(name) / TOKENIZER).is_file() else f"{TOKENIZER} is missing"
+        return UsageError(f"The tokenizer of {name!r} could not be loaded ({lost or reason}): {remedy(Path(name))}.")
     if what == "tokenizer":
         return UsageError(f"{problem}: tokenizer.save_pretrained writes its files into the model's folder.")
     return UsageError(f"{problem}: compare its config.json with the one it was saved with.")

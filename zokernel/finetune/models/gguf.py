@@ -25,7 +25,7 @@ def with_gguf(arguments: ModelArguments) -> ModelArguments:
         True
     """
     place = Path(arguments.model_name_or_path).expanduser()
-    if place.suffix == ".gguf":
+    if place.suffix.lower() == ".gguf":
         if arguments.gguf_file is not None:
             raise UsageError(f"{place} is a GGUF file, and --gguf_file names another: give one of them.")
         if not place.is_file():

@@ -14,6 +14,8 @@ from zokernel.files import read_json
 from zokernel.finetune.run_files import RUN_FILE, run_folders
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -26,7 +28,7 @@ def check_folder(folder: Path) -> None:
         UsageError: If it is a file, holds no model, or its files are pointers, cut off or missing.
     """
     if folder.is_file():
-        hint = "a GGUF file is not read" if folder.suffix == ".gguf" else "it stays beside its config.json"
+        hint = "a GGUF file is not read" if folder.suffix.lower() == ".gguf" else "it stays beside its config.json"
         raise UsageError(f"{folder} is a file: give the folder that holds the model ({hint}).")
     for file in sorted(folder.glob("*")):
         if file.is_file() and is_pointer(file):
@@ -35,9 +37,9 @@ def check_folder(folder: Path) -> None:
             )
     config = folder / CONFIG
     if not config.exists():
-        raise UsageError(
-            f"{folder} {_describe_contents(folder)}: give a folder written by save_pretrained, or a hub id."
-        )
+        is_lost = is_run(folder) and any(folder.glob("*.safetensors"))
+        advice = remedy(folder) if is_lost else "give a folder written by save_pretrained, or a hub id"
+        raise UsageError(f"{folder} {_describe_contents(folder)}: {advice}.")
     settings = _read_json(config)
     if not isinstance(settings, dict) or not settings.get("model_type"):
         raise UsageError(f"{config} names no model_type, so it is not a model of transformers.")
@@ -60,13 +62,13 @@ def weight_files(folder: Path) -> list[Path]:
         index = _read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(names, dict) or not names:
-            raise UsageError(f"{folder / INDEX} does not say which file holds which weights: {_remedy(folder)}.")
+            raise UsageError(f"{folder / INDEX} does not say which file holds which weights: {remedy(folder)}.")
         files = [folder / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise UsageError(
                 f"{folder} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} files are "
-                f"missing): {_remedy(folder) if _is_run(folder) else 'download them'}."
+                f"missing): {remedy(folder) if is_run(folder) else 'download them'}."
             )
         return files
     others = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -74,8 +76,8 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder} holds no {WEIGHTS}"
         + (f", only {', '.join(others[:3])}" if others else ", so no weights")
         + (
-            f": {_remedy(folder)}."
-            if _is_run(folder)
+            f": {remedy(folder)}."
+            if is_run(folder)
             else ": download them, or write the model again with save_pretrained."
         )
     )
@@ -90,7 +92,7 @@ def check_weights(file: Path) -> None:
     if error := reading_error(file):
         raise UsageError(
             f"{file}, {file.stat().st_size:,} bytes long, is damaged or cut off ({first_line(error)}): "
-            f"{_remedy(file.parent)}."
+            f"{remedy(file.parent)}."
         ) from error
 
 
@@ -197,15 +199,19 @@ def stored_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]], itemsize: int) 
 
 
 def _read_json(file: Path) -> Any:
-    return read_json(file, advice=_remedy(file.parent))
+    return read_json(file, advice=remedy(file.parent))
 
 
-def _remedy(folder: Path) -> str:
+def remedy(folder: Path) -> str:
     """Return how a file of a model comes back that is damaged or missing, as a clause."""
-    return "repeat the command of the run, which writes it again" if _is_run(folder) else "download it again"
+    if not is_run(folder):
+        return "download it again"
+    if len(run_folders(folder)) > 1:  # a checkpoint, which is written once
+        return "give the folder of the run, or another of its checkpoints"
+    return "repeat the command of the run, which writes it again"
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Return whether a run of zokernel trained the model."""
     return any((place / RUN_FILE).is_file() for place in run_folders(folder))
 
@@ -214,11 +220,13 @@ def _describe_contents(folder: Path) -> str:
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if not names:
         return "is an empty folder"
+    if ADAPTER in names:
+        return f"holds an adapter, but no {ADAPTER_CONFIG}"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"holds weights, but no {CONFIG}"
     checkpoints = sorted((n for n in names if re.fullmatch(r"checkpoint-\d+", n)), key=lambda n: int(n[11:]))
     if checkpoints:
         return f"holds no {CONFIG}, but checkpoints of a run ({folder / checkpoints[-1]} is the last)"
-    if any(name.endswith(".safetensors") for name in names):
-        return f"holds weights, but no {CONFIG}"
     if any(name.startswith("tokenizer") for name in names):
         return "holds a tokenizer, but no model"
     return f"holds no model (no {CONFIG})"

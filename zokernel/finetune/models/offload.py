@@ -18,6 +18,7 @@ from zokernel.finetune.settings.arguments import ModelArguments
 from zokernel.finetune.settings.check import check_output, draws_by_example, losses_per_step
 from zokernel.finetune.settings.config import ZOConfig
 from zokernel.finetune.settings.resolve import setting_sources
+from zokernel.finetune.settings.saving import derive
 from zokernel.finetune.settings.zo_arguments import AUTO, is_first_order
 from zokernel.offload.blocks import Blocks, streamed_blocks
 from zokernel.offload.mapping import make_folder
@@ -141,7 +142,7 @@ def _with_journal(config: ZOConfig, explicit: Mapping[str, str]) -> ZOConfig:
             "of any step from the journal."
         )
     config = copy.copy(config)
-    config.save_strategy, config.load_best_model_at_end = "journal", False
+    derive(config, save_strategy="journal", load_best_model_at_end=False)
     logger.info("offload: save_strategy journal, and the run ends with its last weights.")
     return config
 

@@ -14,14 +14,14 @@ from torch import nn
 from zokernel.data import SOURCES, hub
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
+from zokernel.finetune.models.model_files import ADAPTER, ADAPTER_CONFIG, TOKENIZER_CONFIG, remedy
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.run_files import RUN_FILE, read_run_file
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
-_TOKENIZER_FILE = "tokenizer_config.json"
+CONFIG_FILE = ADAPTER_CONFIG
 MERGED_FILE = "merged.json"  # beside a model that an adapter was merged into
 # Models from a package registry, and what they are called on the hub.
 ON_THE_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -117,9 +117,9 @@ def saved_tokenizer(arguments: ModelArguments) -> str | None:
         return None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder) if (folder / _TOKENIZER_FILE).is_file() else None
+        return str(folder) if (folder / TOKENIZER_CONFIG).is_file() else None
     try:
-        hf_hub_download(name, _TOKENIZER_FILE)
+        hf_hub_download(name, TOKENIZER_CONFIG)
     except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     return name
@@ -157,6 +157,8 @@ def adapter_config(name: str) -> Any:
         refuse_pickles(folder, what="adapter")
         if not (folder / CONFIG_FILE).is_file():
             raise UsageError(f"{name} holds no {CONFIG_FILE}: give the folder of an adapter that peft or a run saved.")
+        if not (folder / ADAPTER).is_file():
+            raise UsageError(f"{name} holds no {ADAPTER}, so no adapter: {remedy(folder)}.")
     elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UsageError(f"There is no adapter folder {name}.")
     try:

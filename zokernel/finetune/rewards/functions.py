@@ -28,6 +28,7 @@ from zokernel.errors import RunError, UsageError, first_line
 from zokernel.finetune.rewards.built_in import BUILT_IN
 from zokernel.finetune.rewards.reasoning import KIND as REASONING
 from zokernel.finetune.rewards.reasoning import scorer
+from zokernel.finetune.tasks.columns import close_column
 from zokernel.readable import plural
 from zokernel.secrets import hide_in_words
 
@@ -200,9 +201,11 @@ class Rewards:
         for reward in self.functions:
             for column in reward.needs():
                 if column not in present:
+                    close = close_column(column, present)
+                    hint = f"did you mean {close!r}?" if close else "add the column, or name another reward."
                     raise UsageError(
                         f"The reward {reward.name} reads the column {column!r}, and the rows have "
-                        f"{', '.join(map(str, present))}: add the column, or name another reward."
+                        f"{', '.join(map(str, present))}: {hint}"
                     )
 
     @property
@@ -246,7 +249,7 @@ def load_reward(text: str) -> Reward:
     if kind == COMMAND:
         return Reward(hide_in_words([text])[0], _command(rest), text)
     path, _, name = text.rpartition(":")
-    if text.endswith(".py") or not path.endswith(".py"):
+    if text.lower().endswith(".py") or not path.lower().endswith(".py"):
         names = ", ".join([*BUILT_IN, f"{REASONING}:task", f"{COMMAND}:..."])
         raise UsageError(f"There is no reward {text!r}: write file.py:name, or one of {names}.")
     return _from_file(Path(path).expanduser(), name)

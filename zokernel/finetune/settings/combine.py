@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.check import check_output, check_rule
-from zokernel.finetune.settings.saving import refuse_lost_best
+from zokernel.finetune.settings.saving import refuse_lost_best, refuse_unknown_best
 from zokernel.finetune.settings.unsupported import keep_no_activations, refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments, default_of, is_first_order
 
@@ -68,6 +68,7 @@ def add_zeroth_order(args: TrainingArguments, settings: Mapping[str, Any]) -> An
     check_output(combined.output_dir)
     for name in OWN:
         check_rule(name, getattr(combined, name))
+    refuse_unknown_best(combined)
     refuse_lost_best(combined)
     own_fields = [f for f in fields(args) if f.init and f.name not in FILLED_IN]
     changed = {f.name for f in own_fields if getattr(args, f.name, None) != default_of(f)}

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.check import check_values
 from zokernel.finetune.settings.elastic import rejoin
-from zokernel.finetune.settings.saving import choose_evaluation, default_eval_steps, fill_in_saving
+from zokernel.finetune.settings.saving import choose_strategies, default_eval_steps, fill_in_saving
 from zokernel.finetune.settings.unsupported import refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments
 from zokernel.optim.options import REMOVAL_DATE
@@ -40,6 +40,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
 
     Attributes:
         given: Names of the settings that the constructor was called with.
+        derived: Names of the settings whose values follow from others that were given.
 
     Raises:
         UsageError: If settings contradict each other, or a value does not exist.
@@ -93,11 +94,12 @@ class ZOConfig(ZOArguments, TrainingArguments):
     eval_steps: float | None = field(
         default=None, metadata={"help": "Steps between evaluations (default: a fifth of the run)."}
     )
-    save_strategy: str = field(
-        default="best",
+    save_strategy: str | None = field(  # type: ignore[assignment]
+        default=None,
         metadata={
             "help": "When to save a checkpoint: best, steps or epoch; journal: never, since a few bytes per step "
-            "rebuild any weights; no: neither checkpoints nor journal."
+            "rebuild any weights; no: neither checkpoints nor journal (default: best; without evaluations journal, or "
+            "steps for sgd and adamw)."
         },
     )
     save_steps: float | None = field(  # type: ignore[assignment]
@@ -131,6 +133,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
     )
 
     given: ClassVar[frozenset[str]]
+    derived: ClassVar[frozenset[str]] = frozenset()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ZOConfig:
         """Note which settings are given."""
@@ -149,7 +152,7 @@ class ZOConfig(ZOArguments, TrainingArguments):
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as transformers
-        choose_evaluation(self)
+        choose_strategies(self)
         check_values(self)
         if has_both and self.max_steps > 0:
             logger.info(

@@ -48,7 +48,7 @@ def read_yaml(path: Path, *, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         UsageError: If the file is missing or is not a mapping, or files extend each other in a circle.
     """
     requested = path
-    packaged = RECIPES / f"{path.stem if path.suffix in ('.yaml', '.yml') else path.name}.yaml"
+    packaged = RECIPES / f"{path.stem if path.suffix.lower() in ('.yaml', '.yml') else path.name}.yaml"
     if not path.is_file() and packaged.is_file() and str(path.parent) in (".", "recipes"):
         path = packaged
     if not path.is_file():

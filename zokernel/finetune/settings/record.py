@@ -158,6 +158,13 @@ def keep_recorded(new: RunSettings, folder: Path) -> RunSettings:
     return new
 
 
+def name_derived(settings: RunSettings) -> RunSettings:
+    """Return the settings with ``auto`` as the source of those that follow from others that were given."""
+    names: frozenset[str] = getattr(settings.requested, "derived", frozenset())
+    derived = {s.name: s.value for s in settings if s.name in names and s.source == "default"}
+    return settings.with_("auto", **derived)
+
+
 def first_difference(old: Mapping[str, Setting], new: RunSettings) -> str | None:
     """Return the first setting that gives a continued run other numbers, with the old and the new value.
 

@@ -20,14 +20,16 @@ from torch import nn
 from zokernel.errors import RunError, UsageError, first_line
 from zokernel.files import read_json, sync
 from zokernel.finetune.models.adapters import virtual_tokens
-from zokernel.finetune.models.model_files import reading_error
+from zokernel.finetune.models.model_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, reading_error
 from zokernel.finetune.models.pickles import PICKLES
 from zokernel.finetune.models.weights import load_weights_
 from zokernel.finetune.storage.state_file import load_state, save_state
 
 STATE_FOLDER = "training_state"
 TRAINER_STATE = "trainer_state.json"
+_STATE_FILES = (f"{STATE_FOLDER}/optimizer.safetensors", f"{STATE_FOLDER}/scheduler.safetensors")
 _HIDDEN = (".partial-", ".stale-")
+_REMOVE = "remove this checkpoint, and the run continues from what is left"
 
 
 def hidden_path(target: Path) -> Path:
@@ -120,8 +122,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _global_step(checkpoint: Path) -> int:
-    advice = "remove this checkpoint, and the run continues from what is left"
-    return int(read_json(checkpoint / TRAINER_STATE, keys=("global_step",), advice=advice)["global_step"])
+    return int(read_json(checkpoint / TRAINER_STATE, keys=("global_step",), advice=_REMOVE)["global_step"])
 
 
 def rotate(folder: Path, *, limit: int | None, best: str | None) -> None:
@@ -154,30 +155,43 @@ def check_checkpoint(folder: Path) -> None:
             f"There is no checkpoint folder {folder}: name one called checkpoint-N, or let the run find the "
             "last one (resume_from_checkpoint: last on the command line, True in Python)."
         )
-    missing = [
-        name for name in (TRAINER_STATE, f"{STATE_FOLDER}/optimizer.safetensors") if not (folder / name).exists()
-    ]
     weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        missing.append("weights in .safetensors")
+    missing = [name for name in (TRAINER_STATE, *_STATE_FILES) if not (folder / name).exists()]
+    missing += _missing_weights(folder)
     if missing:
-        pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
-        raise UsageError(
-            f"{folder} has no {missing[0]}"
-            + (
-                f", only pickles ({', '.join(pickles)}): loading one can run any code, so none ever is. "
-                if pickles
-                else ": it was not written by zokernel, or with save_only_model. "
-            )
-            + "Start anew from the weights, saved as safetensors."
-        )
+        raise _missing_file(folder, missing[0])
     for file in weights:
         if error := reading_error(file):
-            raise UsageError(
-                f"{file} is damaged or cut off ({first_line(error)}): remove this checkpoint, and the run continues "
-                "from what is left."
-            ) from error
+            raise UsageError(f"{file} is damaged or cut off ({first_line(error)}): {_REMOVE}.") from error
     _global_step(folder)  # transformers reads it without a word about a damaged file
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Return which files of weights a checkpoint lacks."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        names = [ADAPTER]
+    elif (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, keys=("weight_map",), advice=_REMOVE)
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        names = [] if any(folder.glob("*.safetensors")) else [WEIGHTS]
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _missing_file(folder: Path, name: str) -> UsageError:
+    """Return the error for a checkpoint without one of its files: of zokernel's own, or of another library's."""
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if (folder / STATE_FOLDER).is_dir() and not pickles:
+        return UsageError(f"{folder} has lost its {name}: {_REMOVE}.")
+    return UsageError(
+        f"{folder} has no {name}"
+        + (
+            f", only pickles ({', '.join(pickles)}): loading one can run any code, so none ever is. "
+            if pickles
+            else ": it was not written by zokernel, or with save_only_model. "
+        )
+        + "Start anew from the weights, saved as safetensors."
+    )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -201,9 +215,11 @@ def load_adapter_(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER
     if not file.exists():
-        raise RunError(f"{folder} holds no adapter_model.safetensors: it was not written by this run.")
+        raise RunError(
+            f"{folder} holds no {ADAPTER}: restore the file from a copy, or start over with overwrite_output_dir=True."
+        )
     result: Any = set_peft_model_state_dict(model, load_file(file))
     # peft files virtual tokens under a name of its own, loads them, and then calls the name unexpected.
     unexpected = [name for name in result.unexpected_keys if name != "prompt_embeddings" or not virtual_tokens(model)]

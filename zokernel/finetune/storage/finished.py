@@ -9,39 +9,50 @@ from typing import Any
 
 from zokernel.errors import RunError, UsageError
 from zokernel.files import read_json
-from zokernel.finetune.models.model_files import CONFIG, INDEX, WEIGHTS, check_folder, check_weights
-from zokernel.finetune.models.saved_adapter import CONFIG_FILE
+from zokernel.finetune.models.model_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CHAT_TEMPLATE,
+    CONFIG,
+    INDEX,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    check_folder,
+    check_weights,
+)
 from zokernel.finetune.run_files import METRICS_FILE, PREDICTOR_FILE, SETTINGS_FILE, read_run_file
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.settings.zo_arguments import is_first_order
 from zokernel.finetune.storage.checkpoint import checkpoints
+from zokernel.finetune.storage.run_journal import read_journal
 from zokernel.journal import Journal
 from zokernel.journal.reader import FILE_NAME
 from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "adapter_model.safetensors"
 
-
-def has_results(folder: Path, settings: RunSettings) -> bool:
-    """Return whether the folder of a finished run still has its model; warn of records that it has lost.
+def has_results(folder: Path, settings: RunSettings, tokenizer: Any) -> bool:
+    """Return whether the folder of a finished run still has model and tokenizer; warn of records that it has lost.
 
     Args:
         folder: The output folder, with its ``metrics.json``.
         settings: Every setting of the run.
+        tokenizer: The tokenizer of the run, with its chat template.
 
     Returns:
         False if the run is to be continued from journal or checkpoint, which makes the lost files again.
 
     Raises:
-        UsageError: If ``metrics.json`` is damaged, or the model is lost and nothing is there to make it from.
+        UsageError: If ``metrics.json`` is damaged, or a result is lost and nothing is there to make it from.
+        RunError: If a result is lost, and the journal is damaged.
     """
     metrics = read_run_file(folder / METRICS_FILE)
     if not metrics["steps"]:
         return True
     keeps_journal = settings["save_strategy"] != "no" and not is_first_order(settings["method"])
-    lost = _lost_result(folder, metrics)
+    lost = _lost_result(folder, metrics, tokenizer)
     if not lost:
         for warning in _lost_records(folder, metrics, keeps_journal=keeps_journal):
             logger.warning("%s", warning)
@@ -51,28 +62,51 @@ def has_results(folder: Path, settings: RunSettings) -> bool:
             f"The run in {folder} has finished, but {lost}, and no {'journal' if keeps_journal else 'checkpoint'} is "
             "left to make it from: restore the file from a copy, or start over with --overwrite_output_dir true."
         )
-    source = "its journal, without forward passes for its steps" if keeps_journal else "its last checkpoint"
+    source = _describe_journal(folder, lost, metrics["steps"]) if keeps_journal else "its last checkpoint"
     logger.warning("The run in %s has finished, but %s: it is made again from %s.", folder, lost, source)
     return False
 
 
-def _lost_result(folder: Path, metrics: Mapping[str, Any]) -> str:
-    """Return which file of the trained model is missing or damaged, as a clause; empty if it is whole."""
+def _describe_journal(folder: Path, lost: str, steps: int) -> str:
+    """Return what a lost result is made again from, as a clause.
+
+    Raises:
+        RunError: If the journal is damaged.
+    """
+    try:
+        journal = read_journal(folder / FILE_NAME)
+    except RunError as error:
+        raise RunError(f"The run in {folder} has finished, but {lost} and cannot be made again: {error}") from error
+    which = "its steps" if journal.num_steps >= steps else f"the first {plural(journal.num_steps, 'step')}"
+    return f"its journal, without forward passes for {which}"
+
+
+def _lost_result(folder: Path, metrics: Mapping[str, Any], tokenizer: Any) -> str:
+    """Return which file of the trained model or its tokenizer is missing or damaged, as a clause; empty if none is."""
     weights = WEIGHTS if not (folder / INDEX).is_file() else INDEX
-    model = (CONFIG_FILE, _ADAPTER) if metrics.get("saved") == "adapter" else (CONFIG, weights)
-    for name in (PREDICTOR_FILE, *model):
+    model = (ADAPTER_CONFIG, ADAPTER) if metrics.get("saved") == "adapter" else (CONFIG, weights)
+    for name in (PREDICTOR_FILE, *model, *_tokenizer_files(tokenizer)):
         if not (folder / name).is_file():
             return f"its {name} is missing"
     try:
         read_run_file(folder / PREDICTOR_FILE)
         if metrics.get("saved") == "adapter":
-            read_json(folder / CONFIG_FILE, keys=("peft_type",))
-            check_weights(folder / _ADAPTER)
+            read_json(folder / ADAPTER_CONFIG, keys=("peft_type",))
+            check_weights(folder / ADAPTER)
         else:
             check_folder(folder)
+        for name in _tokenizer_files(tokenizer):
+            if name.endswith(".json"):
+                read_json(folder / name)
     except UsageError as error:
         return str(error).rpartition(": ")[0] or str(error).removesuffix(".")  # without what to do about it
     return ""
+
+
+def _tokenizer_files(tokenizer: Any) -> tuple[str, ...]:
+    """Return the files by which a tokenizer is saved, as far as it needs them to be loaded again."""
+    vocabulary = (TOKENIZER,) if getattr(tokenizer, "is_fast", False) else ()
+    return (TOKENIZER_CONFIG, *vocabulary, *((CHAT_TEMPLATE,) if isinstance(tokenizer.chat_template, str) else ()))
 
 
 def _lost_records(folder: Path, metrics: Mapping[str, Any], *, keeps_journal: bool) -> Iterator[str]:

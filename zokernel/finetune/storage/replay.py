@@ -169,7 +169,7 @@ def load_options_of(
     recorded = recorded_settings(folder)
     recorded = recorded if recorded.get("model_name_or_path") == name else {}
     place = Path(name).expanduser()
-    file = place.name if place.suffix == ".gguf" else recorded.get("gguf_file")
+    file = place.name if place.suffix.lower() == ".gguf" else recorded.get("gguf_file")
     revision = model_revision or recorded.get("model_revision") or "main"
     load_options |= {"revision": revision} if revision != "main" else {}
     return load_options | ({"gguf_file": file} if file else {})
@@ -205,7 +205,7 @@ def source_of(
 def _load_path(name: str) -> str:
     """Return the folder or hub id that ``from_pretrained`` reads: of a GGUF file, the folder."""
     path = resolve_model_path(name)
-    return str(Path(path).expanduser().parent) if path.endswith(".gguf") else path
+    return str(Path(path).expanduser().parent) if path.lower().endswith(".gguf") else path
 
 
 def _class_of(name: str, path: str, load_options: Mapping[str, Any], journal: Journal) -> Any:

@@ -78,6 +78,7 @@ _WHICH_ROWS = (  # what they are is compared, not how they were found
     *("dataset_revision", "max_train_samples", "max_eval_samples", "max_test_samples", "protocol", "k_shot"),
 )
 _OWN_CARDS = ("- zokernel", "# Model Card for Model ID")  # a line of the card of a run, or of peft's until it ends
+_LOST_RECORD = f"{RUN_FILE} of a finished run is missing: restore it from a copy"
 _OWN_HIDDEN = (LOCK_FILE, ".partial-", ".stale-")
 
 
@@ -107,7 +108,8 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
     old = read_run_file(folder / RUN_FILE).get("settings") if is_run and (resume or not overwrite) else None
     if resume:
         if not is_run:
-            raise UsageError(f"{folder} holds no run to resume: leave out --resume_from_checkpoint.")
+            advice = _LOST_RECORD if is_finished else "leave out --resume_from_checkpoint"
+            raise UsageError(f"{folder} holds no run to resume: {advice}.")
         refuse_old_run(folder)
         _refuse_other_start(folder, old or {}, settings or {})
         if is_finished:
@@ -117,13 +119,15 @@ def prepare(folder: Path, *, overwrite: bool, resume: bool, settings: dict[str, 
         return "new"
     if not overwrite:
         if not is_run:
-            lost = f" ({RUN_FILE} of a finished run is missing: restore it from a copy)" if is_finished else ""
+            lost = f" ({_LOST_RECORD})" if is_finished else ""
             raise UsageError(f"{folder} already holds other files{lost}: choose another --output_dir.")
         refuse_old_run(folder)
         different = _different(old, settings)
         if different:
             raise _other_run(folder, different, old, settings, is_finished=is_finished)
         return "finished" if is_finished else "unfinished"
+    if not is_run and is_finished:
+        raise UsageError(f"{folder} cannot be overwritten ({_LOST_RECORD}): choose another --output_dir.")
     if not is_run:
         raise UsageError(
             f"{folder} holds files that no run of zokernel wrote, so they are not overwritten: choose another."

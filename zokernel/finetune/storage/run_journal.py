@@ -66,7 +66,7 @@ class RunJournal:
         self._writer: JournalWriter | None = None
         self._steps_taken = 0
         if self.path.exists() and continues:
-            self.previous = Journal.read(self.path)
+            self.previous = read_journal(self.path)
         elif self.path.exists() and not overwrite:
             raise UsageError(
                 f"{folder} holds the journal of an earlier run: call trainer.train(resume_from_checkpoint=True) to "
@@ -118,7 +118,7 @@ class RunJournal:
         if self._steps_taken > step:
             raise RunError(
                 f"The batch no longer fits in memory after {plural(self._steps_taken, 'step')}, and a journal cannot "
-                "begin again half-way: give a smaller per_device_train_batch_size and overwrite_output_dir true."
+                "begin again half-way: give a smaller per_device_train_batch_size and overwrite_output_dir=True."
             )
         header = make_header(
             optimizer,
@@ -235,7 +235,7 @@ class RunJournal:
         if recorded and recorded[-1]["weights_sha256"] != digest:
             raise RunError(
                 f"The replay of {self.path} ended with other weights than the run had at step {step}: the machine, "
-                "torch or zokernel has changed since; start over with overwrite_output_dir true."
+                "torch or zokernel has changed since; start over with overwrite_output_dir=True."
             )
         if not recorded and step >= self.num_steps:
             self._append(Event({"event": "end", "step": step, "weights_sha256": digest}))
@@ -270,6 +270,18 @@ class RunJournal:
                 logger.info("%s: %d bytes of a torn last record were dropped.", self.path, self.previous.torn_bytes)
             self._writer = JournalWriter.append_to(self.previous)
         self._writer.append(record)
+
+
+def read_journal(path: Path) -> Journal:
+    """Return the journal of a run that is continued.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    try:
+        return Journal.read(path)
+    except RunError as error:
+        raise RunError(f"{error} Otherwise, start over with overwrite_output_dir=True.") from error
 
 
 def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last: bool) -> dict[str, Any]:

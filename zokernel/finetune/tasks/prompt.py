@@ -14,6 +14,8 @@ from zokernel.finetune.tasks.base import Task
 from zokernel.finetune.tasks.template import refuse_broken
 from zokernel.readable import plural
 
+Label = str | bool | int | float
+
 
 @dataclass(frozen=True)
 class PromptTask(Task):
@@ -149,10 +151,11 @@ class PromptTask(Task):
             f"label unless --labels names it: if it is a class, give --labels {values}; if not, take those rows out."
         )
 
-    def spellings(self, rows: Sequence[Row]) -> tuple[str, ...]:
-        """Return the label of each class as a table writes it most often.
+    def spellings(self, rows: Sequence[Row]) -> tuple[Label, ...]:
+        """Return the label of each class as a table writes it most often: a text, a number, or true or false.
 
-        A class that no row has goes by its word if all labels of the table are words, or else by its name.
+        A class that no row has goes by its word if all labels of the table are words, or else by its name; among
+        labels of another type than text, by its name in that type.
 
         Args:
             rows: Labelled rows.
@@ -161,17 +164,22 @@ class PromptTask(Task):
             >>> task = PromptTask("{text}", ("bad", "good"))
             >>> task.spellings([{"label": label} for label in ("Good", "good", "Good")])
             ('bad', 'Good')
-            >>> task.spellings([{"label": 1}])
-            ('0', '1')
+            >>> task.spellings([{"label": 1}]), task.spellings([{"label": True}])
+            ((0, 1), (False, True))
         """
-        counts = [Counter[str]() for _ in self.label_words]
+        counts = [Counter[tuple[type, Label]]() for _ in self.label_words]  # 1, 1.0 and True are equal in Python
         for row in rows:
-            counts[self.label(row)][str(row[self.label_column]).strip()] += 1
+            value = _as_written(row[self.label_column])
+            counts[self.label(row)][type(value), value] += 1
         words = {word.strip().casefold() for word in self.label_words}
-        written = {text.casefold() for texts in counts for text in texts}
+        written = {str(value).casefold() for values in counts for _, value in values}
         named = [word.strip() for word in self.label_words] if written and written <= words and not self.labels else []
         absent = named or [alternatives(name)[0] for name in self.names()]
-        return tuple(texts.most_common(1)[0][0] if texts else name for texts, name in zip(counts, absent))
+        types = {kind for values in counts for kind, _ in values}
+        kind = types.pop() if len(types) == 1 else str
+        return tuple(
+            values.most_common(1)[0][0][1] if values else _in_type(name, kind) for values, name in zip(counts, absent)
+        )
 
     def names(self) -> tuple[str, ...]:
         """Return what the label column holds: ``labels``; else the positions, or the words if those are numbers."""
@@ -198,7 +206,9 @@ def as_label(text: str) -> str:
 
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+_INTEGER = re.compile(r"[+-]?\d+")
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
+_BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
 
 
 def label_as_text(value: object) -> str:
@@ -206,6 +216,23 @@ def label_as_text(value: object) -> str:
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text
+
+
+def _as_written(value: object) -> Label:
+    """Return a label as JSON holds it; what JSON cannot hold becomes text."""
+    return value if isinstance(value, (bool, int, float)) else str(value).strip()
+
+
+def _in_type(name: str, kind: type) -> Label:
+    """Return the name of a class as a value of a type, or as the text it is where that has no such value.
+
+    Example:
+        >>> _in_type("1", bool), _in_type("1", float), _in_type("1", str), _in_type("good", int)
+        (True, 1.0, '1', 'good')
+    """
+    if kind is bool:
+        return _BOOLEANS.get(name.casefold(), name)
+    return kind(name) if kind in (int, float) and _INTEGER.fullmatch(name) else name
 
 
 def is_on_scale(value: object) -> bool:

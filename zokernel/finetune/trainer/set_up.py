@@ -21,8 +21,9 @@ from zokernel.finetune.models.trainable import accept_quantized_, check_trainabl
 from zokernel.finetune.settings.auto import cooldown_steps
 from zokernel.finetune.settings.combine import add_zeroth_order
 from zokernel.finetune.settings.config import ZOConfig
-from zokernel.finetune.settings.record import RunSettings
+from zokernel.finetune.settings.record import RunSettings, name_derived
 from zokernel.finetune.settings.resolve import resolve
+from zokernel.finetune.settings.saving import derive
 from zokernel.finetune.settings.zo_arguments import is_first_order
 from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.compile_blocks import compile_blocks
@@ -256,7 +257,8 @@ def _resolve(args: Any, model: Any, dataset: Any, *, by_example: bool) -> RunSet
     trained = "full parameters" if model is None else trained_part(model)
     low = "" if model is None or is_first_order(args.method) else low_precision(model)
     by_example = by_example and model is not None and choose_perturb.only_trains_lora(model) and not args.torch_compile
-    return resolve(args, trained=trained, num_examples=num_examples, by_example=by_example, low_precision=low)
+    settings = resolve(args, trained=trained, num_examples=num_examples, by_example=by_example, low_precision=low)
+    return name_derived(settings)
 
 
 def _as_transformers(args: ZOConfig) -> None:
@@ -270,9 +272,9 @@ def _without_evaluation(args: Any, dataset: Any) -> None:
     """Evaluate nothing if there is nothing to evaluate and no evaluation was requested."""
     if dataset is None and args.eval_strategy != IntervalStrategy.NO and "eval_strategy" not in args.given:
         logger.info("There is no eval_dataset: the run is not evaluated, and ends with its last weights.")
-        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        derive(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
         if args.save_strategy == SaveStrategy.BEST:
-            args.save_strategy = SaveStrategy.STEPS
+            derive(args, save_strategy=SaveStrategy.STEPS)
 
 
 def _without_lengths(args: Any, dataset: Any, processing_class: Any) -> None:
