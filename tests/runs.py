@@ -8,6 +8,16 @@ import numpy as np
 
 from zokernel.cli import main
 
+SHORT = ["--max_steps", "2", "--precision", "fp32", "--eval_strategy", "no", "--save_strategy", "journal"]
+
+
+def short(folder: Path, model: Path, data: Path) -> Path:
+    """Fine-tune the tiny model for two steps, with a journal only."""
+    files = [word for split in ("train", "test") for word in (f"--{split}_file", str(data / f"{split}.jsonl"))]
+    words = ["--template", "{sentence} It was", "--label_words", "bad", "good", "--output_dir", str(folder)]
+    assert main(["finetune", "--model_name_or_path", str(model), *files, *words, *SHORT]) == 0
+    return folder
+
 
 def finetune(folder: Path, model: Path, data: Path, *flags: str) -> Path:
     """Fine-tune the tiny model for 40 steps."""

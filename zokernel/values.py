@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from zokernel.errors import UsageError
 
@@ -28,6 +33,53 @@ def is_whole(value: Any, least: float = 1) -> bool:
     return issubclass(type(value), Integral) and not isinstance(value, bool) and value >= least
 
 
+def plain_number(name: str, value: Any) -> Any:
+    """Return a number of another library, such as numpy's, as Python's own; anything that is no number as it is.
+
+    Kept as it is, ``np.float32`` would round what is computed with it, ``np.uint8`` would overflow, and neither can be
+    written to a journal.
+
+    Args:
+        name: The option's name, for the message.
+        value: Its value.
+
+    Raises:
+        UsageError: If it is a tensor or an array of one element.
+
+    Example:
+        >>> [plain_number("rank", value) for value in (np.int64(2), np.float32(0.5), np.True_, "auto")]
+        [2, 0.5, True, 'auto']
+        >>> plain_number("eps", np.array(1e-3))
+        Traceback (most recent call last):
+        zokernel.errors.UsageError: eps is an array: pass eps.item().
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, Integral):
+        return operator.index(value)
+    if isinstance(value, Real):
+        return float(value)
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
+        kind = "an array" if isinstance(value, np.ndarray) else "a tensor"
+        raise UsageError(f"{name} is {kind}: pass {name}.item().")
+    return value
+
+
+def plain_fields(settings: Any) -> None:
+    """Make the numbers in the fields of a dataclass Python's own, see :func:`plain_number`.
+
+    Args:
+        settings: A dataclass, also a frozen one.
+
+    Raises:
+        UsageError: If a field is a tensor or an array of one element.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if (plain := plain_number(field.name, value)) is not value:
+            object.__setattr__(settings, field.name, plain)
+
+
 def check_positive(**numbers: Any) -> None:
     """Refuse numbers that are not positive and finite.
 
@@ -43,6 +95,7 @@ def check_positive(**numbers: Any) -> None:
         zokernel.errors.UsageError: eps must be positive and finite, not 0.0.
     """
     for name, value in numbers.items():
+        value = plain_number(name, value)
         if not (is_number(value) and value > 0):
             raise UsageError(f"{name} must be positive and finite, not {value!r}.")
 
@@ -62,6 +115,7 @@ def check_shares(**shares: Any) -> None:
         zokernel.errors.UsageError: momentum must be in [0, 1), not 1.0.
     """
     for name, value in shares.items():
+        value = plain_number(name, value)
         if not (is_number(value) and 0 <= value < 1):
             raise UsageError(f"{name} must be in [0, 1), not {value!r}.")
 
@@ -81,5 +135,5 @@ def check_switches(**switches: Any) -> None:
         zokernel.errors.UsageError: normalize must be True or False, not 'false'.
     """
     for name, value in switches.items():
-        if not isinstance(value, bool):
+        if not isinstance(plain_number(name, value), bool):
             raise UsageError(f"{name} must be True or False, not {value!r}.")

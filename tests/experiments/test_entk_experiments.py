@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from zokernel.errors import UsageError
 from zokernel.experiments import Config
-from zokernel.experiments.entk import model_sizes
+from zokernel.experiments.entk import belief_changes, model_sizes
 from zokernel.experiments.entk.array_cache import ArrayCache
 from zokernel.experiments.entk.lenet import lenet
 from zokernel.experiments.entk.nets import tiny_language_model
@@ -65,9 +65,9 @@ def test_five_sentences_have_the_papers_labels():
 def test_model_sizes_measure_what_the_dense_jacobian_has():
     task, count = language_task(Config("smoke"), steps=2, batch_size=2), 200
     options = {"distribution": "gaussian", "eps": 1e-3, "seed": 0}
-    gradient = model_sizes.gradients_of(task)
-    changes = model_sizes.Changes(**model_sizes.measure(task, gradient, 2, count, **options))
-    squares = model_sizes.measure_gradients(task, gradient)
+    gradient = belief_changes.gradients_of(task)
+    changes = belief_changes.Changes(**belief_changes.measure(task, gradient, 2, count, **options))
+    squares = belief_changes.measure_gradients(task, gradient)
     np.testing.assert_allclose(squares["gradient_sq"], changes.gradient_sq, rtol=1e-5)
     np.testing.assert_allclose(squares["change_sq"], changes.change_sq, rtol=1e-4)
     model = copy.deepcopy(task.model).double()
@@ -81,7 +81,7 @@ def test_model_sizes_measure_what_the_dense_jacobian_has():
     parts = torch.autograd.functional.jacobian(observed, weights)
     jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
     for n, batch in enumerate(task.batches):
-        loss = F.cross_entropy(model_sizes.last_logits(model, batch), batch["targets"])
+        loss = F.cross_entropy(belief_changes.last_logits(model, batch), batch["targets"])
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
         assert changes.gradient_sq[n] == pytest.approx(gradient.square().sum().item(), rel=1e-4)
         assert changes.change_sq[n] == pytest.approx((jacobian @ gradient).square().sum().item(), rel=1e-3)
@@ -95,7 +95,7 @@ def test_model_sizes_errors_are_those_of_the_means_of_directions():
     rng = np.random.default_rng(0)
     directions, change, slopes = rng.normal(size=(6, 30)), rng.normal(size=(2, 30)), rng.normal(size=(2, 6))
     gram, along, squares = directions @ directions.T, change @ directions.T, np.square(change).sum(1)
-    changes = model_sizes.Changes(slopes, gram, along, np.array([3.0, 4.0]), squares)
+    changes = belief_changes.Changes(slopes, gram, along, np.array([3.0, 4.0]), squares)
     for batch in range(2):
         for group in range(3):
             columns = slice(2 * group, 2 * group + 2)
@@ -127,13 +127,13 @@ def test_the_exponent_of_sizes_is_that_of_the_law():
 
 
 def test_model_sizes_take_the_gradient_of_a_batch_once(monkeypatch):
-    batches, along_gradient = [], model_sizes.along_gradient
+    batches, along_gradient = [], belief_changes.along_gradient
 
     def counted(task, batch):
         batches.append(id(batch))
         return along_gradient(task, batch)
 
-    monkeypatch.setattr(model_sizes, "along_gradient", counted)
+    monkeypatch.setattr(belief_changes, "along_gradient", counted)
     options = {"models": ["16"], "directions": 4, "batches": 2, "gradients": 3}
     model_sizes.run(Config("smoke", options=options))
     assert len(batches) == len(set(batches)) == 3
@@ -170,7 +170,7 @@ def test_cached_results_count_the_seconds_they_took(tmp_path, monkeypatch):
 def test_model_sizes_continue_from_the_cache(tmp_path, monkeypatch):
     options = {"models": ["16"], "directions": 4, "batches": 1, "gradients": 2, "cache": str(tmp_path)}
     first = model_sizes.run(Config("smoke", options=options))
-    monkeypatch.setattr(model_sizes, "along_gradient", None)
+    monkeypatch.setattr(belief_changes, "along_gradient", None)
     assert model_sizes.run(Config("smoke", options=options)).numbers == first.numbers
     result = model_sizes.run(Config("smoke", options=options | {"directions": [[4, 0]]}))
     assert result.numbers["rows"][0]["distribution"] == "gaussian"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
+import torch
 
 from zokernel.cli import main
 from zokernel.errors import UsageError
@@ -125,6 +127,27 @@ def test_defaults_and_sensible_values_pass(tmp_path):
     ):
         config = ZOConfig(output_dir=str(tmp_path), **values)
         assert resolve(config, trained="full parameters", num_examples=10)
+
+
+def test_numbers_of_numpy_become_pythons_own_and_tensors_are_named(tmp_path):
+    """A number of numpy could not be written to the settings of the run."""
+    from transformers import TrainingArguments
+
+    from zokernel.finetune.settings.arguments import DataArguments
+    from zokernel.finetune.settings.combine import add_zeroth_order
+
+    values = {"eps": np.float32(0.5), "max_steps": np.int64(7), "seed": np.uint8(3), "freeze_vectors": np.True_}
+    config = ZOConfig(output_dir=str(tmp_path), **values)
+    assert [repr(getattr(config, name)) for name in values] == ["0.5", "7", "3", "True"]
+    settings = {"num_perturbations": np.int64(2), "learning_rate": np.float64(0.25)}
+    combined = add_zeroth_order(TrainingArguments(str(tmp_path)), settings)
+    assert [repr(getattr(combined, name)) for name in settings] == ["2", "0.25"]
+    check_values(data := DataArguments(max_length=np.int32(9)))
+    assert repr(data.max_length) == "9"
+    with pytest.raises(UsageError, match=r"^eps is a tensor: pass eps\.item\(\)\.$"):
+        ZOConfig(output_dir=str(tmp_path), eps=torch.tensor(0.5))
+    with pytest.raises(UsageError, match=r"^momentum is a tensor: pass momentum\.item\(\)\.$"):
+        add_zeroth_order(TrainingArguments(str(tmp_path)), {"momentum": torch.tensor(0.5)})
 
 
 def test_a_login_lets_wandb_through(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune import Collator, EncodedDataset, Objective, ZOConfig, ZOTrainer, encode, get_task
 from zokernel.finetune.data.check_text import check_text
 from zokernel.finetune.data.datasets import Splits
-from zokernel.finetune.scoring.prepare import prepare
+from zokernel.finetune.scoring.prepare import Inputs, prepare
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, demonstrations
 from zokernel.finetune.tasks.generation import GenerationTask
@@ -193,7 +193,7 @@ def test_calibration_has_the_demonstrations_before_the_empty_prompt(models):
     task = get_task("sst2")
     rows = toy_rows("sst2", task, size=12)
     splits, data = Splits(rows[:8], rows[8:10], rows[10:]), DataArguments(num_demonstrations=2, calibrate=True)
-    prepared = prepare(task, splits, model, tokenizer, data, max_length=512)
+    prepared = prepare(Inputs(task, splits, model, tokenizer, data, max_length=512))
     blank = prepared.objective.calibration
     ids = blank["input_ids"][blank["attention_mask"].bool()].tolist()
     empty = task.prompt({"sentence": "", "label": 0})

@@ -278,6 +278,18 @@ def test_auto_lowers_the_rate_of_any_trainer_whose_loss_rises(name, default, tmp
     assert trainer.settings["learning_rate"] == pytest.approx(0.1 * rate, rel=5e-3)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_batch_that_fits_is_tried_without_a_trace(name, tmp_path):
+    """Columns that the model does not take, such as the text itself, went to the collator."""
+    told, tried = (make(name, tmp_path / str(n), max_steps=2, auto_find_batch_size=n > 0) for n in range(2))
+    for trainer in (told, tried):
+        trainer.train()
+    assert tried.args.per_device_train_batch_size == 3
+    assert tried.args.gradient_accumulation_steps == told.args.gradient_accumulation_steps
+    ends = [weights(trainer) for trainer in (told, tried)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
 @pytest.mark.parametrize("base", [ZOTrainer, zeroth_order(Trainer)])
 def test_rows_without_a_length_are_drawn_at_random(base, tmp_path):
     """Images and a loss of one's own, with ``ZOConfig``, whose default groups rows by their tokens."""

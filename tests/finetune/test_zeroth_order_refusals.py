@@ -48,6 +48,50 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, match, tmp_path):
         zeroth_order(Own)(**kwargs).train()
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("by_accelerate", [False, True])
+@pytest.mark.parametrize("perturb", ["in_place", "in_forward"])
+def test_a_loss_that_calls_backward_is_refused(perturb, by_accelerate, with_gradients, tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with torch.set_grad_enabled(with_gradients):
+                loss = super().compute_loss(model, inputs)
+                self.accelerator.backward(loss) if by_accelerate else loss.backward()
+            return loss.detach()
+
+    _, kwargs = CASES["text_classification"](tmp_path)
+    with pytest.raises(UsageError) as caught:
+        zeroth_order(Own, perturb=perturb)(**kwargs).train()
+    assert str(caught.value) == (
+        "ZerothOrderOwn.compute_loss must not call backward, because a zeroth-order step takes losses alone: return "
+        "the loss, and leave out loss.backward() and zero_grad()."
+    )
+
+
+def test_a_loss_that_calls_backward_is_refused_while_the_batch_is_fitted(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs)
+            loss.backward()
+            return loss
+
+    _, kwargs = CASES["text_classification"](tmp_path)
+    kwargs["args"].auto_find_batch_size = True
+    with pytest.raises(UsageError, match=r"^ZerothOrderOwn\.compute_loss must not call backward"):
+        zeroth_order(Own)(**kwargs).train()
+
+
+def test_a_loss_that_takes_derivatives_is_told_to_enable_them(tmp_path):
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs)
+            return torch.autograd.grad(loss, list(model.parameters()))[0].norm()
+
+    _, kwargs = CASES["text_classification"](tmp_path)
+    with pytest.raises(UsageError, match=r"^ZerothOrderOwn\.compute_loss calls torch\.autograd\.grad"):
+        zeroth_order(Own)(**kwargs).train()
+
+
 def test_trainers_that_sample_are_refused():
     trl = pytest.importorskip("trl")
     for trainer in (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer):

@@ -89,14 +89,17 @@ def test_unbiased_with_the_exact_error_law(index, distribution):
 
 
 def test_error_falls_as_the_root_of_p():
-    """Log-log slope over P = 1..1000 of the rms over 60 nested streams; its standard error is about 0.007."""
+    """Log-log slope over P = 1..1000 of the rms over 160 nested streams; its standard error is about 0.004."""
     torch.manual_seed(0)
-    counts = [1, 3, 10, 30, 100, 300, 1000]
+    counts, replicates = [1, 3, 10, 30, 100, 300, 1000], 160
     net = flattened(mlp((5, 16, 12)), None)  # twelve outputs: errors average over more terms
-    table = fidelity(net, torch.randn(1, 5), torch.randn(1, 5), num_perturbations=counts, replicates=60, check=False)
+    x_o, x_u = torch.randn(1, 5), torch.randn(1, 5)
+    table = fidelity(net, x_o, x_u, num_perturbations=counts, replicates=replicates, check=False)
     assert table.slope == pytest.approx(-0.5, abs=0.02)
-    for row in table:
-        assert row["measured"] == pytest.approx(row["predicted"], rel=0.25)
+    spreads = table.errors.square().std(0).tolist()
+    for row, spread in zip(table, spreads, strict=True):
+        # A mean of squares has the variance of one square over their number: 17% of the rms at P = 1, 3% at P = 100.
+        assert abs(row["measured"] ** 2 - row["predicted"] ** 2) < 5 * spread / math.sqrt(replicates)
         assert row["low"] < row["measured"] < row["high"]
         assert row["measured"] < row["jl_bound"]
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,6 +164,69 @@ def test_numbers_of_other_types_are_taken(value):
     optimizer = MeZO(named, lr=value)
     loss = optimizer.step(lambda: tensor.square().sum())
     assert loss == pytest.approx(16.0, rel=1e-2)
+
+
+KINDS = {"int": np.int64, "float": np.float32, "bool": np.bool_}
+
+
+def numbers_of_numpy(name: str) -> dict[str, object]:
+    """Return the numeric options of a method that have a default, as numbers of numpy."""
+    method, options = get_method(name), {}
+    shared = {"weight_decay": 0.5} if getattr(method, "first_order", False) else {"weight_decay": 0.5, "seed": 3}
+    for option, declared in own_options(method).items():
+        kind = KINDS.get(str(declared.annotation).split(" | ")[0])
+        if kind is not None and declared.default is not None:
+            options[option] = kind(declared.default)
+    return options | {option: KINDS[type(value).__name__](value) for option, value in shared.items()}
+
+
+def parts_of(optimizer: torch.optim.Optimizer) -> str:
+    parts = [getattr(optimizer, part, None) for part in ("estimator", "directions", "updates", "seed")]
+    return repr([parts, [{**group, "params": None} for group in optimizer.param_groups]])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_numpy_become_pythons_own(name):
+    """float32 options rounded what was computed with them, and no journal could hold them."""
+    options = numbers_of_numpy(name)
+    made, plain = (get_method(name)(weight(), **kind) for kind in (options, {k: v.item() for k, v in options.items()}))
+    assert parts_of(made) == parts_of(plain)
+    assert "np." not in parts_of(made)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options_that_are_tensors_are_named(name):
+    options = {
+        option: value for option, value in numbers_of_numpy(name).items() if option not in ("lr", "weight_decay")
+    }
+    for option, value in options.items():
+        with pytest.raises(UsageError) as caught:
+            get_method(name)(weight(), **{option: torch.tensor(value.item())})
+        assert str(caught.value) == f"{option} is a tensor: pass {option}.item()."
+        with pytest.raises(UsageError, match=rf"^{option} is an array: pass {option}\.item\(\)\.$"):
+            get_method(name)(weight(), **{option: np.array(value)})
+
+
+def test_a_step_with_numbers_of_numpy_has_the_bits_of_pythons():
+    ends = []
+    for real, whole in ((np.float32, np.uint8), (lambda value: float(np.float32(value)), int)):
+        named = weight()
+        optimizer = MeZO(named, lr=real(0.01), eps=real(1e-3), num_perturbations=whole(130), seed=whole(7))
+        optimizer.step(lambda: named[0][1].square().sum())  # noqa: B023
+        ends.append(named[0][1])
+        assert all(type(number) is float for number in optimizer.last_estimate.coefficients.values())
+    assert torch.equal(*ends)
+
+
+def test_groups_take_numbers_of_numpy():
+    group = {"params": weight(), "lr": np.float32(0.5), "weight_decay": np.float64(0.1), "momentum": np.float32(0.5)}
+    first = MeZO([group], lr=np.float32(0.25)).param_groups[0]
+    assert [first[key] for key in ("lr", "weight_decay", "momentum")] == [0.5, 0.1, 0.5]
+    assert all(type(first[key]) is float for key in ("lr", "weight_decay", "momentum"))
+    with pytest.raises(UsageError, match=r"^lr is an array: pass lr\.item\(\)\.$"):
+        MeZO(weight(), lr=np.array(0.1))
+    with pytest.raises(UsageError, match=r"^momentum is a tensor: pass momentum\.item\(\)\.$"):
+        MeZO([{"params": weight(), "momentum": torch.tensor(0.5)}])
 
 
 FIXED = [ForwardGradient, GRZO, lambda w, **options: ForwardDifference(w, per_example=True, **options)]

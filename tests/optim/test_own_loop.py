@@ -172,6 +172,45 @@ def test_groups_may_be_modules():
     assert len(unnamed.param_groups) == 2
 
 
+@pytest.mark.parametrize(
+    ("named", "settings", "message"),
+    [
+        (True, ({"lr": 0.1}, {"lr": 0.2}), "'out' and 'in' .* 0 and 1 have different lr (0.1 and 0.2)"),
+        (False, ({"momentum": 0.5}, {}), "'0' and '1' .* 0 and 1 have different momentum (0.5 and 0.0)"),
+        (True, ({}, {"weight_decay": 0.5}), "'out' and 'in' .* 0 and 1 have different weight_decay (0.0 and 0.5)"),
+    ],
+)
+def test_tied_weights_in_two_groups_have_the_same_settings(named, settings, message):
+    """Those of the second group were ignored."""
+    weight = torch.ones(3, 3)
+    names = ("out", "in") if named else (None, None)
+    first, second = (
+        {"params": [(name, weight.view(3, 3)) if name else weight.view(3, 3)], **own}
+        for name, own in zip(names, settings, strict=True)
+    )
+    expected = message.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(UsageError, match=f"^Parameters {expected}: put both into one group, or give the groups the"):
+        MeZO([first, second])
+    optimizer = MeZO([first])
+    with pytest.raises(UsageError, match=expected):
+        optimizer.add_param_group(second)
+    assert len(optimizer.param_groups) == len(optimizer.named_params) == 1
+    optimizer.step(lambda: weight.square().sum())
+
+
+def test_tied_weights_in_two_groups_move_as_in_one():
+    ends = []
+    for split in (False, True):
+        weight = torch.linspace(-1, 1, 9).view(3, 3)
+        pairs = [("out", weight), ("in", weight.view(3, 3))]
+        groups = [{"params": [pair], "lr": 0.1, "name": pair[0]} for pair in pairs]
+        optimizer = MeZO(groups if split else pairs, lr=0.1)
+        for _ in range(3):
+            optimizer.step(lambda: weight.square().sum())  # noqa: B023
+        ends.append(weight)
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("method", [MeZO, AdamW])
 def test_tensors_of_the_module_need_no_name_when_they_are_added(method):
     """A layer unfrozen later is named as in the module, so it moves as if it had been trained by that name."""

@@ -113,6 +113,7 @@ def test_a_run_without_steps_shows_scores_only(run_folders, tmp_path):
     metrics = json.loads((run_folders["finetune"] / "metrics.json").read_text())
     metrics |= {"steps": 0, "forwards": 0, "forwards_per_step": None, "evaluations": [], "after": metrics["before"]}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copy(run_folders["finetune"] / "run.json", tmp_path)
     page = read(tmp_path)
     assert page.title.endswith("as it is")
     assert page.summary[0].startswith("No step was taken. On 24 test examples: accuracy")

@@ -288,9 +288,9 @@ def _print(record: dict[str, Any]) -> None:
     )
     columns = list(record["losses"])
     print("  ".join(f"{name:>12.22}" for name in columns))
-    for row in zip(*record["losses"].values()):
+    for row in zip(*record["losses"].values(), strict=True):
         cells = [f"{row[0]:>12,}", *(f"{'inf' if value is None else format(value, '.5g'):>12}" for value in row[1:])]
-        print("  ".join(f"{cell:>{max(12, min(22, len(name)))}}" for name, cell in zip(columns, cells)))
+        print("  ".join(f"{cell:>{max(12, min(22, len(name)))}}" for name, cell in zip(columns, cells, strict=True)))
     if record["steps_to_target"] is None:
         print(f"loss {record['target_loss']:.4g} is not reached in expectation at this learning rate")
     else:

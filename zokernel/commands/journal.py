@@ -11,14 +11,16 @@ import argparse
 import itertools
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from zokernel.commands.loading import LOADING_FLAGS, add_loading_flags, loading_arguments
-from zokernel.commands.parser import add_switch, given_flags
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import whole_file
+from zokernel.flags import given_flags
 from zokernel.readable import plural
 
 # How the names of an evaluation's measures end that say how long it took.
@@ -73,7 +75,7 @@ def _refuse_flags_of_others(args: argparse.Namespace) -> None:
     Raises:
         UsageError: If there is one.
     """
-    given = given_flags(args.command_line)
+    given = given_flags(shlex.split(args.command_line))
     for flag in given:
         actions = _ACTIONS_OF.get(flag, (args.action,))
         if args.action not in actions:

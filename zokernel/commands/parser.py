@@ -264,20 +264,6 @@ def boolean_or_text(text: str) -> bool | str:
     return BOOLEANS.get(text.lower(), text)
 
 
-def given_flags(command_line: str) -> list[str]:
-    """Return the names of the flags that a command line gives, in its order.
-
-    Args:
-        command_line: What :meth:`CommandParser.parse` noted.
-
-    Example:
-        >>> given_flags("zokernel journal show runs/mine --step=2 --damaged")
-        ['step', 'damaged']
-    """
-    words = shlex.split(command_line)
-    return [word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")]
-
-
 def add_switch(parser: argparse.ArgumentParser, name: str, *, help: str) -> None:
     """Declare a flag that is false unless it is given: ``--json``, ``--json true`` or ``--json false``."""
     parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="true|false", help=help)

@@ -144,5 +144,6 @@ def _join(rows: Sequence[Any], answers: Sequence[dict[str, Any]]) -> list[dict[s
         renames = ", ".join(f"{old!r} is {new!r}" for old, new in names.items())
         print(f"Columns with the names of answers are renamed: {renames}.", file=sys.stderr)
     return [
-        {names.get(name, name): cell for name, cell in row.items()} | answer for row, answer in zip(records, answers)
+        {names.get(name, name): cell for name, cell in row.items()} | answer
+        for row, answer in zip(records, answers, strict=True)
     ]

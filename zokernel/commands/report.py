@@ -8,11 +8,13 @@ zokernel report --serve runs/reviews         # http://127.0.0.1:8321, until Ctrl
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
-from zokernel.commands.parser import add_switch, given_flags
+from zokernel.commands.parser import add_switch
 from zokernel.errors import UsageError
 from zokernel.files import check_output_file
+from zokernel.flags import given_flags
 from zokernel.reporting.page import Page
 
 
@@ -28,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     """Write the page, or serve it."""
     if args.serve:
         return serve(args)
-    if "port" in given_flags(args.command_line):
+    if "port" in given_flags(shlex.split(args.command_line)):
         raise UsageError("--port is for --serve: add it, or leave both out.")
     from zokernel.reporting.html import write_report
 

@@ -161,7 +161,7 @@ def _table(
                 f"({', '.join(header)}): fix it, or name the columns with --column_names."
             )
         # A column without a name, such as the index that pandas writes, cannot be asked for.
-        rows.append({name: cell for name, cell in zip(header, cells) if name})
+        rows.append({name: cell for name, cell in zip(header, cells, strict=True) if name})
         lines.append(line)
     return rows, lines
 

@@ -127,5 +127,5 @@ def _from_columns(value: dict[str, Any]) -> list[dict[str, Any]] | None:
             return [{name: value[name][key] for name in value} for key in keys]
     lists = len(columns) > 1 and all(isinstance(column, list) for column in columns)
     if lists and len({len(column) for column in columns}) == 1:
-        return [dict(zip(value, cells)) for cells in zip(*columns)]
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return None

@@ -160,7 +160,7 @@ def _read_json(data: bytes, path: Path, *, per_line: bool) -> tuple[list[Row], l
     rows, lines = json_rows(text, path, per_line=per_line)
     if _ESCAPED_SURROGATE.search(text):
         mended = [without_surrogates(row) for row in rows]
-        changed = sum(new != old for new, old in zip(mended, rows))
+        changed = sum(new != old for new, old in zip(mended, rows, strict=True))
         if changed:
             logger.warning(
                 "%s: %s %s half of a surrogate pair (text cut inside an emoji); it is replaced by U+FFFD.",

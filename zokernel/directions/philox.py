@@ -20,6 +20,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.values import plain_number
 
 ROUNDS = 10
 MULTIPLIER_0 = 0xD2511F53
@@ -32,14 +33,16 @@ MAX_SEED = 2**63
 MAX_COUNT = 2**32
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that does not fit the key of a stream.
+def check_seed(seed: int) -> int:
+    """Return a seed as Python's own integer; refuse one that does not fit the key of a stream.
 
     Raises:
         UsageError: If it is out of range or not an integer.
     """
+    seed = plain_number("seed", seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
         raise UsageError(f"The seed {seed!r} must be an integer from 0 to 2^63 - 1.")
+    return seed
 
 
 @lru_cache(maxsize=65536, typed=True)
@@ -61,7 +64,7 @@ def stream_key(seed: int, name: str, purpose: str = "direction") -> tuple[int, i
         >>> stream_key(0, "weight") == stream_key(0, "bias")
         False
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     digest = hashlib.blake2b(
         seed.to_bytes(8, "little") + name.encode(), digest_size=8, person=purpose.encode()[:16]
     ).digest()

@@ -114,7 +114,7 @@ def kernel_drift(
         start, target, kernel0, lr, num_perturbations=num_perturbations, distribution=distribution
     )
     theta, rows = start.theta.clone(), []
-    for previous, step, expected in zip([0, *steps], steps, evolution.expected_loss(steps).tolist()):
+    for previous, step, expected in zip([0, *steps], steps, evolution.expected_loss(steps).tolist(), strict=False):
         theta = train(theta, previous, step)
         kernel = _kernel_at(model, x, start.names, theta)
         change = float((kernel - kernel0).norm() / kernel0.norm())
@@ -165,6 +165,6 @@ def _linear_evolution(
 
 def _kernel_at(model: nn.Module, x: Tensor, names: tuple[tuple[str, tuple[int, ...]], ...], theta: Tensor) -> Tensor:
     pieces = theta.split([math.prod(shape) for _, shape in names])
-    params = {name: piece.reshape(shape) for (name, shape), piece in zip(names, pieces)}
+    params = {name: piece.reshape(shape) for (name, shape), piece in zip(names, pieces, strict=True)}
     rows = jacobian_features(model, x, params=params, check=False).features
     return rows @ rows.T

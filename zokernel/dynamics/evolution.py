@@ -197,7 +197,9 @@ class Evolution:
         """
         steps_T = as_steps(steps, self.f0)
         means, spreads = self._mean_modes(steps_T), self._spreads(steps_T)
-        variances = [2 * spread.square().sum() + 4 * mean @ spread @ mean for mean, spread in zip(means, spreads)]
+        variances = [
+            2 * spread.square().sum() + 4 * mean @ spread @ mean for mean, spread in zip(means, spreads, strict=True)
+        ]
         variance = torch.stack(variances) / (4 * self.n**2)
         centre = self.expected_loss(steps_T) - self.floor
         root = (variance.clamp_min(0).sqrt() / centre.clamp_min(torch.finfo(centre.dtype).tiny) / 3).nan_to_num(0.0)
@@ -275,14 +277,14 @@ class Evolution:
         """Yield the covariance of the residual modes after each number of steps, (R, R)."""
         means = self._mean_modes(steps_T)
         if self._diagonal:
-            for state, mean in zip(self._dense_states(steps_T), means):
+            for state, mean in zip(self._dense_states(steps_T), means, strict=True):
                 yield state - torch.outer(mean, mean)
             return
         level, pair = self.eigenvalues, torch.outer(self.residual_R, self.residual_R)
         step, c = self.lr, self.moments.mean
         off = 1 - step * c * (level[:, None] + level) + step**2 * self._kappa * torch.outer(level, level)
         alone = (1 - step * c * level[:, None]) * (1 - step * c * level)
-        for t, mean, diagonal in zip(steps_T, means, self._diagonal_modes(steps_T)):
+        for t, mean, diagonal in zip(steps_T, means, self._diagonal_modes(steps_T), strict=True):
             spread = (off**t - alone**t) * pair
             spread.diagonal().copy_((diagonal - mean.square()).clamp_min(0))
             yield spread

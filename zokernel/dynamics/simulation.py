@@ -126,7 +126,7 @@ def simulate(
         previous = step
         residual_RN = (start - target) + change_RD @ x.T
         records.append(_summary(residual_RN, target))
-    losses, means, mean_errors, squares, square_errors = (torch.stack(column) for column in zip(*records))
+    losses, means, mean_errors, squares, square_errors = (torch.stack(column) for column in zip(*records, strict=True))
     return Simulation(torch.tensor(recorded), losses, means, mean_errors, squares, square_errors)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 from zokernel.estimators.two_point import symmetric_differences
+from zokernel.values import plain_fields
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TwoPointCurvature(Estimator):
     num_perturbations: int = 1
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
 
     def points(self, *, seed: int, step: int) -> list[Offsets]:
@@ -45,6 +47,8 @@ class TwoPointCurvature(Estimator):
         """Return first and second differences."""
         centre, *ends = losses
         slopes = symmetric_differences(ends, self.eps)
-        curvature = [(above + below - 2 * centre) / self.eps**2 for above, below in zip(ends[::2], ends[1::2])]
+        curvature = [
+            (above + below - 2 * centre) / self.eps**2 for above, below in zip(ends[::2], ends[1::2], strict=True)
+        ]
         coefficients = {index: slope / self.num_perturbations for index, slope in enumerate(slopes)}
         return Estimate(coefficients, list(losses), curvature=tuple(curvature), centre=centre)

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from zokernel.errors import UsageError
 from zokernel.estimators.base import check_radius
 from zokernel.estimators.population import Population
+from zokernel.values import plain_fields
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class LeaveOneOut(Population):
     antithetic: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
         if self.num_perturbations < 2:
             raise UsageError(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
-from zokernel.values import check_switches
+from zokernel.values import check_switches, plain_fields
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class OneSided(Estimator):
     normalize: bool = False
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
         check_switches(normalize=self.normalize)
         if self.normalize and self.num_perturbations < 2:

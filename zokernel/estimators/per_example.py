@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets
-from zokernel.values import check_switches
+from zokernel.values import check_switches, plain_fields
 
 MAX_EXAMPLES = 1 << 16
 """Direction p of example i has index p * MAX_EXAMPLES + i."""
@@ -92,6 +92,7 @@ class PerExample(Estimator):
     numbers_per_point: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_switches(whiten=self.whiten)
         takes_losses = isinstance(self.inner, Estimator) and self.inner.numbers_per_point == 1
         if not takes_losses or getattr(self.inner, "normalize", False):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
 from zokernel.estimators.shaping import SHAPINGS
-from zokernel.values import check_switches
+from zokernel.values import check_switches, plain_fields
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Population(Estimator):
     antithetic: bool = True
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
         check_switches(antithetic=self.antithetic)
         if self.shaping not in list(SHAPINGS):
@@ -72,7 +73,7 @@ class Population(Estimator):
         pairs_left_out = unbiased and self.antithetic
         shaped = list(losses) if pairs_left_out else SHAPINGS[self.shaping](losses)
         if self.antithetic:
-            shaped = [(plus - minus) / 2 for plus, minus in zip(shaped[::2], shaped[1::2])]
+            shaped = [(plus - minus) / 2 for plus, minus in zip(shaped[::2], shaped[1::2], strict=True)]
         scale = self.num_perturbations * (self.eps if unbiased else 1.0)
         spread = None if unbiased else statistics.pstdev(losses)
         return Estimate({index: weight / scale for index, weight in enumerate(shaped)}, list(losses), loss_std=spread)

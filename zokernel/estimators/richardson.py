@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius
+from zokernel.values import plain_fields
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Richardson(Estimator):
     num_perturbations: int = 1
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
 
     def points(self, *, seed: int, step: int) -> list[Offsets]:

@@ -33,7 +33,7 @@ from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius, check_total_steps
 from zokernel.estimators.two_point import symmetric_differences
 from zokernel.theory.smoothing import KernelFacts, SmoothingKernel, smoothing_kernel
-from zokernel.values import check_switches, is_number
+from zokernel.values import check_switches, is_number, plain_fields
 
 RADIUS_SCHEDULES = ("none", "literal", "rescaled", "lr_compensated")
 
@@ -79,6 +79,7 @@ class Smoothed(Estimator):
     total_steps: int | None = None
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
         if self.schedule not in RADIUS_SCHEDULES:
             names = ", ".join(RADIUS_SCHEDULES)
@@ -144,7 +145,7 @@ class Smoothed(Estimator):
         radii = self.radii_at(seed=seed, step=step)
         slopes = symmetric_differences(losses, self.eps)
         weights = [self.weight(r, step) / self.num_perturbations for r in radii]
-        return Estimate({i: slope * w for i, (slope, w) in enumerate(zip(slopes, weights))}, list(losses))
+        return Estimate({i: slope * w for i, (slope, w) in enumerate(zip(slopes, weights, strict=True))}, list(losses))
 
     def radii_at(self, *, seed: int, step: int) -> list[float]:
         """Return r of every direction of ``step``, uniform on the range."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate, Estimator, Offsets, check_radius, check_total_steps
+from zokernel.values import plain_fields
 
 SCHEDULES = ("constant", "linear")
 
@@ -53,6 +54,7 @@ class TwoPoint(Estimator):
     total_steps: int | None = None
 
     def __post_init__(self):
+        plain_fields(self)
         check_radius(self.eps, self.num_perturbations)
         if self.schedule not in SCHEDULES:
             raise UsageError(f"There is no sample schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
@@ -77,4 +79,4 @@ class TwoPoint(Estimator):
 
 def symmetric_differences(losses: Sequence[float], eps: float) -> list[float]:
     """Return (above - below) / (2 eps) of losses that alternate between both ends of the directions."""
-    return [(above - below) / (2 * eps) for above, below in zip(losses[::2], losses[1::2])]
+    return [(above - below) / (2 * eps) for above, below in zip(losses[::2], losses[1::2], strict=True)]

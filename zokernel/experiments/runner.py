@@ -62,7 +62,7 @@ class Clock:
     def seconds_left(self, names: list[str]) -> float:
         """Return the seconds that ``names`` will still take."""
         expected = [self.expected[name] for name in names]
-        before, measured = (sum(column) for column in zip(*self.finished)) if self.finished else (1.0, 1.0)
+        before, measured = (sum(column) for column in zip(*self.finished, strict=True)) if self.finished else (1.0, 1.0)
         speed = measured / before if before > 0 else 1.0
         return speed * max(sum(expected) / self.jobs, max(expected, default=0.0))
 

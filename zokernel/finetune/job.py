@@ -34,6 +34,7 @@ from zokernel.finetune.storage import run_folder as output
 from zokernel.finetune.storage.finished import has_results
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.push import check_push, open_repository, push_finished, without_trainer_push
+from zokernel.finetune.storage.run_identity import run_settings
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.stream_points import check_streamed
@@ -81,7 +82,7 @@ def finetune(
         check_text(task, splits.train, model.tokenizer, data_arguments, kind=model.kind, objective=config.objective)
         num_examples = len(splits.train) - data_arguments.num_demonstrations
         settings = _resolve(config, model, num_examples, folder, command)
-        identity = output.run_settings(model.arguments, data_arguments, settings.arguments())
+        identity = run_settings(model.arguments, data_arguments, settings.arguments())
         identity |= splits.fingerprint | starting_weights(model)
         state, resume = _open_folder(folder, settings, identity, model.tokenizer, resources)
         if state == "finished":

@@ -41,7 +41,7 @@ from zokernel.finetune.report.zero_shot import cached_score, fingerprint
 from zokernel.finetune.rewards.prompts import describe_empty_answers
 from zokernel.finetune.run_files import read_run_file
 from zokernel.finetune.scoring.continuations import continuations
-from zokernel.finetune.scoring.prepare import prepare
+from zokernel.finetune.scoring.prepare import Inputs, prepare
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.storage import run_folder as output
@@ -191,8 +191,8 @@ class Run:
         data, task = self.data_arguments, self.task
         reserved = virtual_tokens(self.model) + (data.max_new_tokens if task.kind in ("generation", "reward") else 0)
         max_length = self.max_length = longest_input(self.model, tokenizer, data.max_length, reserved=reserved)
-        arguments = (task, self.splits, self.model, tokenizer, data)
-        self.prepared = prepare(*arguments, max_length=max_length, objective=self.config.objective)
+        inputs = Inputs(task, self.splits, self.model, tokenizer, data, max_length, self.config.objective)
+        self.prepared = prepare(inputs)
         self.encoded, self.objective = self.prepared.encoded, self.prepared.objective
         return (RewardTrainer if task.kind == "reward" else ZOTrainer)(
             self.model,

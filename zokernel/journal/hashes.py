@@ -111,7 +111,7 @@ def _combined(tensors: Mapping[str, Tensor], hashed: Callable[[Tensor], bytes]) 
     with ThreadPoolExecutor(1 if sharded else THREADS) as pool:
         digests = list(pool.map(lambda name: hashed(tensors[name]), names))
     total = hashlib.sha256()
-    for name, digest in zip(names, digests):
+    for name, digest in zip(names, digests, strict=True):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + digest)
     return total.hexdigest()

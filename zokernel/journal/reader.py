@@ -74,7 +74,7 @@ class Journal:
         if step == 0:
             return decode_header(self.path.read_bytes())[1]
         count = 0
-        for record, end in zip(self.records, self.ends):
+        for record, end in zip(self.records, self.ends, strict=True):
             count += isinstance(record, Step)
             if count == step:
                 return end

@@ -233,7 +233,7 @@ def replay_steps(optimizer: ZerothOrder, steps: Iterable[Step]) -> None:
 def set_learning_rates(optimizer: ZerothOrder, rates: Sequence[float]) -> None:
     """Set every parameter group's learning rate, from one for all or one each."""
     per_group = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else list(rates)
-    for group, rate in zip(optimizer.param_groups, per_group):
+    for group, rate in zip(optimizer.param_groups, per_group, strict=True):
         group["lr"] = rate
 
 

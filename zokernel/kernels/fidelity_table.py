@@ -138,7 +138,9 @@ def fidelity(
         if streams == "nested":
             return draw(repeat, max(counts), 0).relative_errors(exact, counts)
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        return torch.cat([draw(repeat, p, start).relative_errors(exact, [p]) for p, start in zip(counts, starts)])
+        return torch.cat(
+            [draw(repeat, p, start).relative_errors(exact, [p]) for p, start in zip(counts, starts, strict=True)]
+        )
 
     errors = torch.stack([errors_of(repeat) for repeat in range(replicates)])
     return tabulate(errors, counts, moments, model.output_shape(x_u)[1], distribution)

@@ -188,7 +188,7 @@ def gradients(task: ProbedTask) -> Rows:
         for k, target in enumerate(targets):
             for name, row in grad(target).items():
                 differences[name][k] = row
-        traces, alongs = zip(*(_fisher(score, gradient, grad) for score in scores[: task.num_update]))
+        traces, alongs = zip(*(_fisher(score, gradient, grad) for score in scores[: task.num_update]), strict=True)
     count = task.num_update
     spread = (squared - count * squared_norm(gradient)) / (count - 1)
     beliefs = observed.detach().softmax(-1).double()

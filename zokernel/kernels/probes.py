@@ -42,6 +42,8 @@ class Measurement:
     def known(self) -> bool:
         """Whether the estimate says anything: its standard error is finite and no larger than itself.
 
+        Where it does not, ``zokernel plan`` prints ``not known`` in its place, and ``plan.json`` holds null.
+
         Example:
             >>> Measurement(1.17, 0.3).known, Measurement(1.17, 1.3).known, Measurement(1.17, math.inf).known
             (True, False, False)

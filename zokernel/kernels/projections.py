@@ -146,7 +146,7 @@ class SeededDirections:
         for views, index in zip(zeros, indices, strict=True):
             places = place_all(views)
             terms = self.directions.terms(places, seed=self.seed, step=0, index=index)
-            jobs += [Job(place, (term,), (1.0,)) for place, term in zip(places, terms) if term is not None]
+            jobs += [Job(place, (term,), (1.0,)) for place, term in zip(places, terms, strict=True) if term is not None]
         dispatch.sweep(jobs, self.directions.backend)
 
 

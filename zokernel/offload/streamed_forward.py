@@ -146,7 +146,7 @@ class StreamedForward(InForward):
         if targets:
             point = forward.point
             copier(forward.directions, targets, point.offsets, seed=point.seed, step=point.step)
-        return dict(zip(keys, targets))
+        return dict(zip(keys, targets, strict=True))
 
 
 def _loss_of(closure: Closure) -> float:

@@ -56,8 +56,7 @@ def shared_options(options: ZerothOrderOptions, owner: type) -> tuple[Perturb, i
         names = ", ".join(name for name in constructor_options(owner) if name != "lr")
         raise TypeError(f"{owner.__name__} has no option {unknown[0]!r}: it has {names}.")
     perturb = requested_perturb(options, stacklevel=5)
-    seed = options.get("seed", SHARED_DEFAULTS["seed"])
-    check_seed(seed)
+    seed = check_seed(options.get("seed", SHARED_DEFAULTS["seed"]))
     return make_perturb(perturb), seed, options.get("weight_decay", SHARED_DEFAULTS["weight_decay"])
 
 

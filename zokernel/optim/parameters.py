@@ -14,7 +14,7 @@ from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import UsageError
 from zokernel.optim.layers import NORMS
 from zokernel.optim.options import constructor_options
-from zokernel.values import check_shares, is_number
+from zokernel.values import check_shares, is_number, plain_number
 
 Params = nn.Module | Iterable[Any]
 TORCH_SETTINGS = {"betas", "dampening", "maximize", "momentum", "nesterov"}  # of torch's own optimizers, by group
@@ -106,18 +106,23 @@ def trainable_group(group: dict[str, Any], earlier: Sequence[dict[str, Any]], or
     return group | {"params": pairs if all(named) else [tensor for _, tensor in pairs]}
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse settings of a parameter group that are out of range.
+def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a parameter group's settings as Python's own; refuse those that are out of range.
+
+    A tensor of one element, which torch allows for ``lr``, stays one.
 
     Raises:
         UsageError: If one is.
     """
-    for name in ("lr", "weight_decay"):
-        value = group[name]
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value  # torch allows it for lr
+    settings = {name: group[name] for name in ("lr", "weight_decay", "momentum") if name in group}
+    check_shares(momentum=settings.get("momentum", 0.0))
+    for name, value in settings.items():
+        is_tensor = isinstance(value, Tensor) and value.numel() == 1
+        number = value.item() if is_tensor else plain_number(name, value)
         if not (is_number(number) and number >= 0):
             raise UsageError(f"{name} must be a finite number >= 0, not {value!r}.")
-    check_shares(momentum=group.get("momentum", 0.0))
+        settings[name] = value if is_tensor else number
+    return settings
 
 
 def check_group_settings(group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -168,6 +173,30 @@ def tied_names(param_groups: list[dict[str, Any]]) -> dict[str, str]:
     named, first = _all_names(param_groups), name_parameters(param_groups)
     by_memory = {memory_of(tensor): name for name, tensor in first.items()}
     return {name: by_memory[memory_of(tensor)] for name, tensor in named.items() if name not in first}
+
+
+def check_tied_groups(param_groups: list[dict[str, Any]], settings: Iterable[str]) -> None:
+    """Refuse tied weights in parameter groups with different settings, of which only the first would count.
+
+    Args:
+        param_groups: Groups as ``torch.optim.Optimizer`` keeps them.
+        settings: Names of the settings that groups have.
+
+    Raises:
+        UsageError: If there are any.
+    """
+    numbers = [number for number, group in enumerate(param_groups) for _ in group["params"]]
+    number_of = dict(zip(_all_names(param_groups), numbers))
+    for name, first in tied_names(param_groups).items():
+        one, other = number_of[first], number_of[name]
+        for setting in settings:
+            values = param_groups[one][setting], param_groups[other][setting]
+            if values[0] != values[1]:
+                raise UsageError(
+                    f"Parameters {first!r} and {name!r} have the same memory, and their parameter groups {one} and "
+                    f"{other} have different {setting} ({values[0]} and {values[1]}): put both into one group, or give "
+                    "the groups the same settings."
+                )
 
 
 def _all_names(param_groups: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -14,11 +14,10 @@ from torch import Tensor
 from zokernel.directions import Directions
 from zokernel.directions.families.fixed import Fixed
 from zokernel.directions.terms import Factors, Values
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.parameters import tied_names
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Trained:

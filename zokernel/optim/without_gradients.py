@@ -21,11 +21,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _CALLS_BACKWARD = (
-    "The closure must not call backward, because a zeroth-order step takes losses alone: return the loss, and leave "
+    "{who} must not call backward, because a zeroth-order step takes losses alone: return the loss, and leave "
     "out loss.backward() and zero_grad()."
 )
 _CALLS_GRAD = (
-    "The closure calls torch.autograd.grad, and a zeroth-order step runs it under no_grad: compute that part of the "
+    "{who} calls torch.autograd.grad, and a zeroth-order step runs it under no_grad: compute that part of the "
     "loss under torch.enable_grad()."
 )
 
@@ -45,11 +45,12 @@ def without_gradients(step: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def refuse_backward(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def refuse_backward(parameters: Mapping[str, Tensor], who: str = "The closure") -> Iterator[None]:
     """Refuse backward passes in a ``with`` block: those that fail for want of a gradient, and those that succeed.
 
     Args:
         parameters: Trained parameters by name, whose gradients tell of a backward pass under ``enable_grad``.
+        who: What runs in the block, for the message.
 
     Raises:
         UsageError: If there is one, or ``torch.autograd.grad`` fails.
@@ -68,14 +69,14 @@ def refuse_backward(parameters: Mapping[str, Tensor]) -> Iterator[None]:
         if "does not require grad" not in str(error):
             raise
         if _went_through(error, torch.autograd.backward):
-            raise UsageError(_CALLS_BACKWARD) from error
+            raise UsageError(_CALLS_BACKWARD.format(who=who)) from error
         if _went_through(error, torch.autograd.grad):
-            raise UsageError(_CALLS_GRAD) from error
+            raise UsageError(_CALLS_GRAD.format(who=who)) from error
         raise
     for name, (gradient, writes) in _gradients(parameters).items():
         old, old_writes = before.get(name, (None, None))
         if gradient is not old or writes != old_writes:
-            raise UsageError(_CALLS_BACKWARD)
+            raise UsageError(_CALLS_BACKWARD.format(who=who))
 
 
 def _gradients(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int | None]]:

@@ -117,7 +117,7 @@ def _plan_picture(plan: dict[str, Any], verified: list[dict[str, Any]]) -> Pictu
             if "relative error at P = " in row["quantity"]
         ]
         if measurements:
-            axes.plot(*zip(*measurements), label="measured with real gradients", **look("test"))
+            axes.plot(*zip(*measurements, strict=True), label="measured with real gradients", **look("test"))
         axes.set(xscale="log", yscale="log", xlabel="directions P", ylabel="relative error of one step")
 
     alt = f"Predicted relative error of one step against P: {first['value']:.3g} over the root of P."

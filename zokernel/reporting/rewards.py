@@ -69,9 +69,9 @@ def reward_picture(
         axes.fill_between(at, value["lower"], value["upper"], label="half of them", **band_look("half"))
         axes.plot(at, value["median"], label="median member", **look("median"))
         if validation:
-            axes.plot(*zip(*validation), label="validation", **look("validation"))
+            axes.plot(*zip(*validation, strict=True), label="validation", **look("validation"))
         if test:
-            axes.plot(*zip(*test), label=f"{test_name}, before and after", **look("test"))
+            axes.plot(*zip(*test, strict=True), label=f"{test_name}, before and after", **look("test"))
         axes.set(xlabel=label, ylabel="reward")
 
     medians = value["median"][np.isfinite(value["median"])]

@@ -65,7 +65,7 @@ def series_of(figure: Any) -> list[Series]:
     return [
         Series(panel, name, *_appearance(handle))
         for panel, axes in enumerate(figure.axes)
-        for handle, name in zip(*axes.get_legend_handles_labels())
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     ]
 
 

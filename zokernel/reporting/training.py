@@ -164,7 +164,7 @@ def _row(record: Any, eps: float | None) -> dict[str, float]:
         "learning_rate": record.learning_rates[0],
     }
     if eps and len(record.losses) % 2 == 0:  # both ends of every direction
-        slopes = [(a - b) / (2 * eps) for a, b in zip(record.losses[::2], record.losses[1::2])]
+        slopes = [(a - b) / (2 * eps) for a, b in zip(record.losses[::2], record.losses[1::2], strict=True)]
         row["projected_gradient"] = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
     return row
 

@@ -81,7 +81,7 @@ def _dots(count: int) -> float:
 
 def _loss_picture(run: TrainingRun, rows: list[dict[str, float]], label: str, axis: str) -> Picture:
     smoothed = smooth(np.array([row["loss"] for row in rows], dtype=float))
-    points = _thinned([(row[axis], row["loss"], mean) for row, mean in zip(rows, smoothed)])
+    points = _thinned([(row[axis], row["loss"], mean) for row, mean in zip(rows, smoothed, strict=True)])
     x, loss, mean = np.array(points, dtype=float).T
     evaluations = [row for row in run.evaluations if "loss" in row and axis in row]
     ends = _ends(run, "loss", axis)
@@ -98,7 +98,7 @@ def _loss_picture(run: TrainingRun, rows: list[dict[str, float]], label: str, ax
                 **look("validation"),
             )
         if ends:
-            axes.plot(*zip(*ends), label=f"{_test_name(run)}, before and after", **look("test"))
+            axes.plot(*zip(*ends, strict=True), label=f"{_test_name(run)}, before and after", **look("test"))
         if run.prediction:
             _add_prediction(axes, run, rows[-1], x[-1])
         rewarded = is_rewarded(run.metrics, run.run)
@@ -151,7 +151,7 @@ def _score_picture(run: TrainingRun, name: str, label: str, axis: str) -> Pictur
         axes.plot([row[axis] for row in evaluations], values, label="validation", **look("validation"))
         if ends:
             places = [(at, scale * value) for at, value in ends]
-            axes.plot(*zip(*places), label=f"{_test_name(run)}, before and after", **look("test"))
+            axes.plot(*zip(*places, strict=True), label=f"{_test_name(run)}, before and after", **look("test"))
         axes.set(xlabel=label, ylabel=f"{score_name(name)} (%)" if share else score_name(name))
         if share:
             axes.set_ylim(-2, 102)
@@ -166,7 +166,7 @@ def _gradient_picture(run: TrainingRun, rows: list[dict[str, float]], label: str
     values = np.array([row.get("projected_gradient") or math.nan for row in rows], dtype=float)
     values[values <= 0] = math.nan  # equal losses, which a logarithmic axis has no place for
     smoothed = np.sqrt(smooth(values**2))
-    x, dots, line = np.array(_thinned(list(zip((r[axis] for r in rows), values, smoothed))), dtype=float).T
+    x, dots, line = np.array(_thinned(list(zip((r[axis] for r in rows), values, smoothed, strict=True))), dtype=float).T
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()

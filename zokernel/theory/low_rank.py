@@ -42,7 +42,7 @@ def low_rank_excess(shapes: Sequence[tuple[int, int]], rank: int, shares: Sequen
     check_count(rank, "rank")
     if not sizes or len(weights) != len(sizes):
         raise UsageError("The excess of low rank needs matrices, and a share for each of them.")
-    return 2 / rank * sum((rows + columns + 1) * share for (rows, columns), share in zip(shapes, weights))
+    return 2 / rank * sum((rows + columns + 1) * share for (rows, columns), share in zip(shapes, weights, strict=True))
 
 
 def low_rank_outer_product(gradient_MN: Tensor, rank: int) -> Tensor:

@@ -12,7 +12,7 @@ from zokernel.directions.base import Directions
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term
 from zokernel.errors import UsageError
-from zokernel.values import is_whole
+from zokernel.values import is_whole, plain_number
 
 
 def layer_of(name: str) -> str:
@@ -61,6 +61,7 @@ class Blockwise(Directions):
         if not isinstance(inner, Directions):
             raise UsageError(f"{inner!r} is no family of directions for the blocks: pass one such as Dense().")
         super().__init__(inner.backend)
+        every = plain_number("every", every)
         if not is_whole(every):
             raise UsageError(f"Each block must stay at least 1 step, and whole steps, not {every!r}.")
         self.inner, self.block_of, self.every = inner, block_of, every

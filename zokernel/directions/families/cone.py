@@ -14,7 +14,7 @@ from zokernel.directions.families.dense import Dense
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term, Values
 from zokernel.errors import UsageError
-from zokernel.values import is_number
+from zokernel.values import is_number, plain_number
 
 AXIS = -1
 """The index under which :class:`_Parts` has the axis."""
@@ -58,6 +58,7 @@ class Cone(Directions):
 
     def __init__(self, base: Dense, angle: float):
         super().__init__(base.backend)
+        angle = plain_number("angle", angle)
         if not (is_number(angle) and 0 < angle <= math.pi / 2):
             raise UsageError(f"The angle of a cone must be above 0 and at most pi/2 = 1.5708 radians, not {angle!r}.")
         self.base, self.angle = base, angle

@@ -14,7 +14,7 @@ from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Noise, Term
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
-from zokernel.values import check_switches, is_whole
+from zokernel.values import check_switches, is_whole, plain_number
 
 
 class Factored(Directions):
@@ -34,8 +34,10 @@ class Factored(Directions):
     def __init__(self, rank: int, distribution: str | Distribution, refresh: int, most_square: bool, backend: str):
         super().__init__(backend)
         self.distribution = direction_distribution(distribution)
+        rank, refresh = plain_number("rank", rank), plain_number("refresh", refresh)
         if not (is_whole(rank) and is_whole(refresh)):
             raise UsageError(f"Rank {rank!r} and refresh interval {refresh!r} must be whole numbers of at least 1.")
+        most_square = plain_number("most_square", most_square)
         check_switches(most_square=most_square)
         if not self.distribution.independent:
             raise UsageError(

@@ -16,7 +16,7 @@ from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Factors, Term
 from zokernel.distributions import Distribution
-from zokernel.values import is_whole
+from zokernel.values import is_whole, plain_number
 
 # With refresh=0, so many consecutive directions of a step are consecutive rows of one stream.
 SHARED = 1 << 16
@@ -60,6 +60,7 @@ class LowRank(Factored):
         most_square: bool = False,
         backend: str = "auto",
     ):
+        refresh = plain_number("refresh", refresh)
         stays = 1 if is_whole(refresh, 0) and refresh == 0 else refresh
         super().__init__(rank, distribution, stays, most_square, backend)
         self.refresh = refresh

@@ -14,7 +14,7 @@ from zokernel.directions.philox import stream_key
 from zokernel.directions.placement import Placement
 from zokernel.directions.terms import Term, Values
 from zokernel.errors import UsageError
-from zokernel.values import is_whole
+from zokernel.values import is_whole, plain_number
 
 MAX_ELEMENTS = 1 << 27
 
@@ -43,6 +43,7 @@ class Orthogonal(Directions):
 
     def __init__(self, size: int, *, backend: str = "auto"):
         super().__init__(backend)
+        size = plain_number("size", size)
         if not is_whole(size):
             raise UsageError(f"A frame must hold a whole number of directions, at least 1, not {size!r}.")
         self.size = size

@@ -16,7 +16,7 @@ from zokernel.directions.placement import Placement, place_all
 from zokernel.directions.terms import Noise, Term
 from zokernel.distributions import Distribution, direction_distribution
 from zokernel.errors import UsageError
-from zokernel.values import is_number
+from zokernel.values import is_number, plain_number
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Sparse(Directions):
             raise UsageError(
                 f"Sparse directions need independent coordinates, unlike {self.distribution.name!r}: use gaussian."
             )
+        density = plain_number("density", density)
         if not (is_number(density) and 0.0 < density <= 1.0):
             raise UsageError(f"The density {density!r} of sparse directions must be above 0 and at most 1.")
         self.density = density

@@ -110,7 +110,7 @@ def synthetic_digits(seed: int, train: int = 600, test: int = 100) -> Digits:
     def draw(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(count) % 10
         shifts = torch.randint(-2, 3, (count, 2), generator=generator)
-        shifted = [patterns[y].roll((int(a), int(b)), (1, 2)) for y, (a, b) in zip(labels, shifts)]
+        shifted = [patterns[y].roll((int(a), int(b)), (1, 2)) for y, (a, b) in zip(labels, shifts, strict=True)]
         noise = 0.1 * torch.randn(count, 1, 28, 28, generator=generator)
         return (torch.stack(shifted) + noise).clamp(0, 1), labels
 

@@ -31,7 +31,7 @@ from zokernel.experiments.criteria import (
     within,
 )
 from zokernel.experiments.entk.array_cache import ArrayCache
-from zokernel.experiments.entk.model_sizes import beliefs, inner, last_logits
+from zokernel.experiments.entk.belief_changes import beliefs, inner, last_logits
 from zokernel.experiments.entk.sentences import LanguageTask, language_task
 from zokernel.experiments.entk.trajectory_gaps import MEASURES, Arrays, agreement_with_law, compare_runs, describe_start
 from zokernel.figures import PALETTE, figures

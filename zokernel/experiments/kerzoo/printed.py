@@ -33,7 +33,7 @@ from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb import Perturb
 from zokernel.perturb.base import Closure
-from zokernel.values import check_positive
+from zokernel.values import check_positive, plain_number
 
 CLIPS = ("none", "param_origin", "param_init", "grad")
 STEP_SCHEDULES = ("constant", "accelerated")
@@ -103,14 +103,15 @@ class PrintedKerZOO(KerZOO):
         estimator = Smoothed(
             eps,
             num_perturbations,
-            kernel_order,
-            kernel_constant,
+            plain_number("kernel_order", kernel_order),
+            plain_number("kernel_constant", kernel_constant),
             paper_k5,
             radius,
             radius_schedule,
             shrink_to,
             total_steps,
         )
+        clip_radius = plain_number("clip_radius", clip_radius)
         _check_settings(clip, clip_radius, grad_at, step_schedule, averaging)
         average = None if averaging == "none" else iterate_average(averaging)
         update = _updates(average, clip, clip_radius, grad_at, step_schedule)

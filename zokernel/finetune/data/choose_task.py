@@ -11,7 +11,7 @@ from zokernel.data.tables import Row, table_format
 from zokernel.errors import UsageError
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import TASKS, PromptTask, Task
-from zokernel.finetune.tasks.base import NO_LABEL, is_missing
+from zokernel.finetune.tasks.base import HIDDEN, NO_LABEL, is_missing
 from zokernel.finetune.tasks.columns import close_column
 from zokernel.finetune.tasks.prompt import alternatives, as_label, is_on_scale, label_as_text
 from zokernel.finetune.tasks.registry import customize
@@ -175,10 +175,10 @@ def _merge_spellings(cells: Sequence[str], label: str) -> list[str]:
 def _without_missing_labels(cells: Sequence[str], label: str) -> list[str]:
     """Return the cells that hold labels; values that may have been meant as one are named."""
     values = list(map(label_as_text, cells))
-    hidden = {value for value in values if value in NO_LABEL and value != "-1"}
-    others = set(values) - hidden - {"-1"}
+    hidden = {value for value in values if value in NO_LABEL and value != HIDDEN}
+    others = set(values) - hidden - {HIDDEN}
     if len(others) > 1 and others == set(map(str, range(len(others)))):
-        hidden.add("-1")
+        hidden.add(HIDDEN)
     for value in sorted(hidden - {""}):
         if value in values:
             logger.warning(

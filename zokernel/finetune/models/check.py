@@ -11,6 +11,7 @@ import torch
 
 from zokernel.data import hub, resolve_model_path
 from zokernel.data.hub_requests import bounded_requests
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import UsageError, ZokernelError
 from zokernel.finetune.models.adapters import check_adapter, check_peft, part_to_train, trains_adapter
 from zokernel.finetune.models.gguf import with_gguf
@@ -64,7 +65,7 @@ class CheckedModel:
     def low_precision(self) -> str:
         """The type in which all weights are stored and trained, if it is below fp32."""
         whole = part_to_train(self.arguments) == "full parameters"
-        return str(self.dtype) if whole and self.dtype in (torch.bfloat16, torch.float16) else ""
+        return str(self.dtype) if whole and self.dtype in LOW_PRECISION else ""
 
 
 @bounded_requests()

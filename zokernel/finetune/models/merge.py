@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import RunError, UsageError
+from zokernel.finetune.models.model_files import ADAPTER, ADAPTER_CONFIG
 from zokernel.finetune.models.quantization import DEQUANTIZED, stored_quantization
-from zokernel.finetune.models.saved_adapter import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def merge(adapted: Any) -> Any:
         raise RunError(f"The adapter could not be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
     _untie(model)
     dtype = next(model.parameters()).dtype
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtype in LOW_PRECISION:
         logger.info("The merged weights are rounded to %s.", str(dtype).removeprefix("torch."))
     return model
 
@@ -80,7 +80,7 @@ def save_merged(adapted: Any, folder: Path) -> Any:
     model = merge(adapted)
     model.save_pretrained(folder)
     # transformers would take the folder for that of an adapter.
-    for name in (CONFIG_FILE, "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER):
         (folder / name).unlink(missing_ok=True)
     logger.info("The adapter is merged: plain transformers loads %s.", folder)
     return model

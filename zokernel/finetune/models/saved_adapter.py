@@ -14,14 +14,13 @@ from torch import nn
 from zokernel.data import SOURCES, hub
 from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import UsageError, ZokernelError
-from zokernel.finetune.models.model_files import ADAPTER, ADAPTER_CONFIG, TOKENIZER_CONFIG, remedy
+from zokernel.finetune.models.model_files import ADAPTER, ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, remedy
 from zokernel.finetune.models.pickles import refuse_pickles
 from zokernel.finetune.run_files import RUN_FILE, read_run_file
 from zokernel.finetune.settings.arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = ADAPTER_CONFIG
 MERGED_FILE = "merged.json"  # beside a model that an adapter was merged into
 # Models from a package registry, and what they are called on the hub.
 ON_THE_HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -35,7 +34,7 @@ def is_adapter(name: str) -> bool:
         False
     """
     folder = Path(name).expanduser()
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").exists()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).exists()
 
 
 def with_base(arguments: ModelArguments) -> ModelArguments:
@@ -86,7 +85,7 @@ def with_base_on_hub(arguments: ModelArguments, error: BaseException) -> ModelAr
     if Path(name).expanduser().exists() or "config.json" not in str(error):
         return None
     try:
-        hf_hub_download(name, CONFIG_FILE, revision=arguments.model_revision)
+        hf_hub_download(name, ADAPTER_CONFIG, revision=arguments.model_revision)
     except (EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     if arguments.model_revision != "main":
@@ -155,8 +154,10 @@ def adapter_config(name: str) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         refuse_pickles(folder, what="adapter")
-        if not (folder / CONFIG_FILE).is_file():
-            raise UsageError(f"{name} holds no {CONFIG_FILE}: give the folder of an adapter that peft or a run saved.")
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{name} holds no {ADAPTER_CONFIG}: give the folder of an adapter that peft or a run saved."
+            )
         if not (folder / ADAPTER).is_file():
             raise UsageError(f"{name} holds no {ADAPTER}, so no adapter: {remedy(folder)}.")
     elif name.startswith(("/", ".", "~")) or name.count("/") != 1:
@@ -237,11 +238,13 @@ def log_base(model: Any, name: str) -> None:
     recorded_name = base_name(name)
     if name in ON_THE_HUB:
         logger.info(
-            "%s names %s as the base; %s is that model dequantized from 4 bits.", CONFIG_FILE, recorded_name, name
+            "%s names %s as the base; %s is that model dequantized from 4 bits.", ADAPTER_CONFIG, recorded_name, name
         )
     elif recorded_name != name or Path(name).is_dir():
         logger.info(
-            "%s names the base by its local folder, %s: elsewhere, name the base yourself.", CONFIG_FILE, recorded_name
+            "%s names the base by its local folder, %s: elsewhere, name the base yourself.",
+            ADAPTER_CONFIG,
+            recorded_name,
         )
 
 

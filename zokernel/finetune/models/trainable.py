@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
+from zokernel.directions.weights.restore import LOW_PRECISION
 from zokernel.errors import UsageError
 from zokernel.finetune.models.quantization import NO_DORA
 from zokernel.finetune.models.quantized_model import describe_quantization, mark_trainable_, prevent_repacking_
@@ -35,8 +35,7 @@ def low_precision(model: nn.Module) -> str:
         >>> low_precision(nn.Linear(2, 2).bfloat16()), low_precision(nn.Linear(2, 2))
         ('torch.bfloat16', '')
     """
-    low = (torch.bfloat16, torch.float16)
-    return ", ".join(sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in low}))
+    return ", ".join(sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in LOW_PRECISION}))
 
 
 def check_trainable(model: nn.Module) -> None:

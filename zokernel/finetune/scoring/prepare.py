@@ -26,8 +26,35 @@ from zokernel.finetune.scoring.prepare_text import encode_texts, language_object
 from zokernel.finetune.settings.arguments import DataArguments
 from zokernel.finetune.tasks import Task
 from zokernel.finetune.tasks.reward import RewardTask
-from zokernel.finetune.tasks.seq2seq import decoder_of
+from zokernel.finetune.tasks.seq2seq import Decoder, decoder_of
 from zokernel.finetune.tasks.text import TextTask
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the examples of a run are made ready from, and for.
+
+    Attributes:
+        task: What the rows are.
+        splits: The rows.
+        model: The model, which is tried on batches in several layouts.
+        tokenizer: Its tokenizer.
+        data: What the user said about the data.
+        max_length: Longest sequence.
+        objective: What a step minimises.
+    """
+
+    task: Task
+    splits: Splits
+    model: nn.Module
+    tokenizer: Any
+    data: DataArguments
+    max_length: int
+    objective: str = "cross_entropy"
+
+    def decoder(self) -> Decoder | None:
+        """Return how a sequence-to-sequence model frames texts; None for any other model."""
+        return decoder_of(self.model, self.tokenizer) if kind_of_model(self.model) == "seq2seq" else None
 
 
 @dataclass(frozen=True)
@@ -53,26 +80,11 @@ class Prepared:
     context: str = ""
 
 
-def prepare(
-    task: Task,
-    splits: Splits,
-    model: nn.Module,
-    tokenizer: Any,
-    data: DataArguments,
-    *,
-    max_length: int,
-    objective: str = "cross_entropy",
-) -> Prepared:
+def prepare(inputs: Inputs) -> Prepared:
     """Tokenize the examples of a run for its model.
 
     Args:
-        task: What the rows are.
-        splits: The rows.
-        model: The model, which is tried on batches in several layouts.
-        tokenizer: Its tokenizer.
-        data: What the user said about the data.
-        max_length: Longest sequence.
-        objective: What a step minimises.
+        inputs: The examples, the model and what the user said about them.
 
     Returns:
         The data sets, and what belongs to them.
@@ -80,61 +92,50 @@ def prepare(
     Raises:
         UsageError: If the examples do not fit the model.
     """
-    if isinstance(task, RewardTask):
-        return _prepare_prompts(splits, model, tokenizer, data, max_length)
-    if isinstance(task, TextTask):
-        return _prepare_texts(task, splits, model, tokenizer, data, max_length)
-    return _prepare_options(task, splits, model, tokenizer, data, max_length=max_length, objective=objective)
+    if isinstance(inputs.task, RewardTask):
+        return _prepare_prompts(inputs)
+    if isinstance(inputs.task, TextTask):
+        return _prepare_texts(inputs, inputs.task)
+    return _prepare_options(inputs)
 
 
-def _prepare_options(
-    task: Task,
-    splits: Splits,
-    model: nn.Module,
-    tokenizer: Any,
-    data: DataArguments,
-    *,
-    max_length: int,
-    objective: str,
-) -> Prepared:
-    masked, kind = fills_masks(model), kind_of_model(model)
-    decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
+def _prepare_options(inputs: Inputs) -> Prepared:
+    task, model, tokenizer, data = inputs.task, inputs.model, inputs.tokenizer, inputs.data
+    masked, decoder = fills_masks(model), inputs.decoder()
     encoded, context = encode_splits(
         task,
-        splits,
+        inputs.splits,
         tokenizer,
-        max_length=max_length,
+        max_length=inputs.max_length,
         masked=masked,
         decoder=decoder,
         num_demonstrations=data.num_demonstrations,
         # A loss on the answer's tokens needs no other option, but accuracy does.
-        only_answer=task.loss == "answer" and objective == "cross_entropy",
+        only_answer=task.loss == "answer" and inputs.objective == "cross_entropy",
     )
     everything = EncodedDataset([example for dataset in encoded.values() for example in dataset.examples])
     parts = ((e.prompt_ids, e.suffix_ids, [e.mask_id or 0], *e.option_ids) for e in everything.examples)
     check_token_ids(model, tokenizer, chain.from_iterable(parts))
     collator = choose_collator(model, tokenizer.pad_token_id, everything)
-    loss = make_objective(
+    objective = make_objective(
         task,
         tokenizer,
         collator,
-        objective=objective,
+        objective=inputs.objective,
         masked=masked,
         decoder=decoder,
         calibrate=data.calibrate,
         context=context,
-        max_length=max_length,
+        max_length=inputs.max_length,
         max_new_tokens=data.max_new_tokens,
         padding_free=choose_padding_free(model, collator, everything, option_scores),
     )
-    return Prepared(encoded, collator, loss, context=context)
+    return Prepared(encoded, collator, objective, context=context)
 
 
-def _prepare_texts(
-    task: TextTask, splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
-) -> Prepared:
-    kind = kind_of_model(model)
-    decoder = decoder_of(model, tokenizer) if kind == "seq2seq" else None
+def _prepare_texts(inputs: Inputs, task: TextTask) -> Prepared:
+    splits, model, tokenizer, data = inputs.splits, inputs.model, inputs.tokenizer, inputs.data
+    max_length, kind, decoder = inputs.max_length, kind_of_model(model), inputs.decoder()
     encoder = text_encoder(task, tokenizer, data, max_length=max_length, kind=kind, decoder=decoder)
     encoded = encode_texts(encoder, splits, packing=data.packing)
     examples = [e for dataset in encoded.values() for e in dataset.examples]
@@ -151,11 +152,10 @@ def _prepare_texts(
     )
 
 
-def _prepare_prompts(
-    splits: Splits, model: nn.Module, tokenizer: Any, data: DataArguments, max_length: int
-) -> Prepared:
-    encoded = prompt_datasets(splits, tokenizer, max_length=max_length)
+def _prepare_prompts(inputs: Inputs) -> Prepared:
+    splits, model, tokenizer = inputs.splits, inputs.model, inputs.tokenizer
+    encoded = prompt_datasets(splits, tokenizer, max_length=inputs.max_length)
     check_token_ids(model, tokenizer, (e.input_ids for dataset in encoded.values() for e in dataset.examples))
-    objective = reward_objective(model, tokenizer, splits, data)
+    objective = reward_objective(model, tokenizer, splits, inputs.data)
     collator = PromptCollator(tokenizer.pad_token_id)
     return Prepared(encoded, collator, objective, reward_samples(encoded, tokenizer), list(objective.ends))

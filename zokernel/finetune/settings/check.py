@@ -24,7 +24,7 @@ from zokernel.finetune.settings.zo_arguments import AUTO, default_of
 from zokernel.optim import get_method, method_options
 from zokernel.perturb.parallel import MODES
 from zokernel.readable import plural
-from zokernel.values import is_number, is_whole
+from zokernel.values import is_number, is_whole, plain_fields
 
 OBJECTIVES = ("cross_entropy", "accuracy", "f1", "reward")
 MAX_SEED = 2**32 - 1  # numpy's
@@ -149,7 +149,7 @@ def check_output(folder: str | None, what: str = "The output folder") -> None:
 
 
 def check_values(settings: Any) -> None:
-    """Refuse values that no run can work with.
+    """Refuse values that no run can work with; numbers of other libraries become Python's own.
 
     Args:
         settings: A dataclass of settings: ``ZOConfig``, ``ModelArguments`` or ``DataArguments``.
@@ -163,6 +163,7 @@ def check_values(settings: Any) -> None:
         Traceback (most recent call last):
         zokernel.errors.UsageError: max_length must be at least 1, not 0.
     """
+    plain_fields(settings)
     declared = {f.name: f for f in fields(settings)}
     values = {name: getattr(settings, name, None) for name in declared}
     kinds = _declared_kinds(type(settings))

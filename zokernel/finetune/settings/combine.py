@@ -16,6 +16,7 @@ from zokernel.finetune.settings.check import check_output, check_rule
 from zokernel.finetune.settings.saving import refuse_lost_best, refuse_unknown_best
 from zokernel.finetune.settings.unsupported import keep_no_activations, refuse_unsupported
 from zokernel.finetune.settings.zo_arguments import AUTO, ZOArguments, default_of, is_first_order
+from zokernel.values import plain_fields
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def add_zeroth_order(args: TrainingArguments, settings: Mapping[str, Any]) -> An
     combined: Any = object.__new__(_combined_class(kind))
     vars(combined).update(vars(args))
     vars(combined).update({f.name: f.default for f in fields(ZOArguments)} | dict(settings))
+    plain_fields(combined)
     combined.check_method(by_example=False)
     check_output(combined.output_dir)
     for name in OWN:

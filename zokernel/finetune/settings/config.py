@@ -39,8 +39,8 @@ class ZOConfig(ZOArguments, TrainingArguments):
     in; ``trainer.settings`` says with what, and why.
 
     Attributes:
-        given: Names of the settings that the constructor was called with.
-        derived: Names of the settings whose values follow from others that were given.
+        given: Names of the settings that the constructor was called with; ``trainer.settings`` says ``user`` of them.
+        derived: Names of the settings whose values follow from those; ``trainer.settings`` says ``auto`` of them.
 
     Raises:
         UsageError: If settings contradict each other, or a value does not exist.

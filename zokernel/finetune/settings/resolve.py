@@ -21,6 +21,7 @@ from zokernel.finetune.settings.flag_files import keys_of
 from zokernel.finetune.settings.record import RunSettings, Setting, as_json
 from zokernel.finetune.settings.saving import default_eval_steps
 from zokernel.finetune.settings.zo_arguments import AUTO, SHARED_OPTIONS, read_pairs
+from zokernel.flags import given_flags
 from zokernel.optim import method_options
 
 logger = logging.getLogger(__name__)
@@ -175,14 +176,13 @@ def setting_sources(config: Any, command: Sequence[str] = ()) -> dict[str, str]:
     """
     if not command:
         return _with_perturb(dict.fromkeys(config.given, "user"))
-    flags = [word.partition("=")[0][2:].replace("-", "_") for word in command if word.startswith("--")]
     recipes = [
         word.partition("=")[2] or following
         for word, following in zip(command, [*command[1:], ""])
         if word.partition("=")[0] == "--config"
     ]
     recipe_keys = {key for recipe in recipes for key in keys_of(Path(recipe))}
-    return _with_perturb(dict.fromkeys(recipe_keys, "recipe") | dict.fromkeys(flags, "user"))
+    return _with_perturb(dict.fromkeys(recipe_keys, "recipe") | dict.fromkeys(given_flags(command), "user"))
 
 
 def _with_perturb(sources: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from zokernel.data.hub_requests import bounded_requests
 from zokernel.errors import RunError, UsageError, ZokernelError
 from zokernel.finetune.models.check import load_tokenizer, loading_error
 from zokernel.finetune.models.kind import auto_class, is_trusted, language_model_kind
-from zokernel.finetune.models.model_files import check_folder
+from zokernel.finetune.models.model_files import ADAPTER, check_folder
 from zokernel.finetune.models.quantization import DEQUANTIZED, check_library, stored_quantization
 from zokernel.finetune.models.quantized_model import prevent_repacking_
 from zokernel.finetune.models.revision import check_revision
@@ -121,7 +121,7 @@ def load_base(
         model = train_scales_(model)
     if description["adapter"]:
         folder = journal.path.parent / BASE_ADAPTER
-        if not (folder / "adapter_model.safetensors").exists():
+        if not (folder / ADAPTER).exists():
             raise UsageError(f"{folder}, the adapter before training, is missing: it belongs to the journal.")
         model = load_saved(model, str(folder))
         name_base_(model, name_or_path, load_options.get("revision") or "main")

@@ -7,36 +7,24 @@ each step and the results of each evaluation.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from zokernel.errors import RunError, UsageError
-from zokernel.finetune.data.sampling import ORDER_VERSION
-from zokernel.finetune.models.scales import trains_scales
 from zokernel.finetune.storage.checkpoint import checkpoints, remove_folder, whole_folder
+from zokernel.finetune.storage.journal_header import check_same_run, describe_model, weight_hashes
 from zokernel.finetune.storage.replay import BASE_ADAPTER, restore_base_
 from zokernel.journal import Event, Journal, JournalWriter, make_header, replay_, weights_sha256
-from zokernel.journal.hashes import frozen_sha256, quantized_sha256
 from zokernel.journal.reader import FILE_NAME
 from zokernel.journal.replay import record_of
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.base import Closure
 from zokernel.readable import plural
-from zokernel.secrets import hide_in_text
-from zokernel.without_adapter import without_adapter
 
 logger = logging.getLogger(__name__)
-
-# What must be the same for the journal's losses to be those that the run would compute again.
-_BASE = "base_sha256"
-_IDENTITY = ("method", "options", "groups", "parameters", _BASE, "frozen_sha256", "data_order", "perturb")
-_OPTIONAL_IDENTITY = ("quantized_sha256",)  # of a quantized base, where both journals have it
 
 
 class RunJournal:
@@ -73,7 +61,7 @@ class RunJournal:
                 "continue it, set trainer.args.overwrite_output_dir = True before trainer.train() to replace it by a "
                 "run from the model's present weights, or make a trainer with another output_dir to keep both."
             )
-        self._hashes = _hashes(model)
+        self._hashes = weight_hashes(model)
         self._unrecorded: set[str] = set()
         self._evaluations: dict[tuple[int, str], dict[str, Any]] = {}
         for event in self.previous.events if self.previous else ():
@@ -92,7 +80,7 @@ class RunJournal:
             RunError: If they cannot be loaded again.
         """
         restore_base_(self._model, self._folder)
-        self._hashes = _hashes(self._model)
+        self._hashes = weight_hashes(self._model)
 
     def begin(
         self,
@@ -110,7 +98,8 @@ class RunJournal:
             optimizer: The optimizer of the run.
             method: Its name.
             options: The keyword arguments it was made with.
-            data_order: What decides which examples each step sees: see :func:`data_order`.
+            data_order: What decides which examples each step sees: see
+                :func:`~zokernel.finetune.storage.journal_header.data_order`.
 
         Raises:
             UsageError: If the journal is that of other settings, data or weights.
@@ -126,12 +115,12 @@ class RunJournal:
             # Weight decay is the groups' own.
             {name: value for name, value in options.items() if name != "weight_decay"},
             **self._hashes,
-            model=_describe(self._model),
+            model=describe_model(self._model),
             data_order=dict(data_order),
         )
         self._steps_taken = step
         if self.previous is not None:
-            self._check_identity(self.previous.header, header, loaded=step > 0)
+            check_same_run(self._folder, self.previous.header, header, loaded=step > 0)
             if self.num_steps > step:
                 logger.info(
                     "Continuing: %s taken from the journal, without forward passes.",
@@ -157,22 +146,6 @@ class RunJournal:
             with whole_folder(self._folder / BASE_ADAPTER) as scratch:
                 self._model.save_pretrained(scratch)
         self._writer = JournalWriter.create(self.path, header)
-
-    def _check_identity(self, previous: Mapping[str, Any], header: Mapping[str, Any], *, loaded: bool) -> None:
-        """Refuse another run's journal; weights that a checkpoint has replaced need not be those of its base."""
-        optional = [key for key in _OPTIONAL_IDENTITY if key in previous and key in header]
-        different = [key for key in (*_IDENTITY, *optional) if previous.get(key) != header[key]]
-        if loaded and _BASE in different:
-            different.remove(_BASE)
-        if different:
-            advice = "repeat that run's settings to continue it"
-            if different == [_BASE]:
-                advice = "give the model it began with (make the model anew before resuming in the same process)"
-            differences = _differences(previous, header, different)
-            raise UsageError(
-                f"The journal in {self._folder} was written by another run ({differences}): {advice}, or choose "
-                "another output_dir."
-            )
 
     def step(self, optimizer: ZerothOrder, closure: Closure) -> float:
         """Take the coming step: from the journal if it is there, else by evaluating the closure and recording it.
@@ -284,43 +257,6 @@ def read_journal(path: Path) -> Journal:
         raise RunError(f"{error} Otherwise, start over with overwrite_output_dir=True.") from error
 
 
-def data_order(dataset: Any, *, seed: int, batch: int, sampling: str, drop_last: bool) -> dict[str, Any]:
-    """Return what decides which examples each step sees.
-
-    Args:
-        dataset: The training examples.
-        seed: Seed of their order.
-        batch: Examples per step, of all processes.
-        sampling: How they are grouped.
-        drop_last: Whether a last batch that is smaller is left out.
-    """
-    examples = getattr(dataset, "examples", None)
-    digest = hashlib.sha256()
-    for example in examples or ():
-        digest.update(repr(example).encode())
-    length = len(dataset) if hasattr(dataset, "__len__") else None
-    return {
-        "seed": seed,
-        "batch": batch,
-        "sampling": sampling,
-        "sampler": ORDER_VERSION,
-        "drop_last": drop_last,
-        "examples": digest.hexdigest() if examples is not None else length,
-    }
-
-
-def _hashes(model: nn.Module) -> dict[str, str]:
-    """Return the hashes of a model's trained, frozen and quantized weights, for the header."""
-    parameters = dict(model.named_parameters())
-    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
-    quantized = quantized_sha256(parameters)
-    return {
-        _BASE: weights_sha256(trained),
-        "frozen_sha256": frozen_sha256(parameters, trained),
-        **({"quantized_sha256": quantized} if quantized else {}),
-    }
-
-
 def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return what JSON can hold of metrics; numbers of numpy and torch are floats."""
     values = {}
@@ -330,38 +266,3 @@ def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, RuntimeError):
             continue
     return values
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    adapter = hasattr(model, "peft_config")
-    bare = without_adapter(model)
-    quantized = getattr(bare, "is_quantized", False)
-    return {
-        **({"quantization": bare.config.quantization_config.to_dict()} if quantized else {}),
-        **({"trained": "scales"} if trains_scales(bare) else {}),
-        "class": type(bare).__name__,
-        "dtype": str(next(bare.parameters()).dtype).removeprefix("torch."),
-        "adapter": adapter,
-        "name_or_path": hide_in_text(getattr(bare, "name_or_path", "")),
-    }
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: list[str]) -> str:
-    """Name what differs in words: the settings inside dictionaries, and hashes by what they are hashes of."""
-    words = {
-        _BASE: "base weights",
-        "frozen_sha256": "frozen weights",
-        "quantized_sha256": "quantized weights",
-        "groups": "parameter groups",
-    }
-    differences = []
-    for key in keys:
-        if isinstance(old.get(key), dict) and key != "parameters":
-            inner = sorted(k for k in old[key].keys() | new[key].keys() if old[key].get(k) != new[key].get(k))
-            differences += [f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in inner if k != "examples"]
-            differences += ["other training examples"] if "examples" in inner else []
-        elif key in ("method", "perturb"):
-            differences.append(f"{key}: {old.get(key)} there, {new[key]} here")
-        else:
-            differences.append(f"other {words.get(key, key)}")
-    return "; ".join(differences)

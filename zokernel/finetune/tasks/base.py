@@ -17,7 +17,8 @@ from zokernel.readable import plural
 logger = logging.getLogger(__name__)
 
 MANY = 20  # values that are still listed one by one
-NO_LABEL = ("", "-1", "-1.0", "-", "None", "nan", "NaN", "null")  # except those that are the task's labels
+HIDDEN = "-1"  # what public benchmarks write where they hide a label
+NO_LABEL = ("", HIDDEN, f"{HIDDEN}.0", "-", "None", "nan", "NaN", "null")  # except those that are the task's labels
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def is_hidden(value: object) -> bool:
         >>> is_hidden("-1.0"), is_hidden(-1), is_hidden("-")
         (True, True, False)
     """
-    return str(value).strip() in ("-1", "-1.0")
+    return str(value).strip() in (HIDDEN, f"{HIDDEN}.0")
 
 
 def place_of(rows: Sequence[Row], number: int) -> str:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from zokernel.data.tables import Row
 from zokernel.errors import UsageError
-from zokernel.finetune.tasks.base import Task
+from zokernel.finetune.tasks.base import HIDDEN, Task
 from zokernel.finetune.tasks.template import refuse_broken
 from zokernel.readable import plural
 
@@ -144,7 +144,7 @@ class PromptTask(Task):
         lacks_last = not self.labels and classes == set(range(self.num_classes - 1))
         if None in classes or (len(classes) > 1 and not lacks_last):
             return  # a label that is none of the classes is named by its row
-        ordered = ["-1", *sorted(labels, key=lambda label: (_NUMBER.fullmatch(label) is None, label))]
+        ordered = [HIDDEN, *sorted(labels, key=lambda label: (_NUMBER.fullmatch(label) is None, label))]
         values = " ".join(ordered) if len(ordered) == self.num_classes else "with one value for each label word"
         raise UsageError(
             f"{where}: column {self.label_column!r} holds -1 beside {', '.join(ordered[1:])}, and -1 stands for no "

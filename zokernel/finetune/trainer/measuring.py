@@ -1,4 +1,4 @@
-"""The part of a trainer that takes losses before its first step: ``--method auto`` measures how far a run may walk."""
+"""The part of a trainer that takes losses before its first step: which batch fits, and how far a run may walk."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from zokernel.errors import UsageError
 from zokernel.finetune.models.trainable import trained_part
 from zokernel.finetune.settings.auto import WALK, shorter_walk, walk_within_swing
 from zokernel.finetune.settings.resolve import count_steps
 from zokernel.finetune.settings.zo_arguments import AUTO
+from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.choose_perturb import max_copies
 from zokernel.finetune.trainer.first_batch import first_batches
 from zokernel.finetune.trainer.make_optimizer import make_optimizer
@@ -25,11 +27,13 @@ from zokernel.finetune.trainer.measure_rise import (
     describe_walk,
     measure_rise,
 )
+from zokernel.finetune.trainer.micro_batches import copy_batch, scalar_loss
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.stream_points import make_streamed_forward
 from zokernel.kernels.walk_rise import Rise
-from zokernel.private_apis import set_trl_metrics, trl_metrics
+from zokernel.optim.without_gradients import refuse_backward
+from zokernel.private_apis import set_train_batch_size, set_trl_metrics, trl_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +53,17 @@ class MeasuringTrainer(SetUpTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self.measuring_forwards = self.rate_forwards = 0
         self._has_chosen_rate = False
+        self._trial_batch: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        return self._loss_of(batch, None)
+
+    def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
+        # No gradients are looked at here, where reading one may be intercepted: check_loss looks at them.
+        with refuse_backward({}, f"{type(self).__name__}.compute_loss"), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
+        return scalar_loss(loss, type(self).__name__)
 
     @property
     def loss_has_slopes(self) -> bool:
@@ -65,10 +76,20 @@ class MeasuringTrainer(SetUpTrainer):
 
     def first_batches(self, count: int) -> list[dict[str, Any]]:
         """Return the first batches of the loader."""
-        sampler = self._epoch_sampler  # of the loader that the loop reads
+        return [self._prepare_inputs(batch) for batch in first_batches(self._spare_loader(), count)]
+
+    def _spare_loader(self) -> DataLoader:
+        """Return a loader of the training data beside the one that the loop reads."""
+        sampler = self._epoch_sampler  # of that one
         loader = self.get_train_dataloader()
         self._epoch_sampler = sampler
-        return [self._prepare_inputs(batch) for batch in first_batches(loader, count)]
+        return loader
+
+    def _trial_loss(self) -> Tensor:
+        """Return the loss of the first batch, which is taken once in a run."""
+        if self._trial_batch is None:
+            self._trial_batch = self.first_batches(1)[0]
+        return self._loss(self._trial_batch)
 
     def count_forwards(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss whose forwards count among those taken before the first step."""
@@ -159,3 +180,44 @@ class MeasuringTrainer(SetUpTrainer):
         if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
             return "the training data has no length"
         return "" if self.loss_has_slopes else "what is minimised has no slopes"
+
+    def _fit_batch(self) -> None:
+        """Split the batch into micro-batches that fit on every process."""
+        requested = self.args.per_device_train_batch_size
+        assert self.model is not None
+        self.model.eval()
+        size = largest_batch(self.count_forwards(lambda count: self._loss(self._longest(count))), requested)
+        everywhere: Any = self.accelerator.gather(torch.tensor([size], device=self.args.device))
+        size = int(everywhere.min())
+        values: dict[str, Any] = {}
+        if size < requested:
+            parts = requested // size
+            logger.info(
+                "Batches of %d do not fit; each is split into %d of %d, whose losses are averaged.",
+                requested,
+                parts,
+                size,
+            )
+            values["per_device_train_batch_size"] = size
+            set_train_batch_size(self, size)
+            values["gradient_accumulation_steps"] = self.args.gradient_accumulation_steps * parts
+            if self.args.perturb == "auto":
+                values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward
+        # The search of transformers would start over with weights half moved.
+        self.decide("hardware", **values, auto_find_batch_size=False)
+
+    def _longest(self, size: int) -> dict[str, Any]:
+        """Return a batch of so many examples: of the longest, if the data know them, else of the first."""
+        dataset: Any = self.train_dataset
+        if hasattr(dataset, "longest"):
+            return self._collated(dataset.longest(self.args.per_device_train_batch_size), size)
+        loader: Any = self._spare_loader()  # which knows the columns that the model does not take
+        return self._collated(loader.dataset, size, loader.collate_fn)
+
+    def _collated(self, dataset: Any, count: int, collate: Callable[[list[Any]], Any] | None = None) -> dict[str, Any]:
+        """Return a batch of the first examples, on the model's device."""
+        if not hasattr(dataset, "__len__"):
+            raise UsageError("The training data has no length, so no batch was tried.")
+        collate = collate or self.data_collator
+        assert collate is not None
+        return self._prepare_inputs(collate([dataset[n] for n in range(min(count, len(dataset)))]))

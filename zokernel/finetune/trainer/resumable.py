@@ -20,9 +20,10 @@ from zokernel.finetune.data.sampling import EpochSeededSampler, ReseedingSampler
 from zokernel.finetune.models.weights import matches_saved_weights
 from zokernel.finetune.settings.record import RunSettings, Setting, first_difference, keep_recorded, read_settings
 from zokernel.finetune.storage import checkpoint as files
+from zokernel.finetune.storage.journal_header import data_order
 from zokernel.finetune.storage.lock import exclusive
 from zokernel.finetune.storage.run_folder import explained_errors, refuse_old_run
-from zokernel.finetune.storage.run_journal import RunJournal, data_order
+from zokernel.finetune.storage.run_journal import RunJournal
 from zokernel.finetune.trainer.best_weights import BestWeightsTrainer
 from zokernel.finetune.trainer.checkpoints import silence_best_model_warning
 from zokernel.finetune.trainer.empty_cache import EmptyCache

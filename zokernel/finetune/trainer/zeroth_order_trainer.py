@@ -32,11 +32,10 @@ from zokernel.finetune.monitor.verdict import FAILED, NOT_LEARNED, judge_run
 from zokernel.finetune.monitor.warn import WarnOfDivergence
 from zokernel.finetune.settings.record import RunSettings
 from zokernel.finetune.trainer import choose_perturb
-from zokernel.finetune.trainer.batch_size import largest_batch
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import refuse_random_loss
 from zokernel.finetune.trainer.measuring import MeasuringTrainer
-from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
+from zokernel.finetune.trainer.micro_batches import MicroBatches
 from zokernel.finetune.trainer.probe import (
     coarsest_dtype,
     in_evaluation_mode,
@@ -47,7 +46,8 @@ from zokernel.finetune.trainer.probe import (
 from zokernel.finetune.trainer.step_parts import describe_step, step_parts
 from zokernel.finetune.trainer.unsuitable import refuse_skipped_step
 from zokernel.optim import ZerothOrder
-from zokernel.private_apis import count_tokens_once, set_train_batch_size, trl_metrics, trl_token_count
+from zokernel.optim.without_gradients import refuse_backward
+from zokernel.private_apis import count_tokens_once, trl_metrics, trl_token_count
 from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,6 @@ class ZerothOrderTrainer(MeasuringTrainer):
         kwargs |= dict(zip(list(inspect.signature(Trainer.__init__).parameters)[3:], others))
         micro_batches = MicroBatches(self._loss_in_step, self._stacked_loss, self.loss_weight, self._example_terms)
         self._num_items: Any = None
-        self._trial_batch: dict[str, Any] | None = None
         super().__init__(micro_batches, model=model, args=args, optimizers=optimizers, **kwargs)
         self._layers = EvaluationLayers(self.bare_model)
         self.last_loss = self.effective_lr = float("nan")
@@ -120,12 +119,6 @@ class ZerothOrderTrainer(MeasuringTrainer):
         has_bar = self.pop_callback(ProgressCallback) is not None
         self._quantity = getattr(vars(self).get("objective"), "quantity", LOSS)
         self.add_callback((ForwardProgress if has_bar else ForwardLines)(self.run_log, self._quantity))
-
-    def _trial_loss(self) -> Tensor:
-        """Return the loss of the first batch, which is taken once in a run."""
-        if self._trial_batch is None:
-            self._trial_batch = self.first_batches(1)[0]
-        return self._loss(self._trial_batch)
 
     def begin_loop(self) -> None:
         """Settle the way of perturbing, then begin the journal and the log."""
@@ -222,7 +215,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
     def check_loss(self) -> None:
         """Refuse a loss that cannot be compared between two evaluations of the first batch."""
         self.measuring_forwards += 2 * len(self.micro_batches)
-        refuse_random_loss(self._step_loss)
+        with refuse_backward(self.bare_optimizer.active, f"{type(self).__name__}.compute_loss"):
+            refuse_random_loss(self._step_loss)
 
     def _step_loss(self) -> Tensor:
         """Return the loss of the batch of a step as the trainer's own step would."""
@@ -239,16 +233,8 @@ class ZerothOrderTrainer(MeasuringTrainer):
         """Return the weight of a micro-batch's loss in that of the batch: the same for all."""
         return 1.0
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        return self._loss_of(batch, None)
-
     def _loss_in_step(self, batch: dict[str, Any]) -> Tensor:
         return self._loss_of(batch, self._num_items)
-
-    def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
-        with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
-        return scalar_loss(loss, type(self).__name__)
 
     def _stacked_loss(self, batch: dict[str, Any], copies: int) -> Tensor:
         raise UsageError("The losses of this trainer cannot be taken in one forward: leave out perturb='stacked'.")
@@ -342,40 +328,3 @@ class ZerothOrderTrainer(MeasuringTrainer):
                 batch=self.args.per_device_eval_batch_size if scores else 0,
             )
         return options, surroundings
-
-    def _fit_batch(self) -> None:
-        """Split the batch into micro-batches that fit on every process."""
-        requested = self.args.per_device_train_batch_size
-        assert self.model is not None
-        self.model.eval()
-        size = largest_batch(self.count_forwards(lambda count: self._loss(self._longest(count))), requested)
-        everywhere: Any = self.accelerator.gather(torch.tensor([size], device=self.args.device))
-        size = int(everywhere.min())
-        values: dict[str, Any] = {}
-        if size < requested:
-            parts = requested // size
-            logger.info(
-                "Batches of %d do not fit; each is split into %d of %d, whose losses are averaged.",
-                requested,
-                parts,
-                size,
-            )
-            values["per_device_train_batch_size"] = size
-            set_train_batch_size(self, size)
-            values["gradient_accumulation_steps"] = self.args.gradient_accumulation_steps * parts
-            if self.args.perturb == "auto":
-                values["perturb"] = "in_place"  # no memory for several copies of a batch in one forward
-        # The search of transformers would start over with weights half moved.
-        self.decide("hardware", **values, auto_find_batch_size=False)
-
-    def _longest(self, size: int) -> dict[str, Any]:
-        """Return a batch of so many examples, of the longest there are."""
-        dataset: Any = self.train_dataset
-        longest = dataset.longest(self.args.per_device_train_batch_size) if hasattr(dataset, "longest") else dataset
-        return self._collated(longest, size)
-
-    def _collated(self, dataset: Any, count: int) -> dict[str, Any]:
-        if not hasattr(dataset, "__len__"):
-            raise UsageError("The training data has no length, so no batch was tried.")
-        assert self.data_collator is not None
-        return self._prepare_inputs(self.data_collator([dataset[n] for n in range(min(count, len(dataset)))]))

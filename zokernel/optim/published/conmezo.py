@@ -16,7 +16,7 @@ from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Update
 from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
-from zokernel.values import check_shares
+from zokernel.values import check_shares, plain_number
 
 
 class TurnCone(Update):
@@ -31,6 +31,7 @@ class TurnCone(Update):
     """
 
     def __init__(self, directions: Cone, beta: float):
+        beta = plain_number("beta", beta)
         check_shares(beta=beta)
         self.directions, self.beta = directions, beta
 

@@ -49,7 +49,7 @@ class FirstOrder(Copied):
         check_group_settings(group, cast(torch.optim.Optimizer, self))
         super().add_param_group(group)
         try:
-            check_group(self.param_groups[-1])
+            self.param_groups[-1] |= check_group(self.param_groups[-1])
             names = name_parameters(self.param_groups)
         except UsageError:
             del self.param_groups[count:]

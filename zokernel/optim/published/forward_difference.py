@@ -16,7 +16,7 @@ from zokernel.optim.updates.coefficients import Normalized, PolyakBound
 from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.perturb.per_example import per_example_perturb
-from zokernel.values import check_shares, check_switches, is_whole
+from zokernel.values import check_shares, check_switches, is_whole, plain_number
 
 
 @register("forward_difference")
@@ -99,7 +99,7 @@ class ForwardDifference(ZerothOrder):
         check_shares(beta=beta)
         check_switches(per_example=per_example, normalize=normalize)
         update: list[Update] = [Normalized(beta)] if normalize else []
-        bound = PolyakBound(polyak_share, beta)
+        bound = PolyakBound(plain_number("polyak_share", polyak_share), beta)
         if math.isfinite(polyak_share):
             if not normalize:
                 raise UsageError("polyak_share bounds a normalised step: set normalize to true, or leave it out.")

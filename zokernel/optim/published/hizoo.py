@@ -31,7 +31,7 @@ from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Update
 from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
-from zokernel.values import check_shares
+from zokernel.values import check_shares, plain_number
 
 
 class RenewHessian(Update):
@@ -46,6 +46,7 @@ class RenewHessian(Update):
     """
 
     def __init__(self, directions: Preconditioned, smooth: float):
+        smooth = plain_number("hessian_smooth", smooth)
         check_shares(hessian_smooth=smooth)
         self.directions, self.smooth = directions, smooth
 

@@ -23,6 +23,7 @@ from zokernel.optim.updates.coefficients import Clip
 from zokernel.optim.updates.rules import SGD
 from zokernel.optim.zeroth_order import ZerothOrder
 from zokernel.theory.smoothing import KernelFacts
+from zokernel.values import plain_number
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,8 @@ class KerZOO(ZerothOrder):
         estimator = Smoothed(
             eps=eps,
             num_perturbations=num_perturbations,
-            order=kernel_order,
-            constant=kernel_constant,
+            order=plain_number("kernel_order", kernel_order),
+            constant=plain_number("kernel_constant", kernel_constant),
             radius=radius,
             schedule=radius_schedule,
             shrink_to=shrink_to,
@@ -116,7 +117,7 @@ class KerZOO(ZerothOrder):
             raise UsageError("clip and a positive clip_radius go together: give both or neither.")
         update: list[Update] = [SGD()]
         if clip_radius is not None:
-            update.insert(0, Clip(clip_radius))
+            update.insert(0, Clip(plain_number("clip_radius", clip_radius)))
         if averaging != "none":
             update.append(iterate_average(averaging))
         super().__init__(params, lr, directions=Dense(distribution), estimator=estimator, update=update, **options)

@@ -11,6 +11,7 @@ from zokernel.optim.parameters import Params
 from zokernel.optim.registry import register
 from zokernel.optim.updates.coefficients import ClipSlopes
 from zokernel.optim.zeroth_order import ZerothOrder
+from zokernel.values import plain_number
 
 
 @register("qzo")
@@ -60,6 +61,6 @@ class QZO(ZerothOrder):
             lr,
             directions=Dense(distribution),
             estimator=TwoPoint(eps, num_perturbations),
-            update=ClipSlopes(clip_slope),
+            update=ClipSlopes(plain_number("clip_slope", clip_slope)),
             **options,
         )

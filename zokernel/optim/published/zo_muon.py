@@ -18,7 +18,7 @@ from zokernel.optim.registry import register
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Rule, Step
 from zokernel.optim.zeroth_order import ZerothOrder
-from zokernel.values import is_number
+from zokernel.values import is_number, plain_number
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -68,6 +68,7 @@ class Orthogonalized(Rule):
     """
 
     def __init__(self, directions: Subspace, vector_scale: float):
+        vector_scale = plain_number("vector_scale", vector_scale)
         if not (is_number(vector_scale) and vector_scale >= 0):
             raise UsageError(f"vector_scale must be at least 0 and finite, not {vector_scale!r}.")
         self.directions, self.vector_scale = directions, vector_scale

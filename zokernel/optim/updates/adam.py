@@ -11,7 +11,7 @@ from torch import Tensor
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Rule, Step
-from zokernel.values import check_positive, check_shares, check_switches
+from zokernel.values import check_positive, check_shares, check_switches, plain_fields
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Adam(Rule):
     of_momentum: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_shares(beta1=self.beta1, beta2=self.beta2)
         check_positive(delta=self.delta)
         check_switches(amsgrad=self.amsgrad, of_momentum=self.of_momentum)

@@ -14,7 +14,7 @@ from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Update
-from zokernel.values import check_positive, check_shares, is_number
+from zokernel.values import check_positive, check_shares, is_number, plain_fields
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Normalized(Update):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_shares(beta=self.beta)
         self._weighted_squares = 0.0  # sum over past steps of beta^age (1 - beta) times their mean squared slope
 
@@ -93,6 +94,7 @@ class PolyakBound(Update):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_shares(beta=self.beta)
         if self.share != math.inf:
             check_positive(polyak_share=self.share)
@@ -140,6 +142,7 @@ class Clip(Update):
     radius: float
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_positive(clip_radius=self.radius)
 
     def transform(self, estimate: Estimate, trained: Trained) -> Estimate:
@@ -167,6 +170,7 @@ class ClipSlopes(Update):
     bound: float
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not (is_number(self.bound) and self.bound > 0):
             raise UsageError(f"The largest slope must be positive, not {self.bound!r}.")
 

@@ -9,7 +9,7 @@ from zokernel.errors import UsageError
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Update
-from zokernel.values import is_number
+from zokernel.values import is_number, plain_fields
 
 
 @dataclass
@@ -33,6 +33,7 @@ class CurvatureWeights(Update):
     power: float = 0.1
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not (is_number(self.power) and 0 <= self.power <= 1):
             raise UsageError(f"The power of the curvature must be in [0, 1], not {self.power!r}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from zokernel.estimators.base import Estimate
 from zokernel.optim.trained import Trained
 from zokernel.optim.updates.base import Rule, Step
-from zokernel.values import check_shares
+from zokernel.values import check_shares, plain_fields
 
 
 @dataclass
@@ -29,6 +29,7 @@ class SGD(Rule):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_shares(momentum=self.momentum)
 
     def group_defaults(self) -> dict[str, Any]:
