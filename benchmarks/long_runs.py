@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -44,6 +45,7 @@ WORDING = {
 }
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
+STOPPED = 1  # exit code of a run whose loss is no longer finite
 SWEPT = 10  # a run of the sweep has this share of the budget
 
 
@@ -115,8 +117,8 @@ def write_task(task: str, data_folder: Path, folder: Path) -> dict[str, str]:
     return write_splits(splits, folder)
 
 
-def run(folder: Path, contender: Contender, data: dict[str, Any], budget: int, rate: float | None, seed: int) -> None:
-    """Train one contender; an unfinished run is resumed, and a finished one is kept."""
+def run(folder: Path, contender: Contender, data: dict[str, Any], budget: int, rate: float | None, seed: int) -> int:
+    """Train one contender, and return the exit code; an unfinished run is resumed, and a finished one is kept."""
     steps = budget // (contender.batch * contender.cost)
     flags = {
         "--max_train_samples": "-1",
@@ -135,8 +137,7 @@ def run(folder: Path, contender: Contender, data: dict[str, Any], budget: int, r
     words = [word for pair in flags.items() for word in pair]
     for name, value in data.items():
         words += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    if code := subprocess.call([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words]):
-        raise SystemExit(code)
+    return subprocess.call([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words])
 
 
 def read_measurements(folder: Path) -> dict[str, Any]:
@@ -154,8 +155,9 @@ def read_measurements(folder: Path) -> dict[str, Any]:
 
 
 def last_loss(row: dict[str, Any]) -> float:
-    """Return the validation loss at the end of a run."""
-    return float(row["validation"][-1][2])
+    """Return the validation loss at the end of a run; infinity for one that diverged."""
+    loss = row["validation"][-1][2] if row["validation"] else None
+    return math.inf if loss is None or not math.isfinite(loss) else float(loss)
 
 
 def best_rate(rows: list[dict[str, Any]]) -> float:
@@ -179,15 +181,17 @@ def run_all(runs: KeptRuns, task: str, data: dict[str, Any], args: argparse.Name
         if row is None:
             label = f"{task} {name} {rate or 'chosen'} {budget} {seed}".replace(",", "").replace(" ", "-")
             folder = args.output_dir / label
-            run(folder, CONTENDERS[name], data, budget, rate, seed)
-            row = runs.add(key | shared | read_measurements(folder))
+            code = run(folder, CONTENDERS[name], data, budget, rate, seed)
+            if code and (code != STOPPED or budget == args.budget):
+                raise SystemExit(code)
+            row = runs.add(key | shared | ({"validation": []} if code else read_measurements(folder)))
         return row
 
     for name in args.contenders:
         rates = CONTENDERS[name].rates
-        rate = args.rate
+        rate = args.rate if rates else None
         if rates and rate is None:
-            rate = best_rate([finished(name, rate, args.budget // SWEPT, args.seeds[0]) for rate in rates])
+            rate = best_rate([finished(name, swept, args.budget // SWEPT, args.seeds[0]) for swept in rates])
         for seed in args.seeds if not args.only_sweep else ():
             finished(name, rate, args.budget, seed)
 
@@ -227,7 +231,7 @@ def main() -> None:
             continue
         run_all(runs, task, WORDING[task] | files, args)
     head = ["task", "method", "rate", "seed", "example-forwards", "before", "after (test)", "loss", "s", "peak MiB"]
-    print(table([*head, "validation"], [table_row(row) for row in runs.rows]))
+    print(table([*head, "validation"], [table_row(row) for row in runs.rows if row["validation"]]))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def is_whole(value: Any, least: float = 1) -> bool:
 
 
 def plain_number(name: str, value: Any) -> Any:
-    """Return a number of another library, such as numpy's, as Python's own; anything that is no number as it is.
+    """Return a number or text of another library, such as numpy's, as Python's own; anything else as it is.
 
     Kept as it is, ``np.float32`` would round what is computed with it, ``np.uint8`` would overflow, and neither can be
     written to a journal.
@@ -47,7 +47,7 @@ def plain_number(name: str, value: Any) -> Any:
         UsageError: If it is a tensor or an array of one element.
 
     Example:
-        >>> [plain_number("rank", value) for value in (np.int64(2), np.float32(0.5), np.True_, "auto")]
+        >>> [plain_number("rank", value) for value in (np.int64(2), np.float32(0.5), np.True_, np.str_("auto"))]
         [2, 0.5, True, 'auto']
         >>> plain_number("eps", np.array(1e-3))
         Traceback (most recent call last):
@@ -59,7 +59,10 @@ def plain_number(name: str, value: Any) -> Any:
         return operator.index(value)
     if isinstance(value, Real):
         return float(value)
-    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
+    if isinstance(value, np.str_):
+        return str(value)
+    is_array = not isinstance(value, np.generic) and hasattr(value, "item") and hasattr(value, "shape")
+    if is_array and math.prod(value.shape) == 1:
         kind = "an array" if isinstance(value, np.ndarray) else "a tensor"
         raise UsageError(f"{name} is {kind}: pass {name}.item().")
     return value

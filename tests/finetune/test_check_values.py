@@ -139,6 +139,7 @@ def test_numbers_of_numpy_become_pythons_own_and_tensors_are_named(tmp_path):
     values = {"eps": np.float32(0.5), "max_steps": np.int64(7), "seed": np.uint8(3), "freeze_vectors": np.True_}
     config = ZOConfig(output_dir=str(tmp_path), **values)
     assert [repr(getattr(config, name)) for name in values] == ["0.5", "7", "3", "True"]
+    assert repr(ZOConfig(output_dir=str(tmp_path), method=np.str_("lozo")).method) == "'lozo'"
     settings = {"num_perturbations": np.int64(2), "learning_rate": np.float64(0.25)}
     combined = add_zeroth_order(TrainingArguments(str(tmp_path)), settings)
     assert [repr(getattr(combined, name)) for name in settings] == ["2", "0.25"]

@@ -181,3 +181,16 @@ def test_another_trainer_does_not_lose_its_best_step(tmp_path):
     never = TrainingArguments(str(tmp_path), learning_rate=1e-4, eval_strategy="no")
     with pytest.raises(UsageError, match="save_strategy='best' would never save one"):
         add_zeroth_order(never, {"method": "mezo", "save_strategy": "best"})
+
+
+def test_a_run_without_evaluations_of_an_earlier_version_is_known_again(flags, tmp_path, caplog):
+    """Without evaluations, ``save_strategy`` was ``best`` unless given."""
+    command = ["finetune", *flags, "--eval_strategy", "no"]
+    assert main(command) == 0
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    record["settings"] |= {"save_strategy": "best", "load_best_model_at_end": True}
+    file.write_text(json.dumps(record))
+    caplog.clear()
+    assert main(command) == 0
+    assert "already holds this run, finished: nothing to do" in caplog.text

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 
+import numpy as np
 import pytest
 
 from zokernel.data import load_table
@@ -224,12 +225,15 @@ def test_a_column_of_a_similar_name_is_proposed(row, message):
         ("bad good", (), [1], (0, 1)),
         ("bad good", (), [1.0], (0.0, 1.0)),
         ("bad good", (), [True], (False, True)),
-        ("bad good", (), [1, True, True], ("0", True)),
+        ("bad good", (), [1, True, True], ("0", "True")),  # one type for all
         ("bad good so", (), [2, 0], (0, 1, 2)),
         ("no yes", ("False", "True"), [True], (False, True)),
-        ("bad good", (), [1.0, "1.0", 1, 1.0], ("0", 1.0)),
-        ("bad good", (), [True, "true", True], ("0", True)),
-        ("bad good", (), ["1", "1", 1, 0], (0, "1")),
+        ("bad good", (), [1.0, "1.0", 1, 1.0], ("0", "1.0")),
+        ("bad good", (), [True, "true", True], ("0", "True")),
+        ("bad good", (), ["1", "1", 1, 0], ("0", "1")),
+        ("bad good", (), [1, 1.0, 0], (0, 1)),
+        ("bad good", ("0.5", "1.5"), [0.5], (0.5, 1.5)),
+        ("bad good", (), [np.int64(1), np.int64(0)], (0, 1)),
         ("bad good", (), ["Good ", "good", "Good"], ("bad", "Good")),
         ("no yes", ("low|normal", "high"), ["normal", "LOW", "normal"], ("normal", "high")),
         ("no yes", ("low|normal", "high"), ["high"], ("low", "high")),

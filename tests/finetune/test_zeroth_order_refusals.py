@@ -81,6 +81,17 @@ def test_a_loss_that_calls_backward_is_refused_while_the_batch_is_fitted(tmp_pat
         zeroth_order(Own)(**kwargs).train()
 
 
+def test_a_loss_function_that_calls_backward_is_named(tmp_path):
+    def own(outputs, labels, num_items_in_batch=None):
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        loss.backward()
+        return loss
+
+    _, kwargs = CASES["text_classification"](tmp_path)
+    with pytest.raises(UsageError, match=r"^compute_loss_func must not call backward"):
+        zeroth_order(Trainer)(**kwargs, compute_loss_func=own).train()
+
+
 def test_a_loss_that_takes_derivatives_is_told_to_enable_them(tmp_path):
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -223,6 +223,17 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
             full.append(Step(STEPS + 1, (0.1,), (1.0, 2.0)))
 
 
+def test_steps_of_other_parameter_groups_are_not_replayed():
+    weights = [torch.ones(2) for _ in range(3)]
+    run = MeZO([{"params": [tensor], "lr": rate} for tensor, rate in zip(weights, (0.1, 0.2, 0.3), strict=True)])
+    run.step(lambda: sum(tensor.square().sum() for tensor in weights))
+    other = MeZO([{"params": [torch.ones(2)]} for _ in range(2)], lr=0.1)
+    with pytest.raises(
+        RunError, match=r"^The record has 3 learning rates and the optimizer 2 parameter groups: make it"
+    ):
+        replay_steps(other, [record_of(run)])
+
+
 def test_a_run_killed_as_it_began_a_step_continues_under_other_conditions(tmp_path):
     """The journal says that a tensor is frozen from the next step on, and the step that was taken then is not there."""
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable
 
@@ -216,6 +217,12 @@ def test_a_step_with_numbers_of_numpy_has_the_bits_of_pythons():
         ends.append(named[0][1])
         assert all(type(number) is float for number in optimizer.last_estimate.coefficients.values())
     assert torch.equal(*ends)
+
+
+def test_a_scalar_of_numpy_that_is_no_number_is_not_called_a_tensor():
+    for value in (np.complex64(1e-3), np.datetime64("2020")):
+        with pytest.raises(UsageError, match=f"^eps must be positive.*not {re.escape(repr(value))}"):
+            MeZO(weight(), lr=0.1, eps=value)
 
 
 def test_groups_take_numbers_of_numpy():

@@ -231,9 +231,18 @@ def replay_steps(optimizer: ZerothOrder, steps: Iterable[Step]) -> None:
 
 
 def set_learning_rates(optimizer: ZerothOrder, rates: Sequence[float]) -> None:
-    """Set every parameter group's learning rate, from one for all or one each."""
-    per_group = list(rates) * len(optimizer.param_groups) if len(rates) == 1 else list(rates)
-    for group, rate in zip(optimizer.param_groups, per_group, strict=True):
+    """Set every parameter group's learning rate, from one for all or one each.
+
+    Raises:
+        RunError: If there is another number of rates than of groups.
+    """
+    groups = optimizer.param_groups
+    if len(rates) not in (1, len(groups)):
+        raise RunError(
+            f"The record has {len(rates)} learning rates and the optimizer {plural(len(groups), 'parameter group')}: "
+            "make it with the groups of the run."
+        )
+    for group, rate in zip(groups, [*rates] * len(groups) if len(rates) == 1 else rates, strict=True):
         group["lr"] = rate
 
 

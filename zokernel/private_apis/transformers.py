@@ -61,25 +61,22 @@ SAVE_MODEL = Hook(
 
 
 def loop_sums(trainer: Any) -> dict[str, Any]:
-    """Return the sums of losses that the loop of ``Trainer`` keeps between two log lines.
+    """Return the sum of losses that the loop of ``Trainer`` keeps between two log lines, and the step of the last one.
 
-    Private: ``Trainer._tr_loss``, ``_total_loss_scalar``, ``_globalstep_last_logged``.  The first log line after a
-    checkpoint is the mean over steps on both sides of it, so these belong to the checkpoint.
+    Private: ``Trainer._tr_loss``, ``_globalstep_last_logged``.  The first log line after a checkpoint is the mean over
+    steps on both sides of it, so these belong to the checkpoint.
     """
-    return {
-        "tr_loss": trainer._tr_loss,
-        "total_loss": trainer._total_loss_scalar,
-        "last_logged": trainer._globalstep_last_logged,
-    }
+    return {"tr_loss": trainer._tr_loss, "last_logged": trainer._globalstep_last_logged}
 
 
 def set_loop_sums(trainer: Any, sums: dict[str, Any]) -> None:
     """Set the sums that :func:`loop_sums` returned; the loop zeroes them before ``on_train_begin``.
 
-    Private: the attributes named there.
+    Private: the attributes named there, and ``Trainer._total_loss_scalar``.  The mean loss of a call to ``train`` is
+    over the steps of that call, so those before the checkpoint are taken out of its sum.
     """
     trainer._tr_loss = sums["tr_loss"].to(trainer.args.device)
-    trainer._total_loss_scalar = sums["total_loss"]
+    trainer._total_loss_scalar = -float(sums["tr_loss"])
     trainer._globalstep_last_logged = sums["last_logged"]
 
 

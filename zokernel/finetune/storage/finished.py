@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def has_results(folder: Path, settings: RunSettings, tokenizer: Any) -> bool:
-    """Return whether the folder of a finished run still has model and tokenizer; warn of records that it has lost.
+    """Return whether the folder of a finished run still has its model; warn of records that it has lost.
+
+    A tokenizer that was lost is saved again.
 
     Args:
         folder: The output folder, with its ``metrics.json``.
@@ -52,8 +54,11 @@ def has_results(folder: Path, settings: RunSettings, tokenizer: Any) -> bool:
     if not metrics["steps"]:
         return True
     keeps_journal = settings["save_strategy"] != "no" and not is_first_order(settings["method"])
-    lost = _lost_result(folder, metrics, tokenizer)
+    lost = _lost_result(folder, metrics)
     if not lost:
+        if lost_part := _lost_tokenizer(folder, tokenizer):
+            logger.warning("The run in %s has finished, but %s: it is saved again.", folder, lost_part)
+            tokenizer.save_pretrained(folder)
         for warning in _lost_records(folder, metrics, keeps_journal=keeps_journal):
             logger.warning("%s", warning)
         return True
@@ -81,11 +86,11 @@ def _describe_journal(folder: Path, lost: str, steps: int) -> str:
     return f"its journal, without forward passes for {which}"
 
 
-def _lost_result(folder: Path, metrics: Mapping[str, Any], tokenizer: Any) -> str:
-    """Return which file of the trained model or its tokenizer is missing or damaged, as a clause; empty if none is."""
+def _lost_result(folder: Path, metrics: Mapping[str, Any]) -> str:
+    """Return which file of the trained model is missing or damaged, as a clause; empty if none is."""
     weights = WEIGHTS if not (folder / INDEX).is_file() else INDEX
     model = (ADAPTER_CONFIG, ADAPTER) if metrics.get("saved") == "adapter" else (CONFIG, weights)
-    for name in (PREDICTOR_FILE, *model, *_tokenizer_files(tokenizer)):
+    for name in (PREDICTOR_FILE, *model):
         if not (folder / name).is_file():
             return f"its {name} is missing"
     try:
@@ -95,18 +100,30 @@ def _lost_result(folder: Path, metrics: Mapping[str, Any], tokenizer: Any) -> st
             check_weights(folder / ADAPTER)
         else:
             check_folder(folder)
-        for name in _tokenizer_files(tokenizer):
-            if name.endswith(".json"):
-                read_json(folder / name)
     except UsageError as error:
-        return str(error).rpartition(": ")[0] or str(error).removesuffix(".")  # without what to do about it
+        return _without_advice(error)
     return ""
 
 
-def _tokenizer_files(tokenizer: Any) -> tuple[str, ...]:
-    """Return the files by which a tokenizer is saved, as far as it needs them to be loaded again."""
-    vocabulary = (TOKENIZER,) if getattr(tokenizer, "is_fast", False) else ()
-    return (TOKENIZER_CONFIG, *vocabulary, *((CHAT_TEMPLATE,) if isinstance(tokenizer.chat_template, str) else ()))
+def _without_advice(error: UsageError) -> str:
+    """Return what an error says is wrong, without what to do about it."""
+    return str(error).rpartition(": ")[0] or str(error).removesuffix(".")
+
+
+def _lost_tokenizer(folder: Path, tokenizer: Any) -> str:
+    """Return which file of the tokenizer is missing or damaged, as a clause; empty if none is."""
+    names = [TOKENIZER_CONFIG, *([TOKENIZER] if getattr(tokenizer, "is_fast", False) else [])]
+    for name in names:
+        if not (folder / name).is_file():
+            return f"its {name} is missing"
+    try:
+        contents = {name: read_json(folder / name) for name in names}
+    except UsageError as error:
+        return _without_advice(error)
+    has_template = (folder / CHAT_TEMPLATE).is_file() or "chat_template" in contents[
+        TOKENIZER_CONFIG
+    ]  # where older versions keep it
+    return "" if has_template or not isinstance(tokenizer.chat_template, str) else f"its {CHAT_TEMPLATE} is missing"
 
 
 def _lost_records(folder: Path, metrics: Mapping[str, Any], *, keeps_journal: bool) -> Iterator[str]:

@@ -16,6 +16,7 @@ from zokernel.journal.reader import FILE_NAME
 from zokernel.secrets import hide_in_values
 
 _INTERVAL = "save_steps"  # how often checkpoints are saved changes no step, and its default has changed
+_KEPT = {"save_strategy", "load_best_model_at_end"}  # what they are without evaluations has changed
 _MAY_DIFFER = (  # in a run that is continued
     *("max_steps", "num_train_epochs", "per_device_eval_batch_size"),
     *("offload", "offload_dir", "offload_updates"),
@@ -137,6 +138,8 @@ def different_settings(old: Mapping[str, Any] | None, new: Mapping[str, Any] | N
     if old is None or new is None:
         return ["settings"]
     names = sorted(key for key in old.keys() | new.keys() if key != _INTERVAL and old.get(key) != new.get(key))
+    if old.get("eval_strategy") == "no" and old.get("save_strategy") == "best":  # of an earlier version
+        names = [name for name in names if name not in _KEPT]
     if None in (old.get(STARTING_WEIGHTS), new.get(STARTING_WEIGHTS)):  # of an earlier version, or on the hub
         names = [name for name in names if name != STARTING_WEIGHTS]
     return sorted(names, key=lambda name: str(old.get(name)).count(" rows, sha256 "))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from zokernel.errors import UsageError
 from zokernel.finetune.tasks.base import HIDDEN, Task
 from zokernel.finetune.tasks.template import refuse_broken
 from zokernel.readable import plural
+from zokernel.values import plain_number
 
 Label = str | bool | int | float
 
@@ -166,19 +167,21 @@ class PromptTask(Task):
             ('bad', 'Good')
             >>> task.spellings([{"label": 1}]), task.spellings([{"label": True}])
             ((0, 1), (False, True))
+            >>> task.spellings([{"label": 1}, {"label": "0"}])
+            ('0', '1')
         """
-        counts = [Counter[tuple[type, Label]]() for _ in self.label_words]  # 1, 1.0 and True are equal in Python
-        for row in rows:
-            value = _as_written(row[self.label_column])
-            counts[self.label(row)][type(value), value] += 1
+        values = [_as_written(row[self.label_column]) for row in rows]
+        kind = _common_type(values)
+        counts = [Counter[Label]() for _ in self.label_words]
+        for row, value in zip(rows, values, strict=True):
+            counts[self.label(row)][value if kind is not str else str(value)] += 1
         words = {word.strip().casefold() for word in self.label_words}
-        written = {str(value).casefold() for values in counts for _, value in values}
+        written = {str(value).casefold() for value in values}
         named = [word.strip() for word in self.label_words] if written and written <= words and not self.labels else []
         absent = named or [alternatives(name)[0] for name in self.names()]
-        types = {kind for values in counts for kind, _ in values}
-        kind = types.pop() if len(types) == 1 else str
         return tuple(
-            values.most_common(1)[0][0][1] if values else _in_type(name, kind) for values, name in zip(counts, absent)
+            count.most_common(1)[0][0] if count else _in_type(name, kind)
+            for count, name in zip(counts, absent, strict=True)
         )
 
     def names(self) -> tuple[str, ...]:
@@ -220,19 +223,34 @@ def label_as_text(value: object) -> str:
 
 def _as_written(value: object) -> Label:
     """Return a label as JSON holds it; what JSON cannot hold becomes text."""
+    value = plain_number("label", value)
     return value if isinstance(value, (bool, int, float)) else str(value).strip()
+
+
+def _common_type(values: Iterable[Label]) -> type:
+    """Return the type of all labels; text if they have several, unless all are numbers.
+
+    Example:
+        >>> _common_type([1, 0]), _common_type([1, 0.5]), _common_type([1, "0"]), _common_type([])
+        (<class 'int'>, <class 'float'>, <class 'str'>, <class 'str'>)
+    """
+    kinds = {type(value) for value in values}
+    if kinds == {int, float}:
+        return float
+    return kinds.pop() if len(kinds) == 1 else str
 
 
 def _in_type(name: str, kind: type) -> Label:
     """Return the name of a class as a value of a type, or as the text it is where that has no such value.
 
     Example:
-        >>> _in_type("1", bool), _in_type("1", float), _in_type("1", str), _in_type("good", int)
-        (True, 1.0, '1', 'good')
+        >>> _in_type("1", bool), _in_type("1.5", float), _in_type("1", str), _in_type("good", int)
+        (True, 1.5, '1', 'good')
     """
     if kind is bool:
         return _BOOLEANS.get(name.casefold(), name)
-    return kind(name) if kind in (int, float) and _INTEGER.fullmatch(name) else name
+    number = {int: _INTEGER, float: _NUMBER}.get(kind)
+    return kind(name) if number is not None and number.fullmatch(name) else name
 
 
 def is_on_scale(value: object) -> bool:

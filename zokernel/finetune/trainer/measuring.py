@@ -61,9 +61,14 @@ class MeasuringTrainer(SetUpTrainer):
 
     def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
         # No gradients are looked at here, where reading one may be intercepted: check_loss looks at them.
-        with refuse_backward({}, f"{type(self).__name__}.compute_loss"), self.compute_loss_context_manager():
+        with refuse_backward({}, self._name_of_loss), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
         return scalar_loss(loss, type(self).__name__)
+
+    @property
+    def _name_of_loss(self) -> str:
+        """What the user wrote that returns the loss."""
+        return f"{type(self).__name__}.compute_loss" if self.compute_loss_func is None else "compute_loss_func"
 
     @property
     def loss_has_slopes(self) -> bool:

@@ -215,7 +215,7 @@ class ZerothOrderTrainer(MeasuringTrainer):
     def check_loss(self) -> None:
         """Refuse a loss that cannot be compared between two evaluations of the first batch."""
         self.measuring_forwards += 2 * len(self.micro_batches)
-        with refuse_backward(self.bare_optimizer.active, f"{type(self).__name__}.compute_loss"):
+        with refuse_backward(self.bare_optimizer.active, self._name_of_loss):
             refuse_random_loss(self._step_loss)
 
     def _step_loss(self) -> Tensor:
