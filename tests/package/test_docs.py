@@ -185,6 +185,15 @@ def test_shell_blocks_run_in_order(page, workplace, capsys):
             assert code == 0, f"{block}: {shlex.join(words)}\n{capsys.readouterr().err}"
 
 
+def test_the_reward_of_the_guide_takes_texts_and_chats():
+    (judge,) = (block for block in blocks_of(ROOT / "docs/guide/rewards.md") if "def valid(" in block.code)
+    names: dict = {}
+    exec(judge.code, names)
+    texts = ['{"name": "Ada"}', "{}", "7", "Ada"]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    assert names["valid"](texts) == names["valid"](chats) == [1.0, 0.5, 0.0, 0.0]
+
+
 def parse(command: str, argv: list[str]) -> None:
     """Parse a command's flags with its own parser, without running it."""
     load(command)[1].parse(argv)
