@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 from interrupted import same, weights
@@ -105,7 +106,7 @@ def test_a_tokenizer_that_was_lost_or_damaged_is_saved_again(name, content, agai
         shutil.rmtree(folder)
         words += ["--max_steps", "1", "--label_words", "bad", "good", "--output_dir", str(folder)]
         assert main(["finetune", *words]) == 0
-        repeat = lambda: main(["finetune", *words])  # noqa: E731
+        repeat = partial(main, ["finetune", *words])
     whole = (folder / name).read_bytes()
     (folder / name).unlink()
     if content:

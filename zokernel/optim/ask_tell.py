@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import LossError, UsageError
+from zokernel.estimators import Estimator
 from zokernel.optim.checkpointed import Checkpointed
 from zokernel.perturb.in_place import loss_value
 from zokernel.private_apis import note_step
@@ -53,12 +54,19 @@ class AskTell(Checkpointed):
     """The part of an optimizer that takes its losses from anywhere.
 
     Attributes:
-        replay: Takes the step that losses lead to.
+        estimator: Names the points of a step.
     """
 
-    replay: Callable[..., float]
+    estimator: Estimator
     _told: Mapping[Point, float] = MappingProxyType({})
     _is_at_point = False
+
+    def replay(self, record: Sequence[float], *, frozen: Collection[str] | None = None) -> float:
+        """Repeat the step that recorded numbers led to."""
+        raise NotImplementedError
+
+    def _versions_now(self) -> list[tuple[Any, bool]]:
+        raise NotImplementedError
 
     @property
     def told(self) -> dict[Point, float]:

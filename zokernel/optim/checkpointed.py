@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zokernel.errors import UsageError
+from zokernel.estimators import Estimator
 from zokernel.optim.copies import Copied
 from zokernel.optim.parameters import (
     Origin,
@@ -19,22 +20,85 @@ from zokernel.optim.parameters import (
     name_parameters,
     trainable_group,
 )
-from zokernel.optim.perturbable import Perturbable
 from zokernel.optim.saved_state import check_groups, check_parts, check_shapes, estimator_kind, shapes_of
+from zokernel.optim.trained import Trained
 from zokernel.optim.updates.averaging.averages import IterateAverage
+from zokernel.optim.updates.base import Update
+from zokernel.perturb import Perturb
 
 
-class Checkpointed(Perturbable, Copied):
+class Checkpointed(Trained, Copied):
     """An optimizer of torch whose state addresses directions, beside what torch keeps.
 
     Attributes:
+        updates: The parts of the update.
+        estimator: Turns the losses of a step into coefficients.
+        perturb: How the losses are taken, and how the weights are restored.
         num_forwards: Losses that its steps were made of: evaluated, replayed or told.
         last_factor: Factor that the update put on the last estimate.
     """
 
+    updates: list[Update]
+    estimator: Estimator
     num_forwards: int
+    _versions: list[tuple[Any, bool]]
     last_factor: float
+    _named_groups: list[tuple[dict[str, Any], list[str]]]
+    _followers: list[Update]
     _origin = Origin()
+
+    @property
+    def perturb(self) -> Perturb:
+        """How the losses at perturbed weights are taken, and how the weights are restored."""
+        raise NotImplementedError
+
+    def _attach(self) -> None:
+        raise NotImplementedError
+
+    def _refresh_base(self) -> None:
+        """Before a step, take note of weights that someone else wrote to, and of parameters frozen or not any more."""
+        changed = self.changed_by_others
+        if self._choose_active():
+            self.perturb.release()
+            changed = True
+        if changed:
+            self._attach()
+
+    def _is_dense(self, group: Mapping[str, Any]) -> bool:
+        raise NotImplementedError
+
+    def _check_density(self) -> None:
+        """Refuse groups whose steps are more than scalars times directions where an average or a grid needs these.
+
+        Raises:
+            UsageError: If there is one: made so, added, or made so by a schedule that moves the momentum.
+        """
+        averages = any(isinstance(part, IterateAverage) for part in self.updates)
+        if averages and (any(map(self._is_dense, self.param_groups)) or not self.directions.seeded):
+            raise UsageError(
+                "An average of the iterates is rebuilt from scalars and seeded directions, and this update adds more: "
+                "average no momentum (also of a schedule), no Adam, no sign of the estimate and no preconditioned "
+                "directions."
+            )
+        if self.perturb.restore_mode == "grid" and not self.moves_along_directions:
+            raise UsageError(
+                f"perturb='in_place:grid' keeps the weights on a grid, but this {type(self).__name__} adds more than "
+                "scalars times directions and would leave it: set momentum to 0 (also in a schedule), or use "
+                "'in_place' or 'in_place:copy'."
+            )
+
+    def _note_versions(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights, or replaced them, since its last step."""
+        raise NotImplementedError
+
+    @property
+    def moves_along_directions(self) -> bool:
+        """Whether every step is scalars times directions of that step."""
+        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters from the next step on.

@@ -23,19 +23,21 @@ import torch
 from torch import Tensor
 
 from zokernel.directions import Dense, Directions, get_directions
+from zokernel.directions.weights.restore import memory_of
 from zokernel.errors import LossError, RunError, UsageError
 from zokernel.estimators import Estimate, Estimator, TwoPoint
 from zokernel.optim.affine_move import AffineMove
 from zokernel.optim.ask_tell import AskTell
-from zokernel.optim.compose import make_estimator, make_updates
+from zokernel.optim.compose import check_tied, check_together, make_estimator, make_updates
 from zokernel.optim.loss_watch import LossWatch
 from zokernel.optim.options import ZerothOrderOptions, shared_options
 from zokernel.optim.parameters import Origin, Params, check_group, trainable
 from zokernel.optim.registry import register
-from zokernel.optim.updates.base import Update
+from zokernel.optim.updates.base import Rule, Update
 from zokernel.optim.without_gradients import refuse_backward, without_gradients
-from zokernel.perturb import Perturb, Recorded
+from zokernel.perturb import Perturb, Recorded, make_perturb
 from zokernel.perturb.base import Closure
+from zokernel.private_apis import write_count
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +118,64 @@ class ZerothOrder(AskTell):
         for part in self.updates:
             part.attach(self)
 
+    @property
+    def changed_by_others(self) -> bool:
+        """Whether anything but this optimizer has written to the weights, or replaced them, since its last step."""
+        return [written for written, _ in self._versions_now()] != [written for written, _ in self._versions]
+
+    def _versions_now(self) -> list[tuple[Any, bool]]:  # writes to each parameter, and whether it requires gradients
+        location = memory_of if self.perturb.weights.stay else (lambda p: None)
+        return [((write_count(p), location(p)), p.requires_grad) for p in self.named_params.values()]
+
+    def _note_versions(self) -> None:
+        self._versions = self._versions_now()
+
     def _check_parts(self) -> None:
         for part in self.updates:
             if part.trained not in (None, self):
                 raise UsageError(f"{part!r} serves another optimizer already: make one for each.")
             part.trained = self
+
+    @property
+    def rule(self) -> Rule:
+        """The part of the update that turns the estimate into a step."""
+        return next(part for part in self.updates if isinstance(part, Rule))
+
+    @property
+    def perturb(self) -> Perturb:
+        """How the losses at perturbed weights are taken, and how the weights are restored."""
+        return self._perturb
+
+    @perturb.setter
+    def perturb(self, perturb: Perturb | str) -> None:
+        previous, self._perturb = self._perturb, make_perturb(perturb)
+        previous.release()
+        try:
+            self._attach()
+        except BaseException:
+            self._perturb = previous
+            self._attach()
+            raise
+
+    def _attach(self) -> None:
+        """Take the weights as they are for the unperturbed ones: at the start, and when someone else changed them."""
+        self._check_density()
+        check_together(self.estimator, self.perturb)
+        check_tied(self.tied_names(), self.perturb)
+        self.perturb.attach(self.active, self.directions, seed=self.seed, reach=self.estimator.reach)
+        self._named_groups = self.moving_groups()  # the same dictionaries, found by name once
+        self._note_versions()
+
+    @property
+    def moves_along_directions(self) -> bool:
+        """Whether every step is scalars times directions of that step."""
+        dense = any(map(self._is_dense, self.param_groups))
+        return not dense and all(part.keeps_to_directions for part in self.updates)
+
+    def _is_dense(self, group: Mapping[str, Any]) -> bool:
+        """Return whether a group's step is more than scalars times directions."""
+        setting = self.rule.dense_where
+        return setting is None or group[setting] > 0
 
     @property
     def forwards_per_step(self) -> int:

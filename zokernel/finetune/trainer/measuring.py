@@ -27,12 +27,10 @@ from zokernel.finetune.trainer.measure_rise import (
     describe_walk,
     measure_rise,
 )
-from zokernel.finetune.trainer.micro_batches import copy_batch, scalar_loss
 from zokernel.finetune.trainer.processes import from_main
 from zokernel.finetune.trainer.set_up import SetUpTrainer
 from zokernel.finetune.trainer.stream_points import make_streamed_forward
 from zokernel.kernels.walk_rise import Rise
-from zokernel.optim.without_gradients import refuse_backward
 from zokernel.private_apis import set_train_batch_size, set_trl_metrics, trl_metrics
 
 logger = logging.getLogger(__name__)
@@ -50,25 +48,13 @@ class MeasuringTrainer(SetUpTrainer):
         rate_forwards: Those of them that chose the learning rate.
     """
 
+    _loss: Callable[[dict[str, Any]], Tensor]
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.measuring_forwards = self.rate_forwards = 0
         self._has_chosen_rate = False
         self._trial_batch: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
-
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        return self._loss_of(batch, None)
-
-    def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
-        # No gradients are looked at here, where reading one may be intercepted: check_loss looks at them.
-        with refuse_backward({}, self._name_of_loss), self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
-        return scalar_loss(loss, type(self).__name__)
-
-    @property
-    def _name_of_loss(self) -> str:
-        """What the user wrote that returns the loss."""
-        return f"{type(self).__name__}.compute_loss" if self.compute_loss_func is None else "compute_loss_func"
 
     @property
     def loss_has_slopes(self) -> bool:

@@ -35,7 +35,7 @@ from zokernel.finetune.trainer import choose_perturb
 from zokernel.finetune.trainer.evaluation_mode import EvaluationLayers
 from zokernel.finetune.trainer.first_batch import refuse_random_loss
 from zokernel.finetune.trainer.measuring import MeasuringTrainer
-from zokernel.finetune.trainer.micro_batches import MicroBatches
+from zokernel.finetune.trainer.micro_batches import MicroBatches, copy_batch, scalar_loss
 from zokernel.finetune.trainer.probe import (
     coarsest_dtype,
     in_evaluation_mode,
@@ -232,6 +232,20 @@ class ZerothOrderTrainer(MeasuringTrainer):
     def loss_weight(self, inputs: dict[str, Any]) -> float:
         """Return the weight of a micro-batch's loss in that of the batch: the same for all."""
         return 1.0
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        return self._loss_of(batch, None)
+
+    def _loss_of(self, batch: dict[str, Any], num_items: Any) -> Tensor:
+        # No gradients are looked at here, where reading one may be intercepted: check_loss looks at them.
+        with refuse_backward({}, self._name_of_loss), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(self.model_wrapped, copy_batch(batch), num_items_in_batch=num_items)
+        return scalar_loss(loss, type(self).__name__)
+
+    @property
+    def _name_of_loss(self) -> str:
+        """What the user wrote that returns the loss."""
+        return f"{type(self).__name__}.compute_loss" if self.compute_loss_func is None else "compute_loss_func"
 
     def _loss_in_step(self, batch: dict[str, Any]) -> Tensor:
         return self._loss_of(batch, self._num_items)
