@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zokernel.errors import UsageError
 from zokernel.private_apis import standard_gamma
-from zokernel.values import is_number, plain_number
+from zokernel.values import is_number, plain_fields
 
 NAMES = ("gaussian", "rademacher", "laplace", "student_t", "uniform", "sphere")
 _ALIASES = {"normal": "gaussian", "t": "student_t", "studentt": "student_t"}
@@ -51,8 +51,7 @@ class Distribution:
     def __post_init__(self):
         if self.name not in NAMES:
             raise UsageError(f"There is no distribution {self.name!r}: choose one of {', '.join(NAMES)}.")
-        for field in ("scale", "df"):
-            object.__setattr__(self, field, plain_number(field, getattr(self, field)))
+        plain_fields(self)
         if not (is_number(self.scale) and self.scale > 0):
             raise UsageError(f"The scale of a distribution must be positive and finite, not {self.scale!r}.")
         if (self.df is None) == (self.name == "student_t"):

@@ -213,7 +213,7 @@ def test_a_step_with_numbers_of_numpy_has_the_bits_of_pythons():
     for real, whole in ((np.float32, np.uint8), (lambda value: float(np.float32(value)), int)):
         named = weight()
         optimizer = MeZO(named, lr=real(0.01), eps=real(1e-3), num_perturbations=whole(130), seed=whole(7))
-        optimizer.step(lambda: named[0][1].square().sum())  # noqa: B023
+        optimizer.step(lambda first=named[0][1]: first.square().sum())
         ends.append(named[0][1])
         assert all(type(number) is float for number in optimizer.last_estimate.coefficients.values())
     assert torch.equal(*ends)

@@ -206,7 +206,7 @@ def test_tied_weights_in_two_groups_move_as_in_one():
         groups = [{"params": [pair], "lr": 0.1, "name": pair[0]} for pair in pairs]
         optimizer = MeZO(groups if split else pairs, lr=0.1)
         for _ in range(3):
-            optimizer.step(lambda: weight.square().sum())  # noqa: B023
+            optimizer.step(lambda weight=weight: weight.square().sum())
         ends.append(weight)
     assert torch.equal(*ends)
 

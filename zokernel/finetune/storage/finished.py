@@ -117,12 +117,10 @@ def _lost_tokenizer(folder: Path, tokenizer: Any) -> str:
         if not (folder / name).is_file():
             return f"its {name} is missing"
     try:
-        contents = {name: read_json(folder / name) for name in names}
+        settings, *_ = [read_json(folder / name) for name in names]
     except UsageError as error:
         return _without_advice(error)
-    has_template = (folder / CHAT_TEMPLATE).is_file() or "chat_template" in contents[
-        TOKENIZER_CONFIG
-    ]  # where older versions keep it
+    has_template = (folder / CHAT_TEMPLATE).is_file() or "chat_template" in settings  # where older versions keep it
     return "" if has_template or not isinstance(tokenizer.chat_template, str) else f"its {CHAT_TEMPLATE} is missing"
 
 
