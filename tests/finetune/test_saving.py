@@ -194,3 +194,17 @@ def test_a_run_without_evaluations_of_an_earlier_version_is_known_again(flags, t
     caplog.clear()
     assert main(command) == 0
     assert "already holds this run, finished: nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"save_strategy": "best"}, "save_strategy='best'"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True"),
+    ],
+)
+def test_the_best_of_no_evaluations_is_refused(given, named, parts, tmp_path):
+    model, tokenizer, data = parts
+    collator = Collator(tokenizer.pad_token_id)
+    with pytest.raises(UsageError, match=f"^{named} needs evaluations, and there is no eval_dataset: pass one"):
+        ZOTrainer(model, make(tmp_path, **given), train_dataset=data["train"], data_collator=collator)

@@ -269,12 +269,23 @@ def _as_transformers(args: ZOConfig) -> None:
 
 
 def _without_evaluation(args: Any, dataset: Any) -> None:
-    """Evaluate nothing if there is nothing to evaluate and no evaluation was requested."""
-    if dataset is None and args.eval_strategy != IntervalStrategy.NO and "eval_strategy" not in args.given:
-        logger.info("There is no eval_dataset: the run is not evaluated, and ends with its last weights.")
-        derive(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
-        if args.save_strategy == SaveStrategy.BEST:
-            derive(args, save_strategy=SaveStrategy.STEPS)
+    """Evaluate nothing if there is nothing to evaluate and no evaluation was requested.
+
+    Raises:
+        UsageError: If the best step was requested, which no run without evaluations knows.
+    """
+    if dataset is not None or args.eval_strategy == IntervalStrategy.NO or "eval_strategy" in args.given:
+        return
+    for name, requested in (("save_strategy", SaveStrategy.BEST), ("load_best_model_at_end", True)):
+        if name in args.given and getattr(args, name) == requested:
+            raise UsageError(
+                f"{name}={getattr(requested, 'value', requested)!r} needs evaluations, and there is no eval_dataset: "
+                "pass one, or leave it out."
+            )
+    logger.info("There is no eval_dataset: the run is not evaluated, and ends with its last weights.")
+    derive(args, eval_strategy=IntervalStrategy.NO, load_best_model_at_end=False)
+    if args.save_strategy == SaveStrategy.BEST:
+        derive(args, save_strategy=SaveStrategy.STEPS)
 
 
 def _without_lengths(args: Any, dataset: Any, processing_class: Any) -> None:
