@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from zokernel.cli import main
 from zokernel.commands.messages import new_handler
+from zokernel.commands.report import read
 from zokernel.finetune.rewards import generate
 from zokernel.journal import Journal
 
@@ -150,8 +151,13 @@ def test_a_reward_that_fails_in_a_run_loses_nothing(reward_flags, tmp_path, caps
     assert 'The reward high returned nan for a completion of the row {"prompt"' in error
     num_steps = Journal.read(tmp_path / "run").num_steps
     assert 1 <= num_steps < 8
+    words = (
+        f"The run stopped after step {num_steps} of 8, with an error: {error.removeprefix('zokernel: error: ')} Once"
+    )
+    assert read(tmp_path / "run").alert == f"{words} that is mended, the same command continues it."
     judge.write_text(right)
     assert main(["finetune", *reward_flags, "--load_best_model_at_end", "false"]) == 0
+    assert "stopped_by" not in json.loads((tmp_path / "run" / "run.json").read_text())
     whole = [*reward_flags, "--load_best_model_at_end", "false", "--output_dir", str(tmp_path / "whole")]
     assert main(["finetune", *whole]) == 0
     assert same(tmp_path / "run", tmp_path / "whole")

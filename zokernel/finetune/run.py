@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,19 @@ class Run:
         Raises:
             Interrupted: If a signal stopped the run after a checkpoint was saved.
         """
-        config, main = self.config, self.config.should_save
-        set_seed(config.seed)
-        self.model, tokenizer = load_model(self.model_arguments, config, self.checked)
+        set_seed(self.config.seed)
+        self.model, tokenizer = load_model(self.model_arguments, self.config, self.checked)
         self.masked = fills_masks(self.model)
         trainer = self._make_trainer(tokenizer)
         record = self._open_record(folder, identity, continues=bool(resume))
+        with output.noted_failure(folder, record) if self.config.should_save else nullcontext():
+            return self._train(trainer, folder, identity, record, resume)
+
+    def _train(
+        self, trainer: ZOTrainer, folder: Path, identity: dict[str, Any], record: dict[str, Any], resume: str | bool
+    ) -> dict[str, Any]:
+        """Score, train, score again and write the results; return the content of ``metrics.json``."""
+        config, main = self.config, self.config.should_save
         if "before" not in record:
             self._score_before(trainer, record)
             if main:
@@ -152,6 +160,7 @@ class Run:
         record = output.new_record(self.command, identity, base_facts(self.model))
         if self.config.should_save and continues:
             record = read_run_file(folder / output.RUN_FILE)
+            record.pop("stopped_by", None)
         elif self.config.should_save:
             write_json(folder / output.RUN_FILE, record)
         return from_main(record)

@@ -40,6 +40,7 @@ class Progress:
         quiet: Seconds since something was written, if a running run has been silent for long.
         lost_end: What is wrong with the file that says that a run has finished, if all of its steps are taken:
             ``missing`` or ``damaged``.
+        error: The error that stopped the run, in a sentence; empty if none is known.
     """
 
     state: str
@@ -49,6 +50,7 @@ class Progress:
     seconds_left: float | None = None
     quiet: float | None = None
     lost_end: str = ""
+    error: str = ""
 
     @property
     def percent(self) -> int | None:
@@ -112,6 +114,7 @@ class Progress:
             >>> Progress("stopped", 300, 300, lost_end="damaged").description
             'All steps are taken (300), but metrics.json is damaged: remove it, and the same command writes it again.'
         """
+        end = f"with an error: {self.error} Once that is mended, the" if self.error else "before its end. The"
         at = f"{self.steps:,}" + ("" if self.total is None else f" of {self.total:,}")
         if self.lost_end:
             return f"All steps are taken ({self.steps:,}), but {_LOST_END[self.lost_end]}."
@@ -119,7 +122,7 @@ class Progress:
             "waiting": "Waiting for the run to begin.",
             "finished": "The run has finished.",
             "running": f"Running: step {at}.",
-            "stopped": f"The run stopped after step {at}, before its end. The same command continues it.",
+            "stopped": f"The run stopped after step {at}, {end} same command continues it.",
             "died": f"The run died after step {at}: its process is gone. The same command continues it.",
         }[self.state]
         return (
@@ -151,7 +154,8 @@ def progress_of(run: TrainingRun | None, *, now: float | None = None) -> Progres
     usual_silence = max(20 * (step_seconds or 0.0), 3 * max(run.evaluation_seconds, default=0.0))
     process = holder(run.folder)
     if process is None:
-        return Progress("stopped", steps, total, seconds, lost_end=_lost_end(run, steps, total))
+        error = str(run.run.get("stopped_by", ""))
+        return Progress("stopped", steps, total, seconds, lost_end=_lost_end(run, steps, total), error=error)
     if not _is_alive(process) and silence > max(SEEN, usual_silence):
         return Progress("died", steps, total, seconds, lost_end=_lost_end(run, steps, total))
     seconds_left = None

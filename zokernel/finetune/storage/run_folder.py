@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernel._version import __version__
-from zokernel.errors import RunError, UsageError
+from zokernel.errors import RunError, UsageError, ZokernelError
 from zokernel.files import check_output_dir, remedy, write_json, writing
 from zokernel.finetune.models.model_files import ADAPTER_CONFIG, CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from zokernel.finetune.run_files import (
@@ -216,6 +216,21 @@ def note_begin(
     if 0 < steps_taken < total_steps:
         run["continued_at"] = [*run.get("continued_at", []), steps_taken]
     write_json(folder / RUN_FILE, run)
+
+
+@contextmanager
+def noted_failure(folder: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Note in ``run.json`` the error that stops a run, for its report; the error passes as it is.
+
+    Args:
+        folder: The output folder.
+        run: What ``run.json`` holds.
+    """
+    try:
+        yield
+    except ZokernelError as error:
+        write_json(folder / RUN_FILE, run | {"stopped_by": str(error)})
+        raise
 
 
 @contextmanager
