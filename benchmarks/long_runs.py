@@ -13,7 +13,7 @@ A backward pass counts as two forwards.  Each run is one ``zokernel finetune``. 
 that was stopped goes on when the command is repeated.
 
 A method first runs at every rate of its sweep with a tenth of the budget; the rate with the least validation loss is
-then taken for the whole budget.  ``auto`` chooses its own rate.
+then taken for the whole budget, and only those runs are scored on the test.  ``auto`` chooses its own rate.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORDING = {
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
 STOPPED = 1  # exit code of a run whose loss is no longer finite
-SWEPT = 10  # a run of the sweep has this share of the budget
+SWEPT = 10  # a run of the sweep has this share of the budget, and is evaluated at its end
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,27 @@ def write_task(task: str, data_folder: Path, folder: Path) -> dict[str, str]:
     return write_splits(splits, folder)
 
 
-def run(folder: Path, contender: Contender, data: dict[str, Any], budget: int, rate: float | None, seed: int) -> int:
+def run(
+    folder: Path,
+    contender: Contender,
+    data: dict[str, Any],
+    budget: int,
+    rate: float | None,
+    seed: int,
+    *,
+    sweeps: bool = False,
+) -> int:
     """Train one contender, and return the exit code; an unfinished run is resumed, and a finished one is kept."""
     steps = budget // (contender.batch * contender.cost)
     flags = {
         "--max_train_samples": "-1",
         "--max_eval_samples": "-1",
-        "--max_test_samples": "-1",
+        "--max_test_samples": "1" if sweeps else "-1",
         "--per_device_train_batch_size": str(contender.batch),
         "--per_device_eval_batch_size": "32",
         "--precision": "bf16",
         "--max_steps": str(steps),
-        "--eval_steps": str(max(1, steps // EVALUATIONS)),
+        "--eval_steps": str(steps if sweeps else max(1, steps // EVALUATIONS)),
         "--seed": str(seed),
         "--report_to": "none",
         "--output_dir": str(folder),
@@ -140,14 +149,14 @@ def run(folder: Path, contender: Contender, data: dict[str, Any], budget: int, r
     return subprocess.call([sys.executable, "-m", "zokernel", "finetune", *contender.flags, *words])
 
 
-def read_measurements(folder: Path) -> dict[str, Any]:
-    """Return what a finished run measured."""
+def read_measurements(folder: Path, *, sweeps: bool = False) -> dict[str, Any]:
+    """Return what a finished run measured; a run of a sweep has no score on the test."""
     metrics = json.loads((folder / "metrics.json").read_text())
+    scores = {name: [metrics[name]["accuracy"], metrics[name]["loss"]] for name in ("before", "after")}
     return {
         "learning_rate": metrics["learning_rate"],
         "steps": metrics["steps"],
-        "before": [metrics["before"]["accuracy"], metrics["before"]["loss"]],
-        "after": [metrics["after"]["accuracy"], metrics["after"]["loss"]],
+        **({} if sweeps else scores),
         "validation": [[row["step"], row["accuracy"], round(row["loss"], 4)] for row in metrics["evaluations"]],
         "seconds": round(metrics["train_seconds"]),
         "peak_mib": metrics["peak_memory_training"] >> 20,
@@ -180,11 +189,11 @@ def run_all(runs: KeptRuns, task: str, data: dict[str, Any], args: argparse.Name
         row = runs.find(**key)
         if row is None:
             label = f"{task} {name} {rate or 'chosen'} {budget} {seed}".replace(",", "").replace(" ", "-")
-            folder = args.output_dir / label
-            code = run(folder, CONTENDERS[name], data, budget, rate, seed)
-            if code and (code != STOPPED or budget == args.budget):
+            folder, sweeps = args.output_dir / label, budget != args.budget
+            code = run(folder, CONTENDERS[name], data, budget, rate, seed, sweeps=sweeps)
+            if code not in (0, STOPPED):
                 raise SystemExit(code)
-            row = runs.add(key | shared | ({"validation": []} if code else read_measurements(folder)))
+            row = runs.add(key | shared | ({"validation": []} if code else read_measurements(folder, sweeps=sweeps)))
         return row
 
     for name in args.contenders:
@@ -198,11 +207,14 @@ def run_all(runs: KeptRuns, task: str, data: dict[str, Any], args: argparse.Name
 
 def table_row(row: dict[str, Any]) -> list[str]:
     """Return a row of the table."""
-    contender, (before, _), (after, loss) = CONTENDERS[row["method"]], row["before"], row["after"]
+    contender = CONTENDERS[row["method"]]
+    if "after" not in row:
+        return [row["task"], row["method"], str(row["rate"]), str(row["seed"]), "", "", "diverged", "", "", "", ""]
+    (before, _), (after, loss) = row["before"], row["after"]
     per_step = contender.batch * contender.cost
     course = " ".join(f"{step * per_step}: {accuracy:.3f}" for step, accuracy, _ in row["validation"])
     rate = f"{row['learning_rate']:.2g}" + ("" if contender.rates else " (chosen)")
-    cells = [row["task"], row["method"], rate, str(row["seed"]), str(row["steps"] * per_step), f"{before:.3f}"]
+    cells = [*map(str, (row["task"], row["method"], rate, row["seed"], row["steps"] * per_step)), f"{before:.3f}"]
     return [*cells, f"{after:.3f}", f"{loss:.3f}", str(row["seconds"]), str(row["peak_mib"]), course]
 
 
@@ -231,7 +243,8 @@ def main() -> None:
             continue
         run_all(runs, task, WORDING[task] | files, args)
     head = ["task", "method", "rate", "seed", "example-forwards", "before", "after (test)", "loss", "s", "peak MiB"]
-    print(table([*head, "validation"], [table_row(row) for row in runs.rows if row["validation"]]))
+    whole = [row for row in runs.rows if "after" in row or row["budget"] == args.budget]
+    print(table([*head, "validation"], [table_row(row) for row in whole]))
 
 
 if __name__ == "__main__":

@@ -78,8 +78,10 @@ def test_long_runs_on_other_headlines_go_to_another_file(tmp_path, monkeypatch, 
     """Runs are kept with the hash of their headlines; the committed ones, which have none, are not added to."""
     long_runs, trained = benchmark("long_runs"), []
     results = {"learning_rate": 2e-5, "steps": 1125, "before": [0.5, 1], "after": [0.5, 1], "validation": []}
-    monkeypatch.setattr(long_runs, "run", lambda folder, *arguments: trained.append(folder.name))
-    monkeypatch.setattr(long_runs, "read_measurements", lambda folder: results | {"seconds": 1, "peak_mib": 1})
+    monkeypatch.setattr(long_runs, "run", lambda folder, *arguments, **options: trained.append(folder.name) or 0)
+    monkeypatch.setattr(
+        long_runs, "read_measurements", lambda folder, **options: results | {"seconds": 1, "peak_mib": 1}
+    )
     monkeypatch.chdir(tmp_path)
 
     def start(title: str, *flags: str) -> None:
@@ -115,14 +117,15 @@ def test_long_runs_take_the_whole_budget_at_the_best_rate_of_a_sweep(tmp_path, m
     (folder / "train.tsv").write_text("\n".join(["label\tsentence", *lines[:10]]) + "\n")
     (folder / "dev.tsv").write_text("\n".join(["label\tsentence", *lines[10:]]) + "\n")
 
-    def measure(folder: Path) -> dict[str, Any]:
+    def measure(folder: Path, *, sweeps: bool) -> dict[str, Any]:
+        assert sweeps == ("-320-" in folder.name)
         rate = float(folder.name.split("-MeZO-")[1].rsplit("-", 2)[0])
         loss = abs(rate - 3e-5) + 0.5
         row = {"learning_rate": rate, "steps": 9, "before": [0.5, 1], "after": [0.5, loss], "seconds": 1, "peak_mib": 1}
         return row | {"validation": [[9, 0.5, loss]]}
 
     monkeypatch.setattr(
-        long_runs, "run", lambda folder, *arguments: trained.append(folder.name) or "1e-05" in folder.name
+        long_runs, "run", lambda folder, *arguments, **options: trained.append(folder.name) or "1e-05" in folder.name
     )
     monkeypatch.setattr(long_runs, "read_measurements", measure)
     monkeypatch.chdir(tmp_path)
