@@ -207,9 +207,9 @@ def test_every_comparison_has_a_panel_with_every_line_and_seed():
         for task in ("SST-2", "TREC", "RTE")
         for method in ("MeZO-3", "KerZOO", "KerZOO as printed", language_model.MATCHED)
     ]
-    figure = language_model.draw(rows)
+    figure = language_model.draw(language_model.by_panel(rows))
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == [f"{task}, LoRA, one dot per seed" for task in ("SST-2", "TREC", "RTE")]
+    assert titles == [f"{task}, LoRA, a dot per seed, a line at the median" for task in ("SST-2", "TREC", "RTE")]
     for axis in figure.axes:
         dots = [line for line in axis.lines if line.get_marker() == "o"]
         assert [list(dot.get_ydata()) for dot in dots] == [[2.0, 1.0]] * 4
@@ -255,3 +255,15 @@ def test_a_file_with_other_rows_is_other_data(tmp_path):
     (tmp_path / "train.csv").write_text("1,Who?\n3,Where?\n")
     assert hashes(data) != first
     assert hashes({"dataset_name": "movie-reviews"}) == {}
+
+
+def test_the_figure_writes_losses_that_would_hide_the_others_at_its_top():
+    from zokernel.experiments.kerzoo.loss_figure import draw
+
+    row = {"method": "KerZOO", "test_loss_before": 1.5, "forwards": 1800}
+    rows = [row | {"test_loss": losses} for losses in ([0.7, 0.8, 1449.64], [0.9, float("inf"), float("inf")])]
+    (axis,) = draw({"headlines, LoRA": rows}).axes
+    assert [text.get_text() for text in axis.texts] == ["1,450", "inf, inf"]
+    low, high = axis.get_ylim()
+    assert low < 0.7
+    assert 1.5 < high < 2

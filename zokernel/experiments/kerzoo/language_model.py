@@ -30,9 +30,9 @@ from zokernel.experiments.base import Config, Result, Verdict, experiment
 from zokernel.experiments.criteria import NOT_RUN, Interval, below, combined, interval
 from zokernel.experiments.kept_runs import KeptRuns
 from zokernel.experiments.kerzoo.jobs import finetune_job, tiny_setup
-from zokernel.experiments.kerzoo.methods import CONSTANT
+from zokernel.experiments.kerzoo.loss_figure import draw
+from zokernel.experiments.kerzoo.methods import CONSTANT, MATCHED
 from zokernel.experiments.kerzoo.real_tasks import hashes, tasks
-from zokernel.figures import figures
 from zokernel.files import read_json
 from zokernel.kernels.plan_record import plain
 from zokernel.readable import plural
@@ -40,10 +40,8 @@ from zokernel.readable import plural
 logger = logging.getLogger(__name__)
 
 KEPT = ("learning_rate", "effective_lr", "before", "after", "forwards", "train_seconds", "evaluations")
-MATCHED = "MeZO-3 at KerZOO's effective lr"
 VARIANTS = {"": "KerZOO", ", as printed": "KerZOO as printed"}  # with a constant radius, and with a shrinking one
 TRAINED = ("LoRA", "all weights")
-
 
 # Methods by name; KerZOO's rate is a quarter of its effective one.
 METHODS: dict[str, dict[str, Any]] = {
@@ -234,7 +232,7 @@ def run(config: Config) -> Result:
     summary = f"After {steps} steps with {plural(seeds, 'seed')}. {summary_of(rows)}"
     if sweep:
         summary += f" Each at the best rate of its sweep, KerZOO minus MeZO-3: {format_gaps(numbers['gaps_best'])}."
-    return Result(summary, numbers, {}, {"language_model": draw(rows)}, [judge(gaps, seeds, steps)])
+    return Result(summary, numbers, {}, {"language_model": draw(by_panel(rows))}, [judge(gaps, seeds, steps)])
 
 
 def by_panel(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -317,37 +315,3 @@ def judge(gaps: dict[str, Interval], seeds: int, steps: int) -> Verdict:
         f"steps, one rate; required: below zero): {format_gaps(gaps)}.",
         id="kerzoo-language-model",
     )
-
-
-def draw(rows: list[dict[str, Any]]) -> Any:
-    """Draw the test loss of every seed, one panel per comparison."""
-    grouped = by_panel(rows)
-    with figures() as Figure:
-        width = max(4.4, 0.9 * len(rows) / len(grouped))
-        figure = Figure(figsize=(width, 3.2 * len(grouped)), layout="constrained")
-        for axis, (name, chosen) in zip(figure.subplots(len(grouped), squeeze=False).flat, grouped.items()):
-            _draw_panel(axis, name, chosen)
-    return figure
-
-
-def _draw_panel(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
-    for position, row in enumerate(rows):
-        loss = row["test_loss"]
-        axis.plot([position] * len(loss), loss, "o", color=f"C{position % 5}", alpha=0.7)
-        axis.plot([position - 0.2, position + 0.2], [np.mean(loss)] * 2, color=f"C{position % 5}")
-    axis.axhline(rows[0]["test_loss_before"], color="#999999", linestyle=":", label="before training")
-    costs = [f"{row['forwards']:,}" if row["forwards"] else "diverged" for row in rows]
-    ticks = [f"{_two_lines(row['method'])}\n{cost}" for row, cost in zip(rows, costs)]
-    axis.set_xticks(range(len(rows)), ticks, fontsize=7)
-    axis.set(xlabel="forward passes below each name", ylabel="test loss", title=f"{name}, one dot per seed")
-    axis.legend()
-
-
-def _two_lines(method: str) -> str:
-    """Return the name of a line in two lines of text."""
-    if method == MATCHED:
-        return "MeZO-3,\nKerZOO's rate"
-    name, _, best_rate = method.partition(", ")
-    name, _, variant = name.partition(" as ")
-    first = f"{name} as" if variant else name
-    return f"{first}\n{', '.join(part for part in (variant, best_rate) if part)}"

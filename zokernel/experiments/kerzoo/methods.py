@@ -10,6 +10,7 @@ from zokernel.experiments.kerzoo.replicas import Method
 
 EPS = 1e-3
 CONSTANT = 4.0
+MATCHED = "MeZO-3 at KerZOO's effective lr"
 
 
 def mezo(perturbations: int = 1, *, lr_factor: float = 1.0, label: str | None = None, eps: float = EPS) -> Method:
@@ -47,7 +48,7 @@ def comparison() -> list[Method]:
     return [
         mezo(1),
         mezo(3),
-        mezo(3, lr_factor=CONSTANT, label="MeZO-3 at KerZOO's effective lr"),
+        mezo(3, lr_factor=CONSTANT, label=MATCHED),
         sequential_mezo(3),
         kerzoo("KerZOO, radius 1"),
         kerzoo("KerZOO, radius 1/2", radius=0.5),
