@@ -46,9 +46,9 @@ SECTIONS: dict[str, dict[str, str]] = {
         "replay": "rebuild the weights of any step from the base and the journal",
         "merge": "add a trained adapter to the weights of its base",
     },
-    "the three papers": {
-        "reproduce": "reproduce their figures and tables",
-        "claims": "list their claims, how each is tested here, and the verdicts",
+    "papers": {
+        "reproduce": "reproduce figures and tables of three papers",
+        "claims": "list the claims of six papers, how each is tested here, and the verdicts",
     },
 }
 COMMANDS = {name: summary for section in SECTIONS.values() for name, summary in section.items()}

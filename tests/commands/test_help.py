@@ -164,6 +164,7 @@ def test_a_default_follows_a_text_that_ends_in_anything(end):
     parser = CommandParser("x", "")
     action = parser.add_argument("--steps", default=3)
     assert with_default(action, f"how many{end}") == "how many (default: 3)"
+    assert with_default(action, "2, 3, ...") == "2, 3, ... (default: 3)"
     assert with_default(parser.add_argument("--off", default=False), "or not,") == "or not,"
 
 

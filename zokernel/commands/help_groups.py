@@ -39,14 +39,19 @@ _FINETUNE = (
     ),
     Group(
         "data",
-        {**_DATA, "max_train_samples": ("-1", "training examples to draw; -1 takes all")},
+        {
+            **_DATA,
+            "max_train_samples": ("-1", "training examples to draw; -1 takes all"),
+            "max_eval_samples": ("200", "validation examples to draw (default: 500)"),
+            "max_test_samples": ("-1", "test examples to draw; -1 takes all"),
+        },
         "--train_file reviews.csv --template '{text} It was' --label_words bad good",
     ),
     Group(
         "what is trained",
         {
             "lora": ("true", "train a LoRA adapter instead of all weights"),
-            "lora_r": ("16", "rank of the adapter"),
+            "lora_r": ("16", "rank of the adapter (default: 8)"),
             "train": ("scales", "train only the scales of a model quantized by torchao"),
         },
         "--lora true --lora_r 16",
@@ -55,12 +60,15 @@ _FINETUNE = (
         "method",
         {
             "method": ("auto", "auto (chooses the method and its settings), mezo, kerzoo, ..."),
-            "learning_rate": ("1e-5", "step size (default: 1e-5 for all weights, 1e-3 for LoRA)"),
-            "lr_scheduler_type": ("linear", "schedule of the rate (default: constant)"),
+            "learning_rate": ("1e-5", "step size (default: 1e-5 for all weights, 1e-3 for LoRA; auto chooses its own)"),
+            "lr_scheduler_type": ("linear", "schedule of the rate (default: constant; auto chooses its own)"),
             "eps": ("1e-3", "radius of the perturbation (default: the method's own)"),
             "num_perturbations": ("8", "directions per step (default: the method's own)"),
             "method_args": ("kernel_order=3", "further options of the method, as key=value"),
-            "perturb": ("in_forward", "how losses are taken: in_place, in_place:copy, in_forward or stacked"),
+            "perturb": (
+                "in_forward",
+                "how losses are taken: in_place, in_place:copy, in_place:grid, in_forward or stacked",
+            ),
         },
         "--method mezo --learning_rate 1e-5 --eps 1e-3",
     ),
@@ -128,6 +136,7 @@ HELP_GROUPS: dict[str, tuple[Group, ...]] = {
         Group(
             "probes",
             {
+                "max_steps": ("300", "steps of the run that the learning rate is for"),
                 "num_probes": ("64", ""),
                 "eps": ("1e-3", ""),
                 "distribution": ("gaussian", ""),
@@ -140,7 +149,7 @@ HELP_GROUPS: dict[str, tuple[Group, ...]] = {
         Group(
             "result",
             {
-                "num_perturbations": ("1 10 100", ""),
+                "num_perturbations": ("1 10 100", "directions per step, P, to predict for"),
                 "tolerances": ("0.1 0.3", ""),
                 "verify": ("true", ""),
                 "verify_draws": ("200", ""),
@@ -214,7 +223,7 @@ HELP_GROUPS: dict[str, tuple[Group, ...]] = {
             "which",
             {
                 "ids": ("kerzoo-iterations", ""),
-                "paper": ("KerZOO", "KerZOO, ZO-eNTK or NZK: only this paper's claims"),
+                "paper": ("KerZOO", "only this paper's claims: KerZOO, ZO-eNTK, NZK, ..."),
                 "verdict": ("'does not hold'", "only claims with this verdict"),
             },
         ),

@@ -89,7 +89,8 @@ def with_default(action: argparse.Action, text: str | None) -> str:
         return text
     values = default if isinstance(default, (list, tuple)) else [default]
     default_text = " ".join(str(value).lower() if isinstance(value, bool) else str(value).strip() for value in values)
-    return f"{text.rstrip(' .,;:')} (default: {default_text})"
+    text = text if text.endswith("...") else text.rstrip(" .,;:")  # the dots of an open list stay
+    return f"{text} (default: {default_text})"
 
 
 def _row(action: argparse.Action, example: str, text: str) -> str:

@@ -21,7 +21,9 @@ from zokernel.reporting.page import Page
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of ``zokernel report``."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a run, or the .json file of a plan")
-    parser.add_argument("--output", type=Path, help="where to write (default: DIR/report.html)")
+    parser.add_argument(
+        "--output", type=Path, help="where to write (default: report.html in the folder of the run, or beside the plan)"
+    )
     add_switch(parser, "--serve", help="show the run live on this machine, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8321, help="port of --serve; 0 takes a free one")
 
