@@ -41,9 +41,10 @@ _FINETUNE = (
         "data",
         {
             **_DATA,
-            "max_train_samples": ("-1", "training examples to draw; -1 takes all"),
-            "max_eval_samples": ("200", "validation examples to draw (default: 500)"),
-            "max_test_samples": ("-1", "test examples to draw; -1 takes all"),
+            "max_train_samples": (
+                "-1",
+                "training examples to draw, -1 for all; --max_eval_samples and --max_test_samples likewise",
+            ),
         },
         "--train_file reviews.csv --template '{text} It was' --label_words bad good",
     ),
