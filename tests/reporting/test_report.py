@@ -126,10 +126,10 @@ def test_predictions_stand_next_to_what_was_measured(run_folders, tmp_path):
     shutil.copy(run_folders["plan"] / "plan.json", folder)
     shutil.copy(run_folders["evolve"] / "evolution.json", folder)
     text = render(read(folder))
-    assert "gradient norm, predicted by the plan" in text
+    assert "rms slope, predicted by the plan" in text
     assert "predicted (zokernel evolve)" in text
     data = live_data(folder)
-    assert data["gradient_norm"][0] > 0
+    assert data["slope"][0] > 0
     assert len(data["prediction"]["expected_loss"]) == len(data["prediction"]["step"])
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 import shlex
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from zokernel.finetune.settings.arguments import DataArguments, ModelArguments
 from zokernel.finetune.settings.resolve import LORA_EPS, PLAIN_EPS, setting_sources
 from zokernel.kernels.plan import FEWEST_PROBES, make_plan
 from zokernel.kernels.plan_record import Plan, plain
-from zokernel.kernels.prober import ProbedTask
+from zokernel.kernels.prober import ProbedTask, StepBatch
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class PlanArguments:
     new_tokens: int = field(
         default=0, metadata={"help": "tokens written after each row that --memory assumes (answers, rewards)"}
     )
-    num_probes: int = field(default=64, metadata={"help": "random directions; each costs two forward passes"})
+    num_probes: int = field(
+        default=64, metadata={"help": "random directions; each costs two forward passes, and two in a batch of its own"}
+    )
     curvature_probes: int = field(
         default=8,
         metadata={
@@ -244,7 +247,9 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
     )
     set_seed(arguments.seed)  # of a new adapter's weights
     model, tokenizer = load_model(model_arguments, config)
-    batch = _encode_batch(prompt, rows, model, tokenizer, data_arguments)
+    encoded, collate = _encode(prompt, rows, model, tokenizer, data_arguments)
+    train, validation = ([part[n] for n in range(len(part))] for part in (encoded["train"], encoded["validation"]))
+    batch = collate([*train[: arguments.update_examples], *validation])
     exact = ProbedTask(
         params={name: p for name, p in model.named_parameters() if p.requires_grad},
         score=lambda inputs: option_scores(model, inputs),
@@ -252,6 +257,7 @@ def load_task(model_arguments: Any, data_arguments: Any, arguments: PlanArgument
         labels=batch["labels"],
         num_update=arguments.update_examples,
         num_tokens=int(batch["attention_mask"].sum()),
+        steps=_draw_steps(train, collate, arguments),
     )
 
     def score_as_trained(inputs: Any) -> torch.Tensor:
@@ -283,12 +289,13 @@ def _classification_task(model_arguments: Any, data_arguments: Any) -> Any:
 
 
 def _draw_rows(prompt: Any, data_arguments: Any, arguments: PlanArguments) -> Any:
-    """Return the rows that the plan needs: to demonstrate with and to update on, and to observe."""
+    """Return the rows that the plan needs: to demonstrate with, to update on and to take steps on, and to observe."""
     from zokernel.finetune.data.datasets import Splits, load_splits
 
     splits = load_splits(data_arguments, prompt, seed=arguments.seed, tests=False)
     num_train = arguments.update_examples + data_arguments.num_demonstrations
-    rows = Splits(splits.train[:num_train], splits.validation[: arguments.observe_examples], [])
+    num_step = arguments.update_examples * arguments.num_probes
+    rows = Splits(splits.train[: num_train + num_step], splits.validation[: arguments.observe_examples], [])
     if len(rows.train) < num_train or len(rows.validation) < arguments.observe_examples:
         raise UsageError(
             "There are fewer examples than the plan needs: lower --update_examples, --observe_examples or "
@@ -297,8 +304,15 @@ def _draw_rows(prompt: Any, data_arguments: Any, arguments: PlanArguments) -> An
     return rows
 
 
-def _encode_batch(prompt: Any, rows: Any, model: Any, tokenizer: Any, data_arguments: Any) -> dict[str, Any]:
-    """Return one batch of all rows, those to update on first."""
+def _draw_steps(train: list[Any], collate: Callable[[list[Any]], Any], arguments: PlanArguments) -> list[StepBatch]:
+    """Return as many batches of training examples as there are probes, drawn as those of steps are."""
+    draw = random.Random(arguments.seed)
+    batches = [collate(draw.sample(train, arguments.update_examples)) for _ in range(arguments.num_probes)]
+    return [StepBatch(batch, batch["labels"], int(batch["attention_mask"].sum())) for batch in batches]
+
+
+def _encode(prompt: Any, rows: Any, model: Any, tokenizer: Any, data_arguments: Any) -> tuple[dict[str, Any], Any]:
+    """Return the encoded rows of each split, and what makes a batch of some."""
     from zokernel.finetune.data.encode_splits import encode_splits
     from zokernel.finetune.models.adapters import virtual_tokens
     from zokernel.finetune.models.kind import fills_masks, kind_of_model
@@ -315,8 +329,7 @@ def _encode_batch(prompt: Any, rows: Any, model: Any, tokenizer: Any, data_argum
         decoder=decoder_of(model, tokenizer) if kind_of_model(model) == "seq2seq" else None,
         num_demonstrations=data_arguments.num_demonstrations,
     )
-    parts = encoded["train"], encoded["validation"]
-    return Collator(tokenizer.pad_token_id)([part[n] for part in parts for n in range(len(part))])
+    return encoded, Collator(tokenizer.pad_token_id)
 
 
 def _describe_other_task(task: Any, data: Any) -> str:

@@ -25,6 +25,7 @@ def describe(plan: Plan, task: ProbedTask, seconds: float) -> str:
         f"  relative error of one step      {quantities['relative_error_one']}"
         f"{' / sqrt(P)' if plan.relative_error_one.known else ''}",
         f"  gradient norm                   {quantities['gradient_norm']}",
+        f"  rms slope of a batch            {quantities['slope']}",
         f"  {NOISE_SCALE} {quantities['noise_scale']}",
         f"  trace of the Hessian            {quantities['trace_hessian']}",
         f"  trace of the Fisher matrix      {quantities['trace_fisher']}",

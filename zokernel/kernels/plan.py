@@ -27,16 +27,19 @@ from zokernel.kernels.prober import (
     loss_noise,
     probe,
     rms_third,
+    step_slopes,
 )
 from zokernel.kernels.probes import (
     Measurement,
     Slopes,
+    Steps,
     belief_moments,
     fisher_moments,
     fisher_ratio,
     gradient_noise,
     jackknife,
     mean_estimate,
+    rms_slope,
     single_draw_variance,
 )
 
@@ -91,7 +94,7 @@ def make_plan(
         raise UsageError("A plan is made for numbers of perturbations from 1 on, and for relative errors above 0.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
-    fixed = 1 + 2 * num_probes + NOISE_POINTS + 4 * (ROUGH_PROBES + curvature_probes)
+    fixed = 1 + 2 * (num_probes + len(task.steps)) + NOISE_POINTS + 4 * (ROUGH_PROBES + curvature_probes)
     fewest, most = (fixed + walks for walks in walk_forwards(curvature_probes))
     examples = len(task.labels)
     logger.info("The plan takes %d to %d forward passes of %d examples each.", fewest, most, examples)
@@ -115,6 +118,8 @@ class _Probes:
         eps: Size at which the slopes were measured.
         eps_derivatives: Size at which the second and third derivatives were measured.
         forwards: Forward passes used.
+        tokens: Tokens forwarded.
+        steps: Slopes of other batches.
     """
 
     slopes: Slopes
@@ -126,6 +131,8 @@ class _Probes:
     eps: float
     eps_derivatives: float
     forwards: int
+    tokens: int
+    steps: Steps
 
 
 def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: float) -> _Probes:
@@ -144,7 +151,9 @@ def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: flo
         )
     growth = measure_growth(prober, start_sq, eps, curvature_probes)
     loss = center.losses_B.mean().item()
-    return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, prober.forwards)
+    steps = Steps(step_slopes(prober, eps))
+    counts = prober.forwards, prober.tokens
+    return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, *counts, steps)
 
 
 def _summarize(
@@ -160,18 +169,21 @@ def _summarize(
     ratio = jackknife(slopes, fisher_ratio)
     hessian, fisher = mean_estimate(probes.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
     reach = measured_reach(probes.growth)
+    # One batch of few examples may be far from those that the steps of a run meet.
+    slope = jackknife(probes.steps, rms_slope) if probes.steps.count > 1 else gradient_norm
     # Two standard errors above the estimate: too little curvature is what wrecks a run.
     hessian_bound = hessian.value + 2 * hessian.error if hessian.known else 0.0
     damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0
 
     def run_rate(count: int) -> Measurement:
         one_step = jackknife(slopes, partial(_rate, count=count, hessian_trace=hessian_bound, damping=damping))
-        return _smaller_rate(one_step, walk_rate(reach, gradient_norm, num_perturbations=count, num_steps=num_steps))
+        return _smaller_rate(one_step, walk_rate(reach, slope, num_perturbations=count, num_steps=num_steps))
 
     return Plan(
         relative_error_one=error_one,
         rho=jackknife(slopes, _similarity),
         gradient_norm=gradient_norm,
+        slope=slope,
         noise_scale=noise_scale,
         trace_hessian=hessian,
         trace_fisher=fisher,
@@ -193,7 +205,7 @@ def _summarize(
         num_steps=num_steps,
         loss=probes.loss,
         forwards=probes.forwards,
-        tokens=probes.forwards * task.num_tokens,
+        tokens=probes.tokens,
         num_probes=slopes.count,
         num_curvature_probes=len(probes.second),
         num_parameters=sum(tensor.numel() for tensor in task.params.values()),

@@ -21,6 +21,8 @@ class Plan:
         relative_error_one: Predicted relative error of :math:`\Delta\log\pi` at P = 1; divide by :math:`\sqrt P`.
         rho: :math:`\|Mg\| / (\|M\|_F\|g\|)`: how much of a belief's gradients points along the loss gradient.
         gradient_norm: :math:`\|g\|` of the update batch.
+        slope: rms slope that steps meet, over other batches of as many examples, each along a direction of its own;
+            the gradient norm if there are none.
         noise_scale: Gradient noise scale :math:`tr\Sigma/\|\bar g\|^2`: the batch size where noise equals signal.
         trace_hessian: :math:`tr H` of the loss, from second differences; it may be negative.
         trace_fisher: :math:`tr F` of the Fisher (Gauss-Newton) matrix, from slopes of the scores.
@@ -52,6 +54,7 @@ class Plan:
     relative_error_one: Measurement
     rho: Measurement
     gradient_norm: Measurement
+    slope: Measurement
     noise_scale: Measurement
     trace_hessian: Measurement
     trace_fisher: Measurement

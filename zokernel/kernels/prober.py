@@ -26,7 +26,23 @@ from zokernel.readable import readable_seconds
 logger = logging.getLogger(__name__)
 
 NOISE_POINTS = 8
+FIRST_STEP = 50_000  # index of the first direction of other batches; probes have the small ones
 FIRST_LINE, NEXT_LINES = 5.0, 30.0  # seconds until a plan first says how far it is, and between two such lines
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A batch of training examples, as a step takes it.
+
+    Attributes:
+        inputs: The batch.
+        labels: Classes of its examples, (B,).
+        num_tokens: Tokens that one evaluation forwards (examples, for models without tokens).
+    """
+
+    inputs: Any
+    labels: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class ProbedTask:
         labels: Classes of all of them, (B + O,).
         num_update: B.
         num_tokens: Tokens that one evaluation forwards (examples, for models without tokens).
+        steps: Other batches of B examples, in which the slopes that steps meet are measured.
     """
 
     params: dict[str, Tensor]
@@ -49,6 +66,7 @@ class ProbedTask:
     labels: Tensor
     num_update: int
     num_tokens: int
+    steps: Sequence[StepBatch] = ()
 
 
 def wide(scores: Tensor) -> Tensor:
@@ -108,7 +126,7 @@ class Prober:
     ):
         self.task = task
         self.draw = SeededDirections(Dense(distribution), {n: p.detach() for n, p in task.params.items()}, seed)
-        self.forwards = 0
+        self.forwards = self.tokens = 0
         self._progress = progress
 
     def __enter__(self) -> Prober:
@@ -127,18 +145,7 @@ class Prober:
     @torch.no_grad()
     def evaluate(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> Evaluation:
         """Return losses and log-probabilities at theta + the sum of scaled directions."""
-        if scales:
-            self.draw.add_(self.draw.params, list(scales), list(indices))
-        try:
-            scores = wide(self.task.score(self.task.batch))
-        finally:
-            if scales:
-                self.restore()
-        self.forwards += 1
-        if self._progress is not None:
-            self._progress.step()
-        if not bool(torch.isfinite(scores).all()):
-            raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
+        scores = self._scores(self.task.batch, self.task.num_tokens, scales, indices)
         count = self.task.num_update
         losses = F.cross_entropy(scores[:count], self.task.labels[:count], reduction="none")
         logp = scores.log_softmax(-1).double()
@@ -147,6 +154,29 @@ class Prober:
     def loss(self, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> float:
         """Return the mean loss of the update batch."""
         return self.evaluate(scales, indices).losses_B.mean().item()
+
+    @torch.no_grad()
+    def step_loss(self, batch: StepBatch, scale: float, index: int) -> float:
+        """Return the mean loss of another batch at theta + a scaled direction."""
+        scores = self._scores(batch.inputs, batch.num_tokens, [scale], [index])
+        return F.cross_entropy(scores, batch.labels).item()
+
+    def _scores(self, inputs: Any, num_tokens: int, scales: Sequence[float], indices: Sequence[int]) -> Tensor:
+        """Return the scores of a batch at theta + the sum of scaled directions, and count the forward pass."""
+        if scales:
+            self.draw.add_(self.draw.params, list(scales), list(indices))
+        try:
+            scores = wide(self.task.score(inputs))
+        finally:
+            if scales:
+                self.restore()
+        self.forwards += 1
+        self.tokens += num_tokens
+        if self._progress is not None:
+            self._progress.step()
+        if not bool(torch.isfinite(scores).all()):
+            raise RunError("A score is NaN or infinite: lower eps, or load the model in float32.")
+        return scores
 
 
 @dataclass(frozen=True)
@@ -174,6 +204,15 @@ def probe(prober: Prober, indices: Sequence[int], eps: float, center: Evaluation
         beliefs.append(((above.observed_OC - below.observed_OC) / (2 * eps)).flatten())
         fisher.append((weights * (above.update_BC - below.update_BC) / (2 * eps)).flatten())
     return Slopes(torch.stack(losses), torch.stack(beliefs), torch.stack(fisher))
+
+
+def step_slopes(prober: Prober, eps: float) -> Tensor:
+    """Return one slope for each of the task's other batches, along a direction of its own; two forwards each."""
+    ends = [
+        [prober.step_loss(batch, sign * eps, FIRST_STEP + n) for sign in (1, -1)]
+        for n, batch in enumerate(prober.task.steps)
+    ]
+    return torch.tensor([(above - below) / (2 * eps) for above, below in ends], dtype=torch.float64)
 
 
 def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ def read_plan(record: dict[str, Any]) -> Page:
             ("relative error at P = 1", _estimate(plan["relative_error_one"])),
             ("best eps", _estimate(plan["eps"])),
             ("gradient norm", _estimate(plan["gradient_norm"])),
+            ("rms slope of a batch", _estimate(plan.get("slope"))),
             ("noise scale", _estimate(plan["noise_scale"])),
             ("forward passes", f"{plan['forwards']:,}"),
         ],

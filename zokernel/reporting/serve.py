@@ -58,7 +58,7 @@ def live_data(folder: Path, since: int = 0) -> dict[str, Any]:
         "rows": [_finite(row) | _rewards(run, row) for row in rows[::-keep][::-1]],
         "evaluations": [_finite(row) for row in run.evaluations],
         "prediction": run.prediction,
-        "gradient_norm": run.gradient_norm,
+        "slope": run.slope,
     }
 
 

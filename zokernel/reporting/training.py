@@ -36,7 +36,7 @@ class TrainingRun:
         run: What was noted when it began.
         method: Name of the method, if the journal says it.
         prediction: Predicted losses by step, if ``evolution.json`` is there.
-        gradient_norm: Predicted |g| and its error, if a plan is there.
+        slope: Predicted rms slope of a batch and its error, if a plan is there.
         rewards: Quantiles of the members' rewards by step, if the run is one on rewards and its journal is there.
         evaluation_seconds: Seconds that each evaluation took, if the journal says it.
         unread: Which files are damaged or cut off, each in a sentence.
@@ -49,7 +49,7 @@ class TrainingRun:
     run: dict[str, Any] = field(default_factory=dict)
     method: str = ""
     prediction: dict[str, list[float | None]] = field(default_factory=dict)
-    gradient_norm: tuple[float, float] | None = None
+    slope: tuple[float, float] | None = None
     rewards: dict[int, Band] = field(default_factory=dict)
     evaluation_seconds: list[float] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
@@ -87,8 +87,8 @@ def read_training(folder: Path) -> TrainingRun:
         run.prediction = {key: losses[key] for key in ("step", "expected_loss", "band_low", "band_high")}
     plan = find_plan(folder)
     if plan is not None:
-        norm = plan["plan"]["gradient_norm"]
-        run.gradient_norm = (float(norm["value"]), float(norm["error"]))
+        slope = plan["plan"].get("slope") or plan["plan"]["gradient_norm"]  # an earlier version wrote no slope
+        run.slope = (float(slope["value"]), float(slope["error"])) if slope else None
     return run
 
 

@@ -172,17 +172,17 @@ def _gradient_picture(run: TrainingRun, rows: list[dict[str, float]], label: str
         axes = figure.subplots()
         axes.plot(x, dots, markersize=_dots(len(x)), label="each step", **look("batches"))
         axes.plot(x, line, label="moving rms", **look("training"))
-        if run.gradient_norm is not None:
-            value, error = run.gradient_norm
+        if run.slope is not None:
+            value, error = run.slope
             if math.isfinite(error):
                 axes.axhspan(value - 2 * error, value + 2 * error, color=look("predicted")["color"], alpha=0.15)
             place = {"color": look("predicted")["color"], "linestyle": look("predicted")["linestyle"]}
-            axes.axhline(value, label="gradient norm, predicted by the plan", **place)
+            axes.axhline(value, label="rms slope, predicted by the plan", **place)
         axes.set(xlabel=label, ylabel="projected gradient")
-        _scale(axes, [*dots[np.isfinite(dots)], *([run.gradient_norm[0]] if run.gradient_norm else [])])
+        _scale(axes, [*dots[np.isfinite(dots)], *([run.slope[0]] if run.slope else [])])
 
     alt = f"Projected gradient at each step: {np.nanmedian(values):.3g} at the median."
-    caption = "The rms over many steps is the gradient's norm; a sudden rise is the first sign of divergence."
+    caption = "The rms over many steps is the norm of a batch's gradient; a sudden rise is the first sign of divergence."
     return draw(paint, "gradient", title="Projected gradient", alt=alt, caption=caption)
 
 

@@ -152,7 +152,7 @@
     ] : [], { name: "Rewards of the population", unit: "reward" });
     const squares = smooth(scalars.map(([x, y]) => [x, y * y])).map(([x, y]) => [x, Math.sqrt(y)]);
     const gradient = [{ name: "each step", look: "batches", points: scalars }, { name: "moving rms", look: "training", points: squares }];
-    if (data.gradient_norm && scalars.length) gradient.push({ name: "gradient norm, predicted by the plan", look: "predicted", points: [[0, data.gradient_norm[0]], [data.steps, data.gradient_norm[0]]] });
+    if (data.slope && scalars.length) gradient.push({ name: "rms slope, predicted by the plan", look: "predicted", points: [[0, data.slope[0]], [data.steps, data.slope[0]]] });
     chart(document.getElementById("gradient"), gradient, { log: wide(scalars), name: "Projected gradient", unit: "projected gradient" });
     table(data);
   };
