@@ -182,7 +182,9 @@ def _gradient_picture(run: TrainingRun, rows: list[dict[str, float]], label: str
         _scale(axes, [*dots[np.isfinite(dots)], *([run.slope[0]] if run.slope else [])])
 
     alt = f"Projected gradient at each step: {np.nanmedian(values):.3g} at the median."
-    caption = "The rms over many steps is the norm of a batch's gradient; a sudden rise is the first sign of divergence."
+    caption = (
+        "The rms over many steps is the norm of a batch's gradient; a sudden rise is the first sign of divergence."
+    )
     return draw(paint, "gradient", title="Projected gradient", alt=alt, caption=caption)
 
 

@@ -36,7 +36,6 @@ from zokernel.experiments.criteria import (
 from zokernel.experiments.entk.sentences import Tail, language_task
 from zokernel.figures import PALETTE, figures
 from zokernel.optim import MeZO
-from zokernel.readable import plural
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +74,13 @@ def run(config: Config) -> Result:
         ends[distribution, count] = [path[-1] for path in paths]
         logger.info("%s, P = %d: %s of the change", distribution, count, format_interval(table[-1]["relative"]))
     agreement = agreement_of_distributions(table, ends, counts, change_of(reference))
+    blocks = "decoder block" if num_blocks == 1 else f"{num_blocks} decoder blocks"
     numbers = {
         "rows": table,
         "d": sum(p.numel() for p in tail.parameters()),
         "V": task.vocab_size,
         "source": task.source,
-        "trained": f"the last {plural(num_blocks, 'decoder block')} and the final norm",
+        "trained": f"the last {blocks} and the final norm",
         "streams": streams,
         **agreement,
         "lr": lr,

@@ -115,6 +115,12 @@ class FirstOrder(Copied):
 class SGD(FirstOrder, torch.optim.SGD):
     """``torch.optim.SGD`` on a module or named parameters.
 
+    Args:
+        params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
+        lr: Learning rate.
+        momentum: Weight of the last step in the next one.
+        weight_decay: Added to the gradient, times the weights.
+
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> optimizer = SGD([weight], lr=0.1)
@@ -139,6 +145,13 @@ class SGD(FirstOrder, torch.optim.SGD):
 @register("adamw")
 class AdamW(FirstOrder, torch.optim.AdamW):
     """``torch.optim.AdamW`` on a module or named parameters.
+
+    Args:
+        params: A module, an iterable of tensors or ``(name, tensor)`` pairs, or parameter groups.
+        lr: Learning rate: about how far each weight moves in a step.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        weight_decay: Share of each weight that a step of rate 1 takes away.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
