@@ -65,7 +65,7 @@ def run(config: Config) -> Result:
     largest = {size["model"]: max(model_counts) for size, model_counts in zip(sizes, counts, strict=True)}
     text = "; ".join(
         f"{row['model']}, {row['decrease']:g} per step, P = {row['P']}: {format_interval(row['hellinger']['gap'])} "
-        f"(kernel that stays {row['hellinger']['law'][-1]:.2f})"
+        f"(constant kernel {row['hellinger']['law'][-1]:.2f})"
         for row in rows
         if row["P"] == largest[row["model"]]
     )
@@ -269,7 +269,7 @@ def judge(agreement: list[dict[str, Any]], *, small: bool = False) -> Verdict:
         "ZO-SGD approaches the trajectory of SGD as the inverse root of P (Fig. 4, 5).",
         NOT_RUN if small else combined(parts),
         f"Log-log slope of Hellinger's gap after the last step against P (95%, all weights): {slopes}; required: "
-        "within 0.15 of -0.5. The gap over sqrt(v / (P T)) of a kernel that stays, v from SGD alone (rms over the runs "
+        "within 0.15 of -0.5. The gap over sqrt(v / (P T)) of a constant kernel, v from SGD alone (rms over the runs "
         f"of all P): {sizes}; required: within 0.67 to 1.5.",
         id="entk-trajectories",
     )

@@ -15,7 +15,7 @@ of f at the start, :math:`c = \tfrac12 \mathrm{tr} \nabla^2 f`, and :math:`g_s` 
     \frac{\eta^2}{P} \sum_{s \le t} \left( \|J\|_F^2 \|g_s\|^2 + \|J g_s\|^2 \right)
     + \Big( \frac{\eta^2}{P} \sum_{s \le t} \|g_s\|^2 \Big)^2 \|c\|^2 .
 
-The first term alone is the law of a kernel that stays: :math:`D_t = \sqrt{v / (P t)}` for one batch, so runs approach.
+The first term alone is the law of a constant kernel: :math:`D_t = \sqrt{v / (P t)}` for one batch, so runs approach.
 Its sum grows as t and the second term as :math:`t^2`; they are equal, and the gap stops falling, at
 
 .. math:: t^* = \frac{P \|J\|_F^2}{\eta^2 \|g\|^2 \|c\|^2} .

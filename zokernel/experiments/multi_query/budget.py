@@ -151,7 +151,7 @@ def judge_alignment(rows: list[dict[str, Any]], distances: list[dict[str, float]
     several = [row for row in rows if row["P"] > 1 and row["scheme"] == "aligned"]
     largest = distances[-1]
     reason = (
-        f"Aligned, 16 directions at their best rate get as far as one times: "
+        f"Aligned, the progress of 16 directions over that of one, each at its best rate: "
         f"{format_ratios([row for row in several if row['P'] == 16])}. The aligned estimate is P/d times the average "
         f"up to {largest['distance']:.2g} (predicted {largest['predicted']:.2g}) of its length at "
         f"d = {largest['d']:,}, P = {largest['P']}: it differs only where P is not small beside d."
