@@ -19,6 +19,7 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.directions import Dense
 from zokernel.errors import RunError
+from zokernel.estimators.two_point import symmetric_differences
 from zokernel.kernels.probes import Measurement, Slopes
 from zokernel.kernels.projections import SeededDirections
 from zokernel.readable import readable_seconds
@@ -208,11 +209,12 @@ def probe(prober: Prober, indices: Sequence[int], eps: float, center: Evaluation
 
 def step_slopes(prober: Prober, eps: float) -> Tensor:
     """Return one slope for each of the task's other batches, along a direction of its own; two forwards each."""
-    ends = [
-        [prober.step_loss(batch, sign * eps, FIRST_STEP + n) for sign in (1, -1)]
+    losses = [
+        prober.step_loss(batch, sign * eps, FIRST_STEP + n)
         for n, batch in enumerate(prober.task.steps)
+        for sign in (1, -1)
     ]
-    return torch.tensor([(above - below) / (2 * eps) for above, below in ends], dtype=torch.float64)
+    return torch.tensor(symmetric_differences(losses, eps), dtype=torch.float64)
 
 
 def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,8 @@ def _draw_panel(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
         color, losses = f"C{position % 5}", np.array(row["test_loss"])
         inside, outside = losses[losses <= top], losses[losses > top]
         axis.plot([position] * len(inside), inside, "o", color=color, alpha=0.7)
-        axis.plot(
-            [position - 0.2, position + 0.2], [np.median(losses)] * 2, color=color, scaley=np.median(losses) <= top
-        )
+        median = np.median(losses)
+        axis.plot([position - 0.2, position + 0.2], [median] * 2, color=color, scaley=median <= top)
         if len(outside):
             axis.plot(position, 0.97, "^", color=color, transform=axis.get_xaxis_transform())
             values = ", ".join(f"{loss:,.4g}" for loss in sorted(outside))
