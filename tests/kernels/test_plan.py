@@ -53,10 +53,10 @@ def test_plan_against_real_gradients():
         assert abs(comparison.predicted - comparison.measured) < 4 * comparison.error, comparison
     assert plan.required[0.5] == math.ceil(plan.relative_error_one.value**2 / 0.25)
     assert "relative error at P = 10, exact formula" in table(list(comparisons.values()))
-    # two a probe, eight for the noise, four for each of 3 + 8 directions, one at the centre, the rest for eight walks
-    distances, rest = divmod(plan.forwards - (2 * 300 + 8 + 4 * 11 + 1), 2 * 8)
+    # two per probe, eight for the noise, four for each of 3 + 8 directions, one at the centre, the rest for 300 walks
+    places, rest = divmod(plan.forwards - (2 * 300 + 8 + 4 * 11 + 1), 2 * 300)
     assert rest == 0
-    assert 2 <= distances <= 12
+    assert 4 <= places <= 13
     assert plan.tokens == plan.forwards * task.num_tokens
 
 
@@ -236,15 +236,17 @@ def test_too_few_probes_give_no_number():
     assert abs(measured.value - rho) < 4 * measured.error
 
 
-def test_one_walk_gives_no_rate_but_names_the_number_of_walks_needed():
+def test_walks_that_disagree_give_no_rate_but_the_number_of_walks_needed():
     task = small_task(update=8, observe=2)
-    plan = make_plan(task, num_probes=64, counts=(1,), curvature_probes=1, num_steps=10**6)
-    assert math.isfinite(plan.reach.value)
-    assert not plan.run_rate[1].known
+    plan = make_plan(task, num_probes=16, counts=(1,), num_steps=10**6)
+    assert plan.run_rate[1].known
+    rate = Measurement(plan.run_rate[1].value, 2 * plan.run_rate[1].value)
+    plan = replace(plan, reach=Measurement(plan.reach.value, 2 * plan.reach.value), run_rate={1: rate})
     assert plan.as_dict()["run_rate"][1] is None
+    assert plan.probes_needed()["reach"] == 260
     assert (
-        "No learning rate is advised: how far noise may take the weights is not known from 1 curvature probe; about 4 "
-        "would be needed (--curvature_probes 4)."
+        "No learning rate is advised: how far noise may take the weights is not known from 16 probes; about 260 would "
+        "be needed (--num_probes 260)."
     ) in describe(plan, task, 1.0)
 
 

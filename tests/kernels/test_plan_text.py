@@ -34,14 +34,15 @@ def test_a_plan_says_how_many_forward_passes_it_takes_before_the_first(caplog):
     caplog.set_level("INFO", logger="zokernel")
     task = small_task()
     counts = []
-    for walks in (1, 8):
+    for probes, curvature_probes in ((16, 1), (20, 8)):
         caplog.clear()
-        plan = make_plan(task, num_probes=16, curvature_probes=walks)
+        plan = make_plan(task, num_probes=probes, curvature_probes=curvature_probes)
         (line,) = lines_of(caplog)  # it takes less than five seconds
         fewest, most = map(int, re.search(COUNT, line).groups())
-        # One at the start, two a probe, eight for rounding, four for 3 rough and all other derivatives.
-        fixed = 1 + 2 * 16 + 8 + 4 * (3 + walks)
-        assert (fewest, most) == (fixed + 6 * walks, fixed + 24 * walks)
+        # One at the start, two per probe, eight for rounding, four for 3 rough and all other derivatives.
+        fixed = 1 + 2 * probes + 8 + 4 * (3 + curvature_probes)
+        # Two at the start of each walk, and at 3 to 12 distances.
+        assert (fewest, most) == (fixed + 8 * probes, fixed + 26 * probes)
         assert fewest <= plan.forwards <= most
         assert f"of {len(task.labels)} examples each" in line
         counts.append(plan.forwards)

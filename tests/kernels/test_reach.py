@@ -14,7 +14,8 @@ from zokernel.kernels.probes import jackknife
 
 
 def growth(*ratios: float) -> Growth:
-    return Growth(1.0, 0.2, torch.tensor(ratios, dtype=torch.float64).sqrt())
+    slopes = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    return Growth(torch.ones_like(slopes), 0.2, slopes)
 
 
 def test_slopes_that_doubled_within_the_model_have_the_error_over_walks():

@@ -58,14 +58,15 @@ class PlanArguments:
         default=0, metadata={"help": "tokens written after each row that --memory assumes (answers, rewards)"}
     )
     num_probes: int = field(
-        default=64, metadata={"help": "random directions; each costs two forward passes, and two in a batch of its own"}
+        default=64,
+        metadata={
+            "help": "random directions, and random walks that show how far noise may take the weights; each costs two "
+            "forward passes, and about ten in a batch of its own"
+        },
     )
     curvature_probes: int = field(
         default=8,
-        metadata={
-            "help": "directions for second and third derivatives, and random walks that show how far noise may take "
-            "the weights; each costs about twelve forward passes"
-        },
+        metadata={"help": "directions for second and third derivatives; each costs four forward passes"},
     )
     max_steps: int = field(default=1000, metadata={"help": "steps of the run that the learning rate is for"})
     update_examples: int = field(default=16, metadata={"help": "examples per step: the batch size of the run"})

@@ -17,7 +17,15 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.errors import UsageError
 from zokernel.kernels.plan_record import Plan
-from zokernel.kernels.plan_walk import Growth, measure_growth, measured_reach, walk_forwards, walk_rate
+from zokernel.kernels.plan_walk import (
+    Growth,
+    measure_growth,
+    measured_reach,
+    rms_slope,
+    start_slopes,
+    walk_forwards,
+    walk_rate,
+)
 from zokernel.kernels.prober import (
     NOISE_POINTS,
     ProbedTask,
@@ -27,19 +35,16 @@ from zokernel.kernels.prober import (
     loss_noise,
     probe,
     rms_third,
-    step_slopes,
 )
 from zokernel.kernels.probes import (
     Measurement,
     Slopes,
-    Steps,
     belief_moments,
     fisher_moments,
     fisher_ratio,
     gradient_noise,
     jackknife,
     mean_estimate,
-    rms_slope,
     single_draw_variance,
 )
 
@@ -65,8 +70,8 @@ def make_plan(
     r"""Probe a task and return the plan.
 
     The rate of a run is the least of two.  One is the step that decreases the loss fastest, with the larger of the
-    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is half
-    of the rate at which slopes grow without bound along the random walk of all steps (see
+    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is two
+    thirds of the rate at which slopes grow without bound along the random walk of all steps (see
     :mod:`zokernel.kernels.plan_walk`): most of a step is noise, and models of the loss at the start know nothing of
     what it meets.
 
@@ -79,7 +84,7 @@ def make_plan(
         counts: Values of P to predict for.
         tolerances: Relative errors to reach.
         num_steps: Steps of the run that the rate is for.
-        curvature_probes: Directions for second and third derivatives, and walks for the reach.
+        curvature_probes: Directions for second and third derivatives.
 
     Returns:
         The plan.
@@ -94,8 +99,8 @@ def make_plan(
         raise UsageError("A plan is made for numbers of perturbations from 1 on, and for relative errors above 0.")
     if task.num_update < 2 or len(task.labels) <= task.num_update:
         raise UsageError("A plan needs at least two examples to step on and one to observe.")
-    fixed = 1 + 2 * (num_probes + len(task.steps)) + NOISE_POINTS + 4 * (ROUGH_PROBES + curvature_probes)
-    fewest, most = (fixed + walks for walks in walk_forwards(curvature_probes))
+    fixed = 1 + 2 * num_probes + NOISE_POINTS + 4 * (ROUGH_PROBES + curvature_probes)
+    fewest, most = (fixed + forwards for forwards in walk_forwards(len(task.steps) or num_probes))
     examples = len(task.labels)
     logger.info("The plan takes %d to %d forward passes of %d examples each.", fewest, most, examples)
     with Prober(task, distribution, seed, progress=Progress(fewest, most)) as prober:
@@ -112,14 +117,13 @@ class _Probes:
         slopes: Slopes along the probes.
         second: Second derivatives of the loss along the first probes.
         third: Third derivatives along the same probes.
-        growth: Slopes far from the start.
+        growth: Slopes at the start and far from it, in other batches.
         noise: Standard deviation of one loss evaluation.
         loss: Loss at the current weights.
         eps: Size at which the slopes were measured.
         eps_derivatives: Size at which the second and third derivatives were measured.
         forwards: Forward passes used.
         tokens: Tokens forwarded.
-        steps: Slopes of other batches.
     """
 
     slopes: Slopes
@@ -132,7 +136,6 @@ class _Probes:
     eps_derivatives: float
     forwards: int
     tokens: int
-    steps: Steps
 
 
 def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: float) -> _Probes:
@@ -143,17 +146,15 @@ def _run_probes(prober: Prober, num_probes: int, curvature_probes: int, eps: flo
     rough = rms_third(derivatives(prober, range(ROUGH_PROBES), eps)[1], noise, eps).value
     eps_derivatives = min(eps, 3 * theory.optimal_eps(noise, rough)) if rough > 0 and noise > 0 else eps
     second, third = derivatives(prober, range(curvature_probes), eps_derivatives)
-    start_sq = slopes.losses_PB.double().mean(1).square().mean().item()
-    if not start_sq:
+    start = start_slopes(prober, eps, len(prober.task.steps) or num_probes)
+    if not (slopes.losses_PB.any() and start.any()):
         raise UsageError(
             f"The loss changes along none of {slopes.count} directions, so there is nothing to plan: raise eps, or "
             "check that the loss depends on the trained parameters."
         )
-    growth = measure_growth(prober, start_sq, eps, curvature_probes)
+    growth = measure_growth(prober, start, eps)
     loss = center.losses_B.mean().item()
-    steps = Steps(step_slopes(prober, eps))
-    counts = prober.forwards, prober.tokens
-    return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, *counts, steps)
+    return _Probes(slopes, second, third, growth, noise, loss, eps, eps_derivatives, prober.forwards, prober.tokens)
 
 
 def _summarize(
@@ -169,8 +170,7 @@ def _summarize(
     ratio = jackknife(slopes, fisher_ratio)
     hessian, fisher = mean_estimate(probes.second), jackknife(slopes, lambda part: fisher_moments(part).rows_sq)
     reach = measured_reach(probes.growth)
-    # One batch of few examples may be far from those that the steps of a run meet.
-    slope = jackknife(probes.steps, rms_slope) if probes.steps.count > 1 else gradient_norm
+    slope = rms_slope(probes.growth.start_W)
     # Two standard errors above the estimate: too little curvature is what wrecks a run.
     hessian_bound = hessian.value + 2 * hessian.error if hessian.known else 0.0
     damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0

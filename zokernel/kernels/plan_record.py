@@ -9,7 +9,7 @@ from typing import Any
 from zokernel import theory
 from zokernel.kernels.probes import Measurement
 
-FROM_CURVATURE_PROBES = ("trace_hessian", "third_derivative", "eps", "reach")
+FROM_CURVATURE_PROBES = ("trace_hessian", "third_derivative", "eps")
 STEP_BATCHES = (4, 16)  # batch sizes whose best step is reported
 
 
@@ -22,7 +22,7 @@ class Plan:
         rho: :math:`\|Mg\| / (\|M\|_F\|g\|)`: how much of a belief's gradients points along the loss gradient.
         gradient_norm: :math:`\|g\|` of the update batch.
         slope: rms slope that steps meet, over other batches of as many examples, each along a direction of its own;
-            the gradient norm if there are none.
+            over the update batch if there are none.
         noise_scale: Gradient noise scale :math:`tr\Sigma/\|\bar g\|^2`: the batch size where noise equals signal.
         trace_hessian: :math:`tr H` of the loss, from second differences; it may be negative.
         trace_fisher: :math:`tr F` of the Fisher (Gauss-Newton) matrix, from slopes of the scores.
@@ -46,7 +46,7 @@ class Plan:
         forwards: Forward passes used.
         tokens: Tokens forwarded.
         num_probes: Probes used.
-        num_curvature_probes: Probes used for second and third derivatives, and walks used for the reach.
+        num_curvature_probes: Probes used for second and third derivatives.
         num_parameters: d.
         notes: Caveats, one sentence each.
     """

@@ -5,6 +5,9 @@ Most of a step is noise, new in every step, so a run is first of all a random wa
 :math:`s^2(R) = s_0^2 e^{aR^2}`, and longer steps go further still: :math:`dR^2/dt = \eta^2 s^2(R) / P` has no bound
 after :math:`P / (a \eta^2 s_0^2)` steps.  Models of the loss at the start (a quadratic, the Fisher matrix) know nothing
 of it.  Forward passes at random points around the start do.
+
+Steps meet many batches, and batches differ.  So every walk takes its slopes in a batch of its own, the same at the
+start and at the end.
 """
 
 from __future__ import annotations
@@ -17,27 +20,28 @@ from torch import Tensor
 
 from zokernel import theory
 from zokernel.errors import RunError
+from zokernel.estimators.two_point import symmetric_differences
 from zokernel.kernels.prober import Prober
-from zokernel.kernels.probes import Measurement, jackknife
+from zokernel.kernels.probes import Measurement, jackknife, mean_estimate
 
 GROWTH = 2.0  # slopes are followed until they have grown by this factor
-SHARE = 0.5  # of the rate at which slopes grow without bound within the run
-FIRST_WALK = 100_000  # index of the first direction of a walk; probes have the small ones
+SHARE = 2 / 3  # of the rate at which slopes grow without bound within the run
+FIRST_STEP, FIRST_WALK = 50_000, 100_000  # indices of the first directions of slopes and walks; probes have small ones
 FIRST_DISTANCE = 4.0  # in units of eps
 MOST_DOUBLINGS = 10
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Slopes of the loss at some distance from the start, at the end of each walk along a direction of its own.
+    """Slopes of the loss at the start and at some distance from it, in the batch of each walk.
 
     Attributes:
-        start_sq: Mean square of slopes at the start.
+        start_W: Slope at the start of each of W walks.
         distance: How far every weight was moved; infinite if slopes have doubled at no distance.
-        slopes_W: Slope at the end of each of W walks.
+        slopes_W: Slope at the end of each walk, along the same direction.
     """
 
-    start_sq: float
+    start_W: Tensor
     distance: float
     slopes_W: Tensor
 
@@ -49,14 +53,19 @@ class Growth:
     @property
     def ratio(self) -> float:
         """Mean square of slopes at the distance over that at the start."""
-        return self.slopes_W.square().mean().item() / self.start_sq
+        return (self.slopes_W.square().mean() / self.start_W.square().mean()).item()
 
     def keep(self, index: Tensor) -> Growth:
         """Return some of the walks."""
-        return Growth(self.start_sq, self.distance, self.slopes_W[index])
+        return Growth(self.start_W[index], self.distance, self.slopes_W[index])
 
 
-def measure_growth(prober: Prober, start_sq: float, eps: float, num_walks: int) -> Growth:
+def start_slopes(prober: Prober, eps: float, num_walks: int) -> Tensor:
+    """Return the slope at the start of each of W walks, along a direction of its own; two forwards each."""
+    return torch.tensor([_slope(prober, walk, eps) for walk in range(num_walks)], dtype=torch.float64)
+
+
+def measure_growth(prober: Prober, start_W: Tensor, eps: float) -> Growth:
     """Follow slopes away from the start until they have doubled.
 
     Distances double (or halve) from a few eps until slopes have grown by :data:`GROWTH`; then the middle of the last
@@ -64,17 +73,16 @@ def measure_growth(prober: Prober, start_sq: float, eps: float, num_walks: int) 
 
     Args:
         prober: The task; its weights are at their start.
-        start_sq: Mean square of slopes at the start.
+        start_W: Slopes at the start of as many walks, from :func:`start_slopes`.
         eps: Perturbation size of the slopes.
-        num_walks: Walks, in random directions.
 
     Returns:
         The slopes at the least distance tried where they have doubled.
     """
 
     def growth_at(distance: float) -> Growth:
-        ends = [_slope_at(prober, distance, eps, FIRST_WALK + 2 * walk) for walk in range(num_walks)]
-        return Growth(start_sq, distance, torch.tensor(ends, dtype=torch.float64))
+        ends = [_slope(prober, walk, eps, distance) for walk in range(len(start_W))]
+        return Growth(start_W, distance, torch.tensor(ends, dtype=torch.float64))
 
     growths = [growth_at(FIRST_DISTANCE * eps)]
     factor = 0.5 if _doubled(growths[0]) else 2.0
@@ -84,32 +92,33 @@ def measure_growth(prober: Prober, start_sq: float, eps: float, num_walks: int) 
             growths.append(growth_at(growths[-1].distance / math.sqrt(factor)))
             break
     nearest = min(filter(_doubled, growths), key=lambda growth: growth.distance, default=None)
-    return Growth(start_sq, math.inf, growths[-1].slopes_W) if nearest is None else nearest
+    return Growth(start_W, math.inf, growths[-1].slopes_W) if nearest is None else nearest
 
 
 def walk_forwards(num_walks: int) -> tuple[int, int]:
-    """Return how many forward passes :func:`measure_growth` takes, at least and at most, where losses are finite.
+    """Return how many forward passes both functions above take, at least and at most, where losses are finite.
 
     Slopes have doubled (or have not) at the second distance and a third is tried in between, or not at the last.
 
     Example:
         >>> walk_forwards(8)
-        (48, 192)
+        (64, 208)
     """
-    return 2 * num_walks * 3, 2 * num_walks * (MOST_DOUBLINGS + 2)
+    return 2 * num_walks * 4, 2 * num_walks * (MOST_DOUBLINGS + 3)
 
 
 def _doubled(growth: Growth) -> bool:
     return growth.ratio >= GROWTH**2
 
 
-def _slope_at(prober: Prober, distance: float, eps: float, walk: int) -> float:
-    """Return the slope along a direction at weights moved along another; infinite where the loss is."""
+def _slope(prober: Prober, walk: int, eps: float, distance: float = 0.0) -> float:
+    """Return the slope in the batch of a walk at weights moved by a distance; infinite where the loss is."""
+    moved = ([distance], [FIRST_WALK + walk]) if distance else ([], [])
     try:
-        above, below = (prober.loss([distance, sign * eps], [walk, walk + 1]) for sign in (1, -1))
+        losses = [prober.step_loss(walk, [*moved[0], sign * eps], [*moved[1], FIRST_STEP + walk]) for sign in (1, -1)]
     except RunError:
         return math.inf
-    return (above - below) / (2 * eps)
+    return symmetric_differences(losses, eps)[0]
 
 
 def reach(growth: Growth) -> float:
@@ -118,7 +127,8 @@ def reach(growth: Growth) -> float:
     At the distance tried before, less by :math:`\sqrt 2`, they had not: it is the least that is returned.
 
     Example:
-        >>> round(reach(Growth(4.0, 0.2, 2 * torch.tensor([1.0], dtype=torch.float64).exp())), 4)  # a = 50
+        >>> start = torch.tensor([2.0], dtype=torch.float64)
+        >>> round(reach(Growth(start, 0.2, start * math.e)), 4)  # a = 50
         0.1665
     """
     log = math.log(growth.ratio) if growth.ratio > 0 else 0.0
@@ -133,7 +143,8 @@ def measured_reach(growth: Growth) -> Measurement:
     the reach: :math:`R / \sqrt 2` to :math:`R`, with the standard deviation of a uniform number between them.
 
     Example:
-        >>> measured_reach(Growth(1.0, 0.2, torch.tensor([1e9, 2e9], dtype=torch.float64)))
+        >>> start = torch.tensor([1.0, 1.0], dtype=torch.float64)
+        >>> measured_reach(Growth(start, 0.2, 1e9 * start))
         Measurement(value=0.1414..., error=0.0169...)
     """
     estimate = jackknife(growth, reach)
@@ -143,11 +154,23 @@ def measured_reach(growth: Growth) -> Measurement:
     return Measurement(estimate.value, math.hypot(estimate.error, spacing))
 
 
+def rms_slope(slopes_W: Tensor) -> Measurement:
+    r"""Return the root mean square of slopes; its error is that of the mean square, to first order.
+
+    Example:
+        >>> rms_slope(torch.tensor([3.0, -4.0]))
+        Measurement(value=3.535..., error=0.494...)
+    """
+    square = mean_estimate(slopes_W.square())
+    value = math.sqrt(square.value)
+    return Measurement(value, square.error / (2 * value))
+
+
 def walk_rate(distance: Measurement, slope: Measurement, *, num_perturbations: int, num_steps: int) -> Measurement:
-    r"""Return half of the rate at which slopes grow without bound within a run.
+    r"""Return two thirds of the rate at which slopes grow without bound within a run.
 
     With :math:`s^2 = s_0^2 e^{aR^2}` they do at :math:`\eta s_0 \sqrt{T/P} = 1/\sqrt a`, and they have doubled at
-    :math:`R_2 = \sqrt{\ln 4 / a}`.  At half of it they have grown by :math:`\sqrt{4/3}` when the run ends.
+    :math:`R_2 = \sqrt{\ln 4 / a}`.  At two thirds of it they have grown by :math:`\sqrt{9/5}` when the run ends.
 
     Args:
         distance: :math:`R_2`, where slopes have doubled.
@@ -156,11 +179,11 @@ def walk_rate(distance: Measurement, slope: Measurement, *, num_perturbations: i
         num_steps: T.
 
     Returns:
-        The rate :math:`R_2 \sqrt{P / (4 T \ln 4)} / s_0`.
+        The rate :math:`\tfrac23 R_2 \sqrt{P / (T \ln 4)} / s_0`.
 
     Example:
         >>> walk_rate(Measurement(0.04, 0.004), Measurement(0.5, 0.0), num_perturbations=1, num_steps=60)
-        Measurement(value=0.00438..., error=0.000438...)
+        Measurement(value=0.00584..., error=0.000584...)
     """
     rate = theory.random_walk_rate(
         SHARE * distance.value / math.sqrt(2 * math.log(GROWTH)),

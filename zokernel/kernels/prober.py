@@ -19,7 +19,6 @@ from torch import Tensor
 from zokernel import theory
 from zokernel.directions import Dense
 from zokernel.errors import RunError
-from zokernel.estimators.two_point import symmetric_differences
 from zokernel.kernels.probes import Measurement, Slopes
 from zokernel.kernels.projections import SeededDirections
 from zokernel.readable import readable_seconds
@@ -27,7 +26,6 @@ from zokernel.readable import readable_seconds
 logger = logging.getLogger(__name__)
 
 NOISE_POINTS = 8
-FIRST_STEP = 50_000  # index of the first direction of other batches; probes have the small ones
 FIRST_LINE, NEXT_LINES = 5.0, 30.0  # seconds until a plan first says how far it is, and between two such lines
 
 
@@ -58,7 +56,8 @@ class ProbedTask:
         labels: Classes of all of them, (B + O,).
         num_update: B.
         num_tokens: Tokens that one evaluation forwards (examples, for models without tokens).
-        steps: Other batches of B examples, in which the slopes that steps meet are measured.
+        steps: Other batches of B examples, in which the slopes that steps meet are measured; if there are none, those
+            of the batch are taken.
     """
 
     params: dict[str, Tensor]
@@ -157,9 +156,12 @@ class Prober:
         return self.evaluate(scales, indices).losses_B.mean().item()
 
     @torch.no_grad()
-    def step_loss(self, batch: StepBatch, scale: float, index: int) -> float:
-        """Return the mean loss of another batch at theta + a scaled direction."""
-        scores = self._scores(batch.inputs, batch.num_tokens, [scale], [index])
+    def step_loss(self, n: int, scales: Sequence[float] = (), indices: Sequence[int] = ()) -> float:
+        """Return the mean loss of another batch; of the update batch, if the task has no others."""
+        if not self.task.steps:
+            return self.loss(scales, indices)
+        batch = self.task.steps[n]
+        scores = self._scores(batch.inputs, batch.num_tokens, scales, indices)
         return F.cross_entropy(scores, batch.labels).item()
 
     def _scores(self, inputs: Any, num_tokens: int, scales: Sequence[float], indices: Sequence[int]) -> Tensor:
@@ -205,16 +207,6 @@ def probe(prober: Prober, indices: Sequence[int], eps: float, center: Evaluation
         beliefs.append(((above.observed_OC - below.observed_OC) / (2 * eps)).flatten())
         fisher.append((weights * (above.update_BC - below.update_BC) / (2 * eps)).flatten())
     return Slopes(torch.stack(losses), torch.stack(beliefs), torch.stack(fisher))
-
-
-def step_slopes(prober: Prober, eps: float) -> Tensor:
-    """Return one slope for each of the task's other batches, along a direction of its own; two forwards each."""
-    losses = [
-        prober.step_loss(batch, sign * eps, FIRST_STEP + n)
-        for n, batch in enumerate(prober.task.steps)
-        for sign in (1, -1)
-    ]
-    return torch.tensor(symmetric_differences(losses, eps), dtype=torch.float64)
 
 
 def derivatives(prober: Prober, indices: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:

@@ -173,36 +173,6 @@ def gradient_noise(slopes: Slopes) -> tuple[float, float]:
     return spread, losses.mean(1).square().mean().item() - spread / losses.shape[1]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Slopes of several batches, each along a direction of its own.
-
-    Attributes:
-        slopes_S: One slope for each of S batches.
-    """
-
-    slopes_S: Tensor
-
-    @property
-    def count(self) -> int:
-        """Number of batches S."""
-        return len(self.slopes_S)
-
-    def keep(self, index: Tensor) -> Steps:
-        """Return some of the batches."""
-        return Steps(self.slopes_S[index])
-
-
-def rms_slope(steps: Steps) -> float:
-    """Return the root mean square of the slopes.
-
-    Example:
-        >>> rms_slope(Steps(torch.tensor([3.0, -4.0])))
-        3.535...
-    """
-    return steps.slopes_S.square().mean().sqrt().item()
-
-
 class Sample(Protocol):
     """Independent draws of which some can be left out."""
 
