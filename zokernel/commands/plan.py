@@ -88,7 +88,7 @@ class PlanArguments:
         default="auto",
         metadata={"help": "precision of the forward passes, as in training: fp32, bf16 (autocast), or auto"},
     )
-    seed: int = field(default=0, metadata={"help": "seed of the examples and directions"})
+    seed: int = field(default=42, metadata={"help": "seed of the examples and directions, as in training"})
     output_file: str | None = field(default=None, metadata={"help": "write the numbers to this .json file"})
 
 
