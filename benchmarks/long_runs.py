@@ -12,7 +12,7 @@ dev or test file is the test.
 A backward pass counts as two forwards.  Each run is one ``zokernel finetune``.  A finished run is not repeated; one
 that was stopped goes on when the command is repeated.
 
-A method first runs at every rate of its sweep with a tenth of the budget; the rate with the least validation loss is
+A method first runs at every rate of its sweep with a quarter of the budget; the rate with the least validation loss is
 then taken for the whole budget, and only those runs are scored on the test.  ``auto`` chooses its own rate.
 """
 
@@ -46,7 +46,7 @@ WORDING = {
 SIZES = {"train": 3000, "validation": 500, "test": 3000}
 EVALUATIONS = 10
 STOPPED = 1  # exit code of a run whose loss is no longer finite
-SWEPT = 10  # a run of the sweep has this share of the budget, and is evaluated at its end
+SWEPT = 4  # a run of the sweep has this share of the budget, and is evaluated at its end
 
 
 @dataclass(frozen=True)
