@@ -41,7 +41,8 @@ COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "plan_fol
 OWN = Path("runs/plan_followed.jsonl")
 MEASURED = 256  # training examples whose loss is followed; 64 may be far easier than the rest
 ROWS = 1000
-DIVERGED = 1.2  # a loss at the end of so many times that of the start
+DIVERGED = 1.2  # the loss at the end is so many times that of the start
+BLEW_UP = 10  # the loss of a step is so many times that of the start, even if the end is a model that only guesses
 
 MESSAGES = {
     "billing": (
@@ -217,50 +218,72 @@ def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) ->
                 print(f"{task} {train} seed {seed} lr {lr:g}: {row['before']} -> {row['after']}", flush=True)
 
 
+def diverged(row: dict[str, Any]) -> bool:
+    """Return whether a run ended far above its start, or was so far up that what is left only guesses.
+
+    Example:
+        >>> [diverged({"before": 1.0, "after": 0.69, "highest": highest}) for highest in (2.0, 1e5)]
+        [False, True]
+    """
+    return not (row["after"] <= DIVERGED * row["before"] and row["highest"] <= BLEW_UP * row["before"])
+
+
 def summary(records: KeptRuns, settings: argparse.Namespace) -> str:
-    """Return the table: for each task and what is trained, the advised rate beside the best of the sweep."""
-    fixed = {"steps": settings.steps, "batch": settings.batch}
-    lines, followed, diverged = [], 0, 0
+    """Return the table: for each task and what is trained, the advised rates beside the best of the sweep.
+
+    The best rate has the least mean loss at the end, of the rates at which no run diverged.
+    """
+    lines, followed, num_diverged = [], 0, 0
     for task, train in itertools.product(settings.tasks, settings.train):
-        rates, advised, before = [], {}, math.nan
-        for seed in settings.seeds:
-            place = {"task": task, "train": train, "seed": seed, **fixed}
-            plan = records.find(kind="plan", num_probes=settings.num_probes, **place)
-            run = records.find(kind="run", lr=plan["lr"], **place) if plan else None
-            if plan and run:
-                rates.append(f"{plan['lr']:.1e}")
-                advised[seed], before = run["after"], run["before"]
-                diverged += not run["after"] <= DIVERGED * before
+        place = {"task": task, "train": train, "steps": settings.steps, "batch": settings.batch}
+        advised = {
+            seed: run
+            for seed in settings.seeds
+            if (plan := records.find(kind="plan", num_probes=settings.num_probes, seed=seed, **place))
+            and (run := records.find(kind="run", lr=plan["lr"], seed=seed, **place))
+        }
         swept = {
-            lr: {
-                seed: row["after"]
-                for seed in settings.seeds
-                if (row := records.find(kind="run", lr=lr, task=task, train=train, seed=seed, **fixed))
-            }
+            lr: {seed: row for seed in settings.seeds if (row := records.find(kind="run", lr=lr, seed=seed, **place))}
             for lr in SWEEP[train]
         }
         followed += len(advised)
+        num_diverged += sum(map(diverged, advised.values()))
         if not any((advised, *swept.values())):
             continue
-        whole = {lr: losses for lr, losses in swept.items() if advised and losses.keys() >= advised.keys()}
-        gaps = [math.nan]
-        if whole:
-            best = min(whole, key=lambda lr: statistics.fmean(whole[lr][seed] for seed in advised))
-            gaps = [advised[seed] - whole[best][seed] for seed in advised]
-        spread = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        row = {"task": task, "trained": train, "start": f"{before:.3f}", "advised rates": " ".join(rates)}
-        row |= {"ends at": " ".join(f"{loss:.3f}" for loss in advised.values())}
+        start = next(row["before"] for rows in (advised, *swept.values()) for row in rows.values())
+        row = {"task": task, "trained": train, "start": f"{start:.3f}"}
+        row["advised rates"] = " ".join(f"{run['lr']:.1e}" for run in advised.values())
+        row["ends at"] = " ".join(map(ending, advised.values()))
         row |= {f"rate {n}": rate_cell(swept[lr], lr) for n, lr in enumerate(SWEEP[train], 1)}
-        lines.append(row | {"advised - best": f"{statistics.fmean(gaps):.3f} ± {spread:.3f}"})
+        lines.append(row | {"advised - best": gap_cell(advised, swept)})
     if not lines:
         return "Nothing yet."
     printed = table(list(lines[0]), [list(line.values()) for line in lines])
-    return f"{printed}\n\n{followed} plans followed, {diverged} of the runs diverged."
+    return f"{printed}\n\n{followed} plans followed, {num_diverged} of the runs diverged."
 
 
-def rate_cell(losses: dict[int, float], lr: float) -> str:
-    """Return a rate of the sweep with the mean of its losses at the end."""
-    return f"{lr:g}: {statistics.fmean(losses.values()):.3f}" if losses else f"{lr:g}:"
+def ending(row: dict[str, Any]) -> str:
+    """Return the loss at the end of a run, or that it diverged."""
+    return "diverged" if diverged(row) else f"{row['after']:.3f}"
+
+
+def rate_cell(runs: dict[int, dict[str, Any]], lr: float) -> str:
+    """Return a rate of the sweep with the mean of its losses at the end, or how many of its runs diverged."""
+    count = sum(map(diverged, runs.values()))
+    if not runs or count:
+        return f"{lr:g}: {count} of {len(runs)} diverged" if runs else f"{lr:g}:"
+    return f"{lr:g}: {statistics.fmean(row['after'] for row in runs.values()):.3f}"
+
+
+def gap_cell(advised: dict[int, dict[str, Any]], swept: dict[float, dict[int, dict[str, Any]]]) -> str:
+    """Return the mean gap between the losses at the end and those at the best rate of the sweep, with its error."""
+    whole = [runs for runs in swept.values() if runs.keys() >= advised.keys() and not any(map(diverged, runs.values()))]
+    if not advised or not whole or any(map(diverged, advised.values())):
+        return ""
+    best = min(whole, key=lambda runs: statistics.fmean(runs[seed]["after"] for seed in advised))
+    gaps = [run["after"] - best[seed]["after"] for seed, run in advised.items()]
+    spread = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+    return f"{statistics.fmean(gaps):.3f} ± {spread:.3f}"
 
 
 def main() -> None:
