@@ -41,6 +41,16 @@ COMMITTED = Path(__file__).resolve().parents[1] / "docs" / "results" / "plan_fol
 OWN = Path("runs/plan_followed.jsonl")
 MEASURED = 256  # training examples whose loss is followed; 64 may be far easier than the rest
 ROWS = 1000
+RESTS_ON = (
+    "reach",
+    "slope",
+    "gradient_norm",
+    "noise_scale",
+    "trace_hessian",
+    "trace_fisher",
+    "learning_rate",
+    "forwards",
+)
 DIVERGED = 1.2  # the loss at the end is so many times that of the start
 BLEW_UP = 10  # the loss of a step is so many times that of the start, even if the end is a model that only guesses
 
@@ -173,7 +183,7 @@ class Course:
 
 
 def advice(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: int, num_probes: int) -> dict[str, Any]:
-    """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and what it rests on."""
+    """Return the rate that ``zokernel plan`` advises (as it prints it), or none, and the measurements it rests on."""
     from zokernel.commands.plan import PlanArguments, plan_for
     from zokernel.finetune import DataArguments, ModelArguments
 
@@ -184,7 +194,8 @@ def advice(data: dict[str, Any], *, lora: bool, seed: int, steps: int, batch: in
     ).plan
     rate = plan.run_rate[min(plan.run_rate)]
     record = plan.as_dict()
-    return {"lr": float(f"{rate.value:.1e}") if rate.known else None, "plan": record}
+    lr = float(f"{rate.value:.1e}") if rate.known else None
+    return {"lr": lr, "plan": {name: record[name] for name in RESTS_ON}}
 
 
 def follow(records: KeptRuns, sources: Sources, settings: argparse.Namespace) -> None:
