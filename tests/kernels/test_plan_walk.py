@@ -46,7 +46,7 @@ def test_reach_and_rate_on_a_quadratic():
     assert expected - 4 * long.reach.error < long.reach.value < 1.2 * expected + 4 * long.reach.error
     assert long.reach.error < 0.15 * expected
     for count, rate in long.run_rate.items():
-        analytic = 2 / 3 * expected * math.sqrt(count / (10_000 * math.log(4))) / g.norm().item()
+        analytic = 0.8 * expected * math.sqrt(count / (10_000 * math.log(4))) / g.norm().item()
         assert analytic - 4 * rate.error < rate.value < 1.2 * analytic + 4 * rate.error
         assert rate.error < 0.2 * analytic
     short = make_plan(task, num_probes=400, eps=1e-3, counts=(1,), num_steps=20, curvature_probes=100)
@@ -83,7 +83,7 @@ def test_a_loss_that_is_not_finite_far_away_bounds_the_reach():
 
 
 def test_the_advised_walk_keeps_its_distance_from_growth_without_bound():
-    """A walk of slopes s^2 = s_0^2 exp(a R^2): s grows by sqrt(9/5) at the advised rate, without bound at 3/2 of it."""
+    """A walk of slopes s^2 = s_0^2 exp(a R^2): s grows by 5/3 at the advised rate, without bound at 5/4 of it."""
     start, growth, steps = 3.0, 700.0, 2000
     distance = Measurement(math.sqrt(math.log(4) / growth), 0.0)
     rate = walk_rate(distance, Measurement(start, 0.0), num_perturbations=1, num_steps=steps).value
@@ -96,9 +96,9 @@ def test_the_advised_walk_keeps_its_distance_from_growth_without_bound():
             square += (rate * start) ** 2 * math.exp(growth * square)
         return math.exp(growth * square / 2)
 
-    assert final_slope(rate) == pytest.approx(math.sqrt(9 / 5), rel=1e-3)
-    assert final_slope(1.42 * rate) < 4
-    assert final_slope(1.58 * rate) == math.inf
+    assert final_slope(rate) == pytest.approx(5 / 3, rel=1e-3)
+    assert final_slope(1.19 * rate) < 4
+    assert final_slope(1.31 * rate) == math.inf
     four = walk_rate(distance, Measurement(start, 0.0), num_perturbations=4, num_steps=4 * steps).value
     assert four == pytest.approx(rate)
 

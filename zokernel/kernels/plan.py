@@ -70,8 +70,8 @@ def make_plan(
     r"""Probe a task and return the plan.
 
     The rate of a run is the least of two.  One is the step that decreases the loss fastest, with the larger of the
-    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is two
-    thirds of the rate at which slopes grow without bound along the random walk of all steps (see
+    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is four
+    fifths of the rate at which slopes grow without bound along the random walk of all steps (see
     :mod:`zokernel.kernels.plan_walk`): most of a step is noise, and models of the loss at the start know nothing of
     what it meets.
 
