@@ -115,7 +115,7 @@ def memory(*, dark: bool = False) -> bytes:
     """Peak memory of a step over that of an evaluation, at the upper end where the table has a range."""
     rows = table("speed", "peak / evaluating")
     ratios = [max(numbers(row["peak / evaluating"])) for row in rows]
-    labels = [textwrap.fill(plain(row["method"]), 30) for row in rows]
+    labels = [textwrap.fill(plain(row["method"]), 34) for row in rows]
     return bars(labels, {"": ratios}, "peak memory over evaluating", mark=1, dark=dark)
 
 
