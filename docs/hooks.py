@@ -38,8 +38,25 @@ def on_files(files: Files, *, config: Any, **_: Any) -> Files:
     return files
 
 
+def browser_title(page: Any) -> str | None:
+    """Return a title for the browser that tells pages of one name apart: the heading and the part of the site.
+
+    Args:
+        page: A page of mkdocs that has been rendered.
+
+    Returns:
+        The title, or None for pages that are the start of their part, or outside of every part.
+    """
+    if not page.ancestors or not page.toc.items:
+        return None
+    heading, part = html.unescape(page.toc.items[0].title), page.ancestors[-1].title
+    return None if heading == part else f"{heading} ({part})"
+
+
 def on_page_content(text: str, *, page: Any, **_: Any) -> str:
     """Convert every formula of a page; one that cannot be converted is a warning, and so an error of a strict build."""
+    if title := browser_title(page):
+        page.meta.setdefault("title", title)
 
     def replace(match: re.Match[str]) -> str:
         formula = html.unescape(match.group(2) or match.group(3)).strip()

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ def memory(*, dark: bool = False) -> bytes:
     """Peak memory of a step over that of an evaluation, at the upper end where the table has a range."""
     rows = table("speed", "peak / evaluating")
     ratios = [max(numbers(row["peak / evaluating"])) for row in rows]
-    return bars([plain(row["method"]) for row in rows], {"": ratios}, "peak memory over evaluating", mark=1, dark=dark)
+    labels = [textwrap.fill(plain(row["method"]), 34) for row in rows]
+    return bars(labels, {"": ratios}, "peak memory over evaluating", mark=1, dark=dark)
 
 
 def size(*, dark: bool = False) -> bytes:
