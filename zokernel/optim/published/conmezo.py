@@ -56,8 +56,9 @@ class ConMeZO(ZerothOrder):
     r"""MeZO on directions at a fixed angle from the momentum, which takes one fp32 copy of the parameters.
 
     .. math:: z = \sqrt d \Big( \cos(\alpha) \frac{m}{|m|} + \sin(\alpha) \frac{u}{|u|} \Big), \qquad
-        \hat g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2 \epsilon} z, \qquad
-        \theta \leftarrow \theta - \eta \hat g, \qquad m \leftarrow \beta m + (1 - \beta) \hat g
+        \hat g = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2 \epsilon} z,
+
+    .. math:: \theta \leftarrow \theta - \eta \hat g, \qquad m \leftarrow \beta m + (1 - \beta) \hat g
 
     With :math:`\hat m = m / |m|` the mean of an estimate is
     :math:`\sin^2(\alpha)\, g + d \cos^2(\alpha)\, \hat m \hat m^T g`.  So a step is longer along the momentum, and

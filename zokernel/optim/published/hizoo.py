@@ -1,8 +1,9 @@
 r"""HiZOO: directions scaled by an estimate of the Hessian's diagonal.
 
 .. math:: \tilde z = H^{-1/2} z, \qquad \theta \leftarrow \theta - \eta\,
-    \frac{L(\theta + \epsilon\tilde z) - L(\theta - \epsilon\tilde z)}{2\epsilon}\,\tilde z, \qquad
-    H \leftarrow (1-\alpha) H + \alpha\, \frac{|L_+ + L_- - 2L_0|}{2\epsilon^2}\, H z^2
+    \frac{L(\theta + \epsilon\tilde z) - L(\theta - \epsilon\tilde z)}{2\epsilon}\,\tilde z,
+
+.. math:: H \leftarrow (1-\alpha) H + \alpha\, \frac{|L_+ + L_- - 2L_0|}{2\epsilon^2}\, H z^2
 
 The mean step is :math:`-\eta H^{-1}\nabla L`.  In high dimension :math:`E[z_i^2\, z^T H z] = tr H + 2H_{ii}` is nearly
 the same for all i, so H mostly learns the mean curvature.

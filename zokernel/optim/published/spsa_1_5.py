@@ -19,7 +19,9 @@ class SPSA15(ZerothOrder):
     r"""Zeroth-order SGD that trusts a direction less the more the loss curves along it.
 
     .. math:: c_p = \frac{L(\theta + \epsilon z_p) - 2 L(\theta) + L(\theta - \epsilon z_p)}{\epsilon^2}, \qquad
-        w_p = \frac{1}{\max(1, |c_p|^a)}, \qquad \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P w_p
+        w_p = \frac{1}{\max(1, |c_p|^a)},
+
+    .. math:: \theta \leftarrow \theta - \frac{\eta}{P} \sum_{p=1}^P w_p
         \frac{L(\theta + \epsilon z_p) - L(\theta - \epsilon z_p)}{2\epsilon}\, z_p
 
     The published runs have :math:`\eta = \epsilon`, so that a step is :math:`\frac{1}{2P} \sum_p w_p (L_+ - L_-) z_p`.
