@@ -48,11 +48,16 @@ def _pipes(cell: str) -> str:
 
 
 def to_markdown(text: str) -> str:
-    """Return a docstring with ``$...$`` for formulas and code for names.
+    r"""Return a docstring with ``$...$`` for formulas and code for names.
 
     Example:
         >>> to_markdown("The kernel :math:`K` of :func:`~zokernel.kernels.entk`.")
         'The kernel $K$ of `zokernel.kernels.entk`.'
+        >>> lines = "====  =======", "name  value", "====  =======", "one   :math:`|x|`", "      too", "====  ======="
+        >>> print(to_markdown("\n".join(lines)))
+        | name | value |
+        | --- | --- |
+        | one | $\vert x\vert$ too |
     """
     text = _TABLE.sub(table, text)
     text = _BLOCK.sub(lambda m: f"{m.group(1)}$$\n{m.group(1)}{' '.join(m.group(2).split())}\n{m.group(1)}$$", text)

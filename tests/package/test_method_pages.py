@@ -42,6 +42,12 @@ def test_pages_are_what_docstrings_and_defaults_say(writer):
     assert doctest.testmod(writer).failed == 0
 
 
+def test_docstrings_become_markdown(writer):
+    """Formulas, names and tables, as the examples of the module say."""
+    roles = importlib.import_module("griffe_roles")
+    assert doctest.testmod(roles, optionflags=doctest.NORMALIZE_WHITESPACE) == (0, 4)
+
+
 def test_a_page_follows_a_changed_default(writer, monkeypatch):
     from zokernel.optim.published.mezo import MeZO
 
