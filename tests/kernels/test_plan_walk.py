@@ -130,4 +130,7 @@ def test_kept_plans_of_the_benchmark_are_told_apart_by_their_probes(tmp_path, mo
     records = KeptRuns(benchmark.COMMITTED)
     settings |= {"tasks": benchmark.TASKS, "train": list(benchmark.SWEEP)}
     summaries = [benchmark.summary(records, Namespace(**settings, num_probes=probes)) for probes in (32, 64)]
-    assert [text.splitlines()[-1][:17] for text in summaries] == ["12 plans followed", "0 plans followed,"]
+    plans = [row for row in records.rows if row["kind"] == "plan" and row["seed"] == 0]
+    assert {row["num_probes"] for row in plans} == {32}
+    counts = [text.splitlines()[-1].split(",")[0] for text in summaries]
+    assert counts == [f"{len(plans)} plans followed", "0 plans followed"]

@@ -44,6 +44,7 @@ from zokernel.kernels.probes import (
     fisher_ratio,
     gradient_noise,
     jackknife,
+    least_noise_scale,
     mean_estimate,
     single_draw_variance,
 )
@@ -70,10 +71,10 @@ def make_plan(
     r"""Probe a task and return the plan.
 
     The rate of a run is the least of two.  One is the step that decreases the loss fastest, with the larger of the
-    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)` where the noise scale is known.  The other is four
-    fifths of the rate at which slopes grow without bound along the random walk of all steps (see
-    :mod:`zokernel.kernels.plan_walk`): most of a step is noise, and models of the loss at the start know nothing of
-    what it meets.
+    traces of Hessian and Fisher matrix, times :math:`1/(1 + \nu/B)`; where the noise scale is not known, with the least
+    that the probes allow.  The other is four fifths of the rate at which slopes grow without bound along the random
+    walk of all steps (see :mod:`zokernel.kernels.plan_walk`): most of a step is noise, and models of the loss at the
+    start know nothing of what it meets.
 
     Args:
         task: Model and examples.
@@ -173,7 +174,9 @@ def _summarize(
     slope = rms_slope(probes.growth.start_W)
     # Two standard errors above the estimate: too little curvature is what wrecks a run.
     hessian_bound = hessian.value + 2 * hessian.error if hessian.known else 0.0
-    damping = 1 + max(0.0, noise_scale.value) / task.num_update if noise_scale.known else 1.0
+    # Nor may a mean gradient that is lost in noise count as one without noise.
+    noise = max(0.0, noise_scale.value) if noise_scale.known else least_noise_scale(slopes)
+    damping = 1 + noise / task.num_update
 
     def run_rate(count: int) -> Measurement:
         one_step = jackknife(slopes, partial(_rate, count=count, hessian_trace=hessian_bound, damping=damping))

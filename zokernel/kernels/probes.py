@@ -234,3 +234,27 @@ def subset_error(deviations_PY: Tensor, size: int) -> float:
     own = e.square().sum().item() / count
     cross = (e.sum(0).square().sum().item() - own * count) / (count * (count - 1)) if count > 1 else 0.0
     return math.sqrt(max(own / size + (size - 1) / size * cross, 0.0))
+
+
+def least_noise_scale(slopes: Slopes) -> float:
+    r"""Return the gradient noise scale if the norm of the mean gradient is as large as the probes allow.
+
+    Of :func:`gradient_noise`, the squared norm is taken two standard errors above its estimate, or above zero.
+
+    Args:
+        slopes: Probes of at least two examples.
+
+    Returns:
+        A noise scale that the true one exceeds but for about one plan in forty; 0 if the probes allow any norm.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> u = torch.randn(64, 8, generator=generator)
+        >>> opposite = torch.cat([u, -u], 1)  # gradients of sixteen examples that add up to zero
+        >>> least_noise_scale(Slopes(opposite, u, u)) > 16
+        True
+    """
+    spread, _ = gradient_noise(slopes)
+    signal = jackknife(slopes, lambda part: gradient_noise(part)[1])
+    largest = max(0.0, signal.value) + 2 * signal.error
+    return spread / largest if largest > 0 else 0.0
