@@ -118,7 +118,7 @@ def test_long_runs_take_the_whole_budget_at_the_best_rate_of_a_sweep(tmp_path, m
     (folder / "dev.tsv").write_text("\n".join(["label\tsentence", *lines[10:]]) + "\n")
 
     def measure(folder: Path, *, sweeps: bool) -> dict[str, Any]:
-        assert sweeps == ("-320-" in folder.name)
+        assert sweeps == ("-800-" in folder.name)
         rate = float(folder.name.split("-MeZO-")[1].rsplit("-", 2)[0])
         loss = abs(rate - 3e-5) + 0.5
         row = {"learning_rate": rate, "steps": 9, "before": [0.5, 1], "after": [0.5, loss], "seconds": 1, "peak_mib": 1}
@@ -132,7 +132,7 @@ def test_long_runs_take_the_whole_budget_at_the_best_rate_of_a_sweep(tmp_path, m
     command = ["long_runs.py", "--data_folder", str(tmp_path), "--tasks", "SST-2", "--contenders", "MeZO"]
     monkeypatch.setattr("sys.argv", [*command, "--budget", "3200", "--seeds", "4", "5"])
     long_runs.main()
-    swept = [f"SST-2-MeZO-{rate}-320-4" for rate in ("1e-05", "3e-05", "0.0001")]
+    swept = [f"SST-2-MeZO-{rate}-800-4" for rate in ("1e-05", "3e-05", "0.0001")]
     assert trained == [*swept, "SST-2-MeZO-3e-05-3200-4", "SST-2-MeZO-3e-05-3200-5"]
     files = [tmp_path / "runs/long/data/SST-2" / f"{split}.jsonl" for split in ("train", "validation", "test")]
     texts = [[json.loads(line)["sentence"] for line in path.read_text().splitlines()] for path in files]
