@@ -149,9 +149,8 @@ def page(name: str, entry: dict[str, Any]) -> str:
         entry: Its part of ``methods.yaml``.
     """
     classes = {method: methods()[method] for method in entry["methods"]}
-    title = " and ".join(cls.__name__ for cls in classes.values())
     flags = ", ".join(f"`--method {method}`" for method in classes)
-    lines = [f"# {title}", "", WRITTEN, "", *(summary(cls) for cls in classes.values()), ""]
+    lines = [f"# {entry['title']}", "", WRITTEN, "", *(summary(cls) for cls in classes.values()), ""]
     lines += [f"| on the command line | {flags} |", "|---|---|"]
     lines += [f"| in Python | {', '.join(f'`zk.optim.{cls.__name__}`' for cls in classes.values())} |"]
     lines += [f"| forwards per step | {entry['forwards']} |", f"| memory beyond the weights | {entry['state']} |", ""]
