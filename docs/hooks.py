@@ -56,7 +56,9 @@ def browser_title(page: Any) -> str | None:
 def on_page_content(text: str, *, page: Any, **_: Any) -> str:
     """Convert every formula of a page; one that cannot be converted is a warning, and so an error of a strict build."""
     if title := browser_title(page):
+        name = page.title
         page.meta.setdefault("title", title)
+        page.title = name  # in the navigation, which would otherwise show the browser's title
 
     def replace(match: re.Match[str]) -> str:
         formula = html.unescape(match.group(2) or match.group(3)).strip()
